@@ -1,0 +1,5 @@
+"""Strict run configs: the schemas, the loader and the paths that configs name."""
+
+from dora_mm.config.loader import ConfigError, dump_config, find_path, load_config, resolve_model, resolve_path
+
+__all__ = ["ConfigError", "dump_config", "find_path", "load_config", "resolve_model", "resolve_path"]

@@ -1,0 +1,176 @@
+"""Reads a config file with its overrides into a schema, and reports everything that is wrong with it at once."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dora_mm.config import yaml12
+from dora_mm.config.report import Problem, describe, nearest, outline
+from dora_mm.config.schema import SCHEMAS, PipelineConfig
+from dora_mm.config.yaml12 import KeyPath
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with one config, one problem a line."""
+
+    def __init__(self, path: Path, problems: Sequence[Problem]):
+        self.problems = tuple(problems)
+        lines = [str(problem) for problem in self.problems]
+        if len(lines) == 1:
+            super().__init__(f"{path}: {lines[0]}")
+        else:
+            super().__init__("\n  ".join([f"{path}: {len(lines)} problems", *lines]))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """The config at `path`, with `key.sub=value` overrides (values in YAML), as the schema its `pipeline` names.
+
+    Raises:
+        ConfigError: with every wrong key, type and range of the file and the overrides.
+        ValueError: there is no such file.
+    """
+    file = resolve_path(path)
+    document = _read(file)
+    values: dict[str, Any] = document.value
+    origins: dict[KeyPath, str] = {key: f"line {line}" for key, line in document.lines.items()}
+    problems = [Problem(origins[key], _dotted(key), "is given twice") for key in document.duplicates]
+    for override in overrides:
+        problems += _override(values, origins, override)
+    values.setdefault("name", file.stem)
+
+    schema = _schema(values.get("pipeline"))
+    if schema is None:
+        problems.append(_unknown_pipeline(values, origins))
+        raise ConfigError(file, problems)
+    try:
+        config = schema.model_validate(values)
+    except ValidationError as error:
+        problems += describe(error, schema, origins)
+    if problems:
+        raise ConfigError(file, problems)
+    return config
+
+
+def dump_config(config: PipelineConfig) -> str:
+    """The resolved config as YAML, defaults included; `load_config` reads it back to an equal one."""
+    return yaml12.write(_plain(config.model_dump()))
+
+
+def find_path(path: str | Path) -> Path | None:
+    """What `path` means, if it exists: relative to the current directory, then to the packaged configs."""
+    wanted = Path(path).expanduser()
+    if wanted.exists():
+        return wanted
+    if wanted.is_absolute():
+        return None
+    configs = PACKAGE / "configs"
+    if not configs.is_dir():  # a checkout keeps them beside the package; the wheel moves them into it
+        configs = PACKAGE.parent / "configs"
+    parts = wanted.parts[1:] if wanted.parts[:1] == ("configs",) else wanted.parts
+    packaged = configs.joinpath(*parts)
+    return packaged if ".." not in parts and packaged.exists() else None
+
+
+def resolve_path(path: str | Path, key: str | None = None) -> Path:
+    """As `find_path`, but what does not exist is an error that names the config key, where one is given."""
+    found = find_path(path)
+    if found is not None:
+        return found
+    prefix = f"{key}: " if key else ""
+    if Path(path).parts[:1] == ("samples",):
+        raise ValueError(
+            f"{prefix}{path} is not here: samples/ exists in a checkout of dora_mm only, so run this from one"
+        )
+    raise ValueError(f"{prefix}{path} does not exist (looked in {Path.cwd()} and in the packaged configs)")
+
+
+def resolve_model(path: str, key: str = "model.path") -> str:
+    """A local folder or file, or a hub name (`owner/name`) as it is; what looks like a path must exist."""
+    found = find_path(path)
+    if found is not None:
+        return str(found)
+    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith((".safetensors", ".ckpt"))
+    return path if hub_name and not path.startswith("samples/") else str(resolve_path(path, key))
+
+
+def _read(file: Path) -> yaml12.Document:
+    if not file.is_file():
+        raise ValueError(f"{file} is a folder: name a config file in it")
+    try:
+        document = yaml12.read(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not a text file in UTF-8, so it is no config") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark else ""
+        raise ConfigError(file, [Problem(where, "", f"not YAML: {getattr(error, 'problem', None) or error}")]) from None
+    if not isinstance(document.value, dict):
+        raise ValueError(f"{file} holds no keys: a config starts with `pipeline: <name>`")
+    return document
+
+
+def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str) -> list[Problem]:
+    """Writes `key.sub=value` into the values; where it comes from goes into origins."""
+    origin = f"--set {override}"
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.split(".")):
+        return [Problem(origin, "", "must read key.sub=value")]
+    try:
+        value = yaml12.read(text).value
+    except yaml.YAMLError:
+        return [Problem(origin, dotted, f"{text!r} is not a YAML value: quote it")]
+    *parents, last = dotted.split(".")
+    node: Any = values
+    path: KeyPath = ()
+    for part in parents:
+        step = _step(node, part)
+        if step is None:
+            return [Problem(origin, dotted, f"{_dotted(path)} has no key {part!r}")]
+        if isinstance(node, dict) and node.get(step) is None:
+            node[step] = {}
+        node, path = node[step], (*path, step)
+    step = _step(node, last)
+    if step is None:
+        return [Problem(origin, dotted, f"{_dotted(path)} has no key {last!r}")]
+    node[step] = value
+    for known in [known for known in origins if known[: len(path) + 1] == (*path, step)]:
+        del origins[known]
+    origins[(*path, step)] = origin
+    return []
+
+
+def _step(node: Any, part: str) -> str | int | None:
+    if isinstance(node, dict):
+        return part
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return int(part)
+    return None
+
+
+def _schema(name: Any) -> type[PipelineConfig] | None:
+    return SCHEMAS.get(name) if isinstance(name, str) else None
+
+
+def _unknown_pipeline(values: dict[str, Any], origins: dict[KeyPath, str]) -> Problem:
+    name, known = values.get("pipeline"), ", ".join(SCHEMAS)
+    if name is None:
+        return Problem("", "pipeline", f"is missing; it names the recipe: {known}")
+    message = f"no recipe is called {name!r}{nearest(str(name), SCHEMAS)}; there are {known}"
+    return Problem(origins.get(("pipeline",), ""), "pipeline", message)
+
+
+def _dotted(path: KeyPath) -> str:
+    return outline(path) or "the config"
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, so that YAML needs no tags."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,243 @@
+"""What a config may say: one pydantic model per section and per pipeline.
+
+Sections first, pipelines after them, the dictionary that names the pipelines last. Types are strict (no "8" for 8, no
+true for 1), unknown keys are errors, and instances are frozen. Defaults stand here and nowhere else.
+"""
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+T = TypeVar("T")
+# YAML has lists only, and a strict tuple takes tuples only; the items stay strict.
+Items = Annotated[tuple[T, ...], Field(strict=False)]
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # 8 pixels to a latent in every SDXL VAE
+
+
+class Section(BaseModel):
+    """Base of every section and pipeline config."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# --- sections that several pipelines share ---------------------------------------------------------------------------
+
+
+class ModelConfig(Section):
+    path: Text  # a folder, a hub name, or one .safetensors checkpoint
+    vae: Text | None = None  # another VAE in place of the model's own (folder or hub name)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; adapters are float32
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "prodigy"] = "adamw"
+    lr: Positive  # prodigy finds its own rate: 1.0
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    magnitude_lr: Positive | None = None  # the magnitudes in a group of their own; None: lr
+
+
+class ScheduleConfig(Section):
+    name: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: Count = 0
+
+
+class TrainConfig(Section):
+    steps: PositiveInt  # optimizer steps
+    batch_size: PositiveInt
+    accumulation: PositiveInt = 1  # batches per optimizer step
+    max_grad_norm: Positive | None = 1.0  # None: no clipping
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    checkpoint_every: Count = 0  # 0: only at the end and on interruption
+    keep_checkpoints: PositiveInt = 2  # older ones are deleted
+    log_every: PositiveInt = 10
+
+
+# --- SDXL ------------------------------------------------------------------------------------------------------------
+
+
+class AdapterConfig(Section):
+    method: Literal["dora", "lora", "magnitude", "full"] = "dora"
+    rank: PositiveInt
+    alpha: Positive = 0.0  # left out or null: the rank, filled in below
+    dropout: Share = 0.0
+    norm_grad: Literal["detached", "exact"] = "detached"
+    parts: Annotated[Items[Literal["attn", "cross", "ff", "conv"]], Field(min_length=1)] = ("attn", "cross")
+    text_encoders: bool = False  # adapt both text encoders' attention as well
+    init_from: Text | None = None  # an adapter file or its folder to go on from
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_the_rank(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("alpha") is None and type(values.get("rank")) is int:
+            return {**values, "alpha": float(max(values["rank"], 1))}  # a bad rank is reported as a rank, once
+        return values
+
+    @field_validator("parts")
+    @classmethod
+    def _parts_are_distinct(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(parts)) < len(parts):
+            raise ValueError("names a part twice")
+        return parts
+
+
+class DataConfig(Section):
+    folder: Text  # images with metadata.jsonl, <name>.txt files, or neither
+    resolution: PixelSize  # the area is about resolution x resolution; the shape follows the image
+    instance_prompt: Text | None = None  # the caption of images that have none
+    placeholder: Text | None = None  # a word that at least one caption must hold, such as TOK
+    repeats: PositiveInt = 1
+    background: Text = "white"  # transparent images are composed on it: a colour name or #rrggbb
+    flip: bool = False
+    crop: Literal["center", "random"] = "center"
+    caption_dropout: Share = 0.0
+    unconditional: Literal["zeros", "empty"] = "zeros"  # what a dropped caption becomes; zeros is SDXL's own meaning
+    latent_cache: Text | None = None  # a folder that keeps latents between runs; None: in memory
+
+    @field_validator("placeholder")
+    @classmethod
+    def _placeholder_is_a_word(cls, placeholder: str | None) -> str | None:
+        if placeholder is not None and not re.fullmatch(r"\S+", placeholder):
+            raise ValueError(f"must be one word, got {placeholder!r}")
+        return placeholder
+
+    @field_validator("background")
+    @classmethod
+    def _background_is_a_colour(cls, background: str) -> str:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(background)
+        except ValueError:
+            raise ValueError(f"must be a colour such as white or #ffffff, got {background!r}") from None
+        return background
+
+
+class LossConfig(Section):
+    type: Literal["mse", "huber", "l1"] = "mse"
+    min_snr_gamma: Positive | None = 5.0  # None: every timestep weighs the same
+    noise_offset: NonNegative = 0.0
+
+
+class SampleConfig(Section):
+    """Pictures that a training run draws."""
+
+    prompts: Items[Text] = ()  # none: no pictures
+    negative_prompt: str | None = None
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)
+    every: Count = 0  # steps; 0: only at the end
+    steps: PositiveInt = 25
+    guidance: NonNegative = 5.0
+    strength: float = 1.0
+    before_after: bool = True  # the sheet shows the bare model beside the adapter
+
+
+class AdapterFile(Section):
+    path: Text
+    strength: float = 1.0
+
+
+# --- pipelines: `command` is the dora-mm command that runs them --------------------------------------------------------
+
+
+class PipelineConfig(Section):
+    command: ClassVar[str]
+    pipeline: Text
+    name: Annotated[str, Field(pattern=r"^[\w][\w.+-]*$")]  # runs/<name>/<NNN>; left out: the file name without .yaml
+
+
+class TrainSDXLConfig(PipelineConfig):
+    command: ClassVar[str] = "train"
+    pipeline: Literal["train_sdxl"]
+    seed: Seed = 0
+    output: Text | None = None  # the run directory, refused if it exists; None: runs/<name>/<NNN>
+    model: ModelConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "TrainSDXLConfig":
+        problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
+        if self.adapter.method == "full" and self.model.dtype != "float32":
+            problems.append("adapter.method full trains the weights themselves, so model.dtype must be float32")
+        if self.adapter.method in ("lora", "full") and self.optimizer.magnitude_lr is not None:
+            problems.append(f"optimizer.magnitude_lr has nothing to train: {self.adapter.method} has no magnitudes")
+        return raise_problems(self, problems)
+
+
+class SampleSDXLConfig(PipelineConfig):
+    command: ClassVar[str] = "sample"
+    pipeline: Literal["sample_sdxl"]
+    output: Text | None = None  # as in training
+    model: ModelConfig
+    adapters: Items[AdapterFile] = ()
+    prompts: Items[Text] = ()
+    prompts_file: Text | None = None  # .txt (one a line), .jsonl or .csv (a column `prompt`)
+    negative_prompt: str | None = None
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)
+    steps: PositiveInt = 25
+    guidance: NonNegative = 5.0
+    height: PixelSize | None = None  # None: the model's own
+    width: PixelSize | None = None
+    batch_size: PositiveInt = 1
+    strengths: Items[float] = ()  # columns of the sheet, times each adapter's own strength; none: 1
+    images: bool = True  # one PNG per picture
+    sheet: bool = True  # one labelled sheet of all, with a column "no adapter"
+
+    @model_validator(mode="after")
+    def _says_what_to_draw(self) -> "SampleSDXLConfig":
+        problems = []
+        if bool(self.prompts) == (self.prompts_file is not None):
+            problems.append("give either prompts or prompts_file")
+        if self.strengths and not self.adapters:
+            problems.append("strengths needs adapters")
+        if not (self.images or self.sheet):
+            problems.append("images and sheet are both false, so nothing would be drawn")
+        return raise_problems(self, problems)
+
+
+# --- checks across sections ------------------------------------------------------------------------------------------
+
+
+def check_training(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, train: TrainConfig, dtype: str = "float32"
+) -> list[str]:
+    """What contradicts itself between the sections of a training run, as sentences that name the keys."""
+    problems = []
+    if schedule.warmup_steps >= train.steps:
+        problems.append(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps})")
+    if {dtype, train.mixed_precision} in ({"float16", "bf16"}, {"bfloat16", "fp16"}):
+        problems.append(f"train.mixed_precision {train.mixed_precision} does not go with model.dtype {dtype}")
+    if optimizer.name == "prodigy" and optimizer.magnitude_lr is not None:
+        problems.append("optimizer.magnitude_lr is for adamw: prodigy finds one rate for all")
+    return problems
+
+
+ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
+
+
+def raise_problems(config: ConfigT, problems: list[str]) -> ConfigT:
+    """Ends an after-validator: one error that holds every problem, or the config itself."""
+    if problems:
+        raise ValueError("; ".join(problems))
+    return config
+
+
+SCHEMAS: dict[str, type[PipelineConfig]] = {  # by the name that a config's first key gives
+    "train_sdxl": TrainSDXLConfig,
+    "sample_sdxl": SampleSDXLConfig,
+}

@@ -1,0 +1,93 @@
+"""YAML as people mean it: plain scalars by the rules of YAML 1.2, no duplicate keys, and the line of every key.
+
+PyYAML follows YAML 1.1, where `no` is False, `1e-4` a string, `010` the number 8 and `2024-01-01` a date.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import yaml
+
+KeyPath = tuple[str | int, ...]
+
+_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+.0123456789"),
+)
+
+
+class Document(NamedTuple):
+    value: Any
+    lines: dict[KeyPath, int]  # counted from 1
+    duplicates: list[KeyPath]
+
+
+class Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own class attribute)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # can contain itself, or multiply without end
+            raise yaml.composer.ComposerError(
+                None, None, "aliases (*name) are not allowed", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes what readers of either version would take for something else than text."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)  # lists are indented under their key
+
+
+for _tag, _pattern, _first in _SCALARS:
+    for _class in (Loader, Dumper):
+        _firsts = [*_first, ""] if _tag == "null" else list(_first)
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _firsts)
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+
+
+def read(text: str) -> Document:
+    """Parses one document.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or holds a tag other than plain data.
+    """
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return Document(None, {}, [])
+        document = Document(loader.construct_document(node), {}, [])
+        _collect(node, (), document.lines, document.duplicates)
+        return document
+    finally:
+        loader.dispose()
+
+
+def write(value: Any) -> str:
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _collect(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], duplicates: list[KeyPath]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            child = (*path, key.value)
+            if child in lines:  # the last one counts, as everywhere in PyYAML
+                duplicates.append(child)
+                for known in [known for known in lines if known[: len(child)] == child]:
+                    del lines[known]
+            lines[child] = key.start_mark.line + 1
+            _collect(value, child, lines, duplicates)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            lines[(*path, index)] = item.start_mark.line + 1
+            _collect(item, (*path, index), lines, duplicates)
