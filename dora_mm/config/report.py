@@ -8,7 +8,6 @@ from pydantic import BaseModel, ValidationError
 
 from dora_mm.config.yaml12 import KeyPath
 
-
 _WANTED = {
     "string_type": "text",
     "int_type": "a whole number",

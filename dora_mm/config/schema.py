@@ -18,7 +18,12 @@ NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # 8 pixels to a latent in every SDXL VAE
+PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # 8 pixels to a latent of SDXL's VAE
+
+
+def bucket_step(resolution: int) -> int:
+    """Sides of training pictures: multiples of 64 as in SDXL's pretraining, of 32 (its coarsest cell) below 512."""
+    return 64 if resolution >= 512 else 32
 
 
 class Section(BaseModel):
@@ -103,6 +108,13 @@ class DataConfig(Section):
     unconditional: Literal["zeros", "empty"] = "zeros"  # what a dropped caption becomes; zeros is SDXL's own meaning
     latent_cache: Text | None = None  # a folder that keeps latents between runs; None: in memory
 
+    @field_validator("resolution")
+    @classmethod
+    def _resolution_is_a_bucket(cls, resolution: int) -> int:
+        if resolution % bucket_step(resolution):
+            raise ValueError(f"must be a multiple of 64 from 512 on and of 32 below, got {resolution}")
+        return resolution
+
     @field_validator("placeholder")
     @classmethod
     def _placeholder_is_a_word(cls, placeholder: str | None) -> str | None:
@@ -146,7 +158,7 @@ class AdapterFile(Section):
     strength: float = 1.0
 
 
-# --- pipelines: `command` is the dora-mm command that runs them --------------------------------------------------------
+# --- pipelines: `command` is the dora-mm command that runs them ------------------------------------------------------
 
 
 class PipelineConfig(Section):
