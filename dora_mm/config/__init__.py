@@ -1,5 +1,13 @@
 """Strict run configs: the schemas, the loader and the paths that configs name."""
 
-from dora_mm.config.loader import ConfigError, dump_config, find_path, load_config, resolve_model, resolve_path
+from dora_mm.config.loader import (
+    ConfigError,
+    differing_keys,
+    dump_config,
+    find_path,
+    load_config,
+    resolve_model,
+    resolve_path,
+)
 
-__all__ = ["ConfigError", "dump_config", "find_path", "load_config", "resolve_model", "resolve_path"]
+__all__ = ["ConfigError", "differing_keys", "dump_config", "find_path", "load_config", "resolve_model", "resolve_path"]

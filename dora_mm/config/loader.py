@@ -62,6 +62,13 @@ def dump_config(config: PipelineConfig) -> str:
     return yaml12.write(_plain(config.model_dump()))
 
 
+def differing_keys(one: PipelineConfig, other: PipelineConfig) -> list[str]:
+    """The dotted keys, or the sections, in which two configs differ."""
+    if type(one) is not type(other):
+        return ["pipeline"]
+    return _differing(one.model_dump(), other.model_dump(), "")
+
+
 def find_path(path: str | Path) -> Path | None:
     """What `path` means, if it exists: relative to the current directory, then to the packaged configs."""
     wanted = Path(path).expanduser()
@@ -163,6 +170,16 @@ def _unknown_pipeline(values: dict[str, Any], origins: dict[KeyPath, str]) -> Pr
         return Problem("", "pipeline", f"is missing; it names the recipe: {known}")
     message = f"no recipe is called {name!r}{nearest(str(name), SCHEMAS)}; there are {known}"
     return Problem(origins.get(("pipeline",), ""), "pipeline", message)
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str) -> list[str]:
+    keys = []
+    for key, value in one.items():
+        if isinstance(value, dict) and isinstance(other[key], dict):
+            keys += _differing(value, other[key], f"{prefix}{key}.")
+        elif value != other[key]:
+            keys.append(prefix + key)
+    return keys
 
 
 def _dotted(path: KeyPath) -> str:

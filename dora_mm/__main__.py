@@ -1,0 +1,7 @@
+"""python -m dora_mm"""
+
+import sys
+
+from dora_mm.cli import main
+
+sys.exit(main())

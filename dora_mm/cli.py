@@ -1,0 +1,162 @@
+"""dora-mm: the command line. A command name leads to a module of `pipelines`; nothing heavy is imported before that."""
+
+import argparse
+import contextlib
+import errno
+import importlib
+import logging
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+DONE, MISTAKE, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
+
+# What a person can mend: a full or foreign disk, quota, permissions.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. Code that saves its state on KeyboardInterrupt saves it on this one too."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0 done, 2 a person's mistake, 130 and 143 interrupted."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("dora_mm", "pipelines"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        with _sigterm_raises():
+            arguments.run(arguments)
+    except Terminated:
+        return TERMINATED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        sentence = sentence_for(error)
+        if sentence is None:
+            raise
+        print(f"dora-mm: {sentence}", file=sys.stderr)
+        return MISTAKE
+    return DONE
+
+
+def sentence_for(error: Exception) -> str | None:
+    """What to tell a person about an error of theirs; None for a bug, which keeps its traceback."""
+    for cause in _causes(error):
+        if "No space left on device" in str(cause):  # safetensors and torch wrap it in errors of their own
+            return f"the disk is full: free some space, then go on with --resume ({cause})"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name and not _is_ours(error.name):
+        return f"the package {error.name} is missing: pip install 'dora_mm[eval,optim,track]' has all that commands use"
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        return str(error)
+    return None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dora-mm",
+        description="Fine-tune diffusion and vision-language models with DoRA.",
+        epilog="A config's first key, `pipeline:`, names the recipe. Exit codes: 0 done, 2 a mistake (one sentence), "
+        "130 and 143 interrupted with the state saved, 1 a bug.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, what in (
+        ("train", "train an adapter, or a small base model"),
+        ("sample", "draw pictures for prompts"),
+        ("eval", "score what was trained"),
+    ):
+        command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, as a config says.")
+        command.add_argument("config", metavar="CONFIG", nargs="?" if name == "train" else None, help="a YAML file")
+        command.add_argument(
+            "--set",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            dest="overrides",
+            help="write a value over the config's, such as train.steps=100; repeatable",
+        )
+        if name == "train":
+            command.add_argument(
+                "--resume", metavar="RUN_DIR", type=Path, help="go on with a run, from its last checkpoint"
+            )
+        command.set_defaults(run=_run_pipeline, command=name, resume=None)
+    command = commands.add_parser("inspect", help="what an adapter file holds, or what a target map takes of a model")
+    command.add_argument("path", metavar="PATH|MODEL", help="an adapter file or its folder; a model folder or hub name")
+    command.add_argument("--targets", metavar="NAME", help="a target map, such as sdxl-unet")
+    command.set_defaults(run=_run_inspect)
+    return parser
+
+
+def _run_pipeline(arguments: argparse.Namespace) -> None:
+    from dora_mm.config import load_config
+
+    if arguments.resume is not None:
+        config = _config_of_run(arguments.resume, arguments.config, arguments.overrides)
+    elif arguments.config is None:
+        raise ValueError("train needs a CONFIG, or --resume RUN_DIR")
+    else:
+        config = load_config(arguments.config, arguments.overrides)
+    if config.command != arguments.command:
+        raise ValueError(f"{arguments.config} is for another command: dora-mm {config.command} {arguments.config}")
+    importlib.import_module(f"pipelines.{config.pipeline}").main(config, resume=arguments.resume)
+
+
+def _config_of_run(run: Path, given: str | None, overrides: list[str]):
+    """The config that a run was started with; one that is given beside it must say the same."""
+    from dora_mm.config import differing_keys, load_config
+
+    saved = run / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"--resume {run}: no run directory, it holds no config.yaml")
+    config = load_config(saved)
+    if given is None and overrides:
+        raise ValueError("--set does not go with --resume: a resumed run keeps its config")
+    if given is not None:
+        differing = differing_keys(config, load_config(given, overrides))
+        if differing:
+            raise ValueError(f"--resume {run}: its config has other values of {', '.join(differing)}; leave CONFIG out")
+    return config
+
+
+def _run_inspect(arguments: argparse.Namespace) -> None:
+    importlib.import_module("pipelines.inspect_model").main(arguments.path, targets=arguments.targets)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """ValueErrors of libraries are bugs here: what a person got wrong is checked, and said, by our own code."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return _is_ours(frame.f_globals.get("__name__", ""))
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("dora_mm", "pipelines")
