@@ -1,0 +1,199 @@
+"""SDXL: load it from wherever it lies, and encode what it is conditioned on. No other file does either."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+@dataclass
+class SDXL:
+    """The parts of one SDXL model, under the names that diffusers gives them."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    scheduler: EulerDiscreteScheduler
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def resolution(self) -> int:
+        """The side, in pixels, of the pictures that it was trained on."""
+        return self.unet.config.sample_size * self.downscale
+
+    @property
+    def downscale(self) -> int:
+        """Pixels to a latent, per side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def to(self, device: torch.device | str) -> "SDXL":
+        for network in self.networks.values():
+            network.to(device)
+        return self
+
+    def freeze(self) -> "SDXL":
+        for network in self.networks.values():
+            network.requires_grad_(False).eval()
+        return self
+
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        """diffusers' pipeline over these very parts."""
+        pipe = StableDiffusionXLPipeline(
+            **{name: getattr(self, name) for name in PARTS},
+            force_zeros_for_empty_prompt=True,  # SDXL base's own setting
+            add_watermarker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None = None) -> SDXL:
+    """Loads SDXL from a diffusers folder, a single `.safetensors` checkpoint, or a hub name.
+
+    Args:
+        path: a folder or file that exists is taken as such; anything else of the form `owner/name` is a hub name.
+        vae: another VAE (folder or hub name) in place of the model's own, such as the fp16-fix one.
+
+    Raises:
+        ValueError: nothing is there, or a part is missing.
+    """
+    local = Path(path)
+    try:
+        if local.is_file():
+            pipe = StableDiffusionXLPipeline.from_single_file(str(local), torch_dtype=dtype, add_watermarker=False)
+        else:
+            if local.is_dir():
+                _check_parts(local)
+            elif not _is_hub_name(path):
+                raise ValueError(f"There is no model at {path}: give a folder, a .safetensors file or a hub name.")
+            pipe = StableDiffusionXLPipeline.from_pretrained(path, torch_dtype=dtype, add_watermarker=False)
+        if vae is not None:
+            pipe.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The model {path} cannot be loaded: {reason}") from error
+    return SDXL(**{field.name: getattr(pipe, field.name) for field in fields(SDXL)})
+
+
+def _is_hub_name(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(".safetensors")
+
+
+def _check_parts(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} is not an SDXL model: it holds no model_index.json.")
+    missing = [part for part in PARTS if not (folder / part).is_dir() or not any((folder / part).iterdir())]
+    if missing:
+        raise ValueError(f"The model {folder} is incomplete: it lacks {', '.join(missing)}.")
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (B, 77) for either encoder, each padded in its own way."""
+    one, two = (
+        tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in (model.tokenizer, model.tokenizer_2)
+    )
+    return one, two
+
+
+def over_long(model: SDXL, prompts: Sequence[str]) -> dict[str, int]:
+    """The prompts that do not fit the text encoders, with their numbers of tokens; what is too much is cut off."""
+    counts = {prompt: len(model.tokenizer(prompt).input_ids) for prompt in prompts}
+    return {prompt: count for prompt, count in counts.items() if count > model.tokenizer.model_max_length}
+
+
+def encode_tokens(model: SDXL, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt embeddings (B, 77, D1 + D2) and pooled embedding (B, P).
+
+    The embeddings are both encoders' penultimate hidden states side by side; the pooled one is encoder 2's alone.
+    """
+    one = model.text_encoder(ids.to(model.device), output_hidden_states=True)
+    two = model.text_encoder_2(ids_2.to(model.device), output_hidden_states=True)
+    return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds
+
+
+def encode_prompts(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `encode_tokens`, from text."""
+    return encode_tokens(model, *tokenize(model, prompts))
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def time_ids(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> torch.Tensor:
+    """Micro-conditioning (6,): the size (height, width) before resizing, the crop in the resized picture, the target."""
+    return torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance (B, 4, h, w), float32, of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1].
+
+    SDXL's own VAE overflows in fp16 and says so in its config (`force_upcast`); it then runs in float32.
+    """
+    vae = model.vae
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.float()
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    if upcast:
+        vae.to(dtype)
+    return posterior.mean.float(), posterior.logvar.float()
+
+
+def draw_latents(
+    model: SDXL, mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
+    """A sample of the posterior in the units that the UNet works in; its mean without a generator."""
+    latents = mean
+    if generator is not None:
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
+        latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
+    return normalize_latents(model.vae, latents)
+
+
+def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """(latents - mean) * scaling_factor / std, where the VAE's config gives mean and std per channel."""
+    mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        latents = (latents - mean) / std
+    return latents * vae.config.scaling_factor
+
+
+def _per_channel(vae: AutoencoderKL, name: str, like: torch.Tensor) -> torch.Tensor | None:
+    values: Any = getattr(vae.config, name, None)
+    return None if values is None else torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)

@@ -1,0 +1,172 @@
+"""The training loop that every pipeline runs."""
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from dora_mm.config.schema import TrainConfig
+from dora_mm.train.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
+from dora_mm.train.interrupt import DeferredInterrupt
+from dora_mm.train.metrics import MetricsLog
+from dora_mm.train.optim import gradient_norm
+from dora_mm.train.randomness import generator
+from dora_mm.train.run import RunDirectory
+
+Hook = Callable[[int], None]
+
+
+def fit(
+    *,
+    accelerator: Accelerator,
+    run: RunDirectory,
+    config: TrainConfig,
+    seed: int,
+    modules: Sequence[nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batch_at: Callable[[int], Any],
+    loss: Callable[[Any, torch.Generator], torch.Tensor],
+    state: Mapping[str, Stateful] | None = None,
+    after_step: Hook | None = None,
+    scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> int:
+    """Trains until `config.steps` optimizer steps are done and returns how many this call did.
+
+    A run with checkpoints goes on from its newest one. What a batch holds is `batch_at`'s business and depends on the
+    number of the batch alone, all randomness of the loss comes from (seed, batch), so a resumed run repeats an
+    uninterrupted one bit for bit. An interruption (KeyboardInterrupt) leaves a checkpoint and is raised again.
+
+    Args:
+        modules: what `accelerator.prepare` returned; gradients are synchronised once per optimizer step.
+        parameters: the trained parameters by name; they are what a checkpoint holds.
+        batch_at: number of the batch (this process's share of it) -> batch.
+        loss: (batch, generator) -> scalar.
+        state: further objects that a checkpoint must restore, such as an EMA.
+        after_step: called with the number of finished steps.
+        scope: a context in which the parameters do not change, from one optimizer step to the next.
+
+    Raises:
+        ValueError: the loss is no longer finite.
+    """
+    parts = {"optimizer": optimizer, "schedule": schedule, **(state or {})}
+    if accelerator.scaler is not None:
+        parts["scaler"] = accelerator.scaler
+    step = first = _resume(run, parameters, parts)
+    log = MetricsLog(run.path, first) if accelerator.is_main_process else None
+    progress = Progress(first, config.steps, config.log_every, shown=accelerator.is_main_process)
+
+    def save() -> None:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints)
+        accelerator.wait_for_everyone()
+
+    interrupt = DeferredInterrupt()
+    try:
+        while step < config.steps:
+            rate = schedule.get_last_lr()[0]
+            with interrupt:
+                with scope():
+                    value = _accumulate(accelerator, modules, config, seed, step, batch_at, loss)
+                norm = _update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
+                step += 1
+            if not math.isfinite(value):
+                raise ValueError(f"The loss is {value} at step {step}: lower optimizer.lr, or train in float32 or bf16.")
+            progress.advance(value, rate)
+            if log is not None and (step % config.log_every == 0 or step == config.steps):
+                log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
+            if after_step is not None:
+                after_step(step)
+            if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                save()
+    except KeyboardInterrupt:
+        if step > first:
+            save()
+        raise
+    finally:
+        progress.close()
+        if log is not None:
+            log.close()
+    return step - first
+
+
+def _resume(run: RunDirectory, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:
+    found = checkpoints(run.checkpoints)
+    return load_checkpoint(found[-1], parameters, parts) if found else 0
+
+
+def _accumulate(accelerator, modules, config, seed, step, batch_at, loss) -> float:
+    """Adds up the gradients of one optimizer step's batches; returns their mean loss."""
+    total = torch.zeros((), device=accelerator.device)
+    for micro in range(config.accumulation):
+        number = step * config.accumulation + micro
+        batch = batch_at(number)
+        stream = generator(seed, number, f"loss {accelerator.process_index}", accelerator.device)
+        with contextlib.ExitStack() as stack:
+            if micro + 1 < config.accumulation:
+                for module in modules:
+                    stack.enter_context(accelerator.no_sync(module))
+            with accelerator.autocast():
+                value = loss(batch, stream)
+            accelerator.backward(value / config.accumulation)
+        total += value.detach().float()
+    return (accelerator.reduce(total, "mean") / config.accumulation).item()
+
+
+def _update(accelerator, parameters, optimizer, schedule, max_grad_norm) -> float:
+    members = list(parameters.values())
+    if max_grad_norm is None:
+        accelerator.unscale_gradients()
+        norm = gradient_norm(members)
+    else:
+        norm = accelerator.clip_grad_norm_(members, max_grad_norm)
+    optimizer.step()
+    if not accelerator.optimizer_step_was_skipped:  # fp16 skips the step whose gradients overflowed
+        schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+class Progress:
+    """A bar with loss, rate and time left; a plain line now and then where the output is no terminal."""
+
+    def __init__(self, first: int, total: int, every: int, *, shown: bool):
+        self.mean_loss = math.nan
+        self._started = time.monotonic()
+        self._step, self._first, self._total, self._every = first, first, total, every
+        terminal = sys.stderr.isatty()
+        self._lines = shown and not terminal
+        self._bar = tqdm(total=total, initial=first, unit="step", disable=not (shown and terminal), dynamic_ncols=True)
+
+    @property
+    def seconds(self) -> float:
+        """Since the loop began, in this process."""
+        return time.monotonic() - self._started
+
+    def advance(self, loss: float, rate: float) -> None:
+        self._step += 1
+        # A running mean over some 50 steps: single diffusion losses mostly tell which timesteps were drawn.
+        self.mean_loss = loss if math.isnan(self.mean_loss) else 0.98 * self.mean_loss + 0.02 * loss
+        self._bar.set_postfix(loss=f"{self.mean_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+        self._bar.update()
+        if self._lines and (self._step % self._every == 0 or self._step == self._total):
+            per_step = self.seconds / (self._step - self._first)
+            left = per_step * (self._total - self._step)
+            print(
+                f"step {self._step}/{self._total}  loss {self.mean_loss:.4f}  lr {rate:.2e}"
+                f"  {per_step:.2f} s/step  {left / 60:.1f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,68 @@
+"""Optimisers and learning-rate schedules by the names that a config gives them."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from dora_mm.config.schema import OptimizerConfig, ScheduleConfig
+
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimiser over `parameters` (name -> parameter); magnitudes form a group of their own where they have a rate.
+
+    Raises:
+        ValueError: there is nothing to train, or the optimiser's package is missing.
+    """
+    if not parameters:
+        raise ValueError("There is nothing to train: no parameter was selected.")
+    groups = _groups(parameters, config)
+    if config.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+    try:
+        from prodigyopt import Prodigy
+    except ImportError:
+        raise ValueError(
+            "optimizer.name prodigy needs the package prodigyopt: pip install 'dora_mm[optim]' brings it."
+        ) from None
+    # Bias correction and the warm-up safeguard are what its authors advise for diffusion models.
+    return Prodigy(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+    )
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict]:
+    def is_magnitude(name: str) -> bool:
+        return name.endswith("magnitude")
+
+    if config.magnitude_lr is None:
+        return [{"params": list(parameters.values())}]
+    split = {
+        config.lr: [p for name, p in parameters.items() if not is_magnitude(name)],
+        config.magnitude_lr: [p for name, p in parameters.items() if is_magnitude(name)],
+    }
+    if config.lr == config.magnitude_lr:
+        return [{"params": list(parameters.values())}]
+    return [{"params": members, "lr": lr} for lr, members in split.items() if members]
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule over `steps` optimizer steps."""
+    name = "constant_with_warmup" if config.name == "constant" else config.name
+    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The norm of all gradients together, without clipping them."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
