@@ -1,0 +1,39 @@
+"""The layer, the maps and the injection: torch and nothing else."""
+
+from dora_mm.core.functional import TORCH, Adapter, Forward
+from dora_mm.core.inject import (
+    InjectReport,
+    MergeReport,
+    adapted_layers,
+    adapter_parameters,
+    fixed_parameters,
+    inject,
+    merge,
+    remove,
+    set_strength,
+    unmerge,
+)
+from dora_mm.core.layer import AdaptedLayer, DoRAConv, DoRALinear, DoRASpec, adapt_layer
+from dora_mm.core.targets import TargetMap
+
+__all__ = [
+    "TORCH",
+    "AdaptedLayer",
+    "Adapter",
+    "DoRAConv",
+    "DoRALinear",
+    "DoRASpec",
+    "Forward",
+    "InjectReport",
+    "MergeReport",
+    "TargetMap",
+    "adapt_layer",
+    "adapted_layers",
+    "adapter_parameters",
+    "fixed_parameters",
+    "inject",
+    "merge",
+    "remove",
+    "set_strength",
+    "unmerge",
+]

@@ -1,0 +1,177 @@
+"""Put adapters into a model, and do things to all of them at once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from dora_mm.core.functional import TORCH, Forward
+from dora_mm.core.layer import AdaptedLayer, DoRASpec, adapt_layer, restore_layer
+from dora_mm.core.targets import TargetMap, match_modules
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    path: str
+    part: str
+    kind: str
+    shape: tuple[int, ...]
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class InjectReport:
+    """What was adapted. `str()` is a table: one line per part, name and shape."""
+
+    modules: tuple[AdaptedModule, ...]
+
+    @property
+    def num_modules(self) -> int:
+        return len(self.modules)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(m.num_parameters for m in self.modules)
+
+    def __str__(self) -> str:
+        rows = Counter()
+        parameters = Counter()
+        for m in self.modules:
+            name = m.path.split(".")[-1]
+            if name.isdigit():
+                name = ".".join(m.path.split(".")[-2:])
+            key = (m.part, name, m.kind, " x ".join(map(str, m.shape)))
+            rows[key] += 1
+            parameters[key] += m.num_parameters
+        table = [("part", "module", "class", "weight", "count", "parameters")]
+        table += [(*key, str(count), f"{parameters[key]:,}") for key, count in rows.items()]
+        table += [("all", "", "", "", str(self.num_modules), f"{self.num_parameters:,}")]
+        widths = [max(len(row[i]) for row in table) for i in range(6)]
+        return "\n".join(
+            "  ".join(c.ljust(w) if i < 4 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in table
+        )
+
+
+def inject(
+    model: nn.Module,
+    targets: TargetMap | Sequence[str],
+    spec: DoRASpec,
+    *,
+    forward: Forward = TORCH,
+    seed: int = 0,
+) -> InjectReport:
+    """Adapts every module that `targets` takes, in place, and freezes the adapted weights.
+
+    `targets` is a map or a list of patterns, `forward` the implementation (see `backend.select`). Every other
+    `requires_grad` is left as it is. Nothing is changed when anything is wrong: ValueError names the pattern or module.
+    """
+    if not isinstance(targets, TargetMap):
+        targets = TargetMap("given", {"given": tuple(targets)})
+    taken = match_modules(model, targets)
+    modules = dict(model.named_modules())
+    for path in taken:
+        _check_adaptable(modules, path, spec)
+    report = []
+    for path, part in taken.items():
+        layer = adapt_layer(modules[path], spec, path=path, functions=forward, seed=seed)
+        kind = type(layer).__name__
+        num_parameters = sum(p.numel() for p in layer.adapter_tensors().values())
+        report.append(AdaptedModule(path, part, kind, tuple(layer.weight.shape), num_parameters))
+    return InjectReport(tuple(report))
+
+
+def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -> None:
+    layer = modules[path]
+    if isinstance(layer, AdaptedLayer):
+        raise ValueError(f"{path} is adapted already: call remove first")
+    if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+        raise ValueError(f"{path} is inside nn.MultiheadAttention, which reads weights and never calls an adapter")
+    if "forward" in vars(layer):
+        raise ValueError(f"{path} has a forward function of its own (a hook of accelerate?): inject before adding it")
+    if spec.method == "full" and layer.get_parameter("weight").dtype.itemsize < 4:
+        raise ValueError(f"method full trains {path} itself, and half precision loses small steps: load it in float32")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers by path; ValueError when there are none."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapted layer: inject or load an adapter first")
+    return layers
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What the adapters train, by name: `<path>.lora_A`, `.lora_B`, `.magnitude`, or `.weight` for method full."""
+    return {
+        f"{path}.{name}": parameter
+        for path, layer in adapted_layers(model).items()
+        for name, parameter in layer.adapter_tensors().items()
+    }
+
+
+def remove(model: nn.Module) -> None:
+    """Takes all adapters off. Layers merged with `keep_base=False` keep the merged weight, others their base."""
+    for layer in adapted_layers(model).values():
+        restore_layer(layer)
+
+
+def set_strength(model: nn.Module, strength: float) -> None:
+    """W0 + strength (W' - W0) in every adapted layer: 0 is the base layer itself, 1 the trained one."""
+    for layer in adapted_layers(model).values():
+        layer.set_strength(strength)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """surviving_share: how much of the update is in the stored weights, 1 for all of it."""
+
+    num_modules: int
+    surviving_share: float
+
+
+def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
+    """Puts W(t) in the place of each adapted weight: the model then costs what the bare one does.
+
+    Half-precision weights are rounded stochastically from a fixed generator. `keep_base` stashes the weights, so that
+    `unmerge` restores every bit. A weight that another module uses too is cloned, so that only this layer changes.
+    """
+    layers = adapted_layers(model)
+    for layer in layers.values():
+        layer.check_can_merge()
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    stored = update = 0.0
+    for layer in layers.values():
+        part_stored, part_update = layer.merge(keep_base=keep_base, shared=users[id(layer.weight)] > 1)
+        stored, update = stored + part_stored, update + part_update
+    return MergeReport(len(layers), stored / update if update else 1.0)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Puts every base weight back bit for bit; ValueError after `merge(keep_base=False)`."""
+    layers = adapted_layers(model)
+    for layer in layers.values():
+        layer.check_can_unmerge()
+    for layer in layers.values():
+        layer.unmerge()
+
+
+@contextmanager
+def fixed_parameters(model: nn.Module) -> Iterator[None]:
+    """Promises that base weights and adapters do not change inside: inference then builds each W(t) once.
+
+    A change through the module's own interface (strength, merge, load_state_dict, `.to`) ends the promise for that
+    layer. Passes that record gradients build W(t) each time.
+    """
+    opened = [m for m in model.modules() if isinstance(m, AdaptedLayer) and m.kept is None]
+    for layer in opened:
+        layer.kept = {}
+    try:
+        yield
+    finally:
+        for layer in opened:
+            layer.end_fixed()

@@ -1,0 +1,337 @@
+"""DoRALinear and DoRAConv: a base layer with an adapter registered on it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from dora_mm.core.functional import TORCH, Adapter, Forward, Prepared, adapter_dtype, product_dtype, row_norm
+
+METHODS = ("dora", "lora", "magnitude", "full")
+NORM_GRADS = ("detached", "exact")
+ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
+
+
+@dataclass(frozen=True)
+class DoRASpec:
+    """How layers are adapted.
+
+    method: `dora`; `lora` (no magnitude); `magnitude` (no A, B); `full` (trains `weight`, adds nothing).
+    alpha: the update is scaled by alpha / rank; None means alpha = rank.
+    norm_grad: `detached` (the paper's default) treats the norm as a constant in the backward pass, `exact` does not.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    method: str = "dora"
+    norm_grad: str = "detached"
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.norm_grad not in NORM_GRADS:
+            raise ValueError(f"norm_grad must be one of {', '.join(NORM_GRADS)}, not {self.norm_grad!r}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank))
+        if not math.isfinite(self.alpha or 0.0):
+            raise ValueError(f"alpha must be a finite number, not {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+    @property
+    def scaling(self) -> float:
+        assert self.alpha is not None
+        return self.alpha / self.rank
+
+
+class AdaptedLayer(nn.Module):
+    """What DoRALinear and DoRAConv share: the adapter's parameters, and what keeps them right.
+
+    `adapt_layer` turns a base layer into an adapted one in place, as torch's parametrizations do: the module object
+    stays the same, and with it its hooks, the names `weight` and `bias`, and every other reference to it.
+    A, B and m stay fp32 whatever the layer is cast to (float64 over a float64 weight).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter | None  # noqa: N815  # (R, I), of a convolution (R, I / groups, *K)
+    lora_B: nn.Parameter | None  # noqa: N815  # (O, R)
+    magnitude: nn.Parameter | None  # (O,)
+    spec: DoRASpec
+    path: str
+    seed: int
+    strength: float
+    functions: Forward
+    trainable_before: bool
+    merged: bool
+    base_weight: tuple[nn.Parameter | None]  # while merged; a tuple hides it from the module's parameters
+    kept: dict[torch.dtype, Prepared] | None  # inside `fixed_parameters`
+
+    def __init__(self, *_: Any, **__: Any):
+        raise TypeError(f"a {type(self).__name__} comes from a base layer: use inject or adapt_layer")
+
+    # --- the adapter ---
+
+    def reset_adapter(self) -> None:
+        """Draws A from (seed, path), sets B to 0 and m to the row norms of the weight: the layer is its base again."""
+        dtype, device, fan_in = adapter_dtype(self.weight.dtype), self.weight.device, self.weight[0].numel()
+        if self.spec.method in ("dora", "lora"):
+            A = torch.empty(self.spec.rank, *self.weight.shape[1:], dtype=dtype)
+            A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=seeded_generator(self.seed, self.path))
+            self.lora_A = nn.Parameter(A.to(device))  # kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
+            self.lora_B = nn.Parameter(torch.zeros(self.weight.shape[0], self.spec.rank, dtype=dtype, device=device))
+        if self.spec.method in ("dora", "magnitude"):
+            self.magnitude = nn.Parameter(row_norm(self.weight.detach()))
+
+    def reset_magnitude(self) -> None:
+        """m = n0 after the weight has changed under a fresh adapter."""
+        if self.magnitude is not None:
+            self.magnitude.data = row_norm(self.weight.detach())
+
+    def is_fresh(self) -> bool:
+        """Whether the adapter is still a no-op: B = 0 and m = n0 bit for bit."""
+        if self.lora_B is not None and bool(self.lora_B.any()):
+            return False
+        if self.magnitude is None:
+            return True
+        n0 = row_norm(self.weight.detach())
+        return bool(((self.magnitude == n0) | (self.magnitude.isnan() & n0.isnan())).all())
+
+    def adapter_tensors(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors of the adapter by name; for `full` it is the weight."""
+        if self.spec.method == "full":
+            return {"weight": self.weight}
+        return {name: p for name in ADAPTER_NAMES if (p := self._parameters[name]) is not None}
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        s = self.spec
+        return (Adapter(self.lora_A, self.lora_B, self.magnitude, s.scaling, self.strength, s.norm_grad),)
+
+    def set_strength(self, strength: float) -> None:
+        if self.spec.method == "full":
+            raise ValueError(f"{self.path} was trained by method full, which keeps no base: it has no strength")
+        self.check_can_merge()
+        self.strength = float(strength)
+        self.end_fixed()
+
+    # --- the forward pass ---
+
+    def is_base(self) -> bool:
+        """Whether the forward pass is the base layer's own."""
+        return self.strength == 0 or self.merged or self.spec.method == "full"
+
+    def active_dropout(self) -> float:
+        return self.spec.dropout if self.training else 0.0
+
+    def prepared(self) -> Prepared | None:
+        """What `fixed_parameters` keeps for inference, computed at its first use."""
+        if self.kept is None or torch.is_grad_enabled() or self.active_dropout():
+            return None
+        dtype = product_dtype(self.weight)
+        if dtype not in self.kept:
+            self.kept[dtype] = self.functions.prepare(self.weight, self.adapters(), dtype).without_gradient()
+        return self.kept[dtype]
+
+    def end_fixed(self) -> None:
+        self.kept = None
+
+    # --- merging ---
+
+    def check_can_merge(self) -> None:
+        if self.merged:
+            raise ValueError(f"the adapter of {self.path} is merged: call unmerge first")
+
+    def merge(self, *, keep_base: bool, shared: bool) -> tuple[float, float]:
+        """Puts W(t) in the place of the weight. `shared`: another module uses this Parameter, so it is left alone.
+
+        Returns (<stored update, update>, <update, update>): their ratio is the share of the update that survives.
+        """
+        self.check_can_merge()
+        W0 = self.weight.detach()
+        W = self.functions.prepare(W0, self.adapters(), adapter_dtype(W0.dtype)).weight.detach()
+        merged = round_stochastically(W, W0.dtype, seeded_generator(self.seed, f"merge:{self.path}"))
+        update = W.double() - W0.double()
+        stored = ((merged.double() - W0.double()) * update).sum().item()
+        self.base_weight = (self.weight if keep_base else None,)
+        if keep_base or shared:
+            self.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)
+        else:
+            self.weight.data = merged
+        self.merged = True
+        self.end_fixed()
+        return stored, update.square().sum().item()
+
+    def check_can_unmerge(self) -> None:
+        if self.merged and self.base_weight[0] is None:
+            raise ValueError(f"{self.path} was merged with keep_base=False, so its base is gone: load the model again")
+
+    def unmerge(self) -> None:
+        """Puts the base weight back, bit for bit."""
+        self.check_can_unmerge()
+        (base,) = self.base_weight
+        if base is not None:
+            base.data = base.data.to(self.weight.device, self.weight.dtype)
+            self.weight, self.base_weight, self.merged = base, (None,), False
+            self.end_fixed()
+
+    # --- moving, casting, loading, copying ---
+
+    def _apply(self, fn, recurse=True):
+        """`.to`, `.half`, `.cuda` and the like: A, B and m keep their precision, and a fresh adapter stays a no-op."""
+        before = self.weight.device, self.weight.dtype
+        fresh = not self.merged and self.spec.method != "full" and not self.weight.is_meta and self.is_fresh()
+        own = [t for p in self.adapter_tensors().values() if p is not self.weight for t in (p, p.grad)]
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            wanted = adapter_dtype(moved.dtype)
+            if moved.dtype == wanted or not any(tensor is t for t in own):
+                return moved
+            return tensor.to(moved.device, wanted)
+
+        super()._apply(keep_precision, recurse)
+        if before[0].type == "meta" and not self.weight.is_meta:
+            self.reset_adapter()
+        elif fresh and before != (self.weight.device, self.weight.dtype):
+            self.reset_magnitude()  # the norms of a rounded weight, or of another device, differ in the last bits
+        self.end_fixed()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """A state dict of the bare model loads strictly: a fresh adapter then takes m from the new weight."""
+        self.end_fixed()
+        given = {name: state_dict[prefix + name] for name in ADAPTER_NAMES if prefix + name in state_dict}
+        if self.merged:
+            errors.append(f"{self.path} is merged: call unmerge before loading a state dict")
+            return
+        bare = not given and prefix + "weight" in state_dict and self.spec.method != "full"
+        if bare and not self.is_fresh():
+            errors.append(f"{self.path} holds a trained adapter and the state dict has none: call remove first")
+            return
+        local = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
+        wanted = adapter_dtype(self.weight.dtype)
+        local.update({prefix + name: t.to(wanted) for name, t in given.items()})  # `assign=True` would keep their dtype
+        found: list[str] = []
+        super()._load_from_state_dict(local, prefix, local_metadata, strict, found, unexpected, errors)
+        adapter_keys = {prefix + name for name in ADAPTER_NAMES} if bare else set()
+        missing.extend(key for key in found if key not in adapter_keys)
+        if bare:
+            self.reset_magnitude()
+
+    def __getstate__(self):
+        return {**self.__dict__, "kept": None}
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        rank = f", rank={s.rank}, alpha={s.alpha:g}" if self.lora_A is not None else ""
+        return f"{super().extra_repr()}, method={s.method}{rank}"
+
+
+class DoRALinear(AdaptedLayer, nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        if self.is_base():
+            return nn.Linear.forward(self, input)
+        return self.functions.linear(
+            input,
+            self.weight,
+            self.bias,
+            self.adapters(),
+            dropout=self.active_dropout(),
+            prepared=self.prepared(),
+        )
+
+
+class DoRAConv(AdaptedLayer, _ConvNd):
+    """A convolution of one, two or three dimensions, with any stride, padding, dilation and groups."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        convolve = self._conv_forward  # of nn.Conv1d, nn.Conv2d or nn.Conv3d
+        if self.is_base():
+            return convolve(input, self.weight, self.bias)
+        return self.functions.conv(
+            input,
+            self.weight,
+            self.bias,
+            self.adapters(),
+            convolve=convolve,
+            groups=self.groups,
+            dropout=self.active_dropout(),
+            prepared=self.prepared(),
+        )
+
+
+class DoRAConv1d(DoRAConv, nn.Conv1d): ...
+
+
+class DoRAConv2d(DoRAConv, nn.Conv2d): ...
+
+
+class DoRAConv3d(DoRAConv, nn.Conv3d): ...
+
+
+ADAPTED_CLASSES: dict[type[nn.Module], type[AdaptedLayer]] = {
+    nn.Linear: DoRALinear,
+    nn.Conv1d: DoRAConv1d,
+    nn.Conv2d: DoRAConv2d,
+    nn.Conv3d: DoRAConv3d,
+}
+BASE_CLASSES = {adapted: base for base, adapted in ADAPTED_CLASSES.items()}
+
+
+def adapt_layer(
+    layer: nn.Module, spec: DoRASpec, *, path: str = "", functions: Forward = TORCH, seed: int = 0
+) -> AdaptedLayer:
+    """Turns a Linear or a convolution into its adapted class, with a fresh adapter, in place; returns the layer."""
+    object.__setattr__(layer, "__class__", ADAPTED_CLASSES[type(layer)])
+    assert isinstance(layer, AdaptedLayer)
+    layer.spec, layer.path, layer.seed, layer.functions = spec, path, seed, functions
+    layer.strength, layer.merged, layer.base_weight, layer.kept = 1.0, False, (None,), None
+    layer.trainable_before = layer.weight.requires_grad
+    layer.weight.requires_grad_(spec.method == "full")
+    for name in ADAPTER_NAMES:
+        layer.register_parameter(name, None)
+    layer.reset_adapter()
+    return layer
+
+
+def restore_layer(layer: AdaptedLayer) -> nn.Module:
+    """Takes the adapter off; a layer merged without its base keeps the merged weight. Returns the same object."""
+    if layer.merged and layer.base_weight[0] is not None:
+        layer.unmerge()
+    layer.weight.requires_grad_(layer.trainable_before)
+    for name in ADAPTER_NAMES:
+        del layer._parameters[name]
+    for name in ("spec", "path", "seed", "functions", "strength", "merged", "base_weight", "kept", "trainable_before"):
+        delattr(layer, name)
+    object.__setattr__(layer, "__class__", BASE_CLASSES[type(layer)])
+    return layer
+
+
+def seeded_generator(seed: int, path: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the module's path alone, not on the order of the layers."""
+    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def round_stochastically(W: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """W in `dtype`, each entry rounded up or down with the probabilities that keep its expectation.
+
+    Entries that `dtype` holds exactly stay. Rounding to nearest would drop every update below half a unit.
+    """
+    if W.dtype == dtype:
+        return W.clone()
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(W).exponent - 1
+    smallest = math.frexp(info.smallest_normal)[1] - 1
+    unit = torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent.clamp_min(smallest))
+    noise = torch.rand(W.shape, generator=generator).to(W.device, torch.float64)  # below 1, also after the addition
+    return ((W.double() / unit + noise).floor() * unit).clamp(info.min, info.max).to(dtype)

@@ -1,0 +1,129 @@
+"""TargetMap: which modules of one architecture are adapted. Data, not code."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from dora_mm.core.layer import ADAPTED_CLASSES, AdaptedLayer
+
+Counts = int | tuple[int, ...]  # how many modules a block holds; a tuple lists what is allowed
+
+
+@dataclass(frozen=True)
+class TargetMap:
+    """Which modules of an architecture are adapted, by part.
+
+    parts: part name -> patterns. A plain pattern is a dotted suffix of the module's path (`to_out.0`), `re:` marks a
+        regular expression that matches the whole path.
+    expect: block class name -> part -> how many modules of that part each such block holds, so that the map can be
+        checked on models of any size. A map of a single part may give the number alone.
+    default: the parts taken when none are named; all of them if empty.
+    """
+
+    name: str
+    parts: Mapping[str, Sequence[str]]
+    expect: Mapping[str, Counts | Mapping[str, Counts]] = field(default_factory=dict)
+    default: Sequence[str] = ()
+
+    def __post_init__(self):
+        for part in (*self.default, *(p for c in self.expect.values() if isinstance(c, Mapping) for p in c)):
+            self._require(part)
+        if len(self.parts) != 1 and any(not isinstance(c, Mapping) for c in self.expect.values()):
+            raise ValueError(f"target map {self.name} has several parts: expect must name the part of each count")
+
+    def select(self, parts: Sequence[str] | None = None) -> TargetMap:
+        """The map of these parts alone (None: the default ones)."""
+        chosen = tuple(parts if parts is not None else self.default or self.parts)
+        if not chosen:
+            raise ValueError(f"no part of target map {self.name} was chosen; it has {', '.join(self.parts)}")
+        for part in chosen:
+            self._require(part)
+        expect = {block: {p: n for p, n in self.counts(block).items() if p in chosen} for block in self.expect}
+        return TargetMap(self.name, {part: self.parts[part] for part in chosen}, expect)
+
+    def counts(self, block: str) -> Mapping[str, Counts]:
+        counts = self.expect[block]
+        return counts if isinstance(counts, Mapping) else {next(iter(self.parts)): counts}
+
+    def _require(self, part: str) -> None:
+        if part not in self.parts:
+            raise ValueError(f"target map {self.name} has no part {part!r}; it has {', '.join(self.parts)}")
+
+
+def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
+    """Path -> part of every module that the map takes, in the model's order.
+
+    Raises ValueError when a pattern matches nothing or something that cannot be adapted, when two parts take the same
+    module, and when a block holds another number of modules than the map expects.
+    """
+    modules = dict(model.named_modules())
+    taken: dict[str, str] = {}
+    for part, patterns in targets.parts.items():
+        for pattern in patterns:
+            for path in _matching(pattern, modules, targets.name):
+                if taken.setdefault(path, part) != part:
+                    raise ValueError(f"{path} is in two parts of target map {targets.name}: {taken[path]} and {part}")
+    _check_counts(modules, taken, targets)
+    return {path: taken[path] for path in modules if path in taken}
+
+
+def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:
+    found = [path for path in modules if _matches(pattern, path)]
+    wrong = next((path for path in found if not adaptable(modules[path])), None)
+    if wrong is not None:
+        kind = type(modules[wrong]).__name__
+        raise ValueError(f"pattern {pattern!r} of target map {map_name} matches {wrong}, a {kind}, {NOT_ADAPTABLE}")
+    if not found:
+        raise ValueError(
+            f"pattern {pattern!r} of target map {map_name} matches no module; nearest: {_nearest(pattern, modules)}"
+        )
+    return found
+
+
+NOT_ADAPTABLE = "which cannot be adapted (Linear, Conv1d, Conv2d and Conv3d can)"
+
+
+def _matches(pattern: str, path: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    return path == pattern or path.endswith("." + pattern)
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Exact classes only: a subclass may compute something else."""
+    return type(module) in ADAPTED_CLASSES or isinstance(module, AdaptedLayer)
+
+
+def _nearest(pattern: str, modules: Mapping[str, nn.Module], limit: int = 3) -> str:
+    """Names of adaptable modules that look most like the pattern, with block numbers left out of the comparison."""
+    wanted = re.sub(r"\\d\+?|[\\^$]|^re:", "", pattern)
+    names: dict[str, str] = {}
+    for path, module in modules.items():
+        if adaptable(module):
+            pieces = path.split(".")
+            for length in (1, 2, 3, len(pieces)):
+                names.setdefault(".".join(pieces[-length:]), path)
+    close = difflib.get_close_matches(wanted, names, n=limit, cutoff=0.3) or list(names)[:limit]
+    return ", ".join(close) or "none (the model has no module that can be adapted)"
+
+
+def _check_counts(modules: Mapping[str, nn.Module], taken: Mapping[str, str], targets: TargetMap) -> None:
+    for block in targets.expect:
+        paths = [path for path, module in modules.items() if type(module).__name__ == block]
+        if not paths and targets.counts(block):
+            raise ValueError(f"target map {targets.name} expects blocks of class {block}, and the model has none")
+        for path in paths:
+            inside = [(p, part) for p, part in taken.items() if p.startswith(path + ".")]
+            for part, expected in targets.counts(block).items():
+                allowed = expected if isinstance(expected, tuple) else (expected,)
+                found = [p for p, of in inside if of == part]
+                if len(found) not in allowed:
+                    raise ValueError(
+                        f"target map {targets.name} expects {' or '.join(map(str, allowed))} modules of part {part} in "
+                        f"each {block}, and {path} has {len(found)}: {', '.join(found) or 'none'}"
+                    )

@@ -1,0 +1,15 @@
+"""The target maps by name: one file per architecture, one line here."""
+
+from dora_mm.core.targets import TargetMap
+from dora_mm.targets import clip, sdxl
+
+MAPS: dict[str, TargetMap] = {
+    "sdxl-unet": sdxl.UNET,
+    "clip-text": clip.TEXT,
+}
+
+
+def find(name: str) -> TargetMap:
+    if name not in MAPS:
+        raise ValueError(f"there is no target map {name!r}; there are {', '.join(MAPS)}")
+    return MAPS[name]
