@@ -76,12 +76,8 @@ def find_path(path: str | Path) -> Path | None:
         return wanted
     if wanted.is_absolute():
         return None
-    configs = PACKAGE / "configs"
-    if not configs.is_dir():  # a checkout keeps them beside the package; the wheel moves them into it
-        configs = PACKAGE.parent / "configs"
-    parts = wanted.parts[1:] if wanted.parts[:1] == ("configs",) else wanted.parts
-    packaged = configs.joinpath(*parts)
-    return packaged if ".." not in parts and packaged.exists() else None
+    packaged = _packaged(wanted)
+    return packaged if packaged.exists() else None
 
 
 def resolve_path(path: str | Path, key: str | None = None) -> Path:
@@ -94,7 +90,8 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
         raise ValueError(
             f"{prefix}{path} is not here: samples/ exists in a checkout of dora_mm only, so run this from one"
         )
-    raise ValueError(f"{prefix}{path} does not exist (looked in {Path.cwd()} and in the packaged configs)")
+    close = nearest(Path(path).name, _names_beside(Path(path)))
+    raise ValueError(f"{prefix}{path} does not exist, here ({Path.cwd()}) or in the packaged configs{close}")
 
 
 def resolve_model(path: str, key: str = "model.path") -> str:
@@ -104,6 +101,19 @@ def resolve_model(path: str, key: str = "model.path") -> str:
         return str(found)
     hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith((".safetensors", ".ckpt"))
     return path if hub_name and not path.startswith("samples/") else str(resolve_path(path, key))
+
+
+def _packaged(path: Path) -> Path:
+    """Where a relative path would be among the packaged configs, with or without `configs/` in front."""
+    configs = PACKAGE / "configs"
+    if not configs.is_dir():  # a checkout keeps them beside the package; the wheel moves them into it
+        configs = PACKAGE.parent / "configs"
+    return configs.joinpath(*(part for part in path.parts if part not in ("configs", "..")))
+
+
+def _names_beside(path: Path) -> list[str]:
+    folders = [path.parent, _packaged(path).parent] if not path.is_absolute() else [path.parent]
+    return [entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()]
 
 
 def _read(file: Path) -> yaml12.Document:

@@ -1,0 +1,278 @@
+import re
+
+import pytest
+import yaml
+
+from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
+from dora_mm.config.schema import SCHEMAS, TrainSDXLConfig
+
+SMALLEST = """\
+pipeline: train_sdxl
+model:
+  path: some/model
+adapter:
+  rank: 4
+data:
+  folder: pictures
+  resolution: 128
+optimizer:
+  lr: 1e-4
+train:
+  steps: 10
+  batch_size: 2
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="run.yaml"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems(path, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_defaults_are_filled_in(write):
+    config = load_config(write(SMALLEST))
+    assert isinstance(config, TrainSDXLConfig)
+    assert config.name == "run"
+    assert config.optimizer.lr == 1e-4
+    assert config.adapter.alpha == 4.0
+    assert config.adapter.parts == ("attn", "cross")
+    assert config.loss.min_snr_gamma == 5.0
+
+
+def test_alpha_may_differ_from_the_rank_and_null_means_the_rank(write):
+    assert load_config(write(SMALLEST), ["adapter.alpha=16"]).adapter.alpha == 16.0
+    assert load_config(write(SMALLEST), ["adapter.alpha=null", "adapter.rank=2"]).adapter.alpha == 2.0
+
+
+def test_all_problems_are_in_one_report_with_their_lines(write):
+    text = SMALLEST.replace("rank: 4", "rnk: 4").replace("lr: 1e-4", "lr: fast").replace("steps: 10", "steps: -1")
+    text = text.replace("batch_size: 2", "batch_size: true") + "sampel:\n  every: 3\n"
+    assert problems(write(text)) == [
+        "line 4: adapter.rank: is missing",
+        "line 5: adapter.rnk: unknown key, did you mean 'rank'?",
+        "line 10: optimizer.lr: must be a number, got 'fast'",
+        "line 12: train.steps: must be greater than 0, got -1",
+        "line 13: train.batch_size: must be a whole number, got True",
+        "line 14: sampel: unknown key, did you mean 'sample'?",
+    ]
+
+
+def test_the_report_names_the_file_once(write):
+    path = write(SMALLEST.replace("rank: 4", "rank: 4.5"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value) == f"{path}: line 5: adapter.rank: must be a whole number, got 4.5"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("adapter.rank='8'", "adapter.rank: must be a whole number, got '8'"),
+        ("adapter.rank=yes", "adapter.rank: must be a whole number, got 'yes'"),
+        ("adapter.text_encoders=1", "adapter.text_encoders: must be true or false, got 1"),
+        (
+            "adapter.method=dorra",
+            "adapter.method: must be 'dora', 'lora', 'magnitude' or 'full', got 'dorra', did you mean 'dora'?",
+        ),
+        ("adapter.parts=attn", "adapter.parts: must be a list, got 'attn'"),
+        ("adapter.parts=[attn, attn]", "adapter.parts: names a part twice"),
+        ("adapter.dropout=1.0", "adapter.dropout: must be less than 1, got 1.0"),
+        ("model=tiny", "model: must be a section of keys, got 'tiny'"),
+        ("model.path=7", "model.path: must be text, got 7"),
+        ("data.resolution=100", "data.resolution: must be a multiple of 8, got 100"),
+        ("data.resolution=1000", "data.resolution: must be a multiple of 64 from 512 on and of 32 below, got 1000"),
+        ("data.placeholder=two words", "data.placeholder: must be one word, got 'two words'"),
+        ("data.background=whitee", "data.background: must be a colour such as white or #ffffff, got 'whitee'"),
+        ("optimizer.lr=.inf", "optimizer.lr: must be a finite number, got inf"),
+        ("optimizer.betas=[0.9]", "optimizer.betas[1]: is missing"),
+        ("lr=1.0", "lr: unknown key, did you mean 'optimizer.lr'?"),
+        ("data.batch_size=1", "data.batch_size: unknown key, did you mean 'train.batch_size'?"),
+        ("sample.seeds=[0, x]", "sample.seeds[1]: must be a whole number, got 'x'"),
+        ("name=../elsewhere", "name: must match pattern '^[\\w][\\w.+-]*$', got '../elsewhere'"),
+    ],
+)
+def test_overrides_are_checked_as_the_file_is(write, override, expected):
+    assert problems(write(SMALLEST), [override]) == [f"--set {override}: {expected}"]
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", "train.steps.more=1"])
+def test_malformed_overrides_are_in_the_report_too(write, override):
+    (problem,) = problems(write(SMALLEST), [override])
+    assert problem.startswith(f"--set {override}")
+
+
+def test_file_and_override_problems_come_together(write):
+    found = problems(write(SMALLEST.replace("rank: 4", "rank: four")), ["train.stps=7", "adapter.rank.x=1", "nonsense"])
+    assert len(found) == 4
+    assert any(problem.startswith("line 5: adapter.rank") for problem in found)
+
+
+def test_overrides_take_yaml_values_reach_into_lists_and_make_sections(write):
+    config = load_config(
+        write(SMALLEST.replace("train:\n  steps: 10\n  batch_size: 2\n", "")),
+        [
+            "train.steps=3",
+            "train.batch_size=1",
+            "sample.prompts=[a cat, 'no']",
+            "sample.prompts.0=1e-4 cats",
+            "adapter.alpha=1e0",
+        ],
+    )
+    assert config.train.steps == 3
+    assert config.sample.prompts == ("1e-4 cats", "no")
+    assert config.adapter.alpha == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("1E5", 1e5), (".5", 0.5), ("5.", 5.0), ("1.0e-08", 1e-8), ("+3", 3), ("010", 10), ("no", "no"),
+     ("on", "on"), ("true", True), ("null", None), ("~", None), ("2024-01-01", "2024-01-01"), ("1:30", "1:30"),
+     ("<<", "<<")],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    from dora_mm.config.yaml12 import read, write
+
+    assert read(f"key: {text}").value == {"key": value}
+    assert read(write({"key": value})).value == {"key": value}
+
+
+def test_what_is_written_reads_the_same_in_yaml_1_1(write):
+    config = load_config(write(SMALLEST), ["sample.prompts=['1e-4', 'no', '010', 'é', '3: 4']"])
+    text = dump_config(config)
+    assert yaml.safe_load(text)["sample"]["prompts"] == ["1e-4", "no", "010", "é", "3: 4"]
+    assert yaml.safe_load(text)["train"]["mixed_precision"] == "no"
+
+
+def test_a_dumped_config_loads_to_an_equal_one(write):
+    config = load_config(write(SMALLEST), ["optimizer.betas=[0.9, 0.99]", "data.placeholder=TOK", "seed=7"])
+    assert load_config(write(dump_config(config), "again.yaml")) == config
+
+
+def test_configs_are_frozen(write):
+    config = load_config(write(SMALLEST))
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 3
+
+
+def test_a_key_given_twice_is_an_error(write):
+    found = problems(write(SMALLEST + "adapter:\n  rank: 8\n"))
+    assert found == ["line 14: adapter: is given twice"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no keys"),
+        ("- a\n", "holds no keys"),
+        ("a: [1\n", "line 2: not YAML"),
+        ("a: &x [*x]\n", "aliases"),
+        ("a: !!python/object/apply:os.system [ls]\n", "not YAML"),
+        ("{[1]: 2}\n", "not YAML"),
+        ("model: {}\n", "pipeline: is missing; it names the recipe: train_sdxl"),
+        ("pipeline: train_sdlx\n", "line 1: pipeline: no recipe is called 'train_sdlx', did you mean 'train_sdxl'"),
+        ("pipeline: 3\n", "no recipe is called 3"),
+    ],
+)
+def test_what_is_no_config_is_refused(write, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(write(text))
+
+
+def test_a_binary_file_and_a_folder_are_refused(tmp_path):
+    (tmp_path / "model.yaml").write_bytes(b"\x80\x02\xff")
+    with pytest.raises(ValueError, match="UTF-8"):
+        load_config(tmp_path / "model.yaml")
+    with pytest.raises(ValueError, match="is a folder"):
+        load_config(tmp_path)
+
+
+def test_a_missing_file_is_named_with_the_nearest_one(write):
+    path = write(SMALLEST, "lego.yaml")
+    with pytest.raises(ValueError, match=r"legos\.yaml does not exist.*did you mean 'lego\.yaml'"):
+        load_config(path.with_name("legos.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.warmup_steps=10"], "schedule.warmup_steps"),
+        (["model.dtype=float16", "train.mixed_precision=bf16"], "train.mixed_precision bf16"),
+        (["adapter.method=full", "model.dtype=bfloat16"], "model.dtype must be float32"),
+        (["adapter.method=lora", "optimizer.magnitude_lr=1e-3"], "no magnitudes"),
+        (["optimizer.name=prodigy", "optimizer.magnitude_lr=1.0"], "optimizer.magnitude_lr is for adamw"),
+    ],
+)
+def test_sections_that_contradict_each_other(write, overrides, message):
+    (problem,) = problems(write(SMALLEST), overrides)
+    assert message in problem
+
+
+SAMPLE = "pipeline: sample_sdxl\nmodel: {path: some/model}\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("", "either prompts or prompts_file"),
+        ("prompts: [a]\nprompts_file: b.txt\n", "either prompts or prompts_file"),
+        ("prompts: [a]\nstrengths: [1.0]\n", "strengths needs adapters"),
+        ("prompts: [a]\nimages: false\nsheet: false\n", "nothing would be drawn"),
+        ("prompts: [a]\nadapters: [{pth: x}]\n", "adapters[0].pth: unknown key, did you mean 'path'?"),
+    ],
+)
+def test_sampling_must_say_what_to_draw(write, keys, message):
+    assert any(message in problem for problem in problems(write(SAMPLE + keys)))
+
+
+def test_differing_keys_are_dotted(write):
+    one, other = load_config(write(SMALLEST)), load_config(write(SMALLEST), ["train.steps=3", "seed=2"])
+    assert differing_keys(one, other) == ["seed", "train.steps"]
+    assert differing_keys(one, one) == []
+    assert differing_keys(one, load_config(write(SAMPLE + "prompts: [a]"))) == ["pipeline"]
+
+
+def test_paths_are_relative_to_here_then_to_the_packaged_configs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = resolve_path("configs/sdxl/demo.yaml")
+    assert packaged.is_file()
+    assert resolve_path("sdxl/demo.yaml") == packaged
+    (tmp_path / "configs" / "sdxl").mkdir(parents=True)
+    (tmp_path / "configs" / "sdxl" / "demo.yaml").write_text("mine")
+    assert resolve_path("configs/sdxl/demo.yaml").read_text() == "mine"
+    with pytest.raises(ValueError, match="does not exist"):
+        resolve_path("../nowhere/else.yaml")
+
+
+def test_samples_exist_in_a_checkout_only_and_the_error_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"data\.folder: samples/3d_icon is not here: .* in a checkout"):
+        resolve_path("samples/3d_icon", "data.folder")
+    with pytest.raises(ValueError, match=r"model\.path: samples/tiny-sdxl is not here"):
+        resolve_model("samples/tiny-sdxl")
+
+
+def test_models_are_local_paths_or_hub_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert resolve_model("mine") == "mine"
+    assert resolve_model("stabilityai/stable-diffusion-xl-base-1.0") == "stabilityai/stable-diffusion-xl-base-1.0"
+    for missing in ("mien", "folder/model.safetensors", "./a/b", "/a/b", "a/b/c"):
+        with pytest.raises(ValueError, match="model[.]path"):
+            resolve_model(missing)
+
+
+@pytest.mark.parametrize("path", sorted(resolve_path("configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_open_with_their_command(path):
+    config = load_config(path)
+    assert path.read_text().startswith(f"# dora-mm {config.command} configs/{path.parent.name}/{path.name}")
+    assert config.pipeline in SCHEMAS
