@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -133,7 +134,7 @@ def _read_row(root: Path, line: str) -> tuple[Path, str]:
 
 def _inside(root: Path, name: str) -> Path:
     """The image that a caption file names; neither `..` nor an absolute path nor a link may lead out of the folder."""
-    path = root / name
+    path = root / os.path.normpath(name)
     try:
         real = path.resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL byte
@@ -142,7 +143,7 @@ def _inside(root: Path, name: str) -> Path:
         raise ValueError(f"names {name}, which is outside the folder: copy the image into it")
     if not real.is_file():
         raise ValueError(f"names {name}, which does not exist")
-    return root / Path(*(part for part in Path(name).parts if part != "."))
+    return path
 
 
 def _read_text(path: Path, problems: list[str]) -> str:

@@ -14,7 +14,7 @@ from PIL import Image, ImageCms, ImageColor, ImageOps
 from dora_mm.data.buckets import Framing, Size, frame
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are not run on a stranger's files
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are not run on a stranger's files
 # 80 megapixels are 240 MB of RGB; a PNG of a few kilobytes can claim thousands of times that.
 MAX_PIXELS = 80_000_000
 

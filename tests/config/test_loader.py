@@ -267,7 +267,7 @@ def test_models_are_local_paths_or_hub_names(tmp_path, monkeypatch):
     assert resolve_model("mine") == "mine"
     assert resolve_model("stabilityai/stable-diffusion-xl-base-1.0") == "stabilityai/stable-diffusion-xl-base-1.0"
     for missing in ("mien", "folder/model.safetensors", "./a/b", "/a/b", "a/b/c"):
-        with pytest.raises(ValueError, match="model[.]path"):
+        with pytest.raises(ValueError, match=r"model\.path"):
             resolve_model(missing)
 
 
