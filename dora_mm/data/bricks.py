@@ -1,0 +1,168 @@
+"""Brick sculptures: a flat icon becomes an LDraw model, one 1 x 1 brick per opaque pixel of the downscaled icon.
+
+The model lies flat, studs up, and is seen from steeply above: the picture keeps the icon's outline (so the thing stays
+recognisable) and shows every stud and every seam (so the material does). Shape legend: H, W pixels of the icon;
+R, C rows and columns of the brick grid; P colours of the palette.
+"""
+
+import numpy as np
+from PIL import Image
+
+__all__ = ["PALETTE", "brick_grid", "fit_square", "ldraw_sheet", "sheet_cells", "srgb_to_lab"]
+
+# LDraw colour code -> sRGB, copied from LDConfig.ldr (2024-12-19). Left out on purpose: dark red, dark blue and other
+# shades that a render shades down to near black, and near-duplicates that would only speckle a plain surface.
+PALETTE: dict[int, tuple[int, int, int]] = {
+    0: (27, 42, 52),  # black
+    15: (244, 244, 244),  # white
+    71: (150, 150, 150),  # light bluish grey
+    72: (100, 100, 100),  # dark bluish grey
+    4: (180, 0, 0),  # red
+    25: (214, 121, 35),  # orange
+    191: (252, 172, 0),  # bright light orange
+    14: (250, 200, 10),  # yellow
+    226: (255, 236, 108),  # bright light yellow
+    27: (165, 202, 24),  # lime
+    10: (88, 171, 65),  # bright green
+    2: (0, 133, 43),  # green
+    288: (0, 69, 26),  # dark green
+    1: (30, 90, 168),  # blue
+    73: (115, 150, 200),  # medium blue
+    322: (104, 195, 226),  # medium azure
+    321: (70, 155, 195),  # dark azure
+    212: (157, 195, 247),  # bright light blue
+    323: (211, 242, 234),  # light aqua
+    85: (68, 26, 145),  # medium lilac
+    30: (160, 110, 185),  # medium lavender
+    31: (205, 164, 222),  # lavender
+    5: (211, 53, 157),  # dark pink
+    29: (255, 158, 205),  # bright pink
+    19: (215, 186, 140),  # tan
+    84: (170, 125, 85),  # medium nougat
+    78: (255, 201, 149),  # light nougat
+    70: (95, 49, 9),  # reddish brown
+    28: (137, 125, 98),  # dark tan
+}
+
+BRICK = "3005.dat"  # LDraw's 1 x 1 brick: 20 x 20 units, 24 high, stud up
+STUD_PITCH = 20  # LDraw units from stud to stud
+EMPTY = -1
+_MARKER = -5  # place of the first marker brick of a sheet, in studs; every cell begins two studs before its sculpture
+
+_CODES = np.array(list(PALETTE))
+_SAMPLES = 10  # samples per brick and axis when colours vote
+# A colour's vote is divided by its count in the whole icon to this power: with plain majority the eyes of an owl and
+# the buttons of a telephone lose to the surface around them; with 1.0 stray shading colours win.
+_RARITY = 0.4
+
+
+def srgb_to_lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE Lab (D65) of sRGB values in 0..255, (..., 3) -> (..., 3): distances there are roughly what an eye sees."""
+    linear = rgb.astype(np.float64) / 255
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1)
+
+
+_LAB_P3 = srgb_to_lab(np.array(list(PALETTE.values())))
+
+
+def brick_grid(icon: Image.Image, studs: int) -> np.ndarray:
+    """LDraw colour codes (R, C) of the bricks that draw `icon`, EMPTY where no brick goes.
+
+    The opaque part of the RGBA icon is scaled so that its longer side is `studs` bricks. Raises ValueError for an icon
+    without an opaque pixel.
+    """
+    box = icon.getchannel("A").point(lambda alpha: 255 * (alpha > 40)).getbbox()
+    if box is None:
+        raise ValueError("the icon has no opaque pixel, so there is nothing to build from bricks")
+    icon = icon.crop(box)
+    scale = studs / max(icon.size)
+    C, R = (max(1, round(side * scale)) for side in icon.size)
+    pixels = np.asarray(icon.resize((C * _SAMPLES, R * _SAMPLES), Image.Resampling.BOX))
+    opaque_RCS = _blocks(pixels[..., 3] > 128, R, C)
+    lab = _darks_to_black(srgb_to_lab(pixels[..., :3]))
+    nearest_RCS = _blocks(((lab[:, :, None] - _LAB_P3) ** 2).sum(-1).argmin(-1), R, C)
+
+    votes_RCP = np.stack([(opaque_RCS & (nearest_RCS == p)).sum(-1) for p in range(len(_CODES))], axis=-1)
+    totals_P = votes_RCP.sum((0, 1))
+    winner_RC = (votes_RCP / np.maximum(totals_P, 1) ** _RARITY).argmax(-1)
+    return np.where(_covered(opaque_RCS.mean(-1)), _CODES[winner_RC], EMPTY)
+
+
+def _darks_to_black(lab: np.ndarray) -> np.ndarray:
+    """Take the hue out of the darkest blues and violets: the icons draw black as deep violet, and a panda is not blue."""
+    keep = np.where(lab[..., 2:] < 0, np.clip((lab[..., :1] - 20) / 20, 0.2, 1), 1)
+    return lab * np.concatenate([np.ones_like(keep), keep, keep], axis=-1)
+
+
+def _blocks(samples: np.ndarray, R: int, C: int) -> np.ndarray:
+    """(R * S, C * S) samples -> (R, C, S * S): all samples of one brick along the last axis."""
+    return samples.reshape(R, _SAMPLES, C, _SAMPLES).transpose(0, 2, 1, 3).reshape(R, C, -1)
+
+
+def _covered(coverage_RC: np.ndarray) -> np.ndarray:
+    """Which cells get a brick: as many as the icon covers in area, the fullest first.
+
+    A fixed threshold of one half would break thin things (a bicycle, a pair of glasses) into crumbs.
+    """
+    count = max(1, round(float(coverage_RC.sum())))
+    threshold = np.sort(coverage_RC, axis=None)[::-1][count - 1]
+    return coverage_RC >= np.clip(threshold, 0.25, 0.5)
+
+
+def ldraw_sheet(grids: list[np.ndarray], columns: int, studs: int) -> str:
+    """LDraw text of many sculptures side by side, so that a renderer that takes a second to start draws many at once.
+
+    Two black marker bricks stand at the outer corners; their outline in the picture tells where each cell is.
+    """
+    pitch, num_rows = _cell_pitch(studs), -(-len(grids) // columns)
+    corners = (_MARKER, _MARKER), (columns * pitch, num_rows * pitch)
+    lines = ["0 brick sculptures", *(_brick(0, *corner) for corner in corners)]
+    for index, grid in enumerate(grids):
+        top, left = index // columns * pitch, index % columns * pitch
+        lines += [_brick(int(grid[row, col]), left + col, top + row) for row, col in np.argwhere(grid != EMPTY)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell_pitch(studs: int) -> int:
+    return studs + 4  # a gap of four studs between sculptures: far more than the tilt can hide
+
+
+def _brick(code: int, x: int, y: int) -> str:
+    """One brick at grid place (x right, y down). LDraw's y axis points down, so the ground plane is (x, z)."""
+    return f"1 {code} {STUD_PITCH * x} 0 {-STUD_PITCH * y} 1 0 0 0 1 0 0 0 1 {BRICK}"
+
+
+def sheet_cells(sheet: Image.Image, count: int, columns: int, studs: int) -> list[Image.Image]:
+    """The `count` sculptures of a rendered `ldraw_sheet` (orthographic, RGBA, transparent ground), each in its cell."""
+    box = sheet.getchannel("A").getbbox()
+    if box is None:
+        raise ValueError("the renderer returned an empty picture")
+    x0, y0, x1, y1 = box
+    pitch, num_rows = _cell_pitch(studs), -(-count // columns)
+    # the markers' outlines run from _MARKER to columns * pitch + 1 studs, and likewise downwards
+    step_x, step_y = (x1 - x0) / (columns * pitch + 1 - _MARKER), (y1 - y0) / (num_rows * pitch + 1 - _MARKER)
+    cells = []
+    for index in range(count):
+        left, top = index % columns * pitch - 2 - _MARKER, index // columns * pitch - 2 - _MARKER
+        left, right = round(x0 + left * step_x), round(x0 + (left + pitch) * step_x)
+        top, bottom = round(y0 + top * step_y), round(y0 + (top + pitch) * step_y)
+        cells.append(sheet.crop((left, top, right, bottom)))
+    return cells
+
+
+def fit_square(picture: Image.Image, size: int, margin: int) -> Image.Image:
+    """The opaque part of an RGBA picture, as large as fits, in the middle of a white square of `size` pixels (RGB)."""
+    box = picture.getchannel("A").getbbox()
+    if box is None:
+        raise ValueError("the picture has no opaque pixel")
+    picture = picture.crop(box)
+    scale = (size - 2 * margin) / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    square = Image.new("RGBA", (size, size), "white")
+    square.alpha_composite(picture, ((size - width) // 2, (size - height) // 2))
+    return square.convert("RGB")

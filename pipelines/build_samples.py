@@ -1,0 +1,258 @@
+"""python -m pipelines.build_samples: draw the pretraining icons and rebuild samples/3d_icon and samples/lego.
+
+    samples/concepts.jsonl             which things, chosen by hand, and what each serves for
+    npm packages  -> build/packages    fetched with `npm pack`, only what is missing
+    their icons   -> build/icons/<style>/<code>.webp   for flat, twemoji, noto, contrast and 3d
+    flat icons    -> build/icons/brick                 as brick models, drawn by LeoCAD from LDraw parts
+    two styles    -> samples/3d_icon, samples/lego     with captions
+
+It has no config: its output is a fixed set of files, and the same packages give the same files again. Pictures that
+exist are kept, so a run that was cut off goes on; to draw a style anew, delete its folder.
+Needs npm, leocad, xvfb-run, the LDraw parts and resvg_py; the error for a missing one names the command that brings it.
+"""
+
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+from tqdm import tqdm
+
+from dora_mm.data.bricks import brick_grid, fit_square, ldraw_sheet, sheet_cells
+from dora_mm.data.icons import Concept, IconSet, codepoint_key, dump_concepts, on_white, read_concepts, render_svg
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = ROOT / "samples"
+PACKAGES = ROOT / "build" / "packages"
+ICONS = ROOT / "build" / "icons"
+
+SVG_PACKAGES = {  # style: npm package. OpenMoji is share-alike and stays out.
+    "flat": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "twemoji": "@iconify-json/twemoji@1.2.5",
+    "noto": "@iconify-json/noto@1.2.9",
+    "contrast": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+}
+PACKAGE_3D = "@lobehub/fluent-emoji-3d@1.1.0"
+
+SIZE = 256  # pixels of every picture
+STUDS = 13  # longer side of a brick model: 9 pixels a stud in a picture of 128, where one still sees the studs
+MODELS_PER_SHEET, SHEET_COLUMNS, SHEET_PIXELS = 16, 4, 1800  # LeoCAD takes 0.8 s to start and 0.1 s per model
+# Seen from 25 degrees off the studs' axis: the outline stays the icon's, and the bricks have height.
+LEOCAD = "--camera-angles 65 0 --orthographic --shading full --line-width 3 --aa-samples 8".split()
+
+# Edges of bricks are hard for webp: at 90 a brick picture takes 22 kB, at 70 it takes 14 and looks the same.
+WEBP_QUALITY = {"brick": 70}
+DEFAULT_QUALITY = 90
+
+SETS = {  # folder of samples/: style, role of its concepts, caption
+    "3d_icon": ("3d", "icon3d", "a TOK icon of {thing}, in the style of TOK"),
+    "lego": ("brick", "lego", "a lego set in the style of TOK, {thing}"),
+}
+
+
+def main() -> None:
+    """Everything that is missing, in order. Raises ValueError with one sentence for a person's mistake."""
+    concepts = read_concepts(SAMPLES / "concepts.jsonl")
+    check_tools()
+    packages = [*SVG_PACKAGES.values(), PACKAGE_3D]
+    for package in progress([package for package in packages if not archive_of(package).exists()], "packages"):
+        fetch(package)
+    for style, package in SVG_PACKAGES.items():
+        draw_svgs(style, archive_of(package), concepts)
+    copy_3d(archive_of(PACKAGE_3D), concepts)
+    build_bricks(archive_of(SVG_PACKAGES["flat"]), concepts)
+    write_atomically(ICONS / "concepts.json", dump_concepts(concepts).encode())
+    for name, (style, role, caption) in SETS.items():
+        write_sample_set(SAMPLES / name, ICONS / style, [c for c in concepts if c.role == role], caption)
+    logger.info("%d concepts in %s; samples in %s", len(concepts), ICONS, SAMPLES)
+
+
+def check_tools() -> None:
+    """Every tool is there, or ValueError says which command brings the missing ones."""
+    bring = {  # what is looked for: what brings it
+        "npm": "apt install npm",
+        "leocad": "apt install leocad libgl1-mesa-dri",
+        "xvfb-run": "apt install xvfb xauth",
+    }
+    missing = {tool: command for tool, command in bring.items() if shutil.which(tool) is None}
+    if not Path("/usr/share/ldraw/parts/3005.dat").exists() and "LEOCAD_LIB" not in os.environ:
+        missing["the LDraw parts"] = "apt install ldraw-parts-free"
+    if importlib.util.find_spec("resvg_py") is None:
+        missing["resvg_py"] = "pip install 'dora_mm[samples]'"
+    if missing:
+        raise ValueError("building the samples needs " + "; ".join(f"{tool} ({how})" for tool, how in missing.items()))
+
+
+def archive_of(package: str) -> Path:
+    """Where an npm package's archive lies, under the name that npm gives it."""
+    name, version = package.rsplit("@", 1)
+    return PACKAGES / f"{name.lstrip('@').replace('/', '-')}-{version}.tgz"
+
+
+def fetch(package: str) -> None:
+    PACKAGES.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=PACKAGES) as folder:
+        command = ["npm", "pack", "--silent", "--pack-destination", folder, package]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise ValueError(f"npm pack {package} failed, is there a network? npm says: {last_line(result.stderr)}")
+        (Path(folder) / archive_of(package).name).rename(archive_of(package))
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else "it said nothing"
+
+
+def draw_svgs(style: str, archive: Path, concepts: list[Concept]) -> None:
+    """build/icons/<style>: the SVG icons of one set, drawn on white."""
+    icon_set = read_icon_set(archive, concepts)
+    for concept in progress(missing_pictures(style, concepts), style):
+        save_picture(on_white(render_svg(icon_set.svg(concept.code), SIZE)), style, concept)
+
+
+def read_icon_set(archive: Path, concepts: list[Concept]) -> IconSet:
+    files = read_archive(archive, ".json")
+    icon_set = IconSet(*(json.loads(files[f"package/{name}.json"]) for name in ("icons", "chars")))
+    absent = [concept.name for concept in concepts if concept.code not in icon_set]
+    if absent:
+        raise ValueError(f"{archive} lacks {', '.join(absent)}: take them out of samples/concepts.jsonl")
+    return icon_set
+
+
+def copy_3d(archive: Path, concepts: list[Concept]) -> None:
+    """build/icons/3d: the rendered icons (webp with transparency), on white."""
+    missing = missing_pictures("3d", concepts)
+    if not missing:
+        return
+    by_code = {codepoint_key(Path(name).stem): file for name, file in read_archive(archive, ".webp").items()}
+    for concept in progress(missing, "3d"):
+        save_picture(on_white(Image.open(io.BytesIO(by_code[concept.code]))), "3d", concept)
+
+
+def read_archive(archive: Path, suffix: str) -> dict[str, bytes]:
+    """Name and content of the files of a package that end in `suffix`; nothing is unpacked to disk."""
+    try:
+        with tarfile.open(archive) as tar:
+            entries = [entry for entry in tar if entry.isfile() and entry.name.endswith(suffix)]
+            return {entry.name: tar.extractfile(entry).read() for entry in entries}  # type: ignore[union-attr]
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive} is damaged ({error}): delete it and run again") from error
+
+
+def build_bricks(archive: Path, concepts: list[Concept]) -> None:
+    """build/icons/brick: sheets of brick models rendered by LeoCAD, cut into pictures.
+
+    A sheet holds the same neighbours every time, even where only some of its pictures are missing, so that a picture
+    does not depend on what was there before.
+    """
+    missing = missing_pictures("brick", concepts)
+    if not missing:
+        return
+    icon_set = read_icon_set(archive, concepts)
+    sheets = [concepts[start : start + MODELS_PER_SHEET] for start in range(0, len(concepts), MODELS_PER_SHEET)]
+    for sheet in progress([sheet for sheet in sheets if not set(missing).isdisjoint(sheet)], "brick"):
+        for concept, picture in zip(sheet, draw_bricks(sheet, icon_set), strict=True):
+            if concept in missing:
+                save_picture(picture, "brick", concept)
+
+
+def draw_bricks(sheet: list[Concept], icon_set: IconSet) -> list[Image.Image]:
+    """Pictures of the brick models of at most MODELS_PER_SHEET concepts, by one call of LeoCAD."""
+    grids = [brick_grid(render_svg(icon_set.svg(concept.code), 2 * SIZE), STUDS) for concept in sheet]
+    with tempfile.TemporaryDirectory() as folder:
+        model, picture = Path(folder) / "sheet.ldr", Path(folder) / "sheet.png"
+        model.write_text(ldraw_sheet(grids, SHEET_COLUMNS, STUDS))
+        size = ["-w", str(SHEET_PIXELS), "-h", str(SHEET_PIXELS)]
+        command = ["xvfb-run", "-a", "leocad", str(model), "-i", str(picture), *size, *LEOCAD]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode or not picture.exists():
+            raise ValueError(f"leocad drew nothing: {last_line(result.stderr + result.stdout)}")
+        cells = sheet_cells(Image.open(picture).convert("RGBA"), len(grids), SHEET_COLUMNS, STUDS)
+    return [fit_square(cell, SIZE, margin=8) for cell in cells]
+
+
+def write_sample_set(folder: Path, pictures: Path, concepts: list[Concept], caption: str) -> None:
+    """A folder to train on: the pictures under readable names, and metadata.jsonl with their captions."""
+    rows = []
+    for concept in sorted(concepts, key=lambda concept: concept.name):
+        file_name = concept.name.replace(" ", "_") + ".webp"
+        write_atomically(folder / file_name, (pictures / f"{concept.code}.webp").read_bytes())
+        rows.append({"file_name": file_name, "text": caption.format(thing=with_article(concept.name))})
+    write_atomically(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    kept = {row["file_name"] for row in rows}
+    for stale in [path for path in folder.glob("*.webp") if path.name not in kept]:
+        stale.unlink()
+
+
+PLURALS = ("fries", "cherries")
+UNCOUNTED = ("fire", "corn", "broccoli")
+
+
+def with_article(name: str) -> str:
+    """ "owl" -> "an owl", "french fries" -> "french fries"."""
+    if name.split()[-1] in PLURALS + UNCOUNTED:
+        return name
+    if name == "sun":
+        return "the sun"
+    vowel = name[0] in "aeio" or (name[0] == "u" and not name.startswith("uni"))
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def missing_pictures(style: str, concepts: list[Concept]) -> list[Concept]:
+    return [concept for concept in concepts if not (ICONS / style / f"{concept.code}.webp").exists()]
+
+
+def save_picture(picture: Image.Image, style: str, concept: Concept) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, "webp", quality=WEBP_QUALITY.get(style, DEFAULT_QUALITY), method=6)
+    write_atomically(ICONS / style / f"{concept.code}.webp", buffer.getvalue())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A file appears whole or not at all; one that holds `content` already is left alone."""
+    if path.exists() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def progress(items: Collection[T], what: str) -> Iterator[T]:
+    """The items, behind a bar on a terminal and behind a plain line elsewhere; nothing where there is nothing to do."""
+    if not items:
+        return
+    if not sys.stderr.isatty():
+        logger.info("%s: %d to do", what, len(items))
+    yield from tqdm(items, desc=what, disable=None)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # a picture that Pillow cannot read is our bug; a full disk is not
+        print(f"build_samples: {error}", file=sys.stderr)
+        sys.exit(2)
