@@ -222,6 +222,45 @@ class SampleSDXLConfig(PipelineConfig):
         return raise_problems(self, problems)
 
 
+class PretrainStage(Section):
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+
+
+class TinyModelConfig(Section):
+    resolution: PixelSize = 128
+    num_merges: Annotated[int, Field(ge=0, le=4096)] = 2000  # of CLIP's byte-pair merges: the vocabulary
+    vae_channels: Annotated[Items[PositiveInt], Field(min_length=2)] = (16, 32, 64, 64)  # a level each; halves the side
+    unet_channels: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Field(strict=False)] = (48, 96, 128)
+
+
+class PretrainTinyConfig(PipelineConfig):
+    """The embedded model from nothing: first its VAE, then text encoders and UNet together."""
+
+    command: ClassVar[str] = "train"
+    pipeline: Literal["pretrain_tiny"]
+    seed: Seed = 0
+    output: Text | None = None
+    icons: Text = "build/icons"  # what build_samples made
+    model: TinyModelConfig = TinyModelConfig()
+    vae: PretrainStage
+    unet: PretrainStage
+    loss: LossConfig = LossConfig()
+    caption_dropout: Share = 0.1
+    ema_decay: Share = 0.999
+    sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "PretrainTinyConfig":
+        problems = []
+        for stage in (self.vae, self.unet):
+            problems += check_training(stage.optimizer, stage.schedule, stage.train)
+        if self.vae.train.mixed_precision != self.unet.train.mixed_precision:
+            problems.append("vae.train.mixed_precision and unet.train.mixed_precision must be the same")
+        return raise_problems(self, problems)
+
+
 # --- checks across sections ------------------------------------------------------------------------------------------
 
 
@@ -252,4 +291,5 @@ def raise_problems(config: ConfigT, problems: list[str]) -> ConfigT:
 SCHEMAS: dict[str, type[PipelineConfig]] = {  # by the name that a config's first key gives
     "train_sdxl": TrainSDXLConfig,
     "sample_sdxl": SampleSDXLConfig,
+    "pretrain_tiny": PretrainTinyConfig,
 }

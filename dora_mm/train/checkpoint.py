@@ -65,7 +65,9 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         step = json.loads((path / ABOUT).read_text())["step"]
     except (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint ({error}): delete it to resume from the one before.") from None
+        raise ValueError(
+            f"{path} is not a readable checkpoint ({error}): delete it to resume from the one before."
+        ) from None
     for names, expected in ((weights, parameters), (state, parts)):
         if difference := sorted(set(names) ^ set(expected)):
             raise ValueError(f"{path} belongs to another model or config: {difference[0]} is in only one of the two.")

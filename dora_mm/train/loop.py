@@ -80,7 +80,9 @@ def fit(
                 norm = _update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                 step += 1
             if not math.isfinite(value):
-                raise ValueError(f"The loss is {value} at step {step}: lower optimizer.lr, or train in float32 or bf16.")
+                raise ValueError(
+                    f"The loss is {value} at step {step}: lower optimizer.lr, or train in float32 or bf16."
+                )
             progress.advance(value, rate)
             if log is not None and (step % config.log_every == 0 or step == config.steps):
                 log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)

@@ -21,7 +21,9 @@ class RunDirectory:
     sheet = property(lambda self: self.path / "sheet.png")
 
     @classmethod
-    def create(cls, name: str, config_text: str, output: str | None = None, root: Path = Path("runs")) -> "RunDirectory":
+    def create(
+        cls, name: str, config_text: str, output: str | None = None, root: Path = Path("runs")
+    ) -> "RunDirectory":
         """A new folder with the resolved config and the versions in it: `output`, or the next number of `name`.
 
         Raises:
@@ -43,12 +45,19 @@ class RunDirectory:
             raise ValueError(f"{path} is not a run directory: it holds no config.yaml.")
         return cls(path)
 
+    def stage(self, name: str) -> "RunDirectory":
+        """A folder inside it for one stage of a run that has several, with checkpoints and metrics of its own."""
+        (self.path / name).mkdir(exist_ok=True)
+        return RunDirectory(self.path / name)
+
 
 def _claim(path: Path) -> Path:
     try:
         path.mkdir(parents=True)
     except FileExistsError:
-        raise ValueError(f"output {path} exists: name another folder, or leave output out for a numbered one.") from None
+        raise ValueError(
+            f"output {path} exists: name another folder, or leave output out for a numbered one."
+        ) from None
     return path
 
 
@@ -67,7 +76,10 @@ def _claim_number(parent: Path) -> Path:
 
 def versions() -> dict[str, Any]:
     """What ran: the packages that decide the numbers, Python and the machine."""
-    found: dict[str, Any] = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
     for package in REPORTED_PACKAGES:
         try:
             found[package] = version(package)

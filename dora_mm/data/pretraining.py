@@ -1,0 +1,83 @@
+"""The icons that the embedded model is pretrained on: pictures by style and concept, and what to call them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+STYLE_WORDS = {"flat": "flat", "twemoji": "twemoji", "noto": "noto", "contrast": "high contrast"}
+ALL_STYLES = (*STYLE_WORDS, "3d", "brick")
+# Several wordings, so that a sentence it has never seen ("a lego set in the style of TOK, a bus") still says bus to it.
+TEMPLATES = (
+    "a {style} icon of {thing}",
+    "{thing}, {style} icon",
+    "a {style} picture of {thing}",
+    "an icon of {thing}, in the {style} style",
+    "a picture in the {style} style, {thing}",
+)
+
+
+@dataclass(frozen=True)
+class Concept:
+    code: str  # codepoints of the emoji, in hexadecimal, joined by hyphens
+    name: str
+    split: str  # pretrain | judge
+
+
+@dataclass(frozen=True)
+class Icon:
+    concept: Concept
+    style: str
+    path: Path
+
+
+def read_icons(folder: Path, styles: Sequence[str], split: str | None = None) -> list[Icon]:
+    """The icons of some styles, of one split of the concepts or of all, in a fixed order.
+
+    Raises:
+        ValueError: the folder, or a picture of it, is missing.
+    """
+    listing = folder / "concepts.json"
+    if not listing.is_file():
+        raise ValueError(f"There are no icons in {folder}: python -m pipelines.build_samples brings and renders them.")
+    rows = json.loads(listing.read_text())
+    concepts = [Concept(row["code"], row["name"], row["split"]) for row in rows if split in (None, row["split"])]
+    icons = [Icon(concept, style, folder / style / f"{concept.code}.webp") for style in styles for concept in concepts]
+    missing = [icon.path for icon in icons if not icon.path.is_file()]
+    if missing:
+        raise ValueError(f"{len(missing)} icons are missing, the first is {missing[0]}: run pipelines.build_samples.")
+    return icons
+
+
+def load_pixels(icons: Sequence[Icon], resolution: int) -> torch.Tensor:
+    """(N, 3, resolution, resolution) uint8: one tensor holds them all."""
+    pixels = np.empty((len(icons), resolution, resolution, 3), dtype=np.uint8)
+    for index, icon in enumerate(icons):
+        with Image.open(icon.path) as image:
+            pixels[index] = image.convert("RGB").resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def to_signed(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def caption(icon: Icon, template: int) -> str:
+    """What a picture is called, in one of several wordings."""
+    return TEMPLATES[template].format(style=STYLE_WORDS[icon.style], thing=with_article(icon.concept.name))
+
+
+def with_article(name: str) -> str:
+    """ "a bus", "an owl", and no article before plurals ("books", "french fries") or more than one thing."""
+    last = name.split(" of ")[0].split()[-1]
+    if last.endswith("s") and not last.endswith(("ss", "us")) and last not in SINGULAR_IN_S:
+        return name
+    return f"{'an' if name[0] in 'aeio' or name.startswith('um') else 'a'} {name}"
+
+
+SINGULAR_IN_S = {"compass", "lens", "canvas"}

@@ -1,0 +1,85 @@
+"""The diffusion loss of SDXL."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import nn
+
+from dora_mm.config.schema import LossConfig
+
+PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """Latents with everything that the UNet is told about them."""
+
+    latents: torch.Tensor  # (B, 4, h, w), in the UNet's units
+    prompt: torch.Tensor  # (B, 77, D)
+    pooled: torch.Tensor  # (B, P)
+    time_ids: torch.Tensor  # (B, 6)
+
+
+class DiffusionTask:
+    """Predicts the noise (or the velocity) that was added to latents at a random time.
+
+    Args:
+        unet: the network, possibly wrapped by accelerate.
+        scheduler_config: the model's own; it says how noise is added and what is predicted.
+
+    Raises:
+        ValueError: the model predicts something else than epsilon or v, or its last step has no signal at all and it
+            predicts epsilon, which then means nothing.
+    """
+
+    def __init__(self, unet: nn.Module, scheduler_config: dict, config: LossConfig):
+        self.unet = unet
+        self.config = config
+        self.schedule = DDPMScheduler.from_config(scheduler_config)
+        self.prediction = self.schedule.config.prediction_type
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"The model predicts {self.prediction}; only epsilon and v_prediction can be trained.")
+        if self.prediction == "epsilon" and self.schedule.config.rescale_betas_zero_snr:
+            raise ValueError("The model's schedule ends without any signal, which needs v_prediction, not epsilon.")
+
+    def loss(self, batch: Conditioned, generator: torch.Generator) -> torch.Tensor:
+        """The mean over the batch of each picture's loss, weighted by min-SNR where the config says so."""
+        latents = batch.latents
+        count = len(latents)
+        noise = self._noise(latents, generator)
+        times = torch.randint(
+            self.schedule.config.num_train_timesteps, (count,), generator=generator, device=generator.device
+        )
+        times = times.to(latents.device)
+        predicted = self.unet(
+            self.schedule.add_noise(latents, noise, times),
+            times,
+            encoder_hidden_states=batch.prompt,
+            added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
+        ).sample
+        target = noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, times)
+        error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
+        return (error.mean(dim=(1, 2, 3)) * self.weights(times)).mean()
+
+    def weights(self, times: torch.Tensor) -> torch.Tensor:
+        """The weight of each time (B,): Hang et al. 2023 (arXiv 2303.09556), with gamma from the config."""
+        if self.config.min_snr_gamma is None:
+            return torch.ones_like(times, dtype=torch.float32)
+        signal = self.schedule.alphas_cumprod.to(times.device)[times].float()
+        return min_snr_weight(signal / (1 - signal), self.config.min_snr_gamma, self.prediction)
+
+    def _noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=generator.device).to(latents.device)
+
+        noise = draw(*latents.shape)
+        if self.config.noise_offset:
+            noise = noise + self.config.noise_offset * draw(*latents.shape[:2], 1, 1)
+        return noise
+
+
+def min_snr_weight(snr: torch.Tensor, gamma: float, prediction: str) -> torch.Tensor:
+    """min(snr, gamma) / snr for epsilon; min(snr, gamma) / (snr + 1) for v, which stands snr = 0."""
+    return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
