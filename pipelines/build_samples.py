@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from dora_mm.data.bricks import brick_grid, fit_square, ldraw_sheet, sheet_cells
 from dora_mm.data.icons import Concept, IconSet, codepoint_key, dump_concepts, on_white, read_concepts, render_svg
+from dora_mm.data.pretraining import with_article
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ SIZE = 256  # pixels of every picture
 STUDS = 13  # longer side of a brick model: 9 pixels a stud in a picture of 128, where one still sees the studs
 MODELS_PER_SHEET, SHEET_COLUMNS, SHEET_PIXELS = 16, 4, 1800  # LeoCAD takes 0.8 s to start and 0.1 s per model
 # Seen from 25 degrees off the studs' axis: the outline stays the icon's, and the bricks have height.
-LEOCAD = "--camera-angles 65 0 --orthographic --shading full --line-width 3 --aa-samples 8".split()
+LEOCAD = ["--camera-angles", "65", "0", "--orthographic", "--shading", "full", "--line-width", "3", "--aa-samples", "8"]
 
 # Edges of bricks are hard for webp: at 90 a brick picture takes 22 kB, at 70 it takes 14 and looks the same.
 WEBP_QUALITY = {"brick": 70}
@@ -196,20 +197,6 @@ def write_sample_set(folder: Path, pictures: Path, concepts: list[Concept], capt
     kept = {row["file_name"] for row in rows}
     for stale in [path for path in folder.glob("*.webp") if path.name not in kept]:
         stale.unlink()
-
-
-PLURALS = ("fries", "cherries")
-UNCOUNTED = ("fire", "corn", "broccoli")
-
-
-def with_article(name: str) -> str:
-    """ "owl" -> "an owl", "french fries" -> "french fries"."""
-    if name.split()[-1] in PLURALS + UNCOUNTED:
-        return name
-    if name == "sun":
-        return "the sun"
-    vowel = name[0] in "aeio" or (name[0] == "u" and not name.startswith("uni"))
-    return f"{'an' if vowel else 'a'} {name}"
 
 
 def missing_pictures(style: str, concepts: list[Concept]) -> list[Concept]:

@@ -93,7 +93,7 @@ def brick_grid(icon: Image.Image, studs: int) -> np.ndarray:
 
 
 def _darks_to_black(lab: np.ndarray) -> np.ndarray:
-    """Take the hue out of the darkest blues and violets: the icons draw black as deep violet, and a panda is not blue."""
+    """Take the hue out of the darkest blues and violets: the icons draw black as violet, and a panda is not blue."""
     keep = np.where(lab[..., 2:] < 0, np.clip((lab[..., :1] - 20) / 20, 0.2, 1), 1)
     return lab * np.concatenate([np.ones_like(keep), keep, keep], axis=-1)
 
