@@ -147,7 +147,7 @@ def copy_3d(archive: Path, concepts: list[Concept]) -> None:
 def read_archive(archive: Path, suffix: str) -> dict[str, bytes]:
     """Name and content of the files of a package that end in `suffix`; nothing is unpacked to disk."""
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:gz") as tar:
             entries = [entry for entry in tar if entry.isfile() and entry.name.endswith(suffix)]
             return {entry.name: tar.extractfile(entry).read() for entry in entries}  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError, zlib.error) as error:

@@ -75,7 +75,7 @@ def brick_grid(icon: Image.Image, studs: int) -> np.ndarray:
     The opaque part of the RGBA icon is scaled so that its longer side is `studs` bricks. Raises ValueError for an icon
     without an opaque pixel.
     """
-    box = icon.getchannel("A").point(lambda alpha: 255 * (alpha > 40)).getbbox()
+    box = icon.getchannel("A").point([255 * (alpha > 40) for alpha in range(256)]).getbbox()
     if box is None:
         raise ValueError("the icon has no opaque pixel, so there is nothing to build from bricks")
     icon = icon.crop(box)

@@ -1,0 +1,142 @@
+"""The script that makes the samples: what it says when something is missing, and that it makes the same again."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_mm.data.icons import Concept, read_concepts
+from pipelines import build_samples
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(build_samples, "ICONS", tmp_path / "icons")
+    monkeypatch.setattr(build_samples, "PACKAGES", tmp_path / "packages")
+    (tmp_path / "packages").mkdir()
+    return tmp_path
+
+
+def test_missing_tools_are_named_with_what_brings_them(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    with pytest.raises(ValueError, match=r"npm \(apt install npm\); leocad \(apt install leocad .*xvfb-run \(apt"):
+        build_samples.check_tools()
+
+
+def test_a_failed_download_leaves_nothing_and_says_why(folders, monkeypatch):
+    (folders / "npm").write_text("#!/bin/sh\necho 'npm error network is unreachable' >&2\nexit 1\n")
+    (folders / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folders}:/usr/bin:/bin")
+    with pytest.raises(ValueError, match=r"npm pack @a/b@1\.0\.0 failed.*network is unreachable"):
+        build_samples.fetch("@a/b@1.0.0")
+    assert list((folders / "packages").iterdir()) == []
+
+
+def test_a_fetched_package_gets_its_name_at_the_end(folders, monkeypatch):
+    (folders / "npm").write_text('#!/bin/sh\necho content > "$4/a-b-1.0.0.tgz"\n')
+    (folders / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folders}:/usr/bin:/bin")
+    build_samples.fetch("@a/b@1.0.0")
+    assert [path.name for path in (folders / "packages").iterdir()] == ["a-b-1.0.0.tgz"]
+
+
+def test_a_damaged_archive_is_named(folders):
+    archive = folders / "packages" / "broken.tgz"
+    archive.write_bytes(b"not a tar")
+    with pytest.raises(ValueError, match=r"broken\.tgz is damaged .*delete it"):
+        build_samples.read_archive(archive, ".json")
+
+
+def icon_package(folder: Path, codes: list[str]) -> Path:
+    body = '<circle cx="16" cy="16" r="12" fill="#c00"/>'
+    files = {
+        "icons": {"width": 32, "height": 32, "icons": {f"icon-{code}": {"body": body} for code in codes}},
+        "chars": {code: f"icon-{code}" for code in codes},
+    }
+    archive = folder / "packages" / "set.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in files.items():
+            (folder / f"{name}.json").write_text(json.dumps(content))
+            tar.add(folder / f"{name}.json", arcname=f"package/{name}.json")
+    return archive
+
+
+CONCEPTS = [Concept("1f34e", "red apple", "Food", "pretrain", "lego"), Concept("1f34a", "tangerine", "Food", "judge")]
+
+
+def test_a_concept_that_a_package_lacks_is_named(folders):
+    with pytest.raises(ValueError, match="lacks tangerine"):
+        build_samples.read_icon_set(icon_package(folders, ["1f34e"]), CONCEPTS)
+
+
+def test_only_missing_pictures_are_drawn(folders):
+    pytest.importorskip("resvg_py", reason="resvg_py is not installed: pip install 'dora_mm[samples]'")
+    archive = icon_package(folders, ["1f34e", "1f34a"])
+    build_samples.draw_svgs("flat", archive, CONCEPTS)
+    apple, tangerine = (folders / "icons" / "flat" / f"{concept.code}.webp" for concept in CONCEPTS)
+    first = apple.read_bytes()
+    tangerine.write_bytes(b"kept as it is")
+    apple.unlink()
+    build_samples.draw_svgs("flat", archive, CONCEPTS)
+    assert apple.read_bytes() == first
+    assert tangerine.read_bytes() == b"kept as it is"
+
+
+def test_a_sample_set_replaces_what_no_longer_belongs(folders):
+    (folders / "icons" / "brick").mkdir(parents=True)
+    (folders / "icons" / "brick" / "1f34e.webp").write_bytes(b"picture")
+    target = folders / "lego"
+    target.mkdir()
+    (target / "old.webp").write_bytes(b"stale")
+    caption = build_samples.SETS["lego"][2]
+    build_samples.write_sample_set(target, folders / "icons" / "brick", CONCEPTS[:1], caption)
+    assert sorted(path.name for path in target.iterdir()) == ["metadata.jsonl", "red_apple.webp"]
+    row = json.loads((target / "metadata.jsonl").read_text())
+    assert row == {"file_name": "red_apple.webp", "text": "a lego set in the style of TOK, a red apple"}
+
+
+def test_write_atomically_leaves_no_half_file(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build_samples.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_samples.write_atomically(tmp_path / "picture.webp", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_committed_bricks_and_icons_come_out_again(folders, monkeypatch):
+    """One sheet of bricks and a few 3D icons, drawn anew, are the committed files up to the renderer's rounding."""
+    try:
+        build_samples.check_tools()
+    except ValueError as error:
+        pytest.skip(str(error))
+    packages = build_samples.ROOT / "build" / "packages"
+    archives = {
+        p: packages / build_samples.archive_of(p).name
+        for p in (build_samples.SVG_PACKAGES["flat"], build_samples.PACKAGE_3D)
+    }
+    if not all(archive.exists() for archive in archives.values()):
+        pytest.skip("the icon packages are not here: python -m pipelines.build_samples fetches them")
+    concepts = read_concepts(build_samples.SAMPLES / "concepts.jsonl")
+    sheet = next(
+        concepts[k : k + 16]
+        for k in range(0, len(concepts), 16)
+        if sum(c.role == "lego" for c in concepts[k : k + 16]) >= 2
+    )
+
+    build_samples.build_bricks(archives[build_samples.SVG_PACKAGES["flat"]], sheet)
+    icons = [concept for concept in concepts if concept.role == "icon3d"][:3]
+    build_samples.copy_3d(archives[build_samples.PACKAGE_3D], icons)
+
+    for style, folder, drawn in (("brick", "lego", [c for c in sheet if c.role == "lego"]), ("3d", "3d_icon", icons)):
+        for concept in drawn:
+            anew = Image.open(folders / "icons" / style / f"{concept.code}.webp")
+            committed = Image.open(build_samples.SAMPLES / folder / f"{concept.name.replace(' ', '_')}.webp")
+            difference = np.abs(np.asarray(anew, dtype=float) - np.asarray(committed, dtype=float))
+            assert difference.mean() < 1.0, concept.name  # another Mesa or libwebp may round differently
