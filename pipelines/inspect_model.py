@@ -1,38 +1,25 @@
-"""dora-mm inspect: what an adapter file holds, or what a target map takes of a model; no weights are read."""
+"""dora-mm inspect: what an adapter file holds, or what a target map takes of a model."""
 
-import json
-import math
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from dora_mm import DoRASpec, inject, io
 from dora_mm.config import find_path, resolve_model
-from dora_mm.targets import MAPS, find
+from dora_mm.io.diffusers import OUR_METADATA, PEFT_METADATA
+from dora_mm.targets import find
 
-ADAPTER = "pytorch_lora_weights.safetensors"
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-ROLES = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m"}
-METHODS = {"ABm": "dora", "AB": "lora", "m": "magnitude", "w": "full"}
+ADAPTERS = [module.FILE_NAME for module in io.FORMATS.values()]
+HIDDEN = ("format", PEFT_METADATA, OUR_METADATA)  # what the table says in words
+MAP_OF = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
 RANK = 8  # parameter counts of target maps are stated at this rank
-
-
-class Module(NamedTuple):
-    """One adapted module of a file."""
-
-    component: str
-    path: str
-    method: str
-    rank: int | None
-    num_parameters: int
 
 
 def main(path: str, *, targets: str | None = None) -> None:
     """Prints the content of an adapter file (or of the folder or run it lies in), or the target maps on a model."""
     file = adapter_file(path)
     if file is None:
-        print(describe_model(resolve_model(path, "MODEL"), [targets] if targets else list(MAPS)))
+        print(describe_model(resolve_model(path, "MODEL"), targets))
     elif targets is not None:
         raise ValueError(f"--targets is for models, and {file} is an adapter file")
     else:
@@ -40,10 +27,12 @@ def main(path: str, *, targets: str | None = None) -> None:
 
 
 def adapter_file(path: str) -> Path | None:
+    """The adapter file that is meant: the path itself, or what lies in the folder or in the run there."""
     found = find_path(path)
     if found is None or found.is_file():
         return found
-    return next((file for file in (found / ADAPTER, found / "adapter" / ADAPTER) if file.is_file()), None)
+    files = (folder / name for folder in (found, found / "adapter") for name in ADAPTERS)
+    return next((file for file in files if file.is_file()), None)
 
 
 # --- adapter files ---------------------------------------------------------------------------------------------------
@@ -51,119 +40,69 @@ def adapter_file(path: str) -> Path | None:
 
 def describe_adapter(file: Path) -> str:
     """A table of what the file adapts, then its metadata."""
-    shapes, metadata = read_header(file)
-    modules = adapted_modules(file, shapes)
-    alphas = stored_alphas(file, metadata)
-    rows = Counter()
-    parameters = Counter()
-    for module in modules:
-        rank = "-" if module.rank is None else str(module.rank)
-        row = (module.component, leaf(module.path), module.method, rank, alphas.get(module.component, "-"))
-        rows[row] += 1
-        parameters[row] += module.num_parameters
+    state, metadata = io.read(file)
+    rows, parameters = Counter(), Counter()
+    for component, layers in state.items():
+        for path, layer in layers.items():
+            row = (component, leaf(path), *method_rank_alpha(layer.spec))
+            rows[row] += 1
+            parameters[row] += sum(tensor.numel() for tensor in layer.tensors.values())
     table = [("component", "module", "method", "rank", "alpha", "count", "parameters")]
     table += [(*row, str(count), f"{parameters[row]:,}") for row, count in rows.items()]
-    total = sum(module.num_parameters for module in modules)
-    table += [("all", "", "", "", "", str(len(modules)), f"{total:,}")]
-    notes = [f"  {key}: {value}" for key, value in metadata.items() if key not in ("format", "lora_adapter_metadata")]
-    title = f"{file}: {len(shapes)} tensors, {file.stat().st_size / 1e6:.1f} MB"
+    table += [("all", "", "", "", "", str(rows.total()), f"{parameters.total():,}")]
+    notes = [f"  {key}: {value}" for key, value in metadata.items() if key not in HIDDEN]
+    title = f"{file}: {file.stat().st_size / 1e6:.1f} MB"
     return "\n".join([title, columns(table), *(["metadata", *notes] if notes else [])])
 
 
-def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The tensors' shapes by key, and the metadata."""
-    try:
-        with safe_open(file, framework="np") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-            return shapes, tensors.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-
-
-def adapted_modules(file: Path, shapes: dict[str, tuple[int, ...]]) -> list[Module]:
-    """The file's modules, put together from their tensors."""
-    tensors: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-    for key, shape in shapes.items():
-        component, _, rest = key.partition(".")
-        if component not in COMPONENTS:
-            raise ValueError(
-                f"{file} is no adapter in the format of diffusers: it holds {key}, and keys start with one of "
-                f"{', '.join(COMPONENTS)}; of a whole model, inspect its folder or its hub name"
-            )
-        path, role = split_role(rest)
-        tensors.setdefault((component, path), {})[role] = shape
-    return [module_of(file, component, path, parts) for (component, path), parts in tensors.items()]
-
-
-def split_role(key: str) -> tuple[str, str]:
-    """The module's path and which of its tensors this is; `w` for a weight itself."""
-    for suffix, role in ROLES.items():
-        if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), role
-    return key.removesuffix(".weight"), "w"
-
-
-def module_of(file: Path, component: str, path: str, parts: dict[str, tuple[int, ...]]) -> Module:
-    method = METHODS.get("".join(sorted(parts)))
-    if method is None:
-        raise ValueError(f"{file} is damaged: of {component}.{path} it holds only {', '.join(sorted(parts))}")
-    num_parameters = sum(math.prod(shape) for shape in parts.values())
-    return Module(component, path, method, parts["A"][0] if "A" in parts else None, num_parameters)
-
-
-def stored_alphas(file: Path, metadata: dict[str, str]) -> dict[str, str]:
-    """alpha by component, from the header that diffusers reads."""
-    try:
-        stored = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        found = {name: stored.get(f"{name}.lora_alpha") for name in COMPONENTS}
-        return {name: f"{float(alpha):g}" for name, alpha in found.items() if alpha is not None}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} has a header lora_adapter_metadata that cannot be read: {error}") from None
+def method_rank_alpha(spec: DoRASpec) -> tuple[str, str, str]:
+    """As text; `-` where the method has no such thing."""
+    if spec.method in ("dora", "lora"):
+        return spec.method, str(spec.rank), f"{spec.alpha:g}"
+    return spec.method, "-", "-"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def describe_model(model: str, names: list[str]) -> str:
-    """One table per network that the maps are for, with all parts of the map; the networks have no weights."""
-    from dora_mm import DoRASpec, inject
-
-    blocks = []
-    for name in names:
-        targets = find(name)
-        default = targets.select().parts
-        for component, network in networks(model, name).items():
-            spec = DoRASpec(rank=RANK, alpha=RANK)
-            report = inject(network, name, spec, parts=tuple(targets.parts))
-            taken = [module for module in report.modules if module.part in default]
-            total = sum(module.num_parameters for module in taken)
-            blocks += [
-                f"{model} {component}: {name} at rank {RANK}",
-                str(report),
-                f"by default ({', '.join(default)}): {len(taken)} modules, {total:,} parameters\n",
-            ]
-    return "\n".join(blocks).rstrip("\n")
+def describe_model(model: str, only: str | None) -> str:
+    """One table per network, with all parts of its target map; `only` this map where it is given."""
+    wanted = find(only).name if only else None  # a name that is no map is an error
+    chosen = {component: name for component, name in MAP_OF.items() if wanted in (None, name)}
+    if not chosen:
+        raise ValueError(f"the target map {wanted} is for no network of an SDXL model")
+    return "\n\n".join(table_of(model, component, name) for component, name in chosen.items())
 
 
-def networks(model: str, targets: str) -> dict[str, Any]:
-    """The networks of an SDXL model that a target map is for, built from their configs on the meta device."""
+def table_of(model: str, component: str, name: str) -> str:
+    targets = find(name)
+    spec = DoRASpec(rank=RANK, alpha=RANK)
+    report = inject(network(model, component), targets, spec, parts=tuple(targets.parts))
+    default = targets.select().parts
+    taken = [module for module in report.modules if module.part in default]
+    total = sum(module.num_parameters for module in taken)
+    return (
+        f"{model} {component}: {name} at rank {RANK}\n{report}\n"
+        f"by default ({', '.join(default)}): {len(taken)} modules, {total:,} parameters"
+    )
+
+
+def network(model: str, component: str) -> Any:
+    """A network of an SDXL model, from its config alone: on the meta device, without weights."""
     import torch
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     try:
         with torch.device("meta"):
-            if targets == "sdxl-unet":
-                config: Any = UNet2DConditionModel.load_config(model, subfolder="unet")
-                return {"unet": UNet2DConditionModel.from_config(config)}
-            classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-            return {
-                component: network(CLIPTextConfig.from_pretrained(model, subfolder=component))
-                for component, network in classes.items()
-            }
+            if component == "unet":
+                config: Any = UNet2DConditionModel.load_config(model, subfolder=component)
+                return UNet2DConditionModel.from_config(config)
+            kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
+            return kind(CLIPTextConfig.from_pretrained(model, subfolder=component))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{model} has no configs of an SDXL model: {reason}") from error
+        raise ValueError(f"{model} has no config of an SDXL model's {component}: {reason}") from error
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
     close = nearest(str(name), siblings)
     if close:
         return close
-    elsewhere = [key for key in _all_keys(schema) if key.split(".")[-1] == name]
+    elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name]
     if elsewhere:
         return f", did you mean {elsewhere[0]!r}?"
     return f"; this section has {', '.join(siblings)}" if siblings else ""
@@ -109,11 +109,11 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((model for model in found if model), None)
 
 
-def _all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)
         inner = _model_in(field.annotation)
         if inner:
-            keys += _all_keys(inner, f"{prefix}{name}.")
+            keys += all_keys(inner, f"{prefix}{name}.")
     return keys

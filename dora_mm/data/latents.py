@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from dora_mm.data.buckets import Framing
+from dora_mm.io.atomic import save_tensors
 
 LAYOUT = "1"  # raise it when the pixels of an equal framing change
 
@@ -65,7 +63,7 @@ class LatentCache:
         if self.folder is None:
             self.memory[key] = latents
         else:
-            _write(self._path(key), latents)
+            save_tensors(self._path(key), latents._asdict(), {"sha256": _checksum(latents)})
         return latents
 
     def _path(self, key: str) -> Path:
@@ -92,19 +90,3 @@ def _checksum(latents: Latents) -> str:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write(path: Path, latents: Latents) -> None:
-    """Beside its place, synced, then renamed: an entry is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = save(latents._asdict(), metadata={"sha256": _checksum(latents)})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -1,0 +1,31 @@
+"""A key that nothing reads is a promise that nothing keeps."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from dora_mm.config.report import all_keys
+from dora_mm.config.schema import SCHEMAS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def attributes():
+    """Every name after a dot in the code, the config package left out."""
+    files = [*(ROOT / "pipelines").rglob("*.py"), *(ROOT / "dora_mm").rglob("*.py")]
+    trees = [ast.parse(file.read_text()) for file in files if "config" not in file.relative_to(ROOT).parts]
+    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("pipeline", SCHEMAS)
+def test_every_key_is_read(pipeline, attributes):
+    unread = [key for key in all_keys(SCHEMAS[pipeline]) if key.split(".")[-1] not in attributes]
+    assert unread == []
+
+
+@pytest.mark.parametrize("pipeline", SCHEMAS)
+def test_every_pipeline_has_its_script_and_command(pipeline):
+    assert (ROOT / "pipelines" / f"{pipeline}.py").is_file()
+    assert SCHEMAS[pipeline].command in ("train", "sample", "eval")
