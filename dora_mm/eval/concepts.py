@@ -1,0 +1,95 @@
+"""Which thing a picture shows: the concept of the nearest real icon.
+
+Shapes: N pictures, P pooled features, K dimensions of the concept space, M icons in the gallery, Q concepts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_DIMENSIONS = 256
+# Added to the within-concept covariance, in units of its mean variance. Ceilings of top-1 retrieval at 64 px by ridge
+# 0.1 / 0.3 / 1 / 3, mean of five styles: 0.906, 0.918, 0.915, 0.912; by the plain features' cosine: 0.815.
+RIDGE = 1.0
+
+
+@dataclass(frozen=True)
+class ConceptSpace:
+    """Cosine in a space where the same thing in another style is near (linear discriminants of real icons).
+
+    The plain features' cosine is ruled by style: a high-contrast icon is nearest to high-contrast icons of other things
+    (top-1 0.53 across styles against 0.88 here). The axes come from concepts that are not in the gallery.
+    """
+
+    center: np.ndarray  # (P,)
+    axes: np.ndarray  # (P, K)
+    gallery: np.ndarray  # (M, K), unit length
+    gallery_codes: tuple[str, ...]
+    gallery_styles: tuple[str, ...]
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The concepts, each once, in the gallery's order."""
+        return tuple(dict.fromkeys(self.gallery_codes))
+
+    def embed(self, pooled_NP: np.ndarray) -> np.ndarray:
+        return _unit((pooled_NP - self.center) @ self.axes)
+
+    def similarities(self, pooled_NP: np.ndarray, *, without_style: str | None = None) -> np.ndarray:
+        """(N, Q): cosine with each concept's nearest icon. `without_style` leaves the icons of one style out."""
+        kept = np.array([style != without_style for style in self.gallery_styles])
+        cosine_MN = self.gallery[kept] @ self.embed(pooled_NP).T
+        columns = {code: index for index, code in enumerate(self.codes)}
+        owner_M = np.array([columns[code] for code in self.gallery_codes])[kept]
+        nearest_QN = np.full((len(columns), len(pooled_NP)), -np.inf)
+        np.maximum.at(nearest_QN, owner_M, cosine_MN)
+        return nearest_QN.T
+
+    def ranks(self, pooled_NP: np.ndarray, codes: Sequence[str], *, without_style: str | None = None) -> np.ndarray:
+        """The place of each picture's own concept: 1 where its icon is the nearest of all. (N,)"""
+        similarities_NQ = self.similarities(pooled_NP, without_style=without_style)
+        columns = {code: index for index, code in enumerate(self.codes)}
+        own_N = similarities_NQ[np.arange(len(codes)), [columns[code] for code in codes]]
+        return 1 + (similarities_NQ > own_N[:, None]).sum(axis=1)
+
+
+def fit_concepts(
+    pooled: Mapping[str, np.ndarray],
+    codes: Mapping[str, Sequence[str]],
+    gallery: Mapping[str, np.ndarray],
+    gallery_codes: Mapping[str, Sequence[str]],
+) -> ConceptSpace:
+    """Axes from one set of concepts, the gallery from another; each by style, (N, P) with the concept of each row."""
+    x_NP = np.concatenate(list(pooled.values())).astype(np.float64)
+    names_N = np.concatenate([np.asarray(codes[style]) for style in pooled])
+    _, owner_N = np.unique(names_N, return_inverse=True)
+    counts_Q = np.bincount(owner_N)
+    center_P = x_NP.mean(axis=0)
+    means_QP = np.zeros((len(counts_Q), x_NP.shape[1]))
+    np.add.at(means_QP, owner_N, x_NP - center_P)
+    means_QP /= counts_Q[:, None]
+    axes_PK = discriminants(x_NP - center_P - means_QP[owner_N], means_QP)
+    embedded = {style: _unit((icons - center_P) @ axes_PK) for style, icons in gallery.items()}
+    return ConceptSpace(
+        center_P,
+        axes_PK,
+        np.concatenate(list(embedded.values())),
+        tuple(code for style in gallery for code in gallery_codes[style]),
+        tuple(style for style in gallery for _ in gallery_codes[style]),
+    )
+
+
+def discriminants(within_NP: np.ndarray, between_QP: np.ndarray) -> np.ndarray:
+    """(P, K): the directions with the largest spread between concepts for their spread within one."""
+    within_PP = within_NP.T @ within_NP / len(within_NP)
+    within_PP[np.diag_indices_from(within_PP)] += RIDGE * np.trace(within_PP) / len(within_PP)
+    values, vectors = np.linalg.eigh(within_PP)
+    whitening_PP = vectors / np.sqrt(values)
+    whitened_QP = between_QP @ whitening_PP
+    _, rotation = np.linalg.eigh(whitened_QP.T @ whitened_QP)
+    return whitening_PP @ rotation[:, ::-1][:, :NUM_DIMENSIONS]
+
+
+def _unit(x_NK: np.ndarray) -> np.ndarray:
+    return x_NK / np.maximum(np.linalg.norm(x_NK, axis=-1, keepdims=True), 1e-12)

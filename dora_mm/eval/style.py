@@ -1,0 +1,139 @@
+"""Which style a picture has: a linear classifier on texture statistics, and a distance to a set of real pictures.
+
+Shapes: N pictures, T texture statistics, C classes, D principal components.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dora_mm.eval.statistics import Gaussian, frechet_distance
+
+# One class per row. Noto is drawn with some shading, but the base model is trained on it as a flat style, so that a
+# picture in its manner must not count as a learned style: it belongs to the flat class.
+CLASSES: dict[str, tuple[str, ...]] = {
+    "flat": ("flat", "twemoji", "noto", "contrast"),
+    "3d": ("3d",),
+    "brick": ("brick",),
+}
+STYLES = tuple(style for styles in CLASSES.values() for style in styles)
+NUM_FOLDS = 5
+INVERSE_PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # C of scikit-learn
+NUM_COMPONENTS = 32
+
+
+def class_of(style: str) -> str:
+    return next(name for name, styles in CLASSES.items() if style in styles)
+
+
+@dataclass(frozen=True)
+class StyleClassifier:
+    """Multinomial logistic regression on standardised features."""
+
+    mean: np.ndarray  # (T,)
+    scale: np.ndarray  # (T,)
+    weight: np.ndarray  # (C, T)
+    bias: np.ndarray  # (C,)
+
+    def standardize(self, texture_NT: np.ndarray) -> np.ndarray:
+        return (texture_NT - self.mean) / self.scale
+
+    def log_probabilities(self, texture_NT: np.ndarray) -> np.ndarray:
+        """(N, C), classes in the order of CLASSES."""
+        logits_NC = self.standardize(texture_NT) @ self.weight.T + self.bias
+        return logits_NC - _log_sum_exp(logits_NC)
+
+
+def log_odds(log_probabilities_NC: np.ndarray, name: str) -> np.ndarray:
+    """log p / (1 - p) of one class, without the rounding of 1 - p: (N,)."""
+    index = list(CLASSES).index(name)
+    others = np.delete(log_probabilities_NC, index, axis=-1)
+    return log_probabilities_NC[..., index] - _log_sum_exp(others)[..., 0]
+
+
+def _log_sum_exp(x: np.ndarray) -> np.ndarray:
+    top = x.max(axis=-1, keepdims=True)
+    return top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class StyleSpace:
+    """Principal components of the standardised texture statistics, and the real pictures of every class in them."""
+
+    components: np.ndarray  # (T, D)
+    real: dict[str, Gaussian]
+
+    def project(self, standardized_NT: np.ndarray) -> np.ndarray:
+        return standardized_NT @ self.components
+
+    def distance(self, projected_ND: np.ndarray, name: str) -> float:
+        """Squared Frechet distance to the real pictures of a class; see `frechet_distance` on its bias."""
+        return frechet_distance(Gaussian.of(projected_ND), self.real[name])
+
+
+def fit_styles(
+    texture: Mapping[str, np.ndarray], codes: Mapping[str, Sequence[str]]
+) -> tuple[StyleClassifier, StyleSpace, dict[str, np.ndarray]]:
+    """Fits on real pictures of every style, each (N, T) with the concept code of each row.
+
+    Classes weigh the same, and so do the styles within one. The penalty is the strongest whose cross-validated log loss
+    lies within one standard error of the best: what is classified later are drawn pictures, which differ from the real
+    ones, and a flatter classifier bends less.
+
+    Returns:
+        classifier, space, and for every style the predicted class index of each row by classifiers that have not seen
+        its concept (folds of whole concepts).
+    """
+    from sklearn.model_selection import GroupKFold
+
+    x_NT = np.concatenate([texture[style] for style in STYLES]).astype(np.float64)
+    y_N = np.concatenate([np.full(len(texture[s]), list(CLASSES).index(class_of(s))) for s in STYLES])
+    groups_N = np.concatenate([np.asarray(codes[style]) for style in STYLES])
+    weights_N = np.concatenate(
+        [np.full(len(texture[s]), 1.0 / (len(CLASSES[class_of(s)]) * len(texture[s]))) for s in STYLES]
+    )
+    weights_N *= len(weights_N) / weights_N.sum()
+    folds = list(GroupKFold(NUM_FOLDS, shuffle=True, random_state=0).split(x_NT, y_N, groups_N))
+    penalty, unseen_NC = _cross_validate(x_NT, y_N, weights_N, folds)
+    classifier = _fit(x_NT, y_N, weights_N, penalty)
+    predicted_N = unseen_NC.argmax(axis=1)
+    ends = np.cumsum([len(texture[style]) for style in STYLES])
+    predicted = dict(zip(STYLES, np.split(predicted_N, ends[:-1]), strict=True))
+    return classifier, _fit_space(classifier.standardize(x_NT), y_N, weights_N), predicted
+
+
+def _cross_validate(x_NT, y_N, weights_N, folds) -> tuple[float, np.ndarray]:
+    """The chosen inverse penalty, and the log probabilities that it gives each row while its fold is left out."""
+    losses, outputs = np.empty((len(INVERSE_PENALTIES), len(folds))), []
+    for row, penalty in enumerate(INVERSE_PENALTIES):
+        unseen_NC = np.empty((len(x_NT), len(CLASSES)))
+        for column, (seen, left_out) in enumerate(folds):
+            model = _fit(x_NT[seen], y_N[seen], weights_N[seen], penalty)
+            unseen_NC[left_out] = model.log_probabilities(x_NT[left_out])
+            surprise = -unseen_NC[left_out, y_N[left_out]]
+            losses[row, column] = np.average(surprise, weights=weights_N[left_out])
+        outputs.append(unseen_NC)
+    means = losses.mean(axis=1)
+    best = means.argmin()
+    limit = means[best] + losses[best].std(ddof=1) / np.sqrt(len(folds))
+    chosen = int(np.flatnonzero(means <= limit)[0])
+    return INVERSE_PENALTIES[chosen], outputs[chosen]
+
+
+def _fit(x_NT, y_N, weights_N, penalty: float) -> StyleClassifier:
+    from sklearn.linear_model import LogisticRegression
+
+    mean_T = np.average(x_NT, axis=0, weights=weights_N)
+    scale_T = np.sqrt(np.average((x_NT - mean_T) ** 2, axis=0, weights=weights_N))
+    scale_T[scale_T < 1e-6] = 1.0  # a channel that never changes
+    model = LogisticRegression(C=penalty, max_iter=2000).fit((x_NT - mean_T) / scale_T, y_N, sample_weight=weights_N)
+    return StyleClassifier(mean_T, scale_T, model.coef_, model.intercept_)
+
+
+def _fit_space(z_NT: np.ndarray, y_N: np.ndarray, weights_N: np.ndarray) -> StyleSpace:
+    _, _, axes = np.linalg.svd(z_NT * np.sqrt(weights_N)[:, None], full_matrices=False)
+    components_TD = axes[:NUM_COMPONENTS].T
+    projected_ND = z_NT @ components_TD
+    real = {name: Gaussian.of(projected_ND[y_N == index]) for index, name in enumerate(CLASSES)}
+    return StyleSpace(components_TD, real)
