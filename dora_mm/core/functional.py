@@ -79,15 +79,19 @@ def row_norm(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=adapter_dtype(weight.dtype))
 
 
-def updated_norm(W0: Tensor, delta: Tensor, V: Tensor, n0: Tensor) -> Tensor:
+def updated_norm(W0: Tensor, delta: Tensor, n0: Tensor, buffer: Tensor) -> Tensor:
     """n = ||W0 + delta|| per row as sqrt(n0^2 + D), D = rowsum(delta (2 W0 + delta)): n0 bit for bit where delta is 0.
 
-    Rows where W0 and delta nearly cancel take the norm of V = W0 + delta directly.
+    Rows where W0 and delta nearly cancel take the norm of W0 + delta itself. `buffer` (O, I) is overwritten.
     """
-    D = torch.add(delta, W0, alpha=2).mul_(delta).sum(1)
-    square = torch.addcmul(D, n0, n0)
+    D = torch.add(delta, W0, alpha=2, out=buffer).mul_(delta).sum(1)
+    square0 = n0 * n0
+    square = square0 + D
     norm = torch.where(D == 0, n0, square.clamp_min(0).sqrt())  # n0^2 underflows where n0 < 1e-19 does not
-    return torch.where(square < n0 * n0 * CANCELLED, torch.linalg.vector_norm(V, dim=1), norm)
+    cancelled = square < square0 * CANCELLED
+    if torch.compiler.is_compiling() or cancelled.any():
+        norm = torch.where(cancelled, torch.linalg.vector_norm(W0 + delta, dim=1), norm)
+    return norm
 
 
 def row_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -121,18 +125,22 @@ class _MergedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, A, B, magnitude, scaling, strength, exact):
         W0 = weight.detach().flatten(1).to(adapter_dtype(weight.dtype))
-        norm = gain = delta = None
-        W = W0
-        if A is not None:
-            delta = (B * scaling) @ A.flatten(1)
-            W = W0 + delta
+        norm = gain = None
+        W = torch.empty_like(W0)  # the one buffer beside delta: allocating costs more than computing here
+        delta = None if A is None else (B * scaling) @ A.flatten(1)
         if magnitude is not None:
-            n0 = row_norm(weight)
-            norm = n0 if delta is None else updated_norm(W0, delta, W, n0)
+            norm = row_norm(weight.detach())
+            if delta is not None:
+                norm = updated_norm(W0, delta, norm, buffer=W)
             gain = row_gain(magnitude, norm)
-            W = W * gain[:, None]
+        if delta is None:
+            W.copy_(W0)
+        else:
+            torch.add(W0, delta, out=W)
+        if gain is not None:
+            W.mul_(gain[:, None])
         if strength != 1:
-            W = torch.add(W0, W - W0, alpha=strength)
+            W = torch.add(W0, W.sub_(W0), alpha=strength)
         ctx.save_for_backward(weight, A, B, norm, gain)
         ctx.scaling, ctx.strength, ctx.exact = scaling, strength, exact
         return _laid_out_like(W, weight)

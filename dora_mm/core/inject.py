@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_mm.core.functional import TORCH, Forward
 from dora_mm.core.layer import AdaptedLayer, DoRASpec, adapt_layer, restore_layer
-from dora_mm.core.targets import TargetMap, match_modules
+from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,36 @@ def inject(
     if not isinstance(targets, TargetMap):
         targets = TargetMap("given", {"given": tuple(targets)})
     taken = match_modules(model, targets)
+    return inject_paths(model, {path: (part, spec) for path, part in taken.items()}, forward=forward, seed=seed)
+
+
+def inject_paths(
+    model: nn.Module, wanted: Mapping[str, tuple[str, DoRASpec]], *, forward: Forward = TORCH, seed: int = 0
+) -> InjectReport:
+    """Adapts exactly these modules: path -> (part, spec). Nothing is changed when one of them cannot be adapted."""
     modules = dict(model.named_modules())
-    for path in taken:
+    for path, (_, spec) in wanted.items():
         _check_adaptable(modules, path, spec)
     report = []
-    for path, part in taken.items():
+    for path, (part, spec) in wanted.items():
         layer = adapt_layer(modules[path], spec, path=path, functions=forward, seed=seed)
-        kind = type(layer).__name__
-        num_parameters = sum(p.numel() for p in layer.adapter_tensors().values())
-        report.append(AdaptedModule(path, part, kind, tuple(layer.weight.shape), num_parameters))
+        report.append(describe(layer, part))
     return InjectReport(tuple(report))
 
 
+def describe(layer: AdaptedLayer, part: str) -> AdaptedModule:
+    num_parameters = sum(p.numel() for p in layer.adapter_tensors().values())
+    return AdaptedModule(layer.path, part, type(layer).__name__, tuple(layer.weight.shape), num_parameters)
+
+
 def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -> None:
-    layer = modules[path]
+    layer = modules.get(path)
+    if layer is None:
+        raise ValueError(f"the model has no module {path}")
     if isinstance(layer, AdaptedLayer):
         raise ValueError(f"{path} is adapted already: call remove first")
+    if not adaptable(layer):
+        raise ValueError(f"{path} is a {type(layer).__name__}, {NOT_ADAPTABLE}")
     if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
         raise ValueError(f"{path} is inside nn.MultiheadAttention, which reads weights and never calls an adapter")
     if "forward" in vars(layer):

@@ -1,0 +1,50 @@
+"""Adapter files: one module per format, one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from dora_mm.core.functional import TORCH, Forward
+from dora_mm.core.inject import InjectReport
+from dora_mm.io import diffusers, full
+from dora_mm.io.state import AdapterState, into_models
+
+FORMATS = {"diffusers": diffusers, "full": full}
+
+
+def save(components: Mapping[str, nn.Module], folder: Path, *, format: str, metadata: Mapping[str, str]) -> Path:
+    """Writes the adapters of these models into `folder`; returns the file."""
+    if format not in FORMATS:
+        raise ValueError(f"there is no adapter format {format!r}: use {' or '.join(FORMATS)}")
+    return FORMATS[format].save(components, folder, metadata)
+
+
+def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
+    """(adapters, header metadata) of a file, or of the one adapter file in a folder."""
+    file = find_file(path)
+    module = full if file.name == full.FILE_NAME else diffusers
+    return module.read(file, components)
+
+
+def load(
+    components: Mapping[str, nn.Module], path: Path, *, strength: float = 1.0, forward: Forward = TORCH
+) -> InjectReport:
+    """Loads the adapters of a file or folder into these models."""
+    state, _ = read(path, components)
+    return into_models(state, components, find_file(path), strength=strength, forward=forward)
+
+
+def find_file(path: Path) -> Path:
+    """The adapter file that `path` is, or that lies in the folder `path`."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"there is no adapter file {path}")
+    found = [path / module.FILE_NAME for module in FORMATS.values() if (path / module.FILE_NAME).is_file()]
+    if len(found) != 1:
+        names = " or ".join(module.FILE_NAME for module in FORMATS.values())
+        raise ValueError(f"the folder {path} holds {len(found) or 'no'} adapter files ({names}): name one")
+    return found[0]

@@ -1,0 +1,46 @@
+"""Weights trained by method full, `trained_weights.safetensors`: `unet.<path>.weight` for each trained module.
+
+No adapter format can hold them, so this one is our own: whole weights, in the dtype they were trained in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from dora_mm.core.layer import DoRASpec
+from dora_mm.io.atomic import save_tensors
+from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
+
+FILE_NAME = "trained_weights.safetensors"
+FORMAT_KEY, FORMAT = "dora_mm_format", "full-1"
+
+
+def save(components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
+    tensors = {}
+    for component, layers in from_models(components).items():
+        for path, layer in layers.items():
+            if layer.spec.method != "full":
+                raise ValueError(
+                    f"{component}.{path} has an adapter of method {layer.spec.method}: save it as diffusers"
+                )
+            tensors[f"{component}.{path}.weight"] = layer.tensors["weight"]
+    save_tensors(folder / FILE_NAME, tensors, {**metadata, FORMAT_KEY: FORMAT})
+    return folder / FILE_NAME
+
+
+def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
+    """(state, header metadata) of a file of this format."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get(FORMAT_KEY) != FORMAT:
+        raise ValueError(f"{path} is no file of trained weights: its header lacks {FORMAT_KEY} = {FORMAT}")
+    state: AdapterState = {}
+    spec = DoRASpec(method="full")
+    for key, tensor in tensors.items():
+        component, _, rest = key.partition(".")
+        if not rest.endswith(".weight"):
+            raise ValueError(f"{path} has the key {key}, which is no weight: the file is damaged")
+        state.setdefault(component, {})[rest.removesuffix(".weight")] = LayerState(spec, {"weight": tensor})
+    return state, metadata

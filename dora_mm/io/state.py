@@ -1,0 +1,145 @@
+"""An adapter between file and model: what every format is read into, and written from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from dora_mm.core.functional import TORCH, Forward
+from dora_mm.core.inject import InjectReport, describe, inject_paths
+from dora_mm.core.layer import AdaptedLayer, DoRASpec
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """The adapter of one module: its tensors by name (lora_A, lora_B, magnitude, or weight for method full)."""
+
+    spec: DoRASpec
+    tensors: Mapping[str, Tensor]
+
+
+AdapterState = dict[str, dict[str, LayerState]]  # component ("unet") -> module path -> state
+
+
+def from_models(components: Mapping[str, nn.Module]) -> AdapterState:
+    """The adapters of these models; components without one are left out."""
+    state: AdapterState = {}
+    for component, model in components.items():
+        layers = {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+        if layers:
+            state[component] = {path: LayerState(m.spec, m.adapter_tensors()) for path, m in layers.items()}
+    if not state:
+        raise ValueError(f"nothing to save: no layer of {', '.join(components)} is adapted")
+    return state
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header metadata) of a safetensors file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def into_models(
+    state: AdapterState,
+    components: Mapping[str, nn.Module],
+    source: Path,
+    *,
+    strength: float = 1.0,
+    forward: Forward = TORCH,
+) -> InjectReport:
+    """Puts adapters into models: bare ones are adapted as the state says, adapted ones must match it.
+
+    Everything is checked before anything is changed; `source` is the file that errors name.
+    """
+    surplus = [c for c in state if c not in components]
+    if surplus:
+        raise ValueError(
+            f"{source} also adapts {', '.join(surplus)}, and only {', '.join(components)} was given to load it into"
+        )
+    for component, layers in state.items():
+        _check_component(layers, component, components[component], source, strength)
+    modules = []
+    for component, layers in state.items():
+        model = components[component]
+        if not _adapted(model):
+            inject_paths(model, {path: (component, s.spec) for path, s in layers.items()}, forward=forward)
+        for path, layer in _adapted(model).items():
+            fill_layer(layer, layers[path])
+            if layer.spec.method != "full":
+                layer.set_strength(strength)
+            modules.append(describe(layer, component))
+    return InjectReport(tuple(modules))
+
+
+@torch.no_grad()
+def fill_layer(layer: AdaptedLayer, state: LayerState) -> None:
+    layer.spec = replace(layer.spec, alpha=state.spec.alpha)
+    for name, parameter in layer.adapter_tensors().items():
+        parameter.copy_(state.tensors[name])
+    layer.end_fixed()
+
+
+def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
+    return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def _check_component(
+    layers: Mapping[str, LayerState], component: str, model: nn.Module, source: Path, strength: float
+) -> None:
+    modules = dict(model.named_modules())
+    for path, state in layers.items():
+        if path not in modules:
+            raise ValueError(
+                f"{source} was made for another architecture: it adapts {component}.{path}, which this model lacks"
+            )
+        weight = getattr(modules[path], "weight", None)
+        if not isinstance(weight, Tensor) or (problem := _misfit(state, weight)):
+            kind = type(modules[path]).__name__
+            reason = problem if isinstance(weight, Tensor) else f"it is a {kind} here"
+            raise ValueError(f"{source} was made for another architecture: {component}.{path} does not fit, {reason}")
+        if state.spec.method == "full" and strength != 1:
+            raise ValueError(f"{source} holds whole weights, which have no strength: load it with strength 1")
+    adapted = _adapted(model)
+    if adapted:
+        _check_same_layers(layers, adapted, component, source)
+
+
+def _misfit(state: LayerState, weight: Tensor) -> str:
+    """Why the tensors do not fit a weight, in words; empty when they do."""
+    out_features, *inner = weight.shape
+    rank = state.spec.rank
+    expected = {
+        "lora_A": (rank, *inner),
+        "lora_B": (out_features, rank),
+        "magnitude": (out_features,),
+        "weight": tuple(weight.shape),
+    }
+    for name, tensor in state.tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            return f"its {name} is {tuple(tensor.shape)} and should be {expected[name]}"
+    return ""
+
+
+def _check_same_layers(
+    layers: Mapping[str, LayerState], adapted: Mapping[str, AdaptedLayer], component: str, source: Path
+) -> None:
+    for path in adapted:
+        if path not in layers:
+            raise ValueError(f"{source} lacks {component}.{path}, which this model adapts: call remove first")
+    for path, state in layers.items():
+        if path not in adapted:
+            raise ValueError(f"{source} also adapts {component}.{path}, which this model does not: call remove first")
+        spec = adapted[path].spec
+        if (spec.method, spec.rank) != (state.spec.method, state.spec.rank):
+            raise ValueError(
+                f"{source} holds {state.spec.method} of rank {state.spec.rank} for {component}.{path}, and the model "
+                f"was adapted with {spec.method} of rank {spec.rank}: call remove first"
+            )
