@@ -25,6 +25,7 @@ from dora_mm.data.pretraining import (
     read_icons,
     to_signed,
 )
+from dora_mm.data.randomness import batch_indices, generator
 from dora_mm.models.sdxl import SDXL, draw_latents, encode_images, encode_tokens, time_ids, tokenize
 from dora_mm.models.tiny_sdxl import build_tiny_sdxl
 from dora_mm.sampling.grids import sheet
@@ -33,7 +34,6 @@ from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
 from dora_mm.tasks.vae import ReconstructionTask, psnr
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, build_schedule
-from dora_mm.train.randomness import batch_indices, generator
 from dora_mm.train.run import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: 
         kept = torch.rand(size, generator=stream) >= config.caption_dropout
         sides = torch.randint(ORIGINAL_SIDES[0], ORIGINAL_SIDES[1] + 1, (size,), generator=stream).tolist()
         return {
-            "latents": draw_latents(model, mean[rows], logvar[rows], generator(config.seed, number, "latents")),
+            "latents": draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents")),
             "ids": ids[wording, rows],
             "ids_2": ids_2[wording, rows],
             "kept": kept.float().view(-1, 1, 1),  # a dropped caption is all zeros, SDXL's own meaning of no prompt
@@ -152,7 +152,7 @@ def train_stage(
         run=run,
         config=stage.train,
         seed=config.seed,
-        modules=[],
+        networks=networks,
         parameters=parameters,
         optimizer=optimizer,
         schedule=schedule,

@@ -196,7 +196,7 @@ class SampleSDXLConfig(PipelineConfig):
     pipeline: Literal["sample_sdxl"]
     output: Text | None = None  # as in training
     model: ModelConfig
-    adapters: Items[AdapterFile] = ()
+    adapter: AdapterFile | None = None
     prompts: Items[Text] = ()
     prompts_file: Text | None = None  # .txt (one a line), .jsonl or .csv (a column `prompt`)
     negative_prompt: str | None = None
@@ -206,7 +206,7 @@ class SampleSDXLConfig(PipelineConfig):
     height: PixelSize | None = None  # None: the model's own
     width: PixelSize | None = None
     batch_size: PositiveInt = 1
-    strengths: Items[float] = ()  # columns of the sheet, times each adapter's own strength; none: 1
+    strengths: Items[float] = ()  # columns of the sheet, times the adapter's own strength; none: 1
     images: bool = True  # one PNG per picture
     sheet: bool = True  # one labelled sheet of all, with a column "no adapter"
 
@@ -215,8 +215,8 @@ class SampleSDXLConfig(PipelineConfig):
         problems = []
         if bool(self.prompts) == (self.prompts_file is not None):
             problems.append("give either prompts or prompts_file")
-        if self.strengths and not self.adapters:
-            problems.append("strengths needs adapters")
+        if self.strengths and not self.adapter:
+            problems.append("strengths needs an adapter")
         if not (self.images or self.sheet):
             problems.append("images and sheet are both false, so nothing would be drawn")
         return raise_problems(self, problems)

@@ -151,7 +151,7 @@ def encode_prompts(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, t
 def time_ids(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> torch.Tensor:
-    """Micro-conditioning (6,): the size (height, width) before resizing, the crop in the resized picture, the target."""
+    """Micro-conditioning (6,): (h, w) before resizing, the crop's corner in the resized picture, the target."""
     return torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)
 
 
@@ -176,14 +176,14 @@ def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def draw_latents(
-    model: SDXL, mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator | None
+    vae: AutoencoderKL, mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
     """A sample of the posterior in the units that the UNet works in; its mean without a generator."""
     latents = mean
     if generator is not None:
         noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
         latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
-    return normalize_latents(model.vae, latents)
+    return normalize_latents(vae, latents)
 
 
 def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,7 @@ def build_vae(resolution: int, channels: tuple[int, ...]) -> AutoencoderKL:
 def build_unet(
     latent_size: int, channels: tuple[int, int, int], heads: tuple[int, int, int], text_widths: tuple[int, int]
 ) -> UNet2DConditionModel:
-    """SDXL's UNet: three levels, attention on the lower two, transformers of depth 1 and 2, text and size conditioning."""
+    """SDXL's UNet: three levels, attention on the lower two, transformers of depth 1 and 2."""
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=4,

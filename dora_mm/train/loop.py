@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from torch import nn
 from tqdm import tqdm
 
 from dora_mm.config.schema import TrainConfig
+from dora_mm.data.randomness import generator
 from dora_mm.train.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
-from dora_mm.train.randomness import generator
 from dora_mm.train.run import RunDirectory
 
 Hook = Callable[[int], None]
@@ -29,7 +29,7 @@ def fit(
     run: RunDirectory,
     config: TrainConfig,
     seed: int,
-    modules: Sequence[nn.Module],
+    networks: Mapping[str, nn.Module],
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -46,7 +46,7 @@ def fit(
     uninterrupted one bit for bit. An interruption (KeyboardInterrupt) leaves a checkpoint and is raised again.
 
     Args:
-        modules: what `accelerator.prepare` returned; gradients are synchronised once per optimizer step.
+        networks: those that hold the parameters; several processes average their gradients once per optimizer step.
         parameters: the trained parameters by name; they are what a checkpoint holds.
         batch_at: number of the batch (this process's share of it) -> batch.
         loss: (batch, generator) -> scalar.
@@ -57,6 +57,9 @@ def fit(
     Raises:
         ValueError: the loss is no longer finite.
     """
+    trained = _LossModule(networks, loss)
+    if accelerator.num_processes > 1:
+        trained = accelerator.prepare_model(trained)
     parts = {"optimizer": optimizer, "schedule": schedule, **(state or {})}
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
@@ -76,7 +79,7 @@ def fit(
             rate = schedule.get_last_lr()[0]
             with interrupt:
                 with scope():
-                    value = _accumulate(accelerator, modules, config, seed, step, batch_at, loss)
+                    value = _accumulate(accelerator, trained, config, seed, step, batch_at)
                 norm = _update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                 step += 1
             if not math.isfinite(value):
@@ -106,19 +109,28 @@ def _resume(run: RunDirectory, parameters: Mapping[str, nn.Parameter], parts: Ma
     return load_checkpoint(found[-1], parameters, parts) if found else 0
 
 
-def _accumulate(accelerator, modules, config, seed, step, batch_at, loss) -> float:
+class _LossModule(nn.Module):
+    """The loss as a module over the networks it trains: the form in which accelerate synchronises gradients."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], loss: Callable[[Any, torch.Generator], torch.Tensor]):
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self.loss = loss
+
+    def forward(self, batch: Any, stream: torch.Generator) -> torch.Tensor:
+        return self.loss(batch, stream)
+
+
+def _accumulate(accelerator, trained, config, seed, step, batch_at) -> float:
     """Adds up the gradients of one optimizer step's batches; returns their mean loss."""
     total = torch.zeros((), device=accelerator.device)
     for micro in range(config.accumulation):
         number = step * config.accumulation + micro
-        batch = batch_at(number)
         stream = generator(seed, number, f"loss {accelerator.process_index}", accelerator.device)
-        with contextlib.ExitStack() as stack:
-            if micro + 1 < config.accumulation:
-                for module in modules:
-                    stack.enter_context(accelerator.no_sync(module))
+        last = micro + 1 == config.accumulation
+        with contextlib.nullcontext() if last else accelerator.no_sync(trained):
             with accelerator.autocast():
-                value = loss(batch, stream)
+                value = trained(batch_at(number), stream)
             accelerator.backward(value / config.accumulation)
         total += value.detach().float()
     return (accelerator.reduce(total, "mean") / config.accumulation).item()

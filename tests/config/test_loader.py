@@ -95,6 +95,8 @@ def test_the_report_names_the_file_once(write):
         ("data.background=whitee", "data.background: must be a colour such as white or #ffffff, got 'whitee'"),
         ("optimizer.lr=.inf", "optimizer.lr: must be a finite number, got inf"),
         ("optimizer.betas=[0.9]", "optimizer.betas[1]: is missing"),
+        ("sample.seeds=[]", "sample.seeds: must have at least 1 item after validation, not 0, got []"),
+        ("data.folder=''", "data.folder: must have at least 1 character, got ''"),
         ("lr=1.0", "lr: unknown key, did you mean 'optimizer.lr'?"),
         ("data.batch_size=1", "data.batch_size: unknown key, did you mean 'train.batch_size'?"),
         ("sample.seeds=[0, x]", "sample.seeds[1]: must be a whole number, got 'x'"),
@@ -225,9 +227,9 @@ SAMPLE = "pipeline: sample_sdxl\nmodel: {path: some/model}\n"
     [
         ("", "either prompts or prompts_file"),
         ("prompts: [a]\nprompts_file: b.txt\n", "either prompts or prompts_file"),
-        ("prompts: [a]\nstrengths: [1.0]\n", "strengths needs adapters"),
+        ("prompts: [a]\nstrengths: [1.0]\n", "strengths needs an adapter"),
         ("prompts: [a]\nimages: false\nsheet: false\n", "nothing would be drawn"),
-        ("prompts: [a]\nadapters: [{pth: x}]\n", "adapters[0].pth: unknown key, did you mean 'path'?"),
+        ("prompts: [a]\nadapter: {pth: x}\n", "adapter.pth: unknown key, did you mean 'path'?"),
     ],
 )
 def test_sampling_must_say_what_to_draw(write, keys, message):
@@ -259,6 +261,13 @@ def test_samples_exist_in_a_checkout_only_and_the_error_says_so(tmp_path, monkey
         resolve_path("samples/3d_icon", "data.folder")
     with pytest.raises(ValueError, match=r"model\.path: samples/tiny-sdxl is not here"):
         resolve_model("samples/tiny-sdxl")
+
+
+def test_in_a_checkout_a_missing_sample_is_just_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples" / "3d_icon").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"samples/3d_icons does not exist.*did you mean '3d_icon'"):
+        resolve_path("samples/3d_icons")
 
 
 def test_models_are_local_paths_or_hub_names(tmp_path, monkeypatch):

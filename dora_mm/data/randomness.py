@@ -30,3 +30,24 @@ def batch_indices(num_items: int, batch_size: int, step: int, seed: int) -> list
 
 def _epoch_order(num_items: int, epoch: int, seed: int) -> Sequence[int]:
     return torch.randperm(num_items, generator=generator(seed, epoch, "data order")).tolist()
+
+
+def batch_of_groups(groups: Sequence[Sequence[int]], batch_size: int, number: int, seed: int) -> list[int]:
+    """Batch `number` where only items of one group may share a batch (pictures of one shape).
+
+    An epoch holds every item once, in batches of `batch_size` or, at the end of a group, fewer; items are shuffled
+    within their group and batches among each other, anew in every epoch.
+
+    Raises:
+        ValueError: there are no items.
+    """
+    counts = [-(-len(group) // batch_size) for group in groups]
+    if not sum(counts):
+        raise ValueError("There is nothing to train on: the data set holds no items.")
+    epoch, position = divmod(number, sum(counts))
+    stream = generator(seed, epoch, "data order")
+    batches = []
+    for group in groups:
+        order = [group[index] for index in torch.randperm(len(group), generator=stream).tolist()]
+        batches += [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches[torch.randperm(len(batches), generator=stream).tolist()[position]]

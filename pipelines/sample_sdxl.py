@@ -1,0 +1,143 @@
+"""Draws pictures for prompts with an SDXL model and an adapter: one PNG each, and a labelled sheet of all."""
+
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image, PngImagePlugin
+
+import dora_mm
+from dora_mm.config.loader import dump_config, resolve_model, resolve_path
+from dora_mm.config.schema import SampleSDXLConfig
+from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
+from dora_mm.sampling.before_after import at_strength
+from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.sdxl import sample
+from dora_mm.train.run import RunDirectory
+
+log = logging.getLogger(__name__)
+NO_ADAPTER = "no adapter"
+
+
+def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
+    prompts = list(config.prompts) or read_prompts(resolve_path(config.prompts_file or "", "prompts_file"))
+    model = load_sdxl(
+        resolve_model(config.model.path),
+        dtype=getattr(torch, config.model.dtype),
+        vae=resolve_model(config.model.vae, "model.vae") if config.model.vae else None,
+    )
+    adapted = load_adapter(config, model)
+    model.freeze().to(Accelerator().device)
+    for prompt, count in over_long(model, prompts).items():
+        log.warning("A prompt of %d tokens is cut to %d: %s", count, model.tokenizer.model_max_length, prompt)
+    run = RunDirectory.create(config.name, dump_config(config), config.output)
+
+    jobs = list(product(prompts, config.seeds))
+    columns = draw(config, model, adapted, jobs)
+    if config.images:
+        save_pictures(config, run, jobs, columns)
+        print(f"pictures  {run.samples}")
+    if config.sheet:
+        labels = [prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}" for prompt, seed in jobs]
+        rows = [[pictures[index] for pictures in columns.values()] for index in range(len(jobs))]
+        sheet(rows, labels, list(columns)).save(run.sheet)
+        print(f"sheet     {run.sheet}")
+
+
+def load_adapter(config: SampleSDXLConfig, model: SDXL) -> dict[str, torch.nn.Module]:
+    """The networks that the adapter file adapts."""
+    if config.adapter is None:
+        return {}
+    networks = {name: network for name, network in model.networks.items() if name != "vae"}
+    report = dora_mm.load_adapter(networks, resolve_path(config.adapter.path, "adapter.path"))
+    log.info("%s", report)
+    return {name: network for name, network in networks.items() if is_adapted(network)}
+
+
+def is_adapted(network: torch.nn.Module) -> bool:
+    from dora_mm.core.layer import AdaptedLayer
+
+    return any(isinstance(module, AdaptedLayer) for module in network.modules())
+
+
+def draw(
+    config: SampleSDXLConfig, model: SDXL, adapted: dict[str, torch.nn.Module], jobs: Sequence[tuple[str, int]]
+) -> dict[str, list[Image.Image]]:
+    """Pictures by column of the sheet: without the adapter (where there is a sheet), then each strength."""
+    prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
+    settings = {
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "negative_prompt": config.negative_prompt,
+        "batch_size": config.batch_size,
+        "height": config.height,
+        "width": config.width,
+    }
+    pipe = model.pipeline()
+    if not adapted or config.adapter is None:
+        return {NO_ADAPTER: sample(pipe, prompts, seeds, description=NO_ADAPTER, **settings)}
+    strengths = {f"strength {factor:g}": factor * config.adapter.strength for factor in config.strengths or (1.0,)}
+    if config.sheet:
+        strengths = {NO_ADAPTER: 0.0, **strengths}
+    return {
+        label: at_strength(pipe, adapted, strength, prompts, seeds, description=label, **settings)
+        for label, strength in strengths.items()
+    }
+
+
+def save_pictures(
+    config: SampleSDXLConfig,
+    run: RunDirectory,
+    jobs: Sequence[tuple[str, int]],
+    columns: dict[str, list[Image.Image]],
+) -> None:
+    """samples/<column>/<number>-seed<seed>.png, each with what made it in its text chunk `dora_mm`."""
+    common = config.model_dump(include={"model", "adapter", "steps", "guidance", "negative_prompt", "height", "width"})
+    for column, pictures in columns.items():
+        folder = run.samples / column.replace(" ", "-")
+        folder.mkdir(parents=True)
+        for index, ((prompt, seed), picture) in enumerate(zip(jobs, pictures, strict=True)):
+            about = PngImagePlugin.PngInfo()
+            about.add_itxt("dora_mm", json.dumps({"prompt": prompt, "seed": seed, "column": column, **common}))
+            picture.save(folder / f"{index // len(config.seeds):03d}-seed{seed}.png", pnginfo=about)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line (.txt), or the column `prompt` of a .csv or .jsonl file.
+
+    Raises:
+        ValueError: another kind of file, or none, or a row without a prompt.
+    """
+    if path.suffix == ".txt":
+        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    elif path.suffix == ".csv":
+        with path.open(newline="") as file:
+            prompts = [_prompt_of(row, path, number) for number, row in enumerate(csv.DictReader(file), 2)]
+    elif path.suffix == ".jsonl":
+        lines = [(number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+        prompts = [_prompt_of(_json_row(line, path, number), path, number) for number, line in lines]
+    else:
+        raise ValueError(f"prompts_file {path} must end in .txt, .csv or .jsonl.")
+    if not prompts:
+        raise ValueError(f"prompts_file {path} holds no prompts.")
+    return prompts
+
+
+def _json_row(line: str, path: Path, number: int) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"prompts_file {path} line {number} is not JSON: {error.msg}.") from None
+    return row if isinstance(row, dict) else {}
+
+
+def _prompt_of(row: dict, path: Path, number: int) -> str:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompts_file {path} line {number} has no prompt.")
+    return prompt.strip()

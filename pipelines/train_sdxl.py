@@ -1,0 +1,188 @@
+"""Trains a style adapter for SDXL from a folder of captioned pictures, and shows what it learned."""
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import dora_mm
+from dora_mm.config.loader import dump_config, resolve_model
+from dora_mm.config.schema import TrainSDXLConfig
+from dora_mm.data.images import CaptionedImage, read_captioned_images
+from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
+from dora_mm.sampling.before_after import before_after_sheet
+from dora_mm.tasks.captioned import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.sdxl import DiffusionTask
+from dora_mm.train.loop import fit
+from dora_mm.train.metrics import read_metrics
+from dora_mm.train.optim import build_optimizer, build_schedule
+from dora_mm.train.run import RunDirectory
+
+log = logging.getLogger(__name__)
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
+    # Everything that can be wrong with the input is found before the run directory exists.
+    images = read_captioned_images(
+        config.data.folder, instance_prompt=config.data.instance_prompt, placeholder=config.data.placeholder
+    )
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+    model = load_model(config, accelerator.device)
+    adapted = adapt(model, config)
+    report_captions(model, images)
+    run = RunDirectory.resume(resume) if resume else start_run(accelerator, config)
+
+    prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
+    batches = CaptionedBatches(
+        model,
+        images,
+        prompts,
+        config.data,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        process=(accelerator.process_index, accelerator.num_processes),
+    )
+    with torch.no_grad():
+        batches.encode_all()
+        if not prompts.trained:
+            prompts.keep([*(image.caption for image in images), ""])
+            idle_text_encoders(model)
+
+    parameters = {
+        f"{part}.{name}": parameter
+        for part, network in adapted.items()
+        for name, parameter in dora_mm.adapter_parameters(network).items()
+    }
+    optimizer = build_optimizer(parameters, config.optimizer)
+    schedule = build_schedule(optimizer, config.schedule, config.train.steps)
+    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    if config.train.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    draw = partial(draw_sheet, config, model, adapted) if accelerator.is_main_process else None
+    set_training(adapted, True)
+
+    def after_step(step: int) -> None:
+        if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
+            draw(run.samples / f"step-{step:06d}.png")
+
+    fit(
+        accelerator=accelerator,
+        run=run,
+        config=config.train,
+        seed=config.seed,
+        networks=adapted,
+        parameters=parameters,
+        optimizer=optimizer,
+        schedule=schedule,
+        batch_at=batches,
+        loss=DiffusionTask(model.unet, dict(model.scheduler.config), config.loss).loss,
+        after_step=after_step,
+    )
+    if draw:
+        save(config, adapted, run)
+        draw(run.sheet)
+        summarise(config, run, parameters)
+
+
+def load_model(config: TrainSDXLConfig, device: torch.device) -> SDXL:
+    vae = resolve_model(config.model.vae, "model.vae") if config.model.vae else None
+    path = resolve_model(config.model.path)
+    return load_sdxl(path, dtype=getattr(torch, config.model.dtype), vae=vae).freeze().to(device)
+
+
+def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
+    """Puts fresh adapters, or those of `init_from`, into the UNet and, where asked, the text encoders."""
+    wanted = config.adapter
+    spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, wanted.dropout, wanted.method, wanted.norm_grad)
+    report = dora_mm.inject(model.unet, "sdxl-unet", spec, parts=wanted.parts, seed=config.seed)
+    adapted: dict[str, nn.Module] = {"unet": model.unet}
+    log.info("%s", report)
+    if wanted.text_encoders:
+        for name in TEXT_ENCODERS:
+            adapted[name] = getattr(model, name)
+            log.info("%s\n%s", name, dora_mm.inject(adapted[name], "clip-text", spec, seed=config.seed))
+    if wanted.init_from:
+        dora_mm.load_adapter(adapted, wanted.init_from)
+    return adapted
+
+
+def start_run(accelerator: Accelerator, config: TrainSDXLConfig) -> RunDirectory:
+    """One folder for all processes, made by the first."""
+    from accelerate.utils import broadcast_object_list
+
+    made = [None]
+    if accelerator.is_main_process:
+        made = [RunDirectory.create(config.name, dump_config(config), config.output)]
+    return broadcast_object_list(made)[0]
+
+
+def report_captions(model: SDXL, images: list[CaptionedImage]) -> None:
+    for caption, count in over_long(model, [image.caption for image in images]).items():
+        log.warning("A caption of %d tokens is cut to %d: %s", count, model.tokenizer.model_max_length, caption)
+
+
+def idle_text_encoders(model: SDXL) -> None:
+    """Off the device while they are not needed: 1.6 GB of SDXL in half precision."""
+    for name in TEXT_ENCODERS:
+        getattr(model, name).to("cpu")
+
+
+def set_training(adapted: dict[str, nn.Module], training: bool) -> None:
+    """Adapter dropout and gradient checkpointing act in training mode only."""
+    for network in adapted.values():
+        network.train(training)
+
+
+def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: dict[str, nn.Module], path: Path) -> None:
+    """The prompts of the config without and with the adapter, same seeds."""
+    if not config.sample.prompts:
+        return
+    set_training(adapted, False)
+    device = model.device
+    for name in TEXT_ENCODERS:
+        getattr(model, name).to(device)
+    can_compare = config.sample.before_after and config.adapter.method != "full"
+    picture = before_after_sheet(model.pipeline(), adapted, config.sample, compare=can_compare)
+    path.parent.mkdir(exist_ok=True)
+    picture.save(path)
+    if not config.adapter.text_encoders:
+        idle_text_encoders(model)
+    set_training(adapted, True)
+
+
+def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirectory) -> None:
+    metadata = {
+        "base_model": config.model.path,
+        "placeholder": config.data.placeholder or "",
+        "unconditional": config.data.unconditional,  # what no prompt meant in training: the zero embedding, or ""
+        "config": dump_config(config),
+    }
+    kind = "full" if config.adapter.method == "full" else "diffusers"
+    dora_mm.save_adapter(adapted, run.adapter, format=kind, metadata=metadata)
+
+
+def summarise(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[str, nn.Parameter]) -> None:
+    """A table of the run, also as summary.json."""
+    rows = read_metrics(run.path / "metrics.jsonl")
+    size = sum(file.stat().st_size for file in run.adapter.iterdir())
+    summary = {
+        "method": config.adapter.method,
+        "rank": config.adapter.rank,
+        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "steps": config.train.steps,
+        "seconds": round(rows[-1]["seconds"], 1),
+        "loss": round(rows[-1]["loss"], 4),
+        "adapter_mb": round(size / 1e6, 2),
+    }
+    (run.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    width = max(map(len, summary))
+    for name, value in summary.items():
+        print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+    print(f"\nadapter  {run.adapter}")
+    if run.sheet.exists():
+        print(f"sheet    {run.sheet}")
