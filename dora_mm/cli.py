@@ -32,10 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _sigterm_raises():
             arguments.run(arguments)
-    except Terminated:
-        return TERMINATED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as interruption:
+        terminated = isinstance(interruption, Terminated)
+        print(f"dora-mm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
     except Exception as error:
         sentence = sentence_for(error)
         if sentence is None:
@@ -77,10 +77,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set",
             metavar="KEY=VALUE",
-            action="append",
+            action="extend",
+            nargs="+",
             default=[],
             dest="overrides",
-            help="write a value over the config's, such as train.steps=100; repeatable",
+            help="write values over the config's, such as train.steps=100; repeatable",
         )
         if name == "train":
             command.add_argument(

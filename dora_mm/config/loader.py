@@ -86,7 +86,7 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
     if found is not None:
         return found
     prefix = f"{key}: " if key else ""
-    if Path(path).parts[:1] == ("samples",):
+    if Path(path).parts[:1] == ("samples",) and not Path("samples").is_dir():
         raise ValueError(
             f"{prefix}{path} is not here: samples/ exists in a checkout of dora_mm only, so run this from one"
         )
@@ -120,7 +120,7 @@ def _read(file: Path) -> yaml12.Document:
     if not file.is_file():
         raise ValueError(f"{file} is a folder: name a config file in it")
     try:
-        document = yaml12.read(file.read_text(encoding="utf-8"))
+        document = yaml12.read(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not a text file in UTF-8, so it is no config") from None
     except yaml.YAMLError as error:

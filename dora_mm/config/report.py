@@ -68,7 +68,12 @@ def _message(item: Any, path: KeyPath, schema: type[BaseModel]) -> str:
         return f"must be {context['expected']}, got {given!r}{nearest(str(given), _quoted(context['expected']))}"
     if kind in _WANTED:
         return f"must be {_WANTED[kind]}, got {given!r}"
-    text = item["msg"].replace("Input should be", "must be").replace("String should", "must")
+    text = (
+        item["msg"]
+        .replace("Input should be", "must be")
+        .replace("String should", "must")
+        .replace("Tuple should", "must")
+    )
     return f"{text[0].lower()}{text[1:]}, got {given!r}"
 
 

@@ -66,7 +66,7 @@ def read_captioned_images(
         problems += _check_placeholder(images, placeholder)
     if problems:
         raise ValueError(_report(root, problems))
-    _log_notes(root, names, images, fell_back if rows or len(fell_back) < len(images) else [])
+    _log_notes(root, names, images, fell_back if len(fell_back) < len(images) else [])
     return images
 
 
@@ -100,7 +100,7 @@ def _read_metadata(root: Path) -> tuple[dict[Path, str], list[str]]:
     lines_of: dict[Path, int] = {}
     problems = []
     try:
-        lines = (root / METADATA).read_text(encoding="utf-8").splitlines()
+        lines = (root / METADATA).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut captions at U+2028
     except (OSError, UnicodeDecodeError) as error:
         return {}, [f"{METADATA} cannot be read as UTF-8 text: {error}"]
     for number, line in enumerate(lines, 1):
@@ -148,7 +148,7 @@ def _inside(root: Path, name: str) -> Path:
 
 def _read_text(path: Path, problems: list[str]) -> str:
     try:
-        return " ".join(path.read_text(encoding="utf-8").split()) if path.is_file() else ""
+        return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{path.name} cannot be read as UTF-8 text: {error}")
         return ""

@@ -59,8 +59,11 @@ def fit_to_bucket(
 def render(image: Image.Image, framing: Framing) -> torch.Tensor:
     """(3, h, w) float32 pixels in [-1, 1] of the framed part of an RGB image."""
     height, width = framing.target_size
-    resized = image.resize((framing.resized[1], framing.resized[0]), Image.Resampling.LANCZOS)
-    part = resized.crop((framing.left, framing.top, framing.left + width, framing.top + height))
+    # Only the crop is resized: all of a picture of 1 x 6000 would be 3,072,000 pixels wide at a height of 512.
+    down, right = image.height / framing.resized[0], image.width / framing.resized[1]
+    left, top = framing.left * right, framing.top * down
+    box = (left, top, min(left + width * right, image.width), min(top + height * down, image.height))
+    part = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
     if framing.flip:
         part = ImageOps.mirror(part)
     pixels_HWC = torch.from_numpy(np.array(part, dtype=np.float32))
@@ -71,7 +74,7 @@ def render(image: Image.Image, framing: Framing) -> torch.Tensor:
 def opened(path: Path) -> Iterator[Image.Image]:
     """Opens an image with an acceptable header; whatever fails inside the block is a ValueError that names the file."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes): replace or delete it")
     try:

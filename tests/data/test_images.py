@@ -69,6 +69,14 @@ def test_metadata_may_name_images_in_subfolders(folder):
     assert captions(folder, instance_prompt="x")["d.PNG"] == "deep"
 
 
+def test_line_separators_and_byte_order_marks_are_no_trouble(folder):
+    row = json.dumps({"file_name": "a.png", "text": "one\u2028two"}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_text(row + "\r\n", encoding="utf-8-sig")
+    (folder / "b.txt").write_text("three", encoding="utf-8-sig")
+    found = captions(folder, instance_prompt="x")
+    assert (found["a.png"], found["b.jpg"]) == ("one\u2028two", "three")
+
+
 def test_images_without_any_caption_are_named(folder):
     (folder / "a.txt").write_text("a")
     message = refused(folder)
@@ -104,9 +112,11 @@ def test_an_unreadable_image(folder):
 
 def test_all_bad_images_are_in_one_report(folder):
     (folder / "a.png").write_bytes(b"")
+    (folder / "d.png").mkdir()
     (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:300])
     message = refused(folder, instance_prompt="x")
-    assert "2 problems" in message
+    assert "3 problems" in message
+    assert "d.png is not a file" in message
     assert "a.png is empty" in message
     assert "b.jpg is not a whole image" in message
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from dora_mm.data.images import fit_to_bucket, load_rgb
+from dora_mm.data.buckets import choose_bucket, frame
+from dora_mm.data.images import fit_to_bucket, load_rgb, render
 from dora_mm.data.pixels import MAX_PIXELS
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -241,6 +242,26 @@ def test_the_conditioned_crop_is_the_crop_that_was_taken():
                 assert columns == [63 - first - index for index in range(32)]
             else:
                 assert columns == [first + index for index in range(32)]
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 20_000)])
+def test_extreme_shapes_cost_no_memory(size):
+    bucket = choose_bucket(size, 512)
+    prepared = fit_to_bucket(Image.new("RGB", size[::-1], RED), bucket)
+    assert prepared.pixels.shape == (3, *bucket)
+    assert prepared.pixels.amin(dim=(1, 2)).tolist() == [1, -1, -1]
+
+
+def test_resizing_only_the_crop_gives_the_crop_of_the_resized_image():
+    noise = torch.randint(0, 256, (40, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = Image.fromarray(noise.numpy()).resize((240, 160), Image.Resampling.BICUBIC)
+    framing = frame((160, 240), (96, 96), "random", torch.Generator().manual_seed(1))
+    whole = image.resize(framing.resized[::-1], Image.Resampling.LANCZOS)
+    wanted = np.asarray(whole)[framing.top :, framing.left :][:96, :96].astype(float)
+    found = ((render(image, framing) + 1) * 127.5).permute(1, 2, 0).numpy()
+    # The filter sees 3 pixels beyond the crop in one case only; further inside the two are equal but for rounding.
+    assert np.abs(found - wanted)[4:-4, 4:-4].max() <= 1
+    assert np.abs(found - wanted).mean() < 1
 
 
 def test_original_size_is_before_resizing_and_after_turning(tmp_path):
