@@ -96,17 +96,23 @@ def save_adapter(
 
 
 def load_adapter(
-    model: nn.Module | Mapping[str, nn.Module], path: str | Path, *, strength: float = 1.0, backend: str = "auto"
+    model: nn.Module | Mapping[str, nn.Module],
+    path: str | Path,
+    *,
+    strength: float = 1.0,
+    name: str = "default",
+    backend: str = "auto",
 ) -> InjectReport:
     """Loads an adapter file (or the folder it is in) into a UNet, or {"unet": ..., "text_encoder": ...}.
 
-    Bare models are adapted as the file says; models that are adapted already must match it. Raises ValueError, and
-    changes nothing, when the file was made for another architecture or has missing or surplus keys.
+    Bare modules are adapted as the file says; modules that are adapted already must match it, unless `name` is a new
+    one: then the adapter is stacked upon the others, and their updates add up, each by its own strength. Raises
+    ValueError, and changes nothing, when the file was made for another architecture or has missing or surplus keys.
     """
     from dora_mm import backend as backends
     from dora_mm import io
 
-    return io.load(_components(model), Path(path), strength=strength, forward=backends.select(backend))
+    return io.load(_components(model), Path(path), strength=strength, name=name, forward=backends.select(backend))
 
 
 def _components(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -77,7 +77,12 @@ def inject(
 
 
 def inject_paths(
-    model: nn.Module, wanted: Mapping[str, tuple[str, DoRASpec]], *, forward: Forward = TORCH, seed: int = 0
+    model: nn.Module,
+    wanted: Mapping[str, tuple[str, DoRASpec]],
+    *,
+    forward: Forward = TORCH,
+    seed: int = 0,
+    name: str = "default",
 ) -> InjectReport:
     """Adapts exactly these modules: path -> (part, spec). Nothing is changed when one of them cannot be adapted."""
     modules = dict(model.named_modules())
@@ -85,7 +90,7 @@ def inject_paths(
         _check_adaptable(modules, path, spec)
     report = []
     for path, (part, spec) in wanted.items():
-        layer = adapt_layer(modules[path], spec, path=path, functions=forward, seed=seed)
+        layer = adapt_layer(modules[path], spec, path=path, functions=forward, seed=seed, name=name)
         report.append(describe(layer, part))
     return InjectReport(tuple(report))
 
@@ -134,10 +139,17 @@ def remove(model: nn.Module) -> None:
         restore_layer(layer)
 
 
-def set_strength(model: nn.Module, strength: float) -> None:
-    """W0 + strength (W' - W0) in every adapted layer: 0 is the base layer itself, 1 the trained one."""
-    for layer in adapted_layers(model).values():
-        layer.set_strength(strength)
+def set_strength(model: nn.Module, strength: float, *, name: str | None = None) -> None:
+    """W0 + strength (W' - W0) in every adapted layer: 0 is the base layer itself, 1 the trained one.
+
+    `name` chooses one of several adapters (see `io.load`); without it the strength is that of all.
+    """
+    layers = adapted_layers(model).values()
+    names = {n for layer in layers for n in (layer.name, *layer.stacked)}
+    if name is not None and name not in names:
+        raise ValueError(f"the model has no adapter {name!r}, only {', '.join(sorted(names))}")
+    for layer in layers:
+        layer.set_strength(strength, name)
 
 
 @dataclass(frozen=True)

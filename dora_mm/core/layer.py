@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,15 @@ class DoRASpec:
         return self.alpha / self.rank
 
 
+@dataclass
+class StackedAdapter:
+    """A further adapter on a layer, for inference: its tensors are no parameters, and no part of a state dict."""
+
+    spec: DoRASpec
+    tensors: dict[str, Tensor]  # by the names of ADAPTER_NAMES
+    strength: float
+
+
 class AdaptedLayer(nn.Module):
     """What DoRALinear and DoRAConv share: the adapter's parameters, and what keeps them right.
 
@@ -69,7 +79,9 @@ class AdaptedLayer(nn.Module):
     spec: DoRASpec
     path: str
     seed: int
+    name: str  # of the adapter that A, B and m belong to
     strength: float
+    stacked: dict[str, StackedAdapter]
     functions: Forward
     trainable_before: bool
     merged: bool
@@ -99,7 +111,7 @@ class AdaptedLayer(nn.Module):
 
     def is_fresh(self) -> bool:
         """Whether the adapter is still a no-op: B = 0 and m = n0 bit for bit."""
-        if self.lora_B is not None and bool(self.lora_B.any()):
+        if self.stacked or (self.lora_B is not None and bool(self.lora_B.any())):
             return False
         if self.magnitude is None:
             return True
@@ -113,21 +125,57 @@ class AdaptedLayer(nn.Module):
         return {name: p for name in ADAPTER_NAMES if (p := self._parameters[name]) is not None}
 
     def adapters(self) -> tuple[Adapter, ...]:
-        s = self.spec
-        return (Adapter(self.lora_A, self.lora_B, self.magnitude, s.scaling, self.strength, s.norm_grad),)
+        """What the forward functions need of every adapter that is not switched off."""
+        own = self.spec, {name: p for name in ADAPTER_NAMES if (p := self._parameters[name]) is not None}, self.strength
+        others = [(s.spec, s.tensors, s.strength) for s in self.stacked.values()]
+        return tuple(
+            Adapter(
+                A=tensors.get("lora_A"),
+                B=tensors.get("lora_B"),
+                magnitude=tensors.get("magnitude"),
+                scaling=spec.scaling,
+                strength=strength,
+                norm_grad=spec.norm_grad,
+            )
+            for spec, tensors, strength in (own, *others)
+            if strength != 0
+        )
 
-    def set_strength(self, strength: float) -> None:
+    def check_can_stack(self, name: str, spec: DoRASpec) -> None:
+        self.check_can_merge()
+        if "full" in (spec.method, self.spec.method):
+            raise ValueError(f"{self.path} cannot hold several adapters: method full replaces the weight")
+        if name == self.name or name in self.stacked:
+            raise ValueError(f"{self.path} holds an adapter of the name {name!r} already: choose another one")
+
+    def stack(self, name: str, spec: DoRASpec, tensors: Mapping[str, Tensor], strength: float) -> None:
+        """Adds a further adapter under a name of its own: W0 + sum of strength_k (W'_k - W0)."""
+        self.check_can_stack(name, spec)
+        device, dtype = self.weight.device, adapter_dtype(self.weight.dtype)
+        self.stacked[name] = StackedAdapter(
+            spec, {n: t.detach().to(device, dtype) for n, t in tensors.items()}, strength
+        )
+        self.end_fixed()
+
+    def set_strength(self, strength: float, name: str | None = None) -> None:
+        """Sets the strength of one adapter, or of all that the layer holds."""
         if self.spec.method == "full":
             raise ValueError(f"{self.path} was trained by method full, which keeps no base: it has no strength")
         self.check_can_merge()
-        self.strength = float(strength)
+        if name in (None, self.name):
+            self.strength = float(strength)
+        for other, stacked in self.stacked.items():
+            if name in (None, other):
+                stacked.strength = float(strength)
         self.end_fixed()
 
     # --- the forward pass ---
 
     def is_base(self) -> bool:
         """Whether the forward pass is the base layer's own."""
-        return self.strength == 0 or self.merged or self.spec.method == "full"
+        if self.merged or self.spec.method == "full":
+            return True
+        return self.strength == 0 and not any(s.strength for s in self.stacked.values())
 
     def active_dropout(self) -> float:
         return self.spec.dropout if self.training else 0.0
@@ -194,11 +242,11 @@ class AdaptedLayer(nn.Module):
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             wanted = adapter_dtype(moved.dtype)
-            if moved.dtype == wanted or not any(tensor is t for t in own):
-                return moved
-            return tensor.to(moved.device, wanted)
+            return moved if moved.dtype == wanted else tensor.to(moved.device, wanted)
 
-        super()._apply(keep_precision, recurse)
+        super()._apply(lambda t: keep_precision(t) if any(t is o for o in own) else fn(t), recurse)
+        for stacked in self.stacked.values():
+            stacked.tensors = {name: keep_precision(tensor) for name, tensor in stacked.tensors.items()}
         if before[0].type == "meta" and not self.weight.is_meta:
             self.reset_adapter()
         elif fresh and before != (self.weight.device, self.weight.dtype):
@@ -288,19 +336,32 @@ BASE_CLASSES = {adapted: base for base, adapted in ADAPTED_CLASSES.items()}
 
 
 def adapt_layer(
-    layer: nn.Module, spec: DoRASpec, *, path: str = "", functions: Forward = TORCH, seed: int = 0
+    layer: nn.Module,
+    spec: DoRASpec,
+    *,
+    path: str = "",
+    functions: Forward = TORCH,
+    seed: int = 0,
+    name: str = "default",
 ) -> AdaptedLayer:
     """Turns a Linear or a convolution into its adapted class, with a fresh adapter, in place; returns the layer."""
     object.__setattr__(layer, "__class__", ADAPTED_CLASSES[type(layer)])
     assert isinstance(layer, AdaptedLayer)
     layer.spec, layer.path, layer.seed, layer.functions = spec, path, seed, functions
+    layer.name, layer.stacked = name, {}
     layer.strength, layer.merged, layer.base_weight, layer.kept = 1.0, False, (None,), None
     layer.trainable_before = layer.weight.requires_grad
     layer.weight.requires_grad_(spec.method == "full")
-    for name in ADAPTER_NAMES:
-        layer.register_parameter(name, None)
+    for parameter in ADAPTER_NAMES:
+        layer.register_parameter(parameter, None)
     layer.reset_adapter()
     return layer
+
+
+_STATE = (
+    *("spec", "path", "seed", "name", "strength", "stacked", "functions", "trainable_before"),
+    *("merged", "base_weight", "kept"),
+)
 
 
 def restore_layer(layer: AdaptedLayer) -> nn.Module:
@@ -310,7 +371,7 @@ def restore_layer(layer: AdaptedLayer) -> nn.Module:
     layer.weight.requires_grad_(layer.trainable_before)
     for name in ADAPTER_NAMES:
         del layer._parameters[name]
-    for name in ("spec", "path", "seed", "functions", "strength", "merged", "base_weight", "kept", "trainable_before"):
+    for name in _STATE:
         delattr(layer, name)
     object.__setattr__(layer, "__class__", BASE_CLASSES[type(layer)])
     return layer

@@ -30,11 +30,16 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
 
 
 def load(
-    components: Mapping[str, nn.Module], path: Path, *, strength: float = 1.0, forward: Forward = TORCH
+    components: Mapping[str, nn.Module],
+    path: Path,
+    *,
+    strength: float = 1.0,
+    name: str = "default",
+    forward: Forward = TORCH,
 ) -> InjectReport:
-    """Loads the adapters of a file or folder into these models."""
+    """Loads the adapters of a file or folder into these models; a name of its own stacks it upon others."""
     state, _ = read(path, components)
-    return into_models(state, components, find_file(path), strength=strength, forward=forward)
+    return into_models(state, components, find_file(path), strength=strength, name=name, forward=forward)
 
 
 def find_file(path: Path) -> Path:

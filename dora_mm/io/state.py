@@ -30,7 +30,12 @@ def from_models(components: Mapping[str, nn.Module]) -> AdapterState:
     """The adapters of these models; components without one are left out."""
     state: AdapterState = {}
     for component, model in components.items():
-        layers = {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+        layers = _adapted(model)
+        for path, layer in layers.items():
+            if layer.stacked:
+                raise ValueError(
+                    f"{component}.{path} holds several adapters: save each from a model that holds it alone"
+                )
         if layers:
             state[component] = {path: LayerState(m.spec, m.adapter_tensors()) for path, m in layers.items()}
     if not state:
@@ -53,11 +58,14 @@ def into_models(
     source: Path,
     *,
     strength: float = 1.0,
+    name: str = "default",
     forward: Forward = TORCH,
 ) -> InjectReport:
-    """Puts adapters into models: bare ones are adapted as the state says, adapted ones must match it.
+    """Puts adapters into models: bare modules are adapted as the state says.
 
-    Everything is checked before anything is changed; `source` is the file that errors name.
+    Modules adapted under the same name must match the state exactly, and take its values. Under another name the
+    adapter is stacked upon what is there, for inference. Everything is checked before anything is changed; `source` is
+    the file that errors name.
     """
     surplus = [c for c in state if c not in components]
     if surplus:
@@ -65,26 +73,31 @@ def into_models(
             f"{source} also adapts {', '.join(surplus)}, and only {', '.join(components)} was given to load it into"
         )
     for component, layers in state.items():
-        _check_component(layers, component, components[component], source, strength)
+        _check_component(layers, component, components[component], source, strength, name)
     modules = []
     for component, layers in state.items():
         model = components[component]
-        if not _adapted(model):
-            inject_paths(model, {path: (component, s.spec) for path, s in layers.items()}, forward=forward)
+        adapted = _adapted(model)
+        fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
+        inject_paths(model, fresh, forward=forward, name=name)
         for path, layer in _adapted(model).items():
-            fill_layer(layer, layers[path])
-            if layer.spec.method != "full":
-                layer.set_strength(strength)
+            if path not in layers:
+                continue
+            if layer.name == name:
+                _fill(layer, layers[path], strength)
+            else:
+                layer.stack(name, layers[path].spec, layers[path].tensors, strength)
             modules.append(describe(layer, component))
     return InjectReport(tuple(modules))
 
 
 @torch.no_grad()
-def fill_layer(layer: AdaptedLayer, state: LayerState) -> None:
+def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
     layer.spec = replace(layer.spec, alpha=state.spec.alpha)
     for name, parameter in layer.adapter_tensors().items():
         parameter.copy_(state.tensors[name])
-    layer.end_fixed()
+    if layer.spec.method != "full":
+        layer.set_strength(strength, layer.name)
 
 
 def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -92,7 +105,7 @@ def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def _check_component(
-    layers: Mapping[str, LayerState], component: str, model: nn.Module, source: Path, strength: float
+    layers: Mapping[str, LayerState], component: str, model: nn.Module, source: Path, strength: float, name: str
 ) -> None:
     modules = dict(model.named_modules())
     for path, state in layers.items():
@@ -107,9 +120,13 @@ def _check_component(
             raise ValueError(f"{source} was made for another architecture: {component}.{path} does not fit, {reason}")
         if state.spec.method == "full" and strength != 1:
             raise ValueError(f"{source} holds whole weights, which have no strength: load it with strength 1")
-    adapted = _adapted(model)
-    if adapted:
-        _check_same_layers(layers, adapted, component, source)
+    present = _adapted(model)
+    if same := {path: layer for path, layer in present.items() if layer.name == name}:
+        _check_same_layers(layers, same, component, source)
+    for path, layer in present.items():
+        layer.check_can_merge()
+        if path in layers and path not in same:
+            layer.check_can_stack(name, layers[path].spec)
 
 
 def _misfit(state: LayerState, weight: Tensor) -> str:

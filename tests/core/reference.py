@@ -1,0 +1,47 @@
+"""DoRA in float64 with nothing but the textbook formula and autograd, and the layers that tests put against it."""
+
+import torch
+from torch import nn
+
+from dora_mm.core import Adapter, DoRASpec, adapt_layer
+
+
+def merged_weight(weight, adapter: Adapter):
+    """W(t) of one adapter in float64; gradients flow to A, B and m."""
+    W0 = weight.detach().double().flatten(1)
+    V = W0
+    if adapter.A is not None:
+        V = W0 + adapter.scaling * adapter.B.double() @ adapter.A.double().flatten(1)
+    W = V
+    if adapter.magnitude is not None:
+        n = V.norm(dim=1)
+        n = n if adapter.norm_grad == "exact" else n.detach()
+        g = torch.where(n == 0, torch.ones_like(n), adapter.magnitude.double() / torch.where(n == 0, 1.0, n))
+        W = g[:, None] * V
+    return (W0 + adapter.strength * (W - W0)).view(weight.shape)
+
+
+def randomize(layer, *, size: float = 0.05, seed: int = 0):
+    """Trained values for a fresh adapter: B of `size`, magnitudes some percent off."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        if layer.lora_B is not None:
+            layer.lora_B.copy_(size * torch.randn(layer.lora_B.shape, generator=generator))
+        if layer.magnitude is not None:
+            layer.magnitude.mul_(1 + 0.1 * torch.randn(layer.magnitude.shape, generator=generator))
+    return layer
+
+
+def linear(in_features, out_features, *, bias=True, dtype=torch.float32, seed=0, **spec):
+    """(base, adapted copy of it with trained values)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+        layer = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
+    layer.load_state_dict(base.state_dict())
+    return base, adapt_layer(layer, DoRASpec(**{"rank": 4, **spec}), path="layer")
+
+
+def relative_error(found, expected) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
