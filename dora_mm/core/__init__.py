@@ -13,7 +13,7 @@ from dora_mm.core.inject import (
     set_strength,
     unmerge,
 )
-from dora_mm.core.layer import AdaptedLayer, DoRAConv, DoRALinear, DoRASpec, adapt_layer
+from dora_mm.core.layer import AdaptedLayer, DoRAConv, DoRALinear, DoRASpec, adapt_layer, restore_layer
 from dora_mm.core.targets import TargetMap
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "inject",
     "merge",
     "remove",
+    "restore_layer",
     "set_strength",
     "unmerge",
 ]

@@ -391,8 +391,8 @@ def round_stochastically(W: Tensor, dtype: torch.dtype, generator: torch.Generat
     if W.dtype == dtype:
         return W.clone()
     info = torch.finfo(dtype)
-    exponent = torch.frexp(W).exponent - 1
-    smallest = math.frexp(info.smallest_normal)[1] - 1
-    unit = torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent.clamp_min(smallest))
+    W = W.double()
+    power = (W / torch.frexp(W).mantissa).nan_to_num(0.0) / 2  # the power of two at or below |W|
+    unit = info.eps * power.clamp_min(info.smallest_normal)
     noise = torch.rand(W.shape, generator=generator).to(W.device, torch.float64)  # below 1, also after the addition
-    return ((W.double() / unit + noise).floor() * unit).clamp(info.min, info.max).to(dtype)
+    return ((W / unit + noise).floor() * unit).clamp(info.min, info.max).to(dtype)

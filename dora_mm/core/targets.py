@@ -73,7 +73,10 @@ def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
 
 
 def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:
-    found = [path for path in modules if _matches(pattern, path)]
+    try:
+        found = [path for path in modules if _matches(pattern, path)]
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} of target map {map_name} is no regular expression: {error}") from error
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
         kind = type(modules[wrong]).__name__
@@ -100,8 +103,8 @@ def adaptable(module: nn.Module) -> bool:
 
 
 def _nearest(pattern: str, modules: Mapping[str, nn.Module], limit: int = 3) -> str:
-    """Names of adaptable modules that look most like the pattern, with block numbers left out of the comparison."""
-    wanted = re.sub(r"\\d\+?|[\\^$]|^re:", "", pattern)
+    """Names of adaptable modules, or ends of them, that look most like the pattern."""
+    wanted = re.sub(r"\\d\+?|\.\*|[\\^$()]", "", pattern.removeprefix("re:")).strip(".")
     names: dict[str, str] = {}
     for path, module in modules.items():
         if adaptable(module):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.layer import DoRASpec
+from dora_mm.core.layer import DoRAConv, DoRASpec
 from dora_mm.io.atomic import save_tensors
 from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
 
@@ -79,10 +79,17 @@ def _check_can_hold(component: str, layers: Mapping[str, LayerState], model: nn.
     if len(methods) > 1:
         raise ValueError(f"one file has one method per model, and {component} is adapted by {' and '.join(methods)}")
     for path in layers:
-        if getattr(model.get_submodule(path), "groups", 1) > 1:
+        module = model.get_submodule(path)
+        if isinstance(module, DoRAConv) and not _peft_computes(module):
             raise ValueError(
-                f"{component}.{path} is a grouped convolution, for which diffusers computes something else"
+                f"{component}.{path} is a convolution with groups, dilation or a padding mode, which PEFT gets wrong: "
+                "merge the adapter instead"
             )
+
+
+def _peft_computes(conv: DoRAConv) -> bool:
+    """PEFT 0.21 builds A without the base's dilation and padding mode, and splits B over groups."""
+    return conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
 
 
 def _to_file(layer: LayerState, weight_shape: torch.Size) -> dict[str, Tensor]:

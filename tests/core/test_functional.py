@@ -43,9 +43,7 @@ def test_value_and_gradients_equal_autograd_of_the_formula(out, inner, rank, str
         found = dora.merged_weight(W0, [variant])
         expected = reference.merged_weight(W0, variant)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-        for a, b in zip(
-            torch.autograd.grad(found, wanted, dY), torch.autograd.grad(expected, wanted, dY), strict=True
-        ):
+        for a, b in zip(torch.autograd.grad(found, wanted, dY), torch.autograd.grad(expected, wanted, dY), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * abs(strength) * (1 + b.abs().max().item()))
 
 

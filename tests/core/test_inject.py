@@ -1,0 +1,148 @@
+"""Adapters in a whole model."""
+
+import pytest
+import torch
+from torch import nn
+
+from dora_mm.core import (
+    DoRASpec,
+    adapter_parameters,
+    fixed_parameters,
+    inject,
+    merge,
+    remove,
+    set_strength,
+)
+from tests.core import reference
+
+
+def model():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(1), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+def test_report_and_parameters():
+    net = model()
+    net[3].requires_grad_(False)
+    report = inject(net, ["0", "2"], DoRASpec(rank=4))
+    assert (report.num_modules, report.num_parameters) == (2, 4 * 27 + 8 * 4 + 8 + 4 * 8 + 6 * 4 + 6)
+    assert [m.path for m in report.modules] == ["0", "2"]
+    assert "DoRAConv2d" in str(report)
+    assert "202" not in str(report).splitlines()[0]
+    assert str(report).splitlines()[-1].split() == ["all", "2", f"{report.num_parameters:,}"]
+    names = adapter_parameters(net)
+    assert list(names) == [f"{i}.{n}" for i in (0, 2) for n in ("lora_A", "lora_B", "magnitude")]
+    assert sum(p.numel() for p in names.values()) == report.num_parameters
+
+
+def test_only_adapted_weights_are_frozen_and_remove_restores_them():
+    net = model()
+    net[4].weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in net.named_parameters()}
+    inject(net, ["2"], DoRASpec(rank=2))
+    after = {name: p.requires_grad for name, p in net.named_parameters() if name in before}
+    assert {name for name in before if before[name] != after[name]} == {"2.weight"}
+    remove(net)
+    assert {name: p.requires_grad for name, p in net.named_parameters()} == before
+
+
+def test_a_shared_module_is_adapted_once_and_everywhere():
+    shared = nn.Linear(4, 4)
+    net = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared})})
+    assert inject(net, ["a"], DoRASpec(rank=2)).num_modules == 1
+    assert net["b"]["c"] is net["a"]
+    reference.randomize(net["a"])
+    assert not torch.equal(net["b"]["c"](torch.ones(4)), nn.Linear.forward(net["a"], torch.ones(4)))
+
+
+@pytest.mark.parametrize(
+    ("net", "pattern", "spec", "words"),
+    [
+        (nn.ModuleDict({"x": nn.MultiheadAttention(4, 2)}), "x.out_proj", DoRASpec(), "cannot be adapted"),
+        (nn.ModuleDict({"x": nn.Linear(4, 4).half()}), "x", DoRASpec(method="full"), "half precision"),
+    ],
+)
+def test_modules_that_cannot_be_adapted(net, pattern, spec, words):
+    with pytest.raises(ValueError, match=words):
+        inject(net, [pattern], spec)
+
+
+def test_nothing_is_changed_when_something_is_wrong():
+    net = model()
+    net[4].forward = lambda x: x
+    with pytest.raises(ValueError, match="4 has a forward function of its own"):
+        inject(net, ["2", "4"], DoRASpec())
+    assert type(net[2]) is nn.Linear
+    del net[4].forward
+    inject(net, ["2"], DoRASpec())
+    with pytest.raises(ValueError, match="2 is adapted already"):
+        inject(net, ["2"], DoRASpec())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"method": "dorra"}, "method must be one of dora, lora, magnitude, full"),
+        ({"norm_grad": "no"}, "norm_grad"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"alpha": float("nan")}, "alpha"),
+    ],
+)
+def test_specs_that_make_no_sense(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        DoRASpec(**arguments)
+
+
+def test_models_without_adapters():
+    for call in (adapter_parameters, remove, merge, lambda net: set_strength(net, 0.5)):
+        with pytest.raises(ValueError, match="no adapted layer"):
+            call(model())
+    with fixed_parameters(model()):
+        pass
+
+
+def test_strength_of_the_whole_model():
+    net = model()
+    x = torch.randn(2, 3, 3, 3)
+    expected = net(x)
+    inject(net, ["0", "2"], DoRASpec(rank=2))
+    for index in (0, 2):
+        reference.randomize(net[index])
+    assert not torch.equal(net(x), expected)
+    set_strength(net, 0)
+    assert torch.equal(net(x), expected)
+    with pytest.raises(ValueError, match="no adapter 'x', only default"):
+        set_strength(net, 1, name="x")
+
+
+def test_training_lowers_the_loss_with_every_method():
+    x, y = torch.randn(64, 3, 3, 3), torch.randn(64, 2)
+    for method in ("dora", "lora", "magnitude", "full"):
+        torch.manual_seed(0)
+        net = model().requires_grad_(False)
+        inject(net, ["0", "2", "4"], DoRASpec(rank=2, method=method))
+        optimizer = torch.optim.SGD(adapter_parameters(net).values(), lr=0.1)
+        losses = []
+        for _ in range(20):
+            loss = (net(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+
+
+def test_checkpointing_gives_the_same_gradients():
+    def gradients(checkpointed):
+        torch.manual_seed(0)
+        net = model()
+        inject(net, ["0", "2"], DoRASpec(rank=2, dropout=0.2))
+        reference.randomize(net[2])
+        x = torch.randn(4, 3, 3, 3, requires_grad=True)
+        torch.manual_seed(1)
+        y = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False) if checkpointed else net(x)
+        y.square().sum().backward()
+        return [p.grad for p in adapter_parameters(net).values()]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, checkpointed)

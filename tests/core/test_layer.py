@@ -1,0 +1,454 @@
+"""The layer: an exact start, strength, merging, casting, loading, copying."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters, inject, merge, remove, unmerge
+from dora_mm.core.layer import restore_layer, round_stochastically, seeded_generator
+from tests.core import reference
+
+SIZES = [(48, 36, 5), (48, 36, 1000), (333, 77, 19), (640, 640, 2048), (1280, 1280, 64)]  # out, in, tokens
+CONVS = {
+    "plain": nn.Conv2d(8, 12, 3, padding=1),
+    "stride": nn.Conv2d(8, 12, 3, stride=2, padding=1),
+    "dilation": nn.Conv2d(8, 12, 3, dilation=2, padding="same"),
+    "groups": nn.Conv2d(8, 12, 3, groups=4, bias=False),
+    "depthwise": nn.Conv2d(8, 8, 3, groups=8),
+    "reflect": nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"),
+    "pointwise": nn.Conv2d(8, 12, 1),
+    "1d": nn.Conv1d(8, 12, 5, stride=2),
+    "3d": nn.Conv3d(8, 12, (1, 3, 3), padding=(0, 1, 1)),
+}
+
+
+def conv_input(conv, size=7):
+    return torch.randn(2, conv.in_channels, *(size,) * (conv.weight.dim() - 2))
+
+
+def run(layer, x, autocast):
+    with torch.no_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        return layer(x)
+
+
+# --- the start ---
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_fresh_linear_changes_no_bit(method, dtype, autocast):
+    for out, inner, tokens in SIZES if method == "dora" else SIZES[:2]:
+        base, layer = reference.linear(inner, out, dtype=dtype, method=method)
+        x = torch.randn(tokens, inner).to(dtype)
+        expected = run(base, x, autocast)
+        found = run(layer, x, autocast)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected), (out, inner, tokens)
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_fresh_convolution_changes_no_bit(name, dtype, autocast):
+    base = copy.deepcopy(CONVS[name]).to(dtype)
+    layer = adapt_layer(copy.deepcopy(base), DoRASpec(rank=2))
+    x = conv_input(base).to(dtype)
+    assert torch.equal(run(layer, x, autocast), run(base, x, autocast))
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_fresh_layer_changes_no_bit_in_other_memory_layouts(layout):
+    if layout == "channels_last":
+        base = nn.Conv2d(16, 24, 3, padding=1).to(memory_format=torch.channels_last)
+        x = torch.randn(2, 16, 9, 9).to(memory_format=torch.channels_last)
+    else:
+        base = nn.Linear(96, 80)
+        base.weight.data = torch.randn(96, 80).T
+        x = torch.randn(50, 96)
+    expected = run(base, x, None)
+    assert torch.equal(run(adapt_layer(base, DoRASpec(rank=2)), x, None), expected)
+
+
+def test_fresh_layer_stays_exact_when_cast():
+    """The norms of rounded weights differ from those of the fp32 ones: m follows as long as nothing is trained."""
+    base, layer = reference.linear(64, 48)
+    for dtype in (torch.bfloat16, torch.float64):
+        base, layer = base.to(dtype), layer.to(dtype)
+        x = torch.randn(7, 64).to(dtype)
+        assert torch.equal(run(layer, x, None), run(base, x, None))
+
+
+def test_drawing_depends_on_seed_and_path_alone():
+    def drawn(path, seed, first=None):
+        if first:
+            adapt_layer(nn.Linear(8, 8), DoRASpec(), path=first, seed=seed)
+        return adapt_layer(nn.Linear(8, 8), DoRASpec(), path=path, seed=seed).lora_A
+
+    assert torch.equal(drawn("a", 0), drawn("a", 0, first="b"))
+    assert not torch.equal(drawn("a", 0), drawn("b", 0))
+    assert not torch.equal(drawn("a", 0), drawn("a", 1))
+
+
+def test_drawing_is_kaiming_uniform():
+    A = adapt_layer(nn.Linear(400, 8), DoRASpec(rank=64)).lora_A
+    assert A.abs().max() <= 0.05
+    assert abs(A.std().item() - 0.05 / 3**0.5) < 1e-3
+
+
+# --- trained values ---
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_trained_convolution(name, method, dtype):
+    base = copy.deepcopy(CONVS[name]).to(dtype)
+    layer = adapt_layer(copy.deepcopy(base), DoRASpec(rank=2, alpha=6, method=method, norm_grad="exact"))
+    reference.randomize(layer)
+    x = conv_input(base).to(dtype).requires_grad_()
+    y = layer(x)
+    assert y.dtype == dtype
+    W = reference.merged_weight(base.weight, layer.adapters()[0])
+    exact_x = x.detach().double().requires_grad_()
+    exact_base = copy.deepcopy(base).double()
+    expected = exact_base._conv_forward(exact_x, W, exact_base.bias)
+    bound = 1e-10 if dtype == torch.float64 else torch.finfo(dtype).eps
+    assert reference.relative_error(y, expected) < bound
+    trained = list(layer.adapter_tensors().values())
+    dY = torch.randn(y.shape).to(dtype)
+    exact = torch.autograd.grad(expected, [exact_x, *trained], dY.double())
+    for found, right in zip(torch.autograd.grad(y, [x, *trained], dY), exact, strict=True):
+        assert reference.relative_error(found, right) < 2 * bound
+
+
+def test_bias_is_never_scaled():
+    _, layer = reference.linear(8, 6)
+    with torch.no_grad():
+        layer.magnitude.zero_()
+        layer.bias.fill_(3)
+    assert torch.equal(layer(torch.randn(4, 8)), torch.full((4, 6), 3.0))
+
+
+def test_trained_bias_gets_its_gradient():
+    for dtype in (torch.float32, torch.bfloat16):
+        _, layer = reference.linear(8, 6, dtype=dtype)
+        reference.randomize(layer)(torch.randn(4, 8).to(dtype)).sum().backward()
+        assert torch.equal(layer.bias.grad, torch.full((6,), 4.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_strength_is_linear(dtype):
+    base, layer = reference.linear(64, 48, dtype=dtype)
+    reference.randomize(layer)
+    x = torch.randn(30, 64).to(dtype)
+    W0 = base.weight.double()
+    W = reference.merged_weight(base.weight, layer.adapters()[0])
+    for strength in (1e-5, 0.3, 1.0, -1.0, -1e-5):
+        layer.set_strength(strength)
+        expected = x.double() @ (W0 + strength * (W - W0)).T + base.bias.double()
+        assert reference.relative_error(layer(x), expected) < 4 * torch.finfo(dtype).eps
+    layer.set_strength(0)
+    assert torch.equal(layer(x), base(x))
+
+
+def test_stacked_adapters_add_up():
+    base, layer = reference.linear(32, 24, dtype=torch.float64)
+    reference.randomize(layer)
+    _, other = reference.linear(32, 24, dtype=torch.float64, rank=3, alpha=9)
+    reference.randomize(other, seed=1)
+    layer.set_strength(0.5)
+    layer.stack("other", other.spec, other.adapter_tensors(), -0.25)
+    x = torch.randn(5, 32, dtype=torch.float64)
+    W, V = (reference.merged_weight(base.weight, a._replace(strength=1.0)) for a in layer.adapters())
+    expected = x @ (0.25 * V.neg() + 0.25 * base.weight + 0.5 * W + 0.5 * base.weight).T + base.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    layer.set_strength(0)
+    assert torch.equal(layer(x), base(x))
+    layer.set_strength(1, "other")
+    torch.testing.assert_close(layer(x), other(x), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="'other' already"):
+        layer.stack("other", other.spec, other.adapter_tensors(), 1.0)
+
+
+def test_dropout_is_for_training_only():
+    base, layer = reference.linear(32, 24, dropout=0.5)
+    reference.randomize(layer)
+    x = torch.randn(50, 32)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    restore_layer(layer)
+    assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_a_convolution(dtype):
+    base = nn.Conv2d(8, 12, 3, groups=2).to(dtype)
+    layer = reference.randomize(adapt_layer(copy.deepcopy(base), DoRASpec(rank=2, dropout=0.3)))
+    x = conv_input(base).to(dtype)
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x, 0.3)
+    delta = reference.merged_weight(base.weight, layer.adapters()[0]) - base.weight.double()
+    expected = base.double()(x.double()) + base._conv_forward(dropped.double(), delta, None)
+    assert reference.relative_error(y, expected) < 4 * torch.finfo(dtype).eps
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.adapter_tensors().values())
+
+
+def test_method_full_is_the_base_with_a_trained_weight():
+    base, layer = reference.linear(8, 6, method="full")
+    assert list(layer.adapter_tensors()) == ["weight"]
+    layer(torch.randn(3, 8)).sum().backward()
+    assert layer.weight.grad is not None
+    with pytest.raises(ValueError, match="no base"):
+        layer.set_strength(0.5)
+    assert torch.equal(layer(torch.ones(8)), base(torch.ones(8)))
+
+
+# --- dtypes ---
+
+
+def test_adapters_keep_their_precision():
+    _, layer = reference.linear(8, 6)
+    reference.randomize(layer)
+    before = {name: p.detach().clone() for name, p in layer.adapter_tensors().items()}
+    layer(torch.randn(2, 8)).sum().backward()
+    layer.stack("other", layer.spec, before, 0.5)
+    for cast in (lambda: layer.half(), lambda: layer.to(torch.bfloat16), lambda: layer.to("cpu", torch.float32)):
+        cast()
+        for name, parameter in layer.adapter_tensors().items():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, before[name])
+            assert parameter.grad.dtype == torch.float32
+            assert torch.equal(layer.stacked["other"].tensors[name], before[name])
+    assert layer.double().lora_A.dtype == torch.float64
+    assert layer.half().lora_A.dtype == torch.float32
+
+
+def test_output_dtype_is_the_bases():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        _, layer = reference.linear(8, 6, dtype=dtype)
+        reference.randomize(layer)
+        assert layer(torch.randn(3, 8, dtype=dtype)).dtype == dtype
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(torch.randn(3, 8, dtype=dtype)).dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
+
+
+def test_meta_layers_start_anew_when_they_get_memory():
+    with torch.device("meta"):
+        layer = adapt_layer(nn.Linear(8, 6), DoRASpec(rank=2), path="a")
+    layer.to_empty(device="cpu")
+    assert torch.equal(layer.lora_A, adapt_layer(nn.Linear(8, 6), DoRASpec(rank=2), path="a").lora_A)
+    base = nn.Linear(8, 6)
+    layer.load_state_dict(base.state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), base(x))
+
+
+# --- merging ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_and_unmerge_restore_every_bit(dtype):
+    model = nn.Sequential(nn.Linear(64, 48), nn.Conv1d(48, 8, 1)).to(dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    inject(model, ["0", "1"], DoRASpec(rank=4))
+    for module in model:
+        reference.randomize(module)
+    x = torch.randn(300, 64).to(dtype)
+    expected = model[0](x)
+    report = merge(model)
+    assert report.num_modules == 2
+    assert abs(report.surviving_share - 1) < (1e-4 if dtype == torch.float32 else 0.02)
+    assert reference.relative_error(model[0](x), expected) < 2 * torch.finfo(dtype).eps
+    with pytest.raises(ValueError, match="merged"):
+        merge(model)
+    unmerge(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert torch.equal(model[0](x), expected)
+
+
+def test_merge_rounds_the_same_way_every_time():
+    _, layer = reference.linear(64, 48, dtype=torch.bfloat16)
+    reference.randomize(layer, size=1e-4)
+    twin = copy.deepcopy(layer)
+    merge(layer)
+    merge(twin)
+    assert torch.equal(layer.weight, twin.weight)
+
+
+def test_merge_without_a_stash():
+    base, layer = reference.linear(8, 6)
+    reference.randomize(layer)
+    weight = layer.weight
+    expected = layer(torch.ones(8))
+    merge(layer, keep_base=False)
+    assert layer.weight is weight
+    with pytest.raises(ValueError, match="keep_base=False"):
+        unmerge(layer)
+    remove(layer)
+    assert type(layer) is nn.Linear
+    torch.testing.assert_close(layer(torch.ones(8)), expected)
+    assert not torch.equal(layer.weight, base.weight)
+
+
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_tied_weights_are_cloned_not_merged_twice(keep_base):
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 8), "one": nn.Linear(8, 10), "two": nn.Linear(8, 10)})
+    for name in ("one", "two"):
+        model[name].weight = model["embed"].weight
+    tied = model["embed"].weight
+    before = tied.detach().clone()
+    inject(model, ["one", "two"], DoRASpec(rank=2))
+    for seed, name in enumerate(("one", "two")):
+        reference.randomize(model[name], seed=seed)
+    x = torch.randn(3, 8)
+    expected = [model[name](x) for name in ("one", "two")]
+    merge(model, keep_base=keep_base)
+    assert torch.equal(model["embed"].weight, before)
+    for name, y in zip(("one", "two"), expected, strict=True):
+        torch.testing.assert_close(model[name](x), y)
+    if keep_base:
+        unmerge(model)
+        assert model["one"].weight is model["two"].weight is tied
+
+
+def test_stochastic_rounding():
+    generator = seeded_generator(0, "test")
+    for dtype in (torch.bfloat16, torch.float16):
+        exact = torch.randn(1000).to(dtype).float()
+        assert torch.equal(round_stochastically(exact, dtype, generator).float(), exact)
+        between = torch.full((100_000,), 1 + 0.3 * torch.finfo(dtype).eps)
+        found = round_stochastically(between, dtype, generator).float()
+        assert abs((found > 1).float().mean().item() - 0.3) < 0.01
+        tiny = torch.full((100_000,), torch.finfo(dtype).tiny * torch.finfo(dtype).eps * 0.25)
+        assert abs(round_stochastically(tiny, dtype, generator).double().mean() / tiny[0].double() - 1) < 0.05
+    assert round_stochastically(torch.tensor([1e6]), torch.float16, generator).isfinite()
+
+
+# --- fixed parameters ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fixed_parameters_keep_what_depends_on_them(dtype):
+    _, layer = reference.linear(32, 24, dtype=dtype)
+    reference.randomize(layer)
+    x = torch.randn(5, 32).to(dtype)
+    with torch.no_grad():
+        expected = layer(x)
+        with fixed_parameters(layer):
+            assert torch.equal(layer(x), expected)
+            layer.magnitude.data.mul_(2)  # breaks the promise, and so is not seen
+            assert torch.equal(layer(x), expected)
+            with fixed_parameters(layer), torch.autocast("cpu", torch.bfloat16):
+                assert layer(x).dtype == torch.bfloat16
+            assert torch.equal(layer(x), expected)
+        assert not torch.equal(layer(x), expected)
+
+
+def test_passes_with_gradients_are_never_served_from_what_is_kept():
+    _, layer = reference.linear(32, 24)
+    x = torch.randn(5, 32)
+    with fixed_parameters(layer):
+        with torch.no_grad():
+            layer(x)
+        layer(x).sum().backward()
+    assert layer.lora_B.grad.any()
+
+
+CHANGES = {
+    "strength": lambda layer: layer.set_strength(0.5),
+    "merge": lambda layer: merge(layer),
+    "load": lambda layer: layer.load_state_dict({k: 1.1 * v for k, v in layer.state_dict().items()}),
+    "to": lambda layer: layer.to(torch.float64),
+    "stack": lambda layer: layer.stack("x", layer.spec, layer.adapter_tensors(), 1.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_through_the_interface_ends_the_promise(change):
+    _, layer = reference.linear(32, 24)
+    reference.randomize(layer)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(5, 32)
+    with torch.no_grad(), fixed_parameters(layer):
+        layer(x)
+        CHANGES[change](layer)
+        CHANGES[change](twin)
+        x = x.to(layer.weight.dtype)
+        assert torch.equal(layer(x), twin(x))
+
+
+# --- state dicts and copies ---
+
+
+def test_bare_state_dict_loads_strictly_into_a_fresh_layer():
+    _, layer = reference.linear(8, 6)
+    other = nn.Linear(8, 6)
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(3, 8)
+    assert torch.equal(layer(x), other(x))
+
+
+def test_bare_state_dict_is_refused_by_a_trained_layer():
+    _, layer = reference.linear(8, 6)
+    reference.randomize(layer)
+    with pytest.raises(RuntimeError, match="trained adapter"):
+        layer.load_state_dict(nn.Linear(8, 6).state_dict())
+
+
+def test_incomplete_adapters_are_missing_keys():
+    _, layer = reference.linear(8, 6)
+    state = layer.state_dict()
+    del state["lora_B"]
+    with pytest.raises(RuntimeError, match="lora_B"):
+        layer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loaded_adapters_keep_their_precision(assign):
+    _, layer = reference.linear(8, 6, dtype=torch.bfloat16)
+    reference.randomize(layer)
+    layer.load_state_dict({k: v.half() for k, v in layer.state_dict().items()}, assign=assign)
+    assert all(p.dtype == torch.float32 for p in layer.adapter_tensors().values())
+    assert layer.lora_B.any()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_are_independent(duplicate):
+    _, layer = reference.linear(8, 6, rank=2, alpha=4)
+    reference.randomize(layer)
+    x = torch.randn(3, 8)
+    with torch.no_grad(), fixed_parameters(layer):
+        expected = layer(x)
+        twin = duplicate(layer)
+    assert torch.equal(twin(x), expected)
+    with torch.no_grad():
+        twin.magnitude.zero_()
+    assert torch.equal(layer(x), expected)
+    assert not torch.equal(twin(x), expected)
+    assert set(adapter_parameters(twin)) == {".lora_A", ".lora_B", ".magnitude"}
+
+
+def test_adapting_in_place_keeps_hooks_and_restores_the_class():
+    layer = nn.Linear(8, 6)
+    called = []
+    layer.register_forward_hook(lambda *_: called.append(1))
+    attributes = set(vars(layer))
+    adapt_layer(layer, DoRASpec())
+    layer(torch.ones(8))
+    assert called
+    assert not layer.weight.requires_grad
+    assert "rank=8" in repr(layer)
+    restore_layer(layer)
+    assert type(layer) is nn.Linear
+    assert set(vars(layer)) == attributes
+    assert layer.weight.requires_grad
+    assert list(dict(layer.named_parameters())) == ["weight", "bias"]

@@ -1,0 +1,68 @@
+"""Agreement with PEFT where PEFT is right: plain and trained values, with bias and magnitudes, linear and convolution.
+
+Left out because PEFT 0.21 is wrong there: grouped convolutions (its norm pairs the wrong axes), dilated ones
+(its A is not dilated, and fails), rows of zeros (NaN), a scale other than 1 (the magnitude still applies in full) and
+half-precision bases (its start is off by up to 3.6e-3).
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dora_mm.core import DoRASpec, adapt_layer, restore_layer
+from tests.core import reference
+
+peft = pytest.importorskip("peft")
+
+LAYERS = {
+    "linear": nn.Linear(24, 16),
+    "without bias": nn.Linear(24, 16, bias=False),
+    "convolution": nn.Conv2d(6, 10, 3, stride=2, padding=1),
+    "convolution 1d": nn.Conv1d(6, 10, 3, stride=2),
+}
+
+
+def twins(name, method="dora", rank=3, alpha=7.0):
+    """(ours, PEFT's) of one layer with the same trained values."""
+    ours = adapt_layer(copy.deepcopy(LAYERS[name]), DoRASpec(rank=rank, alpha=alpha, method=method))
+    reference.randomize(ours)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, use_dora=method == "dora", target_modules=["0"])
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(LAYERS[name])))[0]
+    with torch.no_grad():
+        theirs.lora_A["default"].weight.copy_(ours.lora_A)
+        theirs.lora_B["default"].weight.copy_(ours.lora_B.view(theirs.lora_B["default"].weight.shape))
+        if method == "dora":
+            magnitude = theirs.lora_magnitude_vector["default"].weight
+            magnitude.copy_(ours.magnitude.view(magnitude.shape))
+    return ours, theirs
+
+
+def example(name):
+    conv = "conv" in name
+    return torch.randn(4, 6, *(9,) * (LAYERS[name].weight.dim() - 2)) if conv else torch.randn(4, 5, 24)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_outputs_and_gradients_agree(name, method):
+    ours, theirs = twins(name, method)
+    x = example(name)
+    y, y_theirs = ours(x), theirs(x)
+    assert reference.relative_error(y, y_theirs) < 1e-6
+    dY = torch.randn_like(y)
+    found = torch.autograd.grad(y, list(ours.adapter_tensors().values()), dY)
+    parameters = [theirs.lora_A["default"].weight, theirs.lora_B["default"].weight]
+    if method == "dora":
+        parameters.append(theirs.lora_magnitude_vector["default"].weight)
+    for a, b in zip(found, torch.autograd.grad(y_theirs, parameters, dY), strict=True):
+        assert reference.relative_error(a, b.view(a.shape)) < 1e-5
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_merged_weights_agree(name):
+    ours, theirs = twins(name)
+    ours.merge(keep_base=False, shared=False)
+    theirs.merge()
+    assert reference.relative_error(restore_layer(ours).weight, theirs.base_layer.weight) < 1e-6
