@@ -1,0 +1,36 @@
+# Every target sets up .venv by itself when it is missing or older than pyproject.toml.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+
+.PHONY: demo test test-slow lint format samples clean
+
+$(READY): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $(READY)
+
+demo: $(READY)  ## train a style adapter on the embedded model, show before and after, and score it
+	$(BIN)/dora-mm train configs/sdxl/demo.yaml
+
+test: $(READY)  ## two workers, a thread each: faster than two threads for models this small
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow -s
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+samples: $(READY)  ## the icons and bricks that samples/ and the pretraining are made from
+	$(BIN)/python -m pipelines.build_samples
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache

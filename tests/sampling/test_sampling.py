@@ -1,0 +1,64 @@
+"""Sheets, and pictures that depend on their prompt and seed alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_mm import DoRASpec, inject
+from dora_mm.sampling.before_after import at_strength
+from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.sdxl import sample
+
+
+def pixels(picture):
+    return np.asarray(picture, dtype=np.int64)
+
+
+def test_a_picture_does_not_depend_on_its_batch(tiny):
+    pipe = tiny.pipeline()
+    prompts, seeds = ["a bus", "a cat", "a key"], [1, 2, 3]
+    together = sample(pipe, prompts, seeds, steps=2, batch_size=3)
+    alone = [sample(pipe, [p], [s], steps=2)[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert together[0].size == (64, 64)
+    for one, two in zip(together, alone, strict=True):
+        assert np.abs(pixels(one) - pixels(two)).max() <= 1
+    assert np.abs(pixels(together[0]) - pixels(together[1])).max() > 10
+
+
+def test_samples_equal_plain_diffusers(tiny):
+    ours = sample(tiny.pipeline(), ["a bus"], [5], steps=3, guidance=4.0, negative_prompt="red")[0]
+    theirs = tiny.pipeline()(
+        "a bus",
+        negative_prompt="red",
+        generator=torch.Generator().manual_seed(5),
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        height=64,
+        width=64,
+    ).images[0]
+    assert np.array_equal(pixels(ours), pixels(theirs))
+
+
+def test_strength_zero_is_the_bare_model(tiny):
+    pipe = tiny.pipeline()
+    bare = sample(pipe, ["a bus"], [0], steps=2)[0]
+    inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
+    for name, parameter in tiny.unet.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted = {"unet": tiny.unet}
+    zero, one = (at_strength(pipe, adapted, t, ["a bus"], [0], steps=2)[0] for t in (0.0, 1.0))
+    assert np.array_equal(pixels(bare), pixels(zero))
+    assert np.abs(pixels(bare) - pixels(one)).max() > 5
+
+
+def test_a_sheet_holds_every_picture_under_its_labels():
+    colours = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 0)]]
+    rows = [[Image.new("RGB", (200, 100), colour) for colour in row] for row in colours]
+    page = sheet(rows, ["one", "two"], ["a very long label that must be wrapped", "b"])
+    found = {colour for _, colour in page.getcolors(1 << 20)}
+    assert {colour for row in colours for colour in row} <= found
+    assert page.width > 400
+    with pytest.raises(ValueError, match="label"):
+        sheet(rows, ["one"], ["a", "b"])

@@ -1,0 +1,110 @@
+"""The diffusion loss against its closed form and diffusers' schedulers."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+
+from dora_mm.config.schema import LossConfig
+from dora_mm.tasks.sdxl import Conditioned, DiffusionTask, min_snr_weight
+
+
+class Recorder(torch.nn.Module):
+    """Stands for a UNet whose answer is known."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.seen = answer, None
+
+    def forward(self, noisy, times, **conditions):
+        self.seen = (noisy, times, conditions)
+        return type("Output", (), {"sample": self.answer(noisy, times)})
+
+
+def make_batch(count=6):
+    return Conditioned(
+        torch.randn(count, 4, 8, 8), torch.randn(count, 77, 16), torch.randn(count, 8), torch.randn(count, 6)
+    )
+
+
+def task(tiny, answer, **config):
+    return DiffusionTask(Recorder(answer), dict(tiny.scheduler.config), LossConfig(**config))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_min_snr_weight_is_the_closed_form(gamma, prediction):
+    alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod.double()
+    snr = alphas / (1 - alphas)
+    weights = min_snr_weight(snr, gamma, prediction)
+    for t in (0, 1, 250, 500, 999):
+        value = float(snr[t])
+        expected = min(value, gamma) / (value if prediction == "epsilon" else value + 1)
+        assert weights[t] == pytest.approx(expected, rel=1e-12)
+
+
+def test_v_prediction_weight_survives_zero_snr():
+    assert min_snr_weight(torch.zeros(1), 5.0, "v_prediction").item() == 0
+
+
+def test_without_gamma_every_time_weighs_the_same(tiny):
+    weights = task(tiny, lambda noisy, times: noisy, min_snr_gamma=None).weights(torch.arange(1000))
+    assert torch.equal(weights, torch.ones(1000))
+
+
+def test_noise_is_added_as_ddpm_does_and_predicting_it_costs_nothing(tiny):
+    batch = make_batch()
+    found = task(tiny, lambda noisy, times: torch.zeros_like(noisy))
+    loss = found.loss(batch, torch.Generator().manual_seed(3))
+    stream = torch.Generator().manual_seed(3)
+    noise = torch.randn(batch.latents.shape, generator=stream)
+    times = torch.randint(1000, (6,), generator=stream)
+    noisy, seen, conditions = found.unet.seen
+    assert torch.equal(seen, times)
+    assert torch.equal(noisy, found.schedule.add_noise(batch.latents, noise, times))
+    assert conditions["added_cond_kwargs"]["time_ids"] is batch.time_ids
+    expected = (noise.square().mean(dim=(1, 2, 3)) * found.weights(times)).mean()
+    assert torch.allclose(loss, expected)
+    perfect = task(tiny, lambda *_: noise)
+    assert perfect.loss(batch, torch.Generator().manual_seed(3)) == 0
+
+
+def test_velocity_target(tiny):
+    config = {**tiny.scheduler.config, "prediction_type": "v_prediction"}
+    batch = make_batch()
+    stream = torch.Generator().manual_seed(3)
+    noise = torch.randn(batch.latents.shape, generator=stream)
+    times = torch.randint(1000, (6,), generator=stream)
+    signal = DDPMScheduler.from_config(config).alphas_cumprod[times].view(-1, 1, 1, 1)
+    velocity = signal.sqrt() * noise - (1 - signal).sqrt() * batch.latents
+    perfect = DiffusionTask(Recorder(lambda *_: velocity), config, LossConfig())
+    assert perfect.loss(batch, torch.Generator().manual_seed(3)) < 1e-12
+
+
+def test_the_loss_is_a_function_of_its_generator(tiny):
+    batch, found = make_batch(), task(tiny, lambda noisy, times: noisy)
+    one, two, other = (found.loss(batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert one == two != other
+
+
+def test_noise_offset_moves_whole_channels(tiny):
+    batch = make_batch(64)
+    found = task(tiny, lambda noisy, times: noisy, noise_offset=1.0)
+    noise = found._noise(batch.latents, torch.Generator().manual_seed(0))
+    assert noise.mean(dim=(2, 3)).std() > 0.8
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1", "huber"])
+def test_loss_types(tiny, kind):
+    batch = make_batch()
+    found = task(tiny, lambda noisy, times: torch.zeros_like(noisy), type=kind, min_snr_gamma=None)
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
+    size = noise.abs()
+    expected = {"mse": size**2, "l1": size, "huber": torch.where(size < 1, size**2 / 2, size - 0.5)}[kind].mean()
+    assert torch.allclose(found.loss(batch, torch.Generator().manual_seed(3)), expected, rtol=1e-5)
+
+
+def test_what_cannot_be_trained_is_refused(tiny):
+    with pytest.raises(ValueError, match="predicts sample"):
+        DiffusionTask(tiny.unet, {**tiny.scheduler.config, "prediction_type": "sample"}, LossConfig())
+    with pytest.raises(ValueError, match="needs v_prediction"):
+        DiffusionTask(tiny.unet, dict(EulerDiscreteScheduler(rescale_betas_zero_snr=True).config), LossConfig())

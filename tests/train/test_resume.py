@@ -1,0 +1,198 @@
+"""The loop: resuming is exact, interruptions leave a checkpoint, accumulation is the larger batch."""
+
+import json
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dora_mm.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.train.checkpoint import checkpoints, load_checkpoint
+from dora_mm.train.loop import fit
+from dora_mm.train.metrics import read_metrics
+from dora_mm.train.optim import build_optimizer, build_schedule
+from dora_mm.train.run import RunDirectory
+
+
+def job(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, **train):
+    """A small regression whose data and noise depend on the step."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    parameters = dict(network.named_parameters())
+    config = TrainConfig(**{"steps": 12, "batch_size": 4, "log_every": 3, **train})
+    made = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
+    planned = build_schedule(made, ScheduleConfig(name=schedule), config.steps)
+    accelerator = Accelerator(cpu=True)
+    made, planned = accelerator.prepare(made, planned)
+
+    def batch_at(number):
+        return torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+
+    def noisy_loss(x, generator):
+        return (network(x) - torch.randn(4, 3, generator=generator)).square().mean()
+
+    return SimpleNamespace(
+        network=network,
+        optimizer=made,
+        fit=lambda: fit(
+            accelerator=accelerator,
+            run=run,
+            config=config,
+            seed=0,
+            networks={"network": network},
+            parameters=parameters,
+            optimizer=made,
+            schedule=planned,
+            batch_at=batch_at,
+            loss=loss or noisy_loss,
+            after_step=after_step,
+        ),
+    )
+
+
+def new_run(path):
+    return RunDirectory.create("test", "", output=str(path))
+
+
+def interrupt_at(step):
+    def after_step(done):
+        if done == step:
+            raise KeyboardInterrupt
+
+    return after_step
+
+
+OPTIMIZERS = {
+    "adamw": {"name": "adamw", "lr": 0.05},
+    "prodigy": {"name": "prodigy", "lr": 1.0, "betas": [0.9, 0.99]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, name, stop):
+    whole = job(new_run(tmp_path / "whole"), optimizer=OPTIMIZERS[name], accumulation=2)
+    whole.fit()
+    run = new_run(tmp_path / "parts")
+    first = job(run, optimizer=OPTIMIZERS[name], accumulation=2, after_step=interrupt_at(stop))
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    second = job(run, optimizer=OPTIMIZERS[name], accumulation=2)
+    assert second.fit() == 12 - stop
+    for one, two in zip(whole.network.parameters(), second.network.parameters(), strict=True):
+        assert torch.equal(one, two)
+    states = [part.optimizer.optimizer.state_dict()["state"] for part in (whole, second)]
+    for one, two in zip(states[0].values(), states[1].values(), strict=True):
+        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
+
+
+def test_resuming_repeats_no_metrics(tmp_path):
+    run = new_run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        job(run, after_step=interrupt_at(7), checkpoint_every=2, keep_checkpoints=9).fit()
+    for newer in checkpoints(run.checkpoints)[2:]:  # as if the process had been killed right after step 4
+        import shutil
+
+        shutil.rmtree(newer)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # half a line
+    job(run).fit()
+    assert [row["step"] for row in read_metrics(run.path / "metrics.jsonl")] == [3, 6, 9, 12]
+
+
+def test_old_checkpoints_are_deleted(tmp_path):
+    run = new_run(tmp_path / "run")
+    job(run, checkpoint_every=2, keep_checkpoints=3).fit()
+    assert [path.name for path in checkpoints(run.checkpoints)] == ["step-000008", "step-000010", "step-000012"]
+
+
+def test_an_unfinished_checkpoint_does_not_count(tmp_path):
+    run = new_run(tmp_path / "run")
+    partial = run.checkpoints / ".step-000005.partial"
+    partial.mkdir(parents=True)
+    (partial / "weights.safetensors").write_bytes(b"half")
+    assert job(run, steps=3).fit() == 3
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    run = new_run(tmp_path / "run")
+    job(run, steps=3).fit()
+    (checkpoint,) = checkpoints(run.checkpoints)
+    (checkpoint / "weights.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="step-000003 is not a readable checkpoint"):
+        job(run, steps=5).fit()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run = new_run(tmp_path / "run")
+    made = job(run, steps=3)
+    made.fit()
+    (checkpoint,) = checkpoints(run.checkpoints)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        load_checkpoint(checkpoint, {"other": nn.Parameter(torch.zeros(1))}, {})
+
+
+def test_a_signal_waits_for_the_end_of_the_step(tmp_path):
+    run = new_run(tmp_path / "run")
+    weights = []
+
+    def loss(x, generator):
+        if not weights:
+            signal.raise_signal(signal.SIGINT)
+        weights.append(x)
+        return made.network(x).square().mean()
+
+    made = job(run, loss=loss)
+    with pytest.raises(KeyboardInterrupt):
+        made.fit()
+    assert [path.name for path in checkpoints(run.checkpoints)] == ["step-000001"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    made = job(new_run(tmp_path / "run"), loss=lambda x, generator: made.network(x).mean() * float("nan"))
+    with pytest.raises(ValueError, match="The loss is nan at step 1"):
+        made.fit()
+
+
+def test_accumulation_equals_the_mean_of_its_batches(tmp_path):
+    """Plain SGD-like check through AdamW's first step: its sign is that of the mean gradient."""
+    made = job(new_run(tmp_path / "run"), steps=1, accumulation=3, max_grad_norm=None)
+    torch.manual_seed(0)
+    twin = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    from dora_mm.data.randomness import generator
+
+    for number in range(3):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
+        target = torch.randn(4, 3, generator=generator(0, number, "loss 0"))
+        ((twin(x) - target).square().mean() / 3).backward()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.05, weight_decay=0.01, fused=True)
+    optimizer.step()
+    made.fit()
+    for one, two in zip(made.network.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-7)
+
+
+def test_magnitudes_have_a_rate_of_their_own():
+    parameters = {"a.lora_A": nn.Parameter(torch.zeros(2)), "a.magnitude": nn.Parameter(torch.zeros(2))}
+    made = build_optimizer(parameters, OptimizerConfig(lr=0.1, magnitude_lr=0.01))
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    assert rates == {id(parameters["a.lora_A"]): 0.1, id(parameters["a.magnitude"]): 0.01}
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="nothing to train"):
+        build_optimizer({}, OptimizerConfig(lr=0.1))
+
+
+def test_run_directories_are_numbered_and_never_reused(tmp_path):
+    one, two = (RunDirectory.create("demo", "seed: 1\n", root=tmp_path) for _ in range(2))
+    assert (one.path.name, two.path.name) == ("001", "002")
+    assert (one.path / "config.yaml").read_text() == "seed: 1\n"
+    assert json.loads((one.path / "versions.json").read_text())["torch"] == torch.__version__
+    with pytest.raises(ValueError, match="exists"):
+        RunDirectory.create("demo", "", output=str(one.path))
+    with pytest.raises(ValueError, match="not a run directory"):
+        RunDirectory.resume(tmp_path)
