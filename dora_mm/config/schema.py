@@ -261,6 +261,99 @@ class PretrainTinyConfig(PipelineConfig):
         return raise_problems(self, problems)
 
 
+# --- the judge -------------------------------------------------------------------------------------------------------
+
+
+class ConceptChoice(Section):
+    """Which of the judge's things are drawn, and how often."""
+
+    role: Literal["report", "tune", "icon3d", "lego", "all"] = "report"  # report: in no adapter's images
+    count: PositiveInt | None = 40  # evenly spread over the list; None: all of the role
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1, 2)
+
+
+class DrawConfig(Section):
+    steps: PositiveInt = 20
+    guidance: NonNegative = 5.0
+    negative_prompt: str | None = None
+    batch_size: PositiveInt = 16
+
+
+class ClipConfig(Section):
+    """Similarity by CLIP weights that the user has."""
+
+    path: Text  # a folder with open_clip's config and weights, or a hub name
+    text: Text = "a picture of {thing}"  # what a picture is compared with
+    images: Text | None = None  # a folder of pictures in the wanted style; None: no image similarity
+
+
+class FitJudgeConfig(PipelineConfig):
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["fit_judge"]
+    output: Text | None = None  # as in training
+    model: ModelConfig  # its size and its VAE are what the real icons pass through
+    icons: Text = "build/icons"  # what build_samples made
+
+
+JudgedStyle = Literal["flat", "3d", "brick"]
+
+
+class EvalSDXLConfig(PipelineConfig):
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["eval_sdxl"]
+    output: Text | None = None  # as in training
+    model: ModelConfig
+    adapter: AdapterFile | None = None  # None: the bare model only
+    judge: Text  # the folder of a fitted judge
+    style: JudgedStyle
+    prompt: Text  # in the style, with {thing}
+    flat_prompt: Text = "a flat icon of {thing}"  # what the bare model knows
+    concepts: ConceptChoice = ConceptChoice()
+    draw: DrawConfig = DrawConfig()
+    clip: ClipConfig | None = None
+
+    @model_validator(mode="after")
+    def _prompts_name_the_thing(self) -> "EvalSDXLConfig":
+        problems = check_templates(prompt=self.prompt, flat_prompt=self.flat_prompt)
+        return raise_problems(self, problems + (check_templates(**{"clip.text": self.clip.text}) if self.clip else []))
+
+
+class LearningRates(Section):
+    """Each method's candidates; at least three, so that no method is judged at another's rate."""
+
+    full: Annotated[Items[Positive], Field(min_length=3)]
+    lora: Annotated[Items[Positive], Field(min_length=3)]
+    dora: Annotated[Items[Positive], Field(min_length=3)]
+
+
+class CompareSDXLConfig(PipelineConfig):
+    """Bare model, full fine-tuning, LoRA, DoRA, and DoRA at half the rank, each at its own best learning rate."""
+
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["compare_sdxl"]
+    output: Text  # the campaign's folder; one that exists is gone on with
+    base: Text  # the config of a train_sdxl run: what all runs have in common
+    steps: PositiveInt = 250  # of every training
+    ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (1, 4, 8)
+    learning_rates: LearningRates
+    extra_rates: Count = 1  # further candidates, a factor apart, while the best one is the lowest or the highest
+    judge: Text
+    style: JudgedStyle
+    prompt: Text
+    flat_prompt: Text = "a flat icon of {thing}"
+    tune: ConceptChoice = ConceptChoice(role="tune", count=24, seeds=(0, 1))  # rates are chosen on these
+    report: ConceptChoice = ConceptChoice()  # each seed is a training of its own
+    draw: DrawConfig = DrawConfig()
+    columns: PositiveInt = 8  # concepts in the picture
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "CompareSDXLConfig":
+        problems = check_templates(prompt=self.prompt, flat_prompt=self.flat_prompt)
+        if self.tune.role == self.report.role:
+            problems.append("tune.role and report.role must differ: rates are chosen on other things than the reported")
+        return raise_problems(self, problems)
+
+
 # --- checks across sections ------------------------------------------------------------------------------------------
 
 
@@ -278,6 +371,11 @@ def check_training(
     return problems
 
 
+def check_templates(**templates: str) -> list[str]:
+    """Prompts, by their keys, that cannot be filled in with a thing."""
+    return [f"{key} must hold {{thing}} once" for key, text in templates.items() if text.count("{thing}") != 1]
+
+
 ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
 
 
@@ -292,4 +390,7 @@ SCHEMAS: dict[str, type[PipelineConfig]] = {  # by the name that a config's firs
     "train_sdxl": TrainSDXLConfig,
     "sample_sdxl": SampleSDXLConfig,
     "pretrain_tiny": PretrainTinyConfig,
+    "fit_judge": FitJudgeConfig,
+    "eval_sdxl": EvalSDXLConfig,
+    "compare_sdxl": CompareSDXLConfig,
 }

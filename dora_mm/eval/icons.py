@@ -11,10 +11,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dora_mm.data.icons import Concept
-from dora_mm.data.pretraining import to_signed
+from dora_mm.data.pretraining import to_signed, with_article
 from dora_mm.models.sdxl import SDXL, encode_images
 
-__all__ = ["Concept", "icon_paths", "read_icon_concepts", "through_vae"]
+__all__ = ["Concept", "decode", "fill", "icon_paths", "read_icon_concepts", "through_vae"]
 
 
 def read_icon_concepts(folder: Path) -> list[Concept]:
@@ -46,7 +46,7 @@ def through_vae(model: SDXL, paths: Sequence[Path], *, batch_size: int = 16, pro
     """
     size = (model.resolution, model.resolution)
     pictures = []
-    with tqdm(total=len(paths), desc=progress, unit="image") as bar:
+    with tqdm(total=len(paths), desc=progress, unit="image", disable=None) as bar:
         for start in range(0, len(paths), batch_size):
             batch = paths[start : start + batch_size]
             resized = [Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS) for path in batch]
@@ -71,3 +71,8 @@ def decode(model: SDXL, latents: torch.Tensor) -> list[Image.Image]:
 def _signed(pictures: Sequence[Image.Image]) -> torch.Tensor:
     """(N, 3, H, W) in [-1, 1]."""
     return to_signed(torch.from_numpy(np.array([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2))
+
+
+def fill(template: str, concept: Concept) -> str:
+    """ "a flat icon of {thing}" -> "a flat icon of an owl"."""
+    return template.replace("{thing}", with_article(concept.name))

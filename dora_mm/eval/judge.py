@@ -52,7 +52,7 @@ class Judge:
         codes = [concept.code for concept in concepts]
         log_probabilities = self.classifier.log_probabilities(features.texture)
         projected = self.space.project(self.classifier.standardize(features.texture))
-        ranks = self.things.ranks(features.pooled, [code for code in codes for _ in seeds])
+        ranks = self.things.ranks(features.content, [code for code in codes for _ in seeds])
         return Scores(
             tuple(codes),
             tuple(seeds),
@@ -72,7 +72,7 @@ class Judge:
             return found
         if count > len(found):
             raise ValueError(f"concepts: the judge has {len(found)} with role {role}, not {count}: lower count")
-        return [found[index * len(found) // count] for index in range(count)]
+        return evenly(found, count)
 
     def check_model(self, resolution: int, vae_digest: str) -> None:
         """Raises ValueError for a model whose pictures it was not fitted for."""
@@ -159,6 +159,11 @@ class Judge:
         return judge
 
 
+def evenly(concepts: Sequence[Concept], count: int) -> list[Concept]:
+    """`count` of them, spread over the list: it goes by kind of thing."""
+    return [concepts[index * len(concepts) // count] for index in range(count)]
+
+
 def fit_judge(
     concepts: Sequence[Concept], features: Mapping[str, Features], origin: Mapping[str, Any] | None = None
 ) -> Judge:
@@ -181,9 +186,9 @@ def fit_judge(
         {style: part.texture for style, part in seen.items()}, dict.fromkeys(STYLES, codes["judge"])
     )
     things = fit_concepts(
-        {style: part.pooled for style, part in seen.items()},
+        {style: part.content for style, part in seen.items()},
         dict.fromkeys(STYLES, codes["judge"]),
-        {style: part.pooled for style, part in shown.items()},
+        {style: part.content for style, part in shown.items()},
         dict.fromkeys(STYLES, codes["pretrain"]),
     )
     final = {s: classifier.log_probabilities(part.texture).argmax(axis=1) for s, part in shown.items()}
@@ -192,7 +197,7 @@ def fit_judge(
         "accuracy": _accuracy(predicted),
         "accuracy_pretrain": _accuracy(final),
         "concept_ceiling": {
-            style: float((things.ranks(part.pooled, codes["pretrain"], without_style=style) == 1).mean())
+            style: float((things.ranks(part.content, codes["pretrain"], without_style=style) == 1).mean())
             for style, part in shown.items()
         },
         "frechet": _references(classifier, space, shown),

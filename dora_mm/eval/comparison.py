@@ -1,0 +1,103 @@
+"""Methods beside each other: which settings are compared, the table of all, and paired differences with intervals."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dora_mm.eval.scores import METRICS, Scores, format_interval, markdown_table, metric_cells
+from dora_mm.eval.statistics import Interval, difference
+
+NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One method at one rank; full fine-tuning has none."""
+
+    method: str
+    rank: int | None
+
+    def __str__(self) -> str:
+        return NAMES[self.method] + (f", rank {self.rank}" if self.rank else "")
+
+    @property
+    def key(self) -> str:
+        return self.method + (f"-r{self.rank}" if self.rank else "")
+
+
+FULL = Variant("full", None)
+
+
+def variants(ranks: Sequence[int]) -> list[Variant]:
+    """Everything that a comparison at these ranks needs, DoRA at their halves included (rank 1 has none)."""
+    dora = sorted({*ranks, *(rank // 2 for rank in ranks if rank > 1)})
+    return [FULL, *(Variant("lora", rank) for rank in sorted(ranks)), *(Variant("dora", rank) for rank in dora)]
+
+
+def contrasts(ranks: Sequence[int]) -> list[tuple[Variant, Variant]]:
+    """The pairs whose difference is reported."""
+    pairs = []
+    for rank in sorted(ranks):
+        lora, dora = Variant("lora", rank), Variant("dora", rank)
+        pairs.append((dora, lora))
+        if rank > 1:
+            pairs.append((Variant("dora", rank // 2), lora))
+        pairs += [(dora, FULL), (lora, FULL)]
+    return pairs
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table."""
+
+    name: str
+    parameters: int | None
+    rate: str  # the learning rate; "*" behind it: the lowest or highest that was tried, so a better one may lie beyond
+    metrics: Mapping[str, Interval]
+
+
+def results_table(results: Sequence[Result]) -> str:
+    headings = ["", "parameters", "learning rate", *(heading for heading, _ in METRICS.values())]
+    rows = [
+        [
+            result.name,
+            f"{result.parameters:,}" if result.parameters else "",
+            result.rate,
+            *(format_interval(result.metrics[key], share) for key, (_, share) in METRICS.items()),
+        ]
+        for result in results
+    ]
+    return markdown_table(headings, rows)
+
+
+def results_csv(results: Sequence[Result]) -> str:
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    ends = ("mean", "low", "high")
+    writer.writerow(["name", "parameters", "learning_rate", *(f"{key}_{end}" for key in METRICS for end in ends)])
+    for result in results:
+        numbers = [f"{getattr(result.metrics[key], end):.4f}" for key in METRICS for end in ends]
+        writer.writerow([result.name, result.parameters or "", result.rate, *numbers])
+    return file.getvalue()
+
+
+def contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Scores], style: str) -> str:
+    """Paired differences over things and trainings, and what to make of them."""
+    keys = [key for key in METRICS if key != "frechet"]
+    rows, clear = [], 0
+    for first, second in contrasts(ranks):
+        one, other = metric_cells(scores[first], style), metric_cells(scores[second], style)
+        cells = []
+        for key in keys:
+            found = difference(one[key], other[key], over_seeds=True)
+            excludes_zero = found.low > 0 or found.high < 0
+            clear += excludes_zero
+            cells.append(format_interval(found, METRICS[key][1]) + (" !" if excludes_zero else ""))
+        rows.append([f"{first} - {second}", *cells])
+    total = len(rows) * len(keys)
+    note = (
+        f"{clear} of {total} intervals exclude 0 (marked !). They are not corrected for their number: about "
+        f"{total / 20:.0f} would if nothing differed."
+    )
+    return markdown_table(["difference", *(METRICS[key][0] for key in keys)], rows) + f"\n\n{note}"

@@ -1,0 +1,331 @@
+"""Compares the bare model, full fine-tuning, LoRA and DoRA (also at half the rank) as style adapters of one SDXL model.
+
+Every method at every rank gets its own learning rate: all candidates are trained once and judged on the `tune` things;
+the best one is trained once per seed of `report` and judged on things that neither training nor tuning has seen. Every
+finished training, its pictures and its scores are files in `output`, so a campaign that was cut off goes on.
+"""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+import dora_mm
+from dora_mm.config.loader import differing_keys, dump_config, load_config, resolve_model, resolve_path
+from dora_mm.config.schema import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
+from dora_mm.data.latents import module_digest
+from dora_mm.eval.comparison import FULL, Result, Variant, contrasts_table, results_csv, results_table, variants
+from dora_mm.eval.encoder import Encoder
+from dora_mm.eval.icons import fill
+from dora_mm.eval.judge import Judge, evenly
+from dora_mm.eval.scores import Scores, join_seeds, summarize, write_json
+from dora_mm.models.sdxl import SDXL, load_sdxl
+from dora_mm.sampling.before_after import at_strength
+from dora_mm.sampling.grids import sheet
+from dora_mm.train.run import RunDirectory
+
+log = logging.getLogger(__name__)
+BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
+
+
+@dataclass(frozen=True)
+class Training:
+    variant: Variant
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.key}-lr{self.rate:g}-seed{self.seed}"
+
+
+def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
+    campaign = Campaign(config)
+    wanted = variants(config.ranks)
+    num_rates = sum(len(rates_of(config, variant)) for variant in wanted)
+    campaign.expect(num_rates + len(wanted) * (len(config.report.seeds) - 1))
+    bare = {
+        name: campaign.scores(name, template, config.report, config.report.seeds)
+        for name, template in ((BARE_FLAT, config.flat_prompt), (BARE, config.prompt))
+    }
+    chosen = {variant: choose_rate(campaign, variant) for variant in wanted}
+    scores = {
+        variant: join_seeds([campaign.judged(Training(variant, rate, seed)) for seed in config.report.seeds])
+        for variant, (rate, _) in chosen.items()
+    }
+    campaign.close()
+    write_report(campaign, bare, scores, chosen)
+
+
+def rates_of(config: CompareSDXLConfig, variant: Variant) -> list[float]:
+    return sorted(getattr(config.learning_rates, variant.method))
+
+
+def choose_rate(campaign: "Campaign", variant: Variant) -> tuple[float, bool]:
+    """The rate with the best score on the `tune` things, and whether it lies at the end of those tried.
+
+    While the best one lies at an end, up to `extra_rates` further ones are tried there, the same factor apart.
+    """
+    config = campaign.config
+    seed = config.report.seeds[0]
+    found: dict[float, float] = {}
+    pending = rates_of(config, variant)
+    extra = 0
+    while pending:
+        for rate in pending:
+            training = Training(variant, rate, seed)
+            campaign.train(training)
+            tuned = campaign.scores(training.name, config.prompt, config.tune, config.tune.seeds, training)
+            found[rate] = float(tuned.soft_both(config.style).mean())
+        tried = sorted(found)
+        best = max(tried, key=found.__getitem__)
+        beyond = {tried[0]: tried[0] ** 2 / tried[1], tried[-1]: tried[-1] ** 2 / tried[-2]}
+        pending = [beyond[best]] if best in beyond and extra < config.extra_rates else []
+        extra += len(pending)
+        campaign.expect(len(pending))
+    campaign.write_rates(variant, found)
+    return best, best in (tried[0], tried[-1])
+
+
+class Campaign:
+    """The folder of a comparison: what has been trained, drawn and judged in it, and how to add to it."""
+
+    def __init__(self, config: CompareSDXLConfig):
+        self.config = config
+        base = load_config(config.base)
+        if not isinstance(base, TrainSDXLConfig):
+            raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_sdxl")
+        self.base = base
+        for variant in variants(config.ranks):
+            load_config(config.base, overrides(config, Training(variant, 1e-3, 0)))  # what is wrong shows now
+        self.judge = Judge.load(resolve_path(config.judge, "judge"))
+        self.concepts = {choice.role: self.judge.choose(choice.role, choice.count) for choice in self.choices}
+        self.device = Accelerator().device
+        model = self.model()
+        self.judge.check_model(model.resolution, module_digest(model.vae))
+        self.encoder = Encoder(self.device)
+        self.folder = open_folder(config)
+        self.finished: set[str] = set()
+        self.bar = tqdm(total=0, desc="trainings", unit="training", disable=None)  # None: off where no terminal is
+
+    @property
+    def choices(self) -> tuple[ConceptChoice, ConceptChoice]:
+        return self.config.tune, self.config.report
+
+    def model(self) -> SDXL:
+        """Loaded anew for every adapter, so that none sees what another one left (full weights replace the base's)."""
+        wanted = self.base.model
+        vae = resolve_model(wanted.vae, "model.vae") if wanted.vae else None
+        model = load_sdxl(resolve_model(wanted.path), dtype=getattr(torch, wanted.dtype), vae=vae)
+        return model.freeze().to(self.device)
+
+    def expect(self, more: int) -> None:
+        self.bar.total += more
+        self.bar.refresh()
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def judged(self, training: Training) -> Scores:
+        """The scores of one training on the reported things, under its own seed."""
+        self.train(training)
+        return self.scores(training.name, self.config.prompt, self.config.report, (training.seed,), training)
+
+    def run_folder(self, training: Training) -> Path:
+        return self.folder / "runs" / training.name
+
+    def train(self, training: Training) -> None:
+        """Trains in a process of its own unless that is done; goes on with one that was cut off."""
+        folder = self.run_folder(training)
+        if not (folder / "summary.json").is_file():  # the last thing that a training writes
+            if (folder / "config.yaml").is_file():
+                arguments = ["train", "--resume", str(folder)]
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                settings = [*overrides(self.config, training), f"output={folder}"]
+                arguments = ["train", self.config.base, *(item for text in settings for item in ("--set", text))]
+            run_command(arguments, self.folder / "logs" / f"{training.name}.txt")
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            log.info("Trained %s.", training.name)
+        if training.name not in self.finished:
+            self.finished.add(training.name)
+            self.bar.update()
+
+    def summary(self, training: Training) -> dict[str, Any]:
+        return json.loads((self.run_folder(training) / "summary.json").read_text())
+
+    @staticmethod
+    def stem(name: str, choice: ConceptChoice) -> str:
+        return f"{name}-{choice.role}".replace(", ", "-").replace(" ", "-")
+
+    def write_rates(self, variant: Variant, found: dict[float, float]) -> None:
+        """rates/<variant>.json: what each candidate scored on the `tune` things."""
+        write_json(self.folder / "rates" / f"{variant.key}.json", {f"{rate:g}": found[rate] for rate in sorted(found)})
+
+    def scores(
+        self,
+        name: str,
+        template: str,
+        choice: ConceptChoice,
+        seeds: Sequence[int],
+        training: Training | None = None,
+    ) -> Scores:
+        """Draws the things of `choice` and judges them, unless that is done."""
+        stem = self.stem(name, choice)
+        path = self.folder / "scores" / f"{stem}.json"
+        if path.is_file():
+            return Scores.load(path)
+        concepts = self.concepts[choice.role]
+        pictures = self.draw(template, choice, seeds, training)
+        folder = self.folder / "pictures" / stem
+        folder.mkdir(parents=True, exist_ok=True)
+        cells = [(concept.code, seed) for concept in concepts for seed in seeds]
+        for (code, seed), picture in zip(cells, pictures, strict=True):
+            picture.save(folder / f"{code}-seed{seed}.png")
+        scores = self.judge.scores(self.encoder(pictures), concepts, seeds)
+        scores.save(path)
+        return scores
+
+    def draw(
+        self, template: str, choice: ConceptChoice, seeds: Sequence[int], training: Training | None
+    ) -> list[Image.Image]:
+        model = self.model()
+        adapted = {}
+        if training is not None:
+            adapted = {part: network for part, network in model.networks.items() if part != "vae"}
+            dora_mm.load_adapter(adapted, self.run_folder(training) / "adapter")
+        wanted = self.config.draw
+        return at_strength(
+            model.pipeline(),
+            adapted,
+            1.0,
+            [fill(template, concept) for concept in self.concepts[choice.role] for _ in seeds],
+            [seed for _ in self.concepts[choice.role] for seed in seeds],
+            steps=wanted.steps,
+            guidance=wanted.guidance,
+            negative_prompt=wanted.negative_prompt,
+            batch_size=wanted.batch_size,
+        )
+
+
+def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
+    """What a training has in place of the base config's values; alpha = rank, so that every update is scaled by 1."""
+    variant = training.variant
+    rank = variant.rank or 1  # full fine-tuning reads none
+    return [
+        f"seed={training.seed}",
+        f"adapter.method={variant.method}",
+        f"adapter.rank={rank}",
+        f"adapter.alpha={float(rank)}",
+        f"optimizer.lr={training.rate!r}",
+        "optimizer.magnitude_lr=null",
+        f"train.steps={config.steps}",
+        "train.checkpoint_every=0",
+        "sample.prompts=[]",
+    ]
+
+
+def run_command(arguments: list[str], log_file: Path) -> None:
+    """dora-mm in a process of its own, its output in a file. An interruption reaches it, and it saves its state."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    code = "import sys; from dora_mm.cli import main; sys.exit(main())"
+    with log_file.open("w") as output:
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=output, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if status == 2:
+        sentence = log_file.read_text().strip().splitlines()[-1]
+        raise ValueError(f"a training of the comparison stopped: {sentence}")
+    if status != 0:
+        raise RuntimeError(f"dora-mm {' '.join(arguments)} ended with exit code {status}; its output is in {log_file}")
+
+
+def open_folder(config: CompareSDXLConfig) -> Path:
+    """The campaign's folder: a new one, or one that was started with the same config."""
+    folder = Path(config.output)
+    saved = folder / "config.yaml"
+    if not folder.exists():
+        RunDirectory.create(config.name, dump_config(config), config.output)
+    elif not saved.is_file():
+        raise ValueError(f"output: {folder} exists and is no comparison: name another folder")
+    else:
+        differing = differing_keys(load_config(saved), config)
+        if differing:
+            raise ValueError(f"output: {folder} was started with other values of {', '.join(differing)}: name another")
+    return folder
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+def write_report(
+    campaign: Campaign,
+    bare: dict[str, Scores],
+    scores: dict[Variant, Scores],
+    chosen: dict[Variant, tuple[float, bool]],
+) -> None:
+    """table.md, results.csv and sheet.png."""
+    config, judge = campaign.config, campaign.judge
+    results = [
+        Result(name, None, "", summarize(found, config.style, judge.space, over_seeds=False))
+        for name, found in bare.items()
+    ]
+    for label, variant in table_rows(config.ranks):
+        rate, at_end = chosen[variant]
+        metrics = summarize(scores[variant], config.style, judge.space, over_seeds=True)
+        parameters = campaign.summary(Training(variant, rate, config.report.seeds[0]))["parameters"]
+        results.append(Result(label, parameters, f"{rate:g}{'*' if at_end else ''}", metrics))
+    things, trainings = len(campaign.concepts[config.report.role]), len(config.report.seeds)
+    text = "\n\n".join(
+        [
+            f"Style {config.style}, {things} things that no adapter has seen, {trainings} trainings of {config.steps} "
+            "steps; 95 % intervals over things and trainings. Both: in the style and the right thing.",
+            results_table(results),
+            contrasts_table(config.ranks, scores, config.style),
+            judge.describe(),
+        ]
+    )
+    (campaign.folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    (campaign.folder / "results.csv").write_text(results_csv(results), encoding="utf-8")
+    draw_picture(campaign, chosen)
+    print(text)
+    print(f"\ntable    {campaign.folder / 'table.md'}\nsheet    {campaign.folder / 'sheet.png'}")
+
+
+def table_rows(ranks: Sequence[int]) -> list[tuple[str, Variant]]:
+    rows = [(str(FULL), FULL)]
+    for rank in sorted(ranks):
+        rows += [(str(Variant(method, rank)), Variant(method, rank)) for method in ("lora", "dora")]
+        if rank > 1:
+            rows.append((f"DoRA, half of rank {rank}", Variant("dora", rank // 2)))
+    return rows
+
+
+def draw_picture(campaign: Campaign, chosen: dict[Variant, tuple[float, bool]]) -> None:
+    """Rows: method; columns: things, spread over the reported ones; the first seed of everything."""
+    config = campaign.config
+    concepts = campaign.concepts[config.report.role]
+    columns = evenly(concepts, min(config.columns, len(concepts)))
+    seed = config.report.seeds[0]
+    stems = {name: campaign.stem(name, config.report) for name in (BARE_FLAT, BARE)}
+    for label, variant in table_rows(config.ranks):
+        stems[label] = campaign.stem(Training(variant, chosen[variant][0], seed).name, config.report)
+    rows = [
+        [Image.open(campaign.folder / "pictures" / stem / f"{concept.code}-seed{seed}.png") for concept in columns]
+        for stem in stems.values()
+    ]
+    sheet(rows, list(stems), [concept.name for concept in columns]).save(campaign.folder / "sheet.png")
