@@ -121,12 +121,13 @@ def _check_component(
         if state.spec.method == "full" and strength != 1:
             raise ValueError(f"{source} holds whole weights, which have no strength: load it with strength 1")
     present = _adapted(model)
-    if same := {path: layer for path, layer in present.items() if layer.name == name}:
-        _check_same_layers(layers, same, component, source)
+    same = {path: layer for path, layer in present.items() if layer.name == name}
     for path, layer in present.items():
         layer.check_can_merge()
         if path in layers and path not in same:
             layer.check_can_stack(name, layers[path].spec)
+    if same:
+        _check_same_layers(layers, same, component, source)
 
 
 def _misfit(state: LayerState, weight: Tensor) -> str:

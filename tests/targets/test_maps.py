@@ -1,0 +1,84 @@
+"""The maps against models of their architectures, the full-size SDXL UNet among them (by its shapes alone)."""
+
+import re
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import dora_mm
+from dora_mm import DoRASpec, targets
+from dora_mm.core.targets import match_modules
+from dora_mm.models.tiny_sdxl import build_unet
+
+# stabilityai/stable-diffusion-xl-base-1.0/unet/config.json, where it differs from the class's defaults
+FULL_SIZE = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def full_size_unet():
+    with torch.device("meta"):
+        return UNet2DConditionModel(**FULL_SIZE)
+
+
+def test_full_size_sdxl():
+    unet = full_size_unet()
+    report = dora_mm.inject(unet, "sdxl-unet", DoRASpec(rank=8))
+    assert (report.num_modules, report.num_parameters) == (560, 12_277_760)
+    assert {m.part for m in report.modules} == {"attn", "cross"}
+
+
+@pytest.mark.parametrize(("part", "count"), [("attn", 280), ("cross", 280), ("ff", 140), ("conv", 49)])
+def test_parts_of_full_size_sdxl(part, count):
+    assert len(match_modules(full_size_unet(), targets.find("sdxl-unet").select([part]))) == count
+
+
+def test_small_sdxl_and_everything_that_is_left_out():
+    unet = build_unet(8, (16, 32, 64), (1, 2, 4), (16, 32))
+    taken = match_modules(unet, targets.find("sdxl-unet").select(["attn", "cross", "ff", "conv"]))
+    assert sum(part in ("attn", "cross") for part in taken.values()) == 136
+    layers = {path for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    left_out = {re.sub(r"\d+", "N", path) for path in layers - set(taken)}
+    assert left_out == {
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_N",
+        "add_embedding.linear_N",
+        *(f"{block}.resnets.N.time_emb_proj" for block in ("down_blocks.N", "mid_block", "up_blocks.N")),
+        *(
+            f"{b}.attentions.N.proj_{end}"
+            for b in ("down_blocks.N", "mid_block", "up_blocks.N")
+            for end in ("in", "out")
+        ),
+    }
+
+
+@pytest.mark.parametrize("model_class", [CLIPTextModel, CLIPTextModelWithProjection])
+def test_clip_text_encoders(model_class):
+    config = CLIPTextConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+    )
+    encoder = model_class(config)
+    assert len(match_modules(encoder, targets.find("clip-text").select())) == 12
+    assert len(match_modules(encoder, targets.find("clip-text").select(["attn", "ff"]))) == 18
+
+
+def test_a_map_for_another_architecture():
+    unet = build_unet(8, (16, 32, 64), (1, 2, 4), (16, 32))
+    with pytest.raises(ValueError, match="clip-text matches no module"):
+        dora_mm.inject(unet, "clip-text", DoRASpec())
+    with pytest.raises(ValueError, match="no target map 'sdxl'; there are sdxl-unet, clip-text"):
+        dora_mm.inject(unet, "sdxl", DoRASpec())

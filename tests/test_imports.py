@@ -1,0 +1,132 @@
+"""Imports go one way, and `import dora_mm.core` costs nothing but torch."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import dora_mm
+
+ROOT = Path(__file__).parents[1]
+ROWS = [  # each may import the rows above it and itself, nothing beside or below
+    {"core"},
+    {"kernels", "targets", "config"},
+    {"backend", "io"},
+    {"models", "data"},
+    {"tasks", "sampling", "eval"},
+    {"train"},
+    {"pipelines", "cli"},
+]
+ROW_OF = {package: number for number, row in enumerate(ROWS) for package in row}
+ENTRANCES = {"dora_mm/__init__.py", "dora_mm/__main__.py"}  # they resolve names lazily, and may import anything
+SOURCES = sorted(p for folder in ("dora_mm", "pipelines") for p in (ROOT / folder).rglob("*.py"))
+
+
+def package_of(module: str) -> str:
+    """core, io, ..., for a module of ours: `dora_mm.io.full` is in io, `pipelines.train_sdxl` in pipelines.
+
+    Public names such as `dora_mm.inject` count as io: they bring core, targets, backend and io.
+    """
+    top, _, rest = module.partition(".")
+    name = top if top == "pipelines" else rest.split(".")[0]
+    return "io" if name in dora_mm.__all__ else name
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*module.split(".")[: -node.level], *([base] if base else [])])
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def violation(module: str, target: str) -> str | None:
+    """What is wrong with `module` importing `target`, two modules of ours."""
+    here, there = package_of(module), package_of(target)
+    if there not in ROW_OF:
+        return None if there in ("", "__version__") else f"{there} has no row: add it to design and test"
+    if here == there:
+        same = ".".join(module.split(".")[:2]) == ".".join(target.split(".")[:2])
+        return "pipelines never import each other" if here == "pipelines" and not same else None
+    return None if ROW_OF[there] < ROW_OF[here] else f"{here} may not import {there}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    name = str(path.relative_to(ROOT))
+    if name in ENTRANCES:
+        return
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    assert package_of(module) in ROW_OF or name == "pipelines/__init__.py"
+    ours = sorted(t for t in imported(path) if t.split(".")[0] in ("dora_mm", "pipelines"))
+    assert {t: v for t in ours if (v := violation(module, t))} == {}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dora_mm" / "core").rglob("*.py")), ids=lambda p: p.name)
+def test_core_imports_torch_and_nothing_else(path):
+    outside = {name.split(".")[0] for name in imported(path)} - sys.stdlib_module_names
+    assert outside <= {"torch", "dora_mm"}
+
+
+@pytest.mark.parametrize(
+    ("module", "target", "allowed"),
+    [
+        ("dora_mm.io.full", "dora_mm.core.layer", True),
+        ("dora_mm.io.full", "dora_mm.io.state", True),
+        ("dora_mm.core.layer", "dora_mm.targets", False),
+        ("dora_mm.models.sdxl", "dora_mm.data.images", False),
+        ("dora_mm.tasks.sdxl", "dora_mm.eval.style", False),
+        ("dora_mm.tasks.sdxl", "dora_mm.train.loop", False),
+        ("pipelines.sample_sdxl", "dora_mm.train.run", True),
+        ("pipelines.sample_sdxl", "pipelines.train_sdxl", False),
+        ("dora_mm.train.loop", "pipelines.train_sdxl", False),
+        ("dora_mm.io.full", "dora_mm.surprise", False),
+        ("pipelines.sample_sdxl", "dora_mm.inject", True),
+        ("dora_mm.core.layer", "dora_mm.inject", False),
+    ],
+)
+def test_the_rule_itself(module, target, allowed):
+    assert (violation(module, target) is None) == allowed
+
+
+def run(code: str) -> str:
+    code = textwrap.dedent(code)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_core_loads_neither_triton_nor_diffusers_nor_transformers():
+    """torch itself may look for triton, so what counts is what core adds."""
+    assert (
+        run("""
+        import sys, torch
+        before = set(sys.modules)
+        import dora_mm.core
+        added = {name.split(".")[0] for name in set(sys.modules) - before}
+        print(*sorted(added & {"triton", "diffusers", "transformers", "peft", "safetensors", "accelerate"}))
+    """).split()
+        == []
+    )
+
+
+def test_the_package_is_lazy():
+    """`import dora_mm` loads neither torch nor anything of ours until a name is used."""
+    assert run("""
+        import sys, dora_mm
+        print(*sorted(n for n in sys.modules if n == "torch" or n.startswith("dora_mm")))
+        missing = [name for name in dora_mm.__all__ if not callable(getattr(dora_mm, name))]
+        assert not missing, missing
+        try:
+            dora_mm.nothing
+        except AttributeError as error:
+            print(error)
+    """).splitlines() == ["dora_mm", "module 'dora_mm' has no attribute 'nothing'"]
