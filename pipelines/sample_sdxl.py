@@ -55,7 +55,7 @@ def load_adapter(config: SampleSDXLConfig, model: SDXL) -> dict[str, torch.nn.Mo
         return {}
     networks = {name: network for name, network in model.networks.items() if name != "vae"}
     report = dora_mm.load_adapter(networks, resolve_path(config.adapter.path, "adapter.path"))
-    log.info("%s", report)
+    log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
     return {name: network for name, network in networks.items() if is_adapted(network)}
 
 
@@ -114,12 +114,16 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: another kind of file, or none, or a row without a prompt.
     """
     if path.suffix == ".txt":
-        prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     elif path.suffix == ".csv":
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             prompts = [_prompt_of(row, path, number) for number, row in enumerate(csv.DictReader(file), 2)]
     elif path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+        lines = [
+            (number, line)
+            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+            if line.strip()
+        ]
         prompts = [_prompt_of(_json_row(line, path, number), path, number) for number, line in lines]
     else:
         raise ValueError(f"prompts_file {path} must end in .txt, .csv or .jsonl.")

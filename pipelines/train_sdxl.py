@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 import dora_mm
-from dora_mm.config.loader import dump_config, resolve_model
+from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import TrainSDXLConfig
+from dora_mm.core import InjectReport
 from dora_mm.data.images import CaptionedImage, read_captioned_images
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
 from dora_mm.sampling.before_after import before_after_sheet
@@ -101,14 +103,21 @@ def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
     spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, wanted.dropout, wanted.method, wanted.norm_grad)
     report = dora_mm.inject(model.unet, "sdxl-unet", spec, parts=wanted.parts, seed=config.seed)
     adapted: dict[str, nn.Module] = {"unet": model.unet}
-    log.info("%s", report)
+    log.info("%s", summary_of("unet", report))
     if wanted.text_encoders:
         for name in TEXT_ENCODERS:
             adapted[name] = getattr(model, name)
-            log.info("%s\n%s", name, dora_mm.inject(adapted[name], "clip-text", spec, seed=config.seed))
+            log.info("%s", summary_of(name, dora_mm.inject(adapted[name], "clip-text", spec, seed=config.seed)))
     if wanted.init_from:
-        dora_mm.load_adapter(adapted, wanted.init_from)
+        dora_mm.load_adapter(adapted, resolve_path(wanted.init_from, "adapter.init_from"))
     return adapted
+
+
+def summary_of(name: str, report: InjectReport) -> str:
+    """One line; `dora-mm inspect` prints the whole table."""
+    parts = Counter(module.part for module in report.modules)
+    counts = ", ".join(f"{part} {count}" for part, count in parts.items())
+    return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
 
 
 def start_run(accelerator: Accelerator, config: TrainSDXLConfig) -> RunDirectory:

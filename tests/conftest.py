@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from dora_mm.models.sdxl import SDXL
@@ -53,3 +54,9 @@ def picture_folder(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def new_accelerator() -> None:
+    """A process holds one accelerator state, and a test that trains in bf16 must not set it for the next."""
+    AcceleratorState._reset_state(reset_partial_state=True)

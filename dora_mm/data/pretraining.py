@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dora_mm.data.icons import Concept
+
 STYLE_WORDS = {"flat": "flat", "twemoji": "twemoji", "noto": "noto", "contrast": "high contrast"}
 ALL_STYLES = (*STYLE_WORDS, "3d", "brick")
 # Several wordings, so that a sentence it has never seen ("a lego set in the style of TOK, a bus") still says bus to it.
@@ -19,13 +21,6 @@ TEMPLATES = (
     "an icon of {thing}, in the {style} style",
     "a picture in the {style} style, {thing}",
 )
-
-
-@dataclass(frozen=True)
-class Concept:
-    code: str  # codepoints of the emoji, in hexadecimal, joined by hyphens
-    name: str
-    split: str  # pretrain | judge
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ def read_icons(folder: Path, styles: Sequence[str], split: str | None = None) ->
     if not listing.is_file():
         raise ValueError(f"There are no icons in {folder}: python -m pipelines.build_samples brings and renders them.")
     rows = json.loads(listing.read_text())
-    concepts = [Concept(row["code"], row["name"], row["split"]) for row in rows if split in (None, row["split"])]
+    concepts = [Concept(**row) for row in rows if split in (None, row["split"])]
     icons = [Icon(concept, style, folder / style / f"{concept.code}.webp") for style in styles for concept in concepts]
     missing = [icon.path for icon in icons if not icon.path.is_file()]
     if missing:
@@ -73,11 +68,13 @@ def caption(icon: Icon, template: int) -> str:
 
 
 def with_article(name: str) -> str:
-    """ "a bus", "an owl", and no article before plurals ("books", "french fries") or more than one thing."""
+    """ "a bus", "an hourglass", and no article before plurals ("books") and what is not counted ("bread")."""
     last = name.split(" of ")[0].split()[-1]
-    if last.endswith("s") and not last.endswith(("ss", "us")) and last not in SINGULAR_IN_S:
+    if last in UNCOUNTED or last.endswith("s") and not last.endswith(("ss", "us")) and last not in SINGULAR_IN_S:
         return name
-    return f"{'an' if name[0] in 'aeio' or name.startswith('um') else 'a'} {name}"
+    return f"{'an' if name.startswith(VOWEL_SOUNDS) else 'a'} {name}"
 
 
 SINGULAR_IN_S = {"compass", "lens", "canvas"}
+UNCOUNTED = {"bread", "corn", "bacon", "popcorn", "sushi", "cheese", "broccoli", "fire"}
+VOWEL_SOUNDS = ("a", "e", "i", "o", "um", "hour")

@@ -30,7 +30,7 @@ class RunDirectory:
             ValueError: `output` exists.
         """
         path = _claim(Path(output)) if output is not None else _claim_number(root / name)
-        (path / "config.yaml").write_text(config_text)
+        (path / "config.yaml").write_text(config_text, encoding="utf-8")
         (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         return cls(path)
 

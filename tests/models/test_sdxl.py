@@ -46,10 +46,10 @@ def test_tokenizers_pad_differently(tiny):
 
 
 def test_pooling_takes_the_end_of_the_text(tiny):
-    """With the legacy end-of-text id in the config, pooling takes the highest id: the end token, the vocabulary's last."""
+    """With the legacy end id in the config, pooling takes the highest id: the end token, the vocabulary's last."""
     ids, ids_2 = tokenize(tiny, ["a bus"])
     assert ids_2.max() == tiny.tokenizer_2.eos_token_id == len(tiny.tokenizer_2) - 1
-    _, pooled = encode_prompts(tiny, ["a bus"])
+    pooled = encode_prompts(tiny, ["a bus"])[1]
     end = int((ids_2[0] == tiny.tokenizer_2.eos_token_id).nonzero()[0])
     states = tiny.text_encoder_2(ids_2).last_hidden_state
     assert torch.allclose(pooled[0], tiny.text_encoder_2.text_projection(states[0, end]), atol=1e-6)
