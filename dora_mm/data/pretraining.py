@@ -70,11 +70,11 @@ def caption(icon: Icon, template: int) -> str:
 def with_article(name: str) -> str:
     """ "a bus", "an hourglass", and no article before plurals ("books") and what is not counted ("bread")."""
     last = name.split(" of ")[0].split()[-1]
-    if last in UNCOUNTED or last.endswith("s") and not last.endswith(("ss", "us")) and last not in SINGULAR_IN_S:
+    if last in UNCOUNTED or (last.endswith("s") and not last.endswith(("ss", "us")) and last not in SINGULAR_IN_S):
         return name
     return f"{'an' if name.startswith(VOWEL_SOUNDS) else 'a'} {name}"
 
 
 SINGULAR_IN_S = {"compass", "lens", "canvas"}
-UNCOUNTED = {"bread", "corn", "bacon", "popcorn", "sushi", "cheese", "broccoli", "fire"}
+UNCOUNTED = {"bread", "corn", "bacon", "popcorn", "sushi", "cheese", "broccoli"}
 VOWEL_SOUNDS = ("a", "e", "i", "o", "um", "hour")
