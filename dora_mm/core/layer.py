@@ -97,9 +97,9 @@ class AdaptedLayer(nn.Module):
         """Draws A from (seed, path), sets B to 0 and m to the row norms of the weight: the layer is its base again."""
         dtype, device, fan_in = adapter_dtype(self.weight.dtype), self.weight.device, self.weight[0].numel()
         if self.spec.method in ("dora", "lora"):
-            A = torch.empty(self.spec.rank, *self.weight.shape[1:], dtype=dtype)
+            A = torch.empty(self.spec.rank, *self.weight.shape[1:])  # the same numbers whatever the dtype and device
             A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=seeded_generator(self.seed, self.path))
-            self.lora_A = nn.Parameter(A.to(device))  # kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
+            self.lora_A = nn.Parameter(A.to(device, dtype))  # kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
             self.lora_B = nn.Parameter(torch.zeros(self.weight.shape[0], self.spec.rank, dtype=dtype, device=device))
         if self.spec.method in ("dora", "magnitude"):
             self.magnitude = nn.Parameter(row_norm(self.weight.detach()))
