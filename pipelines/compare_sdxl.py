@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from dora_mm.eval.icons import fill
 from dora_mm.eval.judge import Judge, evenly
 from dora_mm.eval.scores import Scores, join_seeds, summarize, write_json
 from dora_mm.models.sdxl import SDXL, load_sdxl
-from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.sdxl import sample
 from dora_mm.train.run import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -200,22 +201,22 @@ class Campaign:
         self, template: str, choice: ConceptChoice, seeds: Sequence[int], training: Training | None
     ) -> list[Image.Image]:
         model = self.model()
-        adapted = {}
         if training is not None:
-            adapted = {part: network for part, network in model.networks.items() if part != "vae"}
-            dora_mm.load_adapter(adapted, self.run_folder(training) / "adapter")
+            networks = {part: network for part, network in model.networks.items() if part != "vae"}
+            dora_mm.load_adapter(networks, self.run_folder(training) / "adapter")
         wanted = self.config.draw
-        return at_strength(
-            model.pipeline(),
-            adapted,
-            1.0,
-            [fill(template, concept) for concept in self.concepts[choice.role] for _ in seeds],
-            [seed for _ in self.concepts[choice.role] for seed in seeds],
-            steps=wanted.steps,
-            guidance=wanted.guidance,
-            negative_prompt=wanted.negative_prompt,
-            batch_size=wanted.batch_size,
-        )
+        with ExitStack() as stack:
+            for network in model.networks.values():
+                stack.enter_context(dora_mm.fixed_parameters(network))
+            return sample(
+                model.pipeline(),
+                [fill(template, concept) for concept in self.concepts[choice.role] for _ in seeds],
+                [seed for _ in self.concepts[choice.role] for seed in seeds],
+                steps=wanted.steps,
+                guidance=wanted.guidance,
+                negative_prompt=wanted.negative_prompt,
+                batch_size=wanted.batch_size,
+            )
 
 
 def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:

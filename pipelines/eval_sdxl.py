@@ -5,6 +5,7 @@ adapter's) and by the adapter, go to a fitted judge (`fit_judge`); the table car
 """
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 
 import dora_mm
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
-from dora_mm.config.schema import ClipConfig, EvalSDXLConfig
+from dora_mm.config.schema import AdapterFile, ClipConfig, EvalSDXLConfig
 from dora_mm.data.icons import Concept
 from dora_mm.data.images import load_rgb
 from dora_mm.data.latents import module_digest
@@ -24,8 +25,8 @@ from dora_mm.eval.judge import Judge
 from dora_mm.eval.scores import format_interval, markdown_table, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.sdxl import SDXL, load_sdxl
-from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.sdxl import sample
 from dora_mm.train.run import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ BARE_FLAT, BARE, ADAPTER = "bare model, flat prompts", "bare model", "adapter"
 def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     judge = Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
+    if config.adapter:
+        resolve_path(config.adapter.path, "adapter.path")  # found missing before anything is drawn
     device = Accelerator().device
     model = load_sdxl(
         resolve_model(config.model.path),
@@ -65,25 +68,30 @@ def draw_all(config: EvalSDXLConfig, model: SDXL, concepts: list[Concept]) -> di
     """Pictures by row of the table, concepts outside, seeds inside; the bare model first, before it is adapted."""
     seeds = config.concepts.seeds
     jobs = {BARE_FLAT: config.flat_prompt, BARE: config.prompt, **({ADAPTER: config.prompt} if config.adapter else {})}
-    drawn, adapted = {}, {}
+    drawn = {}
     for name, template in jobs.items():
         if name == ADAPTER and config.adapter:
-            adapted = {part: network for part, network in model.networks.items() if part != "vae"}
-            report = dora_mm.load_adapter(adapted, resolve_path(config.adapter.path, "adapter.path"))
-            log.info("%s", report)
-        drawn[name] = at_strength(
-            model.pipeline(),
-            adapted,
-            config.adapter.strength if config.adapter else 1.0,
-            [fill(template, concept) for concept in concepts for _ in seeds],
-            [seed for _ in concepts for seed in seeds],
-            steps=config.draw.steps,
-            guidance=config.draw.guidance,
-            negative_prompt=config.draw.negative_prompt,
-            batch_size=config.draw.batch_size,
-            description=name,
-        )
+            load_adapter(model, config.adapter)
+        with ExitStack() as stack:
+            for network in model.networks.values():
+                stack.enter_context(dora_mm.fixed_parameters(network))
+            drawn[name] = sample(
+                model.pipeline(),
+                [fill(template, concept) for concept in concepts for _ in seeds],
+                [seed for _ in concepts for seed in seeds],
+                steps=config.draw.steps,
+                guidance=config.draw.guidance,
+                negative_prompt=config.draw.negative_prompt,
+                batch_size=config.draw.batch_size,
+                description=name,
+            )
     return drawn
+
+
+def load_adapter(model: SDXL, adapter: AdapterFile) -> None:
+    networks = {part: network for part, network in model.networks.items() if part != "vae"}
+    report = dora_mm.load_adapter(networks, resolve_path(adapter.path, "adapter.path"), strength=adapter.strength)
+    log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
 
 
 def clip_similarity(

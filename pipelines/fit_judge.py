@@ -36,11 +36,12 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
     model.freeze().to(device)
     run = RunDirectory.create(config.name, dump_config(config), config.output)
 
-    features = {
-        style: encoder(through_vae(model, paths[style], progress=f"{style}: VAE"), progress=f"{style}: features")
-        for style in STYLES
-    }
-    log.info("Fitting on %d icons.", len(concepts) * len(STYLES))
+    features = {}
+    for style in STYLES:
+        log.info("%s: %d icons", style, len(concepts))
+        pictures = through_vae(model, paths[style], progress=f"{style}, VAE")
+        features[style] = encoder(pictures, progress=f"{style}, features")
+    log.info("fitting")
     origin = {"model": config.model.path, "resolution": model.resolution, "vae": module_digest(model.vae)}
     judge = fit_judge(concepts, features, origin)
     judge.save(run.path)

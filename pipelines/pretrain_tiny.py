@@ -3,6 +3,7 @@
 The UNet never sees a 3D icon or a brick: those are what adapters learn.
 """
 
+import json
 import logging
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from dora_mm.data.pretraining import (
 )
 from dora_mm.data.randomness import batch_indices, generator
 from dora_mm.models.sdxl import SDXL, draw_latents, encode_images, encode_tokens, time_ids, tokenize
-from dora_mm.models.tiny_sdxl import build_tiny_sdxl
+from dora_mm.models.tiny_sdxl import build_tiny_sdxl, shift_latents
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
 from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
@@ -52,6 +53,7 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
         resolution=config.model.resolution,
         num_merges=config.model.num_merges,
         vae_channels=config.model.vae_channels,
+        latent_channels=config.model.latent_channels,
         unet_channels=config.model.unet_channels,
     )
     train_vae(config, model.vae, every_icon, run.stage("vae"))
@@ -72,21 +74,17 @@ def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon],
     train_stage(config, stage, {"vae": vae}, ReconstructionTask(vae).loss, batch_at, run)
     vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     vae.requires_grad_(False).eval()
-    describe_latents(vae, pixels)
+    normalise(vae, pixels)
 
 
 @torch.no_grad()
-def describe_latents(vae: AutoencoderKL, pixels: torch.Tensor, num: int = 512) -> None:
-    """Writes the latents' mean and standard deviation per channel into the VAE's config, so that they become normal."""
+def normalise(vae: AutoencoderKL, pixels: torch.Tensor, num: int = 512) -> None:
+    """Makes the latents' mean 0 and their standard deviation 1, per channel, over some of the pictures."""
     some = to_signed(pixels[torch.linspace(0, len(pixels) - 1, min(num, len(pixels))).long()])
     means = torch.cat([vae.encode(part).latent_dist.mean for part in some.split(32)])
     decoded = torch.cat([vae.decode(part).sample for part in means.split(32)])
     log.info("The VAE reconstructs at %.1f dB.", psnr(decoded, some))
-    vae.register_to_config(
-        latents_mean=[round(value, 4) for value in means.mean(dim=(0, 2, 3)).tolist()],
-        latents_std=[round(value, 4) for value in means.std(dim=(0, 2, 3)).tolist()],
-        scaling_factor=1.0,
-    )
+    shift_latents(vae, means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
 
 
 def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: RunDirectory) -> None:
@@ -143,6 +141,9 @@ def train_stage(
         for part, network in networks.items()
         for name, parameter in network.train().requires_grad_(True).named_parameters()
     }
+    for name in ("vae", "unet"):
+        if name in networks and stage.train.gradient_checkpointing:
+            networks[name].enable_gradient_checkpointing()
     optimizer = build_optimizer(parameters, stage.optimizer)
     schedule = build_schedule(optimizer, stage.schedule, stage.train.steps)
     average = EMAModel(parameters.values(), decay=ema_decay) if ema_decay else None
@@ -166,12 +167,16 @@ def train_stage(
 
 
 def save_model(model: SDXL, folder: Path) -> None:
-    """A diffusers folder with fp16 weights; the text encoders' configs ask for float32 when nothing else is said."""
+    """A diffusers folder with fp16 weights, which loads in float32 where nothing else is asked for."""
     for network in model.networks.values():
         network.half()
     model.pipeline().save_pretrained(folder)
     for network in model.networks.values():
         network.float()
+    # diffusers loads in float32 by default, transformers in what the config says: both must give the same.
+    for name in ("text_encoder", "text_encoder_2"):
+        file = folder / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:

@@ -20,6 +20,7 @@ SIZES = {
     "resolution": 64,
     "num_merges": 300,
     "vae_channels": (8, 8, 16, 16),
+    "latent_channels": 4,  # as in SDXL
     "unet_channels": (16, 32, 64),
     "text_widths": (16, 32),
 }

@@ -232,6 +232,8 @@ class TinyModelConfig(Section):
     resolution: PixelSize = 128
     num_merges: Annotated[int, Field(ge=0, le=4096)] = 2000  # of CLIP's byte-pair merges: the vocabulary
     vae_channels: Annotated[Items[PositiveInt], Field(min_length=2)] = (16, 32, 64, 64)  # a level each; halves the side
+    # SDXL has 4. At 48 numbers to one, a VAE this small gives up colour before it gives up shapes: 8 keep both.
+    latent_channels: PositiveInt = 8
     unet_channels: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Field(strict=False)] = (48, 96, 128)
 
 

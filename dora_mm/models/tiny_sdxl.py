@@ -63,7 +63,7 @@ def build_text_encoders(
     return CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])
 
 
-def build_vae(resolution: int, channels: tuple[int, ...]) -> AutoencoderKL:
+def build_vae(resolution: int, channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
     levels = len(channels)
     return AutoencoderKL(
         in_channels=3,
@@ -72,21 +72,44 @@ def build_vae(resolution: int, channels: tuple[int, ...]) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=channels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=resolution,
         force_upcast=True,
     )
 
 
+@torch.no_grad()
+def shift_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Makes (z - mean) / std of every latent z, channel by channel (C,), inside the VAE's own weights.
+
+    What goes in and comes out stays the same. diffusers' config keys for it (`latents_mean`) assume four channels.
+    """
+    channels = len(mean)
+    assert vae.quant_conv is not None
+    assert vae.post_quant_conv is not None
+    encode, decode = vae.quant_conv, vae.post_quant_conv  # 1 x 1 convolutions next to the latents
+    encode.bias[:channels] -= mean
+    encode.weight[:channels] /= std.view(-1, 1, 1, 1)
+    encode.bias[:channels] /= std
+    encode.bias[channels:] -= 2 * std.log()  # the second half are log-variances
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= std.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
+
+
 def build_unet(
-    latent_size: int, channels: tuple[int, int, int], heads: tuple[int, int, int], text_widths: tuple[int, int]
+    latent_size: int,
+    latent_channels: int,
+    channels: tuple[int, int, int],
+    heads: tuple[int, int, int],
+    text_widths: tuple[int, int],
 ) -> UNet2DConditionModel:
     """SDXL's UNet: three levels, attention on the lower two, transformers of depth 1 and 2."""
     return UNet2DConditionModel(
         sample_size=latent_size,
-        in_channels=4,
-        out_channels=4,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         layers_per_block=2,
         block_out_channels=channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -120,6 +143,7 @@ def build_tiny_sdxl(
     resolution: int = 128,
     num_merges: int = 2000,
     vae_channels: tuple[int, ...] = (16, 32, 64, 64),
+    latent_channels: int = 8,
     unet_channels: tuple[int, int, int] = (48, 96, 128),
     unet_heads: tuple[int, int, int] = (1, 2, 4),
     text_widths: tuple[int, int] = (64, 96),
@@ -131,9 +155,9 @@ def build_tiny_sdxl(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder, text_encoder_2 = build_text_encoders(len(tokenizer), text_widths, text_depths, text_heads)
-        vae = build_vae(resolution, vae_channels)
+        vae = build_vae(resolution, vae_channels, latent_channels)
         latent_size = resolution // 2 ** (len(vae_channels) - 1)
-        unet = build_unet(latent_size, unet_channels, unet_heads, text_widths)
+        unet = build_unet(latent_size, latent_channels, unet_channels, unet_heads, text_widths)
     return SDXL(
         unet=unet,
         vae=vae,

@@ -16,6 +16,7 @@ from dora_mm.models.sdxl import (
     time_ids,
     tokenize,
 )
+from dora_mm.models.tiny_sdxl import shift_latents
 
 PROMPTS = ["a flat icon of a bus", "", "a TOK icon of a flying saucer, in the style of TOK"]
 
@@ -127,3 +128,16 @@ def test_a_part_without_weights_is_one_sentence(tiny_folder, tmp_path):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_sdxl(str(folder))
+
+
+def test_shifted_latents_are_normalised_and_decode_to_the_same(tiny):
+    pixels = torch.rand(3, 3, 64, 64) * 2 - 1
+    mean, logvar = encode_images(tiny, pixels)
+    before = tiny.vae.decode(mean).sample
+    centre, spread = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
+    shift_latents(tiny.vae, centre, spread)
+    shifted, shifted_logvar = encode_images(tiny, pixels)
+    scale = spread.view(1, -1, 1, 1)
+    assert torch.allclose(shifted, (mean - centre.view(1, -1, 1, 1)) / scale, atol=1e-4)
+    assert torch.allclose(shifted_logvar, logvar - 2 * scale.log(), atol=1e-4)
+    assert torch.allclose(tiny.vae.decode(shifted).sample, before, atol=1e-4)

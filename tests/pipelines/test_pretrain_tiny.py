@@ -1,0 +1,117 @@
+"""The embedded model's recipe, in a few steps: a model that plain diffusers loads, the same after an interruption."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from dora_mm.cli import main
+from dora_mm.data.pretraining import ALL_STYLES, STYLE_WORDS, TEMPLATES, caption, read_icons, with_article
+from dora_mm.sampling.sdxl import sample
+
+STAGE = {
+    "optimizer": {"lr": 1e-3},
+    "train": {"steps": 3, "batch_size": 2, "checkpoint_every": 1, "keep_checkpoints": 9},
+}
+
+
+@pytest.fixture
+def icons(tmp_path):
+    folder = tmp_path / "icons"
+    concepts = [
+        {"code": f"1f68{i}", "name": name, "group": "Things", "split": split}
+        | ({"role": "report"} if split == "pretrain" else {})
+        for i, (name, split) in enumerate({"bus": "pretrain", "owl": "pretrain", "key": "judge"}.items())
+    ]
+    for style in ALL_STYLES:
+        (folder / style).mkdir(parents=True)
+        for index, concept in enumerate(concepts):
+            noise = np.random.default_rng(index).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / style / f"{concept['code']}.webp")
+    (folder / "concepts.json").write_text(json.dumps(concepts))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, icons):
+    def write(name):
+        path = tmp_path / f"{name}.yaml"
+        values = {
+            "pipeline": "pretrain_tiny",
+            "output": str(tmp_path / name),
+            "icons": str(icons),
+            "model": {"resolution": 64, "num_merges": 100, "vae_channels": [8, 8, 8, 8], "unet_channels": [16, 16, 32]},
+            "vae": copy.deepcopy(STAGE),  # an alias in the file would be refused
+            "unet": STAGE,
+            "ema_decay": 0.5,
+            "sample": {"prompts": ["a flat icon of a bus"], "steps": 2},
+        }
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write
+
+
+def weights(run):
+    return {part: load_file(next((run / "tiny-sdxl" / part).glob("*.safetensors"))) for part in ("unet", "vae")}
+
+
+def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_path):
+    assert main(["train", str(config("whole"))]) == 0
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole" / "tiny-sdxl")
+    assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
+    assert pipe.vae.config.latent_channels == 8
+    assert sample(pipe, ["a flat icon of an owl"], [0], steps=2)[0].size == (64, 64)
+    assert Image.open(tmp_path / "whole" / "sheet.png").width > 100
+    stored = weights(tmp_path / "whole")
+    assert {tensor.dtype for part in stored.values() for tensor in part.values()} == {torch.float16}
+
+    assert main(["train", str(config("parts"))]) == 0
+    run = tmp_path / "parts"
+    for stage, kept in (("vae", 3), ("unet", 1)):  # as if it had been killed in the UNet's second step
+        for step in range(kept + 1, 4):
+            folder = run / stage / "checkpoints" / f"step-{step:06d}"
+            folder.rename(folder.with_name("gone-" + folder.name))
+    assert main(["train", "--resume", str(run)]) == 0
+    for part, tensors in weights(run).items():
+        assert all(torch.equal(tensor, stored[part][name]) for name, tensor in tensors.items())
+
+
+def test_a_missing_icon_is_named(config, icons, tmp_path, capsys):
+    (icons / "noto" / "1f681.webp").unlink()
+    assert main(["train", str(config("run"))]) == 2
+    assert "1f681.webp" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_captions_name_style_and_thing(icons):
+    for icon in read_icons(icons, tuple(STYLE_WORDS), "pretrain"):
+        for template in range(len(TEMPLATES)):
+            text = caption(icon, template)
+            assert STYLE_WORDS[icon.style] in text
+            assert with_article(icon.concept.name) in text
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bus", "a bus"),
+        ("owl", "an owl"),
+        ("hourglass", "an hourglass"),
+        ("unicorn", "a unicorn"),
+        ("umbrella", "an umbrella"),
+        ("french fries", "french fries"),
+        ("bowl of noodles", "a bowl of noodles"),
+        ("cactus", "a cactus"),
+        ("compass", "a compass"),
+        ("bread", "bread"),
+    ],
+)
+def test_articles(name, expected):
+    assert with_article(name) == expected
