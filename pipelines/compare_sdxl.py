@@ -193,9 +193,8 @@ class Campaign:
         cells = [(concept.code, seed) for concept in concepts for seed in seeds]
         for (code, seed), picture in zip(cells, pictures, strict=True):
             picture.save(folder / f"{code}-seed{seed}.png")
-        scores = self.judge.scores(self.encoder(pictures), concepts, seeds)
-        scores.save(path)
-        return scores
+        self.judge.scores(self.encoder(pictures), concepts, seeds).save(path)
+        return Scores.load(path)  # rounded, as a campaign that is gone on with will see them
 
     def draw(
         self, template: str, choice: ConceptChoice, seeds: Sequence[int], training: Training | None

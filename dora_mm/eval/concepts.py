@@ -85,11 +85,10 @@ def discriminants(within_NP: np.ndarray, between_QP: np.ndarray) -> np.ndarray:
     """(P, K): the directions with the largest spread between concepts for their spread within one."""
     within_PP = within_NP.T @ within_NP / len(within_NP)
     within_PP[np.diag_indices_from(within_PP)] += RIDGE * np.trace(within_PP) / len(within_PP)
-    values, vectors = np.linalg.eigh(within_PP)
-    whitening_PP = vectors / np.sqrt(values)
-    whitened_QP = between_QP @ whitening_PP
-    _, rotation = np.linalg.eigh(whitened_QP.T @ whitened_QP)
-    return whitening_PP @ rotation[:, ::-1][:, :NUM_DIMENSIONS]
+    triangle_PP = np.linalg.cholesky(within_PP)
+    whitened_QP = np.linalg.solve(triangle_PP, between_QP.T).T  # spread within a concept is 1 in every direction now
+    _, _, rotation = np.linalg.svd(whitened_QP, full_matrices=False)
+    return np.linalg.solve(triangle_PP.T, rotation[:NUM_DIMENSIONS].T)
 
 
 def _unit(x_NK: np.ndarray) -> np.ndarray:

@@ -23,9 +23,11 @@ def bootstrap(values_KS: np.ndarray, *, over_seeds: bool, seed: int = 0) -> Inte
     """95 % percentile interval of the mean, resampling whole concepts, since pictures of one concept go together.
 
     `over_seeds` resamples the seeds (columns) as well, independently of the concepts: the pigeonhole bootstrap of Owen
-    (2007), somewhat too wide rather than too narrow. It belongs to columns that are trainings of their own, where the
-    question is what a further training would give. Where all K concepts agree on 0 or 1 no resample can differ, so the
-    open side is the exact binomial bound for K independent concepts.
+    (2007). It belongs to columns that are trainings of their own, where the question is what a further training would
+    give. Coverage in simulations with 40 concepts and 3 trainings: 96 % where trainings do not differ, 94, 91 and 86 %
+    where they differ by 0.2, 0.5 and 1 standard deviations of a picture's own noise (three are few). Where all K
+    concepts agree on 0 or 1 no resample can differ, so the open side is the exact binomial bound for K independent
+    concepts.
     """
     num_concepts, num_seeds = values_KS.shape
     mean = float(values_KS.mean())

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+from scipy.linalg import sqrtm
+
+from dora_mm.eval.statistics import Gaussian, Interval, bootstrap, difference, frechet_distance, jackknife
+
+
+def clustered(rng, num_concepts, num_seeds, spread):
+    """Cells around 0: a part that a concept's pictures share (variance spread^2), a part of each (variance 1)."""
+    return spread * rng.normal(size=(num_concepts, 1)) + rng.normal(size=(num_concepts, num_seeds))
+
+
+def test_intervals_over_concepts_cover_the_truth_where_naive_ones_do_not():
+    rng = np.random.default_rng(7)
+    covered = naive = 0
+    for trial in range(400):
+        values = clustered(rng, 40, 5, spread=1.5)
+        interval = bootstrap(values, over_seeds=False, seed=trial)
+        covered += interval.low <= 0 <= interval.high
+        naive += abs(values.mean()) <= 1.96 * values.std() / np.sqrt(values.size)
+    assert 0.90 <= covered / 400 <= 0.97
+    assert naive / 400 < 0.80
+
+
+def test_trainings_that_differ_widen_the_interval():
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(40, 3)) + np.array([-2.0, 0.0, 2.0])
+    concepts, both = bootstrap(values, over_seeds=False), bootstrap(values, over_seeds=True)
+    assert both.high - both.low > 3 * (concepts.high - concepts.low)
+
+
+def test_unanimous_shares_get_the_exact_binomial_bound():
+    everything = bootstrap(np.ones((40, 3)), over_seeds=True)
+    assert everything.high == 1.0
+    assert everything.low**0 == 1.0
+    # with this true share, 40 successes of 40 have a chance of 2.5 %
+    assert everything.low**40 == pytest.approx(0.025)
+    nothing = bootstrap(np.zeros((40, 3)), over_seeds=False)
+    assert (nothing.low, nothing.high) == (0.0, pytest.approx(1 - everything.low))
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(2)
+    one = clustered(rng, 40, 3, spread=5.0)
+    shifted = one + 0.3 + 0.01 * rng.normal(size=one.shape)
+    found = difference(shifted, one, over_seeds=True)
+    assert found.low > 0.29
+    assert found.high < 0.31
+    with pytest.raises(ValueError, match="same concepts and seeds"):
+        difference(one, one[:20], over_seeds=True)
+
+
+def test_frechet_distance_against_scipy():
+    rng = np.random.default_rng(3)
+    one, other = (Gaussian.of(rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)) + rng.normal(size=6)) for _ in "ab")
+    offset = one.mean - other.mean
+    cross = np.real(sqrtm(one.covariance @ other.covariance))
+    expected = offset @ offset + np.trace(one.covariance + other.covariance - 2 * cross)
+    assert frechet_distance(one, other) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(one, other) == pytest.approx(frechet_distance(other, one), rel=1e-8)
+    assert frechet_distance(one, one) == pytest.approx(0.0, abs=1e-8)
+
+
+def test_frechet_distance_of_fewer_samples_than_dimensions():
+    rng = np.random.default_rng(4)
+    few, shifted = rng.normal(size=(5, 20)), np.eye(20)[0] * 3
+    assert frechet_distance(Gaussian.of(few), Gaussian.of(few + shifted)) == pytest.approx(9.0, abs=1e-6)
+    with pytest.raises(ValueError, match="at least two"):
+        Gaussian.of(few[:1])
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    values = np.random.default_rng(5).normal(size=50)
+    found = jackknife(50, lambda kept: float(values[kept].mean()))
+    error = values.std(ddof=1) / np.sqrt(50)
+    mean = values.mean()
+    assert found == Interval(
+        pytest.approx(mean), pytest.approx(mean - 1.96 * error), pytest.approx(mean + 1.96 * error)
+    )

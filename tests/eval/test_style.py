@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+
+from dora_mm.eval.style import CLASSES, STYLES, class_of, fit_styles, log_odds
+
+NUM_CONCEPTS, WIDTH = 30, 12
+
+
+def synthetic(signal: float, seed: int = 0):
+    """Texture with one direction per class, and a large direction per concept that says nothing about style."""
+    rng = np.random.default_rng(seed)
+    per_concept = 3 * rng.normal(size=(NUM_CONCEPTS, WIDTH))
+    per_concept[:, :3] = 0
+    texture = {}
+    for style in STYLES:
+        x = per_concept + rng.normal(size=(NUM_CONCEPTS, WIDTH))
+        x[:, list(CLASSES).index(class_of(style))] += signal
+        texture[style] = x
+    codes = [f"c{index}" for index in range(NUM_CONCEPTS)]
+    return texture, dict.fromkeys(STYLES, codes)
+
+
+def test_learns_the_classes_and_reports_on_unseen_concepts():
+    classifier, space, predicted = fit_styles(*synthetic(6.0))
+    fresh, _ = synthetic(6.0, seed=1)
+    for style in STYLES:
+        wanted = list(CLASSES).index(class_of(style))
+        assert (classifier.log_probabilities(fresh[style]).argmax(axis=1) == wanted).mean() > 0.9
+        assert (predicted[style] == wanted).mean() > 0.85
+    own = space.distance(space.project(classifier.standardize(fresh["brick"])), "brick")
+    other = space.distance(space.project(classifier.standardize(fresh["flat"])), "brick")
+    assert own < other
+
+
+def test_without_a_signal_its_own_accuracy_is_chance():
+    """Six styles of one concept share a fold: memorised concepts would show as accuracy here."""
+    _, _, predicted = fit_styles(*synthetic(0.0))
+    balanced = np.mean(
+        [
+            np.mean([(predicted[style] == list(CLASSES).index(name)).mean() for style in styles])
+            for name, styles in CLASSES.items()
+        ]
+    )
+    assert 0.2 < balanced < 0.47
+
+
+def test_classes_weigh_the_same_whatever_their_number_of_icons():
+    texture, codes = synthetic(1.0)
+    fewer = {style: x[:10] if style == "brick" else x for style, x in texture.items()}
+    fewer_codes = {style: names[:10] if style == "brick" else names for style, names in codes.items()}
+    classifier, _, _ = fit_styles(fewer, fewer_codes)
+    fresh, _ = synthetic(1.0, seed=1)
+    p = np.exp(classifier.log_probabilities(np.concatenate(list(fresh.values()))))
+    weights = np.repeat([1 / len(CLASSES[class_of(style)]) for style in STYLES], NUM_CONCEPTS)
+    assert np.average(p, axis=0, weights=weights) == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_log_odds():
+    p = np.array([[0.2, 0.7, 0.1], [0.5, 0.25, 0.25]])
+    assert log_odds(np.log(p), "3d") == pytest.approx(np.log([0.7 / 0.3, 0.25 / 0.75]))
+    certain = np.array([[-800.0, 0.0, -900.0]])  # 1 - p is 0 in floating point
+    assert log_odds(certain, "3d") == pytest.approx([800.0])
