@@ -3,9 +3,13 @@
 The UNet never sees a 3D icon or a brick: those are what adapters learn.
 """
 
+import copy
+import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -57,9 +61,8 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
         unet_channels=config.model.unet_channels,
     )
     train_vae(config, model.vae, every_icon, run.stage("vae"))
-    train_unet(config, model, flat_icons, run.stage("unet"))
-    save_model(model, run.path / "tiny-sdxl")
-    draw_sheet(config, model, run.sheet)
+    train_unet(config, model, flat_icons, run)
+    show(config, model, run)
     log.info("The model is in %s, pictures by it in %s.", run.path / "tiny-sdxl", run.sheet)
 
 
@@ -119,7 +122,21 @@ def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: 
         return task.loss(conditioned, stream)
 
     trained = {name: getattr(model, name) for name in ("unet", "text_encoder", "text_encoder_2")}
-    train_stage(config, stage, trained, loss, batch_at, run, ema_decay=config.ema_decay)
+    average = EMAModel([p for network in trained.values() for p in network.parameters()], decay=config.ema_decay)
+
+    def after_step(step: int) -> None:
+        parameters = [p for network in trained.values() for p in network.parameters()]
+        average.step(parameters)
+        if config.sample.every and step % config.sample.every == 0 and step < stage.train.steps:
+            average.store(parameters)
+            average.copy_to(parameters)
+            show(config, model, run, step)
+            average.restore(parameters)
+
+    train_stage(
+        config, stage, trained, loss, batch_at, run.stage("unet"), state={"ema": average}, after_step=after_step
+    )
+    average.copy_to([p for network in trained.values() for p in network.parameters()])
     model.freeze()
 
 
@@ -132,9 +149,16 @@ def encode_icons(model: SDXL, icons: list[Icon]) -> tuple[torch.Tensor, torch.Te
 
 
 def train_stage(
-    config, stage: PretrainStage, networks: dict[str, nn.Module], loss, batch_at, run, ema_decay=None
+    config: PretrainTinyConfig,
+    stage: PretrainStage,
+    networks: dict[str, nn.Module],
+    loss: Callable[[Any, torch.Generator], torch.Tensor],
+    batch_at: Callable[[int], Any],
+    run: RunDirectory,
+    state: dict[str, Any] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Trains `networks` whole; where there is an EMA, its weights are what remains."""
+    """Trains `networks` whole."""
     accelerator = Accelerator(mixed_precision=stage.train.mixed_precision)  # one for both stages: the schema sees to it
     parameters = {
         f"{part}.{name}": parameter
@@ -146,7 +170,6 @@ def train_stage(
             networks[name].enable_gradient_checkpointing()
     optimizer = build_optimizer(parameters, stage.optimizer)
     schedule = build_schedule(optimizer, stage.schedule, stage.train.steps)
-    average = EMAModel(parameters.values(), decay=ema_decay) if ema_decay else None
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     fit(
         accelerator=accelerator,
@@ -159,20 +182,23 @@ def train_stage(
         schedule=schedule,
         batch_at=batch_at,
         loss=loss,
-        state={"ema": average} if average else None,
-        after_step=(lambda step: average.step(parameters.values())) if average else None,
+        state=state,
+        after_step=after_step,
     )
-    if average:
-        average.copy_to(parameters.values())
+
+
+def show(config: PretrainTinyConfig, model: SDXL, run: RunDirectory, step: int | None = None) -> None:
+    """Writes the model as it is now, and pictures by it."""
+    save_model(model, run.path / "tiny-sdxl")
+    if config.sample.prompts:
+        run.samples.mkdir(exist_ok=True)
+        draw_sheet(config, model, run.sheet if step is None else run.samples / f"step-{step:06d}.png")
 
 
 def save_model(model: SDXL, folder: Path) -> None:
     """A diffusers folder with fp16 weights, which loads in float32 where nothing else is asked for."""
-    for network in model.networks.values():
-        network.half()
-    model.pipeline().save_pretrained(folder)
-    for network in model.networks.values():
-        network.float()
+    halved = {name: copy.deepcopy(network).half() for name, network in model.networks.items()}
+    dataclasses.replace(model, **halved).pipeline().save_pretrained(folder)
     # diffusers loads in float32 by default, transformers in what the config says: both must give the same.
     for name in ("text_encoder", "text_encoder_2"):
         file = folder / name / "config.json"
@@ -180,19 +206,14 @@ def save_model(model: SDXL, folder: Path) -> None:
 
 
 def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:
-    pipe = model.pipeline()
-    prompts, seeds = config.sample.prompts, config.sample.seeds
-    if not prompts:
-        return
-    rows = [
-        sample(
-            pipe,
-            list(prompts),
-            [seed] * len(prompts),
-            steps=config.sample.steps,
-            guidance=config.sample.guidance,
-            negative_prompt=config.sample.negative_prompt,
-        )
-        for seed in seeds
-    ]
-    sheet(rows, [f"seed {seed}" for seed in seeds], list(prompts)).save(path)
+    prompts, seeds = list(config.sample.prompts), config.sample.seeds
+    pictures = sample(
+        model.pipeline(),
+        prompts * len(seeds),
+        [seed for seed in seeds for _ in prompts],
+        steps=config.sample.steps,
+        guidance=config.sample.guidance,
+        negative_prompt=config.sample.negative_prompt,
+    )
+    rows = [pictures[start : start + len(prompts)] for start in range(0, len(pictures), len(prompts))]
+    sheet(rows, [f"seed {seed}" for seed in seeds], prompts).save(path)

@@ -50,7 +50,7 @@ def config(tmp_path, icons):
             "vae": copy.deepcopy(STAGE),  # an alias in the file would be refused
             "unet": STAGE,
             "ema_decay": 0.5,
-            "sample": {"prompts": ["a flat icon of a bus"], "steps": 2},
+            "sample": {"prompts": ["a flat icon of a bus"], "steps": 2, "every": 2},
         }
         path.write_text(yaml.safe_dump(values, sort_keys=False))
         return path
