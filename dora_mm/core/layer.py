@@ -122,11 +122,12 @@ class AdaptedLayer(nn.Module):
         """The trainable tensors of the adapter by name; for `full` it is the weight."""
         if self.spec.method == "full":
             return {"weight": self.weight}
-        return {name: p for name in ADAPTER_NAMES if (p := self._parameters[name]) is not None}
+        found = {name: self._parameters[name] for name in ADAPTER_NAMES}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward functions need of every adapter that is not switched off."""
-        own = self.spec, {name: p for name in ADAPTER_NAMES if (p := self._parameters[name]) is not None}, self.strength
+        own = self.spec, self.adapter_tensors(), self.strength
         others = [(s.spec, s.tensors, s.strength) for s in self.stacked.values()]
         return tuple(
             Adapter(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters, inject, merge, remove, unmerge
+from dora_mm.core.functional import merged_weight
 from dora_mm.core.layer import restore_layer, round_stochastically, seeded_generator
 from tests.core import reference
 
@@ -70,7 +71,9 @@ def test_fresh_layer_changes_no_bit_in_other_memory_layouts(layout):
         base.weight.data = torch.randn(96, 80).T
         x = torch.randn(50, 96)
     expected = run(base, x, None)
-    assert torch.equal(run(adapt_layer(base, DoRASpec(rank=2)), x, None), expected)
+    layer = adapt_layer(base, DoRASpec(rank=2))
+    assert torch.equal(run(layer, x, None), expected)
+    assert merged_weight(layer.weight, layer.adapters()).stride() == base.weight.stride()
 
 
 def test_fresh_layer_stays_exact_when_cast():
@@ -123,6 +126,14 @@ def test_trained_convolution(name, method, dtype):
     exact = torch.autograd.grad(expected, [exact_x, *trained], dY.double())
     for found, right in zip(torch.autograd.grad(y, [x, *trained], dY), exact, strict=True):
         assert reference.relative_error(found, right) < 2 * bound
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_unbatched_convolution_in_half_precision(groups):
+    base = nn.Conv2d(8, 12, 3, groups=groups).to(torch.bfloat16)
+    layer = reference.randomize(adapt_layer(base, DoRASpec(rank=2)))
+    x = torch.randn(2, 8, 7, 7).to(torch.bfloat16)
+    assert torch.equal(layer(x[0]), layer(x)[0])
 
 
 def test_bias_is_never_scaled():
@@ -452,3 +463,17 @@ def test_adapting_in_place_keeps_hooks_and_restores_the_class():
     assert set(vars(layer)) == attributes
     assert layer.weight.requires_grad
     assert list(dict(layer.named_parameters())) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_without_graph_breaks(dtype):
+    _, layer = reference.linear(16, 8, dtype=dtype)
+    reference.randomize(layer)
+    x = torch.randn(4, 16).to(dtype)
+    expected = layer(x)
+    found = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    assert reference.relative_error(found, expected) <= torch.finfo(dtype).eps
+    wanted = list(layer.adapter_tensors().values())
+    gradients = [torch.autograd.grad(y.sum(), wanted) for y in (found, expected)]
+    for a, b in zip(*gradients, strict=True):
+        assert reference.relative_error(a, b) <= 2 * torch.finfo(dtype).eps
