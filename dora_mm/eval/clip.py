@@ -10,15 +10,14 @@ from PIL import Image
 
 
 class ClipSimilarity:
-    """An open_clip model from a local folder (open_clip_config.json and weights) or from the hub (`owner/name`)."""
+    """An open_clip model from a local folder (open_clip_config.json and safetensors) or from the hub (`owner/name`)."""
 
     def __init__(self, path: str, device: str | torch.device = "cpu"):
         import open_clip
 
-        local = Path(path).is_dir()
-        if local and not (Path(path) / "open_clip_config.json").is_file():
-            raise ValueError(f"clip.path: {path} holds no open_clip_config.json, so it is no open_clip model folder")
-        name = f"local-dir:{path}" if local else f"hf-hub:{path}"
+        if Path(path).is_dir():
+            _check_folder(Path(path))
+        name = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
         self.device = torch.device(device)
         created: Any = open_clip.create_model_from_pretrained(name, device=self.device)
         self.model, self.preprocess = created
@@ -46,3 +45,10 @@ class ClipSimilarity:
     def to_images(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> np.ndarray:
         """(N,): mean cosine of each image with all references, as in the DreamBooth paper's CLIP-I."""
         return (self.embed_images(images) @ self.embed_images(references).T).mean(axis=1)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "open_clip_config.json").is_file():
+        raise ValueError(f"clip.path: {folder} holds no open_clip_config.json, so it is no open_clip model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"clip.path: {folder} holds no weights (open_clip_model.safetensors)")

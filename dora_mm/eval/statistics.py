@@ -19,21 +19,21 @@ class Interval:
         return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
-def bootstrap(values_KS: np.ndarray, *, over_seeds: bool, seed: int = 0) -> Interval:
+def bootstrap(values_KS: np.ndarray, *, over_seeds: bool, seed: int = 0, lowest: float = 0.0) -> Interval:
     """95 % percentile interval of the mean, resampling whole concepts, since pictures of one concept go together.
 
     `over_seeds` resamples the seeds (columns) as well, independently of the concepts: the pigeonhole bootstrap of Owen
     (2007). It belongs to columns that are trainings of their own, where the question is what a further training would
     give. Coverage in simulations with 40 concepts and 3 trainings: 96 % where trainings do not differ, 94, 91 and 86 %
     where they differ by 0.2, 0.5 and 1 standard deviations of a picture's own noise (three are few). Where all K
-    concepts agree on 0 or 1 no resample can differ, so the open side is the exact binomial bound for K independent
-    concepts.
+    concepts agree on a whole number no resample can differ, so the interval is then the exact binomial bound for K
+    independent concepts, from `lowest` (-1 for differences of shares) to 1.
     """
     num_concepts, num_seeds = values_KS.shape
     mean = float(values_KS.mean())
-    if np.all(values_KS == values_KS.flat[0]) and mean in (0.0, 1.0):
+    if np.all(values_KS == values_KS.flat[0]) and mean in (-1.0, 0.0, 1.0):
         reach = 1.0 - ((1.0 - LEVEL) / 2) ** (1.0 / num_concepts)
-        return Interval(mean, max(mean - reach, 0.0), min(mean + reach, 1.0))
+        return Interval(mean, max(mean - reach, lowest), min(mean + reach, 1.0))
     means = _resampled_means(values_KS, num_concepts, num_seeds if over_seeds else 0, seed)
     low, high = np.quantile(means, [(1.0 - LEVEL) / 2, (1.0 + LEVEL) / 2])
     return Interval(mean, float(low), float(high))
@@ -53,7 +53,7 @@ def difference(first_KS: np.ndarray, second_KS: np.ndarray, *, over_seeds: bool,
     """Interval of the mean of first - second, paired: the same concepts and seeds in the same cells."""
     if first_KS.shape != second_KS.shape:
         raise ValueError(f"paired scores need the same concepts and seeds, got {first_KS.shape} and {second_KS.shape}")
-    return bootstrap(first_KS - second_KS, over_seeds=over_seeds, seed=seed)
+    return bootstrap(first_KS - second_KS, over_seeds=over_seeds, seed=seed, lowest=-1.0)
 
 
 @dataclass(frozen=True)

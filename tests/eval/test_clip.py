@@ -28,6 +28,9 @@ def test_similarities_are_open_clips_own(clip_folder, pictures):
     assert clip.to_images(pictures[:1], pictures[:1]) == pytest.approx([1.0], abs=1e-5)
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_a_folder_without_a_model_or_its_weights(tmp_path):
     with pytest.raises(ValueError, match=r"clip.path: .*open_clip_config.json"):
+        ClipSimilarity(str(tmp_path))
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"clip.path: .*no weights"):
         ClipSimilarity(str(tmp_path))
