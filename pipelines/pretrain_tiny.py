@@ -15,10 +15,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
-from torch import nn
 from tqdm import tqdm
 
-from dora_mm.config.loader import dump_config
+from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.config.schema import PretrainStage, PretrainTinyConfig
 from dora_mm.data.pretraining import (
     ALL_STYLES,
@@ -31,7 +30,7 @@ from dora_mm.data.pretraining import (
     to_signed,
 )
 from dora_mm.data.randomness import batch_indices, generator
-from dora_mm.models.sdxl import SDXL, draw_latents, encode_images, encode_tokens, time_ids, tokenize
+from dora_mm.models.sdxl import SDXL, draw_latents, encode_images, encode_tokens, load_sdxl, time_ids, tokenize
 from dora_mm.models.tiny_sdxl import build_tiny_sdxl, shift_latents
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
@@ -60,7 +59,10 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
         latent_channels=config.model.latent_channels,
         unet_channels=config.model.unet_channels,
     )
-    train_vae(config, model.vae, every_icon, run.stage("vae"))
+    if config.vae_from:
+        model = dataclasses.replace(model, vae=load_sdxl(resolve_model(config.vae_from, "vae_from")).freeze().vae)
+    else:
+        train_vae(config, model.vae, every_icon, run.stage("vae"))
     train_unet(config, model, flat_icons, run)
     show(config, model, run)
     log.info("The model is in %s, pictures by it in %s.", run.path / "tiny-sdxl", run.sheet)
@@ -81,7 +83,7 @@ def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon],
 
 
 @torch.no_grad()
-def normalise(vae: AutoencoderKL, pixels: torch.Tensor, num: int = 512) -> None:
+def normalise(vae: Any, pixels: torch.Tensor, num: int = 512) -> None:
     """Makes the latents' mean 0 and their standard deviation 1, per channel, over some of the pictures."""
     some = to_signed(pixels[torch.linspace(0, len(pixels) - 1, min(num, len(pixels))).long()])
     means = torch.cat([vae.encode(part).latent_dist.mean for part in some.split(32)])
@@ -151,7 +153,7 @@ def encode_icons(model: SDXL, icons: list[Icon]) -> tuple[torch.Tensor, torch.Te
 def train_stage(
     config: PretrainTinyConfig,
     stage: PretrainStage,
-    networks: dict[str, nn.Module],
+    networks: dict[str, Any],
     loss: Callable[[Any, torch.Generator], torch.Tensor],
     batch_at: Callable[[int], Any],
     run: RunDirectory,

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -124,7 +125,7 @@ def start_run(accelerator: Accelerator, config: TrainSDXLConfig) -> RunDirectory
     """One folder for all processes, made by the first."""
     from accelerate.utils import broadcast_object_list
 
-    made = [None]
+    made: list[Any] = [None]
     if accelerator.is_main_process:
         made = [RunDirectory.create(config.name, dump_config(config), config.output)]
     return broadcast_object_list(made)[0]

@@ -246,6 +246,7 @@ class PretrainTinyConfig(PipelineConfig):
     output: Text | None = None
     icons: Text = "build/icons"  # what build_samples made
     model: TinyModelConfig = TinyModelConfig()
+    vae_from: Text | None = None  # a model folder whose VAE is taken as it is; None: it is trained
     vae: PretrainStage
     unet: PretrainStage
     loss: LossConfig = LossConfig()

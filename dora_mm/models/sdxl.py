@@ -37,12 +37,12 @@ class SDXL:
     @property
     def resolution(self) -> int:
         """The side, in pixels, of the pictures that it was trained on."""
-        return self.unet.config.sample_size * self.downscale
+        return config_of(self.unet).sample_size * self.downscale
 
     @property
     def downscale(self) -> int:
         """Pixels to a latent, per side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(config_of(self.vae).block_out_channels) - 1)
 
     def to(self, device: torch.device | str) -> "SDXL":
         for network in self.networks.values():
@@ -63,6 +63,11 @@ class SDXL:
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+
+def config_of(network: nn.Module) -> Any:
+    """A diffusers config, which is annotated as a dictionary and read by attributes."""
+    return network.config
 
 
 def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None = None) -> SDXL:
@@ -164,7 +169,7 @@ def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torc
 
     SDXL's own VAE overflows in fp16 and says so in its config (`force_upcast`); it then runs in float32.
     """
-    vae = model.vae
+    vae: Any = model.vae  # diffusers annotates its results as tuples
     dtype = vae.dtype
     upcast = dtype == torch.float16 and vae.config.force_upcast
     if upcast:
@@ -191,7 +196,7 @@ def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor
     mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
         latents = (latents - mean) / std
-    return latents * vae.config.scaling_factor
+    return latents * config_of(vae).scaling_factor
 
 
 def _per_channel(vae: AutoencoderKL, name: str, like: torch.Tensor) -> torch.Tensor | None:

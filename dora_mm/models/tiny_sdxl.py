@@ -1,7 +1,11 @@
 """SDXL in small: every part and every special case of its architecture, sized to train on a laptop's processor."""
 
+# pyright: reportArgumentType=false
+# diffusers annotates tuples of any length as tuples of one, transformers tuples as strings.
+
 import gzip
 from importlib.resources import files
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -86,9 +90,8 @@ def shift_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> 
     What goes in and comes out stays the same. diffusers' config keys for it (`latents_mean`) assume four channels.
     """
     channels = len(mean)
-    assert vae.quant_conv is not None
-    assert vae.post_quant_conv is not None
-    encode, decode = vae.quant_conv, vae.post_quant_conv  # 1 x 1 convolutions next to the latents
+    encode: Any = vae.quant_conv  # 1 x 1 convolutions next to the latents
+    decode: Any = vae.post_quant_conv
     encode.bias[:channels] -= mean
     encode.weight[:channels] /= std.view(-1, 1, 1, 1)
     encode.bias[:channels] /= std

@@ -31,7 +31,7 @@ def sheet(
     font = ImageFont.load_default(size=max(11, cell // 11))
     left = _wrap(row_labels, LABEL_WIDTH - MARGIN, font)
     top = _wrap(column_labels, cell, font)
-    line = font.getbbox("Ag")[3] + 2
+    line = int(font.getbbox("Ag")[3]) + 2
     head = MARGIN + line * max(label.count("\n") + 1 for label in top)
     step = cell + MARGIN
     page = Image.new("RGB", (LABEL_WIDTH + columns * step, head + len(rows) * step + MARGIN), PAPER)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -39,7 +40,7 @@ def sample(
     with tqdm(total=len(jobs), desc=description, unit="picture", disable=not shown, leave=False) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            pictures += pipe(
+            drawn: Any = pipe(
                 [prompt for prompt, _ in batch],
                 negative_prompt=None if negative_prompt is None else [negative_prompt] * len(batch),
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
@@ -47,7 +48,8 @@ def sample(
                 guidance_scale=guidance,
                 height=height or _own_size(pipe),
                 width=width or _own_size(pipe),
-            ).images
+            )
+            pictures += drawn.images
             bar.update(len(batch))
     return pictures
 

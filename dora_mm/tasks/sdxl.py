@@ -1,6 +1,7 @@
 """The diffusion loss of SDXL."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class DiffusionTask:
     def __init__(self, unet: nn.Module, scheduler_config: dict, config: LossConfig):
         self.unet = unet
         self.config = config
-        self.schedule = DDPMScheduler.from_config(scheduler_config)
+        self.schedule: Any = DDPMScheduler.from_config(scheduler_config)  # annotated as a tuple
         self.prediction = self.schedule.config.prediction_type
         if self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"The model predicts {self.prediction}; only epsilon and v_prediction can be trained.")

@@ -76,7 +76,7 @@ def fit(
     interrupt = DeferredInterrupt()
     try:
         while step < config.steps:
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             with interrupt:
                 with scope():
                     value = _accumulate(accelerator, trained, config, seed, step, batch_at)

@@ -39,7 +39,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay,  # type: ignore[arg-type]  # annotated as int
         use_bias_correction=True,
         safeguard_warmup=True,
     )

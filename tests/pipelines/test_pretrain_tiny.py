@@ -83,6 +83,15 @@ def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_pa
         assert all(torch.equal(tensor, stored[part][name]) for name, tensor in tensors.items())
 
 
+def test_the_vae_of_a_model_can_be_kept(config, tmp_path):
+    assert main(["train", str(config("first"))]) == 0
+    model = tmp_path / "first" / "tiny-sdxl"
+    assert main(["train", str(config("second")), "--set", f"vae_from={model}", "seed=1"]) == 0
+    one, two = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(tensor, two["vae"][name]) for name, tensor in one["vae"].items())
+    assert not all(torch.equal(tensor, two["unet"][name]) for name, tensor in one["unet"].items())
+
+
 def test_a_missing_icon_is_named(config, icons, tmp_path, capsys):
     (icons / "noto" / "1f681.webp").unlink()
     assert main(["train", str(config("run"))]) == 2
