@@ -69,7 +69,8 @@ def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
 
 
 def rates_of(config: CompareSDXLConfig, variant: Variant) -> list[float]:
-    return sorted(getattr(config.learning_rates, variant.method))
+    candidates = config.learning_rates
+    return sorted({"full": candidates.full, "lora": candidates.lora, "dora": candidates.dora}[variant.method])
 
 
 def choose_rate(campaign: "Campaign", variant: Variant) -> tuple[float, bool]:
@@ -238,9 +239,10 @@ def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
 def run_command(arguments: list[str], log_file: Path) -> None:
     """dora-mm in a process of its own, its output in a file. An interruption reaches it, and it saves its state."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    code = "import sys; from dora_mm.cli import main; sys.exit(main())"
     with log_file.open("w") as output:
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dora_mm", *arguments], stdout=output, stderr=subprocess.STDOUT
+        )
         try:
             status = process.wait()
         except BaseException:
