@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from dora_mm.config.loader import dump_config, resolve_model
+from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.schema import PretrainStage, PretrainTinyConfig
 from dora_mm.data.pretraining import (
     ALL_STYLES,
@@ -30,7 +30,7 @@ from dora_mm.data.pretraining import (
     to_signed,
 )
 from dora_mm.data.randomness import batch_indices, generator
-from dora_mm.models.sdxl import SDXL, draw_latents, encode_images, encode_tokens, load_sdxl, time_ids, tokenize
+from dora_mm.models.sdxl import SDXL, draw_latents, encode_images, encode_tokens, load_vae, time_ids, tokenize
 from dora_mm.models.tiny_sdxl import build_tiny_sdxl, shift_latents
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
@@ -60,7 +60,7 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
         unet_channels=config.model.unet_channels,
     )
     if config.vae_from:
-        model = dataclasses.replace(model, vae=load_sdxl(resolve_model(config.vae_from, "vae_from")).freeze().vae)
+        model.vae = load_vae(resolve_path(config.vae_from, "vae_from") / "vae")
     else:
         train_vae(config, model.vae, every_icon, run.stage("vae"))
     train_unet(config, model, flat_icons, run)

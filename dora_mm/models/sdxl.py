@@ -83,19 +83,32 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
     local = Path(path)
     try:
         if local.is_file():
-            pipe = StableDiffusionXLPipeline.from_single_file(str(local), torch_dtype=dtype, add_watermarker=False)
+            pipe = StableDiffusionXLPipeline.from_single_file(str(local), dtype=dtype, add_watermarker=False)
         else:
             if local.is_dir():
                 _check_parts(local)
             elif not _is_hub_name(path):
                 raise ValueError(f"There is no model at {path}: give a folder, a .safetensors file or a hub name.")
-            pipe = StableDiffusionXLPipeline.from_pretrained(path, torch_dtype=dtype, add_watermarker=False)
+            pipe = StableDiffusionXLPipeline.from_pretrained(path, dtype=dtype, add_watermarker=False)
         if vae is not None:
-            pipe.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=dtype)
+            pipe.vae = load_vae(vae, dtype)
     except (OSError, KeyError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"The model {path} cannot be loaded: {reason}") from error
     return SDXL(**{field.name: getattr(pipe, field.name) for field in fields(SDXL)})
+
+
+def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """The VAE in a folder or at a hub name, frozen.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        vae = AutoencoderKL.from_pretrained(str(path), dtype=dtype)
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"The VAE {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    return vae.requires_grad_(False).eval()
 
 
 def _is_hub_name(path: str) -> bool:
