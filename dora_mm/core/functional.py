@@ -150,7 +150,8 @@ class _MergedWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor):
         weight, A, B, norm, gain = ctx.saved_tensors
-        assert not ctx.needs_input_grad[0], "the adapted weight is frozen: it has no gradient here"
+        if ctx.needs_input_grad[0]:
+            raise ValueError("the weight of an adapted layer has no gradient: leave its requires_grad False")
         dW = grad_outputs[0].flatten(1)
         if ctx.strength != 1:
             dW = dW * ctx.strength
@@ -224,7 +225,7 @@ def dora_linear(
 ) -> Tensor:
     """y = x W(t)^T + b in the dtype that `F.linear(x, weight, bias)` would return, autocast included.
 
-    `dropout` drops entries of x in the update alone (section 4.3 of the paper): x W0^T + drop(x) (W(t) - W0)^T + b.
+    `dropout` drops entries of x in the update alone, as the official layer does: x W0^T + drop(x) (W(t) - W0)^T + b.
     """
     dtype = product_dtype(weight)
     prepared = prepared or prepare(weight, adapters, dtype)
@@ -284,7 +285,8 @@ class _SplitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, bias, operand, doubled):
-        ctx.save_for_backward(x, operand[:, : x.shape[-1]])
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, _high(operand, doubled))
         ctx.weight_dtype = W.dtype
         return F.linear(_join_features(x, x) if doubled else x, operand, bias)
 
@@ -305,21 +307,29 @@ class _SplitConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, bias, operand, doubled, convolve, join):
-        ctx.save_for_backward(x, operand[:, : W.shape[1]], bias)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(x, _high(operand, doubled), bias)
         ctx.convolve, ctx.weight_dtype = convolve, W.dtype
         return convolve(join(x, x) if doubled else x, operand, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor):
-        x, high, bias = (None if t is None else t.detach() for t in ctx.saved_tensors)
-        inputs = {0: x, 1: high, 2: bias}
-        wanted = [t.requires_grad_() for i, t in inputs.items() if t is not None and ctx.needs_input_grad[i]]
+        inputs = [
+            None if t is None else t.detach().requires_grad_(needed)
+            for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        ]
         with torch.enable_grad():
-            y = ctx.convolve(x, high, bias)
-        found = {id(t): grad for t, grad in zip(wanted, torch.autograd.grad(y, wanted, grad_outputs[0]), strict=True)}
-        dX, dW, db = (found.get(id(t)) for t in (x, high, bias))
+            y = ctx.convolve(*inputs)
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad_outputs[0]))
+        dX, dW, db = (next(found) if t is not None and t.requires_grad else None for t in inputs)
         return dX, None if dW is None else dW.to(ctx.weight_dtype), db, None, None, None, None
+
+
+def _high(operand: Tensor, doubled: bool) -> Tensor:
+    """The high part in memory of its own: a view would keep the low part alive until the backward pass."""
+    return operand[:, : operand.shape[1] // 2].clone(memory_format=torch.preserve_format) if doubled else operand
 
 
 def _cast_inputs(x: Tensor, bias: Tensor | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

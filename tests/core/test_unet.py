@@ -15,7 +15,11 @@ ALL_PARTS = ("attn", "cross", "ff", "conv")
 
 
 def build(dtype=torch.float32):
-    return build_unet(8, (16, 32, 64), (1, 2, 4), (16, 32)).to(dtype).requires_grad_(False)
+    return (
+        build_unet(8, latent_channels=4, channels=(16, 32, 64), heads=(1, 2, 4), text_widths=(16, 32))
+        .to(dtype)
+        .requires_grad_(False)
+    )
 
 
 def predict(unet, dtype=torch.float32, batch=2):

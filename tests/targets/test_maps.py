@@ -47,7 +47,7 @@ def test_parts_of_full_size_sdxl(part, count):
 
 
 def test_small_sdxl_and_everything_that_is_left_out():
-    unet = build_unet(8, (16, 32, 64), (1, 2, 4), (16, 32))
+    unet = build_unet(8, latent_channels=4, channels=(16, 32, 64), heads=(1, 2, 4), text_widths=(16, 32))
     taken = match_modules(unet, targets.find("sdxl-unet").select(["attn", "cross", "ff", "conv"]))
     assert sum(part in ("attn", "cross") for part in taken.values()) == 136
     layers = {path for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
@@ -77,7 +77,7 @@ def test_clip_text_encoders(model_class):
 
 
 def test_a_map_for_another_architecture():
-    unet = build_unet(8, (16, 32, 64), (1, 2, 4), (16, 32))
+    unet = build_unet(8, latent_channels=4, channels=(16, 32, 64), heads=(1, 2, 4), text_widths=(16, 32))
     with pytest.raises(ValueError, match="clip-text matches no module"):
         dora_mm.inject(unet, "clip-text", DoRASpec())
     with pytest.raises(ValueError, match="no target map 'sdxl'; there are sdxl-unet, clip-text"):
