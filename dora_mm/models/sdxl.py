@@ -116,10 +116,11 @@ def _is_hub_name(path: str) -> bool:
 
 
 def _check_parts(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} is not an SDXL model: it holds no model_index.json.")
     missing = [part for part in PARTS if not (folder / part).is_dir() or not any((folder / part).iterdir())]
+    if missing == list(PARTS):
+        raise ValueError(f"{folder} is not an SDXL model: it has none of the folders {', '.join(PARTS)}.")
+    if not (folder / "model_index.json").is_file():
+        missing.append("model_index.json")
     if missing:
         raise ValueError(f"The model {folder} is incomplete: it lacks {', '.join(missing)}.")
 
