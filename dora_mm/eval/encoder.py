@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 with its ImageNet weights: an image encoder that nobody here trained.
 
-Shapes: N images, P = 2304 content features, T = 1632 texture statistics.
+Shapes: N images, P = 2304 content features, T = 608 texture statistics.
 """
 
 from collections.abc import Sequence
@@ -38,11 +38,11 @@ def concatenate(parts: Sequence[Features]) -> Features:
 class Encoder:
     """Pictures to features.
 
-    Texture: the mean and the standard deviation of every channel after the stem and after each of the seven stages.
-    Shading and studs are low-level: early statistics keep them, the pooled output has mostly forgotten them (3D against
-    fluent flat icons at 64 px: 0.98 right by these, 0.91 by the pooled output).
-    Content: the pooled output with the last two stages' statistics, which know bricks better (the right thing among 345
-    for a brick sculpture: 0.77 by these, 0.53 by the pooled output alone).
+    Texture: mean and standard deviation of every channel after the stem and the first five of seven stages. Shading and
+    studs are low-level, and the late stages have mostly forgotten them. 3D against fluent flat icons, 128 px, through
+    the embedded VAE, unseen concepts: 0.94 right by these, 0.92 with all stages, 0.90 with the pooled output as well.
+    Content: the pooled output with the last two stages' statistics, which see through a style better than it alone
+    (the right thing among 345 for a brick sculpture at 64 px, no brick in the gallery: 0.79 against 0.53).
     """
 
     def __init__(self, device: str | torch.device = "cpu"):
@@ -69,7 +69,7 @@ class Encoder:
             x = stage(x)
             statistics += _channel_statistics(x)
         pooled = model.bn2(model.conv_head(x)).mean(dim=(2, 3))
-        content, texture = (torch.cat(parts, dim=1) for parts in ([pooled, *statistics[-4:]], statistics))
+        content, texture = (torch.cat(each, dim=1) for each in ([pooled, *statistics[-4:]], statistics[:12]))
         return Features(content.float().cpu().numpy(), texture.float().cpu().numpy())
 
 

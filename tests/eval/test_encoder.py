@@ -39,8 +39,22 @@ def test_content_starts_with_what_timm_pools(encoder, pictures):
     found = encoder(pictures)
     assert found.content[:, :1280] == pytest.approx(expected, abs=1e-4)
     assert found.content.shape == (3, 2304)
-    assert found.texture.shape == (3, 1632)
-    assert (found.content[:, 1280:] == found.texture[:, -1024:]).all()
+    assert found.texture.shape == (3, 608)
+
+
+def test_texture_is_the_channels_mean_and_spread(encoder, pictures):
+    """Through timm's own feature extraction: the stem's output is what its first block gets."""
+    seen = []
+    model = load_efficientnet_lite0()
+    for module in (model.blocks[0], model.blocks[1], model.blocks[5]):
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(torch.stack([to_input(picture) for picture in pictures]))
+    stem, first, fifth = (torch.cat([x.mean(dim=(2, 3)), x.std(dim=(2, 3))], dim=1).numpy() for x in seen)
+    texture = encoder(pictures).texture
+    assert texture[:, :64] == pytest.approx(stem, abs=1e-4)
+    assert texture[:, 64:96] == pytest.approx(first, abs=1e-4)
+    assert texture[:, -224:] == pytest.approx(fifth, abs=1e-4)
 
 
 def test_features_do_not_depend_on_the_batch(encoder, pictures):
