@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 NUM_DIMENSIONS = 192  # 256 gain 0.002
-# Added to the within-concept covariance, in units of its mean variance. Top-1 retrieval across styles, 128 px through the
-# embedded VAE, mean of six styles, by ridge 0.1 / 0.3 / 1 / 3: 0.894, 0.907, 0.916, 0.908.
+# Added to the within-concept covariance, in units of its mean variance. Top-1 retrieval across styles, 128 px through
+# the embedded VAE, mean of six styles, by ridge 0.1 / 0.3 / 1 / 3: 0.894, 0.907, 0.916, 0.908.
 RIDGE = 1.0
 
 
@@ -18,8 +18,9 @@ RIDGE = 1.0
 class ConceptSpace:
     """Cosine in a space where the same thing in another style is near (linear discriminants of real icons).
 
-    The plain features' cosine is ruled by style: across styles it finds 0.72 of the things (0.45 of high-contrast icons,
-    0.16 of brick sculptures), this one 0.92 (0.93, 0.78). The axes come from concepts that are not in the gallery.
+    The plain features' cosine is ruled by style: across styles it finds 0.72 of the things (0.45 of high-contrast
+    icons, 0.16 of brick sculptures), this one 0.92 (0.93, 0.78). The axes come from concepts that are not in the
+    gallery.
     """
 
     center: np.ndarray  # (P,)
