@@ -1,8 +1,9 @@
 """Compares the bare model, full fine-tuning, LoRA and DoRA (also at half the rank) as style adapters of one SDXL model.
 
 Every method at every rank gets its own learning rate: all candidates are trained once and judged on the `tune` things;
-the best one is trained once per seed of `report` and judged on things that neither training nor tuning has seen. Every
-finished training, its pictures and its scores are files in `output`, so a campaign that was cut off goes on.
+the best one is trained once per seed of `report` and judged on things that neither training nor tuning has seen. The
+training that won the tuning counts as the first of these and may be a lucky one. Every finished training, its pictures
+and its scores are files in `output`, so a campaign that was cut off goes on.
 """
 
 import json
