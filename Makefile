@@ -11,7 +11,7 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $(READY)
 
-demo: $(READY)  ## train a style adapter on the embedded model, show before and after, and score it
+demo: $(READY)  ## train a style adapter on the embedded model, and show before and after
 	$(BIN)/dora-mm train configs/sdxl/demo.yaml
 
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dora_mm.io.atomic import flush
+
 WEIGHTS, STATE, ABOUT = "weights.safetensors", "state.pt", "checkpoint.json"
 
 
@@ -36,11 +38,11 @@ def save_checkpoint(
         torch.save({name: part.state_dict() for name, part in parts.items()}, partial / STATE)
         (partial / ABOUT).write_text(json.dumps({"step": step}))
         for file in partial.iterdir():
-            _sync(file)
+            flush(file)
         if final.exists():  # the same step again, after a resume: the same bits
             shutil.rmtree(final)
         os.rename(partial, final)
-        _sync(folder)
+        flush(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -78,11 +80,3 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return step
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
