@@ -11,8 +11,9 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $(READY)
 
-demo: $(READY)  ## train a style adapter on the embedded model, and show before and after
+demo: $(READY)  ## train a style adapter on the embedded model, score it, and show before and after
 	$(BIN)/dora-mm train configs/sdxl/demo.yaml
+	$(BIN)/dora-mm eval configs/sdxl/eval_demo.yaml --set adapter.path=$$(ls -d runs/demo/*/adapter | tail -n 1)
 
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

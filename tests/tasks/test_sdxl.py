@@ -27,7 +27,8 @@ def make_batch(count=6):
 
 
 def task(tiny, answer, **config):
-    return DiffusionTask(Recorder(answer), dict(tiny.scheduler.config), LossConfig(**config))
+    scheduler_config = {**tiny.scheduler.config, "prediction_type": "epsilon"}
+    return DiffusionTask(Recorder(answer), scheduler_config, LossConfig(**config))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
