@@ -16,7 +16,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        permissions = partial.stat().st_mode  # what the umask gives; safetensors' own files are the owner's alone
         write(partial)
+        partial.chmod(permissions)
         flush(partial)
         os.replace(partial, path)
     finally:

@@ -27,3 +27,9 @@ def test_tensors_that_share_memory_or_are_not_contiguous(tmp_path):
     found = load_file(tmp_path / "a.safetensors")
     assert torch.equal(found["a"], weight.T)
     assert torch.equal(found["b"], weight.T[:2])
+
+
+def test_tensors_can_be_read_by_whoever_the_umask_lets(tmp_path):
+    (tmp_path / "plain").touch()
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
