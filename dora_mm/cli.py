@@ -101,10 +101,12 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
     if arguments.resume is not None:
         config = _config_of_run(arguments.resume, arguments.config, arguments.overrides)
     elif arguments.config is None:
-        raise ValueError("train needs a CONFIG, or --resume RUN_DIR")
+        raise ValueError("train needs a CONFIG before --set, or --resume RUN_DIR")
     else:
         config = load_config(arguments.config, arguments.overrides)
     if config.command != arguments.command:
+        if arguments.config is None:
+            raise ValueError(f"--resume {arguments.resume}: made by dora-mm {config.command}, which does not go on")
         raise ValueError(f"{arguments.config} is for another command: dora-mm {config.command} {arguments.config}")
     importlib.import_module(f"pipelines.{config.pipeline}").main(config, resume=arguments.resume)
 

@@ -6,11 +6,14 @@ training that won the tuning counts as the first of these and may be a lucky one
 and its scores are files in `output`, so a campaign that was cut off goes on.
 """
 
+import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ from dora_mm.data.latents import module_digest
 from dora_mm.eval.comparison import FULL, Result, Variant, contrasts_table, results_csv, results_table, variants
 from dora_mm.eval.encoder import Encoder
 from dora_mm.eval.icons import fill
-from dora_mm.eval.judge import Judge, evenly
+from dora_mm.eval.judge import FILES, Judge, evenly
 from dora_mm.eval.scores import Scores, join_seeds, summarize, write_json
 from dora_mm.models.sdxl import SDXL, load_sdxl
 from dora_mm.sampling.grids import sheet
@@ -38,6 +41,10 @@ from dora_mm.train.run import RunDirectory
 
 log = logging.getLogger(__name__)
 BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
+DONE = "summary.json"  # the last thing that a training writes
+INPUTS = "inputs.json"  # what the finished trainings and scores were made from
+FREE_KEYS = ("workers", "columns", "name")  # these change no number
+POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,19 +60,20 @@ class Training:
 
 def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
     campaign = Campaign(config)
-    wanted = variants(config.ranks)
-    num_rates = sum(len(rates_of(config, variant)) for variant in wanted)
-    campaign.expect(num_rates + len(wanted) * (len(config.report.seeds) - 1))
     bare = {
         name: campaign.scores(name, template, config.report, config.report.seeds)
         for name, template in ((BARE_FLAT, config.flat_prompt), (BARE, config.prompt))
     }
-    chosen = {variant: choose_rate(campaign, variant) for variant in wanted}
-    scores = {
-        variant: join_seeds([campaign.judged(Training(variant, rate, seed)) for seed in config.report.seeds])
+    chosen = choose_rates(campaign, variants(config.ranks))
+    reported = {
+        variant: [Training(variant, rate, seed) for seed in config.report.seeds]
         for variant, (rate, _) in chosen.items()
     }
-    campaign.close()
+    campaign.train([training for trainings in reported.values() for training in trainings])
+    scores = {
+        variant: join_seeds([campaign.reported(training) for training in trainings])
+        for variant, trainings in reported.items()
+    }
     write_report(campaign, bare, scores, chosen)
 
 
@@ -74,30 +82,41 @@ def rates_of(config: CompareSDXLConfig, variant: Variant) -> list[float]:
     return sorted({"full": candidates.full, "lora": candidates.lora, "dora": candidates.dora}[variant.method])
 
 
-def choose_rate(campaign: "Campaign", variant: Variant) -> tuple[float, bool]:
+def choose_rates(campaign: "Campaign", wanted: Sequence[Variant]) -> dict[Variant, tuple[float, bool]]:
     """The rate with the best score on the `tune` things, and whether it lies at the end of those tried.
 
     While the best one lies at an end, up to `extra_rates` further ones are tried there, the same factor apart.
     """
     config = campaign.config
-    seed = config.report.seeds[0]
-    found: dict[float, float] = {}
-    pending = rates_of(config, variant)
-    extra = 0
-    while pending:
-        for rate in pending:
-            training = Training(variant, rate, seed)
-            campaign.train(training)
-            tuned = campaign.scores(training.name, config.prompt, config.tune, config.tune.seeds, training)
-            found[rate] = float(tuned.soft_both(config.style).mean())
-        tried = sorted(found)
-        best = max(tried, key=found.__getitem__)
-        beyond = {tried[0]: tried[0] ** 2 / tried[1], tried[-1]: tried[-1] ** 2 / tried[-2]}
-        pending = [beyond[best]] if best in beyond and extra < config.extra_rates else []
-        extra += len(pending)
-        campaign.expect(len(pending))
-    campaign.write_rates(variant, found)
-    return best, best in (tried[0], tried[-1])
+    found: dict[Variant, dict[float, float]] = {variant: {} for variant in wanted}
+    pending = {variant: rates_of(config, variant) for variant in wanted}
+    for extra_left in range(config.extra_rates, -1, -1):
+        trainings = [
+            Training(variant, rate, config.report.seeds[0]) for variant, rates in pending.items() for rate in rates
+        ]
+        campaign.train(trainings)
+        for training in trainings:
+            found[training.variant][training.rate] = campaign.tuned(training)
+        pending = {
+            variant: [beyond(found[variant])] for variant in wanted if extra_left and best_at_end(found[variant])
+        }
+    for variant in wanted:
+        campaign.write_rates(variant, found[variant])
+    return {variant: (best_of(tried), best_at_end(tried)) for variant, tried in found.items()}
+
+
+def best_of(tried: dict[float, float]) -> float:
+    return max(sorted(tried), key=tried.__getitem__)
+
+
+def best_at_end(tried: dict[float, float]) -> bool:
+    return best_of(tried) in (min(tried), max(tried))
+
+
+def beyond(tried: dict[float, float]) -> float:
+    """The next rate past the end where the best one lies."""
+    rates = sorted(tried, reverse=best_of(tried) == min(tried))
+    return rates[-1] ** 2 / rates[-2]
 
 
 class Campaign:
@@ -117,13 +136,20 @@ class Campaign:
         model = self.model()
         self.judge.check_model(model.resolution, module_digest(model.vae))
         self.encoder = Encoder(self.device)
-        self.folder = open_folder(config)
-        self.finished: set[str] = set()
-        self.bar = tqdm(total=0, desc="trainings", unit="training", disable=None)  # None: off where no terminal is
+        self.folder = open_folder(config, self.inputs(model))
 
     @property
     def choices(self) -> tuple[ConceptChoice, ConceptChoice]:
         return self.config.tune, self.config.report
+
+    def inputs(self, model: SDXL) -> dict[str, str]:
+        """The identity of what the config names: the base config, the model's weights and the judge."""
+        judge = resolve_path(self.config.judge, "judge")
+        return {
+            "base": dump_config(self.base),
+            **{f"the model's {name}": module_digest(network) for name, network in model.networks.items()},
+            "the judge's files": hashlib.sha256(b"".join((judge / name).read_bytes() for name in FILES)).hexdigest(),
+        }
 
     def model(self) -> SDXL:
         """Loaded anew for every adapter, so that none sees what another one left (full weights replace the base's)."""
@@ -132,40 +158,64 @@ class Campaign:
         model = load_sdxl(resolve_model(wanted.path), dtype=getattr(torch, wanted.dtype), vae=vae)
         return model.freeze().to(self.device)
 
-    def expect(self, more: int) -> None:
-        self.bar.total += more
-        self.bar.refresh()
+    def tuned(self, training: Training) -> float:
+        """How good a rate is: the mean chance of "in the style and the right thing" on the `tune` things."""
+        tune = self.config.tune
+        scores = self.scores(training.name, self.config.prompt, tune, tune.seeds, training)
+        return float(scores.soft_both(self.config.style).mean())
 
-    def close(self) -> None:
-        self.bar.close()
-
-    def judged(self, training: Training) -> Scores:
+    def reported(self, training: Training) -> Scores:
         """The scores of one training on the reported things, under its own seed."""
-        self.train(training)
         return self.scores(training.name, self.config.prompt, self.config.report, (training.seed,), training)
 
     def run_folder(self, training: Training) -> Path:
         return self.folder / "runs" / training.name
 
-    def train(self, training: Training) -> None:
-        """Trains in a process of its own unless that is done; goes on with one that was cut off."""
+    def train(self, trainings: Sequence[Training]) -> None:
+        """Trains those that are not done yet, `workers` at a time, and goes on with those that were cut off.
+
+        Raises:
+            ValueError: a training stopped with a sentence. The others are told to save their state, as they are when
+                this process is interrupted.
+        """
+        left = [training for training in trainings if not (self.run_folder(training) / DONE).is_file()]
+        if not left:
+            return
+        waiting, running = left[::-1], []
+        with tqdm(total=len(left), desc="trainings", unit="training", disable=None) as bar:  # None: terminals only
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self.config.workers:
+                        running.append(self.start(waiting.pop()))
+                    time.sleep(POLL_SECONDS)
+                    for job in [job for job in running if job.process.poll() is not None]:
+                        running.remove(job)
+                        self.finish(job)
+                        bar.update()
+            finally:
+                for job in running:
+                    job.process.terminate()
+                for job in running:
+                    job.process.wait()
+
+    def start(self, training: Training) -> "Job":
         folder = self.run_folder(training)
-        if not (folder / "summary.json").is_file():  # the last thing that a training writes
-            if (folder / "config.yaml").is_file():
-                arguments = ["train", "--resume", str(folder)]
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
-                settings = [*overrides(self.config, training), f"output={folder}"]
-                arguments = ["train", self.config.base, *(item for text in settings for item in ("--set", text))]
-            run_command(arguments, self.folder / "logs" / f"{training.name}.txt")
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            log.info("Trained %s.", training.name)
-        if training.name not in self.finished:
-            self.finished.add(training.name)
-            self.bar.update()
+        if (folder / "config.yaml").is_file():
+            arguments = ["train", "--resume", str(folder)]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            settings = [*overrides(self.config, training), f"output={folder}"]
+            arguments = ["train", self.config.base, *(item for text in settings for item in ("--set", text))]
+        threads = max(1, torch.get_num_threads() // self.config.workers)
+        return start_job(training, arguments, self.folder / "logs" / f"{training.name}.txt", threads)
+
+    def finish(self, job: "Job") -> None:
+        check_job(job)
+        shutil.rmtree(self.run_folder(job.training) / "checkpoints", ignore_errors=True)
+        log.info("Trained %s.", job.training.name)
 
     def summary(self, training: Training) -> dict[str, Any]:
-        return json.loads((self.run_folder(training) / "summary.json").read_text())
+        return json.loads((self.run_folder(training) / DONE).read_text())
 
     @staticmethod
     def stem(name: str, choice: ConceptChoice) -> str:
@@ -189,7 +239,7 @@ class Campaign:
         if path.is_file():
             return Scores.load(path)
         concepts = self.concepts[choice.role]
-        pictures = self.draw(template, choice, seeds, training)
+        pictures = self.draw(template, choice, seeds, training, stem)
         folder = self.folder / "pictures" / stem
         folder.mkdir(parents=True, exist_ok=True)
         cells = [(concept.code, seed) for concept in concepts for seed in seeds]
@@ -199,7 +249,7 @@ class Campaign:
         return Scores.load(path)  # rounded, as a campaign that is gone on with will see them
 
     def draw(
-        self, template: str, choice: ConceptChoice, seeds: Sequence[int], training: Training | None
+        self, template: str, choice: ConceptChoice, seeds: Sequence[int], training: Training | None, description: str
     ) -> list[Image.Image]:
         model = self.model()
         if training is not None:
@@ -217,6 +267,7 @@ class Campaign:
                 guidance=wanted.guidance,
                 negative_prompt=wanted.negative_prompt,
                 batch_size=wanted.batch_size,
+                description=description,
             )
 
 
@@ -237,38 +288,51 @@ def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
     ]
 
 
-def run_command(arguments: list[str], log_file: Path) -> None:
-    """dora-mm in a process of its own, its output in a file. An interruption reaches it, and it saves its state."""
+@dataclass(frozen=True)
+class Job:
+    training: Training
+    process: subprocess.Popen
+    log_file: Path
+
+
+def start_job(training: Training, arguments: list[str], log_file: Path, threads: int) -> Job:
+    """dora-mm in a process of its own, its output in a file."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dora_mm", *arguments], stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "dora_mm", *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
-        try:
-            status = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+    return Job(training, process, log_file)
+
+
+def check_job(job: Job) -> None:
+    """Raises for a training that ended in any other way than done."""
+    status = job.process.returncode
     if status == 2:
-        sentence = log_file.read_text().strip().splitlines()[-1]
+        sentence = job.log_file.read_text().strip().splitlines()[-1]
         raise ValueError(f"a training of the comparison stopped: {sentence}")
     if status != 0:
-        raise RuntimeError(f"dora-mm {' '.join(arguments)} ended with exit code {status}; its output is in {log_file}")
+        raise RuntimeError(f"{job.training.name} ended with exit code {status}; its output is in {job.log_file}")
 
 
-def open_folder(config: CompareSDXLConfig) -> Path:
-    """The campaign's folder: a new one, or one that was started with the same config."""
-    folder = Path(config.output)
+def open_folder(config: CompareSDXLConfig, inputs: dict[str, str]) -> Path:
+    """The campaign's folder: a new one, or one that was started with the same config and the same files."""
+    folder = Path(config.output).expanduser()
     saved = folder / "config.yaml"
     if not folder.exists():
         RunDirectory.create(config.name, dump_config(config), config.output)
-    elif not saved.is_file():
+        write_json(folder / INPUTS, inputs)
+        return folder
+    if not saved.is_file():
         raise ValueError(f"output: {folder} exists and is no comparison: name another folder")
-    else:
-        differing = differing_keys(load_config(saved), config)
-        if differing:
-            raise ValueError(f"output: {folder} was started with other values of {', '.join(differing)}: name another")
+    differing = [key for key in differing_keys(load_config(saved), config) if key not in FREE_KEYS]
+    before = json.loads((folder / INPUTS).read_text())
+    differing += [name for name, value in inputs.items() if before.get(name) != value]
+    if differing:
+        raise ValueError(f"output: {folder} was started with other values of {', '.join(differing)}: name another")
     return folder
 
 
@@ -296,7 +360,8 @@ def write_report(
     text = "\n\n".join(
         [
             f"Style {config.style}, {things} things that no adapter has seen, {trainings} trainings of {config.steps} "
-            "steps; 95 % intervals over things and trainings. Both: in the style and the right thing.",
+            "steps; 95 % intervals over things and trainings. Both: in the style and the right thing. Full fine-tuning "
+            "trains the weights of the same layers whole.",
             results_table(results),
             contrasts_table(config.ranks, scores, config.style),
             judge.describe(),

@@ -37,18 +37,15 @@ BARE_FLAT, BARE, ADAPTER = "bare model, flat prompts", "bare model", "adapter"
 def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     judge = Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
-    if config.adapter:
-        resolve_path(config.adapter.path, "adapter.path")  # found missing before anything is drawn
     device = Accelerator().device
-    model = load_sdxl(
-        resolve_model(config.model.path),
-        dtype=getattr(torch, config.model.dtype),
-        vae=resolve_model(config.model.vae, "model.vae") if config.model.vae else None,
-    )
+    model = load_model(config).to(device)
     judge.check_model(model.resolution, module_digest(model.vae))
+    if config.adapter:
+        load_adapter(model, config.adapter)
     encoder = Encoder(device)
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
-    model.freeze().to(device)
+    references = read_references(config.clip) if config.clip else []
+    # All that can be wrong has been read by now: minutes of drawing follow.
     run = RunDirectory.create(config.name, dump_config(config), config.output)
 
     pictures = draw_all(config, model, concepts)
@@ -59,33 +56,56 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
         scores.save(run.path / "scores" / f"{name.replace(' ', '_').replace(',', '')}.json")
         # A bare model on flat prompts is to be flat; beside it stands how much of the style is seen in it.
         found[name] = summarize(scores, config.style, judge.space, over_seeds=False)
-    similarity = clip_similarity(config, clip, pictures, concepts) if clip and config.clip else {}
+    similarity = clip_similarity(config, clip, references, pictures, concepts) if clip and config.clip else {}
     report(config, run, judge, found, similarity)
     draw_sheet(run, pictures, concepts, len(seeds))
 
 
+def load_model(config: EvalSDXLConfig) -> SDXL:
+    model = load_sdxl(
+        resolve_model(config.model.path),
+        dtype=getattr(torch, config.model.dtype),
+        vae=resolve_model(config.model.vae, "model.vae") if config.model.vae else None,
+    )
+    return model.freeze()
+
+
 def draw_all(config: EvalSDXLConfig, model: SDXL, concepts: list[Concept]) -> dict[str, list[Image.Image]]:
-    """Pictures by row of the table, concepts outside, seeds inside; the bare model first, before it is adapted."""
+    """Pictures by row of the table, concepts outside, seeds inside.
+
+    `model` is adapted where there is an adapter. The bare model is then loaded anew: weights that were trained whole
+    keep none.
+    """
+    adapted = {}
+    if config.adapter:
+        device = model.device
+        adapted[ADAPTER] = draw(config, model, concepts, config.prompt, ADAPTER)
+        del model
+        model = load_model(config).to(device)
+    return {
+        BARE_FLAT: draw(config, model, concepts, config.flat_prompt, BARE_FLAT),
+        BARE: draw(config, model, concepts, config.prompt, BARE),
+        **adapted,
+    }
+
+
+def draw(
+    config: EvalSDXLConfig, model: SDXL, concepts: list[Concept], template: str, description: str
+) -> list[Image.Image]:
     seeds = config.concepts.seeds
-    jobs = {BARE_FLAT: config.flat_prompt, BARE: config.prompt, **({ADAPTER: config.prompt} if config.adapter else {})}
-    drawn = {}
-    for name, template in jobs.items():
-        if name == ADAPTER and config.adapter:
-            load_adapter(model, config.adapter)
-        with ExitStack() as stack:
-            for network in model.networks.values():
-                stack.enter_context(dora_mm.fixed_parameters(network))
-            drawn[name] = sample(
-                model.pipeline(),
-                [fill(template, concept) for concept in concepts for _ in seeds],
-                [seed for _ in concepts for seed in seeds],
-                steps=config.draw.steps,
-                guidance=config.draw.guidance,
-                negative_prompt=config.draw.negative_prompt,
-                batch_size=config.draw.batch_size,
-                description=name,
-            )
-    return drawn
+    with ExitStack() as stack:
+        for network in model.networks.values():
+            stack.enter_context(dora_mm.fixed_parameters(network))
+        return sample(
+            model.pipeline(),
+            [fill(template, concept) for concept in concepts for _ in seeds],
+            [seed for _ in concepts for seed in seeds],
+            steps=config.draw.steps,
+            guidance=config.draw.guidance,
+            negative_prompt=config.draw.negative_prompt,
+            batch_size=config.draw.batch_size,
+            description=description,
+        )
 
 
 def load_adapter(model: SDXL, adapter: AdapterFile) -> None:
@@ -95,22 +115,22 @@ def load_adapter(model: SDXL, adapter: AdapterFile) -> None:
 
 
 def clip_similarity(
-    config: EvalSDXLConfig, clip: ClipSimilarity, pictures: dict[str, list[Image.Image]], concepts: list[Concept]
+    config: EvalSDXLConfig,
+    clip: ClipSimilarity,
+    references: list[Image.Image],
+    pictures: dict[str, list[Image.Image]],
+    concepts: list[Concept],
 ) -> dict[str, dict[str, Interval]]:
     """Cosine with the thing's own text, and with the reference pictures where there are any."""
     assert config.clip is not None
     seeds = config.concepts.seeds
     texts = [fill(config.clip.text, concept) for concept in concepts for _ in seeds]
-    references = read_references(config.clip)
     found: dict[str, dict[str, Interval]] = {}
     for name, drawn in pictures.items():
         values = {"CLIP text similarity": clip.to_texts(drawn, texts)}
         if references:
             values["CLIP image similarity"] = clip.to_images(drawn, references)
-        found[name] = {
-            key: bootstrap(cosines.reshape(len(concepts), len(seeds)), over_seeds=False)
-            for key, cosines in values.items()
-        }
+        found[name] = {key: bootstrap(cosines.reshape(len(concepts), len(seeds))) for key, cosines in values.items()}
     return found
 
 

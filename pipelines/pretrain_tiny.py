@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +32,16 @@ from dora_mm.data.pretraining import (
     to_signed,
 )
 from dora_mm.data.randomness import batch_indices, generator
-from dora_mm.models.sdxl import SDXL, draw_latents, encode_images, encode_tokens, load_vae, time_ids, tokenize
+from dora_mm.models.sdxl import (
+    SDXL,
+    config_of,
+    draw_latents,
+    encode_images,
+    encode_tokens,
+    load_vae,
+    time_ids,
+    tokenize,
+)
 from dora_mm.models.tiny_sdxl import build_tiny_sdxl, shift_latents
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
@@ -48,10 +58,8 @@ ORIGINAL_SIDES = (128, 1024)
 
 def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
     every_icon = read_icons(Path(config.icons), ALL_STYLES)
-    flat_icons = read_icons(Path(config.icons), tuple(STYLE_WORDS), split="pretrain")
-    run = (
-        RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)
-    )
+    # Fluent's flat icons come twice as often: the 3D ones that adapters learn from are the same drawings.
+    flat_icons = read_icons(Path(config.icons), (*STYLE_WORDS, "flat"), split="pretrain")
     model = build_tiny_sdxl(
         seed=config.seed,
         resolution=config.model.resolution,
@@ -61,12 +69,28 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
         unet_channels=config.model.unet_channels,
     )
     if config.vae_from:
-        model.vae = load_vae(resolve_path(config.vae_from, "vae_from") / "vae")
-    else:
+        model.vae = finished_vae(config)
+    run = (
+        RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)
+    )
+    model.to(Accelerator(mixed_precision=config.unet.train.mixed_precision).device)  # one for both stages, see schema
+    if not config.vae_from:
         train_vae(config, model.vae, every_icon, run.stage("vae"))
     train_unet(config, model, flat_icons, run)
     show(config, model, run)
     log.info("The model is in %s, pictures by it in %s.", run.path / "tiny-sdxl", run.sheet)
+
+
+def finished_vae(config: PretrainTinyConfig) -> AutoencoderKL:
+    folder = resolve_path(config.vae_from or "", "vae_from")
+    vae = load_vae(folder / "vae")
+    found = (config_of(vae).latent_channels, tuple(config_of(vae).block_out_channels))
+    if found != (wanted := (config.model.latent_channels, tuple(config.model.vae_channels))):
+        raise ValueError(
+            f"vae_from: {folder} has {found[0]} latent channels and levels of {found[1]}, the config's model "
+            f"{wanted[0]} and {wanted[1]}"
+        )
+    return vae
 
 
 def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon], run: RunDirectory) -> None:
@@ -86,7 +110,7 @@ def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon],
 @torch.no_grad()
 def normalise(vae: Any, pixels: torch.Tensor, num: int = 512) -> None:
     """Makes the latents' mean 0 and their standard deviation 1, per channel, over some of the pictures."""
-    some = to_signed(pixels[torch.linspace(0, len(pixels) - 1, min(num, len(pixels))).long()])
+    some = to_signed(pixels[torch.linspace(0, len(pixels) - 1, min(num, len(pixels))).long()]).to(vae.device)
     means = torch.cat([vae.encode(part).latent_dist.mean for part in some.split(32)])
     decoded = torch.cat([vae.decode(part).sample for part in means.split(32)])
     log.info("The VAE reconstructs at %.1f dB.", psnr(decoded, some))
@@ -127,16 +151,20 @@ def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: 
             return task.loss(conditioned, stream)
 
     trained = {name: getattr(model, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    device = model.device
     average = EMAModel([p for network in trained.values() for p in network.parameters()], decay=config.ema_decay)
 
     def after_step(step: int) -> None:
+        average.to(device)  # a checkpoint gives it back on the CPU
         parameters = [p for network in trained.values() for p in network.parameters()]
         average.step(parameters)
         if config.sample.every and step % config.sample.every == 0 and step < stage.train.steps:
             average.store(parameters)
-            average.copy_to(parameters)
-            show(config, model, run, step)
-            average.restore(parameters)
+            try:
+                average.copy_to(parameters)
+                show(config, model, run, step)
+            finally:  # an interruption writes a checkpoint, and that must hold the weights themselves
+                average.restore(parameters)
 
     train_stage(
         config, stage, trained, loss, batch_at, run.stage("unet"), state={"ema": average}, after_step=after_step
@@ -164,7 +192,7 @@ def train_stage(
     after_step: Callable[[int], None] | None = None,
 ) -> None:
     """Trains `networks` whole."""
-    accelerator = Accelerator(mixed_precision=stage.train.mixed_precision)  # one for both stages: the schema sees to it
+    accelerator = Accelerator(mixed_precision=stage.train.mixed_precision)
     parameters = {
         f"{part}.{name}": parameter
         for part, network in networks.items()
@@ -175,7 +203,7 @@ def train_stage(
             networks[name].enable_gradient_checkpointing()
     optimizer = build_optimizer(parameters, stage.optimizer)
     schedule = build_schedule(optimizer, stage.schedule, stage.train.steps)
-    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    optimizer = accelerator.prepare(optimizer)
     fit(
         accelerator=accelerator,
         run=run,
@@ -185,7 +213,7 @@ def train_stage(
         parameters=parameters,
         optimizer=optimizer,
         schedule=schedule,
-        batch_at=batch_at,
+        batch_at=lambda number: send_to_device(batch_at(number), accelerator.device),
         loss=loss,
         state=state,
         after_step=after_step,

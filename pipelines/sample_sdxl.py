@@ -1,6 +1,7 @@
 """Draws pictures for prompts with an SDXL model and an adapter: one PNG each, and a labelled sheet of all."""
 
 import csv
+import io
 import json
 import logging
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from PIL import Image, PngImagePlugin
 import dora_mm
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import SampleSDXLConfig
+from dora_mm.core.layer import AdaptedLayer
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
 from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.grids import sheet
@@ -56,19 +58,28 @@ def load_adapter(config: SampleSDXLConfig, model: SDXL) -> dict[str, torch.nn.Mo
     networks = {name: network for name, network in model.networks.items() if name != "vae"}
     report = dora_mm.load_adapter(networks, resolve_path(config.adapter.path, "adapter.path"))
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
-    return {name: network for name, network in networks.items() if is_adapted(network)}
+    adapted = {name: network for name, network in networks.items() if methods(network)}
+    if is_whole(adapted) and (config.strengths or config.adapter.strength != 1.0):
+        raise ValueError(f"{config.adapter.path} holds weights that were trained whole: they have no strength but 1.")
+    return adapted
 
 
-def is_adapted(network: torch.nn.Module) -> bool:
-    from dora_mm.core.layer import AdaptedLayer
+def methods(network: torch.nn.Module) -> set[str]:
+    return {module.spec.method for module in network.modules() if isinstance(module, AdaptedLayer)}
 
-    return any(isinstance(module, AdaptedLayer) for module in network.modules())
+
+def is_whole(adapted: dict[str, torch.nn.Module]) -> bool:
+    """Weights that were trained themselves took the base's place: they have no strength, and no "without"."""
+    return any("full" in methods(network) for network in adapted.values())
 
 
 def draw(
     config: SampleSDXLConfig, model: SDXL, adapted: dict[str, torch.nn.Module], jobs: Sequence[tuple[str, int]]
 ) -> dict[str, list[Image.Image]]:
-    """Pictures by column of the sheet: without the adapter (where there is a sheet), then each strength."""
+    """Pictures by column of the sheet: without the adapter (where there is a sheet), then each strength.
+
+    Weights that were trained whole have one column.
+    """
     prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
     settings = {
         "steps": config.steps,
@@ -81,6 +92,8 @@ def draw(
     pipe = model.pipeline()
     if not adapted or config.adapter is None:
         return {NO_ADAPTER: sample(pipe, prompts, seeds, description=NO_ADAPTER, **settings)}
+    if is_whole(adapted):
+        return {"adapter": sample(pipe, prompts, seeds, description="adapter", **settings)}
     strengths = {f"strength {factor:g}": factor * config.adapter.strength for factor in config.strengths or (1.0,)}
     if config.sheet:
         strengths = {NO_ADAPTER: 0.0, **strengths}
@@ -111,19 +124,19 @@ def read_prompts(path: Path) -> list[str]:
     """One prompt a line (.txt), or the column `prompt` of a .csv or .jsonl file.
 
     Raises:
-        ValueError: another kind of file, or none, or a row without a prompt.
+        ValueError: another kind of file, or none, or one that is not UTF-8, or a row without a prompt.
     """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with the mark that Excel writes, or without
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts_file {path} is not UTF-8: byte {error.start} cannot be read.") from None
     if path.suffix == ".txt":
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        prompts = [line.strip() for line in text.split("\n") if line.strip()]
     elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            prompts = [_prompt_of(row, path, number) for number, row in enumerate(csv.DictReader(file), 2)]
+        rows = csv.DictReader(io.StringIO(text, newline=""))
+        prompts = [_prompt_of(row, path, number) for number, row in enumerate(rows, 2)]
     elif path.suffix == ".jsonl":
-        lines = [
-            (number, line)
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
-            if line.strip()
-        ]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         prompts = [_prompt_of(_json_row(line, path, number), path, number) for number, line in lines]
     else:
         raise ValueError(f"prompts_file {path} must end in .txt, .csv or .jsonl.")

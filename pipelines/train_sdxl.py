@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 import dora_mm
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import TrainSDXLConfig
-from dora_mm.core import InjectReport
+from dora_mm.core import InjectReport, adapted_layers
 from dora_mm.data.images import CaptionedImage, read_captioned_images
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
 from dora_mm.sampling.before_after import before_after_sheet
@@ -34,10 +34,20 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
     images = read_captioned_images(
         config.data.folder, instance_prompt=config.data.instance_prompt, placeholder=config.data.placeholder
     )
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+    # SDXL does not read the last layer of its first text encoder: that layer's adapters get no gradients.
+    several = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.text_encoders)
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[several])
     model = load_model(config, accelerator.device)
     adapted = adapt(model, config)
     report_captions(model, images)
+    parameters = {
+        f"{part}.{name}": parameter
+        for part, network in adapted.items()
+        for name, parameter in dora_mm.adapter_parameters(network).items()
+    }
+    optimizer = build_optimizer(parameters, config.optimizer)
+    schedule = build_schedule(optimizer, config.schedule, config.train.steps)
+    task = DiffusionTask(model.unet, dict(model.scheduler.config), config.loss)
     run = RunDirectory.resume(resume) if resume else start_run(accelerator, config)
 
     prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
@@ -56,14 +66,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
             prompts.keep([*(image.caption for image in images), ""])
             idle_text_encoders(model)
 
-    parameters = {
-        f"{part}.{name}": parameter
-        for part, network in adapted.items()
-        for name, parameter in dora_mm.adapter_parameters(network).items()
-    }
-    optimizer = build_optimizer(parameters, config.optimizer)
-    schedule = build_schedule(optimizer, config.schedule, config.train.steps)
-    optimizer, schedule = accelerator.prepare(optimizer, schedule)
+    optimizer = accelerator.prepare(optimizer)
     if config.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     draw = partial(draw_sheet, config, model, adapted) if accelerator.is_main_process else None
@@ -83,7 +86,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
         optimizer=optimizer,
         schedule=schedule,
         batch_at=batches,
-        loss=DiffusionTask(model.unet, dict(model.scheduler.config), config.loss).loss,
+        loss=task.loss,
         after_step=after_step,
     )
     if draw:
@@ -110,7 +113,12 @@ def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
             adapted[name] = getattr(model, name)
             log.info("%s", summary_of(name, dora_mm.inject(adapted[name], "clip-text", spec, seed=config.seed)))
     if wanted.init_from:
-        dora_mm.load_adapter(adapted, resolve_path(wanted.init_from, "adapter.init_from"))
+        file = resolve_path(wanted.init_from, "adapter.init_from")
+        dora_mm.load_adapter(adapted, file)
+        alphas = {layer.spec.alpha for network in adapted.values() for layer in adapted_layers(network).values()}
+        if alphas != {spec.alpha}:
+            found = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
+            raise ValueError(f"adapter.init_from: {file} has alpha {found}, and adapter.alpha is {spec.alpha:g}")
     return adapted
 
 
@@ -156,8 +164,7 @@ def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: dict[str, nn.Modul
     device = model.device
     for name in TEXT_ENCODERS:
         getattr(model, name).to(device)
-    can_compare = config.sample.before_after and config.adapter.method != "full"
-    picture = before_after_sheet(model.pipeline(), adapted, config.sample, compare=can_compare)
+    picture = before_after_sheet(model.pipeline(), adapted, config.sample, whole=config.adapter.method == "full")
     path.parent.mkdir(exist_ok=True)
     picture.save(path)
     if not config.adapter.text_encoders:

@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConf
     problems = [Problem(origins[key], _dotted(key), "is given twice") for key in document.duplicates]
     for override in overrides:
         problems += _override(values, origins, override)
-    values.setdefault("name", file.stem)
+    values.setdefault("name", re.sub(r"[^\w.+-]+", "-", file.stem).lstrip("-.+") or "run")
 
     schema = _schema(values.get("pipeline"))
     if schema is None:

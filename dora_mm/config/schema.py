@@ -140,7 +140,7 @@ class LossConfig(Section):
     noise_offset: NonNegative = 0.0
 
 
-class SampleConfig(Section):
+class SheetConfig(Section):
     """Pictures that a training run draws."""
 
     prompts: Items[Text] = ()  # none: no pictures
@@ -149,6 +149,9 @@ class SampleConfig(Section):
     every: Count = 0  # steps; 0: only at the end
     steps: PositiveInt = 25
     guidance: NonNegative = 5.0
+
+
+class SampleConfig(SheetConfig):
     strength: float = 1.0
     before_after: bool = True  # the sheet shows the bare model beside the adapter
 
@@ -188,6 +191,10 @@ class TrainSDXLConfig(PipelineConfig):
             problems.append("adapter.method full trains the weights themselves, so model.dtype must be float32")
         if self.adapter.method in ("lora", "full") and self.optimizer.magnitude_lr is not None:
             problems.append(f"optimizer.magnitude_lr has nothing to train: {self.adapter.method} has no magnitudes")
+        if self.adapter.method in ("magnitude", "full") and self.adapter.dropout:
+            problems.append(f"adapter.dropout has nothing to drop: {self.adapter.method} has no A and B")
+        if self.adapter.method == "full" and self.sample.strength != 1.0:
+            problems.append("sample.strength must be 1 for adapter.method full: weights trained whole keep no base")
         return raise_problems(self, problems)
 
 
@@ -252,13 +259,15 @@ class PretrainTinyConfig(PipelineConfig):
     loss: LossConfig = LossConfig()
     caption_dropout: Share = 0.1
     ema_decay: Share = 0.999
-    sample: SampleConfig = SampleConfig()
+    sample: SheetConfig = SheetConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyConfig":
         problems = []
-        for stage in (self.vae, self.unet):
+        for name, stage in (("vae", self.vae), ("unet", self.unet)):
             problems += check_training(stage.optimizer, stage.schedule, stage.train)
+            if stage.optimizer.magnitude_lr is not None:
+                problems.append(f"{name}.optimizer.magnitude_lr has nothing to train: a model has no magnitudes")
         if self.vae.train.mixed_precision != self.unet.train.mixed_precision:
             problems.append("vae.train.mixed_precision and unet.train.mixed_precision must be the same")
         return raise_problems(self, problems)
@@ -271,7 +280,8 @@ class ConceptChoice(Section):
     """Which of the judge's things are drawn, and how often."""
 
     role: Literal["report", "tune", "icon3d", "lego", "all"] = "report"  # report: in no adapter's images
-    count: PositiveInt | None = 40  # evenly spread over the list; None: all of the role
+    # Evenly spread over the list; None: all of the role. Two things left of three are the least that has a covariance.
+    count: Annotated[int, Field(ge=3)] | None = 40
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1, 2)
 
 
@@ -328,6 +338,13 @@ class LearningRates(Section):
     lora: Annotated[Items[Positive], Field(min_length=3)]
     dora: Annotated[Items[Positive], Field(min_length=3)]
 
+    @field_validator("full", "lora", "dora")
+    @classmethod
+    def _rates_are_distinct(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(rates)) < len(rates):
+            raise ValueError("names a rate twice")
+        return rates
+
 
 class CompareSDXLConfig(PipelineConfig):
     """Bare model, full fine-tuning, LoRA, DoRA, and DoRA at half the rank, each at its own best learning rate."""
@@ -340,6 +357,7 @@ class CompareSDXLConfig(PipelineConfig):
     ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (1, 4, 8)
     learning_rates: LearningRates
     extra_rates: Count = 1  # further candidates, a factor apart, while the best one is the lowest or the highest
+    workers: PositiveInt = 1  # trainings at a time; small models train two at a time faster than one with two threads
     judge: Text
     style: JudgedStyle
     prompt: Text
@@ -354,6 +372,8 @@ class CompareSDXLConfig(PipelineConfig):
         problems = check_templates(prompt=self.prompt, flat_prompt=self.flat_prompt)
         if self.tune.role == self.report.role:
             problems.append("tune.role and report.role must differ: rates are chosen on other things than the reported")
+        if len(self.report.seeds) < 2:
+            problems.append("report.seeds must be two or more: each is a training, and one alone has no spread")
         return raise_problems(self, problems)
 
 
@@ -367,8 +387,9 @@ def check_training(
     problems = []
     if schedule.warmup_steps >= train.steps:
         problems.append(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps})")
-    if {dtype, train.mixed_precision} in ({"float16", "bf16"}, {"bfloat16", "fp16"}):
-        problems.append(f"train.mixed_precision {train.mixed_precision} does not go with model.dtype {dtype}")
+    needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
+    if train.mixed_precision != needed:  # float32 adapters over half weights compute under autocast
+        problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
     if optimizer.name == "prodigy" and optimizer.magnitude_lr is not None:
         problems.append("optimizer.magnitude_lr is for adamw: prodigy finds one rate for all")
     return problems

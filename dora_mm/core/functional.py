@@ -109,6 +109,8 @@ def merged_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     At B = 0 and m = n0 it equals W0 bit for bit. `norm_grad="detached"` treats n as a constant in the backward pass
     (eq. 12 of the paper), `"exact"` differentiates it.
     """
+    if not adapters:
+        return weight.detach().to(adapter_dtype(weight.dtype))
     parts = [
         _MergedWeight.apply(weight, a.A, a.B, a.magnitude, a.scaling, a.strength, a.norm_grad == "exact")
         for a in adapters

@@ -44,7 +44,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: str | Path | None = None):
-        self.folder = Path(folder) if folder is not None else None
+        self.folder = Path(folder).expanduser() if folder is not None else None
         self.memory: dict[str, Latents] = {}
         self.recomputed: list[Path] = []  # entries that were there and damaged
 

@@ -23,7 +23,7 @@ from dora_mm.eval.statistics import Gaussian, bootstrap
 from dora_mm.eval.style import CLASSES, STYLES, StyleClassifier, StyleSpace, class_of, fit_styles
 from dora_mm.io.atomic import save_tensors
 
-TENSORS, DESCRIPTION = "judge.safetensors", "judge.json"
+FILES = TENSORS, DESCRIPTION = "judge.safetensors", "judge.json"
 REQUIRED = {"brick": 0.95, "3d against fluent flat": 0.90}  # below these it is no judge
 # Fréchet distances depend on the number of pictures: the references below are of samples of this size.
 REFERENCE_SIZE = 120
@@ -78,8 +78,9 @@ class Judge:
         """Raises ValueError for a model whose pictures it was not fitted for."""
         if (self.origin["resolution"], self.origin["vae"]) != (resolution, vae_digest):
             raise ValueError(
-                f"judge: it was fitted for pictures of {self.origin['resolution']} px through another VAE than this "
-                f"model's ({resolution} px); fit one for it with dora-mm eval configs/sdxl/judge_tiny.yaml"
+                f"judge: it was fitted for pictures of {self.origin['resolution']} px through another VAE, or one of "
+                f"another dtype, than this model's ({resolution} px); "
+                "fit one for it with dora-mm eval configs/sdxl/judge_tiny.yaml"
             )
 
     def shortcomings(self) -> list[str]:
@@ -208,9 +209,9 @@ def fit_judge(
 
 def _accuracy(predicted: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     right = {style: predicted[style] == list(CLASSES).index(class_of(style)) for style in STYLES}
-    intervals = {style: bootstrap(hits[:, None].astype(float), over_seeds=False) for style, hits in right.items()}
+    intervals = {style: bootstrap(hits[:, None].astype(float)) for style, hits in right.items()}
     pair = np.stack([right["3d"], right["flat"]], axis=1).astype(float)
-    intervals["3d against fluent flat"] = bootstrap(pair, over_seeds=False)
+    intervals["3d against fluent flat"] = bootstrap(pair)
     return {name: interval.as_dict() for name, interval in intervals.items()}
 
 

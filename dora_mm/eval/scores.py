@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dora_mm.eval.statistics import Interval, bootstrap, jackknife
+from dora_mm.eval.statistics import Interval, bootstrap, crossed, jackknife
 from dora_mm.eval.style import CLASSES, StyleSpace, log_odds
 from dora_mm.io.atomic import write_atomically
 
@@ -97,11 +97,20 @@ METRICS = {  # key: heading, as a share or a plain number
 }
 
 
+BOUNDS = {True: (0.0, 1.0), False: (-np.inf, np.inf)}  # of a share, of any other number
+
+
 def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool) -> dict[str, Interval]:
     """95 % intervals of every metric for the wanted class; `over_seeds` where each seed is a training of its own."""
-    cells = metric_cells(scores, name)
-    found = {key: bootstrap(values, over_seeds=over_seeds) for key, values in cells.items()}
-    found["frechet"] = jackknife(len(scores.codes), lambda kept: space.distance(_flat(scores.projected[kept]), name))
+
+    def distance(things: np.ndarray, seeds: np.ndarray | slice = slice(None)) -> float:
+        return space.distance(_flat(scores.projected[things][:, seeds]), name)
+
+    found = {
+        key: crossed(values, bounds=BOUNDS[METRICS[key][1]]) if over_seeds else bootstrap(values)
+        for key, values in metric_cells(scores, name).items()
+    }
+    found["frechet"] = jackknife(scores.projected.shape[: 2 if over_seeds else 1], distance)
     return {key: found[key] for key in METRICS}
 
 

@@ -160,6 +160,7 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
     if not grouped:
         raise ValueError(f"{path} holds no adapter: it has no tensors")
     peft, ours = (_json_header(path, metadata, key) for key in (PEFT_METADATA, OUR_METADATA))
+    _check_complete(path, grouped, peft, ours)
     state: AdapterState = {}
     for component, layers in grouped.items():
         config = {k.removeprefix(f"{component}."): v for k, v in peft.items() if k.startswith(f"{component}.")}
@@ -169,6 +170,17 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
             for name, found in layers.items()
         }
     return state, metadata
+
+
+def _check_complete(
+    path: Path, found: Mapping[str, Mapping[str, Any]], peft: Mapping[str, Any], ours: Mapping[str, Any]
+) -> None:
+    """Every module that the header of a file of ours names must be there; others' headers may name patterns."""
+    for component in ours:
+        present = {_bare(component, name) for name in found.get(component, {})}
+        for name in peft.get(f"{component}.target_modules", []):
+            if name not in present:
+                raise ValueError(f"{path} lacks {component}.{name}, which its header names: it is incomplete")
 
 
 def _names_of(model: nn.Module | None):

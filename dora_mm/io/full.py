@@ -16,6 +16,7 @@ from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
 
 FILE_NAME = "trained_weights.safetensors"
 FORMAT_KEY, FORMAT = "dora_mm_format", "full-1"
+COUNT_KEY = "dora_mm_weights"
 
 
 def save(components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
@@ -27,7 +28,7 @@ def save(components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[st
                     f"{component}.{path} has an adapter of method {layer.spec.method}: save it as diffusers"
                 )
             tensors[f"{component}.{path}.weight"] = layer.tensors["weight"]
-    save_tensors(folder / FILE_NAME, tensors, {**metadata, FORMAT_KEY: FORMAT})
+    save_tensors(folder / FILE_NAME, tensors, {**metadata, FORMAT_KEY: FORMAT, COUNT_KEY: str(len(tensors))})
     return folder / FILE_NAME
 
 
@@ -36,6 +37,10 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
     tensors, metadata = read_tensors(path)
     if metadata.get(FORMAT_KEY) != FORMAT:
         raise ValueError(f"{path} is no file of trained weights: its header lacks {FORMAT_KEY} = {FORMAT}")
+    if metadata.get(COUNT_KEY) != str(len(tensors)):
+        raise ValueError(
+            f"{path} holds {len(tensors)} weights, its header says {metadata.get(COUNT_KEY)}: it is damaged"
+        )
     state: AdapterState = {}
     spec = DoRASpec(method="full")
     for key, tensor in tensors.items():

@@ -159,5 +159,5 @@ def _check_same_layers(
         if (spec.method, spec.rank) != (state.spec.method, state.spec.rank):
             raise ValueError(
                 f"{source} holds {state.spec.method} of rank {state.spec.rank} for {component}.{path}, and the model "
-                f"was adapted with {spec.method} of rank {spec.rank}: call remove first"
+                f"was adapted with {spec.method} of rank {spec.rank}: choose the file's, or call remove first"
             )

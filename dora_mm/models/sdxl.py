@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -74,7 +75,8 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
     """Loads SDXL from a diffusers folder, a single `.safetensors` checkpoint, or a hub name.
 
     Args:
-        path: a folder or file that exists is taken as such; anything else of the form `owner/name` is a hub name.
+        path: a folder or file that exists is taken as such; anything else of the form `owner/name` is a hub name. A
+            single checkpoint holds no configs and no tokenizers: diffusers fetches them from the hub, once.
         vae: another VAE (folder or hub name) in place of the model's own, such as the fp16-fix one.
 
     Raises:
@@ -92,7 +94,7 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
             pipe = StableDiffusionXLPipeline.from_pretrained(path, dtype=dtype, add_watermarker=False)
         if vae is not None:
             pipe.vae = load_vae(vae, dtype)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"The model {path} cannot be loaded: {reason}") from error
     return SDXL(**{field.name: getattr(pipe, field.name) for field in fields(SDXL)})
@@ -106,7 +108,7 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
     """
     try:
         vae = AutoencoderKL.from_pretrained(str(path), dtype=dtype)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"The VAE {path} cannot be loaded: {' '.join(str(error).split())}") from error
     return vae.requires_grad_(False).eval()
 
@@ -181,14 +183,16 @@ def time_ids(
 def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and log-variance (B, 4, h, w), float32, of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1].
 
-    SDXL's own VAE overflows in fp16 and says so in its config (`force_upcast`); it then runs in float32.
+    SDXL's own VAE overflows in fp16 and says so in its config (`force_upcast`); it then runs in float32. Autocast would
+    undo that, so it is off in here.
     """
     vae: Any = model.vae  # diffusers annotates its results as tuples
     dtype = vae.dtype
     upcast = dtype == torch.float16 and vae.config.force_upcast
     if upcast:
         vae.float()
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    with torch.autocast(vae.device.type, enabled=False):
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     if upcast:
         vae.to(dtype)
     return posterior.mean.float(), posterior.logvar.float()

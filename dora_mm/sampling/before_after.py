@@ -31,30 +31,28 @@ def at_strength(
 
 
 def before_after_sheet(
-    pipe: StableDiffusionXLPipeline, adapted: Mapping[str, nn.Module], config: SampleConfig, *, compare: bool = True
+    pipe: StableDiffusionXLPipeline, adapted: Mapping[str, nn.Module], config: SampleConfig, *, whole: bool = False
 ) -> Image.Image:
-    """A row of pictures per seed, the bare model's above the adapter's; a column per prompt.
+    """A row of pictures per seed, with `before_after` the bare model's above the adapter's; a column per prompt.
 
     Args:
-        compare: False leaves the bare model's rows out (weights that were trained whole keep no bare model).
+        whole: the weights themselves were trained: there is no bare model left, and no strength.
     """
     prompts = list(config.prompts)
     jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
     settings = {"steps": config.steps, "guidance": config.guidance, "negative_prompt": config.negative_prompt}
-    rows, labels = [], []
-    kinds = [("before", 0.0), ("after", config.strength)] if compare else [("after", None)]
+    kinds = {"before": 0.0, "after": config.strength} if config.before_after else {"after": config.strength}
     drawn = {}
-    for label, strength in kinds:
-        if strength is None:
-            pictures = sample(pipe, jobs, seeds, description=label, **settings)
-        else:
-            pictures = at_strength(pipe, adapted, strength, jobs, seeds, description=label, **settings)
-        drawn[label] = [pictures[start : start + len(prompts)] for start in range(0, len(pictures), len(prompts))]
-    if compare:
+    if whole:
+        drawn["after"] = sample(pipe, jobs, seeds, description="after", **settings)
+    else:
+        for label, strength in kinds.items():
+            drawn[label] = at_strength(pipe, adapted, strength, jobs, seeds, description=label, **settings)
         for network in adapted.values():
             set_strength(network, 1.0)  # what training goes on with
+    rows, labels = [], []
     for index, seed in enumerate(config.seeds):
-        for label in drawn:
-            rows.append(drawn[label][index])
+        for label, pictures in drawn.items():
+            rows.append(pictures[index * len(prompts) : (index + 1) * len(prompts)])
             labels.append(label if len(config.seeds) == 1 else f"{label}, seed {seed}")
     return sheet(rows, labels, prompts)

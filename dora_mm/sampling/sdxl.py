@@ -1,6 +1,8 @@
 """Batches of pictures from an SDXL pipeline; one picture is a function of its prompt and its seed alone."""
 
+import logging
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +10,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where no terminal shows a bar
 
 
 @torch.no_grad()
@@ -32,11 +37,12 @@ def sample(
     Args:
         negative_prompt: None is SDXL's zero embedding; "" is the encoded empty text.
         height, width: in pixels; None is the model's own.
-        description: shows a progress bar under this name.
+        description: shows a progress bar under this name; plain lines where there is no terminal.
     """
     jobs = list(zip(prompts, seeds, strict=True))
     pictures: list[Image.Image] = []
     shown = description is not None and sys.stderr.isatty()
+    last_line = time.monotonic()
     with tqdm(total=len(jobs), desc=description, unit="picture", disable=not shown, leave=False) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
@@ -51,6 +57,9 @@ def sample(
             )
             pictures += drawn.images
             bar.update(len(batch))
+            if description is not None and not shown and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                log.info("%s: %d of %d pictures", description, len(pictures), len(jobs))
     return pictures
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +36,8 @@ def save_checkpoint(
     weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
     try:
         save_file(weights, partial / WEIGHTS)
-        torch.save({name: part.state_dict() for name, part in parts.items()}, partial / STATE)
+        with (partial / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full
+            torch.save({name: part.state_dict() for name, part in parts.items()}, file)
         (partial / ABOUT).write_text(json.dumps({"step": step}))
         for file in partial.iterdir():
             flush(file)
@@ -66,7 +68,7 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
         weights = load_file(path / WEIGHTS)
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         step = json.loads((path / ABOUT).read_text())["step"]
-    except (OSError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}): delete it to resume from the one before."
         ) from None

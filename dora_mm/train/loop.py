@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -127,13 +127,22 @@ def _accumulate(accelerator, trained, config, seed, step, batch_at) -> float:
     for micro in range(config.accumulation):
         number = step * config.accumulation + micro
         stream = generator(seed, number, f"loss {accelerator.process_index}", accelerator.device)
+        dropout = generator(seed, number, f"dropout {accelerator.process_index}").initial_seed()
         last = micro + 1 == config.accumulation
-        with contextlib.nullcontext() if last else accelerator.no_sync(trained):
+        with seeded(dropout, accelerator.device), contextlib.nullcontext() if last else accelerator.no_sync(trained):
             with accelerator.autocast():
                 value = trained(batch_at(number), stream)
             accelerator.backward(value / config.accumulation)
         total += value.detach().float()
     return (accelerator.reduce(total, "mean") / config.accumulation).item()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's own generators, from which dropout draws, start from `seed` inside and go on as they were outside."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _update(accelerator, parameters, optimizer, schedule, max_grad_norm) -> float:

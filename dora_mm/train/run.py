@@ -27,9 +27,9 @@ class RunDirectory:
         """A new folder with the resolved config and the versions in it: `output`, or the next number of `name`.
 
         Raises:
-            ValueError: `output` exists.
+            ValueError: `output` exists, or lies below a file.
         """
-        path = _claim(Path(output)) if output is not None else _claim_number(root / name)
+        path = _claim(Path(output).expanduser()) if output is not None else _claim_number(root / name)
         (path / "config.yaml").write_text(config_text, encoding="utf-8")
         (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
         return cls(path)
@@ -58,6 +58,8 @@ def _claim(path: Path) -> Path:
         raise ValueError(
             f"output {path} exists: name another folder, or leave output out for a numbered one."
         ) from None
+    except NotADirectoryError:
+        raise ValueError(f"output {path} lies below a file: name another folder.") from None
     return path
 
 

@@ -204,11 +204,18 @@ def test_a_missing_file_is_named_with_the_nearest_one(write):
         load_config(path.with_name("legos.yaml"))
 
 
+def test_a_run_is_named_after_its_file_whatever_that_is_called(write):
+    assert load_config(write(SMALLEST, "my style (2).yaml")).name == "my-style-2-"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["schedule.warmup_steps=10"], "schedule.warmup_steps"),
-        (["model.dtype=float16", "train.mixed_precision=bf16"], "train.mixed_precision bf16"),
+        (["model.dtype=float16", "train.mixed_precision=bf16"], "must be fp16 for model.dtype float16, not bf16"),
+        (["model.dtype=bfloat16"], "must be bf16 for model.dtype bfloat16, not no"),
+        (["adapter.method=magnitude", "adapter.dropout=0.1"], "magnitude has no A and B"),
+        (["adapter.method=full", "sample.strength=0.5"], "sample.strength must be 1"),
         (["adapter.method=full", "model.dtype=bfloat16"], "model.dtype must be float32"),
         (["adapter.method=lora", "optimizer.magnitude_lr=1e-3"], "no magnitudes"),
         (["optimizer.name=prodigy", "optimizer.magnitude_lr=1.0"], "optimizer.magnitude_lr is for adamw"),

@@ -286,6 +286,16 @@ def test_merge_and_unmerge_restore_every_bit(dtype):
     assert torch.equal(model[0](x), expected)
 
 
+def test_merge_at_strength_0_is_the_base():
+    base, layer = reference.linear(8, 6)
+    reference.randomize(layer)
+    layer.set_strength(0.0)
+    merge(layer)
+    assert torch.equal(layer.weight, base.weight)
+    unmerge(layer)
+    assert torch.equal(layer.weight, base.weight)
+
+
 def test_merge_rounds_the_same_way_every_time():
     _, layer = reference.linear(64, 48, dtype=torch.bfloat16)
     reference.randomize(layer, size=1e-4)

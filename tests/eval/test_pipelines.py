@@ -3,10 +3,15 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
@@ -83,7 +88,7 @@ def comparison(tmp_path, base, fitted):
             "judge": str(fitted),
             "style": "brick",
             "prompt": PROMPT,
-            "tune": {"role": "tune", "count": 2, "seeds": [0]},
+            "tune": {"role": "tune", "count": None, "seeds": [0]},
             "report": {"role": "report", "count": 3, "seeds": [0, 1]},
             "draw": {"steps": 1, "batch_size": 6},
             "columns": 2,
@@ -135,9 +140,16 @@ def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, picture_fol
         ({"concepts": {"role": "report", "count": 7}}, "has 6 with role report, not 7"),
         ({"adapter": {"path": "nowhere"}}, "adapter.path: nowhere does not exist"),
         ({"clip": {"path": "./nowhere"}}, "clip.path: ./nowhere does not exist"),
+        ({"concepts": {"role": "report", "count": 2}}, "concepts.count: must be at least 3"),
+        ({"adapter": {"path": "other.safetensors"}}, "made for another architecture"),
+        ({"clip": {"path": "CLIP", "images": "empty"}}, "clip.images: empty holds no pictures"),
     ],
 )
-def test_eval_says_what_is_wrong(evaluation, tmp_path, capsys, changes, said):
+def test_eval_says_what_is_wrong_before_it_draws(evaluation, tmp_path, capsys, changes, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = {"unet.odd.lora_A.weight": torch.ones(1, 2), "unet.odd.lora_B.weight": torch.ones(2, 1)}
+    save_file(odd, tmp_path / "other.safetensors")
+    (tmp_path / "empty").mkdir()
     assert main(["eval", evaluation(**changes)]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "scores").exists()
@@ -150,14 +162,24 @@ def test_eval_refuses_another_models_judge(evaluation, tmp_path, tiny, capsys):
     assert "another VAE" in capsys.readouterr().err
 
 
+class Finished:
+    """A process that has ended well."""
+
+    returncode = 0
+
+    def poll(self):
+        return 0
+
+
 def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch, capsys):
     commands = []
 
-    def in_this_process(arguments, log_file):
+    def in_this_process(training, arguments, log_file, threads):
         commands.append(arguments)
         assert main(arguments) == 0
+        return compare_sdxl.Job(training, Finished(), log_file)
 
-    monkeypatch.setattr(compare_sdxl, "run_command", in_this_process)
+    monkeypatch.setattr(compare_sdxl, "start_job", in_this_process)
     config = comparison(extra_rates=0)
     assert main(["eval", config]) == 0
     # full, LoRA 2, DoRA 1 and 2: three rates each, and one more training of the best for the second seed
@@ -189,67 +211,149 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch,
     assert commands == []
     assert (folder / "table.md").read_text() == before
 
-    config = comparison(extra_rates=0, steps=2)
-    assert main(["eval", config]) == 2
+    assert main(["eval", comparison(extra_rates=0, workers=2, columns=1)]) == 0  # these change no number
+    assert main(["eval", comparison(extra_rates=0, steps=2)]) == 2
     assert "started with other values of steps" in capsys.readouterr().err
+
+
+def test_comparison_of_other_weights_or_another_judge_is_not_gone_on_with(
+    comparison, base, fitted, tmp_path, tiny, capsys
+):
+    compare_sdxl.Campaign(load_config(comparison()))
+    Path(base).write_text(Path(base).read_text() + "loss: {min_snr_gamma: 1.0}\n")
+    with pytest.raises(ValueError, match="started with other values of base:"):
+        compare_sdxl.Campaign(load_config(comparison()))
+    other = tmp_path / "other"
+    tiny.unet.conv_out.bias.data += 0.1
+    tiny.pipeline().save_pretrained(other)
+    values = yaml.safe_load(Path(base).read_text())
+    write(tmp_path / "elsewhere.yaml", {**values, "loss": {}, "model": {"path": str(other)}})
+    with pytest.raises(ValueError, match="the model's unet: name another"):
+        compare_sdxl.Campaign(load_config(comparison(base=str(tmp_path / "elsewhere.yaml"))))
 
 
 def test_a_training_that_was_cut_off_goes_on(comparison, tmp_path, monkeypatch):
     campaign = compare_sdxl.Campaign(load_config(comparison()))
     training = compare_sdxl.Training(Variant("lora", 2), 0.01, 0)
     commands = []
-    monkeypatch.setattr(compare_sdxl, "run_command", lambda arguments, log_file: commands.append(arguments))
-    campaign.train(training)
+
+    def start(training, arguments, log_file, threads):
+        commands.append(arguments)
+        return compare_sdxl.Job(training, Finished(), log_file)
+
+    monkeypatch.setattr(compare_sdxl, "start_job", start)
+    campaign.train([training])
     assert commands[-1][:2] == ["train", campaign.config.base]
     run = campaign.run_folder(training)
     run.mkdir(parents=True)
-    campaign.train(training)  # killed before the run had its config
+    campaign.train([training])  # killed before the run had its config
     assert commands[-1][:2] == ["train", campaign.config.base]
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.yaml").touch()
-    campaign.train(training)
+    campaign.train([training])
     assert commands[-1] == ["train", "--resume", str(run)]
     (run / "summary.json").touch()
-    campaign.train(training)
+    campaign.train([training])
     assert len(commands) == 3
-    campaign.close()
+
+
+class Stub:
+    """Real processes in place of trainings: they sleep, and end with `status`."""
+
+    def __init__(self, seconds, status=0):
+        self.seconds, self.status = seconds, status
+        self.started = []
+
+    def __call__(self, training, arguments, log_file, threads):
+        code = f"import time, sys; time.sleep({self.seconds}); sys.exit({self.status})"
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        log_file.write_text("dora-mm: a sentence")
+        process = subprocess.Popen([sys.executable, "-c", code])
+        self.started.append((process, threads))
+        return compare_sdxl.Job(training, process, log_file)
+
+
+@pytest.fixture
+def six(comparison):
+    campaign = compare_sdxl.Campaign(load_config(comparison(workers=2)))
+    return campaign, [compare_sdxl.Training(Variant("lora", 2), 0.01, seed) for seed in range(6)]
+
+
+def test_trainings_run_side_by_side(six, monkeypatch):
+    campaign, trainings = six
+    stub = Stub(0.0)
+    at_once = []
+
+    def start(*args):
+        job = stub(*args)
+        at_once.append(sum(process.poll() is None for process, _ in stub.started))
+        return job
+
+    monkeypatch.setattr(compare_sdxl, "start_job", start)
+    campaign.train(trainings)
+    assert len(stub.started) == 6
+    assert max(at_once) == 2
+    assert {threads for _, threads in stub.started} == {max(1, torch.get_num_threads() // 2)}
+
+
+def test_a_failure_stops_the_trainings_beside_it(six, monkeypatch):
+    campaign, trainings = six
+    slow, failing = Stub(60.0), Stub(0.0, status=2)
+    monkeypatch.setattr(
+        compare_sdxl, "start_job", lambda training, *rest: (failing if training.seed else slow)(training, *rest)
+    )
+    with pytest.raises(ValueError, match="a training of the comparison stopped: dora-mm: a sentence"):
+        campaign.train(trainings)
+    assert len(slow.started) == len(failing.started) == 1
+    assert slow.started[0][0].returncode == -signal.SIGTERM
+
+
+def test_an_interruption_reaches_the_trainings(six, monkeypatch):
+    campaign, trainings = six
+    stub = Stub(60.0)
+    monkeypatch.setattr(compare_sdxl, "start_job", stub)
+    monkeypatch.setattr(compare_sdxl.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        campaign.train(trainings)
+    assert [process.returncode for process, _ in stub.started] == [-signal.SIGTERM] * 2
 
 
 def test_the_best_rate_at_an_end_asks_for_one_beyond(comparison, monkeypatch):
     campaign = compare_sdxl.Campaign(load_config(comparison(extra_rates=2)))
     asked = []
 
-    class Fake:
-        def __init__(self, rate):
-            self.rate = rate
+    def tuned(training):
+        asked.append(training.rate)
+        return training.rate if training.variant.method == "dora" and training.rate < 5 else -abs(training.rate - 0.01)
 
-        def soft_both(self, style):
-            import numpy as np
-
-            return np.array([self.rate if self.rate < 5 else 0.0])
-
-    monkeypatch.setattr(campaign, "train", lambda training: asked.append(training.rate))
-    monkeypatch.setattr(campaign, "scores", lambda *args: Fake(asked[-1]))
-    rate, at_end = compare_sdxl.choose_rate(campaign, Variant("dora", 2))
-    assert asked == pytest.approx([1e-3, 1e-2, 1e-1, 1.0, 10.0])
-    assert (rate, at_end) == (pytest.approx(1.0), False)
+    monkeypatch.setattr(campaign, "train", lambda trainings: None)
+    monkeypatch.setattr(campaign, "tuned", tuned)
+    dora, lora = Variant("dora", 2), Variant("lora", 2)
+    chosen = compare_sdxl.choose_rates(campaign, [dora, lora])
+    assert asked == pytest.approx([1e-3, 1e-2, 1e-1, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
+    assert chosen == {dora: (pytest.approx(1.0), False), lora: (1e-2, False)}
     tried = json.loads((campaign.folder / "rates" / "dora-r2.json").read_text())
     assert len(tried) == 5
-    campaign.close()
+    assert compare_sdxl.beyond({1e-3: 3.0, 1e-2: 2.0}) == pytest.approx(1e-4)
 
 
 def test_a_failing_training_is_a_sentence(tmp_path, monkeypatch):
+    training = compare_sdxl.Training(Variant("lora", 2), 0.01, 0)
+    job = compare_sdxl.start_job(training, ["train", "nowhere.yaml"], tmp_path / "logs" / "x.txt", 1)
+    job.process.wait()
     with pytest.raises(ValueError, match=r"a training of the comparison stopped: dora-mm: .*nowhere\.yaml"):
-        compare_sdxl.run_command(["train", "nowhere.yaml"], tmp_path / "logs" / "x.txt")
+        compare_sdxl.check_job(job)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    job = compare_sdxl.start_job(training, ["train", "some.yaml"], tmp_path / "logs" / "y.txt", 1)
+    job.process.wait()
     with pytest.raises(RuntimeError, match="exit code 1"):
-        compare_sdxl.run_command(["train", "some.yaml"], tmp_path / "logs" / "y.txt")
+        compare_sdxl.check_job(job)
 
 
 def test_comparison_says_what_is_wrong(comparison, capsys, tmp_path):
     assert main(["eval", comparison(base="configs/sdxl/eval_tiny.yaml")]) == 2
     assert "is a config of eval_sdxl" in capsys.readouterr().err
-    assert main(["eval", comparison(tune={"role": "report", "count": 2})]) == 2
+    assert main(["eval", comparison(tune={"role": "report", "count": 3})]) == 2
     assert "tune.role and report.role must differ" in capsys.readouterr().err
     (tmp_path / "campaign").mkdir()
     assert main(["eval", comparison()]) == 2

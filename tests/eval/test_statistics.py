@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from dora_mm.eval.statistics import Gaussian, Interval, bootstrap, difference, frechet_distance, jackknife
+from dora_mm.eval.statistics import Gaussian, Interval, bootstrap, crossed, difference, frechet_distance, jackknife
 
 
 def clustered(rng, num_concepts, num_seeds, spread):
@@ -15,26 +15,37 @@ def test_intervals_over_concepts_cover_the_truth_where_naive_ones_do_not():
     covered = naive = 0
     for trial in range(400):
         values = clustered(rng, 40, 5, spread=1.5)
-        interval = bootstrap(values, over_seeds=False, seed=trial)
+        interval = bootstrap(values, seed=trial)
         covered += interval.low <= 0 <= interval.high
         naive += abs(values.mean()) <= 1.96 * values.std() / np.sqrt(values.size)
     assert 0.90 <= covered / 400 <= 0.97
     assert naive / 400 < 0.80
 
 
-def test_trainings_that_differ_widen_the_interval():
+@pytest.mark.parametrize(("things", "trainings"), [(0.0, 0.0), (0.0, 0.5), (1.0, 0.2), (1.0, 1.0)])
+def test_crossed_intervals_cover_the_truth_however_trainings_differ(things, trainings):
     rng = np.random.default_rng(1)
-    values = rng.normal(size=(40, 3)) + np.array([-2.0, 0.0, 2.0])
-    concepts, both = bootstrap(values, over_seeds=False), bootstrap(values, over_seeds=True)
-    assert both.high - both.low > 3 * (concepts.high - concepts.low)
+    missed = 0
+    for _ in range(1000):
+        values = clustered(rng, 40, 3, spread=things) + trainings * rng.normal(size=(1, 3))
+        found = crossed(values)
+        missed += not found.low <= 0 <= found.high
+    assert missed / 1000 < 0.09
+
+
+def test_crossed_intervals_of_shares_stay_between_0_and_1():
+    values = np.zeros((40, 3))
+    values[:, 0] = 1.0
+    found = crossed(values, bounds=(0.0, 1.0))
+    assert (found.mean, found.low, found.high) == (pytest.approx(1 / 3), 0.0, 1.0)
 
 
 def test_unanimous_shares_get_the_exact_binomial_bound():
-    everything = bootstrap(np.ones((40, 3)), over_seeds=True)
+    everything = crossed(np.ones((40, 3)), bounds=(0.0, 1.0))
     assert everything.high == 1.0
     # with this true share, 40 successes of 40 have a chance of 2.5 %
     assert everything.low**40 == pytest.approx(0.025)
-    nothing = bootstrap(np.zeros((40, 3)), over_seeds=False)
+    nothing = bootstrap(np.zeros((40, 3)))
     assert (nothing.low, nothing.high) == (0.0, pytest.approx(1 - everything.low))
 
 
@@ -42,14 +53,14 @@ def test_differences_are_paired():
     rng = np.random.default_rng(2)
     one = clustered(rng, 40, 3, spread=5.0)
     shifted = one + 0.3 + 0.01 * rng.normal(size=one.shape)
-    found = difference(shifted, one, over_seeds=True)
+    found = difference(shifted, one)
     assert found.low > 0.29
     assert found.high < 0.31
-    same = difference(np.ones((40, 3)), np.ones((40, 3)), over_seeds=True)
+    same = difference(np.ones((40, 3)), np.ones((40, 3)))
     assert same.low == pytest.approx(-same.high)
     assert 0.08 < same.high < 0.10
     with pytest.raises(ValueError, match="same concepts and seeds"):
-        difference(one, one[:20], over_seeds=True)
+        difference(one, one[:20])
 
 
 def test_frechet_distance_against_scipy():
@@ -73,9 +84,18 @@ def test_frechet_distance_of_fewer_samples_than_dimensions():
 
 def test_jackknife_of_a_mean_is_its_standard_error():
     values = np.random.default_rng(5).normal(size=50)
-    found = jackknife(50, lambda kept: float(values[kept].mean()))
+    found = jackknife([50], lambda kept: float(values[kept].mean()))
     error = values.std(ddof=1) / np.sqrt(50)
     mean = values.mean()
     assert found == Interval(
         pytest.approx(mean), pytest.approx(mean - 1.96 * error), pytest.approx(mean + 1.96 * error)
     )
+
+
+def test_jackknife_over_trainings_sees_that_they_differ():
+    values = np.random.default_rng(6).normal(size=(40, 3)) + np.array([-5.0, 0.0, 5.0])
+    over_things = jackknife([40], lambda things: float(values[things].mean()))
+    over_both = jackknife([40, 3], lambda things, trainings: float(values[np.ix_(things, trainings)].mean()))
+    error = values.mean(axis=0).std(ddof=1) / np.sqrt(3)
+    assert over_both.high - over_both.mean == pytest.approx(1.96 * error, rel=0.02)
+    assert over_both.high - over_both.low > 10 * (over_things.high - over_things.low)

@@ -7,6 +7,7 @@ from torch import nn
 
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.core import adapted_layers
+from dora_mm.io.state import read_tensors
 
 
 def model():
@@ -48,6 +49,11 @@ def test_what_does_not_fit(tmp_path):
     inject(dora, ["0", "2"], DoRASpec(rank=1))
     with pytest.raises(ValueError, match="save it as diffusers"):
         save_adapter(dora, tmp_path, format="full")
+    tensors, header = read_tensors(tmp_path / "trained_weights.safetensors")
+    tensors.pop("unet.2.weight")
+    save_file(tensors, tmp_path / "trained_weights.safetensors", header)
+    with pytest.raises(ValueError, match="holds 1 weights, its header says 2"):
+        load_adapter(model(), tmp_path)
     save_file({"unet.0.weight": torch.ones(2)}, tmp_path / "trained_weights.safetensors")
     with pytest.raises(ValueError, match="its header lacks"):
         load_adapter(model(), tmp_path)

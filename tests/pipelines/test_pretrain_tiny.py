@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dora_mm.cli import main
 from dora_mm.data.pretraining import ALL_STYLES, STYLE_WORDS, TEMPLATES, caption, read_icons, with_article
 from dora_mm.sampling.sdxl import sample
+from pipelines import pretrain_tiny
 
 STAGE = {
     "optimizer": {"lr": 1e-3},
@@ -90,6 +91,30 @@ def test_the_vae_of_a_model_can_be_kept(config, tmp_path):
     one, two = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.equal(tensor, two["vae"][name]) for name, tensor in one["vae"].items())
     assert not all(torch.equal(tensor, two["unet"][name]) for name, tensor in one["unet"].items())
+
+
+def test_an_interruption_while_it_draws_keeps_the_weights_themselves(config, tmp_path, monkeypatch):
+    assert main(["train", str(config("whole"))]) == 0
+    real = pretrain_tiny.sample
+
+    def interrupted(*args, **kwargs):
+        monkeypatch.setattr(pretrain_tiny, "sample", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain_tiny, "sample", interrupted)
+    assert main(["train", str(config("parts"))]) == 130
+    assert main(["train", "--resume", str(tmp_path / "parts")]) == 0
+    stored = weights(tmp_path / "whole")
+    for part, tensors in weights(tmp_path / "parts").items():
+        assert all(torch.equal(tensor, stored[part][name]) for name, tensor in tensors.items())
+
+
+def test_a_vae_that_does_not_fit_is_named_before_the_run_exists(config, tmp_path, tiny_folder, capsys):
+    assert main(["train", str(config("run")), "--set", f"vae_from={tiny_folder}"]) == 2
+    assert "latent channels" in capsys.readouterr().err
+    assert main(["train", str(config("run")), "--set", "vae_from=nowhere"]) == 2
+    assert "vae_from: nowhere does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_icon_is_named(config, icons, tmp_path, capsys):

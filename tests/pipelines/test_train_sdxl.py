@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -118,12 +118,54 @@ def test_adapters_stay_float32_over_a_bf16_model(config, tmp_path):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_full_training_saves_whole_weights(config, tmp_path):
+def test_whole_weights_are_saved_and_drawn(config, tmp_path, tiny_folder, capsys):
     assert main(["train", str(config(adapter__method="full"))]) == 0
     assert (tmp_path / "run" / "adapter" / "trained_weights.safetensors").is_file()
+    drawing = tmp_path / "sample.yaml"
+    values = {
+        "pipeline": "sample_sdxl",
+        "output": str(tmp_path / "drawn"),
+        "model": {"path": str(tiny_folder)},
+        "adapter": {"path": str(tmp_path / "run" / "adapter")},
+        "prompts": [PROMPT],
+        "steps": 2,
+    }
+    drawing.write_text(yaml.safe_dump({**values, "strengths": [0.5, 1.0]}))
+    assert main(["sample", str(drawing)]) == 2
+    assert "no strength but 1" in capsys.readouterr().err
+    assert not (tmp_path / "drawn").exists()
+    drawing.write_text(yaml.safe_dump(values))
+    assert main(["sample", str(drawing)]) == 0
+    assert [path.name for path in (tmp_path / "drawn" / "samples").iterdir()] == ["adapter"]
 
 
-def test_gradient_checkpointing_and_accumulation_change_nothing(config, tmp_path):
+def test_an_adapter_that_is_gone_on_with_keeps_its_scale(config, tmp_path, capsys):
+    assert main(["train", str(config("first", output=str(tmp_path / "first"), adapter__alpha=2.0))]) == 0
+    adapter = str(tmp_path / "first" / "adapter")
+    assert main(["train", str(config(adapter__init_from=adapter, adapter__alpha=2.0))]) == 0
+    second = {"output": str(tmp_path / "second"), "adapter__init_from": adapter}
+    assert main(["train", str(config(**second, adapter__alpha=16.0))]) == 2
+    assert "has alpha 2, and adapter.alpha is 16" in capsys.readouterr().err
+    assert main(["train", str(config(**second, adapter__rank=2))]) == 2
+    assert "choose the file's" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
+def test_pictures_are_encoded_outside_autocast(config, tmp_path, monkeypatch):
+    dtypes = set()
+    encode = AutoencoderKL.encode
+
+    def noted(vae, pixels):
+        found = encode(vae, pixels)
+        dtypes.add(found.latent_dist.mean.dtype)
+        return found
+
+    monkeypatch.setattr(AutoencoderKL, "encode", noted)
+    assert main(["train", str(config(data__crop="random", train__mixed_precision="bf16", sample__prompts=[]))]) == 0
+    assert dtypes == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_nothing(config, tmp_path):
     weights = []
     for name, changes in {"plain": {}, "checkpointed": {"train__gradient_checkpointing": True}}.items():
         path = config(name, output=str(tmp_path / name), train__accumulation=2, sample__prompts=[], **changes)
@@ -166,6 +208,7 @@ BAD = {
     "the run exists": ({"output": "."}, "exists"),
     "an adapter for another model": ({"adapter__init_from": "nowhere.safetensors"}, "nowhere.safetensors"),
     "no such model": ({"model__path": "./nowhere"}, "nowhere"),
+    "a package is missing": ({"optimizer": {"name": "prodigy", "lr": 1.0}}, "prodigyopt is missing"),
 }
 
 
@@ -173,6 +216,7 @@ BAD = {
 def test_bad_input_is_one_sentence_and_leaves_nothing(config, tmp_path, name, capsys, monkeypatch):
     changes, said = BAD[name]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
     before = sorted(tmp_path.rglob("*"))
     path = config(**changes)
     assert main(["train", str(path)]) == 2
@@ -197,3 +241,9 @@ def test_prompt_files(tmp_path):
     (tmp_path / "b.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompts"):
         read_prompts(tmp_path / "b.txt")
+    (tmp_path / "excel.csv").write_text("prompt\na bus\n", encoding="utf-8-sig")
+    (tmp_path / "excel.txt").write_text("a bus\n", encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "excel.csv") == read_prompts(tmp_path / "excel.txt") == ["a bus"]
+    (tmp_path / "latin.txt").write_text("une vache à lait\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
+        read_prompts(tmp_path / "latin.txt")

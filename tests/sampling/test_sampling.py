@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from dora_mm import DoRASpec, inject
-from dora_mm.sampling.before_after import at_strength
+from dora_mm.config.schema import SampleConfig
+from dora_mm.core import adapted_layers
+from dora_mm.sampling.before_after import at_strength, before_after_sheet
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
 
@@ -51,6 +53,28 @@ def test_strength_zero_is_the_bare_model(tiny):
     zero, one = (at_strength(pipe, adapted, t, ["a bus"], [0], steps=2)[0] for t in (0.0, 1.0))
     assert np.array_equal(pixels(bare), pixels(zero))
     assert np.abs(pixels(bare) - pixels(one)).max() > 5
+
+
+def test_the_sheet_of_a_run_is_drawn_at_its_strength(tiny):
+    inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
+    for name, parameter in tiny.unet.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    pages = {}
+    for before_after in (False, True):
+        for strength in (0.0, 1.0):
+            config = SampleConfig(prompts=["a bus"], steps=2, strength=strength, before_after=before_after)
+            pages[before_after, strength] = before_after_sheet(tiny.pipeline(), {"unet": tiny.unet}, config)
+    assert np.abs(pixels(pages[False, 0.0]) - pixels(pages[False, 1.0])).max() > 5
+    assert pages[True, 1.0].height > pages[False, 1.0].height
+    assert {layer.strength for layer in adapted_layers(tiny.unet).values()} == {1.0}
+
+
+def test_without_a_terminal_progress_is_lines(tiny, monkeypatch, caplog):
+    monkeypatch.setattr("dora_mm.sampling.sdxl.SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level("INFO", logger="dora_mm"):
+        sample(tiny.pipeline(), ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
+    assert caplog.messages == ["bare model: 2 of 3 pictures", "bare model: 3 of 3 pictures"]
 
 
 def test_a_sheet_holds_every_picture_under_its_labels():

@@ -1,7 +1,9 @@
 """The loop: resuming is exact, interruptions leave a checkpoint, accumulation is the larger batch."""
 
+import errno
 import json
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,24 +11,25 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from dora_mm.cli import sentence_for
 from dora_mm.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
-from dora_mm.train.checkpoint import checkpoints, load_checkpoint
+from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule
 from dora_mm.train.run import RunDirectory
 
 
-def job(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, **train):
+def job(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, dropout=0.0, **train):
     """A small regression whose data and noise depend on the step."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
     parameters = dict(network.named_parameters())
     config = TrainConfig(**{"steps": 12, "batch_size": 4, "log_every": 3, **train})
     made = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
     planned = build_schedule(made, ScheduleConfig(name=schedule), config.steps)
     accelerator = Accelerator(cpu=True)
-    made, planned = accelerator.prepare(made, planned)
+    made = accelerator.prepare(made)
 
     def batch_at(number):
         return torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
@@ -89,6 +92,29 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, name, stop):
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
 
 
+def test_dropout_repeats_and_resumes(tmp_path):
+    def with_dropout(run, **settings):
+        made = job(run, dropout=0.5, **settings)
+        torch.manual_seed(hash(run.path.name) % 1000)  # whatever state torch's own generator is in
+        return made
+
+    whole = with_dropout(new_run(tmp_path / "whole"), accumulation=2)
+    whole.fit()
+    again = with_dropout(new_run(tmp_path / "again"), accumulation=2)
+    again.fit()
+    run = new_run(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        with_dropout(run, accumulation=2, after_step=interrupt_at(5)).fit()
+    resumed = with_dropout(run, accumulation=2)
+    resumed.fit()
+    plain = job(new_run(tmp_path / "plain"), accumulation=2)
+    plain.fit()
+    for one, two, three, four in zip(*(m.network.parameters() for m in (whole, again, resumed, plain)), strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+        assert not torch.equal(one, four)
+
+
 def test_resuming_repeats_no_metrics(tmp_path):
     run = new_run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
@@ -121,9 +147,47 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     run = new_run(tmp_path / "run")
     job(run, steps=3).fit()
     (checkpoint,) = checkpoints(run.checkpoints)
-    (checkpoint / "weights.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="step-000003 is not a readable checkpoint"):
-        job(run, steps=5).fit()
+    for name in ("state.pt", "weights.safetensors"):
+        (checkpoint / name).write_bytes(b"half")
+        with pytest.raises(ValueError, match="step-000003 is not a readable checkpoint"):
+            job(run, steps=5).fit()
+
+
+class FullDisk:
+    """A file on a disk that takes 100 kB more."""
+
+    def __init__(self, file):
+        self.file, self.left = file, 100_000
+
+    def write(self, data):
+        self.left -= len(data)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *about):
+        self.file.close()
+
+
+def test_a_disk_that_fills_up_is_a_sentence_and_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    real = Path.open
+
+    def opened(path, *args, **kwargs):
+        file = real(path, *args, **kwargs)
+        return FullDisk(file) if path.name == "state.pt" else file
+
+    monkeypatch.setattr(Path, "open", opened)
+    state = SimpleNamespace(state_dict=lambda: {"moments": torch.zeros(100_000)})
+    with pytest.raises((OSError, RuntimeError)) as error:
+        save_checkpoint(tmp_path, 1, {"w": nn.Parameter(torch.zeros(2))}, {"optimizer": state}, keep=1)
+    assert "the disk is full" in sentence_for(error.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
