@@ -58,11 +58,11 @@ def crossed(values_KS: np.ndarray, *, bounds: tuple[float, float] = (-np.inf, np
     of_rows, of_columns = rows.var(ddof=1) / K, columns.var(ddof=1) / S
     rest = values_KS - rows[:, None] - columns + mean
     common = (rest**2).sum() / ((K - 1) * (S - 1)) / (K * S)
-    total = of_rows + of_columns
-    if total == 0.0:
+    variance = max(of_rows + of_columns - common, of_rows, of_columns)
+    if variance == 0.0:
         return Interval(float(mean), float(mean), float(mean))
-    freedom = total**2 / (of_rows**2 / (K - 1) + of_columns**2 / (S - 1))
-    reach = t.ppf((1.0 + LEVEL) / 2, freedom) * np.sqrt(max(total - common, of_rows, of_columns))
+    freedom = max(variance**2 / (of_rows**2 / (K - 1) + of_columns**2 / (S - 1)), S - 1)
+    reach = t.ppf((1.0 + LEVEL) / 2, freedom) * np.sqrt(variance)
     return Interval(float(mean), float(max(mean - reach, bounds[0])), float(min(mean + reach, bounds[1])))
 
 
