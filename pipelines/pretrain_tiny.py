@@ -58,8 +58,8 @@ ORIGINAL_SIDES = (128, 1024)
 
 def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
     every_icon = read_icons(Path(config.icons), ALL_STYLES)
-    # Fluent's flat icons come twice as often: the 3D ones that adapters learn from are the same drawings.
-    flat_icons = read_icons(Path(config.icons), (*STYLE_WORDS, "flat"), split="pretrain")
+    # Fluent's flat icons come three times as often: the 3D ones that adapters learn from are the same drawings.
+    flat_icons = read_icons(Path(config.icons), (*STYLE_WORDS, "flat", "flat"), split="pretrain")
     model = build_tiny_sdxl(
         seed=config.seed,
         resolution=config.model.resolution,

@@ -138,6 +138,7 @@ class LossConfig(Section):
     type: Literal["mse", "huber", "l1"] = "mse"
     min_snr_gamma: Positive | None = 5.0  # None: every timestep weighs the same
     noise_offset: NonNegative = 0.0
+    timestep_bias: NonNegative = 0.0  # times are drawn with a density that grows as t^bias; 0: evenly
 
 
 class SheetConfig(Section):

@@ -50,10 +50,7 @@ class DiffusionTask:
         latents = batch.latents
         count = len(latents)
         noise = self._noise(latents, generator)
-        times = torch.randint(
-            self.schedule.config.num_train_timesteps, (count,), generator=generator, device=generator.device
-        )
-        times = times.to(latents.device)
+        times = self._times(count, generator).to(latents.device)
         predicted = self.unet(
             self.schedule.add_noise(latents, noise, times),
             times,
@@ -70,6 +67,13 @@ class DiffusionTask:
             return torch.ones_like(times, dtype=torch.float32)
         signal = self.schedule.alphas_cumprod.to(times.device)[times].float()
         return min_snr_weight(signal / (1 - signal), self.config.min_snr_gamma, self.prediction)
+
+    def _times(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        steps = self.schedule.config.num_train_timesteps
+        if not self.config.timestep_bias:
+            return torch.randint(steps, (count,), generator=generator, device=generator.device)
+        even = torch.rand(count, generator=generator, device=generator.device)
+        return (steps * even ** (1.0 / (1.0 + self.config.timestep_bias))).long().clamp(max=steps - 1)
 
     def _noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         def draw(*shape: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ def make_batch(count=6):
 
 
 def task(tiny, answer, **config):
-    scheduler_config = {**tiny.scheduler.config, "prediction_type": "epsilon"}
+    scheduler_config = {**tiny.scheduler.config, "prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     return DiffusionTask(Recorder(answer), scheduler_config, LossConfig(**config))
 
 
@@ -92,6 +92,14 @@ def test_noise_offset_moves_whole_channels(tiny):
     found = task(tiny, lambda noisy, times: noisy, noise_offset=1.0)
     noise = found._noise(batch.latents, torch.Generator().manual_seed(0))
     assert noise.mean(dim=(2, 3)).std() > 0.8
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0, 3.0])
+def test_times_are_drawn_with_the_density_that_was_asked_for(tiny, bias):
+    times = task(tiny, lambda noisy, times: noisy, timestep_bias=bias)._times(20000, torch.Generator().manual_seed(0))
+    assert 0 <= times.min() < times.max() == 999
+    for share in (0.25, 0.5, 0.9):  # P(t < q T) = q^(bias + 1)
+        assert (times < 1000 * share).double().mean() == pytest.approx(share ** (bias + 1), abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber"])
