@@ -38,6 +38,7 @@ from dora_mm.models.sdxl import (
     draw_latents,
     encode_images,
     encode_tokens,
+    load_sdxl,
     load_vae,
     time_ids,
     tokenize,
@@ -54,6 +55,7 @@ from dora_mm.train.run import RunDirectory
 log = logging.getLogger(__name__)
 # Vector icons have no size of their own, so the model is told a random one and learns that it does not matter.
 ORIGINAL_SIDES = (128, 1024)
+TEXT_TO_IMAGE = ("unet", "text_encoder", "text_encoder_2")  # what the second stage trains
 
 
 def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
@@ -70,6 +72,8 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
     )
     if config.vae_from:
         model.vae = finished_vae(config)
+    if config.unet_from:
+        copy_weights(config, model)
     run = (
         RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)
     )
@@ -91,6 +95,17 @@ def finished_vae(config: PretrainTinyConfig) -> AutoencoderKL:
             f"{wanted[0]} and {wanted[1]}"
         )
     return vae
+
+
+def copy_weights(config: PretrainTinyConfig, model: SDXL) -> None:
+    """The UNet and text encoders of another model folder, into this one's."""
+    folder = resolve_path(config.unet_from or "", "unet_from")
+    found = load_sdxl(str(folder))
+    for name in TEXT_TO_IMAGE:
+        try:
+            getattr(model, name).load_state_dict(getattr(found, name).state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"unet_from: the {name} in {folder} is of another size than the config's model") from error
 
 
 def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon], run: RunDirectory) -> None:
@@ -150,7 +165,7 @@ def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: 
             )
             return task.loss(conditioned, stream)
 
-    trained = {name: getattr(model, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+    trained = {name: getattr(model, name) for name in TEXT_TO_IMAGE}
     device = model.device
     average = EMAModel([p for network in trained.values() for p in network.parameters()], decay=config.ema_decay)
 

@@ -255,6 +255,7 @@ class PretrainTinyConfig(PipelineConfig):
     icons: Text = "build/icons"  # what build_samples made
     model: TinyModelConfig = TinyModelConfig()
     vae_from: Text | None = None  # a model folder whose VAE is taken as it is; None: it is trained
+    unet_from: Text | None = None  # a model folder whose UNet and text encoders are trained further; None: from nothing
     vae: PretrainStage
     unet: PretrainStage
     loss: LossConfig = LossConfig()

@@ -93,6 +93,19 @@ def test_the_vae_of_a_model_can_be_kept(config, tmp_path):
     assert not all(torch.equal(tensor, two["unet"][name]) for name, tensor in one["unet"].items())
 
 
+def test_a_model_is_trained_further(config, tmp_path):
+    assert main(["train", str(config("first"))]) == 0
+    model = tmp_path / "first" / "tiny-sdxl"
+    further = ["--set", f"vae_from={model}", f"unet_from={model}", "seed=1", "unet.train.steps=1", "ema_decay=0.0"]
+    for name, rate in (("still", "1e-30"), ("moved", "1e-3")):
+        assert main(["train", str(config(name)), *further, f"unet.optimizer.lr={rate}"]) == 0
+    one = weights(tmp_path / "first")
+    for part, tensors in weights(tmp_path / "still").items():
+        assert all(torch.equal(tensor, one[part][name]) for name, tensor in tensors.items())
+    moved = weights(tmp_path / "moved")["unet"]
+    assert not all(torch.equal(tensor, one["unet"][name]) for name, tensor in moved.items())
+
+
 def test_an_interruption_while_it_draws_keeps_the_weights_themselves(config, tmp_path, monkeypatch):
     assert main(["train", str(config("whole"))]) == 0
     real = pretrain_tiny.sample
@@ -109,11 +122,13 @@ def test_an_interruption_while_it_draws_keeps_the_weights_themselves(config, tmp
         assert all(torch.equal(tensor, stored[part][name]) for name, tensor in tensors.items())
 
 
-def test_a_vae_that_does_not_fit_is_named_before_the_run_exists(config, tmp_path, tiny_folder, capsys):
+def test_a_start_that_does_not_fit_is_named_before_the_run_exists(config, tmp_path, tiny_folder, capsys):
     assert main(["train", str(config("run")), "--set", f"vae_from={tiny_folder}"]) == 2
     assert "latent channels" in capsys.readouterr().err
     assert main(["train", str(config("run")), "--set", "vae_from=nowhere"]) == 2
     assert "vae_from: nowhere does not exist" in capsys.readouterr().err
+    assert main(["train", str(config("run")), "--set", f"unet_from={tiny_folder}"]) == 2
+    assert "unet_from: the unet in" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
