@@ -43,8 +43,8 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     if config.adapter:
         load_adapter(model, config.adapter)
     encoder = Encoder(device)
-    clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
     references = read_references(config.clip) if config.clip else []
+    clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
     # All that can be wrong has been read by now: minutes of drawing follow.
     run = RunDirectory.create(config.name, dump_config(config), config.output)
 

@@ -115,7 +115,7 @@ def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
     if wanted.init_from:
         file = resolve_path(wanted.init_from, "adapter.init_from")
         dora_mm.load_adapter(adapted, file)
-        alphas = {layer.spec.alpha for network in adapted.values() for layer in adapted_layers(network).values()}
+        alphas = {layer.spec.alpha or 0.0 for network in adapted.values() for layer in adapted_layers(network).values()}
         if alphas != {spec.alpha}:
             found = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
             raise ValueError(f"adapter.init_from: {file} has alpha {found}, and adapter.alpha is {spec.alpha:g}")

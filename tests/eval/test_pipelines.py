@@ -140,7 +140,7 @@ def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, picture_fol
         ({"concepts": {"role": "report", "count": 7}}, "has 6 with role report, not 7"),
         ({"adapter": {"path": "nowhere"}}, "adapter.path: nowhere does not exist"),
         ({"clip": {"path": "./nowhere"}}, "clip.path: ./nowhere does not exist"),
-        ({"concepts": {"role": "report", "count": 2}}, "concepts.count: must be at least 3"),
+        ({"concepts": {"role": "report", "count": 2}}, "concepts.count: must be greater than or equal to 3"),
         ({"adapter": {"path": "other.safetensors"}}, "made for another architecture"),
         ({"clip": {"path": "CLIP", "images": "empty"}}, "clip.images: empty holds no pictures"),
     ],

@@ -208,7 +208,7 @@ BAD = {
     "the run exists": ({"output": "."}, "exists"),
     "an adapter for another model": ({"adapter__init_from": "nowhere.safetensors"}, "nowhere.safetensors"),
     "no such model": ({"model__path": "./nowhere"}, "nowhere"),
-    "a package is missing": ({"optimizer": {"name": "prodigy", "lr": 1.0}}, "prodigyopt is missing"),
+    "a package is missing": ({"optimizer": {"name": "prodigy", "lr": 1.0}}, "needs the package prodigyopt"),
 }
 
 
