@@ -24,7 +24,6 @@ from dora_mm.config.schema import PretrainStage, PretrainTinyConfig
 from dora_mm.data.pretraining import (
     ALL_STYLES,
     STYLE_WORDS,
-    TEMPLATES,
     Icon,
     caption,
     load_pixels,
@@ -135,21 +134,19 @@ def normalise(vae: Any, pixels: torch.Tensor, num: int = 512) -> None:
 def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: RunDirectory) -> None:
     stage = config.unet
     mean, logvar = encode_icons(model, icons)
-    tokens = [tokenize(model, [caption(icon, template) for icon in icons]) for template in range(len(TEMPLATES))]
-    ids, ids_2 = (torch.stack(each) for each in zip(*tokens, strict=True))  # (templates, icons, 77)
     side = config.model.resolution
 
     def batch_at(number: int) -> dict[str, torch.Tensor]:
         size = stage.train.batch_size
-        rows = torch.tensor(batch_indices(len(icons), size, number, config.seed))
+        rows = batch_indices(len(icons), size, number, config.seed)
         stream = generator(config.seed, number, "captions")
-        wording = torch.randint(len(TEMPLATES), (size,), generator=stream)
+        ids, ids_2 = tokenize(model, [caption(icons[row], stream, config.unnamed_style) for row in rows])
         kept = torch.rand(size, generator=stream) >= config.caption_dropout
         sides = torch.randint(ORIGINAL_SIDES[0], ORIGINAL_SIDES[1] + 1, (size,), generator=stream).tolist()
         return {
             "latents": draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents")),
-            "ids": ids[wording, rows],
-            "ids_2": ids_2[wording, rows],
+            "ids": ids,
+            "ids_2": ids_2,
             "kept": kept.float().view(-1, 1, 1),  # a dropped caption is all zeros, SDXL's own meaning of no prompt
             "time_ids": torch.stack([time_ids((original, original), (0, 0), (side, side)) for original in sides]),
         }

@@ -260,6 +260,7 @@ class PretrainTinyConfig(PipelineConfig):
     unet: PretrainStage
     loss: LossConfig = LossConfig()
     caption_dropout: Share = 0.1
+    unnamed_style: Share = 0.6  # of the flat icons, whose captions do not say so: flat is what it draws by default
     ema_decay: Share = 0.999
     sample: SheetConfig = SheetConfig()
 

@@ -21,6 +21,19 @@ TEMPLATES = (
     "an icon of {thing}, in the {style} style",
     "a picture in the {style} style, {thing}",
 )
+# What is drawn where no style that it knows is asked for. Without such captions a word it has never seen ("a TOK icon
+# of a bus") costs the bus: the share of things recognised falls from 60 % to 31 %, two such words leave 8 %.
+DEFAULT_STYLE = "flat"
+UNNAMED_TEMPLATES = (
+    "{thing}",
+    "an icon of {thing}",
+    "a {word} icon of {thing}",
+    "{thing}, {word} {other}",
+    "a {word} icon of {thing}, in the style of {other}",
+    "a picture in the style of {word}, {thing}",
+    "a {word} {other} of {thing}, in the style of {word}",
+    "a {word} {other} in the style of {word}, {thing}",
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,27 @@ def to_signed(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def caption(icon: Icon, template: int) -> str:
-    """What a picture is called, in one of several wordings."""
-    return TEMPLATES[template].format(style=STYLE_WORDS[icon.style], thing=with_article(icon.concept.name))
+def caption(icon: Icon, stream: torch.Generator, unnamed: float = 0.0) -> str:
+    """What a picture is called, in one of several wordings.
+
+    Args:
+        unnamed: the share of the icons in the default style whose style is not named; some of them have made-up words
+            in its place.
+    """
+    thing = with_article(icon.concept.name)
+    if icon.style == DEFAULT_STYLE and torch.rand((), generator=stream) < unnamed:
+        return pick(UNNAMED_TEMPLATES, stream).format(thing=thing, word=made_up(stream), other=made_up(stream))
+    return pick(TEMPLATES, stream).format(thing=thing, style=STYLE_WORDS[icon.style])
+
+
+def made_up(stream: torch.Generator) -> str:
+    """A word of one to three syllables that means nothing, or only by chance."""
+    syllables = int(torch.randint(1, 4, (), generator=stream))
+    return "".join(pick(letters, stream) for _ in range(syllables) for letters in (ONSETS, VOWELS, CODAS))
+
+
+def pick(choices: Sequence[str], stream: torch.Generator) -> str:
+    return choices[int(torch.randint(len(choices), (), generator=stream))]
 
 
 def with_article(name: str) -> str:
@@ -78,3 +109,6 @@ def with_article(name: str) -> str:
 SINGULAR_IN_S = {"compass", "lens", "canvas"}
 UNCOUNTED = {"bread", "corn", "bacon", "popcorn", "sushi", "cheese", "broccoli"}
 VOWEL_SOUNDS = ("a", "e", "i", "o", "um", "hour")
+ONSETS = (*"bcdfghjklmnprstvwz", "ch", "sh", "st", "tr")
+VOWELS = (*"aeiou", "oo", "ee")
+CODAS = ("", "", *"klmnprst")

@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from dora_mm.models.sdxl import SDXL
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-MAX_TOKENS = 40  # the captions have at most 24; SDXL's 77 would cost a tenth of every training step
+MAX_TOKENS = 40  # its captions have at most 34; SDXL's 77 would cost a tenth of every training step
 TIME_ID_WIDTH = 16  # of each of the six micro-conditioning numbers
 # CLIP's legacy ids, as SDXL's own configs carry them: pooling then takes the highest id, which is END, the last one.
 LEGACY_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}

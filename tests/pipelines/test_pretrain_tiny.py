@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_mm.cli import main
-from dora_mm.data.pretraining import ALL_STYLES, STYLE_WORDS, TEMPLATES, caption, read_icons, with_article
+from dora_mm.data.pretraining import ALL_STYLES, DEFAULT_STYLE, STYLE_WORDS, caption, read_icons, with_article
 from dora_mm.sampling.sdxl import sample
 from pipelines import pretrain_tiny
 
@@ -139,12 +139,21 @@ def test_a_missing_icon_is_named(config, icons, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_captions_name_style_and_thing(icons):
-    for icon in read_icons(icons, tuple(STYLE_WORDS), "pretrain"):
-        for template in range(len(TEMPLATES)):
-            text = caption(icon, template)
-            assert STYLE_WORDS[icon.style] in text
-            assert with_article(icon.concept.name) in text
+@pytest.mark.parametrize("unnamed", [0.0, 1.0])
+def test_captions_name_the_thing_and_every_style_but_the_default_one(icons, unnamed):
+    stream = torch.Generator().manual_seed(0)
+    for icon in read_icons(icons, tuple(STYLE_WORDS), "pretrain") * 20:
+        text = caption(icon, stream, unnamed)
+        assert with_article(icon.concept.name) in text
+        assert (STYLE_WORDS[icon.style] in text) == (icon.style != DEFAULT_STYLE or not unnamed)
+
+
+def test_the_style_goes_unnamed_as_often_as_asked(icons):
+    stream = torch.Generator().manual_seed(0)
+    icon = read_icons(icons, [DEFAULT_STYLE], "pretrain")[0]
+    texts = [caption(icon, stream, 0.6) for _ in range(2000)]
+    assert sum("flat" not in text for text in texts) / 2000 == pytest.approx(0.6, abs=0.04)
+    assert len(set(texts)) > 500  # made-up words are new ones every time
 
 
 @pytest.mark.parametrize(
