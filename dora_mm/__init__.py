@@ -87,7 +87,7 @@ def save_adapter(
 ) -> Path:
     """Writes the adapter of a UNet, or of {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}; returns the file.
 
-    format: "diffusers" (any tool that reads SDXL LoRA files), or "full" for weights trained by method full.
+    format: "diffusers" (what `load_lora_weights` reads), or "full" for weights trained by method full.
     metadata: further entries of the file's header.
     """
     from dora_mm import io

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from dora_mm.eval.icons import fill
 from dora_mm.eval.judge import FILES, Judge, evenly
 from dora_mm.eval.scores import Scores, join_seeds, summarize, write_json
 from dora_mm.models.sdxl import SDXL, load_sdxl
+from dora_mm.sampling.before_after import built_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
 from dora_mm.train.run import RunDirectory
@@ -256,9 +256,7 @@ class Campaign:
             networks = {part: network for part, network in model.networks.items() if part != "vae"}
             dora_mm.load_adapter(networks, self.run_folder(training) / "adapter")
         wanted = self.config.draw
-        with ExitStack() as stack:
-            for network in model.networks.values():
-                stack.enter_context(dora_mm.fixed_parameters(network))
+        with built_once(model.networks.values()):
             return sample(
                 model.pipeline(),
                 [fill(template, concept) for concept in self.concepts[choice.role] for _ in seeds],

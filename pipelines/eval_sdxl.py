@@ -5,7 +5,6 @@ adapter's) and by the adapter, go to a fitted judge (`fit_judge`); the table car
 """
 
 import logging
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from dora_mm.eval.judge import Judge
 from dora_mm.eval.scores import format_interval, markdown_table, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.sdxl import SDXL, load_sdxl
+from dora_mm.sampling.before_after import built_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
 from dora_mm.train.run import RunDirectory
@@ -93,9 +93,7 @@ def draw(
     config: EvalSDXLConfig, model: SDXL, concepts: list[Concept], template: str, description: str
 ) -> list[Image.Image]:
     seeds = config.concepts.seeds
-    with ExitStack() as stack:
-        for network in model.networks.values():
-            stack.enter_context(dora_mm.fixed_parameters(network))
+    with built_once(model.networks.values()):
         return sample(
             model.pipeline(),
             [fill(template, concept) for concept in concepts for _ in seeds],

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -40,9 +40,12 @@ def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
     run = RunDirectory.create(config.name, dump_config(config), config.output)
 
     jobs = list(product(prompts, config.seeds))
-    columns = draw(config, model, adapted, jobs)
+    columns = {}
+    for column, pictures in draw(config, model, adapted, jobs):
+        columns[column] = pictures
+        if config.images:
+            save_pictures(config, run, jobs, column, pictures)
     if config.images:
-        save_pictures(config, run, jobs, columns)
         print(f"pictures  {run.samples}")
     if config.sheet:
         labels = [prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}" for prompt, seed in jobs]
@@ -75,8 +78,8 @@ def is_whole(adapted: dict[str, torch.nn.Module]) -> bool:
 
 def draw(
     config: SampleSDXLConfig, model: SDXL, adapted: dict[str, torch.nn.Module], jobs: Sequence[tuple[str, int]]
-) -> dict[str, list[Image.Image]]:
-    """Pictures by column of the sheet: without the adapter (where there is a sheet), then each strength.
+) -> Iterator[tuple[str, list[Image.Image]]]:
+    """The columns of the sheet and their pictures: without the adapter (where there is a sheet), then each strength.
 
     Weights that were trained whole have one column.
     """
@@ -91,33 +94,33 @@ def draw(
     }
     pipe = model.pipeline()
     if not adapted or config.adapter is None:
-        return {NO_ADAPTER: sample(pipe, prompts, seeds, description=NO_ADAPTER, **settings)}
+        yield NO_ADAPTER, sample(pipe, prompts, seeds, description=NO_ADAPTER, **settings)
+        return
     if is_whole(adapted):
-        return {"adapter": sample(pipe, prompts, seeds, description="adapter", **settings)}
+        yield "adapter", sample(pipe, prompts, seeds, description="adapter", **settings)
+        return
     strengths = {f"strength {factor:g}": factor * config.adapter.strength for factor in config.strengths or (1.0,)}
     if config.sheet:
         strengths = {NO_ADAPTER: 0.0, **strengths}
-    return {
-        label: at_strength(pipe, adapted, strength, prompts, seeds, description=label, **settings)
-        for label, strength in strengths.items()
-    }
+    for label, strength in strengths.items():
+        yield label, at_strength(pipe, adapted, strength, prompts, seeds, description=label, **settings)
 
 
 def save_pictures(
     config: SampleSDXLConfig,
     run: RunDirectory,
     jobs: Sequence[tuple[str, int]],
-    columns: dict[str, list[Image.Image]],
+    column: str,
+    pictures: list[Image.Image],
 ) -> None:
     """samples/<column>/<number>-seed<seed>.png, each with what made it in its text chunk `dora_mm`."""
     common = config.model_dump(include={"model", "adapter", "steps", "guidance", "negative_prompt", "height", "width"})
-    for column, pictures in columns.items():
-        folder = run.samples / column.replace(" ", "-")
-        folder.mkdir(parents=True)
-        for index, ((prompt, seed), picture) in enumerate(zip(jobs, pictures, strict=True)):
-            about = PngImagePlugin.PngInfo()
-            about.add_itxt("dora_mm", json.dumps({"prompt": prompt, "seed": seed, "column": column, **common}))
-            picture.save(folder / f"{index // len(config.seeds):03d}-seed{seed}.png", pnginfo=about)
+    folder = run.samples / column.replace(" ", "-")
+    folder.mkdir(parents=True)
+    for index, ((prompt, seed), picture) in enumerate(zip(jobs, pictures, strict=True)):
+        about = PngImagePlugin.PngInfo()
+        about.add_itxt("dora_mm", json.dumps({"prompt": prompt, "seed": seed, "column": column, **common}))
+        picture.save(folder / f"{index // len(config.seeds):03d}-seed{seed}.png", pnginfo=about)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import TrainSDXLConfig
 from dora_mm.core import InjectReport, adapted_layers
 from dora_mm.data.images import CaptionedImage, read_captioned_images
+from dora_mm.io.atomic import write_text
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.tasks.captioned import CaptionedBatches, PromptEncoder
@@ -48,8 +49,6 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
     optimizer = build_optimizer(parameters, config.optimizer)
     schedule = build_schedule(optimizer, config.schedule, config.train.steps)
     task = DiffusionTask(model.unet, dict(model.scheduler.config), config.loss)
-    run = RunDirectory.resume(resume) if resume else start_run(accelerator, config)
-
     prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
     batches = CaptionedBatches(
         model,
@@ -65,6 +64,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
         if not prompts.trained:
             prompts.keep([*(image.caption for image in images), ""])
             idle_text_encoders(model)
+    run = RunDirectory.resume(resume) if resume else start_run(accelerator, config)
 
     optimizer = accelerator.prepare(optimizer)
     if config.train.gradient_checkpointing:
@@ -196,7 +196,7 @@ def summarise(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[str, 
         "loss": round(rows[-1]["loss"], 4),
         "adapter_mb": round(size / 1e6, 2),
     }
-    (run.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     width = max(map(len, summary))
     for name, value in summary.items():
         print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")

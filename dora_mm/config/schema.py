@@ -150,6 +150,7 @@ class SheetConfig(Section):
     every: Count = 0  # steps; 0: only at the end
     steps: PositiveInt = 25
     guidance: NonNegative = 5.0
+    batch_size: PositiveInt = 1
 
 
 class SampleConfig(SheetConfig):
@@ -194,6 +195,12 @@ class TrainSDXLConfig(PipelineConfig):
             problems.append(f"optimizer.magnitude_lr has nothing to train: {self.adapter.method} has no magnitudes")
         if self.adapter.method in ("magnitude", "full") and self.adapter.dropout:
             problems.append(f"adapter.dropout has nothing to drop: {self.adapter.method} has no A and B")
+        if self.adapter.method in ("lora", "full") and self.adapter.norm_grad != "detached":
+            problems.append(f"adapter.norm_grad has no norm to act on: {self.adapter.method} has no magnitudes")
+        if self.data.latent_cache is not None and self.data.crop == "random":
+            problems.append("data.latent_cache keeps nothing for data.crop random, which is a new crop every time")
+        if self.sample.every and not self.sample.prompts:
+            problems.append("sample.every has nothing to draw: sample.prompts is empty")
         if self.adapter.method == "full" and self.sample.strength != 1.0:
             problems.append("sample.strength must be 1 for adapter.method full: weights trained whole keep no base")
         return raise_problems(self, problems)

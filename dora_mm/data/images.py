@@ -14,9 +14,7 @@ from tqdm import tqdm
 
 from dora_mm.config import resolve_path
 from dora_mm.data.buckets import Size
-from dora_mm.data.pixels import SUFFIXES, Prepared, fit_to_bucket, load_rgb, render
-
-__all__ = ["CaptionedImage", "Prepared", "fit_to_bucket", "load_rgb", "read_captioned_images", "render"]
+from dora_mm.data.pixels import SUFFIXES, load_rgb
 
 log = logging.getLogger(__name__)
 METADATA = "metadata.jsonl"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from dora_mm.data.buckets import Framing
 from dora_mm.io.atomic import save_tensors
 
+log = logging.getLogger(__name__)
 LAYOUT = "1"  # raise it when the pixels of an equal framing change
 
 
@@ -46,7 +48,6 @@ class LatentCache:
     def __init__(self, folder: str | Path | None = None):
         self.folder = Path(folder).expanduser() if folder is not None else None
         self.memory: dict[str, Latents] = {}
-        self.recomputed: list[Path] = []  # entries that were there and damaged
 
     def get(self, key: str, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]], source: object = "") -> Latents:
         """The latents of this key; `compute` makes mean and logvar where they are missing or damaged.
@@ -80,7 +81,7 @@ class LatentCache:
         except (SafetensorError, OSError):
             intact, latents = False, None
         if not intact:
-            self.recomputed.append(path)
+            log.warning("Damaged latents are computed again: %s", path)
         return latents if intact else None
 
 

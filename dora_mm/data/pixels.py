@@ -5,27 +5,17 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageColor, ImageOps
 
-from dora_mm.data.buckets import Framing, Size, frame
+from dora_mm.data.buckets import Framing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are not run on a stranger's files
 # 80 megapixels are 240 MB of RGB; a PNG of a few kilobytes can claim thousands of times that.
 MAX_PIXELS = 80_000_000
-
-
-class Prepared(NamedTuple):
-    """One training picture and what SDXL is told about it (sizes are (h, w))."""
-
-    pixels: torch.Tensor  # (3, h, w) float32 in [-1, 1]
-    original_size: Size
-    crop_top_left: tuple[int, int]
-    target_size: Size
 
 
 def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
@@ -42,18 +32,6 @@ def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
         elif upright.mode in ("I", "F"):
             raise ValueError(f"has 32-bit pixels ({upright.mode}) of unknown range: save it with 8 or 16 bits")
         return _composed(upright, image.info.get("icc_profile"), background)
-
-
-def fit_to_bucket(
-    image: Image.Image,
-    bucket_hw: Size,
-    crop: Literal["center", "random"] = "center",
-    generator: torch.Generator | None = None,
-    flip: bool = False,
-) -> Prepared:
-    """Resizes, crops and mirrors an RGB image into its bucket; `frame` has the arguments."""
-    framing = frame((image.height, image.width), bucket_hw, crop, generator, flip)
-    return Prepared(render(image, framing), framing.original_size, framing.crop_top_left, framing.target_size)
 
 
 def render(image: Image.Image, framing: Framing) -> torch.Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary name beside `path`, flushes it to the disk and renames it. OSError, such as a full
     disk, leaves nothing behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -25,6 +25,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def flush(path: Path) -> None:

@@ -1,6 +1,5 @@
 """SDXL: load it from wherever it lies, and encode what it is conditioned on. No other file does either."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,11 +7,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+# What diffusers raises for files that are missing, damaged or of another kind of model.
+LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError)
 
 
 @dataclass
@@ -83,18 +85,22 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
         ValueError: nothing is there, or a part is missing.
     """
     local = Path(path)
+    if local.is_dir():
+        _check_parts(local)
+    elif local.is_file() and local.suffix != ".safetensors":
+        raise ValueError(f"The model {path} is a file that does not end in .safetensors: convert it first.")
+    elif not local.is_file() and not _is_hub_name(path):
+        raise ValueError(f"There is no model at {path}: give a folder, a .safetensors file or a hub name.")
     try:
         if local.is_file():
             pipe = StableDiffusionXLPipeline.from_single_file(str(local), dtype=dtype, add_watermarker=False)
         else:
-            if local.is_dir():
-                _check_parts(local)
-            elif not _is_hub_name(path):
-                raise ValueError(f"There is no model at {path}: give a folder, a .safetensors file or a hub name.")
-            pipe = StableDiffusionXLPipeline.from_pretrained(path, dtype=dtype, add_watermarker=False)
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                path, dtype=dtype, add_watermarker=False, use_safetensors=True
+            )
         if vae is not None:
             pipe.vae = load_vae(vae, dtype)
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"The model {path} cannot be loaded: {reason}") from error
     return SDXL(**{field.name: getattr(pipe, field.name) for field in fields(SDXL)})
@@ -107,8 +113,8 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
         ValueError: there is none.
     """
     try:
-        vae = AutoencoderKL.from_pretrained(str(path), dtype=dtype)
-    except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+        vae = AutoencoderKL.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
+    except LOADING_ERRORS as error:
         raise ValueError(f"The VAE {path} cannot be loaded: {' '.join(str(error).split())}") from error
     return vae.requires_grad_(False).eval()
 
@@ -131,7 +137,7 @@ def _check_parts(folder: Path) -> None:
 
 
 def tokenize(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, 77) for either encoder, each padded in its own way."""
+    """Token ids (B, L) for either encoder, each padded in its own way; L is the tokenizer's length, 77 in SDXL."""
     one, two = (
         tokenizer(
             list(prompts),
@@ -152,7 +158,7 @@ def over_long(model: SDXL, prompts: Sequence[str]) -> dict[str, int]:
 
 
 def encode_tokens(model: SDXL, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt embeddings (B, 77, D1 + D2) and pooled embedding (B, P).
+    """Prompt embeddings (B, L, D1 + D2) and pooled embedding (B, P).
 
     The embeddings are both encoders' penultimate hidden states side by side; the pooled one is encoder 2's alone.
     """
@@ -181,7 +187,7 @@ def time_ids(
 
 @torch.no_grad()
 def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance (B, 4, h, w), float32, of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1].
+    """Mean and log-variance (B, C, h, w), float32, of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1].
 
     SDXL's own VAE overflows in fp16 and says so in its config (`force_upcast`); it then runs in float32. Autocast would
     undo that, so it is off in here.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from tqdm import tqdm
 
 from dora_mm.config.schema import DataConfig
 from dora_mm.data.buckets import Framing, choose_bucket, frame
@@ -34,7 +35,7 @@ class PromptEncoder:
             self._kept.update(zip(part, zip(prompt, pooled, strict=True), strict=True))
 
     def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 77, D) and (B, P)."""
+        """(B, L, D) and (B, P), L the tokenizer's length: 77 in SDXL."""
         if self.trained:
             return encode_prompts(self.model, captions)
         self.keep(captions)
@@ -72,7 +73,7 @@ class CaptionedBatches:
     def encode_all(self) -> None:
         """Fills the cache ahead of training, for every picture whose crop is fixed."""
         if self.config.crop == "center":
-            for index in range(len(self.images)):
+            for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
                 for flip in (False, True) if self.config.flip else (False,):
                     self._latents(index, self._frame(index, flip, None))
 

@@ -17,8 +17,8 @@ PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 class Conditioned:
     """Latents with everything that the UNet is told about them."""
 
-    latents: torch.Tensor  # (B, 4, h, w), in the UNet's units
-    prompt: torch.Tensor  # (B, 77, D)
+    latents: torch.Tensor  # (B, C, h, w), in the UNet's units
+    prompt: torch.Tensor  # (B, L, D)
     pooled: torch.Tensor  # (B, P)
     time_ids: torch.Tensor  # (B, 6)
 

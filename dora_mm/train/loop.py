@@ -37,7 +37,6 @@ def fit(
     loss: Callable[[Any, torch.Generator], torch.Tensor],
     state: Mapping[str, Stateful] | None = None,
     after_step: Hook | None = None,
-    scope: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> int:
     """Trains until `config.steps` optimizer steps are done and returns how many this call did.
 
@@ -52,7 +51,6 @@ def fit(
         loss: (batch, generator) -> scalar.
         state: further objects that a checkpoint must restore, such as an EMA.
         after_step: called with the number of finished steps.
-        scope: a context in which the parameters do not change, from one optimizer step to the next.
 
     Raises:
         ValueError: the loss is no longer finite.
@@ -78,8 +76,7 @@ def fit(
         while step < config.steps:
             rate = float(schedule.get_last_lr()[0])
             with interrupt:
-                with scope():
-                    value = _accumulate(accelerator, trained, config, seed, step, batch_at)
+                value = _accumulate(accelerator, trained, config, seed, step, batch_at)
                 norm = _update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                 step += 1
             if not math.isfinite(value):

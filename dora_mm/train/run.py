@@ -6,6 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dora_mm.io.atomic import write_text
+
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
@@ -30,8 +32,8 @@ class RunDirectory:
             ValueError: `output` exists, or lies below a file.
         """
         path = _claim(Path(output).expanduser()) if output is not None else _claim_number(root / name)
-        (path / "config.yaml").write_text(config_text, encoding="utf-8")
-        (path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(path / "config.yaml", config_text)  # last: it is what makes the folder a run
         return cls(path)
 
     @classmethod

@@ -218,6 +218,9 @@ def test_a_run_is_named_after_its_file_whatever_that_is_called(write):
         (["adapter.method=full", "sample.strength=0.5"], "sample.strength must be 1"),
         (["adapter.method=full", "model.dtype=bfloat16"], "model.dtype must be float32"),
         (["adapter.method=lora", "optimizer.magnitude_lr=1e-3"], "no magnitudes"),
+        (["adapter.method=lora", "adapter.norm_grad=exact"], "adapter.norm_grad has no norm"),
+        (["data.latent_cache=x", "data.crop=random"], "data.latent_cache keeps nothing"),
+        (["sample.every=5"], "sample.every has nothing to draw"),
         (["optimizer.name=prodigy", "optimizer.magnitude_lr=1.0"], "optimizer.magnitude_lr is for adamw"),
     ],
 )

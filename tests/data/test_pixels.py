@@ -9,8 +9,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from dora_mm.data.buckets import choose_bucket, frame
-from dora_mm.data.images import fit_to_bucket, load_rgb, render
-from dora_mm.data.pixels import MAX_PIXELS
+from dora_mm.data.pixels import MAX_PIXELS, load_rgb, render
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -220,13 +219,14 @@ def test_formats_with_rare_decoders_are_not_opened(tmp_path):
 
 
 def test_pixels_span_minus_one_to_one_in_channel_order():
-    prepared = fit_to_bucket(quadrants(64), (64, 128))
-    assert prepared.pixels.shape == (3, 64, 128)
-    assert prepared.pixels.dtype == torch.float32
-    assert prepared.pixels[:, 1, 1].tolist() == [1, -1, -1]
-    assert prepared.pixels[:, 1, -2].tolist() == [-1, 1, -1]
-    assert prepared.pixels[:, -2, 1].tolist() == [-1, -1, 1]
-    assert prepared[1:] == ((64, 128), (0, 0), (64, 128))
+    framing = frame((64, 128), (64, 128), "center")
+    pixels = render(quadrants(64), framing)
+    assert pixels.shape == (3, 64, 128)
+    assert pixels.dtype == torch.float32
+    assert pixels[:, 1, 1].tolist() == [1, -1, -1]
+    assert pixels[:, 1, -2].tolist() == [-1, 1, -1]
+    assert pixels[:, -2, 1].tolist() == [-1, -1, 1]
+    assert (framing.original_size, framing.crop_top_left, framing.target_size) == ((64, 128), (0, 0), (64, 128))
 
 
 def test_the_conditioned_crop_is_the_crop_that_was_taken():
@@ -234,10 +234,10 @@ def test_the_conditioned_crop_is_the_crop_that_was_taken():
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (32, 1))).convert("RGB")
     for seed in range(5):
         for flip in (False, True):
-            prepared = fit_to_bucket(ramp, (32, 32), "random", torch.Generator().manual_seed(seed), flip)
-            columns = ((prepared.pixels[0, 0] + 1) * 127.5 / 4).round().int().tolist()
-            assert prepared.crop_top_left[0] == 0
-            first = prepared.crop_top_left[1]
+            framing = frame((32, 64), (32, 32), "random", torch.Generator().manual_seed(seed), flip)
+            columns = ((render(ramp, framing)[0, 0] + 1) * 127.5 / 4).round().int().tolist()
+            assert framing.crop_top_left[0] == 0
+            first = framing.crop_top_left[1]
             if flip:  # the mirrored image's column j shows column 63 - j of the stored one
                 assert columns == [63 - first - index for index in range(32)]
             else:
@@ -247,9 +247,9 @@ def test_the_conditioned_crop_is_the_crop_that_was_taken():
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 20_000)])
 def test_extreme_shapes_cost_no_memory(size):
     bucket = choose_bucket(size, 512)
-    prepared = fit_to_bucket(Image.new("RGB", size[::-1], RED), bucket)
-    assert prepared.pixels.shape == (3, *bucket)
-    assert prepared.pixels.amin(dim=(1, 2)).tolist() == [1, -1, -1]
+    pixels = render(Image.new("RGB", size[::-1], RED), frame(size, bucket, "center"))
+    assert pixels.shape == (3, *bucket)
+    assert pixels.amin(dim=(1, 2)).tolist() == [1, -1, -1]
 
 
 def test_resizing_only_the_crop_gives_the_crop_of_the_resized_image():
@@ -268,7 +268,8 @@ def test_original_size_is_before_resizing_and_after_turning(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (300, 200)).save(tmp_path / "a.jpg", exif=exif)
-    prepared = fit_to_bucket(load_rgb(tmp_path / "a.jpg"), (128, 96))
-    assert prepared.original_size == (300, 200)
-    assert prepared.crop_top_left == (8, 0)
-    assert prepared.target_size == (128, 96)
+    image = load_rgb(tmp_path / "a.jpg")
+    framing = frame((image.height, image.width), (128, 96), "center")
+    assert framing.original_size == (300, 200)
+    assert framing.crop_top_left == (8, 0)
+    assert framing.target_size == (128, 96)

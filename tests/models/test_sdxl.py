@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 
 from dora_mm.models.sdxl import (
     draw_latents,
@@ -115,6 +116,25 @@ def test_a_model_without_a_part_is_one_sentence(tiny_folder, tmp_path, part):
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="is not an SDXL model"):
         load_sdxl(str(tmp_path))
+
+
+def test_a_file_of_another_kind_is_one_sentence(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"pickled")
+    with pytest.raises(ValueError, match=r"does not end in \.safetensors"):
+        load_sdxl(str(tmp_path / "model.ckpt"))
+    save_file({"lora_A": torch.zeros(2)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_sdxl(str(tmp_path / "adapter.safetensors"))
+
+
+def test_pickled_weights_are_refused(tiny_folder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_folder, folder)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_sdxl(str(folder))
 
 
 def test_a_path_that_is_not_there():

@@ -14,7 +14,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
@@ -206,7 +206,9 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, kill):
 BAD = {
     "no caption holds the placeholder": ({"data__placeholder": "SKS"}, "SKS"),
     "the run exists": ({"output": "."}, "exists"),
-    "an adapter for another model": ({"adapter__init_from": "nowhere.safetensors"}, "nowhere.safetensors"),
+    "no such adapter": ({"adapter__init_from": "nowhere.safetensors"}, "nowhere.safetensors"),
+    "an adapter for another model": ({"adapter__init_from": "foreign.safetensors"}, "foreign.safetensors"),
+    "a broken image": ({"data__folder": "broken"}, "broken.png is empty"),
     "no such model": ({"model__path": "./nowhere"}, "nowhere"),
     "a package is missing": ({"optimizer": {"name": "prodigy", "lr": 1.0}}, "needs the package prodigyopt"),
 }
@@ -217,6 +219,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(config, tmp_path, name, ca
     changes, said = BAD[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    foreign = {f"unet.mid_block.other.to_q.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
+    save_file(foreign, tmp_path / "foreign.safetensors")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "broken.png").touch()
+    (tmp_path / "broken" / "broken.txt").write_text("a TOK icon of a bus")
     before = sorted(tmp_path.rglob("*"))
     path = config(**changes)
     assert main(["train", str(path)]) == 2

@@ -55,6 +55,28 @@ def test_strength_zero_is_the_bare_model(tiny):
     assert np.abs(pixels(bare) - pixels(one)).max() > 5
 
 
+def test_half_precision_is_merged_while_it_draws_and_restored(tiny):
+    inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
+    for name, parameter in tiny.unet.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    single = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
+    for network in tiny.networks.values():
+        network.bfloat16()
+    before = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
+    layer = next(iter(adapted_layers(tiny.unet).values()))
+    seen = []
+    hook = layer.register_forward_hook(lambda module, *_: seen.append(module.merged))
+    half = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
+    bare = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 0.0, ["a bus"], [0], steps=2)[0]
+    hook.remove()
+    assert seen == [True, True, False, False]
+    assert np.abs(pixels(half) - pixels(single)).mean() < 0.5 * np.abs(pixels(half) - pixels(bare)).mean()
+    after = tiny.unet.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_the_sheet_of_a_run_is_drawn_at_its_strength(tiny):
     inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
     for name, parameter in tiny.unet.named_parameters():

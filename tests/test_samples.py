@@ -1,0 +1,56 @@
+"""What is shipped in samples/ fits together: the model, its judge, the pictures and the configs that name them."""
+
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionXLPipeline
+
+from dora_mm.cli import main
+from dora_mm.config import load_config
+from dora_mm.data.images import read_captioned_images
+from dora_mm.data.latents import module_digest
+from dora_mm.eval.judge import Judge
+from dora_mm.models.sdxl import load_sdxl
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "samples" / "tiny-sdxl"
+
+
+def test_the_embedded_model_is_small_and_plain_diffusers_draws_with_it():
+    assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= 25e6
+    assert not [file for file in MODEL.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
+    pipe = StableDiffusionXLPipeline.from_pretrained(MODEL)
+    picture = pipe("a flat icon of a bus", num_inference_steps=1, height=128, width=128).images[0]
+    assert picture.size == (128, 128)
+
+
+def test_the_judge_was_fitted_for_the_embedded_model_and_is_one():
+    judge = Judge.load(ROOT / "samples" / "judge")
+    model = load_sdxl(str(MODEL))
+    judge.check_model(model.resolution, module_digest(model.vae))
+    assert judge.shortcomings() == []
+
+
+@pytest.mark.parametrize(("name", "role", "count"), [("tiny_3d_icon", "icon3d", 23), ("tiny_lego", "lego", 61)])
+def test_what_an_adapter_trains_on_is_never_reported(name, role, count):
+    data = load_config(ROOT / "configs" / "sdxl" / f"{name}.yaml").data
+    images = read_captioned_images(
+        ROOT / data.folder, instance_prompt=data.instance_prompt, placeholder=data.placeholder
+    )
+    judge = Judge.load(ROOT / "samples" / "judge")
+    trained = {concept.name.replace(" ", "_").lower() for concept in judge.choose(role)}
+    assert len(images) == count
+    assert {image.path.stem for image in images} <= trained
+    assert not trained & {concept.name.replace(" ", "_").lower() for concept in judge.choose("report")}
+
+
+def test_the_demo_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    run, scores = tmp_path / "demo", tmp_path / "scores"
+    short = [f"output={run}", "train.steps=1", "sample.steps=1"]
+    assert main(["train", "configs/sdxl/demo.yaml", "--set", *short]) == 0
+    assert f"sheet    {run / 'sheet.png'}" in capsys.readouterr().out
+    short = [f"output={scores}", f"adapter.path={run / 'adapter'}", "concepts.count=3", "draw.steps=1"]
+    assert main(["eval", "configs/sdxl/eval_demo.yaml", "--set", *short]) == 0
+    assert "style share" in capsys.readouterr().out
+    assert (scores / "sheet.png").is_file()
