@@ -1,4 +1,5 @@
-"""Trains the embedded model from nothing: its VAE on every style, then text encoders and UNet on flat styles only.
+"""Trains the embedded model from nothing: its VAE on every style, text encoders and UNet on flat styles only, then the
+VAE's decoder once more, on what the UNet leaves of latents of every style.
 
 The UNet never sees a 3D icon or a brick: those are what adapters learn.
 """
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from dora_mm.config.loader import dump_config, resolve_path
-from dora_mm.config.schema import PretrainStage, PretrainTinyConfig
+from dora_mm.config.schema import DecoderStage, PretrainStage, PretrainTinyConfig
 from dora_mm.data.pretraining import (
     ALL_STYLES,
     STYLE_WORDS,
@@ -46,7 +47,7 @@ from dora_mm.models.tiny_sdxl import build_tiny_sdxl, shift_latents
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
 from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
-from dora_mm.tasks.vae import ReconstructionTask, psnr
+from dora_mm.tasks.vae import DecodingTask, ReconstructionTask, psnr
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, build_schedule
 from dora_mm.train.run import RunDirectory
@@ -81,6 +82,8 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
     if not config.vae_from:
         train_vae(config, model.vae, every_icon, run.stage("vae"))
     train_unet(config, model, flat_icons, run)
+    if config.decoder:
+        train_decoder(config, config.decoder, model, every_icon, run.stage("decoder"))
     show(config, model, run)
     log.info("The model is in %s, pictures by it in %s.", run.path / "tiny-sdxl", run.sheet)
 
@@ -183,6 +186,31 @@ def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: 
         config, stage, trained, loss, batch_at, run.stage("unet"), state={"ema": average}, after_step=after_step
     )
     average.copy_to([p for network in trained.values() for p in network.parameters()])
+    model.freeze()
+
+
+def train_decoder(
+    config: PretrainTinyConfig, stage: DecoderStage, model: SDXL, icons: list[Icon], run: RunDirectory
+) -> None:
+    """The encoder stays as it is, so what the UNet has learned holds."""
+    mean, logvar = encode_icons(model, icons)
+    pixels = load_pixels(icons, config.model.resolution)
+    size, side = stage.train.batch_size, config.model.resolution
+    # No captions: at these times the latents themselves say what is drawn, and half of the styles have none.
+    ids = tokenize(model, [""])
+    prompt, pooled = (torch.zeros_like(each).expand(size, *each.shape[1:]) for each in encode_tokens(model, *ids))
+    sizes = time_ids((side, side), (0, 0), (side, side)).expand(size, -1)
+
+    def batch_at(number: int) -> tuple[torch.Tensor, Conditioned]:
+        rows = torch.tensor(batch_indices(len(icons), size, number, config.seed))
+        latents = draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents"))
+        return to_signed(pixels[rows]), Conditioned(latents, prompt, pooled, sizes)
+
+    task = DecodingTask(model.vae, DiffusionTask(model.unet, model.scheduler.config, config.loss), stage.max_time)
+    model.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = {"decoder": model.vae.decoder, "post_quant_conv": model.vae.post_quant_conv}
+    train_stage(config, stage, trained, task.loss, batch_at, run)
+    model.vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.freeze()
 
 

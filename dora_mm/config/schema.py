@@ -243,6 +243,10 @@ class PretrainStage(Section):
     train: TrainConfig
 
 
+class DecoderStage(PretrainStage):
+    max_time: PositiveInt = 150  # of the scheduler's 1000: up to where latents are noised
+
+
 class TinyModelConfig(Section):
     resolution: PixelSize = 128
     num_merges: Annotated[int, Field(ge=0, le=4096)] = 2000  # of CLIP's byte-pair merges: the vocabulary
@@ -253,7 +257,7 @@ class TinyModelConfig(Section):
 
 
 class PretrainTinyConfig(PipelineConfig):
-    """The embedded model from nothing: first its VAE, then text encoders and UNet together."""
+    """The embedded model from nothing: its VAE, then text encoders and UNet, then the decoder once more."""
 
     command: ClassVar[str] = "train"
     pipeline: Literal["pretrain_tiny"]
@@ -265,6 +269,7 @@ class PretrainTinyConfig(PipelineConfig):
     unet_from: Text | None = None  # a model folder whose UNet and text encoders are trained further; None: from nothing
     vae: PretrainStage
     unet: PretrainStage
+    decoder: DecoderStage | None = None  # the VAE's decoder learns to read latents as the UNet leaves them; None: not
     loss: LossConfig = LossConfig()
     caption_dropout: Share = 0.1
     unnamed_style: Share = 0.6  # of the flat icons, whose captions do not say so: flat is what it draws by default
@@ -274,12 +279,13 @@ class PretrainTinyConfig(PipelineConfig):
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyConfig":
         problems = []
-        for name, stage in (("vae", self.vae), ("unet", self.unet)):
+        stages = {"vae": self.vae, "unet": self.unet} | ({"decoder": self.decoder} if self.decoder else {})
+        for name, stage in stages.items():
             problems += check_training(stage.optimizer, stage.schedule, stage.train)
             if stage.optimizer.magnitude_lr is not None:
                 problems.append(f"{name}.optimizer.magnitude_lr has nothing to train: a model has no magnitudes")
-        if self.vae.train.mixed_precision != self.unet.train.mixed_precision:
-            problems.append("vae.train.mixed_precision and unet.train.mixed_precision must be the same")
+        if len({stage.train.mixed_precision for stage in stages.values()}) > 1:
+            problems.append(f"train.mixed_precision must be the same in {', '.join(stages)}")
         return raise_problems(self, problems)
 
 

@@ -51,15 +51,27 @@ class DiffusionTask:
         count = len(latents)
         noise = self._noise(latents, generator)
         times = self._times(count, generator).to(latents.device)
-        predicted = self.unet(
-            self.schedule.add_noise(latents, noise, times),
+        predicted = self._predict(batch, self.schedule.add_noise(latents, noise, times), times)
+        target = noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, times)
+        error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
+        return (error.mean(dim=(1, 2, 3)) * self.weights(times)).mean()
+
+    def denoised(self, batch: Conditioned, times: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The latents, noised to `times` (B,) and predicted back in one step."""
+        noised = self.schedule.add_noise(batch.latents, self._noise(batch.latents, generator), times)
+        predicted = self._predict(batch, noised, times).float()
+        signal = self.schedule.alphas_cumprod.to(times.device)[times].float().view(-1, 1, 1, 1)
+        if self.prediction == "epsilon":
+            return (noised - (1 - signal).sqrt() * predicted) / signal.sqrt()
+        return signal.sqrt() * noised - (1 - signal).sqrt() * predicted
+
+    def _predict(self, batch: Conditioned, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        return self.unet(
+            noised,
             times,
             encoder_hidden_states=batch.prompt,
             added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
         ).sample
-        target = noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, times)
-        error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
-        return (error.mean(dim=(1, 2, 3)) * self.weights(times)).mean()
 
     def weights(self, times: torch.Tensor) -> torch.Tensor:
         """The weight of each time (B,): Hang et al. 2023 (arXiv 2303.09556), with gamma from the config."""

@@ -21,6 +21,11 @@ STAGE = {
     "train": {"steps": 3, "batch_size": 2, "checkpoint_every": 1, "keep_checkpoints": 9},
 }
 
+KILLED = {  # the last checkpoint of each stage, as if the run had been killed in the stage's second step
+    "in the unet": {"vae": 3, "unet": 1, "decoder": 0},
+    "in the decoder": {"vae": 3, "unet": 3, "decoder": 1},
+}
+
 
 @pytest.fixture
 def icons(tmp_path):
@@ -49,7 +54,8 @@ def config(tmp_path, icons):
             "icons": str(icons),
             "model": {"resolution": 64, "num_merges": 100, "vae_channels": [8, 8, 8, 8], "unet_channels": [16, 16, 32]},
             "vae": copy.deepcopy(STAGE),  # an alias in the file would be refused
-            "unet": STAGE,
+            "unet": copy.deepcopy(STAGE),
+            "decoder": STAGE,
             "ema_decay": 0.5,
             "sample": {"prompts": ["a flat icon of a bus"], "steps": 2, "every": 2},
         }
@@ -63,7 +69,8 @@ def weights(run):
     return {part: load_file(next((run / "tiny-sdxl" / part).glob("*.safetensors"))) for part in ("unet", "vae")}
 
 
-def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_path):
+@pytest.mark.parametrize("killed", KILLED)
+def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_path, killed):
     assert main(["train", str(config("whole"))]) == 0
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole" / "tiny-sdxl")
     assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
@@ -75,7 +82,11 @@ def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_pa
 
     assert main(["train", str(config("parts"))]) == 0
     run = tmp_path / "parts"
-    for stage, kept in (("vae", 3), ("unet", 1)):  # as if it had been killed in the UNet's second step
+    for stage, kept in (
+        ("vae", 3),
+        ("unet", 3),
+        ("decoder", 1),
+    ):  # as if it had been killed in the last one's second step
         for step in range(kept + 1, 4):
             folder = run / stage / "checkpoints" / f"step-{step:06d}"
             folder.rename(folder.with_name("gone-" + folder.name))
@@ -84,19 +95,29 @@ def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_pa
         assert all(torch.equal(tensor, stored[part][name]) for name, tensor in tensors.items())
 
 
-def test_the_vae_of_a_model_can_be_kept(config, tmp_path):
+def test_the_encoder_of_a_model_is_kept(config, tmp_path):
     assert main(["train", str(config("first"))]) == 0
     model = tmp_path / "first" / "tiny-sdxl"
     assert main(["train", str(config("second")), "--set", f"vae_from={model}", "seed=1"]) == 0
     one, two = weights(tmp_path / "first"), weights(tmp_path / "second")
-    assert all(torch.equal(tensor, two["vae"][name]) for name, tensor in one["vae"].items())
+    kept = {name: torch.equal(tensor, two["vae"][name]) for name, tensor in one["vae"].items()}
+    assert {name.split(".")[0] for name, same in kept.items() if same} == {"encoder", "quant_conv"}
+    assert all(same for name, same in kept.items() if name.startswith(("encoder", "quant_conv")))
     assert not all(torch.equal(tensor, two["unet"][name]) for name, tensor in one["unet"].items())
 
 
 def test_a_model_is_trained_further(config, tmp_path):
     assert main(["train", str(config("first"))]) == 0
     model = tmp_path / "first" / "tiny-sdxl"
-    further = ["--set", f"vae_from={model}", f"unet_from={model}", "seed=1", "unet.train.steps=1", "ema_decay=0.0"]
+    further = [
+        "--set",
+        f"vae_from={model}",
+        f"unet_from={model}",
+        "decoder=null",
+        "seed=1",
+        "unet.train.steps=1",
+        "ema_decay=0.0",
+    ]
     for name, rate in (("still", "1e-30"), ("moved", "1e-3")):
         assert main(["train", str(config(name)), *further, f"unet.optimizer.lr={rate}"]) == 0
     one = weights(tmp_path / "first")

@@ -117,3 +117,16 @@ def test_what_cannot_be_trained_is_refused(tiny):
         DiffusionTask(tiny.unet, {**tiny.scheduler.config, "prediction_type": "sample"}, LossConfig())
     with pytest.raises(ValueError, match="needs v_prediction"):
         DiffusionTask(tiny.unet, dict(EulerDiscreteScheduler(rescale_betas_zero_snr=True).config), LossConfig())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_what_is_predicted_perfectly_comes_back(tiny, prediction):
+    """The one-step estimate inverts how noise was added, whatever the network predicts."""
+    batch, times = make_batch(3), torch.tensor([0, 400, 900])
+    scheduler_config = {**tiny.scheduler.config, "prediction_type": prediction, "rescale_betas_zero_snr": False}
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(5))
+    schedule = DDPMScheduler.from_config(scheduler_config)
+    target = noise if prediction == "epsilon" else schedule.get_velocity(batch.latents, noise, times)
+    found = DiffusionTask(Recorder(lambda *_: target), scheduler_config, LossConfig())
+    latents = found.denoised(batch, times, torch.Generator().manual_seed(5))
+    torch.testing.assert_close(latents, batch.latents, atol=1e-4, rtol=1e-4)
