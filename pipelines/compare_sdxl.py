@@ -27,6 +27,7 @@ from tqdm import tqdm
 import dora_mm
 from dora_mm.config.loader import differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.schema import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
+from dora_mm.data.images import read_captioned_images
 from dora_mm.data.latents import module_digest
 from dora_mm.eval.comparison import FULL, Result, Variant, contrasts_table, results_csv, results_table, variants
 from dora_mm.eval.encoder import Encoder
@@ -143,10 +144,13 @@ class Campaign:
         return self.config.tune, self.config.report
 
     def inputs(self, model: SDXL) -> dict[str, str]:
-        """The identity of what the config names: the base config, the model's weights and the judge."""
-        judge = resolve_path(self.config.judge, "judge")
+        """The identity of what the config names: the base config, its pictures, the model's weights and the judge."""
+        judge, data = resolve_path(self.config.judge, "judge"), self.base.data
+        images = read_captioned_images(data.folder, instance_prompt=data.instance_prompt, placeholder=data.placeholder)
+        captioned = json.dumps([(image.digest, image.caption) for image in images])
         return {
             "base": dump_config(self.base),
+            "the pictures": hashlib.sha256(captioned.encode()).hexdigest(),
             **{f"the model's {name}": module_digest(network) for name, network in model.networks.items()},
             "the judge's files": hashlib.sha256(b"".join((judge / name).read_bytes() for name in FILES)).hexdigest(),
         }

@@ -265,7 +265,7 @@ class PretrainTinyConfig(PipelineConfig):
     output: Text | None = None
     icons: Text = "build/icons"  # what build_samples made
     model: TinyModelConfig = TinyModelConfig()
-    vae_from: Text | None = None  # a model folder whose VAE is taken as it is; None: it is trained
+    vae_from: Text | None = None  # a model folder whose VAE is taken; None: it is trained
     unet_from: Text | None = None  # a model folder whose UNet and text encoders are trained further; None: from nothing
     vae: PretrainStage
     unet: PretrainStage
