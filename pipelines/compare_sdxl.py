@@ -27,7 +27,7 @@ from tqdm import tqdm
 import dora_mm
 from dora_mm.config.loader import differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.schema import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
-from dora_mm.data.images import read_captioned_images
+from dora_mm.data.images import digest_of, read_captioned_images
 from dora_mm.data.latents import module_digest
 from dora_mm.eval.comparison import FULL, Result, Variant, contrasts_table, results_csv, results_table, variants
 from dora_mm.eval.encoder import Encoder
@@ -43,7 +43,6 @@ from dora_mm.train.run import RunDirectory
 log = logging.getLogger(__name__)
 BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
 DONE = "summary.json"  # the last thing that a training writes
-INPUTS = "inputs.json"  # what the finished trainings and scores were made from
 FREE_KEYS = ("workers", "columns", "name")  # these change no number
 POLL_SECONDS = 0.2
 
@@ -147,10 +146,9 @@ class Campaign:
         """The identity of what the config names: the base config, its pictures, the model's weights and the judge."""
         judge, data = resolve_path(self.config.judge, "judge"), self.base.data
         images = read_captioned_images(data.folder, instance_prompt=data.instance_prompt, placeholder=data.placeholder)
-        captioned = json.dumps([(image.digest, image.caption) for image in images])
         return {
             "base": dump_config(self.base),
-            "the pictures": hashlib.sha256(captioned.encode()).hexdigest(),
+            "the pictures and captions": digest_of(images),
             **{f"the model's {name}": module_digest(network) for name, network in model.networks.items()},
             "the judge's files": hashlib.sha256(b"".join((judge / name).read_bytes() for name in FILES)).hexdigest(),
         }
@@ -325,14 +323,11 @@ def open_folder(config: CompareSDXLConfig, inputs: dict[str, str]) -> Path:
     folder = Path(config.output).expanduser()
     saved = folder / "config.yaml"
     if not folder.exists():
-        RunDirectory.create(config.name, dump_config(config), config.output)
-        write_json(folder / INPUTS, inputs)
-        return folder
+        return RunDirectory.create(config.name, dump_config(config), config.output, inputs=inputs).path
     if not saved.is_file():
         raise ValueError(f"output: {folder} exists and is no comparison: name another folder")
     differing = [key for key in differing_keys(load_config(saved), config) if key not in FREE_KEYS]
-    before = json.loads((folder / INPUTS).read_text())
-    differing += [name for name, value in inputs.items() if before.get(name) != value]
+    differing += RunDirectory(folder).changed(inputs)
     if differing:
         raise ValueError(f"output: {folder} was started with other values of {', '.join(differing)}: name another")
     return folder

@@ -15,7 +15,7 @@ import dora_mm
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import TrainSDXLConfig
 from dora_mm.core import InjectReport, adapted_layers
-from dora_mm.data.images import CaptionedImage, read_captioned_images
+from dora_mm.data.images import CaptionedImage, digest_of, read_captioned_images
 from dora_mm.io.atomic import write_text
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
 from dora_mm.sampling.before_after import before_after_sheet
@@ -64,7 +64,8 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
         if not prompts.trained:
             prompts.keep([*(image.caption for image in images), ""])
             idle_text_encoders(model)
-    run = RunDirectory.resume(resume) if resume else start_run(accelerator, config)
+    inputs = {"the pictures and captions": digest_of(images)}
+    run = RunDirectory.resume(resume, inputs) if resume else start_run(accelerator, config, inputs)
 
     optimizer = accelerator.prepare(optimizer)
     if config.train.gradient_checkpointing:
@@ -129,13 +130,13 @@ def summary_of(name: str, report: InjectReport) -> str:
     return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
 
 
-def start_run(accelerator: Accelerator, config: TrainSDXLConfig) -> RunDirectory:
+def start_run(accelerator: Accelerator, config: TrainSDXLConfig, inputs: dict[str, str]) -> RunDirectory:
     """One folder for all processes, made by the first."""
     from accelerate.utils import broadcast_object_list
 
     made: list[Any] = [None]
     if accelerator.is_main_process:
-        made = [RunDirectory.create(config.name, dump_config(config), config.output)]
+        made = [RunDirectory.create(config.name, dump_config(config), config.output, inputs=inputs)]
     return broadcast_object_list(made)[0]
 
 

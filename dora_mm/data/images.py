@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,11 @@ def read_captioned_images(
         raise ValueError(_report(root, problems))
     _log_notes(root, names, images, fell_back if len(fell_back) < len(images) else [])
     return images
+
+
+def digest_of(images: Sequence[CaptionedImage]) -> str:
+    """The identity of a data set: pictures, captions and their order."""
+    return hashlib.sha256(json.dumps([(image.digest, image.caption) for image in images]).encode()).hexdigest()
 
 
 def measure(path: Path) -> Size:

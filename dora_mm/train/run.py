@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from dora_mm.io.atomic import write_text
 
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
+
+INPUTS = "inputs.json"
 
 
 class RunDirectory:
@@ -24,28 +27,45 @@ class RunDirectory:
 
     @classmethod
     def create(
-        cls, name: str, config_text: str, output: str | None = None, root: Path = Path("runs")
+        cls,
+        name: str,
+        config_text: str,
+        output: str | None = None,
+        root: Path = Path("runs"),
+        inputs: Mapping[str, str] | None = None,
     ) -> "RunDirectory":
         """A new folder with the resolved config and the versions in it: `output`, or the next number of `name`.
+
+        Args:
+            inputs: digests, by what they are of, of the files that the config only names.
 
         Raises:
             ValueError: `output` exists, or lies below a file.
         """
         path = _claim(Path(output).expanduser()) if output is not None else _claim_number(root / name)
         write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(path / INPUTS, json.dumps(dict(inputs or {}), indent=2) + "\n")
         write_text(path / "config.yaml", config_text)  # last: it is what makes the folder a run
         return cls(path)
 
     @classmethod
-    def resume(cls, path: Path) -> "RunDirectory":
+    def resume(cls, path: Path, inputs: Mapping[str, str] | None = None) -> "RunDirectory":
         """An existing run's folder.
 
         Raises:
-            ValueError: there is no run in it.
+            ValueError: there is no run in it, or one that was started with other `inputs`.
         """
         if not (path / "config.yaml").is_file():
             raise ValueError(f"{path} is not a run directory: it holds no config.yaml.")
-        return cls(path)
+        run = cls(path)
+        if changed := run.changed(inputs or {}):
+            raise ValueError(f"{path} cannot go on: since it was started, {' and '.join(changed)} have changed.")
+        return run
+
+    def changed(self, inputs: Mapping[str, str]) -> list[str]:
+        """Which of the inputs are others than those that the run was started with."""
+        before = json.loads((self.path / INPUTS).read_text()) if inputs else {}
+        return [name for name, digest in inputs.items() if before.get(name) != digest]
 
     def stage(self, name: str) -> "RunDirectory":
         """A folder inside it for one stage of a run that has several, with checkpoints and metrics of its own."""

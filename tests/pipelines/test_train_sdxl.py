@@ -203,6 +203,14 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, kill):
     assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
 
 
+def test_a_run_goes_on_with_its_own_pictures_only(config, tmp_path, picture_folder, capsys):
+    assert main(["train", str(config(sample__prompts=[]))]) == 0
+    captions = picture_folder / "metadata.jsonl"
+    captions.write_text(captions.read_text().replace("thing 3", "thing three"))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert "since it was started, the pictures and captions have changed" in capsys.readouterr().err
+
+
 BAD = {
     "no caption holds the placeholder": ({"data__placeholder": "SKS"}, "SKS"),
     "the run exists": ({"output": "."}, "exists"),
