@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from typing import TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from dora_mm.data.bricks import brick_grid, fit_square, ldraw_sheet, sheet_cells
+from dora_mm.data.bricks import brick_grid, cut_sheet, ldraw_sheet
 from dora_mm.data.icons import Concept, IconSet, codepoint_key, dump_concepts, on_white, read_concepts, render_svg
 from dora_mm.data.pretraining import with_article
 
@@ -50,10 +51,23 @@ SVG_PACKAGES = {  # style: npm package. OpenMoji is share-alike and stays out.
 PACKAGE_3D = "@lobehub/fluent-emoji-3d@1.1.0"
 
 SIZE = 256  # pixels of every picture
-STUDS = 13  # longer side of a brick model: 9 pixels a stud in a picture of 128, where one still sees the studs
+# Longer side of a brick model. With one stud's margin a stud is 8 pixels of 128: one still sees it, and it is what the
+# embedded VAE turns into one latent.
+STUDS = 14
 MODELS_PER_SHEET, SHEET_COLUMNS, SHEET_PIXELS = 16, 4, 1800  # LeoCAD takes 0.8 s to start and 0.1 s per model
-# Seen from 25 degrees off the studs' axis: the outline stays the icon's, and the bricks have height.
-LEOCAD = ["--camera-angles", "65", "0", "--orthographic", "--shading", "full", "--line-width", "3", "--aa-samples", "8"]
+ELEVATION = 65  # of the camera, in degrees: the outline stays the icon's, and the bricks have height
+LEOCAD = [
+    "--camera-angles",
+    str(ELEVATION),
+    "0",
+    "--orthographic",
+    "--shading",
+    "full",
+    "--line-width",
+    "3",
+    "--aa-samples",
+    "8",
+]
 
 # Edges of bricks are hard for webp: at 90 a brick picture takes 22 kB, at 70 it takes 14 and looks the same.
 WEBP_QUALITY = {"brick": 70}
@@ -182,8 +196,8 @@ def draw_bricks(sheet: list[Concept], icon_set: IconSet) -> list[Image.Image]:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not picture.exists():
             raise ValueError(f"leocad drew nothing: {last_line(result.stderr + result.stdout)}")
-        cells = sheet_cells(Image.open(picture).convert("RGBA"), len(grids), SHEET_COLUMNS, STUDS)
-    return [fit_square(cell, SIZE, margin=8) for cell in cells]
+        sheet_picture = Image.open(picture).convert("RGBA")
+    return cut_sheet(sheet_picture, grids, SHEET_COLUMNS, STUDS, SIZE, squeeze=math.sin(math.radians(ELEVATION)))
 
 
 def write_sample_set(folder: Path, pictures: Path, concepts: list[Concept], caption: str) -> None:

@@ -8,7 +8,7 @@ R, C rows and columns of the brick grid; P colours of the palette.
 import numpy as np
 from PIL import Image
 
-__all__ = ["PALETTE", "brick_grid", "fit_square", "ldraw_sheet", "sheet_cells", "srgb_to_lab"]
+__all__ = ["PALETTE", "brick_grid", "cut_sheet", "ldraw_sheet", "srgb_to_lab"]
 
 # LDraw colour code -> sRGB, copied from LDConfig.ldr (2024-12-19). Left out on purpose: dark red, dark blue and other
 # shades that a render shades down to near black, and near-duplicates that would only speckle a plain surface.
@@ -136,33 +136,37 @@ def _brick(code: int, x: int, y: int) -> str:
     return f"1 {code} {STUD_PITCH * x} 0 {-STUD_PITCH * y} 1 0 0 0 1 0 0 0 1 {BRICK}"
 
 
-def sheet_cells(sheet: Image.Image, count: int, columns: int, studs: int) -> list[Image.Image]:
-    """The `count` sculptures of a rendered `ldraw_sheet` (orthographic, RGBA, transparent ground), each in its cell."""
+def cut_sheet(
+    sheet: Image.Image, grids: list[np.ndarray], columns: int, studs: int, size: int, squeeze: float
+) -> list[Image.Image]:
+    """The sculptures of a rendered `ldraw_sheet` (orthographic, RGBA, transparent ground) in white squares (RGB).
+
+    A square of `size` pixels is `studs` + 2 studs wide and high, and its sculpture stands on that grid, in the middle:
+    where a stud is as large as the patch that a VAE turns into one latent, every brick is cut by it in the same way.
+
+    Args:
+        squeeze: height of a stud as the renderer draws it, in widths: the sine of the camera's elevation.
+    """
     box = sheet.getchannel("A").getbbox()
     if box is None:
         raise ValueError("the renderer returned an empty picture")
-    x0, y0, x1, y1 = box
-    pitch, num_rows = _cell_pitch(studs), -(-count // columns)
-    # the markers' outlines run from _MARKER to columns * pitch + 1 studs, and likewise downwards
-    step_x, step_y = (x1 - x0) / (columns * pitch + 1 - _MARKER), (y1 - y0) / (num_rows * pitch + 1 - _MARKER)
-    cells = []
-    for index in range(count):
-        left, top = index % columns * pitch - 2 - _MARKER, index // columns * pitch - 2 - _MARKER
-        left, right = round(x0 + left * step_x), round(x0 + (left + pitch) * step_x)
-        top, bottom = round(y0 + top * step_y), round(y0 + (top + pitch) * step_y)
-        cells.append(sheet.crop((left, top, right, bottom)))
-    return cells
-
-
-def fit_square(picture: Image.Image, size: int, margin: int) -> Image.Image:
-    """The opaque part of an RGBA picture, as large as fits, in the middle of a white square of `size` pixels (RGB)."""
-    box = picture.getchannel("A").getbbox()
-    if box is None:
-        raise ValueError("the picture has no opaque pixel")
-    picture = picture.crop(box)
-    scale = (size - 2 * margin) / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    square = Image.new("RGBA", (size, size), "white")
-    square.alpha_composite(picture, ((size - width) // 2, (size - height) // 2))
-    return square.convert("RGB")
+    pitch, stud = _cell_pitch(studs), size // (studs + 2)
+    # The markers' outlines run from _MARKER to columns * pitch + 1 studs. Downwards the fronts of the lower one's sides
+    # come on top, so the height is calculated.
+    wide = (box[2] - box[0]) / (columns * pitch + 1 - _MARKER)
+    high = wide * squeeze
+    squares = []
+    for index, grid in enumerate(grids):
+        left = box[0] + (index % columns * pitch - 2 - _MARKER) * wide
+        top = box[1] + (index // columns * pitch - 2 - _MARKER) * high
+        cell = sheet.resize(
+            (pitch * stud, pitch * stud),
+            Image.Resampling.LANCZOS,
+            box=(left, top, min(left + pitch * wide, sheet.width), min(top + pitch * high, sheet.height)),
+        )
+        rows, cols = grid.shape
+        corner = ((studs + 2 - cols) // 2 - 2) * stud, ((studs + 2 - rows) // 2 - 2) * stud
+        square = Image.new("RGB", (size, size), "white")
+        square.paste(cell, corner, cell)
+        squares.append(square)
+    return squares

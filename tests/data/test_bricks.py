@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from dora_mm.data.bricks import EMPTY, PALETTE, brick_grid, fit_square, ldraw_sheet, sheet_cells, srgb_to_lab
+from dora_mm.data.bricks import EMPTY, PALETTE, brick_grid, cut_sheet, ldraw_sheet, srgb_to_lab
 
 RED, WHITE, BLACK, GREEN = 4, 15, 0, 2
 
@@ -94,30 +94,24 @@ def draw_from_above(ldraw: str, pixels_per_stud: float, squeeze: float) -> Image
     return picture
 
 
-def test_sheet_cells_finds_every_sculpture_and_no_marker():
+def test_every_sculpture_stands_on_the_grid_of_its_square():
     rng = np.random.default_rng(0)
-    codes = [RED, WHITE, GREEN, EMPTY]
-    grids = [rng.choice(codes, size=(rng.integers(1, 14), 13)) for _ in range(11)]
-    sheet = draw_from_above(ldraw_sheet(grids, columns=4, studs=13), pixels_per_stud=22.3, squeeze=0.91)
-    cells = sheet_cells(sheet, len(grids), columns=4, studs=13)
-    assert len(cells) == len(grids)
-    for grid, cell in zip(grids, cells, strict=True):
-        pixels = np.asarray(cell)
-        for code in (RED, WHITE, GREEN, BLACK):
-            area = (pixels == (*PALETTE[code], 255)).all(-1).sum() / (22.3 * 22.3 * 0.91)
-            assert area == pytest.approx((grid == code).sum(), rel=0.15, abs=0.1)
+    codes = [RED, BLACK, GREEN, EMPTY]
+    grids = [rng.choice(codes, size=(rng.integers(1, 15), 14)) for _ in range(11)]
+    sheet = draw_from_above(ldraw_sheet(grids, columns=4, studs=14), pixels_per_stud=23, squeeze=20 / 23)
+    squares = cut_sheet(sheet, grids, columns=4, studs=14, size=256, squeeze=20 / 23)
+    assert len(squares) == len(grids)
+    for grid, square in zip(grids, squares, strict=True):
+        assert (square.mode, square.size) == ("RGB", (256, 256))
+        middles = np.asarray(square)[8::16, 8::16].astype(int)
+        rows, cols = grid.shape
+        top, left = (16 - rows) // 2, (16 - cols) // 2
+        wanted = np.full((16, 16, 3), 255)
+        for row, col in np.argwhere(grid != EMPTY):
+            wanted[top + row, left + col] = PALETTE[grid[row, col]]
+        assert np.abs(middles - wanted).max() < 25
 
 
-def test_sheet_cells_of_an_empty_render_raises():
+def test_an_empty_render_raises():
     with pytest.raises(ValueError, match="empty picture"):
-        sheet_cells(canvas()[0], 1, columns=1, studs=13)
-
-
-def test_fit_square_fills_the_frame_on_white():
-    picture, draw = canvas((300, 300))
-    draw.rectangle((10, 20, 109, 69), fill=PALETTE[RED])
-    fitted = fit_square(picture, 256, margin=8)
-    ink = np.argwhere((np.asarray(fitted) != 255).any(-1))
-    assert fitted.mode == "RGB"
-    assert ink.min(0).tolist() == [68, 8]
-    assert ink.max(0).tolist() == [187, 247]
+        cut_sheet(canvas()[0], [np.zeros((1, 1), int)], columns=1, studs=14, size=256, squeeze=0.9)
