@@ -1,22 +1,35 @@
-"""Fits the judge of style adapters on real icons, at the size and through the VAE of one model.
+"""Fits the judge of style adapters on real icons, at the size and through the VAE and UNet of one model.
 
-A few minutes, once per VAE. What comes out (judge.safetensors, judge.json) is all that `eval_sdxl` needs.
+A few minutes, once per model. What comes out (judge.safetensors, judge.json) is all that `eval_sdxl` needs.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
 
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
-from dora_mm.config.schema import FitJudgeConfig
+from dora_mm.config.schema import FitJudgeConfig, LossConfig
 from dora_mm.data.latents import module_digest
+from dora_mm.data.randomness import generator
 from dora_mm.eval.encoder import Encoder
-from dora_mm.eval.icons import icon_paths, read_icon_concepts, through_vae
+from dora_mm.eval.icons import decode, icon_paths, read_icon_concepts, signed
 from dora_mm.eval.judge import fit_judge
 from dora_mm.eval.style import STYLES
-from dora_mm.models.sdxl import load_sdxl
+from dora_mm.models.sdxl import (
+    SDXL,
+    denormalize_latents,
+    encode_images,
+    encode_prompts,
+    load_sdxl,
+    normalize_latents,
+    time_ids,
+)
+from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
 from dora_mm.train.run import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -39,7 +52,7 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
     features = {}
     for style in STYLES:
         log.info("%s: %d icons", style, len(concepts))
-        pictures = through_vae(model, paths[style], progress=f"{style}, VAE")
+        pictures = through_model(model, paths[style], config.max_time, progress=f"{style}, model")
         features[style] = encoder(pictures, progress=f"{style}, features")
     log.info("fitting")
     origin = {"model": config.model.path, "resolution": model.resolution, "vae": module_digest(model.vae)}
@@ -47,3 +60,33 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
     judge.save(run.path)
     print(judge.describe())
     print(f"judge    {run.path}")
+
+
+@torch.no_grad()
+def through_model(
+    model: SDXL, paths: Sequence[Path], max_time: int, *, batch_size: int = 16, progress: str
+) -> list[Image.Image]:
+    """The pictures at the model's size as the model leaves them.
+
+    They are encoded, noised to a time up to `max_time`, predicted back by the UNet in one step and without a prompt,
+    and decoded. A judge fitted on clean pictures would find the blur of the VAE remarkable, and one that knows the VAE
+    alone takes the UNet's uneven colours for shading. With `max_time` 0 they only pass the VAE.
+    """
+    size = (model.resolution, model.resolution)
+    task = DiffusionTask(model.unet, dict(model.scheduler.config), LossConfig())
+    prompt, pooled = (torch.zeros_like(each) for each in encode_prompts(model, [""]))
+    sizes = time_ids(size, (0, 0), size)[None].to(model.device)
+    pictures = []
+    with tqdm(total=len(paths), desc=progress, unit="image", disable=None) as bar:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            resized = [Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS) for path in batch]
+            latents = normalize_latents(model.vae, encode_images(model, signed(resized))[0])
+            if max_time:
+                stream, count = generator(0, start, "times"), len(batch)
+                times = torch.randint(max_time + 1, (count,), generator=stream).to(model.device)
+                told = (each.expand(count, *each.shape[1:]) for each in (prompt, pooled, sizes))
+                latents = task.denoised(Conditioned(latents.to(model.unet.dtype), *told), times, stream)
+            pictures += decode(model, denormalize_latents(model.vae, latents))
+            bar.update(len(batch))
+    return pictures

@@ -320,8 +320,10 @@ class FitJudgeConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["fit_judge"]
     output: Text | None = None  # as in training
-    model: ModelConfig  # its size and its VAE are what the real icons pass through
+    model: ModelConfig  # what the real icons pass through
     icons: Text = "build/icons"  # what build_samples made
+    # Of the scheduler's 1000. The icons are noised up to here and predicted back, which leaves what the UNet leaves.
+    max_time: Count = 150
 
 
 JudgedStyle = Literal["flat", "3d", "brick"]

@@ -1,4 +1,4 @@
-"""The real icons that the judge is fitted on, and what they look like after the model's VAE."""
+"""The real icons that the judge is fitted on, and pixels to pictures and back."""
 
 import json
 from collections.abc import Sequence
@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dora_mm.data.icons import Concept
 from dora_mm.data.pretraining import to_signed, with_article
-from dora_mm.models.sdxl import SDXL, encode_images
+from dora_mm.models.sdxl import SDXL
 
-__all__ = ["Concept", "decode", "fill", "icon_paths", "read_icon_concepts", "through_vae"]
+__all__ = ["Concept", "decode", "fill", "icon_paths", "read_icon_concepts", "signed"]
 
 
 def read_icon_concepts(folder: Path) -> list[Concept]:
@@ -38,23 +37,6 @@ def icon_paths(folder: Path, style: str, concepts: Sequence[Concept]) -> list[Pa
     return paths
 
 
-@torch.no_grad()
-def through_vae(model: SDXL, paths: Sequence[Path], *, batch_size: int = 16, progress: str) -> list[Image.Image]:
-    """The pictures at the model's size, encoded to the posterior's mean and decoded: the best that the model can draw.
-
-    A judge fitted on clean pictures would find the VAE's own blur remarkable.
-    """
-    size = (model.resolution, model.resolution)
-    pictures = []
-    with tqdm(total=len(paths), desc=progress, unit="image", disable=None) as bar:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            resized = [Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS) for path in batch]
-            pictures += decode(model, encode_images(model, _signed(resized))[0])
-            bar.update(len(batch))
-    return pictures
-
-
 def decode(model: SDXL, latents: torch.Tensor) -> list[Image.Image]:
     """Pictures of latents as the VAE itself gives them (not normalised for the UNet)."""
     vae: Any = model.vae
@@ -68,7 +50,7 @@ def decode(model: SDXL, latents: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(level) for level in levels]
 
 
-def _signed(pictures: Sequence[Image.Image]) -> torch.Tensor:
+def signed(pictures: Sequence[Image.Image]) -> torch.Tensor:
     """(N, 3, H, W) in [-1, 1]."""
     return to_signed(torch.from_numpy(np.array([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2))
 

@@ -1,6 +1,6 @@
 """The judge: one fitted object that says of drawn pictures which style they have and which thing they show.
 
-It is fitted once per VAE and size, on real icons that went through that VAE, and kept as judge.safetensors with
+It is fitted once per model and size, on real icons that went through the model, and kept as judge.safetensors with
 judge.json (what it is, and how well it does on concepts that it has not seen).
 """
 
@@ -96,7 +96,7 @@ class Judge:
         accuracy = {name: f"{value['mean']:.1%}" for name, value in self.report["accuracy"].items()}
         ceiling = {name: f"{value:.1%}" for name, value in self.report["concept_ceiling"].items()}
         lines = [
-            "judge, on real icons of concepts that it has not seen, through the VAE: "
+            "judge, on real icons of concepts that it has not seen, through the model: "
             + ", ".join(f"{name} {value}" for name, value in accuracy.items()),
             "concept score of real icons whose style is taken out of the gallery (ceiling): "
             + ", ".join(f"{name} {value}" for name, value in ceiling.items()),

@@ -223,6 +223,13 @@ def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor
     return latents * config_of(vae).scaling_factor
 
 
+def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """The inverse: what the VAE decodes."""
+    mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
+    latents = latents / config_of(vae).scaling_factor
+    return latents * std + mean if mean is not None and std is not None else latents
+
+
 def _per_channel(vae: AutoencoderKL, name: str, like: torch.Tensor) -> torch.Tensor | None:
     values: Any = getattr(vae.config, name, None)
     return None if values is None else torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from dora_mm.models.sdxl import denormalize_latents
 from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
 
 # Only keeps the posterior from collapsing to a point at infinity; the latents are normalised by their statistics later.
@@ -55,7 +56,7 @@ class DecodingTask:
         times = torch.randint(self.max_time, (len(pixels),), generator=generator, device=generator.device)
         with torch.no_grad():
             latents = self.diffusion.denoised(conditioned, times.to(pixels.device), generator)
-        decoded = self.vae.decode(latents / self.vae.config.scaling_factor).sample.float()
+        decoded = self.vae.decode(denormalize_latents(self.vae, latents)).sample.float()
         return pixel_loss(decoded, pixels, pixels.shape[-1] // latents.shape[-1])
 
 

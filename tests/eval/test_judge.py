@@ -5,10 +5,11 @@ import pytest
 from PIL import Image
 
 from dora_mm.eval.encoder import concatenate
-from dora_mm.eval.icons import fill, icon_paths, read_icon_concepts, through_vae
+from dora_mm.eval.icons import fill, icon_paths, read_icon_concepts
 from dora_mm.eval.judge import REQUIRED, Judge
 from dora_mm.eval.scores import METRICS, Scores, join_seeds, metrics_table, summarize
 from dora_mm.eval.style import CLASSES, STYLES
+from pipelines.fit_judge import through_model
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +136,24 @@ def test_icons(icons, concepts, tmp_path):
     assert fill("a flat icon of {thing}", concepts[0]) == "a flat icon of a judged thing 0"
 
 
-def test_through_the_vae(tiny, icons):
+def test_through_the_vae_alone(tiny, icons):
     """The pipeline's own decoding of the posterior's mean, at the model's size; one level of rounding."""
     import torch
 
     path = icons / "flat" / "b00.webp"
-    found = np.asarray(through_vae(tiny, [path], progress="test")[0])
+    found = np.asarray(through_model(tiny, [path], 0, progress="test")[0])
     image = Image.open(path).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         decoded = tiny.vae.decode(tiny.vae.encode(pixels).latent_dist.mode()).sample
     expected = tiny.pipeline().image_processor.postprocess(decoded, output_type="np")[0]
     assert found / 255 == pytest.approx(expected, abs=1 / 255)
+
+
+def test_what_passes_the_model_is_blurred_a_little_and_the_same_every_time(tiny, icons):
+    path = icons / "flat" / "b00.webp"
+    clean, early, late, again = (
+        np.asarray(through_model(tiny, [path], time, progress="test")[0]).astype(float) for time in (0, 1, 900, 900)
+    )
+    assert np.array_equal(late, again)
+    assert 0 < np.abs(early - clean).mean() < np.abs(late - clean).mean()
