@@ -322,8 +322,8 @@ class FitJudgeConfig(PipelineConfig):
     output: Text | None = None  # as in training
     model: ModelConfig  # what the real icons pass through
     icons: Text = "build/icons"  # what build_samples made
-    # Of the scheduler's 1000. The icons are noised up to here and predicted back, which leaves what the UNet leaves.
-    max_time: Count = 150
+    # Of the scheduler's 1000: every second icon is noised up to here and predicted back, as the UNet leaves it.
+    max_time: PositiveInt = 150
 
 
 JudgedStyle = Literal["flat", "3d", "brick"]

@@ -93,11 +93,15 @@ class Judge:
 
     def describe(self) -> str:
         """Its own accuracy, for printing beside the scores."""
-        accuracy = {name: f"{value['mean']:.1%}" for name, value in self.report["accuracy"].items()}
+        accuracy, denoised = (
+            {name: f"{value['mean']:.1%}" for name, value in self.report.get(kind, {}).items()}
+            for kind in ("accuracy", "accuracy_denoised")
+        )
         ceiling = {name: f"{value:.1%}" for name, value in self.report["concept_ceiling"].items()}
         lines = [
-            "judge, on real icons of concepts that it has not seen, through the model: "
+            "judge, on real icons of concepts that it has not seen, through the VAE: "
             + ", ".join(f"{name} {value}" for name, value in accuracy.items()),
+            *(["noised and predicted back: " + ", ".join(f"{n} {v}" for n, v in denoised.items())] if denoised else []),
             "concept score of real icons whose style is taken out of the gallery (ceiling): "
             + ", ".join(f"{name} {value}" for name, value in ceiling.items()),
         ]
@@ -166,14 +170,21 @@ def evenly(concepts: Sequence[Concept], count: int) -> list[Concept]:
 
 
 def fit_judge(
-    concepts: Sequence[Concept], features: Mapping[str, Features], origin: Mapping[str, Any] | None = None
+    concepts: Sequence[Concept],
+    features: Mapping[str, Features],
+    origin: Mapping[str, Any] | None = None,
+    denoised: np.ndarray | None = None,
 ) -> Judge:
     """Fits a judge on the features of every concept's icon in every style, rows as `concepts`.
+
+    `denoised` (N,) says of which concepts the icons have also been noised and predicted back by the UNet: what is drawn
+    later bears the UNet's traces, and they must not pass for a style.
 
     Classifier, style space and concept axes come from the concepts of split "judge"; the gallery holds the pretraining
     concepts. Its report:
         accuracy: share of real icons, per style, that classifiers without their concept get right (cross-validation
             over the judge's concepts), and of 3D and fluent flat icons together, which are the same drawings;
+        accuracy_denoised: the same of those that are denoised, which `accuracy` leaves out;
         accuracy_pretrain: the same by the final classifier on the pretraining concepts, among them the reported ones;
         concept_ceiling: top-1 of real icons of the pretraining concepts against all OTHER styles' icons. It is what a
             perfect picture in a manner of its own would get; a model that repeats a gallery icon can exceed it;
@@ -193,9 +204,12 @@ def fit_judge(
         dict.fromkeys(STYLES, codes["pretrain"]),
     )
     final = {s: classifier.log_probabilities(part.texture).argmax(axis=1) for s, part in shown.items()}
+    marked = np.zeros(len(concepts), dtype=bool) if denoised is None else denoised
+    clean = ~marked[split["judge"]]
     report = {
         "num_concepts": {name: len(found) for name, found in codes.items()},
-        "accuracy": _accuracy(predicted),
+        "accuracy": _accuracy({style: part[clean] for style, part in predicted.items()}),
+        **({"accuracy_denoised": _accuracy({s: p[~clean] for s, p in predicted.items()})} if marked.any() else {}),
         "accuracy_pretrain": _accuracy(final),
         "concept_ceiling": {
             style: float((things.ranks(part.content, codes["pretrain"], without_style=style) == 1).mean())

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dora_mm.eval.encoder import concatenate
@@ -138,10 +139,8 @@ def test_icons(icons, concepts, tmp_path):
 
 def test_through_the_vae_alone(tiny, icons):
     """The pipeline's own decoding of the posterior's mean, at the model's size; one level of rounding."""
-    import torch
-
     path = icons / "flat" / "b00.webp"
-    found = np.asarray(through_model(tiny, [path], 0, progress="test")[0])
+    found = np.asarray(through_model(tiny, [path], torch.zeros(1).long(), progress="test")[0])
     image = Image.open(path).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
@@ -153,7 +152,10 @@ def test_through_the_vae_alone(tiny, icons):
 def test_what_passes_the_model_is_blurred_a_little_and_the_same_every_time(tiny, icons):
     path = icons / "flat" / "b00.webp"
     clean, early, late, again = (
-        np.asarray(through_model(tiny, [path], time, progress="test")[0]).astype(float) for time in (0, 1, 900, 900)
+        np.asarray(through_model(tiny, [path], torch.tensor([time]), progress="test")[0]).astype(float)
+        for time in (0, 1, 900, 900)
     )
+    mixed = through_model(tiny, [path, path], torch.tensor([0, 900]), progress="test")
+    assert np.abs(np.asarray(mixed[0]).astype(float) - clean).max() <= 1  # a batch of two rounds otherwise
     assert np.array_equal(late, again)
     assert 0 < np.abs(early - clean).mean() < np.abs(late - clean).mean()
