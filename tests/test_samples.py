@@ -47,7 +47,7 @@ def test_what_an_adapter_trains_on_is_never_reported(name, role, count):
 def test_the_demo_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     run, scores = tmp_path / "demo", tmp_path / "scores"
-    short = [f"output={run}", "train.steps=1", "sample.steps=1"]
+    short = [f"output={run}", "train.steps=1", "schedule.warmup_steps=0", "sample.steps=1"]
     assert main(["train", "configs/sdxl/demo.yaml", "--set", *short]) == 0
     assert f"sheet    {run / 'sheet.png'}" in capsys.readouterr().out
     short = [f"output={scores}", f"adapter.path={run / 'adapter'}", "concepts.count=3", "draw.steps=1"]
