@@ -75,8 +75,8 @@ def through_model(
     the UNet's uneven colours for shading.
 
     Args:
-        times: (N,) up to which time of the scheduler's each is noised, and then predicted back in one step and without
-            a prompt; 0: only the VAE.
+        times: (N,) the scheduler's time that each is noised to, before it is predicted back in one step and without a
+            prompt; 0: only the VAE.
     """
     size = (model.resolution, model.resolution)
     task = DiffusionTask(model.unet, dict(model.scheduler.config), LossConfig())
