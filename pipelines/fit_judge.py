@@ -49,17 +49,20 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
     model.freeze().to(device)
     run = RunDirectory.create(config.name, dump_config(config), config.output)
 
-    # Every second concept: the other half says how good the judge is on pictures that only the VAE has touched.
-    times = torch.randint(1, config.max_time + 1, (len(concepts),), generator=generator(0, 0, "times"))
-    times[::2] = 0
-    features = {}
+    seen = [concept.split == "judge" for concept in concepts]
+    times = torch.randint(1, config.max_time + 1, (sum(seen),), generator=generator(0, 0, "times"))
+    features, denoised = {}, {}
     for style in STYLES:
-        log.info("%s: %d icons", style, len(concepts))
-        pictures = through_model(model, paths[style], times, progress=f"{style}, model")
-        features[style] = encoder(pictures, progress=f"{style}, features")
+        features[style] = encoder(
+            through_model(model, paths[style], progress=f"{style}, VAE"), progress=f"{style}, features"
+        )
+        again = [path for path, fitted in zip(paths[style], seen, strict=True) if fitted]
+        denoised[style] = encoder(
+            through_model(model, again, times, progress=f"{style}, UNet"), progress=f"{style}, features"
+        )
     log.info("fitting")
     origin = {"model": config.model.path, "resolution": model.resolution, "vae": module_digest(model.vae)}
-    judge = fit_judge(concepts, features, origin, (times > 0).numpy())
+    judge = fit_judge(concepts, features, origin, denoised)
     judge.save(run.path)
     print(judge.describe())
     print(f"judge    {run.path}")
@@ -67,16 +70,17 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
 
 @torch.no_grad()
 def through_model(
-    model: SDXL, paths: Sequence[Path], times: torch.Tensor, *, batch_size: int = 16, progress: str
+    model: SDXL, paths: Sequence[Path], times: torch.Tensor | None = None, *, batch_size: int = 16, progress: str
 ) -> list[Image.Image]:
-    """The pictures at the model's size as the model leaves them: through the VAE, and some of them through the UNet.
+    """The pictures at the model's size as the model leaves them: through the VAE, and through the UNet where `times` is
+    given.
 
     A judge fitted on clean pictures would find the blur of the VAE remarkable, and one that knows the VAE alone takes
     the UNet's uneven colours for shading.
 
     Args:
         times: (N,) the scheduler's time that each is noised to, before it is predicted back in one step and without a
-            prompt; 0: only the VAE.
+            prompt.
     """
     size = (model.resolution, model.resolution)
     task = DiffusionTask(model.unet, dict(model.scheduler.config), LossConfig())
@@ -85,14 +89,15 @@ def through_model(
     pictures = []
     with tqdm(total=len(paths), desc=progress, unit="image", disable=None) as bar:
         for start in range(0, len(paths), batch_size):
-            batch, until = paths[start : start + batch_size], times[start : start + batch_size].to(model.device)
+            batch = paths[start : start + batch_size]
             resized = [Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS) for path in batch]
             latents = normalize_latents(model.vae, encode_images(model, signed(resized))[0])
-            if noised := int((until > 0).sum()):
-                told = (each.expand(noised, *each.shape[1:]) for each in (prompt, pooled, sizes))
-                conditioned = Conditioned(latents[until > 0].to(model.unet.dtype), *told)
-                found = task.denoised(conditioned, until[until > 0], generator(0, start, "noise"))
-                latents[until > 0] = found.to(latents.dtype)
+            if times is not None:
+                told = (each.expand(len(batch), *each.shape[1:]) for each in (prompt, pooled, sizes))
+                until = times[start : start + batch_size].to(model.device)
+                latents = task.denoised(
+                    Conditioned(latents.to(model.unet.dtype), *told), until, generator(0, start, "noise")
+                ).to(latents.dtype)
             pictures += decode(model, denormalize_latents(model.vae, latents))
             bar.update(len(batch))
     return pictures

@@ -322,7 +322,7 @@ class FitJudgeConfig(PipelineConfig):
     output: Text | None = None  # as in training
     model: ModelConfig  # what the real icons pass through
     icons: Text = "build/icons"  # what build_samples made
-    # Of the scheduler's 1000: every second icon is noised up to here and predicted back, as the UNet leaves it.
+    # Of the scheduler's 1000: icons are noised up to here and predicted back, as the UNet leaves them.
     max_time: PositiveInt = 150
 
 

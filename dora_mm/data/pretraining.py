@@ -33,6 +33,8 @@ UNNAMED_TEMPLATES = (
     "a picture in the style of {word}, {thing}",
     "a {word} {other} of {thing}, in the style of {word}",
     "a {word} {other} in the style of {word}, {thing}",
+    "a {word} {other}, {thing}",
+    "a {other} in the style of {word}, {thing}",
 )
 
 

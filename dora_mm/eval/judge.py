@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from dora_mm.data.icons import Concept
 from dora_mm.eval.concepts import ConceptSpace, fit_concepts
-from dora_mm.eval.encoder import Features
+from dora_mm.eval.encoder import Features, concatenate
 from dora_mm.eval.scores import Scores, write_json
 from dora_mm.eval.statistics import Gaussian, bootstrap
 from dora_mm.eval.style import CLASSES, STYLES, StyleClassifier, StyleSpace, class_of, fit_styles
@@ -173,18 +173,18 @@ def fit_judge(
     concepts: Sequence[Concept],
     features: Mapping[str, Features],
     origin: Mapping[str, Any] | None = None,
-    denoised: np.ndarray | None = None,
+    denoised: Mapping[str, Features] | None = None,
 ) -> Judge:
     """Fits a judge on the features of every concept's icon in every style, rows as `concepts`.
 
-    `denoised` (N,) says of which concepts the icons have also been noised and predicted back by the UNet: what is drawn
-    later bears the UNet's traces, and they must not pass for a style.
+    `denoised` holds those of the concepts of split "judge" once more, noised and predicted back by the UNet: what is
+    drawn later bears the UNet's traces, and they must not pass for a style.
 
     Classifier, style space and concept axes come from the concepts of split "judge"; the gallery holds the pretraining
     concepts. Its report:
         accuracy: share of real icons, per style, that classifiers without their concept get right (cross-validation
             over the judge's concepts), and of 3D and fluent flat icons together, which are the same drawings;
-        accuracy_denoised: the same of those that are denoised, which `accuracy` leaves out;
+        accuracy_denoised: the same of `denoised`;
         accuracy_pretrain: the same by the final classifier on the pretraining concepts, among them the reported ones;
         concept_ceiling: top-1 of real icons of the pretraining concepts against all OTHER styles' icons. It is what a
             perfect picture in a manner of its own would get; a model that repeats a gallery icon can exceed it;
@@ -192,24 +192,23 @@ def fit_judge(
     """
     split = {name: np.array([concept.split == name for concept in concepts]) for name in ("judge", "pretrain")}
     codes = {name: [c.code for c in concepts if c.split == name] for name in split}
-    seen = {style: features[style][split["judge"]] for style in STYLES}
-    shown = {style: features[style][split["pretrain"]] for style in STYLES}
-    classifier, space, predicted = fit_styles(
-        {style: part.texture for style, part in seen.items()}, dict.fromkeys(STYLES, codes["judge"])
-    )
+    seen, shown = ({style: features[style][split[name]] for style in STYLES} for name in split)
+    fitted = [seen, *([denoised] if denoised else [])]
+    parts = {style: concatenate([part[style] for part in fitted]) for style in STYLES}
+    owners = dict.fromkeys(STYLES, codes["judge"] * len(fitted))
+    classifier, space, predicted = fit_styles({style: part.texture for style, part in parts.items()}, owners)
     things = fit_concepts(
-        {style: part.content for style, part in seen.items()},
-        dict.fromkeys(STYLES, codes["judge"]),
+        {style: part.content for style, part in parts.items()},
+        owners,
         {style: part.content for style, part in shown.items()},
         dict.fromkeys(STYLES, codes["pretrain"]),
     )
     final = {s: classifier.log_probabilities(part.texture).argmax(axis=1) for s, part in shown.items()}
-    marked = np.zeros(len(concepts), dtype=bool) if denoised is None else denoised
-    clean = ~marked[split["judge"]]
+    count = len(codes["judge"])
     report = {
         "num_concepts": {name: len(found) for name, found in codes.items()},
-        "accuracy": _accuracy({style: part[clean] for style, part in predicted.items()}),
-        **({"accuracy_denoised": _accuracy({s: p[~clean] for s, p in predicted.items()})} if marked.any() else {}),
+        "accuracy": _accuracy({style: part[:count] for style, part in predicted.items()}),
+        **({"accuracy_denoised": _accuracy({s: p[count:] for s, p in predicted.items()})} if denoised else {}),
         "accuracy_pretrain": _accuracy(final),
         "concept_ceiling": {
             style: float((things.ranks(part.content, codes["pretrain"], without_style=style) == 1).mean())
