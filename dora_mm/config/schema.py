@@ -272,7 +272,7 @@ class PretrainTinyConfig(PipelineConfig):
     decoder: DecoderStage | None = None  # the VAE's decoder learns to read latents as the UNet leaves them; None: not
     loss: LossConfig = LossConfig()
     caption_dropout: Share = 0.1
-    unnamed_style: Share = 0.6  # of the flat icons, whose captions do not say so: flat is what it draws by default
+    unnamed_style: Share = 0.75  # of the flat icons, whose captions do not say so: flat is what it draws by default
     ema_decay: Share = 0.999
     sample: SheetConfig = SheetConfig()
 
