@@ -21,7 +21,8 @@ class DeferredInterrupt:
     def __enter__(self) -> "DeferredInterrupt":
         try:
             for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
+                    self._previous[number] = signal.signal(number, self._note)
         except ValueError:  # not the main thread: signals never arrive here
             self._previous.clear()
         return self

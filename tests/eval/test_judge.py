@@ -58,10 +58,11 @@ def test_report_of_its_own_accuracy(judge):
 
 
 def test_traces_of_the_unet_are_no_style(features, concepts, judge):
-    """Flat icons that it took for 3D are flat once it has seen such among the denoised ones, and the clean ones stay."""
+    """Flat icons that it took for 3D are flat once it has seen such among the denoised ones."""
     seen = np.array([concept.split == "judge" for concept in concepts])
     offset = features["3d"].texture.mean(axis=0) - features["flat"].texture.mean(axis=0)
-    traced = {style: Features(part[seen].content, part[seen].texture + 0.8 * offset) for style, part in features.items()}
+    judged = {style: part[seen] for style, part in features.items()}
+    traced = {style: Features(part.content, part.texture + 0.8 * offset) for style, part in judged.items()}
 
     def flat_share(of):
         return (of.classifier.log_probabilities(traced["flat"].texture).argmax(axis=1) == 0).mean()

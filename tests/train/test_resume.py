@@ -14,6 +14,7 @@ from torch import nn
 from dora_mm.cli import sentence_for
 from dora_mm.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule
@@ -199,7 +200,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_checkpoint(checkpoint, {"other": nn.Parameter(torch.zeros(1))}, {})
 
 
-def test_a_signal_waits_for_the_end_of_the_step(tmp_path):
+@pytest.fixture
+def handle():
+    """Sets what a signal does during a test. A shell's background job, such as a CI's, starts with SIGINT ignored."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield signal.signal
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_signal_waits_for_the_end_of_the_step(tmp_path, handle):
+    handle(signal.SIGINT, signal.default_int_handler)
     run = new_run(tmp_path / "run")
     weights = []
 
@@ -213,6 +225,23 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         made.fit()
     assert [path.name for path in checkpoints(run.checkpoints)] == ["step-000001"]
+
+
+def test_an_ignored_signal_is_not_the_first_of_two(handle):
+    """The second one acts at once, in the middle of a step."""
+    handle(signal.SIGINT, signal.SIG_IGN)
+    handle(signal.SIGTERM, signal.default_int_handler)
+    done = []
+
+    def step():
+        with DeferredInterrupt():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            done.append("step")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert done == ["step"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
