@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo test test-slow lint format samples clean
+.PHONY: demo test test-slow bench lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,6 +20,9 @@ test: $(READY)  ## two workers, a thread each: faster than two threads for model
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
+
+bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
+	$(BIN)/dora-mm bench $(BENCH)
 
 lint: $(READY)
 	$(BIN)/ruff check

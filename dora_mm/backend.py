@@ -1,14 +1,88 @@
-"""Which implementation of the layer runs."""
+"""Which implementation of the layer runs.
 
-from dora_mm.core.functional import TORCH, Forward
+    device, dtype, module                     implementation
+    a processor                               torch: merged or split by counted cost, see core/fused.py
+    CUDA: Linear in fp32, bf16, fp16          triton
+    CUDA: convolutions, float64, dropout      torch, which the triton backend calls itself
 
-BACKENDS = {"torch": TORCH}
+`auto` chooses by this table when a layer first runs on a device, since a model may move after it was adapted.
+"""
+
+import functools
+import logging
+
+import torch
+
+from dora_mm.core.fused import TORCH, Forward
+
+log = logging.getLogger(__name__)
+BACKENDS = ("auto", "torch", "triton")
 
 
 def select(backend: str = "auto") -> Forward:
-    """The forward functions of a backend; `auto` takes the best one there is, which is plain torch so far."""
-    if backend == "auto":
-        return TORCH
+    """The forward functions of a backend.
+
+    Raises:
+        ValueError: there is no such backend, or triton was asked for by name and does not work here.
+    """
     if backend not in BACKENDS:
-        raise ValueError(f"there is no backend {backend!r}: use auto or {', '.join(BACKENDS)}")
-    return BACKENDS[backend]
+        raise ValueError(f"there is no backend {backend!r}: use {', '.join(BACKENDS)}")
+    if backend == "triton":
+        functions, problem = load_triton()
+        if functions is None:
+            raise ValueError(f"backend triton does not work here ({problem}): use auto or torch")
+        return functions
+    return TORCH if backend == "torch" else AUTO
+
+
+def _prepare(weight, adapters, **options):
+    return for_device(weight.device.type).prepare(weight, adapters, **options)
+
+
+def _product(x, weight, bias, adapters, **options):
+    return for_device(weight.device.type).product(x, weight, bias, adapters, **options)
+
+
+AUTO = Forward(_prepare, _product)
+
+
+@functools.cache
+def for_device(device: str) -> Forward:
+    """What `auto` takes for a kind of device; said once."""
+    if device != "cuda":
+        log.info("The layer runs in plain torch on this device (%s).", device)
+        return TORCH
+    functions, problem = load_triton()
+    if functions is None:
+        log.warning(
+            "Triton does not work here (%s): the layer runs in plain torch, which is right but slower.", problem
+        )
+        return TORCH
+    log.info("The layer runs in Triton on this device (%s).", device)
+    return functions
+
+
+@functools.cache
+def load_triton() -> tuple[Forward | None, str]:
+    """Triton's functions, tried on a small layer against plain torch, or None and the reason."""
+    try:
+        from dora_mm.kernels.dora_linear import TRITON
+
+        return (TRITON, "") if _agrees_with_torch(TRITON) else (None, "its results are wrong")
+    except Exception as error:  # whatever a broken installation raises: it is reported, and plain torch is always right
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@torch.no_grad()
+def _agrees_with_torch(functions: Forward) -> bool:
+    from dora_mm.core.functional import Adapter
+    from dora_mm.core.products import LINEAR
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drawn = torch.Generator().manual_seed(0)
+    x, W0, A, B = (torch.randn(*size, generator=drawn).to(device) for size in ((40, 70), (50, 70), (5, 70), (50, 5)))
+    adapters = [Adapter(A, B, W0.norm(dim=1) * 1.1)]
+    found, right = (
+        one.product(x, W0, None, adapters, product=LINEAR, dropout=0.0, prepared=None) for one in (functions, TORCH)
+    )
+    return bool((found - right).norm() <= 1e-5 * right.norm())

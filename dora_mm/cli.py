@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path", metavar="PATH|MODEL", help="an adapter file or its folder; a model folder or hub name")
     command.add_argument("--targets", metavar="NAME", help="a target map, such as sdxl-unet")
     command.set_defaults(run=_run_inspect)
+    command = commands.add_parser("bench", help="what DoRA costs beside its peers on this very machine")
+    extent = command.add_mutually_exclusive_group()
+    for name, what in (("quick", "layers alone, in under two minutes"), ("all", "every rank")):
+        extent.add_argument(f"--{name}", action="store_const", const=name, dest="extent", help=what)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is the default on a GPU")
+    command.add_argument("--output", metavar="FOLDER", help="where results go; a numbered folder of runs/bench if not")
+    command.set_defaults(run=_run_bench, extent="default")
     return parser
 
 
@@ -130,6 +137,11 @@ def _config_of_run(run: Path, given: str | None, overrides: list[str]):
 
 def _run_inspect(arguments: argparse.Namespace) -> None:
     importlib.import_module("pipelines.inspect_model").main(arguments.path, targets=arguments.targets)
+
+
+def _run_bench(arguments: argparse.Namespace) -> None:
+    module = importlib.import_module("pipelines.bench")
+    module.main(arguments.extent, dtype=arguments.dtype, output=arguments.output)
 
 
 @contextlib.contextmanager

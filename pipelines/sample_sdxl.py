@@ -59,7 +59,8 @@ def load_adapter(config: SampleSDXLConfig, model: SDXL) -> dict[str, torch.nn.Mo
     if config.adapter is None:
         return {}
     networks = {name: network for name, network in model.networks.items() if name != "vae"}
-    report = dora_mm.load_adapter(networks, resolve_path(config.adapter.path, "adapter.path"))
+    file = resolve_path(config.adapter.path, "adapter.path")
+    report = dora_mm.load_adapter(networks, file, backend=config.backend)
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
     adapted = {name: network for name, network in networks.items() if methods(network)}
     if is_whole(adapted) and (config.strengths or config.adapter.strength != 1.0):

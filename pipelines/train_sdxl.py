@@ -105,14 +105,15 @@ def load_model(config: TrainSDXLConfig, device: torch.device) -> SDXL:
 def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
     """Puts fresh adapters, or those of `init_from`, into the UNet and, where asked, the text encoders."""
     wanted = config.adapter
-    spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, wanted.dropout, wanted.method, wanted.norm_grad)
-    report = dora_mm.inject(model.unet, "sdxl-unet", spec, parts=wanted.parts, seed=config.seed)
+    spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, wanted.dropout, wanted.method, wanted.norm_grad, wanted.cache)
+    how: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
+    report = dora_mm.inject(model.unet, "sdxl-unet", spec, parts=wanted.parts, **how)
     adapted: dict[str, nn.Module] = {"unet": model.unet}
     log.info("%s", summary_of("unet", report))
     if wanted.text_encoders:
         for name in TEXT_ENCODERS:
             adapted[name] = getattr(model, name)
-            log.info("%s", summary_of(name, dora_mm.inject(adapted[name], "clip-text", spec, seed=config.seed)))
+            log.info("%s", summary_of(name, dora_mm.inject(adapted[name], "clip-text", spec, **how)))
     if wanted.init_from:
         file = resolve_path(wanted.init_from, "adapter.init_from")
         dora_mm.load_adapter(adapted, file)

@@ -39,7 +39,7 @@ def test_seed():
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_backends(backend):
     dora_mm.inject(model(), ["to_q"], DoRASpec(), backend=backend)
-    with pytest.raises(ValueError, match="no backend 'cuda': use auto or torch"):
+    with pytest.raises(ValueError, match="no backend .cuda.: use auto, torch, triton"):
         dora_mm.inject(model(), ["to_q"], DoRASpec(), backend="cuda")
 
 
@@ -59,4 +59,4 @@ def test_the_whole_life_of_an_adapter(tmp_path):
     assert all(torch.equal(value, bare[key]) for key, value in net.state_dict().items())
     dora_mm.load_adapter(net, tmp_path)
     with dora_mm.fixed_parameters(net):
-        assert torch.equal(net["to_q"](x), trained)
+        torch.testing.assert_close(net["to_q"](x), trained)

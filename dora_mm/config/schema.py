@@ -17,6 +17,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
+Backend = Literal["auto", "torch", "triton"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # 8 pixels to a latent of SDXL's VAE
 
@@ -76,6 +77,7 @@ class AdapterConfig(Section):
     alpha: Positive = 0.0  # left out or null: the rank, filled in below
     dropout: Share = 0.0
     norm_grad: Literal["detached", "exact"] = "detached"
+    cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of keeping it, for less memory
     parts: Annotated[Items[Literal["attn", "cross", "ff", "conv"]], Field(min_length=1)] = ("attn", "cross")
     text_encoders: bool = False  # adapt both text encoders' attention as well
     init_from: Text | None = None  # an adapter file or its folder to go on from
@@ -138,7 +140,7 @@ class LossConfig(Section):
     type: Literal["mse", "huber", "l1"] = "mse"
     min_snr_gamma: Positive | None = 5.0  # None: every timestep weighs the same
     noise_offset: NonNegative = 0.0
-    timestep_bias: NonNegative = 0.0  # times are drawn with a density that grows as t^bias; 0: evenly
+    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # times are drawn with a density of t^bias; 0: evenly
 
 
 class SheetConfig(Section):
@@ -177,6 +179,7 @@ class TrainSDXLConfig(PipelineConfig):
     pipeline: Literal["train_sdxl"]
     seed: Seed = 0
     output: Text | None = None  # the run directory, refused if it exists; None: runs/<name>/<NNN>
+    backend: Backend = "auto"  # which implementation of the layer runs, see dora_mm/backend.py
     model: ModelConfig
     adapter: AdapterConfig
     data: DataConfig
@@ -210,6 +213,7 @@ class SampleSDXLConfig(PipelineConfig):
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample_sdxl"]
     output: Text | None = None  # as in training
+    backend: Backend = "auto"
     model: ModelConfig
     adapter: AdapterFile | None = None
     prompts: Items[Text] = ()

@@ -1,6 +1,7 @@
 """The layer, the maps and the injection: torch and nothing else."""
 
-from dora_mm.core.functional import TORCH, Adapter, Forward
+from dora_mm.core.functional import Adapter
+from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import (
     InjectReport,
     MergeReport,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_mm.core.functional import TORCH, Forward
+from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.layer import AdaptedLayer, DoRASpec, adapt_layer, restore_layer
 from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
 
@@ -187,17 +188,26 @@ def unmerge(model: nn.Module) -> None:
 
 
 @contextmanager
-def fixed_parameters(model: nn.Module) -> Iterator[None]:
-    """Promises that base weights and adapters do not change inside: inference then builds each W(t) once.
+def fixed_parameters(model: nn.Module, *, uses: float = math.inf, base_only: bool = False) -> Iterator[None]:
+    """Promises that base weights and adapters do not change inside: what depends on them alone is computed once.
 
     A change through the module's own interface (strength, merge, load_state_dict, `.to`) ends the promise for that
-    layer. Passes that record gradients build W(t) each time.
+    layer. Nothing else is watched: a write to a parameter inside is not seen.
+
+    uses: how many passes are made inside. A layer with few tokens builds W(t) only where that many passes pay for it.
+    base_only: the promise holds for the base weights alone, as it does during a whole training.
     """
-    opened = [m for m in model.modules() if isinstance(m, AdaptedLayer) and m.kept is None]
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+    bases = [layer for layer in layers if not layer.base_fixed]
+    opened = [layer for layer in layers if layer.kept is None and not base_only]
+    for layer in bases:
+        layer.base_fixed = True
     for layer in opened:
-        layer.kept = {}
+        layer.kept, layer.uses = {}, uses
     try:
         yield
     finally:
         for layer in opened:
             layer.end_fixed()
+        for layer in bases:
+            layer.end_fixed(base=True)

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from dora_mm.core.functional import TORCH, Adapter, Forward, Prepared, adapter_dtype, product_dtype, row_norm
+from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, row_norm
+from dora_mm.core.fused import TORCH, Forward, Prepared
+from dora_mm.core.products import LINEAR, ConvProduct, Product
 
 METHODS = ("dora", "lora", "magnitude", "full")
 NORM_GRADS = ("detached", "exact")
+CACHES = ("weights", "norms")
 ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
 
 
@@ -26,6 +30,10 @@ class DoRASpec:
     method: `dora`; `lora` (no magnitude); `magnitude` (no A, B); `full` (trains `weight`, adds nothing).
     alpha: the update is scaled by alpha / rank; None means alpha = rank.
     norm_grad: `detached` (the paper's default) treats the norm as a constant in the backward pass, `exact` does not.
+    cache: `weights` keeps the W' that a layer's forward pass built for its backward pass, and for as long as
+        `fixed_parameters` holds; `norms` builds it again, which takes time and saves the memory of one more weight.
+    save_output: whether a layer's output may be kept for the backward pass: False for layers whose output the model
+        overwrites in place. It costs one more product in the backward pass.
     """
 
     rank: int = 8
@@ -33,12 +41,16 @@ class DoRASpec:
     dropout: float = 0.0
     method: str = "dora"
     norm_grad: str = "detached"
+    cache: str = "weights"
+    save_output: bool = True
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
         if self.norm_grad not in NORM_GRADS:
             raise ValueError(f"norm_grad must be one of {', '.join(NORM_GRADS)}, not {self.norm_grad!r}")
+        if self.cache not in CACHES:
+            raise ValueError(f"cache must be one of {', '.join(CACHES)}, not {self.cache!r}")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if self.alpha is None:
@@ -73,8 +85,8 @@ class AdaptedLayer(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    lora_A: nn.Parameter | None  # noqa: N815  # (R, I), of a convolution (R, I / groups, *K)
-    lora_B: nn.Parameter | None  # noqa: N815  # (O, R)
+    lora_A: nn.Parameter | None  # (R, I), of a convolution (R, I / groups, *K)
+    lora_B: nn.Parameter | None  # (O, R)
     magnitude: nn.Parameter | None  # (O,)
     spec: DoRASpec
     path: str
@@ -86,7 +98,10 @@ class AdaptedLayer(nn.Module):
     trainable_before: bool
     merged: bool
     base_weight: tuple[nn.Parameter | None]  # while merged; a tuple hides it from the module's parameters
-    kept: dict[torch.dtype, Prepared] | None  # inside `fixed_parameters`
+    kept: dict[torch.dtype, Prepared] | None  # inside `fixed_parameters`, by the dtype of the product
+    uses: float  # how many passes `fixed_parameters` was opened for
+    base_fixed: bool  # inside `fixed_parameters`, also with `base_only`
+    base_norm: Tensor | None  # n0, while base_fixed
 
     def __init__(self, *_: Any, **__: Any):
         raise TypeError(f"a {type(self).__name__} comes from a base layer: use inject or adapt_layer")
@@ -182,16 +197,36 @@ class AdaptedLayer(nn.Module):
         return self.spec.dropout if self.training else 0.0
 
     def prepared(self) -> Prepared | None:
-        """What `fixed_parameters` keeps for inference, computed at its first use."""
-        if self.kept is None or torch.is_grad_enabled() or self.active_dropout():
+        """What `fixed_parameters` keeps, computed at its first use; None outside: then the parameters are read anew."""
+        if not self.base_fixed:
             return None
+        if self.base_norm is None:
+            self.base_norm = row_norm(self.weight.detach())
+        if self.kept is None:
+            return self.functions.prepare(self.weight, self.adapters(), n0=self.base_norm)
         dtype = product_dtype(self.weight)
         if dtype not in self.kept:
-            self.kept[dtype] = self.functions.prepare(self.weight, self.adapters(), dtype).without_gradient()
+            self.kept[dtype] = self.functions.prepare(self.weight, self.adapters(), n0=self.base_norm, uses=self.uses)
         return self.kept[dtype]
 
-    def end_fixed(self) -> None:
+    def adapted_product(self, x: Tensor, product: Product) -> Tensor:
+        return self.functions.product(
+            x,
+            self.weight,
+            self.bias,
+            self.adapters(),
+            product=product,
+            dropout=self.active_dropout(),
+            prepared=self.prepared(),
+            keep_weight=self.spec.cache == "weights",
+            save_output=self.spec.save_output,
+        )
+
+    def end_fixed(self, *, base: bool = False) -> None:
+        """Forgets what depends on the adapters, and on the base too if that has changed."""
         self.kept = None
+        if base:
+            self.base_fixed, self.base_norm = False, None
 
     # --- merging ---
 
@@ -206,7 +241,7 @@ class AdaptedLayer(nn.Module):
         """
         self.check_can_merge()
         W0 = self.weight.detach()
-        W = self.functions.prepare(W0, self.adapters(), adapter_dtype(W0.dtype)).weight.detach()
+        W = merged_weight(W0, self.adapters())
         merged = round_stochastically(W, W0.dtype, seeded_generator(self.seed, f"merge:{self.path}"))
         update = W.double() - W0.double()
         stored = ((merged.double() - W0.double()) * update).sum().item()
@@ -216,7 +251,7 @@ class AdaptedLayer(nn.Module):
         else:
             self.weight.data = merged
         self.merged = True
-        self.end_fixed()
+        self.end_fixed(base=True)
         return stored, update.square().sum().item()
 
     def check_can_unmerge(self) -> None:
@@ -230,7 +265,7 @@ class AdaptedLayer(nn.Module):
         if base is not None:
             base.data = base.data.to(self.weight.device, self.weight.dtype)
             self.weight, self.base_weight, self.merged = base, (None,), False
-            self.end_fixed()
+            self.end_fixed(base=True)
 
     # --- moving, casting, loading, copying ---
 
@@ -252,12 +287,12 @@ class AdaptedLayer(nn.Module):
             self.reset_adapter()
         elif fresh and before != (self.weight.device, self.weight.dtype):
             self.reset_magnitude()  # the norms of a rounded weight, or of another device, differ in the last bits
-        self.end_fixed()
+        self.end_fixed(base=True)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """A state dict of the bare model loads strictly: a fresh adapter then takes m from the new weight."""
-        self.end_fixed()
+        self.end_fixed(base=True)
         given = {name: state_dict[prefix + name] for name in ADAPTER_NAMES if prefix + name in state_dict}
         if self.merged:
             errors.append(f"{self.path} is merged: call unmerge before loading a state dict")
@@ -277,7 +312,7 @@ class AdaptedLayer(nn.Module):
             self.reset_magnitude()
 
     def __getstate__(self):
-        return {**self.__dict__, "kept": None}
+        return {**self.__dict__, "kept": None, "base_fixed": False, "base_norm": None}
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -287,35 +322,33 @@ class AdaptedLayer(nn.Module):
 
 class DoRALinear(AdaptedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        if self.is_base():
-            return nn.Linear.forward(self, input)
-        return self.functions.linear(
-            input,
-            self.weight,
-            self.bias,
-            self.adapters(),
-            dropout=self.active_dropout(),
-            prepared=self.prepared(),
-        )
+        return nn.Linear.forward(self, input) if self.is_base() else self.adapted_product(input, LINEAR)
 
 
 class DoRAConv(AdaptedLayer, _ConvNd):
     """A convolution of one, two or three dimensions, with any stride, padding, dilation and groups."""
 
     def forward(self, input: Tensor) -> Tensor:
-        convolve = self._conv_forward  # of nn.Conv1d, nn.Conv2d or nn.Conv3d
         if self.is_base():
-            return convolve(input, self.weight, self.bias)
-        return self.functions.conv(
-            input,
-            self.weight,
-            self.bias,
-            self.adapters(),
-            convolve=convolve,
-            groups=self.groups,
-            dropout=self.active_dropout(),
-            prepared=self.prepared(),
-        )
+            return self._conv_forward(input, self.weight, self.bias)  # of nn.Conv1d, nn.Conv2d or nn.Conv3d
+        if unbatched := input.dim() < self.weight.dim():
+            input = input.unsqueeze(0)
+        padding = self.numeric_padding()
+        if self.padding_mode != "zeros" or padding is None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode)
+            padding = (0,) * len(self.stride)
+        y = self.adapted_product(input, ConvProduct(self.stride, padding, self.dilation, self.groups))
+        return y.squeeze(0) if unbatched else y
+
+    def numeric_padding(self) -> tuple[int, ...] | None:
+        """The padding in numbers; None where "same" adds more on one side than on the other."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        if self.padding == "valid":
+            return (0,) * len(self.stride)
+        whole = [dilation * (size - 1) for dilation, size in zip(self.dilation, self.kernel_size, strict=True)]
+        return None if any(total % 2 for total in whole) else tuple(total // 2 for total in whole)
 
 
 class DoRAConv1d(DoRAConv, nn.Conv1d): ...
@@ -351,6 +384,7 @@ def adapt_layer(
     layer.spec, layer.path, layer.seed, layer.functions = spec, path, seed, functions
     layer.name, layer.stacked = name, {}
     layer.strength, layer.merged, layer.base_weight, layer.kept = 1.0, False, (None,), None
+    layer.uses, layer.base_fixed, layer.base_norm = 1.0, False, None
     layer.trainable_before = layer.weight.requires_grad
     layer.weight.requires_grad_(spec.method == "full")
     for parameter in ADAPTER_NAMES:
@@ -361,7 +395,7 @@ def adapt_layer(
 
 _STATE = (
     *("spec", "path", "seed", "name", "strength", "stacked", "functions", "trainable_before"),
-    *("merged", "base_weight", "kept"),
+    *("merged", "base_weight", "kept", "uses", "base_fixed", "base_norm"),
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dora_mm.core.functional import TORCH, Forward
+from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.io import diffusers, full
 from dora_mm.io.state import AdapterState, into_models

@@ -10,7 +10,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.functional import TORCH, Forward
+from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
 from dora_mm.core.layer import AdaptedLayer, DoRASpec
 

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dora_mm.config.schema import TrainConfig
+from dora_mm.core import fixed_parameters
 from dora_mm.data.randomness import generator
 from dora_mm.train.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
@@ -56,6 +57,7 @@ def fit(
         ValueError: the loss is no longer finite.
     """
     trained = _LossModule(networks, loss)
+    modules = trained.networks
     if accelerator.num_processes > 1:
         trained = accelerator.prepare_model(trained)
     parts = {"optimizer": optimizer, "schedule": schedule, **(state or {})}
@@ -73,23 +75,25 @@ def fit(
 
     interrupt = DeferredInterrupt()
     try:
-        while step < config.steps:
-            rate = float(schedule.get_last_lr()[0])
-            with interrupt:
-                value = _accumulate(accelerator, trained, config, seed, step, batch_at)
-                norm = _update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
-                step += 1
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"The loss is {value} at step {step}: lower optimizer.lr, or train in float32 or bf16."
-                )
-            progress.advance(value, rate)
-            if log is not None and (step % config.log_every == 0 or step == config.steps):
-                log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
-            if after_step is not None:
-                after_step(step)
-            if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                save()
+        with fixed_parameters(modules, base_only=True):  # nothing here trains the weight under an adapter
+            while step < config.steps:
+                rate = float(schedule.get_last_lr()[0])
+                with interrupt:
+                    with fixed_parameters(modules, uses=config.accumulation):
+                        value = _accumulate(accelerator, trained, config, seed, step, batch_at)
+                    norm = _update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
+                    step += 1
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"The loss is {value} at step {step}: lower optimizer.lr, or train in float32 or bf16."
+                    )
+                progress.advance(value, rate)
+                if log is not None and (step % config.log_every == 0 or step == config.steps):
+                    log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
+                if after_step is not None:
+                    after_step(step)
+                if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                    save()
     except KeyboardInterrupt:
         if step > first:
             save()

@@ -21,6 +21,21 @@ def merged_weight(weight, adapter: Adapter):
     return (W0 + adapter.strength * (W - W0)).view(weight.shape)
 
 
+def make(out, inner, rank, *, dtype=torch.float64, seed=0, size=0.3, scaling=1.7, strength=1.0, norm_grad="detached"):
+    g = torch.Generator().manual_seed(seed)
+    W0 = torch.randn(out, inner, generator=g, dtype=dtype)
+    A = torch.randn(rank, inner, generator=g, dtype=dtype).requires_grad_()
+    B = (size * torch.randn(out, rank, generator=g, dtype=dtype)).requires_grad_()
+    m = (W0.norm(dim=1) * (1 + 0.2 * torch.randn(out, generator=g, dtype=dtype))).requires_grad_()
+    return W0, Adapter(A, B, m, scaling, strength, norm_grad)
+
+
+def variants(adapter):
+    yield "dora", adapter
+    yield "lora", adapter._replace(magnitude=None)
+    yield "magnitude", adapter._replace(A=None, B=None)
+
+
 def randomize(layer, *, size: float = 0.05, seed: int = 0):
     """Trained values for a fresh adapter: B of `size`, magnitudes some percent off."""
     generator = torch.Generator().manual_seed(seed)

@@ -94,7 +94,7 @@ def test_noise_offset_moves_whole_channels(tiny):
     assert noise.mean(dim=(2, 3)).std() > 0.8
 
 
-@pytest.mark.parametrize("bias", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("bias", [-0.5, 0.0, 1.0, 3.0])
 def test_times_are_drawn_with_the_density_that_was_asked_for(tiny, bias):
     times = task(tiny, lambda noisy, times: noisy, timestep_bias=bias)._times(20000, torch.Generator().manual_seed(0))
     assert 0 <= times.min() < times.max() == 999

@@ -1,0 +1,285 @@
+"""What a Linear and a convolution do with a weight: the product itself and the pieces of its gradient.
+
+The low-rank branch is x -> h = x A^T -> h B^T, whose h has R features a token (a convolution: R channels a group). Its
+gradients are products with R columns, so the dense (O, I) gradient of the weight is never computed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALL_GAIN = 2.0**-6  # below it, dividing by g or m amplifies rounding
+ROWS_AT_ONCE = 256  # a block of them stays in a processor's cache: the product is never written to memory
+
+
+class Product(ABC):
+    groups: int = 1
+    splits_half: bool = False  # whether `split` rounds once in half precision
+
+    @abstractmethod
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """y = x W^T + b."""
+
+    @abstractmethod
+    def num_tokens(self, x: Tensor, weight: Tensor) -> int:
+        """How often each row of the weight is used."""
+
+    @abstractmethod
+    def join(self, a: Tensor, b: Tensor) -> Tensor:
+        """The inputs of a weight [W_a, W_b] with twice the columns."""
+
+    @abstractmethod
+    def grad_input(self, dY: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """dY W."""
+
+    # --- the low-rank branch ---
+
+    @abstractmethod
+    def reduce(self, x: Tensor, A: Tensor) -> Tensor:
+        """h = x A^T."""
+
+    @abstractmethod
+    def expand(self, h: Tensor, B: Tensor, y: Tensor) -> Tensor:
+        """y += h B^T in place."""
+
+    @abstractmethod
+    def grad_h(self, dY: Tensor, B: Tensor) -> Tensor:
+        """u = dY B, of h's shape."""
+
+    @abstractmethod
+    def grad_B(self, dY: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """dY^T h, (O, R)."""
+
+    @abstractmethod
+    def grad_A(self, u: Tensor, x: Tensor, A: Tensor) -> Tensor:
+        """u^T x, of A's shape."""
+
+    @abstractmethod
+    def add_reduced_grad(self, dX: Tensor, u: Tensor, x: Tensor, A: Tensor) -> Tensor:
+        """dX += u A in place: the gradient that reaches x through h."""
+
+    # --- output rows ---
+
+    @abstractmethod
+    def spread(self, v: Tensor, y: Tensor) -> Tensor:
+        """A value per output row, (O,), in a shape that multiplies y."""
+
+    @abstractmethod
+    def select(self, t: Tensor, rows: Tensor) -> Tensor:
+        """The chosen output rows of y or dY."""
+
+    @abstractmethod
+    def token_sum(self, dY: Tensor) -> Tensor:
+        """(O,)."""
+
+    @abstractmethod
+    def row_sums(self, dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Sums over tokens of dY (y - b) and, where there is a bias, of (y - b)^2: (O,) each, in at least fp32."""
+
+    # --- the product with W0 as it is, and the low-rank branch beside it ---
+
+    def split(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        low: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """y = e x W0^T + sum of h B^T over (h, B) + b, with e (O,).
+
+        The bias rides inside the product as b / e, so that a fresh adapter (e = 1, B = 0) changes no bit.
+        """
+        outside = None
+        if gain is not None and bias is not None:
+            if torch.compiler.is_compiling() or bool((gain.abs() <= SMALL_GAIN).any()):
+                bias, outside = None, bias
+            else:
+                bias = bias / gain
+        y = self(x, weight, bias)
+        if gain is not None:
+            y.mul_(self.spread(gain, y))
+        for h, B in low:
+            y = self.expand(h, B, y)
+        return y if outside is None else y.add_(self.spread(outside, y))
+
+    def split_grad_input(
+        self, dY: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None, low: Sequence[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """dX = (e dY) W0 + sum of u A over (u, A)."""
+        dX = self.grad_input(dY if gain is None else dY * self.spread(gain, dY), x, weight)
+        for u, A in low:
+            dX = self.add_reduced_grad(dX, u, x, A)
+        return dX
+
+
+class LinearProduct(Product):
+    """y (..., O) = x (..., I) W^T + b; h and u are (T, R)."""
+
+    def __call__(self, x, weight, bias):
+        return F.linear(x, weight, bias)
+
+    def num_tokens(self, x, weight):
+        return x.numel() // max(weight.shape[1], 1)
+
+    def join(self, a, b):
+        return torch.cat([a, b], -1)
+
+    def grad_input(self, dY, x, weight):
+        return dY @ weight
+
+    def reduce(self, x, A):
+        return as_rows(x) @ A.T
+
+    def expand(self, h, B, y):
+        as_rows(y).addmm_(h, B.T)  # y is contiguous, a product's result
+        return y
+
+    def grad_h(self, dY, B):
+        return as_rows(dY) @ B
+
+    def grad_B(self, dY, h, B):
+        return as_rows(dY).T @ h
+
+    def grad_A(self, u, x, A):
+        return u.T @ as_rows(x)
+
+    def add_reduced_grad(self, dX, u, x, A):
+        as_rows(dX).addmm_(u, A)
+        return dX
+
+    def spread(self, v, y):
+        return v
+
+    def select(self, t, rows):
+        return t[..., rows]
+
+    def token_sum(self, dY):
+        return as_rows(dY).sum(0)
+
+    def row_sums(self, dY, y, bias):
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        dots = torch.zeros(y.shape[-1], dtype=dtype, device=y.device)
+        squares = None if bias is None else torch.zeros_like(dots)
+        blocks = (as_rows(t).split(ROWS_AT_ONCE) for t in (dY, y))
+        for some_dY, some_y in zip(*blocks, strict=True):
+            inner = some_y.to(dtype)
+            if squares is not None:
+                inner = inner - bias
+                squares += (inner * inner).sum(0)
+            dots += (some_dY.to(dtype) * inner).sum(0)
+        return dots, squares
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """(T, features); a view where the memory allows it."""
+    return t.reshape(-1, t.shape[-1])
+
+
+@dataclass(frozen=True)
+class ConvProduct(Product):
+    """y (N, O, *positions) = x (N, C, *positions) convolved with W (O, C / groups, *K), b added.
+
+    h and u are (N, groups R, *positions): every group of channels meets the same A.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def __call__(self, x, weight, bias):
+        return torch.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, False, self._zeros, self.groups
+        )
+
+    def num_tokens(self, x, weight):
+        positions = x.shape[0]
+        for size, kernel, stride, padding, dilation in zip(
+            x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
+        ):
+            positions *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        return positions
+
+    def join(self, a, b):
+        """Channels of a and b side by side within each group, as [W_a, W_b] are in the kernel."""
+        split = [t.unflatten(1, (self.groups, -1)) for t in (a, b)]
+        return torch.cat(split, 2).flatten(1, 2)
+
+    def grad_input(self, dY, x, weight):
+        return self._backward(dY, x, weight, (True, False))[0]
+
+    def reduce(self, x, A):
+        return self(x, self._per_group(A), None)
+
+    def expand(self, h, B, y):
+        return y.add_(self._pointwise(h, B))
+
+    def grad_h(self, dY, B):
+        """A pointwise convolution's gradient is one with the kernel transposed in each group."""
+        return self._pointwise(dY, B.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1))
+
+    def grad_B(self, dY, h, B):
+        return torch.ops.aten.convolution_backward(
+            dY, h, self._as_kernel(B), None, self._ones, self._zeros, self._ones, False, self._zeros, self.groups,
+            [False, True, False],
+        )[1].flatten(1)  # fmt: skip
+
+    def grad_A(self, u, x, A):
+        dense = self._backward(u, x, self._per_group(A), (False, True))[1]
+        return dense if self.groups == 1 else dense.unflatten(0, (self.groups, -1)).sum(0)
+
+    def add_reduced_grad(self, dX, u, x, A):
+        return dX.add_(self._backward(u, x, self._per_group(A), (True, False))[0])
+
+    def spread(self, v, y):
+        return v.view(-1, *[1] * len(self.stride))
+
+    def select(self, t, rows):
+        return t[:, rows]
+
+    def token_sum(self, dY):
+        return dY.sum([0, *range(2, dY.dim())])
+
+    def row_sums(self, dY, y, bias):
+        dims = [0, *range(2, y.dim())]
+        inner = y.to(torch.promote_types(y.dtype, torch.float32))
+        squares = None
+        if bias is not None:
+            inner = inner - self.spread(bias, y)
+            squares = (inner * inner).sum(dims)
+        return (dY * inner).sum(dims), squares
+
+    @property
+    def _zeros(self) -> list[int]:
+        return [0] * len(self.stride)
+
+    @property
+    def _ones(self) -> list[int]:
+        return [1] * len(self.stride)
+
+    def _backward(self, dY, x, weight, wanted):
+        return torch.ops.aten.convolution_backward(
+            dY, x, weight, None, self.stride, self.padding, self.dilation, False, self._zeros, self.groups,
+            [*wanted, False],
+        )  # fmt: skip
+
+    def _per_group(self, A: Tensor) -> Tensor:
+        return A if self.groups == 1 else A.repeat(self.groups, *[1] * (A.dim() - 1))
+
+    def _as_kernel(self, B: Tensor) -> Tensor:
+        return B.reshape(*B.shape, *self._ones)
+
+    def _pointwise(self, h: Tensor, B: Tensor) -> Tensor:
+        return torch.convolution(
+            h, self._as_kernel(B), None, self._ones, self._zeros, self._ones, False, self._zeros, self.groups
+        )
+
+
+LINEAR = LinearProduct()

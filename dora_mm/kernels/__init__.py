@@ -1,0 +1,1 @@
+"""Triton kernels of the layer, one file each. Whoever imports this package needs triton."""

@@ -1,0 +1,82 @@
+"""The layer on a GPU: the operator of core/fused.py, with its norms, its product and dm's sums in Triton."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dora_mm.core import fused
+from dora_mm.core.functional import Adapter, Rows, rows_of
+from dora_mm.core.functional import row_norm as base_row_norm
+from dora_mm.core.fused import Forward, Prepared, adapted_product
+from dora_mm.core.products import LinearProduct, Product, as_rows
+from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
+from dora_mm.kernels.row_norm import row_norm
+from dora_mm.kernels.row_sums import row_sums
+
+
+class TritonLinear(LinearProduct):
+    """W0 stays as it is, in every dtype: the low-rank branch rides in the same accumulator, which is rounded once."""
+
+    splits_half = True
+
+    def split(self, x, weight, bias, gain, low):
+        h, B = side_by_side(low)
+        y = low_rank_linear(as_rows(x), weight, bias, gain, h, B)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def split_grad_input(self, dY, x, weight, gain, low):
+        u, A = side_by_side([(u, A.T) for u, A in low])
+        dX = low_rank_grad_input(as_rows(dY), weight, gain, u, None if A is None else A.T)
+        return dX.view(*dY.shape[:-1], weight.shape[1])
+
+    def row_sums(self, dY, y, bias):
+        dots, squares = row_sums(as_rows(dY), as_rows(y), bias)
+        return dots, None if bias is None else squares
+
+
+TRITON_LINEAR = TritonLinear()
+
+
+def side_by_side(low: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
+    """Several branches as one of their ranks' sum."""
+    if not low:
+        return None, None
+    if len(low) == 1:
+        return low[0]
+    first, second = zip(*low, strict=True)
+    return torch.cat(first, 1), torch.cat(second, 1)
+
+
+def runs_in_triton(x: Tensor, weight: Tensor, product: Product, dropout: float = 0.0) -> bool:
+    """Linear layers below float64 without dropout; what is left runs in plain torch."""
+    return isinstance(product, LinearProduct) and weight.dim() == 2 and weight.dtype.itemsize <= 4 and not dropout
+
+
+def prepare(weight: Tensor, adapters: Sequence[Adapter], *, n0: Tensor | None = None, uses: float = 1.0) -> Prepared:
+    """As `core.fused.prepare`, the norms of a matrix in one pass over it."""
+    if weight.dim() != 2 or weight.dtype.itemsize > 4:
+        return fused.prepare(weight, adapters, n0=n0, uses=uses)
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        base = weight.detach()
+        if n0 is None and any(a.magnitude is not None for a in adapters):
+            n0 = base_row_norm(base)
+        return Prepared(tuple(rows_in_one_pass(base, adapter, n0) for adapter in adapters), uses)
+
+
+def rows_in_one_pass(weight: Tensor, adapter: Adapter, n0: Tensor | None) -> Rows:
+    if adapter.A is None or adapter.B is None or adapter.magnitude is None or n0 is None:
+        return rows_of(weight, adapter, n0)
+    A, B = adapter.A.contiguous(), adapter.B.contiguous()
+    return Rows(*row_norm(weight, A, B, adapter.scaling, n0, adapter.magnitude))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], **options) -> Tensor:
+    """As `core.fused.adapted_product`."""
+    if runs_in_triton(x, weight, options["product"], options["dropout"]):
+        options["product"] = TRITON_LINEAR
+        options["prepared"] = options["prepared"] or prepare(weight, adapters)
+    return adapted_product(x, weight, bias, adapters, **options)
+
+
+TRITON = Forward(prepare, product)

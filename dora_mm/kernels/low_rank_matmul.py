@@ -1,0 +1,112 @@
+"""One product with the low-rank branch as further inner columns: y = g x W^T + h B^T + b, and its mirror for x's
+gradient, dX = (g dY) W + u A. Both accumulate in one fp32 accumulator and round once; y is written once.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a kernel is launched with arguments that its signature does not have)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dora_mm.kernels.common import rank_block, tile_order, tiles
+
+GROUP = 8  # rows of tiles that share the columns of W in the second-level cache
+
+
+@triton.jit
+def _low_rank_matmul(
+    x, W, h, B, gain, bias, y,  # (M, K), (N, K), (M, R), (N, R), (N,) or (K,), (N,), (M, N)
+    M, N, K, R,
+    stride_x, stride_xk, stride_wn, stride_wk, stride_h, stride_bn, stride_br, stride_y,
+    GAIN_OUT: tl.constexpr, GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    rows = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row, is_column = rows < M, columns < N
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        is_k = k < K
+        a = tl.load(
+            x + rows[:, None] * stride_x + k[None, :].to(tl.int64) * stride_xk,
+            mask=is_row[:, None] & is_k[None, :],
+            other=0.0,
+        )
+        if GAIN_IN:
+            g = tl.load(gain + k, mask=is_k, other=0.0)
+            a = (a.to(tl.float32) * g[None, :]).to(a.dtype)
+        w = tl.load(
+            W + columns[None, :] * stride_wn + k[:, None].to(tl.int64) * stride_wk,
+            mask=is_k[:, None] & is_column[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+    if GAIN_OUT:
+        acc *= tl.load(gain + columns, mask=is_column, other=0.0)[None, :]
+    if HAS_LOW:
+        for first in range(0, R, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)
+            is_r = r < R
+            a = tl.load(h + rows[:, None] * stride_h + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
+            b = tl.load(
+                B + columns[None, :] * stride_bn + r[:, None].to(tl.int64) * stride_br,
+                mask=is_r[:, None] & is_column[None, :],
+                other=0.0,
+            ).to(a.dtype)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    where = rows[:, None] * stride_y + columns[None, :]
+    tl.store(y + where, acc.to(y.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+def _launch(x, W, stride_wn, stride_wk, N, h, B, stride_bn, stride_br, gain, gain_in, bias) -> Tensor:
+    M, K = x.shape
+    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
+    chosen = tiles(x.dtype)
+    grid = (triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(N, chosen["BLOCK_N"]),)
+    if y.numel() == 0:
+        return y
+    rank = 0 if h is None else h.shape[1]
+    _low_rank_matmul[grid](
+        x, W, h, B, gain, bias, y,
+        M, N, K, rank,
+        x.stride(0), x.stride(1), stride_wn, stride_wk,
+        0 if h is None else h.stride(0), stride_bn, stride_br, y.stride(0),
+        GAIN_OUT=gain is not None and not gain_in, GAIN_IN=gain is not None and gain_in, HAS_BIAS=bias is not None,
+        HAS_LOW=rank > 0, BLOCK_R=rank_block(max(rank, 1), x.dtype), GROUP=GROUP, **chosen,
+    )  # fmt: skip
+    return y
+
+
+@torch.library.custom_op("dora_mm::low_rank_linear", mutates_args=())
+def low_rank_linear(
+    x: Tensor, W0: Tensor, bias: Tensor | None, gain: Tensor | None, h: Tensor | None, B: Tensor | None
+) -> Tensor:
+    """y (T, O) = g x W0^T + h B^T + b for x (T, I), W0 (O, I), h (T, R) of x's dtype, B (O, R) and g (O,).
+
+    B and b may be of another dtype than x: they are read as they are, B rounded to x's dtype in the kernel.
+    """
+    strides = (0, 0) if B is None else (B.stride(0), B.stride(1))
+    return _launch(x, W0, W0.stride(0), W0.stride(1), W0.shape[0], h, B, *strides, gain, False, bias)
+
+
+@low_rank_linear.register_fake
+def _(x, W0, bias, gain, h, B):
+    return x.new_empty(x.shape[0], W0.shape[0])
+
+
+@torch.library.custom_op("dora_mm::low_rank_grad_input", mutates_args=())
+def low_rank_grad_input(dY: Tensor, W0: Tensor, gain: Tensor | None, u: Tensor | None, A: Tensor | None) -> Tensor:
+    """dX (T, I) = (g dY) W0 + u A for dY (T, O), u (T, R) of dY's dtype and A (R, I)."""
+    strides = (0, 0) if A is None else (A.stride(1), A.stride(0))
+    return _launch(dY, W0, W0.stride(1), W0.stride(0), W0.shape[1], u, A, *strides, gain, True, None)
+
+
+@low_rank_grad_input.register_fake
+def _(dY, W0, gain, u, A):
+    return dY.new_empty(dY.shape[0], W0.shape[1])

@@ -1,0 +1,59 @@
+"""Sums over tokens of dY (y - b) and (y - b)^2: dm without a tensor of the output's size."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a kernel is launched with arguments that its signature does not have)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A program takes 64 columns of a slab of tokens, 64 at a time; the slabs are added up afterwards, in a fixed order.
+BLOCK_T, BLOCK_O, SLAB = 64, 64, 1024
+
+
+@triton.jit
+def _row_sums(
+    dY, y, bias, dots, squares,  # (T, O), (T, O), (O,), (slabs, O) twice
+    num_tokens, num_out, stride_d, stride_do, stride_y, stride_yo,
+    HAS_BIAS: tl.constexpr, SLAB: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    is_column = columns < num_out
+    slab = tl.program_id(1).to(tl.int64)
+    b = tl.zeros([BLOCK_O], dtype=tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)
+    dot = tl.zeros([BLOCK_O], dtype=tl.float32)
+    square = tl.zeros([BLOCK_O], dtype=tl.float32)
+    for start in range(0, SLAB, BLOCK_T):
+        rows = slab * SLAB + start + tl.arange(0, BLOCK_T)
+        mask = (rows < num_tokens)[:, None] & is_column[None, :]
+        d = tl.load(dY + rows[:, None] * stride_d + columns[None, :].to(tl.int64) * stride_do, mask=mask, other=0.0)
+        z = tl.load(y + rows[:, None] * stride_y + columns[None, :].to(tl.int64) * stride_yo, mask=mask, other=0.0)
+        inner = tl.where(mask, z.to(tl.float32) - b[None, :], 0.0)
+        dot += tl.sum(d.to(tl.float32) * inner, 0)
+        square += tl.sum(inner * inner, 0)
+    tl.store(dots + slab * num_out + columns, dot, mask=is_column)
+    tl.store(squares + slab * num_out + columns, square, mask=is_column)
+
+
+@torch.library.custom_op("dora_mm::row_sums", mutates_args=())
+def row_sums(dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(sum dY (y - b), sum (y - b)^2) over the tokens of dY, y (T, O): (O,) each, in fp32."""
+    num_tokens, num_out = y.shape
+    slabs = triton.cdiv(num_tokens, SLAB)
+    sums = torch.zeros(2, slabs, num_out, dtype=torch.float32, device=y.device)
+    if slabs:
+        _row_sums[(triton.cdiv(num_out, BLOCK_O), slabs)](
+            dY, y, bias, sums[0], sums[1],
+            num_tokens, num_out, dY.stride(0), dY.stride(1), y.stride(0), y.stride(1),
+            HAS_BIAS=bias is not None, SLAB=SLAB, BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, num_warps=4,
+        )  # fmt: skip
+    dots, squares = sums.sum(1)
+    return dots.clone(), squares.clone()  # an operator's results may not share memory
+
+
+@row_sums.register_fake
+def _(dY, y, bias):
+    return tuple(y.new_empty(y.shape[1], dtype=torch.float32) for _ in range(2))

@@ -1,0 +1,350 @@
+"""dora-mm bench: a DoRA layer, and whole training steps, against their peers on this very machine.
+
+All contenders of a case share one base weight and run in one process, in turns: round after round each runs once, after
+a change of its parameters, and the median over the rounds is reported with its quartiles.
+"""
+
+import contextlib
+import csv
+import gc
+import json
+import logging
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import dora_mm
+from dora_mm import backend
+from dora_mm import targets as maps
+from dora_mm.core import DoRASpec, TargetMap, adapt_layer, fixed_parameters
+from dora_mm.core.targets import match_modules
+from dora_mm.eval.timing import in_turns, peak_bytes, saved_bytes, seconds_of, summary
+from dora_mm.train.run import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer: (out, in) features, how many tokens, which rank."""
+
+    name: str
+    num_out: int
+    num_in: int
+    num_tokens: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    rank: int
+    contender: str
+    measure: str  # forward, step (forward and backward): seconds; saved, peak: bytes
+    median: float
+    low: float  # quartiles
+    high: float
+    repeats: int
+
+
+# (name, out, in, tokens) and the rank of the quick run. Tokens: of a 1024 px picture; 77 a picture in cross-attention.
+LAYERS = (
+    ("SDXL 640", 640, 640, 4096, 16),
+    ("SDXL 1280, 4096 tokens", 1280, 1280, 4096, 16),
+    ("SDXL 1280, 1024 tokens", 1280, 1280, 1024, 16),
+    ("SDXL cross-attention", 1280, 2048, 308, 16),
+    ("bart-base", 768, 768, 1000, 128),
+)
+LLM = (("8B LLM, attention", 4096, 4096, 512, 16), ("8B LLM, up", 14336, 4096, 512, 16))
+RANKS = (8, 16, 64, 128, 384)
+
+
+def layer_cases(extent: str) -> list[Case]:
+    """quick: five shapes at one rank each; default: two ranks and the LLM's; all: every rank."""
+    if extent == "quick":
+        return [Case(*layer) for layer in LAYERS]
+    ranks = RANKS if extent == "all" else (16, 128)
+    return [Case(*layer[:4], rank) for layer in (*LAYERS, *LLM) for rank in ranks]
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
+
+
+def peft_layer(base: nn.Linear, rank: int, use_dora: bool) -> nn.Module:
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=use_dora, target_modules=["0"])
+    return peft.inject_adapter_in_model(config, nn.Sequential(base)).get_submodule("0")
+
+
+def our_layer(base: nn.Linear, rank: int, method: str, path: str = "") -> nn.Module:
+    layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    layer.weight, layer.bias = base.weight, base.bias
+    return adapt_layer(layer, DoRASpec(rank, method=method), path=path, functions=backend.select())
+
+
+CONTENDERS: dict[str, Callable[[nn.Linear, int], nn.Module]] = {
+    "frozen": lambda base, rank: base,
+    "PEFT LoRA": partial(peft_layer, use_dora=False),
+    "PEFT DoRA": partial(peft_layer, use_dora=True),
+    "our LoRA": partial(our_layer, method="lora"),
+    "our DoRA": partial(our_layer, method="dora"),
+}
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def change(parameters: list[nn.Parameter]) -> None:
+    """What an optimizer step does to the adapters."""
+    for parameter in parameters:
+        parameter.grad = None
+        parameter.add_(1e-4 * torch.randn_like(parameter))
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
+
+
+def bench_layer(case: Case, device: torch.device, dtype: torch.dtype, repeats: int, progress: tqdm) -> list[Result]:
+    torch.manual_seed(0)
+    base = nn.Linear(case.num_in, case.num_out, device=device, dtype=dtype).requires_grad_(False)
+    x = torch.randn(case.num_tokens, case.num_in, device=device, dtype=dtype).requires_grad_()
+    dY = torch.randn(case.num_tokens, case.num_out, device=device, dtype=dtype)
+    layers = {name: build(base, case.rank).to(device) for name, build in CONTENDERS.items()}
+    results = []
+    with contextlib.ExitStack() as stack:
+        for layer in layers.values():  # as the training loop does: the base stays as it is
+            stack.enter_context(fixed_parameters(layer, base_only=True))
+        for measure in ("forward", "step"):
+            runs = {
+                name: partial(time_layer, layer, x, dY if measure == "step" else None, device)
+                for name, layer in layers.items()
+            }
+            for name, seconds in in_turns(runs, repeats, progress.update).items():
+                results.append(Result(case.name, case.rank, name, measure, *summary(seconds), len(seconds)))
+        for name, layer in layers.items():
+            saved = saved_bytes(lambda layer=layer: layer(x), layer, x)
+            peak = peak_bytes(lambda layer=layer: layer(x).backward(dY), device)
+            for measure, size in (("saved", saved), ("peak", peak)):
+                results.append(Result(case.name, case.rank, name, measure, size, size, size, 1))
+    return results
+
+
+def time_layer(layer: nn.Module, x: torch.Tensor, dY: torch.Tensor | None, device: torch.device) -> float:
+    change(trained(layer))
+    x.grad = None
+    if dY is None:
+        return seconds_of(lambda: layer(x), device)
+    return seconds_of(lambda: layer(x).backward(dY), device)
+
+
+# --- whole training steps --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with random weights, what is adapted in it, and the loss of one batch."""
+
+    name: str
+    build: Callable[[torch.device, torch.dtype], tuple[nn.Module, Callable[[], torch.Tensor]]]
+    targets: Any
+    rank: int = 16
+
+
+def sdxl_unet(device: torch.device, dtype: torch.dtype, *, side: int, checkpointing: bool):
+    """The UNet of SDXL at its full size, on pictures of `side` pixels."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device(device):
+        unet = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False)
+        conditions = {
+            "encoder_hidden_states": torch.randn(1, 77, 2048, dtype=dtype),
+            "added_cond_kwargs": {
+                "text_embeds": torch.randn(1, 1280, dtype=dtype),
+                "time_ids": torch.tensor([[side, side, 0, 0, side, side]], dtype=dtype),
+            },
+        }
+        latents = torch.randn(1, 4, side // 8, side // 8, dtype=dtype)
+    if checkpointing:
+        unet.train().enable_gradient_checkpointing()
+    return unet, lambda: unet(latents, 500, **conditions).sample.float().square().mean()
+
+
+SDXL_UNET = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def bart(device: torch.device, dtype: torch.dtype):
+    """bart-base, the language model of VL-BART: 20 words and 36 regions in, 5 words out."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    with torch.device(device):
+        config = BartConfig(d_model=768, encoder_layers=6, decoder_layers=6, encoder_ffn_dim=3072, decoder_ffn_dim=3072,
+                            encoder_attention_heads=12, decoder_attention_heads=12)  # fmt: skip
+        model = BartForConditionalGeneration(config).requires_grad_(False).eval()
+        inputs = torch.randn(16, 56, 768, dtype=dtype)
+        labels = torch.randint(4, config.vocab_size, (16, 5))
+    return model, lambda: model(inputs_embeds=inputs, labels=labels).loss
+
+
+def llama(device: torch.device, dtype: torch.dtype):
+    """LLaMA of one billion parameters, 512 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device(device):
+        config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+                             num_key_value_heads=8, vocab_size=32000)  # fmt: skip
+        model = LlamaForCausalLM(config).requires_grad_(False)
+        ids = torch.randint(0, config.vocab_size, (1, 512))
+    return model, lambda: model(ids, labels=ids).loss
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj", "o_proj"]
+
+
+def models(device: torch.device) -> list[Model]:
+    side = 1024 if device.type == "cuda" else 256
+    unet = partial(sdxl_unet, side=side, checkpointing=device.type == "cuda")
+    return [
+        Model(f"SDXL UNet, {side} px", unet, "sdxl-unet"),
+        Model("bart-base, 16 pictures", bart, ["q_proj", "v_proj"], 128),
+        Model("LLaMA 1B, 512 tokens", llama, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ]
+
+
+def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats: int, progress: tqdm) -> list[Result]:
+    """All contenders adapt the same modules over the same weights; each is put into the model before it runs."""
+    torch.manual_seed(0)
+    network, loss = model.build(device, dtype)
+    network.to(dtype)
+    bases: dict[str, Any] = {path: network.get_submodule(path) for path in taken(network, model.targets)}
+    layers = {
+        name: {path: build(base, model.rank).to(device) for path, base in bases.items()}
+        for name, build in CONTENDERS.items()
+        if name != "frozen"
+    }
+
+    def step(name: str) -> float:
+        put(network, layers[name])
+        change([p for layer in layers[name].values() for p in trained(layer)])
+        with fixed_parameters(network, base_only=True), fixed_parameters(network, uses=1):
+            return seconds_of(lambda: loss().backward(), device)
+
+    found = in_turns({name: partial(step, name) for name in layers}, repeats, progress.update)
+    results = [Result(model.name, model.rank, name, "step", *summary(s), len(s)) for name, s in found.items()]
+    for name in layers:
+        gc.collect()
+        size = peak_bytes(partial(step, name), device)
+        results.append(Result(model.name, model.rank, name, "peak", size, size, size, 1))
+    return results
+
+
+def taken(network: nn.Module, targets: Any) -> list[str]:
+    chosen = (
+        maps.find(targets).select(None) if isinstance(targets, str) else TargetMap("bench", {"all": tuple(targets)})
+    )
+    return list(match_modules(network, chosen))
+
+
+def put(network: nn.Module, layers: dict[str, nn.Module]) -> None:
+    for path, layer in layers.items():
+        network.set_submodule(path, layer)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+REPEATS = {"quick": 5, "default": 9, "all": 15}
+MODEL_REPEATS = {"quick": 0, "default": 3, "all": 5}
+
+
+def main(extent: str = "default", *, dtype: str | None = None, output: str | None = None) -> None:
+    """Measures, and writes results.csv, machine.json and table.md into a numbered folder of runs/bench.
+
+    extent: `quick` (layers only, under two minutes on two cores), `default` (at most half an hour), or `all`.
+    dtype: float32 by default, bfloat16 on a GPU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    found = getattr(torch, dtype)
+    cases, steps = layer_cases(extent), models(device) if MODEL_REPEATS[extent] else []
+    run = RunDirectory.create("bench", f"extent: {extent}\ndtype: {dtype}\n", output)
+    (run.path / "machine.json").write_text(json.dumps(machine(device, dtype), indent=2) + "\n")
+    results: list[Result] = []
+    rounds = 2 * (REPEATS[extent] + 1) * len(cases) + (MODEL_REPEATS[extent] + 1) * len(steps)
+    with tqdm(total=rounds, unit="round") as progress:
+        for case in cases:
+            progress.set_postfix_str(f"{case.name}, rank {case.rank}")
+            results += bench_layer(case, device, found, REPEATS[extent], progress)
+            write_results(run.path / "results.csv", results)
+        for model in steps:
+            progress.set_postfix_str(model.name)
+            results += bench_model(model, device, found, MODEL_REPEATS[extent], progress)
+            write_results(run.path / "results.csv", results)
+            gc.collect()
+    text = table(results, machine(device, dtype))
+    (run.path / "table.md").write_text(text)
+    print(text)
+    log.info("Results are in %s.", run.path)
+
+
+def machine(device: torch.device, dtype: str) -> dict[str, str | int]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {"device": name, "threads": torch.get_num_threads(), "dtype": dtype, "torch": torch.__version__,
+            "peft": peft.__version__, "dora_mm": dora_mm.__version__, "system": platform.system()}  # fmt: skip
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_results(path: Path, results: list[Result]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
+        writer.writeheader()
+        writer.writerows(asdict(result) for result in results)
+
+
+def table(results: list[Result], made_on: dict[str, str | int]) -> str:
+    """Markdown: times as ratios to PEFT's LoRA, memory as mebibytes, a line per case."""
+    others = [name for name in CONTENDERS if name != "PEFT LoRA"]
+    by_case: dict[tuple[str, int], dict[tuple[str, str], Result]] = {}
+    for result in results:
+        by_case.setdefault((result.case, result.rank), {})[result.contender, result.measure] = result
+    lines = [
+        f"{made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}, torch {made_on['torch']}, "
+        f"PEFT {made_on['peft']}. Forward and backward: times PEFT LoRA's, medians of alternating runs. "
+        "Memory: at the peak of one step, beyond weights and input.",
+        "",
+        "| | rank | PEFT LoRA | " + " | ".join(others) + " | MiB: PEFT LoRA | PEFT DoRA | our DoRA |",
+        "| --- | --- " * 1 + "| --- " * (len(others) + 4) + "|",
+    ]
+    for (case, rank), found in by_case.items():
+        unit = found["PEFT LoRA", "step"].median
+        ratios = [f"{found[name, 'step'].median / unit:.2f}" if (name, "step") in found else "" for name in others]
+        peaks = [f"{found[name, 'peak'].median / 2**20:.0f}" for name in ("PEFT LoRA", "PEFT DoRA", "our DoRA")]
+        time = f"{unit:.2f} s" if unit >= 1 else f"{1000 * unit:.1f} ms"
+        lines.append("| " + " | ".join([case, str(rank), time, *ratios, *peaks]) + " |")
+    return "\n".join(lines) + "\n"

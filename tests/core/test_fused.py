@@ -1,0 +1,283 @@
+"""The fused operator in both of its forms, value and every gradient, against autograd of the formula in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dora_mm.core import functional as dora
+from dora_mm.core import fused
+from dora_mm.core.fused import adapted_product, split_pays
+from tests.core import reference
+from tests.core.reference import make, variants
+
+FORMS = {"split": 0.0, "merged": math.inf}  # the number of passes that the built weight would serve
+
+
+def product(x, W0, bias, adapters, form="merged", **options):
+    prepared = fused.prepare(W0, adapters, uses=FORMS[form])
+    return adapted_product(x, W0, bias, adapters, prepared=prepared, **options)
+
+
+def expected_product(x, W0, bias, adapter):
+    return x.double() @ reference.merged_weight(W0, adapter).T + (0 if bias is None else bias.double())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    out=st.integers(1, 17),
+    inner=st.integers(1, 17),
+    rank=st.integers(1, 5),
+    tokens=st.integers(0, 6),
+    strength=st.sampled_from([1.0, 0.5, -1.0, 1e-5]),
+    norm_grad=st.sampled_from(["detached", "exact"]),
+    form=st.sampled_from(list(FORMS)),
+    has_bias=st.booleans(),
+    keep_weight=st.booleans(),
+    save_output=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_value_and_gradients_equal_autograd_of_the_formula(
+    out, inner, rank, tokens, strength, norm_grad, form, has_bias, keep_weight, save_output, seed
+):
+    W0, adapter = make(out, inner, rank, strength=strength, norm_grad=norm_grad, seed=seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(tokens, inner, dtype=torch.float64, generator=g, requires_grad=True)
+    dY = torch.randn(tokens, out, dtype=torch.float64, generator=g)
+    bias = torch.randn(out, dtype=torch.float64, generator=g).requires_grad_() if has_bias else None
+    for _, variant in variants(adapter):
+        wanted = [t for t in (x, bias, *variant[:3]) if t is not None]
+        y = product(x, W0, bias, [variant], form, keep_weight=keep_weight, save_output=save_output)
+        right = expected_product(x, W0, bias, variant)
+        torch.testing.assert_close(y, right, rtol=1e-10, atol=1e-11)
+        for a, b in zip(torch.autograd.grad(y, wanted, dY), torch.autograd.grad(right, wanted, dY), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * (1 + b.abs().max().item() if b.numel() else 1))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_in_exact_mode(strength, form):
+    W0, adapter = make(5, 7, 3, norm_grad="exact", strength=strength)
+    bias = torch.randn(5, dtype=torch.float64)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+
+    def layer(x, A, B, m):
+        return product(x, W0, bias, [adapter._replace(A=A, B=B, magnitude=m)], form)
+
+    assert torch.autograd.gradcheck(layer, (x, adapter.A, adapter.B, adapter.magnitude))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck_of_input_and_magnitude_in_detached_mode(form):
+    W0, adapter = make(5, 7, 3)
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+
+    def layer(x, m):
+        return product(x, W0, None, [adapter._replace(magnitude=m)], form)
+
+    assert torch.autograd.gradcheck(layer, (x, adapter.magnitude))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_adapter_of_a_layer_gets_its_gradient(form):
+    W0, one = make(6, 8, 2, seed=1, strength=0.7, norm_grad="exact")
+    _, two = make(6, 8, 3, seed=2, strength=-0.4)
+    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    y = product(x, W0, None, [one, two], form)
+    W = reference.merged_weight(W0, one) + reference.merged_weight(W0, two) - W0
+    right, wanted = x @ W.T, (x, *one[:3], *two[:3])
+    torch.testing.assert_close(y, right, rtol=1e-12, atol=1e-12)
+    dY = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, wanted, dY), torch.autograd.grad(right, wanted, dY), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+# --- which form ---
+
+
+@pytest.mark.parametrize(("out", "inner", "rank"), [(1280, 1280, 16), (640, 640, 16), (1280, 2048, 4), (64, 64, 128)])
+def test_the_form_changes_where_the_counted_costs_meet(out, inner, rank):
+    edge = next(t for t in range(1, 100_000) if not split_pays(t, out, inner, rank))
+    assert 1 < edge < 2 * max(out, inner)
+    assert split_pays(edge - 1, out, inner, rank)
+    assert not split_pays(edge // 2 + 1, out, inner, rank, uses=2)  # a weight that serves twice pays at half the tokens
+    assert not split_pays(1, out, inner, rank, uses=math.inf)
+
+
+def test_half_precision_never_splits():
+    W0, adapter = make(64, 64, 4, dtype=torch.float32)
+    for dtype, split in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
+        x, weight = torch.randn(1, 64).to(dtype), W0.to(dtype)
+        assert fused.stays_split(x, weight, [adapter], fused.LINEAR, fused.prepare(weight, [adapter])) is split
+
+
+# --- what is kept for the backward pass ---
+
+
+def saved_sizes(run):
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t):
+        y = run()
+    storages = {t.untyped_storage().data_ptr(): t for t in (*found, y)}
+    return sorted(t.numel() for t in storages.values() if t.numel() > 64 * 4)
+
+
+@pytest.mark.parametrize(
+    ("form", "keep_weight", "save_output", "weights"),
+    [("merged", True, True, 2), ("merged", False, True, 1), ("merged", False, False, 1), ("split", True, True, 1)],
+)
+def test_what_is_saved(form, keep_weight, save_output, weights):
+    """x and y (y is kept by whoever reads it anyway), W0, and W(t) where it may be; all else is (T, R) or smaller."""
+    W0, adapter = make(64, 96, 4, dtype=torch.float32)
+    x = torch.randn(500, 96, requires_grad=True)
+    options = {"keep_weight": keep_weight, "save_output": save_output}
+    expected = [64 * 96] * weights + [500 * 64, 500 * 96] + ([500 * 4] if form == "split" else []) + [4 * 96]
+    assert saved_sizes(lambda: product(x, W0, None, [adapter], form, **options)) == sorted(expected)
+    y = product(x, W0, None, [adapter], form, **options)
+    saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+    assert any(t.shape == y.shape for t in saved) is save_output
+
+
+def test_an_output_that_is_overwritten():
+    W0, adapter = make(6, 8, 2)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    kept = product(x, W0, None, [adapter])
+    with pytest.raises(RuntimeError, match="inplace"):
+        kept.relu_().sum().backward()
+    product(x, W0, None, [adapter], save_output=False).relu_().sum().backward()
+    found = adapter.magnitude.grad
+    m = adapter.magnitude.detach().requires_grad_()
+    expected_product(x, W0, None, adapter._replace(magnitude=m)).relu().sum().backward()
+    torch.testing.assert_close(found, m.grad)
+
+
+# --- rows that need care ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_rows_are_no_ops_and_stay_finite(form):
+    W0, adapter = make(4, 6, 2, norm_grad="exact")
+    W0[1] = 0
+    with torch.no_grad():
+        adapter.magnitude[1] = 0
+        adapter.B[1] = 0
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    y = product(x, W0, None, [adapter], form)
+    y.square().sum().backward()
+    assert torch.equal(y[:, 1], torch.zeros(3, dtype=torch.float64))
+    assert all(t.grad.isfinite().all() for t in (x, adapter.A, adapter.B, adapter.magnitude))
+
+
+@pytest.mark.parametrize("magnitude", [0.0, -1.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_zero_and_negative_magnitudes(magnitude, form):
+    W0, adapter = make(4, 6, 2)
+    adapter = adapter._replace(magnitude=torch.full((4,), magnitude, dtype=torch.float64, requires_grad=True))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    y = product(x, W0, None, [adapter], form)
+    torch.testing.assert_close(y, x @ reference.merged_weight(W0, adapter).T)
+    (dm,) = torch.autograd.grad(y.sum(), adapter.magnitude)
+    (expected,) = torch.autograd.grad((x @ reference.merged_weight(W0, adapter).T).sum(), adapter.magnitude)
+    torch.testing.assert_close(dm, expected)
+
+
+@pytest.mark.parametrize("large", [10.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitude_gradient_under_a_large_bias(large, dtype):
+    """Rows whose bias drowns y - b take x V^T instead; from y - b alone a bias of 100 would cost bf16 a fifth."""
+    W0, adapter = make(64, 96, 4, dtype=torch.float32, size=0.05)
+    x, dY = torch.randn(200, 96), torch.randn(200, 64)
+    bias = torch.where(torch.arange(64) % 2 == 0, large, 0.0)
+    y = adapted_product(x.to(dtype), W0.to(dtype), bias.to(dtype), [adapter])
+    (dm,) = torch.autograd.grad(y, adapter.magnitude, dY.to(dtype))
+    exact = expected_product(x.to(dtype), W0.to(dtype), None, adapter)
+    (expected,) = torch.autograd.grad(exact, adapter.magnitude, dY.to(dtype).double())
+    assert reference.relative_error(dm, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_magnitudes_near_zero_keep_their_gradient(form):
+    W0, adapter = make(16, 24, 2, dtype=torch.float32)
+    with torch.no_grad():
+        adapter.magnitude[:4] = torch.tensor([0.0, 1e-30, -1e-9, 1e-3])
+    x, bias = torch.randn(50, 24), torch.randn(16)
+    y = product(x, W0, bias, [adapter], form)
+    dY = torch.randn_like(y)
+    (dm,) = torch.autograd.grad(y, adapter.magnitude, dY)
+    right = expected_product(x, W0, bias, adapter)
+    (expected,) = torch.autograd.grad(right, adapter.magnitude, dY.double())
+    torch.testing.assert_close(dm, expected, rtol=1e-4, atol=1e-4)
+    assert reference.relative_error(y, right) < 1e-6
+
+
+# --- precision ---
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_updates_survive_half_precision(dtype, autocast):
+    """Of an update of 4e-4 of the weight, rounding W' to bf16 would keep a quarter (facts: 0.23)."""
+    rank = 16
+    W0, adapter = make(1024, 256, rank, dtype=torch.float32, scaling=1.0, size=4e-4 / rank**0.5)
+    W0 = W0.to(dtype).float() if autocast else W0.to(dtype)
+    adapter = adapter._replace(magnitude=dora.row_norm(W0) * (1 + 1e-4))
+    tokens = 4096 if dtype == torch.bfloat16 else 512
+    x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        y = adapted_product(x, W0, None, [adapter])
+        base = F.linear(x, W0)
+    assert y.dtype == base.dtype == dtype
+    W = reference.merged_weight(W0, adapter)
+    update = x.double() @ (W - W0.double()).T
+    share = (((y.double() - x.double() @ W0.double().T) * update).sum() / update.square().sum()).item()
+    assert abs(share - 1) <= 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients(dtype):
+    W0, adapter = make(48, 64, 4, dtype=torch.float32, size=0.05)
+    W0, x = W0.to(dtype), torch.randn(5, 40, 64).to(dtype).requires_grad_()
+    bias = torch.randn(48).to(dtype)
+    dY = torch.randn(5, 40, 48).to(dtype)
+    y = adapted_product(x, W0, bias, [adapter])
+    wanted = (x, adapter.A, adapter.B, adapter.magnitude)
+    exact_x = x.detach().double().requires_grad_()
+    exact = exact_x @ reference.merged_weight(W0, adapter).T + bias.double()
+    expected = torch.autograd.grad(exact, (exact_x, *wanted[1:]), dY.double())
+    unit = torch.finfo(dtype).eps
+    assert reference.relative_error(y, exact) < unit
+    for found, right in zip(torch.autograd.grad(y, wanted, dY), expected, strict=True):
+        assert reference.relative_error(found, right) < unit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_leaves_the_base_alone(dtype):
+    """One mask on x, in the update only, rounded once: x W0' + drop(x) (W' - W0)' + b."""
+    W0, adapter = make(48, 32, 4, dtype=torch.float32)
+    W0, x, bias = W0.to(dtype), torch.randn(64, 32).to(dtype), torch.randn(48).to(dtype)
+    torch.manual_seed(5)
+    y = adapted_product(x, W0, bias, [adapter], dropout=0.4)
+    torch.manual_seed(5)
+    dropped = F.dropout(x, 0.4)
+    W = reference.merged_weight(W0, adapter)
+    expected = x.double() @ W0.double().T + dropped.double() @ (W - W0.double()).T + bias.double()
+    assert y.dtype == dtype
+    assert reference.relative_error(y, expected) < 4 * torch.finfo(dtype).eps
+    y.float().sum().backward()
+    (exact,) = torch.autograd.grad(expected.sum(), adapter.B)
+    assert reference.relative_error(adapter.B.grad, exact) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (1, 8), (8,)])
+def test_few_or_no_tokens(shape):
+    for dtype in (torch.float32, torch.bfloat16):
+        W0, adapter = make(5, 8, 2, dtype=torch.float32)
+        x = torch.randn(shape).to(dtype).requires_grad_()
+        y = adapted_product(x, W0.to(dtype), None, [adapter])
+        assert y.shape == (*shape[:-1], 5)
+        y.float().sum().backward()
+        assert x.grad.shape == x.shape
+        assert adapter.B.grad.isfinite().all()

@@ -1,0 +1,78 @@
+"""Compiles every kernel for GPUs that are not here, and prints what the compiler says of registers and spills as JSON.
+
+A script of its own, since the interpreter that the other tests use is chosen when triton is imported.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dora_mm.kernels import low_rank_matmul, row_norm, row_sums
+from dora_mm.kernels.common import MIN_DOT, rank_block, tiles
+
+CAPABILITIES = (80, 90)
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def kernels():
+    """(name, kernel, types of the pointer arguments, constants, number of warps) of every variant in use."""
+    for dtype, short in TYPES.items():
+        pointers = {"W0": short, "A": "fp32", "B": "fp32", **dict.fromkeys(("n0", "magnitude", "norm", "gain"), "fp32")}
+        blocks = {"BLOCK_O": row_norm.BLOCK_O, "BLOCK_I": row_norm.BLOCK_I, "BLOCK_R": MIN_DOT}
+        yield f"row_norm {short}", row_norm._row_norm, pointers, blocks, 4
+        half = {"x": short, "W": short, "h": short, "B": "fp32", "gain": "fp32", "bias": short, "y": short}
+        for way in ("GAIN_OUT", "GAIN_IN"):
+            chosen = dict(tiles(dtype))
+            warps, _ = chosen.pop("num_warps"), chosen.pop("num_stages")
+            flags = {"GAIN_OUT": way == "GAIN_OUT", "GAIN_IN": way == "GAIN_IN", "HAS_BIAS": way == "GAIN_OUT"}
+            constants = {
+                **flags,
+                "HAS_LOW": True,
+                "BLOCK_R": rank_block(64, dtype),
+                "GROUP": low_rank_matmul.GROUP,
+                **chosen,
+            }
+            yield f"low_rank_matmul {way} {short}", low_rank_matmul._low_rank_matmul, half, constants, warps
+        sums = {"dY": short, "y": short, "bias": short, "dots": "fp32", "squares": "fp32"}
+        constants = {"HAS_BIAS": True, "SLAB": row_sums.SLAB, "BLOCK_T": row_sums.BLOCK_T, "BLOCK_O": row_sums.BLOCK_O}
+        yield f"row_sums {short}", row_sums._row_sums, sums, constants, 4
+
+
+def compiled(kernel, pointers, constants, warps, capability):
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name], attributes[(index,)] = "*" + pointers[name], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if name in ("scaling", "cancelled") else "i32"
+            if name.startswith("stride"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def report(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and bytes of its stack, where what does not fit into registers is spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name.lower(): int(re.findall(rf"{name}:(\d+)", said)[-1]) for name in ("REG", "STACK")}
+
+
+if __name__ == "__main__":
+    found = {}
+    for capability in CAPABILITIES:
+        for name, *what in kernels():
+            found[f"sm_{capability} {name}"] = report(compiled(*what, capability).asm["cubin"])
+    print(json.dumps(found))

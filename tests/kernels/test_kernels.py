@@ -1,0 +1,201 @@
+"""Every kernel against float64, by the rule of the project: at most twice plain torch's error, plus one rounding.
+
+Without a GPU they run in Triton's interpreter, in fp32 and fp16 (its bf16 products are wrong in triton 3.9).
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+triton = pytest.importorskip("triton")
+
+from dora_mm.core import DoRASpec, adapt_layer, fused  # noqa: E402
+from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
+from dora_mm.core.functional import updated_norm  # noqa: E402
+from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
+from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear  # noqa: E402
+from dora_mm.kernels.row_norm import row_norm  # noqa: E402
+from dora_mm.kernels.row_sums import row_sums  # noqa: E402
+from tests.core import reference  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+SHAPES = [(5, 7, 3), (64, 48, 16), (70, 33, 17), (1, 130, 40), (16, 20, 66)]  # out, in, rank
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def assert_as_good_as(found, plain, exact):
+    """||err|| <= 2 ||plain torch's err|| + u ||exact||."""
+    unit = torch.finfo(found.dtype).eps / 2
+    error = (found.double() - exact).norm()
+    assert error <= 2 * (plain.double() - exact).norm() + unit * exact.norm(), error / exact.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_norm(shape, dtype):
+    out, inner, rank = shape
+    W0, A, B = random(out, inner, dtype=dtype), random(rank, inner, seed=1), 0.3 * random(out, rank, seed=2)
+    n0 = base_norm(W0)
+    m = n0 * 1.1
+    norm, gain = row_norm(W0, A, B, 0.7, n0, m)
+    exact = (W0.double() + 0.7 * B.double() @ A.double()).norm(dim=1)
+    assert_as_good_as(norm, updated_norm(W0.float(), A, B, 0.7, n0), exact)
+    assert torch.equal(gain, m / norm)
+
+
+def test_row_norm_without_an_update_and_of_empty_rows():
+    W0 = random(9, 40)
+    W0[3] = 0
+    n0 = base_norm(W0)
+    norm, gain = row_norm(W0, random(4, 40), torch.zeros(9, 4, device=DEVICE), 1.0, n0, n0.clone())
+    assert torch.equal(norm, n0)
+    assert torch.equal(gain, torch.ones_like(gain))
+
+
+@pytest.mark.parametrize("residual", [1e-2, 1e-4])
+def test_row_norm_where_the_update_nearly_cancels_the_weight(residual):
+    A, B = random(8, 64), random(16, 8, seed=1)
+    W0 = -0.5 * B @ A + residual * random(16, 64, seed=2)
+    n0 = base_norm(W0)
+    norm, _ = row_norm(W0, A, B, 0.5, n0, n0)
+    exact = (W0.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+    assert_as_good_as(norm, (W0 + 0.5 * B @ A).norm(dim=1), exact)
+
+
+def strided(t):
+    """The same values with gaps between the rows and between the columns."""
+    wide = t.new_zeros(t.shape[0] * 2, t.shape[1] * 3)
+    wide[::2, ::3] = t
+    return wide[::2, ::3]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, strided])
+def test_low_rank_products(shape, dtype, layout):
+    out, inner, rank = shape
+    for tokens in (0, 1, 37, 130):
+        x, W0 = layout(random(tokens, inner, dtype=dtype)), layout(random(out, inner, dtype=dtype, seed=1))
+        A, B = random(rank, inner, seed=2), random(out, rank, seed=3)
+        gain, bias = random(out, seed=4), random(out, dtype=dtype, seed=5)
+        h = x @ A.to(dtype).T
+        y = low_rank_linear(x, W0, bias, gain, h, B)
+        exact = gain.double() * (x.double() @ W0.double().T) + h.double() @ B.to(dtype).double().T + bias.double()
+        plain = gain * (x @ W0.T) + h @ B.to(dtype).T + bias
+        assert_as_good_as(y, plain, exact)
+        dY = layout(random(tokens, out, dtype=dtype, seed=6))
+        u = dY @ B.to(dtype)
+        dX = low_rank_grad_input(dY, W0, gain, u, A)
+        scaled = (dY.float() * gain).to(dtype)
+        exact = scaled.double() @ W0.double() + u.double() @ A.to(dtype).double()
+        assert_as_good_as(dX, scaled @ W0 + u @ A.to(dtype), exact)
+
+
+def test_products_without_gain_bias_or_rank():
+    x, W0 = random(10, 12), random(6, 12, seed=1)
+    assert reference.relative_error(low_rank_linear(x, W0, None, None, None, None), x @ W0.T) < 1e-6
+    assert reference.relative_error(low_rank_grad_input(x @ W0.T, W0, None, None, None), x @ W0.T @ W0) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 100, 2500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_sums(tokens, dtype):
+    dY, y, bias = random(1, 50, dtype=dtype).expand(tokens, 50), random(tokens, 50, dtype=dtype), random(50, seed=3)
+    dots, squares = row_sums(dY, y, bias)
+    inner = y.double() - bias.double()
+    torch.testing.assert_close(dots, (dY.double() * inner).sum(0).float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(squares, inner.square().sum(0).float(), rtol=1e-5, atol=1e-4)
+
+
+# --- the layer ---
+
+
+def layers(dtype, *, bias=True, **spec):
+    """(on Triton, on plain torch) with the same trained values."""
+    _, plain = reference.linear(40, 24, bias=bias, dtype=dtype, **spec)
+    reference.randomize(plain.to(DEVICE))
+    twin = nn.Linear(40, 24, bias=bias, dtype=dtype, device=DEVICE)
+    twin.load_state_dict({k: v for k, v in plain.state_dict().items() if k in ("weight", "bias")})
+    fast = adapt_layer(twin, plain.spec, functions=TRITON)
+    fast.load_state_dict(plain.state_dict())
+    return fast, plain
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize(("norm_grad", "bias"), [("detached", True), ("exact", False)])
+def test_layer(dtype, method, norm_grad, bias):
+    fast, plain = layers(dtype, method=method, norm_grad=norm_grad, bias=bias)
+    x, dY = random(2, 30, 40, dtype=dtype).requires_grad_(), random(2, 30, 24, dtype=dtype, seed=9)
+    double = [p.detach().double().requires_grad_() for p in plain.adapter_tensors().values()]
+    names = {"lora_A": "A", "lora_B": "B"}
+    adapter = plain.adapters()[0]._replace(
+        **{names.get(n, n): t for n, t in zip(plain.adapter_tensors(), double, strict=True)}
+    )
+    exact_x = x.detach().double().requires_grad_()
+    W = reference.merged_weight(plain.weight, adapter)
+    exact = F.linear(exact_x, W, None if plain.bias is None else plain.bias.double())
+    expected = torch.autograd.grad(exact, [exact_x, *double], dY.double())
+    found, others = (
+        (layer(x), *torch.autograd.grad(layer(x), [x, *layer.adapter_tensors().values()], dY))
+        for layer in (fast, plain)
+    )
+    for a, b, right in zip(found, others, (exact, *expected), strict=True):
+        assert a.dtype == b.dtype
+        if dtype == torch.float32:
+            assert_as_good_as(a, b, right)
+        else:  # A, s B and g dY are rounded to the operand's dtype: one rounding more on the way
+            assert reference.relative_error(a, right) < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_several_adapters_and_strengths(autocast):
+    fast, plain = layers(torch.float32)
+    for layer in (fast, plain):
+        layer.set_strength(0.5)
+        layer.stack("other", DoRASpec(4), {n: 1.1 * t for n, t in layer.adapter_tensors().items()}, -0.3)
+    x = random(20, 40)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16, enabled=autocast):
+        found, expected = fast(x), plain(x)
+    assert found.dtype == expected.dtype
+    assert reference.relative_error(found, expected) < (1e-3 if autocast else 1e-6)
+
+
+def test_what_has_no_kernel_runs_in_plain_torch():
+    for layer, x in (
+        (nn.Conv2d(4, 6, 3), torch.randn(1, 4, 8, 8)),
+        (nn.Linear(4, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)),
+    ):
+        plain = reference.randomize(adapt_layer(layer, DoRASpec(2)))
+        expected = plain(x)
+        plain.functions = TRITON
+        assert torch.equal(plain(x), expected)
+    dropping = reference.randomize(adapt_layer(nn.Linear(8, 6), DoRASpec(2, dropout=0.5), functions=TRITON))
+    assert dropping(torch.randn(3, 8)).shape == (3, 6)
+
+
+@pytest.mark.parametrize("layer_dtype", [torch.float32, torch.float16])
+def test_compiled_without_graph_breaks(layer_dtype):
+    fast, _ = layers(layer_dtype)
+    x = random(6, 40, dtype=layer_dtype)
+    found = torch.compile(fast, backend="aot_eager", fullgraph=True)(x)
+    assert reference.relative_error(found, fast(x)) <= torch.finfo(layer_dtype).eps
+
+
+def test_small_updates_survive_half_precision():
+    """Of an update of 4e-4 of the weight nothing is lost: the base keeps fp16's bits, the update 2^-11 of itself."""
+    W0, adapter = reference.make(64, 64, 16, dtype=torch.float32, scaling=1.0, size=1e-4)
+    W0 = W0.half().to(DEVICE)
+    A, B = adapter.A.detach().to(DEVICE), adapter.B.detach().to(DEVICE)
+    adapter = fused.Adapter(A, B, base_norm(W0) * (1 + 1e-4))
+    x = random(2000, 64, dtype=torch.float16)
+    options = {"product": fused.LINEAR, "dropout": 0.0, "prepared": None}
+    y = TRITON.product(x, W0, None, [adapter], **options)
+    update = x.double() @ (reference.merged_weight(W0, adapter) - W0.double()).T
+    share = (((y.double() - x.double() @ W0.double().T) * update).sum() / update.square().sum()).item()
+    assert abs(share - 1) <= 0.03
