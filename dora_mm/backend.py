@@ -5,7 +5,7 @@
     CUDA: Linear in fp32, bf16, fp16          triton
     CUDA: convolutions, float64, dropout      torch, which the triton backend calls itself
 
-`auto` chooses by this table when a layer first runs on a device, since a model may move after it was adapted.
+`auto` chooses by this table in every pass, since a model may move after it was adapted.
 """
 
 import functools
@@ -32,34 +32,38 @@ def select(backend: str = "auto") -> Forward:
         if functions is None:
             raise ValueError(f"backend triton does not work here ({problem}): use auto or torch")
         return functions
-    return TORCH if backend == "torch" else AUTO
+    if backend == "torch":
+        return TORCH
+    _announce("cuda" if torch.cuda.is_available() else "cpu")
+    return AUTO
 
 
 def _prepare(weight, adapters, **options):
-    return for_device(weight.device.type).prepare(weight, adapters, **options)
+    return CHOSEN[weight.is_cuda].prepare(weight, adapters, **options)
 
 
 def _product(x, weight, bias, adapters, **options):
-    return for_device(weight.device.type).product(x, weight, bias, adapters, **options)
+    return CHOSEN[weight.is_cuda].product(x, weight, bias, adapters, **options)
 
 
 AUTO = Forward(_prepare, _product)
+CHOSEN = {
+    False: TORCH,
+    True: TORCH,
+}  # by whether the layer is on a CUDA device; triton is entered when it has been tried
 
 
 @functools.cache
-def for_device(device: str) -> Forward:
-    """What `auto` takes for a kind of device; said once."""
-    if device != "cuda":
-        log.info("The layer runs in plain torch on this device (%s).", device)
-        return TORCH
-    functions, problem = load_triton()
-    if functions is None:
-        log.warning(
-            "Triton does not work here (%s): the layer runs in plain torch, which is right but slower.", problem
-        )
-        return TORCH
-    log.info("The layer runs in Triton on this device (%s).", device)
-    return functions
+def _announce(device: str) -> None:
+    """Tries triton where there is a GPU for it, and says once what runs."""
+    if device == "cuda":
+        functions, problem = load_triton()
+        if functions is None:
+            log.warning("Triton does not work here (%s): the layer runs in plain torch, right but slower.", problem)
+            return
+        CHOSEN[True] = functions
+    chosen = "plain torch" if CHOSEN[device == "cuda"] is TORCH else "Triton"
+    log.info("Adapted layers run in %s on this machine (%s).", chosen, device)
 
 
 @functools.cache

@@ -12,11 +12,12 @@ from dora_mm.core import TORCH, Forward
 
 
 @pytest.fixture(autouse=True)
-def forgotten():
-    for cached in (backend.for_device, backend.load_triton):
+def forgotten(monkeypatch):
+    monkeypatch.setattr(backend, "CHOSEN", dict(backend.CHOSEN))
+    for cached in (backend._announce, backend.load_triton):
         cached.cache_clear()
     yield
-    for cached in (backend.for_device, backend.load_triton):
+    for cached in (backend._announce, backend.load_triton):
         cached.cache_clear()
 
 
@@ -27,12 +28,17 @@ def test_names():
 
 
 def test_a_processor_runs_plain_torch_and_says_so_once(caplog):
-    net = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
-    dora_mm.inject(net, ["0", "1"], DoRASpec(2))
     with caplog.at_level(logging.INFO, "dora_mm"):
-        net(torch.randn(3, 8))
-        net(torch.randn(3, 8))
-    assert [record.message for record in caplog.records] == ["The layer runs in plain torch on this device (cpu)."]
+        for _ in range(2):
+            dora_mm.inject(nn.Sequential(nn.Linear(8, 6)), ["0"], DoRASpec(2))
+    assert [record.message for record in caplog.records] == ["Adapted layers run in plain torch on this machine (cpu)."]
+
+
+def test_the_choice_compiles_without_graph_breaks():
+    net = nn.Sequential(nn.Linear(8, 6))
+    dora_mm.inject(net, ["0"], DoRASpec(2))
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x), net(x))
 
 
 def test_triton_by_name():
@@ -42,6 +48,14 @@ def test_triton_by_name():
     assert report.num_modules == 1
     expected = nn.functional.linear(x := torch.randn(3, 8), net[0].weight, net[0].bias)
     torch.testing.assert_close(net(x), expected)
+
+
+def test_a_working_triton_is_taken_for_layers_on_a_gpu(caplog):
+    triton = pytest.importorskip("dora_mm.kernels.dora_linear")
+    with caplog.at_level(logging.INFO, "dora_mm"):
+        backend._announce("cuda")
+    assert backend.CHOSEN == {False: TORCH, True: triton.TRITON}
+    assert [record.message for record in caplog.records] == ["Adapted layers run in Triton on this machine (cuda)."]
 
 
 @pytest.mark.parametrize("what", ["raises", "lies"])
@@ -55,8 +69,9 @@ def test_a_broken_triton_falls_back_with_one_warning(monkeypatch, caplog, what):
 
     monkeypatch.setattr(triton, "TRITON", Forward(TORCH.prepare, broken))
     with caplog.at_level(logging.INFO, "dora_mm"):
-        assert backend.for_device("cuda") is TORCH
-        assert backend.for_device("cuda") is TORCH
+        for _ in range(2):
+            backend._announce("cuda")
+    assert backend.CHOSEN[True] is TORCH
     (warning,) = caplog.records
     assert ("no compiler" if what == "raises" else "results are wrong") in warning.message
     with pytest.raises(ValueError, match="backend triton does not work here"):

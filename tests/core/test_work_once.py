@@ -1,0 +1,204 @@
+"""Norms and W' are computed once per change, never served stale: each way of changing a parameter tries to fool it."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from dora_mm.core import adapter_parameters, fixed_parameters, functional, fused, inject
+from dora_mm.core.layer import DoRASpec
+from tests.core import reference
+
+
+def trained(layer):
+    return list(layer.adapter_tensors().values())
+
+
+def optimizer_step(**how):
+    def change(layer):
+        layer(torch.ones(2, 32)).sum().backward()
+        torch.optim.AdamW(trained(layer), lr=0.1, **how).step()
+
+    return change
+
+
+def data_write(layer):
+    layer.lora_B.data.add_(0.3)
+    layer.magnitude.data.mul_(1.5)
+
+
+def swap_in_average(layer):
+    average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    data_write(layer)
+    average.update_parameters(layer)
+    with torch.no_grad():
+        for parameter, mean in zip(layer.parameters(), average.module.parameters(), strict=True):
+            parameter.data.copy_(mean)
+
+
+@torch.no_grad()
+def update_without_gradient(layer):
+    layer.lora_A.mul_(-2)
+
+
+def replace_scaling(layer):
+    layer.spec = DoRASpec(rank=4, alpha=12)
+
+
+def edit_base(layer):
+    layer.weight.data[:, :3] += 1
+
+
+CHANGES = {
+    "for-loop optimizer": optimizer_step(foreach=False),
+    "foreach optimizer": optimizer_step(foreach=True),
+    "fused optimizer": optimizer_step(fused=True),
+    ".data": data_write,
+    "no_grad": update_without_gradient,
+    "average": swap_in_average,
+    "load_state_dict": lambda layer: layer.load_state_dict({k: 1.1 * v for k, v in layer.state_dict().items()}),
+    "strength": lambda layer: layer.set_strength(0.4),
+    "scaling": replace_scaling,
+    "base": edit_base,
+    "to": lambda layer: layer.to(torch.float64),
+    "device": lambda layer: layer.to("meta").to_empty(device="cpu").load_state_dict(other_state()),
+}
+
+
+def other_state():
+    _, other = reference.linear(32, 24, seed=5)
+    return reference.randomize(other, seed=5).state_dict()
+
+
+def expected(layer, x):
+    W = reference.merged_weight(layer.weight, layer.adapters()[0])
+    return x.double() @ W.T + layer.bias.double()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("tokens", [3, 400])  # either form
+def test_a_change_between_passes_is_seen(change, tokens):
+    for uses in (1.0, 100.0):
+        _, layer = reference.linear(32, 24)
+        reference.randomize(layer)
+        x = torch.randn(tokens, 32)
+        with fixed_parameters(layer, uses=uses):
+            layer(x)
+        CHANGES[change](layer)
+        assert reference.relative_error(layer(x.to(layer.weight.dtype)), expected(layer, x)) < 1e-6
+
+
+IN_SCOPE = ("strength", "load_state_dict", "to", "device")
+
+
+@pytest.mark.parametrize("change", IN_SCOPE)
+@pytest.mark.parametrize("base_only", [False, True])
+def test_a_change_through_the_interface_is_seen_inside_the_promise_too(change, base_only):
+    _, layer = reference.linear(32, 24)
+    reference.randomize(layer)
+    x = torch.randn(30, 32)
+    with fixed_parameters(layer, base_only=base_only):
+        layer(x)
+        CHANGES[change](layer)
+        assert reference.relative_error(layer(x.to(layer.weight.dtype)), expected(layer, x)) < 1e-6
+
+
+def test_adapters_may_change_where_only_the_base_is_promised():
+    _, layer = reference.linear(32, 24)
+    reference.randomize(layer)
+    x = torch.randn(30, 32)
+    with fixed_parameters(layer, base_only=True):
+        for change in ("foreach optimizer", "fused optimizer", ".data", "no_grad", "average", "scaling"):
+            layer(x)
+            CHANGES[change](layer)
+            assert reference.relative_error(layer(x), expected(layer, x)) < 1e-6
+
+
+def test_a_copy_keeps_no_promise_of_the_original():
+    _, layer = reference.linear(32, 24)
+    reference.randomize(layer)
+    x = torch.randn(30, 32)
+    with fixed_parameters(layer):
+        layer(x)
+        twin = copy.deepcopy(layer)
+        data_write(twin)
+        edit_base(twin)
+        assert reference.relative_error(twin(x), expected(twin, x)) < 1e-6
+
+
+# --- how often ---
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often W' was built and n0 computed."""
+    counts = {"merged_weight": 0, "updated_norm": 0}
+
+    def counting(name):
+        real = getattr(functional, name)
+
+        def count(*args):
+            counts[name] += 1
+            return real(*args)
+
+        monkeypatch.setattr(functional, name, count)
+        if hasattr(fused, name):
+            monkeypatch.setattr(fused, name, count)
+
+    for name in counts:
+        counting(name)
+    return counts
+
+
+def model(depth=3):
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(32, 32) for _ in range(depth)))
+    inject(net, [str(index) for index in range(depth)], DoRASpec(rank=4))
+    for seed, layer in enumerate(net):
+        reference.randomize(layer, seed=seed)
+    return net
+
+
+def accumulate(net, batches, *, checkpointing, fixed=True):
+    for parameter in adapter_parameters(net).values():
+        parameter.grad = None
+    with fixed_parameters(net, uses=len(batches) if fixed else 1):
+        for x in batches:
+            x = x.clone().requires_grad_()
+            for layer in net:
+                x = checkpoint(layer, x, use_reentrant=False) if checkpointing else layer(x)
+            x.square().sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in adapter_parameters(net).items()}
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_accumulation_gives_the_same_bits_with_and_without_checkpointing(tokens, counted):
+    net, batches = model(), [torch.randn(tokens, 32) for _ in range(4)]
+    plain = accumulate(net, batches, checkpointing=False)
+    assert counted["updated_norm"] == len(net)
+    again = accumulate(net, batches, checkpointing=True)
+    assert counted["updated_norm"] == 2 * len(net)
+    assert counted["merged_weight"] in (0, 2 * len(net))
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("checkpointing", "left"), [(True, 0), (False, 3)])
+def test_checkpointing_leaves_no_weight_behind(checkpointing, left, monkeypatch):
+    """Between the passes a checkpointed layer holds its inputs, and no W' that waits for the backward pass."""
+    built = []
+
+    def watched(*args, real=fused.merged_operand):
+        operand, doubled = real(*args)
+        built.append(weakref.ref(operand))
+        return operand, doubled
+
+    monkeypatch.setattr(fused, "merged_operand", watched)
+    net, x = model(), torch.randn(3000, 32, requires_grad=True)
+    y = checkpoint(net, x, use_reentrant=False) if checkpointing else net(x)
+    assert len(built) == 3
+    assert sum(operand() is not None for operand in built) == left
+    y.sum().backward()
