@@ -1,5 +1,6 @@
 """The layer, the maps and the injection: torch and nothing else."""
 
+from dora_mm.core.adapted import AdaptedLayer, DoRASpec
 from dora_mm.core.functional import Adapter
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import (
@@ -14,7 +15,7 @@ from dora_mm.core.inject import (
     set_strength,
     unmerge,
 )
-from dora_mm.core.layer import AdaptedLayer, DoRAConv, DoRALinear, DoRASpec, adapt_layer, restore_layer
+from dora_mm.core.layer import DoRAConv, DoRAEmbedding, DoRALinear, adapt_layer, restore_layer
 from dora_mm.core.targets import TargetMap
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "AdaptedLayer",
     "Adapter",
     "DoRAConv",
+    "DoRAEmbedding",
     "DoRALinear",
     "DoRASpec",
     "Forward",

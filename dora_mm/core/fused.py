@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from dora_mm.core.functional import (
     Adapter,
     Rows,
+    adapter_dtype,
     as_matrix,
     directions,
     exact_norm_correction,
@@ -82,18 +83,18 @@ def adapted_product(
     save_output: whether y may be kept for the backward pass. Without it dm costs a product of size T O I more; an
         output that the next operation overwrites needs that.
     """
-    dtype = product_dtype(weight)
-    if dtype != weight.dtype or torch.is_autocast_enabled(weight.device.type):
+    dtype = weight.dtype if product.always_splits else product_dtype(weight)  # autocast leaves embeddings alone
+    if x.is_floating_point() and (dtype != weight.dtype or torch.is_autocast_enabled(weight.device.type)):
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(weight.device.type, enabled=False):
         prepared = prepared or prepare(weight, adapters)
         dropped = F.dropout(x, dropout) if dropout else None
-        split = dropped is None and stays_split(x, weight, adapters, product, prepared)
+        split = dropped is None and stays_split(x, weight, adapters, product, prepared, dtype)
         operand, doubled = None, False
         if dropped is None and not split:
             operand, doubled = merge(prepared, weight, adapters, dtype, keep_weight)
         bare = tuple(a._replace(A=None, B=None, magnitude=None) for a in adapters)
-        call = Call(product, bare, prepared.rows, split, doubled, keep_weight, save_output)
+        call = Call(product, dtype, bare, prepared.rows, split, doubled, keep_weight, save_output)
         return _AdaptedProduct.apply(call, x, dropped, weight, bias, operand, *(t for a in adapters for t in a[:3]))
 
 
@@ -106,12 +107,21 @@ BUILD_PASSES = 3  # W0 copied, added to, scaled
 SPLIT_PASSES = 3  # y scaled and added to, dY scaled
 
 
-def stays_split(x: Tensor, weight: Tensor, adapters: Sequence[Adapter], product: Product, prepared: Prepared) -> bool:
+def stays_split(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    product: Product,
+    prepared: Prepared,
+    dtype: torch.dtype,
+) -> bool:
     """Whether the product stays with W0: few tokens, for which building W(t) costs more than it saves.
 
     In half precision never: W0 x and the update would be rounded apart.
     """
-    if x.dtype.itemsize < 4 or x.dtype != weight.dtype:
+    if product.always_splits:
+        return True
+    if dtype.itemsize < 4 or dtype != weight.dtype:
         return product.splits_half
     if prepared.operand is not None:
         return False
@@ -133,6 +143,7 @@ class Call(NamedTuple):
     """What the forward and the backward pass share beside tensors. adapters: without their A, B and m."""
 
     product: Product
+    dtype: torch.dtype  # of the products
     adapters: tuple[Adapter, ...]
     rows: tuple[Rows, ...]
     split: bool
@@ -220,13 +231,14 @@ class _AdaptedProduct(torch.autograd.Function):
             delta = update_weight(weight, adapters, call.rows, x.dtype)
             y = dropout_output(call.product, x, dropped, weight, bias, delta)
         elif call.split:
-            hs = [None if a.A is None else call.product.reduce(x, a.A.to(x.dtype)) for a in adapters]
+            low_dtype = adapter_dtype(call.dtype) if call.product.always_splits else call.dtype
+            hs = [None if a.A is None else call.product.reduce(x, a.A.to(low_dtype)) for a in adapters]
             low = [
                 (h, scaled_B(adapter, rows))
                 for h, adapter, rows in zip(hs, adapters, call.rows, strict=True)
                 if h is not None
             ]
-            y = call.product.split(x, weight.detach().to(x.dtype), bias, base_gain(call), low)
+            y = call.product.split(x, weight.detach().to(call.dtype), bias, base_gain(call), low)
         else:
             y = call.product(call.product.join(x, x) if call.doubled else x, operand, bias)
         trained = any(ctx.needs_input_grad[6:])
@@ -265,7 +277,7 @@ class _AdaptedProduct(torch.autograd.Function):
                 d_dropped = call.product.grad_input(dY, x, update_weight(weight, adapters, call.rows, dY.dtype))
         elif needs[1] and call.split:
             low = [(u, a.A) for u, a in zip(us, adapters, strict=True) if u is not None]
-            dX = call.product.split_grad_input(dY, x, weight.detach().to(dY.dtype), base_gain(call), low)
+            dX = call.product.split_grad_input(dY, x, weight.detach().to(call.dtype), base_gain(call), low)
         elif needs[1]:
             operand = merged_operand(weight, adapters, call.rows, dY.dtype)[0] if operand is None else operand
             high = operand[:, : operand.shape[1] // 2] if call.doubled else operand
@@ -312,7 +324,7 @@ class AdapterGradients(NamedTuple):
         u = product.grad_h(self.dY, scaled_B(adapter, rows).to(dtype)) if trained or needs_u else None
         if u is None or not trained:
             return None, None, self.magnitude() if wanted[2] else None, u
-        h = product.reduce(self.x, A.to(dtype)) if h is None else h
+        h = product.reduce(self.x, A.to(dtype)) if h is None else h.to(dtype)
         dA = product.grad_A(u, self.x, A).to(A.dtype)
         dB = product.grad_B(self.dY, h, B).to(B.dtype) * (adapter.scaling * adapter.strength)
         if rows.gain is None:
@@ -357,7 +369,7 @@ class AdapterGradients(NamedTuple):
         assert norm is not None
         if chosen is not None:
             V, dY, norm = V[chosen], self.product.select(dY, chosen), norm[chosen]
-        dots = self.product.row_sums(dY, self.product(self.x, V.to(self.x.dtype), None), None)[0]
+        dots = self.product.row_sums(dY, self.product(self.x, V.to(dY.dtype), None), None)[0]
         return torch.where(norm == 0, 0.0, self.adapter.strength * dots / norm)
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dora_mm.core.adapted import AdaptedLayer, DoRASpec
 from dora_mm.core.fused import TORCH, Forward
-from dora_mm.core.layer import AdaptedLayer, DoRASpec, adapt_layer, restore_layer
+from dora_mm.core.layer import adapt_layer, restore_layer
 from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
 
 
@@ -111,6 +112,11 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
         raise ValueError(f"{path} is a {type(layer).__name__}, {NOT_ADAPTABLE}")
     if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
         raise ValueError(f"{path} is inside nn.MultiheadAttention, which reads weights and never calls an adapter")
+    if isinstance(layer, nn.Embedding):
+        if spec.dropout:
+            raise ValueError(f"{path} is an Embedding, whose inputs are no numbers to drop: set dropout 0")
+        if layer.max_norm is not None:
+            raise ValueError(f"{path} has max_norm {layer.max_norm:g}, which changes its weight in every pass")
     if "forward" in vars(layer):
         raise ValueError(f"{path} has a forward function of its own (a hook of accelerate?): inject before adding it")
     if spec.method == "full" and layer.get_parameter("weight").dtype.itemsize < 4:

@@ -21,6 +21,7 @@ ROWS_AT_ONCE = 256  # a block of them stays in a processor's cache: the product 
 class Product(ABC):
     groups: int = 1
     splits_half: bool = False  # whether `split` rounds once in half precision
+    always_splits: bool = False  # whether W(t) is never built
 
     @abstractmethod
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -280,6 +281,38 @@ class ConvProduct(Product):
         return torch.convolution(
             h, self._as_kernel(B), None, self._ones, self._zeros, self._ones, False, self._zeros, self.groups
         )
+
+
+@dataclass(frozen=True)
+class EmbeddingProduct(LinearProduct):
+    """y (..., O) = the columns ids (...) of W (O, num). Reading a few of them never pays for building W(t)."""
+
+    padding_idx: int | None = None  # its column of A is not trained, as the base's row is not
+    splits_half = always_splits = True
+
+    def __call__(self, x, weight, bias):
+        return F.embedding(x, weight.t())
+
+    def num_tokens(self, x, weight):
+        return x.numel()
+
+    def reduce(self, x, A):
+        return as_rows(F.embedding(x, A.t()))
+
+    def grad_A(self, u, x, A):
+        found = u.new_zeros(A.shape[1], A.shape[0]).index_add_(0, x.flatten(), u)
+        if self.padding_idx is not None:
+            found[self.padding_idx] = 0
+        return found.t()
+
+    def split(self, x, weight, bias, gain, low):
+        rows = self(x, weight, None)
+        y = rows.to(torch.promote_types(rows.dtype, torch.float32))  # rounded once, at the end
+        if gain is not None:
+            y = y.mul_(gain)
+        for h, B in low:
+            y = self.expand(h, B, y)
+        return y.to(rows.dtype)
 
 
 LINEAR = LinearProduct()

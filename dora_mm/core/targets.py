@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from dora_mm.core.layer import ADAPTED_CLASSES, AdaptedLayer
+from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.layer import ADAPTABLE, adapted_class
 
 Counts = int | tuple[int, ...]  # how many modules a block holds; a tuple lists what is allowed
 
@@ -88,7 +89,7 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> 
     return found
 
 
-NOT_ADAPTABLE = "which cannot be adapted (Linear, Conv1d, Conv2d and Conv3d can)"
+NOT_ADAPTABLE = f"which cannot be adapted ({ADAPTABLE} can)"
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -98,8 +99,7 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def adaptable(module: nn.Module) -> bool:
-    """Exact classes only: a subclass may compute something else."""
-    return type(module) in ADAPTED_CLASSES or isinstance(module, AdaptedLayer)
+    return isinstance(module, AdaptedLayer) or adapted_class(module) is not None
 
 
 def _nearest(pattern: str, modules: Mapping[str, nn.Module], limit: int = 3) -> str:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.layer import DoRAConv, DoRASpec
+from dora_mm.core.adapted import DoRASpec
+from dora_mm.core.layer import DoRAConv, Transposed
 from dora_mm.io.atomic import save_tensors
 from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
 
@@ -80,6 +81,10 @@ def _check_can_hold(component: str, layers: Mapping[str, LayerState], model: nn.
         raise ValueError(f"one file has one method per model, and {component} is adapted by {' and '.join(methods)}")
     for path in layers:
         module = model.get_submodule(path)
+        if isinstance(module, Transposed):
+            raise ValueError(
+                f"{component}.{path} is a {type(module).__name__}, for which diffusers' format has no keys"
+            )
         if isinstance(module, DoRAConv) and not _peft_computes(module):
             raise ValueError(
                 f"{component}.{path} is a convolution with groups, dilation or a padding mode, which PEFT gets wrong: "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dora_mm.core.layer import DoRASpec
+from dora_mm.core.adapted import DoRASpec
 from dora_mm.io.atomic import save_tensors
 from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
 

@@ -10,9 +10,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from dora_mm.core.adapted import AdaptedLayer, DoRASpec
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
-from dora_mm.core.layer import AdaptedLayer, DoRASpec
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from dora_mm.config.schema import SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
-from dora_mm.core.layer import AdaptedLayer
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
 

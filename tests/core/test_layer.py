@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters, inject, merge, remove, unmerge
+from dora_mm.core.adapted import round_stochastically, seeded_generator
 from dora_mm.core.functional import merged_weight
-from dora_mm.core.layer import restore_layer, round_stochastically, seeded_generator
+from dora_mm.core.layer import restore_layer
 from tests.core import reference
 
 SIZES = [(48, 36, 5), (48, 36, 1000), (333, 77, 19), (640, 640, 2048), (1280, 1280, 64)]  # out, in, tokens

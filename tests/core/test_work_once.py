@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from dora_mm.core import adapter_parameters, fixed_parameters, functional, fused, inject
-from dora_mm.core.layer import DoRASpec
+from dora_mm.core.adapted import DoRASpec
 from tests.core import reference
 
 

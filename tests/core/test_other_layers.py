@@ -1,0 +1,140 @@
+"""Embeddings and GPT-2's Conv1D, which store their weight with the output last."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dora_mm import save_adapter
+from dora_mm.core import DoRASpec, adapt_layer, fixed_parameters, inject, merge, remove, unmerge
+from tests.core import reference
+
+peft = pytest.importorskip("peft")
+
+LAYERS = {
+    "embedding": lambda: nn.Embedding(20, 12),
+    "padded embedding": lambda: nn.Embedding(20, 12, padding_idx=3),
+    "Conv1D": lambda: Conv1D(12, 20),
+}
+
+
+def example(name, dtype=torch.float32):
+    if "embedding" in name:
+        return torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+    return torch.randn(4, 6, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def build(name, dtype=torch.float32, **spec):
+    torch.manual_seed(1)
+    base = LAYERS[name]().to(dtype)
+    return base, adapt_layer(copy.deepcopy(base), DoRASpec(**{"rank": 3, "alpha": 7.0, **spec}), path="layer")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_fresh_layer_changes_no_bit(name, dtype, autocast):
+    base, layer = build(name, dtype)
+    x = example(name, dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = base(x)
+        for found in (layer(x), fixed(layer, x)):
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+
+
+def fixed(layer, x):
+    with fixed_parameters(layer):
+        return layer(x)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize("norm_grad", ["detached", "exact"])
+def test_value_and_gradients(name, method, norm_grad):
+    base, layer = build(name, torch.float64, method=method, norm_grad=norm_grad)
+    reference.randomize(layer)
+    x = example(name, torch.float64)
+    trained = list(layer.adapter_tensors().values())
+    W = reference.merged_weight(layer.matrix, layer.adapters()[0])
+    right = W.T[x] if "embedding" in name else x @ W.T + base.bias
+    y = layer(x)
+    torch.testing.assert_close(y, right)
+    dY = torch.randn_like(y)
+    if name == "padded embedding":
+        dY[x == 3] = 0  # the base's own gradient leaves this row out
+    for a, b in zip(torch.autograd.grad(y, trained, dY), torch.autograd.grad(right, trained, dY), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_padding_of_A_is_not_trained(name):
+    _, layer = build(name)
+    reference.randomize(layer)
+    x = example(name)
+    layer(x).sum().backward()
+    trained = layer.lora_A.grad.abs().sum(0) > 0
+    assert trained[3] == (name != "padded embedding")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_agrees_with_peft(name, method):
+    base, layer = build(name, method=method)
+    reference.randomize(layer)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, use_dora=method == "dora", target_modules=["0"], fan_in_fan_out=name == "Conv1D"
+    )
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(base)))[0]
+    with torch.no_grad():
+        if "embedding" in name:
+            theirs.lora_embedding_A["default"].copy_(layer.lora_A)
+            theirs.lora_embedding_B["default"].copy_(layer.lora_B)
+        else:
+            theirs.lora_A["default"].weight.copy_(layer.lora_A)
+            theirs.lora_B["default"].weight.copy_(layer.lora_B)
+        if method == "dora":
+            theirs.lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
+    x = example(name)
+    assert reference.relative_error(layer(x), theirs(x)) < 1e-6
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_strength_and_copies(name, dtype):
+    base, layer = build(name, dtype)
+    reference.randomize(layer)
+    x = example(name, dtype)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+    merge(layer)
+    assert layer.weight.shape == base.weight.shape
+    assert layer.weight.is_contiguous()
+    assert reference.relative_error(layer(x), expected) < 4 * torch.finfo(dtype).eps
+    unmerge(layer)
+    assert torch.equal(layer(x), expected)
+    layer.set_strength(0)
+    assert torch.equal(layer(x), base(x))
+    remove(layer)
+    assert type(layer) is type(base)
+    assert torch.equal(layer(x), base(x))
+
+
+def test_embeddings_that_cannot_be_adapted():
+    for layer, spec, said in (
+        (nn.Embedding(5, 4), DoRASpec(2, dropout=0.1), "set dropout 0"),
+        (nn.Embedding(5, 4, max_norm=1.0), DoRASpec(2), "max_norm 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            inject(nn.Sequential(layer), ["0"], spec)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_diffusers_files_cannot_hold_them(name, tmp_path):
+    _, layer = build(name)
+    with pytest.raises(ValueError, match="diffusers' format has no keys"):
+        save_adapter({"unet": nn.Sequential(layer)}, tmp_path)
