@@ -28,7 +28,6 @@ from dora_mm.core.functional import (
     Rows,
     adapter_dtype,
     as_matrix,
-    directions,
     exact_norm_correction,
     merged_weight,
     product_dtype,
@@ -293,10 +292,9 @@ def with_tensors(adapters: Sequence[Adapter], tensors: Sequence[Tensor | None]) 
 
 
 def output_is_inner(call: Call, dropped: Tensor | None) -> bool:
-    """Whether dm may be taken from y: (y - b) / g is x V^T with one adapter at strength 1. A compiled graph cannot
-    choose rows by value."""
+    """Whether dm may be taken from y: (y - b) / g is x V^T with one adapter at strength 1."""
     alone = len(call.adapters) == 1 and call.adapters[0].strength == 1 and dropped is None
-    return alone and call.save_output and not torch.compiler.is_compiling()
+    return alone and call.save_output and call.product.chooses_rows()
 
 
 # --- the gradients of one adapter ------------------------------------------------------------------------------------
@@ -342,35 +340,22 @@ class AdapterGradients(NamedTuple):
         From y where that is safe: rowsum(dY (y - b)) / m. Rows whose gain is small, or whose bias drowns y, and all
         rows where y was not kept, take the product with V instead.
         """
-        if self.y is None:
-            return self.magnitude_from_inner()
         norm, gain = self.rows
         magnitude = self.adapter.magnitude
         assert norm is not None
         assert gain is not None
         assert magnitude is not None
-        dots, squares = self.product.row_sums(self.dY, self.y, self.bias)
-        unsafe = gain.abs() <= SMALL_GAIN
-        if self.bias is not None and squares is not None:
-            rms = (squares / max(self.product.num_tokens(self.x, self.weight), 1)).sqrt()
-            unsafe |= self.bias.abs() > LARGE_BIAS.get(self.y.dtype, LARGE_BIAS_HALF) * rms
-        dm = torch.where(norm == 0, 0.0, dots / magnitude)
-        if unsafe.any():
-            chosen = unsafe.nonzero()[:, 0]
-            if self.product.groups > 1:  # some rows of a grouped convolution are none
-                dm[chosen] = self.magnitude_from_inner()[chosen]
-            else:
-                dm[chosen] = self.magnitude_from_inner(chosen)
-        return dm
-
-    def magnitude_from_inner(self, chosen: Tensor | None = None) -> Tensor:
-        """dm of all rows or some, with x V^T computed anew."""
-        V, dY, norm = directions(as_matrix(self.weight), self.adapter).view(self.weight.shape), self.dY, self.rows.norm
-        assert norm is not None
-        if chosen is not None:
-            V, dY, norm = V[chosen], self.product.select(dY, chosen), norm[chosen]
-        dots = self.product.row_sums(dY, self.product(self.x, V.to(dY.dtype), None), None)[0]
-        return torch.where(norm == 0, 0.0, self.adapter.strength * dots / norm)
+        if self.y is None:
+            unsafe, from_y = torch.ones_like(norm, dtype=torch.bool), torch.zeros_like(norm)
+        else:
+            dots, squares = self.product.row_sums(self.dY, self.y, self.bias)
+            unsafe, from_y = gain.abs() <= SMALL_GAIN, dots / magnitude
+            if self.bias is not None and squares is not None:
+                rms = (squares / max(self.product.num_tokens(self.x, self.weight), 1)).sqrt()
+                unsafe = unsafe | (self.bias.abs() > LARGE_BIAS.get(self.y.dtype, LARGE_BIAS_HALF) * rms)
+        dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, unsafe)
+        dm = torch.where(unsafe, self.adapter.strength * dots / norm, from_y)
+        return torch.where(norm == 0, 0.0, dm)
 
 
 def _any(low: Tensor) -> bool:

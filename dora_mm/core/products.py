@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_mm.core.functional import Adapter, as_matrix, directions
+
 SMALL_GAIN = 2.0**-6  # below it, dividing by g or m amplifies rounding
 ROWS_AT_ONCE = 256  # a block of them stays in a processor's cache: the product is never written to memory
 
@@ -82,6 +84,21 @@ class Product(ABC):
     @abstractmethod
     def row_sums(self, dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Sums over tokens of dY (y - b) and, where there is a bias, of (y - b)^2: (O,) each, in at least fp32."""
+
+    def chooses_rows(self) -> bool:
+        """Whether `inner_dots` costs nothing for rows that are not chosen: a compiled graph cannot branch on values."""
+        return not torch.compiler.is_compiling()
+
+    def inner_dots(self, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor) -> Tensor:
+        """Sums over tokens of dY (x V^T) for the rows where `chosen` (O,) is True, 0 elsewhere: (O,)."""
+        V = directions(as_matrix(weight), adapter).view(weight.shape).to(dY.dtype)
+        dots = torch.zeros(V.shape[0], dtype=torch.promote_types(dY.dtype, torch.float32), device=dY.device)
+        if not self.chooses_rows() or (self.groups > 1 and chosen.any()):  # some rows of a grouped convolution are none
+            return torch.where(chosen, self.row_sums(dY, self(x, V, None), None)[0], dots)
+        if chosen.any():
+            rows = chosen.nonzero()[:, 0]
+            dots[rows] = self.row_sums(self.select(dY, rows), self(x, V[rows], None), None)[0]
+        return dots
 
     # --- the product with W0 as it is, and the low-rank branch beside it ---
 

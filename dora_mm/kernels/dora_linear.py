@@ -10,6 +10,7 @@ from dora_mm.core.functional import Adapter, Rows, rows_of
 from dora_mm.core.functional import row_norm as base_row_norm
 from dora_mm.core.fused import Forward, Prepared, adapted_product
 from dora_mm.core.products import LinearProduct, Product, as_rows
+from dora_mm.kernels.inner_dots import inner_dots
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
 from dora_mm.kernels.row_norm import row_norm
 from dora_mm.kernels.row_sums import row_sums
@@ -33,6 +34,13 @@ class TritonLinear(LinearProduct):
     def row_sums(self, dY, y, bias):
         dots, squares = row_sums(as_rows(dY), as_rows(y), bias)
         return dots, None if bias is None else squares
+
+    def chooses_rows(self):
+        return True
+
+    def inner_dots(self, dY, x, weight, adapter, chosen):
+        A, B = (None if t is None else t.contiguous() for t in (adapter.A, adapter.B))
+        return inner_dots(as_rows(dY), as_rows(x), weight.detach(), A, B, adapter.scaling, chosen)
 
 
 TRITON_LINEAR = TritonLinear()

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_mm.kernels import low_rank_matmul, row_norm, row_sums
+from dora_mm.kernels import inner_dots, low_rank_matmul, row_norm, row_sums
 from dora_mm.kernels.common import MIN_DOT, rank_block, tiles
 
 CAPABILITIES = (80, 90)
@@ -44,6 +44,9 @@ def kernels():
         sums = {"dY": short, "y": short, "bias": short, "dots": "fp32", "squares": "fp32"}
         constants = {"HAS_BIAS": True, "SLAB": row_sums.SLAB, "BLOCK_T": row_sums.BLOCK_T, "BLOCK_O": row_sums.BLOCK_O}
         yield f"row_sums {short}", row_sums._row_sums, sums, constants, 4
+        inner = {"dY": short, "x": short, "W0": short, "A": "fp32", "B": "fp32", "chosen": "i8", "dots": "fp32"}
+        constants = {"HAS_LOW": True, "BLOCK_T": inner_dots.BLOCK_T, "BLOCK_I": inner_dots.BLOCK_I}
+        yield f"inner_dots {short}", inner_dots._inner_dots, inner, constants, 4
 
 
 def compiled(kernel, pointers, constants, warps, capability):

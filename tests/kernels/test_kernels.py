@@ -14,11 +14,13 @@ from dora_mm.core import DoRASpec, adapt_layer, fused  # noqa: E402
 from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
 from dora_mm.core.functional import updated_norm  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
+from dora_mm.kernels.inner_dots import inner_dots  # noqa: E402
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear  # noqa: E402
 from dora_mm.kernels.row_norm import row_norm  # noqa: E402
 from dora_mm.kernels.row_sums import row_sums  # noqa: E402
 from tests.core import reference  # noqa: E402
 
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 SHAPES = [(5, 7, 3), (64, 48, 16), (70, 33, 17), (1, 130, 40), (16, 20, 66)]  # out, in, rank
@@ -110,6 +112,32 @@ def test_row_sums(tokens, dtype):
     inner = y.double() - bias.double()
     torch.testing.assert_close(dots, (dY.double() * inner).sum(0).float(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(squares, inner.square().sum(0).float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("low", [True, False])
+def test_inner_dots(dtype, low):
+    dY, x, W0 = random(70, 9, dtype=dtype), random(70, 150, dtype=dtype, seed=1), random(9, 150, dtype=dtype, seed=2)
+    A, B = (random(5, 150, seed=3), random(9, 5, seed=4)) if low else (None, None)
+    chosen = torch.arange(9, device=DEVICE) % 3 == 1
+    dots = inner_dots(strided(dY), x, W0, A, B, 0.5, chosen)
+    V = W0.double() + (0.5 * B.double() @ A.double() if low else 0)
+    right = (dY.double() * (x.double() @ V.T)).sum(0) * chosen
+    torch.testing.assert_close(dots, right.float(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_that_need_care_on_triton(bias):
+    """Magnitudes of 0 and a bias that drowns y: their dm comes from the product, as on plain torch."""
+    fast, plain = layers(torch.float32, bias=bias)
+    for layer in (fast, plain):
+        with torch.no_grad():
+            layer.magnitude[:3] = torch.tensor([0.0, 1e-20, -1e-3])
+            if bias:
+                layer.bias[5:9] = 1e4
+    x, dY = random(30, 40), random(30, 24, seed=1)
+    found, expected = (torch.autograd.grad(layer(x), layer.magnitude, dY)[0] for layer in (fast, plain))
+    assert reference.relative_error(found, expected) < 1e-6
 
 
 # --- the layer ---
