@@ -327,6 +327,21 @@ def write_results(path: Path, results: list[Result]) -> None:
         writer.writerows(asdict(result) for result in results)
 
 
+def read_results(path: Path) -> list[Result]:
+    with path.open(newline="") as file:
+        return [
+            Result(
+                **{
+                    **row,
+                    **{name: float(row[name]) for name in ("median", "low", "high")},
+                    "rank": int(row["rank"]),
+                    "repeats": int(row["repeats"]),
+                }
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
 def table(results: list[Result], made_on: dict[str, str | int]) -> str:
     """Markdown: times as ratios to PEFT's LoRA, memory as mebibytes, a line per case."""
     others = [name for name in CONTENDERS if name != "PEFT LoRA"]

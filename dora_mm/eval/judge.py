@@ -196,7 +196,10 @@ def fit_judge(
     fitted = [seen, *([denoised] if denoised else [])]
     parts = {style: concatenate([part[style] for part in fitted]) for style in STYLES}
     owners = dict.fromkeys(STYLES, codes["judge"] * len(fitted))
-    classifier, space, predicted = fit_styles({style: part.texture for style, part in parts.items()}, owners)
+    count = len(codes["judge"])
+    deciding = slice(count if denoised else 0, None)  # what is judged later is drawn by the UNet
+    textures = {style: part.texture for style, part in parts.items()}
+    classifier, space, predicted = fit_styles(textures, owners, deciding)
     things = fit_concepts(
         {style: part.content for style, part in parts.items()},
         owners,
@@ -204,7 +207,6 @@ def fit_judge(
         dict.fromkeys(STYLES, codes["pretrain"]),
     )
     final = {s: classifier.log_probabilities(part.texture).argmax(axis=1) for s, part in shown.items()}
-    count = len(codes["judge"])
     report = {
         "num_concepts": {name: len(found) for name, found in codes.items()},
         "accuracy": _accuracy({style: part[:count] for style, part in predicted.items()}),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dora_mm.eval.style import CLASSES, STYLES, class_of, fit_styles, log_odds
+from dora_mm.eval.style import CLASS_3D, CLASS_FLAT, CLASSES, STYLES, class_of, equal_errors, fit_styles, log_odds
 
 NUM_CONCEPTS, WIDTH = 30, 12
 
@@ -53,6 +53,21 @@ def test_classes_weigh_the_same_whatever_their_number_of_icons():
     p = np.exp(classifier.log_probabilities(np.concatenate(list(fresh.values()))))
     weights = np.repeat([1 / len(CLASSES[class_of(style)]) for style in STYLES], NUM_CONCEPTS)
     assert np.average(p, axis=0, weights=weights) == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_fluent_flat_and_3d_are_mistaken_equally_often():
+    """Flat icons that look a little like 3D ones move the boundary; styles that nobody mistakes do not."""
+    texture, codes = synthetic(3.0)
+    texture["flat"][:, CLASS_3D] += 2.0
+    _, _, predicted = fit_styles(texture, codes)
+    errors = (predicted["flat"] != CLASS_FLAT).mean(), (predicted["3d"] != CLASS_3D).mean()
+    assert abs(errors[0] - errors[1]) <= 2 / NUM_CONCEPTS
+    assert 0 < sum(errors) < 0.8
+
+
+@pytest.mark.parametrize(("low", "high", "where"), [([0, 1, 2], [3, 4, 5], 2.5), ([0, 1, 4], [3, 5, 6], 3.5)])
+def test_equal_errors(low, high, where):
+    assert equal_errors(np.array(low, float), np.array(high, float)) == where
 
 
 def test_log_odds():
