@@ -285,6 +285,7 @@ def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
         f"train.steps={config.steps}",
         "train.checkpoint_every=0",
         "sample.prompts=[]",
+        "sample.strength=1",  # weights trained whole have no other
     ]
 
 
