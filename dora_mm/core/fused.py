@@ -99,11 +99,11 @@ def adapted_product(
 
 # --- which form ------------------------------------------------------------------------------------------------------
 
-# What a pass over one element in memory costs, in multiplications of a large product. Measured on two cores of an AMD
-# EPYC in fp32: 45 to 60 GFLOP/s, and 3 to 4 elements a nanosecond where two are read and one is written.
-PASS = 16
-BUILD_PASSES = 3  # W0 copied, added to, scaled
-SPLIT_PASSES = 3  # y scaled and added to, dY scaled
+# What the passes of either form over an element of memory cost, in multiplications of a large product. Fitted to where
+# the two forms take the same time on two cores of an AMD EPYC (fp32, ranks 16 and 64): at some 250 tokens for 640 x 640,
+# 500 for 1280 x 1280. They differ by less than a tenth from half to twice that number.
+BUILD_COST = 16  # per element of W(t): W0 copied, added to, scaled
+SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
 
 
 def stays_split(
@@ -130,8 +130,8 @@ def stays_split(
 
 def split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0) -> bool:
     """Counts what either form costs beyond the product itself, forward and backward, for `uses` passes."""
-    build = num_out * num_in * (rank + BUILD_PASSES * PASS)
-    split = num_tokens * (rank * (num_out + num_in) + SPLIT_PASSES * PASS * num_out)
+    build = num_out * num_in * (rank + BUILD_COST)
+    split = num_tokens * (rank * (num_out + num_in) + SPLIT_COST * num_out)
     return uses * split < build
 
 

@@ -91,14 +91,15 @@ class Product(ABC):
 
     def inner_dots(self, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor) -> Tensor:
         """Sums over tokens of dY (x V^T) for the rows where `chosen` (O,) is True, 0 elsewhere: (O,)."""
+        dtype = torch.promote_types(dY.dtype, torch.float32)
+        if self.chooses_rows() and not chosen.any():
+            return torch.zeros(weight.shape[0], dtype=dtype, device=dY.device)
         V = directions(as_matrix(weight), adapter).view(weight.shape).to(dY.dtype)
-        dots = torch.zeros(V.shape[0], dtype=torch.promote_types(dY.dtype, torch.float32), device=dY.device)
-        if not self.chooses_rows() or (self.groups > 1 and chosen.any()):  # some rows of a grouped convolution are none
-            return torch.where(chosen, self.row_sums(dY, self(x, V, None), None)[0], dots)
-        if chosen.any():
-            rows = chosen.nonzero()[:, 0]
-            dots[rows] = self.row_sums(self.select(dY, rows), self(x, V[rows], None), None)[0]
-        return dots
+        if not self.chooses_rows() or self.groups > 1:  # some rows of a grouped convolution are none
+            return torch.where(chosen, self.row_sums(dY, self(x, V, None), None)[0], 0.0)
+        rows = chosen.nonzero()[:, 0]
+        some = self.row_sums(self.select(dY, rows), self(x, V[rows], None), None)[0]
+        return torch.zeros(len(V), dtype=dtype, device=dY.device).index_copy_(0, rows, some)
 
     # --- the product with W0 as it is, and the low-rank branch beside it ---
 
