@@ -100,7 +100,7 @@ def adapted_product(
 # --- which form ------------------------------------------------------------------------------------------------------
 
 # What the passes of either form over an element of memory cost, in multiplications of a large product. Fitted to where
-# the two forms take the same time on two cores of an AMD EPYC (fp32, ranks 16 and 64): at some 250 tokens for 640 x 640,
+# the two take the same time on two cores of an AMD EPYC (fp32, ranks 16 and 64): at some 250 tokens for 640 x 640 and
 # 500 for 1280 x 1280. They differ by less than a tenth from half to twice that number.
 BUILD_COST = 16  # per element of W(t): W0 copied, added to, scaled
 SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
