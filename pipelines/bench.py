@@ -246,15 +246,18 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
     def step(name: str) -> float:
         put(network, layers[name])
         change([p for layer in layers[name].values() for p in trained(layer)])
-        with fixed_parameters(network, base_only=True), fixed_parameters(network, uses=1):
+        with fixed_parameters(network, uses=1):
             return seconds_of(lambda: loss().backward(), device)
 
-    found = in_turns({name: partial(step, name) for name in layers}, repeats, progress.update)
-    results = [Result(model.name, model.rank, name, "step", *summary(s), len(s)) for name, s in found.items()]
-    for name in layers:
-        gc.collect()
-        size = peak_bytes(partial(step, name), device)
-        results.append(Result(model.name, model.rank, name, "peak", size, size, size, 1))
+    with contextlib.ExitStack() as stack:
+        for adapted in layers.values():  # as the training loop does: the base stays as it is
+            stack.enter_context(fixed_parameters(nn.ModuleList(adapted.values()), base_only=True))
+        found = in_turns({name: partial(step, name) for name in layers}, repeats, progress.update)
+        results = [Result(model.name, model.rank, name, "step", *summary(s), len(s)) for name, s in found.items()]
+        for name in layers:
+            gc.collect()
+            size = peak_bytes(partial(step, name), device)
+            results.append(Result(model.name, model.rank, name, "peak", size, size, size, 1))
     return results
 
 
