@@ -47,10 +47,8 @@ def _product(x, weight, bias, adapters, **options):
 
 
 AUTO = Forward(_prepare, _product)
-CHOSEN = {
-    False: TORCH,
-    True: TORCH,
-}  # by whether the layer is on a CUDA device; triton is entered when it has been tried
+# By whether the layer is on a CUDA device. Triton is entered when it has been tried.
+CHOSEN = {False: TORCH, True: TORCH}
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from dora_mm import targets as maps
 from dora_mm.core import DoRASpec, TargetMap, adapt_layer, fixed_parameters
 from dora_mm.core.targets import match_modules
 from dora_mm.eval.timing import in_turns, peak_bytes, saved_bytes, seconds_of, summary
+from dora_mm.models.sdxl import FULL_SIZE
 from dora_mm.train.run import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ def sdxl_unet(device: torch.device, dtype: torch.dtype, *, side: int, checkpoint
     from diffusers import UNet2DConditionModel
 
     with torch.device(device):
-        unet = UNet2DConditionModel(**SDXL_UNET).requires_grad_(False)
+        unet = UNet2DConditionModel(**FULL_SIZE).requires_grad_(False)
         conditions = {
             "encoder_hidden_states": torch.randn(1, 77, 2048, dtype=dtype),
             "added_cond_kwargs": {
@@ -176,21 +177,6 @@ def sdxl_unet(device: torch.device, dtype: torch.dtype, *, side: int, checkpoint
     if checkpointing:
         unet.train().enable_gradient_checkpointing()
     return unet, lambda: unet(latents, 500, **conditions).sample.float().square().mean()
-
-
-SDXL_UNET = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def bart(device: torch.device, dtype: torch.dtype):

@@ -54,12 +54,22 @@ class Prepared:
     doubled: bool = False
 
 
-def prepare(weight: Tensor, adapters: Sequence[Adapter], *, n0: Tensor | None = None, uses: float = 1.0) -> Prepared:
-    """Norms and gains as the parameters are now. `n0`: the row norms of a weight that is known not to have changed."""
+def prepare(
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    *,
+    n0: Tensor | None = None,
+    uses: float = 1.0,
+    rows: Callable[[Tensor, Adapter, Tensor | None], Rows] = rows_of,
+) -> Prepared:
+    """Norms and gains as the parameters are now.
+
+    n0: the row norms of a weight that is known not to have changed. rows: what computes them for one adapter.
+    """
     with torch.autocast(weight.device.type, enabled=False):
         if n0 is None and any(a.magnitude is not None for a in adapters):
             n0 = row_norm(weight.detach())
-        return Prepared(tuple(rows_of(weight, adapter, n0) for adapter in adapters), uses)
+        return Prepared(tuple(rows(weight, adapter, n0) for adapter in adapters), uses)
 
 
 def adapted_product(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dora_mm.core import fused
 from dora_mm.core.functional import Adapter, Rows, rows_of
-from dora_mm.core.functional import row_norm as base_row_norm
 from dora_mm.core.fused import Forward, Prepared, adapted_product
 from dora_mm.core.products import LinearProduct, Product, as_rows
 from dora_mm.kernels.inner_dots import inner_dots
@@ -17,7 +16,7 @@ from dora_mm.kernels.row_sums import row_sums
 
 
 class TritonLinear(LinearProduct):
-    """W0 stays as it is, in every dtype: the low-rank branch rides in the same accumulator, which is rounded once."""
+    """In half precision W0 stays as it is: the low-rank branch rides in the same accumulator, which is rounded once."""
 
     splits_half = True
 
@@ -56,32 +55,29 @@ def side_by_side(low: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, T
     return torch.cat(first, 1), torch.cat(second, 1)
 
 
-def runs_in_triton(x: Tensor, weight: Tensor, product: Product, dropout: float = 0.0) -> bool:
-    """Linear layers below float64 without dropout; what is left runs in plain torch."""
-    return isinstance(product, LinearProduct) and weight.dim() == 2 and weight.dtype.itemsize <= 4 and not dropout
+def runs_in_triton(weight: Tensor, product: Product, dropout: float) -> bool:
+    """Linear layers below float64 without dropout; what is left, embeddings too, runs in plain torch."""
+    return type(product) is LinearProduct and weight.dim() == 2 and weight.dtype.itemsize <= 4 and not dropout
 
 
 def prepare(weight: Tensor, adapters: Sequence[Adapter], *, n0: Tensor | None = None, uses: float = 1.0) -> Prepared:
     """As `core.fused.prepare`, the norms of a matrix in one pass over it."""
     if weight.dim() != 2 or weight.dtype.itemsize > 4:
         return fused.prepare(weight, adapters, n0=n0, uses=uses)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        base = weight.detach()
-        if n0 is None and any(a.magnitude is not None for a in adapters):
-            n0 = base_row_norm(base)
-        return Prepared(tuple(rows_in_one_pass(base, adapter, n0) for adapter in adapters), uses)
+    return fused.prepare(weight, adapters, n0=n0, uses=uses, rows=rows_in_one_pass)
 
 
+@torch.no_grad()
 def rows_in_one_pass(weight: Tensor, adapter: Adapter, n0: Tensor | None) -> Rows:
     if adapter.A is None or adapter.B is None or adapter.magnitude is None or n0 is None:
         return rows_of(weight, adapter, n0)
     A, B = adapter.A.contiguous(), adapter.B.contiguous()
-    return Rows(*row_norm(weight, A, B, adapter.scaling, n0, adapter.magnitude))
+    return Rows(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], **options) -> Tensor:
     """As `core.fused.adapted_product`."""
-    if runs_in_triton(x, weight, options["product"], options["dropout"]):
+    if runs_in_triton(weight, options["product"], options["dropout"]):
         options["product"] = TRITON_LINEAR
         options["prepared"] = options["prepared"] or prepare(weight, adapters)
     return adapted_product(x, weight, bias, adapters, **options)

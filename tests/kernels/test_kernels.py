@@ -196,6 +196,7 @@ def test_several_adapters_and_strengths(autocast):
 
 def test_what_has_no_kernel_runs_in_plain_torch():
     for layer, x in (
+        (nn.Embedding(9, 6), torch.tensor([[3, 0], [8, 3]])),
         (nn.Conv2d(4, 6, 3), torch.randn(1, 4, 8, 8)),
         (nn.Linear(4, 6, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)),
     ):

@@ -11,22 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import dora_mm
 from dora_mm import DoRASpec, targets
 from dora_mm.core.targets import match_modules
+from dora_mm.models.sdxl import FULL_SIZE
 from dora_mm.models.tiny_sdxl import build_unet
-
-# stabilityai/stable-diffusion-xl-base-1.0/unet/config.json, where it differs from the class's defaults
-FULL_SIZE = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def full_size_unet():
