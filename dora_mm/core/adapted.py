@@ -254,15 +254,22 @@ class AdaptedLayer(nn.Module):
         merged = round_stochastically(W, W0.dtype, seeded_generator(self.seed, f"merge:{self.path}"))
         update = W.double() - W0.double()
         stored = ((merged.double() - W0.double()) * update).sum().item()
+        self.replace_weight(merged, keep_base=keep_base, shared=shared)
+        self.merged = True
+        self.end_fixed(base=True)
+        return stored, update.square().sum().item()
+
+    def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:
         self.base_weight = (self.weight if keep_base else None,)
         merged = self.as_stored(merged)
         if keep_base or shared:
             self.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)
         else:
             self.weight.data = merged
-        self.merged = True
-        self.end_fixed(base=True)
-        return stored, update.square().sum().item()
+
+    def put_back(self, base: nn.Parameter) -> None:
+        base.data = base.data.to(self.weight.device, self.weight.dtype)
+        self.weight = base
 
     def check_can_unmerge(self) -> None:
         if self.merged and self.base_weight[0] is None:
@@ -273,16 +280,15 @@ class AdaptedLayer(nn.Module):
         self.check_can_unmerge()
         (base,) = self.base_weight
         if base is not None:
-            base.data = base.data.to(self.weight.device, self.weight.dtype)
-            self.weight, self.base_weight, self.merged = base, (None,), False
+            self.put_back(base)
+            self.base_weight, self.merged = (None,), False
             self.end_fixed(base=True)
 
     # --- moving, casting, loading, copying ---
 
     def _apply(self, fn, recurse=True):
         """`.to`, `.half`, `.cuda` and the like: A, B and m keep their precision, and a fresh adapter stays a no-op."""
-        before = self.weight.device, self.weight.dtype
-        fresh = not self.merged and self.spec.method != "full" and not self.weight.is_meta and self.is_fresh()
+        before = self.before_move()
         own = [t for p in self.adapter_tensors().values() if p is not self.weight for t in (p, p.grad)]
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -293,23 +299,28 @@ class AdaptedLayer(nn.Module):
         super()._apply(lambda t: keep_precision(t) if any(t is o for o in own) else fn(t), recurse)
         for stacked in self.stacked.values():
             stacked.tensors = {name: keep_precision(tensor) for name, tensor in stacked.tensors.items()}
-        if before[0].type == "meta" and not self.weight.is_meta:
+        self.after_move(*before)
+        return self
+
+    def before_move(self) -> tuple[torch.device, torch.dtype, bool]:
+        """Where the weight is, and whether the adapter is a no-op that `after_move` has to keep one."""
+        fresh = not self.merged and self.spec.method != "full" and not self.weight.is_meta and self.is_fresh()
+        return self.weight.device, self.weight.dtype, fresh
+
+    def after_move(self, device: torch.device, dtype: torch.dtype, fresh: bool) -> None:
+        if device.type == "meta" and not self.weight.is_meta:
             self.reset_adapter()
-        elif fresh and before != (self.weight.device, self.weight.dtype):
+        elif fresh and (device, dtype) != (self.weight.device, self.weight.dtype):
             self.reset_magnitude()  # the norms of a rounded weight, or of another device, differ in the last bits
         self.end_fixed(base=True)
-        return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """A state dict of the bare model loads strictly: a fresh adapter then takes m from the new weight."""
         self.end_fixed(base=True)
         given = {name: state_dict[prefix + name] for name in ADAPTER_NAMES if prefix + name in state_dict}
-        if self.merged:
-            errors.append(f"{self.path} is merged: call unmerge before loading a state dict")
-            return
         bare = not given and prefix + "weight" in state_dict and self.spec.method != "full"
-        if bare and not self.is_fresh():
-            errors.append(f"{self.path} holds a trained adapter and the state dict has none: call remove first")
+        if problem := self.why_not_load(bare=bare):
+            errors.append(problem)
             return
         local = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
         wanted = adapter_dtype(self.weight.dtype)
@@ -320,6 +331,14 @@ class AdaptedLayer(nn.Module):
         missing.extend(key for key in found if key not in adapter_keys)
         if bare:
             self.reset_magnitude()
+
+    def why_not_load(self, *, bare: bool) -> str | None:
+        """What is wrong with loading a state dict; `bare`: one with the weight but without an adapter."""
+        if self.merged:
+            return f"{self.path} is merged: call unmerge before loading a state dict"
+        if bare and not self.is_fresh():
+            return f"{self.path} holds a trained adapter and the state dict has none: call remove first"
+        return None
 
     def __getstate__(self):
         return {**self.__dict__, "kept": None, "base_fixed": False, "base_norm": None}

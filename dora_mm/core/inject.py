@@ -11,6 +11,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer, DoRASpec
+from dora_mm.core.attention import (
+    ROWS,
+    PackedAttention,
+    PackedRows,
+    put_together,
+    take_apart,
+    why_not_apart,
+    with_rows,
+)
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.layer import adapt_layer, restore_layer
 from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
@@ -87,11 +96,14 @@ def inject_paths(
     name: str = "default",
 ) -> InjectReport:
     """Adapts exactly these modules: path -> (part, spec). Nothing is changed when one of them cannot be adapted."""
-    modules = dict(model.named_modules())
+    modules = with_rows(dict(model.named_modules()))
     for path, (_, spec) in wanted.items():
         _check_adaptable(modules, path, spec)
     report = []
     for path, (part, spec) in wanted.items():
+        above = path.rpartition(".")[0]
+        if type(attention := modules.get(above)) is nn.MultiheadAttention:
+            take_apart(attention, {name: modules[f"{above}.{name}"] for name in ROWS})
         layer = adapt_layer(modules[path], spec, path=path, functions=forward, seed=seed, name=name)
         report.append(describe(layer, part))
     return InjectReport(tuple(report))
@@ -99,7 +111,7 @@ def inject_paths(
 
 def describe(layer: AdaptedLayer, part: str) -> AdaptedModule:
     num_parameters = sum(p.numel() for p in layer.adapter_tensors().values())
-    return AdaptedModule(layer.path, part, type(layer).__name__, tuple(layer.weight.shape), num_parameters)
+    return AdaptedModule(layer.path, part, type(layer).__name__, tuple(layer.matrix.shape), num_parameters)
 
 
 def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -> None:
@@ -110,8 +122,12 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
         raise ValueError(f"{path} is adapted already: call remove first")
     if not adaptable(layer):
         raise ValueError(f"{path} is a {type(layer).__name__}, {NOT_ADAPTABLE}")
-    if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
-        raise ValueError(f"{path} is inside nn.MultiheadAttention, which reads weights and never calls an adapter")
+    attention = modules.get(path.rpartition(".")[0])
+    if isinstance(attention, nn.MultiheadAttention):
+        if why := why_not_apart(attention):
+            raise ValueError(f"{path} is inside a MultiheadAttention {why}, which reads weights and calls no adapter")
+        if spec.method == "full" and isinstance(layer, PackedRows):
+            raise ValueError(f"{path} is a part of in_proj_weight, which method full would train as a whole")
     if isinstance(layer, nn.Embedding):
         if spec.dropout:
             raise ValueError(f"{path} is an Embedding, whose inputs are no numbers to drop: set dropout 0")
@@ -144,6 +160,9 @@ def remove(model: nn.Module) -> None:
     """Takes all adapters off. Layers merged with `keep_base=False` keep the merged weight, others their base."""
     for layer in adapted_layers(model).values():
         restore_layer(layer)
+    for module in list(model.modules()):
+        if isinstance(module, PackedAttention):
+            put_together(module)
 
 
 def set_strength(model: nn.Module, strength: float, *, name: str | None = None) -> None:

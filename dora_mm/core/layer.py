@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer, DoRASpec
+from dora_mm.core.attention import DoRARows, PackedRows
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.products import LINEAR, ConvProduct, EmbeddingProduct
 
@@ -86,8 +88,10 @@ ADAPTED_CLASSES: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Conv2d: DoRAConv2d,
     nn.Conv3d: DoRAConv3d,
     nn.Embedding: DoRAEmbedding,
+    NonDynamicallyQuantizableLinear: DoRALinear,  # nn.MultiheadAttention's out_proj, a Linear in all but name
+    PackedRows: DoRARows,
 }
-ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding and transformers' Conv1D"
+ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and the projections of MultiheadAttention"
 
 
 def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:

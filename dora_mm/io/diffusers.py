@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.adapted import DoRASpec
+from dora_mm.core.inject import adapted_layers
 from dora_mm.core.layer import DoRAConv, Transposed
 from dora_mm.io.atomic import save_tensors
 from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
@@ -60,7 +61,7 @@ def save(components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[st
     for component, layers in state.items():
         _check_can_hold(component, layers, components[component])
         for path, layer in layers.items():
-            shape = components[component].get_parameter(f"{path}.weight").shape
+            shape = adapted_layers(components[component])[path].matrix.shape
             for name, tensor in _to_file(layer, shape).items():
                 tensors[_file_key(component, path, name)] = tensor
         peft.update({f"{component}.{key}": value for key, value in _peft_config(component, layers).items()})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer, DoRASpec
+from dora_mm.core.attention import PackedRows, with_rows
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
 
@@ -107,13 +108,14 @@ def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
 def _check_component(
     layers: Mapping[str, LayerState], component: str, model: nn.Module, source: Path, strength: float, name: str
 ) -> None:
-    modules = dict(model.named_modules())
+    modules = with_rows(dict(model.named_modules()))
     for path, state in layers.items():
         if path not in modules:
             raise ValueError(
                 f"{source} was made for another architecture: it adapts {component}.{path}, which this model lacks"
             )
-        weight = getattr(modules[path], "weight", None)
+        module = modules[path]
+        weight = module.matrix if isinstance(module, PackedRows) else getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or (problem := _misfit(state, weight)):
             kind = type(modules[path]).__name__
             reason = problem if isinstance(weight, Tensor) else f"it is a {kind} here"

@@ -1,0 +1,269 @@
+"""nn.MultiheadAttention: three layers over the rows of one packed weight, and an out_proj that is called."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from dora_mm import load_adapter, save_adapter
+from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject, merge, remove, set_strength, unmerge
+from tests.core import reference
+
+ALL = ("q_proj", "k_proj", "v_proj", "out_proj")
+NAMES = [f"attn.{name}" for name in ALL]
+
+
+class Block(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(24, 3, **options)
+
+    def forward(self, *args, **options):
+        return self.attn(*args, **options)
+
+
+def build(targets=NAMES, dtype=torch.float32, train=False, spec=None, **options):
+    torch.manual_seed(0)
+    base = Block(**options).to(dtype).train(train).requires_grad_(False)  # torch folds frozen weights' products apart
+    if base.attn.in_proj_bias is not None:
+        nn.init.normal_(base.attn.in_proj_bias)
+    model = copy.deepcopy(base)
+    inject(model, targets, spec or DoRASpec(rank=3, alpha=5.0))
+    return base, model
+
+
+def randomize(model):
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            reference.randomize(module)
+
+
+def inputs(dtype=torch.float32, batch_first=True, cross=False):
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(2, 5, 24, generator=generator).to(dtype)
+    other = torch.randn(2, 7, 24, generator=generator).to(dtype) if cross else query
+    return [t if batch_first else t.transpose(0, 1) for t in (query, other, other)]
+
+
+MASKS = {
+    "none": lambda S: {},
+    "boolean": lambda S: {"attn_mask": torch.ones(5, S, dtype=torch.bool).triu(1)},
+    "added": lambda S: {"attn_mask": torch.linspace(-1, 1, 5 * S).view(5, S)},
+    "per head": lambda S: {"attn_mask": torch.linspace(-1, 1, 6 * 5 * S).view(6, 5, S)},
+    "padding": lambda S: {"key_padding_mask": torch.arange(S).expand(2, S) >= torch.tensor([[S], [3]])},
+    "both": lambda S: MASKS["boolean"](S) | MASKS["padding"](S),
+    "causal": lambda S: MASKS["boolean"](S) | {"is_causal": True},
+    "causal and padding": lambda S: MASKS["causal"](S) | MASKS["padding"](S),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("need_weights", "average"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_attention_changes_no_bit(mask, need_weights, average, cross, dtype):
+    options = {"need_weights": need_weights, "average_attn_weights": average, **MASKS[mask](7 if cross else 5)}
+    if options.get("attn_mask") is not None and options["attn_mask"].dtype == torch.float32:
+        options["attn_mask"] = options["attn_mask"].to(dtype)
+    for batch_first, bias in itertools.product([True, False], [True, False]):
+        base, model = build(dtype=dtype, batch_first=batch_first, bias=bias)
+        args = inputs(dtype, batch_first, cross)
+        for found, expected in zip(model(*args, **options), base(*args, **options), strict=True):
+            assert (found is None) == (expected is None)
+            assert found is None or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("width", [48, 64, 512, 768])
+@pytest.mark.parametrize("tokens", [1, 7, 50, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_separate_products_give_the_bits_of_the_packed_one(width, tokens, dtype):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.MultiheadAttention(width, 4, batch_first=True)).to(dtype).requires_grad_(False)
+    model = copy.deepcopy(base)
+    inject(model, ["0.q_proj"], DoRASpec(rank=2))
+    x = torch.randn(2, tokens, width).to(dtype)
+    with torch.no_grad():
+        assert torch.equal(model[0](x, x, x, need_weights=False)[0], base[0](x, x, x, need_weights=False)[0])
+
+
+def test_unbatched_inputs_and_gradients():
+    base, model = build()
+    args = [t[0] for t in inputs()]
+    for found, expected in zip(model(*args), base(*args), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("norm_grad", ["detached", "exact"])
+def test_value_and_gradients(norm_grad):
+    _, model = build(dtype=torch.float64, spec=DoRASpec(rank=3, alpha=5.0, norm_grad=norm_grad), batch_first=True)
+    randomize(model)
+    trained = adapter_parameters(model)
+    layers = {path: model.get_submodule(path) for path in NAMES}
+    merged = {path: reference.merged_weight(layer.matrix, layer.adapters()[0]) for path, layer in layers.items()}
+    x, other, _ = inputs(torch.float64, cross=True)
+    y, _ = model(x, other, other, need_weights=False)
+    attn = model.attn
+    right, _ = torch.nn.functional.multi_head_attention_forward(
+        x.transpose(0, 1), other.transpose(0, 1), other.transpose(0, 1), 24, 3,
+        torch.cat([merged[path] for path in NAMES[:3]]), attn.in_proj_bias, None, None, False, 0.0,
+        merged["attn.out_proj"], attn.out_proj.bias, need_weights=False,
+    )  # fmt: skip
+    right = right.transpose(0, 1)
+    torch.testing.assert_close(y, right)
+    dY = torch.randn_like(y)
+    found = torch.autograd.grad(y, list(trained.values()), dY)
+    expected = torch.autograd.grad(right, list(trained.values()), dY)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_only_what_is_named_is_adapted():
+    _, model = build(["attn.v_proj"])
+    assert {path.rpartition(".")[0] for path in adapter_parameters(model)} == {"attn.v_proj"}
+    _, model = build([r"re:attn\.(q|v)_proj"])
+    assert {path.rpartition(".")[0] for path in adapter_parameters(model)} == {"attn.q_proj", "attn.v_proj"}
+    base, model = build(["out_proj"])
+    randomize(model)
+    assert not torch.equal(model(*inputs())[0], base(*inputs())[0])  # it is called
+
+
+def test_merge_and_unmerge_touch_their_rows_alone():
+    base, model = build(["attn.q_proj", "attn.v_proj"], batch_first=True)
+    randomize(model)
+    args = inputs()
+    adapted = model(*args)[0]
+    merge(model)
+    torch.testing.assert_close(model(*args)[0], adapted)
+    q, k, v = model.attn.in_proj_weight.chunk(3)
+    old_q, old_k, old_v = base.attn.in_proj_weight.chunk(3)
+    assert torch.equal(k, old_k)
+    assert not torch.equal(q, old_q)
+    assert not torch.equal(v, old_v)
+    unmerge(model)
+    assert torch.equal(model.attn.in_proj_weight, base.attn.in_proj_weight)
+    torch.testing.assert_close(model(*args)[0], adapted, rtol=0, atol=0)
+    set_strength(model, 0)
+    assert torch.equal(model(*args)[0], base(*args)[0])
+
+
+def test_remove_gives_the_attention_back():
+    base, _ = build()
+    model = copy.deepcopy(base).requires_grad_()
+    inject(model, NAMES, DoRASpec(rank=3))
+    assert not model.attn.in_proj_weight.requires_grad
+    randomize(model)
+    remove(model)
+    assert type(model.attn) is nn.MultiheadAttention
+    assert list(dict(model.named_modules())) == list(dict(base.named_modules()))
+    assert all(p.requires_grad for p in model.parameters())
+    model.requires_grad_(False)
+    for found, expected in zip(model(*inputs()), base(*inputs()), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_state_dicts():
+    _, model = build(["attn.q_proj", "attn.out_proj"])
+    other, _ = build()
+    nn.init.normal_(other.attn.in_proj_weight)
+    model.load_state_dict(other.state_dict())  # strict: a fresh adapter takes m from the new weight
+    args = inputs()
+    assert torch.equal(model(*args)[0], other(*args)[0])
+    randomize(model)
+    with pytest.raises(RuntimeError, match="holds a trained adapter"):
+        model.load_state_dict(other.state_dict())
+    state = copy.deepcopy(model.state_dict())
+    _, again = build(["attn.q_proj", "attn.out_proj"])
+    again.load_state_dict(state)
+    assert torch.equal(again(*args)[0], model(*args)[0])
+    with pytest.raises(RuntimeError, match="attn.q_proj.lora_B"):
+        again.load_state_dict({key: t for key, t in state.items() if key != "attn.q_proj.lora_B"})
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_casting_keeps_a_fresh_adapter_a_no_op(fixed):
+    base, model = build(batch_first=True)
+    with fixed_parameters(model) if fixed else torch.no_grad():
+        model(*inputs())
+        model.to(torch.bfloat16)
+        args = inputs(torch.bfloat16)
+        assert torch.equal(model(*args)[0], base.to(torch.bfloat16)(*args)[0])
+    assert model.attn.q_proj.lora_A.dtype == torch.float32
+
+
+def test_meta_models_become_real():
+    with torch.device("meta"):
+        model = Block()
+    inject(model, NAMES, DoRASpec(rank=3, alpha=5.0))
+    base, _ = build()
+    model.to_empty(device="cpu")
+    model.load_state_dict(base.state_dict())
+    args = inputs()
+    assert torch.equal(model(*args)[0], base(*args)[0])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_their_own(copied):
+    _, model = build()
+    randomize(model)
+    twin = copied(model)
+    args = inputs()
+    before = model(*args)[0]
+    assert torch.equal(twin(*args)[0], before)
+    with torch.no_grad():
+        twin.attn.in_proj_weight.zero_()
+        assert not torch.equal(twin(*args)[0], before)
+        assert torch.equal(model(*args)[0], before)
+
+
+def test_saved_and_loaded(tmp_path):
+    _, model = build()
+    randomize(model)
+    save_adapter({"unet": model}, tmp_path)
+    base = Block().requires_grad_(False)
+    base.load_state_dict({k: t for k, t in model.state_dict().items() if "lora" not in k and "magnitude" not in k})
+    load_adapter({"unet": base}, tmp_path)
+    args = inputs()
+    assert torch.equal(base(*args)[0], model(*args)[0])
+
+
+def test_the_fast_path_of_the_encoder_layer_does_not_pass_by():
+    layer = nn.TransformerEncoderLayer(24, 3, 48, batch_first=True).eval().requires_grad_(False)
+    x = inputs()[0]
+    before = layer(x)
+    inject(layer, ["self_attn.q_proj"], DoRASpec(rank=3))
+    torch.testing.assert_close(layer(x), before)
+    randomize(layer)
+    with torch.no_grad():
+        assert not torch.allclose(layer(x), before)
+
+
+def test_dropout_of_the_attention_is_kept():
+    base, model = build(train=True, dropout=0.5, batch_first=True)
+    for need_weights in (False, True):
+        torch.manual_seed(3)
+        expected = base(*inputs(), need_weights=need_weights)[0]
+        torch.manual_seed(3)
+        assert torch.equal(model(*inputs(), need_weights=need_weights)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "spec", "message"),
+    [
+        ({"kdim": 8}, DoRASpec(), "another size of keys"),
+        ({"add_zero_attn": True}, DoRASpec(), "added keys"),
+        ({"add_bias_kv": True}, DoRASpec(), "added keys"),
+    ],
+)
+def test_attentions_that_are_refused(options, spec, message):
+    with pytest.raises(ValueError, match=message):
+        inject(Block(**options), ["out_proj"], spec)
+
+
+def test_full_training_of_a_part_is_refused():
+    model = Block()
+    with pytest.raises(ValueError, match="a part of in_proj_weight"):
+        inject(model, NAMES, DoRASpec(method="full"))
+    assert type(model.attn) is nn.MultiheadAttention
