@@ -20,7 +20,7 @@ BACKENDS = ("auto", "torch", "triton")
 
 
 def select(backend: str = "auto") -> Forward:
-    """The forward functions of a backend.
+    """The forward function of a backend.
 
     Raises:
         ValueError: there is no such backend, or triton was asked for by name and does not work here.
@@ -28,25 +28,20 @@ def select(backend: str = "auto") -> Forward:
     if backend not in BACKENDS:
         raise ValueError(f"there is no backend {backend!r}: use {', '.join(BACKENDS)}")
     if backend == "triton":
-        functions, problem = load_triton()
-        if functions is None:
+        function, problem = load_triton()
+        if function is None:
             raise ValueError(f"backend triton does not work here ({problem}): use auto or torch")
-        return functions
+        return function
     if backend == "torch":
         return TORCH
     _announce("cuda" if torch.cuda.is_available() else "cpu")
-    return AUTO
+    return auto
 
 
-def _prepare(weight, adapters, **options):
-    return CHOSEN[weight.is_cuda].prepare(weight, adapters, **options)
+def auto(x, weight, bias, adapters, **options):
+    return CHOSEN[weight.is_cuda](x, weight, bias, adapters, **options)
 
 
-def _product(x, weight, bias, adapters, **options):
-    return CHOSEN[weight.is_cuda].product(x, weight, bias, adapters, **options)
-
-
-AUTO = Forward(_prepare, _product)
 # By whether the layer is on a CUDA device. Triton is entered when it has been tried.
 CHOSEN = {False: TORCH, True: TORCH}
 
@@ -55,18 +50,18 @@ CHOSEN = {False: TORCH, True: TORCH}
 def _announce(device: str) -> None:
     """Tries triton where there is a GPU for it, and says once what runs."""
     if device == "cuda":
-        functions, problem = load_triton()
-        if functions is None:
+        function, problem = load_triton()
+        if function is None:
             log.warning("Triton does not work here (%s): the layer runs in plain torch, right but slower.", problem)
             return
-        CHOSEN[True] = functions
+        CHOSEN[True] = function
     chosen = "plain torch" if CHOSEN[device == "cuda"] is TORCH else "Triton"
     log.info("Adapted layers run in %s on this machine (%s).", chosen, device)
 
 
 @functools.cache
 def load_triton() -> tuple[Forward | None, str]:
-    """Triton's functions, tried on a small layer against plain torch, or None and the reason."""
+    """Triton's function, tried on a small layer against plain torch, or None and the reason."""
     try:
         from dora_mm.kernels.dora_linear import TRITON
 
@@ -76,7 +71,7 @@ def load_triton() -> tuple[Forward | None, str]:
 
 
 @torch.no_grad()
-def _agrees_with_torch(functions: Forward) -> bool:
+def _agrees_with_torch(function: Forward) -> bool:
     from dora_mm.core.functional import Adapter
     from dora_mm.core.products import LINEAR
 
@@ -84,7 +79,5 @@ def _agrees_with_torch(functions: Forward) -> bool:
     drawn = torch.Generator().manual_seed(0)
     x, W0, A, B = (torch.randn(*size, generator=drawn).to(device) for size in ((40, 70), (50, 70), (5, 70), (50, 5)))
     adapters = [Adapter(A, B, W0.norm(dim=1) * 1.1)]
-    found, right = (
-        one.product(x, W0, None, adapters, product=LINEAR, dropout=0.0, prepared=None) for one in (functions, TORCH)
-    )
+    found, right = (one(x, W0, None, adapters, product=LINEAR, dropout=0.0) for one in (function, TORCH))
     return bool((found - right).norm() <= 1e-5 * right.norm())

@@ -87,7 +87,7 @@ def peft_layer(base: nn.Linear, rank: int, use_dora: bool) -> nn.Module:
 def our_layer(base: nn.Linear, rank: int, method: str, path: str = "") -> nn.Module:
     layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     layer.weight, layer.bias = base.weight, base.bias
-    return adapt_layer(layer, DoRASpec(rank, method=method), path=path, functions=backend.select())
+    return adapt_layer(layer, DoRASpec(rank, method=method), path=path, function=backend.select())
 
 
 CONTENDERS: dict[str, Callable[[nn.Linear, int], nn.Module]] = {

@@ -93,7 +93,7 @@ class AdaptedLayer(nn.Module):
     name: str  # of the adapter that A, B and m belong to
     strength: float
     stacked: dict[str, StackedAdapter]
-    functions: Forward
+    function: Forward
     trainable_before: bool
     merged: bool
     base_weight: tuple[nn.Parameter | None]  # while merged; a tuple hides it from the module's parameters
@@ -150,7 +150,7 @@ class AdaptedLayer(nn.Module):
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def adapters(self) -> tuple[Adapter, ...]:
-        """What the forward functions need of every adapter that is not switched off."""
+        """What the forward function needs of every adapter that is not switched off."""
         own = self.spec, self.adapter_tensors(), self.strength
         others = [(s.spec, s.tensors, s.strength) for s in self.stacked.values()]
         return tuple(
@@ -206,20 +206,17 @@ class AdaptedLayer(nn.Module):
         return self.spec.dropout if self.training else 0.0
 
     def prepared(self) -> Prepared | None:
-        """What `fixed_parameters` keeps, computed at its first use; None outside: then the parameters are read anew."""
+        """What `fixed_parameters` keeps; None outside: then the parameters are read anew."""
         if not self.base_fixed:
             return None
         if self.base_norm is None:
             self.base_norm = row_norm(self.matrix.detach())
         if self.kept is None:
-            return self.functions.prepare(self.matrix, self.adapters(), n0=self.base_norm)
-        dtype = product_dtype(self.weight)
-        if dtype not in self.kept:
-            self.kept[dtype] = self.functions.prepare(self.matrix, self.adapters(), n0=self.base_norm, uses=self.uses)
-        return self.kept[dtype]
+            return Prepared(self.base_norm)
+        return self.kept.setdefault(product_dtype(self.weight), Prepared(self.base_norm, self.uses))
 
     def adapted_product(self, x: Tensor, product: Product) -> Tensor:
-        return self.functions.product(
+        return self.function(
             x,
             self.matrix,
             self.bias,

@@ -5,9 +5,7 @@ With G = t g and the low-rank branch x -> h = x A^T -> h (G s B)^T, the layer's 
     merged   y = x W(t)^T + b                                    one product, once W(t) has been built
     split    y = e x W0^T + sum_k h_k (G_k s_k B_k)^T + b        W0 as it is, e = 1 + sum_k t_k (g_k - 1)
 
-and one gradient, in which the one product of size T O I is that with x's gradient:
-
-and one gradient, in which the one product of size T O I is the gradient of x:
+and one gradient, in which the one product of size T O I is the gradient of x: dA, dB and dm are thin products and sums.
 
 Of token size x, y and (T, R) tensors are kept for the backward pass, of parameter size at most one W(t).
 """
@@ -15,6 +13,7 @@ Of token size x, y and (T, R) tensors are kept for the backward pass, of paramet
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dora_mm.core.few_tokens import FEW_TOKENS, few_tokens_pay
 from dora_mm.core.functional import (
     Adapter,
     Rows,
     adapter_dtype,
+    any_nonzero,
     as_matrix,
     exact_norm_correction,
     merged_weight,
@@ -42,34 +43,18 @@ LARGE_BIAS_HALF = 4.0
 
 @dataclass
 class Prepared:
-    """What depends on parameters alone, for products in one dtype (see `product_dtype`).
+    """What depends on parameters alone, for products in one dtype (see `product_dtype`); found at its first use.
 
-    operand: what x is multiplied with in the merged form, built at its first use: W(t) itself, or in half precision its
-    rounded value (high), or [high, low] side by side on the input axis if `doubled`. uses: how many passes it serves.
+    n0: the row norms of a weight that is known not to have changed. uses: how many passes this serves.
+    operand: what x is multiplied with in the merged form: W(t) itself, or in half precision its rounded value (high),
+    or [high, low] side by side on the input axis if `doubled`.
     """
 
-    rows: tuple[Rows, ...]
+    n0: Tensor | None = None
     uses: float = 1.0
+    rows: tuple[Rows, ...] | None = None
     operand: Tensor | None = None
     doubled: bool = False
-
-
-def prepare(
-    weight: Tensor,
-    adapters: Sequence[Adapter],
-    *,
-    n0: Tensor | None = None,
-    uses: float = 1.0,
-    rows: Callable[[Tensor, Adapter, Tensor | None], Rows] = rows_of,
-) -> Prepared:
-    """Norms and gains as the parameters are now.
-
-    n0: the row norms of a weight that is known not to have changed. rows: what computes them for one adapter.
-    """
-    with torch.autocast(weight.device.type, enabled=False):
-        if n0 is None and any(a.magnitude is not None for a in adapters):
-            n0 = row_norm(weight.detach())
-        return Prepared(tuple(rows(weight, adapter, n0) for adapter in adapters), uses)
 
 
 def adapted_product(
@@ -87,24 +72,46 @@ def adapted_product(
     """y = x W(t)^T + b in the dtype that the base layer would return, autocast included.
 
     dropout: drops entries of x in the update alone, as the official layer does: x W0^T + drop(x) (W(t) - W0)^T + b.
-    prepared: what `prepare` returned; without it the parameters are read as they are.
+    prepared: what this function keeps from one pass to the next; without it the parameters are read as they are.
     keep_weight: whether W(t), where it is built, is kept for the backward pass and inside `prepared`, or built again.
     save_output: whether y may be kept for the backward pass. Without it dm costs a product of size T O I more; an
         output that the next operation overwrites needs that.
     """
+    autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = weight.dtype if product.always_splits else product_dtype(weight)  # autocast leaves embeddings alone
-    if x.is_floating_point() and (dtype != weight.dtype or torch.is_autocast_enabled(weight.device.type)):
+    if x.is_floating_point() and (dtype != weight.dtype or autocast):
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(weight.device.type, enabled=False):
-        prepared = prepared or prepare(weight, adapters)
+    prepared = prepared or Prepared()
+    with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
         dropped = F.dropout(x, dropout) if dropout else None
         split = dropped is None and stays_split(x, weight, adapters, product, prepared, dtype)
         operand, doubled = None, False
+        if split and few_tokens_pay(x, weight, adapters, product):
+            product = FEW_TOKENS
+            if (
+                prepared.rows is None and prepared.uses <= 1 and len(adapters) == 1
+            ):  # other passes would have to repeat it
+                operand, prepared.rows = base_and_rows(x, weight, adapters[0], prepared.n0)
+        if prepared.rows is None:
+            prepared.rows = find_rows(weight, adapters, product, prepared.n0)
         if dropped is None and not split:
             operand, doubled = merge(prepared, weight, adapters, dtype, keep_weight)
         bare = tuple(a._replace(A=None, B=None, magnitude=None) for a in adapters)
         call = Call(product, dtype, bare, prepared.rows, split, doubled, keep_weight, save_output)
         return _AdaptedProduct.apply(call, x, dropped, weight, bias, operand, *(t for a in adapters for t in a[:3]))
+
+
+def find_rows(weight: Tensor, adapters: Sequence[Adapter], product: Product, n0: Tensor | None) -> tuple[Rows, ...]:
+    if n0 is None and any(a.magnitude is not None for a in adapters):
+        n0 = row_norm(weight.detach())
+    return tuple(product.rows(weight, adapter, n0) for adapter in adapters)
+
+
+@torch.no_grad()
+def base_and_rows(x: Tensor, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> tuple[Tensor, tuple[Rows, ...]]:
+    """x W0^T, and the rows, for which W0 A^T comes out of the same product."""
+    base, W0A = FEW_TOKENS.base(x, weight, None if adapter.magnitude is None else adapter.A)
+    return base, (rows_of(weight, adapter, n0, W0A),)
 
 
 # --- which form ------------------------------------------------------------------------------------------------------
@@ -167,6 +174,7 @@ def merge(
     """(operand, doubled) of `Prepared`, left there where `keep` is set."""
     if prepared.operand is not None:
         return prepared.operand, prepared.doubled
+    assert prepared.rows is not None
     operand, doubled = merged_operand(weight, adapters, prepared.rows, dtype)
     if keep:
         prepared.operand, prepared.doubled = operand, doubled
@@ -190,7 +198,7 @@ def merged_operand(
     high = W.to(dtype)
     low = high.to(W.dtype)
     torch.sub(W, low, out=low)  # in place: an operation on mixed dtypes makes copies of its own
-    return (torch.cat([high, low.to(dtype)], 1), True) if _any(low) else (high, False)
+    return (torch.cat([high, low.to(dtype)], 1), True) if low_is_needed(low) else (high, False)
 
 
 def update_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows], dtype: torch.dtype) -> Tensor:
@@ -204,7 +212,7 @@ def dropout_output(
 ) -> Tensor:
     """x W0^T + dropped delta^T + b. In half precision in one product: a correction to a rounded one would be lost."""
     base = weight.detach().to(x.dtype)
-    if not _any(delta):
+    if not low_is_needed(delta):
         return product(x, base, bias)
     if x.dtype.itemsize < 4:
         return product(product.join(x, dropped), torch.cat([base, delta], 1), bias)
@@ -221,11 +229,10 @@ def base_gain(call: Call) -> Tensor | None:
     return gain
 
 
-def scaled_B(adapter: Adapter, rows: Rows) -> Tensor:
-    """t g s B, (O, R)."""
-    assert adapter.B is not None
-    B = adapter.B * (adapter.scaling * adapter.strength)
-    return B if rows.gain is None else B.mul_(rows.gain[:, None])
+def scale_rows(t: Tensor, adapter: Adapter, rows: Rows) -> Tensor:
+    """t g s times an (O, R) tensor, in place of nothing."""
+    factor = adapter.scaling * adapter.strength
+    return t * factor if rows.gain is None else t * (rows.gain if factor == 1 else rows.gain * factor)[:, None]
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
@@ -243,11 +250,14 @@ class _AdaptedProduct(torch.autograd.Function):
             low_dtype = adapter_dtype(call.dtype) if call.product.always_splits else call.dtype
             hs = [None if a.A is None else call.product.reduce(x, a.A.to(low_dtype)) for a in adapters]
             low = [
-                (h, scaled_B(adapter, rows))
+                (h, scale_rows(adapter.B, adapter, rows))
                 for h, adapter, rows in zip(hs, adapters, call.rows, strict=True)
                 if h is not None
             ]
-            y = call.product.split(x, weight.detach().to(call.dtype), bias, base_gain(call), low)
+            if operand is None:
+                y = call.product.split(x, weight.detach().to(call.dtype), bias, base_gain(call), low)
+            else:
+                y = call.product.complete(operand, bias, base_gain(call), low).view(*x.shape[:-1], len(weight))
         else:
             y = call.product(call.product.join(x, x) if call.doubled else x, operand, bias)
         trained = any(ctx.needs_input_grad[6:])
@@ -257,7 +267,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.save_for_backward(
             met if trained or isinstance(call.product, ConvProduct) else None,  # a convolution's dX asks for x's sizes
             y if from_output else None,
-            operand if call.keep_weight else None,
+            None if call.split or not call.keep_weight else operand,
             *(weight, bias, *hs, *tensors),
         )
         return y
@@ -329,15 +339,14 @@ class AdapterGradients(NamedTuple):
         if A is None or B is None:
             return None, None, self.magnitude() if wanted[2] else None, None
         trained = wanted[0] or wanted[1]
-        u = product.grad_h(self.dY, scaled_B(adapter, rows).to(dtype)) if trained or needs_u else None
+        u = product.grad_h(self.dY, scale_rows(B, adapter, rows).to(dtype)) if trained or needs_u else None
         if u is None or not trained:
             return None, None, self.magnitude() if wanted[2] else None, u
         h = product.reduce(self.x, A.to(dtype)) if h is None else h.to(dtype)
         dA = product.grad_A(u, self.x, A).to(A.dtype)
-        dB = product.grad_B(self.dY, h, B).to(B.dtype) * (adapter.scaling * adapter.strength)
+        dB = scale_rows(product.grad_B(self.dY, h, B).to(B.dtype), adapter, rows)
         if rows.gain is None:
             return dA, dB, None, u
-        dB.mul_(rows.gain[:, None])
         dm = self.magnitude() if wanted[2] or adapter.norm_grad == "exact" else None
         if dm is not None and adapter.norm_grad == "exact":
             more_A, more_B = exact_norm_correction(as_matrix(self.weight), adapter, rows, dm)
@@ -364,24 +373,16 @@ class AdapterGradients(NamedTuple):
                 rms = (squares / max(self.product.num_tokens(self.x, self.weight), 1)).sqrt()
                 unsafe = unsafe | (self.bias.abs() > LARGE_BIAS.get(self.y.dtype, LARGE_BIAS_HALF) * rms)
         dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, unsafe)
-        dm = torch.where(unsafe, self.adapter.strength * dots / norm, from_y)
-        return torch.where(norm == 0, 0.0, dm)
+        if dots is not None:
+            from_y = torch.where(unsafe, self.adapter.strength * dots / norm, from_y)
+        return from_y.masked_fill_(norm == 0, 0)
 
 
-def _any(low: Tensor) -> bool:
+def low_is_needed(low: Tensor) -> bool:
     """Whether the low part is needed. Doubling the inner dimension changes the order of summation in some bf16 shapes
     (640 x 640 with 2048 tokens), so a fresh adapter goes without it. A compiled graph cannot branch on values."""
-    if torch.compiler.is_compiling():
-        return True
-    smallest, largest = low.aminmax()  # five times faster on a processor than any()
-    return bool((smallest != 0) | (largest != 0))
+    return torch.compiler.is_compiling() or any_nonzero(low)
 
 
-class Forward(NamedTuple):
-    """One implementation of the layer; a backend is a value of this type."""
-
-    prepare: Callable[..., Prepared]
-    product: Callable[..., Tensor]
-
-
-TORCH = Forward(prepare, adapted_product)
+Forward = Callable[..., Tensor]  # one implementation of the layer, with the signature of `adapted_product`
+TORCH: Forward = adapted_product

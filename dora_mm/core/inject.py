@@ -104,7 +104,7 @@ def inject_paths(
         above = path.rpartition(".")[0]
         if type(attention := modules.get(above)) is nn.MultiheadAttention:
             take_apart(attention, {name: modules[f"{above}.{name}"] for name in ROWS})
-        layer = adapt_layer(modules[path], spec, path=path, functions=forward, seed=seed, name=name)
+        layer = adapt_layer(modules[path], spec, path=path, function=forward, seed=seed, name=name)
         report.append(describe(layer, part))
     return InjectReport(tuple(report))
 

@@ -111,7 +111,7 @@ def adapt_layer(
     spec: DoRASpec,
     *,
     path: str = "",
-    functions: Forward = TORCH,
+    function: Forward = TORCH,
     seed: int = 0,
     name: str = "default",
 ) -> AdaptedLayer:
@@ -121,7 +121,7 @@ def adapt_layer(
     object.__setattr__(layer, "__class__", adapted)
     assert isinstance(layer, AdaptedLayer)
     layer.base_class = base
-    layer.spec, layer.path, layer.seed, layer.functions = spec, path, seed, functions
+    layer.spec, layer.path, layer.seed, layer.function = spec, path, seed, function
     layer.name, layer.stacked = name, {}
     layer.strength, layer.merged, layer.base_weight, layer.kept = 1.0, False, (None,), None
     layer.uses, layer.base_fixed, layer.base_norm = 1.0, False, None
@@ -134,7 +134,7 @@ def adapt_layer(
 
 
 _STATE = (
-    *("base_class", "spec", "path", "seed", "name", "strength", "stacked", "functions", "trainable_before"),
+    *("base_class", "spec", "path", "seed", "name", "strength", "stacked", "function", "trainable_before"),
     *("merged", "base_weight", "kept", "uses", "base_fixed", "base_norm"),
 )
 

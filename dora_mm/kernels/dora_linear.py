@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_mm.core import fused
 from dora_mm.core.functional import Adapter, Rows, rows_of
-from dora_mm.core.fused import Forward, Prepared, adapted_product
+from dora_mm.core.fused import Forward, adapted_product
 from dora_mm.core.products import LinearProduct, Product, as_rows
 from dora_mm.kernels.inner_dots import inner_dots
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
@@ -19,6 +18,14 @@ class TritonLinear(LinearProduct):
     """In half precision W0 stays as it is: the low-rank branch rides in the same accumulator, which is rounded once."""
 
     splits_half = True
+
+    @torch.no_grad()
+    def rows(self, weight, adapter, n0):
+        """n and g in one pass over W0."""
+        if adapter.A is None or adapter.magnitude is None or n0 is None:
+            return rows_of(weight, adapter, n0)
+        A, B = adapter.A.contiguous(), adapter.B.contiguous()
+        return Rows(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
 
     def split(self, x, weight, bias, gain, low):
         h, B = side_by_side(low)
@@ -60,27 +67,11 @@ def runs_in_triton(weight: Tensor, product: Product, dropout: float) -> bool:
     return type(product) is LinearProduct and weight.dim() == 2 and weight.dtype.itemsize <= 4 and not dropout
 
 
-def prepare(weight: Tensor, adapters: Sequence[Adapter], *, n0: Tensor | None = None, uses: float = 1.0) -> Prepared:
-    """As `core.fused.prepare`, the norms of a matrix in one pass over it."""
-    if weight.dim() != 2 or weight.dtype.itemsize > 4:
-        return fused.prepare(weight, adapters, n0=n0, uses=uses)
-    return fused.prepare(weight, adapters, n0=n0, uses=uses, rows=rows_in_one_pass)
-
-
-@torch.no_grad()
-def rows_in_one_pass(weight: Tensor, adapter: Adapter, n0: Tensor | None) -> Rows:
-    if adapter.A is None or adapter.B is None or adapter.magnitude is None or n0 is None:
-        return rows_of(weight, adapter, n0)
-    A, B = adapter.A.contiguous(), adapter.B.contiguous()
-    return Rows(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
-
-
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], **options) -> Tensor:
     """As `core.fused.adapted_product`."""
     if runs_in_triton(weight, options["product"], options["dropout"]):
         options["product"] = TRITON_LINEAR
-        options["prepared"] = options["prepared"] or prepare(weight, adapters)
     return adapted_product(x, weight, bias, adapters, **options)
 
 
-TRITON = Forward(prepare, product)
+TRITON: Forward = product

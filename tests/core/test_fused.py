@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 
 from dora_mm.core import functional as dora
 from dora_mm.core import fused
-from dora_mm.core.fused import adapted_product, split_pays
+from dora_mm.core.fused import Prepared, adapted_product, split_pays
 from tests.core import reference
 from tests.core.reference import make, variants
 
-FORMS = {"split": 0.0, "merged": math.inf}  # the number of passes that the built weight would serve
+FORMS = ("stacked", "split", "merged")
 
 
 def product(x, W0, bias, adapters, form="merged", **options):
-    prepared = fused.prepare(W0, adapters, uses=FORMS[form])
+    """The form follows from how many passes the built weight would serve, and from what is known already."""
+    prepared = Prepared(uses=math.inf if form == "merged" else 0)
+    if form == "split":
+        prepared.rows = fused.find_rows(W0, adapters, fused.LINEAR, None)
     return adapted_product(x, W0, bias, adapters, prepared=prepared, **options)
 
 
@@ -34,7 +37,7 @@ def expected_product(x, W0, bias, adapter):
     tokens=st.integers(0, 6),
     strength=st.sampled_from([1.0, 0.5, -1.0, 1e-5]),
     norm_grad=st.sampled_from(["detached", "exact"]),
-    form=st.sampled_from(list(FORMS)),
+    form=st.sampled_from(FORMS),
     has_bias=st.booleans(),
     keep_weight=st.booleans(),
     save_output=st.booleans(),
@@ -111,7 +114,7 @@ def test_half_precision_never_splits():
     W0, adapter = make(64, 64, 4, dtype=torch.float32)
     for dtype, split in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
         x, weight = torch.randn(1, 64).to(dtype), W0.to(dtype)
-        assert fused.stays_split(x, weight, [adapter], fused.LINEAR, fused.prepare(weight, [adapter]), dtype) is split
+        assert fused.stays_split(x, weight, [adapter], fused.LINEAR, Prepared(), dtype) is split
 
 
 # --- what is kept for the backward pass ---
@@ -127,14 +130,20 @@ def saved_sizes(run):
 
 @pytest.mark.parametrize(
     ("form", "keep_weight", "save_output", "weights"),
-    [("merged", True, True, 2), ("merged", False, True, 1), ("merged", False, False, 1), ("split", True, True, 1)],
+    [
+        ("merged", True, True, 2),
+        ("merged", False, True, 1),
+        ("merged", False, False, 1),
+        ("split", True, True, 1),
+        ("stacked", True, True, 1),
+    ],
 )
 def test_what_is_saved(form, keep_weight, save_output, weights):
     """x and y (y is kept by whoever reads it anyway), W0, and W(t) where it may be; all else is (T, R) or smaller."""
     W0, adapter = make(64, 96, 4, dtype=torch.float32)
     x = torch.randn(500, 96, requires_grad=True)
     options = {"keep_weight": keep_weight, "save_output": save_output}
-    expected = [64 * 96] * weights + [500 * 64, 500 * 96] + ([500 * 4] if form == "split" else []) + [4 * 96]
+    expected = [64 * 96] * weights + [500 * 64, 500 * 96] + ([] if form == "merged" else [500 * 4]) + [4 * 96]
     assert saved_sizes(lambda: product(x, W0, None, [adapter], form, **options)) == sorted(expected)
     y = product(x, W0, None, [adapter], form, **options)
     saved = [t for t in y.grad_fn.saved_tensors if t is not None]

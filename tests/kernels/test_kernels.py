@@ -149,7 +149,7 @@ def layers(dtype, *, bias=True, **spec):
     reference.randomize(plain.to(DEVICE))
     twin = nn.Linear(40, 24, bias=bias, dtype=dtype, device=DEVICE)
     twin.load_state_dict({k: v for k, v in plain.state_dict().items() if k in ("weight", "bias")})
-    fast = adapt_layer(twin, plain.spec, functions=TRITON)
+    fast = adapt_layer(twin, plain.spec, function=TRITON)
     fast.load_state_dict(plain.state_dict())
     return fast, plain
 
@@ -202,9 +202,9 @@ def test_what_has_no_kernel_runs_in_plain_torch():
     ):
         plain = reference.randomize(adapt_layer(layer, DoRASpec(2)))
         expected = plain(x)
-        plain.functions = TRITON
+        plain.function = TRITON
         assert torch.equal(plain(x), expected)
-    dropping = reference.randomize(adapt_layer(nn.Linear(8, 6), DoRASpec(2, dropout=0.5), functions=TRITON))
+    dropping = reference.randomize(adapt_layer(nn.Linear(8, 6), DoRASpec(2, dropout=0.5), function=TRITON))
     assert dropping(torch.randn(3, 8)).shape == (3, 6)
 
 
@@ -224,7 +224,7 @@ def test_small_updates_survive_half_precision():
     adapter = fused.Adapter(A, B, base_norm(W0) * (1 + 1e-4))
     x = random(2000, 64, dtype=torch.float16)
     options = {"product": fused.LINEAR, "dropout": 0.0, "prepared": None}
-    y = TRITON.product(x, W0, None, [adapter], **options)
+    y = TRITON(x, W0, None, [adapter], **options)
     update = x.double() @ (reference.merged_weight(W0, adapter) - W0.double()).T
     share = (((y.double() - x.double() @ W0.double().T) * update).sum() / update.square().sum()).item()
     assert abs(share - 1) <= 0.03
