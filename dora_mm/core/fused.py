@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_mm.core.few_tokens import FEW_TOKENS, few_tokens_pay
+from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS
 from dora_mm.core.functional import (
     Adapter,
     Rows,
@@ -35,7 +35,7 @@ from dora_mm.core.functional import (
     row_norm,
     rows_of,
 )
-from dora_mm.core.products import LINEAR, SMALL_GAIN, ConvProduct, Product
+from dora_mm.core.products import LINEAR, SMALL_GAIN, ConvProduct, LinearProduct, Product
 
 LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
 LARGE_BIAS_HALF = 4.0
@@ -86,12 +86,11 @@ def adapted_product(
         dropped = F.dropout(x, dropout) if dropout else None
         split = dropped is None and stays_split(x, weight, adapters, product, prepared, dtype)
         operand, doubled = None, False
-        if split and few_tokens_pay(x, weight, adapters, product):
-            product = FEW_TOKENS
-            if (
-                prepared.rows is None and prepared.uses <= 1 and len(adapters) == 1
-            ):  # other passes would have to repeat it
-                operand, prepared.rows = base_and_rows(x, weight, adapters[0], prepared.n0)
+        if split and may_sum_in_another_order(x, adapters, product):
+            assert isinstance(product, LinearProduct)
+            product = FEW_TOKENS if product.num_tokens(x, weight) <= MOST_TOKENS else product
+            if prepared.rows is None and prepared.uses <= 1 and len(adapters) == 1:  # no other pass has to repeat it
+                operand, prepared.rows = base_and_rows(product, x, weight, adapters[0], prepared.n0)
         if prepared.rows is None:
             prepared.rows = find_rows(weight, adapters, product, prepared.n0)
         if dropped is None and not split:
@@ -107,10 +106,19 @@ def find_rows(weight: Tensor, adapters: Sequence[Adapter], product: Product, n0:
     return tuple(product.rows(weight, adapter, n0) for adapter in adapters)
 
 
+def may_sum_in_another_order(x: Tensor, adapters: Sequence[Adapter], product: Product) -> bool:
+    """Whether x W0^T may come out of another product than the base layer's: with a fresh adapter no bit may change."""
+    if type(product) is not LinearProduct or x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    return any(a.B is not None and any_nonzero(a.B) for a in adapters)
+
+
 @torch.no_grad()
-def base_and_rows(x: Tensor, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> tuple[Tensor, tuple[Rows, ...]]:
+def base_and_rows(
+    product: LinearProduct, x: Tensor, weight: Tensor, adapter: Adapter, n0: Tensor | None
+) -> tuple[Tensor, tuple[Rows, ...]]:
     """x W0^T, and the rows, for which W0 A^T comes out of the same product."""
-    base, W0A = FEW_TOKENS.base(x, weight, None if adapter.magnitude is None else adapter.A)
+    base, W0A = product.base(x, weight, None if adapter.magnitude is None else adapter.A)
     return base, (rows_of(weight, adapter, n0, W0A),)
 
 
@@ -252,7 +260,7 @@ class _AdaptedProduct(torch.autograd.Function):
             low = [
                 (h, scale_rows(adapter.B, adapter, rows))
                 for h, adapter, rows in zip(hs, adapters, call.rows, strict=True)
-                if h is not None
+                if h is not None and adapter.B is not None
             ]
             if operand is None:
                 y = call.product.split(x, weight.detach().to(call.dtype), bias, base_gain(call), low)

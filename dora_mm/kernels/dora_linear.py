@@ -22,7 +22,7 @@ class TritonLinear(LinearProduct):
     @torch.no_grad()
     def rows(self, weight, adapter, n0):
         """n and g in one pass over W0."""
-        if adapter.A is None or adapter.magnitude is None or n0 is None:
+        if adapter.A is None or adapter.B is None or adapter.magnitude is None or n0 is None:
             return rows_of(weight, adapter, n0)
         A, B = adapter.A.contiguous(), adapter.B.contiguous()
         return Rows(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
