@@ -203,10 +203,14 @@ def merged_operand(
         return W, False
     if dtype != weight.dtype:  # autocast: the base multiplies with cast(W0), and a fresh adapter must change no bit
         W = W + (weight.detach().to(dtype).to(W.dtype) - weight.detach())
-    high = W.to(dtype)
-    low = high.to(W.dtype)
-    torch.sub(W, low, out=low)  # in place: an operation on mixed dtypes makes copies of its own
-    return (torch.cat([high, low.to(dtype)], 1), True) if low_is_needed(low) else (high, False)
+    both = W.new_empty(len(W), 2 * W.shape[1], *W.shape[2:], dtype=dtype)
+    high, low = both.chunk(2, 1)
+    high.copy_(W)
+    W.sub_(high)
+    if not low_is_needed(W):
+        return torch.empty_like(weight, dtype=dtype).copy_(high), False
+    low.copy_(W)
+    return both, True
 
 
 def update_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows], dtype: torch.dtype) -> Tensor:
