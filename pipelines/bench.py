@@ -7,6 +7,7 @@ a change of its parameters, and the median over the rounds is reported with its 
 import contextlib
 import csv
 import gc
+import importlib.util
 import json
 import logging
 import platform
@@ -90,13 +91,31 @@ def our_layer(base: nn.Linear, rank: int, method: str, path: str = "") -> nn.Mod
     return adapt_layer(layer, DoRASpec(rank, method=method), path=path, function=backend.select())
 
 
-CONTENDERS: dict[str, Callable[[nn.Linear, int], nn.Module]] = {
+Contenders = dict[str, Callable[[nn.Linear, int], nn.Module]]
+CONTENDERS: Contenders = {
     "frozen": lambda base, rank: base,
     "PEFT LoRA": partial(peft_layer, use_dora=False),
     "PEFT DoRA": partial(peft_layer, use_dora=True),
     "our LoRA": partial(our_layer, method="lora"),
     "our DoRA": partial(our_layer, method="dora"),
 }
+
+
+def compiled(name: str) -> Callable[[nn.Linear, int], nn.Module]:
+    return lambda base, rank: torch.compile(CONTENDERS[name](base, rank), dynamic=False)
+
+
+COMPILED = {f"{name}, compiled": compiled(name) for name in ("PEFT LoRA", "PEFT DoRA")}
+
+
+def can_compile() -> bool:
+    """torch.compile needs a C++ compiler on a processor, and Triton on a GPU."""
+    try:
+        torch.compile(torch.square)(torch.ones(2))
+    except Exception as error:  # whatever the machine lacks: its peers are left out, and that is said
+        log.warning("torch.compile does not work here, so no peer runs under it: %s", str(error).splitlines()[0])
+        return False
+    return True
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
@@ -114,12 +133,20 @@ def change(parameters: list[nn.Parameter]) -> None:
 # --- one layer -------------------------------------------------------------------------------------------------------
 
 
-def bench_layer(case: Case, device: torch.device, dtype: torch.dtype, repeats: int, progress: tqdm) -> list[Result]:
+def bench_layer(
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int,
+    progress: tqdm,
+    contenders: Contenders = CONTENDERS,
+) -> list[Result]:
     torch.manual_seed(0)
+    torch.compiler.reset()  # after eight sizes a compiled function would run uncompiled
     base = nn.Linear(case.num_in, case.num_out, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(case.num_tokens, case.num_in, device=device, dtype=dtype).requires_grad_()
     dY = torch.randn(case.num_tokens, case.num_out, device=device, dtype=dtype)
-    layers = {name: build(base, case.rank).to(device) for name, build in CONTENDERS.items()}
+    layers = {name: build(base, case.rank).to(device) for name, build in contenders.items()}
     results = []
     with contextlib.ExitStack() as stack:
         for layer in layers.values():  # as the training loop does: the base stays as it is
@@ -158,6 +185,8 @@ class Model:
     build: Callable[[torch.device, torch.dtype], tuple[nn.Module, Callable[[], torch.Tensor]]]
     targets: Any
     rank: int = 16
+    passes: int = 1  # backward passes from one change of the parameters to the next
+    checkpointing: bool = False  # whether `build` switched it on: each pass is then made twice
 
 
 def sdxl_unet(device: torch.device, dtype: torch.dtype, *, side: int, checkpointing: bool):
@@ -207,14 +236,23 @@ def llama(device: torch.device, dtype: torch.dtype):
 ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj", "o_proj"]
 
 
-def models(device: torch.device) -> list[Model]:
-    side = 1024 if device.type == "cuda" else 256
-    unet = partial(sdxl_unet, side=side, checkpointing=device.type == "cuda")
-    return [
-        Model(f"SDXL UNet, {side} px", unet, "sdxl-unet"),
+def unet_model(side: int, *, passes: int = 1, checkpointing: bool = False) -> Model:
+    how = (", checkpointing" if checkpointing else "") + (f", {passes} passes" if passes > 1 else "")
+    build = partial(sdxl_unet, side=side, checkpointing=checkpointing)
+    return Model(f"SDXL UNet, {side} px{how}", build, "sdxl-unet", passes=passes, checkpointing=checkpointing)
+
+
+def models(extent: str, device: torch.device) -> list[Model]:
+    if extent == "quick":
+        return []
+    language = [
         Model("bart-base, 16 pictures", bart, ["q_proj", "v_proj"], 128),
         Model("LLaMA 1B, 512 tokens", llama, ["q_proj", "k_proj", "v_proj", "o_proj"]),
     ]
+    if device.type == "cuda":
+        return [unet_model(1024, checkpointing=True), *language]
+    more = [unet_model(512, checkpointing=True), unet_model(256, passes=4, checkpointing=True)]
+    return [unet_model(256), *language, *(more if extent == "all" else ())]
 
 
 def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats: int, progress: tqdm) -> list[Result]:
@@ -229,11 +267,15 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
         if name != "frozen"
     }
 
-    def step(name: str) -> float:
+    def passes() -> None:
+        for _ in range(model.passes):
+            loss().backward()
+
+    def step(name: str, measure: Callable[..., float] = seconds_of) -> float:
         put(network, layers[name])
         change([p for layer in layers[name].values() for p in trained(layer)])
-        with fixed_parameters(network, uses=1):
-            return seconds_of(lambda: loss().backward(), device)
+        with fixed_parameters(network, uses=model.passes * (2 if model.checkpointing else 1)):
+            return measure(passes, device)
 
     with contextlib.ExitStack() as stack:
         for adapted in layers.values():  # as the training loop does: the base stays as it is
@@ -242,7 +284,7 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
         results = [Result(model.name, model.rank, name, "step", *summary(s), len(s)) for name, s in found.items()]
         for name in layers:
             gc.collect()
-            size = peak_bytes(partial(step, name), device)
+            size = step(name, peak_bytes)
             results.append(Result(model.name, model.rank, name, "peak", size, size, size, 1))
     return results
 
@@ -261,12 +303,12 @@ def put(network: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
-REPEATS = {"quick": 5, "default": 9, "all": 15}
+REPEATS = {"quick": 15, "default": 9, "all": 15}
 MODEL_REPEATS = {"quick": 0, "default": 3, "all": 5}
 
 
 def main(extent: str = "default", *, dtype: str | None = None, output: str | None = None) -> None:
-    """Measures, and writes results.csv, machine.json and table.md into a numbered folder of runs/bench.
+    """Measures, and writes results.csv, machine.json, table.md and times.png into a numbered folder of runs/bench.
 
     extent: `quick` (layers only, under two minutes on two cores), `default` (at most half an hour), or `all`.
     dtype: float32 by default, bfloat16 on a GPU.
@@ -274,7 +316,8 @@ def main(extent: str = "default", *, dtype: str | None = None, output: str | Non
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     found = getattr(torch, dtype)
-    cases, steps = layer_cases(extent), models(device) if MODEL_REPEATS[extent] else []
+    cases, steps = layer_cases(extent), models(extent, device)
+    contenders = CONTENDERS | COMPILED if extent != "quick" and can_compile() else CONTENDERS
     run = RunDirectory.create("bench", f"extent: {extent}\ndtype: {dtype}\n", output)
     (run.path / "machine.json").write_text(json.dumps(machine(device, dtype), indent=2) + "\n")
     results: list[Result] = []
@@ -282,7 +325,7 @@ def main(extent: str = "default", *, dtype: str | None = None, output: str | Non
     with tqdm(total=rounds, unit="round") as progress:
         for case in cases:
             progress.set_postfix_str(f"{case.name}, rank {case.rank}")
-            results += bench_layer(case, device, found, REPEATS[extent], progress)
+            results += bench_layer(case, device, found, REPEATS[extent], progress, contenders)
             write_results(run.path / "results.csv", results)
         for model in steps:
             progress.set_postfix_str(model.name)
@@ -291,6 +334,7 @@ def main(extent: str = "default", *, dtype: str | None = None, output: str | Non
             gc.collect()
     text = table(results, machine(device, dtype))
     (run.path / "table.md").write_text(text)
+    plot(results, machine(device, dtype), run.path / "times.png")
     print(text)
     log.info("Results are in %s.", run.path)
 
@@ -333,7 +377,7 @@ def read_results(path: Path) -> list[Result]:
 
 def table(results: list[Result], made_on: dict[str, str | int]) -> str:
     """Markdown: times as ratios to PEFT's LoRA, memory as mebibytes, a line per case."""
-    others = [name for name in CONTENDERS if name != "PEFT LoRA"]
+    others = [name for name in dict.fromkeys(r.contender for r in results) if name != "PEFT LoRA"]
     by_case: dict[tuple[str, int], dict[tuple[str, str], Result]] = {}
     for result in results:
         by_case.setdefault((result.case, result.rank), {})[result.contender, result.measure] = result
@@ -352,3 +396,44 @@ def table(results: list[Result], made_on: dict[str, str | int]) -> str:
         time = f"{unit:.2f} s" if unit >= 1 else f"{1000 * unit:.1f} ms"
         lines.append("| " + " | ".join([case, str(rank), time, *ratios, *peaks]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> None:
+    """A step's time in each case as a ratio to PEFT's LoRA, a bar for each contender with its quartiles."""
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("No plot: it needs matplotlib (pip install 'dora_mm[bench]').")
+        return
+    from matplotlib.figure import Figure
+
+    steps = [result for result in results if result.measure == "step"]
+    cases = list(dict.fromkeys((result.case, result.rank) for result in steps))
+    names = [name for name in dict.fromkeys(r.contender for r in steps) if name != "PEFT LoRA"]
+    units = {(r.case, r.rank): r.median for r in steps if r.contender == "PEFT LoRA"}
+    figure = Figure(figsize=(9, 1 + 0.14 * len(cases) * (len(names) + 1)), layout="constrained")
+    axes = figure.subplots()
+    height = 1 / (len(names) + 1)
+    for index, name in enumerate(names):
+        mine = [(cases.index((r.case, r.rank)), r, units[r.case, r.rank]) for r in steps if r.contender == name]
+        axes.barh(
+            [place + index * height for place, *_ in mine],
+            [r.median / unit for _, r, unit in mine],
+            height,
+            xerr=[
+                [(r.median - r.low) / unit for _, r, unit in mine],
+                [(r.high - r.median) / unit for _, r, unit in mine],
+            ],
+            error_kw={"linewidth": 0.8},
+            label=name,
+        )
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks([place + (len(names) - 1) / 2 * height for place in range(len(cases))])
+    axes.set_yticklabels([f"{case}, rank {rank}" for case, rank in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel("forward and backward, times PEFT's LoRA")
+    axes.set_title(f"{made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def ratios(result: Result, unit: float) -> tuple[float, float, float]:
+    return result.low / unit, result.median / unit, result.high / unit

@@ -175,9 +175,10 @@ def accumulate(net, batches, *, checkpointing, fixed=True):
     return {name: parameter.grad.clone() for name, parameter in adapter_parameters(net).items()}
 
 
-@pytest.mark.parametrize("tokens", [5, 300])
-def test_accumulation_gives_the_same_bits_with_and_without_checkpointing(tokens, counted):
-    net, batches = model(), [torch.randn(tokens, 32) for _ in range(4)]
+@pytest.mark.parametrize("tokens", [5, 100, 300])
+@pytest.mark.parametrize("passes", [1, 4])
+def test_accumulation_gives_the_same_bits_with_and_without_checkpointing(tokens, passes, counted):
+    net, batches = model(), [torch.randn(tokens, 32) for _ in range(passes)]
     plain = accumulate(net, batches, checkpointing=False)
     assert counted["updated_norm"] == len(net)
     again = accumulate(net, batches, checkpointing=True)
