@@ -56,8 +56,11 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def row_norm(weight: Tensor) -> Tensor:
-    """n0 = ||W0|| per output row, (O,). The only routine that computes it, so that g is exactly 1 at the start."""
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=adapter_dtype(weight.dtype))
+    """n0 = ||W0|| per output row, (O,). The only routine that computes it, so that g is exactly 1 at the start.
+
+    Of the contiguous matrix in the adapter's dtype: other layouts and casts on the way sum in another order.
+    """
+    return torch.linalg.vector_norm(as_matrix(weight).contiguous(), dim=1)
 
 
 def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, W0A: Tensor | None = None) -> Tensor:
@@ -105,22 +108,39 @@ def rows_of(weight: Tensor, adapter: Adapter, n0: Tensor | None = None, W0A: Ten
 
 
 @torch.no_grad()
-def merged_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows] | None = None) -> Tensor:
+def merged_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """W(t), shaped and laid out like `weight`, in fp32 (float64 under float64).
 
     At B = 0 and m = n0 it equals W0 bit for bit.
     """
+    return merge_adapters(weight, adapters)[0]
+
+
+@torch.no_grad()
+def merge_adapters(
+    weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows] | None = None
+) -> tuple[Tensor, tuple[Rows, ...]]:
+    """W(t) and the n and g in it. Without `rows`, n is the norm of V, which is there: one pass over it, and exact."""
     W0 = as_matrix(weight)
     merged = None
+    found = []
     for index, adapter in enumerate(adapters):
-        gain = (rows[index] if rows else rows_of(weight, adapter)).gain
         W = directions(W0, adapter)
+        found.append(rows[index] if rows else rows_of_directions(W, adapter))
+        gain = found[-1].gain
         if gain is not None:
             W = W.mul_(gain[:, None]) if W is not W0 else W * gain[:, None]
         if adapter.strength != 1:
             W = torch.add(W0, W - W0, alpha=adapter.strength)
         merged = W if merged is None else merged + (W - W0)
-    return laid_out_like(W0 if merged is None else merged, weight)
+    return laid_out_like(W0 if merged is None else merged, weight), tuple(found)
+
+
+def rows_of_directions(V: Tensor, adapter: Adapter) -> Rows:
+    if adapter.magnitude is None:
+        return Rows(None, None)
+    norm = row_norm(V)
+    return Rows(norm, row_gain(adapter.magnitude, norm))
 
 
 def directions(W0: Tensor, adapter: Adapter) -> Tensor:

@@ -30,7 +30,7 @@ from dora_mm.core.functional import (
     any_nonzero,
     as_matrix,
     exact_norm_correction,
-    merged_weight,
+    merge_adapters,
     product_dtype,
     row_norm,
     rows_of,
@@ -91,10 +91,10 @@ def adapted_product(
             product = FEW_TOKENS if product.num_tokens(x, weight) <= MOST_TOKENS else product
             if prepared.rows is None and prepared.uses <= 1 and len(adapters) == 1:  # no other pass has to repeat it
                 operand, prepared.rows = base_and_rows(product, x, weight, adapters[0], prepared.n0)
-        if prepared.rows is None:
-            prepared.rows = find_rows(weight, adapters, product, prepared.n0)
         if dropped is None and not split:
             operand, doubled = merge(prepared, weight, adapters, dtype, keep_weight)
+        if prepared.rows is None:
+            prepared.rows = find_rows(weight, adapters, product, prepared.n0)
         bare = tuple(a._replace(A=None, B=None, magnitude=None) for a in adapters)
         call = Call(product, dtype, bare, prepared.rows, split, doubled, keep_weight, save_output)
         return _AdaptedProduct.apply(call, x, dropped, weight, bias, operand, *(t for a in adapters for t in a[:3]))
@@ -179,26 +179,23 @@ class Call(NamedTuple):
 def merge(
     prepared: Prepared, weight: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, bool]:
-    """(operand, doubled) of `Prepared`, left there where `keep` is set."""
+    """(operand, doubled) of `Prepared`, left there where `keep` is set, as the rows are in any case."""
     if prepared.operand is not None:
         return prepared.operand, prepared.doubled
-    assert prepared.rows is not None
-    operand, doubled = merged_operand(weight, adapters, prepared.rows, dtype)
+    W, prepared.rows = merge_adapters(weight, adapters, prepared.rows)
+    operand, doubled = as_operand(W, weight, dtype)
     if keep:
         prepared.operand, prepared.doubled = operand, doubled
     return operand, doubled
 
 
 @torch.no_grad()
-def merged_operand(
-    weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows], dtype: torch.dtype
-) -> tuple[Tensor, bool]:
-    """W(t) in `dtype`, and whether it is [high, low].
+def as_operand(W: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """W(t) in `dtype`, and whether it is [high, low]; W is overwritten.
 
     In half precision W(t) may not be rounded to one number: a bf16 base lies on the bf16 grid, so an update below half
     a unit in the last place would vanish. It becomes high + low, and x meets both in one product that rounds once.
     """
-    W = merged_weight(weight, adapters, rows)
     if dtype == W.dtype:
         return W, False
     if dtype != weight.dtype:  # autocast: the base multiplies with cast(W0), and a fresh adapter must change no bit
@@ -215,7 +212,7 @@ def merged_operand(
 
 def update_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows], dtype: torch.dtype) -> Tensor:
     """W(t) - W0, in `dtype`."""
-    W = merged_weight(weight, adapters, rows)
+    W, _ = merge_adapters(weight, adapters, rows)
     return (W - weight.detach()).to(dtype)
 
 
@@ -310,7 +307,8 @@ class _AdaptedProduct(torch.autograd.Function):
             low = [(u, a.A) for u, a in zip(us, adapters, strict=True) if u is not None]
             dX = call.product.split_grad_input(dY, x, weight.detach().to(call.dtype), base_gain(call), low)
         elif needs[1]:
-            operand = merged_operand(weight, adapters, call.rows, dY.dtype)[0] if operand is None else operand
+            if operand is None:
+                operand = as_operand(merge_adapters(weight, adapters, call.rows)[0], weight, dY.dtype)[0]
             high = operand[:, : operand.shape[1] // 2] if call.doubled else operand
             dX = call.product.grad_input(dY, x, high)  # half precision rounds dX to as much anyway
         db = call.product.token_sum(dY).to(bias.dtype) if needs[4] else None

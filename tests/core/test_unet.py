@@ -8,7 +8,7 @@ import torch
 import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters
 from dora_mm.core import adapted_layers, fused
-from dora_mm.core.functional import merged_weight
+from dora_mm.core.functional import merge_adapters
 from dora_mm.models.tiny_sdxl import build_unet
 from tests.core import reference
 
@@ -94,7 +94,7 @@ def test_inference_builds_each_weight_once(monkeypatch):
     unet = build()
     dora_mm.inject(unet, "sdxl-unet", DoRASpec(rank=4))
     built = []
-    monkeypatch.setattr(fused, "merged_weight", lambda *args: built.append(1) or merged_weight(*args))
+    monkeypatch.setattr(fused, "merge_adapters", lambda *args: built.append(1) or merge_adapters(*args))
     with torch.no_grad(), fixed_parameters(unet):
         for _ in range(3):
             predict(unet)
