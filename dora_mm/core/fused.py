@@ -125,8 +125,8 @@ def base_and_rows(
 # --- which form ------------------------------------------------------------------------------------------------------
 
 # What the passes of either form over an element of memory cost, in multiplications of a large product. Fitted to where
-# the two take the same time on two cores of an AMD EPYC (fp32, ranks 16 and 64): at some 250 tokens for 640 x 640 and
-# 500 for 1280 x 1280. They differ by less than a tenth from half to twice that number.
+# the two take the same time on two cores of an AMD EPYC (fp32, ranks 16 and 64): with rank 16 at some 100 tokens for
+# 640 x 640, 250 for 1280 x 1280 and 350 for 1280 x 2048. They differ by less than a tenth up to twice that number.
 BUILD_COST = 16  # per element of W(t): W0 copied, added to, scaled
 SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
 
@@ -150,14 +150,18 @@ def stays_split(
     if prepared.operand is not None:
         return False
     rank = sum(0 if a.A is None else a.A.shape[0] for a in adapters)
-    return split_pays(product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank, prepared.uses)
+    norm = any(a.magnitude is not None for a in adapters)
+    return split_pays(product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank, prepared.uses, norm)
 
 
-def split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0) -> bool:
-    """Counts what either form costs beyond the product itself, forward and backward, for `uses` passes."""
+def split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0, norm: bool = True) -> bool:
+    """Counts what either form costs beyond the product itself, forward and backward, for `uses` passes.
+
+    The norm comes out of a pass over W(t), if that is built, and else costs the product W0 A^T.
+    """
     build = num_out * num_in * (rank + BUILD_COST)
     split = num_tokens * (rank * (num_out + num_in) + SPLIT_COST * num_out)
-    return uses * split < build
+    return uses * split + (num_out * num_in * rank if norm else 0) < build
 
 
 # --- the two forms ---------------------------------------------------------------------------------------------------
