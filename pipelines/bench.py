@@ -102,7 +102,12 @@ CONTENDERS: Contenders = {
 
 
 def compiled(name: str) -> Callable[[nn.Linear, int], nn.Module]:
-    return lambda base, rank: torch.compile(CONTENDERS[name](base, rank), dynamic=False)
+    def build(base: nn.Linear, rank: int) -> nn.Module:
+        layer = CONTENDERS[name](base, rank)
+        layer.compile(dynamic=False)
+        return layer
+
+    return build
 
 
 COMPILED = {f"{name}, compiled": compiled(name) for name in ("PEFT LoRA", "PEFT DoRA")}
@@ -409,7 +414,7 @@ def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> No
     cases = list(dict.fromkeys((result.case, result.rank) for result in steps))
     names = [name for name in dict.fromkeys(r.contender for r in steps) if name != "PEFT LoRA"]
     units = {(r.case, r.rank): r.median for r in steps if r.contender == "PEFT LoRA"}
-    figure = Figure(figsize=(9, 1 + 0.14 * len(cases) * (len(names) + 1)), layout="constrained")
+    figure = Figure(figsize=(9, 1.4 + 0.1 * len(cases) * (len(names) + 1)), layout="constrained")
     axes = figure.subplots()
     height = 1 / (len(names) + 1)
     for index, name in enumerate(names):
@@ -431,7 +436,8 @@ def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> No
     axes.invert_yaxis()
     axes.set_xlabel("forward and backward, times PEFT's LoRA")
     axes.set_title(f"{made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12), ncols=3, frameon=False)
+    axes.margins(y=0.01)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +215,7 @@ class AdaptedLayer(nn.Module):
             return Prepared(self.base_norm)
         return self.kept.setdefault(product_dtype(self.weight), Prepared(self.base_norm, self.uses))
 
-    def adapted_product(self, x: Tensor, product: Product) -> Tensor:
+    def adapted_product(self, x: Tensor, product: Product, *, restore: Callable[[], Tensor] | None = None) -> Tensor:
         return self.function(
             x,
             self.matrix,
@@ -224,8 +224,9 @@ class AdaptedLayer(nn.Module):
             product=product,
             dropout=self.active_dropout(),
             prepared=self.prepared(),
-            keep_weight=self.spec.cache == "weights",
+            keep_weight=restore is None and self.spec.cache == "weights",
             save_output=self.spec.save_output,
+            restore=restore,
         )
 
     def end_fixed(self, *, base: bool = False) -> None:
@@ -255,6 +256,9 @@ class AdaptedLayer(nn.Module):
         self.merged = True
         self.end_fixed(base=True)
         return stored, update.square().sum().item()
+
+    def check_can_replace_weight(self) -> None:
+        """ValueError where `merge` has nothing to put W(t) into."""
 
     def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:
         self.base_weight = (self.weight if keep_base else None,)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_mm.core.products import LinearProduct, as_rows
+from dora_mm.core.products import LinearProduct, as_rows, like_tokens
 
 MOST_TOKENS = 256
 MOST_TOKENS_BACK = 100
@@ -28,7 +28,7 @@ MOST_TOKENS_BACK = 100
 
 class FewTokens(LinearProduct):
     def split(self, x, weight, bias, gain, low):
-        return self.complete(self.base(x, weight, None)[0], bias, gain, low).view(*x.shape[:-1], len(weight))
+        return like_tokens(self.complete(self.base(x, weight, None)[0], bias, gain, low), x)
 
     def base(self, x, weight, A):
         """With the tokens last in the memory of x W0^T."""

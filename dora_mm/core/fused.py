@@ -35,7 +35,7 @@ from dora_mm.core.functional import (
     row_norm,
     rows_of,
 )
-from dora_mm.core.products import LINEAR, SMALL_GAIN, ConvProduct, LinearProduct, Product
+from dora_mm.core.products import LINEAR, SMALL_GAIN, ConvProduct, LinearProduct, Product, like_tokens
 
 LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
 LARGE_BIAS_HALF = 4.0
@@ -68,6 +68,7 @@ def adapted_product(
     prepared: Prepared | None = None,
     keep_weight: bool = True,
     save_output: bool = True,
+    restore: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """y = x W(t)^T + b in the dtype that the base layer would return, autocast included.
 
@@ -76,6 +77,7 @@ def adapted_product(
     keep_weight: whether W(t), where it is built, is kept for the backward pass and inside `prepared`, or built again.
     save_output: whether y may be kept for the backward pass. Without it dm costs a product of size T O I more; an
         output that the next operation overwrites needs that.
+    restore: gives the weight again in the backward pass, for one that was made for this pass and is not to be kept.
     """
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = weight.dtype if product.always_splits else product_dtype(weight)  # autocast leaves embeddings alone
@@ -96,7 +98,7 @@ def adapted_product(
         if prepared.rows is None:
             prepared.rows = find_rows(weight, adapters, product, prepared.n0)
         bare = tuple(a._replace(A=None, B=None, magnitude=None) for a in adapters)
-        call = Call(product, dtype, bare, prepared.rows, split, doubled, keep_weight, save_output)
+        call = Call(product, dtype, bare, prepared.rows, split, doubled, keep_weight, save_output, restore)
         return _AdaptedProduct.apply(call, x, dropped, weight, bias, operand, *(t for a in adapters for t in a[:3]))
 
 
@@ -178,6 +180,7 @@ class Call(NamedTuple):
     doubled: bool
     keep_weight: bool
     save_output: bool
+    restore: Callable[[], Tensor] | None
 
 
 def merge(
@@ -270,7 +273,7 @@ class _AdaptedProduct(torch.autograd.Function):
             if operand is None:
                 y = call.product.split(x, weight.detach().to(call.dtype), bias, base_gain(call), low)
             else:
-                y = call.product.complete(operand, bias, base_gain(call), low).view(*x.shape[:-1], len(weight))
+                y = like_tokens(call.product.complete(operand, bias, base_gain(call), low), x)
         else:
             y = call.product(call.product.join(x, x) if call.doubled else x, operand, bias)
         trained = any(ctx.needs_input_grad[6:])
@@ -281,7 +284,7 @@ class _AdaptedProduct(torch.autograd.Function):
             met if trained or isinstance(call.product, ConvProduct) else None,  # a convolution's dX asks for x's sizes
             y if from_output else None,
             None if call.split or not call.keep_weight else operand,
-            *(weight, bias, *hs, *tensors),
+            *(weight if call.restore is None else None, bias, *hs, *tensors),
         )
         return y
 
@@ -292,6 +295,7 @@ class _AdaptedProduct(torch.autograd.Function):
         if needs[3]:
             raise ValueError("the weight of an adapted layer has no gradient: leave its requires_grad False")
         x, y, operand, weight, bias, *rest = ctx.saved_tensors
+        weight = weight if call.restore is None else call.restore()
         count = len(call.adapters)
         hs, adapters = rest[:count], with_tensors(call.adapters, rest[count:])
         dY = grad_outputs[0]

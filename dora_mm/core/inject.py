@@ -22,6 +22,7 @@ from dora_mm.core.attention import (
 )
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.layer import adapt_layer, restore_layer
+from dora_mm.core.quantized import is_quantized, why_not_quantized
 from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
 
 
@@ -135,6 +136,11 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
             raise ValueError(f"{path} has max_norm {layer.max_norm:g}, which changes its weight in every pass")
     if "forward" in vars(layer):
         raise ValueError(f"{path} has a forward function of its own (a hook of accelerate?): inject before adding it")
+    if is_quantized(layer):
+        if why := why_not_quantized(layer):
+            raise ValueError(f"{path} {why}")
+        if spec.method == "full":
+            raise ValueError(f"{path} is quantised, and method full trains weights: load the model in float32")
     if spec.method == "full" and layer.get_parameter("weight").dtype.itemsize < 4:
         raise ValueError(f"method full trains {path} itself, and half precision loses small steps: load it in float32")
 
@@ -195,6 +201,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
     layers = adapted_layers(model)
     for layer in layers.values():
         layer.check_can_merge()
+        layer.check_can_replace_weight()
     users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     stored = update = 0.0
     for layer in layers.values():

@@ -11,6 +11,7 @@ from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer, DoRASpec
 from dora_mm.core.attention import DoRARows, PackedRows
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.products import LINEAR, ConvProduct, EmbeddingProduct
+from dora_mm.core.quantized import adapted_quantized_class, is_quantized
 
 
 class DoRALinear(AdaptedLayer, nn.Linear):
@@ -101,8 +102,12 @@ def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
     torch alone.
     """
     base = type(layer)
+    if is_quantized(layer):
+        return adapted_quantized_class(base)
     if (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return DoRAConv1D
+    if isinstance(weight := getattr(layer, "weight", None), Tensor) and type(weight) not in (Tensor, nn.Parameter):
+        return None  # a subclass of Tensor, whose products compute something else
     return ADAPTED_CLASSES.get(base)
 
 

@@ -218,6 +218,11 @@ class LinearProduct(Product):
         return dots.sum(0), None if squares is None else squares.sum(0)
 
 
+def like_tokens(y: Tensor, x: Tensor) -> Tensor:
+    """(T, O) in x's shape, and no view: what an operator returns may then be overwritten by the next one."""
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+
+
 def as_rows(t: Tensor) -> Tensor:
     """(T, features); a view where the memory allows it."""
     return t.reshape(-1, t.shape[-1])

@@ -163,6 +163,15 @@ def test_an_output_that_is_overwritten():
     torch.testing.assert_close(found, m.grad)
 
 
+@pytest.mark.parametrize("shape", [(64, 8), (2, 32, 8), (600, 8), (2, 300, 8)])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_output_of_any_form_may_be_overwritten(shape, form):
+    W0, adapter = make(6, 8, 2)
+    y = product(torch.randn(shape, dtype=torch.float64), W0, None, [adapter], form, save_output=False)
+    y.relu_().sum().backward()
+    assert adapter.B.grad.isfinite().all()
+
+
 # --- rows that need care ---
 
 

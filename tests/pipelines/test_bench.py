@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -28,6 +29,23 @@ def test_a_small_case_end_to_end(tmp_path):
     assert bench.read_results(tmp_path / "results.csv") == results
     made_on = bench.machine(CPU, "float32")
     assert len(bench.table(results, made_on).splitlines()) == 5
+    pytest.importorskip("matplotlib")
+    bench.plot(results, made_on, tmp_path / "times.png")
+    with Image.open(tmp_path / "times.png") as picture:
+        assert picture.width == 990
+
+
+@pytest.mark.slow
+def test_compiled_peers_are_what_they_were():
+    if not bench.can_compile():
+        pytest.skip("torch.compile does not work here")
+    base = nn.Linear(16, 24).requires_grad_(False)
+    x = torch.randn(40, 16)
+    for name, build in bench.COMPILED.items():
+        torch.manual_seed(0)
+        expected = bench.CONTENDERS[name.removesuffix(", compiled")](base, 4)(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(build(base, 4)(x), expected)
 
 
 def test_a_small_model_end_to_end():
@@ -41,10 +59,13 @@ def test_a_small_model_end_to_end():
 
     def build(device, dtype):
         net = Net().requires_grad_(False)
-        return net, lambda: net(torch.ones(5, 8)).square().mean()
+        return net, lambda: passes.append(net) or net(torch.ones(5, 8)).square().mean()
 
+    passes = []
+    model = bench.Model("net", build, ["first", "second"], 2, passes=3)
     with tqdm(disable=True) as progress:
-        results = bench.bench_model(bench.Model("net", build, ["first", "second"], 2), CPU, torch.float32, 2, progress)
+        results = bench.bench_model(model, CPU, torch.float32, 2, progress)
+    assert len(passes) == 4 * 4 * 3  # contenders, rounds with the one that is not counted and the peak's, passes
     assert {r.contender for r in results if r.measure == "step"} == set(bench.CONTENDERS) - {"frozen"}
     assert all(r.median > 0 for r in results)
 

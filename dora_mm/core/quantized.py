@@ -1,0 +1,67 @@
+"""Linear layers whose weight is stored in fewer bits (QDoRA): bitsandbytes' in 4 and 8 bits, and torchao's.
+
+W0 is what the package's own dequantisation gives. It is made again in each pass and never kept, and neither is W'.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.products import LINEAR
+
+BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
+
+
+class DoRAQuantized(AdaptedLayer):
+    """Beside the base layer's own class, see `adapted_quantized_class`."""
+
+    @property
+    def matrix(self) -> Tensor:
+        return dequantized(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_base():
+            return self.base_class.forward(self, x)
+        return self.adapted_product(x, LINEAR, restore=lambda: self.matrix).to(x.dtype)
+
+    def check_can_replace_weight(self) -> None:
+        raise ValueError(f"{self.path} is quantised, and a merged weight would lose the update: merge in a dense model")
+
+
+def dequantized(weight: Any) -> Tensor:
+    """(O, I). Called for layers of packages that are loaded, so that core need not import them."""
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        functional = sys.modules["bitsandbytes"].functional
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    if kind == "Int8Params":
+        functional = sys.modules["bitsandbytes"].functional
+        return functional.int8_vectorwise_dequant(weight.CB, weight.SCB)
+    return weight.dequantize()
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether this is a quantised Linear that can be adapted."""
+    package = type(layer).__module__.partition(".")[0]
+    if package == "bitsandbytes":
+        return type(layer).__name__ in BITSANDBYTES
+    return type(layer) is nn.Linear and type(layer.weight).__module__.partition(".")[0] == "torchao"
+
+
+def why_not_quantized(layer: nn.Module) -> str | None:
+    """What a bitsandbytes layer lacks before it has been moved to its device, which is when it is quantised."""
+    weight: Any = layer.weight
+    missing = {"Params4bit": "quant_state", "Int8Params": "SCB"}.get(type(weight).__name__)
+    if missing is not None and getattr(weight, missing, None) is None:
+        return "has not been quantised yet: move the model to its device first"
+    return None
+
+
+@functools.cache
+def adapted_quantized_class(base: type[nn.Module]) -> type[AdaptedLayer]:
+    return type(f"DoRA{base.__name__}", (DoRAQuantized, base), {})

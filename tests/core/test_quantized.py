@@ -1,0 +1,122 @@
+"""Adapters over quantised bases: as over a dense base with the dequantised weight, and nothing dense is kept."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dora_mm.core import DoRASpec, fixed_parameters, inject, merge, remove, set_strength
+from tests.core import reference
+
+SIZE = (48, 64)
+
+
+def nf4(base):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 48, quant_type="nf4", compute_dtype=torch.float32)
+    layer.load_state_dict(base.state_dict())
+    return layer.to("cpu")
+
+
+def int8(base):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
+    layer.load_state_dict(base.state_dict())
+    return layer.to("cpu")
+
+
+def torchao_int8(base):
+    torchao = pytest.importorskip("torchao.quantization")
+    net = nn.Sequential(copy.deepcopy(base))
+    torchao.quantize_(net, torchao.Int8WeightOnlyConfig())
+    return net[0]
+
+
+KINDS = {"nf4": nf4, "int8": int8, "torchao int8": torchao_int8}
+
+
+@pytest.fixture(params=KINDS)
+def bases(request):
+    """A quantised layer, and a dense one with the weight that the first dequantises to."""
+    torch.manual_seed(0)
+    base = nn.Linear(64, 48)
+    quantized = KINDS[request.param](base).requires_grad_(False)
+    from dora_mm.core.quantized import dequantized
+
+    dense = nn.Linear(64, 48).requires_grad_(False)
+    dense.weight.data, dense.bias.data = dequantized(quantized.weight).float(), base.bias.data
+    assert reference.relative_error(dense.weight, base.weight.double()) < 0.15
+    return quantized, dense
+
+
+def adapted(base, **spec):
+    net = nn.Sequential(base)
+    inject(net, ["0"], DoRASpec(**{"rank": 3, "alpha": 5.0, **spec}))
+    return net
+
+
+@pytest.mark.parametrize("spec", [{}, {"norm_grad": "exact"}, {"method": "lora"}, {"method": "magnitude"}])
+@pytest.mark.parametrize("tokens", [5, 500])
+def test_value_and_gradients_are_those_of_the_dense_layer(bases, spec, tokens):
+    ours, right = (adapted(base, **spec) for base in bases)
+    for net in (ours, right):
+        reference.randomize(net[0])
+    x, dY = torch.randn(tokens, 64), torch.randn(tokens, 48)
+    found, expected = [], []
+    for net, results in ((ours, found), (right, expected)):
+        given = x.clone().requires_grad_()
+        y = net(given)
+        y.backward(dY)
+        results += [y, given.grad, *(p.grad for p in net[0].adapter_tensors().values())]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with fixed_parameters(ours), torch.no_grad():
+        torch.testing.assert_close(ours(x), expected[0])
+
+
+def test_no_dense_weight_is_kept(bases):
+    net = adapted(bases[0])
+    reference.randomize(net[0])
+    x = torch.randn(500, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = net(x)
+    assert not any(t.shape == SIZE and t.is_floating_point() for t in kept)
+    y.sum().backward()
+
+
+def test_strength_0_is_the_base_layer_itself(bases):
+    base = copy.deepcopy(bases[0])
+    net = adapted(bases[0])
+    reference.randomize(net[0])
+    set_strength(net, 0)
+    x = torch.randn(5, 64)
+    assert torch.equal(net(x), base(x))
+    remove(net)
+    assert type(net[0]) is type(base)
+    assert torch.equal(net(x), base(x))
+
+
+def test_what_is_refused(bases):
+    net = adapted(bases[0])
+    with pytest.raises(ValueError, match="quantised, and a merged weight would lose the update"):
+        merge(net)
+    remove(net)
+    with pytest.raises(ValueError, match="quantised, and method full trains weights"):
+        adapted(net[0], method="full")
+
+
+def test_layers_that_are_not_quantised_yet():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="0 has not been quantised yet"):
+        adapted(bitsandbytes.nn.Linear4bit(64, 48))
+
+
+def test_other_kinds_of_weights_are_refused():
+    class Strange(torch.Tensor): ...
+
+    base = nn.Linear(64, 48)
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Strange))
+    with pytest.raises(ValueError, match="cannot be adapted"):
+        adapted(base)
