@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from torch import nn
@@ -413,23 +414,15 @@ def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> No
     steps = [result for result in results if result.measure == "step"]
     cases = list(dict.fromkeys((result.case, result.rank) for result in steps))
     names = [name for name in dict.fromkeys(r.contender for r in steps) if name != "PEFT LoRA"]
-    units = {(r.case, r.rank): r.median for r in steps if r.contender == "PEFT LoRA"}
+    units = {(r.case, r.rank): np.float64(r.median) for r in steps if r.contender == "PEFT LoRA"}
     figure = Figure(figsize=(9, 1.4 + 0.1 * len(cases) * (len(names) + 1)), layout="constrained")
     axes = figure.subplots()
     height = 1 / (len(names) + 1)
     for index, name in enumerate(names):
-        mine = [(cases.index((r.case, r.rank)), r, units[r.case, r.rank]) for r in steps if r.contender == name]
-        axes.barh(
-            [place + index * height for place, *_ in mine],
-            [r.median / unit for _, r, unit in mine],
-            height,
-            xerr=[
-                [(r.median - r.low) / unit for _, r, unit in mine],
-                [(r.high - r.median) / unit for _, r, unit in mine],
-            ],
-            error_kw={"linewidth": 0.8},
-            label=name,
-        )
+        mine = [r for r in steps if r.contender == name]
+        places = [cases.index((r.case, r.rank)) + index * height for r in mine]
+        low, median, high = np.array([np.array([r.low, r.median, r.high]) / units[r.case, r.rank] for r in mine]).T
+        axes.barh(places, median, height, xerr=[median - low, high - median], error_kw={"linewidth": 0.8}, label=name)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks([place + (len(names) - 1) / 2 * height for place in range(len(cases))])
     axes.set_yticklabels([f"{case}, rank {rank}" for case, rank in cases])
@@ -439,7 +432,3 @@ def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> No
     axes.margins(y=0.01)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
-
-
-def ratios(result: Result, unit: float) -> tuple[float, float, float]:
-    return result.low / unit, result.median / unit, result.high / unit

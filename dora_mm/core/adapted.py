@@ -215,7 +215,14 @@ class AdaptedLayer(nn.Module):
             return Prepared(self.base_norm)
         return self.kept.setdefault(product_dtype(self.weight), Prepared(self.base_norm, self.uses))
 
-    def adapted_product(self, x: Tensor, product: Product, *, restore: Callable[[], Tensor] | None = None) -> Tensor:
+    def adapted_product(
+        self,
+        x: Tensor,
+        product: Product,
+        *,
+        dtype: torch.dtype | None = None,
+        restore: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         return self.function(
             x,
             self.matrix,
@@ -226,6 +233,7 @@ class AdaptedLayer(nn.Module):
             prepared=self.prepared(),
             keep_weight=restore is None and self.spec.cache == "weights",
             save_output=self.spec.save_output,
+            dtype=dtype,
             restore=restore,
         )
 
@@ -257,7 +265,7 @@ class AdaptedLayer(nn.Module):
         self.end_fixed(base=True)
         return stored, update.square().sum().item()
 
-    def check_can_replace_weight(self) -> None:
+    def check_can_replace_weight(self, *, shared: bool) -> None:
         """ValueError where `merge` has nothing to put W(t) into."""
 
     def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:

@@ -54,9 +54,11 @@ class DoRARows(AdaptedLayer, PackedRows):
     def forward(self, x: Tensor) -> Tensor:
         return PackedRows.forward(self, x) if self.is_base() else self.adapted_product(x, LINEAR)
 
-    def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:
+    def check_can_replace_weight(self, *, shared: bool) -> None:
         if shared:
             raise ValueError(f"{self.path} is a part of a weight that another module uses too, and cannot be merged")
+
+    def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:
         self.base_weight = (nn.Parameter(self.matrix.detach().clone()) if keep_base else None,)
         self.matrix.data.copy_(merged)
 
@@ -75,7 +77,7 @@ class PackedAttention(nn.MultiheadAttention):
     q_proj: PackedRows
     k_proj: PackedRows
     v_proj: PackedRows
-    trainable_before: bool
+    trainable_before: bool | None  # of in_proj_weight, once any of its rows is adapted
 
     def forward(
         self,
@@ -88,7 +90,10 @@ class PackedAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention's, in the same operations."""
+        """As nn.MultiheadAttention's, in the operations that it makes while it trains.
+
+        In inference that calls one fused kernel, which rounds apart from them.
+        """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask, which is missing")
         batched, sequence_first = query.dim() == 3, not self.batch_first
@@ -118,6 +123,11 @@ class PackedAttention(nn.MultiheadAttention):
     def _heads(self, t: Tensor) -> Tensor:
         """(L, B, E) -> (B, H, L, E / H)."""
         return t.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
+
+    def remember_trainable(self) -> None:
+        """Before any row is adapted, which freezes all of in_proj_weight."""
+        if self.trainable_before is None:
+            self.trainable_before = bool(self.in_proj_weight.requires_grad)
 
     def adapted_rows(self) -> list[DoRARows]:
         return [rows for name in ROWS if isinstance(rows := getattr(self, name), DoRARows)]
@@ -182,11 +192,19 @@ def with_rows(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     for path, module in modules.items():
         found[path] = module
         if type(module) is nn.MultiheadAttention and module.in_proj_weight is not None:
-            found |= {f"{path}.{name}": PackedRows(module, i) for i, name in enumerate(ROWS)}
+            found |= {inside(path, name): PackedRows(module, i) for i, name in enumerate(ROWS)}
     return found
 
 
+def inside(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
 def why_not_apart(attention: nn.MultiheadAttention) -> str | None:
+    if type(attention) not in (nn.MultiheadAttention, PackedAttention):
+        return f"of a class of its own ({type(attention).__name__})"
+    if "forward" in vars(attention):
+        return "with a forward function of its own (a hook of accelerate?)"
     if attention.in_proj_weight is None:
         return "with another size of keys or values"
     if attention.bias_k is not None or attention.add_zero_attn:
@@ -198,7 +216,7 @@ def take_apart(attention: nn.MultiheadAttention, rows: Mapping[str, nn.Module]) 
     """Makes the attention call its projections. rows: those of `with_rows`, by name."""
     object.__setattr__(attention, "__class__", PackedAttention)
     assert isinstance(attention, PackedAttention)
-    attention.trainable_before = attention.in_proj_weight.requires_grad
+    attention.trainable_before = None
     for name in ROWS:
         attention.add_module(name, rows[name])
 
@@ -207,7 +225,8 @@ def put_together(attention: PackedAttention) -> None:
     """Gives the attention its own class back, where nothing in it is adapted any longer."""
     parts: Any = (attention.out_proj, *(getattr(attention, name) for name in ROWS))
     if not any(isinstance(part, AdaptedLayer) for part in parts):
-        attention.in_proj_weight.requires_grad_(attention.trainable_before)
+        if attention.trainable_before is not None:
+            attention.in_proj_weight.requires_grad_(attention.trainable_before)
         for name in (*ROWS, "trainable_before"):
             delattr(attention, name)
         object.__setattr__(attention, "__class__", nn.MultiheadAttention)

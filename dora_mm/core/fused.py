@@ -68,6 +68,7 @@ def adapted_product(
     prepared: Prepared | None = None,
     keep_weight: bool = True,
     save_output: bool = True,
+    dtype: torch.dtype | None = None,
     restore: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """y = x W(t)^T + b in the dtype that the base layer would return, autocast included.
@@ -77,16 +78,20 @@ def adapted_product(
     keep_weight: whether W(t), where it is built, is kept for the backward pass and inside `prepared`, or built again.
     save_output: whether y may be kept for the backward pass. Without it dm costs a product of size T O I more; an
         output that the next operation overwrites needs that.
+    dtype: that of the product, without autocast, where it is not the weight's.
     restore: gives the weight again in the backward pass, for one that was made for this pass and is not to be kept.
     """
     autocast = torch.is_autocast_enabled(weight.device.type)
-    dtype = weight.dtype if product.always_splits else product_dtype(weight)  # autocast leaves embeddings alone
-    if x.is_floating_point() and (dtype != weight.dtype or autocast):
+    casts = autocast or dtype is not None
+    if autocast or dtype is None:
+        dtype = weight.dtype if product.always_splits else product_dtype(weight)  # autocast leaves embeddings alone
+    if casts and x.is_floating_point():
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     prepared = prepared or Prepared()
     with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
         dropped = F.dropout(x, dropout) if dropout else None
-        split = dropped is None and stays_split(x, weight, adapters, product, prepared, dtype)
+        uses = prepared.uses if keep_weight else 1
+        split = dropped is None and stays_split(x, weight, adapters, product, prepared.operand, uses, dtype)
         operand, doubled = None, False
         if split and may_sum_in_another_order(x, adapters, product):
             assert isinstance(product, LinearProduct)
@@ -138,7 +143,8 @@ def stays_split(
     weight: Tensor,
     adapters: Sequence[Adapter],
     product: Product,
-    prepared: Prepared,
+    operand: Tensor | None,
+    uses: float,
     dtype: torch.dtype,
 ) -> bool:
     """Whether the product stays with W0: few tokens, for which building W(t) costs more than it saves.
@@ -149,11 +155,11 @@ def stays_split(
         return True
     if dtype.itemsize < 4 or dtype != weight.dtype:
         return product.splits_half
-    if prepared.operand is not None:
+    if operand is not None:
         return False
     rank = sum(0 if a.A is None else a.A.shape[0] for a in adapters)
     norm = any(a.magnitude is not None for a in adapters)
-    return split_pays(product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank, prepared.uses, norm)
+    return split_pays(product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank, uses, norm)
 
 
 def split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0, norm: bool = True) -> bool:

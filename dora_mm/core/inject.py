@@ -15,11 +15,13 @@ from dora_mm.core.attention import (
     ROWS,
     PackedAttention,
     PackedRows,
+    inside,
     put_together,
     take_apart,
     why_not_apart,
     with_rows,
 )
+from dora_mm.core.fast_path import set_fast_paths
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.layer import adapt_layer, restore_layer
 from dora_mm.core.quantized import is_quantized, why_not_quantized
@@ -104,9 +106,12 @@ def inject_paths(
     for path, (part, spec) in wanted.items():
         above = path.rpartition(".")[0]
         if type(attention := modules.get(above)) is nn.MultiheadAttention:
-            take_apart(attention, {name: modules[f"{above}.{name}"] for name in ROWS})
+            take_apart(attention, {name: modules[inside(above, name)] for name in ROWS})
+        if isinstance(attention, PackedAttention) and isinstance(modules[path], PackedRows):
+            attention.remember_trainable()
         layer = adapt_layer(modules[path], spec, path=path, function=forward, seed=seed, name=name)
         report.append(describe(layer, part))
+    set_fast_paths(model)
     return InjectReport(tuple(report))
 
 
@@ -169,6 +174,7 @@ def remove(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, PackedAttention):
             put_together(module)
+    set_fast_paths(model)
 
 
 def set_strength(model: nn.Module, strength: float, *, name: str | None = None) -> None:
@@ -199,10 +205,10 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
     `unmerge` restores every bit. A weight that another module uses too is cloned, so that only this layer changes.
     """
     layers = adapted_layers(model)
+    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for layer in layers.values():
         layer.check_can_merge()
-        layer.check_can_replace_weight()
-    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        layer.check_can_replace_weight(shared=users[id(layer.weight)] > 1)
     stored = update = 0.0
     for layer in layers.values():
         part_stored, part_update = layer.merge(keep_base=keep_base, shared=users[id(layer.weight)] > 1)

@@ -11,7 +11,7 @@ from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer, DoRASpec
 from dora_mm.core.attention import DoRARows, PackedRows
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.products import LINEAR, ConvProduct, EmbeddingProduct
-from dora_mm.core.quantized import adapted_quantized_class, is_quantized
+from dora_mm.core.quantized import DoRAQuantized, adapted_quantized_class, is_quantized
 
 
 class DoRALinear(AdaptedLayer, nn.Linear):
@@ -109,6 +109,19 @@ def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
     if isinstance(weight := getattr(layer, "weight", None), Tensor) and type(weight) not in (Tensor, nn.Parameter):
         return None  # a subclass of Tensor, whose products compute something else
     return ADAPTED_CLASSES.get(base)
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the weight that an adapter meets, (O, I, *K); None where there is none.
+
+    Of layers that store it otherwise, packed or in fewer bits, too; of transposed ones as it is stored.
+    """
+    if isinstance(layer, PackedRows):
+        return tuple(layer.matrix.shape)
+    if isinstance(layer, DoRAQuantized) or is_quantized(layer):
+        return int(layer.out_features), int(layer.in_features)  # pyright: ignore[reportArgumentType]
+    weight = getattr(layer, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else None
 
 
 def adapt_layer(

@@ -18,31 +18,38 @@ BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
 class DoRAQuantized(AdaptedLayer):
-    """Beside the base layer's own class, see `adapted_quantized_class`."""
+    """Beside the base layer's own class, see `adapted_quantized_class`. Multiplies in the dtype of its input."""
 
     @property
     def matrix(self) -> Tensor:
-        return dequantized(self.weight)
+        return dequantized(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_base():
             return self.base_class.forward(self, x)
-        return self.adapted_product(x, LINEAR, restore=lambda: self.matrix).to(x.dtype)
+        return self.adapted_product(x, LINEAR, dtype=x.dtype, restore=lambda: self.matrix).to(x.dtype)
 
-    def check_can_replace_weight(self) -> None:
+    def check_can_replace_weight(self, *, shared: bool) -> None:
         raise ValueError(f"{self.path} is quantised, and a merged weight would lose the update: merge in a dense model")
 
 
-def dequantized(weight: Any) -> Tensor:
+def dequantized(layer: nn.Module) -> Tensor:
     """(O, I). Called for layers of packages that are loaded, so that core need not import them."""
+    weight: Any = layer.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
         functional = sys.modules["bitsandbytes"].functional
         return functional.dequantize_4bit(weight.data, weight.quant_state)
     if kind == "Int8Params":
         functional = sys.modules["bitsandbytes"].functional
-        return functional.int8_vectorwise_dequant(weight.CB, weight.SCB)
+        return functional.int8_vectorwise_dequant(*_int8_parts(layer))
     return weight.dequantize()
+
+
+def _int8_parts(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The numbers and their scales, which the layer's first pass moves from the weight into its state."""
+    weight, state = layer.weight, layer.state
+    return (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -55,9 +62,10 @@ def is_quantized(layer: nn.Module) -> bool:
 
 def why_not_quantized(layer: nn.Module) -> str | None:
     """What a bitsandbytes layer lacks before it has been moved to its device, which is when it is quantised."""
-    weight: Any = layer.weight
-    missing = {"Params4bit": "quant_state", "Int8Params": "SCB"}.get(type(weight).__name__)
-    if missing is not None and getattr(weight, missing, None) is None:
+    kind, weight = type(layer.weight).__name__, layer.weight
+    if (kind == "Params4bit" and getattr(weight, "quant_state", None) is None) or (
+        kind == "Int8Params" and None in _int8_parts(layer)
+    ):
         return "has not been quantised yet: move the model to its device first"
     return None
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dora_mm.core.adapted import DoRASpec
 from dora_mm.core.inject import adapted_layers
-from dora_mm.core.layer import DoRAConv, Transposed
+from dora_mm.core.layer import DoRAConv, Transposed, matrix_shape
 from dora_mm.io.atomic import save_tensors
 from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
 
@@ -60,8 +60,10 @@ def save(components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[st
     ours: dict[str, Any] = {}
     for component, layers in state.items():
         _check_can_hold(component, layers, components[component])
+        adapted = adapted_layers(components[component])
         for path, layer in layers.items():
-            shape = adapted_layers(components[component])[path].matrix.shape
+            shape = matrix_shape(adapted[path])
+            assert shape is not None
             for name, tensor in _to_file(layer, shape).items():
                 tensors[_file_key(component, path, name)] = tensor
         peft.update({f"{component}.{key}": value for key, value in _peft_config(component, layers).items()})
@@ -98,7 +100,7 @@ def _peft_computes(conv: DoRAConv) -> bool:
     return conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
 
 
-def _to_file(layer: LayerState, weight_shape: torch.Size) -> dict[str, Tensor]:
+def _to_file(layer: LayerState, weight_shape: tuple[int, ...]) -> dict[str, Tensor]:
     tensors = {name: tensor.detach().float() for name, tensor in layer.tensors.items()}
     magnitude = tensors.get("magnitude")
     A = tensors.get("lora_A", torch.zeros(1, *weight_shape[1:]))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer, DoRASpec
-from dora_mm.core.attention import PackedRows, with_rows
+from dora_mm.core.attention import with_rows
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
+from dora_mm.core.layer import matrix_shape
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,10 @@ def _check_component(
             raise ValueError(
                 f"{source} was made for another architecture: it adapts {component}.{path}, which this model lacks"
             )
-        module = modules[path]
-        weight = module.matrix if isinstance(module, PackedRows) else getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or (problem := _misfit(state, weight)):
+        shape = matrix_shape(modules[path])
+        if shape is None or (problem := _misfit(state, shape)):
             kind = type(modules[path]).__name__
-            reason = problem if isinstance(weight, Tensor) else f"it is a {kind} here"
+            reason = problem if shape else f"it is a {kind} here"
             raise ValueError(f"{source} was made for another architecture: {component}.{path} does not fit, {reason}")
         if state.spec.method == "full" and strength != 1:
             raise ValueError(f"{source} holds whole weights, which have no strength: load it with strength 1")
@@ -132,15 +132,15 @@ def _check_component(
         _check_same_layers(layers, same, component, source)
 
 
-def _misfit(state: LayerState, weight: Tensor) -> str:
+def _misfit(state: LayerState, shape: tuple[int, ...]) -> str:
     """Why the tensors do not fit a weight, in words; empty when they do."""
-    out_features, *inner = weight.shape
+    out_features, *inner = shape
     rank = state.spec.rank
     expected = {
         "lora_A": (rank, *inner),
         "lora_B": (out_features, rank),
         "magnitude": (out_features,),
-        "weight": tuple(weight.shape),
+        "weight": shape,
     }
     for name, tensor in state.tensors.items():
         if tuple(tensor.shape) != expected[name]:

@@ -229,15 +229,66 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(base(*args)[0], model(*args)[0])
 
 
-def test_the_fast_path_of_the_encoder_layer_does_not_pass_by():
-    layer = nn.TransformerEncoderLayer(24, 3, 48, batch_first=True).eval().requires_grad_(False)
+@pytest.mark.parametrize("target", ["self_attn.q_proj", "self_attn.out_proj", "linear1"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_fast_path_of_the_encoder_does_not_pass_by(target, padded, grad):
+    """With an even number of heads torch reads the weights in inference, unless something inside is adapted."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True)
+    net = nn.TransformerEncoder(layer, 2).eval().requires_grad_(False)
+    options = {"src_key_padding_mask": torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])} if padded else {}
+    x, seen = inputs()[0], torch.tensor([5, 3] if padded else [5, 5])
+    with torch.set_grad_enabled(grad):
+        before = net(x, **options)
+        inject(net, [f"layers.1.{target}"], DoRASpec(rank=3))
+        for found, expected, length in zip(net(x, **options), before, seen, strict=True):
+            torch.testing.assert_close(found[:length], expected[:length])
+        randomize(net)
+        assert not torch.allclose(net(x, **options)[0], before[0])
+        remove(net)
+        assert torch.equal(net(x, **options), before)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_inference_with_an_even_number_of_heads(need_weights):
+    base = nn.Sequential(nn.MultiheadAttention(24, 4, batch_first=True)).eval().requires_grad_(False)
+    model = copy.deepcopy(base)
+    inject(model, ["0.q_proj", "0.out_proj"], DoRASpec(rank=3))
     x = inputs()[0]
-    before = layer(x)
-    inject(layer, ["self_attn.q_proj"], DoRASpec(rank=3))
-    torch.testing.assert_close(layer(x), before)
-    randomize(layer)
     with torch.no_grad():
-        assert not torch.allclose(layer(x), before)
+        found, expected = (net[0](x, x, x, need_weights=need_weights)[0] for net in (model, base))
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_attention_that_is_the_model_itself(tmp_path):
+    attention = nn.MultiheadAttention(24, 3)
+    report = inject(attention, ["re:(q|v)_proj"], DoRASpec(rank=3))
+    assert [m.path for m in report.modules] == ["q_proj", "v_proj"]
+    randomize(attention)
+    save_adapter({"unet": attention}, tmp_path)
+    base = nn.MultiheadAttention(24, 3)
+    load_adapter({"unet": base}, tmp_path)
+    assert torch.equal(base.q_proj.lora_B, attention.q_proj.lora_B)
+
+
+def test_a_shared_weight_is_refused_before_anything_is_merged():
+    model = nn.ModuleDict(
+        {"first": nn.Linear(4, 4), "a": nn.MultiheadAttention(4, 2), "b": nn.MultiheadAttention(4, 2)}
+    )
+    model["b"].in_proj_weight = model["a"].in_proj_weight
+    inject(model, ["first", "a.q_proj"], DoRASpec(rank=2))
+    with pytest.raises(ValueError, match="another module uses too"):
+        merge(model)
+    assert not model["first"].merged
+
+
+def test_remove_leaves_alone_what_was_left_alone():
+    model = Block()
+    inject(model, ["out_proj"], DoRASpec(rank=2))
+    model.attn.in_proj_weight.requires_grad_(False)
+    remove(model)
+    assert not model.attn.in_proj_weight.requires_grad
 
 
 def test_dropout_of_the_attention_is_kept():
@@ -260,6 +311,17 @@ def test_dropout_of_the_attention_is_kept():
 def test_attentions_that_are_refused(options, spec, message):
     with pytest.raises(ValueError, match=message):
         inject(Block(**options), ["out_proj"], spec)
+
+
+def test_attentions_that_would_not_call_an_adapter_are_refused():
+    class Own(nn.MultiheadAttention): ...
+
+    with pytest.raises(ValueError, match="of a class of its own"):
+        inject(nn.Sequential(Own(24, 3)), ["0.out_proj"], DoRASpec())
+    model = Block()
+    model.attn.forward = model.attn.forward
+    with pytest.raises(ValueError, match="a forward function of its own"):
+        inject(model, ["q_proj"], DoRASpec())
 
 
 def test_full_training_of_a_part_is_refused():

@@ -114,7 +114,7 @@ def test_half_precision_never_splits():
     W0, adapter = make(64, 64, 4, dtype=torch.float32)
     for dtype, split in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
         x, weight = torch.randn(1, 64).to(dtype), W0.to(dtype)
-        assert fused.stays_split(x, weight, [adapter], fused.LINEAR, Prepared(), dtype) is split
+        assert fused.stays_split(x, weight, [adapter], fused.LINEAR, None, 1, dtype) is split
 
 
 # --- what is kept for the backward pass ---

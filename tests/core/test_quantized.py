@@ -6,23 +6,25 @@ import pytest
 import torch
 from torch import nn
 
+from dora_mm import load_adapter, save_adapter
 from dora_mm.core import DoRASpec, fixed_parameters, inject, merge, remove, set_strength
 from tests.core import reference
 
 SIZE = (48, 64)
 
 
-def nf4(base):
+def nf4(base, compute_dtype=torch.float32):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    layer = bitsandbytes.nn.Linear4bit(64, 48, quant_type="nf4", compute_dtype=torch.float32)
-    layer.load_state_dict(base.state_dict())
+    layer = bitsandbytes.nn.Linear4bit(64, 48, quant_type="nf4", compute_dtype=compute_dtype)
+    layer.weight.data = base.weight.data.clone()
+    layer.bias.data = base.bias.data.clone()
     return layer.to("cpu")
 
 
 def int8(base):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
-    layer.load_state_dict(base.state_dict())
+    layer.weight.data, layer.bias.data = base.weight.data.clone(), base.bias.data.clone()
     return layer.to("cpu")
 
 
@@ -45,7 +47,7 @@ def bases(request):
     from dora_mm.core.quantized import dequantized
 
     dense = nn.Linear(64, 48).requires_grad_(False)
-    dense.weight.data, dense.bias.data = dequantized(quantized.weight).float(), base.bias.data
+    dense.weight.data, dense.bias.data = dequantized(quantized).float(), base.bias.data
     assert reference.relative_error(dense.weight, base.weight.double()) < 0.15
     return quantized, dense
 
@@ -73,6 +75,56 @@ def test_value_and_gradients_are_those_of_the_dense_layer(bases, spec, tokens):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with fixed_parameters(ours), torch.no_grad():
         torch.testing.assert_close(ours(x), expected[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("after_a_pass", [False, True])
+def test_any_dtype_before_and_after_a_pass_of_the_base(kind, stored, given, after_a_pass):
+    torch.manual_seed(0)
+    base = nn.Linear(64, 48).to(stored)
+    layer = KINDS[kind](base).requires_grad_(False)
+    x = torch.randn(5, 64).to(given)
+    if after_a_pass:
+        try:
+            layer(x)
+        except RuntimeError:
+            pytest.skip("the base itself does not take this input")
+    net = adapted(layer)
+    reference.randomize(net[0])
+    W = reference.merged_weight(net[0].matrix, net[0].adapters()[0])
+    right = x.double() @ W.T + net[0].bias.double()
+    x.requires_grad_()
+    y = net(x)
+    assert y.dtype == given
+    assert reference.relative_error(y, right) < 8 * torch.finfo(min(given, stored, key=lambda d: d.itemsize)).eps
+    y.float().sum().backward()
+    assert x.grad.dtype == given
+    if after_a_pass:
+        set_strength(net, 0)
+        net(x)
+        set_strength(net, 1)
+        assert reference.relative_error(net(x), right) < 0.02
+
+
+def test_copies(bases):
+    net = adapted(bases[0])
+    reference.randomize(net[0])
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(copy.deepcopy(net)(x), net(x), rtol=0, atol=0)
+
+
+def test_saved_and_loaded(bases, tmp_path):
+    twin = copy.deepcopy(bases[0])
+    net = adapted(bases[0])
+    reference.randomize(net[0])
+    save_adapter({"unet": net}, tmp_path)
+    other = nn.Sequential(twin)
+    load_adapter({"unet": other}, tmp_path)
+    x = torch.randn(5, 64)
+    assert torch.equal(other(x), net(x))
+    load_adapter({"unet": other}, tmp_path)
 
 
 def test_no_dense_weight_is_kept(bases):
