@@ -18,8 +18,10 @@ demo: $(READY)  ## train a style adapter on the embedded model, score it, and sh
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-slow: $(READY)
+test-slow: $(READY)  ## with quantised bases, from a folder of their own: peft and diffusers import them wherever they are
 	$(BIN)/python -m pytest -m slow -s
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quant "bitsandbytes>=0.46" "torchao>=0.14"
+	PYTHONPATH=build/quant $(BIN)/python -m pytest tests/core/test_quantized.py
 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
 	$(BIN)/dora-mm bench $(BENCH)
