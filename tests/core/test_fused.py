@@ -308,10 +308,11 @@ def losses_of_twenty_steps(product, tokens, dtype=torch.float32):
     """Of SGD on a layer of 48 x 64; float64 and the formula alone are the reference."""
     W0, adapter = make(48, 64, 4, dtype=torch.float32, scaling=1.0, size=0.2)
     g = torch.Generator().manual_seed(5)
-    x, target = torch.randn(tokens, 64, generator=g).to(dtype), torch.randn(tokens, 48, generator=g).to(dtype)
+    x = (torch.randn(tokens, 64, generator=g) / 8).to(dtype)  # for outputs, and losses, of about 1
+    target = torch.randn(tokens, 48, generator=g).to(dtype)
     bias = torch.randn(48, generator=g).to(dtype)
     trained = [t.detach().to(dtype).requires_grad_() for t in adapter[:3]]
-    optimizer = torch.optim.SGD(trained, lr=0.05)
+    optimizer = torch.optim.SGD(trained, lr=1.0)
     losses = []
     for _ in range(20):
         A, B, m = trained
