@@ -1,0 +1,112 @@
+"""What only a GPU can show: graphs, inductor, sizes beyond 32 bits, and whole models on the kernels."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dora_mm
+from dora_mm.core import DoRASpec, adapter_parameters, merge
+from tests.core import reference
+
+pytestmark = pytest.mark.gpu
+
+
+def network(dtype=torch.bfloat16, **spec):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 320), nn.GELU(), nn.Linear(320, 192, bias=False)).cuda().to(dtype)
+    net.requires_grad_(False)
+    dora_mm.inject(net, ["0", "2"], DoRASpec(**{"rank": 16, **spec}), backend="triton")
+    for index in (0, 2):
+        reference.randomize(net[index])
+    return net
+
+
+def step(net, x, dY):
+    for parameter in adapter_parameters(net).values():
+        parameter.grad = None
+    y = net(x)
+    y.backward(dY)
+    return [y.detach(), *(p.grad for p in adapter_parameters(net).values())]
+
+
+def inputs(tokens=300, dtype=torch.bfloat16):
+    return torch.randn(tokens, 256, device="cuda", dtype=dtype), torch.randn(tokens, 192, device="cuda", dtype=dtype)
+
+
+def assert_close(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        assert reference.relative_error(a, b.double()) < tolerance
+
+
+@pytest.mark.parametrize("norm_grad", ["detached", "exact"])
+def test_a_step_in_a_cuda_graph(norm_grad):
+    """Nothing in forward or backward waits for the GPU, and nothing is read back from it."""
+    net = network(norm_grad=norm_grad)
+    x, dY = inputs()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(net, x, dY)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(net, x, dY)
+    other_x, other_dY = inputs()
+    x.copy_(other_x)
+    dY.copy_(other_dY)
+    graph.replay()
+    torch.cuda.synchronize()
+    found = [t.clone() for t in captured]
+    assert_close(found, step(net, other_x, other_dY), 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_by_inductor_in_one_graph(dtype):
+    net = network(dtype)
+    x, dY = inputs(dtype=dtype)
+    expected = step(net, x, dY)
+    compiled = torch.compile(net, fullgraph=True)
+    for parameter in adapter_parameters(net).values():
+        parameter.grad = None
+    y = compiled(x)
+    y.backward(dY)
+    found = [y.detach(), *(p.grad for p in adapter_parameters(net).values())]
+    assert_close(found, expected, 1e-4 if dtype == torch.float32 else 2e-2)
+
+
+def test_more_than_2_31_elements():
+    tokens = 2**25 + 8  # times 64 features
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False)).cuda().to(torch.bfloat16).requires_grad_(False)
+    dora_mm.inject(layer, ["0"], DoRASpec(rank=4), backend="triton")
+    reference.randomize(layer[0])
+    x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = layer(x)
+        for rows in (slice(0, 8), slice(tokens - 8, tokens)):
+            assert reference.relative_error(y[rows], layer(x[rows].clone()).double()) < 1e-2
+
+
+def test_a_merged_model_is_the_bare_one():
+    net = network()
+    bare = copy.deepcopy(net)
+    dora_mm.remove(bare)
+    x, _ = inputs()
+    adapted = net(x)
+    merge(net)
+    assert reference.relative_error(net(x), adapted.double()) < 2e-2
+    for index in (0, 2):
+        bare[index].weight.data = net[index].weight.data
+    assert torch.equal(net(x), bare(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_over_a_float32_base(dtype):
+    net = network(torch.float32)
+    x, _ = inputs(dtype=torch.float32)
+    with torch.autocast("cuda", dtype):
+        y = net(x)
+    assert y.dtype == dtype
+    assert reference.relative_error(y, net(x).double()) < 2e-2
