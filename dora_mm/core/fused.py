@@ -12,6 +12,7 @@ Of token size x, y and (T, R) tensors are kept for the backward pass, of paramet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS
+from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS, MOST_TOKENS_BACK
 from dora_mm.core.functional import (
     Adapter,
     Rows,
@@ -136,6 +137,7 @@ def base_and_rows(
 # 640 x 640, 250 for 1280 x 1280 and 350 for 1280 x 2048. They differ by less than a tenth up to twice that number.
 BUILD_COST = 16  # per element of W(t): W0 copied, added to, scaled
 SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
+TURNED_SAVING = 0.2  # of the multiplications of either product, where both are turned (see few_tokens.py): a tenth each
 
 
 def stays_split(
@@ -159,16 +161,23 @@ def stays_split(
         return False
     rank = sum(0 if a.A is None else a.A.shape[0] for a in adapters)
     norm = any(a.magnitude is not None for a in adapters)
-    return split_pays(product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank, uses, norm)
+    turned = type(product) is LinearProduct and x.device.type == "cpu"
+    return split_pays(product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank, uses, norm, turned)
 
 
-def split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0, norm: bool = True) -> bool:
+def split_pays(
+    num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0, norm: bool = True, turned: bool = True
+) -> bool:
     """Counts what either form costs beyond the product itself, forward and backward, for `uses` passes.
 
     The norm comes out of a pass over W(t), if that is built, and else costs the product W0 A^T.
     """
     build = num_out * num_in * (rank + BUILD_COST)
     split = num_tokens * (rank * (num_out + num_in) + SPLIT_COST * num_out)
+    if (
+        turned and num_tokens <= MOST_TOKENS_BACK and math.isfinite(uses)
+    ):  # in training; inference has one product alone
+        split -= TURNED_SAVING * num_tokens * num_out * num_in
     return uses * split + (num_out * num_in * rank if norm else 0) < build
 
 
