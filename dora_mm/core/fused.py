@@ -12,7 +12,6 @@ Of token size x, y and (T, R) tensors are kept for the backward pass, of paramet
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS, MOST_TOKENS_BACK
+from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS
+from dora_mm.core.form import stays_split
 from dora_mm.core.functional import (
     Adapter,
     Rows,
@@ -130,57 +130,6 @@ def base_and_rows(
     return base, (rows_of(weight, adapter, n0, W0A),)
 
 
-# --- which form ------------------------------------------------------------------------------------------------------
-
-# What the passes of either form over an element of memory cost, in multiplications of a large product. Fitted to where
-# the two take the same time on two cores of an AMD EPYC (fp32, ranks 16 and 64): with rank 16 at some 100 tokens for
-# 640 x 640, 250 for 1280 x 1280 and 350 for 1280 x 2048. They differ by less than a tenth up to twice that number.
-BUILD_COST = 16  # per element of W(t): W0 copied, added to, scaled
-SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
-TURNED_SAVING = 0.2  # of the multiplications of either product, where both are turned (see few_tokens.py): a tenth each
-
-
-def stays_split(
-    x: Tensor,
-    weight: Tensor,
-    adapters: Sequence[Adapter],
-    product: Product,
-    operand: Tensor | None,
-    uses: float,
-    dtype: torch.dtype,
-) -> bool:
-    """Whether the product stays with W0: few tokens, for which building W(t) costs more than it saves.
-
-    In half precision never: W0 x and the update would be rounded apart.
-    """
-    if product.always_splits:
-        return True
-    if dtype.itemsize < 4 or dtype != weight.dtype:
-        return product.splits_half
-    if operand is not None:
-        return False
-    rank = sum(0 if a.A is None else a.A.shape[0] for a in adapters)
-    norm = any(a.magnitude is not None for a in adapters)
-    turned = type(product) is LinearProduct and x.device.type == "cpu"
-    return split_pays(product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank, uses, norm, turned)
-
-
-def split_pays(
-    num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0, norm: bool = True, turned: bool = True
-) -> bool:
-    """Counts what either form costs beyond the product itself, forward and backward, for `uses` passes.
-
-    The norm comes out of a pass over W(t), if that is built, and else costs the product W0 A^T.
-    """
-    build = num_out * num_in * (rank + BUILD_COST)
-    split = num_tokens * (rank * (num_out + num_in) + SPLIT_COST * num_out)
-    if (
-        turned and num_tokens <= MOST_TOKENS_BACK and math.isfinite(uses)
-    ):  # in training; inference has one product alone
-        split -= TURNED_SAVING * num_tokens * num_out * num_in
-    return uses * split + (num_out * num_in * rank if norm else 0) < build
-
-
 # --- the two forms ---------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +210,7 @@ def base_gain(call: Call) -> Tensor | None:
 
 
 def scale_rows(t: Tensor, adapter: Adapter, rows: Rows) -> Tensor:
-    """t g s times an (O, R) tensor, in place of nothing."""
+    """t g s times an (O, R) tensor."""
     factor = adapter.scaling * adapter.strength
     return t * factor if rows.gain is None else t * (rows.gain if factor == 1 else rows.gain * factor)[:, None]
 

@@ -38,11 +38,9 @@ def dequantized(layer: nn.Module) -> Tensor:
     weight: Any = layer.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
-        functional = sys.modules["bitsandbytes"].functional
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
+        return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)
     if kind == "Int8Params":
-        functional = sys.modules["bitsandbytes"].functional
-        return functional.int8_vectorwise_dequant(*_int8_parts(layer))
+        return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(*_int8_parts(layer))
     return weight.dequantize()
 
 
@@ -62,10 +60,10 @@ def is_quantized(layer: nn.Module) -> bool:
 
 def why_not_quantized(layer: nn.Module) -> str | None:
     """What a bitsandbytes layer lacks before it has been moved to its device, which is when it is quantised."""
-    kind, weight = type(layer.weight).__name__, layer.weight
-    if (kind == "Params4bit" and getattr(weight, "quant_state", None) is None) or (
-        kind == "Int8Params" and None in _int8_parts(layer)
-    ):
+    weight: Any = layer.weight
+    kind = type(weight).__name__
+    parts = (weight.quant_state,) if kind == "Params4bit" else _int8_parts(layer) if kind == "Int8Params" else ()
+    if any(part is None for part in parts):
         return "has not been quantised yet: move the model to its device first"
     return None
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from dora_mm.core import functional as dora
 from dora_mm.core import fused
 from dora_mm.core.few_tokens import MOST_TOKENS_BACK
-from dora_mm.core.fused import Prepared, adapted_product, split_pays
+from dora_mm.core.form import split_pays
+from dora_mm.core.fused import Prepared, adapted_product
 from tests.core import reference
 from tests.core.reference import make, variants
 
