@@ -9,8 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from dora_mm.config import yaml12
+from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import Problem, describe, nearest, outline
-from dora_mm.config.schema import SCHEMAS, PipelineConfig
+from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.yaml12 import KeyPath
 
 PACKAGE = Path(__file__).resolve().parents[1]

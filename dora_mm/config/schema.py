@@ -1,7 +1,8 @@
 """What a config may say: one pydantic model per section and per pipeline.
 
-Sections first, pipelines after them, the dictionary that names the pipelines last. Types are strict (no "8" for 8, no
-true for 1), unknown keys are errors, and instances are frozen. Defaults stand here and nowhere else.
+Sections first, pipelines after them; those of the vision-language side are in vl.py, and pipelines.py names them all.
+Types are strict (no "8" for 8, no true for 1), unknown keys are errors, and instances are frozen. Defaults stand here
+and there, and nowhere else.
 """
 
 import re
@@ -71,15 +72,15 @@ class TrainConfig(Section):
 # --- SDXL ------------------------------------------------------------------------------------------------------------
 
 
-class AdapterConfig(Section):
+class AnyAdapterConfig(Section):
+    """What adapters of every architecture have in common; each adds the `parts` of its target map."""
+
     method: Literal["dora", "lora", "magnitude", "full"] = "dora"
     rank: PositiveInt
     alpha: Positive = 0.0  # left out or null: the rank, filled in below
     dropout: Share = 0.0
     norm_grad: Literal["detached", "exact"] = "detached"
     cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of keeping it, for less memory
-    parts: Annotated[Items[Literal["attn", "cross", "ff", "conv"]], Field(min_length=1)] = ("attn", "cross")
-    text_encoders: bool = False  # adapt both text encoders' attention as well
     init_from: Text | None = None  # an adapter file or its folder to go on from
 
     @model_validator(mode="before")
@@ -89,12 +90,17 @@ class AdapterConfig(Section):
             return {**values, "alpha": float(max(values["rank"], 1))}  # a bad rank is reported as a rank, once
         return values
 
-    @field_validator("parts")
+    @field_validator("parts", check_fields=False)
     @classmethod
     def _parts_are_distinct(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(parts)) < len(parts):
             raise ValueError("names a part twice")
         return parts
+
+
+class AdapterConfig(AnyAdapterConfig):
+    parts: Annotated[Items[Literal["attn", "cross", "ff", "conv"]], Field(min_length=1)] = ("attn", "cross")
+    text_encoders: bool = False  # adapt both text encoders' attention as well
 
 
 class DataConfig(Section):
@@ -430,13 +436,3 @@ def raise_problems(config: ConfigT, problems: list[str]) -> ConfigT:
     if problems:
         raise ValueError("; ".join(problems))
     return config
-
-
-SCHEMAS: dict[str, type[PipelineConfig]] = {  # by the name that a config's first key gives
-    "train_sdxl": TrainSDXLConfig,
-    "sample_sdxl": SampleSDXLConfig,
-    "pretrain_tiny": PretrainTinyConfig,
-    "fit_judge": FitJudgeConfig,
-    "eval_sdxl": EvalSDXLConfig,
-    "compare_sdxl": CompareSDXLConfig,
-}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys
-from dora_mm.config.schema import SCHEMAS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,4 +28,4 @@ def test_every_key_is_read(pipeline, attributes):
 @pytest.mark.parametrize("pipeline", SCHEMAS)
 def test_every_pipeline_has_its_script_and_command(pipeline):
     assert (ROOT / "pipelines" / f"{pipeline}.py").is_file()
-    assert SCHEMAS[pipeline].command in ("train", "sample", "eval")
+    assert SCHEMAS[pipeline].command in ("train", "sample", "eval", "features")

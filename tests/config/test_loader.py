@@ -4,7 +4,8 @@ import pytest
 import yaml
 
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
-from dora_mm.config.schema import SCHEMAS, TrainSDXLConfig
+from dora_mm.config.pipelines import SCHEMAS
+from dora_mm.config.schema import TrainSDXLConfig
 
 SMALLEST = """\
 pipeline: train_sdxl

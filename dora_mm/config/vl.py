@@ -1,0 +1,259 @@
+"""What a config of the vision-language pipelines may say. The rules are those of schema.py."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from dora_mm.config.schema import (
+    AnyAdapterConfig,
+    Backend,
+    Count,
+    Items,
+    OptimizerConfig,
+    PipelineConfig,
+    ScheduleConfig,
+    Section,
+    Seed,
+    Share,
+    Text,
+    TrainConfig,
+    check_training,
+    raise_problems,
+)
+
+VLTask = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c"]
+VIDEO_TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
+Positive = Annotated[float, Field(gt=0)]
+
+FORMATS: dict[str, tuple[str, ...]] = {  # of data files, and the tasks that they are for
+    "vqa_v2": ("vqa",),
+    "vqa_karpathy": ("vqa",),
+    "easy_vqa": ("vqa",),
+    "gqa": ("gqa",),
+    "gqa_vlt5": ("gqa",),
+    "nlvr2": ("nlvr2",),
+    "nlvr2_vlt5": ("nlvr2",),
+    "coco_captions": ("caption",),
+    "coco_karpathy": ("caption",),
+    "video_qa": ("tvqa", "how2qa"),
+    "video_captions": ("tvc", "yc2c"),
+}
+
+
+class SourceConfig(Section):
+    """One split of a data set, in a form in which it is published (facts of each are in dora_mm/data)."""
+
+    format: Literal[
+        "vqa_v2",
+        "vqa_karpathy",
+        "easy_vqa",
+        "gqa",
+        "gqa_vlt5",
+        "nlvr2",
+        "nlvr2_vlt5",
+        "coco_captions",
+        "coco_karpathy",
+        "video_qa",
+        "video_captions",
+    ]
+    file: Text  # the questions, sentences or captions
+    annotations: Text | None = None  # vqa_v2: the answers; None: a test split, which has none
+    images: Text | None = None  # the folder of the pictures; None: features alone
+    subtitles: Text | None = None  # video: JSONL
+    split: Text | None = None  # coco_karpathy: train (with restval), val or test
+    limit: PositiveInt | None = None  # only the first so many rows
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> "SourceConfig":
+        allowed = {
+            "annotations": ("vqa_v2",),
+            "subtitles": ("video_qa", "video_captions"),
+            "split": ("coco_karpathy",),
+        }
+        problems = [
+            f"{key} is for {' and '.join(formats)}, not for {self.format}"
+            for key, formats in allowed.items()
+            if getattr(self, key) is not None and self.format not in formats
+        ]
+        if self.format == "coco_karpathy" and self.split is None:
+            problems.append("split is missing: coco_karpathy holds all splits in one file")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class VLTaskConfig(Section):
+    task: VLTask
+    train: SourceConfig | None = None
+    valid: SourceConfig | None = None
+    batch_size: PositiveInt | None = None  # None: train.batch_size
+    weight: Positive = 1.0  # how often its batches come, times the number of its batches
+
+    @model_validator(mode="after")
+    def _formats_are_of_the_task(self) -> "VLTaskConfig":
+        problems = [
+            f"{name}.format {source.format} is for {' and '.join(FORMATS[source.format])}, not for {self.task}"
+            for name, source in (("train", self.train), ("valid", self.valid))
+            if source is not None and self.task not in FORMATS[source.format]
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class VisionConfig(Section):
+    """The frozen eyes: which tower, and where its features lie if they are computed already."""
+
+    tower: Text = "RN101"  # of open_clip; timm/<name> of timm
+    pretrained: Text | None = "openai"  # a tag of the tower's library, or a local file; None: random weights
+    layers: Items[Text] = ()  # modules whose maps are taken, joined on the coarsest grid; none: the last map or tokens
+    features: Items[Text] = ()  # folders of dora-mm features, .h5 files or folders of .npz; none: computed on the fly
+
+
+class VLModelConfig(Section):
+    """A folder that save_pretrained wrote (ours, or BART's), or a hub name."""
+
+    path: Text = "facebook/bart-base"
+    random: bool = False  # only the config is read from `path`: weights are drawn from the seed
+    visual: Literal["image", "video"] = "image"  # what a bare BART becomes; a saved VL-BART knows
+
+
+VLPart = Literal["text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko"]
+Trained = Literal["visual_embedding", "biases", "norms"]
+
+
+class VLAdapterConfig(AnyAdapterConfig):
+    parts: Annotated[Items[VLPart], Field(min_length=1)] = ("text.qv", "cross.qv")
+    vision_parts: Items[Literal["attn", "ff"]] = ()  # of the tower, which then runs within every step
+    trains: Items[Trained] = ("visual_embedding", "biases", "norms")  # beside the adapters
+
+
+class VLDataConfig(Section):
+    tasks: Annotated[Items[VLTaskConfig], Field(min_length=1)]  # trained jointly, one task to a batch
+    on_bad_data: Literal["stop", "skip"] = "stop"  # skip: left out, counted and named
+    tables: Text = "build/tables"  # where the files are kept as tables that are read from disk, by content
+
+    @model_validator(mode="after")
+    def _tasks_are_distinct(self) -> "VLDataConfig":
+        names = [task.task for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError("tasks names a task twice")
+        return self
+
+
+class VLScheduleConfig(ScheduleConfig):
+    warmup_share: Share = 0.0  # of all steps, where warmup_steps is 0
+
+
+class VLTrainConfig(TrainConfig):
+    steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; or else:
+    epochs: PositiveInt | None = None  # passes over all tasks' data
+
+
+class DecodeConfig(Section):
+    batch_size: PositiveInt = 64
+    answers: Literal["generate", "rank"] = "generate"  # rank: the likeliest of the answers that occur in training
+    beams: PositiveInt = 5  # of captions; answers are decoded greedily
+
+
+class EvaluateConfig(DecodeConfig):
+    """Scores on the validation splits while training."""
+
+    every: Count = 0  # steps; 0: only at the end
+    limit: PositiveInt | None = None  # rows of each task
+
+
+class TrainVLBartConfig(PipelineConfig):
+    command: ClassVar[str] = "train"
+    pipeline: Literal["train_vl_bart"]
+    seed: Seed = 0
+    output: Text | None = None  # the run directory, refused if it exists; None: runs/<name>/<NNN>
+    backend: Backend = "auto"
+    model: VLModelConfig
+    vision: VisionConfig = VisionConfig()
+    adapter: VLAdapterConfig
+    data: VLDataConfig
+    optimizer: OptimizerConfig
+    schedule: VLScheduleConfig = VLScheduleConfig()
+    train: VLTrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "TrainVLBartConfig":
+        problems = check_vl_training(self.optimizer, self.schedule, self.train)
+        problems += [f"data.tasks: {task.task} has no train" for task in self.data.tasks if task.train is None]
+        if self.adapter.vision_parts and self.vision.features:
+            problems.append("adapter.vision_parts trains the tower, and vision.features takes what it said before")
+        return raise_problems(self, problems)
+
+
+class EvalVLConfig(PipelineConfig):
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["eval_vl"]
+    seed: Seed = 0  # of what a bare BART lacks
+    output: Text | None = None
+    backend: Backend = "auto"
+    model: VLModelConfig
+    vision: VisionConfig = VisionConfig()
+    adapter: Text | None = None  # an adapter file, its folder or its run; None: the bare model
+    data: VLDataConfig
+    decode: DecodeConfig = DecodeConfig()
+    vqa_mode: Literal["official", "lavis"] = "official"  # how answers are compared: the official script's way or LAVIS'
+    examples: Count = 48  # on the page of examples, of each task
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "EvalVLConfig":
+        return raise_problems(
+            self, [f"data.tasks: {task.task} has no valid" for task in self.data.tasks if task.valid is None]
+        )
+
+
+class ExtractFeaturesConfig(PipelineConfig):
+    command: ClassVar[str] = "features"
+    pipeline: Literal["extract_features"]
+    output: Text  # the folder of features; what is in it already is not computed again
+    vision: VisionConfig
+    images: Annotated[Items[Text], Field(min_length=1)]  # folders of pictures
+    batch_size: PositiveInt = 32
+    dtype: Literal["float32", "float16"] = "float16"
+    on_bad_data: Literal["stop", "skip"] = "stop"
+
+
+class TinyVLConfig(Section):
+    """Sizes of the embedded VL-BART."""
+
+    num_merges: Annotated[int, Field(ge=0, le=4096)] = 2000
+    width: PositiveInt = 192
+    layers: PositiveInt = 3  # of the encoder, and of the decoder
+    heads: PositiveInt = 6
+
+
+class PretrainTinyVLConfig(PipelineConfig):
+    """The embedded VL-BART from nothing, on captions of scenes."""
+
+    command: ClassVar[str] = "train"
+    pipeline: Literal["pretrain_tiny_vl"]
+    seed: Seed = 0
+    output: Text | None = None
+    model: TinyVLConfig = TinyVLConfig()
+    vision: VisionConfig
+    data: VLDataConfig
+    optimizer: OptimizerConfig
+    schedule: VLScheduleConfig = VLScheduleConfig()
+    train: VLTrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "PretrainTinyVLConfig":
+        return raise_problems(self, check_vl_training(self.optimizer, self.schedule, self.train))
+
+
+def check_vl_training(optimizer: OptimizerConfig, schedule: VLScheduleConfig, train: VLTrainConfig) -> list[str]:
+    """What contradicts itself, as sentences that name the keys."""
+    problems = []
+    if (train.steps is None) == (train.epochs is None):
+        problems.append("give either train.steps or train.epochs")
+    if schedule.warmup_steps and schedule.warmup_share:
+        problems.append("give either schedule.warmup_steps or schedule.warmup_share")
+    known = train if train.steps is not None else train.model_copy(update={"steps": schedule.warmup_steps + 1})
+    return problems + check_training(optimizer, schedule, known)
