@@ -28,12 +28,12 @@ import dora_mm
 from dora_mm.config.loader import differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.schema import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
 from dora_mm.data.images import digest_of, read_captioned_images
-from dora_mm.data.latents import module_digest
 from dora_mm.eval.comparison import FULL, Result, Variant, contrasts_table, results_csv, results_table, variants
 from dora_mm.eval.encoder import Encoder
 from dora_mm.eval.icons import fill
 from dora_mm.eval.judge import FILES, Judge, evenly
 from dora_mm.eval.scores import Scores, join_seeds, summarize, write_json
+from dora_mm.io.digest import module_digest
 from dora_mm.models.sdxl import SDXL, load_sdxl
 from dora_mm.sampling.before_after import built_once
 from dora_mm.sampling.grids import sheet

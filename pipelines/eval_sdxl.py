@@ -16,13 +16,13 @@ from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import AdapterFile, ClipConfig, EvalSDXLConfig
 from dora_mm.data.icons import Concept
 from dora_mm.data.images import load_rgb
-from dora_mm.data.latents import module_digest
 from dora_mm.eval.clip import ClipSimilarity
 from dora_mm.eval.encoder import Encoder
 from dora_mm.eval.icons import fill
 from dora_mm.eval.judge import Judge
 from dora_mm.eval.scores import format_interval, markdown_table, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
+from dora_mm.io.digest import module_digest
 from dora_mm.models.sdxl import SDXL, load_sdxl
 from dora_mm.sampling.before_after import built_once
 from dora_mm.sampling.grids import sheet

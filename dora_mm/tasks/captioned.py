@@ -8,9 +8,10 @@ from tqdm import tqdm
 from dora_mm.config.schema import DataConfig
 from dora_mm.data.buckets import Framing, choose_bucket, frame
 from dora_mm.data.images import CaptionedImage
-from dora_mm.data.latents import LatentCache, Latents, latent_key, module_digest
+from dora_mm.data.latents import LatentCache, Latents, latent_key
 from dora_mm.data.pixels import load_rgb, render
 from dora_mm.data.randomness import batch_of_groups, generator
+from dora_mm.io.digest import module_digest
 from dora_mm.models.sdxl import SDXL, draw_latents, encode_images, encode_prompts, time_ids
 from dora_mm.tasks.sdxl import Conditioned
 

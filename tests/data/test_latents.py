@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_mm.data.buckets import frame
-from dora_mm.data.latents import LatentCache, Latents, latent_key, module_digest
+from dora_mm.data.latents import LatentCache, Latents, latent_key
 
 
 def latents(seed, dtype=torch.float32):
@@ -113,15 +113,3 @@ def test_keys_do_not_run_their_parts_together(one, other):
         return latent_key(parts[0], BASE["framing"], parts[1], parts[2])
 
     assert (key(one) == key(other)) == (one == other)
-
-
-def test_the_identity_of_a_vae_is_its_weights():
-    torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4))
-    before = module_digest(module)
-    assert module_digest(module) == before
-    assert module_digest(module.to(torch.bfloat16)) != before
-    module.to(torch.float32)
-    with torch.no_grad():
-        module[1].bias[0] = 1e-30
-    assert module_digest(module) != before
