@@ -84,15 +84,18 @@ def save_adapter(
     *,
     format: str = "diffusers",
     metadata: Mapping[str, str] | None = None,
+    also: Sequence[str] = (),
 ) -> Path:
     """Writes the adapter of a UNet, or of {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}; returns the file.
 
-    format: "diffusers" (what `load_lora_weights` reads), or "full" for weights trained by method full.
+    format: "diffusers" (what `load_lora_weights` reads), "peft" (what `PeftModel.from_pretrained` reads, of one model),
+        or "full" for weights trained by method full.
     metadata: further entries of the file's header.
+    also: names of parameters that were trained beside the adapters (biases, norms), for "peft" and "full".
     """
     from dora_mm import io
 
-    return io.save(_components(model), Path(folder), format=format, metadata=metadata or {})
+    return io.save(_components(model), Path(folder), format=format, metadata=metadata or {}, also=also)
 
 
 def load_adapter(

@@ -6,7 +6,8 @@ from typing import Any
 
 from dora_mm import DoRASpec, inject, io
 from dora_mm.config import find_path, resolve_model
-from dora_mm.io.diffusers import OUR_METADATA, PEFT_METADATA
+from dora_mm.io.diffusers import PEFT_METADATA
+from dora_mm.io.peft_layers import OUR_METADATA
 from dora_mm.targets import find
 
 ADAPTERS = [module.FILE_NAME for module in io.FORMATS.values()]
@@ -42,7 +43,7 @@ def describe_adapter(file: Path) -> str:
     """A table of what the file adapts, then its metadata."""
     state, metadata = io.read(file)
     rows, parameters = Counter(), Counter()
-    for component, layers in state.items():
+    for component, layers in state.layers.items():
         for path, layer in layers.items():
             row = (component, leaf(path), *method_rank_alpha(layer.spec))
             rows[row] += 1

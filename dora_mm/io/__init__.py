@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import InjectReport
-from dora_mm.io import diffusers, full
+from dora_mm.io import diffusers, full, peft
 from dora_mm.io.state import AdapterState, into_models
 
-FORMATS = {"diffusers": diffusers, "full": full}
+FORMATS = {"diffusers": diffusers, "peft": peft, "full": full}
 
 
-def save(components: Mapping[str, nn.Module], folder: Path, *, format: str, metadata: Mapping[str, str]) -> Path:
-    """Writes the adapters of these models into `folder`; returns the file."""
+def save(
+    components: Mapping[str, nn.Module],
+    folder: Path,
+    *,
+    format: str,
+    metadata: Mapping[str, str],
+    also: Sequence[str] = (),
+) -> Path:
+    """Writes the adapters of these models, and `also` parameters trained beside them; returns the file."""
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {' or '.join(FORMATS)}")
-    return FORMATS[format].save(components, folder, metadata)
+    return FORMATS[format].save(components, folder, metadata, also)
 
 
 def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
     """(adapters, header metadata) of a file, or of the one adapter file in a folder."""
     file = find_file(path)
-    module = full if file.name == full.FILE_NAME else diffusers
+    module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), diffusers)
     return module.read(file, components)
 
 

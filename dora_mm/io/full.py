@@ -1,11 +1,13 @@
 """Weights trained by method full, `trained_weights.safetensors`: `unet.<path>.weight` for each trained module.
 
-No adapter format can hold them, so this one is our own: whole weights, in the dtype they were trained in.
+No adapter format can hold them, so this one is our own: whole weights, in the dtype they were trained in. Parameters
+that were trained beside them (`unet.<name>`) are listed in the header.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -17,18 +19,25 @@ from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
 FILE_NAME = "trained_weights.safetensors"
 FORMAT_KEY, FORMAT = "dora_mm_format", "full-1"
 COUNT_KEY = "dora_mm_weights"
+ALSO_KEY = "dora_mm_parameters"
 
 
-def save(components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
+def save(
+    components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str], also: Sequence[str] = ()
+) -> Path:
     tensors = {}
-    for component, layers in from_models(components).items():
+    state = from_models(components, also)
+    for component, layers in state.layers.items():
         for path, layer in layers.items():
             if layer.spec.method != "full":
                 raise ValueError(
                     f"{component}.{path} has an adapter of method {layer.spec.method}: save it as diffusers"
                 )
             tensors[f"{component}.{path}.weight"] = layer.tensors["weight"]
-    save_tensors(folder / FILE_NAME, tensors, {**metadata, FORMAT_KEY: FORMAT, COUNT_KEY: str(len(tensors))})
+    beside = {f"{c}.{name}": p.detach() for c, found in state.parameters.items() for name, p in found.items()}
+    tensors |= beside
+    header = {FORMAT_KEY: FORMAT, COUNT_KEY: str(len(tensors)), ALSO_KEY: json.dumps(list(beside))}
+    save_tensors(folder / FILE_NAME, tensors, {**metadata, **header})
     return folder / FILE_NAME
 
 
@@ -41,11 +50,15 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
         raise ValueError(
             f"{path} holds {len(tensors)} weights, its header says {metadata.get(COUNT_KEY)}: it is damaged"
         )
-    state: AdapterState = {}
+    state = AdapterState({})
     spec = DoRASpec(method="full")
+    beside = set(json.loads(metadata.get(ALSO_KEY, "[]")))
     for key, tensor in tensors.items():
         component, _, rest = key.partition(".")
+        if key in beside:
+            state.parameters.setdefault(component, {})[rest] = tensor
+            continue
         if not rest.endswith(".weight"):
             raise ValueError(f"{path} has the key {key}, which is no weight: the file is damaged")
-        state.setdefault(component, {})[rest.removesuffix(".weight")] = LayerState(spec, {"weight": tensor})
+        state.layers.setdefault(component, {})[rest.removesuffix(".weight")] = LayerState(spec, {"weight": tensor})
     return state, metadata

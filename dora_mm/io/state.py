@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import safetensors
@@ -25,12 +25,20 @@ class LayerState:
     tensors: Mapping[str, Tensor]
 
 
-AdapterState = dict[str, dict[str, LayerState]]  # component ("unet") -> module path -> state
+@dataclass(frozen=True)
+class AdapterState:
+    """By component ("unet"): the adapters by module path, and by name parameters that were trained beside them."""
+
+    layers: dict[str, dict[str, LayerState]]
+    parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def from_models(components: Mapping[str, nn.Module]) -> AdapterState:
-    """The adapters of these models; components without one are left out."""
-    state: AdapterState = {}
+def from_models(components: Mapping[str, nn.Module], also: Sequence[str] = ()) -> AdapterState:
+    """The adapters of these models; components without one are left out.
+
+    also: names of parameters that were trained beside the adapters of a single model.
+    """
+    state = AdapterState({})
     for component, model in components.items():
         layers = _adapted(model)
         for path, layer in layers.items():
@@ -39,8 +47,13 @@ def from_models(components: Mapping[str, nn.Module]) -> AdapterState:
                     f"{component}.{path} holds several adapters: save each from a model that holds it alone"
                 )
         if layers:
-            state[component] = {path: LayerState(m.spec, m.adapter_tensors()) for path, m in layers.items()}
-    if not state:
+            state.layers[component] = {path: LayerState(m.spec, m.adapter_tensors()) for path, m in layers.items()}
+    if also:
+        if len(components) != 1:
+            raise ValueError("parameters beside adapters are saved of one model at a time")
+        component, model = next(iter(components.items()))
+        state.parameters[component] = {name: model.get_parameter(name) for name in also}
+    if not state.layers:
         raise ValueError(f"nothing to save: no layer of {', '.join(components)} is adapted")
     return state
 
@@ -69,15 +82,20 @@ def into_models(
     adapter is stacked upon what is there, for inference. Everything is checked before anything is changed; `source` is
     the file that errors name.
     """
-    surplus = [c for c in state if c not in components]
+    surplus = [c for c in state.layers if c not in components]
     if surplus:
         raise ValueError(
             f"{source} also adapts {', '.join(surplus)}, and only {', '.join(components)} was given to load it into"
         )
-    for component, layers in state.items():
+    for component, layers in state.layers.items():
         _check_component(layers, component, components[component], source, strength, name)
+    for component, parameters in state.parameters.items():
+        _check_parameters(parameters, components[component], source)
     modules = []
-    for component, layers in state.items():
+    for component, parameters in state.parameters.items():
+        for key, tensor in parameters.items():
+            components[component].get_parameter(key).data.copy_(tensor)
+    for component, layers in state.layers.items():
         model = components[component]
         adapted = _adapted(model)
         fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
@@ -130,6 +148,18 @@ def _check_component(
             layer.check_can_stack(name, layers[path].spec)
     if same:
         _check_same_layers(layers, same, component, source)
+
+
+def _check_parameters(parameters: Mapping[str, Tensor], model: nn.Module, source: Path) -> None:
+    own = dict(model.named_parameters())
+    for name, tensor in parameters.items():
+        if name not in own:
+            raise ValueError(f"{source} was made for another architecture: it holds {name}, which this model lacks")
+        if own[name].shape != tensor.shape:
+            found, needed = tuple(tensor.shape), tuple(own[name].shape)
+            raise ValueError(
+                f"{source} was made for another architecture: its {name} is {found} and should be {needed}"
+            )
 
 
 def _misfit(state: LayerState, shape: tuple[int, ...]) -> str:

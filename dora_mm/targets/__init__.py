@@ -1,11 +1,12 @@
 """The target maps by name: one file per architecture, one line here."""
 
 from dora_mm.core.targets import TargetMap
-from dora_mm.targets import clip, sdxl
+from dora_mm.targets import bart, clip, sdxl
 
 MAPS: dict[str, TargetMap] = {
     "sdxl-unet": sdxl.UNET,
     "clip-text": clip.TEXT,
+    "bart": bart.BART,
 }
 
 
