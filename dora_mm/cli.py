@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import inspect
 import logging
 import signal
 import sys
@@ -87,7 +88,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--resume", metavar="RUN_DIR", type=Path, help="go on with a run, from its last checkpoint"
             )
-        command.set_defaults(run=_run_pipeline, command=name, resume=None)
+            command.add_argument(
+                "--dry-run", action="store_true", help="only say what would train, and what data it would read"
+            )
+        command.set_defaults(run=_run_pipeline, command=name, resume=None, dry_run=False)
     command = commands.add_parser("inspect", help="what an adapter file holds, or what a target map takes of a model")
     command.add_argument("path", metavar="PATH|MODEL", help="an adapter file or its folder; a model folder or hub name")
     command.add_argument("--targets", metavar="NAME", help="a target map, such as sdxl-unet")
@@ -115,7 +119,13 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
         if arguments.config is None:
             raise ValueError(f"--resume {arguments.resume}: made by dora-mm {config.command}, which does not go on")
         raise ValueError(f"{arguments.config} is for another command: dora-mm {config.command} {arguments.config}")
-    importlib.import_module(f"pipelines.{config.pipeline}").main(config, resume=arguments.resume)
+    pipeline = importlib.import_module(f"pipelines.{config.pipeline}").main
+    if not arguments.dry_run:
+        pipeline(config, resume=arguments.resume)
+    elif "dry_run" not in inspect.signature(pipeline).parameters:
+        raise ValueError(f"--dry-run: the recipe {config.pipeline} has none")
+    else:
+        pipeline(config, dry_run=True)
 
 
 def _config_of_run(run: Path, given: str | None, overrides: list[str]):

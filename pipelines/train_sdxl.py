@@ -14,13 +14,14 @@ from torch import nn
 import dora_mm
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import TrainSDXLConfig
-from dora_mm.core import InjectReport, adapted_layers
+from dora_mm.core import InjectReport
 from dora_mm.data.images import CaptionedImage, digest_of, read_captioned_images
 from dora_mm.io.atomic import write_text
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.tasks.captioned import CaptionedBatches, PromptEncoder
 from dora_mm.tasks.sdxl import DiffusionTask
+from dora_mm.train.adapters import go_on_from
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule
@@ -115,12 +116,7 @@ def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
             adapted[name] = getattr(model, name)
             log.info("%s", summary_of(name, dora_mm.inject(adapted[name], "clip-text", spec, **how)))
     if wanted.init_from:
-        file = resolve_path(wanted.init_from, "adapter.init_from")
-        dora_mm.load_adapter(adapted, file)
-        alphas = {layer.spec.alpha or 0.0 for network in adapted.values() for layer in adapted_layers(network).values()}
-        if alphas != {spec.alpha}:
-            found = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
-            raise ValueError(f"adapter.init_from: {file} has alpha {found}, and adapter.alpha is {spec.alpha:g}")
+        go_on_from(resolve_path(wanted.init_from, "adapter.init_from"), adapted, spec)
     return adapted
 
 

@@ -116,6 +116,7 @@ class VLModelConfig(Section):
     path: Text = "facebook/bart-base"
     random: bool = False  # only the config is read from `path`: weights are drawn from the seed
     visual: Literal["image", "video"] = "image"  # what a bare BART becomes; a saved VL-BART knows
+    feature_dim: PositiveInt | None = None  # channels of the visual features; None: as many as vision gives
 
 
 VLPart = Literal["text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko"]
@@ -152,7 +153,8 @@ class VLTrainConfig(TrainConfig):
 
 class DecodeConfig(Section):
     batch_size: PositiveInt = 64
-    answers: Literal["generate", "rank"] = "generate"  # rank: the likeliest of the answers that occur in training
+    answers: Literal["generate", "trie", "rank"] = "generate"  # trie, rank: only answers that occur in training
+    min_answer_count: PositiveInt = 1  # trie, rank: how often an answer must occur there
     beams: PositiveInt = 5  # of captions; answers are decoded greedily
 
 
@@ -190,7 +192,6 @@ class TrainVLBartConfig(PipelineConfig):
 class EvalVLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_vl"]
-    seed: Seed = 0  # of what a bare BART lacks
     output: Text | None = None
     backend: Backend = "auto"
     model: VLModelConfig

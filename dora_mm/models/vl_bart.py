@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,14 @@ from transformers.utils.output_capturing import capture_outputs
 NUM_SENTINELS = 100  # <extra_id_i> of the text, and as many <vis_extra_id_i>
 SENTINELS = tuple(f"<{kind}_{i}>" for kind in ("extra_id", "vis_extra_id") for i in reversed(range(NUM_SENTINELS)))
 BOX = 5  # x1, y1, x2, y2, area
+
+
+class VLInputs(NamedTuple):
+    """What the encoder reads. The mask is 0 for padding of the text and of the visual tokens (S' after pooling)."""
+
+    input_ids: Tensor  # (B, L)
+    attention_mask: Tensor  # (B, L + N S')
+    visual_features: Tensor  # (B, N, S, D)
 
 
 class VLBartConfig(BartConfig):
@@ -136,16 +144,14 @@ class VLBart(BartForConditionalGeneration):
     @torch.no_grad()
     def answer_ids(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        visual_features: Tensor,
+        inputs: VLInputs,
         *,
         beams: int = 1,
         max_length: int = 20,
         allowed: Callable[[int, Tensor], list[int]] | None = None,
     ) -> Tensor:
         """(B, <= max_length) token ids, decoded greedily or by beams; `allowed` is `prefix_allowed_tokens_fn`."""
-        encoded = self.model.encoder(input_ids, attention_mask, visual_features)
+        encoded = self.model.encoder(*inputs)
         settings = GenerationConfig(
             num_beams=beams,
             max_length=max_length,
@@ -159,25 +165,29 @@ class VLBart(BartForConditionalGeneration):
         found = cast(Any, self).generate(  # of GenerationMixin, whose stub hides it
             generation_config=settings,
             encoder_outputs=encoded,
-            attention_mask=attention_mask,
+            attention_mask=inputs.attention_mask,
             prefix_allowed_tokens_fn=allowed,
         )
         assert isinstance(found, Tensor)
         return found
 
     @torch.no_grad()
-    def rank_candidates(
-        self, input_ids: Tensor, attention_mask: Tensor, visual_features: Tensor, candidates: Tensor, chunk: int = 1024
-    ) -> Tensor:
+    def next_logits(self, inputs: VLInputs, decoder_ids: Sequence[int]) -> Tensor:
+        """(B, V) logits of the token after this beginning of every answer."""
+        ids = inputs.input_ids.new_tensor([list(decoder_ids)]).expand(len(inputs.input_ids), -1)
+        return self(*inputs, decoder_input_ids=ids, use_cache=False).logits[:, -1]
+
+    @torch.no_grad()
+    def rank_candidates(self, inputs: VLInputs, candidates: Tensor, chunk: int = 1024) -> Tensor:
         """(B, C) log likelihoods of the candidate targets (C, T), padded, with one pass of the encoder.
 
         chunk: how many rows the decoder takes at a time.
         """
-        encoded = self.model.encoder(input_ids, attention_mask, visual_features).last_hidden_state
+        encoded = self.model.encoder(*inputs).last_hidden_state
         config = self.config
         decoder_ids = shift_tokens_right(candidates, config.pad_token_id, config.decoder_start_token_id)
         scores = []
-        for hidden, mask in zip(encoded, attention_mask, strict=True):
+        for hidden, mask in zip(encoded, inputs.attention_mask, strict=True):
             parts = []
             for start in range(0, len(candidates), chunk):
                 ids, targets = decoder_ids[start : start + chunk], candidates[start : start + chunk]

@@ -15,7 +15,7 @@ from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, B
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import VLModelConfig
-from dora_mm.models.vl_bart import VLBart, VLBartConfig
+from dora_mm.models.vl_bart import SENTINELS, VLBart, VLBartConfig
 from dora_mm.models.vl_text import load_tokenizer
 
 AutoConfig.register(VLBartConfig.model_type, VLBartConfig)
@@ -49,17 +49,25 @@ def load_vl_bart(config: VLModelConfig, feature_dim: int, seed: int) -> tuple[VL
     path = resolve_model(config.path)
     found = config_of(path)
     tokenizer = load_tokenizer(path)
-    if isinstance(found, VLBartConfig) and not config.random:
-        model = _loaded(VLBart, path)
-    else:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            bart = None if config.random else _loaded(BartForConditionalGeneration, path)
-            model = from_bart(bart or found, len(tokenizer), feature_dim, config.visual)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        if isinstance(found, VLBartConfig):
+            model = VLBart(found) if config.random else _loaded(VLBart, path)
+        else:
+            bart = found if config.random else _loaded(BartForConditionalGeneration, path)
+            model = from_bart(bart, len(tokenizer), feature_dim, config.visual)
     check_features(model.config, feature_dim, path)
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(f"model.path: {path} has {model.config.vocab_size} token rows and {len(tokenizer)} tokens")
     return model.requires_grad_(False), tokenizer
+
+
+def empty_vl_bart(config: VLModelConfig, feature_dim: int) -> VLBart:
+    """The frozen model that `load_vl_bart` would load, as its config alone says: for the meta device, to be counted."""
+    found = config_of(resolve_model(config.path))
+    if isinstance(found, VLBartConfig):
+        return VLBart(found).requires_grad_(False)
+    return from_bart(found, found.vocab_size + len(SENTINELS), feature_dim, config.visual).requires_grad_(False)
 
 
 def check_features(config: VLBartConfig, feature_dim: int, path: str) -> None:

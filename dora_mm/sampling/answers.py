@@ -1,0 +1,98 @@
+"""Answers of VL-BART to batches of examples: greedy, by beams, held to a list of candidates, or ranked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import BartTokenizer
+
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.data.tables import ExampleTable
+from dora_mm.data.vl import Example
+from dora_mm.models.vl_bart import VLBart, VLInputs
+from dora_mm.models.vl_text import TEXTS, decode, encode_targets
+
+TRUE_FALSE = ("true", "false")
+
+
+class Answerer:
+    """Decodes the answers of one task.
+
+    Args:
+        candidates: the answers to choose from, where `config.answers` is `rank` or `trie`.
+    """
+
+    def __init__(
+        self,
+        model: VLBart,
+        tokenizer: BartTokenizer,
+        task: str,
+        config: DecodeConfig,
+        candidates: Sequence[str] = (),
+    ):
+        self.model, self.tokenizer, self.task, self.config = model, tokenizer, task, config
+        self.form = TEXTS[task]
+        self.restricted = not self.form.beams and task != "nlvr2" and config.answers != "generate"
+        if self.restricted and not candidates:
+            raise ValueError(
+                f"decode.answers {config.answers} needs the answers of {task} to choose from: give its train"
+            )
+        self.candidates = sorted(set(candidates)) if self.restricted else []
+        self.candidate_ids = encode_targets(tokenizer, task, self.candidates) if self.candidates else None
+
+    def __call__(self, inputs: VLInputs) -> list[str]:
+        """One answer to each row."""
+        if self.task == "nlvr2":
+            return self._true_or_false(inputs)
+        if self.candidate_ids is not None and self.config.answers == "rank":
+            scores = self.model.rank_candidates(inputs, self.candidate_ids.to(inputs.input_ids.device))
+            return [self.candidates[index] for index in scores.argmax(dim=1).tolist()]
+        allowed = None if self.candidate_ids is None else only(self.candidate_ids, self.model.config)
+        beams = self.config.beams if self.form.beams else 1
+        ids = self.model.answer_ids(inputs, beams=beams, max_length=self.form.max_answer, allowed=allowed)
+        return decode(self.tokenizer, ids)
+
+    def _true_or_false(self, inputs: VLInputs) -> list[str]:
+        """The likelier of the two words' first tokens, after `</s><s>`."""
+        config = self.model.config
+        logits = self.model.next_logits(inputs, [config.decoder_start_token_id, config.bos_token_id])
+        words = encode_targets(self.tokenizer, self.task, TRUE_FALSE)[:, 1]
+        return [TRUE_FALSE[index] for index in logits[:, words].argmax(dim=1).tolist()]
+
+
+def only(candidates: Tensor, config) -> Callable[[int, Tensor], list[int]]:
+    """A `prefix_allowed_tokens_fn` that leads to one of the candidates (C, T), padded, and to nothing else."""
+    pad = config.pad_token_id
+    following: dict[tuple[int, ...], set[int]] = {}
+    for row in candidates.tolist():
+        ids = [config.decoder_start_token_id, *(token for token in row if token != pad)]
+        for length in range(1, len(ids)):
+            following.setdefault(tuple(ids[:length]), set()).add(ids[length])
+    return lambda _row, ids: sorted(following.get(tuple(ids.tolist()), {pad}))
+
+
+@torch.no_grad()
+def predict(
+    answerer: Answerer,
+    table: ExampleTable,
+    inputs_of: Callable[[list[Example]], VLInputs],
+    limit: int | None = None,
+) -> list[tuple[Example, str]]:
+    """Every row of the table (or the first `limit`) with the model's answer, in the table's order."""
+    count = len(table) if limit is None else min(limit, len(table))
+    size = answerer.config.batch_size
+    rows: list[tuple[Example, str]] = []
+    was_training = answerer.model.training
+    answerer.model.eval()
+    try:
+        with tqdm(total=count, desc=answerer.task, unit="row", delay=2, disable=None) as bar:
+            for start in range(0, count, size):
+                examples = [table[index] for index in range(start, min(start + size, count))]
+                rows += zip(examples, answerer(inputs_of(examples)), strict=True)
+                bar.update(len(examples))
+    finally:
+        answerer.model.train(was_training)
+    return rows
