@@ -1,4 +1,6 @@
-"""python -m pipelines.build_samples: draw the pretraining icons and rebuild samples/3d_icon and samples/lego.
+"""python -m pipelines.build_samples [vl]: make the sample data.
+
+Without an argument, the pretraining icons, samples/3d_icon and samples/lego:
 
     samples/concepts.jsonl             which things, chosen by hand, and what each serves for
     npm packages  -> build/packages    fetched with `npm pack`, only what is missing
@@ -6,9 +8,17 @@
     flat icons    -> build/icons/brick                 as brick models, drawn by LeoCAD from LDraw parts
     two styles    -> samples/3d_icon, samples/lego     with captions
 
-It has no config: its output is a fixed set of files, and the same packages give the same files again. Pictures that
-exist are kept, so a run that was cut off goes on; to draw a style anew, delete its folder.
-Needs npm, leocad, xvfb-run, the LDraw parts and resvg_py; the error for a missing one names the command that brings it.
+Pictures that exist are kept, so a run that was cut off goes on; to draw a style anew, delete its folder. Needs npm,
+leocad, xvfb-run, the LDraw parts and resvg_py.
+
+With vl, scenes for the vision-language tasks (npm, resvg_py, scikit-image and scipy), all of them anew:
+
+    samples/things.jsonl               the things in them, chosen by hand: name, emoji, kind, colour
+    build/vl                           the set to train on
+    samples/vl                         a small one, with the same things and other questions
+
+It has no config: its output is a fixed set of files, and the same packages give the same files again. The error for a
+missing tool names the command that brings it.
 """
 
 import importlib.util
@@ -33,6 +43,9 @@ from tqdm import tqdm
 from dora_mm.data.bricks import brick_grid, cut_sheet, ldraw_sheet
 from dora_mm.data.icons import Concept, IconSet, codepoint_key, dump_concepts, on_white, read_concepts, render_svg
 from dora_mm.data.pretraining import with_article
+from dora_mm.data.scene_files import Sizes, write_sets
+from dora_mm.data.scene_pictures import Artist, describe_thing, load_photos
+from dora_mm.data.things import dump_things
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -49,6 +62,15 @@ SVG_PACKAGES = {  # style: npm package. OpenMoji is share-alike and stays out.
     "contrast": "@iconify-json/fluent-emoji-high-contrast@1.2.6",
 }
 PACKAGE_3D = "@lobehub/fluent-emoji-3d@1.1.0"
+
+TOOLS = {  # what is looked for: what brings it
+    "npm": "apt install npm",
+    "leocad": "apt install leocad libgl1-mesa-dri",
+    "xvfb-run": "apt install xvfb xauth",
+    "the LDraw parts": "apt install ldraw-parts-free",
+    "resvg_py": "pip install 'dora_mm[samples]'",
+}
+VL_TOOLS = ("npm", "resvg_py")
 
 SIZE = 256  # pixels of every picture
 # Longer side of a brick model. With one stud's margin a stud is 8 pixels of 128: one still sees it, and it is what the
@@ -73,19 +95,43 @@ LEOCAD = [
 WEBP_QUALITY = {"brick": 70}
 DEFAULT_QUALITY = 90
 
+SCENE_ICON = 144  # pixels; things in scenes have up to 104
+VL_SETS = {  # pictures and questions; of NLVR2 sets of 8 pictures with 16 labelled sentences
+    ROOT / "build" / "vl": Sizes(
+        vqa={"train": (3000, 12500), "val": (600, 3000)},
+        gqa={"train": (1000, 8000), "val": (250, 2000), "testdev": (250, 2000)},
+        nlvr2={"train": 250, "dev": 63, "test1": 63},
+    ),
+    SAMPLES / "vl": Sizes(
+        vqa={"train": (500, 4000), "val": (120, 800)},
+        gqa={"train": (40, 300), "val": (15, 100), "testdev": (15, 100)},
+        nlvr2={"train": 10, "dev": 4, "test1": 4},
+    ),
+}
+
 SETS = {  # folder of samples/: style, role of its concepts, caption
     "3d_icon": ("3d", "icon3d", "a TOK icon of {thing}, in the style of TOK"),
     "lego": ("brick", "lego", "a lego set in the style of TOK, {thing}"),
 }
 
 
-def main() -> None:
+def main(part: str | None = None) -> None:
     """Everything that is missing, in order. Raises ValueError with one sentence for a person's mistake."""
+    if part not in (None, "vl"):
+        raise ValueError(f"there is no part {part!r}: say `vl`, or nothing")
     concepts = read_concepts(SAMPLES / "concepts.jsonl")
-    check_tools()
+    check_tools(VL_TOOLS if part == "vl" else TOOLS)
     packages = [*SVG_PACKAGES.values(), PACKAGE_3D]
     for package in progress([package for package in packages if not archive_of(package).exists()], "packages"):
         fetch(package)
+    if part == "vl":
+        build_vl(concepts)
+    else:
+        build_icons(concepts)
+
+
+def build_icons(concepts: list[Concept]) -> None:
+    """Icons and bricks on white, and the two folders of samples."""
     for style, package in SVG_PACKAGES.items():
         draw_svgs(style, archive_of(package), concepts)
     copy_3d(archive_of(PACKAGE_3D), concepts)
@@ -96,20 +142,17 @@ def main() -> None:
     logger.info("%d concepts in %s; samples in %s", len(concepts), ICONS, SAMPLES)
 
 
-def check_tools() -> None:
-    """Every tool is there, or ValueError says which command brings the missing ones."""
-    bring = {  # what is looked for: what brings it
-        "npm": "apt install npm",
-        "leocad": "apt install leocad libgl1-mesa-dri",
-        "xvfb-run": "apt install xvfb xauth",
-    }
-    missing = {tool: command for tool, command in bring.items() if shutil.which(tool) is None}
-    if not Path("/usr/share/ldraw/parts/3005.dat").exists() and "LEOCAD_LIB" not in os.environ:
-        missing["the LDraw parts"] = "apt install ldraw-parts-free"
-    if importlib.util.find_spec("resvg_py") is None:
-        missing["resvg_py"] = "pip install 'dora_mm[samples]'"
+def check_tools(tools: Collection[str]) -> None:
+    """Every one of these keys of TOOLS is there, or ValueError says which command brings the missing ones."""
+    missing = {tool: TOOLS[tool] for tool in tools if not has_tool(tool)}
     if missing:
         raise ValueError("building the samples needs " + "; ".join(f"{tool} ({how})" for tool, how in missing.items()))
+
+
+def has_tool(tool: str) -> bool:
+    if tool == "the LDraw parts":
+        return Path("/usr/share/ldraw/parts/3005.dat").exists() or "LEOCAD_LIB" in os.environ
+    return shutil.which(tool) is not None or importlib.util.find_spec(tool) is not None
 
 
 def archive_of(package: str) -> Path:
@@ -200,6 +243,34 @@ def draw_bricks(sheet: list[Concept], icon_set: IconSet) -> list[Image.Image]:
     return cut_sheet(sheet_picture, grids, SHEET_COLUMNS, STUDS, SIZE, squeeze=math.sin(math.radians(ELEVATION)))
 
 
+def build_vl(concepts: list[Concept]) -> None:
+    """build/vl and samples/vl: scenes of icons with questions, sentences and captions."""
+    rows = [json.loads(line) for line in (SAMPLES / "things.jsonl").read_text().splitlines()]
+    codes = {concept.name: concept.code for concept in concepts}
+    rows = [{**row, "code": codes[row.pop("icon", row["name"])]} for row in rows]
+    icons = read_scene_icons({row["name"]: row["code"] for row in rows}, concepts)
+    things = [describe_thing(row, icons) for row in progress(rows, "colours")]
+    artist = Artist(icons, load_photos())
+    for folder, sizes in VL_SETS.items():
+        write_atomically(folder / "things.jsonl", dump_things(things).encode())
+        write_sets(folder, things, artist, sizes)
+
+
+def read_scene_icons(codes: dict[str, str], concepts: list[Concept]) -> dict[tuple[str, str], Image.Image]:
+    """(style, name) -> RGBA icon, with its transparency."""
+    icons = {}
+    for style, package in progress(SVG_PACKAGES.items(), "icons"):
+        icon_set = read_icon_set(archive_of(package), concepts)
+        icons |= {(style, name): render_svg(icon_set.svg(code), SCENE_ICON) for name, code in codes.items()}
+    by_code = {
+        codepoint_key(Path(name).stem): file for name, file in read_archive(archive_of(PACKAGE_3D), ".webp").items()
+    }
+    for name, code in codes.items():
+        icon = Image.open(io.BytesIO(by_code[code])).convert("RGBA")
+        icons["3d", name] = icon.resize((SCENE_ICON, SCENE_ICON), Image.Resampling.LANCZOS)
+    return icons
+
+
 def write_sample_set(folder: Path, pictures: Path, concepts: list[Concept], caption: str) -> None:
     """A folder to train on: the pictures under readable names, and metadata.jsonl with their captions."""
     rows = []
@@ -251,7 +322,7 @@ def progress(items: Collection[T], what: str) -> Iterator[T]:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        main()
+        main(*sys.argv[1:2])
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is None:
             raise  # a picture that Pillow cannot read is our bug; a full disk is not
