@@ -238,6 +238,7 @@ class PretrainTinyVLConfig(PipelineConfig):
     output: Text | None = None
     model: TinyVLConfig = TinyVLConfig()
     vision: VisionConfig
+    masked_share: Share = 0.5  # of the rows: the model reads the caption with words masked, and writes it whole
     data: VLDataConfig
     optimizer: OptimizerConfig
     schedule: VLScheduleConfig = VLScheduleConfig()

@@ -160,6 +160,7 @@ class VLBart(BartForConditionalGeneration):
             decoder_start_token_id=self.config.decoder_start_token_id,
             bos_token_id=self.config.bos_token_id,
             eos_token_id=self.config.eos_token_id,
+            forced_eos_token_id=self.config.eos_token_id,
             pad_token_id=self.config.pad_token_id,
         )
         found = cast(Any, self).generate(  # of GenerationMixin, whose stub hides it

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, BartTokenizer
 
@@ -34,7 +35,7 @@ VISUAL: dict[str, dict[str, Any]] = {
     "image": {"pooled_side": 6, "max_images": 2},
     "video": {"pooled_side": None, "max_images": 2},
 }
-LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError)
+LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, SafetensorError)
 
 
 def load_vl_bart(config: VLModelConfig, feature_dim: int, seed: int) -> tuple[VLBart, BartTokenizer]:

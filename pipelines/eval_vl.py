@@ -1,0 +1,124 @@
+"""Scores a VL-BART, bare or with an adapter, on validation or test splits, and shows what it answers."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import dora_mm
+from dora_mm import io
+from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.config.vl import VIDEO_TASKS, EvalVLConfig
+from dora_mm.data.pixels import load_rgb
+from dora_mm.data.vl import Example
+from dora_mm.eval.examples_page import PageSection, Shown, write_examples_page
+from dora_mm.eval.submissions import suffix, write_predictions
+from dora_mm.eval.vl import Rows, VLScores, report, score, score_row
+from dora_mm.io.atomic import write_text
+from dora_mm.models.vl_loading import load_vl_bart
+from dora_mm.tasks.eyes import Eyes
+from dora_mm.tasks.vl_bart import VLBartTask
+from dora_mm.train.run import RunDirectory
+from dora_mm.train.validation import ValidationSet, answer_all, frequent_answers, main_values, open_source
+
+log = logging.getLogger(__name__)
+
+
+def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
+    splits = open_splits(config)
+    eyes = Eyes(config.vision)
+    adapter = adapter_path(config)
+    seed = int(io.read(adapter)[1].get("seed", 0)) if adapter else 0
+    model, tokenizer = load_vl_bart(config.model, eyes.feature_dim, seed)
+    if adapter:
+        load_adapters(config, adapter, model, eyes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, eyes = model.to(device).eval(), eyes.to(device).eval()  # type: ignore[arg-type]
+    run = RunDirectory.create(config.name, dump_config(config), config.output)
+    with dora_mm.fixed_parameters(model), dora_mm.fixed_parameters(eyes):
+        answered = answer_all(VLBartTask(model, tokenizer, eyes), splits, config.decode)
+    for name, rows in answered.items():
+        write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
+    scored = {name: rows for name, rows in answered.items() if all(example.answers for example, _ in rows)}
+    scores = {name: score(name, rows, vqa_mode=config.vqa_mode) for name, rows in scored.items()}
+    write_report(config, run, scores, [name for name in answered if name not in scored])
+    write_page(config, run, answered, splits)
+
+
+def open_splits(config: EvalVLConfig) -> dict[str, ValidationSet]:
+    """The split of every task, with the training answers where candidates are wanted."""
+    found = {}
+    for task in config.data.tasks:
+        assert task.valid is not None
+        table = open_source(task.valid, config.data.tables, config.data.on_bad_data)
+        candidates: tuple[str, ...] = ()
+        if config.decode.answers != "generate" and task.train is not None:
+            rows = open_source(task.train, config.data.tables, config.data.on_bad_data)
+            candidates = frequent_answers(map(rows.__getitem__, range(len(rows))), config.decode.min_answer_count)
+        found[task.task] = ValidationSet(table, task.valid.images, candidates)
+    return found
+
+
+def adapter_path(config: EvalVLConfig) -> Path | None:
+    """The adapter's folder: the path itself, or `adapter` in the run that it is."""
+    if config.adapter is None:
+        return None
+    path = resolve_path(config.adapter, "adapter")
+    return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+def load_adapters(config: EvalVLConfig, folder: Path, model: nn.Module, eyes: Eyes) -> None:
+    """The model's adapter and, where the run adapted it, its tower's, which lies in a folder inside."""
+    dora_mm.load_adapter({"model": model}, folder, backend=config.backend)
+    if folder.is_dir() and (folder / "vision").is_dir():
+        if eyes.tower is None:
+            raise ValueError(
+                f"{folder} adapts the vision tower too: leave vision.features out, so that it looks itself"
+            )
+        dora_mm.load_adapter({"vision": eyes.tower}, folder / "vision", backend=config.backend)
+
+
+def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLScores], unscored: list[str]) -> None:
+    """scores.json and report.md, and the latter on the screen."""
+    values: dict[str, Any] = {name: asdict(found) for name, found in scores.items()}
+    write_text(run.path / "scores.json", json.dumps(values, indent=2) + "\n")
+    overall = ", ".join(f"{name} {value:.2f}" for name, value in main_values(scores).items())
+    texts = [f"# {config.name}\n\n{overall}", *(f"## {name}\n\n{report(found)}" for name, found in scores.items())]
+    texts += [f"## {name}\n\nNo answers to compare with: predictions only." for name in unscored]
+    write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
+    print("\n\n".join(texts[1:]))
+    print(f"\nreport   {run.path / 'report.md'}")
+
+
+def write_page(
+    config: EvalVLConfig, run: RunDirectory, answered: dict[str, Rows], splits: dict[str, ValidationSet]
+) -> None:
+    """Examples of every task, evenly spread over the split."""
+    if not config.examples:
+        return
+    sections = []
+    for name, rows in answered.items():
+        chosen = rows[:: max(1, len(rows) // config.examples)][: config.examples]
+        shown = [
+            Shown.of(
+                example,
+                prediction,
+                score_row(name, example, prediction, vqa_mode=config.vqa_mode),
+                pictures(name, example, splits[name].images),
+            )
+            for example, prediction in chosen
+        ]
+        sections.append(PageSection(name, shown))
+    write_examples_page(run.path / "examples.html", config.name, sections)
+    print(f"examples {run.path / 'examples.html'}")
+
+
+def pictures(task: str, example: Example, folder: str | None) -> list[Any]:
+    """The pictures of an example, none where only features are known."""
+    if task in VIDEO_TASKS or folder is None:
+        return []
+    return [load_rgb(resolve_path(folder, "images") / name, "white") for name in example.images]
