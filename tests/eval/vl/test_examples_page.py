@@ -1,0 +1,173 @@
+"""The page of examples: its text, and what Chromium makes of it."""
+
+import base64
+import html
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dora_mm.data.vl import Example
+from dora_mm.eval.examples_page import PageSection, Shown, data_uri, write_examples_page
+from tests.eval.vl import browser
+
+RED, BLUE = (220, 40, 30), (30, 60, 220)
+LONG = "a very long caption of a kitchen with three bananas and a cat that sleeps by the window " * 3
+
+
+def picture(colour: tuple[int, int, int], size: tuple[int, int] = (400, 300)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def sections() -> list[PageSection]:
+    vqa = [
+        Shown("11", "What colour is it?", "red", (("red", 1.0), ("dark red", 0.3)), 1.0, (picture(RED),)),
+        Shown("12", "<b>Is</b> 3 < 5?", "<script>alert(1)</script>", (("yes & no", 0.9),), 0.0, (picture(RED),)),
+        Shown("13", "Что это? 这是什么", "🍌", (("香蕉", 0.6), ("موز", 0.3)), 0.6),
+        Shown("14", "How many?", "", (("2", 1.0),), 0.0),
+    ]
+    pair = (picture(BLUE), picture(BLUE, (300, 900)))
+    nlvr2 = [Shown("dev-1-0-0", "Both are blue.", "true", (("true", 1.0),), 1.0, pair)]
+    captions = [Shown("391895", "", LONG, ((LONG, 1.0), ("x" * 200, 1.0)), None, (picture(RED, (60, 40)),))]
+    return [PageSection("VQA", vqa, "accuracy 50.00"), PageSection("NLVR2", nlvr2), PageSection("captions", captions)]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    path = tmp_path / "examples.html"
+    write_examples_page(path, "Examples <of> everything", sections())
+    return path
+
+
+class Reader(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_holds_every_word_as_text(page):
+    read = Reader(page.read_text(encoding="utf-8"))
+    for section in sections():
+        assert section.title in read.texts
+        for shown in section.shown:
+            texts = [shown.name, shown.prediction or "(nothing)", *(answer for answer, _ in shown.answers)]
+            assert all(text in read.texts for text in [*texts, *([shown.question] if shown.question else [])])
+    assert "accuracy 50.00" in read.texts
+    assert read.texts.count("Examples <of> everything") == 2  # its title and heading
+
+
+def test_the_page_needs_nothing_from_elsewhere(page):
+    read = Reader(page.read_text(encoding="utf-8"))
+    assert not {tag for tag, _ in read.tags} & {"script", "link", "iframe", "object"}
+    sources = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
+    assert len(sources) == 5
+    assert all(source.startswith("data:image/webp;base64,") for source in sources)
+    policy = next(attributes["content"] for _, attributes in read.tags if "http-equiv" in attributes)
+    assert policy.startswith("default-src 'none'")
+    assert "url(" not in page.read_text(encoding="utf-8")
+
+
+def test_pictures_are_small_and_on_white():
+    transparent = Image.new("RGBA", (900, 300), (0, 0, 0, 0))
+    embedded = Image.open(io.BytesIO(base64.b64decode(data_uri(transparent).partition(",")[2])))
+    assert (embedded.format, embedded.size) == ("WEBP", (320, 107))
+    assert min(embedded.convert("RGB").getpixel((5, 5))) > 250
+
+
+def test_of_an_example():
+    example = Example("7", ("a.jpg",), "How many?", ("2", "3"), (1.0, 0.3), ("2",) * 9 + ("3",))
+    shown = Shown.of(example, "3", 0.3, [picture(RED)])
+    assert (shown.name, shown.question, shown.answers) == ("7", "How many?", (("2", 1.0), ("3", 0.3)))
+    assert [Shown.of(example, "", score).verdict for score in (None, 0.0, 0.3, 0.9, 1.0)] == [
+        None, "wrong", "part", "part", "right",
+    ]  # fmt: skip
+
+
+def test_a_page_without_scores_has_no_filter_and_one_without_answers_no_list(tmp_path):
+    path = tmp_path / "page.html"
+    write_examples_page(path, "test split", [PageSection("captions", [Shown("1", "", "a dog", ())])])
+    text = path.read_text(encoding="utf-8")
+    assert "<input" not in text
+    assert "answers" not in text
+
+
+def test_halves_of_surrogate_pairs_do_not_stop_the_page(tmp_path):
+    path = tmp_path / "page.html"
+    write_examples_page(path, "odd", [PageSection("VQA", [Shown("1", "?", json.loads('"\\ud83d x"'), (), 0.0)])])
+    assert "? x" in path.read_text(encoding="utf-8")
+
+
+needs_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
+
+# Run by a page that holds ours in a frame as wide as a phone: clicks each filter, and tells what is then to be seen.
+PROBE = """
+<iframe style="width: 360px; height: 800px; border: 0" srcdoc="{page}"></iframe>
+<pre id="found"></pre>
+<script>
+onload = () => {{
+  const inner = document.querySelector("iframe").contentDocument, found = {{}};
+  const visible = (selector) => [...inner.querySelectorAll(selector)].filter((node) => node.offsetParent !== null);
+  for (const key of ["all", "right", "part", "wrong"]) {{
+    inner.querySelector(`label[for=show-${{key}}]`).click();
+    found[key] = visible(".name").map((node) => node.textContent);
+    found[key + " sections"] = visible("h2").map((node) => node.textContent);
+  }}
+  inner.querySelector("label").click();
+  found.wide = [...inner.querySelectorAll("body *")].filter((n) => n.getBoundingClientRect().right > 360.5).length;
+  found.loaded = [...inner.images].filter((image) => image.naturalWidth > 0).length;
+  const [first, second] = inner.querySelectorAll("#s1 img");
+  found.beside = first.getBoundingClientRect().right <= second.getBoundingClientRect().left;
+  document.querySelector("#found").textContent = JSON.stringify(found);
+}};
+</script>
+"""
+
+
+@needs_chromium
+def test_filters_and_a_phones_width(page, tmp_path):
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
+    probe = tmp_path / "probe.html"
+    probe.write_text("<meta charset=utf-8>" + PROBE.format(page=html.escape(text.replace(' loading="lazy"', ""))))
+    document = browser.run(probe, "--dump-dom", profile=tmp_path / "profile")
+    found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', document, re.DOTALL).group(1)))
+    assert found["all"] == ["11", "12", "13", "14", "dev-1-0-0", "391895"]
+    assert found["right"] == ["11", "dev-1-0-0"]
+    assert found["part"] == ["13"]
+    assert found["wrong"] == ["12", "14"]
+    assert found["wrong sections"] == ["VQA"]
+    assert found["wide"] == 0  # nothing reaches beyond the screen
+    assert found["loaded"] == 5
+    assert found["beside"]
+
+
+@needs_chromium
+def test_it_is_drawn_light_and_dark(page, tmp_path):
+    shots = {}
+    for dark in (False, True):
+        png = tmp_path / f"{dark}.png"
+        browser.screenshot(page, png, 1000, 1400, profile=tmp_path / "profile", dark=dark)
+        with Image.open(png) as picture:
+            shots[dark] = picture.convert("RGB")
+            assert picture.size == (1000, 1400)
+    for shot in shots.values():
+        colours = shot.resize((250, 350), Image.Resampling.NEAREST).getcolors(250 * 350)
+        near = {
+            name: sum(count for count, c in colours if max(abs(a - b) for a, b in zip(c, wanted, strict=True)) < 12)
+            for name, wanted in {"red": RED, "blue": BLUE}.items()
+        }
+        assert near["red"] > 5_000  # two pictures and one smaller, of about 280 x 210 pixels, a sixteenth counted
+        assert near["blue"] > 1_000
+    assert min(shots[False].getpixel((995, 5))) > 230
+    assert max(shots[True].getpixel((995, 5))) < 40
