@@ -1,12 +1,14 @@
 """The target maps by name: one file per architecture, one line here."""
 
 from dora_mm.core.targets import TargetMap
-from dora_mm.targets import bart, clip, sdxl
+from dora_mm.targets import bart, clip, open_clip, sdxl, timm_vit
 
 MAPS: dict[str, TargetMap] = {
     "sdxl-unet": sdxl.UNET,
     "clip-text": clip.TEXT,
     "bart": bart.BART,
+    "open-clip-visual": open_clip.VISUAL,
+    "timm-vit": timm_vit.VIT,
 }
 
 
