@@ -7,7 +7,7 @@ from dora_mm.data.vl import Example
 from dora_mm.eval import gqa, nlvr2, video, vqa
 from dora_mm.eval.captions import score_captions
 from dora_mm.eval.scores import markdown_table
-from dora_mm.eval.vl_scores import Rows, VLScores
+from dora_mm.eval.vl_scores import Rows, VLScores, is_answered
 
 __all__ = ["Rows", "VLScores", "main_metric", "report", "score", "score_row"]
 
@@ -43,7 +43,7 @@ def score(task: str, rows: Rows, *, vqa_mode: vqa.Mode = "official", meteor: boo
 
 def score_row(task: str, example: Example, prediction: str, *, vqa_mode: vqa.Mode = "official") -> float | None:
     """What one prediction is worth, 0 to 1; None for captions, which are only scored together, and without answers."""
-    if task in CAPTION_TASKS or not (example.answers or example.raw_answers):
+    if task in CAPTION_TASKS or not is_answered(example):
         return None
     if task == "vqa":
         return vqa.row_accuracy(example, prediction, vqa_mode)

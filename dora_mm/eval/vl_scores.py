@@ -31,15 +31,21 @@ class VLScores:
         return self.metrics.get(self.main)
 
 
-def check_answered(rows: Rows) -> None:
-    """Raises ValueError where there is nothing to compare with: no rows, or a row of a split without answers."""
+def is_answered(example: Example) -> bool:
+    return bool(example.answers or example.raw_answers)
+
+
+def check_answered(rows: Rows, *, every: bool = True) -> None:
+    """Raises ValueError where there is nothing to compare with: no rows, or a row without answers, as in test splits.
+
+    Args:
+        every: False lets some rows be without, but not all.
+    """
     if not rows:
         raise ValueError("there is nothing to score: the split has no rows")
-    for example, _ in rows:
-        if not example.answers and not example.raw_answers:
-            raise ValueError(
-                f"{example.id} has no answers to compare with: of a test split, only write the predictions"
-            )
+    missing = [example.id for example, _ in rows if not is_answered(example)]
+    if missing and (every or len(missing) == len(rows)):
+        raise ValueError(f"{missing[0]} has no answers to compare with: of a test split, only write the predictions")
 
 
 def percent(values: Sequence[float]) -> float:

@@ -179,6 +179,13 @@ def test_rows_without_the_ten_answers_are_scored_by_labels_and_say_so():
     assert "1 of 2 questions scored by their labels" in scores.notes[1]
 
 
+def test_a_question_with_an_empty_label_counts_as_wrong():
+    labelled = Example("1", ("x.jpg",), "?", ("yes",), (1.0,))
+    scores = score_vqa([(labelled, "yes"), (Example("2", ("x.jpg",), "?"), "no")])
+    assert scores.metrics == {"accuracy": 50.0}
+    assert scores.notes[1] == "1 of 2 questions have an empty label, and count as wrong"
+
+
 def test_a_test_split_is_not_scored():
     with pytest.raises(ValueError, match="42 has no answers"):
         score_vqa([(Example("42", ("x.jpg",), "?"), "yes")])
