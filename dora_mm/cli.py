@@ -50,11 +50,12 @@ def sentence_for(error: Exception) -> str | None:
     """What to tell a person about an error of theirs; None for a bug, which keeps its traceback."""
     for cause in _causes(error):
         if "No space left on device" in str(cause):  # safetensors and torch wrap it in errors of their own
-            return f"the disk is full: free some space, then go on with --resume ({cause})"
+            return f"the disk is full: free some space, then go on (a training with --resume) ({cause})"
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name and not _is_ours(error.name):
-        return f"the package {error.name} is missing: pip install 'dora_mm[eval,optim,track]' has all that commands use"
+        extras = "eval,optim,track,vl"  # all that commands use
+        return f"the package {error.name} is missing: pip install 'dora_mm[{extras}]'"
     if isinstance(error, ValueError) and _raised_by_us(error):
         return str(error)
     return None
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train an adapter, or a small base model"),
         ("sample", "draw pictures for prompts"),
         ("eval", "score what was trained"),
+        ("features", "compute what a vision tower says about pictures, once"),
     ):
         command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, as a config says.")
         command.add_argument("config", metavar="CONFIG", nargs="?" if name == "train" else None, help="a YAML file")

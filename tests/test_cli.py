@@ -67,7 +67,7 @@ def test_help_is_quick_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "sample", "eval", "inspect"):
+    for command in ("train", "sample", "eval", "features", "inspect"):
         assert command in done.stdout
 
 
@@ -90,7 +90,7 @@ def test_mistakes_in_a_config_give_one_report_and_exit_code_2(config, pipeline, 
     assert "Traceback" not in printed.err
 
 
-@pytest.mark.parametrize("command", ["sample", "eval"])
+@pytest.mark.parametrize("command", ["sample", "eval", "features"])
 def test_a_config_of_another_command_is_refused(config, pipeline, capsys, command):
     recipe = pipeline()
     assert cli.main([command, str(config)]) == 2
@@ -104,7 +104,7 @@ def test_train_needs_a_config_or_a_run(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["sample"], ["train", "a.yaml", "--steps", "3"], ["sample", "a", "--resume", "b"]]
+    "arguments", [[], ["trian"], ["sample"], ["train", "a.yaml", "--steps", "3"], ["features", "a", "--resume", "b"]]
 )
 def test_malformed_command_lines_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:

@@ -1,0 +1,171 @@
+"""dora-mm features: from folders of pictures to a folder of features, interrupted and run again."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_mm import cli
+from dora_mm.config import load_config
+from dora_mm.config.vl import VisionConfig
+from dora_mm.data.features import open_features
+from dora_mm.data.pixels import load_rgb
+from dora_mm.models.towers import LITE0
+from dora_mm.models.vision import VisionTower, load_tower
+from pipelines import extract_features
+
+VISION = {"tower": "timm/tf_efficientnet_lite0", "pretrained": LITE0, "layers": ["blocks.2", "blocks.6"]}
+
+
+def draw(path, seed, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """NLVR2 keeps its pictures in numbered folders."""
+    folder = tmp_path / "pictures"
+    for index in range(5):
+        draw(folder / str(index % 2) / f"{index}.png", index)
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, pictures):
+    """In JSON, which is YAML."""
+    path = tmp_path / "mine.yaml"
+    values = {
+        "pipeline": "extract_features",
+        "output": str(tmp_path / "out"),
+        "images": [str(pictures)],
+        "batch_size": 2,
+    }
+    path.write_text(json.dumps({**values, "vision": VISION, "dtype": "float32"}))
+    return path
+
+
+def run(config, *overrides):
+    return cli.main(["features", str(config), *(word for override in overrides for word in ("--set", override))])
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many pictures went through a tower, batch by batch."""
+    sizes = []
+    forward = VisionTower.forward
+
+    def counting(self, pixels):
+        sizes.append(len(pixels))
+        return forward(self, pixels)
+
+    monkeypatch.setattr(VisionTower, "forward", counting)
+    return sizes
+
+
+def test_features_are_what_the_tower_says(config, pictures, tmp_path, computed):
+    assert run(config) == 0
+    assert computed == [2, 2, 1]
+    features = open_features([tmp_path / "out"])
+    tower = load_tower(VisionConfig(**VISION))
+    assert features.dim == tower.feature_dim == 360
+    for path in pictures.rglob("*.png"):
+        found = features[path.stem]
+        torch.testing.assert_close(found, tower(tower.preprocess(load_rgb(path))[None])[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_run_computes_what_is_new_or_has_changed(config, pictures, tmp_path, computed, caplog):
+    assert run(config) == 0
+    before = open_features([tmp_path / "out"])["1"]
+    del computed[:]
+    assert run(config) == 0
+    assert computed == []
+    assert "0 computed, 5 were there already" in caplog.text
+    draw(pictures / "1" / "1.png", 77)
+    draw(tmp_path / "more" / "new.jpg", 78)
+    assert run(config, f"images=[{pictures}, {tmp_path / 'more'}]") == 0
+    assert sum(computed) == 2
+    features = open_features([tmp_path / "out"])
+    assert not torch.equal(features["1"], before)
+    assert "new" in features
+
+
+def test_an_interrupted_run_goes_on(config, tmp_path, computed, monkeypatch, capsys):
+    add = extract_features.FeatureWriter.add
+
+    def interrupted(self, name, *values):
+        if name == "3":
+            raise KeyboardInterrupt
+        add(self, name, *values)
+
+    monkeypatch.setattr(extract_features.FeatureWriter, "add", interrupted)
+    assert run(config) == 130
+    monkeypatch.undo()
+    done = [name for name in "01234" if name in open_features([tmp_path / "out"])]
+    assert done == ["0", "1", "2", "4"]
+    assert run(config) == 0
+    assert all(name in open_features([tmp_path / "out"]) for name in "01234")
+
+
+def test_bad_pictures_stop_the_run_or_are_named(config, pictures, tmp_path, capsys, caplog):
+    (pictures / "1" / "broken.jpg").write_bytes(b"no picture")
+    (pictures / "1" / "empty.png").write_bytes(b"")
+    assert run(config) == 2
+    assert re.fullmatch(r"dora-mm: images: \S+broken.jpg is not a whole image \(.*\): replace or delete it\n",
+                        capsys.readouterr().err)  # fmt: skip
+    assert run(config, "on_bad_data=skip") == 0
+    assert "2 pictures were left out" in caplog.text
+    assert "broken.jpg" in caplog.text
+    assert "empty.png is empty" in caplog.text
+    features = open_features([tmp_path / "out"])
+    assert [name in features for name in ("0", "4", "broken", "empty")] == [True, True, False, False]
+
+
+def test_readers_in_other_processes(config, tmp_path, computed, monkeypatch):
+    """As beside a GPU."""
+    loader = extract_features.DataLoader
+    monkeypatch.setattr(
+        extract_features, "DataLoader", lambda *args, num_workers, **kw: loader(*args, num_workers=2, **kw)
+    )
+    assert run(config) == 0
+    assert sum(computed) == 5
+    assert all(name in open_features([tmp_path / "out"]) for name in "01234")
+
+
+def test_half_precision_and_another_tower(config, tmp_path, capsys):
+    assert run(config, "dtype=float16") == 0
+    assert run(config, "dtype=float16", "vision.layers=[blocks.6]") == 2
+    assert "out holds features of another tower, weights or layers" in capsys.readouterr().err
+    assert run(config) == 2
+    assert "holds features of dtype float16, not float32: name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: draw(folder / "2.jpg", 0), "have the same name, by which features are found"),
+        (lambda folder: [path.unlink() for path in folder.rglob("*.png")], "holds no pictures (.png, .jpg"),
+    ],
+)
+def test_folders_that_cannot_be_used(config, pictures, tmp_path, capsys, prepare, message):
+    prepare(pictures)
+    assert run(config) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_missing(config, capsys):
+    assert run(config, "images=[nowhere]") == 2
+    assert "images: nowhere does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["features", "features_tiny"])
+def test_the_example_configs(name):
+    config = load_config(f"configs/vl_bart/{name}.yaml")
+    tower = load_tower(config.vision.model_copy(update={} if name == "features_tiny" else {"pretrained": None}))
+    assert (tower.feature_dim, tower.grid) == ((472 if name == "features_tiny" else 2048), (7, 7))
