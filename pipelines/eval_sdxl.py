@@ -20,7 +20,8 @@ from dora_mm.eval.clip import ClipSimilarity
 from dora_mm.eval.encoder import Encoder
 from dora_mm.eval.icons import fill
 from dora_mm.eval.judge import Judge
-from dora_mm.eval.scores import format_interval, markdown_table, metrics_table, summarize, write_json
+from dora_mm.eval.markdown import markdown_table
+from dora_mm.eval.scores import format_interval, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.io.digest import module_digest
 from dora_mm.models.sdxl import SDXL, load_sdxl

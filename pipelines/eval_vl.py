@@ -18,6 +18,7 @@ from dora_mm.data.vl import Example
 from dora_mm.eval.examples_page import PageSection, Shown, write_examples_page
 from dora_mm.eval.submissions import suffix, write_predictions
 from dora_mm.eval.vl import Rows, VLScores, report, score, score_row
+from dora_mm.eval.vl_scores import is_answered
 from dora_mm.io.atomic import write_text
 from dora_mm.models.vl_loading import load_vl_bart
 from dora_mm.tasks.eyes import Eyes
@@ -43,7 +44,8 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
         answered = answer_all(VLBartTask(model, tokenizer, eyes), splits, config.decode)
     for name, rows in answered.items():
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
-    scored = {name: rows for name, rows in answered.items() if all(example.answers for example, _ in rows)}
+    # Karpathy's VQA has rows without any answer among others: they count as wrong, and a note says how many.
+    scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
     scores = {name: score(name, rows, vqa_mode=config.vqa_mode) for name, rows in scored.items()}
     write_report(config, run, scores, [name for name in answered if name not in scored])
     write_page(config, run, answered, splits)

@@ -256,18 +256,39 @@ def describe(config: TrainVLBartConfig) -> str:
     return "\n\n".join([trainable_of(parameters, adapted), *tables, data_needed(config)])
 
 
+PUBLISHED = {  # by data format
+    "vqa_v2": "visualqa.org",
+    "vqa_karpathy": "the data of VL-T5 (github.com/j-min/VL-T5)",
+    "easy_vqa": "the package easy-vqa",
+    "gqa": "GQA's download page (cs.stanford.edu/people/dorarad/gqa)",
+    "gqa_vlt5": "the data of VL-T5 (github.com/j-min/VL-T5)",
+    "nlvr2": "github.com/lil-lab/nlvr",
+    "nlvr2_vlt5": "the data of VL-T5 (github.com/j-min/VL-T5)",
+    "coco_captions": "cocodataset.org",
+    "coco_karpathy": "Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent)",
+    "video_qa": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
+    "video_captions": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
+}
+
+
 def data_needed(config: TrainVLBartConfig) -> str:
-    lines = ["data"]
-    for task in config.data.tasks:
-        for split in ("train", "valid"):
-            if source := getattr(task, split):
-                for key in ("file", "annotations", "subtitles", "images"):
-                    if path := getattr(source, key):
-                        lines.append(f"  {task.task} {split}  {key}: {path} ({source.format}) {state_of(path)}")
-    lines += [f"  features: {path} {state_of(path)}" for path in config.vision.features]
-    lines.append(f"  model: {config.model.path}")
-    return "\n".join(lines)
-
-
-def state_of(path: str) -> str:
-    return "is there" if find_path(path) else "is MISSING: put it there"
+    """Every file and folder that the config names, whether it is there, and where the data set is published."""
+    rows = [
+        (
+            f"{task.task} {split} {key}",
+            path,
+            "is there" if find_path(path) else f"put there: {PUBLISHED[source.format]}",
+        )
+        for task in config.data.tasks
+        for split, source in (("train", task.train), ("valid", task.valid))
+        if source is not None
+        for key in ("file", "annotations", "subtitles", "images")
+        if (path := getattr(source, key)) is not None
+    ]
+    rows += [
+        ("features", path, "is there" if find_path(path) else "put there: dora-mm features, or .h5 and .npz of others")
+        for path in config.vision.features
+    ]
+    rows.append(("model", config.model.path, "a folder, or fetched from the hub"))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(["data", *(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)])

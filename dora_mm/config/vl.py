@@ -120,7 +120,7 @@ class VLModelConfig(Section):
 
 
 VLPart = Literal["text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko"]
-Trained = Literal["visual_embedding", "biases", "norms"]
+Trained = Literal["visual_embedding", "biases", "norms", "embeddings"]
 
 
 class VLAdapterConfig(AnyAdapterConfig):

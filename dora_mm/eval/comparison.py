@@ -5,7 +5,8 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dora_mm.eval.scores import METRICS, Scores, format_interval, markdown_table, metric_cells
+from dora_mm.eval.markdown import markdown_table
+from dora_mm.eval.scores import METRICS, Scores, format_interval, metric_cells
 from dora_mm.eval.statistics import Interval, difference
 
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dora_mm.eval.markdown import markdown_table
 from dora_mm.eval.statistics import Interval, bootstrap, crossed, jackknife
 from dora_mm.eval.style import CLASSES, StyleSpace, log_odds
 from dora_mm.io.atomic import write_atomically
@@ -133,11 +134,6 @@ def format_interval(interval: Interval, share: bool) -> str:
     if share:
         return f"{100 * interval.mean:.0f} % ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
     return f"{interval.mean:.2f} ({interval.low:.2f} to {interval.high:.2f})"
-
-
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def metrics_table(rows: dict[str, dict[str, Interval]]) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 from dora_mm.data.vl import Example
 from dora_mm.eval import gqa, nlvr2, video, vqa
 from dora_mm.eval.captions import score_captions
-from dora_mm.eval.scores import markdown_table
+from dora_mm.eval.markdown import markdown_table
 from dora_mm.eval.vl_scores import Rows, VLScores, is_answered
 
 __all__ = ["Rows", "VLScores", "main_metric", "report", "score", "score_row"]

@@ -81,11 +81,11 @@ def check_features(config: VLBartConfig, feature_dim: int, path: str) -> None:
 
 def config_of(path: str) -> BartConfig:
     """The config of a BART or VL-BART; facebook/bart-base's is known."""
+    if path == "facebook/bart-base":
+        return BartConfig(**BART_BASE)
     try:
         found = AutoConfig.from_pretrained(path)
     except LOADING_ERRORS as error:
-        if path == "facebook/bart-base":
-            return BartConfig(**BART_BASE)
         raise ValueError(f"model.path: {path} has no config of a BART: {' '.join(str(error).split())}") from error
     if not isinstance(found, BartConfig):
         raise ValueError(f"model.path: {path} is a {found.model_type}, and VL-BART is made from a BART")
