@@ -15,7 +15,7 @@ With vl, scenes for the vision-language tasks (npm, resvg_py, scikit-image and s
 
     samples/things.jsonl               the things in them, chosen by hand: name, emoji, kind, colour
     build/vl                           the set to train on
-    samples/vl                         a small one, with the same things and other questions
+    samples/vl                         a small one of the same kind, with a few clips
 
 It has no config: its output is a fixed set of files, and the same packages give the same files again. The error for a
 missing tool names the command that brings it.
@@ -43,7 +43,8 @@ from tqdm import tqdm
 from dora_mm.data.bricks import brick_grid, cut_sheet, ldraw_sheet
 from dora_mm.data.icons import Concept, IconSet, codepoint_key, dump_concepts, on_white, read_concepts, render_svg
 from dora_mm.data.pretraining import with_article
-from dora_mm.data.scene_files import Sizes, write_sets
+from dora_mm.data.scene_clips import write_clips
+from dora_mm.data.scene_files import SEED, Sizes, write_sets
 from dora_mm.data.scene_pictures import Artist, describe_thing, load_photos
 from dora_mm.data.things import dump_things
 
@@ -103,11 +104,12 @@ VL_SETS = {  # pictures and questions; of NLVR2 sets of 8 pictures with 16 label
         nlvr2={"train": 250, "dev": 63, "test1": 63},
     ),
     SAMPLES / "vl": Sizes(
-        vqa={"train": (500, 4000), "val": (120, 800)},
-        gqa={"train": (40, 300), "val": (15, 100), "testdev": (15, 100)},
-        nlvr2={"train": 10, "dev": 4, "test1": 4},
+        vqa={"train": (500, 3600), "val": (120, 720)},
+        gqa={"train": (40, 300), "val": (12, 100), "testdev": (12, 100)},
+        nlvr2={"train": 6, "dev": 2, "test1": 2},
     ),
 }
+CLIPS = {"train": 8, "val": 4}
 
 SETS = {  # folder of samples/: style, role of its concepts, caption
     "3d_icon": ("3d", "icon3d", "a TOK icon of {thing}, in the style of TOK"),
@@ -254,6 +256,7 @@ def build_vl(concepts: list[Concept]) -> None:
     for folder, sizes in VL_SETS.items():
         write_atomically(folder / "things.jsonl", dump_things(things).encode())
         write_sets(folder, things, artist, sizes)
+    write_clips(SAMPLES / "vl" / "video", things, artist, CLIPS, SEED)
 
 
 def read_scene_icons(codes: dict[str, str], concepts: list[Concept]) -> dict[tuple[str, str], Image.Image]:

@@ -15,7 +15,6 @@ OTHER_WORDS: dict[str, tuple[str, ...]] = {
     "bricks": ("brick wall", "brick"),
     "car": ("automobile",),
     "clock": ("alarm clock",),
-    "couch": ("sofa",),
     "doughnut": ("donut",),
     "gift": ("present",),
     "grass": ("lawn", "green grass"),

@@ -11,7 +11,7 @@ training scenes of another.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ from dora_mm.io.atomic import write_atomically, write_text
 __all__ = ["SEED", "Sizes", "gqa_file", "nlvr2_file", "vqa_files", "vqa_scenes", "write_sets"]
 
 SEED = 0
-JPEG_QUALITY = 80
-PNG_COLORS = 128  # NLVR2 wants PNG: with a palette one takes 12 kB, without 40
+JPEG_QUALITY = 75
+PNG_COLORS = 96  # NLVR2 wants PNG: with a palette one takes 12 kB, without 40
 FIRST_IDS = {"train": 1, "val": 500_001, "testdev": 700_001, "dev": 500_001, "test1": 700_001}
 INFO = {"description": "Generated scenes of icons; answers and captions follow from how they were composed."}
 LICENSE = {"id": 1, "name": "see SOURCES.md", "url": "https://creativecommons.org/licenses/by/4.0/"}
@@ -48,22 +48,22 @@ class Sizes:
 
 def write_sets(folder: Path, things: Sequence[Thing], artist: Artist, sizes: Sizes) -> None:
     """Everything of the layout above, and no other picture in its folders."""
+    pictures: dict[str, list[tuple[str, Scene]]] = {"images": [], "gqa/images": [], "nlvr2/images": []}
     for split, (num_pictures, num_questions) in sizes.vqa.items():
         for name, content in vqa_files(things, split, num_pictures, num_questions).items():
             write_json(folder / name, content)
-        scenes = vqa_scenes(things, split, num_pictures)
-        draw_all(folder / "images", f"vqa {split}", [(coco_name(split, scene), scene) for scene in scenes], artist)
+        scenes = scenes_of(things, "vqa", split, num_pictures)
+        pictures["images"] += [(coco_name(split, scene), scene) for scene in scenes]
     for split, (num_pictures, num_questions) in sizes.gqa.items():
-        write_json(
-            folder / f"gqa/{split}_balanced_questions.json", gqa_file(things, split, num_pictures, num_questions)
-        )
-        scenes = [make_scene(things, SEED, f"gqa/{split}", index) for index in range(num_pictures)]
-        drawn = [(f"{gqa_id(split, scene)}.jpg", scene) for scene in scenes]
-        draw_all(folder / "gqa/images", f"gqa {split}", drawn, artist)
+        write_json(folder / f"gqa/{split}_balanced_questions.json", gqa_file(things, split, num_pictures, num_questions))
+        scenes = scenes_of(things, "gqa", split, num_pictures)
+        pictures["gqa/images"] += [(f"{gqa_id(split, scene)}.jpg", scene) for scene in scenes]
     for split, num_sets in sizes.nlvr2.items():
-        rows, scenes = nlvr2_file(things, split, num_sets)
+        rows, of_pairs = nlvr2_file(things, split, num_sets)
         write_text(folder / f"nlvr2/{split}.json", "".join(dump(row) + "\n" for row in rows))
-        draw_all(folder / "nlvr2/images", f"nlvr2 {split}", scenes, artist)
+        pictures["nlvr2/images"] += of_pairs
+    for name, scenes in pictures.items():
+        draw_all(folder / name, scenes, artist)
 
 
 def dump(content: Any) -> str:
@@ -74,11 +74,14 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, dump(content))
 
 
-def draw_all(folder: Path, what: str, scenes: Iterable[tuple[str, Scene]], artist: Artist) -> None:
-    """The pictures of some scenes, each under its name."""
-    for name, scene in tqdm(list(scenes), desc=what, disable=None):
+def draw_all(folder: Path, scenes: Sequence[tuple[str, Scene]], artist: Artist) -> None:
+    """The pictures of some scenes, each under its name. Pictures of an earlier run that are none of them go away."""
+    for name, scene in tqdm(scenes, desc=f"{folder.parent.name}/{folder.name}", disable=None):
         picture = artist.draw(scene)
         write_atomically(folder / name, lambda path, name=name, picture=picture: save(picture, path, name))
+    names = {name for name, _ in scenes}
+    for stale in [path for path in folder.iterdir() if path.name not in names]:
+        stale.unlink()
 
 
 def save(picture: Image.Image, path: Path, name: str) -> None:
@@ -88,8 +91,9 @@ def save(picture: Image.Image, path: Path, name: str) -> None:
         picture.save(path, "jpeg", quality=JPEG_QUALITY, optimize=True)
 
 
-def vqa_scenes(things: Sequence[Thing], split: str, number: int) -> list[Scene]:
-    return [make_scene(things, SEED, f"vqa/{split}", index) for index in range(number)]
+def scenes_of(things: Sequence[Thing], task: str, split: str, number: int) -> list[Scene]:
+    """The scenes of vqa (with captions) or gqa. Those of NLVR2 come in pairs, see nlvr2_file."""
+    return [make_scene(things, SEED, f"{task}/{split}", index) for index in range(number)]
 
 
 def coco_id(split: str, scene: Scene) -> int:
@@ -102,7 +106,7 @@ def coco_name(split: str, scene: Scene) -> str:
 
 def vqa_files(things: Sequence[Thing], split: str, num_pictures: int, num_questions: int) -> dict[str, Any]:
     """File name -> content, of VQA v2's questions and annotations and of COCO's captions."""
-    scenes = vqa_scenes(things, split, num_pictures)
+    scenes = scenes_of(things, "vqa", split, num_pictures)
     chosen = vqa_questions(things, scenes, num_questions, SEED)
     annotations = list(vqa_annotations(chosen, [coco_id(split, question.scene) for question in chosen], SEED))
     questions = [{key: row[key] for key in ("image_id", "question", "question_id")} for row in annotations]
@@ -134,7 +138,7 @@ def gqa_id(split: str, scene: Scene) -> str:
 
 
 def gqa_file(things: Sequence[Thing], split: str, num_pictures: int, num_questions: int) -> dict[str, Any]:
-    scenes = [make_scene(things, SEED, f"gqa/{split}", index) for index in range(num_pictures)]
+    scenes = scenes_of(things, "gqa", split, num_pictures)
     chosen = gqa_questions(things, scenes, num_questions, SEED)
     return gqa_entries(chosen, [gqa_id(split, question.scene) for question in chosen], 10 * FIRST_IDS[split])
 

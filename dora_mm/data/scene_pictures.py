@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dora_mm.data.colors import PAINTS, PALE, color_of, paint, two_tone
 from dora_mm.data.scenes import PHOTOS, SIZE, Background, Placed, Scene
@@ -36,14 +36,14 @@ def load_photos() -> dict[str, Image.Image]:
         gray = ImageOps.autocontrast(Image.fromarray(getattr(data, source)()), cutoff=1)
         photos[name] = ImageOps.colorize(gray, dark, light)
     photos["wood"] = Image.fromarray(data.coffee()).crop((450, 20, 600, 170))  # the table beside the cup
-    photos["space"] = Image.fromarray(data.hubble_deep_field()).convert("RGB").crop((100, 100, 740, 740))
+    photos["space"] = Image.fromarray(data.hubble_deep_field()).convert("RGB").crop((100, 100, 500, 500))
     photos = {name: photos[name].resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.LANCZOS) for name in PHOTOS}
     return {name: soften(photo, name) for name, photo in photos.items()}
 
 
 def soften(photo: Image.Image, name: str) -> Image.Image:
     """Out of focus and with less contrast, as a background is: the things in front are what one looks at."""
-    photo = photo.filter(ImageFilter.GaussianBlur(0.6 if name == "space" else 1.2))
+    photo = photo.filter(ImageFilter.GaussianBlur(0.6 if name == "space" else 1.8))
     return photo if name == "space" else ImageEnhance.Contrast(photo).enhance(0.75)
 
 
@@ -106,8 +106,10 @@ class Artist:
         layer.paste(icon, (placed.x - icon.width // 2, placed.y - icon.height // 2))
         alpha = layer.getchannel("A")
         if rim:
-            alpha = alpha.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.GaussianBlur(0.6))
-        shadow = ImageChops.offset(alpha.filter(ImageFilter.GaussianBlur(3)), 1, 3).point(lambda a: int(a * SHADOW))
+            solid = alpha.point(lambda a: 255 if a > 127 else 0)  # a faint glow around an icon gets no rim
+            alpha = solid.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.GaussianBlur(0.6))
+        shadow = Image.new("L", picture.size)
+        shadow.paste(alpha.filter(ImageFilter.GaussianBlur(3)).point(lambda a: int(a * SHADOW)), (1, 3))
         picture.paste((0, 0, 0), mask=shadow)
         if rim:
             picture.paste((255, 255, 255), mask=alpha)

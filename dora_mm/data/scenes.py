@@ -121,7 +121,7 @@ def make_scene(things: Sequence[Thing], seed: int, split: str, index: int) -> Sc
 
 
 def choose_background(stream: random.Random) -> Background:
-    if stream.random() < 0.4:
+    if stream.random() < 0.35:
         return Background(stream.choice(PHOTOS), None, (stream.random(), stream.random()))
     return Background("plain", stream.choice(tuple(PALE)))
 
