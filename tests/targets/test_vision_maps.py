@@ -83,14 +83,16 @@ def test_attention_alone_is_the_default():
 
 @pytest.mark.parametrize("tower", ["RN50", "timm/resnet10t", "timm/swin_tiny_patch4_window7_224"])
 def test_towers_without_a_map(tower):
-    model, _ = tower_and_pixels(tower)
+    with torch.device("meta"):
+        model, _ = tower_and_pixels(tower)
     with pytest.raises(ValueError, match=f"^vision.tower: there is no target map for {tower}, only for vision transf"):
         tower_map(model)
 
 
 def test_full_size_counts():
     """ViT-B-32: 12 blocks of 4 projections and 2 layers of an MLP."""
-    model, _ = tower_and_pixels("ViT-B-32")
+    with torch.device("meta"):
+        model, _ = tower_and_pixels("ViT-B-32")
     report = dora_mm.inject(model, tower_map(model), DoRASpec(rank=8), parts=["attn", "ff"])
     assert report.num_modules == 72
     attention, mlp = 4 * (8 * (768 + 768) + 768), 2 * 8 * (768 + 3072) + 768 + 3072
