@@ -1,0 +1,141 @@
+"""PEFT's folder: PEFT loads ours, we load PEFT's, and nothing that was trained is lost on the way."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, merge, save_adapter
+from dora_mm.io.peft import CONFIG_NAME, FILE_NAME
+from dora_mm.models.vl_bart import further_parameters
+from tests.models.vl import small_inputs, small_vl_bart
+
+TRAINS = ("visual_embedding", "biases", "norms")
+
+
+def trained(method: str = "dora", alpha: float = 3.0):
+    """(bare model, the same with a trained adapter, names of what trained beside it)."""
+    torch.manual_seed(1)
+    bare = small_vl_bart().requires_grad_(False)
+    model = copy.deepcopy(bare)
+    inject(model, "bart", DoRASpec(rank=2, alpha=alpha, method=method))
+    beside = further_parameters(model, TRAINS)
+    with torch.no_grad():
+        for parameter in [*beside.values(), *adapter_parameters(model).values()]:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return bare, model, list(beside)
+
+
+@pytest.fixture
+def inputs():
+    return small_inputs(["is there a red cat?", "what color is the bus?"])
+
+
+def answer(model, inputs):
+    with torch.no_grad():
+        return model(*inputs, decoder_input_ids=torch.tensor([[2, 0, 5], [2, 0, 6]]), use_cache=False).logits
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+def test_it_comes_back(tmp_path, inputs, method):
+    bare, model, beside = trained(method)
+    save_adapter({"model": model}, tmp_path, format="peft", also=beside)
+    report = load_adapter({"model": bare}, tmp_path)
+    assert report.num_modules == 12
+    assert torch.equal(answer(bare, inputs), answer(model, inputs))
+    expected = answer(model, inputs)
+    merge(bare)
+    torch.testing.assert_close(answer(bare, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_peft_loads_it_with_all_that_trained(tmp_path, inputs, method):
+    bare, model, beside = trained(method)
+    save_adapter({"model": model}, tmp_path, format="peft", also=beside, metadata={"base_model": "a/base"})
+    theirs = peft.PeftModel.from_pretrained(bare, str(tmp_path)).eval()
+    torch.testing.assert_close(answer(theirs, inputs), answer(model, inputs), rtol=1e-4, atol=1e-4)
+    assert theirs.peft_config["default"].base_model_name_or_path == "a/base"
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_we_load_what_peft_saves(tmp_path, inputs, use_dora):
+    bare, _, _ = trained()
+    config = peft.LoraConfig(r=3, lora_alpha=5, use_dora=use_dora, target_modules=["q_proj", "fc1"], bias="all")
+    theirs = peft.get_peft_model(copy.deepcopy(bare), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.eval().save_pretrained(tmp_path)
+    load_adapter({"model": bare}, tmp_path)
+    torch.testing.assert_close(answer(bare, inputs), answer(theirs, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_full_weights_take_the_rest_along(tmp_path, inputs):
+    bare, model, beside = trained("full")
+    save_adapter({"model": model}, tmp_path, format="full", also=beside)
+    load_adapter({"model": bare}, tmp_path)
+    assert torch.equal(answer(bare, inputs), answer(model, inputs))
+
+
+def test_a_file_of_weights_alone_says_what_is_missing(tmp_path):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", also=beside)
+    (tmp_path / CONFIG_NAME).unlink()
+    with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
+        load_adapter({"model": bare}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.decoder.layers.1.encoder_attn.q_proj.lora_magnitude_vector", r"lacks the key .*lora_magnitude_vector"),
+        (
+            "model.encoder.layers.0.final_layer_norm.weight",
+            r"lacks .*final_layer_norm\.weight, which was saved with it",
+        ),
+    ],
+)
+def test_a_file_that_lacks_something_is_refused_and_changes_nothing(tmp_path, inputs, key, message):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", also=beside)
+    file = tmp_path / FILE_NAME
+    tensors = load_file(file)
+    del tensors[f"base_model.model.{key}"]
+
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, file, metadata)
+    before = answer(bare, inputs)
+    with pytest.raises(ValueError, match=message):
+        load_adapter({"model": bare}, tmp_path)
+    assert torch.equal(answer(bare, inputs), before)
+
+
+def test_a_parameter_that_the_model_lacks_is_refused_and_changes_nothing(tmp_path, inputs):
+    _, model, beside = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", also=beside)
+    other = small_vl_bart("video").requires_grad_(False)
+    del other.model.encoder.visual_embedding.image_embedding
+    with pytest.raises(ValueError, match="it holds model.encoder.visual_embedding.image_embedding.weight"):
+        load_adapter({"model": other}, tmp_path)
+    assert not any("lora" in name for name, _ in other.named_parameters())
+
+
+def test_diffusers_format_holds_adapters_alone(tmp_path):
+    _, model, beside = trained()
+    with pytest.raises(ValueError, match="save it as peft"):
+        save_adapter({"unet": model}, tmp_path, also=beside)
+
+
+def test_other_kinds_of_adapters_are_refused(tmp_path):
+    bare, model, _ = trained()
+    save_adapter({"model": model}, tmp_path, format="peft")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, "peft_type": "IA3"}))
+    with pytest.raises(ValueError, match="describes no LoRA or DoRA adapter"):
+        load_adapter({"model": bare}, tmp_path)
