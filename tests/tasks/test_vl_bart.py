@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from dora_mm.config.vl import VisionConfig
+from dora_mm.data.video import SUBTITLES_END
+from dora_mm.data.vl import Example
+from dora_mm.models.vl_text import decode
+from dora_mm.tasks.eyes import Eyes, resize_frames
+from dora_mm.tasks.vl_bart import TrainingSet, VLBartTask, VLBatches, draw_answer
+from tests.models.vl import DIM, small_tokenizer, small_vl_bart
+
+NAMES = ("a.png", "b.png", "c.png")
+
+
+@pytest.fixture
+def clips(tmp_path):
+    """Features in VALUE's form: one file a clip."""
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name, length in (("short", 5), ("long", 200)):
+        frames = np.random.default_rng(length).normal(size=(length, DIM)).astype(np.float16)
+        np.savez(folder / f"{name}.npz", features=frames)
+    return folder
+
+
+@pytest.fixture
+def grids(tmp_path):
+    """Features of pictures, 7 x 7 cells each."""
+    folder = tmp_path / "grids"
+    folder.mkdir()
+    for index, name in enumerate(NAMES):
+        cells = np.random.default_rng(index).normal(size=(49, DIM)).astype(np.float32)
+        np.savez(folder / f"{name.removesuffix('.png')}.npz", features=cells)
+    return folder
+
+
+@pytest.fixture
+def task(grids):
+    eyes = Eyes(VisionConfig(features=(str(grids),)))
+    return VLBartTask(small_vl_bart(), small_tokenizer(), eyes)
+
+
+def example(index: int = 0, **changes) -> Example:
+    values = {
+        "id": str(index),
+        "images": (NAMES[index % 3],),
+        "text": "is there a red cat?",
+        "answers": ("yes", "no"),
+        "scores": (1.0, 0.3),
+    }
+    return Example(**{**values, **changes})
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def reference_rows(task, batch):
+    """Each row's losses, token by token, without padding."""
+    logits = task.model(*batch.inputs, labels=batch.targets).logits.double()
+    for row, targets in zip(logits, batch.targets, strict=True):
+        kept = targets != 1
+        yield F.cross_entropy(row[kept], targets[kept], reduction="none")
+
+
+def test_vqa_weighs_each_row_by_the_score_of_its_answer(task):
+    answers = [("yes", 1.0), ("two dogs", 0.3), ("no", 0.6)]
+    rows = [example(i, answers=(a,), scores=(s,)) for i, (a, s) in enumerate(answers)]
+    batch = task.batch("vqa", rows, None, stream())
+    expected = sum(row.mean() * s for row, (_, s) in zip(reference_rows(task, batch), answers, strict=True)) / 3
+    torch.testing.assert_close(task.loss(batch, stream()).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["caption", "nlvr2"])
+def test_sentences_are_averaged_over_tokens(task, name):
+    rows = [example(i, answers=(a,), scores=(1.0,)) for i, a in enumerate(["true", "two dogs and a red cat"])]
+    batch = task.batch(name, rows, None, stream())
+    expected = torch.cat(list(reference_rows(task, batch))).mean()
+    torch.testing.assert_close(task.loss(batch, stream()).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_answers_are_drawn_in_proportion_to_their_scores():
+    drawn = [draw_answer(example(), stream(seed)) for seed in range(600)]
+    share = sum(answer == "yes" for answer, _ in drawn) / 600
+    assert 0.70 < share < 0.84  # 1 / 1.3
+    assert {(a, round(s, 3)) for a, s in drawn} == {("yes", 1.0), ("no", 0.3)}
+
+
+def test_a_row_without_answers_weighs_nothing(task):
+    rows = [example(0), example(1, answers=(), scores=())]
+    alone, both = (task.batch("vqa", part, None, stream()) for part in (rows[:1], rows))
+    assert both.weights.tolist()[1] == 0
+    torch.testing.assert_close(task.loss(both, stream()), task.loss(alone, stream()) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_two_pictures_are_read_side_by_side(task):
+    inputs = task.inputs("nlvr2", [example(images=("a.png", "b.png"))], None)
+    assert inputs.visual_features.shape == (1, 2, 49, DIM)
+    assert inputs.attention_mask.shape[1] == inputs.input_ids.shape[1] + 72
+
+
+def test_prompts_are_the_papers(task):
+    texts = {name: decode(task.tokenizer, task.inputs(name, [example()], None).input_ids)[0] for name in ("vqa", "gqa")}
+    assert texts == {"vqa": "vqa: is there a red cat?", "gqa": "gqa: is there a red cat?"}
+
+
+def test_a_long_question_is_cut_to_twenty_tokens(task):
+    inputs = task.inputs("vqa", [example(text="what color is the bus? " * 20)], None)
+    assert inputs.input_ids.shape == (1, 20)
+    assert inputs.input_ids[0, -1] == task.tokenizer.eos_token_id
+
+
+def test_subtitles_are_cut_and_never_the_question(clips):
+    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), Eyes(VisionConfig(features=(str(clips),))))
+    asked = "[Q] what color is the bus? [Choices] a0: red. a1: two dogs."
+    row = example(
+        images=("long",), text=f"[Subs] {'a red cat ' * 900}{SUBTITLES_END}{asked}", answers=("a1",), scores=(1.0,)
+    )
+    inputs = task.inputs("tvqa", [row], None)
+    assert inputs.input_ids.shape == (1, 600)
+    text = decode(task.tokenizer, inputs.input_ids)[0]
+    assert text.endswith(f"{asked} tvqa:")
+    assert text.startswith("[Subs] a red cat")
+
+
+def test_clips_are_resized_to_64_frames(clips):
+    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), Eyes(VisionConfig(features=(str(clips),))))
+    rows = [example(images=(name,), text=f"{SUBTITLES_END}[Q] is there?") for name in ("short", "long")]
+    inputs = task.inputs("how2qa", rows, None)
+    assert inputs.visual_features.shape == (2, 1, 64, DIM)
+    assert inputs.attention_mask[:, -64:].sum(1).tolist() == [5, 64]
+    assert torch.isfinite(task.loss(task.batch("how2qa", rows, None, stream()), stream()))
+
+
+def test_long_clips_keep_their_maxima():
+    frames = torch.randn(130, 3)
+    resized, mask = resize_frames(frames, 64)
+    assert mask.all()
+    assert torch.equal(resized.max(0).values, frames.max(0).values)
+
+
+def test_pictures_are_looked_at_where_there_are_no_features(tmp_path):
+    for index, name in enumerate(NAMES):
+        Image.new("RGB", (40, 30), (index * 80, 20, 20)).save(tmp_path / name)
+    eyes = Eyes(VisionConfig(tower="timm/resnet10t", pretrained=None))
+    tokens = eyes.look([("a.png", "b.png"), ("b.png", "c.png")], str(tmp_path))
+    assert tokens.shape[:2] == (2, 2)
+    assert tokens.shape[3] == eyes.feature_dim
+    torch.testing.assert_close(tokens[0, 1], tokens[1, 0])
+    assert not torch.allclose(tokens[0, 0], tokens[0, 1])
+    (tmp_path / "a.png").unlink()  # kept from the first look
+    assert torch.equal(eyes.look([("a.png",)], str(tmp_path))[0, 0], tokens[0, 0])
+
+
+def test_a_trained_tower_keeps_nothing_and_gets_gradients(tmp_path):
+    Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / "a.png")
+    eyes = Eyes(VisionConfig(tower="timm/resnet10t", pretrained=None), trained=True).requires_grad_()
+    eyes.look([("a.png",)], str(tmp_path)).sum().backward()
+    assert any(parameter.grad is not None for parameter in eyes.parameters())
+    assert not eyes._kept
+
+
+class Table(list):
+    """Rows in memory, in place of a table on disk."""
+
+
+def test_a_batch_is_a_function_of_its_number(task):
+    rows = Table(example(i, id=str(i)) for i in range(10))
+    sets = {"vqa": TrainingSet(rows, None, 4), "caption": TrainingSet(Table(rows[:4]), None, 2)}  # type: ignore[arg-type]
+    one, other = (VLBatches(task, sets, seed=3) for _ in range(2))
+    assert one.per_epoch == 3 + 2
+    for number in (7, 0, 7):
+        a, b = one(number), other(number)
+        assert a.task == b.task
+        assert torch.equal(a.targets, b.targets)
+        assert all(torch.equal(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
+    assert {one(number).task for number in range(5)} == {"vqa", "caption"}
+
+
+def test_processes_share_the_batches(task):
+    rows = Table(example(i) for i in range(12))
+    sets = {"vqa": TrainingSet(rows, None, 3)}  # type: ignore[arg-type]
+    whole = VLBatches(task, sets, seed=0)
+    parts = [VLBatches(task, sets, seed=0, process=(index, 2)) for index in range(2)]
+    assert parts[0].per_epoch == 2
+    for number in range(4):
+        assert torch.equal(whole(number).inputs.input_ids, parts[number % 2](number // 2).inputs.input_ids)
