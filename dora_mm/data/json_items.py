@@ -85,17 +85,14 @@ def _guarded(
                 yield last
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ijson.JSONError as error:
-        where = f"{path} before its first item" if last is None else place(path, *last)
-        broken = (
-            "is cut off or no JSON" if last is None else "is the last whole item: what follows is cut off or no JSON"
-        )
-        raise ValueError(f"{where} {broken} ({_reason(error)})") from None
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        known = "" if last is None else f", after {place(path, *last).removeprefix(f'{path}, ')}, the last whole one"
+        raise ValueError(f"{path} is cut off or no JSON{known} ({_reason(error)})") from None
     if last is None and not empty:
         raise ValueError(f"{path} holds no rows: {expected} is expected, with something in it")
 
 
 def _reason(error: Exception) -> str:
     """The first line of the parser's message; a drawing of the place follows it."""
-    message = error.args[0]
-    return (message.decode(errors="replace") if isinstance(message, bytes) else str(message)).split("\n")[0]
+    message = error.args[0] if isinstance(error.args[0], bytes) else str(error).encode()
+    return message.decode(errors="replace").split("\n")[0]

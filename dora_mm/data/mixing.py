@@ -33,8 +33,8 @@ class TaskBatches:
         seed: int,
     ) -> None:
         empty = [task for task, size in sizes.items() if size < 1]
-        if empty or not sizes:
-            raise ValueError(f"there is nothing to train on: {', '.join(empty) or 'no task'} has no rows")
+        if empty:
+            raise ValueError(f"there is nothing to train {' and '.join(empty)} on: the data set holds no rows")
         self._tasks = tuple(sizes)
         self._sizes, self._batch_sizes, self._seed = dict(sizes), dict(batch_sizes), seed
         weights = weights or {}

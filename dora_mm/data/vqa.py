@@ -57,7 +57,7 @@ QUESTION, ANNOTATION = TypeAdapter(_Question), TypeAdapter(_Annotation)
 KARPATHY, EASY = TypeAdapter(_Karpathy), TypeAdapter(_Easy)
 
 
-class Annotated10(NamedTuple):
+class Labels(NamedTuple):
     """An annotation without its braces: ten short strings, most of them shared with other questions."""
 
     id: Id
@@ -94,7 +94,7 @@ class _Annotations:
     def __init__(self, path: Path, bad: BadRows) -> None:
         self._path, self._bad = path, bad
         self._rest = good_rows(path, list_items(path, "annotations"), ANNOTATION, _compact, bad)
-        self._waiting: dict[Id, Annotated10] = {}
+        self._waiting: dict[Id, Labels] = {}
 
     def answer(self, bare: Example, row: _Question) -> Example:
         found = self._take(row["question_id"])
@@ -107,7 +107,7 @@ class _Annotations:
             bare.id, bare.images, bare.text, tuple(scores), tuple(scores.values()), found.raw_answers, found.kinds
         )
 
-    def _take(self, question_id: Id) -> Annotated10 | None:
+    def _take(self, question_id: Id) -> Labels | None:
         while question_id not in self._waiting:
             following = next(self._rest, None)
             if following is None:
@@ -121,9 +121,9 @@ class _Annotations:
             self._bad.add(f"{self._path}, question_id {alone.id}", f"has no usable question in {questions}")
 
 
-def _compact(row: _Annotation) -> Annotated10:
+def _compact(row: _Annotation) -> Labels:
     kinds = (sys.intern(row["answer_type"]), sys.intern(row["question_type"]))
-    return Annotated10(row["question_id"], row["image_id"], _ten(row["answers"]), kinds)
+    return Labels(row["question_id"], row["image_id"], _ten(row["answers"]), kinds)
 
 
 def _ten(answers: list[_Answer]) -> tuple[str, ...]:
