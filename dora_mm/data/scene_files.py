@@ -27,7 +27,7 @@ from dora_mm.data.scenes import Scene, make_scene
 from dora_mm.data.things import Thing
 from dora_mm.io.atomic import write_atomically, write_text
 
-__all__ = ["SEED", "Sizes", "gqa_file", "nlvr2_file", "vqa_files", "vqa_scenes", "write_sets"]
+__all__ = ["SEED", "Sizes", "gqa_file", "nlvr2_file", "scenes_of", "vqa_files", "write_sets"]
 
 SEED = 0
 JPEG_QUALITY = 75
@@ -55,7 +55,8 @@ def write_sets(folder: Path, things: Sequence[Thing], artist: Artist, sizes: Siz
         scenes = scenes_of(things, "vqa", split, num_pictures)
         pictures["images"] += [(coco_name(split, scene), scene) for scene in scenes]
     for split, (num_pictures, num_questions) in sizes.gqa.items():
-        write_json(folder / f"gqa/{split}_balanced_questions.json", gqa_file(things, split, num_pictures, num_questions))
+        entries = gqa_file(things, split, num_pictures, num_questions)
+        write_json(folder / f"gqa/{split}_balanced_questions.json", entries)
         scenes = scenes_of(things, "gqa", split, num_pictures)
         pictures["gqa/images"] += [(f"{gqa_id(split, scene)}.jpg", scene) for scene in scenes]
     for split, num_sets in sizes.nlvr2.items():

@@ -106,10 +106,10 @@ class Artist:
         layer.paste(icon, (placed.x - icon.width // 2, placed.y - icon.height // 2))
         alpha = layer.getchannel("A")
         if rim:
-            solid = alpha.point(lambda a: 255 if a > 127 else 0)  # a faint glow around an icon gets no rim
+            solid = alpha.point([0] * 128 + [255] * 128)  # a faint glow around an icon gets no rim
             alpha = solid.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.GaussianBlur(0.6))
         shadow = Image.new("L", picture.size)
-        shadow.paste(alpha.filter(ImageFilter.GaussianBlur(3)).point(lambda a: int(a * SHADOW)), (1, 3))
+        shadow.paste(alpha.filter(ImageFilter.GaussianBlur(3)).point([int(a * SHADOW) for a in range(256)]), (1, 3))
         picture.paste((0, 0, 0), mask=shadow)
         if rim:
             picture.paste((255, 255, 255), mask=alpha)

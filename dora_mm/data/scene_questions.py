@@ -8,7 +8,7 @@ from typing import Any
 
 from dora_mm.data.annotators import ten_answers
 from dora_mm.data.balance import balanced
-from dora_mm.data.scenes import PHOTOS, SIDES, Placed, Scene
+from dora_mm.data.scenes import PHOTOS, SIDES, SIZE, Placed, Scene
 from dora_mm.data.things import KINDS, Thing, with_a
 
 __all__ = ["FAMILIES", "SIDE_WORDS", "Question", "all_questions", "question_type", "vqa_annotations", "vqa_questions"]
@@ -246,24 +246,32 @@ def ask_corner(things: Sequence[Thing], scene: Scene, stream: random.Random) -> 
 
 
 def corners(scene: Scene) -> dict[str, Placed]:
-    """ "top left", ..., "middle" -> the one thing that is there, with no other thing's centre in that part."""
+    """ "top left", ..., "middle" -> the one thing that is there, with no other thing's centre in or near that part."""
     found = {}
     for placed in scene.objects:
         across, down = placed.place()
-        alone = all(part(other) != part(placed) for other in scene.objects if other is not placed)
-        if across in ("left", "right") and down in ("top", "bottom") and alone:
-            found[f"{down} {across}"] = placed
-        if across == down == "middle" and sum(is_central(other) for other in scene.objects) == 1:
-            found["middle"] = placed
+        others = [other for other in scene.objects if other is not placed]
+        if across == down == "middle":
+            where, rivals = "middle", [is_central(other) for other in others]
+        elif across in ("left", "right") and down in ("top", "bottom"):
+            where, rivals = f"{down} {across}", [is_near(other, across, down) for other in others]
+        else:
+            continue
+        if not any(rivals):
+            found[where] = placed
     return found
 
 
-def part(placed: Placed) -> tuple[bool, bool]:
-    return placed.x > 112, placed.y > 112
+def is_near(placed: Placed, across: str, down: str) -> bool:
+    """Whether a centre is in a quarter of the picture or at most a tenth of the picture away."""
+    x = placed.x if across == "left" else SIZE - placed.x
+    y = placed.y if down == "top" else SIZE - placed.y
+    return x < 0.6 * SIZE and y < 0.6 * SIZE
 
 
 def is_central(placed: Placed) -> bool:
-    return abs(placed.x - 112) < 56 and abs(placed.y - 112) < 56
+    """Whether a centre is in the middle half along both sides."""
+    return max(abs(placed.x - SIZE / 2), abs(placed.y - SIZE / 2)) < SIZE / 4
 
 
 def ask_largest(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:

@@ -24,7 +24,19 @@ def folders(tmp_path, monkeypatch):
 def test_missing_tools_are_named_with_what_brings_them(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(ValueError, match=r"npm \(apt install npm\); leocad \(apt install leocad .*xvfb-run \(apt"):
-        build_samples.check_tools()
+        build_samples.check_tools(build_samples.TOOLS)
+
+
+def test_only_tools_of_the_wanted_part_are_asked_for(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda tool: None)
+    with pytest.raises(ValueError, match=r"npm \(apt install npm\)") as caught:
+        build_samples.check_tools(build_samples.VL_TOOLS)
+    assert not any(word in str(caught.value) for word in ("leocad", "xvfb", "LDraw"))
+
+
+def test_a_part_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="no part 'vqa': say `vl`"):
+        build_samples.main("vqa")
 
 
 def test_a_failed_download_leaves_nothing_and_says_why(folders, monkeypatch):
@@ -86,6 +98,35 @@ def test_only_missing_pictures_are_drawn(folders):
     assert tangerine.read_bytes() == b"kept as it is"
 
 
+def test_vl_writes_things_sets_and_clips(folders, monkeypatch):
+    """From packages to data sets, with things from tiny icon sets."""
+    pytest.importorskip("resvg_py", reason="resvg_py is not installed: pip install 'dora_mm[samples]'")
+    codes = [f"{number:x}" for number in range(0x1F340, 0x1F350)]
+    concepts = [Concept(code, f"thing {number}", "Food", "judge") for number, code in enumerate(codes)]
+    svgs, renders = icon_package(folders, codes), folders / "packages" / "3d.tgz"
+    with tarfile.open(renders, "w:gz") as tar:
+        for code in codes:
+            Image.new("RGBA", (64, 64), "red").save(folders / f"{code}.webp")
+            tar.add(folders / f"{code}.webp", arcname=f"package/{code}.webp")
+    archives = {build_samples.PACKAGE_3D: renders}
+    monkeypatch.setattr(build_samples, "archive_of", lambda package: archives.get(package, svgs))
+    monkeypatch.setattr(build_samples, "SAMPLES", folders)
+    monkeypatch.setattr(build_samples, "SCENE_ICON", 24)
+    sizes = build_samples.Sizes({"train": (12, 20), "val": (6, 10)}, {"train": (12, 20)}, {"train": 2})
+    monkeypatch.setattr(build_samples, "VL_SETS", {folders / "vl": sizes})
+    rows = [{"name": f"thing{n}", "icon": c.name, "painted": True} for n, c in enumerate(concepts)]
+    (folders / "things.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folders / "vl" / "images").mkdir(parents=True)
+    (folders / "vl" / "images" / "old.jpg").write_bytes(b"stale")
+    build_samples.build_vl(concepts)
+    assert len(list((folders / "vl" / "images").iterdir())) == 18  # and not old.jpg
+    assert len(list((folders / "vl" / "nlvr2" / "images").iterdir())) == 16
+    assert len(list((folders / "vl" / "video" / "features").iterdir())) == 12
+    first = {path: path.read_bytes() for path in (folders / "vl").rglob("*.*")}
+    build_samples.build_vl(concepts)
+    assert first == {path: path.read_bytes() for path in (folders / "vl").rglob("*.*")}
+
+
 def test_a_sample_set_replaces_what_no_longer_belongs(folders):
     (folders / "icons" / "brick").mkdir(parents=True)
     (folders / "icons" / "brick" / "1f34e.webp").write_bytes(b"picture")
@@ -113,7 +154,7 @@ def test_write_atomically_leaves_no_half_file(tmp_path, monkeypatch):
 def test_the_committed_bricks_and_icons_come_out_again(folders, monkeypatch):
     """One sheet of bricks and a few 3D icons, drawn anew, are the committed files up to the renderer's rounding."""
     try:
-        build_samples.check_tools()
+        build_samples.check_tools(build_samples.TOOLS)
     except ValueError as error:
         pytest.skip(str(error))
     packages = build_samples.ROOT / "build" / "packages"
