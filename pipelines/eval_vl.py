@@ -24,14 +24,14 @@ from dora_mm.models.vl_loading import load_vl_bart
 from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
 from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import ValidationSet, answer_all, frequent_answers, main_values, open_source
+from dora_mm.train.validation import ValidationSet, answer_all, main_values, open_validation
 
 log = logging.getLogger(__name__)
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
-    splits = open_splits(config)
     eyes = Eyes(config.vision)
+    splits = open_validation(config.data, config.decode, eyes)
     adapter = adapter_path(config)
     seed = int(io.read(adapter)[1].get("seed", 0)) if adapter else 0
     model, tokenizer = load_vl_bart(config.model, eyes.feature_dim, seed)
@@ -49,20 +49,6 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     scores = {name: score(name, rows, vqa_mode=config.vqa_mode) for name, rows in scored.items()}
     write_report(config, run, scores, [name for name in answered if name not in scored])
     write_page(config, run, answered, splits)
-
-
-def open_splits(config: EvalVLConfig) -> dict[str, ValidationSet]:
-    """The split of every task, with the training answers where candidates are wanted."""
-    found = {}
-    for task in config.data.tasks:
-        assert task.valid is not None
-        table = open_source(task.valid, config.data.tables, config.data.on_bad_data)
-        candidates: tuple[str, ...] = ()
-        if config.decode.answers != "generate" and task.train is not None:
-            rows = open_source(task.train, config.data.tables, config.data.on_bad_data)
-            candidates = frequent_answers(map(rows.__getitem__, range(len(rows))), config.decode.min_answer_count)
-        found[task.task] = ValidationSet(table, task.valid.images, candidates)
-    return found
 
 
 def adapter_path(config: EvalVLConfig) -> Path | None:

@@ -28,7 +28,7 @@ from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, build_schedule
 from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import Validation, ValidationSet, answer_all, main_values, open_source
+from dora_mm.train.validation import Validation, answer_all, main_values, open_source, open_validation
 
 log = logging.getLogger(__name__)
 MAX_POSITIONS = 640  # the longest input of a task has 600 tokens
@@ -39,9 +39,9 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
     (split,) = config.data.tasks
     assert split.train is not None
-    table = open_source(split.train, config.data.tables, config.data.on_bad_data)
-    rows = TrainingSet(table, split.train.images, split.batch_size or config.train.batch_size)
     eyes = Eyes(config.vision).to(accelerator.device)
+    table = open_source(split.train, config.data, eyes)
+    rows = TrainingSet(table, split.train.images, split.batch_size or config.train.batch_size)
     texts = (text for index in range(len(table)) for text in table[index].answers)
     tokenizer = train_tokenizer(texts, config.model.num_merges)
     task = VLBartTask(build_model(config, tokenizer, eyes.feature_dim).to(accelerator.device), tokenizer, eyes)  # type: ignore[arg-type]
@@ -124,10 +124,7 @@ def mask_words(caption: str, stream: torch.Generator) -> str:
 
 
 def build_validation(config: PretrainTinyVLConfig, task: VLBartTask, run: RunDirectory) -> Validation:
-    (split,) = config.data.tasks
-    assert split.valid is not None
-    table = open_source(split.valid, config.data.tables, config.data.on_bad_data)
-    sets = {"caption": ValidationSet(table, split.valid.images)}
+    sets = open_validation(config.data, config.evaluate, task.eyes)
     done = checkpoints(run.checkpoints)
     return Validation(
         run,

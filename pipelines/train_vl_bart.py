@@ -28,14 +28,7 @@ from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule
 from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import (
-    Validation,
-    ValidationSet,
-    answer_all,
-    frequent_answers,
-    main_values,
-    open_source,
-)
+from dora_mm.train.validation import Validation, answer_all, main_values, open_source, open_validation
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +38,8 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
         print(describe(config))
         return
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
-    training = open_training(config)
     eyes = Eyes(config.vision, trained=bool(config.adapter.vision_parts)).to(accelerator.device)
+    training = open_training(config, eyes)
     model, tokenizer = load_vl_bart(config.model, feature_dim(config, eyes), config.seed)
     task = VLBartTask(model.to(accelerator.device), tokenizer, eyes)
     adapted, reports = adapt(config, model, eyes)
@@ -130,7 +123,9 @@ def adapter_folder(folder: Path, component: str) -> Path:
 
 
 def trained_parameters(adapted: dict[str, nn.Module], further: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    found = {f"model.{name}": parameter.requires_grad_() for name, parameter in further.items()}
+    for parameter in further.values():
+        parameter.requires_grad_()
+    found = {f"model.{name}": parameter for name, parameter in further.items()}
     for component, network in adapted.items():
         found |= {f"{component}.{name}": p for name, p in dora_mm.adapter_parameters(network).items()}
     return found
@@ -154,28 +149,15 @@ def save(config: TrainVLBartConfig, adapted: dict[str, nn.Module], further: dict
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def open_training(config: TrainVLBartConfig) -> dict[str, TrainingSet]:
+def open_training(config: TrainVLBartConfig, eyes: Eyes) -> dict[str, TrainingSet]:
     """The training split of every task. Everything wrong with it is found before the run directory exists."""
     found = {}
     for task in config.data.tasks:
         assert task.train is not None
-        table = open_source(task.train, config.data.tables, config.data.on_bad_data)
+        table = open_source(task.train, config.data, eyes).answered()
         size = task.batch_size or config.train.batch_size
         found[task.task] = TrainingSet(table, task.train.images, size, task.weight)
         log.info("%s: %s rows to train on", task.task, f"{len(table):,}")
-    return found
-
-
-def open_validation(config: TrainVLBartConfig) -> dict[str, ValidationSet]:
-    found = {}
-    for task in config.data.tasks:
-        if task.valid is not None:
-            table = open_source(task.valid, config.data.tables, config.data.on_bad_data)
-            candidates = ()
-            if config.evaluate.answers != "generate" and task.train is not None:
-                rows = open_source(task.train, config.data.tables, config.data.on_bad_data)
-                candidates = frequent_answers(map(rows.__getitem__, range(len(rows))), config.evaluate.min_answer_count)
-            found[task.task] = ValidationSet(table, task.valid.images, candidates)
     return found
 
 
@@ -206,10 +188,10 @@ def start_run(
 def build_validation(
     config: TrainVLBartConfig, task: VLBartTask, run: RunDirectory, adapted: dict[str, nn.Module], further: dict
 ) -> Validation:
-    done = checkpoints(run.checkpoints)
+    done, limit = checkpoints(run.checkpoints), config.evaluate.limit
     return Validation(
         run,
-        partial(answer_all, task, open_validation(config), config.evaluate, config.evaluate.limit),
+        partial(answer_all, task, open_validation(config.data, config.evaluate, task.eyes), config.evaluate, limit),
         partial(save, config, adapted, further),
         int(done[-1].name.removeprefix("step-")) if done else 0,
     )

@@ -116,6 +116,7 @@ class JointEncoder(BartEncoder):
 class VLBart(BartForConditionalGeneration):
     """`save_pretrained` and `from_pretrained` are transformers'."""
 
+    config: Any  # whose numbers are annotated as None or anything
     config_class = VLBartConfig
     _tied_weights_keys = BartForConditionalGeneration._tied_weights_keys
 

@@ -66,7 +66,7 @@ def _row(tokenizer: BartTokenizer, form: TaskText, text: str, before: str) -> li
         ids = plain_ids(tokenizer, form.prompt + text)[:room]
     else:
         # The space between two pieces belongs to the second, as byte-level BPE has it.
-        asked = plain_ids(tokenizer, f"{' ' if before else ''}{text} {form.prompt.rstrip()}")[-room:]
+        asked = plain_ids(tokenizer, (" " if before else "") + f"{text} {form.prompt}".strip())[-room:]
         ids = plain_ids(tokenizer, before)[: room - len(asked)] + asked
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 

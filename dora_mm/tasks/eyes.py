@@ -14,6 +14,7 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.config.vl import VisionConfig
 from dora_mm.data.features import open_features
 from dora_mm.data.pixels import load_rgb
+from dora_mm.data.tables import ExampleTable
 from dora_mm.data.vl import stem
 from dora_mm.models.vision import load_tower
 
@@ -31,6 +32,7 @@ class Eyes(nn.Module):
     def __init__(self, config: VisionConfig, *, trained: bool = False):
         super().__init__()
         paths = [resolve_path(path, "vision.features") for path in config.features]
+        self.places = ", ".join(map(str, paths))
         self.features = open_features(paths) if paths else None
         self.tower = None if self.features is not None else load_tower(config)
         self.trained = trained
@@ -38,9 +40,17 @@ class Eyes(nn.Module):
 
     @property
     def feature_dim(self) -> int:
-        source = self.tower if self.features is None else self.features
-        assert source is not None
-        return source.feature_dim if self.features is None else self.features.dim
+        if self.features is not None:
+            return self.features.dim
+        assert self.tower is not None
+        return self.tower.feature_dim
+
+    def check(self, table: ExampleTable) -> ExampleTable:
+        """The rows whose pictures have features, where features are read; ValueError or a warning for others."""
+        features = self.features
+        if features is None:
+            return table
+        return table.with_pictures(lambda name: name if stem(name) in features else None, self.places)
 
     def look(self, images: Sequence[Sequence[str]], folder: str | None) -> Tensor:
         """(B, N, S, D) for rows of N picture names each, which lie in `folder` where a tower looks at them."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dora_mm.config.vl import DecodeConfig, SourceConfig
+from dora_mm.config.vl import DecodeConfig, SourceConfig, VLDataConfig
 from dora_mm.data.tables import ExampleTable, open_table
 from dora_mm.data.vl import Example
 from dora_mm.eval.vl import Rows, VLScores, score
 from dora_mm.sampling.answers import Answerer, predict
+from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
 from dora_mm.train.metrics import MetricsLog, read_metrics
 from dora_mm.train.run import RunDirectory
@@ -29,8 +30,21 @@ class ValidationSet:
     candidates: tuple[str, ...] = ()
 
 
-def open_source(source: SourceConfig, tables: str, on_bad_data: str) -> ExampleTable:
-    return open_table(source, Path(tables), on_bad_data=on_bad_data)
+def open_source(source: SourceConfig, data: VLDataConfig, eyes: Eyes) -> ExampleTable:
+    """The rows of a split, with all that they need to be seen."""
+    return eyes.check(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
+
+
+def open_validation(data: VLDataConfig, decode: DecodeConfig, eyes: Eyes) -> dict[str, ValidationSet]:
+    """The `valid` split of every task that has one, with the answers of its `train` where candidates are wanted."""
+    found = {}
+    for task in data.tasks:
+        if task.valid is not None:
+            candidates: tuple[str, ...] = ()
+            if decode.answers != "generate" and task.train is not None:
+                candidates = frequent_answers(open_source(task.train, data, eyes), decode.min_answer_count)
+            found[task.task] = ValidationSet(open_source(task.valid, data, eyes), task.valid.images, candidates)
+    return found
 
 
 def frequent_answers(examples: Iterable[Example], min_count: int) -> tuple[str, ...]:
