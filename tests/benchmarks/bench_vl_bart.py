@@ -1,0 +1,138 @@
+"""python tests/benchmarks/bench_vl_bart.py [results/<machine>]: what a step of VL-BART costs beside PEFT's, and batched
+answers beside single ones.
+
+bart-base size with random weights, fp32, the paper's run: q and v of all attentions at rank 128; visual embedding,
+biases and norms train too. Batch 8, 20 tokens of text and 36 of a picture, answers of 4 tokens, AdamW. The arms take turns.
+"""
+
+import copy
+import csv
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import peft
+import torch
+from transformers import BartConfig
+
+from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
+from dora_mm.models.vl_bart import VLBart, VLInputs, further_parameters
+from dora_mm.models.vl_loading import BART_BASE, from_bart
+
+ROUNDS = 9
+TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
+TRAINS = ("visual_embedding", "biases", "norms")
+
+
+def base() -> VLBart:
+    torch.manual_seed(0)
+    return from_bart(BartConfig(**BART_BASE), 50_465, 2048, "image").requires_grad_(False)
+
+
+def ours(model: VLBart):
+    inject(model, "bart", DoRASpec(rank=128, alpha=128))
+    return model, [*further_parameters(model, TRAINS).values(), *adapter_parameters(model).values()]
+
+
+def peers(model: VLBart, *, use_dora: bool):
+    further = list(further_parameters(model, TRAINS).values())
+    config = peft.LoraConfig(r=128, lora_alpha=128, target_modules=TARGETS, use_dora=use_dora)
+    wrapped = peft.get_peft_model(model, config)
+    return wrapped, [*further, *(p for p in wrapped.parameters() if p.requires_grad)]
+
+
+def frozen(model: VLBart):
+    """No adapters: what trains beside them alone."""
+    return model, list(further_parameters(model, TRAINS).values())
+
+
+def inputs(batch: int) -> VLInputs:
+    ids = torch.randint(5, 50_000, (batch, 20))
+    return VLInputs(ids, torch.ones(batch, 56, dtype=torch.long), torch.randn(batch, 1, 49, 2048))
+
+
+class Arm:
+    def __init__(self, built):
+        self.model, self.parameters = built
+        for parameter in self.parameters:
+            parameter.requires_grad_()
+        self.model.train()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+
+    def step(self, batch: VLInputs, labels: torch.Tensor) -> float:
+        started = time.perf_counter()
+        with fixed_parameters(self.model, uses=1):
+            self.model(**batch._asdict(), labels=labels).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+def time_steps() -> dict[str, list[float]]:
+    model = base()
+    arms = {
+        "frozen": Arm(frozen(copy.deepcopy(model))),
+        "PEFT LoRA": Arm(peers(copy.deepcopy(model), use_dora=False)),
+        "PEFT DoRA": Arm(peers(copy.deepcopy(model), use_dora=True)),
+        "ours DoRA": Arm(ours(model)),
+    }
+    batch, labels = inputs(8), torch.randint(5, 50_000, (8, 4))
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(ROUNDS + 2):
+        order = list(arms) if turn % 2 else list(arms)[::-1]
+        for name in order:
+            seconds = arms[name].step(batch, labels)
+            if turn >= 2:
+                times[name].append(seconds)
+    return times
+
+
+def time_answers() -> dict[str, list[float]]:
+    model = base().eval()
+    batch = inputs(32)
+    times: dict[str, list[float]] = {"32 answers, one batch": [], "32 answers, one by one": []}
+    for _ in range(3):
+        for name, size in zip(times, (32, 1), strict=True):
+            started = time.perf_counter()
+            for start in range(0, 32, size):
+                model.answer_ids(VLInputs(*(part[start : start + size] for part in batch)), max_length=6)
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def main(folder: Path | None) -> None:
+    times = {**time_steps(), **time_answers()}
+    rows = [
+        {
+            "name": name,
+            "median_s": round(statistics.median(found), 4),
+            "min_s": round(min(found), 4),
+            "max_s": round(max(found), 4),
+            "rounds": len(found),
+        }
+        for name, found in times.items()
+    ]
+    for row in rows:
+        print("{name:<24} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
+    medians = {row["name"]: row["median_s"] for row in rows}
+    for peer in ("PEFT DoRA", "PEFT LoRA"):
+        ratios = [theirs / mine for theirs, mine in zip(times[peer], times["ours DoRA"], strict=True)]
+        print(f"{peer} / ours DoRA: {statistics.median(ratios):.3f} (by turns {min(ratios):.3f} to {max(ratios):.3f})")
+    print(f"one by one / batched: {medians['32 answers, one by one'] / medians['32 answers, one batch']:.2f}")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "vl_bart.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        machine |= {"peft": peft.__version__, "cores": os.cpu_count()}
+        (folder / "vl_bart.json").write_text(json.dumps(machine, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
