@@ -24,6 +24,7 @@ from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import TrainingSet, VLBartTask, VLBatches
 from dora_mm.train.adapters import go_on_from
 from dora_mm.train.checkpoint import checkpoints
+from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule
@@ -82,7 +83,7 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
     )
     if validate:
         save(config, adapted, further, run.adapter)
-        finish(config, run, parameters, validate, train.steps)
+        finish(config, run, adapted, parameters, validate, train.steps)
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -131,9 +132,14 @@ def trained_parameters(adapted: dict[str, nn.Module], further: dict[str, nn.Para
     return found
 
 
-def trainable_of(parameters: dict[str, nn.Parameter], adapted: dict[str, nn.Module]) -> str:
-    trained = sum(parameter.numel() for parameter in parameters.values())
+def count_trained(parameters: dict[str, nn.Parameter], adapted: dict[str, nn.Module]) -> tuple[int, int]:
+    """How many parameters train, of how many."""
     total = sum(parameter.numel() for network in adapted.values() for parameter in network.parameters())
+    return sum(parameter.numel() for parameter in parameters.values()), total
+
+
+def trainable_of(parameters: dict[str, nn.Parameter], adapted: dict[str, nn.Module]) -> str:
+    trained, total = count_trained(parameters, adapted)
     return f"trainable {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)"
 
 
@@ -201,18 +207,25 @@ def show(step: int, values: dict[str, float]) -> None:
     log.info("step %d: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
 
-def finish(config: TrainVLBartConfig, run: RunDirectory, parameters: dict, validate: Validation, steps: int) -> None:
+def finish(
+    config: TrainVLBartConfig, run: RunDirectory, adapted: dict, parameters: dict, validate: Validation, steps: int
+) -> None:
     """The last scores, and a table of the run, also as summary.json."""
+    memory = peak_memory_mb()  # of training: before the last answers
     scores = validate(steps)
     validate.close()
-    last = read_metrics(run.path / "metrics.jsonl")[-1]
+    rows = read_metrics(run.path / "metrics.jsonl")
+    trained, total = count_trained(parameters, adapted)
     summary = {
         "method": config.adapter.method,
         "rank": config.adapter.rank,
-        "parameters": sum(parameter.numel() for parameter in parameters.values()),
+        "parameters": trained,
+        "trainable_share": round(100 * trained / total, 3),
         "steps": steps,
-        "seconds": round(last["seconds"], 1),
-        "loss": round(last["loss"], 4),
+        "seconds": round(rows[-1]["seconds"], 1),
+        "seconds_per_step": round(seconds_per_step(rows), 4),
+        "peak_memory_mb": round(memory),
+        "loss": round(rows[-1]["loss"], 4),
         **{name: round(value, 2) for name, value in main_values(scores).items()},
     }
     write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")

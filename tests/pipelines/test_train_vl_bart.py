@@ -92,6 +92,9 @@ def test_it_trains_scores_and_saves_what_loads_again(config, tmp_path, model_fol
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 6
     assert {"vqa", "overall"} <= summary.keys()
+    assert 0 < summary["seconds_per_step"] <= summary["seconds"]
+    assert 0 < summary["trainable_share"] < 100
+    assert summary["peak_memory_mb"] > 100
     assert [row["step"] for row in read_metrics(run / "validation" / "metrics.jsonl")] == [3, 6]
     assert (run / "best" / "overall" / "adapter_model.safetensors").is_file()
 
