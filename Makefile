@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo test test-slow bench lint format samples clean
+.PHONY: demo demo-vl test test-slow bench lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -14,6 +14,10 @@ $(READY): pyproject.toml
 demo: $(READY)  ## train a style adapter on the embedded model, score it, and show before and after
 	$(BIN)/dora-mm train configs/sdxl/demo.yaml
 	$(BIN)/dora-mm eval configs/sdxl/eval_demo.yaml --set adapter.path=$$(ls -d runs/demo/*/adapter | tail -n 1)
+
+demo-vl: $(READY)  ## the embedded VL-BART learns to answer questions about scenes, and shows what it answers
+	$(BIN)/dora-mm train configs/vl_bart/demo.yaml
+	$(BIN)/dora-mm eval configs/vl_bart/eval_demo.yaml --set adapter=$$(ls -d runs/demo_vl/* | tail -n 1)
 
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
@@ -35,8 +39,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-samples: $(READY)  ## the icons and bricks that samples/ and the pretraining are made from
+samples: $(READY)  ## the icons, bricks and scenes that samples/ and the pretrainings are made from
 	$(BIN)/python -m pipelines.build_samples
+	$(BIN)/python -m pipelines.build_samples vl
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,19 @@ from dora_mm import io
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.vl import VIDEO_TASKS, EvalVLConfig
 from dora_mm.data.pixels import load_rgb
+from dora_mm.data.tables import ExampleTable
 from dora_mm.data.vl import Example
 from dora_mm.eval.examples_page import PageSection, Shown, write_examples_page
+from dora_mm.eval.question_only import question_only_accuracy
 from dora_mm.eval.submissions import suffix, write_predictions
-from dora_mm.eval.vl import Rows, VLScores, report, score, score_row
+from dora_mm.eval.vl import QUESTION_TASKS, Rows, VLScores, report, score, score_row
 from dora_mm.eval.vl_scores import is_answered
 from dora_mm.io.atomic import write_text
 from dora_mm.models.vl_loading import load_vl_bart
 from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
 from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import ValidationSet, answer_all, main_values, open_validation
+from dora_mm.train.validation import ValidationSet, answer_all, main_values, open_texts, open_validation
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     # Karpathy's VQA has rows without any answer among others: they count as wrong, and a note says how many.
     scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
     scores = {name: score(name, rows, vqa_mode=config.vqa_mode) for name, rows in scored.items()}
+    scores = {name: beside_guessing(config, name, found, splits[name].table) for name, found in scores.items()}
     write_report(config, run, scores, [name for name in answered if name not in scored])
     write_page(config, run, answered, splits)
 
@@ -68,6 +71,15 @@ def load_adapters(config: EvalVLConfig, folder: Path, model: nn.Module, eyes: Ey
                 f"{folder} adapts the vision tower too: leave vision.features out, so that it looks itself"
             )
         dora_mm.load_adapter({"vision": eyes.tower}, folder / "vision", backend=config.backend)
+
+
+def beside_guessing(config: EvalVLConfig, name: str, scores: VLScores, table: ExampleTable) -> VLScores:
+    """With what the questions alone give away, where the training split is named: answers are guessed from its."""
+    (task,) = (task for task in config.data.tasks if task.task == name)
+    if task.train is None or name not in QUESTION_TASKS:
+        return scores
+    guessed = question_only_accuracy(open_texts(task.train, config.data).answered(), table)
+    return replace(scores, metrics={**scores.metrics, "question-only accuracy": guessed})
 
 
 def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLScores], unscored: list[str]) -> None:

@@ -35,6 +35,12 @@ def open_source(source: SourceConfig, data: VLDataConfig, eyes: Eyes) -> Example
     return eyes.check(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
 
 
+def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
+    """The rows of a split whose pictures nobody looks at."""
+    unseen = source.model_copy(update={"images": None})
+    return open_table(unseen, Path(data.tables), on_bad_data=data.on_bad_data)
+
+
 def open_validation(data: VLDataConfig, decode: DecodeConfig, eyes: Eyes) -> dict[str, ValidationSet]:
     """The `valid` split of every task that has one, with the answers of its `train` where candidates are wanted."""
     found = {}
@@ -42,7 +48,7 @@ def open_validation(data: VLDataConfig, decode: DecodeConfig, eyes: Eyes) -> dic
         if task.valid is not None:
             candidates: tuple[str, ...] = ()
             if decode.answers != "generate" and task.train is not None:
-                candidates = frequent_answers(open_source(task.train, data, eyes), decode.min_answer_count)
+                candidates = frequent_answers(open_texts(task.train, data), decode.min_answer_count)
             found[task.task] = ValidationSet(open_source(task.valid, data, eyes), task.valid.images, candidates)
     return found
 
