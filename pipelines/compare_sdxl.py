@@ -7,55 +7,32 @@ and its scores are files in `output`, so a campaign that was cut off goes on.
 """
 
 import hashlib
-import json
-import logging
-import os
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tqdm import tqdm
 
 import dora_mm
-from dora_mm.config.loader import differing_keys, dump_config, load_config, resolve_model, resolve_path
+from dora_mm.config.loader import dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.schema import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
 from dora_mm.data.images import digest_of, read_captioned_images
-from dora_mm.eval.comparison import FULL, Result, Variant, contrasts_table, results_csv, results_table, variants
+from dora_mm.eval.comparison import Result, Variant, contrasts_table, results_csv, results_table, table_rows, variants
 from dora_mm.eval.encoder import Encoder
 from dora_mm.eval.icons import fill
 from dora_mm.eval.judge import FILES, Judge, evenly
-from dora_mm.eval.scores import Scores, join_seeds, summarize, write_json
+from dora_mm.eval.scores import Scores, join_seeds, summarize
 from dora_mm.io.digest import module_digest
 from dora_mm.models.sdxl import SDXL, load_sdxl
 from dora_mm.sampling.before_after import built_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
-from dora_mm.train.run import RunDirectory
+from dora_mm.train.campaign import Chosen, Training, Trainings, open_campaign, rates_of
 
-log = logging.getLogger(__name__)
 BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
-DONE = "summary.json"  # the last thing that a training writes
 FREE_KEYS = ("workers", "columns", "name")  # these change no number
-POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Training:
-    variant: Variant
-    rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.variant.key}-lr{self.rate:g}-seed{self.seed}"
 
 
 def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
@@ -64,59 +41,22 @@ def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
         name: campaign.scores(name, template, config.report, config.report.seeds)
         for name, template in ((BARE_FLAT, config.flat_prompt), (BARE, config.prompt))
     }
-    chosen = choose_rates(campaign, variants(config.ranks))
+    chosen = campaign.trainings.choose_rates(
+        rates_of(config.learning_rates, variants(config.ranks)),
+        campaign.tuned,
+        seed=config.report.seeds[0],
+        extra_rates=config.extra_rates,
+    )
     reported = {
-        variant: [Training(variant, rate, seed) for seed in config.report.seeds]
-        for variant, (rate, _) in chosen.items()
+        variant: [Training(variant, found.rate, seed) for seed in config.report.seeds]
+        for variant, found in chosen.items()
     }
-    campaign.train([training for trainings in reported.values() for training in trainings])
+    campaign.trainings.train(training for trainings in reported.values() for training in trainings)
     scores = {
         variant: join_seeds([campaign.reported(training) for training in trainings])
         for variant, trainings in reported.items()
     }
     write_report(campaign, bare, scores, chosen)
-
-
-def rates_of(config: CompareSDXLConfig, variant: Variant) -> list[float]:
-    candidates = config.learning_rates
-    return sorted({"full": candidates.full, "lora": candidates.lora, "dora": candidates.dora}[variant.method])
-
-
-def choose_rates(campaign: "Campaign", wanted: Sequence[Variant]) -> dict[Variant, tuple[float, bool]]:
-    """The rate with the best score on the `tune` things, and whether it lies at the end of those tried.
-
-    While the best one lies at an end, up to `extra_rates` further ones are tried there, the same factor apart.
-    """
-    config = campaign.config
-    found: dict[Variant, dict[float, float]] = {variant: {} for variant in wanted}
-    pending = {variant: rates_of(config, variant) for variant in wanted}
-    for extra_left in range(config.extra_rates, -1, -1):
-        trainings = [
-            Training(variant, rate, config.report.seeds[0]) for variant, rates in pending.items() for rate in rates
-        ]
-        campaign.train(trainings)
-        for training in trainings:
-            found[training.variant][training.rate] = campaign.tuned(training)
-        pending = {
-            variant: [beyond(found[variant])] for variant in wanted if extra_left and best_at_end(found[variant])
-        }
-    for variant in wanted:
-        campaign.write_rates(variant, found[variant])
-    return {variant: (best_of(tried), best_at_end(tried)) for variant, tried in found.items()}
-
-
-def best_of(tried: dict[float, float]) -> float:
-    return max(sorted(tried), key=tried.__getitem__)
-
-
-def best_at_end(tried: dict[float, float]) -> bool:
-    return best_of(tried) in (min(tried), max(tried))
-
-
-def beyond(tried: dict[float, float]) -> float:
-    """The next rate past the end where the best one lies."""
-    rates = sorted(tried, reverse=best_of(tried) == min(tried))
-    return rates[-1] ** 2 / rates[-2]
 
 
 class Campaign:
@@ -136,7 +76,8 @@ class Campaign:
         model = self.model()
         self.judge.check_model(model.resolution, module_digest(model.vae))
         self.encoder = Encoder(self.device)
-        self.folder = open_folder(config, self.inputs(model))
+        self.folder = open_campaign(config, config.output, self.inputs(model), FREE_KEYS)
+        self.trainings = Trainings(self.folder, config.base, config.workers, partial(overrides, config))
 
     @property
     def choices(self) -> tuple[ConceptChoice, ConceptChoice]:
@@ -170,62 +111,9 @@ class Campaign:
         """The scores of one training on the reported things, under its own seed."""
         return self.scores(training.name, self.config.prompt, self.config.report, (training.seed,), training)
 
-    def run_folder(self, training: Training) -> Path:
-        return self.folder / "runs" / training.name
-
-    def train(self, trainings: Sequence[Training]) -> None:
-        """Trains those that are not done yet, `workers` at a time, and goes on with those that were cut off.
-
-        Raises:
-            ValueError: a training stopped with a sentence. The others are told to save their state, as they are when
-                this process is interrupted.
-        """
-        left = [training for training in trainings if not (self.run_folder(training) / DONE).is_file()]
-        if not left:
-            return
-        waiting, running = left[::-1], []
-        with tqdm(total=len(left), desc="trainings", unit="training", disable=None) as bar:  # None: terminals only
-            try:
-                while waiting or running:
-                    while waiting and len(running) < self.config.workers:
-                        running.append(self.start(waiting.pop()))
-                    time.sleep(POLL_SECONDS)
-                    for job in [job for job in running if job.process.poll() is not None]:
-                        running.remove(job)
-                        self.finish(job)
-                        bar.update()
-            finally:
-                for job in running:
-                    job.process.terminate()
-                for job in running:
-                    job.process.wait()
-
-    def start(self, training: Training) -> "Job":
-        folder = self.run_folder(training)
-        if (folder / "config.yaml").is_file():
-            arguments = ["train", "--resume", str(folder)]
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            settings = [*overrides(self.config, training), f"output={folder}"]
-            arguments = ["train", self.config.base, *(item for text in settings for item in ("--set", text))]
-        threads = max(1, torch.get_num_threads() // self.config.workers)
-        return start_job(training, arguments, self.folder / "logs" / f"{training.name}.txt", threads)
-
-    def finish(self, job: "Job") -> None:
-        check_job(job)
-        shutil.rmtree(self.run_folder(job.training) / "checkpoints", ignore_errors=True)
-        log.info("Trained %s.", job.training.name)
-
-    def summary(self, training: Training) -> dict[str, Any]:
-        return json.loads((self.run_folder(training) / DONE).read_text())
-
     @staticmethod
     def stem(name: str, choice: ConceptChoice) -> str:
         return f"{name}-{choice.role}".replace(", ", "-").replace(" ", "-")
-
-    def write_rates(self, variant: Variant, found: dict[float, float]) -> None:
-        """rates/<variant>.json: what each candidate scored on the `tune` things."""
-        write_json(self.folder / "rates" / f"{variant.key}.json", {f"{rate:g}": found[rate] for rate in sorted(found)})
 
     def scores(
         self,
@@ -256,7 +144,7 @@ class Campaign:
         model = self.model()
         if training is not None:
             networks = {part: network for part, network in model.networks.items() if part != "vae"}
-            dora_mm.load_adapter(networks, self.run_folder(training) / "adapter")
+            dora_mm.load_adapter(networks, self.trainings.adapter(training))
         wanted = self.config.draw
         with built_once(model.networks.values()):
             return sample(
@@ -289,51 +177,6 @@ def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Job:
-    training: Training
-    process: subprocess.Popen
-    log_file: Path
-
-
-def start_job(training: Training, arguments: list[str], log_file: Path, threads: int) -> Job:
-    """dora-mm in a process of its own, its output in a file."""
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dora_mm", *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )
-    return Job(training, process, log_file)
-
-
-def check_job(job: Job) -> None:
-    """Raises for a training that ended in any other way than done."""
-    status = job.process.returncode
-    if status == 2:
-        sentence = job.log_file.read_text().strip().splitlines()[-1]
-        raise ValueError(f"a training of the comparison stopped: {sentence}")
-    if status != 0:
-        raise RuntimeError(f"{job.training.name} ended with exit code {status}; its output is in {job.log_file}")
-
-
-def open_folder(config: CompareSDXLConfig, inputs: dict[str, str]) -> Path:
-    """The campaign's folder: a new one, or one that was started with the same config and the same files."""
-    folder = Path(config.output).expanduser()
-    saved = folder / "config.yaml"
-    if not folder.exists():
-        return RunDirectory.create(config.name, dump_config(config), config.output, inputs=inputs).path
-    if not saved.is_file():
-        raise ValueError(f"output: {folder} exists and is no comparison: name another folder")
-    differing = [key for key in differing_keys(load_config(saved), config) if key not in FREE_KEYS]
-    differing += RunDirectory(folder).changed(inputs)
-    if differing:
-        raise ValueError(f"output: {folder} was started with other values of {', '.join(differing)}: name another")
-    return folder
-
-
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +184,7 @@ def write_report(
     campaign: Campaign,
     bare: dict[str, Scores],
     scores: dict[Variant, Scores],
-    chosen: dict[Variant, tuple[float, bool]],
+    chosen: dict[Variant, Chosen],
 ) -> None:
     """table.md, results.csv and sheet.png."""
     config, judge = campaign.config, campaign.judge
@@ -350,10 +193,10 @@ def write_report(
         for name, found in bare.items()
     ]
     for label, variant in table_rows(config.ranks):
-        rate, at_end = chosen[variant]
+        rate = chosen[variant].rate
         metrics = summarize(scores[variant], config.style, judge.space, over_seeds=True)
-        parameters = campaign.summary(Training(variant, rate, config.report.seeds[0]))["parameters"]
-        results.append(Result(label, parameters, f"{rate:g}{'*' if at_end else ''}", metrics))
+        parameters = campaign.trainings.summary(Training(variant, rate, config.report.seeds[0]))["parameters"]
+        results.append(Result(label, parameters, str(chosen[variant]), metrics))
     things, trainings = len(campaign.concepts[config.report.role]), len(config.report.seeds)
     text = "\n\n".join(
         [
@@ -372,16 +215,7 @@ def write_report(
     print(f"\ntable    {campaign.folder / 'table.md'}\nsheet    {campaign.folder / 'sheet.png'}")
 
 
-def table_rows(ranks: Sequence[int]) -> list[tuple[str, Variant]]:
-    rows = [(str(FULL), FULL)]
-    for rank in sorted(ranks):
-        rows += [(str(Variant(method, rank)), Variant(method, rank)) for method in ("lora", "dora")]
-        if rank > 1:
-            rows.append((f"DoRA, half of rank {rank}", Variant("dora", rank // 2)))
-    return rows
-
-
-def draw_picture(campaign: Campaign, chosen: dict[Variant, tuple[float, bool]]) -> None:
+def draw_picture(campaign: Campaign, chosen: dict[Variant, Chosen]) -> None:
     """Rows: method; columns: things, spread over the reported ones; the first seed of everything."""
     config = campaign.config
     concepts = campaign.concepts[config.report.role]
@@ -389,7 +223,7 @@ def draw_picture(campaign: Campaign, chosen: dict[Variant, tuple[float, bool]]) 
     seed = config.report.seeds[0]
     stems = {name: campaign.stem(name, config.report) for name in (BARE_FLAT, BARE)}
     for label, variant in table_rows(config.ranks):
-        stems[label] = campaign.stem(Training(variant, chosen[variant][0], seed).name, config.report)
+        stems[label] = campaign.stem(Training(variant, chosen[variant].rate, seed).name, config.report)
     rows = [
         [Image.open(campaign.folder / "pictures" / stem / f"{concept.code}-seed{seed}.png") for concept in columns]
         for stem in stems.values()

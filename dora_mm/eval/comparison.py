@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dora_mm.eval.markdown import markdown_table
@@ -48,6 +48,16 @@ def contrasts(ranks: Sequence[int]) -> list[tuple[Variant, Variant]]:
     return pairs
 
 
+def table_rows(ranks: Sequence[int]) -> list[tuple[str, Variant]]:
+    """The variants in the order of the table, by what they are called there."""
+    rows = [(str(FULL), FULL)]
+    for rank in sorted(ranks):
+        rows += [(str(Variant(method, rank)), Variant(method, rank)) for method in ("lora", "dora")]
+        if rank > 1:
+            rows.append((f"DoRA, half of rank {rank}", Variant("dora", rank // 2)))
+    return rows
+
+
 @dataclass(frozen=True)
 class Result:
     """One line of the table."""
@@ -85,20 +95,31 @@ def results_csv(results: Sequence[Result]) -> str:
 
 def contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Scores], style: str) -> str:
     """Paired differences over things and trainings, and what to make of them."""
-    keys = [key for key in METRICS if key != "frechet"]
-    rows, clear = [], 0
+    found = {}
     for first, second in contrasts(ranks):
         one, other = metric_cells(scores[first], style), metric_cells(scores[second], style)
-        cells = []
-        for key in keys:
-            found = difference(one[key], other[key])
-            excludes_zero = found.low > 0 or found.high < 0
-            clear += excludes_zero
-            cells.append(format_interval(found, METRICS[key][1]) + (" !" if excludes_zero else ""))
-        rows.append([f"{first} - {second}", *cells])
-    total = len(rows) * len(keys)
+        found[f"{first} - {second}"] = {key: difference(one[key], other[key]) for key in one}
+    headings = {key: heading for key, (heading, _) in METRICS.items() if key != "frechet"}
+    return differences_table(headings, found, lambda key, interval: format_interval(interval, METRICS[key][1]))
+
+
+def differences_table(
+    headings: Mapping[str, str],
+    differences: Mapping[str, Mapping[str, Interval]],
+    show: Callable[[str, Interval], str],
+) -> str:
+    """Markdown: a row for each pair, a column for each key of `headings`; intervals without 0 are marked."""
+    clear = 0
+
+    def cell(key: str, found: Interval) -> str:
+        nonlocal clear
+        excludes_zero = found.low > 0 or found.high < 0
+        clear += excludes_zero
+        return show(key, found) + (" !" if excludes_zero else "")
+
+    rows = [[name, *(cell(key, found[key]) for key in headings)] for name, found in differences.items()]
     note = (
-        f"{clear} of {total} intervals exclude 0 (marked !). They are not corrected for their number: in simulations "
-        "without a difference 2 to 7 % do."
+        f"{clear} of {len(rows) * len(headings)} intervals exclude 0 (marked !). They are not corrected for their "
+        "number: in simulations without a difference 2 to 7 % do."
     )
-    return markdown_table(["difference", *(METRICS[key][0] for key in keys)], rows) + f"\n\n{note}"
+    return markdown_table(["difference", *headings.values()], rows) + f"\n\n{note}"

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +15,8 @@ from dora_mm.config import load_config
 from dora_mm.eval.comparison import Variant, contrasts, variants
 from dora_mm.eval.judge import Judge
 from dora_mm.eval.scores import Scores
+from dora_mm.train import campaign
+from dora_mm.train.jobs import Job
 from pipelines import compare_sdxl
 
 PROMPT = "a TOK icon of {thing}, in the style of TOK"
@@ -162,24 +161,15 @@ def test_eval_refuses_another_models_judge(evaluation, tmp_path, tiny, capsys):
     assert "another VAE" in capsys.readouterr().err
 
 
-class Finished:
-    """A process that has ended well."""
-
-    returncode = 0
-
-    def poll(self):
-        return 0
-
-
 def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch, capsys):
     commands = []
 
-    def in_this_process(training, arguments, log_file, threads):
+    def in_this_process(name, arguments, log_file, threads):
         commands.append(arguments)
         assert main(arguments) == 0
-        return compare_sdxl.Job(training, Finished(), log_file)
+        return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
-    monkeypatch.setattr(compare_sdxl, "start_job", in_this_process)
+    monkeypatch.setattr(campaign, "start_job", in_this_process)
     config = comparison(extra_rates=0)
     assert main(["eval", config]) == 0
     # full, LoRA 2, DoRA 1 and 2: three rates each, and one more training of the best for the second seed
@@ -230,124 +220,6 @@ def test_comparison_of_other_weights_or_another_judge_is_not_gone_on_with(
     write(tmp_path / "elsewhere.yaml", {**values, "loss": {}, "model": {"path": str(other)}})
     with pytest.raises(ValueError, match="the model's unet: name another"):
         compare_sdxl.Campaign(load_config(comparison(base=str(tmp_path / "elsewhere.yaml"))))
-
-
-def test_a_training_that_was_cut_off_goes_on(comparison, tmp_path, monkeypatch):
-    campaign = compare_sdxl.Campaign(load_config(comparison()))
-    training = compare_sdxl.Training(Variant("lora", 2), 0.01, 0)
-    commands = []
-
-    def start(training, arguments, log_file, threads):
-        commands.append(arguments)
-        return compare_sdxl.Job(training, Finished(), log_file)
-
-    monkeypatch.setattr(compare_sdxl, "start_job", start)
-    campaign.train([training])
-    assert commands[-1][:2] == ["train", campaign.config.base]
-    run = campaign.run_folder(training)
-    run.mkdir(parents=True)
-    campaign.train([training])  # killed before the run had its config
-    assert commands[-1][:2] == ["train", campaign.config.base]
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.yaml").touch()
-    campaign.train([training])
-    assert commands[-1] == ["train", "--resume", str(run)]
-    (run / "summary.json").touch()
-    campaign.train([training])
-    assert len(commands) == 3
-
-
-class Stub:
-    """Real processes in place of trainings: they sleep, and end with `status`."""
-
-    def __init__(self, seconds, status=0):
-        self.seconds, self.status = seconds, status
-        self.started = []
-
-    def __call__(self, training, arguments, log_file, threads):
-        code = f"import time, sys; time.sleep({self.seconds}); sys.exit({self.status})"
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        log_file.write_text("dora-mm: a sentence")
-        process = subprocess.Popen([sys.executable, "-c", code])
-        self.started.append((process, threads))
-        return compare_sdxl.Job(training, process, log_file)
-
-
-@pytest.fixture
-def six(comparison):
-    campaign = compare_sdxl.Campaign(load_config(comparison(workers=2)))
-    return campaign, [compare_sdxl.Training(Variant("lora", 2), 0.01, seed) for seed in range(6)]
-
-
-def test_trainings_run_side_by_side(six, monkeypatch):
-    campaign, trainings = six
-    stub = Stub(0.0)
-    at_once = []
-
-    def start(*args):
-        job = stub(*args)
-        at_once.append(sum(process.poll() is None for process, _ in stub.started))
-        return job
-
-    monkeypatch.setattr(compare_sdxl, "start_job", start)
-    campaign.train(trainings)
-    assert len(stub.started) == 6
-    assert max(at_once) == 2
-    assert {threads for _, threads in stub.started} == {max(1, torch.get_num_threads() // 2)}
-
-
-def test_a_failure_stops_the_trainings_beside_it(six, monkeypatch):
-    campaign, trainings = six
-    slow, failing = Stub(60.0), Stub(0.0, status=2)
-    monkeypatch.setattr(
-        compare_sdxl, "start_job", lambda training, *rest: (failing if training.seed else slow)(training, *rest)
-    )
-    with pytest.raises(ValueError, match="a training of the comparison stopped: dora-mm: a sentence"):
-        campaign.train(trainings)
-    assert len(slow.started) == len(failing.started) == 1
-    assert slow.started[0][0].returncode == -signal.SIGTERM
-
-
-def test_an_interruption_reaches_the_trainings(six, monkeypatch):
-    campaign, trainings = six
-    stub = Stub(60.0)
-    monkeypatch.setattr(compare_sdxl, "start_job", stub)
-    monkeypatch.setattr(compare_sdxl.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        campaign.train(trainings)
-    assert [process.returncode for process, _ in stub.started] == [-signal.SIGTERM] * 2
-
-
-def test_the_best_rate_at_an_end_asks_for_one_beyond(comparison, monkeypatch):
-    campaign = compare_sdxl.Campaign(load_config(comparison(extra_rates=2)))
-    asked = []
-
-    def tuned(training):
-        asked.append(training.rate)
-        return training.rate if training.variant.method == "dora" and training.rate < 5 else -abs(training.rate - 0.01)
-
-    monkeypatch.setattr(campaign, "train", lambda trainings: None)
-    monkeypatch.setattr(campaign, "tuned", tuned)
-    dora, lora = Variant("dora", 2), Variant("lora", 2)
-    chosen = compare_sdxl.choose_rates(campaign, [dora, lora])
-    assert asked == pytest.approx([1e-3, 1e-2, 1e-1, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
-    assert chosen == {dora: (pytest.approx(1.0), False), lora: (1e-2, False)}
-    tried = json.loads((campaign.folder / "rates" / "dora-r2.json").read_text())
-    assert len(tried) == 5
-    assert compare_sdxl.beyond({1e-3: 3.0, 1e-2: 2.0}) == pytest.approx(1e-4)
-
-
-def test_a_failing_training_is_a_sentence(tmp_path, monkeypatch):
-    training = compare_sdxl.Training(Variant("lora", 2), 0.01, 0)
-    job = compare_sdxl.start_job(training, ["train", "nowhere.yaml"], tmp_path / "logs" / "x.txt", 1)
-    job.process.wait()
-    with pytest.raises(ValueError, match=r"a training of the comparison stopped: dora-mm: .*nowhere\.yaml"):
-        compare_sdxl.check_job(job)
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    job = compare_sdxl.start_job(training, ["train", "some.yaml"], tmp_path / "logs" / "y.txt", 1)
-    job.process.wait()
-    with pytest.raises(RuntimeError, match="exit code 1"):
-        compare_sdxl.check_job(job)
 
 
 def test_comparison_says_what_is_wrong(comparison, capsys, tmp_path):
