@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.yaml12 import KeyPath
 
 PACKAGE = Path(__file__).resolve().parents[1]
+INSTALLED = "package:"  # before a path that begins with the name of an installed Python package
 
 
 class ConfigError(ValueError):
@@ -71,7 +73,12 @@ def differing_keys(one: PipelineConfig, other: PipelineConfig) -> list[str]:
 
 
 def find_path(path: str | Path) -> Path | None:
-    """What `path` means, if it exists: relative to the current directory, then to the packaged configs."""
+    """What `path` means, if it exists: relative to the current directory, then to the packaged configs.
+
+    `package:easy_vqa/data` is a folder in the Python package easy_vqa, wherever that is installed.
+    """
+    if str(path).startswith(INSTALLED):
+        return _in_package(str(path).removeprefix(INSTALLED))
     wanted = Path(path).expanduser()
     if wanted.exists():
         return wanted
@@ -87,6 +94,8 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
     if found is not None:
         return found
     prefix = f"{key}: " if key else ""
+    if str(path).startswith(INSTALLED):
+        raise ValueError(f"{prefix}{path} does not exist: the package is not installed, or has no such file")
     if Path(path).parts[:1] == ("samples",) and not Path("samples").is_dir():
         raise ValueError(
             f"{prefix}{path} is not here: samples/ exists in a checkout of dora_mm only, so run this from one"
@@ -102,6 +111,13 @@ def resolve_model(path: str, key: str = "model.path") -> str:
         return str(found)
     hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith((".safetensors", ".ckpt"))
     return path if hub_name and not path.startswith("samples/") else str(resolve_path(path, key))
+
+
+def _in_package(path: str) -> Path | None:
+    name, _, inside = path.partition("/")
+    spec = find_spec(name) if name.isidentifier() else None
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((Path(folder) / inside for folder in folders if (Path(folder) / inside).exists()), None)
 
 
 def _packaged(path: Path) -> Path:

@@ -61,7 +61,8 @@ class SourceConfig(Section):
     images: Text | None = None  # the folder of the pictures; None: features alone
     subtitles: Text | None = None  # video: JSONL
     split: Text | None = None  # coco_karpathy: train (with restval), val or test
-    limit: PositiveInt | None = None  # only the first so many rows
+    skip: Count = 0  # rows that are left out at the start
+    limit: PositiveInt | None = None  # only so many rows
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> "SourceConfig":

@@ -158,7 +158,8 @@ def open_table(source: SourceConfig, folder: Path, *, on_bad_data: OnBadData) ->
 def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadData) -> None:
     """The Arrow file under its temporary name, and beside its final one what is to be known of it."""
     bad = BadRows(on_bad_data)
-    examples = itertools.islice(READERS[source.format](source, bad), source.limit)
+    end = None if source.limit is None else source.skip + source.limit
+    examples = itertools.islice(READERS[source.format](source, bad), source.skip, end)
     progress = tqdm(examples, desc=f"reading {Path(source.file).name}", unit="row", delay=2, disable=None)
     num_rows = 0
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
@@ -168,7 +169,8 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
             num_rows += len(rows)
     if not num_rows:
         warn_of(bad.found)
-        raise ValueError(f"{source.file} has no row that can be used")
+        after = f" after the first {source.skip}" if source.skip else ""
+        raise ValueError(f"{source.file} has no row that can be used{after}")
     write_text(path.with_suffix(".json"), json.dumps({"num_rows": num_rows, "skipped": bad.found}, indent=1))
 
 
@@ -192,7 +194,8 @@ def _open(path: Path, source: SourceConfig, on_bad_data: OnBadData) -> ExampleTa
 def _digest(source: SourceConfig) -> str:
     """Of all that rows depend on: the contents of the files (0.5 s for VQA v2), the first one's name, the choice."""
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([LAYOUT, source.format, Path(source.file).name, source.split, source.limit]).encode())
+    choice = [source.split, source.limit, *([source.skip] if source.skip else [])]
+    digest.update(json.dumps([LAYOUT, source.format, Path(source.file).name, *choice]).encode())
     for key in FILES:
         if (path := getattr(source, key)) is not None:
             content = hashlib.blake2b(digest_size=16)

@@ -143,7 +143,8 @@ class Trainings:
 
 def rates_of(rates: LearningRates, wanted: Iterable[Variant]) -> dict[Variant, tuple[float, ...]]:
     """The candidates of every variant: those of its method."""
-    return {variant: getattr(rates, variant.method) for variant in wanted}
+    candidates = {"full": rates.full, "lora": rates.lora, "dora": rates.dora}
+    return {variant: candidates[variant.method] for variant in wanted}
 
 
 def best_of(tried: Mapping[float, float]) -> float:

@@ -1,5 +1,7 @@
 import re
+from pathlib import Path
 
+import easy_vqa
 import pytest
 import yaml
 
@@ -264,6 +266,18 @@ def test_paths_are_relative_to_here_then_to_the_packaged_configs(tmp_path, monke
     assert resolve_path("configs/sdxl/demo.yaml").read_text() == "mine"
     with pytest.raises(ValueError, match="does not exist"):
         resolve_path("../nowhere/else.yaml")
+
+
+def test_paths_may_be_in_an_installed_package():
+    found = resolve_path("package:easy_vqa/data/test/questions.json")
+    assert found == Path(easy_vqa.__file__).parent / "data/test/questions.json"
+    assert resolve_path("package:easy_vqa").is_dir()
+
+
+@pytest.mark.parametrize("path", ["easy_vqa/no.json", "no_such_package/a", "easy_vqa.easy_vqa/a", "json/a", "", "/"])
+def test_what_no_package_has_is_an_error_that_says_so(path):
+    with pytest.raises(ValueError, match=f"file: package:{path} does not exist: the package is not installed, or has"):
+        resolve_path(f"package:{path}", "file")
 
 
 def test_samples_exist_in_a_checkout_only_and_the_error_says_so(tmp_path, monkeypatch):

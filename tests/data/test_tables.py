@@ -86,6 +86,12 @@ def test_other_content_another_table(tmp_path):
     second = open_table(source.model_copy(update={"limit": 3}), tmp_path / "tables", on_bad_data="stop")
     assert (len(first), len(second)) == (5, 3)
     assert list(second) == list(first[:3])
+    rest = open_table(source.model_copy(update={"skip": 3}), tmp_path / "tables", on_bad_data="stop")
+    assert list(rest) == list(first[3:])
+    middle = source.model_copy(update={"skip": 1, "limit": 3})
+    assert list(open_table(middle, tmp_path / "tables", on_bad_data="stop")) == list(first[1:4])
+    with pytest.raises(ValueError, match="has no row that can be used after the first 5"):
+        open_table(source.model_copy(update={"skip": 5}), tmp_path / "tables", on_bad_data="stop")
     source = many(tmp_path, 6)
     assert len(open_table(source, tmp_path / "tables", on_bad_data="stop")) == 6
     Path(source.annotations or "").write_text(json.dumps({"annotations": [files.vqa_annotation(0)]}))

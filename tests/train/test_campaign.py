@@ -127,7 +127,7 @@ def test_the_best_rate_at_an_end_asks_for_one_beyond(trainings, monkeypatch):
 
 
 def test_candidates_are_those_of_the_method():
-    rates = LearningRates(full=[1.0, 2.0, 3.0], lora=[4.0, 5.0, 6.0], dora=[7.0, 8.0, 9.0])
+    rates = LearningRates(full=(1.0, 2.0, 3.0), lora=(4.0, 5.0, 6.0), dora=(7.0, 8.0, 9.0))
     found = rates_of(rates, [FULL, DORA, Variant("dora", 1)])
     assert found == {FULL: (1.0, 2.0, 3.0), DORA: (7.0, 8.0, 9.0), Variant("dora", 1): (7.0, 8.0, 9.0)}
 
