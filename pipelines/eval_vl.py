@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import dora_mm
 from dora_mm import io
@@ -25,6 +24,7 @@ from dora_mm.io.atomic import write_text
 from dora_mm.models.vl_loading import load_vl_bart
 from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
+from dora_mm.train.adapters import load_vl_adapters
 from dora_mm.train.run import RunDirectory
 from dora_mm.train.validation import ValidationSet, answer_all, main_values, open_texts, open_validation
 
@@ -38,7 +38,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     seed = int(io.read(adapter)[1].get("seed", 0)) if adapter else 0
     model, tokenizer = load_vl_bart(config.model, eyes.feature_dim, seed)
     if adapter:
-        load_adapters(config, adapter, model, eyes)
+        load_vl_adapters(adapter, model, eyes.tower, config.backend)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, eyes = model.to(device).eval(), eyes.to(device).eval()  # type: ignore[arg-type]
     run = RunDirectory.create(config.name, dump_config(config), config.output)
@@ -60,17 +60,6 @@ def adapter_path(config: EvalVLConfig) -> Path | None:
         return None
     path = resolve_path(config.adapter, "adapter")
     return path / "adapter" if (path / "adapter").is_dir() else path
-
-
-def load_adapters(config: EvalVLConfig, folder: Path, model: nn.Module, eyes: Eyes) -> None:
-    """The model's adapter and, where the run adapted it, its tower's, which lies in a folder inside."""
-    dora_mm.load_adapter({"model": model}, folder, backend=config.backend)
-    if folder.is_dir() and (folder / "vision").is_dir():
-        if eyes.tower is None:
-            raise ValueError(
-                f"{folder} adapts the vision tower too: leave vision.features out, so that it looks itself"
-            )
-        dora_mm.load_adapter({"vision": eyes.tower}, folder / "vision", backend=config.backend)
 
 
 def beside_guessing(config: EvalVLConfig, name: str, scores: VLScores, table: ExampleTable) -> VLScores:
