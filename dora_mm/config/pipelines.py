@@ -13,5 +13,6 @@ SCHEMAS: dict[str, type[PipelineConfig]] = {
     "extract_features": vl.ExtractFeaturesConfig,
     "train_vl_bart": vl.TrainVLBartConfig,
     "eval_vl": vl.EvalVLConfig,
+    "compare_vl": vl.CompareVLConfig,
     "pretrain_tiny_vl": vl.PretrainTinyVLConfig,
 }

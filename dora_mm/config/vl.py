@@ -9,6 +9,7 @@ from dora_mm.config.schema import (
     Backend,
     Count,
     Items,
+    LearningRates,
     OptimizerConfig,
     PipelineConfig,
     ScheduleConfig,
@@ -210,6 +211,34 @@ class EvalVLConfig(PipelineConfig):
         )
 
 
+class CompareVLConfig(PipelineConfig):
+    """The bare model, full fine-tuning, LoRA, DoRA, and DoRA at half the rank, each at its own best learning rate."""
+
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["compare_vl"]
+    output: Text  # the campaign's folder; one that exists is gone on with
+    base: Text  # the config of a train_vl_bart run: what all runs have in common; on its valid splits rates are chosen
+    steps: PositiveInt = 600  # of every training
+    rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA; DoRA also at its half
+    learning_rates: LearningRates
+    extra_rates: Count = 1  # further candidates, a factor apart, while the best one is the lowest or the highest
+    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; rates are chosen with the first
+    workers: PositiveInt = 1  # trainings at a time; small models train two at a time faster than one with two threads
+    report: VLDataConfig  # the scores are of its valid splits
+    features: Items[Text] = ()  # of the reported pictures, where they lie elsewhere; none: the base's vision.features
+    decode: DecodeConfig = DecodeConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "CompareVLConfig":
+        problems = ["seeds names a seed twice"] if len(set(self.seeds)) < len(self.seeds) else []
+        for task in self.report.tasks:
+            if task.valid is None:
+                problems.append(f"report.tasks: {task.task} has no valid")
+            if task.train is not None or task.batch_size is not None or task.weight != 1.0:
+                problems.append(f"report.tasks: {task.task} takes valid alone: how it is trained stands in base")
+        return raise_problems(self, problems)
+
+
 class ExtractFeaturesConfig(PipelineConfig):
     command: ClassVar[str] = "features"
     pipeline: Literal["extract_features"]
@@ -231,7 +260,7 @@ class TinyVLConfig(Section):
 
 
 class PretrainTinyVLConfig(PipelineConfig):
-    """The embedded VL-BART from nothing, on captions of scenes."""
+    """The embedded VL-BART from nothing, on captions of scenes; its tokenizer knows the words of other tasks too."""
 
     command: ClassVar[str] = "train"
     pipeline: Literal["pretrain_tiny_vl"]
@@ -239,7 +268,7 @@ class PretrainTinyVLConfig(PipelineConfig):
     output: Text | None = None
     model: TinyVLConfig = TinyVLConfig()
     vision: VisionConfig
-    masked_share: Share = 0.5  # of the rows: the model reads the caption with words masked, and writes it whole
+    fill_share: Share = 0.6  # of the rows: the model reads the caption with a few words masked, and writes these
     data: VLDataConfig
     optimizer: OptimizerConfig
     schedule: VLScheduleConfig = VLScheduleConfig()

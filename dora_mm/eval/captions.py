@@ -30,9 +30,14 @@ def score_captions(rows: Rows, *, meteor: bool = True) -> VLScores:
     Args:
         meteor: False leaves METEOR out, whose Java program takes 5 seconds to load.
     """
-    references, predictions = group_by_id(rows)
-    found = caption_scores(references, predictions, meteor=meteor)
+    references, found = picture_scores(rows, meteor=meteor)
     return VLScores("caption", "CIDEr", found.metrics, {}, caption_notes(references, found))
+
+
+def picture_scores(rows: Rows, *, meteor: bool = True) -> tuple[dict[str, list[str]], CaptionScores]:
+    """References by id, in the order in which `each` is."""
+    references, predictions = group_by_id(rows)
+    return references, caption_scores(references, predictions, meteor=meteor)
 
 
 def group_by_id(rows: Rows) -> tuple[dict[str, list[str]], dict[str, str]]:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from dora_mm.data.vl import Example
-from dora_mm.eval.captions import caption_notes, caption_scores, group_by_id
+from dora_mm.eval.captions import CaptionScores, caption_notes, caption_scores, group_by_id
 from dora_mm.eval.vl_scores import Rows, VLScores, check_answered, percent, table
 
 CHOICE = re.compile(r"a(\d)")
@@ -39,14 +39,20 @@ def score_video_captions(task: str, rows: Rows, *, meteor: bool = True) -> VLSco
     The table by `type` holds the mean CIDEr of the clips that have a reference of this type. As in VALUE, letters
     beyond ASCII become spaces.
     """
+    references, found = clip_scores(rows, meteor=meteor)
+    tables = {"type": table(by_type)} if (by_type := _by_type(rows, list(references), found.each)) else {}
+    return VLScores(task, "CIDEr", found.metrics, tables, caption_notes(references, found))
+
+
+def clip_scores(rows: Rows, *, meteor: bool = True) -> tuple[dict[str, list[str]], CaptionScores]:
+    """References by id, in the order in which `each` is."""
     references, predictions = group_by_id(rows)
     found = caption_scores(
         {key: [_ascii(text) for text in texts] for key, texts in references.items()},
         {key: _ascii(text) for key, text in predictions.items()},
         meteor=meteor,
     )
-    tables = {"type": table(by_type)} if (by_type := _by_type(rows, list(references), found.each)) else {}
-    return VLScores(task, "CIDEr", found.metrics, tables, caption_notes(references, found))
+    return references, found
 
 
 def _by_type(rows: Rows, ids: Sequence[str], each: Sequence[float]) -> dict[str, list[float]]:

@@ -1,0 +1,284 @@
+"""A comparison of methods on two tasks, end to end on a random model: cut off, gone on with, refused."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from dora_mm.cli import main
+from dora_mm.config import load_config
+from dora_mm.eval.comparison import FULL, Variant
+from dora_mm.models.vl_loading import from_bart, save_vl_bart
+from dora_mm.train import campaign, jobs
+from dora_mm.train.campaign import Training
+from dora_mm.train.jobs import Job
+from pipelines import compare_vl
+from tests.models.vl import DIM, small_bart, small_tokenizer
+
+SAMPLES = Path(__file__).parents[2] / "samples" / "vl"
+QUESTIONS = SAMPLES / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json"
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Of every picture of the samples, at random: what is compared here is not what they are worth."""
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    for path in [*SAMPLES.rglob("*.jpg"), *SAMPLES.rglob("*.png")]:
+        np.savez(folder / f"{path.stem}.npz", features=rng.normal(size=(4, DIM)).astype(np.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "model"
+    torch.manual_seed(0)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), folder)
+    return folder
+
+
+def first_of_picture(number: int) -> int:
+    """The row at which the validation questions about the picture of this number begin."""
+    pictures = [row["image_id"] for row in json.loads(QUESTIONS.read_text())["questions"]]
+    return pictures.index(list(dict.fromkeys(pictures))[number])
+
+
+def vqa(split: str, **rows: int) -> dict:
+    return {
+        "format": "vqa_v2",
+        "file": str(SAMPLES / f"vqa/v2_OpenEnded_mscoco_{split}2014_questions.json"),
+        "annotations": str(SAMPLES / f"vqa/v2_mscoco_{split}2014_annotations.json"),
+        **rows,
+    }
+
+
+def nlvr2(split: str) -> dict:
+    return {"format": "nlvr2", "file": str(SAMPLES / f"nlvr2/{split}.json")}
+
+
+@pytest.fixture
+def base(tmp_path, model_folder, features):
+    """The file, and the values in it to change."""
+    tasks = [
+        {"task": "vqa", "train": vqa("train", limit=24), "valid": vqa("val", limit=first_of_picture(2))},
+        {"task": "nlvr2", "train": nlvr2("train"), "valid": nlvr2("dev")},
+    ]
+    values = {
+        "pipeline": "train_vl_bart",
+        "model": {"path": str(model_folder)},
+        "vision": {"features": [str(features)]},
+        "adapter": {"rank": 2, "alpha": 6.0, "dropout": 0.1},
+        "data": {"tables": str(tmp_path / "tables"), "tasks": tasks},
+        "optimizer": {"lr": 1.0, "magnitude_lr": 1.0},
+        "train": {"epochs": 9, "batch_size": 4, "checkpoint_every": 1, "log_every": 1},
+        "evaluate": {"every": 1},
+    }
+
+    def write(**changes) -> str:
+        path = tmp_path / "base.yaml"
+        path.write_text(yaml.safe_dump({**values, **changes}))
+        return str(path)
+
+    write.values = values
+    return write
+
+
+@pytest.fixture
+def comparison(tmp_path, base):
+    def write(**changes) -> str:
+        tasks = [
+            {"task": "vqa", "valid": vqa("val", skip=first_of_picture(2), limit=16)},
+            {"task": "nlvr2", "valid": nlvr2("test1")},
+        ]
+        values = {
+            "pipeline": "compare_vl",
+            "output": str(tmp_path / "campaign"),
+            "base": base(),
+            "steps": 2,
+            "rank": 4,
+            "learning_rates": {method: [1e-3, 1e-2, 1e-1] for method in ("full", "lora", "dora")},
+            "extra_rates": 0,
+            "seeds": [0, 1],
+            "report": {"tables": str(tmp_path / "tables"), "tasks": tasks},
+        }
+        path = tmp_path / "compare.yaml"
+        path.write_text(yaml.safe_dump({**values, **changes}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Trainings run in this process; what they were told is in the list."""
+    found = []
+
+    def in_this_process(name, arguments, log_file, threads):
+        found.append(arguments)
+        assert main(arguments) == 0
+        return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
+
+    monkeypatch.setattr(campaign, "start_job", in_this_process)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.0)
+    return found
+
+
+def test_a_campaign_is_cut_off_goes_on_and_reports(comparison, commands, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "campaign"
+    answer = compare_vl.Campaign.answer
+
+    def cut_off(self, training):
+        if training and training.variant.method == "dora":
+            raise KeyboardInterrupt
+        return answer(self, training)
+
+    monkeypatch.setattr(compare_vl.Campaign, "answer", cut_off)
+    assert main(["eval", comparison()]) == 130
+    # full, LoRA 4, DoRA 2 and 4: three rates each, and one more training of the best for the second seed
+    assert len(commands) == 4 * (3 + 1)
+    assert not (folder / "table.md").exists()
+
+    commands.clear()
+    asked = []
+    monkeypatch.setattr(
+        compare_vl.Campaign, "answer", lambda self, training: asked.append(training) or answer(self, training)
+    )
+    assert main(["eval", comparison(workers=2)]) == 0  # this changes no number
+    assert commands == []
+    assert {training.variant for training in asked} == {Variant("dora", 2), Variant("dora", 4)}
+    assert len(asked) == 4
+
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    names = ["untrained base", "questions alone", "full fine-tuning", "LoRA, rank 4", "DoRA, rank 4"]
+    assert [row["name"] for row in rows] == [*names, "DoRA, half of rank 4"]
+    shares = [float(row["trainable_share"]) for row in rows[2:]]
+    assert shares[0] == 100.0
+    assert shares[3] < shares[1] < shares[2] < 100
+    for row in rows[2:]:
+        assert float(row["mean_low"]) <= float(row["mean_mean"]) <= float(row["mean_high"])
+        assert float(row["mean_mean"]) == pytest.approx(
+            (float(row["vqa_mean"]) + float(row["nlvr2_mean"])) / 2, abs=2e-3
+        )
+        assert float(row["seconds_per_step"]) > 0
+        assert float(row["peak_memory_mb"]) > 100
+    assert rows[1]["mean_mean"] == rows[0]["learning_rate"] == ""
+    table = (folder / "table.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert "VQA 16 answers in " in table
+    assert "DoRA, rank 4, less what questions alone give away" in table
+    assert "DoRA, rank 2 - LoRA, rank 4" in table
+    assert "of 12 intervals exclude 0" in table
+
+    # what is reported of a training is what eval_vl scores it at
+    chosen = next((folder / "answers").glob("lora-r4-*-seed1.json")).stem
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    values = {key: base[key] for key in ("model", "vision")}
+    report = yaml.safe_load((tmp_path / "compare.yaml").read_text())["report"]
+    adapter, output = str(folder / "runs" / chosen), str(tmp_path / "eval")
+    config = {**values, "pipeline": "eval_vl", "data": report, "adapter": adapter, "output": output, "examples": 0}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
+    assert main(["eval", str(tmp_path / "eval.yaml")]) == 0
+    scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
+    one = compare_vl.Campaign(load_config(comparison()))
+    trained = next(
+        training for rate in (1e-3, 1e-2, 1e-1) if (training := Training(Variant("lora", 4), rate, 1)).name == chosen
+    )
+    marks = one.marks([one.answers(trained.name, trained)])
+    for task in ("vqa", "nlvr2"):
+        assert 100 * marks[task].values_QS.mean() == pytest.approx(scores[task]["metrics"]["accuracy"])
+
+    assert main(["eval", comparison(steps=3)]) == 2
+    assert "started with other values of steps" in capsys.readouterr().err
+
+
+def test_what_trainings_have_in_place_of_the_bases_values(comparison, base):
+    config = load_config(comparison())
+    loaded = load_config(base())
+
+    def trained(variant):
+        return load_config(config.base, compare_vl.overrides(config, loaded, Training(variant, 0.25, 7)))
+
+    half = trained(Variant("dora", 2))
+    assert (half.adapter.method, half.adapter.rank, half.adapter.alpha) == ("dora", 2, 6.0)
+    assert (half.seed, half.optimizer.lr, half.optimizer.magnitude_lr) == (7, 0.25, None)
+    assert (half.train.steps, half.train.epochs, half.train.checkpoint_every, half.evaluate.every) == (2, None, 0, 0)
+    lora, dora = trained(Variant("lora", 4)), trained(Variant("dora", 4))
+    assert lora.adapter.alpha / lora.adapter.rank == dora.adapter.alpha / dora.adapter.rank == 3.0
+    assert lora.adapter.trains == dora.adapter.trains == loaded.adapter.trains
+    full = trained(FULL)
+    assert full.adapter.parts == ("text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko")
+    assert full.adapter.trains == ("visual_embedding", "biases", "norms", "embeddings")
+    assert (full.adapter.dropout, lora.adapter.dropout) == (0.0, 0.1)
+
+
+def changed(tasks: list[dict], **valid: dict) -> list[dict]:
+    return [{**task, "valid": valid.get(task["task"], task["valid"])} for task in tasks]
+
+
+def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_path, capsys):
+    def refused(path: str) -> str:
+        assert main(["eval", path]) == 2
+        assert not (tmp_path / "campaign").exists()
+        return capsys.readouterr().err
+
+    report = yaml.safe_load(Path(comparison()).read_text())["report"]
+    shared = {**report, "tasks": changed(report["tasks"], vqa=vqa("val", skip=1))}
+    assert "pictures of vqa are also in the valid of vqa in" in refused(comparison(report=shared))
+    trained = {**report, "tasks": changed(report["tasks"], vqa=vqa("train", limit=30))}
+    assert "pictures of vqa are also in the train of vqa in" in refused(comparison(report=trained))
+    unanswered = {**vqa("val", skip=first_of_picture(2)), "annotations": None}
+    without = {**report, "tasks": changed(report["tasks"], vqa=unanswered)}
+    assert "has no answers to score vqa by" in refused(comparison(report=without))
+    single = vqa("val", skip=first_of_picture(2), limit=1)
+    alone = {**report, "tasks": changed(report["tasks"], vqa=single)}
+    assert "vqa is about one picture" in refused(comparison(report=alone))
+    fewer = {**report, "tasks": report["tasks"][:1]}
+    assert "report.tasks: must be those of" in refused(comparison(report=fewer))
+
+    assert "is a config of compare_vl, not of train_vl_bart" in refused(comparison(base=str(tmp_path / "compare.yaml")))
+    untuned = {**base.values["data"], "tasks": [{**base.values["data"]["tasks"][0], "valid": None}]}
+    for changes, said in (
+        ({"data": untuned}, "has no valid for vqa"),
+        ({"adapter": {"rank": 2, "init_from": "some"}}, "goes on from an adapter"),
+    ):
+        config = comparison()
+        base(**changes)
+        assert said in refused(config)
+    base()
+    adapted = {"vision": {"tower": "timm/vit_tiny_patch16_224"}, "adapter": {"rank": 2, "vision_parts": ["attn"]}}
+    config = comparison(features=["some"])
+    base(**adapted)
+    assert "adapts the vision tower" in refused(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": [3, 3]}, "seeds names a seed twice"),
+        ({"seeds": [3]}, "seeds"),
+        ({"rank": 3}, "rank: must be a multiple of 2"),
+        ({"report": {"tasks": [{"task": "vqa"}]}}, "report.tasks: vqa has no valid"),
+        ({"report": {"tasks": [{"task": "vqa", "train": vqa("train")}]}}, "vqa takes valid alone"),
+    ],
+)
+def test_what_a_config_may_not_say(comparison, capsys, changes, said):
+    assert main(["eval", comparison(**changes)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_equal_names_are_equal_pictures_unless_they_lie_apart(tmp_path):
+    def split(folder: Path | None, *names: str) -> compare_vl.ValidationSet:
+        return compare_vl.ValidationSet(SimpleNamespace(images=lambda: names), folder and str(folder))
+
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    a, b = tmp_path / "a", tmp_path / "b"
+    shared = compare_vl.shared_pictures
+    assert shared(split(a, "1.png", "2.png"), split(b, "2.png")) == set()
+    assert shared(split(a, "sub/2.png"), split(a / "sub", "2.png")) == {str(a / "sub" / "2.png")}
+    assert shared(split(a, "sub/2.png", "1.png"), split(None, "2.png")) == {"2"}
