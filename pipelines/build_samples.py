@@ -102,6 +102,7 @@ VL_SETS = {  # pictures and questions; of NLVR2 sets of 8 pictures with 16 label
         vqa={"train": (3000, 12500), "val": (600, 3000)},
         gqa={"train": (1000, 8000), "val": (250, 2000), "testdev": (250, 2000)},
         nlvr2={"train": 250, "dev": 63, "test1": 63},
+        pretrain=9000,
     ),
     SAMPLES / "vl": Sizes(
         vqa={"train": (500, 3600), "val": (120, 720)},

@@ -1,21 +1,24 @@
 """The embedded VL-BART from nothing, on captions of scenes, so that adapters have something to adapt.
 
-Half of the rows it captions the picture; of the other half it also reads the caption with words masked, as BART's own
-pretraining does, and so learns to read text beside a picture.
+Of some rows it captions the picture; of the others it reads a caption with a few words masked and writes these, and so
+learns to read text beside a picture and to answer in a word. It trains on the task `caption` alone; of other tasks that
+the config names, the tokenizer learns the words.
 """
 
 import logging
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import BartTokenizer
 
 from dora_mm.config.loader import dump_config
-from dora_mm.config.vl import PretrainTinyVLConfig
+from dora_mm.config.vl import PretrainTinyVLConfig, VLTaskConfig
 from dora_mm.data.randomness import batch_indices, generator
 from dora_mm.data.vl import Example
 from dora_mm.eval.vl import report
@@ -28,23 +31,23 @@ from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, build_schedule
 from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import Validation, answer_all, main_values, open_source, open_validation
+from dora_mm.train.validation import Validation, answer_all, main_values, open_source, open_texts, open_validation
 
 log = logging.getLogger(__name__)
 MAX_POSITIONS = 640  # the longest input of a task has 600 tokens
-MASK_SHARE = 0.4  # of the words of a masked caption
+MAX_MASKED = 3  # words
 
 
 def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
-    (split,) = config.data.tasks
-    assert split.train is not None
+    captions = captions_of(config)
+    assert captions.train is not None
     eyes = Eyes(config.vision).to(accelerator.device)
-    table = open_source(split.train, config.data, eyes)
-    rows = TrainingSet(table, split.train.images, split.batch_size or config.train.batch_size)
-    texts = (text for index in range(len(table)) for text in table[index].answers)
-    tokenizer = train_tokenizer(texts, config.model.num_merges)
-    task = VLBartTask(build_model(config, tokenizer, eyes.feature_dim).to(accelerator.device), tokenizer, eyes)  # type: ignore[arg-type]
+    table = open_source(captions.train, config.data, eyes)
+    rows = TrainingSet(table, captions.train.images, captions.batch_size or config.train.batch_size)
+    tokenizer = train_tokenizer(all_texts(config), config.model.num_merges)
+    model: Any = build_model(config, tokenizer, eyes.feature_dim)
+    task = VLBartTask(model.to(accelerator.device), tokenizer, eyes)
     parameters = {f"model.{name}": parameter for name, parameter in task.model.named_parameters()}
     log.info("%s parameters, %d tokens", f"{sum(p.numel() for p in parameters.values()):,}", len(tokenizer))
 
@@ -82,6 +85,21 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     print(f"\nmodel    {run.path / 'model'}")
 
 
+def captions_of(config: PretrainTinyVLConfig) -> VLTaskConfig:
+    found = [task for task in config.data.tasks if task.task == "caption" and task.train and task.valid]
+    if not found:
+        raise ValueError("data.tasks: caption is missing, with train and valid: it is what the model learns")
+    return found[0]
+
+
+def all_texts(config: PretrainTinyVLConfig) -> Iterator[str]:
+    """What the tokenizer learns from: texts and answers of every task's training split."""
+    for task in config.data.tasks:
+        if task.train is not None:
+            for example in open_texts(task.train, config.data):
+                yield from (example.text, *example.answers)
+
+
 def build_model(config: PretrainTinyVLConfig, tokenizer: BartTokenizer, feature_dim: int) -> VLBart:
     size = config.model
     with torch.random.fork_rng([]):
@@ -110,21 +128,28 @@ def caption_batch(config: PretrainTinyVLConfig, task: VLBartTask, rows: Training
 
 
 def shown(example: Example, config: PretrainTinyVLConfig, stream: torch.Generator) -> Example:
-    """One caption of the picture; now and then the same caption, with words masked, is to be read."""
+    """One caption of the picture to write, or what is masked in it."""
     caption, _ = draw_answer(example, stream)
-    masked = torch.rand((), generator=stream) < config.masked_share
-    text = mask_words(caption, stream) if masked else ""
-    return replace(example, text=text, answers=(caption,), scores=(1.0,))
+    text, target = mask_words(caption, stream) if draw(stream) < config.fill_share else ("", caption)
+    return replace(example, text=text, answers=(target,), scores=(1.0,))
 
 
-def mask_words(caption: str, stream: torch.Generator) -> str:
-    words = [word for word, _ in Whitespace().pre_tokenize_str(caption)]
-    hidden = torch.rand(len(words), generator=stream) < MASK_SHARE
-    return " ".join("<mask>" if hide else word for word, hide in zip(words, hidden.tolist(), strict=True))
+def mask_words(caption: str, stream: torch.Generator) -> tuple[str, str]:
+    """The caption with a run of one to three words masked, and the run. Full stops and commas stay."""
+    words = [(match.start(), match.end()) for match in re.finditer(r"[^\s.,:]+", caption)]
+    length = 1 + int(draw(stream) ** 2 * min(MAX_MASKED, len(words)))  # one word more often than three
+    first = int(draw(stream) * (len(words) - length + 1))
+    start, end = words[first][0], words[first + length - 1][1]
+    return f"{caption[:start]}<mask>{caption[end:]}", caption[start:end]
+
+
+def draw(stream: torch.Generator) -> float:
+    return float(torch.rand((), generator=stream))
 
 
 def build_validation(config: PretrainTinyVLConfig, task: VLBartTask, run: RunDirectory) -> Validation:
-    sets = open_validation(config.data, config.evaluate, task.eyes)
+    data = config.data.model_copy(update={"tasks": (captions_of(config),)})
+    sets = open_validation(data, config.evaluate, task.eyes)
     done = checkpoints(run.checkpoints)
     return Validation(
         run,

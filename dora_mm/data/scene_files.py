@@ -4,6 +4,7 @@
     vqa/v2_OpenEnded_mscoco_train2014_questions.json, vqa/v2_mscoco_train2014_annotations.json
     captions/captions_train2014.json
     gqa/train_balanced_questions.json, gqa/images/<imageId>.jpg
+    captions/captions_pretrain2014.json       of further pictures, which nothing else asks about
     nlvr2/train.json, nlvr2/images/train-0-0-img0.png
 
 A smaller set is the beginning of a larger one as far as its pictures go, so the validation scenes of one are never the
@@ -32,18 +33,22 @@ __all__ = ["SEED", "Sizes", "gqa_file", "nlvr2_file", "scenes_of", "vqa_files", 
 SEED = 0
 JPEG_QUALITY = 75
 PNG_COLORS = 96  # NLVR2 wants PNG: with a palette one takes 12 kB, without 40
-FIRST_IDS = {"train": 1, "val": 500_001, "testdev": 700_001, "dev": 500_001, "test1": 700_001}
+FIRST_IDS = {"train": 1, "val": 500_001, "testdev": 700_001, "dev": 500_001, "test1": 700_001, "pretrain": 800_001}
 INFO = {"description": "Generated scenes of icons; answers and captions follow from how they were composed."}
 LICENSE = {"id": 1, "name": "see SOURCES.md", "url": "https://creativecommons.org/licenses/by/4.0/"}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of each: split -> (pictures, questions), of NLVR2 split -> sets of four pairs with four sentences."""
+    """How much of each: split -> (pictures, questions), of NLVR2 split -> sets of four pairs with four sentences.
+
+    pretrain: further pictures that are only captioned.
+    """
 
     vqa: dict[str, tuple[int, int]]
     gqa: dict[str, tuple[int, int]]
     nlvr2: dict[str, int]
+    pretrain: int = 0
 
 
 def write_sets(folder: Path, things: Sequence[Thing], artist: Artist, sizes: Sizes) -> None:
@@ -54,6 +59,10 @@ def write_sets(folder: Path, things: Sequence[Thing], artist: Artist, sizes: Siz
             write_json(folder / name, content)
         scenes = scenes_of(things, "vqa", split, num_pictures)
         pictures["images"] += [(coco_name(split, scene), scene) for scene in scenes]
+    if sizes.pretrain:
+        scenes = scenes_of(things, "captions", "pretrain", sizes.pretrain)
+        write_json(folder / "captions/captions_pretrain2014.json", captions_file("pretrain", scenes))
+        pictures["images"] += [(coco_name("pretrain", scene), scene) for scene in scenes]
     for split, (num_pictures, num_questions) in sizes.gqa.items():
         entries = gqa_file(things, split, num_pictures, num_questions)
         write_json(folder / f"gqa/{split}_balanced_questions.json", entries)
@@ -93,7 +102,7 @@ def save(picture: Image.Image, path: Path, name: str) -> None:
 
 
 def scenes_of(things: Sequence[Thing], task: str, split: str, number: int) -> list[Scene]:
-    """The scenes of vqa (with captions) or gqa. Those of NLVR2 come in pairs, see nlvr2_file."""
+    """The scenes of vqa (with captions), captions or gqa. Those of NLVR2 come in pairs, see nlvr2_file."""
     return [make_scene(things, SEED, f"{task}/{split}", index) for index in range(number)]
 
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, BartTokenizer
+from transformers.utils import logging
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import VLModelConfig
@@ -118,7 +121,8 @@ def _copy_weights(bart: nn.Module, model: VLBart) -> None:
 
 def _loaded(kind: Any, path: str) -> Any:
     try:
-        model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        with no_bars():
+            model, report = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except LOADING_ERRORS as error:
         raise ValueError(f"model.path: {path} cannot be loaded: {' '.join(str(error).split())}") from error
     for what in ("missing_keys", "mismatched_keys"):
@@ -132,5 +136,18 @@ def _loaded(kind: Any, path: str) -> Any:
 def save_vl_bart(model: VLBart, tokenizer: BartTokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """A folder that `load_vl_bart` and transformers read."""
     copied: Any = copy.deepcopy(model)
-    copied.to(dtype).save_pretrained(folder)
+    with no_bars():
+        copied.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """transformers shows a bar of its own for what takes a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
