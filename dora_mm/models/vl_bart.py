@@ -155,7 +155,7 @@ class VLBart(BartForConditionalGeneration):
         encoded = self.model.encoder(*inputs)
         settings = GenerationConfig(
             num_beams=beams,
-            max_length=max_length,
+            max_length=min(max_length, self.config.max_position_embeddings),
             do_sample=False,
             early_stopping=beams > 1,
             decoder_start_token_id=self.config.decoder_start_token_id,

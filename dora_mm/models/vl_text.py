@@ -46,22 +46,34 @@ TEXTS = {
 
 
 def encode_inputs(
-    tokenizer: BartTokenizer, task: str, texts: Sequence[str], before: Sequence[str] | None = None
+    tokenizer: BartTokenizer,
+    task: str,
+    texts: Sequence[str],
+    before: Sequence[str] | None = None,
+    *,
+    max_positions: int,
 ) -> tuple[Tensor, Tensor]:
     """(ids, mask), (B, L) each, right-padded.
 
     texts: questions or sentences. What is over the task's length is cut off at its end; of a video task the beginning
         of `before` (subtitles) is kept as far as there is room, so that a question is never cut away.
+    max_positions: how many tokens the model has positions for, which may be fewer than the task takes.
     """
     form = TEXTS[task]
     before = before or [""] * len(texts)
-    rows = [_row(tokenizer, form, text, first) for text, first in zip(texts, before, strict=True)]
+    room = _room(form.max_input, max_positions)
+    rows = [_row(tokenizer, form, text, first, room) for text, first in zip(texts, before, strict=True)]
     ids = pad(rows, tokenizer.pad_token_id)
     return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
 
 
-def _row(tokenizer: BartTokenizer, form: TaskText, text: str, before: str) -> list[int]:
-    room = form.max_input - 2
+def _room(length: int, max_positions: int) -> int:
+    """How many tokens fit between <s> and </s>."""
+    assert max_positions > 2
+    return min(length, max_positions) - 2
+
+
+def _row(tokenizer: BartTokenizer, form: TaskText, text: str, before: str, room: int) -> list[int]:
     if not form.prompt_last:
         ids = plain_ids(tokenizer, form.prompt + text)[:room]
     else:
@@ -71,9 +83,12 @@ def _row(tokenizer: BartTokenizer, form: TaskText, text: str, before: str) -> li
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 
 
-def encode_targets(tokenizer: BartTokenizer, task: str, answers: Sequence[str]) -> Tensor:
-    """(B, T) ids, right-padded: <s> answer </s>, cut to the task's length with </s> kept."""
-    room = TEXTS[task].max_target - 2
+def encode_targets(tokenizer: BartTokenizer, task: str, answers: Sequence[str], *, max_positions: int) -> Tensor:
+    """(B, T) ids, right-padded: <s> answer </s>, cut to the task's length with </s> kept.
+
+    max_positions: how many tokens the model has positions for.
+    """
+    room = _room(TEXTS[task].max_target, max_positions)
     rows = [
         [tokenizer.bos_token_id, *plain_ids(tokenizer, answer)[:room], tokenizer.eos_token_id] for answer in answers
     ]

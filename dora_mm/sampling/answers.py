@@ -41,7 +41,7 @@ class Answerer:
                 f"decode.answers {config.answers} needs the answers of {task} to choose from: give its train"
             )
         self.candidates = sorted(set(candidates)) if self.restricted else []
-        self.candidate_ids = encode_targets(tokenizer, task, self.candidates) if self.candidates else None
+        self.candidate_ids = self._target_ids(self.candidates) if self.candidates else None
 
     def __call__(self, inputs: VLInputs) -> list[str]:
         """One answer to each row."""
@@ -55,11 +55,15 @@ class Answerer:
         ids = self.model.answer_ids(inputs, beams=beams, max_length=self.form.max_answer, allowed=allowed)
         return decode(self.tokenizer, ids)
 
+    def _target_ids(self, answers: Sequence[str]) -> Tensor:
+        max_positions = self.model.config.max_position_embeddings
+        return encode_targets(self.tokenizer, self.task, answers, max_positions=max_positions)
+
     def _true_or_false(self, inputs: VLInputs) -> list[str]:
         """The likelier of the two words' first tokens, after `</s><s>`."""
         config = self.model.config
         logits = self.model.next_logits(inputs, [config.decoder_start_token_id, config.bos_token_id])
-        words = encode_targets(self.tokenizer, self.task, TRUE_FALSE)[:, 1]
+        words = self._target_ids(TRUE_FALSE)[:, 1]
         return [TRUE_FALSE[index] for index in logits[:, words].argmax(dim=1).tolist()]
 
 

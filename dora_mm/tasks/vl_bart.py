@@ -48,7 +48,8 @@ class VLBartTask:
             before, texts = None, [example.text for example in examples]
             visual = self.eyes.look([example.images for example in examples], images)
             seen = torch.ones(len(examples), self.num_visual_tokens(visual), dtype=torch.long)
-        ids, mask = encode_inputs(self.tokenizer, task, texts, before)
+        max_positions = self.model.config.max_position_embeddings
+        ids, mask = encode_inputs(self.tokenizer, task, texts, before, max_positions=max_positions)
         device = self.model.device
         return VLInputs(ids.to(device), torch.cat([mask, seen], dim=1).to(device), visual.to(device))
 
@@ -62,7 +63,8 @@ class VLBartTask:
         drawn = [draw_answer(example, stream) for example in examples]
         answers, weights = zip(*drawn, strict=True)
         device = self.model.device
-        targets = encode_targets(self.tokenizer, task, answers).to(device)
+        max_positions = self.model.config.max_position_embeddings
+        targets = encode_targets(self.tokenizer, task, answers, max_positions=max_positions).to(device)
         return VLBatch(task, self.inputs(task, examples, images), targets, torch.tensor(weights, device=device))
 
     def loss(self, batch: VLBatch, generator: torch.Generator) -> Tensor:

@@ -138,7 +138,7 @@ def test_transformers_own_generate_takes_the_features(beams):
 def test_candidates_are_ranked_by_their_likelihood():
     model = small_vl_bart()
     inputs = small_inputs(QUESTIONS)
-    candidates = encode_targets(small_tokenizer(), "vqa", ["yes", "no", "two dogs", "a red cat"])
+    candidates = encode_targets(small_tokenizer(), "vqa", ["yes", "no", "two dogs", "a red cat"], max_positions=1024)
     found = model.rank_candidates(inputs, candidates, chunk=3)
     for row in range(2):
         single = VLInputs(*(t[row : row + 1] for t in inputs))
@@ -245,7 +245,9 @@ def test_gradients_reach_everything_that_trains():
             if name.endswith("lora_B"):
                 parameter.normal_()
     inputs = small_inputs(QUESTIONS, pictures=2)
-    model(*inputs, labels=encode_targets(small_tokenizer(), "vqa", ["yes", "two dogs"])).loss.backward()
+    model(
+        *inputs, labels=encode_targets(small_tokenizer(), "vqa", ["yes", "two dogs"], max_positions=1024)
+    ).loss.backward()
     silent = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
     # k's bias moves all scores of a query alike; boxes are zero, and so is the bias that they meet at first
     boxes = [f"model.encoder.visual_embedding.box_embedding.{layer}.weight" for layer in (0, 1)]

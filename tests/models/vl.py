@@ -25,11 +25,13 @@ def small_tokenizer() -> BartTokenizer:
     return train_tokenizer(TEXTS * 10, 100)
 
 
-def small_bart(vocab_size: int | None = None) -> BartForConditionalGeneration:
+def small_bart(vocab_size: int | None = None, **changes) -> BartForConditionalGeneration:
     size = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     vocab_size = vocab_size or len(small_tokenizer()) - 200
-    return BartForConditionalGeneration(BartConfig(vocab_size=vocab_size, init_std=0.3, **size, **heads)).eval()
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=vocab_size, init_std=0.3, **{**size, **heads, **changes})
+    ).eval()
 
 
 def small_vl_bart(visual: str = "image") -> VLBart:
@@ -37,7 +39,7 @@ def small_vl_bart(visual: str = "image") -> VLBart:
 
 
 def small_inputs(texts: list[str], pictures: int = 1, side: int = 7) -> VLInputs:
-    ids, mask = encode_inputs(small_tokenizer(), "vqa", texts)
+    ids, mask = encode_inputs(small_tokenizer(), "vqa", texts, max_positions=1024)
     features = torch.randn(len(texts), pictures, side * side, DIM)
     seen = torch.ones(len(texts), pictures * 36, dtype=torch.long)
     return VLInputs(ids, torch.cat([mask, seen], dim=1), features)

@@ -26,7 +26,7 @@ def inputs():
 
 def test_ranked_answers_are_the_likeliest_candidates(model, inputs):
     found = answerer(model, answers="rank")(inputs)
-    ids = encode_targets(small_tokenizer(), "vqa", sorted(CANDIDATES))
+    ids = encode_targets(small_tokenizer(), "vqa", sorted(CANDIDATES), max_positions=1024)
     best = model.rank_candidates(inputs, ids).argmax(1)
     assert found == [sorted(CANDIDATES)[index] for index in best]
 
@@ -38,7 +38,7 @@ def test_a_trie_allows_candidates_and_nothing_else(model, inputs):
 
 def test_every_candidate_can_be_reached(model):
     tokenizer = small_tokenizer()
-    ids = encode_targets(tokenizer, "vqa", CANDIDATES)
+    ids = encode_targets(tokenizer, "vqa", CANDIDATES, max_positions=1024)
     allowed = only(ids, model.config)
     for row in ids:
         said = [2]
@@ -58,7 +58,9 @@ def test_candidates_must_be_given(model, answers):
 def test_nlvr2_compares_two_words(model, inputs):
     found = answerer(model, "nlvr2")(inputs)
     logits = model(*inputs, decoder_input_ids=torch.tensor([[2, 0]] * 3)).logits[:, -1]
-    true, false = (encode_targets(small_tokenizer(), "nlvr2", [word])[0, 1] for word in ("true", "false"))
+    true, false = (
+        encode_targets(small_tokenizer(), "nlvr2", [word], max_positions=1024)[0, 1] for word in ("true", "false")
+    )
     assert found == ["true" if row[true] > row[false] else "false" for row in logits]
 
 
