@@ -40,3 +40,30 @@ def test_no_answer_is_longer_than_the_model_has_positions():
     model = from_bart(bart, len(small_tokenizer()), DIM, "image").eval()
     model.final_logits_bias[0, 2] = -1e4  # </s>
     assert model.answer_ids(small_inputs(["two dogs?"]), max_length=20).shape == (1, 16)
+
+
+def without_a_token(text: str) -> str:
+    """Merges that make a token which the vocabulary lacks."""
+    values = json.loads(text)
+    values["model"]["merges"] = [["a", "no token"]]
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:500],
+        lambda _: "",
+        lambda _: "{}",
+        lambda _: "[]",
+        lambda _: "null",
+        lambda text: text.replace('"ByteLevel"', '"NoLevel"'),
+        without_a_token,
+    ],
+)
+def test_a_damaged_tokenizer_is_told_in_a_sentence(tmp_path, damage):
+    small_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^model.path: {tmp_path} has no tokenizer of BART's kind"):
+        load_tokenizer(str(tmp_path))
