@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 NUM_SENTINELS = 100  # <extra_id_i> of the text, and as many <vis_extra_id_i>
 SENTINELS = tuple(f"<{kind}_{i}>" for kind in ("extra_id", "vis_extra_id") for i in reversed(range(NUM_SENTINELS)))
 BOX = 5  # x1, y1, x2, y2, area
+MAX_LOGITS = 2**26  # of a pass over candidates: 256 MB, and as much again for the loss
 
 
 class VLInputs(NamedTuple):
@@ -180,14 +181,15 @@ class VLBart(BartForConditionalGeneration):
         return self(*inputs, decoder_input_ids=ids, use_cache=False).logits[:, -1]
 
     @torch.no_grad()
-    def rank_candidates(self, inputs: VLInputs, candidates: Tensor, chunk: int = 1024) -> Tensor:
+    def rank_candidates(self, inputs: VLInputs, candidates: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
         """(B, C) log likelihoods of the candidate targets (C, T), padded, with one pass of the encoder.
 
-        chunk: how many rows the decoder takes at a time.
+        max_logits: the decoder takes as many candidates at a time as have so many logits, and one at least.
         """
         encoded = self.model.encoder(*inputs).last_hidden_state
         config = self.config
         decoder_ids = shift_tokens_right(candidates, config.pad_token_id, config.decoder_start_token_id)
+        chunk = max(1, max_logits // (candidates.shape[1] * config.vocab_size))
         scores = []
         for hidden, mask in zip(encoded, inputs.attention_mask, strict=True):
             parts = []
