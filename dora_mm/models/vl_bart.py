@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.masking_utils import create_bidirectional_mask
@@ -42,6 +43,7 @@ class VLInputs(NamedTuple):
     visual_features: Tensor  # (B, N, S, D)
 
 
+@strict
 class VLBartConfig(BartConfig):
     """BartConfig with what VL-BART adds. vocab_size counts the 200 sentinels, which stand last."""
 
@@ -52,6 +54,14 @@ class VLBartConfig(BartConfig):
         6  # a grid is max-pooled to this side; None: visual tokens are taken as they come (frames)
     )
     max_images: int = 2
+
+    def validate_visual(self) -> None:
+        """Called when one is made, as `strict` has it."""
+        for name in ("feature_dim", "pooled_side", "max_images"):
+            value = getattr(self, name)
+            frames = name == "pooled_side" and value is None
+            if not frames and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 class VisualEmbedding(nn.Module):
@@ -159,11 +169,7 @@ class VLBart(BartForConditionalGeneration):
             max_length=min(max_length, self.config.max_position_embeddings),
             do_sample=False,
             early_stopping=beams > 1,
-            decoder_start_token_id=self.config.decoder_start_token_id,
-            bos_token_id=self.config.bos_token_id,
-            eos_token_id=self.config.eos_token_id,
-            forced_eos_token_id=self.config.eos_token_id,
-            pad_token_id=self.config.pad_token_id,
+            **special_tokens(self.config),
         )
         found = cast(Any, self).generate(  # of GenerationMixin, whose stub hides it
             generation_config=settings,
@@ -204,6 +210,12 @@ class VLBart(BartForConditionalGeneration):
                 parts.append(token_log_likelihood(logits, targets, config.pad_token_id).sum(-1))
             scores.append(torch.cat(parts))
         return torch.stack(scores)
+
+
+def special_tokens(config: VLBartConfig) -> dict[str, Any]:
+    """What decoding begins, ends and pads with, as GenerationConfig names it. What is too long is ended."""
+    names = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {**{name: getattr(config, name) for name in names}, "forced_eos_token_id": config.eos_token_id}
 
 
 def token_log_likelihood(logits_BTV: Tensor, targets_BT: Tensor, pad: int) -> Tensor:
