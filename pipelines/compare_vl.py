@@ -23,7 +23,7 @@ from dora_mm.data.tables import open_table
 from dora_mm.data.vl import Example, stem
 from dora_mm.eval.comparison import Variant, table_rows, variants
 from dora_mm.eval.question_only import question_only_answers
-from dora_mm.eval.vl import QUESTION_TASKS, Rows
+from dora_mm.eval.vl import CAPTION_TASKS, QUESTION_TASKS, Rows
 from dora_mm.eval.vl_comparison import (
     HEADINGS,
     Marks,
@@ -43,9 +43,10 @@ from dora_mm.models.vl_bart import VLBart
 from dora_mm.models.vl_loading import load_vl_bart
 from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
+from dora_mm.tasks.vl_sets import ValidationSet, open_texts, open_validation
 from dora_mm.train.adapters import load_vl_adapters
 from dora_mm.train.campaign import Chosen, Training, Trainings, open_campaign, rates_of
-from dora_mm.train.validation import OVERALL, ValidationSet, answer_all, open_texts, open_validation
+from dora_mm.train.validation import OVERALL, answer_all
 
 log = logging.getLogger(__name__)
 BARE, GUESSED = "untrained base", "questions alone"
@@ -294,15 +295,23 @@ def result(campaign: Campaign, label: str, variant: Variant, marks: Mapping[str,
 def about(campaign: Campaign, marks: Mapping[str, Marks]) -> str:
     """What the table is of, and how its intervals are meant."""
     config = campaign.config
+    together = "all questions about a picture count together"
+    if "nlvr2" in marks:
+        together += ", and all sentences of a set of NLVR2"
     notes = [
         f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
         f"Reported: {counted(marks)}.",
-        "In brackets: 95 % intervals over trainings and over what was asked about, where all questions of a picture "
-        "count together, and all sentences of one set of NLVR2. CIDEr is the mean of every caption's own CIDEr-D, by "
-        "the document frequencies of the split as it is.",
+        f"In brackets: 95 % intervals over trainings and over what was asked about; {together}.",
         "Full fine-tuning trains every weight of the language model. Behind a learning rate, *: the lowest or highest "
-        "tried. Memory: the most a training held.",
+        "tried. Memory: the most that a training held, in 2^20 bytes.",
     ]
+    if set(marks) & set(CAPTION_TASKS):
+        notes.append(
+            "CIDEr is the mean of each caption's own CIDEr-D, so it has its interval in the same way; how rare a word "
+            "is follows from the references of the split, which are the same for all."
+        )
     if missing := [HEADINGS[task] for task in campaign.sets if task not in marks]:
-        notes.append(f"Not scored: {', '.join(missing)}, since the tokenizer of caption metrics needs Java.")
+        notes.append(
+            f"Not scored: {', '.join(missing)}. The tokenizer of caption metrics, a Java program, cannot run here."
+        )
     return "\n\n".join(notes)

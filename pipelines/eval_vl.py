@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-import dora_mm
 from dora_mm import io
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.vl import VIDEO_TASKS, EvalVLConfig
@@ -21,29 +20,35 @@ from dora_mm.eval.submissions import suffix, write_predictions
 from dora_mm.eval.vl import QUESTION_TASKS, Rows, VLScores, report, score, score_row
 from dora_mm.eval.vl_scores import is_answered
 from dora_mm.io.atomic import write_text
+from dora_mm.io.digest import module_digest
 from dora_mm.models.vl_loading import load_vl_bart
 from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
-from dora_mm.train.adapters import load_vl_adapters
+from dora_mm.tasks.vl_sets import ValidationSet, open_texts, open_validation
+from dora_mm.train.adapters import adapter_folder, check_identity, load_vl_adapters, seed_of
 from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import ValidationSet, answer_all, main_values, open_texts, open_validation
+from dora_mm.train.validation import answer_all, answerers, main_values
 
 log = logging.getLogger(__name__)
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
-    eyes = Eyes(config.vision)
+    # Everything that can be wrong with the input is found before the run directory exists.
+    folder = adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
+    metadata = io.read(folder)[1] if folder else {}
+    seed = seed_of(folder, metadata) if folder else 0
+    eyes: Any = Eyes(config.vision, seed=seed)
     splits = open_validation(config.data, config.decode, eyes)
-    adapter = adapter_path(config)
-    seed = int(io.read(adapter)[1].get("seed", 0)) if adapter else 0
-    model, tokenizer = load_vl_bart(config.model, eyes.feature_dim, seed)
-    if adapter:
-        load_vl_adapters(adapter, model, eyes.tower, config.backend)
+    loaded, tokenizer = load_vl_bart(config.model, eyes.feature_dim, seed)
+    model: Any = loaded
+    if folder:
+        check_identity(folder, metadata, {"base_digest": module_digest(model), "eyes_digest": eyes.identity})
+        load_vl_adapters(folder, model, eyes.tower, config.backend)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, eyes = model.to(device).eval(), eyes.to(device).eval()  # type: ignore[arg-type]
+    task = VLBartTask(model.to(device), tokenizer, eyes.to(device))
+    answerers(task, splits, config.decode)
     run = RunDirectory.create(config.name, dump_config(config), config.output)
-    with dora_mm.fixed_parameters(model), dora_mm.fixed_parameters(eyes):
-        answered = answer_all(VLBartTask(model, tokenizer, eyes), splits, config.decode)
+    answered = answer_all(task, splits, config.decode)
     for name, rows in answered.items():
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
     # Karpathy's VQA has rows without any answer among others: they count as wrong, and a note says how many.
@@ -54,20 +59,15 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     write_page(config, run, answered, splits)
 
 
-def adapter_path(config: EvalVLConfig) -> Path | None:
-    """The adapter's folder: the path itself, or `adapter` in the run that it is."""
-    if config.adapter is None:
-        return None
-    path = resolve_path(config.adapter, "adapter")
-    return path / "adapter" if (path / "adapter").is_dir() else path
-
-
 def beside_guessing(config: EvalVLConfig, name: str, scores: VLScores, table: ExampleTable) -> VLScores:
     """With what the questions alone give away, where the training split is named: answers are guessed from its."""
     (task,) = (task for task in config.data.tasks if task.task == name)
     if task.train is None or name not in QUESTION_TASKS:
         return scores
-    guessed = question_only_accuracy(open_texts(task.train, config.data).answered(), table)
+    known = open_texts(task.train, config.data).answered()
+    if not len(known):
+        return replace(scores, notes=(*scores.notes, f"no question-only accuracy: {task.train.file} has no answers"))
+    guessed = question_only_accuracy(known, table)
     return replace(scores, metrics={**scores.metrics, "question-only accuracy": guessed})
 
 

@@ -5,6 +5,8 @@ learns to read text beside a picture and to answer in a word. It trains on the t
 the config names, the tokenizer learns the words.
 """
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -17,21 +19,22 @@ import torch
 from accelerate import Accelerator
 from transformers import BartTokenizer
 
-from dora_mm.config.loader import dump_config
 from dora_mm.config.vl import PretrainTinyVLConfig, VLTaskConfig
-from dora_mm.data.randomness import batch_indices, generator
+from dora_mm.data.mixing import TaskBatches
+from dora_mm.data.randomness import generator
 from dora_mm.data.vl import Example
 from dora_mm.eval.vl import report
 from dora_mm.models.vl_bart import VLBart, VLBartConfig
 from dora_mm.models.vl_loading import save_vl_bart
 from dora_mm.models.vl_text import train_tokenizer
 from dora_mm.tasks.eyes import Eyes
-from dora_mm.tasks.vl_bart import TrainingSet, VLBartTask, VLBatch, draw_answer
-from dora_mm.train.checkpoint import checkpoints
+from dora_mm.tasks.vl_bart import VLBartTask, VLBatch, draw_answer
+from dora_mm.tasks.vl_sets import TrainingSet, open_texts, open_training, open_validation
+from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import build_optimizer, build_schedule
-from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import Validation, answer_all, main_values, open_source, open_texts, open_validation
+from dora_mm.train.optim import build_optimizer, build_schedule, planned
+from dora_mm.train.run import start_run
+from dora_mm.train.validation import Validation, answer_all, main_values
 
 log = logging.getLogger(__name__)
 MAX_POSITIONS = 640  # the longest input of a task has 600 tokens
@@ -40,56 +43,56 @@ MAX_MASKED = 3  # words
 
 def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
-    captions = captions_of(config)
-    assert captions.train is not None
-    eyes = Eyes(config.vision).to(accelerator.device)
-    table = open_source(captions.train, config.data, eyes)
-    rows = TrainingSet(table, captions.train.images, captions.batch_size or config.train.batch_size)
+    if accelerator.num_processes > 1:
+        raise ValueError("pretrain_tiny_vl runs in one process: the model is small")
+    eyes: Any = Eyes(config.vision, seed=config.seed).to(accelerator.device)
+    captions = config.data.model_copy(update={"tasks": (captions_of(config),)})
+    rows = open_training(captions, config.train.batch_size, eyes)["caption"]
+    splits = open_validation(captions, config.evaluate, eyes, answered=True)
     tokenizer = train_tokenizer(all_texts(config), config.model.num_merges)
     model: Any = build_model(config, tokenizer, eyes.feature_dim)
-    task = VLBartTask(model.to(accelerator.device), tokenizer, eyes)
-    parameters = {f"model.{name}": parameter for name, parameter in task.model.named_parameters()}
+    task = VLBartTask(model.to(accelerator.device).train(), tokenizer, eyes)
+    parameters = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     log.info("%s parameters, %d tokens", f"{sum(p.numel() for p in parameters.values()):,}", len(tokenizer))
 
-    steps = config.train.steps or -(-(config.train.epochs or 1) * len(table) // rows.batch_size)
-    train = config.train.model_copy(update={"steps": steps})
+    order = TaskBatches({"caption": len(rows.table)}, {"caption": rows.batch_size}, seed=config.seed)
+    train = planned(config.train, config.schedule, order.batches_per_epoch)
     optimizer = build_optimizer(parameters, config.optimizer)
-    warmup = config.schedule.warmup_steps or round(config.schedule.warmup_share * steps)
-    schedule = build_schedule(optimizer, config.schedule.model_copy(update={"warmup_steps": warmup}), steps)
-    inputs = {"the captions": table.path.name}
-    run = RunDirectory.resume(resume, inputs) if resume else RunDirectory.create(
-        config.name, dump_config(config), config.output, inputs=inputs
-    )  # fmt: skip
-    validate = build_validation(config, task, run)
+    schedule = build_schedule(optimizer, config.schedule, train.steps)
+    words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+    inputs = {"the captions": rows.table.identity, "the vocabulary": words, "the eyes": eyes.identity}
+    run = start_run(accelerator, config, inputs, resume)
+    if train.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    write = partial(save_vl_bart, model, tokenizer, dtype=torch.float16)
+    answers = partial(answer_all, task, splits, config.evaluate, config.evaluate.limit)
+    validate = Validation(run, answers, write, last_step(run.checkpoints))
 
     def after_step(step: int) -> None:
-        if config.evaluate.every and step % config.evaluate.every == 0 and step < steps:
-            log.info("step %d: CIDEr %.1f", step, main_values(validate(step))["caption"])
+        if config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
+            log.info("step %d: %s", step, main_values(validate(step)) or "captions cannot be scored without Java")
 
     fit(
         accelerator=accelerator,
         run=run,
         config=train,
         seed=config.seed,
-        networks={"model": task.model.train()},
+        networks={"model": model},
         parameters=parameters,
         optimizer=accelerator.prepare(optimizer),
         schedule=schedule,
-        batch_at=partial(caption_batch, config, task, rows),
+        batch_at=partial(caption_batch, config, task, rows, order),
         loss=task.loss,
         after_step=after_step,
     )
-    print(report(validate(steps)["caption"]))
+    print(report(validate(train.steps)["caption"]))
     validate.close()
-    save_vl_bart(task.model, tokenizer, run.path / "model", torch.float16)
+    write(run.path / "model")
     print(f"\nmodel    {run.path / 'model'}")
 
 
 def captions_of(config: PretrainTinyVLConfig) -> VLTaskConfig:
-    found = [task for task in config.data.tasks if task.task == "caption" and task.train and task.valid]
-    if not found:
-        raise ValueError("data.tasks: caption is missing, with train and valid: it is what the model learns")
-    return found[0]
+    return next(task for task in config.data.tasks if task.task == "caption")
 
 
 def all_texts(config: PretrainTinyVLConfig) -> Iterator[str]:
@@ -120,10 +123,12 @@ def build_model(config: PretrainTinyVLConfig, tokenizer: BartTokenizer, feature_
         )
 
 
-def caption_batch(config: PretrainTinyVLConfig, task: VLBartTask, rows: TrainingSet, number: int) -> VLBatch:
+def caption_batch(
+    config: PretrainTinyVLConfig, task: VLBartTask, rows: TrainingSet, order: TaskBatches, number: int
+) -> VLBatch:
     """A function of (seed, number) alone."""
     stream = generator(config.seed, number, "captions")
-    indices = batch_indices(len(rows.table), rows.batch_size, number, config.seed)
+    _, indices = order(number)
     return task.batch("caption", [shown(rows.table[i], config, stream) for i in indices], rows.images, stream)
 
 
@@ -136,7 +141,7 @@ def shown(example: Example, config: PretrainTinyVLConfig, stream: torch.Generato
 
 def mask_words(caption: str, stream: torch.Generator) -> tuple[str, str]:
     """The caption with a run of one to three words masked, and the run. Full stops and commas stay."""
-    words = [(match.start(), match.end()) for match in re.finditer(r"[^\s.,:]+", caption)]
+    words = [(match.start(), match.end()) for match in re.finditer(r"[^\s.,:]+", caption)] or [(0, len(caption))]
     length = 1 + int(draw(stream) ** 2 * min(MAX_MASKED, len(words)))  # one word more often than three
     first = int(draw(stream) * (len(words) - length + 1))
     start, end = words[first][0], words[first + length - 1][1]
@@ -145,15 +150,3 @@ def mask_words(caption: str, stream: torch.Generator) -> tuple[str, str]:
 
 def draw(stream: torch.Generator) -> float:
     return float(torch.rand((), generator=stream))
-
-
-def build_validation(config: PretrainTinyVLConfig, task: VLBartTask, run: RunDirectory) -> Validation:
-    data = config.data.model_copy(update={"tasks": (captions_of(config),)})
-    sets = open_validation(data, config.evaluate, task.eyes)
-    done = checkpoints(run.checkpoints)
-    return Validation(
-        run,
-        partial(answer_all, task, sets, config.evaluate, config.evaluate.limit),
-        partial(save_vl_bart, task.model, task.tokenizer, dtype=torch.float16),
-        int(done[-1].name.removeprefix("step-")) if done else 0,
-    )

@@ -1,6 +1,5 @@
 """Trains a style adapter for SDXL from a folder of captioned pictures, and shows what it learned."""
 
-import json
 import logging
 from collections import Counter
 from functools import partial
@@ -16,7 +15,6 @@ from dora_mm.config.loader import dump_config, resolve_model, resolve_path
 from dora_mm.config.schema import TrainSDXLConfig
 from dora_mm.core import InjectReport
 from dora_mm.data.images import CaptionedImage, digest_of, read_captioned_images
-from dora_mm.io.atomic import write_text
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.tasks.captioned import CaptionedBatches, PromptEncoder
@@ -25,7 +23,7 @@ from dora_mm.train.adapters import go_on_from
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule
-from dora_mm.train.run import RunDirectory
+from dora_mm.train.run import RunDirectory, start_run, write_summary
 
 log = logging.getLogger(__name__)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -66,7 +64,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
             prompts.keep([*(image.caption for image in images), ""])
             idle_text_encoders(model)
     inputs = {"the pictures and captions": digest_of(images)}
-    run = RunDirectory.resume(resume, inputs) if resume else start_run(accelerator, config, inputs)
+    run = start_run(accelerator, config, inputs, resume)
 
     optimizer = accelerator.prepare(optimizer)
     if config.train.gradient_checkpointing:
@@ -127,16 +125,6 @@ def summary_of(name: str, report: InjectReport) -> str:
     return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
 
 
-def start_run(accelerator: Accelerator, config: TrainSDXLConfig, inputs: dict[str, str]) -> RunDirectory:
-    """One folder for all processes, made by the first."""
-    from accelerate.utils import broadcast_object_list
-
-    made: list[Any] = [None]
-    if accelerator.is_main_process:
-        made = [RunDirectory.create(config.name, dump_config(config), config.output, inputs=inputs)]
-    return broadcast_object_list(made)[0]
-
-
 def report_captions(model: SDXL, images: list[CaptionedImage]) -> None:
     for caption, count in over_long(model, [image.caption for image in images]).items():
         log.warning("A caption of %d tokens is cut to %d: %s", count, model.tokenizer.model_max_length, caption)
@@ -194,10 +182,7 @@ def summarise(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[str, 
         "loss": round(rows[-1]["loss"], 4),
         "adapter_mb": round(size / 1e6, 2),
     }
-    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-    width = max(map(len, summary))
-    for name, value in summary.items():
-        print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+    write_summary(run, summary)
     print(f"\nadapter  {run.adapter}")
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")

@@ -1,50 +1,62 @@
 """Fine-tunes VL-BART on any of its tasks, jointly: DoRA, LoRA or whole weights, and what trains beside them."""
 
-import json
 import logging
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 import dora_mm
-from dora_mm.config.loader import dump_config, find_path, resolve_path
-from dora_mm.config.vl import TrainVLBartConfig, VLTrainConfig
+from dora_mm import io
+from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.config.vl import TrainVLBartConfig
 from dora_mm.core import InjectReport
+from dora_mm.data.features import open_features
+from dora_mm.data.vl_needed import data_needed, found_features
 from dora_mm.eval.vl import report
-from dora_mm.io.atomic import write_text
+from dora_mm.io.digest import module_digest
 from dora_mm.models.vision import load_tower, tower_map
 from dora_mm.models.vl_bart import VLBart, further_parameters
 from dora_mm.models.vl_loading import empty_vl_bart, load_vl_bart
 from dora_mm.tasks.eyes import Eyes
-from dora_mm.tasks.vl_bart import TrainingSet, VLBartTask, VLBatches
-from dora_mm.train.adapters import go_on_from
-from dora_mm.train.checkpoint import checkpoints
+from dora_mm.tasks.vl_bart import VLBartTask, VLBatches
+from dora_mm.tasks.vl_sets import open_training, open_validation
+from dora_mm.train.adapters import TOWER, adapter_folder, check_identity, go_on_from
+from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, build_schedule
-from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import Validation, answer_all, main_values, open_source, open_validation
+from dora_mm.train.optim import build_optimizer, build_schedule, planned
+from dora_mm.train.run import RunDirectory, start_run, write_summary
+from dora_mm.train.validation import Validation, answer_all, answerers, main_values
 
 log = logging.getLogger(__name__)
+LONGEST_VALIDATION = timedelta(hours=12)  # for which the other processes wait
 
 
 def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
     if dry_run:
         print(describe(config))
         return
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
-    eyes = Eyes(config.vision, trained=bool(config.adapter.vision_parts)).to(accelerator.device)
-    training = open_training(config, eyes)
+    # Everything that can be wrong with the input is found before the run directory exists.
+    patience = InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[patience])
+    eyes = Eyes(config.vision, seed=config.seed, trained=bool(config.adapter.vision_parts)).to(accelerator.device)
+    training = open_training(config.data, config.train.batch_size, eyes)
+    splits = open_validation(config.data, config.evaluate, eyes, answered=True)
     model, tokenizer = load_vl_bart(config.model, feature_dim(config, eyes), config.seed)
+    identity = {"base_digest": module_digest(model), "eyes_digest": eyes.identity}
     task = VLBartTask(model.to(accelerator.device), tokenizer, eyes)
+    task.check(training)
+    answerers(task, splits, config.evaluate)
     adapted, reports = adapt(config, model, eyes)
     further = further_parameters(model, config.adapter.trains)
+    if config.adapter.init_from:
+        go_on(config, adapted, further, identity)
     parameters = trained_parameters(adapted, further)
     for name, found in reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, found.num_modules, f"{found.num_parameters:,}")
@@ -52,15 +64,19 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
 
     process = (accelerator.process_index, accelerator.num_processes)
     batches = VLBatches(task, training, seed=config.seed, process=process)
-    train = with_steps(config.train, batches.per_epoch)
+    train = planned(config.train, config.schedule, batches.per_epoch)
     optimizer = build_optimizer(parameters, config.optimizer)
-    warmup = config.schedule.warmup_steps or round(config.schedule.warmup_share * train.steps)
-    schedule = build_schedule(optimizer, config.schedule.model_copy(update={"warmup_steps": warmup}), train.steps)
-    run = start_run(accelerator, config, training, resume)
+    schedule = build_schedule(optimizer, config.schedule, train.steps)
+    inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
+    run = start_run(accelerator, config, inputs, resume)
     optimizer = accelerator.prepare(optimizer)
     if train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    validate = build_validation(config, task, run, adapted, further) if accelerator.is_main_process else None
+        model.activation_checkpointing_enable()
+    write = partial(save, config, adapted, further, identity)
+    validate = None
+    if accelerator.is_main_process:
+        answers = partial(answer_all, task, splits, config.evaluate, config.evaluate.limit)
+        validate = Validation(run, answers, write, last_step(run.checkpoints))
     for network in adapted.values():
         network.train()
 
@@ -82,7 +98,7 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
         after_step=after_step,
     )
     if validate:
-        save(config, adapted, further, run.adapter)
+        write(run.adapter)
         finish(config, run, adapted, parameters, validate, train.steps)
 
 
@@ -90,17 +106,16 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
 
 
 def feature_dim(config: TrainVLBartConfig, eyes: Eyes) -> int:
-    if config.model.feature_dim not in (None, eyes.feature_dim):
-        raise ValueError(
-            f"model.feature_dim is {config.model.feature_dim}, and vision gives {eyes.feature_dim} channels"
-        )
+    wanted = config.model.feature_dim
+    if wanted not in (None, eyes.feature_dim):
+        raise ValueError(f"model.feature_dim is {wanted}, and vision gives {eyes.feature_dim} channels")
     return eyes.feature_dim
 
 
 def adapt(
     config: TrainVLBartConfig, model: VLBart, eyes: Eyes | None
 ) -> tuple[dict[str, Any], dict[str, InjectReport]]:
-    """Puts fresh adapters, or those of `init_from`, into the model and, where asked, its eyes."""
+    """Puts fresh adapters into the model and, where asked, its eyes; without eyes into a tower of random weights."""
     wanted = config.adapter
     spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, wanted.dropout, wanted.method, wanted.norm_grad, wanted.cache)
     how: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
@@ -109,21 +124,31 @@ def adapt(
     if wanted.vision_parts:
         tower = eyes.tower if eyes else load_tower(config.vision.model_copy(update={"pretrained": None}))
         assert tower is not None
-        adapted["vision"] = tower
-        reports["vision"] = dora_mm.inject(tower, tower_map(tower), spec, parts=wanted.vision_parts, **how)
-    if wanted.init_from:
-        folder = resolve_path(wanted.init_from, "adapter.init_from")
-        for name, network in adapted.items():
-            go_on_from(adapter_folder(folder, name), {name: network}, spec)
+        adapted[TOWER] = tower
+        reports[TOWER] = dora_mm.inject(tower, tower_map(tower), spec, parts=wanted.vision_parts, **how)
     return adapted, reports
 
 
-def adapter_folder(folder: Path, component: str) -> Path:
-    """The tower's adapter lies in a folder of its own inside the model's."""
-    return folder / component if component == "vision" else folder
+def go_on(
+    config: TrainVLBartConfig, adapted: dict[str, Any], further: dict[str, nn.Parameter], identity: dict[str, str]
+) -> None:
+    """Loads `adapter.init_from`: an adapter of the same base and eyes, all of which will train on and be saved."""
+    assert config.adapter.init_from is not None
+    folder = adapter_folder(resolve_path(config.adapter.init_from, "adapter.init_from"))
+    state, metadata = io.read(folder, {"model": adapted["model"]})
+    check_identity(folder, metadata, identity)
+    lost = sorted(set(state.parameters.get("model", ())) - further.keys())
+    if lost:
+        raise ValueError(f"adapter.init_from: {folder} also trained {lost[0]}, which adapter.trains leaves out")
+    if (folder / TOWER).is_dir() != (TOWER in adapted):
+        raise ValueError(f"adapter.init_from: either {folder} adapts the tower too, or adapter.vision_parts does")
+    wanted = config.adapter
+    spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, method=wanted.method)
+    for name, network in adapted.items():
+        go_on_from(folder / TOWER if name == TOWER else folder, {name: network}, spec)
 
 
-def trained_parameters(adapted: dict[str, nn.Module], further: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def trained_parameters(adapted: dict[str, Any], further: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     for parameter in further.values():
         parameter.requires_grad_()
     found = {f"model.{name}": parameter for name, parameter in further.items()}
@@ -132,75 +157,33 @@ def trained_parameters(adapted: dict[str, nn.Module], further: dict[str, nn.Para
     return found
 
 
-def count_trained(parameters: dict[str, nn.Parameter], adapted: dict[str, nn.Module]) -> tuple[int, int]:
+def count_trained(parameters: dict[str, nn.Parameter], adapted: dict[str, Any]) -> tuple[int, int]:
     """How many parameters train, of how many."""
     total = sum(parameter.numel() for network in adapted.values() for parameter in network.parameters())
     return sum(parameter.numel() for parameter in parameters.values()), total
 
 
-def trainable_of(parameters: dict[str, nn.Parameter], adapted: dict[str, nn.Module]) -> str:
+def trainable_of(parameters: dict[str, nn.Parameter], adapted: dict[str, Any]) -> str:
     trained, total = count_trained(parameters, adapted)
     return f"trainable {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)"
 
 
-def save(config: TrainVLBartConfig, adapted: dict[str, nn.Module], further: dict[str, Any], folder: Path) -> None:
+def save(
+    config: TrainVLBartConfig,
+    adapted: dict[str, Any],
+    further: dict[str, nn.Parameter],
+    identity: dict[str, str],
+    folder: Path,
+) -> None:
+    """The model's adapter with what trained beside it, and the tower's in a folder of its own inside."""
     kind = "full" if config.adapter.method == "full" else "peft"
-    metadata = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config)}
+    metadata = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
     for name, network in adapted.items():
-        also = list(further) if name == "model" else []
-        where = adapter_folder(folder, name)
+        where, also = (folder / TOWER, []) if name == TOWER else (folder, list(further))
         dora_mm.save_adapter({name: network}, where, format=kind, metadata=metadata, also=also)
 
 
-# --- data ------------------------------------------------------------------------------------------------------------
-
-
-def open_training(config: TrainVLBartConfig, eyes: Eyes) -> dict[str, TrainingSet]:
-    """The training split of every task. Everything wrong with it is found before the run directory exists."""
-    found = {}
-    for task in config.data.tasks:
-        assert task.train is not None
-        table = open_source(task.train, config.data, eyes).answered()
-        size = task.batch_size or config.train.batch_size
-        found[task.task] = TrainingSet(table, task.train.images, size, task.weight)
-        log.info("%s: %s rows to train on", task.task, f"{len(table):,}")
-    return found
-
-
-def with_steps(train: VLTrainConfig, batches_per_epoch: int) -> Any:
-    """`epochs` as steps."""
-    if train.steps is not None:
-        return train
-    assert train.epochs is not None
-    return train.model_copy(update={"steps": -(-train.epochs * batches_per_epoch // train.accumulation)})
-
-
-def start_run(
-    accelerator: Accelerator, config: TrainVLBartConfig, training: dict[str, TrainingSet], resume: Path | None
-) -> RunDirectory:
-    """One folder for all processes, made by the first."""
-    inputs = {f"the data of {name}": found.table.path.name for name, found in training.items()}
-    if resume:
-        return RunDirectory.resume(resume, inputs)
-    made: list[Any] = [None]
-    if accelerator.is_main_process:
-        made = [RunDirectory.create(config.name, dump_config(config), config.output, inputs=inputs)]
-    return broadcast_object_list(made)[0]
-
-
 # --- scores ----------------------------------------------------------------------------------------------------------
-
-
-def build_validation(
-    config: TrainVLBartConfig, task: VLBartTask, run: RunDirectory, adapted: dict[str, nn.Module], further: dict
-) -> Validation:
-    done, limit = checkpoints(run.checkpoints), config.evaluate.limit
-    return Validation(
-        run,
-        partial(answer_all, task, open_validation(config.data, config.evaluate, task.eyes), config.evaluate, limit),
-        partial(save, config, adapted, further),
-        int(done[-1].name.removeprefix("step-")) if done else 0,
-    )
 
 
 def show(step: int, values: dict[str, float]) -> None:
@@ -228,10 +211,7 @@ def finish(
         "loss": round(rows[-1]["loss"], 4),
         **{name: round(value, 2) for name, value in main_values(scores).items()},
     }
-    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
-    width = max(map(len, summary))
-    for name, value in summary.items():
-        print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+    write_summary(run, summary)
     for found in scores.values():
         print(f"\n{report(found)}")
     print(f"\nadapter  {run.adapter}")
@@ -242,48 +222,14 @@ def finish(
 
 def describe(config: TrainVLBartConfig) -> str:
     """What would train, counted without weights, and which data it would read, with what of it is missing."""
+    features = found_features(config.vision)
+    dim = open_features(features).dim if features else config.model.feature_dim
     with torch.device("meta"):
-        dim = config.model.feature_dim or load_tower(config.vision.model_copy(update={"pretrained": None})).feature_dim
+        if dim is None:
+            dim = load_tower(config.vision.model_copy(update={"pretrained": None})).feature_dim
         model = empty_vl_bart(config.model, dim)
         adapted, reports = adapt(config, model, None)
     parameters = trained_parameters(adapted, further_parameters(model, config.adapter.trains))
     tables = [f"{name}\n{found}" for name, found in reports.items()]
-    return "\n\n".join([trainable_of(parameters, adapted), *tables, data_needed(config)])
-
-
-PUBLISHED = {  # by data format
-    "vqa_v2": "visualqa.org",
-    "vqa_karpathy": "the data of VL-T5 (github.com/j-min/VL-T5)",
-    "easy_vqa": "the package easy-vqa",
-    "gqa": "GQA's download page (cs.stanford.edu/people/dorarad/gqa)",
-    "gqa_vlt5": "the data of VL-T5 (github.com/j-min/VL-T5)",
-    "nlvr2": "github.com/lil-lab/nlvr",
-    "nlvr2_vlt5": "the data of VL-T5 (github.com/j-min/VL-T5)",
-    "coco_captions": "cocodataset.org",
-    "coco_karpathy": "Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent)",
-    "video_qa": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
-    "video_captions": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
-}
-
-
-def data_needed(config: TrainVLBartConfig) -> str:
-    """Every file and folder that the config names, whether it is there, and where the data set is published."""
-    rows = [
-        (
-            f"{task.task} {split} {key}",
-            path,
-            "is there" if find_path(path) else f"put there: {PUBLISHED[source.format]}",
-        )
-        for task in config.data.tasks
-        for split, source in (("train", task.train), ("valid", task.valid))
-        if source is not None
-        for key in ("file", "annotations", "subtitles", "images")
-        if (path := getattr(source, key)) is not None
-    ]
-    rows += [
-        ("features", path, "is there" if find_path(path) else "put there: dora-mm features, or .h5 and .npz of others")
-        for path in config.vision.features
-    ]
-    rows.append(("model", config.model.path, "a folder, or fetched from the hub"))
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(["data", *(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)])
+    needed = data_needed(config.data, config.vision, config.model.path)
+    return "\n\n".join([trainable_of(parameters, adapted), *tables, needed])

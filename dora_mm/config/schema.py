@@ -55,6 +55,7 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     name: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Count = 0
+    warmup_share: Share = 0.0  # of all steps, in place of warmup_steps
 
 
 class TrainConfig(Section):
@@ -198,14 +199,9 @@ class TrainSDXLConfig(PipelineConfig):
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainSDXLConfig":
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
+        problems += check_adapter(self.adapter, self.optimizer)
         if self.adapter.method == "full" and self.model.dtype != "float32":
             problems.append("adapter.method full trains the weights themselves, so model.dtype must be float32")
-        if self.adapter.method in ("lora", "full") and self.optimizer.magnitude_lr is not None:
-            problems.append(f"optimizer.magnitude_lr has nothing to train: {self.adapter.method} has no magnitudes")
-        if self.adapter.method in ("magnitude", "full") and self.adapter.dropout:
-            problems.append(f"adapter.dropout has nothing to drop: {self.adapter.method} has no A and B")
-        if self.adapter.method in ("lora", "full") and self.adapter.norm_grad != "detached":
-            problems.append(f"adapter.norm_grad has no norm to act on: {self.adapter.method} has no magnitudes")
         if self.data.latent_cache is not None and self.data.crop == "random":
             problems.append("data.latent_cache keeps nothing for data.crop random, which is a new crop every time")
         if self.sample.every and not self.sample.prompts:
@@ -413,6 +409,8 @@ def check_training(
 ) -> list[str]:
     """What contradicts itself between the sections of a training run, as sentences that name the keys."""
     problems = []
+    if schedule.warmup_steps and schedule.warmup_share:
+        problems.append("give either schedule.warmup_steps or schedule.warmup_share")
     if schedule.warmup_steps >= train.steps:
         problems.append(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps})")
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
@@ -420,6 +418,18 @@ def check_training(
         problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
     if optimizer.name == "prodigy" and optimizer.magnitude_lr is not None:
         problems.append("optimizer.magnitude_lr is for adamw: prodigy finds one rate for all")
+    return problems
+
+
+def check_adapter(adapter: AnyAdapterConfig, optimizer: OptimizerConfig) -> list[str]:
+    """Settings that the method has no use for, as sentences that name the keys."""
+    problems = []
+    if adapter.method in ("lora", "full") and optimizer.magnitude_lr is not None:
+        problems.append(f"optimizer.magnitude_lr has nothing to train: {adapter.method} has no magnitudes")
+    if adapter.method in ("magnitude", "full") and adapter.dropout:
+        problems.append(f"adapter.dropout has nothing to drop: {adapter.method} has no A and B")
+    if adapter.method in ("lora", "full") and adapter.norm_grad != "detached":
+        problems.append(f"adapter.norm_grad has no norm to act on: {adapter.method} has no magnitudes")
     return problems
 
 

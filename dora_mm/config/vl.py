@@ -18,6 +18,7 @@ from dora_mm.config.schema import (
     Share,
     Text,
     TrainConfig,
+    check_adapter,
     check_training,
     raise_problems,
 )
@@ -117,7 +118,8 @@ class VLModelConfig(Section):
 
     path: Text = "facebook/bart-base"
     random: bool = False  # only the config is read from `path`: weights are drawn from the seed
-    visual: Literal["image", "video"] = "image"  # what a bare BART becomes; a saved VL-BART knows
+    # What a bare BART becomes, image where left out; a saved VL-BART must be of this kind where it is given.
+    visual: Literal["image", "video"] | None = None
     feature_dim: PositiveInt | None = None  # channels of the visual features; None: as many as vision gives
 
 
@@ -144,10 +146,6 @@ class VLDataConfig(Section):
         return self
 
 
-class VLScheduleConfig(ScheduleConfig):
-    warmup_share: Share = 0.0  # of all steps, where warmup_steps is 0
-
-
 class VLTrainConfig(TrainConfig):
     steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; or else:
     epochs: PositiveInt | None = None  # passes over all tasks' data
@@ -158,6 +156,10 @@ class DecodeConfig(Section):
     answers: Literal["generate", "trie", "rank"] = "generate"  # trie, rank: only answers that occur in training
     min_answer_count: PositiveInt = 1  # trie, rank: how often an answer must occur there
     beams: PositiveInt = 5  # of captions; answers are decoded greedily
+
+    def takes_candidates(self, task: str) -> bool:
+        """Whether answers to this task are chosen from a list."""
+        return self.answers != "generate" and task in ("vqa", "gqa", "tvqa", "how2qa")
 
 
 class EvaluateConfig(DecodeConfig):
@@ -178,14 +180,18 @@ class TrainVLBartConfig(PipelineConfig):
     adapter: VLAdapterConfig
     data: VLDataConfig
     optimizer: OptimizerConfig
-    schedule: VLScheduleConfig = VLScheduleConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     train: VLTrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainVLBartConfig":
         problems = check_vl_training(self.optimizer, self.schedule, self.train)
+        problems += check_adapter(self.adapter, self.optimizer)
+        problems += check_sight(self.data, self.vision, ("train", "valid"))
         problems += [f"data.tasks: {task.task} has no train" for task in self.data.tasks if task.train is None]
+        if self.evaluate.every and not any(task.valid for task in self.data.tasks):
+            problems.append("evaluate.every has nothing to score: no task has a valid split")
         if self.adapter.vision_parts and self.vision.features:
             problems.append("adapter.vision_parts trains the tower, and vision.features takes what it said before")
         return raise_problems(self, problems)
@@ -206,9 +212,8 @@ class EvalVLConfig(PipelineConfig):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "EvalVLConfig":
-        return raise_problems(
-            self, [f"data.tasks: {task.task} has no valid" for task in self.data.tasks if task.valid is None]
-        )
+        problems = [f"data.tasks: {task.task} has no valid" for task in self.data.tasks if task.valid is None]
+        return raise_problems(self, problems + check_sight(self.data, self.vision, ("valid",)))
 
 
 class CompareVLConfig(PipelineConfig):
@@ -271,21 +276,38 @@ class PretrainTinyVLConfig(PipelineConfig):
     fill_share: Share = 0.6  # of the rows: the model reads the caption with a few words masked, and writes these
     data: VLDataConfig
     optimizer: OptimizerConfig
-    schedule: VLScheduleConfig = VLScheduleConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     train: VLTrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyVLConfig":
-        return raise_problems(self, check_vl_training(self.optimizer, self.schedule, self.train))
+        problems = check_vl_training(self.optimizer, self.schedule, self.train)
+        if not any(task.task == "caption" and task.train and task.valid for task in self.data.tasks):
+            problems.append("data.tasks: caption is missing, with train and valid: it is what the model learns")
+        if self.model.width % self.model.heads:
+            problems.append(f"model.width ({self.model.width}) must be a multiple of model.heads ({self.model.heads})")
+        return raise_problems(self, problems)
 
 
-def check_vl_training(optimizer: OptimizerConfig, schedule: VLScheduleConfig, train: VLTrainConfig) -> list[str]:
+def check_vl_training(optimizer: OptimizerConfig, schedule: ScheduleConfig, train: VLTrainConfig) -> list[str]:
     """What contradicts itself, as sentences that name the keys."""
     problems = []
     if (train.steps is None) == (train.epochs is None):
         problems.append("give either train.steps or train.epochs")
-    if schedule.warmup_steps and schedule.warmup_share:
-        problems.append("give either schedule.warmup_steps or schedule.warmup_share")
     known = train if train.steps is not None else train.model_copy(update={"steps": schedule.warmup_steps + 1})
     return problems + check_training(optimizer, schedule, known)
+
+
+def check_sight(data: VLDataConfig, vision: VisionConfig, splits: tuple[str, ...]) -> list[str]:
+    """Tasks whose pictures, in these splits, nobody can see."""
+    clips = [task.task for task in data.tasks if task.task in VIDEO_TASKS]
+    if clips and len(clips) < len(data.tasks):
+        return ["data.tasks holds tasks of pictures and of clips: a model reads one kind"]
+    if clips and not vision.features:
+        return [f"vision.features is missing: {clips[0]} reads clips as features"]
+    sources = [(task.task, getattr(task, split)) for task in data.tasks for split in splits]
+    blind = [name for name, source in sources if source and source.images is None]
+    if blind and not vision.features:
+        return [f"data.tasks: {blind[0]} has a source without images, and there are no vision.features"]
+    return []

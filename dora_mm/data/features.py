@@ -44,6 +44,12 @@ class Features:
                 expected = f"{self.sources[0].path} has {self.dim}" if dim is None else f"{dim} are expected"
                 raise ValueError(f"vision.features: {source.path} has {source.dim} channels, and {expected}")
 
+    @property
+    def identity(self) -> str:
+        """Of the tower that computed them, as VisionTower's; empty where the files do not tell or there are several."""
+        found = {source.index.identity if isinstance(source, FeatureFolder) else "" for source in self.sources}
+        return found.pop() if len(found) == 1 else ""
+
     def __contains__(self, name: str) -> bool:
         return any(name in source for source in self.sources)
 

@@ -86,6 +86,11 @@ class ExampleTable(Sequence[Example]):
         """The rows that have an answer, and so can be trained on."""
         return replace(self, rows=self.rows[self._column("answers").value_lengths().to_numpy() > 0])
 
+    @property
+    def identity(self) -> str:
+        """Changes with the content of the files, and with which rows are left out or selected."""
+        return f"{self.path.name} {hashlib.blake2b(self.rows.tobytes(), digest_size=8).hexdigest()}"
+
     def images(self) -> list[str]:
         """The distinct names of all pictures, sorted."""
         return sorted(self.places.get(name, name) for name in self._distinct("images"))

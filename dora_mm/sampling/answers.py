@@ -35,12 +35,10 @@ class Answerer:
     ):
         self.model, self.tokenizer, self.task, self.config = model, tokenizer, task, config
         self.form = TEXTS[task]
-        self.restricted = not self.form.beams and task != "nlvr2" and config.answers != "generate"
-        if self.restricted and not candidates:
-            raise ValueError(
-                f"decode.answers {config.answers} needs the answers of {task} to choose from: give its train"
-            )
-        self.candidates = sorted(set(candidates)) if self.restricted else []
+        restricted = config.takes_candidates(task)
+        if restricted and not candidates:
+            raise ValueError(f"answers {config.answers} needs the answers of {task} to choose from: give its train")
+        self.candidates = sorted(set(candidates)) if restricted else []
         self.candidate_ids = self._target_ids(self.candidates) if self.candidates else None
 
     def __call__(self, inputs: VLInputs) -> list[str]:
@@ -85,18 +83,16 @@ def predict(
     inputs_of: Callable[[list[Example]], VLInputs],
     limit: int | None = None,
 ) -> list[tuple[Example, str]]:
-    """Every row of the table (or the first `limit`) with the model's answer, in the table's order."""
+    """Every row of the table (or the first `limit`) with the model's answer, in the table's order.
+
+    The model should be in eval mode, and its parameters fixed.
+    """
     count = len(table) if limit is None else min(limit, len(table))
     size = answerer.config.batch_size
     rows: list[tuple[Example, str]] = []
-    was_training = answerer.model.training
-    answerer.model.eval()
-    try:
-        with tqdm(total=count, desc=answerer.task, unit="row", delay=2, disable=None) as bar:
-            for start in range(0, count, size):
-                examples = [table[index] for index in range(start, min(start + size, count))]
-                rows += zip(examples, answerer(inputs_of(examples)), strict=True)
-                bar.update(len(examples))
-    finally:
-        answerer.model.train(was_training)
+    with tqdm(total=count, desc=answerer.task, unit="row", delay=2, disable=None) as bar:
+        for start in range(0, count, size):
+            examples = [table[index] for index in range(start, min(start + size, count))]
+            rows += zip(examples, answerer(inputs_of(examples)), strict=True)
+            bar.update(len(examples))
     return rows

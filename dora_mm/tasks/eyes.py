@@ -19,22 +19,25 @@ from dora_mm.data.vl import stem
 from dora_mm.models.vision import load_tower
 
 NUM_FRAMES = 64  # of a clip
-KEPT_PICTURES = 8192  # whose tokens stay in memory: 100 kB each of a small tower
+KEPT_BYTES = 2**31  # of pictures' tokens, in main memory
 LOOK_BATCH = 32
 
 
 class Eyes(nn.Module):
     """`look` gives the tokens of a batch of pictures; `tower` is None where features are read from files.
 
-    trained: the tower is adapted, so that nothing of it may be kept from one step to the next.
+    seed: of a tower's random weights. trained: the tower is adapted, so that nothing of it may be kept from one step to
+        the next.
     """
 
-    def __init__(self, config: VisionConfig, *, trained: bool = False):
+    def __init__(self, config: VisionConfig, *, seed: int = 0, trained: bool = False):
         super().__init__()
         paths = [resolve_path(path, "vision.features") for path in config.features]
         self.places = ", ".join(map(str, paths))
         self.features = open_features(paths) if paths else None
-        self.tower = None if self.features is not None else load_tower(config)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            self.tower = None if self.features is not None else load_tower(config)
         self.trained = trained
         self._kept: OrderedDict[Path, Tensor] = OrderedDict()
 
@@ -44,6 +47,18 @@ class Eyes(nn.Module):
             return self.features.dim
         assert self.tower is not None
         return self.tower.feature_dim
+
+    @property
+    def device(self) -> torch.device:
+        assert self.tower is not None
+        return next(self.tower.parameters()).device
+
+    @property
+    def identity(self) -> str:
+        """Changes with what the tokens depend on: weights, layers, preprocessing; empty where files do not tell it."""
+        source = self.tower if self.features is None else self.features
+        assert source is not None
+        return source.identity
 
     def check(self, table: ExampleTable) -> ExampleTable:
         """The rows whose pictures have features, where features are read; ValueError or a warning for others."""
@@ -81,17 +96,21 @@ class Eyes(nn.Module):
         new = [path for path in paths.values() if path not in self._kept]
         for start in range(0, len(new), LOOK_BATCH):
             part = new[start : start + LOOK_BATCH]
-            with torch.no_grad():
-                self._kept.update(zip(part, self._tokens(part), strict=True))
+            # One precision whoever asks first, so that what is kept does not depend on it.
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._kept.update(zip(part, self._tokens(part).cpu(), strict=True))
         found = {name: self._kept[path] for name, path in paths.items()}
-        while len(self._kept) > max(KEPT_PICTURES, len(paths)):
+        for path in paths.values():
+            self._kept.move_to_end(path)
+        size = next(iter(found.values())).nbytes
+        while len(self._kept) > max(KEPT_BYTES // size, len(paths)):
             self._kept.popitem(last=False)
         return found
 
     def _tokens(self, paths: list[Path]) -> Tensor:
         assert self.tower is not None
         pixels = torch.stack([self.tower.preprocess(load_rgb(path, "white")) for path in paths])
-        return self.tower(pixels.to(next(self.tower.parameters()).device))
+        return self.tower(pixels.to(self.device))
 
 
 def resize_frames(features_TD: Tensor, frames: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,12 @@ from transformers.models.bart.modeling_bart import shift_tokens_right
 from dora_mm.config.vl import VIDEO_TASKS
 from dora_mm.data.mixing import TaskBatches
 from dora_mm.data.randomness import generator
-from dora_mm.data.tables import ExampleTable
 from dora_mm.data.video import split_subtitles
 from dora_mm.data.vl import Example
 from dora_mm.models.vl_bart import VLBart, VLInputs, token_log_likelihood
 from dora_mm.models.vl_text import encode_inputs, encode_targets
 from dora_mm.tasks.eyes import Eyes
+from dora_mm.tasks.vl_sets import TrainingSet
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class VLBartTask:
 
     def __init__(self, model: VLBart, tokenizer: BartTokenizer, eyes: Eyes):
         self.model, self.tokenizer, self.eyes = model, tokenizer, eyes
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """Raises ValueError where the model was made for clips and a task shows pictures, or the other way round."""
+        reads_clips = self.model.config.pooled_side is None
+        for task in tasks:
+            if (task in VIDEO_TASKS) != reads_clips:
+                kinds = ("clips", "pictures") if reads_clips else ("pictures", "clips")
+                raise ValueError(f"model.path: this VL-BART reads {kinds[0]}, and {task} is a task of {kinds[1]}")
 
     def inputs(self, task: str, examples: Sequence[Example], images: str | None) -> VLInputs:
         """images: the folder of the pictures, where they are looked at."""
@@ -68,7 +76,10 @@ class VLBartTask:
         return VLBatch(task, self.inputs(task, examples, images), targets, torch.tensor(weights, device=device))
 
     def loss(self, batch: VLBatch, generator: torch.Generator) -> Tensor:
-        """VQA and GQA: the mean over rows of score times the mean over tokens. Captions, NLVR2, videos: over tokens."""
+        """VQA and GQA: the mean over rows of score times the mean over tokens. Captions, NLVR2, videos: over tokens.
+
+        A row without an answer, whose weight is 0, adds nothing to either.
+        """
         config = self.model.config
         pad = config.pad_token_id
         shifted = shift_tokens_right(batch.targets, pad, config.decoder_start_token_id)
@@ -77,7 +88,8 @@ class VLBartTask:
         counts = (batch.targets != pad).sum(-1)
         if batch.task in ("vqa", "gqa"):
             return (losses.sum(-1) / counts * batch.weights).mean()
-        return losses.sum() / counts.sum()
+        kept = (batch.weights > 0).to(losses.dtype)
+        return (losses.sum(-1) * kept).sum() / (counts * kept).sum().clamp(min=1)
 
 
 def draw_answer(example: Example, stream: torch.Generator) -> tuple[str, float]:
@@ -86,16 +98,6 @@ def draw_answer(example: Example, stream: torch.Generator) -> tuple[str, float]:
         return "", 0.0
     index = int(torch.multinomial(torch.tensor(example.scores), 1, generator=stream))
     return example.answers[index], float(example.scores[index])
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """The rows of one task, and where their pictures lie."""
-
-    table: ExampleTable
-    images: str | None
-    batch_size: int
-    weight: float = 1.0
 
 
 class VLBatches:

@@ -58,6 +58,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / ABOUT).is_file())
 
 
+def last_step(folder: Path) -> int:
+    """The number of steps that the newest checkpoint has finished; 0 without one."""
+    found = checkpoints(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
 def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:
     """Restores parameters and parts in place and returns the number of finished steps.
 

@@ -60,7 +60,8 @@ def fit(
     modules = trained.networks
     if accelerator.num_processes > 1:
         trained = accelerator.prepare_model(trained)
-    parts = {"optimizer": optimizer, "schedule": schedule, **(state or {})}
+    pending = _PendingHook()
+    parts: dict[str, Stateful] = {"optimizer": optimizer, "schedule": schedule, "hook": pending, **(state or {})}
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     step = first = _resume(run, parameters, parts)
@@ -76,6 +77,7 @@ def fit(
     interrupt = DeferredInterrupt()
     try:
         with fixed_parameters(modules, base_only=True):  # nothing here trains the weight under an adapter
+            pending.run(after_step, step, again=True)
             while step < config.steps:
                 rate = float(schedule.get_last_lr()[0])
                 with interrupt:
@@ -90,8 +92,7 @@ def fit(
                 progress.advance(value, rate)
                 if log is not None and (step % config.log_every == 0 or step == config.steps):
                     log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
-                if after_step is not None:
-                    after_step(step)
+                pending.run(after_step, step)
                 if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
                     save()
     except KeyboardInterrupt:
@@ -103,6 +104,26 @@ def fit(
         if log is not None:
             log.close()
     return step - first
+
+
+class _PendingHook:
+    """Remembers in a checkpoint that `after_step` was interrupted, so that a resumed run calls it again."""
+
+    def __init__(self):
+        self.interrupted = False
+
+    def run(self, hook: Hook | None, step: int, *, again: bool = False) -> None:
+        """`again`: only what was interrupted before."""
+        if hook is not None and (self.interrupted or not again):
+            self.interrupted = True
+            hook(step)
+        self.interrupted = False
+
+    def state_dict(self) -> dict[str, bool]:
+        return {"interrupted": self.interrupted}
+
+    def load_state_dict(self, state_dict: dict[str, bool]) -> None:
+        self.interrupted = state_dict["interrupted"]
 
 
 def _resume(run: RunDirectory, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:

@@ -6,7 +6,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from dora_mm.config.schema import OptimizerConfig, ScheduleConfig
+from dora_mm.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.config.vl import VLTrainConfig
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -60,12 +61,21 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> 
     return [{"params": members, "lr": lr} for lr, members in split.items() if members]
 
 
+def planned(train: VLTrainConfig, schedule: ScheduleConfig, batches_per_epoch: int) -> TrainConfig:
+    """With `epochs` as steps. ValueError where warming up would take all of them."""
+    steps = train.steps or -(-(train.epochs or 1) * batches_per_epoch // train.accumulation)
+    if schedule.warmup_steps >= steps:
+        raise ValueError(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.epochs' {steps} steps")
+    return train.model_copy(update={"steps": steps})
+
+
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning-rate schedule over `steps` optimizer steps."""
     name = "constant_with_warmup" if config.name == "constant" else config.name
-    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+    warmup = config.warmup_steps or round(config.warmup_share * steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -7,6 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from dora_mm.config.loader import dump_config
+from dora_mm.config.schema import PipelineConfig
 from dora_mm.io.atomic import write_text
 
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -71,6 +76,26 @@ class RunDirectory:
         """A folder inside it for one stage of a run that has several, with checkpoints and metrics of its own."""
         (self.path / name).mkdir(exist_ok=True)
         return RunDirectory(self.path / name)
+
+
+def start_run(
+    accelerator: Accelerator, config: PipelineConfig, inputs: Mapping[str, str], resume: Path | None
+) -> RunDirectory:
+    """One folder for all processes, made by the first; or the one that is gone on with."""
+    if resume is not None:
+        return RunDirectory.resume(resume, inputs)
+    made: list[Any] = [None]
+    if accelerator.is_main_process:
+        made = [RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)]
+    return broadcast_object_list(made)[0]
+
+
+def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
+    """summary.json, and the same as a table on the screen."""
+    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    width = max(map(len, summary))
+    for name, value in summary.items():
+        print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
 
 
 def _claim(path: Path) -> Path:

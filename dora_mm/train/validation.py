@@ -2,72 +2,49 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from dora_mm.config.vl import DecodeConfig, SourceConfig, VLDataConfig
-from dora_mm.data.tables import ExampleTable, open_table
-from dora_mm.data.vl import Example
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.core import fixed_parameters
 from dora_mm.eval.vl import Rows, VLScores, score
 from dora_mm.sampling.answers import Answerer, predict
-from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
+from dora_mm.tasks.vl_sets import ValidationSet
 from dora_mm.train.metrics import MetricsLog, read_metrics
 from dora_mm.train.run import RunDirectory
 
 OVERALL = "overall"
 
 
-@dataclass(frozen=True)
-class ValidationSet:
-    """candidates: the answers that `decode.answers` trie and rank choose from."""
-
-    table: ExampleTable
-    images: str | None
-    candidates: tuple[str, ...] = ()
-
-
-def open_source(source: SourceConfig, data: VLDataConfig, eyes: Eyes) -> ExampleTable:
-    """The rows of a split, with all that they need to be seen."""
-    return eyes.check(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
-
-
-def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
-    """The rows of a split whose pictures nobody looks at."""
-    unseen = source.model_copy(update={"images": None})
-    return open_table(unseen, Path(data.tables), on_bad_data=data.on_bad_data)
-
-
-def open_validation(data: VLDataConfig, decode: DecodeConfig, eyes: Eyes) -> dict[str, ValidationSet]:
-    """The `valid` split of every task that has one, with the answers of its `train` where candidates are wanted."""
-    found = {}
-    for task in data.tasks:
-        if task.valid is not None:
-            candidates: tuple[str, ...] = ()
-            if decode.answers != "generate" and task.train is not None:
-                candidates = frequent_answers(open_texts(task.train, data), decode.min_answer_count)
-            found[task.task] = ValidationSet(open_source(task.valid, data, eyes), task.valid.images, candidates)
-    return found
-
-
-def frequent_answers(examples: Iterable[Example], min_count: int) -> tuple[str, ...]:
-    """The distinct answers of these examples that occur in as many of them."""
-    counts = Counter(answer for example in examples for answer in example.answers)
-    return tuple(answer for answer, count in counts.items() if count >= min_count)
+def answerers(task: VLBartTask, sets: Mapping[str, ValidationSet], config: DecodeConfig) -> dict[str, Answerer]:
+    """One for each split; ValueError where one cannot be made."""
+    task.check(sets)
+    return {name: Answerer(task.model, task.tokenizer, name, config, split.candidates) for name, split in sets.items()}
 
 
 def answer_all(
-    task: VLBartTask, sets: Mapping[str, ValidationSet], config: DecodeConfig, limit: int | None = None
+    task: VLBartTask,
+    sets: Mapping[str, ValidationSet],
+    config: DecodeConfig,
+    limit: int | None = None,
 ) -> dict[str, Rows]:
-    """Task name -> its examples with the model's answers."""
+    """Task name -> its examples with the model's answers, in eval mode and with all that is adapted computed once."""
     found: dict[str, Rows] = {}
-    for name, split in sets.items():
-        answerer = Answerer(task.model, task.tokenizer, name, config, split.candidates)
-        inputs_of = partial(task.inputs, name, images=split.images)
-        found[name] = predict(answerer, split.table, inputs_of, limit)
+    made = answerers(task, sets, config)
+    networks = (task.model, task.eyes)
+    before = [network.training for network in networks]
+    try:
+        for network in networks:
+            network.eval()
+        with fixed_parameters(task.model), fixed_parameters(task.eyes):
+            for name, split in sets.items():
+                inputs_of = partial(task.inputs, name, images=split.images)
+                found[name] = predict(made[name], split.table, inputs_of, limit)
+    finally:
+        for network, training in zip(networks, before, strict=True):
+            network.train(training)
     return found
 
 
@@ -95,11 +72,12 @@ class Validation:
     def __call__(self, step: int) -> dict[str, VLScores]:
         scores = {name: score(name, rows, meteor=False) for name, rows in self.answers().items()}
         values = main_values(scores)
-        before = read_metrics(self.log.path)
-        self.log.write(step, **values)
+        before = [row for row in read_metrics(self.log.path) if row["step"] < step]
         for name, value in values.items():
             if all(value > row.get(name, float("-inf")) for row in before):
                 self.save(self.run.path / "best" / name)
+        if not any(row["step"] == step for row in read_metrics(self.log.path)):  # a finished run, resumed
+            self.log.write(step, **values)
         return scores
 
     def close(self) -> None:

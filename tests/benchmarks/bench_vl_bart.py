@@ -2,7 +2,8 @@
 answers beside single ones.
 
 bart-base size with random weights, fp32, the paper's run: q and v of all attentions at rank 128; visual embedding,
-biases and norms train too. Batch 8, 20 tokens of text and 36 of a picture, answers of 4 tokens, AdamW. The arms take turns.
+biases and norms train too. Batch 8, 20 tokens of text and 36 of a picture, answers of 4 tokens, AdamW. The arms take
+turns.
 """
 
 import copy

@@ -243,7 +243,7 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
     assert "is a config of compare_vl, not of train_vl_bart" in refused(comparison(base=str(tmp_path / "compare.yaml")))
     untuned = {**base.values["data"], "tasks": [{**base.values["data"]["tasks"][0], "valid": None}]}
     for changes, said in (
-        ({"data": untuned}, "has no valid for vqa"),
+        ({"data": untuned, "evaluate": {}}, "has no valid for vqa"),
         ({"adapter": {"rank": 2, "init_from": "some"}}, "goes on from an adapter"),
     ):
         config = comparison()

@@ -168,6 +168,7 @@ def test_the_tower_can_be_adapted_too(config, tmp_path, model_folder):
         adapter={"method": "dora", "rank": 2, "vision_parts": ["attn"]},
         data={"tables": str(tmp_path / "tables"), "tasks": [{"task": "vqa", "train": vqa("train", 4)}]},
         train={"steps": 1, "batch_size": 2},
+        evaluate={},
     )
     assert main(["train", str(path)]) == 0
     saved = load_file(tmp_path / "run" / "adapter" / "vision" / "adapter_model.safetensors")
@@ -204,9 +205,100 @@ def test_recipes_without_a_dry_run_say_so(capsys):
     assert "train_sdxl has none" in capsys.readouterr().err
 
 
+def test_a_tower_that_was_adapted_answers_again_in_eval(config, tmp_path, capsys):
+    """From the run, its folder and its file alike; and never without the tower's adapter."""
+    torch.manual_seed(0)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 192, "image"), small_tokenizer(), tmp_path / "model")
+    task = {"task": "vqa", "train": vqa("train", 6), "valid": vqa("val", 6)}
+    shared = {
+        "model": {"path": str(tmp_path / "model")},
+        "vision": {"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
+        "data": {
+            "tables": str(tmp_path / "tables"),
+            "tasks": [{"task": "vqa", "train": vqa("train", 6), "valid": vqa("val", 6)}],
+        },
+    }
+    adapter = {"method": "dora", "rank": 2, "vision_parts": ["attn"], "dropout": 0.5}
+    path = config(**shared, adapter=adapter, optimizer={"lr": 0.3}, train={"steps": 3, "batch_size": 2}, evaluate={})
+    assert main(["train", str(path)]) == 0
+    answers = []
+    for number, place in enumerate(("", "adapter", "adapter/adapter_model.safetensors")):
+        output = tmp_path / f"eval{number}"
+        path.write_text(
+            yaml.safe_dump(
+                {**shared, "pipeline": "eval_vl", "adapter": str(tmp_path / "run" / place), "output": str(output)}
+            )
+        )
+        assert main(["eval", str(path)]) == 0
+        answers.append((output / "predictions_vqa.json").read_text())
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_it_goes_on_from_an_adapter_of_the_same_base_alone(config, tmp_path, model_folder, capsys):
+    assert main(["train", str(config(output=str(tmp_path / "first")))]) == 0
+    again = {"method": "dora", "rank": 2, "init_from": str(tmp_path / "first")}
+    assert main(["train", str(config(adapter=again, train={"steps": 1, "batch_size": 2}, evaluate={}))]) == 0
+
+    assert main(["train", str(config(adapter={**again, "trains": ["biases"]}, output=str(tmp_path / "other")))]) == 2
+    assert "which adapter.trains leaves out" in capsys.readouterr().err
+    torch.manual_seed(5)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), tmp_path / "model")
+    other = config(adapter=again, model={"path": str(tmp_path / "model")}, output=str(tmp_path / "other"))
+    assert main(["train", str(other)]) == 2
+    assert "another base model" in capsys.readouterr().err
+    other.write_text(
+        yaml.safe_dump(
+            {
+                **{key: config.values[key] for key in ("vision", "data")},
+                "model": {"path": str(tmp_path / "model")},
+                "pipeline": "eval_vl",
+                "adapter": str(tmp_path / "first"),
+                "output": str(tmp_path / "other"),
+            }
+        )
+    )
+    assert main(["eval", str(other)]) == 2
+    assert "another base model" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_interrupted_validation_is_made_up_for(config, tmp_path, monkeypatch):
+    assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
+    from dora_mm.train import validation
+
+    real = validation.score
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(validation, "score", interrupted)
+    assert main(["train", str(config())]) == 130
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("whole", "run")]
+    assert logs[0] == logs[1]
+
+
+def test_a_finished_run_that_is_resumed_says_the_same_again(config, tmp_path):
+    assert main(["train", str(config())]) == 0
+    summary = (tmp_path / "run" / "summary.json").read_text()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    rows = read_metrics(tmp_path / "run" / "validation" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 6]
+    kept = ("vqa", "overall", "loss", "steps")
+    again = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert {key: again[key] for key in kept} == {key: json.loads(summary)[key] for key in kept}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"evaluate": {"answers": "trie", "min_answer_count": 900}}, "no answer occurs 900 times"),
+        ({"schedule": {"warmup_steps": 5}, "train": {"epochs": 1, "batch_size": 24}}, "below train.epochs' 5 steps"),
+        ({"adapter": {"method": "full", "rank": 1, "dropout": 0.1}}, "full has no A and B"),
         ({"model": {"path": "nowhere"}}, "nowhere does not exist"),
         ({"model": {"path": "MODEL", "feature_dim": 9}}, "vision gives 472 channels"),
         ({"vision": {"tower": "timm/no_such"}}, "no_such"),

@@ -9,7 +9,8 @@ from dora_mm.data.video import SUBTITLES_END
 from dora_mm.data.vl import Example
 from dora_mm.models.vl_text import decode
 from dora_mm.tasks.eyes import Eyes, resize_frames
-from dora_mm.tasks.vl_bart import TrainingSet, VLBartTask, VLBatches, draw_answer
+from dora_mm.tasks.vl_bart import VLBartTask, VLBatches, draw_answer
+from dora_mm.tasks.vl_sets import TrainingSet
 from tests.models.vl import DIM, small_tokenizer, small_vl_bart
 
 NAMES = ("a.png", "b.png", "c.png")
@@ -96,6 +97,20 @@ def test_a_row_without_answers_weighs_nothing(task):
     torch.testing.assert_close(task.loss(both, stream()), task.loss(alone, stream()) / 2, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["caption", "nlvr2"])
+def test_a_row_without_answers_adds_nothing_to_a_mean_over_tokens(task, name):
+    rows = [example(0, answers=("true",), scores=(1.0,)), example(1, answers=(), scores=())]
+    alone, both = (task.batch(name, part, None, stream()) for part in (rows[:1], rows))
+    torch.testing.assert_close(task.loss(both, stream()), task.loss(alone, stream()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("visual", "name", "kind"), [("image", "tvqa", "clips"), ("video", "vqa", "pictures")])
+def test_a_model_of_the_other_kind_is_refused(grids, visual, name, kind):
+    task = VLBartTask(small_vl_bart(visual), small_tokenizer(), Eyes(VisionConfig(features=(str(grids),))))
+    with pytest.raises(ValueError, match=f"{name} is a task of {kind}"):
+        task.check([name])
+
+
 def test_two_pictures_are_read_side_by_side(task):
     inputs = task.inputs("nlvr2", [example(images=("a.png", "b.png"))], None)
     assert inputs.visual_features.shape == (1, 2, 49, DIM)
@@ -153,6 +168,35 @@ def test_pictures_are_looked_at_where_there_are_no_features(tmp_path):
     assert not torch.allclose(tokens[0, 0], tokens[0, 1])
     (tmp_path / "a.png").unlink()  # kept from the first look
     assert torch.equal(eyes.look([("a.png",)], str(tmp_path))[0, 0], tokens[0, 0])
+
+
+def test_what_is_kept_does_not_depend_on_who_asks_first(tmp_path):
+    Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / "a.png")
+    config = VisionConfig(tower="timm/resnet10t", pretrained=None)
+    plain, other = Eyes(config), Eyes(config)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = other.look([("a.png",)], str(tmp_path))
+    assert first.dtype == torch.float32
+    assert torch.equal(first, plain.look([("a.png",)], str(tmp_path)))
+
+
+def test_random_towers_are_drawn_from_the_seed(tmp_path):
+    config = VisionConfig(tower="timm/resnet10t", pretrained=None)
+    one, same, other = (Eyes(config, seed=seed).identity for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_kept_pictures_are_bounded(tmp_path, monkeypatch):
+    for name in NAMES:
+        Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / name)
+    eyes = Eyes(VisionConfig(tower="timm/resnet10t", pretrained=None))
+    size = eyes.look([("a.png",)], str(tmp_path)).nbytes
+    monkeypatch.setattr("dora_mm.tasks.eyes.KEPT_BYTES", 2 * size)
+    eyes.look([("b.png",)], str(tmp_path))
+    eyes.look([("a.png",)], str(tmp_path))  # asked for again, so b is the oldest
+    eyes.look([("c.png",)], str(tmp_path))
+    assert [path.name for path in eyes._kept] == ["a.png", "c.png"]
 
 
 def test_a_trained_tower_keeps_nothing_and_gets_gradients(tmp_path):
