@@ -215,7 +215,7 @@ def test_a_tower_that_was_adapted_answers_again_in_eval(config, tmp_path, capsys
         "vision": {"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
         "data": {
             "tables": str(tmp_path / "tables"),
-            "tasks": [{"task": "vqa", "train": vqa("train", 6), "valid": vqa("val", 6)}],
+            "tasks": [task],
         },
     }
     adapter = {"method": "dora", "rank": 2, "vision_parts": ["attn"], "dropout": 0.5}
