@@ -109,8 +109,10 @@ def load_adapter(
     """Loads an adapter file (or the folder it is in) into a UNet, or {"unet": ..., "text_encoder": ...}.
 
     Bare modules are adapted as the file says; modules that are adapted already must match it, unless `name` is a new
-    one: then the adapter is stacked upon the others, and their updates add up, each by its own strength. Raises
-    ValueError, and changes nothing, when the file was made for another architecture or has missing or surplus keys.
+    one: then the adapter is stacked upon the others, and their updates add up, each by its own strength. Parameters
+    that the file holds beside its adapters (biases, norms) replace the model's own: they have no strength but 1, are
+    not stacked, and `remove` does not bring the old ones back. Raises ValueError, and changes nothing, when the file
+    was made for another architecture or has missing or surplus keys.
     """
     from dora_mm import backend as backends
     from dora_mm import io

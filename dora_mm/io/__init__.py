@@ -44,7 +44,10 @@ def load(
     name: str = "default",
     forward: Forward = TORCH,
 ) -> InjectReport:
-    """Loads the adapters of a file or folder into these models; a name of its own stacks it upon others."""
+    """Loads the adapters of a file or folder into these models; a name of its own stacks it upon others.
+
+    Parameters that the file holds beside them replace the model's, for good: see `into_models`.
+    """
     state, _ = read(path, components)
     return into_models(state, components, find_file(path), strength=strength, name=name, forward=forward)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from dora_mm.core.adapted import DoRASpec
 from dora_mm.io.atomic import save_tensors
+from dora_mm.io.peft_layers import json_header
 from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
 
 FILE_NAME = "trained_weights.safetensors"
@@ -52,7 +53,9 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
         )
     state = AdapterState({})
     spec = DoRASpec(method="full")
-    beside = set(json.loads(metadata.get(ALSO_KEY, "[]")))
+    beside = json_header(path, metadata, ALSO_KEY, list)
+    if lost := [name for name in beside if not isinstance(name, str) or name not in tensors]:
+        raise ValueError(f"{path} lacks {lost[0]}, which its header lists: it is damaged")
     for key, tensor in tensors.items():
         component, _, rest = key.partition(".")
         if key in beside:

@@ -109,7 +109,13 @@ def _check_complete(
     if not layers:
         raise ValueError(f"{path} holds no adapter: it has no lora_A and lora_B")
     if ours:  # others may name patterns in their target_modules
-        missing = [name for name in config.get("target_modules") or [] if name not in layers]
-        missing += [name for name in ours.get("parameters", []) if name not in beside]
+        missing = _unknown(config.get("target_modules") or [], layers) + _unknown(ours.get("parameters", []), beside)
         if missing:
             raise ValueError(f"{path} lacks {missing[0]}, which was saved with it: it is incomplete")
+
+
+def _unknown(names: Any, found: Mapping[str, Any]) -> list[Any]:
+    """Those of `names` that are not there; what is no list of names stands for itself."""
+    if not isinstance(names, list):
+        return [names]
+    return [name for name in names if not isinstance(name, str) or name not in found]

@@ -100,13 +100,14 @@ def _file_alpha(spec: DoRASpec) -> float | int:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def json_header(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+def json_header(path: Path, metadata: Mapping[str, str], key: str, kind: type[dict | list] = dict) -> Any:
+    """The JSON of a header key, of this kind; empty where there is no such key."""
     try:
-        value = json.loads(metadata.get(key, "{}"))
+        value = json.loads(metadata[key]) if key in metadata else kind()
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} has a header key {key} that is no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} has a header key {key} that is no JSON object")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} has a header key {key} that is no JSON {'object' if kind is dict else 'list'}")
     return value
 
 
@@ -138,8 +139,15 @@ def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
     """PEFT's rules: the first key of `alpha_pattern` that matches the end of the path, else `lora_alpha`; under
     rank-stabilised LoRA the update is scaled by alpha / sqrt(rank). Without metadata alpha is the rank."""
     alpha = config.get("lora_alpha", rank)
-    for pattern, value in config.get("alpha_pattern", {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError("its alpha_pattern is no JSON object")
+    for pattern, value in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", path)
+        except re.error as error:
+            raise ValueError(f"its alpha_pattern {pattern!r} is no regular expression ({error})") from error
+        if matches:
             alpha = value
             break
     return alpha * rank**0.5 if config.get("use_rslora") else alpha

@@ -79,10 +79,11 @@ def into_models(
     """Puts adapters into models: bare modules are adapted as the state says.
 
     Modules adapted under the same name must match the state exactly, and take its values. Under another name the
-    adapter is stacked upon what is there, for inference. Everything is checked before anything is changed; `source` is
-    the file that errors name.
+    adapter is stacked upon what is there, for inference. Parameters that were trained beside the adapters take the
+    place of the model's own: they have no strength, are not stacked, and `remove` does not bring the old ones back.
+    Everything is checked before anything is changed; `source` is the file that errors name.
     """
-    surplus = [c for c in state.layers if c not in components]
+    surplus = [c for c in {**state.layers, **state.parameters} if c not in components]
     if surplus:
         raise ValueError(
             f"{source} also adapts {', '.join(surplus)}, and only {', '.join(components)} was given to load it into"
@@ -90,17 +91,17 @@ def into_models(
     for component, layers in state.layers.items():
         _check_component(layers, component, components[component], source, strength, name)
     for component, parameters in state.parameters.items():
-        _check_parameters(parameters, components[component], source)
-    modules = []
+        _check_parameters(parameters, components[component], source, strength, name)
+    for component, layers in state.layers.items():
+        adapted = _adapted(components[component])
+        fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
+        inject_paths(components[component], fresh, forward=forward, name=name)
     for component, parameters in state.parameters.items():
         for key, tensor in parameters.items():
             components[component].get_parameter(key).data.copy_(tensor)
+    modules = []
     for component, layers in state.layers.items():
-        model = components[component]
-        adapted = _adapted(model)
-        fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
-        inject_paths(model, fresh, forward=forward, name=name)
-        for path, layer in _adapted(model).items():
+        for path, layer in _adapted(components[component]).items():
             if path not in layers:
                 continue
             if layer.name == name:
@@ -113,11 +114,17 @@ def into_models(
 
 @torch.no_grad()
 def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
-    layer.spec = replace(layer.spec, alpha=state.spec.alpha)
+    if _has_rank(state.spec):
+        layer.spec = replace(layer.spec, alpha=state.spec.alpha)
     for name, parameter in layer.adapter_tensors().items():
         parameter.copy_(state.tensors[name])
     if layer.spec.method != "full":
         layer.set_strength(strength, layer.name)
+
+
+def _has_rank(spec: DoRASpec) -> bool:
+    """Whether rank and alpha mean anything."""
+    return spec.method in ("dora", "lora")
 
 
 def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -150,15 +157,25 @@ def _check_component(
         _check_same_layers(layers, same, component, source)
 
 
-def _check_parameters(parameters: Mapping[str, Tensor], model: nn.Module, source: Path) -> None:
+def _check_parameters(
+    parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: float, name: str
+) -> None:
     own = dict(model.named_parameters())
-    for name, tensor in parameters.items():
-        if name not in own:
-            raise ValueError(f"{source} was made for another architecture: it holds {name}, which this model lacks")
-        if own[name].shape != tensor.shape:
-            found, needed = tuple(tensor.shape), tuple(own[name].shape)
+    others = sorted({layer.name for layer in _adapted(model).values()} - {name})
+    for key, tensor in parameters.items():
+        if key not in own:
+            raise ValueError(f"{source} was made for another architecture: it holds {key}, which this model lacks")
+        if own[key].shape != tensor.shape:
+            found, needed = tuple(tensor.shape), tuple(own[key].shape)
+            raise ValueError(f"{source} was made for another architecture: its {key} is {found} and should be {needed}")
+        if strength != 1:
             raise ValueError(
-                f"{source} was made for another architecture: its {name} is {found} and should be {needed}"
+                f"{source} holds {key}, which was trained itself and has no strength: load it with strength 1"
+            )
+        if others:
+            raise ValueError(
+                f"{source} holds {key}, which was trained itself and cannot be stacked upon the adapter {others[0]!r}: "
+                "call remove first"
             )
 
 
@@ -187,9 +204,13 @@ def _check_same_layers(
     for path, state in layers.items():
         if path not in adapted:
             raise ValueError(f"{source} also adapts {component}.{path}, which this model does not: call remove first")
-        spec = adapted[path].spec
-        if (spec.method, spec.rank) != (state.spec.method, state.spec.rank):
+        needed, found = (_kind(spec) for spec in (adapted[path].spec, state.spec))
+        if needed != found:
             raise ValueError(
-                f"{source} holds {state.spec.method} of rank {state.spec.rank} for {component}.{path}, and the model "
-                f"was adapted with {spec.method} of rank {spec.rank}: choose the file's, or call remove first"
+                f"{source} holds {found} for {component}.{path}, and the model was adapted with {needed}: choose the "
+                "file's, or call remove first"
             )
+
+
+def _kind(spec: DoRASpec) -> str:
+    return f"{spec.method} of rank {spec.rank}" if _has_rank(spec) else spec.method
