@@ -125,6 +125,8 @@ def layer_state(file: Path, name: str, found: dict[str, Tensor], config: dict[st
         tensors["magnitude"] = found["lora_magnitude_vector"].flatten()
     rank = found["lora_A"].shape[0]
     method = ours.get("method", "dora" if use_dora else "lora")
+    if method == "full" or bool(use_dora) == (method == "lora"):
+        raise ValueError(f"{file} has a header that makes no sense for {name}: method {method}, use_dora {use_dora}")
     if method == "magnitude":
         tensors = {"magnitude": tensors["magnitude"]}
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import peft
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, merge, save_adapter
 from dora_mm.io.peft import CONFIG_NAME, FILE_NAME
+from dora_mm.io.peft_layers import OUR_METADATA
+from dora_mm.io.state import read_tensors
 from dora_mm.models.vl_bart import further_parameters
 from tests.models.vl import small_inputs, small_vl_bart
 
@@ -138,4 +141,89 @@ def test_other_kinds_of_adapters_are_refused(tmp_path):
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
     (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, "peft_type": "IA3"}))
     with pytest.raises(ValueError, match="describes no LoRA or DoRA adapter"):
+        load_adapter({"model": bare}, tmp_path)
+
+
+def values(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+def unchanged(model, before) -> bool:
+    after = values(model)
+    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_parameters_that_were_trained_themselves_have_no_strength(tmp_path, strength):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path / "with", format="peft", also=beside)
+    before = values(bare)
+    with pytest.raises(ValueError, match="which was trained itself and has no strength: load it with strength 1"):
+        load_adapter({"model": bare}, tmp_path / "with", strength=strength)
+    assert unchanged(bare, before)
+    save_adapter({"model": model}, tmp_path / "without", format="peft")
+    load_adapter({"model": bare}, tmp_path / "without", strength=strength)
+
+
+def test_parameters_that_were_trained_themselves_are_not_stacked(tmp_path, inputs):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path / "with", format="peft", also=beside)
+    save_adapter({"model": model}, tmp_path / "without", format="peft")
+    load_adapter({"model": bare}, tmp_path / "with", name="first")
+    before = values(bare)
+    with pytest.raises(ValueError, match="which was trained itself and cannot be stacked upon the adapter 'first'"):
+        load_adapter({"model": bare}, tmp_path / "with", name="second")
+    assert unchanged(bare, before)
+    load_adapter({"model": bare}, tmp_path / "with", name="first")  # its own values, once more
+    assert torch.equal(answer(bare, inputs), answer(model, inputs))
+    load_adapter({"model": bare}, tmp_path / "without", name="second")
+    assert not torch.equal(answer(bare, inputs), answer(model, inputs))
+
+
+def test_nothing_is_changed_where_a_module_cannot_be_adapted(tmp_path):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", also=beside)
+    hooked = bare.model.decoder.layers[1].self_attn.v_proj
+    hooked.forward = hooked.forward
+    before = values(bare)
+    with pytest.raises(ValueError, match="has a forward function of its own"):
+        load_adapter({"model": bare}, tmp_path)
+    assert unchanged(bare, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_pattern": {"(": 3}}, "its alpha_pattern '(' is no regular expression"),
+        ({"alpha_pattern": [3]}, "its alpha_pattern is no JSON object"),
+        ({"lora_alpha": "three"}, "has a header that makes no sense"),
+        ({"target_modules": "all-linear"}, "lacks all-linear, which was saved with it"),
+        ({"target_modules": [["q_proj"]]}, "lacks ['q_proj'], which was saved with it"),
+        ({"use_dora": False}, "and its header says that it is plain LoRA"),
+    ],
+)
+def test_a_damaged_config_is_told_in_a_sentence(tmp_path, changes, message):
+    bare, model, _ = trained()
+    save_adapter({"model": model}, tmp_path, format="peft")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_adapter({"model": bare}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("dora", {"method": "lora"}, "method lora, use_dora True"),
+        ("lora", {"method": "magnitude"}, "method magnitude, use_dora False"),
+        ("dora", {"method": "full"}, "method full, use_dora True"),
+        ("dora", {"parameters": 5}, "lacks 5, which was saved with it"),
+    ],
+)
+def test_a_header_that_contradicts_the_config_is_told_in_a_sentence(tmp_path, method, changes, message):
+    bare, model, _ = trained(method)
+    file = save_adapter({"model": model}, tmp_path, format="peft")
+    tensors, metadata = read_tensors(file)
+    save_file(tensors, file, {**metadata, OUR_METADATA: json.dumps({**json.loads(metadata[OUR_METADATA]), **changes})})
+    with pytest.raises(ValueError, match=message):
         load_adapter({"model": bare}, tmp_path)
