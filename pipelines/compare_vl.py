@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 
-import dora_mm
+from dora_mm import io
 from dora_mm.config.loader import dump_config, load_config, resolve_path
 from dora_mm.config.vl import CompareVLConfig, Trained, TrainVLBartConfig, VLDataConfig, VLPart
 from dora_mm.data.tables import open_table
@@ -39,14 +39,13 @@ from dora_mm.eval.vl_comparison import (
 )
 from dora_mm.io.atomic import write_text
 from dora_mm.io.digest import module_digest
-from dora_mm.models.vl_bart import VLBart
 from dora_mm.models.vl_loading import load_vl_bart
 from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
 from dora_mm.tasks.vl_sets import ValidationSet, open_texts, open_validation
-from dora_mm.train.adapters import load_vl_adapters
+from dora_mm.train.adapters import check_identity, load_vl_adapters
 from dora_mm.train.campaign import Chosen, Training, Trainings, open_campaign, rates_of
-from dora_mm.train.validation import OVERALL, answer_all
+from dora_mm.train.validation import OVERALL, answer_all, answerers
 
 log = logging.getLogger(__name__)
 BARE, GUESSED = "untrained base", "questions alone"
@@ -81,38 +80,41 @@ class Campaign:
         self.base = load_base(config)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.data = reported_data(config, self.base)
-        self.sets = open_validation(self.data, config.decode, self.eyes)
+        self.eyes = self.load_eyes(config.seeds[0])  # they keep the tokens of pictures that all trainings are shown
+        self.sets = open_validation(self.data, config.decode, self.eyes, answered=True)
         check_reported(config, self.base, self.sets)
         self.folder = open_campaign(config, config.output, self.inputs(), FREE_KEYS)
         self.trainings = Trainings(self.folder, config.base, config.workers, partial(overrides, config, self.base))
 
-    @cached_property
-    def eyes(self) -> Eyes:
-        """They keep the tokens of reported pictures, which every training is asked about."""
-        return self.load_eyes()
-
-    def load_eyes(self) -> Eyes:
+    def load_eyes(self, seed: int) -> Eyes:
         wanted = self.base.vision
         if self.config.features:
             wanted = wanted.model_copy(update={"features": self.config.features})
-        eyes: Any = Eyes(wanted).eval()
-        return eyes.to(self.device)
+        return Eyes(wanted, seed=seed).to(self.device)
 
-    def load_model(self, seed: int) -> tuple[VLBart, Any]:
-        return load_vl_bart(self.base.model, self.eyes.feature_dim, seed)
+    def load_task(self, seed: int) -> tuple[VLBartTask, dict[str, str]]:
+        """The bare model with its eyes, and the identities of both, as a training with this seed has them."""
+        vision = self.base.vision
+        own_eyes = self.base.adapter.vision_parts or (vision.pretrained is None and not vision.features)
+        eyes = self.load_eyes(seed) if own_eyes else self.eyes
+        model: Any
+        model, tokenizer = load_vl_bart(self.base.model, eyes.feature_dim, seed)
+        identity = {"base_digest": module_digest(model), "eyes_digest": eyes.identity}
+        return VLBartTask(model.to(self.device), tokenizer, eyes), identity
 
     def inputs(self) -> dict[str, str]:
-        """The identity of what the config names: the base config, the model's weights, the eyes', and all rows."""
-        splits = {
-            f"{split} of {task.task}": open_texts(source, self.base.data).path.name
+        """The identity of what the config names: the base config, the model, the eyes, and all rows."""
+        task, identity = self.load_task(self.config.seeds[0])
+        answerers(task, self.sets, self.config.decode)  # what is wrong with them is found before the folder exists
+        rows = {
+            f"the {split} of {task.task}": open_texts(source, self.base.data).identity
             for task in self.base.data.tasks
             for split, source in (("train", task.train), ("valid", task.valid))
             if source is not None
         }
-        reported = {f"the reported split of {name}": found.table.path.name for name, found in self.sets.items()}
-        tower = {} if self.eyes.tower is None else {"the vision tower": module_digest(self.eyes.tower)}
-        model, _ = self.load_model(self.config.seeds[0])
-        return {"base": dump_config(self.base), "the model": module_digest(model), **tower, **splits, **reported}
+        reported = {f"the reported split of {name}": found.table.identity for name, found in self.sets.items()}
+        known = {"the model": identity["base_digest"], "the eyes": identity["eyes_digest"]}
+        return {"base": dump_config(self.base), **known, **rows, **reported}
 
     def tuned(self, training: Training) -> float:
         """How good a rate is: the mean of the tasks' main metrics on the validation splits."""
@@ -137,13 +139,12 @@ class Campaign:
         return {name: list(found.table) for name, found in self.sets.items()}
 
     def answer(self, training: Training | None) -> dict[str, Rows]:
-        model, tokenizer = self.load_model(training.seed if training else self.config.seeds[0])
-        eyes = self.load_eyes() if self.base.adapter.vision_parts else self.eyes  # adapted ones are another's no more
+        task, identity = self.load_task(training.seed if training else self.config.seeds[0])
         if training:
-            load_vl_adapters(self.trainings.adapter(training), model, eyes.tower, self.base.backend)
-        model = model.to(self.device).eval()  # type: ignore[arg-type]
-        with dora_mm.fixed_parameters(model), dora_mm.fixed_parameters(eyes):
-            return answer_all(VLBartTask(model, tokenizer, eyes), self.sets, self.config.decode)
+            folder = self.trainings.adapter(training)
+            check_identity(folder, io.read(folder)[1], identity)
+            load_vl_adapters(folder, task.model, task.eyes.tower, self.base.backend)
+        return answer_all(task, self.sets, self.config.decode)
 
     def guessed(self) -> dict[str, Marks]:
         """What the questions alone suggest, by task; captions have none."""
@@ -216,11 +217,9 @@ def reported_data(config: CompareVLConfig, base: TrainVLBartConfig) -> VLDataCon
 
 
 def check_reported(config: CompareVLConfig, base: TrainVLBartConfig, sets: Mapping[str, ValidationSet]) -> None:
-    """Raises ValueError where a reported split (by task) cannot be scored, or has pictures that are trained or tuned
-    on, be it for another task."""
+    """Raises ValueError where a reported split (by task) has no spread, or pictures that are trained or tuned on, be it
+    for another task."""
     for name, found in sets.items():
-        if not len(found.table.answered()):
-            raise ValueError(f"report.tasks: {found.table.file} has no answers to score {name} by")
         if len({group_of(name, example) for example in found.table}) < 2:
             raise ValueError(f"report.tasks: {name} is about one picture, and intervals need two or more")
     for task in base.data.tasks:

@@ -98,7 +98,7 @@ def comparison(tmp_path, base):
         values = {
             "pipeline": "compare_vl",
             "output": str(tmp_path / "campaign"),
-            "base": base(),
+            "base": changes.get("base") or base(),
             "steps": 2,
             "rank": 4,
             "learning_rates": {method: [1e-3, 1e-2, 1e-1] for method in ("full", "lora", "dora")},
@@ -196,6 +196,26 @@ def test_a_campaign_is_cut_off_goes_on_and_reports(comparison, commands, tmp_pat
     assert "started with other values of steps" in capsys.readouterr().err
 
 
+def test_every_training_that_adapts_the_tower_answers_with_its_own(comparison, base, commands, tmp_path):
+    torch.manual_seed(0)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 192, "image"), small_tokenizer(), tmp_path / "model")
+    pictures = {"images": str(SAMPLES / "images")}
+    task = {"task": "vqa", "train": vqa("train", limit=4, **pictures), "valid": vqa("val", limit=2, **pictures)}
+    adapted = base(
+        model={"path": str(tmp_path / "model")},
+        vision={"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
+        adapter={"rank": 2, "vision_parts": ["attn"]},
+        data={"tables": str(tmp_path / "tables"), "tasks": [task]},
+    )
+    valid = vqa("val", skip=first_of_picture(2), limit=first_of_picture(4) - first_of_picture(2), **pictures)
+    report = {"tables": str(tmp_path / "tables"), "tasks": [{"task": "vqa", "valid": valid}]}
+    found = compare_vl.Campaign(load_config(comparison(report=report, steps=1, base=adapted)))
+    training = Training(Variant("lora", 4), 0.01, 1)
+    found.trainings.train([training])
+    assert len(found.answers(training.name, training)["vqa"]) == len(found.examples["vqa"])
+    assert not any("lora_A" in name for name, _ in found.eyes.named_parameters())
+
+
 def test_what_trainings_have_in_place_of_the_bases_values(comparison, base):
     config = load_config(comparison())
     loaded = load_config(base())
@@ -233,7 +253,7 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
     assert "pictures of vqa are also in the train of vqa in" in refused(comparison(report=trained))
     unanswered = {**vqa("val", skip=first_of_picture(2)), "annotations": None}
     without = {**report, "tasks": changed(report["tasks"], vqa=unanswered)}
-    assert "has no answers to score vqa by" in refused(comparison(report=without))
+    assert "has no answers to compare with: it is a test split" in refused(comparison(report=without))
     single = vqa("val", skip=first_of_picture(2), limit=1)
     alone = {**report, "tasks": changed(report["tasks"], vqa=single)}
     assert "vqa is about one picture" in refused(comparison(report=alone))
