@@ -175,7 +175,11 @@ def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: 
         average.to(device)  # a checkpoint gives it back on the CPU
         parameters = [p for network in trained.values() for p in network.parameters()]
         average.step(parameters)
+
+    def observe(step: int) -> None:
+        parameters = [p for network in trained.values() for p in network.parameters()]
         if config.sample.every and step % config.sample.every == 0 and step < stage.train.steps:
+            average.to(device)
             average.store(parameters)
             try:
                 average.copy_to(parameters)
@@ -183,9 +187,8 @@ def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: 
             finally:  # an interruption writes a checkpoint, and that must hold the weights themselves
                 average.restore(parameters)
 
-    train_stage(
-        config, stage, trained, loss, batch_at, run.stage("unet"), state={"ema": average}, after_step=after_step
-    )
+    hooks = {"after_step": after_step, "observe": observe}
+    train_stage(config, stage, trained, loss, batch_at, run.stage("unet"), {"ema": average}, **hooks)
     average.copy_to([p for network in trained.values() for p in network.parameters()])
     model.freeze()
 
@@ -231,9 +234,9 @@ def train_stage(
     batch_at: Callable[[int], Any],
     run: RunDirectory,
     state: dict[str, Any] | None = None,
-    after_step: Callable[[int], None] | None = None,
+    **hooks: Callable[[int], None],
 ) -> None:
-    """Trains `networks` whole."""
+    """Trains `networks` whole; hooks are those of `fit`."""
     accelerator = Accelerator(mixed_precision=stage.train.mixed_precision)
     parameters = {
         f"{part}.{name}": parameter
@@ -258,7 +261,7 @@ def train_stage(
         batch_at=lambda number: send_to_device(batch_at(number), accelerator.device),
         loss=loss,
         state=state,
-        after_step=after_step,
+        **hooks,
     )
 
 

@@ -69,7 +69,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     answers = partial(answer_all, task, splits, config.evaluate, config.evaluate.limit)
     validate = Validation(run, answers, write, last_step(run.checkpoints))
 
-    def after_step(step: int) -> None:
+    def observe(step: int) -> None:
         if config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
             log.info("step %d: %s", step, main_values(validate(step)) or "captions cannot be scored without Java")
 
@@ -84,7 +84,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
         schedule=schedule,
         batch_at=partial(caption_batch, config, task, rows, order),
         loss=task.loss,
-        after_step=after_step,
+        observe=observe,
     )
     print(report(validate(train.steps)["caption"]))
     validate.close()

@@ -72,7 +72,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
     draw = partial(draw_sheet, config, model, adapted) if accelerator.is_main_process else None
     set_training(adapted, True)
 
-    def after_step(step: int) -> None:
+    def observe(step: int) -> None:
         if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
             draw(run.samples / f"step-{step:06d}.png")
 
@@ -87,7 +87,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
         schedule=schedule,
         batch_at=batches,
         loss=task.loss,
-        after_step=after_step,
+        observe=observe,
     )
     if draw:
         save(config, adapted, run)

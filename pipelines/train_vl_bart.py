@@ -80,7 +80,7 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
     for network in adapted.values():
         network.train()
 
-    def after_step(step: int) -> None:
+    def observe(step: int) -> None:
         if validate and config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
             show(step, main_values(validate(step)))
 
@@ -95,7 +95,7 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
         schedule=schedule,
         batch_at=batches,
         loss=task.loss,
-        after_step=after_step,
+        observe=observe,
     )
     if validate:
         write(run.adapter)

@@ -38,6 +38,7 @@ def fit(
     loss: Callable[[Any, torch.Generator], torch.Tensor],
     state: Mapping[str, Stateful] | None = None,
     after_step: Hook | None = None,
+    observe: Hook | None = None,
 ) -> int:
     """Trains until `config.steps` optimizer steps are done and returns how many this call did.
 
@@ -51,7 +52,9 @@ def fit(
         batch_at: number of the batch (this process's share of it) -> batch.
         loss: (batch, generator) -> scalar.
         state: further objects that a checkpoint must restore, such as an EMA.
-        after_step: called with the number of finished steps.
+        after_step: called with the number of finished steps; for what belongs to the step, such as an EMA.
+        observe: called after that; for what changes nothing that trains, such as scores. A resumed run makes up for a
+            call that was interrupted.
 
     Raises:
         ValueError: the loss is no longer finite.
@@ -77,7 +80,7 @@ def fit(
     interrupt = DeferredInterrupt()
     try:
         with fixed_parameters(modules, base_only=True):  # nothing here trains the weight under an adapter
-            pending.run(after_step, step, again=True)
+            pending.run(observe, step, again=True)
             while step < config.steps:
                 rate = float(schedule.get_last_lr()[0])
                 with interrupt:
@@ -92,7 +95,9 @@ def fit(
                 progress.advance(value, rate)
                 if log is not None and (step % config.log_every == 0 or step == config.steps):
                     log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
-                pending.run(after_step, step)
+                if after_step is not None:
+                    after_step(step)
+                pending.run(observe, step)
                 if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
                     save()
     except KeyboardInterrupt:
@@ -107,7 +112,7 @@ def fit(
 
 
 class _PendingHook:
-    """Remembers in a checkpoint that `after_step` was interrupted, so that a resumed run calls it again."""
+    """Remembers in a checkpoint that `observe` was interrupted, so that a resumed run calls it again."""
 
     def __init__(self):
         self.interrupted = False

@@ -136,5 +136,5 @@ def test_embeddings_that_cannot_be_adapted():
 @pytest.mark.parametrize("name", LAYERS)
 def test_diffusers_files_cannot_hold_them(name, tmp_path):
     _, layer = build(name)
-    with pytest.raises(ValueError, match="diffusers' format has no keys"):
+    with pytest.raises(ValueError, match="PEFT's formats have no keys"):
         save_adapter({"unet": nn.Sequential(layer)}, tmp_path)
