@@ -24,7 +24,7 @@ from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
 from dora_mm.models.vl_bart import VLBart, VLInputs, further_parameters
 from dora_mm.models.vl_loading import BART_BASE, from_bart
 
-ROUNDS = 9
+ROUNDS = 15
 TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
 TRAINS = ("visual_embedding", "biases", "norms")
 
