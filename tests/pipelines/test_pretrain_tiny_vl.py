@@ -1,14 +1,8 @@
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from dora_mm.cli import main
 from dora_mm.config.vl import SourceConfig, VisionConfig, VLModelConfig
@@ -18,6 +12,7 @@ from dora_mm.models.vl_text import decode
 from dora_mm.tasks.eyes import Eyes
 from dora_mm.tasks.vl_bart import VLBartTask
 from pipelines.pretrain_tiny_vl import mask_words
+from tests.pipelines.killed import assert_same_weights, kill_after
 from tests.pipelines.test_train_vl_bart import EYES, ROOT, SAMPLES, captions, vqa
 
 
@@ -56,19 +51,9 @@ def test_it_makes_a_folder_that_loads_and_answers(config, tmp_path):
 
 def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
     assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
-    command = [sys.executable, "-m", "dora_mm", "train", str(config())]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    second = tmp_path / "run" / "checkpoints" / "step-000002"
-    deadline = time.monotonic() + 120
-    while not second.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after("step-000002", config(), tmp_path / "run")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    one, other = (
-        load_file(tmp_path / name / "checkpoints/step-000006/weights.safetensors") for name in ("whole", "run")
-    )
-    assert {name: torch.equal(tensor, other[name]) for name, tensor in one.items()} == dict.fromkeys(one, True)
+    assert_same_weights("step-000006", tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

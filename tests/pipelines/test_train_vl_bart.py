@@ -1,11 +1,6 @@
 """From the committed scenes to an adapter and its scores, through the command line."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +14,7 @@ from dora_mm.config.vl import VLModelConfig
 from dora_mm.models.vl_loading import from_bart, load_vl_bart, save_vl_bart
 from dora_mm.train.metrics import read_metrics
 from tests.models.vl import small_bart, small_tokenizer
+from tests.pipelines.killed import assert_same_weights, kill_after
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "samples" / "vl"
@@ -122,20 +118,9 @@ def test_it_trains_scores_and_saves_what_loads_again(config, tmp_path, model_fol
 
 def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
     assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
-    path = config()
-    command = [sys.executable, "-m", "dora_mm", "train", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    second = tmp_path / "run" / "checkpoints" / "step-000002"
-    deadline = time.monotonic() + 120
-    while not second.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_after("step-000002", config(), tmp_path / "run")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    one, other = (
-        load_file(tmp_path / name / "checkpoints/step-000006/weights.safetensors") for name in ("whole", "run")
-    )
-    assert {name: torch.equal(tensor, other[name]) for name, tensor in one.items()} == dict.fromkeys(one, True)
+    assert_same_weights("step-000006", tmp_path / "whole", tmp_path / "run")
     logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("whole", "run")]
     assert logs[0] == logs[1]
 

@@ -1,0 +1,31 @@
+"""A run that is killed in the middle, and what must be the same when it has gone on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def kill_after(checkpoint: str, config: Path, run: Path) -> None:
+    """Starts `dora-mm train CONFIG` and kills the process once it has written this checkpoint."""
+    command = [sys.executable, "-m", "dora_mm", "train", str(config)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / checkpoint).is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def assert_same_weights(checkpoint: str, first: Path, second: Path) -> None:
+    """Bit for bit, in the same checkpoint of two runs."""
+    one, other = (load_file(run / "checkpoints" / checkpoint / "weights.safetensors") for run in (first, second))
+    assert one.keys() == other.keys()
+    assert {name: torch.equal(tensor, other[name]) for name, tensor in one.items()} == dict.fromkeys(one, True)
