@@ -5,19 +5,16 @@ a change of its parameters, and the median over the rounds is reported with its 
 """
 
 import contextlib
-import csv
 import gc
-import importlib.util
 import json
 import logging
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 from torch import nn
@@ -28,6 +25,7 @@ from dora_mm import backend
 from dora_mm import targets as maps
 from dora_mm.core import DoRASpec, TargetMap, adapt_layer, fixed_parameters
 from dora_mm.core.targets import match_modules
+from dora_mm.eval.bench_results import Result, plot, table, write_results
 from dora_mm.eval.timing import in_turns, peak_bytes, saved_bytes, seconds_of, summary
 from dora_mm.models.sdxl import FULL_SIZE
 from dora_mm.train.run import RunDirectory
@@ -44,18 +42,6 @@ class Case:
     num_in: int
     num_tokens: int
     rank: int
-
-
-@dataclass(frozen=True)
-class Result:
-    case: str
-    rank: int
-    contender: str
-    measure: str  # forward, step (forward and backward): seconds; saved, peak: bytes
-    median: float
-    low: float  # quartiles
-    high: float
-    repeats: int
 
 
 # (name, out, in, tokens) and the rank of the quick run. Tokens: of a 1024 px picture; 77 a picture in cross-attention.
@@ -357,78 +343,3 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def write_results(path: Path, results: list[Result]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
-        writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
-
-
-def read_results(path: Path) -> list[Result]:
-    with path.open(newline="") as file:
-        return [
-            Result(
-                **{
-                    **row,
-                    **{name: float(row[name]) for name in ("median", "low", "high")},
-                    "rank": int(row["rank"]),
-                    "repeats": int(row["repeats"]),
-                }
-            )
-            for row in csv.DictReader(file)
-        ]
-
-
-def table(results: list[Result], made_on: dict[str, str | int]) -> str:
-    """Markdown: times as ratios to PEFT's LoRA, memory as mebibytes, a line per case."""
-    others = [name for name in dict.fromkeys(r.contender for r in results) if name != "PEFT LoRA"]
-    by_case: dict[tuple[str, int], dict[tuple[str, str], Result]] = {}
-    for result in results:
-        by_case.setdefault((result.case, result.rank), {})[result.contender, result.measure] = result
-    lines = [
-        f"{made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}, torch {made_on['torch']}, "
-        f"PEFT {made_on['peft']}. Forward and backward: times PEFT LoRA's, medians of alternating runs. "
-        "Memory: at the peak of one step, beyond weights and input.",
-        "",
-        "| | rank | PEFT LoRA | " + " | ".join(others) + " | MiB: PEFT LoRA | PEFT DoRA | our DoRA |",
-        "| --- | --- " * 1 + "| --- " * (len(others) + 4) + "|",
-    ]
-    for (case, rank), found in by_case.items():
-        unit = found["PEFT LoRA", "step"].median
-        ratios = [f"{found[name, 'step'].median / unit:.2f}" if (name, "step") in found else "" for name in others]
-        peaks = [f"{found[name, 'peak'].median / 2**20:.0f}" for name in ("PEFT LoRA", "PEFT DoRA", "our DoRA")]
-        time = f"{unit:.2f} s" if unit >= 1 else f"{1000 * unit:.1f} ms"
-        lines.append("| " + " | ".join([case, str(rank), time, *ratios, *peaks]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> None:
-    """A step's time in each case as a ratio to PEFT's LoRA, a bar for each contender with its quartiles."""
-    if importlib.util.find_spec("matplotlib") is None:
-        log.warning("No plot: it needs matplotlib (pip install 'dora_mm[bench]').")
-        return
-    from matplotlib.figure import Figure
-
-    steps = [result for result in results if result.measure == "step"]
-    cases = list(dict.fromkeys((result.case, result.rank) for result in steps))
-    names = [name for name in dict.fromkeys(r.contender for r in steps) if name != "PEFT LoRA"]
-    units = {(r.case, r.rank): np.float64(r.median) for r in steps if r.contender == "PEFT LoRA"}
-    figure = Figure(figsize=(9, 1.4 + 0.1 * len(cases) * (len(names) + 1)), layout="constrained")
-    axes = figure.subplots()
-    height = 1 / (len(names) + 1)
-    for index, name in enumerate(names):
-        mine = [r for r in steps if r.contender == name]
-        places = [cases.index((r.case, r.rank)) + index * height for r in mine]
-        low, median, high = np.array([np.array([r.low, r.median, r.high]) / units[r.case, r.rank] for r in mine]).T
-        axes.barh(places, median, height, xerr=[median - low, high - median], error_kw={"linewidth": 0.8}, label=name)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks([place + (len(names) - 1) / 2 * height for place in range(len(cases))])
-    axes.set_yticklabels([f"{case}, rank {rank}" for case, rank in cases])
-    axes.invert_yaxis()
-    axes.set_xlabel("forward and backward, times PEFT's LoRA")
-    axes.set_title(f"{made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}")
-    axes.margins(y=0.01)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)

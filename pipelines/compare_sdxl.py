@@ -17,7 +17,7 @@ from PIL import Image
 
 import dora_mm
 from dora_mm.config.loader import dump_config, load_config, resolve_model, resolve_path
-from dora_mm.config.schema import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
+from dora_mm.config.sdxl import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
 from dora_mm.data.images import digest_of, read_captioned_images
 from dora_mm.eval.comparison import Result, Variant, contrasts_table, results_csv, results_table, table_rows, variants
 from dora_mm.eval.encoder import Encoder

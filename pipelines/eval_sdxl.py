@@ -13,7 +13,7 @@ from PIL import Image
 
 import dora_mm
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
-from dora_mm.config.schema import AdapterFile, ClipConfig, EvalSDXLConfig
+from dora_mm.config.sdxl import AdapterFile, ClipConfig, EvalSDXLConfig
 from dora_mm.data.icons import Concept
 from dora_mm.data.images import load_rgb
 from dora_mm.eval.clip import ClipSimilarity

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
-from dora_mm.config.schema import FitJudgeConfig, LossConfig
+from dora_mm.config.sdxl import FitJudgeConfig, LossConfig
 from dora_mm.data.randomness import generator
 from dora_mm.eval.encoder import Encoder
 from dora_mm.eval.icons import decode, icon_paths, read_icon_concepts, signed

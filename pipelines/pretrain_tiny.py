@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from dora_mm.config.loader import dump_config, resolve_path
-from dora_mm.config.schema import DecoderStage, PretrainStage, PretrainTinyConfig
+from dora_mm.config.sdxl import DecoderStage, PretrainStage, PretrainTinyConfig
 from dora_mm.data.pretraining import (
     ALL_STYLES,
     STYLE_WORDS,

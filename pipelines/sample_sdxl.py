@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 import dora_mm
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
-from dora_mm.config.schema import SampleSDXLConfig
+from dora_mm.config.sdxl import SampleSDXLConfig
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
 from dora_mm.sampling.before_after import at_strength

@@ -12,7 +12,7 @@ from torch import nn
 
 import dora_mm
 from dora_mm.config.loader import dump_config, resolve_model, resolve_path
-from dora_mm.config.schema import TrainSDXLConfig
+from dora_mm.config.sdxl import TrainSDXLConfig
 from dora_mm.core import InjectReport
 from dora_mm.data.images import CaptionedImage, digest_of, read_captioned_images
 from dora_mm.models.sdxl import SDXL, load_sdxl, over_long

@@ -12,6 +12,7 @@ from dora_mm.config.schema import (
     LearningRates,
     OptimizerConfig,
     PipelineConfig,
+    Positive,
     ScheduleConfig,
     Section,
     Seed,
@@ -25,7 +26,6 @@ from dora_mm.config.schema import (
 
 VLTask = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c"]
 VIDEO_TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
-Positive = Annotated[float, Field(gt=0)]
 
 FORMATS: dict[str, tuple[str, ...]] = {  # of data files, and the tasks that they are for
     "vqa_v2": ("vqa",),

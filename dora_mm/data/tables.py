@@ -93,11 +93,7 @@ class ExampleTable(Sequence[Example]):
 
     def images(self) -> list[str]:
         """The distinct names of all pictures, sorted."""
-        return sorted(self.places.get(name, name) for name in self._distinct("images"))
-
-    def answers(self) -> list[str]:
-        """All distinct answers, sorted."""
-        return sorted(self._distinct("answers"))
+        return sorted(self.places.get(name, name) for name in self._names())
 
     def with_pictures(self, find: Callable[[str], str | None], where: object) -> "ExampleTable":
         """The rows of which `find` knows every picture, with the paths that it gives for their names; others are bad.
@@ -105,7 +101,7 @@ class ExampleTable(Sequence[Example]):
         Raises:
             ValueError: no picture at all is found, or one is not and bad data stop; names `where` they were sought.
         """
-        found = {name: find(name) for name in self._distinct("images")}
+        found = {name: find(name) for name in self._names()}
         lost = {name for name, path in found.items() if path is None}
         if found and len(lost) == len(found):
             raise ValueError(f"{self.file}: none of its {len(lost)} pictures is in {where} (one is {min(lost)})")
@@ -126,8 +122,9 @@ class ExampleTable(Sequence[Example]):
             bad.add(f"{self.file}, id {ids[row]}, picture {missing}", f"is not in {where}")
         return np.delete(self.rows, affected), bad.found
 
-    def _distinct(self, column: str) -> list[str]:
-        return self._column(column).flatten().unique().to_pylist()
+    def _names(self) -> list[str]:
+        """Of pictures, as the rows give them, each once."""
+        return self._column("images").flatten().unique().to_pylist()
 
     def _column(self, name: str) -> Any:  # an Array of pyarrow, whose kinds have methods of their own
         chunks = pa.chunked_array([batch[name] for batch in self.batches])

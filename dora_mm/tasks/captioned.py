@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from dora_mm.config.schema import DataConfig
+from dora_mm.config.sdxl import DataConfig
 from dora_mm.data.buckets import Framing, choose_bucket, frame
 from dora_mm.data.images import CaptionedImage
 from dora_mm.data.latents import LatentCache, Latents, latent_key

@@ -7,7 +7,7 @@ import yaml
 
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.pipelines import SCHEMAS
-from dora_mm.config.schema import TrainSDXLConfig
+from dora_mm.config.sdxl import TrainSDXLConfig
 
 SMALLEST = """\
 pipeline: train_sdxl

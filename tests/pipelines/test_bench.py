@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from dora_mm.eval import timing
+from dora_mm.eval import bench_results, timing
 from pipelines import bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,12 +25,12 @@ def test_a_small_case_end_to_end(tmp_path):
     assert found["frozen", "saved"] == 0
     assert found["our DoRA", "saved"] == 24 * 16 * 4  # W', beside parameters, x and y
     assert 0 < found["frozen", "peak"] < found["PEFT DoRA", "peak"]
-    bench.write_results(tmp_path / "results.csv", results)
-    assert bench.read_results(tmp_path / "results.csv") == results
+    bench_results.write_results(tmp_path / "results.csv", results)
+    assert bench_results.read_results(tmp_path / "results.csv") == results
     made_on = bench.machine(CPU, "float32")
-    assert len(bench.table(results, made_on).splitlines()) == 5
+    assert len(bench_results.table(results, made_on).splitlines()) == 5
     pytest.importorskip("matplotlib")
-    bench.plot(results, made_on, tmp_path / "times.png")
+    bench_results.plot(results, made_on, tmp_path / "times.png")
     with Image.open(tmp_path / "times.png") as picture:
         assert picture.width == 990
 
@@ -97,6 +97,6 @@ def test_peak_counts_what_is_alive_at_once():
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "tests/benchmarks/results").glob("*/machine.json")), ids=str)
 def test_the_readme_shows_the_results(folder):
-    results = bench.read_results(folder.parent / "results.csv")
-    text = bench.table(results, json.loads(folder.read_text()))
+    results = bench_results.read_results(folder.parent / "results.csv")
+    text = bench_results.table(results, json.loads(folder.read_text()))
     assert text in (ROOT / "README.md").read_text(), f"README.md needs the table of {folder.parent}:\n{text}"

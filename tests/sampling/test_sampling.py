@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dora_mm import DoRASpec, inject
-from dora_mm.config.schema import SampleConfig
+from dora_mm.config.sdxl import SampleConfig
 from dora_mm.core import adapted_layers
 from dora_mm.sampling.before_after import at_strength, before_after_sheet
 from dora_mm.sampling.grids import sheet

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.config.schema import DataConfig
+from dora_mm.config.sdxl import DataConfig
 from dora_mm.data.images import read_captioned_images
 from dora_mm.data.randomness import batch_indices, batch_of_groups, generator
 from dora_mm.models.sdxl import encode_images, encode_prompts

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
-from dora_mm.config.schema import LossConfig
+from dora_mm.config.sdxl import LossConfig
 from dora_mm.tasks.sdxl import Conditioned, DiffusionTask, min_snr_weight
 
 

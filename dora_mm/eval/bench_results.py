@@ -1,0 +1,99 @@
+"""The results of `dora-mm bench`: as a file, a table and a plot."""
+
+import csv
+import importlib.util
+import logging
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+REFERENCE = "PEFT LoRA"  # times are given as ratios to its
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    rank: int
+    contender: str
+    measure: str  # forward, step (forward and backward): seconds; saved, peak: bytes
+    median: float
+    low: float  # quartiles
+    high: float
+    repeats: int
+
+
+def write_results(path: Path, results: list[Result]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
+        writer.writeheader()
+        writer.writerows(asdict(result) for result in results)
+
+
+def read_results(path: Path) -> list[Result]:
+    with path.open(newline="") as file:
+        return [
+            Result(
+                **{
+                    **row,
+                    **{name: float(row[name]) for name in ("median", "low", "high")},
+                    "rank": int(row["rank"]),
+                    "repeats": int(row["repeats"]),
+                }
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def table(results: list[Result], made_on: dict[str, str | int]) -> str:
+    """Markdown: times as ratios to PEFT's LoRA, memory as mebibytes, a line per case."""
+    others = [name for name in dict.fromkeys(r.contender for r in results) if name != REFERENCE]
+    by_case: dict[tuple[str, int], dict[tuple[str, str], Result]] = {}
+    for result in results:
+        by_case.setdefault((result.case, result.rank), {})[result.contender, result.measure] = result
+    lines = [
+        f"{made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}, torch {made_on['torch']}, "
+        f"PEFT {made_on['peft']}. Forward and backward: times PEFT LoRA's, medians of alternating runs. "
+        "Memory: at the peak of one step, beyond weights and input.",
+        "",
+        "| | rank | PEFT LoRA | " + " | ".join(others) + " | MiB: PEFT LoRA | PEFT DoRA | our DoRA |",
+        "| --- " * (len(others) + 6) + "|",
+    ]
+    for (case, rank), found in by_case.items():
+        unit = found[REFERENCE, "step"].median
+        ratios = [f"{found[name, 'step'].median / unit:.2f}" if (name, "step") in found else "" for name in others]
+        peaks = [f"{found[name, 'peak'].median / 2**20:.0f}" for name in (REFERENCE, "PEFT DoRA", "our DoRA")]
+        time = f"{unit:.2f} s" if unit >= 1 else f"{1000 * unit:.1f} ms"
+        lines.append("| " + " | ".join([case, str(rank), time, *ratios, *peaks]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> None:
+    """A step's time in each case as a ratio to PEFT's LoRA, a bar for each contender with its quartiles."""
+    if importlib.util.find_spec("matplotlib") is None:
+        log.warning("No plot: it needs matplotlib (pip install 'dora_mm[bench]').")
+        return
+    from matplotlib.figure import Figure
+
+    steps = [result for result in results if result.measure == "step"]
+    cases = list(dict.fromkeys((result.case, result.rank) for result in steps))
+    names = [name for name in dict.fromkeys(r.contender for r in steps) if name != REFERENCE]
+    units = {(r.case, r.rank): np.float64(r.median) for r in steps if r.contender == REFERENCE}
+    figure = Figure(figsize=(9, 1.4 + 0.1 * len(cases) * (len(names) + 1)), layout="constrained")
+    axes = figure.subplots()
+    height = 1 / (len(names) + 1)
+    for index, name in enumerate(names):
+        mine = [r for r in steps if r.contender == name]
+        places = [cases.index((r.case, r.rank)) + index * height for r in mine]
+        low, median, high = np.array([np.array([r.low, r.median, r.high]) / units[r.case, r.rank] for r in mine]).T
+        axes.barh(places, median, height, xerr=[median - low, high - median], error_kw={"linewidth": 0.8}, label=name)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks([place + (len(names) - 1) / 2 * height for place in range(len(cases))])
+    axes.set_yticklabels([f"{case}, rank {rank}" for case, rank in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel("forward and backward, times PEFT's LoRA")
+    axes.set_title(f"{made_on['device']}, {made_on['threads']} threads, {made_on['dtype']}")
+    axes.margins(y=0.01)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
