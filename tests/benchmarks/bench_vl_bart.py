@@ -2,12 +2,13 @@
 answers beside single ones.
 
 bart-base size with random weights, fp32, the paper's run: q and v of all attentions at rank 128; visual embedding,
-biases and norms train too. Batch 8, 20 tokens of text and 36 of a picture, answers of 4 tokens, AdamW. The arms take
-turns.
+biases and norms train too. 8 questions a pass, 20 tokens of text and 36 of a picture, answers of 4 tokens, AdamW. A
+step is one pass, or four of which the gradients add up (train.accumulation: 4). The arms take turns.
 """
 
 import copy
 import csv
+import functools
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
 from dora_mm.models.vl_bart import VLBart, VLInputs, further_parameters
 from dora_mm.models.vl_loading import BART_BASE, from_bart
 
-ROUNDS = 15
+ROUNDS = {1: 15, 4: 7}  # by the passes of a step
 TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
 TRAINS = ("visual_embedding", "biases", "norms")
 
@@ -64,32 +65,40 @@ class Arm:
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
-    def step(self, batch: VLInputs, labels: torch.Tensor) -> float:
+    def step(self, batch: VLInputs, labels: torch.Tensor, passes: int) -> float:
         started = time.perf_counter()
-        with fixed_parameters(self.model, uses=1):
-            self.model(**batch._asdict(), labels=labels).loss.backward()
+        with fixed_parameters(self.model, uses=passes):
+            for _ in range(passes):
+                self.model(**batch._asdict(), labels=labels).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - started
 
 
+ARMS = {
+    "frozen": frozen,
+    "PEFT LoRA": functools.partial(peers, use_dora=False),
+    "PEFT DoRA": functools.partial(peers, use_dora=True),
+    "our DoRA": ours,
+}
+
+
 def time_steps() -> dict[str, list[float]]:
     model = base()
-    arms = {
-        "frozen": Arm(frozen(copy.deepcopy(model))),
-        "PEFT LoRA": Arm(peers(copy.deepcopy(model), use_dora=False)),
-        "PEFT DoRA": Arm(peers(copy.deepcopy(model), use_dora=True)),
-        "ours DoRA": Arm(ours(model)),
-    }
+    arms = {name: Arm(build(copy.deepcopy(model))) for name, build in ARMS.items()}
     batch, labels = inputs(8), torch.randint(5, 50_000, (8, 4))
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(ROUNDS + 2):
-        order = list(arms) if turn % 2 else list(arms)[::-1]
-        for name in order:
-            seconds = arms[name].step(batch, labels)
-            if turn >= 2:
-                times[name].append(seconds)
+    times: dict[str, list[float]] = {label(name, passes): [] for passes in ROUNDS for name in ARMS}
+    for passes, rounds in ROUNDS.items():
+        for turn in range(rounds + 2):
+            for name in ARMS if turn % 2 else reversed(ARMS):
+                seconds = arms[name].step(batch, labels, passes)
+                if turn >= 2:
+                    times[label(name, passes)].append(seconds)
     return times
+
+
+def label(name: str, passes: int) -> str:
+    return name if passes == 1 else f"{name}, {passes} passes"
 
 
 def time_answers() -> dict[str, list[float]]:
@@ -120,9 +129,12 @@ def main(folder: Path | None) -> None:
     for row in rows:
         print("{name:<24} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
     medians = {row["name"]: row["median_s"] for row in rows}
-    for peer in ("PEFT DoRA", "PEFT LoRA"):
-        ratios = [theirs / mine for theirs, mine in zip(times[peer], times["ours DoRA"], strict=True)]
-        print(f"{peer} / ours DoRA: {statistics.median(ratios):.3f} (by turns {min(ratios):.3f} to {max(ratios):.3f})")
+    for passes in ROUNDS:
+        for peer in ("PEFT DoRA", "PEFT LoRA"):
+            pairs = zip(times[label(peer, passes)], times[label("our DoRA", passes)], strict=True)
+            ratios = [theirs / mine for theirs, mine in pairs]
+            spread = f"by turns {min(ratios):.3f} to {max(ratios):.3f}"
+            print(f"{label(peer, passes)} / our DoRA: {statistics.median(ratios):.3f} ({spread})")
     print(f"one by one / batched: {medians['32 answers, one by one'] / medians['32 answers, one batch']:.2f}")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
