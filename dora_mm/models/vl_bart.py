@@ -79,7 +79,7 @@ class VisualEmbedding(nn.Module):
         """(B, N S', E), S' the tokens after pooling; `token_embedding` (V, E) ends in the visual sentinels."""
         pooled = self.pool(features_BNSD.to(token_embedding.dtype))
         pictures, tokens = pooled.shape[1:3]
-        order = token_embedding.flip(0)[:tokens] if tokens <= NUM_SENTINELS else None
+        order = token_embedding[-tokens:].flip(0) if tokens <= NUM_SENTINELS else None
         if order is None or pictures > self.image_embedding.num_embeddings:
             raise ValueError(f"VL-BART reads {pictures} x {tokens} visual tokens at most "
                              f"{self.image_embedding.num_embeddings} x {NUM_SENTINELS}.")  # fmt: skip
