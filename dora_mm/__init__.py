@@ -85,6 +85,7 @@ def save_adapter(
     format: str = "diffusers",
     metadata: Mapping[str, str] | None = None,
     also: Sequence[str] = (),
+    strength: float = 1.0,
 ) -> Path:
     """Writes the adapter of a UNet, or of {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}; returns the file.
 
@@ -92,10 +93,12 @@ def save_adapter(
         or "full" for weights trained by method full.
     metadata: further entries of the file's header.
     also: names of parameters that were trained beside the adapters (biases, norms), for "peft" and "full".
+    strength: which strength of the adapter is 1 in the file, for every tool; what is set at the moment plays no role.
     """
     from dora_mm import io
 
-    return io.save(_components(model), Path(folder), format=format, metadata=metadata or {}, also=also)
+    components, folder = _components(model), Path(folder)
+    return io.save(components, folder, format=format, metadata=metadata or {}, also=also, strength=strength)
 
 
 def load_adapter(

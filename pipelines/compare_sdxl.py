@@ -173,7 +173,7 @@ def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
         f"train.steps={config.steps}",
         "train.checkpoint_every=0",
         "sample.prompts=[]",
-        "sample.strength=1",  # weights trained whole have no other
+        "adapter.strength=1.0",  # weights trained whole have no other
     ]
 
 

@@ -150,7 +150,8 @@ def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: dict[str, nn.Modul
     device = model.device
     for name in TEXT_ENCODERS:
         getattr(model, name).to(device)
-    picture = before_after_sheet(model.pipeline(), adapted, config.sample, whole=config.adapter.method == "full")
+    how: dict[str, Any] = {"strength": config.adapter.strength, "whole": config.adapter.method == "full"}
+    picture = before_after_sheet(model.pipeline(), adapted, config.sample, **how)
     path.parent.mkdir(exist_ok=True)
     picture.save(path)
     if not config.adapter.text_encoders:
@@ -166,7 +167,7 @@ def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirecto
         "config": dump_config(config),
     }
     kind = "full" if config.adapter.method == "full" else "diffusers"
-    dora_mm.save_adapter(adapted, run.adapter, format=kind, metadata=metadata)
+    dora_mm.save_adapter(adapted, run.adapter, format=kind, metadata=metadata, strength=config.adapter.strength)
 
 
 def summarise(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[str, nn.Parameter]) -> None:

@@ -43,6 +43,7 @@ class ModelConfig(Section):
 class AdapterConfig(AnyAdapterConfig):
     parts: Annotated[Items[Literal["attn", "cross", "ff", "conv"]], Field(min_length=1)] = ("attn", "cross")
     text_encoders: bool = False  # adapt both text encoders' attention as well
+    strength: Positive = 1.0  # of what was trained: strength 1 of the saved file, and what sheets show
 
 
 class DataConfig(Section):
@@ -104,7 +105,6 @@ class SheetConfig(Section):
 
 
 class SampleConfig(SheetConfig):
-    strength: float = 1.0
     before_after: bool = True  # the sheet shows the bare model beside the adapter
 
 
@@ -141,8 +141,8 @@ class TrainSDXLConfig(PipelineConfig):
             problems.append("data.latent_cache keeps nothing for data.crop random, which is a new crop every time")
         if self.sample.every and not self.sample.prompts:
             problems.append("sample.every has nothing to draw: sample.prompts is empty")
-        if self.adapter.method == "full" and self.sample.strength != 1.0:
-            problems.append("sample.strength must be 1 for adapter.method full: weights trained whole keep no base")
+        if self.adapter.method == "full" and self.adapter.strength != 1.0:
+            problems.append("adapter.strength must be 1 for adapter.method full: weights trained whole keep no base")
         return raise_problems(self, problems)
 
 

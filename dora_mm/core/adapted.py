@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, row_norm
+from dora_mm.core.functional import Adapter, adapter_dtype, at_strength, merged_weight, product_dtype, row_norm
 from dora_mm.core.fused import Forward, Prepared
 from dora_mm.core.products import Product
 
@@ -148,6 +148,21 @@ class AdaptedLayer(nn.Module):
             return {"weight": self.weight}
         found = {name: self._parameters[name] for name in ADAPTER_NAMES}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    def tensors_at(self, strength: float) -> dict[str, Tensor]:
+        """`adapter_tensors` of the adapter whose strength 1 is this strength of the layer's own.
+
+        Raises:
+            ValueError: method `full` has no strength, or there is no such adapter (see `functional.at_strength`).
+        """
+        tensors: dict[str, Tensor] = dict(self.adapter_tensors())
+        if strength == 1:
+            return tensors
+        if self.spec.method == "full":
+            raise ValueError(f"{self.path} was trained by method full, which keeps no base: it has no strength")
+        own = Adapter(tensors.get("lora_A"), tensors.get("lora_B"), tensors.get("magnitude"), self.spec.scaling)
+        scaled = at_strength(self.matrix, own, strength)
+        return {name: tensor for name, tensor in zip(ADAPTER_NAMES, scaled[:3], strict=True) if tensor is not None}
 
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter that is not switched off."""

@@ -143,6 +143,27 @@ def rows_of_directions(V: Tensor, adapter: Adapter) -> Rows:
     return Rows(norm, row_gain(adapter.magnitude, norm))
 
 
+@torch.no_grad()
+def at_strength(weight: Tensor, adapter: Adapter, strength: float) -> Adapter:
+    """The adapter whose strength 1 is this one's strength t: again DoRA, of the same rank.
+
+        W0 + t (g V - W0) = e (W0 + s B' A)    with e = 1 + t (g - 1), B' = (t g / e) B, and so m' = e ||W0 + s B' A||
+
+    Raises:
+        ValueError: t takes W0 out of a row (e = 0), so that no g does it.
+    """
+    gain = rows_of(weight, adapter).gain
+    if gain is None:
+        assert adapter.B is not None
+        return adapter._replace(B=adapter.B * strength)
+    e = 1 + strength * (gain - 1)
+    if not e.all():
+        raise ValueError(f"strength {strength:g} takes the base out of a row, which no adapter can: choose another one")
+    if adapter.B is not None:
+        adapter = adapter._replace(B=adapter.B * (strength * gain / e)[:, None])
+    return adapter._replace(magnitude=e * row_norm(directions(as_matrix(weight), adapter)))
+
+
 def directions(W0: Tensor, adapter: Adapter) -> Tensor:
     """V = W0 + s B A, (O, I); W0 itself where there is no A."""
     if adapter.A is None or adapter.B is None:

@@ -10,7 +10,7 @@ from torch import nn
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.io import diffusers, full, peft
-from dora_mm.io.state import AdapterState, into_models
+from dora_mm.io.state import AdapterState, from_models, into_models
 
 FORMATS = {"diffusers": diffusers, "peft": peft, "full": full}
 
@@ -22,11 +22,15 @@ def save(
     format: str,
     metadata: Mapping[str, str],
     also: Sequence[str] = (),
+    strength: float = 1.0,
 ) -> Path:
-    """Writes the adapters of these models, and `also` parameters trained beside them; returns the file."""
+    """Writes the adapters of these models, and `also` parameters trained beside them; returns the file.
+
+    strength: of the adapters as they are, which is strength 1 of the file.
+    """
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {' or '.join(FORMATS)}")
-    return FORMATS[format].save(components, folder, metadata, also)
+    return FORMATS[format].save(from_models(components, also, strength), components, folder, metadata)
 
 
 def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from dora_mm.io.peft_layers import (
     our_config,
     to_file,
 )
-from dora_mm.io.state import AdapterState, from_models, read_tensors
+from dora_mm.io.state import AdapterState, read_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_METADATA = "lora_adapter_metadata"
@@ -49,15 +49,14 @@ _KEY = re.compile(
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save(
-    components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str], also: Sequence[str] = ()
-) -> Path:
-    """Writes the adapters of {"unet": ..., "text_encoder": ..., ...} to folder/pytorch_lora_weights.safetensors.
+def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
+    """Writes the state of {"unet": ..., "text_encoder": ..., ...} to folder/pytorch_lora_weights.safetensors.
 
-    `metadata` goes into the header beside the keys that loaders need. The strength set at the moment is not saved.
+    `metadata` goes into the header beside the keys that loaders need.
     """
-    if also:
-        raise ValueError(f"the diffusers format holds adapters alone, and {also[0]} was trained too: save it as peft")
+    for parameters in state.parameters.values():
+        trained = next(iter(parameters))
+        raise ValueError(f"the diffusers format holds adapters alone, and {trained} was trained too: save it as peft")
     unknown = [c for c in components if c not in COMPONENTS]
     if unknown:
         raise ValueError(f"the diffusers format has no component {unknown[0]!r}: it has {', '.join(COMPONENTS)}")
@@ -67,7 +66,7 @@ def save(
     tensors: dict[str, Tensor] = {}
     peft: dict[str, Any] = {}
     ours: dict[str, Any] = {}
-    for component, layers in from_models(components).layers.items():
+    for component, layers in state.layers.items():
         check_can_hold(component, layers, components[component])
         adapted = adapted_layers(components[component])
         for path, layer in layers.items():

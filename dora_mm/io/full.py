@@ -7,7 +7,7 @@ that were trained beside them (`unet.<name>`) are listed in the header.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from dora_mm.core.adapted import DoRASpec
 from dora_mm.io.atomic import save_tensors
 from dora_mm.io.peft_layers import json_header
-from dora_mm.io.state import AdapterState, LayerState, from_models, read_tensors
+from dora_mm.io.state import AdapterState, LayerState, read_tensors
 
 FILE_NAME = "trained_weights.safetensors"
 FORMAT_KEY, FORMAT = "dora_mm_format", "full-1"
@@ -23,11 +23,8 @@ COUNT_KEY = "dora_mm_weights"
 ALSO_KEY = "dora_mm_parameters"
 
 
-def save(
-    components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str], also: Sequence[str] = ()
-) -> Path:
+def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
     tensors = {}
-    state = from_models(components, also)
     for component, layers in state.layers.items():
         for path, layer in layers.items():
             if layer.spec.method != "full":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from dora_mm.io.peft_layers import (
     our_config,
     to_file,
 )
-from dora_mm.io.state import AdapterState, from_models, read_tensors
+from dora_mm.io.state import AdapterState, read_tensors
 
 FILE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -40,14 +40,11 @@ COMPONENT = "model"  # where none is named
 _KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
 
 
-def save(
-    components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str], also: Sequence[str] = ()
-) -> Path:
-    """Writes the adapter of one model, and the parameters named in `also`; returns the weights' file."""
+def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
+    """Writes the adapter of one model, and what was trained beside it; returns the weights' file."""
     if len(components) != 1:
         raise ValueError(f"PEFT's format holds one model's adapter, and {', '.join(components)} were given")
     component, model = next(iter(components.items()))
-    state = from_models(components, also)
     layers = state.layers[component]
     check_can_hold(component, layers, model)
     adapted = adapted_layers(model)

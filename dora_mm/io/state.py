@@ -33,8 +33,8 @@ class AdapterState:
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def from_models(components: Mapping[str, nn.Module], also: Sequence[str] = ()) -> AdapterState:
-    """The adapters of these models; components without one are left out.
+def from_models(components: Mapping[str, nn.Module], also: Sequence[str] = (), strength: float = 1.0) -> AdapterState:
+    """The adapters of these models, changed so that their strength 1 is this strength; components without are left out.
 
     also: names of parameters that were trained beside the adapters of a single model.
     """
@@ -47,10 +47,14 @@ def from_models(components: Mapping[str, nn.Module], also: Sequence[str] = ()) -
                     f"{component}.{path} holds several adapters: save each from a model that holds it alone"
                 )
         if layers:
-            state.layers[component] = {path: LayerState(m.spec, m.adapter_tensors()) for path, m in layers.items()}
+            state.layers[component] = {
+                path: LayerState(layer.spec, layer.tensors_at(strength)) for path, layer in layers.items()
+            }
     if also:
         if len(components) != 1:
             raise ValueError("parameters beside adapters are saved of one model at a time")
+        if strength != 1:
+            raise ValueError(f"{also[0]} was trained itself and has no strength: save it at strength 1")
         component, model = next(iter(components.items()))
         state.parameters[component] = {name: model.get_parameter(name) for name in also}
     if not state.layers:

@@ -47,23 +47,29 @@ def at_strength(
 
 
 def before_after_sheet(
-    pipe: StableDiffusionXLPipeline, adapted: Mapping[str, nn.Module], config: SampleConfig, *, whole: bool = False
+    pipe: StableDiffusionXLPipeline,
+    adapted: Mapping[str, nn.Module],
+    config: SampleConfig,
+    *,
+    strength: float = 1.0,
+    whole: bool = False,
 ) -> Image.Image:
     """A row of pictures per seed, with `before_after` the bare model's above the adapter's; a column per prompt.
 
     Args:
+        strength: of the adapter.
         whole: the weights themselves were trained: there is no bare model left, and no strength.
     """
     prompts = list(config.prompts)
     jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
     settings = config.model_dump(include={"steps", "guidance", "negative_prompt", "batch_size"})
-    kinds = {"before": 0.0, "after": config.strength} if config.before_after else {"after": config.strength}
+    kinds = {"before": 0.0, "after": strength} if config.before_after else {"after": strength}
     drawn = {}
     if whole:
         drawn["after"] = sample(pipe, jobs, seeds, description="after", **settings)
     else:
-        for label, strength in kinds.items():
-            drawn[label] = at_strength(pipe, adapted, strength, jobs, seeds, description=label, **settings)
+        for label, shown in kinds.items():
+            drawn[label] = at_strength(pipe, adapted, shown, jobs, seeds, description=label, **settings)
         for network in adapted.values():
             set_strength(network, 1.0)  # what training goes on with
     rows, labels = [], []

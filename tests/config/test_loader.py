@@ -218,7 +218,7 @@ def test_a_run_is_named_after_its_file_whatever_that_is_called(write):
         (["model.dtype=float16", "train.mixed_precision=bf16"], "must be fp16 for model.dtype float16, not bf16"),
         (["model.dtype=bfloat16"], "must be bf16 for model.dtype bfloat16, not no"),
         (["adapter.method=magnitude", "adapter.dropout=0.1"], "magnitude has no A and B"),
-        (["adapter.method=full", "sample.strength=0.5"], "sample.strength must be 1"),
+        (["adapter.method=full", "adapter.strength=0.5"], "adapter.strength must be 1"),
         (["adapter.method=full", "model.dtype=bfloat16"], "model.dtype must be float32"),
         (["adapter.method=lora", "optimizer.magnitude_lr=1e-3"], "no magnitudes"),
         (["adapter.method=lora", "adapter.norm_grad=exact"], "adapter.norm_grad has no norm"),

@@ -130,6 +130,21 @@ def test_strength(saved):
     assert not np.array_equal(image(model.pipeline()), bare)
 
 
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+def test_strength_one_of_the_file_is_the_strength_it_was_saved_at(tmp_path, method):
+    model = adapt(build(), DoRASpec(rank=3, alpha=5, method=method))
+    save_adapter(components(model), tmp_path, strength=1.5)
+    at_one = image(model.pipeline())
+    for part in components(model).values():
+        assert {layer.strength for layer in adapted_layers(part).values()} == {1.0}  # the model is left as it was
+        set_strength(part, 1.5)
+    expected = image(model.pipeline())
+    assert np.abs(expected - at_one).max() > 1e-2
+    pipe = build().pipeline()
+    pipe.load_lora_weights(str(tmp_path))
+    assert np.abs(image(pipe) - expected).max() <= 1e-4
+
+
 def test_an_adapted_model_takes_the_values(saved, tmp_path):
     _, file, expected = saved
     model = adapt(build(), DoRASpec(rank=3, dropout=0.1, norm_grad="exact"))

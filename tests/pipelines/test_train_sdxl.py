@@ -61,6 +61,7 @@ ADAPTERS = {
     "alpha": {"adapter__alpha": 10.0},
     "lora": {"adapter__method": "lora"},
     "magnitude": {"adapter__method": "magnitude"},
+    "strength": {"adapter__strength": 1.5},
     "text encoders": {"adapter__text_encoders": True, "adapter__alpha": 2.0},
 }
 
@@ -96,6 +97,17 @@ def test_plain_diffusers_draws_our_picture(config, tmp_path, tiny_folder, kind):
     theirs = sample(pipe, [PROMPT], [7], steps=3)[0]
     assert largest_difference(ours, theirs) <= 1.5 / 255  # 8-bit pictures; the float comparison is in tests/io
     assert largest_difference(ours, bare) > 3 / 255
+
+
+def test_the_sheet_shows_the_saved_strength(config, tmp_path, tiny_folder):
+    """The sheet of the run, whose weights are in memory, and one of the saved file at its strength 1."""
+    assert main(["train", str(config(adapter__strength=1.5, sample__before_after=False))]) == 0
+    file = config(
+        "next", output=str(tmp_path / "next"), adapter__init_from=str(tmp_path / "run" / "adapter"), train__steps=1
+    )
+    assert main(["train", str(file), "--set", "optimizer.lr=1e-12", "sample.before_after=false"]) == 0
+    sheets = [Image.open(tmp_path / run / "sheet.png") for run in ("run", "next")]
+    assert largest_difference(*sheets) <= 1.5 / 255
 
 
 def test_a_run_holds_what_made_it(config, tmp_path, capsys):

@@ -85,8 +85,9 @@ def test_the_sheet_of_a_run_is_drawn_at_its_strength(tiny):
     pages = {}
     for before_after in (False, True):
         for strength in (0.0, 1.0):
-            config = SampleConfig(prompts=["a bus"], steps=2, strength=strength, before_after=before_after)
-            pages[before_after, strength] = before_after_sheet(tiny.pipeline(), {"unet": tiny.unet}, config)
+            config = SampleConfig(prompts=["a bus"], steps=2, before_after=before_after)
+            page = before_after_sheet(tiny.pipeline(), {"unet": tiny.unet}, config, strength=strength)
+            pages[before_after, strength] = page
     assert np.abs(pixels(pages[False, 0.0]) - pixels(pages[False, 1.0])).max() > 5
     assert pages[True, 1.0].height > pages[False, 1.0].height
     assert {layer.strength for layer in adapted_layers(tiny.unet).values()} == {1.0}
