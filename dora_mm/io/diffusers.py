@@ -54,9 +54,9 @@ def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path,
 
     `metadata` goes into the header beside the keys that loaders need.
     """
-    for parameters in state.parameters.values():
-        trained = next(iter(parameters))
-        raise ValueError(f"the diffusers format holds adapters alone, and {trained} was trained too: save it as peft")
+    beside = [name for parameters in state.parameters.values() for name in parameters]
+    if beside:
+        raise ValueError(f"the diffusers format holds adapters alone, and {beside[0]} was trained too: save it as peft")
     unknown = [c for c in components if c not in COMPONENTS]
     if unknown:
         raise ValueError(f"the diffusers format has no component {unknown[0]!r}: it has {', '.join(COMPONENTS)}")
