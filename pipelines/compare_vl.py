@@ -1,9 +1,9 @@
 """Compares the bare model, full fine-tuning, LoRA and DoRA (also at half the rank) on vision-language tasks, jointly.
 
 Every method gets its own learning rate: all candidates are trained once and judged on the base config's validation
-splits; the best one is trained once per seed and scored on the reported splits, of which no picture was trained or
-tuned on. The training that won counts as the first of these and may be a lucky one. Every finished training and its
-answers are files in `output`, so a campaign that was cut off goes on.
+splits, by the geometric mean of the tasks' metrics; the best one is trained once per seed and scored on the reported
+splits, of which no picture was trained or tuned on. The training that won counts as the first of these and may be a
+lucky one. Every finished training and its answers are files in `output`, so a campaign that was cut off goes on.
 """
 
 import json
@@ -45,7 +45,7 @@ from dora_mm.tasks.vl_bart import VLBartTask
 from dora_mm.tasks.vl_sets import ValidationSet, open_texts, open_validation
 from dora_mm.train.adapters import check_identity, load_vl_adapters
 from dora_mm.train.campaign import Chosen, Training, Trainings, open_campaign, rates_of
-from dora_mm.train.validation import OVERALL, answer_all, answerers
+from dora_mm.train.validation import answer_all, answerers, overall
 
 log = logging.getLogger(__name__)
 BARE, GUESSED = "untrained base", "questions alone"
@@ -117,11 +117,12 @@ class Campaign:
         return {"base": dump_config(self.base), **known, **rows, **reported}
 
     def tuned(self, training: Training) -> float:
-        """How good a rate is: the mean of the tasks' main metrics on the validation splits."""
+        """How good a rate is: the tasks' main metrics on the validation splits, together."""
         summary = self.trainings.summary(training)
-        if OVERALL not in summary:
+        values = {task.task: summary[task.task] for task in self.base.data.tasks if task.task in summary}
+        if not values:
             raise ValueError(f"{training.name}: no task could be scored on its valid split, so no rate can be chosen")
-        return summary[OVERALL]
+        return overall(values)
 
     def answers(self, name: str, training: Training | None = None) -> dict[str, Rows]:
         """To the reported splits, by task: of one training or of the bare model; given, unless that is done."""
@@ -301,8 +302,9 @@ def about(campaign: Campaign, marks: Mapping[str, Marks]) -> str:
         f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
         f"Reported: {counted(marks)}.",
         f"In brackets: 95 % intervals over trainings and over what was asked about; {together}.",
-        "Full fine-tuning trains every weight of the language model. Behind a learning rate, *: the lowest or highest "
-        "tried. Memory: the most that a training held, in 2^20 bytes.",
+        "Full fine-tuning trains every weight of the language model. Learning rates: each method's best on the "
+        "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the most "
+        "that a training held, in 2^20 bytes.",
     ]
     if set(marks) & set(CAPTION_TASKS):
         notes.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -84,7 +85,16 @@ class Validation:
         self.log.close()
 
 
+def overall(values: Mapping[str, float]) -> float:
+    """How good all tasks are together: the geometric mean of their main metrics.
+
+    Captions would decide the arithmetic one. On the composed scenes CIDEr exceeds 200 and moves by 20 from one learning
+    rate to the next, where accuracies move by 5.
+    """
+    return math.prod(values.values()) ** (1 / len(values))
+
+
 def main_values(scores: Mapping[str, VLScores]) -> dict[str, float]:
-    """The main metric of each task that has one, and their mean as `overall`."""
+    """The main metric of each task that has one, and `overall`."""
     values = {name: found.value for name, found in scores.items() if found.value is not None}
-    return {**values, OVERALL: sum(values.values()) / len(values)} if values else {}
+    return {**values, OVERALL: overall(values)} if values else {}

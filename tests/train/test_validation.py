@@ -1,0 +1,15 @@
+"""How several tasks are judged together."""
+
+import pytest
+
+from dora_mm.train.validation import overall
+
+
+def test_overall_does_not_depend_on_the_scales_of_the_metrics():
+    """Of the scenes: a rate that loses five points of captions in a hundred and gains fifteen of questions."""
+    better, worse = {"vqa": 59.4, "caption": 208.6}, {"vqa": 51.6, "caption": 226.7}
+    assert sum(better.values()) < sum(worse.values())
+    assert overall(better) > overall(worse)
+    assert overall({"vqa": 50.0, "caption": 200.0}) == pytest.approx(100.0)
+    assert overall({"vqa": 60.4}) == pytest.approx(60.4)
+    assert overall({"vqa": 0.0, "caption": 200.0}) == 0.0
