@@ -22,8 +22,9 @@ import torch
 from transformers import BartConfig
 
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
+from dora_mm.config.vl import VLModelConfig
 from dora_mm.models.vl_bart import VLBart, VLInputs, further_parameters
-from dora_mm.models.vl_loading import BART_BASE, from_bart
+from dora_mm.models.vl_loading import BART_BASE, config_of, from_bart, load_vl_bart
 
 ROUNDS = {1: 15, 4: 7}  # by the passes of a step
 TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
@@ -33,6 +34,11 @@ TRAINS = ("visual_embedding", "biases", "norms")
 def base() -> VLBart:
     torch.manual_seed(0)
     return from_bart(BartConfig(**BART_BASE), 50_465, 2048, "image").requires_grad_(False)
+
+
+def embedded() -> VLBart:
+    path = "samples/tiny-vl"
+    return load_vl_bart(VLModelConfig(path=path), config_of(path).feature_dim, 0)[0]
 
 
 def ours(model: VLBart):
@@ -52,9 +58,9 @@ def frozen(model: VLBart):
     return model, list(further_parameters(model, TRAINS).values())
 
 
-def inputs(batch: int) -> VLInputs:
-    ids = torch.randint(5, 50_000, (batch, 20))
-    return VLInputs(ids, torch.ones(batch, 56, dtype=torch.long), torch.randn(batch, 1, 49, 2048))
+def inputs(batch: int, num_words: int = 50_000, feature_dim: int = 2048) -> VLInputs:
+    ids = torch.randint(5, num_words, (batch, 20))
+    return VLInputs(ids, torch.ones(batch, 56, dtype=torch.long), torch.randn(batch, 1, 49, feature_dim))
 
 
 class Arm:
@@ -101,21 +107,24 @@ def label(name: str, passes: int) -> str:
     return name if passes == 1 else f"{name}, {passes} passes"
 
 
-def time_answers() -> dict[str, list[float]]:
-    model = base().eval()
-    batch = inputs(32)
-    times: dict[str, list[float]] = {"32 answers, one batch": [], "32 answers, one by one": []}
-    for _ in range(3):
-        for name, size in zip(times, (32, 1), strict=True):
+def time_answers(name: str, model: VLBart) -> dict[str, list[float]]:
+    model.eval()
+    batch = inputs(32, model.config.vocab_size, model.config.feature_dim)
+    sizes = {f"{name}, one batch": 32, f"{name}, one by one": 1}
+    times: dict[str, list[float]] = {how: [] for how in sizes}
+    for _ in range(5):
+        for how, size in sizes.items():
             started = time.perf_counter()
             for start in range(0, 32, size):
                 model.answer_ids(VLInputs(*(part[start : start + size] for part in batch)), max_length=6)
-            times[name].append(time.perf_counter() - started)
+            times[how].append(time.perf_counter() - started)
     return times
 
 
 def main(folder: Path | None) -> None:
-    times = {**time_steps(), **time_answers()}
+    models = {"32 answers": base(), "32 answers, embedded model": embedded()}
+    answers = {name: time_answers(name, model) for name, model in models.items()}
+    times = {**time_steps(), **{name: found for both in answers.values() for name, found in both.items()}}
     rows = [
         {
             "name": name,
@@ -127,15 +136,16 @@ def main(folder: Path | None) -> None:
         for name, found in times.items()
     ]
     for row in rows:
-        print("{name:<24} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
-    medians = {row["name"]: row["median_s"] for row in rows}
+        print("{name:<42} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
     for passes in ROUNDS:
         for peer in ("PEFT DoRA", "PEFT LoRA"):
             pairs = zip(times[label(peer, passes)], times[label("our DoRA", passes)], strict=True)
             ratios = [theirs / mine for theirs, mine in pairs]
             spread = f"by turns {min(ratios):.3f} to {max(ratios):.3f}"
             print(f"{label(peer, passes)} / our DoRA: {statistics.median(ratios):.3f} ({spread})")
-    print(f"one by one / batched: {medians['32 answers, one by one'] / medians['32 answers, one batch']:.2f}")
+    for name, both in answers.items():
+        batched, single = (statistics.median(found) for found in both.values())
+        print(f"{name}: one by one / batched {single / batched:.2f}")
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "vl_bart.csv").open("w", newline="") as file:
