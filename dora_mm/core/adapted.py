@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.functional import Adapter, adapter_dtype, at_strength, merged_weight, product_dtype, row_norm
+from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, rescaled, row_norm
 from dora_mm.core.fused import Forward, Prepared
 from dora_mm.core.products import Product
 
@@ -153,15 +153,14 @@ class AdaptedLayer(nn.Module):
         """`adapter_tensors` of the adapter whose strength 1 is this strength of the layer's own.
 
         Raises:
-            ValueError: method `full` has no strength, or there is no such adapter (see `functional.at_strength`).
+            ValueError: method `full` has no strength, or there is no such adapter (see `functional.rescaled`).
         """
         tensors: dict[str, Tensor] = dict(self.adapter_tensors())
         if strength == 1:
             return tensors
-        if self.spec.method == "full":
-            raise ValueError(f"{self.path} was trained by method full, which keeps no base: it has no strength")
+        self.check_has_strength()
         own = Adapter(tensors.get("lora_A"), tensors.get("lora_B"), tensors.get("magnitude"), self.spec.scaling)
-        scaled = at_strength(self.matrix, own, strength)
+        scaled = rescaled(self.matrix, own, strength)
         return {name: tensor for name, tensor in zip(ADAPTER_NAMES, scaled[:3], strict=True) if tensor is not None}
 
     def adapters(self) -> tuple[Adapter, ...]:
@@ -197,10 +196,13 @@ class AdaptedLayer(nn.Module):
         )
         self.end_fixed()
 
-    def set_strength(self, strength: float, name: str | None = None) -> None:
-        """Sets the strength of one adapter, or of all that the layer holds."""
+    def check_has_strength(self) -> None:
         if self.spec.method == "full":
             raise ValueError(f"{self.path} was trained by method full, which keeps no base: it has no strength")
+
+    def set_strength(self, strength: float, name: str | None = None) -> None:
+        """Sets the strength of one adapter, or of all that the layer holds."""
+        self.check_has_strength()
         self.check_can_merge()
         if name in (None, self.name):
             self.strength = float(strength)

@@ -144,7 +144,7 @@ def rows_of_directions(V: Tensor, adapter: Adapter) -> Rows:
 
 
 @torch.no_grad()
-def at_strength(weight: Tensor, adapter: Adapter, strength: float) -> Adapter:
+def rescaled(weight: Tensor, adapter: Adapter, strength: float) -> Adapter:
     """The adapter whose strength 1 is this one's strength t: again DoRA, of the same rank.
 
         W0 + t (g V - W0) = e (W0 + s B' A)    with e = 1 + t (g - 1), B' = (t g / e) B, and so m' = e ||W0 + s B' A||
