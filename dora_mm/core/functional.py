@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CANCELLED = 1 / 16  # where n^2 is below this share of n0^2, the sum n0^2 + D has lost its digits
+CANCELLED = 1 / 4  # where n^2 is below this share of n0^2, the sum n0^2 + D has lost digits
 
 
 class Adapter(NamedTuple):

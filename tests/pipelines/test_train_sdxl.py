@@ -92,10 +92,13 @@ def test_plain_diffusers_draws_our_picture(config, tmp_path, tiny_folder, kind):
 
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
     pipe.set_progress_bar_config(disable=True)
-    assert largest_difference(bare, sample(pipe, [PROMPT], [7], steps=3)[0]) == 0
+    # 8-bit pictures, of weights that lie elsewhere in memory: some processors' products then differ in the last bit.
+    # The comparison of floats is in tests/io.
+    same = 1.5 / 255
+    assert largest_difference(bare, sample(pipe, [PROMPT], [7], steps=3)[0]) <= same
     pipe.load_lora_weights(str(run / "adapter"))
     theirs = sample(pipe, [PROMPT], [7], steps=3)[0]
-    assert largest_difference(ours, theirs) <= 1.5 / 255  # 8-bit pictures; the float comparison is in tests/io
+    assert largest_difference(ours, theirs) <= same
     assert largest_difference(ours, bare) > 3 / 255
 
 
