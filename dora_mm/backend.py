@@ -2,7 +2,7 @@
 
     device, dtype, module                     implementation
     a processor                               torch: merged or split by counted cost, see core/fused.py
-    CUDA: Linear in fp32, bf16, fp16          triton
+    CUDA: Linear in fp32, bf16, fp16          triton, or the vendor's product and one pass: kernels/choice.py
     CUDA: convolutions, float64, dropout      torch, which the triton backend calls itself
 
 `auto` chooses by this table in every pass, since a model may move after it was adapted.

@@ -8,14 +8,16 @@ from torch import Tensor
 from dora_mm.core.functional import Adapter, Rows, rows_of
 from dora_mm.core.fused import Forward, adapted_product
 from dora_mm.core.products import LinearProduct, Product, as_rows
+from dora_mm.kernels.choice import vendor_is_faster, vendor_product
 from dora_mm.kernels.inner_dots import inner_dots
+from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
 from dora_mm.kernels.row_norm import row_norm
 from dora_mm.kernels.row_sums import row_sums
 
 
 class TritonLinear(LinearProduct):
-    """In half precision W0 stays as it is: the low-rank branch rides in the same accumulator, which is rounded once."""
+    """In half precision W0 stays as it is: the low-rank branch is added to it in fp32, and the sum rounded once."""
 
     splits_half = True
 
@@ -29,12 +31,20 @@ class TritonLinear(LinearProduct):
 
     def split(self, x, weight, bias, gain, low):
         h, B = side_by_side(low)
-        y = low_rank_linear(as_rows(x), weight, bias, gain, h, B)
+        if vendor_is_faster(weight.shape[1], x.dtype):
+            y = low_rank_add(vendor_product(as_rows(x), weight.T), bias, gain, h, B, x.dtype)
+        else:
+            y = low_rank_linear(as_rows(x), weight, bias, gain, h, B)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def split_grad_input(self, dY, x, weight, gain, low):
         u, A = side_by_side([(u, A.T) for u, A in low])
-        dX = low_rank_grad_input(as_rows(dY), weight, gain, u, None if A is None else A.T)
+        rows = as_rows(dY)
+        if vendor_is_faster(weight.shape[0], dY.dtype):
+            scaled = rows if gain is None else low_rank_add(rows, None, gain, None, None, dY.dtype)
+            dX = low_rank_add(vendor_product(scaled, weight), None, None, u, A, dY.dtype)
+        else:
+            dX = low_rank_grad_input(rows, weight, gain, u, None if A is None else A.T)
         return dX.view(*dY.shape[:-1], weight.shape[1])
 
     def row_sums(self, dY, y, bias):

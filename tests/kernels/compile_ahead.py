@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_mm.kernels import inner_dots, low_rank_matmul, row_norm, row_sums
+from dora_mm.kernels import inner_dots, low_rank_add, low_rank_matmul, row_norm, row_sums
 from dora_mm.kernels.common import MIN_DOT, rank_block, tiles
 
 CAPABILITIES = (80, 90)
@@ -41,6 +41,10 @@ def kernels():
                 **chosen,
             }
             yield f"low_rank_matmul {way} {short}", low_rank_matmul._low_rank_matmul, half, constants, warps
+        add = {"P": "fp32", "h": short, "B": "fp32", "gain": "fp32", "bias": short, "y": short}
+        constants = {"HAS_GAIN": True, "HAS_BIAS": True, "HAS_LOW": True, "BLOCK_R": rank_block(64, dtype)}
+        constants |= {"BLOCK_M": low_rank_add.BLOCK_M, "BLOCK_N": low_rank_add.BLOCK_N}
+        yield f"low_rank_add {short}", low_rank_add._low_rank_add, add, constants, 4
         sums = {"dY": short, "y": short, "bias": short, "dots": "fp32", "squares": "fp32"}
         constants = {"HAS_BIAS": True, "SLAB": row_sums.SLAB, "BLOCK_T": row_sums.BLOCK_T, "BLOCK_O": row_sums.BLOCK_O}
         yield f"row_sums {short}", row_sums._row_sums, sums, constants, 4

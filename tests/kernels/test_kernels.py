@@ -13,8 +13,11 @@ triton = pytest.importorskip("triton")
 from dora_mm.core import DoRASpec, adapt_layer, fused  # noqa: E402
 from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
 from dora_mm.core.functional import updated_norm  # noqa: E402
+from dora_mm.kernels import dora_linear  # noqa: E402
+from dora_mm.kernels.choice import vendor_product  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
 from dora_mm.kernels.inner_dots import inner_dots  # noqa: E402
+from dora_mm.kernels.low_rank_add import low_rank_add  # noqa: E402
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear  # noqa: E402
 from dora_mm.kernels.row_norm import row_norm  # noqa: E402
 from dora_mm.kernels.row_sums import row_sums  # noqa: E402
@@ -98,6 +101,27 @@ def test_low_rank_products(shape, dtype, layout):
         assert_as_good_as(dX, scaled @ W0 + u @ A.to(dtype), exact)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_pass_after_the_vendors_product(shape, dtype):
+    out, inner, rank = shape
+    for tokens in (0, 1, 37, 130):
+        x, W0 = random(tokens, inner, dtype=dtype), random(out, inner, dtype=dtype, seed=1)
+        B, gain, bias = random(out, rank, seed=3), random(out, seed=4), random(out, dtype=dtype, seed=5)
+        h = random(tokens, rank, dtype=dtype, seed=6)
+        y = low_rank_add(vendor_product(x, W0.T), bias, gain, h, B, dtype)
+        assert y.dtype == dtype
+        exact = gain.double() * (x.double() @ W0.double().T) + h.double() @ B.to(dtype).double().T + bias.double()
+        assert_as_good_as(y, gain * (x @ W0.T) + h @ B.to(dtype).T + bias, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_pass_reads_any_layout_and_leaves_out_what_is_none(dtype):
+    P, gain = strided(random(70, 33, dtype=dtype)), random(33, seed=1)
+    assert torch.equal(low_rank_add(P, None, gain, None, None, dtype), (P.float() * gain).to(dtype))
+    assert torch.equal(low_rank_add(P[:1].expand(70, 33), None, None, None, None, dtype), P[:1].repeat(70, 1))
+
+
 def test_products_without_gain_bias_or_rank():
     x, W0 = random(10, 12), random(6, 12, seed=1)
     assert reference.relative_error(low_rank_linear(x, W0, None, None, None, None), x @ W0.T) < 1e-6
@@ -157,7 +181,9 @@ def layers(dtype, *, bias=True, **spec):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
 @pytest.mark.parametrize(("norm_grad", "bias"), [("detached", True), ("exact", False)])
-def test_layer(dtype, method, norm_grad, bias):
+@pytest.mark.parametrize("vendor", [False, True])
+def test_layer(dtype, method, norm_grad, bias, vendor, monkeypatch):
+    monkeypatch.setattr(dora_linear, "vendor_is_faster", lambda inner_size, dtype: vendor)
     fast, plain = layers(dtype, method=method, norm_grad=norm_grad, bias=bias)
     x, dY = random(2, 30, 40, dtype=dtype).requires_grad_(), random(2, 30, 24, dtype=dtype, seed=9)
     double = [p.detach().double().requires_grad_() for p in plain.adapter_tensors().values()]
@@ -228,3 +254,13 @@ def test_small_updates_survive_half_precision():
     update = x.double() @ (reference.merged_weight(W0, adapter) - W0.double()).T
     share = (((y.double() - x.double() @ W0.double().T) * update).sum() / update.square().sum()).item()
     assert abs(share - 1) <= 0.03
+
+
+def test_the_benchmark_of_products_compares_like_with_like():
+    from tests.benchmarks import bench_products
+
+    device = torch.device(DEVICE)
+    for products in bench_products.contenders((20, 24, 40), torch.float32, device).values():
+        assert reference.relative_error(products["one kernel"](), products["vendor and a pass"]().double()) < 1e-5
+    rows = bench_products.measure((20, 24, 40), torch.float32, device, repeats=1)
+    assert [row["direction"] for row in rows] == ["forward", "backward"]

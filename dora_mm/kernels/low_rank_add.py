@@ -1,0 +1,73 @@
+"""What follows a product that the vendor's library made in fp32, in one pass: y = g P + h B^T + b, rounded once."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a kernel is launched with arguments that its signature does not have)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dora_mm.kernels.common import rank_block
+
+BLOCK_M, BLOCK_N = 64, 64  # an fp32 tile of P beside the accumulator: 32 registers a thread each with 4 warps
+
+
+@triton.jit
+def _low_rank_add(
+    P, h, B, gain, bias, y,  # (M, N), (M, R), (N, R), (N,), (N,), (M, N)
+    M, N, R,
+    stride_p, stride_pn, stride_h, stride_bn, stride_br,
+    HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    # Not a grid of two dimensions: its second one ends at 65,535 blocks.
+    across = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tl.program_id(0) % across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row, is_column = rows < M, columns < N
+    both = is_row[:, None] & is_column[None, :]
+    acc = tl.load(P + rows[:, None] * stride_p + columns[None, :] * stride_pn, mask=both, other=0.0).to(tl.float32)
+    if HAS_GAIN:
+        acc *= tl.load(gain + columns, mask=is_column, other=0.0)[None, :]
+    if HAS_LOW:
+        for first in range(0, R, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R)
+            is_r = r < R
+            a = tl.load(h + rows[:, None] * stride_h + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
+            b = tl.load(
+                B + columns[None, :] * stride_bn + r[:, None].to(tl.int64) * stride_br,
+                mask=is_r[:, None] & is_column[None, :],
+                other=0.0,
+            ).to(a.dtype)
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), mask=both)
+
+
+@torch.library.custom_op("dora_mm::low_rank_add", mutates_args=())
+def low_rank_add(
+    P: Tensor, bias: Tensor | None, gain: Tensor | None, h: Tensor | None, B: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """y (T, O) in `dtype` = g P + h B^T + b for P (T, O), h (T, R) in `dtype`, B (O, R) and g (O,).
+
+    P, B and b may be of another dtype: they are read as they are, B rounded to h's dtype in the kernel.
+    """
+    y = torch.empty_like(P, dtype=dtype, memory_format=torch.contiguous_format)
+    M, N = P.shape
+    rank = 0 if h is None else h.shape[1]
+    if y.numel():
+        _low_rank_add[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+            P, h, B, gain, bias, y,
+            M, N, rank,
+            *P.stride(), 0 if h is None else h.stride(0), *((0, 0) if B is None else B.stride()),
+            HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, HAS_LOW=rank > 0,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=rank_block(max(rank, 1), dtype), num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+@low_rank_add.register_fake
+def _(P, bias, gain, h, B, dtype):
+    return torch.empty_like(P, dtype=dtype, memory_format=torch.contiguous_format)
