@@ -50,6 +50,13 @@ def test_triton_by_name():
     torch.testing.assert_close(net(x), expected)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_triton_is_tried_whatever_the_mode(mode):
+    pytest.importorskip("triton")
+    with mode():
+        assert backend.load_triton()[1] == ""
+
+
 def test_a_working_triton_is_taken_for_layers_on_a_gpu(caplog):
     triton = pytest.importorskip("dora_mm.kernels.dora_linear")
     with caplog.at_level(logging.INFO, "dora_mm"):
@@ -58,14 +65,15 @@ def test_a_working_triton_is_taken_for_layers_on_a_gpu(caplog):
     assert [record.message for record in caplog.records] == ["Adapted layers run in Triton on this machine (cuda)."]
 
 
-@pytest.mark.parametrize("what", ["raises", "lies"])
+@pytest.mark.parametrize("what", ["raises", "lies", "lies in half precision"])
 def test_a_broken_triton_falls_back_with_one_warning(monkeypatch, caplog, what):
     triton = pytest.importorskip("dora_mm.kernels.dora_linear")
 
     def broken(*args, **options):
         if what == "raises":
             raise RuntimeError("no compiler\nand more")
-        return 1.01 * TORCH(*args, **options)
+        y = TORCH(*args, **options)
+        return y if what == "lies in half precision" and y.dtype == torch.float32 else 1.1 * y
 
     monkeypatch.setattr(triton, "TRITON", broken)
     with caplog.at_level(logging.INFO, "dora_mm"):
