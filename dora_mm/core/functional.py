@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 CANCELLED = 1 / 4  # where n^2 is below this share of n0^2, the sum n0^2 + D has lost digits
+ROWS_AT_ONCE = 256
 
 
 class Adapter(NamedTuple):
@@ -68,11 +69,13 @@ def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, W
 
         D = rowsum(s B (2 W0 A^T + s B A A^T))
 
-    Rows where W0 and the update nearly cancel take the norm of their sum itself. All in one dtype, A a matrix.
+    Rows where W0 and the update nearly cancel take the norm of their sum itself. In A's dtype; A is a matrix.
     W0A: W0 A^T, (O, R), where it is known already.
     """
     sB = B if scaling == 1 else B * scaling
     inner = sB @ (A @ A.T)
+    if W0A is None and W0.dtype != A.dtype:
+        W0A = reduced_weight(W0, A)
     inner = torch.addmm(inner, W0, A.T, alpha=2) if W0A is None else inner.add_(W0A, alpha=2)
     D = inner.mul_(sB).sum(1)
     square0 = n0 * n0
@@ -81,11 +84,17 @@ def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, W
     norm = torch.where(D == 0, n0, square.clamp_min(0).sqrt())
     cancelled = square < square0.mul_(CANCELLED)
     if torch.compiler.is_compiling():  # a compiled graph cannot branch on values
-        return torch.where(cancelled, torch.linalg.vector_norm(torch.addmm(W0, sB, A), dim=1), norm)
+        return torch.where(cancelled, torch.linalg.vector_norm(torch.addmm(W0.to(A.dtype), sB, A), dim=1), norm)
     if cancelled.any():
         rows = cancelled.nonzero()[:, 0]
-        norm[rows] = torch.linalg.vector_norm(torch.addmm(W0[rows], sB[rows], A), dim=1)
+        norm[rows] = torch.linalg.vector_norm(torch.addmm(W0[rows].to(A.dtype), sB[rows], A), dim=1)
     return norm
+
+
+def reduced_weight(W0: Tensor, A: Tensor) -> Tensor:
+    """W0 A^T, (O, R), for W0 in half precision: cast by blocks of rows on a processor, whose cache holds them."""
+    blocks = W0.split(ROWS_AT_ONCE) if W0.device.type == "cpu" else [W0]
+    return torch.cat([block.to(A.dtype) @ A.T for block in blocks])
 
 
 def row_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -100,7 +109,7 @@ def rows_of(weight: Tensor, adapter: Adapter, n0: Tensor | None = None, W0A: Ten
         return Rows(None, None)
     norm = row_norm(weight.detach()) if n0 is None else n0
     if adapter.A is not None and adapter.B is not None:
-        norm = updated_norm(as_matrix(weight), adapter.A.flatten(1), adapter.B, adapter.scaling, norm, W0A)
+        norm = updated_norm(weight.detach().flatten(1), adapter.A.flatten(1), adapter.B, adapter.scaling, norm, W0A)
     return Rows(norm, row_gain(adapter.magnitude, norm))
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dora_mm.core.corrected import CORRECTED, can_correct, changes_little
 from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS
 from dora_mm.core.form import stays_split
 from dora_mm.core.functional import (
@@ -47,15 +48,14 @@ class Prepared:
     """What depends on parameters alone, for products in one dtype (see `product_dtype`); found at its first use.
 
     n0: the row norms of a weight that is known not to have changed. uses: how many passes this serves.
-    operand: what x is multiplied with in the merged form: W(t) itself, or in half precision its rounded value (high),
-    or [high, low] side by side on the input axis if `doubled`.
+    operand: what x is multiplied with in the merged form: W(t), in half precision rounded. low: what that leaves of it.
     """
 
     n0: Tensor | None = None
     uses: float = 1.0
     rows: tuple[Rows, ...] | None = None
     operand: Tensor | None = None
-    doubled: bool = False
+    low: Tensor | None = None
 
 
 def adapted_product(
@@ -91,21 +91,27 @@ def adapted_product(
     prepared = prepared or Prepared()
     with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
         dropped = F.dropout(x, dropout) if dropout else None
+        product = CORRECTED if can_correct(x, dtype, product) else product
         uses = prepared.uses if keep_weight else 1
         split = dropped is None and stays_split(x, weight, adapters, product, prepared.operand, uses, dtype)
-        operand, doubled = None, False
+        if split and product is CORRECTED:
+            prepared.rows = prepared.rows or find_rows(weight, adapters, product, prepared.n0)
+            split = changes_little(prepared.rows)
+        operand, low = None, None
         if split and may_sum_in_another_order(x, adapters, product):
             assert isinstance(product, LinearProduct)
             product = FEW_TOKENS if product.num_tokens(x, weight) <= MOST_TOKENS else product
             if prepared.rows is None and prepared.uses <= 1 and len(adapters) == 1:  # no other pass has to repeat it
                 operand, prepared.rows = base_and_rows(product, x, weight, adapters[0], prepared.n0)
         if dropped is None and not split:
-            operand, doubled = merge(prepared, weight, adapters, dtype, keep_weight)
+            operand, low = merge(prepared, weight, adapters, dtype, keep_weight)
         if prepared.rows is None:
             prepared.rows = find_rows(weight, adapters, product, prepared.n0)
         bare = tuple(a._replace(A=None, B=None, magnitude=None) for a in adapters)
-        call = Call(product, dtype, bare, prepared.rows, split, doubled, keep_weight, save_output, restore)
-        return _AdaptedProduct.apply(call, x, dropped, weight, bias, operand, *(t for a in adapters for t in a[:3]))
+        call = Call(product, dtype, bare, prepared.rows, split, keep_weight, save_output, restore)
+        return _AdaptedProduct.apply(
+            call, x, dropped, weight, bias, operand, low, *(t for a in adapters for t in a[:3])
+        )
 
 
 def find_rows(weight: Tensor, adapters: Sequence[Adapter], product: Product, n0: Tensor | None) -> tuple[Rows, ...]:
@@ -141,7 +147,6 @@ class Call(NamedTuple):
     adapters: tuple[Adapter, ...]
     rows: tuple[Rows, ...]
     split: bool
-    doubled: bool
     keep_weight: bool
     save_output: bool
     restore: Callable[[], Tensor] | None
@@ -149,36 +154,31 @@ class Call(NamedTuple):
 
 def merge(
     prepared: Prepared, weight: Tensor, adapters: Sequence[Adapter], dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, bool]:
-    """(operand, doubled) of `Prepared`, left there where `keep` is set, as the rows are in any case."""
+) -> tuple[Tensor, Tensor | None]:
+    """(operand, low) of `Prepared`, left there where `keep` is set, as the rows are in any case."""
     if prepared.operand is not None:
-        return prepared.operand, prepared.doubled
+        return prepared.operand, prepared.low
     W, prepared.rows = merge_adapters(weight, adapters, prepared.rows)
-    operand, doubled = as_operand(W, weight, dtype)
+    operand, low = as_operand(W, weight, dtype)
     if keep:
-        prepared.operand, prepared.doubled = operand, doubled
-    return operand, doubled
+        prepared.operand, prepared.low = operand, low
+    return operand, low
 
 
 @torch.no_grad()
-def as_operand(W: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """W(t) in `dtype`, and whether it is [high, low]; W is overwritten.
+def as_operand(W: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """W(t) in `dtype`, and what that leaves of it, None for nothing; W is overwritten.
 
     In half precision W(t) may not be rounded to one number: a bf16 base lies on the bf16 grid, so an update below half
-    a unit in the last place would vanish. It becomes high + low, and x meets both in one product that rounds once.
+    a unit in the last place would vanish. It becomes high + low, and x meets both in a sum that is rounded once.
     """
     if dtype == W.dtype:
-        return W, False
+        return W, None
     if dtype != weight.dtype:  # autocast: the base multiplies with cast(W0), and a fresh adapter must change no bit
         W = W + (weight.detach().to(dtype).to(W.dtype) - weight.detach())
-    both = W.new_empty(len(W), 2 * W.shape[1], *W.shape[2:], dtype=dtype)
-    high, low = both.chunk(2, 1)
-    high.copy_(W)
+    high = torch.empty_like(weight, dtype=dtype).copy_(W)
     W.sub_(high)
-    if not low_is_needed(W):
-        return torch.empty_like(weight, dtype=dtype).copy_(high), False
-    low.copy_(W)
-    return both, True
+    return high, W.to(dtype) if low_is_needed(W) else None
 
 
 def update_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows], dtype: torch.dtype) -> Tensor:
@@ -195,7 +195,7 @@ def dropout_output(
     if not low_is_needed(delta):
         return product(x, base, bias)
     if x.dtype.itemsize < 4:
-        return product(product.join(x, dropped), torch.cat([base, delta], 1), bias)
+        return product.twofold(x, base, dropped, delta, bias)
     return product(x, base, bias).add_(product(dropped, delta, None))
 
 
@@ -220,7 +220,7 @@ def scale_rows(t: Tensor, adapter: Adapter, rows: Rows) -> Tensor:
 
 class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: Call, x, dropped, weight, bias, operand, *tensors):
+    def forward(ctx, call: Call, x, dropped, weight, bias, operand, low, *tensors):
         adapters = with_tensors(call.adapters, tensors)
         hs: list[Tensor | None] = [None] * len(adapters)
         if dropped is not None:
@@ -229,19 +229,21 @@ class _AdaptedProduct(torch.autograd.Function):
         elif call.split:
             low_dtype = adapter_dtype(call.dtype) if call.product.always_splits else call.dtype
             hs = [None if a.A is None else call.product.reduce(x, a.A.to(low_dtype)) for a in adapters]
-            low = [
+            branches = [
                 (h, scale_rows(adapter.B, adapter, rows))
                 for h, adapter, rows in zip(hs, adapters, call.rows, strict=True)
                 if h is not None and adapter.B is not None
             ]
             if operand is None:
-                y = call.product.split(x, weight.detach().to(call.dtype), bias, base_gain(call), low)
+                y = call.product.split(x, weight.detach().to(call.dtype), bias, base_gain(call), branches)
             else:
-                y = like_tokens(call.product.complete(operand, bias, base_gain(call), low), x)
+                y = like_tokens(call.product.complete(operand, bias, base_gain(call), branches), x)
+        elif low is None:
+            y = call.product(x, operand, bias)
         else:
-            y = call.product(call.product.join(x, x) if call.doubled else x, operand, bias)
-        trained = any(ctx.needs_input_grad[6:])
-        from_output = any(ctx.needs_input_grad[8::3]) and output_is_inner(call, dropped)
+            y = call.product.twofold(x, operand, x, low, bias)
+        trained = any(ctx.needs_input_grad[7:])
+        from_output = any(ctx.needs_input_grad[9::3]) and output_is_inner(call, dropped)
         met = x if dropped is None else dropped  # what the update is multiplied with
         ctx.call, ctx.has_dropout = call, dropped is not None
         ctx.save_for_backward(
@@ -267,7 +269,7 @@ class _AdaptedProduct(torch.autograd.Function):
         us = []
         for k, (adapter, rows, h) in enumerate(zip(adapters, call.rows, hs, strict=True)):
             own = AdapterGradients(call.product, adapter, rows, weight, bias, x, y, dY)
-            *found, u = own.compute(h, needs[6 + 3 * k : 9 + 3 * k], needs_u=call.split and needs[1])
+            *found, u = own.compute(h, needs[7 + 3 * k : 10 + 3 * k], needs_u=call.split and needs[1])
             gradients += found
             us.append(u)
         dX = d_dropped = None
@@ -281,10 +283,9 @@ class _AdaptedProduct(torch.autograd.Function):
         elif needs[1]:
             if operand is None:
                 operand = as_operand(merge_adapters(weight, adapters, call.rows)[0], weight, dY.dtype)[0]
-            high = operand[:, : operand.shape[1] // 2] if call.doubled else operand
-            dX = call.product.grad_input(dY, x, high)  # half precision rounds dX to as much anyway
+            dX = call.product.grad_input(dY, x, operand)  # without low: half precision rounds dX to as much anyway
         db = call.product.token_sum(dY).to(bias.dtype) if needs[4] else None
-        return None, dX, d_dropped, None, db, None, *gradients
+        return None, dX, d_dropped, None, db, None, None, *gradients
 
 
 def with_tensors(adapters: Sequence[Adapter], tensors: Sequence[Tensor | None]) -> list[Adapter]:

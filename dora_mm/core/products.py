@@ -40,6 +40,10 @@ class Product(ABC):
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         """The inputs of a weight [W_a, W_b] with twice the columns."""
 
+    def twofold(self, x: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + other other_W^T + b, rounded once."""
+        return self(self.join(x, other), torch.cat([weight, other_weight], 1), bias)
+
     @abstractmethod
     def grad_input(self, dY: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """dY W."""

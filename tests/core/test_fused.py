@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dora_mm.core import functional as dora
 from dora_mm.core import fused
 from dora_mm.core.few_tokens import MOST_TOKENS_BACK
-from dora_mm.core.form import split_pays
+from dora_mm.core.form import half_split_pays, split_pays
 from dora_mm.core.fused import Prepared, adapted_product
 from tests.core import reference
 from tests.core.reference import make, variants
@@ -122,11 +122,25 @@ def test_few_tokens_split_however_often_a_weight_would_serve():
     assert not split_pays(64, 1280, 1280, 16, uses=math.inf)
 
 
-def test_half_precision_never_splits():
+def test_half_precision_splits_only_where_it_is_rounded_once():
     W0, adapter = make(64, 64, 4, dtype=torch.float32)
     for dtype, split in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
         x, weight = torch.randn(1, 64).to(dtype), W0.to(dtype)
         assert fused.stays_split(x, weight, [adapter], fused.LINEAR, None, 1, dtype) is split
+    x, weight = torch.randn(1, 64).bfloat16(), W0.bfloat16()
+    assert fused.stays_split(x, weight, [adapter], fused.CORRECTED, None, 1, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("out", "inner", "rank"), [(1280, 1280, 16), (768, 768, 128), (64, 4096, 4)])
+def test_the_edge_of_the_choice_in_half_precision(out, inner, rank):
+    edge = next(t for t in range(1, 100_000) if not half_split_pays(t, out, inner, rank))
+    assert edge > 1
+    assert half_split_pays(edge - 1, out, inner, rank)
+    assert not half_split_pays((edge + 1) // 2, out, inner, rank, uses=2)
+    assert not half_split_pays(1, out, inner, rank, uses=math.inf)
+    lora = [fused.Adapter(torch.randn(rank, inner), torch.randn(out, rank), None)]
+    x, weight = torch.randn(edge, inner).bfloat16(), torch.randn(out, inner).bfloat16()
+    assert fused.stays_split(x, weight, lora, fused.CORRECTED, None, 1, torch.bfloat16)
 
 
 # --- what is kept for the backward pass ---
