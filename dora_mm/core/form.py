@@ -20,7 +20,7 @@ BUILD_COST = 16  # per element of W(t): W0 copied, added to, scaled
 SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
 TURNED_SAVING = 0.2  # of the multiplications of either product, where both are turned (see few_tokens.py): a tenth each
 
-# In bf16, in picoseconds, on two cores of an Intel Xeon with AMX. Forward and backward in milliseconds, split and merged,
+# In bf16, in picoseconds, on two cores of an Intel Xeon with AMX. Forward and backward in ms, split and merged,
 # for out x in, rank, tokens: 1280 x 1280, 16, 4096: 26.0 and 23.8; 1280 x 1280, 16, 1024: 8.3 and 8.6; 1280 x 2048, 16,
 # 308: 6.0 and 7.7; 768 x 768, 128, 1000: 6.7 and 6.1; 4096 x 4096, 16, 512: 39 and 114.
 HALF_BUILD_COST = 900  # per element of W(t): W0 upcast, added to, scaled, divided into high and low
