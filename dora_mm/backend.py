@@ -70,28 +70,28 @@ def load_triton() -> tuple[Forward | None, str]:
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-# How far a trial may be from plain torch, relative: fp32 goes through the vendor's product, fp16 through our own.
-TRIALS = {torch.float32: 1e-5, torch.float16: 1e-2}
-
-
 def _agrees_with_torch(function: Forward) -> bool:
-    """Output and gradients of a small layer."""
-    for dtype, tolerance in TRIALS.items():
-        for found, right in zip(_trial(function, dtype), _trial(TORCH, dtype), strict=True):
-            if not (found.float() - right.float()).norm() <= tolerance * right.float().norm():
+    """Output and gradients of small layers. In fp32 the vendor's product runs, in half precision a small inner size
+    takes our own and a large one the vendor's. A hundredth is what TF32 and half precision need; faults are larger."""
+    trials = [(torch.float32, 70), (torch.float16, 70)]
+    if torch.cuda.is_available():  # Triton's interpreter has no bf16, and takes long for large sizes
+        trials += [(torch.bfloat16, 70), (torch.bfloat16, 2048)]
+    for dtype, size in trials:
+        for found, right in zip(_trial(function, dtype, size), _trial(TORCH, dtype, size), strict=True):
+            if not (found.float() - right.float()).norm() <= 0.01 * right.float().norm():
                 return False
     return True
 
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _trial(function: Forward, dtype: torch.dtype) -> list[torch.Tensor]:
+def _trial(function: Forward, dtype: torch.dtype, size: int) -> list[torch.Tensor]:
     from dora_mm.core.functional import Adapter
     from dora_mm.core.products import LINEAR
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drawn = torch.Generator().manual_seed(0)
-    sizes = ((40, 70), (50, 70), (5, 70), (50, 5))
+    sizes = ((40, size), (size + 16, size), (5, size), (size + 16, 5))
     x, W0, A, B = (torch.randn(*size, generator=drawn).to(device) for size in sizes)
     x, W0, m = x.to(dtype), W0.to(dtype), W0.norm(dim=1) * 1.1
     trained = [t.requires_grad_() for t in (x, A, B, m)]

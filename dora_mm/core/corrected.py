@@ -2,13 +2,13 @@
 
     y = round(x W^T + b + c)
 
-oneDNN adds c to its fp32 sums, so that an update far below a unit in the last place of y survives; c itself is rounded,
-which takes 2^-9 of it. What c is, by the form of the product:
+oneDNN adds c to its fp32 sums, so that an update far below a unit in the last place of y survives; c itself is in bf16,
+which costs the update some 2^-9 of itself. What c is, by the form of the product:
 
     merged   W = high, c = x low^T with W(t) = high + low
     split    W = W0, c = (e - 1) x W0^T + sum of h B^T, which LoRA, where e is 1, has without a further product
 
-Of one product with [x, x], the other way to round once, the copy alone takes half of a product.
+Of one product of [x, x] and [high, low], the other way to round once, the copy alone takes half of a product.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_mm.core.functional import Rows, any_nonzero
+from dora_mm.core.functional import Adapter, Rows, any_nonzero
 from dora_mm.core.products import LinearProduct, Product, as_rows, like_tokens
 
-MOST_CHANGE = 0.25  # of |g - 1|: beyond it, the rounding of c would show beside that of y
+MOST_CHANGE = 0.25  # of a row of W(t), relative to W0's: beyond it the roundings in c would show beside that of y
 
 
 class CorrectedProduct(LinearProduct):
@@ -36,17 +36,15 @@ class CorrectedProduct(LinearProduct):
 
     def split(self, x, weight, bias, gain, low):
         change = None if gain is None else gain - 1
-        low = [(h, B) for h, B in low if any_nonzero(B)]
+        low = [(h, B.to(h.dtype)) for h, B in low if any_nonzero(B)]
         if x.numel() == 0 or not (low or (change is not None and any_nonzero(change))):
             return self(x, weight, bias)
         rows = as_rows(x)
-        if change is None:
-            (h, B), *low = low
-            correction = h @ B.to(h.dtype).T
-        else:
-            correction = self(rows, weight, None).mul_(change.to(x.dtype))
-        for h, B in low:
-            correction = self.expand(h, B.to(h.dtype), correction)
+        correction = None if change is None else self(rows, weight, None).mul_(change.to(x.dtype))
+        if low:  # in one sum: of branches that cancel the roundings would be left
+            h, B = (torch.cat(parts, 1) for parts in zip(*low, strict=True))
+            correction = h @ B.T if correction is None else self.expand(h, B, correction)
+        assert correction is not None
         return like_tokens(_product_with(rows, correction, weight, bias), x)
 
     def split_grad_input(self, dY, x, weight, gain, low):
@@ -66,9 +64,19 @@ def can_correct(x: Tensor, dtype: torch.dtype, product: Product) -> bool:
     return not torch.compiler.is_compiling() and is_added_before_rounding()
 
 
-def changes_little(rows: Sequence[Rows]) -> bool:
-    """Whether no adapter's g is far from 1."""
-    return all(r.gain is None or bool(((r.gain - 1).abs() <= MOST_CHANGE).all()) for r in rows)
+@torch.no_grad()
+def changes_little(n0: Tensor, gain: Tensor | None, adapters: Sequence[Adapter], rows: Sequence[Rows]) -> bool:
+    """Whether ||W(t) - W0|| <= |e - 1| n0 + sum of |t g s| ||B A|| is a small part of n0 in every row.
+
+    gain: e, (O,); None for 1.
+    """
+    change = torch.zeros_like(n0) if gain is None else (gain - 1).abs() * n0
+    for adapter, (_, g) in zip(adapters, rows, strict=True):
+        if adapter.A is not None and adapter.B is not None:
+            square = ((adapter.B @ (adapter.A @ adapter.A.T)) * adapter.B).sum(1)
+            factor = adapter.strength * adapter.scaling * (1 if g is None else g)
+            change += square.clamp_min_(0).sqrt_().mul_(factor).abs_()
+    return bool((change <= MOST_CHANGE * n0).all())
 
 
 @functools.cache
@@ -76,11 +84,14 @@ def is_added_before_rounding() -> bool:
     """Tries it: 1 + 2^-8 is half way between two bf16 numbers, so that 2^-12 more decides."""
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    x, weight = torch.ones(1, 2, dtype=torch.bfloat16), torch.tensor([[1.0, 2.0**-8]], dtype=torch.bfloat16)
-    return _product_with(x, torch.full((1, 1), 2.0**-12, dtype=torch.bfloat16), weight, None).item() == 1 + 2.0**-7
+    x, weight = (torch.zeros(64, 256, dtype=torch.bfloat16, device="cpu") for _ in range(2))
+    x[:, :2], weight[:, 0], weight[:, 1] = 1, 1, 2.0**-8
+    correction = torch.full((64, 64), 2.0**-12, dtype=torch.bfloat16, device="cpu")
+    return bool((_product_with(x, correction, weight, None) == 1 + 2.0**-7).all())
 
 
 def _product_with(x: Tensor, correction: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """round(x W^T + b + c) for matrices."""
-    weight = weight.contiguous()  # a view of wider rows is misread
+    weight = weight.contiguous()  # a view of wider rows is misread, and so are the gaps of a bias
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise.binary(x, correction, weight, bias, "add")

@@ -33,18 +33,18 @@ def stays_split(
     weight: Tensor,
     adapters: Sequence[Adapter],
     product: Product,
-    operand: Tensor | None,
     uses: float,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether the product stays with W0: few tokens, for which building W(t) costs more than it saves.
+    """Whether the product stays with W0, since building W(t) costs more than it saves: for few tokens, as a rule.
 
-    In half precision only where the product can: W0 x and the update would be rounded apart.
+    In half precision only where the product can: W0 x and the update would be rounded apart. The answer depends on
+    nothing that another pass leaves behind, since a checkpointed pass is made twice and has to save the same tensors.
     """
     if product.always_splits:
         return True
     half = dtype.itemsize < 4 or dtype != weight.dtype
-    if operand is not None or (half and not product.splits_half):
+    if half and not product.splits_half:
         return False
     norm = any(a.magnitude is not None for a in adapters)
     rank = sum(0 if a.A is None else a.A.shape[0] for a in adapters)

@@ -91,12 +91,13 @@ def adapted_product(
     prepared = prepared or Prepared()
     with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
         dropped = F.dropout(x, dropout) if dropout else None
-        product = CORRECTED if can_correct(x, dtype, product) else product
+        product = CORRECTED if dropped is None and can_correct(x, dtype, product) else product
         uses = prepared.uses if keep_weight else 1
-        split = dropped is None and stays_split(x, weight, adapters, product, prepared.operand, uses, dtype)
+        split = dropped is None and stays_split(x, weight, adapters, product, uses, dtype)
         if split and product is CORRECTED:
-            prepared.rows = prepared.rows or find_rows(weight, adapters, product, prepared.n0)
-            split = changes_little(prepared.rows)
+            n0 = row_norm(weight.detach()) if prepared.n0 is None else prepared.n0
+            prepared.rows = prepared.rows or find_rows(weight, adapters, product, n0)
+            split = changes_little(n0, base_gain(adapters, prepared.rows), adapters, prepared.rows)
         operand, low = None, None
         if split and may_sum_in_another_order(x, adapters, product):
             assert isinstance(product, LinearProduct)
@@ -178,7 +179,7 @@ def as_operand(W: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
         W = W + (weight.detach().to(dtype).to(W.dtype) - weight.detach())
     high = torch.empty_like(weight, dtype=dtype).copy_(W)
     W.sub_(high)
-    return high, W.to(dtype) if low_is_needed(W) else None
+    return (high.contiguous(), W.to(dtype)) if low_is_needed(W) else (high, None)
 
 
 def update_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows], dtype: torch.dtype) -> Tensor:
@@ -190,7 +191,7 @@ def update_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Ro
 def dropout_output(
     product: Product, x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor
 ) -> Tensor:
-    """x W0^T + dropped delta^T + b. In half precision in one product: a correction to a rounded one would be lost."""
+    """x W0^T + dropped delta^T + b. In half precision in one sum: a correction to a rounded product would be lost."""
     base = weight.detach().to(x.dtype)
     if not low_is_needed(delta):
         return product(x, base, bias)
@@ -199,10 +200,10 @@ def dropout_output(
     return product(x, base, bias).add_(product(dropped, delta, None))
 
 
-def base_gain(call: Call) -> Tensor | None:
+def base_gain(adapters: Sequence[Adapter], found: Sequence[Rows]) -> Tensor | None:
     """e = 1 + sum_k t_k (g_k - 1), (O,): what the split form scales x W0^T with; None for 1."""
     gain = None
-    for adapter, rows in zip(call.adapters, call.rows, strict=True):
+    for adapter, rows in zip(adapters, found, strict=True):
         if rows.gain is not None:
             part = rows.gain if adapter.strength == 1 else 1 + adapter.strength * (rows.gain - 1)
             gain = part if gain is None else gain + (part - 1)
@@ -234,10 +235,11 @@ class _AdaptedProduct(torch.autograd.Function):
                 for h, adapter, rows in zip(hs, adapters, call.rows, strict=True)
                 if h is not None and adapter.B is not None
             ]
+            gain = base_gain(call.adapters, call.rows)
             if operand is None:
-                y = call.product.split(x, weight.detach().to(call.dtype), bias, base_gain(call), branches)
+                y = call.product.split(x, weight.detach().to(call.dtype), bias, gain, branches)
             else:
-                y = like_tokens(call.product.complete(operand, bias, base_gain(call), branches), x)
+                y = like_tokens(call.product.complete(operand, bias, gain, branches), x)
         elif low is None:
             y = call.product(x, operand, bias)
         else:
@@ -279,7 +281,8 @@ class _AdaptedProduct(torch.autograd.Function):
                 d_dropped = call.product.grad_input(dY, x, update_weight(weight, adapters, call.rows, dY.dtype))
         elif needs[1] and call.split:
             low = [(u, a.A) for u, a in zip(us, adapters, strict=True) if u is not None]
-            dX = call.product.split_grad_input(dY, x, weight.detach().to(call.dtype), base_gain(call), low)
+            gain = base_gain(call.adapters, call.rows)
+            dX = call.product.split_grad_input(dY, x, weight.detach().to(call.dtype), gain, low)
         elif needs[1]:
             if operand is None:
                 operand = as_operand(merge_adapters(weight, adapters, call.rows)[0], weight, dY.dtype)[0]
@@ -362,8 +365,8 @@ class AdapterGradients(NamedTuple):
 
 
 def low_is_needed(low: Tensor) -> bool:
-    """Whether the low part is needed. Doubling the inner dimension changes the order of summation in some bf16 shapes
-    (640 x 640 with 2048 tokens), so a fresh adapter goes without it. A compiled graph cannot branch on values."""
+    """Whether the low part is needed. A further part may change the order of summation (in bf16, 640 x 640 with 2048
+    tokens), so a fresh adapter goes without it. A compiled graph cannot branch on values."""
     return torch.compiler.is_compiling() or any_nonzero(low)
 
 

@@ -41,7 +41,7 @@ class Product(ABC):
         """The inputs of a weight [W_a, W_b] with twice the columns."""
 
     def twofold(self, x: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + other other_W^T + b, rounded once."""
+        """x W^T + other other_W^T + b, where the first product is rounded with the second in it."""
         return self(self.join(x, other), torch.cat([weight, other_weight], 1), bias)
 
     @abstractmethod

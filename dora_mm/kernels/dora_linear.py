@@ -40,7 +40,7 @@ class TritonLinear(LinearProduct):
     def split_grad_input(self, dY, x, weight, gain, low):
         u, A = side_by_side([(u, A.T) for u, A in low])
         rows = as_rows(dY)
-        if vendor_is_faster(weight.shape[0], dY.dtype):
+        if vendor_is_faster(weight.shape[0], dY.dtype, back=True):
             scaled = rows if gain is None else low_rank_add(rows, None, gain, None, None, dY.dtype)
             dX = low_rank_add(vendor_product(scaled, weight), None, None, u, A, dY.dtype)
         else:

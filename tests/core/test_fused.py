@@ -126,9 +126,9 @@ def test_half_precision_splits_only_where_it_is_rounded_once():
     W0, adapter = make(64, 64, 4, dtype=torch.float32)
     for dtype, split in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
         x, weight = torch.randn(1, 64).to(dtype), W0.to(dtype)
-        assert fused.stays_split(x, weight, [adapter], fused.LINEAR, None, 1, dtype) is split
+        assert fused.stays_split(x, weight, [adapter], fused.LINEAR, 1, dtype) is split
     x, weight = torch.randn(1, 64).bfloat16(), W0.bfloat16()
-    assert fused.stays_split(x, weight, [adapter], fused.CORRECTED, None, 1, torch.bfloat16)
+    assert fused.stays_split(x, weight, [adapter], fused.CORRECTED, 1, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("out", "inner", "rank"), [(1280, 1280, 16), (768, 768, 128), (64, 4096, 4)])
@@ -140,7 +140,7 @@ def test_the_edge_of_the_choice_in_half_precision(out, inner, rank):
     assert not half_split_pays(1, out, inner, rank, uses=math.inf)
     lora = [fused.Adapter(torch.randn(rank, inner), torch.randn(out, rank), None)]
     x, weight = torch.randn(edge, inner).bfloat16(), torch.randn(out, inner).bfloat16()
-    assert fused.stays_split(x, weight, lora, fused.CORRECTED, None, 1, torch.bfloat16)
+    assert fused.stays_split(x, weight, lora, fused.CORRECTED, 1, torch.bfloat16)
 
 
 # --- what is kept for the backward pass ---

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from dora_mm.core import adapter_parameters, fixed_parameters, functional, fused, inject
+from dora_mm.core import adapt_layer, adapter_parameters, fixed_parameters, functional, fused, inject
 from dora_mm.core.adapted import DoRASpec
 from tests.core import reference
 
@@ -203,3 +203,18 @@ def test_checkpointing_leaves_no_weight_behind(checkpointing, left, monkeypatch)
     assert len(built) == 3
     assert sum(operand() is not None for operand in built) == left
     y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("uses", [1, 4])
+def test_checkpoints_of_few_and_of_many_tokens(dtype, uses):
+    """The second pass builds W'; the first, made again, has to save what it saved."""
+    layer = reference.randomize(adapt_layer(nn.Linear(48, 64).to(dtype), DoRASpec(4), path="layer"))
+    few, many = (torch.randn(tokens, 48).to(dtype).requires_grad_() for tokens in (2, 5000))
+    with fixed_parameters(layer, uses=uses):
+        total = checkpoint(layer, few, use_reentrant=False).sum() + checkpoint(layer, many, use_reentrant=False).sum()
+        total.backward()
+    found = layer.lora_B.grad.clone()
+    layer.lora_B.grad = None
+    (layer(few).sum() + layer(many).sum()).backward()
+    assert reference.relative_error(found, layer.lora_B.grad.double()) < (1e-5 if dtype == torch.float32 else 2e-2)

@@ -45,6 +45,8 @@ def kernels():
         constants = {"HAS_GAIN": True, "HAS_BIAS": True, "HAS_LOW": True, "BLOCK_R": rank_block(64, dtype)}
         constants |= {"BLOCK_M": low_rank_add.BLOCK_M, "BLOCK_N": low_rank_add.BLOCK_N}
         yield f"low_rank_add {short}", low_rank_add._low_rank_add, add, constants, 4
+        gain_alone = constants | {"HAS_BIAS": False, "HAS_LOW": False}  # dY before the vendor's product
+        yield f"low_rank_add gain {short}", low_rank_add._low_rank_add, add | {"P": short}, gain_alone, 4
         sums = {"dY": short, "y": short, "bias": short, "dots": "fp32", "squares": "fp32"}
         constants = {"HAS_BIAS": True, "SLAB": row_sums.SLAB, "BLOCK_T": row_sums.BLOCK_T, "BLOCK_O": row_sums.BLOCK_O}
         yield f"row_sums {short}", row_sums._row_sums, sums, constants, 4

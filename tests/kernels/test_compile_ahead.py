@@ -17,5 +17,5 @@ def test_no_kernel_spills():
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name.split()[0] for name in found} == {"sm_80", "sm_90"}
-    assert len(found) == 36
+    assert len(found) == 42
     assert {name: said for name, said in found.items() if said["stack"]} == {}
