@@ -11,10 +11,16 @@ likewise for the gradient of x. Milliseconds for W0 of 1280 x 1280, not in the c
     320          7.40                 7.08
 
 (The copy that turns the result is part of the sum with the low-rank branch.) It sums in another order, so that a fresh
-adapter, which may change no bit, goes without it.
+adapter, which may change no bit, goes without it. On an Intel Xeon, where MKL has kernels of its own for few rows,
+turning takes 1.31 -> 1.27 ms forward with 64 rows and 1.99 -> 2.15 with 154, backward 0.98 -> 1.44 and 1.77 -> 2.40:
+there the products stay as they are.
 """
 
 from __future__ import annotations
+
+import contextlib
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +28,14 @@ from torch import Tensor
 
 from dora_mm.core.products import LinearProduct, as_rows, like_tokens
 
+
+def made_by_intel() -> bool:
+    with contextlib.suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    return "GenuineIntel" in platform.processor()
+
+
+TURNING_PAYS = not made_by_intel()
 MOST_TOKENS = 256
 MOST_TOKENS_BACK = 100
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.corrected import CORRECTED
-from dora_mm.core.few_tokens import MOST_TOKENS_BACK
+from dora_mm.core.few_tokens import MOST_TOKENS_BACK, TURNING_PAYS
 from dora_mm.core.functional import Adapter
 from dora_mm.core.products import LinearProduct, Product
 
@@ -51,7 +51,11 @@ def stays_split(
     sizes = product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank
     if half:
         return product is not CORRECTED or not norm or half_split_pays(*sizes, uses)
-    return split_pays(*sizes, uses, norm, turned=type(product) is LinearProduct and x.device.type == "cpu")
+    return split_pays(*sizes, uses, norm, turned=is_turned(x, product))
+
+
+def is_turned(x: Tensor, product: Product) -> bool:
+    return type(product) is LinearProduct and x.device.type == "cpu" and TURNING_PAYS
 
 
 def half_split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dora_mm.core.corrected import CORRECTED, can_correct, changes_little
-from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS
+from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS, TURNING_PAYS
 from dora_mm.core.form import stays_split
 from dora_mm.core.functional import (
     Adapter,
@@ -41,6 +41,7 @@ from dora_mm.core.products import LINEAR, SMALL_GAIN, ConvProduct, LinearProduct
 
 LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
 LARGE_BIAS_HALF = 4.0
+STACKS_FROM = 16  # tokens for each row of A that their product takes along: a sixteenth more of it at most
 
 
 @dataclass
@@ -101,9 +102,8 @@ def adapted_product(
         operand, low = None, None
         if split and may_sum_in_another_order(x, adapters, product):
             assert isinstance(product, LinearProduct)
-            product = FEW_TOKENS if product.num_tokens(x, weight) <= MOST_TOKENS else product
-            if prepared.rows is None and prepared.uses <= 1 and len(adapters) == 1:  # no other pass has to repeat it
-                operand, prepared.rows = base_and_rows(product, x, weight, adapters[0], prepared.n0)
+            product = FEW_TOKENS if TURNING_PAYS and product.num_tokens(x, weight) <= MOST_TOKENS else product
+            operand = base_output(product, x, weight, adapters, prepared)
         if dropped is None and not split:
             operand, low = merge(prepared, weight, adapters, dtype, keep_weight)
         if prepared.rows is None:
@@ -129,12 +129,20 @@ def may_sum_in_another_order(x: Tensor, adapters: Sequence[Adapter], product: Pr
 
 
 @torch.no_grad()
-def base_and_rows(
-    product: LinearProduct, x: Tensor, weight: Tensor, adapter: Adapter, n0: Tensor | None
-) -> tuple[Tensor, tuple[Rows, ...]]:
-    """x W0^T, and the rows, for which W0 A^T comes out of the same product."""
-    base, W0A = product.base(x, weight, None if adapter.magnitude is None else adapter.A)
-    return base, (rows_of(weight, adapter, n0, W0A),)
+def base_output(
+    product: LinearProduct, x: Tensor, weight: Tensor, adapters: Sequence[Adapter], prepared: Prepared
+) -> Tensor:
+    """x W0^T for `complete`. W0 A^T, which the norm needs, comes out of the same product where that pays."""
+    A = adapters[0].A if len(adapters) == 1 and adapters[0].magnitude is not None else None
+    stacks = A is not None
+    if product is FEW_TOKENS:  # has the same bits with A and without
+        stacks = stacks and prepared.rows is None and prepared.uses <= 1
+    elif A is not None:  # in every pass or in none: a checkpointed pass that is made again has to give the same bits
+        stacks = product.num_tokens(x, weight) >= STACKS_FROM * len(A)
+    base, W0A = product.base(x, weight, A if stacks else None)
+    if stacks and prepared.rows is None:
+        prepared.rows = (rows_of(weight, adapters[0], prepared.n0, W0A),)
+    return base
 
 
 # --- the two forms ---------------------------------------------------------------------------------------------------

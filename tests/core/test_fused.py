@@ -143,6 +143,24 @@ def test_the_edge_of_the_choice_in_half_precision(out, inner, rank):
     assert fused.stays_split(x, weight, lora, fused.CORRECTED, 1, torch.bfloat16)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5, 70, 200])
+def test_few_tokens_on_either_kind_of_processor(turned, tokens, monkeypatch):
+    """Intel's multiplies few rows as they are, others' turned: both with W0 A^T out of the same product, and without."""
+    monkeypatch.setattr(fused, "TURNING_PAYS", turned)
+    monkeypatch.setattr(fused, "stays_split", lambda *_: True)
+    W0, adapter = make(48, 64, 4, dtype=torch.float32)
+    x, bias, dY = torch.randn(tokens, 64).requires_grad_(), torch.randn(48), torch.randn(tokens, 48)
+    wanted = (x, adapter.A, adapter.B, adapter.magnitude)
+    exact = expected_product(x, W0, bias, adapter)
+    expected = (exact, *torch.autograd.grad(exact, wanted, dY.double()))
+    prepared = fused.Prepared()
+    for _ in range(2):
+        y = adapted_product(x, W0, bias, [adapter], prepared=prepared)
+        for found, right in zip((y, *torch.autograd.grad(y, wanted, dY)), expected, strict=True):
+            assert reference.relative_error(found, right) < 2e-6
+
+
 # --- what is kept for the backward pass ---
 
 
