@@ -146,7 +146,7 @@ def test_the_edge_of_the_choice_in_half_precision(out, inner, rank):
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 70, 200])
 def test_few_tokens_on_either_kind_of_processor(turned, tokens, monkeypatch):
-    """Intel's multiplies few rows as they are, others' turned: both with W0 A^T out of the same product, and without."""
+    """Intel's multiply few rows as they are, others turned, with W0 A^T out of the same product and without."""
     monkeypatch.setattr(fused, "TURNING_PAYS", turned)
     monkeypatch.setattr(fused, "stays_split", lambda *_: True)
     W0, adapter = make(48, 64, 4, dtype=torch.float32)
