@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_mm.core.products import LinearProduct, as_rows, like_tokens
+from dora_mm.core.products import LinearProduct, as_rows
 
 
 def made_by_intel() -> bool:
@@ -41,9 +41,6 @@ MOST_TOKENS_BACK = 100
 
 
 class FewTokens(LinearProduct):
-    def split(self, x, weight, bias, gain, low):
-        return like_tokens(self.complete(self.base(x, weight, None)[0], bias, gain, low), x)
-
     def base(self, x, weight, A):
         """With the tokens last in the memory of x W0^T."""
         rows = as_rows(x)

@@ -1,4 +1,4 @@
-"""What every kernel shares: which precision a product of two tiles runs in, and the grids."""
+"""What kernels share: which precision a product of two tiles runs in, the grids, the low-rank branch of a tile."""
 
 import torch
 import triton
@@ -27,3 +27,20 @@ def tile_order(pid, num_m, num_n, GROUP: tl.constexpr):
     first = (pid // per_group) * GROUP
     rows = min(num_m - first, GROUP)
     return first + (pid % per_group) % rows, (pid % per_group) // rows
+
+
+@triton.jit
+def add_low_rank(acc, h, B, rows, columns, M, N, R, stride_h, stride_bn, stride_br, BLOCK_R: tl.constexpr):
+    """acc + h B^T for the tile of h (M, R) and B (N, R) at `rows` and `columns`, B rounded to h's dtype."""
+    is_row, is_column = rows < M, columns < N
+    for first in range(0, R, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        is_r = r < R
+        a = tl.load(h + rows[:, None] * stride_h + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
+        b = tl.load(
+            B + columns[None, :] * stride_bn + r[:, None].to(tl.int64) * stride_br,
+            mask=is_r[:, None] & is_column[None, :],
+            other=0.0,
+        ).to(a.dtype)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc

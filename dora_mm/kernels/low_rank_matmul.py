@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.common import rank_block, tile_order, tiles
+from dora_mm.kernels.common import add_low_rank, rank_block, tile_order, tiles
 
 GROUP = 8  # rows of tiles that share the columns of W in the second-level cache
 
@@ -48,16 +48,7 @@ def _low_rank_matmul(
     if GAIN_OUT:
         acc *= tl.load(gain + columns, mask=is_column, other=0.0)[None, :]
     if HAS_LOW:
-        for first in range(0, R, BLOCK_R):
-            r = first + tl.arange(0, BLOCK_R)
-            is_r = r < R
-            a = tl.load(h + rows[:, None] * stride_h + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
-            b = tl.load(
-                B + columns[None, :] * stride_bn + r[:, None].to(tl.int64) * stride_br,
-                mask=is_r[:, None] & is_column[None, :],
-                other=0.0,
-            ).to(a.dtype)
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = add_low_rank(acc, h, B, rows, columns, M, N, R, stride_h, stride_bn, stride_br, BLOCK_R)
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
     where = rows[:, None] * stride_y + columns[None, :]
