@@ -1,5 +1,6 @@
 """What an operation costs on this machine: seconds, measured in turns, and bytes."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         action()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes of start and stop would break the progress bar
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         action()
