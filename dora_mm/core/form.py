@@ -18,7 +18,7 @@ from dora_mm.core.products import LinearProduct, Product
 # forms take the same time at some 100 tokens for 640 x 640, 250 for 1280 x 1280 and 350 for 1280 x 2048; with four
 # times as many they still differ by less than a twentieth. But in a model the W(t) of all layers are there at once, and
 # the system hands their pages out anew at every step: the full-size SDXL UNet at 512 px with checkpointing takes 1.08
-# times PEFT LoRA's time and 2.7 GB with 16 here, 1.01 times and 0.3 GB with 100.
+# times PEFT LoRA's time and 2.7 GB with 16 here, 1.01 times and 0.4 GB with 100.
 BUILD_COST = 100  # per element of W(t): W0 copied, added to, scaled, and new memory for that
 SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
 TURNED_SAVING = 0.2  # of the multiplications of either product, where both are turned (see few_tokens.py): a tenth each
