@@ -122,6 +122,12 @@ def test_few_tokens_split_however_often_a_weight_would_serve():
     assert not split_pays(64, 1280, 1280, 16, uses=math.inf)
 
 
+def test_a_checkpointed_unet_at_512_px_builds_no_weight_in_its_1280_wide_layers():
+    """256 tokens, read in the pass and in its recomputation: hundreds of W' at once would be 2.4 GB of new memory."""
+    assert split_pays(256, 1280, 1280, 16, uses=2)
+    assert not split_pays(4096, 1280, 1280, 16, uses=2)
+
+
 def test_half_precision_splits_only_where_it_is_rounded_once():
     W0, adapter = make(64, 64, 4, dtype=torch.float32)
     for dtype, split in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
