@@ -79,10 +79,12 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
     run = (
         RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)
     )
-    model.to(Accelerator(mixed_precision=config.unet.train.mixed_precision).device)  # one for both stages, see schema
+    model.to(Accelerator(mixed_precision=config.vae.train.mixed_precision).device)  # one for all stages, see schema
+    model.freeze()
     if not config.vae_from:
         train_vae(config, model.vae, every_icon, run.stage("vae"))
-    train_unet(config, model, flat_icons, run)
+    if config.unet:
+        train_unet(config, config.unet, model, flat_icons, run)
     if config.decoder:
         train_decoder(config, config.decoder, model, every_icon, run.stage("decoder"))
     show(config, model, run)
@@ -136,8 +138,9 @@ def normalise(vae: Any, pixels: torch.Tensor, num: int = 512) -> None:
     shift_latents(vae, means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
 
 
-def train_unet(config: PretrainTinyConfig, model: SDXL, icons: list[Icon], run: RunDirectory) -> None:
-    stage = config.unet
+def train_unet(
+    config: PretrainTinyConfig, stage: PretrainStage, model: SDXL, icons: list[Icon], run: RunDirectory
+) -> None:
     mean, logvar = encode_icons(model, icons)
     side = config.model.resolution
 

@@ -209,7 +209,7 @@ class PretrainTinyConfig(PipelineConfig):
     vae_from: Text | None = None  # a model folder whose VAE is taken; None: it is trained
     unet_from: Text | None = None  # a model folder whose UNet and text encoders are trained further; None: from nothing
     vae: PretrainStage
-    unet: PretrainStage
+    unet: PretrainStage | None  # None: the UNet and text encoders of unet_from stay as they are
     decoder: DecoderStage | None = None  # the VAE's decoder learns to read latents as the UNet leaves them; None: not
     loss: LossConfig = LossConfig()
     caption_dropout: Share = 0.1
@@ -220,7 +220,10 @@ class PretrainTinyConfig(PipelineConfig):
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyConfig":
         problems = []
-        stages = {"vae": self.vae, "unet": self.unet} | ({"decoder": self.decoder} if self.decoder else {})
+        if not self.unet and not (self.unet_from and self.decoder):
+            problems.append("unet: null trains the decoder for a finished UNet: give unet_from and decoder")
+        every = {"vae": self.vae, "unet": self.unet, "decoder": self.decoder}
+        stages = {name: stage for name, stage in every.items() if stage}
         for name, stage in stages.items():
             problems += check_training(stage.optimizer, stage.schedule, stage.train)
             if stage.optimizer.magnitude_lr is not None:

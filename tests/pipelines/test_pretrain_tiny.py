@@ -127,6 +127,26 @@ def test_a_model_is_trained_further(config, tmp_path):
     assert not all(torch.equal(tensor, one["unet"][name]) for name, tensor in moved.items())
 
 
+def test_the_decoder_alone_is_trained_further(config, tmp_path):
+    assert main(["train", str(config("first"))]) == 0
+    model = tmp_path / "first" / "tiny-sdxl"
+    further = ["--set", f"vae_from={model}", f"unet_from={model}", "unet=null"]
+    assert main(["train", str(config("second")), *further]) == 0
+    one, two = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(tensor, two["unet"][name]) for name, tensor in one["unet"].items())
+    assert {name.split(".")[0] for name, tensor in one["vae"].items() if not torch.equal(tensor, two["vae"][name])} == {
+        "decoder",
+        "post_quant_conv",
+    }
+    assert not (tmp_path / "second" / "unet").exists()
+
+
+@pytest.mark.parametrize("left_out", [["unet=null"], ["unet=null", "unet_from=any", "decoder=null"]])
+def test_a_run_that_would_train_nothing_it_has_is_refused(config, tmp_path, capsys, left_out):
+    assert main(["train", str(config("run")), "--set", *left_out]) == 2
+    assert "unet: null trains the decoder for a finished UNet" in capsys.readouterr().err
+
+
 def test_an_interruption_while_it_draws_keeps_the_weights_themselves(config, tmp_path, monkeypatch):
     assert main(["train", str(config("whole"))]) == 0
     real = pretrain_tiny.sample
