@@ -4,6 +4,7 @@
     a processor                               torch: merged or split by counted cost, see core/fused.py
     CUDA: Linear in fp32, bf16, fp16          triton, or the vendor's product and one pass: kernels/choice.py
     CUDA: convolutions, float64, dropout      torch, which the triton backend calls itself
+    CUDA before compute capability 8.0        torch
 
 `auto` chooses by this table in every pass, since a model may move after it was adapted.
 """
@@ -17,6 +18,8 @@ from dora_mm.core.fused import TORCH, Forward
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
+LEAST_CAPABILITY = (8, 0)  # Triton has no tensor cores before: on sm_75 our tiles in fp16 spill 7 KB a thread
+RANK_TRIED = 70  # above 64 a launch takes all the shared memory that one of ours ever does
 
 
 def select(backend: str = "auto") -> Forward:
@@ -65,6 +68,8 @@ def load_triton() -> tuple[Forward | None, str]:
     try:
         from dora_mm.kernels.dora_linear import TRITON
 
+        if torch.cuda.is_available() and (has := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
+            return None, f"it needs compute capability 8.0, and {torch.cuda.get_device_name()} has {has[0]}.{has[1]}"
         return (TRITON, "") if _agrees_with_torch(TRITON) else (None, "its results are wrong")
     except Exception as error:  # whatever a broken installation raises: it is reported, and plain torch is always right
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
@@ -91,7 +96,7 @@ def _trial(function: Forward, dtype: torch.dtype, size: int) -> list[torch.Tenso
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drawn = torch.Generator().manual_seed(0)
-    sizes = ((40, size), (size + 16, size), (5, size), (size + 16, 5))
+    sizes = ((40, size), (size + 16, size), (RANK_TRIED, size), (size + 16, RANK_TRIED))
     x, W0, A, B = (torch.randn(*size, generator=drawn).to(device) for size in sizes)
     x, W0, m = x.to(dtype), W0.to(dtype), W0.norm(dim=1) * 1.1
     trained = [t.requires_grad_() for t in (x, A, B, m)]

@@ -65,6 +65,18 @@ def test_a_working_triton_is_taken_for_layers_on_a_gpu(caplog):
     assert [record.message for record in caplog.records] == ["Adapted layers run in Triton on this machine (cuda)."]
 
 
+def test_an_old_gpu_runs_plain_torch_and_says_why(monkeypatch, caplog):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with caplog.at_level(logging.INFO, "dora_mm"):
+        backend._announce("cuda")
+    assert backend.CHOSEN[True] is TORCH
+    (warning,) = caplog.records
+    assert "it needs compute capability 8.0, and Tesla T4 has 7.5" in warning.message
+
+
 @pytest.mark.parametrize("what", ["raises", "lies", "lies in half precision"])
 def test_a_broken_triton_falls_back_with_one_warning(monkeypatch, caplog, what):
     triton = pytest.importorskip("dora_mm.kernels.dora_linear")

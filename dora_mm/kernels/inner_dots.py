@@ -55,13 +55,14 @@ def inner_dots(
     num_out, num_in = W0.shape
     dots = torch.empty(num_out, dtype=torch.float32, device=W0.device)
     rank = 0 if A is None else A.shape[0]
-    _inner_dots[(num_out,)](
-        dY, x, W0, A, B, chosen.to(torch.int8), dots,
-        x.shape[0], num_in, rank, scaling,
-        dY.stride(0), dY.stride(1), x.stride(0), x.stride(1), W0.stride(0), W0.stride(1),
-        num_in, rank,
-        HAS_LOW=rank > 0, BLOCK_T=BLOCK_T, BLOCK_I=BLOCK_I, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(W0):
+        _inner_dots[(num_out,)](
+            dY, x, W0, A, B, chosen.to(torch.int8), dots,
+            x.shape[0], num_in, rank, scaling,
+            dY.stride(0), dY.stride(1), x.stride(0), x.stride(1), W0.stride(0), W0.stride(1),
+            num_in, rank,
+            HAS_LOW=rank > 0, BLOCK_T=BLOCK_T, BLOCK_I=BLOCK_I, num_warps=4,
+        )  # fmt: skip
     return dots
 
 

@@ -49,13 +49,14 @@ def low_rank_add(
     M, N = P.shape
     rank = 0 if h is None else h.shape[1]
     if y.numel():
-        _low_rank_add[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
-            P, h, B, gain, bias, y,
-            M, N, rank,
-            *P.stride(), 0 if h is None else h.stride(0), *((0, 0) if B is None else B.stride()),
-            HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, HAS_LOW=rank > 0,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=rank_block(max(rank, 1), dtype), num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(P):
+            _low_rank_add[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+                P, h, B, gain, bias, y,
+                M, N, rank,
+                *P.stride(), 0 if h is None else h.stride(0), *((0, 0) if B is None else B.stride()),
+                HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, HAS_LOW=rank > 0,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=rank_block(max(rank, 1), dtype), num_warps=4,
+            )  # fmt: skip
     return y
 
 

@@ -63,14 +63,15 @@ def _launch(x, W, stride_wn, stride_wk, N, h, B, stride_bn, stride_br, gain, gai
     if y.numel() == 0:
         return y
     rank = 0 if h is None else h.shape[1]
-    _low_rank_matmul[grid](
-        x, W, h, B, gain, bias, y,
-        M, N, K, rank,
-        x.stride(0), x.stride(1), stride_wn, stride_wk,
-        0 if h is None else h.stride(0), stride_bn, stride_br, y.stride(0),
-        GAIN_OUT=gain is not None and not gain_in, GAIN_IN=gain is not None and gain_in, HAS_BIAS=bias is not None,
-        HAS_LOW=rank > 0, BLOCK_R=rank_block(max(rank, 1), x.dtype), GROUP=GROUP, **chosen,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _low_rank_matmul[grid](
+            x, W, h, B, gain, bias, y,
+            M, N, K, rank,
+            x.stride(0), x.stride(1), stride_wn, stride_wk,
+            0 if h is None else h.stride(0), stride_bn, stride_br, y.stride(0),
+            GAIN_OUT=gain is not None and not gain_in, GAIN_IN=gain is not None and gain_in, HAS_BIAS=bias is not None,
+            HAS_LOW=rank > 0, BLOCK_R=rank_block(max(rank, 1), x.dtype), GROUP=GROUP, **chosen,
+        )  # fmt: skip
     return y
 
 

@@ -61,12 +61,13 @@ def row_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, magni
     """
     num_out, num_in = W0.shape
     norm, gain = torch.empty_like(n0), torch.empty_like(n0)
-    _row_norm[(triton.cdiv(num_out, BLOCK_O),)](
-        W0, A, B, n0, magnitude, norm, gain,
-        num_out, num_in, A.shape[0], scaling, CANCELLED,
-        W0.stride(0), W0.stride(1), A.stride(0), B.stride(0),
-        BLOCK_O=BLOCK_O, BLOCK_I=BLOCK_I, BLOCK_R=MIN_DOT, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(W0):
+        _row_norm[(triton.cdiv(num_out, BLOCK_O),)](
+            W0, A, B, n0, magnitude, norm, gain,
+            num_out, num_in, A.shape[0], scaling, CANCELLED,
+            W0.stride(0), W0.stride(1), A.stride(0), B.stride(0),
+            BLOCK_O=BLOCK_O, BLOCK_I=BLOCK_I, BLOCK_R=MIN_DOT, num_warps=4,
+        )  # fmt: skip
     return norm, gain
 
 

@@ -45,11 +45,12 @@ def row_sums(dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
     slabs = triton.cdiv(num_tokens, SLAB)
     sums = torch.zeros(2, slabs, num_out, dtype=torch.float32, device=y.device)
     if slabs:
-        _row_sums[(triton.cdiv(num_out, BLOCK_O), slabs)](
-            dY, y, bias, sums[0], sums[1],
-            num_tokens, num_out, dY.stride(0), dY.stride(1), y.stride(0), y.stride(1),
-            HAS_BIAS=bias is not None, SLAB=SLAB, BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(y):
+            _row_sums[(triton.cdiv(num_out, BLOCK_O), slabs)](
+                dY, y, bias, sums[0], sums[1],
+                num_tokens, num_out, dY.stride(0), dY.stride(1), y.stride(0), y.stride(1),
+                HAS_BIAS=bias is not None, SLAB=SLAB, BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, num_warps=4,
+            )  # fmt: skip
     dots, squares = sums.sum(1)
     return dots.clone(), squares.clone()  # an operator's results may not share memory
 

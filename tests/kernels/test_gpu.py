@@ -77,6 +77,15 @@ def test_compiled_by_inductor_in_one_graph(dtype):
     assert_close(found, expected, 1e-4 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
+def test_a_layer_on_another_gpu_than_the_current_one():
+    net = network().to("cuda:1")
+    x, dY = (t.to("cuda:1") for t in inputs())
+    found = step(net, x, dY)
+    with torch.cuda.device(1):
+        assert_close(found, step(net, x, dY), 1e-6)
+
+
 def test_more_than_2_31_elements():
     tokens = 2**25 + 8  # times 64 features
     layer = nn.Sequential(nn.Linear(64, 64, bias=False)).cuda().to(torch.bfloat16).requires_grad_(False)
