@@ -19,7 +19,6 @@ from dora_mm.core.fused import TORCH, Forward
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
 LEAST_CAPABILITY = (8, 0)  # Triton has no tensor cores before: on sm_75 our tiles in fp16 spill 7 KB a thread
-RANK_TRIED = 70  # above 64 a launch takes all the shared memory that one of ours ever does
 
 
 def select(backend: str = "auto") -> Forward:
@@ -76,13 +75,20 @@ def load_triton() -> tuple[Forward | None, str]:
 
 
 def _agrees_with_torch(function: Forward) -> bool:
-    """Output and gradients of small layers. In fp32 the vendor's product runs, in half precision a small inner size
-    takes our own and a large one the vendor's. A hundredth is what TF32 and half precision need; faults are larger."""
-    trials = [(torch.float32, 70), (torch.float16, 70)]
+    """Output and gradients of small layers. A hundredth is what TF32 and half precision need; faults are larger.
+
+    Of odd sizes, and of multiples of 16 in several tiles, which Triton compiles anew, with a rank for which a launch
+    takes as much shared memory as it ever does. In fp32 the vendor's product runs, in half precision for a large inner
+    size.
+    """
+    odd, even = (40, 70, 86, 5), (300, 256, 272, 80)  # tokens, in, out, rank
+    trials = [(torch.float32, odd), (torch.float16, odd)]
     if torch.cuda.is_available():  # Triton's interpreter has no bf16, and takes long for large sizes
-        trials += [(torch.bfloat16, 70), (torch.bfloat16, 2048)]
-    for dtype, size in trials:
-        for found, right in zip(_trial(function, dtype, size), _trial(TORCH, dtype, size), strict=True):
+        log.info("Trying the kernels, which compiles them: some seconds.")
+        large = (300, 2048, 2064, 80)
+        trials = [(d, sizes) for d in (torch.float32, torch.float16, torch.bfloat16) for sizes in (odd, even, large)]
+    for dtype, sizes in trials:
+        for found, right in zip(_trial(function, dtype, *sizes), _trial(TORCH, dtype, *sizes), strict=True):
             if not (found.float() - right.float()).norm() <= 0.01 * right.float().norm():
                 return False
     return True
@@ -90,14 +96,16 @@ def _agrees_with_torch(function: Forward) -> bool:
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _trial(function: Forward, dtype: torch.dtype, size: int) -> list[torch.Tensor]:
+def _trial(
+    function: Forward, dtype: torch.dtype, tokens: int, num_in: int, num_out: int, rank: int
+) -> list[torch.Tensor]:
     from dora_mm.core.functional import Adapter
     from dora_mm.core.products import LINEAR
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drawn = torch.Generator().manual_seed(0)
-    sizes = ((40, size), (size + 16, size), (RANK_TRIED, size), (size + 16, RANK_TRIED))
-    x, W0, A, B = (torch.randn(*size, generator=drawn).to(device) for size in sizes)
+    sizes = ((tokens, num_in), (num_out, num_in), (rank, num_in), (num_out, rank))
+    x, W0, A, B = (torch.randn(*size, generator=drawn, device="cpu").to(device) for size in sizes)
     x, W0, m = x.to(dtype), W0.to(dtype), W0.norm(dim=1) * 1.1
     trained = [t.requires_grad_() for t in (x, A, B, m)]
     y = function(x, W0, None, [Adapter(A, B, m)], product=LINEAR, dropout=0.0)

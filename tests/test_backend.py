@@ -27,7 +27,8 @@ def test_names():
         backend.select("cuda")
 
 
-def test_a_processor_runs_plain_torch_and_says_so_once(caplog):
+def test_a_processor_runs_plain_torch_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.INFO, "dora_mm"):
         for _ in range(2):
             dora_mm.inject(nn.Sequential(nn.Linear(8, 6)), ["0"], DoRASpec(2))

@@ -121,7 +121,7 @@ class AdaptedLayer(nn.Module):
         W0 = self.matrix.detach()
         dtype, device, fan_in = adapter_dtype(W0.dtype), W0.device, W0[0].numel()
         if self.spec.method in ("dora", "lora"):
-            A = torch.empty(self.spec.rank, *W0.shape[1:])  # the same numbers whatever the dtype and device
+            A = torch.empty(self.spec.rank, *W0.shape[1:], device="cpu")  # the same numbers whatever dtype and device
             A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=seeded_generator(self.seed, self.path))
             self.lora_A = nn.Parameter(A.to(device, dtype))  # kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
             self.lora_B = nn.Parameter(torch.zeros(W0.shape[0], self.spec.rank, dtype=dtype, device=device))

@@ -252,6 +252,7 @@ class _AdaptedProduct(torch.autograd.Function):
             y = call.product(x, operand, bias)
         else:
             y = call.product.twofold(x, operand, x, low, bias)
+        y = torch.ops.aten._unsafe_view(y, y.shape)  # no view: the next operation may overwrite what this one returns
         trained = any(ctx.needs_input_grad[7:])
         from_output = any(ctx.needs_input_grad[9::3]) and output_is_inner(call, dropped)
         met = x if dropped is None else dropped  # what the update is multiplied with
@@ -338,7 +339,8 @@ class AdapterGradients(NamedTuple):
             return None, None, self.magnitude() if wanted[2] else None, u
         h = product.reduce(self.x, A.to(dtype)) if h is None else h.to(dtype)
         dA = product.grad_A(u, self.x, A).to(A.dtype)
-        dB = scale_rows(product.grad_B(self.dY, h, B).to(B.dtype), adapter, rows)
+        dB = product.grad_B(self.dY, h, B).to(B.dtype, memory_format=torch.contiguous_format)
+        dB = scale_rows(dB, adapter, rows)
         if rows.gain is None:
             return dA, dB, None, u
         dm = self.magnitude() if wanted[2] or adapter.norm_grad == "exact" else None
@@ -359,17 +361,19 @@ class AdapterGradients(NamedTuple):
         assert gain is not None
         assert magnitude is not None
         if self.y is None:
-            unsafe, from_y = torch.ones_like(norm, dtype=torch.bool), torch.zeros_like(norm)
-        else:
-            dots, squares = self.product.row_sums(self.dY, self.y, self.bias)
-            unsafe, from_y = gain.abs() <= SMALL_GAIN, dots / magnitude
-            if self.bias is not None and squares is not None:
-                rms = (squares / max(self.product.num_tokens(self.x, self.weight), 1)).sqrt()
-                unsafe = unsafe | (self.bias.abs() > LARGE_BIAS.get(self.y.dtype, LARGE_BIAS_HALF) * rms)
-        dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, unsafe)
+            dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, None)
+            assert dots is not None
+            return (self.adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
+        dots, squares = self.product.row_sums(self.dY, self.y, self.bias)
+        unsafe, dm = gain.abs() <= SMALL_GAIN, dots / magnitude
+        if self.bias is not None and squares is not None:
+            rms = (squares / max(self.product.num_tokens(self.x, self.weight), 1)).sqrt()
+            unsafe = unsafe | (self.bias.abs() > LARGE_BIAS.get(self.y.dtype, LARGE_BIAS_HALF) * rms)
+        no_row = norm == 0
+        dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, unsafe & ~no_row)
         if dots is not None:
-            from_y = torch.where(unsafe, self.adapter.strength * dots / norm, from_y)
-        return from_y.masked_fill_(norm == 0, 0)
+            dm = torch.where(unsafe, dots / norm, dm)
+        return dm.masked_fill_(no_row, 0)
 
 
 def low_is_needed(low: Tensor) -> bool:

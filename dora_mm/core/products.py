@@ -100,11 +100,18 @@ class Product(ABC):
         """Whether `inner_dots` costs nothing for rows that are not chosen: a compiled graph cannot branch on values."""
         return not torch.compiler.is_compiling()
 
-    def inner_dots(self, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor) -> Tensor | None:
-        """Sums over tokens of dY (x V^T) for the rows where `chosen` (O,) is True, 0 elsewhere: (O,), or None."""
-        if self.chooses_rows() and not chosen.any():
+    def inner_dots(
+        self, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor | None
+    ) -> Tensor | None:
+        """Sums over tokens of dY (x V^T), (O,), for the rows where `chosen` (O,) is True, 0 elsewhere; None for 0.
+
+        Without `chosen`, for all rows.
+        """
+        if chosen is not None and self.chooses_rows() and not chosen.any():
             return None
         V = directions(as_matrix(weight), adapter).view(weight.shape).to(dY.dtype)
+        if chosen is None:
+            return self.row_sums(dY, self(x, V, None), None)[0]
         if not self.chooses_rows() or self.groups > 1:  # some rows of a grouped convolution are none
             return torch.where(chosen, self.row_sums(dY, self(x, V, None), None)[0], 0.0)
         rows = chosen.nonzero()[:, 0]
@@ -223,8 +230,8 @@ class LinearProduct(Product):
 
 
 def like_tokens(y: Tensor, x: Tensor) -> Tensor:
-    """(T, O) in x's shape, and no view: what an operator returns may then be overwritten by the next one."""
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    """(T, O) in x's shape."""
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def as_rows(t: Tensor) -> Tensor:

@@ -21,9 +21,9 @@ VENDOR_FROM_BACK = {2: 2048, 4: 0}
 
 def vendor_is_faster(inner_size: int, dtype: torch.dtype, *, back: bool = False) -> bool:
     table = VENDOR_FROM_BACK if back else VENDOR_FROM
-    if torch.compiler.is_compiling() or inner_size < table[dtype.itemsize]:
+    if inner_size < table[dtype.itemsize]:
         return False
-    return dtype == torch.float32 or has_float_output(dtype)
+    return dtype == torch.float32 or (not torch.compiler.is_compiling() and has_float_output(dtype))
 
 
 @functools.cache

@@ -1,5 +1,9 @@
 """What kernels share: which precision a product of two tiles runs in, the grids, the low-rank branch of a tile."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +23,23 @@ def tiles(dtype: torch.dtype) -> dict[str, int]:
 def rank_block(rank: int, dtype: torch.dtype) -> int:
     """How many columns of A and B one step takes: a power of two, at least 16 and at most 64."""
     return max(MIN_DOT, min(64 if dtype.itemsize < 4 else MIN_DOT, triton.next_power_of_2(rank)))
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Makes of a function one that torch.compile sees as one operator; outside of it, it is called as it is, since an
+    operator defined in Python takes ten microseconds more a call."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        defined = torch.library.custom_op(name, function, mutates_args=())
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return defined(*args) if torch.compiler.is_compiling() else function(*args)
+
+        call.register_fake = defined.register_fake  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
 @triton.jit

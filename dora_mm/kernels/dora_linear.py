@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 
 from dora_mm.core.functional import Adapter, Rows, rows_of
@@ -12,7 +13,7 @@ from dora_mm.kernels.choice import vendor_is_faster, vendor_product
 from dora_mm.kernels.inner_dots import inner_dots
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
-from dora_mm.kernels.row_norm import row_norm
+from dora_mm.kernels.row_norm import _row_norm, row_norm
 from dora_mm.kernels.row_sums import row_sums
 
 
@@ -55,11 +56,14 @@ class TritonLinear(LinearProduct):
         return True
 
     def inner_dots(self, dY, x, weight, adapter, chosen):
+        if chosen is None:
+            return super().inner_dots(dY, x, weight, adapter, chosen)
         A, B = (None if t is None else t.contiguous() for t in (adapter.A, adapter.B))
         return inner_dots(as_rows(dY), as_rows(x), weight.detach(), A, B, adapter.scaling, chosen)
 
 
 TRITON_LINEAR = TritonLinear()
+INTERPRETED = not isinstance(_row_norm, triton.JITFunction)  # then the kernels run on a processor
 
 
 def side_by_side(low: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
@@ -73,8 +77,9 @@ def side_by_side(low: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, T
 
 
 def runs_in_triton(weight: Tensor, product: Product, dropout: float) -> bool:
-    """Linear layers below float64 without dropout; what is left, embeddings too, runs in plain torch."""
-    return type(product) is LinearProduct and weight.dim() == 2 and weight.dtype.itemsize <= 4 and not dropout
+    """Linear layers on a GPU below float64 without dropout; what is left, embeddings too, runs in plain torch."""
+    has_kernel = type(product) is LinearProduct and weight.dim() == 2 and weight.dtype.itemsize <= 4 and not dropout
+    return has_kernel and (weight.is_cuda or INTERPRETED)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], **options) -> Tensor:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dora_mm.kernels.common import operator
+
 BLOCK_T, BLOCK_I = 32, 128
 
 
@@ -47,7 +49,7 @@ def _inner_dots(
     tl.store(dots + row, tl.sum(total, 0))
 
 
-@torch.library.custom_op("dora_mm::inner_dots", mutates_args=())
+@operator("dora_mm::inner_dots")
 def inner_dots(
     dY: Tensor, x: Tensor, W0: Tensor, A: Tensor | None, B: Tensor | None, scaling: float, chosen: Tensor
 ) -> Tensor:

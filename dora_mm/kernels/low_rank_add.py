@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.common import add_low_rank, rank_block
+from dora_mm.kernels.common import add_low_rank, operator, rank_block
 
 BLOCK_M, BLOCK_N = 64, 64  # an fp32 tile of P beside the accumulator: 32 registers a thread each with 4 warps
 
@@ -37,7 +37,7 @@ def _low_rank_add(
     tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), mask=both)
 
 
-@torch.library.custom_op("dora_mm::low_rank_add", mutates_args=())
+@operator("dora_mm::low_rank_add")
 def low_rank_add(
     P: Tensor, bias: Tensor | None, gain: Tensor | None, h: Tensor | None, B: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

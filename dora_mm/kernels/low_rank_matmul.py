@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.common import add_low_rank, rank_block, tile_order, tiles
+from dora_mm.kernels.common import add_low_rank, operator, rank_block, tile_order, tiles
 
 GROUP = 8  # rows of tiles that share the columns of W in the second-level cache
 
@@ -75,7 +75,7 @@ def _launch(x, W, stride_wn, stride_wk, N, h, B, stride_bn, stride_br, gain, gai
     return y
 
 
-@torch.library.custom_op("dora_mm::low_rank_linear", mutates_args=())
+@operator("dora_mm::low_rank_linear")
 def low_rank_linear(
     x: Tensor, W0: Tensor, bias: Tensor | None, gain: Tensor | None, h: Tensor | None, B: Tensor | None
 ) -> Tensor:
@@ -92,7 +92,7 @@ def _(x, W0, bias, gain, h, B):
     return x.new_empty(x.shape[0], W0.shape[0])
 
 
-@torch.library.custom_op("dora_mm::low_rank_grad_input", mutates_args=())
+@operator("dora_mm::low_rank_grad_input")
 def low_rank_grad_input(dY: Tensor, W0: Tensor, gain: Tensor | None, u: Tensor | None, A: Tensor | None) -> Tensor:
     """dX (T, I) = (g dY) W0 + u A for dY (T, O), u (T, R) of dY's dtype and A (R, I)."""
     strides = (0, 0) if A is None else (A.stride(1), A.stride(0))

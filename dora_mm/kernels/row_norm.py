@@ -9,11 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_mm.core.functional import CANCELLED
-from dora_mm.kernels.common import MIN_DOT
+from dora_mm.kernels.common import MIN_DOT, operator
 
-# One program holds BLOCK_O rows and walks along them. Products of fp32 A and B hold their operands in registers: with
-# tiles of 64 x 64 and 64 columns of B, sm_80 spills 4,896 bytes a thread.
-BLOCK_O, BLOCK_I = 32, 32
+# One program holds BLOCK_O rows and walks along them: few, so that 1,280 rows keep 80 multiprocessors busy. Products of
+# fp32 A and B hold their operands in registers: 64 x 64 with 64 columns of B spills 4,896 bytes a thread on sm_80.
+BLOCK_O, BLOCK_I = 16, 64
 
 
 @triton.jit
@@ -25,11 +25,13 @@ def _row_norm(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     is_row = rows < num_out
-    D = tl.zeros([BLOCK_O], dtype=tl.float32)
-    square = tl.zeros([BLOCK_O], dtype=tl.float32)
+    D = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)  # added up once, after the loop
+    square = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
     for start in range(0, num_in, BLOCK_I):
         columns = start + tl.arange(0, BLOCK_I)
         is_column = columns < num_in
+        where = rows[:, None] * stride_w + columns[None, :].to(tl.int64) * stride_wi
+        w = tl.load(W0 + where, mask=is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
         delta = tl.zeros([BLOCK_O, BLOCK_I], dtype=tl.float32)
         for first in range(0, rank, BLOCK_R):
             k = first + tl.arange(0, BLOCK_R)
@@ -40,20 +42,19 @@ def _row_norm(
             )
             delta = tl.dot(b, a, delta, input_precision="ieee")
         delta *= scaling
-        where = rows[:, None] * stride_w + columns[None, :].to(tl.int64) * stride_wi
-        w = tl.load(W0 + where, mask=is_row[:, None] & is_column[None, :], other=0.0).to(tl.float32)
-        D += tl.sum(delta * (2.0 * w + delta), 1)
-        square += tl.sum((w + delta) * (w + delta), 1)
+        D += delta * (2.0 * w + delta)
+        square += (w + delta) * (w + delta)
     base = tl.load(n0 + rows, mask=is_row, other=0.0)
-    updated = base * base + D
-    n = tl.where(updated < base * base * cancelled, square, updated)
-    n = tl.where(D == 0.0, base, tl.sqrt_rn(tl.maximum(n, 0.0)))  # n0 bit for bit where there is no update
+    change = tl.sum(D, 1)
+    updated = base * base + change
+    n = tl.where(updated < base * base * cancelled, tl.sum(square, 1), updated)
+    n = tl.where(change == 0.0, base, tl.sqrt_rn(tl.maximum(n, 0.0)))  # n0 bit for bit where there is no update
     m = tl.load(magnitude + rows, mask=is_row, other=0.0)
     tl.store(norm + rows, n, mask=is_row)
     tl.store(gain + rows, tl.where(n == 0.0, 1.0, tl.div_rn(m, tl.where(n == 0.0, 1.0, n))), mask=is_row)
 
 
-@torch.library.custom_op("dora_mm::row_norm", mutates_args=())
+@operator("dora_mm::row_norm")
 def row_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
     """(n, g), (O,) each in fp32, of W0 (O, I) in any floating dtype below float64 and fp32 A (R, I), B (O, R).
 

@@ -222,6 +222,18 @@ def test_an_output_of_any_form_may_be_overwritten(shape, form):
     assert adapter.B.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(64, 8), (2, 300, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{"method": "lora"}, {"save_output": False}, {"save_output": False, "dropout": 0.1}]
+)
+def test_an_output_in_any_precision_may_be_overwritten(shape, dtype, options):
+    _, layer = reference.linear(8, 6, dtype=dtype, **options)
+    reference.randomize(layer)
+    layer(torch.randn(shape).to(dtype)).relu_().sum().backward()
+    assert layer.lora_B.grad.isfinite().all()
+
+
 # --- rows that need care ---
 
 

@@ -207,6 +207,36 @@ def test_layer(dtype, method, norm_grad, bias, vendor, monkeypatch):
             assert reference.relative_error(a, right) < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("vendor", [False, True])
+def test_an_output_may_be_overwritten(dtype, method, vendor, monkeypatch):
+    """dm then comes from a product with V."""
+    monkeypatch.setattr(dora_linear, "vendor_is_faster", lambda inner_size, dtype, back=False: vendor)
+    fast, plain = layers(dtype, method=method, save_output=False)
+    for shape in ((30, 40), (2, 30, 40)):
+        x = random(*shape, dtype=dtype)
+        found, expected = (
+            torch.autograd.grad(layer(x).relu_().sum(), list(layer.adapter_tensors().values()))
+            for layer in (fast, plain)
+        )
+        for a, b in zip(found, expected, strict=True):
+            assert reference.relative_error(a, b) < 4 * torch.finfo(dtype).eps
+
+
+def test_gradients_need_no_copy_to_be_kept():
+    for dtype in DTYPES:
+        fast, _ = layers(dtype)
+        found = torch.autograd.grad(fast(random(30, 40, dtype=dtype)).sum(), list(fast.adapter_tensors().values()))
+        assert all(t.is_contiguous() for t in found)
+
+
+def test_layers_on_a_processor_run_without_kernels(monkeypatch):
+    monkeypatch.setattr(dora_linear, "INTERPRETED", False)
+    fast, plain = (layer.cpu() for layer in layers(torch.float32))
+    assert torch.equal(fast(torch.ones(3, 40)), plain(torch.ones(3, 40)))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_several_adapters_and_strengths(autocast):
     fast, plain = layers(torch.float32)
