@@ -37,10 +37,8 @@ from dora_mm.core.functional import (
     row_norm,
     rows_of,
 )
-from dora_mm.core.products import LINEAR, SMALL_GAIN, ConvProduct, LinearProduct, Product, like_tokens
+from dora_mm.core.products import LINEAR, ConvProduct, LinearProduct, Product, like_tokens
 
-LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
-LARGE_BIAS_HALF = 4.0
 STACKS_FROM = 16  # tokens for each row of A that their product takes along: a sixteenth more of it at most
 
 
@@ -350,30 +348,13 @@ class AdapterGradients(NamedTuple):
         return dA, dB, dm, u
 
     def magnitude(self) -> Tensor:
-        """dm = t rowsum(dY * x V^T) / n, 0 where n is 0.
-
-        From y where that is safe: rowsum(dY (y - b)) / m. Rows whose gain is small, or whose bias drowns y, and all
-        rows where y was not kept, take the product with V instead.
-        """
-        norm, gain = self.rows
-        magnitude = self.adapter.magnitude
-        assert norm is not None
-        assert gain is not None
-        assert magnitude is not None
-        if self.y is None:
-            dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, None)
-            assert dots is not None
-            return (self.adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
-        dots, squares = self.product.row_sums(self.dY, self.y, self.bias)
-        unsafe, dm = gain.abs() <= SMALL_GAIN, dots / magnitude
-        if self.bias is not None and squares is not None:
-            rms = (squares / max(self.product.num_tokens(self.x, self.weight), 1)).sqrt()
-            unsafe = unsafe | (self.bias.abs() > LARGE_BIAS.get(self.y.dtype, LARGE_BIAS_HALF) * rms)
-        no_row = norm == 0
-        dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, unsafe & ~no_row)
-        if dots is not None:
-            dm = torch.where(unsafe, dots / norm, dm)
-        return dm.masked_fill_(no_row, 0)
+        """dm = t rowsum(dY * x V^T) / n, 0 where n is 0: from y where that is there, else by a product with V."""
+        if self.y is not None:
+            return self.product.magnitude_grad(self.dY, self.x, self.y, self.weight, self.bias, self.adapter, self.rows)
+        dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, None)
+        assert dots is not None
+        assert self.rows.norm is not None
+        return (self.adapter.strength * dots / self.rows.norm).masked_fill_(self.rows.norm == 0, 0)
 
 
 def low_is_needed(low: Tensor) -> bool:

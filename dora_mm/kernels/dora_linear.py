@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dora_mm.core.functional import Adapter, Rows, rows_of
 from dora_mm.core.fused import Forward, adapted_product
-from dora_mm.core.products import LinearProduct, Product, as_rows
+from dora_mm.core.products import SMALL_GAIN, LinearProduct, Product, as_rows, large_bias
 from dora_mm.kernels.choice import vendor_is_faster, vendor_product
-from dora_mm.kernels.inner_dots import inner_dots
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
+from dora_mm.kernels.magnitude_grad import magnitude_grad
 from dora_mm.kernels.row_norm import _row_norm, row_norm
 from dora_mm.kernels.row_sums import row_sums
 
@@ -53,13 +53,14 @@ class TritonLinear(LinearProduct):
         return dots, None if bias is None else squares
 
     def chooses_rows(self):
-        return True
+        return True  # in `magnitude_grad`
 
-    def inner_dots(self, dY, x, weight, adapter, chosen):
-        if chosen is None:
-            return super().inner_dots(dY, x, weight, adapter, chosen)
+    def magnitude_grad(self, dY, x, y, weight, bias, adapter, rows):
+        dY, x, y = as_rows(dY), as_rows(x), as_rows(y)
         A, B = (None if t is None else t.contiguous() for t in (adapter.A, adapter.B))
-        return inner_dots(as_rows(dY), as_rows(x), weight.detach(), A, B, adapter.scaling, chosen)
+        options = adapter.scaling, SMALL_GAIN, large_bias(y.dtype)
+        per_row = *row_sums(dY, y, bias), adapter.magnitude, rows.norm, rows.gain, bias
+        return magnitude_grad(*per_row, dY, x, weight.detach(), A, B, *options)
 
 
 TRITON_LINEAR = TritonLinear()

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dora_mm.kernels.common import operator
 
-# A program takes 64 columns of a slab of tokens, 32 at a time; the slabs are added up afterwards, in a fixed order. 1,024
-# tokens of 1,280 columns are 80 programs.
+# A program takes 64 columns of a slab of tokens, 32 at a time: 1,024 tokens of 1,280 columns are 80 programs. The slabs
+# are added up afterwards, in a fixed order.
 BLOCK_T, BLOCK_O, SLAB = 32, 64, 256
 
 

@@ -14,13 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_mm.kernels import inner_dots, low_rank_add, low_rank_matmul, row_norm, row_sums
+from dora_mm.kernels import low_rank_add, low_rank_matmul, magnitude_grad, row_norm, row_sums
 from dora_mm.kernels.common import MIN_DOT, rank_block, tiles
 
 # A100, RTX 40 and H100, with the KiB of shared memory that a block may have (CUDA C++ Programming Guide)
 CAPABILITIES = {80: 163, 89: 99, 90: 227}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SIZES = ("M", "N", "K", "R", "num_out", "num_in", "num_tokens", "rank")
+FLOATS = ("scaling", "cancelled", "small_gain", "large_bias")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -59,10 +60,12 @@ def kernels():
         sums = {"dY": short, "y": short, "bias": short, "dots": "fp32", "squares": "fp32"}
         constants = {"HAS_BIAS": True, "SLAB": row_sums.SLAB, "BLOCK_T": row_sums.BLOCK_T, "BLOCK_O": row_sums.BLOCK_O}
         yield f"row_sums {short}", row_sums._row_sums, sums, constants | ones("stride_do", "stride_yo"), four
-        inner = {"dY": short, "x": short, "W0": short, "A": "fp32", "B": "fp32", "chosen": "i8", "dots": "fp32"}
-        constants = {"HAS_LOW": True, "BLOCK_T": inner_dots.BLOCK_T, "BLOCK_I": inner_dots.BLOCK_I}
+        per_row = dict.fromkeys(("dots", "squares", "magnitude", "norm", "gain"), "fp32") | {"bias": short}
+        inner = {**per_row, "dY": short, "x": short, "W0": short, "A": "fp32", "B": "fp32", "dm": "fp32"}
+        constants = {"HAS_BIAS": True, "HAS_LOW": True}
+        constants |= {"BLOCK_T": magnitude_grad.BLOCK_T, "BLOCK_I": magnitude_grad.BLOCK_I}
         constants |= ones("stride_do", "stride_xi", "stride_wi")
-        yield f"inner_dots {short}", inner_dots._inner_dots, inner, constants, four
+        yield f"magnitude_grad {short}", magnitude_grad._magnitude_grad, inner, constants, four
 
 
 def compiled(kernel, pointers, constants, options, capability):
@@ -74,7 +77,7 @@ def compiled(kernel, pointers, constants, options, capability):
         if name in pointers:
             signature[name] = "*" + pointers[name]
         else:
-            signature[name] = "fp32" if name in ("scaling", "cancelled") else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
         if name in pointers or name.startswith("stride") or name in SIZES:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)

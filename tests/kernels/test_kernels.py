@@ -13,12 +13,13 @@ triton = pytest.importorskip("triton")
 from dora_mm.core import DoRASpec, adapt_layer, fused  # noqa: E402
 from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
 from dora_mm.core.functional import updated_norm  # noqa: E402
+from dora_mm.core.products import SMALL_GAIN  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
 from dora_mm.kernels.choice import vendor_product  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
-from dora_mm.kernels.inner_dots import inner_dots  # noqa: E402
 from dora_mm.kernels.low_rank_add import low_rank_add  # noqa: E402
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear  # noqa: E402
+from dora_mm.kernels.magnitude_grad import magnitude_grad  # noqa: E402
 from dora_mm.kernels.row_norm import row_norm  # noqa: E402
 from dora_mm.kernels.row_sums import row_sums  # noqa: E402
 from tests.core import reference  # noqa: E402
@@ -140,14 +141,26 @@ def test_row_sums(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("low", [True, False])
-def test_inner_dots(dtype, low):
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_magnitude_grad(dtype, low, has_bias):
+    """Rows 1 and 4 have a small gain and, with a bias, row 2 one that drowns y; row 3 has no norm."""
     dY, x, W0 = random(70, 9, dtype=dtype), random(70, 150, dtype=dtype, seed=1), random(9, 150, dtype=dtype, seed=2)
     A, B = (random(5, 150, seed=3), random(9, 5, seed=4)) if low else (None, None)
-    chosen = torch.arange(9, device=DEVICE) % 3 == 1
-    dots = inner_dots(strided(dY), x, W0, A, B, 0.5, chosen)
     V = W0.double() + (0.5 * B.double() @ A.double() if low else 0)
-    right = (dY.double() * (x.double() @ V.T)).sum(0) * chosen
-    torch.testing.assert_close(dots, right.float(), rtol=1e-5, atol=1e-3)
+    norm = V.norm(dim=1).float()
+    norm[3] = 0
+    gain = torch.full((9,), 1.1, device=DEVICE)
+    gain[[1, 4]] = 1e-3
+    bias = random(9, dtype=dtype, seed=5) if has_bias else None
+    if bias is not None:
+        bias[2] = 1e4
+    dots, squares = random(9, seed=6), torch.full((9,), 70 * 100.0, device=DEVICE)
+    dm = magnitude_grad(dots, squares, gain * norm, norm, gain, bias, strided(dY), x, W0, A, B, 0.5, SMALL_GAIN, 64.0)
+    right = dots / (gain * norm)
+    care = [1, 2, 4] if has_bias else [1, 4]
+    right[care] = ((dY.double() * (x.double() @ V.T)).sum(0).float() / norm)[care]
+    right[3] = 0
+    torch.testing.assert_close(dm, right, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bias", [False, True])
