@@ -219,7 +219,9 @@ def base_gain(adapters: Sequence[Adapter], found: Sequence[Rows]) -> Tensor | No
 def scale_rows(t: Tensor, adapter: Adapter, rows: Rows) -> Tensor:
     """t g s times an (O, R) tensor."""
     factor = adapter.scaling * adapter.strength
-    return t * factor if rows.gain is None else t * (rows.gain if factor == 1 else rows.gain * factor)[:, None]
+    if rows.gain is None:
+        return t if factor == 1 else t * factor
+    return t * (rows.gain if factor == 1 else rows.gain * factor)[:, None]
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------
