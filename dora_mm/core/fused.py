@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dora_mm.core.convolution import ConvProduct
 from dora_mm.core.corrected import CORRECTED, can_correct, changes_little
 from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS, TURNING_PAYS
 from dora_mm.core.form import stays_split
@@ -37,7 +38,7 @@ from dora_mm.core.functional import (
     row_norm,
     rows_of,
 )
-from dora_mm.core.products import LINEAR, ConvProduct, LinearProduct, Product, like_tokens
+from dora_mm.core.products import LINEAR, LinearProduct, Product, like_tokens
 
 STACKS_FROM = 16  # tokens for each row of A that their product takes along: a sixteenth more of it at most
 

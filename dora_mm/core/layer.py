@@ -9,8 +9,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer, DoRASpec
 from dora_mm.core.attention import DoRARows, PackedRows
+from dora_mm.core.convolution import ConvProduct
 from dora_mm.core.fused import TORCH, Forward
-from dora_mm.core.products import LINEAR, ConvProduct, EmbeddingProduct
+from dora_mm.core.products import LINEAR, EmbeddingProduct
 from dora_mm.core.quantized import DoRAQuantized, adapted_quantized_class, is_quantized
 
 
