@@ -3,7 +3,8 @@
     device, dtype, module                     implementation
     a processor                               torch: merged or split by counted cost, see core/fused.py
     CUDA: Linear in fp32, bf16, fp16          triton, or the vendor's product and one pass: kernels/choice.py
-    CUDA: convolutions, float64, dropout      torch, which the triton backend calls itself
+    CUDA: convolutions, float64               torch, which the triton backend calls itself
+    CUDA: a magnitude with dropout            torch, likewise
     CUDA before compute capability 8.0        torch
 
 `auto` chooses by this table in every pass, since a model may move after it was adapted.

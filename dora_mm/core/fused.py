@@ -74,7 +74,8 @@ def adapted_product(
 ) -> Tensor:
     """y = x W(t)^T + b in the dtype that the base layer would return, autocast included.
 
-    dropout: drops entries of x in the update alone, as the official layer does: x W0^T + drop(x) (W(t) - W0)^T + b.
+    dropout: drops entries of x in the update alone, as the official layer does: x W0^T + drop(x) (W(t) - W0)^T + b,
+        which without a magnitude is the split form with h = drop(x) A^T.
     prepared: what this function keeps from one pass to the next; without it the parameters are read as they are.
     keep_weight: whether W(t), where it is built, is kept for the backward pass and inside `prepared`, or built again.
     save_output: whether y may be kept for the backward pass. Without it dm costs a product of size T O I more; an
@@ -91,9 +92,13 @@ def adapted_product(
     prepared = prepared or Prepared()
     with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
         dropped = F.dropout(x, dropout) if dropout else None
-        product = CORRECTED if dropped is None and can_correct(x, dtype, product) else product
+        thin = dropped is None or all(a.magnitude is None for a in adapters)
+        product = CORRECTED if thin and can_correct(x, dtype, product) else product
         uses = prepared.uses if keep_weight else 1
-        split = dropped is None and stays_split(x, weight, adapters, product, uses, dtype)
+        if dropped is None:
+            split = stays_split(x, weight, adapters, product, uses, dtype)
+        else:
+            split = thin and (dtype.itemsize >= 4 or product.splits_half)
         if split and product is CORRECTED:
             n0 = row_norm(weight.detach()) if prepared.n0 is None else prepared.n0
             prepared.rows = prepared.rows or find_rows(weight, adapters, product, n0)
@@ -207,6 +212,23 @@ def dropout_output(
     return product(x, base, bias).add_(product(dropped, delta, None))
 
 
+def update_grad_input(
+    call: Call,
+    dY: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    low: Sequence[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """dY (W(t) - W0), or the sum of u A over (u, A): what reaches `dropped` through the update."""
+    if not call.split:
+        return call.product.grad_input(dY, x, update_weight(weight, adapters, call.rows, dY.dtype))
+    found = torch.zeros_like(x)
+    for u, A in low:
+        found = call.product.add_reduced_grad(found, u, x, A.to(u.dtype))
+    return found
+
+
 def base_gain(adapters: Sequence[Adapter], found: Sequence[Rows]) -> Tensor | None:
     """e = 1 + sum_k t_k (g_k - 1), (O,): what the split form scales x W0^T with; None for 1."""
     gain = None
@@ -233,12 +255,13 @@ class _AdaptedProduct(torch.autograd.Function):
     def forward(ctx, call: Call, x, dropped, weight, bias, operand, low, *tensors):
         adapters = with_tensors(call.adapters, tensors)
         hs: list[Tensor | None] = [None] * len(adapters)
-        if dropped is not None:
+        met = x if dropped is None else dropped  # what the update is multiplied with
+        if dropped is not None and not call.split:
             delta = update_weight(weight, adapters, call.rows, x.dtype)
             y = dropout_output(call.product, x, dropped, weight, bias, delta)
         elif call.split:
             low_dtype = adapter_dtype(call.dtype) if call.product.always_splits else call.dtype
-            hs = [None if a.A is None else call.product.reduce(x, a.A.to(low_dtype)) for a in adapters]
+            hs = [None if a.A is None else call.product.reduce(met, a.A.to(low_dtype)) for a in adapters]
             branches = [
                 (h, scale_rows(adapter.B, adapter, rows))
                 for h, adapter, rows in zip(hs, adapters, call.rows, strict=True)
@@ -256,10 +279,10 @@ class _AdaptedProduct(torch.autograd.Function):
         y = torch.ops.aten._unsafe_view(y, y.shape)  # no view: the next operation may overwrite what this one returns
         trained = any(ctx.needs_input_grad[7:])
         from_output = any(ctx.needs_input_grad[9::3]) and output_is_inner(call, dropped)
-        met = x if dropped is None else dropped  # what the update is multiplied with
         ctx.call, ctx.has_dropout = call, dropped is not None
         ctx.save_for_backward(
-            met if trained or isinstance(call.product, ConvProduct) else None,  # a convolution's dX asks for x's sizes
+            # a convolution's dX asks for x's sizes, and so does that of the update
+            met if trained or dropped is not None or isinstance(call.product, ConvProduct) else None,
             y if from_output else None,
             None if call.split or not call.keep_weight else operand,
             *(weight if call.restore is None else None, bias, *hs, *tensors),
@@ -281,16 +304,16 @@ class _AdaptedProduct(torch.autograd.Function):
         us = []
         for k, (adapter, rows, h) in enumerate(zip(adapters, call.rows, hs, strict=True)):
             own = AdapterGradients(call.product, adapter, rows, weight, bias, x, y, dY)
-            *found, u = own.compute(h, needs[7 + 3 * k : 10 + 3 * k], needs_u=call.split and needs[1])
+            needs_u = call.split and needs[2 if ctx.has_dropout else 1]
+            *found, u = own.compute(h, needs[7 + 3 * k : 10 + 3 * k], needs_u)
             gradients += found
             us.append(u)
+        low = [(u, a.A) for u, a in zip(us, adapters, strict=True) if u is not None and a.A is not None]
         dX = d_dropped = None
         if ctx.has_dropout:
             dX = call.product.grad_input(dY, x, weight.detach().to(dY.dtype)) if needs[1] else None
-            if needs[2]:
-                d_dropped = call.product.grad_input(dY, x, update_weight(weight, adapters, call.rows, dY.dtype))
+            d_dropped = update_grad_input(call, dY, x, weight, adapters, low) if needs[2] else None
         elif needs[1] and call.split:
-            low = [(u, a.A) for u, a in zip(us, adapters, strict=True) if u is not None]
             gain = base_gain(call.adapters, call.rows)
             dX = call.product.split_grad_input(dY, x, weight.detach().to(call.dtype), gain, low)
         elif needs[1]:

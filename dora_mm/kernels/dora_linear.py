@@ -77,15 +77,17 @@ def side_by_side(low: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, T
     return torch.cat(first, 1), torch.cat(second, 1)
 
 
-def runs_in_triton(weight: Tensor, product: Product, dropout: float) -> bool:
-    """Linear layers on a GPU below float64 without dropout; what is left, embeddings too, runs in plain torch."""
-    has_kernel = type(product) is LinearProduct and weight.dim() == 2 and weight.dtype.itemsize <= 4 and not dropout
-    return has_kernel and (weight.is_cuda or INTERPRETED)
+def runs_in_triton(weight: Tensor, product: Product, adapters: Sequence[Adapter], dropout: float) -> bool:
+    """Linear layers on a GPU below float64; with dropout, those without a magnitude. What is left, embeddings too, runs
+    in plain torch."""
+    has_kernel = type(product) is LinearProduct and weight.dim() == 2 and weight.dtype.itemsize <= 4
+    is_thin = not dropout or all(adapter.magnitude is None for adapter in adapters)
+    return has_kernel and is_thin and (weight.is_cuda or INTERPRETED)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], **options) -> Tensor:
     """As `core.fused.adapted_product`."""
-    if runs_in_triton(weight, options["product"], options["dropout"]):
+    if runs_in_triton(weight, options["product"], adapters, options["dropout"]):
         options["product"] = TRITON_LINEAR
     return adapted_product(x, weight, bias, adapters, **options)
 

@@ -333,24 +333,6 @@ def test_half_precision_gradients(dtype):
         assert reference.relative_error(found, right) < unit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_leaves_the_base_alone(dtype):
-    """One mask on x, in the update only, rounded once: x W0' + drop(x) (W' - W0)' + b."""
-    W0, adapter = make(48, 32, 4, dtype=torch.float32)
-    W0, x, bias = W0.to(dtype), torch.randn(64, 32).to(dtype), torch.randn(48).to(dtype)
-    torch.manual_seed(5)
-    y = adapted_product(x, W0, bias, [adapter], dropout=0.4)
-    torch.manual_seed(5)
-    dropped = F.dropout(x, 0.4)
-    W = reference.merged_weight(W0, adapter)
-    expected = x.double() @ W0.double().T + dropped.double() @ (W - W0.double()).T + bias.double()
-    assert y.dtype == dtype
-    assert reference.relative_error(y, expected) < 4 * torch.finfo(dtype).eps
-    y.float().sum().backward()
-    (exact,) = torch.autograd.grad(expected.sum(), adapter.B)
-    assert reference.relative_error(adapter.B.grad, exact) < 4 * torch.finfo(dtype).eps
-
-
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (1, 8), (8,)])
 def test_few_or_no_tokens(shape):
     for dtype in (torch.float32, torch.bfloat16):

@@ -185,34 +185,6 @@ def test_stacked_adapters_add_up():
         layer.stack("other", other.spec, other.adapter_tensors(), 1.0)
 
 
-def test_dropout_is_for_training_only():
-    base, layer = reference.linear(32, 24, dropout=0.5)
-    reference.randomize(layer)
-    x = torch.randn(50, 32)
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-    layer.train()
-    assert not torch.equal(layer(x), layer(x))
-    restore_layer(layer)
-    assert torch.equal(layer(x), base(x))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_of_a_convolution(dtype):
-    base = nn.Conv2d(8, 12, 3, groups=2).to(dtype)
-    layer = reference.randomize(adapt_layer(copy.deepcopy(base), DoRASpec(rank=2, dropout=0.3)))
-    x = conv_input(base).to(dtype)
-    torch.manual_seed(3)
-    y = layer(x)
-    torch.manual_seed(3)
-    dropped = nn.functional.dropout(x, 0.3)
-    delta = reference.merged_weight(base.weight, layer.adapters()[0]) - base.weight.double()
-    expected = base.double()(x.double()) + base._conv_forward(dropped.double(), delta, None)
-    assert reference.relative_error(y, expected) < 4 * torch.finfo(dtype).eps
-    y.float().sum().backward()
-    assert all(p.grad.isfinite().all() for p in layer.adapter_tensors().values())
-
-
 def test_method_full_is_the_base_with_a_trained_weight():
     base, layer = reference.linear(8, 6, method="full")
     assert list(layer.adapter_tensors()) == ["weight"]

@@ -237,6 +237,21 @@ def test_an_output_may_be_overwritten(dtype, method, vendor, monkeypatch):
             assert reference.relative_error(a, b) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_without_a_magnitude(dtype, monkeypatch):
+    monkeypatch.setattr(fused, "merge_adapters", None)  # the update is never built
+    fast, plain = layers(dtype, method="lora", dropout=0.4)
+    x = random(30, 40, dtype=dtype).requires_grad_()
+    A, B = fast.lora_A, fast.lora_B
+    torch.manual_seed(5)
+    found = torch.autograd.grad(fast(x).sum(), [x, A, B])
+    torch.manual_seed(5)
+    dropped = F.dropout(x, 0.4).double()
+    y = F.linear(x.double(), plain.weight.double()) + dropped @ A.double().T @ B.double().T * fast.spec.scaling
+    for a, exact in zip(found, torch.autograd.grad(y.sum(), [x, A, B]), strict=True):
+        assert reference.relative_error(a, exact) < 4 * torch.finfo(dtype).eps
+
+
 def test_gradients_need_no_copy_to_be_kept():
     for dtype in DTYPES:
         fast, _ = layers(dtype)

@@ -1,0 +1,78 @@
+"""Dropout: one mask on x, in the update alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dora_mm.core import DoRASpec, adapt_layer, fused
+from dora_mm.core.fused import adapted_product
+from dora_mm.core.layer import restore_layer
+from tests.core import reference
+from tests.core.reference import make
+
+
+def test_dropout_is_for_training_only():
+    base, layer = reference.linear(32, 24, dropout=0.5)
+    reference.randomize(layer)
+    x = torch.randn(50, 32)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+    restore_layer(layer)
+    assert torch.equal(layer(x), base(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_dropout_of_a_convolution(dtype, method):
+    base = nn.Conv2d(8, 12, 3, groups=2).to(dtype)
+    layer = reference.randomize(adapt_layer(copy.deepcopy(base), DoRASpec(rank=2, dropout=0.3, method=method)))
+    x = torch.randn(2, 8, 7, 7).to(dtype).requires_grad_()
+    torch.manual_seed(3)
+    y = layer(x)
+    torch.manual_seed(3)
+    dropped = nn.functional.dropout(x, 0.3)
+    delta = reference.merged_weight(base.weight, layer.adapters()[0]) - base.weight.double()
+    expected = base.double()(x.double()) + base._conv_forward(dropped.double(), delta, None)
+    assert reference.relative_error(y, expected) < 4 * torch.finfo(dtype).eps
+    variables = [x, *layer.adapter_tensors().values()]
+    found = torch.autograd.grad(y.float().sum(), variables)
+    for a, exact in zip(found, torch.autograd.grad(expected.sum(), variables), strict=True):
+        assert reference.relative_error(a, exact) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+@pytest.mark.parametrize("tokens", [(64,), (2, 40)])
+def test_dropout_leaves_the_base_alone(dtype, method, tokens):
+    """One mask on x, in the update only, rounded once: x W0' + drop(x) (W' - W0)' + b."""
+    W0, adapter = make(48, 32, 4, dtype=torch.float32)
+    if method == "lora":
+        adapter = adapter._replace(magnitude=None)
+    W0, x, bias = W0.to(dtype), torch.randn(*tokens, 32).to(dtype).requires_grad_(), torch.randn(48).to(dtype)
+    torch.manual_seed(5)
+    y = adapted_product(x, W0, bias, [adapter], dropout=0.4)
+    torch.manual_seed(5)
+    dropped = F.dropout(x, 0.4)
+    W = reference.merged_weight(W0, adapter)
+    expected = x.double() @ W0.double().T + dropped.double() @ (W - W0.double()).T + bias.double()
+    assert y.dtype == dtype
+    assert reference.relative_error(y, expected) < 4 * torch.finfo(dtype).eps
+    variables = [adapter.A, adapter.B, x]
+    found = torch.autograd.grad(y.float().sum(), variables)
+    for a, exact in zip(found, torch.autograd.grad(expected.sum(), variables), strict=True):
+        assert reference.relative_error(a, exact) < 4 * torch.finfo(dtype).eps
+
+
+def test_dropout_without_a_magnitude_never_builds_the_update(monkeypatch):
+    monkeypatch.setattr(fused, "merge_adapters", None)
+    for dtype in (torch.float32, torch.bfloat16):
+        W0, adapter = make(48, 32, 4, dtype=torch.float32, size=0.01)
+        x = torch.randn(64, 32).to(dtype).requires_grad_()
+        y = adapted_product(x, W0.to(dtype), None, [adapter._replace(magnitude=None)], dropout=0.4)
+        y.float().sum().backward()
+        assert x.grad.isfinite().all()
