@@ -377,8 +377,7 @@ class AdapterGradients(NamedTuple):
         """dm = t rowsum(dY * x V^T) / n, 0 where n is 0: from y where that is there, else by a product with V."""
         if self.y is not None:
             return self.product.magnitude_grad(self.dY, self.x, self.y, self.weight, self.bias, self.adapter, self.rows)
-        dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter, None)
-        assert dots is not None
+        dots = self.product.inner_dots(self.dY, self.x, self.weight, self.adapter)
         assert self.rows.norm is not None
         return (self.adapter.strength * dots / self.rows.norm).masked_fill_(self.rows.norm == 0, 0)
 

@@ -98,24 +98,24 @@ class Product(ABC):
     def row_sums(self, dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Sums over tokens of dY (y - b) and, where there is a bias, of (y - b)^2: (O,) each, in at least fp32."""
 
+    def inner_dots(self, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter) -> Tensor:
+        """Sums over tokens of dY (x V^T): (O,)."""
+        V = directions(as_matrix(weight), adapter).view(weight.shape).to(dY.dtype)
+        return self.row_sums(dY, self(x, V, None), None)[0]
+
     def chooses_rows(self) -> bool:
-        """Whether `inner_dots` costs nothing for rows that are not chosen: a compiled graph cannot branch on values."""
+        """Whether sums for chosen rows cost nothing for the others: a compiled graph cannot branch on values."""
         return not torch.compiler.is_compiling()
 
-    def inner_dots(
-        self, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor | None
+    def chosen_inner_dots(
+        self, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor
     ) -> Tensor | None:
-        """Sums over tokens of dY (x V^T), (O,), for the rows where `chosen` (O,) is True, 0 elsewhere; None for 0.
-
-        Without `chosen`, for all rows.
-        """
-        if chosen is not None and self.chooses_rows() and not chosen.any():
+        """`inner_dots` for the rows where `chosen` (O,) is True, 0 elsewhere; None for 0."""
+        if self.chooses_rows() and not chosen.any():
             return None
-        V = directions(as_matrix(weight), adapter).view(weight.shape).to(dY.dtype)
-        if chosen is None:
-            return self.row_sums(dY, self(x, V, None), None)[0]
         if not self.chooses_rows() or self.groups > 1:  # some rows of a grouped convolution are none
-            return torch.where(chosen, self.row_sums(dY, self(x, V, None), None)[0], 0.0)
+            return torch.where(chosen, self.inner_dots(dY, x, weight, adapter), 0.0)
+        V = directions(as_matrix(weight), adapter).view(weight.shape).to(dY.dtype)
         rows = chosen.nonzero()[:, 0]
         some = self.row_sums(self.select(dY, rows), self(x, V[rows], None), None)[0]
         return some.new_zeros(len(V)).index_copy_(0, rows, some)
@@ -143,7 +143,7 @@ class Product(ABC):
             rms = (squares / max(self.num_tokens(x, weight), 1)).sqrt()
             unsafe = unsafe | (bias.abs() > large_bias(y.dtype) * rms)
         is_zero = rows.norm == 0
-        dots = self.inner_dots(dY, x, weight, adapter, unsafe & ~is_zero)
+        dots = self.chosen_inner_dots(dY, x, weight, adapter, unsafe & ~is_zero)
         if dots is not None:
             dm = torch.where(unsafe, dots / rows.norm, dm)
         return dm.masked_fill_(is_zero, 0)
