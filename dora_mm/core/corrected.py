@@ -71,7 +71,7 @@ def changes_little(n0: Tensor, gain: Tensor | None, adapters: Sequence[Adapter],
     gain: e, (O,); None for 1.
     """
     change = torch.zeros_like(n0) if gain is None else (gain - 1).abs() * n0
-    for adapter, (_, g) in zip(adapters, rows, strict=True):
+    for adapter, (_, g, _) in zip(adapters, rows, strict=True):
         if adapter.A is not None and adapter.B is not None:
             square = ((adapter.B @ (adapter.A @ adapter.A.T)) * adapter.B).sum(1)
             factor = adapter.strength * adapter.scaling * (1 if g is None else g)

@@ -23,7 +23,6 @@ import platform
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dora_mm.core.products import LinearProduct, as_rows
@@ -44,9 +43,9 @@ class FewTokens(LinearProduct):
     def base(self, x, weight, A):
         """With the tokens last in the memory of x W0^T."""
         rows = as_rows(x)
-        both = weight @ padded(rows if A is None else torch.cat([rows, A])).T
-        y, W0A, _ = both.tensor_split([len(rows), len(rows) + (0 if A is None else len(A))], 1)
-        return y.T, None if A is None else W0A
+        both = weight @ padded(rows, *(() if A is None else (A,))).T
+        num = len(rows)
+        return both[:, :num].T, None if A is None else both[:, num : num + len(A)]
 
     def complete(self, y, bias, gain, low):
         """With y as `base` returns it, which is overwritten; the sum with a branch turns it back."""
@@ -67,7 +66,8 @@ class FewTokens(LinearProduct):
 FEW_TOKENS = FewTokens()
 
 
-def padded(rows: Tensor, multiple: int = 16) -> Tensor:
-    """With rows of zeros, up to a multiple."""
-    missing = -len(rows) % multiple
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+def padded(*parts: Tensor, multiple: int = 16) -> Tensor:
+    """Below one another, with rows of zeros up to a multiple."""
+    if missing := -sum(map(len, parts)) % multiple:
+        parts = *parts, parts[0].new_zeros(missing, parts[0].shape[1])
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

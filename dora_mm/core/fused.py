@@ -276,7 +276,7 @@ class _AdaptedProduct(torch.autograd.Function):
             y = call.product(x, operand, bias)
         else:
             y = call.product.twofold(x, operand, x, low, bias)
-        y = torch.ops.aten._unsafe_view(y, y.shape)  # no view: the next operation may overwrite what this one returns
+        y = y.data  # no view of anything: the next operation may overwrite what this one returns
         trained = any(ctx.needs_input_grad[7:])
         from_output = any(ctx.needs_input_grad[9::3]) and output_is_inner(call, dropped)
         ctx.call, ctx.has_dropout = call, dropped is not None

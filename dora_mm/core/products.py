@@ -7,16 +7,15 @@ gradients are products with R columns, so the dense (O, I) gradient of the weigh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_mm.core.functional import Adapter, Rows, as_matrix, directions, rows_of
+from dora_mm.core.functional import SMALL_GAIN, Adapter, Rows, as_matrix, directions, rows_of
 
-SMALL_GAIN = 2.0**-6  # below it, dividing by g or m amplifies rounding
 LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
 LARGE_BIAS_HALF = 4.0
 # Of the two products that give dA or dB, on two cores of an AMD EPYC with T = 4096, R = 16, 1280 features: in fp32 the
@@ -138,11 +137,13 @@ class Product(ABC):
         assert rows.gain is not None
         assert adapter.magnitude is not None
         dots, squares = self.row_sums(dY, y, bias)
-        unsafe, dm = rows.gain.abs() <= SMALL_GAIN, dots / adapter.magnitude
+        dm = dots / adapter.magnitude
+        if rows.regular and bias is None:
+            return dm
+        is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
         if bias is not None and squares is not None:
             rms = (squares / max(self.num_tokens(x, weight), 1)).sqrt()
             unsafe = unsafe | (bias.abs() > large_bias(y.dtype) * rms)
-        is_zero = rows.norm == 0
         dots = self.chosen_inner_dots(dY, x, weight, adapter, unsafe & ~is_zero)
         if dots is not None:
             dm = torch.where(unsafe, dots / rows.norm, dm)
@@ -249,18 +250,28 @@ class LinearProduct(Product):
         return as_rows(dY).sum(0)
 
     def row_sums(self, dY, y, bias):
-        dtype = torch.promote_types(y.dtype, torch.float32)
-        blocks = [as_rows(t).split(ROWS_AT_ONCE) for t in (dY, y)]
-        dots = torch.zeros(
-            len(blocks[0][0]), y.shape[-1], dtype=dtype, device=y.device
-        )  # a sum for each row of a block
-        squares = None if bias is None else torch.zeros_like(dots)
-        for some_dY, some_y in zip(*blocks, strict=True):
-            inner = some_y.to(dtype) if bias is None else some_y.to(dtype) - bias
-            dots[: len(inner)].addcmul_(some_dY.to(dtype), inner)
-            if squares is not None:
-                squares[: len(inner)].addcmul_(inner, inner)
+        dots, squares = None, None
+        for some_dY, some_y in zip(row_blocks(dY), row_blocks(y), strict=True):
+            inner = some_y if bias is None else some_y - bias
+            dots = added_to(dots, some_dY, inner)
+            squares = None if bias is None else added_to(squares, inner, inner)
+        assert dots is not None
         return dots.sum(0), None if squares is None else squares.sum(0)
+
+
+def row_blocks(t: Tensor) -> Iterator[Tensor]:
+    """(T, features) in at least fp32, a block of tokens at a time."""
+    rows = as_rows(t)
+    for block in (rows,) if len(rows) <= ROWS_AT_ONCE else rows.split(ROWS_AT_ONCE):
+        yield block if block.dtype.itemsize >= 4 else block.float()
+
+
+def added_to(sums: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """sums + a b in place, for blocks of which the first is the longest."""
+    if sums is None:
+        return a * b
+    sums[: len(a)].addcmul_(a, b)
+    return sums
 
 
 def like_tokens(y: Tensor, x: Tensor) -> Tensor:
@@ -270,7 +281,7 @@ def like_tokens(y: Tensor, x: Tensor) -> Tensor:
 
 def as_rows(t: Tensor) -> Tensor:
     """(T, features); a view where the memory allows it."""
-    return t.reshape(-1, t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
 @dataclass(frozen=True)
