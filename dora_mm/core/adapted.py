@@ -165,17 +165,10 @@ class AdaptedLayer(nn.Module):
 
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter that is not switched off."""
-        own = self.spec, self.adapter_tensors(), self.strength
+        own = self.spec, self._parameters, self.strength
         others = [(s.spec, s.tensors, s.strength) for s in self.stacked.values()]
         return tuple(
-            Adapter(
-                A=tensors.get("lora_A"),
-                B=tensors.get("lora_B"),
-                magnitude=tensors.get("magnitude"),
-                scaling=spec.scaling,
-                strength=strength,
-                norm_grad=spec.norm_grad,
-            )
+            Adapter(*(tensors.get(name) for name in ADAPTER_NAMES), spec.scaling, strength, spec.norm_grad)
             for spec, tensors, strength in (own, *others)
             if strength != 0
         )
