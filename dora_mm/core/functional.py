@@ -34,6 +34,10 @@ class Adapter(NamedTuple):
     strength: float = 1.0
     norm_grad: str = "detached"
 
+    def holding(self, A: Tensor | None, B: Tensor | None, magnitude: Tensor | None) -> Adapter:
+        """With these tensors in the place of its own. (torch.compile knows neither `_replace` nor slices of named tuples in torch 2.6.)"""
+        return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad)
+
 
 class Rows(NamedTuple):
     """n and g of one adapter, (O,) each; both None for `lora`.

@@ -112,10 +112,10 @@ def adapted_product(
             operand, low = merge(prepared, weight, adapters, dtype, keep_weight)
         if prepared.rows is None:
             prepared.rows = find_rows(weight, adapters, product, prepared.n0)
-        bare = tuple(a._replace(A=None, B=None, magnitude=None) for a in adapters)
+        bare = tuple(a.holding(None, None, None) for a in adapters)
         call = Call(product, dtype, bare, prepared.rows, split, keep_weight, save_output, restore)
         return _AdaptedProduct.apply(
-            call, x, dropped, weight, bias, operand, low, *(t for a in adapters for t in a[:3])
+            call, x, dropped, weight, bias, operand, low, *(t for a in adapters for t in (a.A, a.B, a.magnitude))
         )
 
 
@@ -325,9 +325,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
 
 def with_tensors(adapters: Sequence[Adapter], tensors: Sequence[Tensor | None]) -> list[Adapter]:
-    return [
-        a._replace(A=tensors[3 * k], B=tensors[3 * k + 1], magnitude=tensors[3 * k + 2]) for k, a in enumerate(adapters)
-    ]
+    return [a.holding(*tensors[3 * k : 3 * k + 3]) for k, a in enumerate(adapters)]
 
 
 def output_is_inner(call: Call, dropped: Tensor | None) -> bool:
