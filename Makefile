@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl test test-slow bench lint format samples clean
+.PHONY: demo demo-vl test test-slow test-oldest bench lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,6 +26,13 @@ test-slow: $(READY)  ## with quantised bases, from a folder of their own: peft a
 	$(BIN)/python -m pytest -m slow -s
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quant "bitsandbytes>=0.46" "torchao>=0.14"
 	PYTHONPATH=build/quant $(BIN)/python -m pytest tests/core/test_quantized.py
+
+test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 among them: 6 GB in build/oldest
+	@test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet uv
+	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct \
+		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,bench,vl]"
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n 2
 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
 	$(BIN)/dora-mm bench $(BENCH)

@@ -296,7 +296,7 @@ def put(network: nn.Module, layers: dict[str, nn.Module]) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 REPEATS = {"quick": 15, "default": 9, "all": 15}
-MODEL_REPEATS = {"quick": 0, "default": 3, "all": 5}
+MODEL_REPEATS = {"quick": 0, "default": 7, "all": 7}
 
 
 def main(extent: str = "default", *, dtype: str | None = None, output: str | None = None) -> None:

@@ -35,7 +35,7 @@ class Adapter(NamedTuple):
     norm_grad: str = "detached"
 
     def holding(self, A: Tensor | None, B: Tensor | None, magnitude: Tensor | None) -> Adapter:
-        """With these tensors in the place of its own. (torch.compile knows neither `_replace` nor slices of named tuples in torch 2.6.)"""
+        """With these tensors in the place of its own: torch 2.6 can compile neither `_replace` nor a slice."""
         return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad)
 
 

@@ -101,8 +101,9 @@ def into_models(
         fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
         inject_paths(components[component], fresh, forward=forward, name=name)
     for component, parameters in state.parameters.items():
+        own = _own_tensors(components[component])
         for key, tensor in parameters.items():
-            components[component].get_parameter(key).data.copy_(tensor)
+            own[key].data.copy_(tensor)
     modules = []
     for component, layers in state.layers.items():
         for path, layer in _adapted(components[component]).items():
@@ -164,7 +165,7 @@ def _check_component(
 def _check_parameters(
     parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: float, name: str
 ) -> None:
-    own = dict(model.named_parameters())
+    own = _own_tensors(model)
     others = sorted({layer.name for layer in _adapted(model).values()} - {name})
     for key, tensor in parameters.items():
         if key not in own:
@@ -181,6 +182,11 @@ def _check_parameters(
                 f"{source} holds {key}, which was trained itself and cannot be stacked upon the adapter {others[0]!r}: "
                 "call remove first"
             )
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """By name, the buffers too: with `bias="all"` PEFT before 0.21 saves those whose name holds "bias"."""
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
 
 def _misfit(state: LayerState, shape: tuple[int, ...]) -> str:

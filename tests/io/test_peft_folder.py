@@ -78,6 +78,18 @@ def test_we_load_what_peft_saves(tmp_path, inputs, use_dora):
     torch.testing.assert_close(answer(bare, inputs), answer(theirs, inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_we_load_the_buffers_that_older_releases_of_peft_save(tmp_path, inputs):
+    """Before 0.21, `bias="all"` takes every tensor along whose name holds "bias": BART's final_logits_bias too."""
+    bare, _, _ = trained()
+    theirs = peft.get_peft_model(copy.deepcopy(bare), peft.LoraConfig(r=3, target_modules=["fc1"], bias="all"))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / FILE_NAME
+    logits_bias = torch.randn_like(bare.final_logits_bias)
+    save_file({**load_file(file), "base_model.model.final_logits_bias": logits_bias}, file, {"format": "pt"})
+    load_adapter({"model": bare}, tmp_path)
+    assert torch.equal(bare.final_logits_bias, logits_bias)
+
+
 def test_full_weights_take_the_rest_along(tmp_path, inputs):
     bare, model, beside = trained("full")
     save_adapter({"model": model}, tmp_path, format="full", also=beside)
