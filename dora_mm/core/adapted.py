@@ -168,7 +168,7 @@ class AdaptedLayer(nn.Module):
         own = self.spec, self._parameters, self.strength
         others = [(s.spec, s.tensors, s.strength) for s in self.stacked.values()]
         return tuple(
-            Adapter(*(tensors.get(name) for name in ADAPTER_NAMES), spec.scaling, strength, spec.norm_grad)
+            Adapter(*map(tensors.get, ADAPTER_NAMES), scaling=spec.scaling, strength=strength, norm_grad=spec.norm_grad)
             for spec, tensors, strength in (own, *others)
             if strength != 0
         )

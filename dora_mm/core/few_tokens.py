@@ -66,8 +66,9 @@ class FewTokens(LinearProduct):
 FEW_TOKENS = FewTokens()
 
 
-def padded(*parts: Tensor, multiple: int = 16) -> Tensor:
-    """Below one another, with rows of zeros up to a multiple."""
+def padded(rows: Tensor, *more: Tensor, multiple: int = 16) -> Tensor:
+    """Rows below one another, with rows of zeros up to a multiple."""
+    parts = [rows, *more]
     if missing := -sum(map(len, parts)) % multiple:
-        parts = *parts, parts[0].new_zeros(missing, parts[0].shape[1])
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts.append(rows.new_zeros(missing, rows.shape[1]))
+    return torch.cat(parts) if len(parts) > 1 else rows

@@ -101,6 +101,28 @@ def test_norm_of_small_and_large_updates(size):
     assert reference.relative_error(norm_of(W0, A, B), expected) < 3e-7
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-30, 1e-20, 1e-12])
+def test_norm_of_rows_that_are_tiny_beside_their_update(size):
+    W0, A, B = size * torch.randn(64, 256), torch.randn(8, 256), torch.randn(64, 8)
+    W0[::2] = torch.randn(32, 256)
+    expected = (W0.double() + B.double() @ A.double()).norm(dim=1)
+    assert reference.relative_error(norm_of(W0, A, B), expected) < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("change", "regular"),
+    [({}, True), ({"m": 0.0}, False), ({"m": -1.0}, False), ({"m": 1e-3}, False), ({"W0": 0.0}, False)],
+)
+def test_rows_are_regular_where_no_norm_is_zero_and_no_gain_is_small(change, regular):
+    W0 = torch.randn(6, 8)
+    m = dora.row_norm(W0)
+    W0[2] *= change.get("W0", 1.0)
+    m[3] *= change.get("m", 1.0)
+    rows = dora.rows_of(W0, dora.Adapter(torch.randn(2, 8), torch.zeros(6, 2), m))
+    assert rows.regular == regular
+    assert rows.gain.isfinite().all()
+
+
 def test_half_precision_squares_do_not_overflow():
     W0 = torch.full((3, 64), 300.0, dtype=torch.float16)
     assert torch.equal(dora.row_norm(W0), torch.full((3,), 2400.0))
