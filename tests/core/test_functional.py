@@ -10,7 +10,7 @@ from tests.core import reference
 from tests.core.reference import make, variants
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     out=st.integers(1, 17),
     inner=st.integers(1, 17),
@@ -25,7 +25,7 @@ def test_merged_weight_is_the_formula(out, inner, rank, strength, seed):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     out=st.integers(1, 17),
     inner=st.integers(1, 17),

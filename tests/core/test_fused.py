@@ -31,7 +31,7 @@ def expected_product(x, W0, bias, adapter):
     return x.double() @ reference.merged_weight(W0, adapter).T + (0 if bias is None else bias.double())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     out=st.integers(1, 17),
     inner=st.integers(1, 17),
