@@ -43,7 +43,7 @@ class FewTokens(LinearProduct):
     def base(self, x, weight, A):
         """With the tokens last in the memory of x W0^T."""
         rows = as_rows(x)
-        both = weight @ padded(rows, *(() if A is None else (A,))).T
+        both = weight @ (padded(rows) if A is None else padded(rows, A)).T
         num = len(rows)
         return both[:, :num].T, None if A is None else both[:, num : num + len(A)]
 
@@ -66,9 +66,9 @@ class FewTokens(LinearProduct):
 FEW_TOKENS = FewTokens()
 
 
-def padded(rows: Tensor, *more: Tensor, multiple: int = 16) -> Tensor:
-    """Rows below one another, with rows of zeros up to a multiple."""
+def padded(rows: Tensor, *more: Tensor) -> Tensor:
+    """Rows below one another, with rows of zeros up to a multiple of 16."""
     parts = [rows, *more]
-    if missing := -sum(map(len, parts)) % multiple:
+    if missing := -sum(map(len, parts)) % 16:
         parts.append(rows.new_zeros(missing, rows.shape[1]))
     return torch.cat(parts) if len(parts) > 1 else rows

@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from dora_mm.core.functional import Adapter, Rows, rows_of
+from dora_mm.core.functional import SMALL_GAIN, Adapter, Rows, rows_of
 from dora_mm.core.fused import Forward, adapted_product
-from dora_mm.core.products import SMALL_GAIN, LinearProduct, Product, as_rows, large_bias
+from dora_mm.core.products import LinearProduct, Product, as_rows, large_bias
 from dora_mm.kernels.choice import vendor_is_faster, vendor_product
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear

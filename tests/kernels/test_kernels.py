@@ -11,9 +11,8 @@ from torch import nn
 triton = pytest.importorskip("triton")
 
 from dora_mm.core import DoRASpec, adapt_layer, fused  # noqa: E402
+from dora_mm.core.functional import SMALL_GAIN, updated_norm  # noqa: E402
 from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
-from dora_mm.core.functional import updated_norm  # noqa: E402
-from dora_mm.core.products import SMALL_GAIN  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
 from dora_mm.kernels.choice import vendor_product  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
