@@ -20,7 +20,7 @@ demo-vl: $(READY)  ## the embedded VL-BART learns to answer questions about scen
 	$(BIN)/dora-mm eval configs/vl_bart/eval_demo.yaml --set adapter=$$(ls -d runs/demo_vl/* | tail -n 1)
 
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10
 
 test-slow: $(READY)  ## with quantised bases, from a folder of their own: peft and diffusers import them wherever they are
 	$(BIN)/python -m pytest -m slow -s
@@ -47,8 +47,8 @@ format: $(READY)
 	$(BIN)/ruff format
 
 samples: $(READY)  ## the icons, bricks and scenes that samples/ and the pretrainings are made from
-	$(BIN)/python -m pipelines.build_samples
-	$(BIN)/python -m pipelines.build_samples vl
+	$(BIN)/python -m samples.build icons
+	$(BIN)/python -m samples.build scenes
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -84,7 +84,7 @@ def save_adapter(
     *,
     format: str = "diffusers",
     metadata: Mapping[str, str] | None = None,
-    also: Sequence[str] = (),
+    extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
     """Writes the adapter of a UNet, or of {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}; returns the file.
@@ -92,13 +92,15 @@ def save_adapter(
     format: "diffusers" (what `load_lora_weights` reads), "peft" (what `PeftModel.from_pretrained` reads, of one model),
         or "full" for weights trained by method full.
     metadata: further entries of the file's header.
-    also: names of parameters that were trained beside the adapters (biases, norms), for "peft" and "full".
+    extra_parameters: names of parameters that were trained beside the adapters (biases, norms), for "peft" and "full".
     strength: which strength of the adapter is 1 in the file, for every tool; what is set at the moment plays no role.
     """
-    from dora_mm import io
+    from dora_mm import formats
 
     components, folder = _components(model), Path(folder)
-    return io.save(components, folder, format=format, metadata=metadata or {}, also=also, strength=strength)
+    return formats.save(
+        components, folder, format=format, metadata=metadata or {}, extra_parameters=extra_parameters, strength=strength
+    )
 
 
 def load_adapter(
@@ -118,9 +120,9 @@ def load_adapter(
     was made for another architecture or has missing or surplus keys.
     """
     from dora_mm import backend as backends
-    from dora_mm import io
+    from dora_mm import formats
 
-    return io.load(_components(model), Path(path), strength=strength, name=name, forward=backends.select(backend))
+    return formats.load(_components(model), Path(path), strength=strength, name=name, forward=backends.select(backend))
 
 
 def _components(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:

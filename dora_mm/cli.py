@@ -1,9 +1,8 @@
-"""dora-mm: the command line. A command name leads to a module of `pipelines`; nothing heavy is imported before that."""
+"""dora-mm: the command line. A command leads to a recipe in `pipelines/`; nothing heavy is imported before that."""
 
 import argparse
 import contextlib
 import errno
-import importlib
 import inspect
 import logging
 import signal
@@ -13,7 +12,12 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from dora_mm.recipes import Recipes
+
+OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 DONE, MISTAKE, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
 # What a person can mend: a full or foreign disk, quota, permissions.
@@ -24,11 +28,20 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM. Code that saves its state on KeyboardInterrupt saves it on this one too."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0 done, 2 a person's mistake, 130 and 143 interrupted."""
+def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The arguments behind the program's name; None takes those of the process.
+        recipes: The recipes that configs may name; None takes those of `pipelines/`.
+
+    Returns:
+        The exit code: 0 done, 2 a user's mistake (one sentence on standard error), 130 and 143 interrupted.
+    """
     arguments = _parser().parse_args(argv)
+    arguments.recipes = recipes
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    for name in ("dora_mm", "pipelines"):
+    for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         with _sigterm_raises():
@@ -110,18 +123,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
     from dora_mm.config import load_config
+    from dora_mm.recipes import PIPELINES
 
+    recipes = arguments.recipes or PIPELINES
     if arguments.resume is not None:
-        config = _config_of_run(arguments.resume, arguments.config, arguments.overrides)
+        config = _config_of_run(arguments.resume, arguments.config, arguments.overrides, recipes)
     elif arguments.config is None:
         raise ValueError("train needs a CONFIG before --set, or --resume RUN_DIR")
     else:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides, recipes.schemas)
     if config.command != arguments.command:
         if arguments.config is None:
             raise ValueError(f"--resume {arguments.resume}: made by dora-mm {config.command}, which does not go on")
         raise ValueError(f"{arguments.config} is for another command: dora-mm {config.command} {arguments.config}")
-    pipeline = importlib.import_module(f"pipelines.{config.pipeline}").main
+    pipeline = recipes.load(config.pipeline).main
     if not arguments.dry_run:
         pipeline(config, resume=arguments.resume)
     elif "dry_run" not in inspect.signature(pipeline).parameters:
@@ -130,30 +145,33 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
         pipeline(config, dry_run=True)
 
 
-def _config_of_run(run: Path, given: str | None, overrides: list[str]):
+def _config_of_run(run: Path, given: str | None, overrides: list[str], recipes: "Recipes"):
     """The config that a run was started with; one that is given beside it must say the same."""
     from dora_mm.config import differing_keys, load_config
 
     saved = run / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"--resume {run}: no run directory, it holds no config.yaml")
-    config = load_config(saved)
+    config = load_config(saved, schemas=recipes.schemas)
     if given is None and overrides:
         raise ValueError("--set does not go with --resume: a resumed run keeps its config")
     if given is not None:
-        differing = differing_keys(config, load_config(given, overrides))
+        differing = differing_keys(config, load_config(given, overrides, recipes.schemas))
         if differing:
             raise ValueError(f"--resume {run}: its config has other values of {', '.join(differing)}; leave CONFIG out")
     return config
 
 
 def _run_inspect(arguments: argparse.Namespace) -> None:
-    importlib.import_module("pipelines.inspect_model").main(arguments.path, targets=arguments.targets)
+    from dora_mm.recipes import PIPELINES
+
+    PIPELINES.load("inspect_model").main(arguments.path, targets=arguments.targets)
 
 
 def _run_bench(arguments: argparse.Namespace) -> None:
-    module = importlib.import_module("pipelines.bench")
-    module.main(arguments.extent, dtype=arguments.dtype, output=arguments.output)
+    from dora_mm.recipes import PIPELINES
+
+    PIPELINES.load("bench").main(arguments.extent, dtype=arguments.dtype, output=arguments.output)
 
 
 @contextlib.contextmanager
@@ -186,4 +204,4 @@ def _raised_by_us(error: Exception) -> bool:
 
 
 def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] in ("dora_mm", "pipelines")
+    return module.partition(".")[0] in OURS

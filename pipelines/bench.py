@@ -27,7 +27,7 @@ from dora_mm.core import DoRASpec, TargetMap, adapt_layer, fixed_parameters
 from dora_mm.core.targets import match_modules
 from dora_mm.eval.bench_results import Result, plot, table, write_results
 from dora_mm.eval.timing import in_turns, peak_bytes, saved_bytes, seconds_of, summary
-from dora_mm.models.sdxl import FULL_SIZE
+from dora_mm.models.sdxl.loading import FULL_SIZE
 from dora_mm.train.run import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -266,7 +266,7 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
     def step(name: str, measure: Callable[..., float] = seconds_of) -> float:
         put(network, layers[name])
         change([p for layer in layers[name].values() for p in trained(layer)])
-        with fixed_parameters(network, uses=model.passes * (2 if model.checkpointing else 1)):
+        with fixed_parameters(network, num_passes=model.passes * (2 if model.checkpointing else 1)):
             return measure(passes, device)
 
     with contextlib.ExitStack() as stack:

@@ -11,25 +11,25 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
 from PIL import Image
 
 import dora_mm
-from dora_mm.config.loader import dump_config, load_config, resolve_model, resolve_path
+from dora_mm.config.loader import dump_config, load_config, resolve_path
 from dora_mm.config.sdxl import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
-from dora_mm.data.images import digest_of, read_captioned_images
-from dora_mm.eval.comparison import Result, Variant, contrasts_table, results_csv, results_table, table_rows, variants
-from dora_mm.eval.encoder import Encoder
-from dora_mm.eval.icons import fill
-from dora_mm.eval.judge import FILES, Judge, evenly
-from dora_mm.eval.scores import Scores, join_seeds, summarize
-from dora_mm.io.digest import module_digest
-from dora_mm.models.sdxl import SDXL, load_sdxl
+from dora_mm.data.images.folder import digest_of, read_captioned_images
+from dora_mm.eval.comparison import Variant, table_rows, variants
+from dora_mm.eval.images.comparison import Result, contrasts_table, results_csv, results_table
+from dora_mm.eval.images.encoder import Encoder
+from dora_mm.eval.images.judge import FILES, Judge, evenly_spaced
+from dora_mm.eval.images.prompts import fill
+from dora_mm.eval.images.scores import Scores, join_seeds, summarize
+from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import built_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
 from dora_mm.train.campaign import Chosen, Training, Trainings, open_campaign, rates_of
+from dora_mm.utils.devices import default_device
+from dora_mm.utils.digest import module_digest
 
 BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
 FREE_KEYS = ("workers", "columns", "name")  # these change no number
@@ -72,7 +72,7 @@ class Campaign:
             load_config(config.base, overrides(config, Training(variant, 1e-3, 0)))  # what is wrong shows now
         self.judge = Judge.load(resolve_path(config.judge, "judge"))
         self.concepts = {choice.role: self.judge.choose(choice.role, choice.count) for choice in self.choices}
-        self.device = Accelerator().device
+        self.device = default_device()
         model = self.model()
         self.judge.check_model(model.resolution, module_digest(model.vae))
         self.encoder = Encoder(self.device)
@@ -96,10 +96,7 @@ class Campaign:
 
     def model(self) -> SDXL:
         """Loaded anew for every adapter, so that none sees what another one left (full weights replace the base's)."""
-        wanted = self.base.model
-        vae = resolve_model(wanted.vae, "model.vae") if wanted.vae else None
-        model = load_sdxl(resolve_model(wanted.path), dtype=getattr(torch, wanted.dtype), vae=vae)
-        return model.freeze().to(self.device)
+        return load_configured(self.base.model).to(self.device)
 
     def tuned(self, training: Training) -> float:
         """How good a rate is: the mean chance of "in the style and the right thing" on the `tune` things."""
@@ -143,8 +140,7 @@ class Campaign:
     ) -> list[Image.Image]:
         model = self.model()
         if training is not None:
-            networks = {part: network for part, network in model.networks.items() if part != "vae"}
-            dora_mm.load_adapter(networks, self.trainings.adapter(training))
+            dora_mm.load_adapter(model.adaptable, self.trainings.adapter(training))
         wanted = self.config.draw
         with built_once(model.networks.values()):
             return sample(
@@ -216,10 +212,10 @@ def write_report(
 
 
 def draw_picture(campaign: Campaign, chosen: dict[Variant, Chosen]) -> None:
-    """Rows: method; columns: things, spread over the reported ones; the first seed of everything."""
+    """Predictions: method; columns: things, spread over the reported ones; the first seed of everything."""
     config = campaign.config
     concepts = campaign.concepts[config.report.role]
-    columns = evenly(concepts, min(config.columns, len(concepts)))
+    columns = evenly_spaced(concepts, min(config.columns, len(concepts)))
     seed = config.report.seeds[0]
     stems = {name: campaign.stem(name, config.report) for name in (BARE_FLAT, BARE)}
     for label, variant in table_rows(config.ranks):

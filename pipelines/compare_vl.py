@@ -14,47 +14,47 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-import torch
-
-from dora_mm import io
+from dora_mm import formats
 from dora_mm.config.loader import dump_config, load_config, resolve_path
 from dora_mm.config.vl import CompareVLConfig, Trained, TrainVLBartConfig, VLDataConfig, VLPart
-from dora_mm.data.tables import open_table
-from dora_mm.data.vl import Example, stem
+from dora_mm.data.vl.example import Example, Predictions, stem
+from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
+from dora_mm.data.vl.tables import open_table
 from dora_mm.eval.comparison import Variant, table_rows, variants
-from dora_mm.eval.question_only import question_only_answers
-from dora_mm.eval.vl import CAPTION_TASKS, QUESTION_TASKS, Rows
-from dora_mm.eval.vl_comparison import (
+from dora_mm.eval.vl.comparison import (
     HEADINGS,
-    Marks,
+    AnswerScores,
     VLResult,
-    beside_guessing,
+    answer_scores,
     counted,
+    gain_over_question_only,
     group_of,
     intervals,
-    marks_of,
     vl_contrasts_table,
     vl_results_csv,
     vl_results_table,
 )
-from dora_mm.io.atomic import write_text
-from dora_mm.io.digest import module_digest
-from dora_mm.models.vl_loading import load_vl_bart
-from dora_mm.tasks.eyes import Eyes
+from dora_mm.eval.vl.metrics import CAPTION_TASKS, QUESTION_TASKS
+from dora_mm.eval.vl.question_only import question_only_answers
+from dora_mm.models.vl_bart.adapters import check_identity, load_adapters
+from dora_mm.models.vl_bart.loading import load_vl_bart
+from dora_mm.sampling.answers import answer_all, answerers
+from dora_mm.tasks.vision import VisionEncoder
 from dora_mm.tasks.vl_bart import VLBartTask
-from dora_mm.tasks.vl_sets import ValidationSet, open_texts, open_validation
-from dora_mm.train.adapters import check_identity, load_vl_adapters
 from dora_mm.train.campaign import Chosen, Training, Trainings, open_campaign, rates_of
-from dora_mm.train.validation import answer_all, answerers, overall
+from dora_mm.train.validation import overall
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.devices import default_device
+from dora_mm.utils.digest import module_digest
 
 log = logging.getLogger(__name__)
-BARE, GUESSED = "untrained base", "questions alone"
+BARE, QUESTION_ONLY = "untrained base", "questions alone"
 FREE_KEYS = ("workers", "name")  # these change no number
 
 
 def main(config: CompareVLConfig, *, resume: Path | None = None) -> None:
     campaign = Campaign(config)
-    bare = campaign.marks([campaign.answers("bare")])
+    bare = campaign.scores([campaign.answers("bare")])
     chosen = campaign.trainings.choose_rates(
         rates_of(config.learning_rates, variants([config.rank])),
         campaign.tuned,
@@ -65,11 +65,11 @@ def main(config: CompareVLConfig, *, resume: Path | None = None) -> None:
         variant: [Training(variant, found.rate, seed) for seed in config.seeds] for variant, found in chosen.items()
     }
     campaign.trainings.train(training for trainings in reported.values() for training in trainings)
-    marks = {
-        variant: campaign.marks([campaign.answers(training.name, training) for training in trainings])
+    scores = {
+        variant: campaign.scores([campaign.answers(training.name, training) for training in trainings])
         for variant, trainings in reported.items()
     }
-    write_report(campaign, bare, marks, chosen)
+    write_report(campaign, bare, scores, chosen)
 
 
 class Campaign:
@@ -78,32 +78,32 @@ class Campaign:
     def __init__(self, config: CompareVLConfig):
         self.config = config
         self.base = load_base(config)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = default_device()
         self.data = reported_data(config, self.base)
-        self.eyes = self.load_eyes(config.seeds[0])  # they keep the tokens of pictures that all trainings are shown
-        self.sets = open_validation(self.data, config.decode, self.eyes, answered=True)
+        self.vision = self.load_vision(config.seeds[0])  # they keep the tokens of pictures that all trainings are shown
+        self.sets = open_validation(self.data, config.decode, self.vision, answered=True)
         check_reported(config, self.base, self.sets)
         self.folder = open_campaign(config, config.output, self.inputs(), FREE_KEYS)
         self.trainings = Trainings(self.folder, config.base, config.workers, partial(overrides, config, self.base))
 
-    def load_eyes(self, seed: int) -> Eyes:
+    def load_vision(self, seed: int) -> VisionEncoder:
         wanted = self.base.vision
         if self.config.features:
             wanted = wanted.model_copy(update={"features": self.config.features})
-        return Eyes(wanted, seed=seed).to(self.device)
+        return VisionEncoder(wanted, seed=seed).to(self.device)
 
     def load_task(self, seed: int) -> tuple[VLBartTask, dict[str, str]]:
-        """The bare model with its eyes, and the identities of both, as a training with this seed has them."""
+        """The bare model with its vision, and the identities of both, as a training with this seed has them."""
         vision = self.base.vision
-        own_eyes = self.base.adapter.vision_parts or (vision.pretrained is None and not vision.features)
-        eyes = self.load_eyes(seed) if own_eyes else self.eyes
+        own_vision = self.base.adapter.vision_parts or (vision.pretrained is None and not vision.features)
+        vision = self.load_vision(seed) if own_vision else self.vision
         model: Any
-        model, tokenizer = load_vl_bart(self.base.model, eyes.feature_dim, seed)
-        identity = {"base_digest": module_digest(model), "eyes_digest": eyes.identity}
-        return VLBartTask(model.to(self.device), tokenizer, eyes), identity
+        model, tokenizer = load_vl_bart(self.base.model, vision.feature_dim, seed)
+        identity = {"base_digest": module_digest(model), "vision_digest": vision.identity}
+        return VLBartTask(model.to(self.device), tokenizer, vision), identity
 
     def inputs(self) -> dict[str, str]:
-        """The identity of what the config names: the base config, the model, the eyes, and all rows."""
+        """The identity of what the config names: the base config, the model, the vision, and all rows."""
         task, identity = self.load_task(self.config.seeds[0])
         answerers(task, self.sets, self.config.decode)  # what is wrong with them is found before the folder exists
         rows = {
@@ -113,7 +113,7 @@ class Campaign:
             if source is not None
         }
         reported = {f"the reported split of {name}": found.table.identity for name, found in self.sets.items()}
-        known = {"the model": identity["base_digest"], "the eyes": identity["eyes_digest"]}
+        known = {"the model": identity["base_digest"], "the vision tower": identity["vision_digest"]}
         return {"base": dump_config(self.base), **known, **rows, **reported}
 
     def tuned(self, training: Training) -> float:
@@ -124,7 +124,7 @@ class Campaign:
             raise ValueError(f"{training.name}: no task could be scored on its valid split, so no rate can be chosen")
         return overall(values)
 
-    def answers(self, name: str, training: Training | None = None) -> dict[str, Rows]:
+    def answers(self, name: str, training: Training | None = None) -> dict[str, Predictions]:
         """To the reported splits, by task: of one training or of the bare model; given, unless that is done."""
         path = self.folder / "answers" / f"{name}.json"
         if not path.is_file():
@@ -139,15 +139,15 @@ class Campaign:
     def examples(self) -> dict[str, list[Example]]:
         return {name: list(found.table) for name, found in self.sets.items()}
 
-    def answer(self, training: Training | None) -> dict[str, Rows]:
+    def answer(self, training: Training | None) -> dict[str, Predictions]:
         task, identity = self.load_task(training.seed if training else self.config.seeds[0])
         if training:
             folder = self.trainings.adapter(training)
-            check_identity(folder, io.read(folder)[1], identity)
-            load_vl_adapters(folder, task.model, task.eyes.tower, self.base.backend)
+            check_identity(folder, formats.read(folder)[1], identity)
+            load_adapters(folder, task.model, task.vision.tower, self.base.backend)
         return answer_all(task, self.sets, self.config.decode)
 
-    def guessed(self) -> dict[str, Marks]:
+    def question_only(self) -> dict[str, AnswerScores]:
         """What the questions alone suggest, by task; captions have none."""
         found = {}
         for task in self.data.tasks:
@@ -155,13 +155,13 @@ class Campaign:
                 rows = self.examples[task.task]
                 answers = question_only_answers(open_texts(task.train, self.base.data), rows)
                 found[task.task] = [list(zip(rows, answers, strict=True))]
-        return {name: marks for name, rows in found.items() if (marks := marks_of(name, rows))}
+        return {name: scores for name, rows in found.items() if (scores := answer_scores(name, rows))}
 
     @staticmethod
-    def marks(answered: Sequence[Mapping[str, Rows]]) -> dict[str, Marks]:
+    def scores(answered: Sequence[Mapping[str, Predictions]]) -> dict[str, AnswerScores]:
         """By task, of one method's trainings; without those of captions where these cannot be scored."""
-        found = {task: marks_of(task, [rows[task] for rows in answered]) for task in answered[0]}
-        return {task: marks for task, marks in found.items() if marks}
+        found = {task: answer_scores(task, [rows[task] for rows in answered]) for task in answered[0]}
+        return {task: scores for task, scores in found.items() if scores}
 
 
 # --- what is trained, and what is reported ---------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def overrides(config: CompareVLConfig, base: TrainVLBartConfig, training: Traini
     rank = variant.rank or 1  # full fine-tuning reads none
     whole = [
         f"adapter.parts=[{', '.join(get_args(VLPart))}]",
-        f"adapter.trains=[{', '.join(get_args(Trained))}]",
+        f"adapter.extra_trainable=[{', '.join(get_args(Trained))}]",
         "adapter.dropout=0.0",  # of A's input
     ]
     return [
@@ -252,25 +252,28 @@ def shared_pictures(one: ValidationSet, other: ValidationSet) -> set[str]:
 
 def write_report(
     campaign: Campaign,
-    bare: Mapping[str, Marks],
-    marks: Mapping[Variant, Mapping[str, Marks]],
+    bare: Mapping[str, AnswerScores],
+    scores: Mapping[Variant, Mapping[str, AnswerScores]],
     chosen: Mapping[Variant, Chosen],
 ) -> None:
     """table.md and results.csv."""
-    config, guessed = campaign.config, campaign.guessed()
+    config, question_only = campaign.config, campaign.question_only()
     results = [VLResult(BARE, intervals(bare))]
-    if guessed:
+    if question_only:
         results.append(
-            VLResult(GUESSED, {task: found for task, found in intervals(guessed).items() if task in guessed})
+            VLResult(
+                QUESTION_ONLY,
+                {task: found for task, found in intervals(question_only).items() if task in question_only},
+            )
         )
     for label, variant in table_rows([config.rank]):
-        results.append(result(campaign, label, variant, marks[variant], chosen[variant]))
+        results.append(result(campaign, label, variant, scores[variant], chosen[variant]))
     dora = Variant("dora", config.rank)
     texts = [
         vl_results_table(results),
-        about(campaign, marks[dora]),
-        *([beside_guessing(str(dora), marks[dora], guessed)] if guessed else []),
-        vl_contrasts_table(config.rank, marks),
+        about(campaign, scores[dora]),
+        *([gain_over_question_only(str(dora), scores[dora], question_only)] if question_only else []),
+        vl_contrasts_table(config.rank, scores),
     ]
     write_text(campaign.folder / "table.md", "\n\n".join(texts) + "\n")
     write_text(campaign.folder / "results.csv", vl_results_csv(results))
@@ -278,12 +281,14 @@ def write_report(
     print(f"\ntable    {campaign.folder / 'table.md'}")
 
 
-def result(campaign: Campaign, label: str, variant: Variant, marks: Mapping[str, Marks], chosen: Chosen) -> VLResult:
+def result(
+    campaign: Campaign, label: str, variant: Variant, scores: Mapping[str, AnswerScores], chosen: Chosen
+) -> VLResult:
     """Time and memory: the median of the trainings."""
     found = [campaign.trainings.summary(Training(variant, chosen.rate, seed)) for seed in campaign.config.seeds]
     return VLResult(
         label,
-        intervals(marks),
+        intervals(scores),
         found[0]["parameters"],
         found[0]["trainable_share"],
         str(chosen),
@@ -292,26 +297,26 @@ def result(campaign: Campaign, label: str, variant: Variant, marks: Mapping[str,
     )
 
 
-def about(campaign: Campaign, marks: Mapping[str, Marks]) -> str:
+def about(campaign: Campaign, scores: Mapping[str, AnswerScores]) -> str:
     """What the table is of, and how its intervals are meant."""
     config = campaign.config
     together = "all questions about a picture count together"
-    if "nlvr2" in marks:
+    if "nlvr2" in scores:
         together += ", and all sentences of a set of NLVR2"
     notes = [
         f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
-        f"Reported: {counted(marks)}.",
+        f"Reported: {counted(scores)}.",
         f"In brackets: 95 % intervals over trainings and over what was asked about; {together}.",
         "Full fine-tuning trains every weight of the language model. Learning rates: each method's best on the "
         "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the most "
         "that a training held, in 2^20 bytes.",
     ]
-    if set(marks) & set(CAPTION_TASKS):
+    if set(scores) & set(CAPTION_TASKS):
         notes.append(
             "CIDEr is the mean of each caption's own CIDEr-D, so it has its interval in the same way; how rare a word "
             "is follows from the references of the split, which are the same for all."
         )
-    if missing := [HEADINGS[task] for task in campaign.sets if task not in marks]:
+    if missing := [HEADINGS[task] for task in campaign.sets if task not in scores]:
         notes.append(
             f"Not scored: {', '.join(missing)}. The tokenizer of caption metrics, a Java program, cannot run here."
         )

@@ -7,28 +7,27 @@ adapter's) and by the adapter, go to a fitted judge (`fit_judge`); the table car
 import logging
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
 from PIL import Image
 
 import dora_mm
-from dora_mm.config.loader import dump_config, resolve_model, resolve_path
+from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.sdxl import AdapterFile, ClipConfig, EvalSDXLConfig
-from dora_mm.data.icons import Concept
-from dora_mm.data.images import load_rgb
-from dora_mm.eval.clip import ClipSimilarity
-from dora_mm.eval.encoder import Encoder
-from dora_mm.eval.icons import fill
-from dora_mm.eval.judge import Judge
-from dora_mm.eval.markdown import markdown_table
-from dora_mm.eval.scores import format_interval, metrics_table, summarize, write_json
+from dora_mm.data.images.folder import load_rgb
+from dora_mm.eval.images.clip import ClipSimilarity
+from dora_mm.eval.images.concepts import Concept
+from dora_mm.eval.images.encoder import Encoder
+from dora_mm.eval.images.judge import Judge
+from dora_mm.eval.images.prompts import fill
+from dora_mm.eval.images.scores import format_interval, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
-from dora_mm.io.digest import module_digest
-from dora_mm.models.sdxl import SDXL, load_sdxl
+from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import built_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
-from dora_mm.train.run import RunDirectory
+from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.utils.devices import default_device
+from dora_mm.utils.digest import module_digest
+from dora_mm.utils.tables import markdown_table
 
 log = logging.getLogger(__name__)
 SHEET_COLUMNS = 10
@@ -38,8 +37,8 @@ BARE_FLAT, BARE, ADAPTER = "bare model, flat prompts", "bare model", "adapter"
 def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     judge = Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
-    device = Accelerator().device
-    model = load_model(config).to(device)
+    device = default_device()
+    model = load_configured(config.model).to(device)
     judge.check_model(model.resolution, module_digest(model.vae))
     if config.adapter:
         load_adapter(model, config.adapter)
@@ -47,7 +46,7 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     references = read_references(config.clip) if config.clip else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
     # All that can be wrong has been read by now: minutes of drawing follow.
-    run = RunDirectory.create(config.name, dump_config(config), config.output)
+    run = open_run(config)
 
     pictures = draw_all(config, model, concepts)
     seeds = config.concepts.seeds
@@ -62,15 +61,6 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     draw_sheet(run, pictures, concepts, len(seeds))
 
 
-def load_model(config: EvalSDXLConfig) -> SDXL:
-    model = load_sdxl(
-        resolve_model(config.model.path),
-        dtype=getattr(torch, config.model.dtype),
-        vae=resolve_model(config.model.vae, "model.vae") if config.model.vae else None,
-    )
-    return model.freeze()
-
-
 def draw_all(config: EvalSDXLConfig, model: SDXL, concepts: list[Concept]) -> dict[str, list[Image.Image]]:
     """Pictures by row of the table, concepts outside, seeds inside.
 
@@ -82,7 +72,7 @@ def draw_all(config: EvalSDXLConfig, model: SDXL, concepts: list[Concept]) -> di
         device = model.device
         adapted[ADAPTER] = draw(config, model, concepts, config.prompt, ADAPTER)
         del model
-        model = load_model(config).to(device)
+        model = load_configured(config.model).to(device)
     return {
         BARE_FLAT: draw(config, model, concepts, config.flat_prompt, BARE_FLAT),
         BARE: draw(config, model, concepts, config.prompt, BARE),
@@ -108,8 +98,8 @@ def draw(
 
 
 def load_adapter(model: SDXL, adapter: AdapterFile) -> None:
-    networks = {part: network for part, network in model.networks.items() if part != "vae"}
-    report = dora_mm.load_adapter(networks, resolve_path(adapter.path, "adapter.path"), strength=adapter.strength)
+    file = resolve_path(adapter.path, "adapter.path")
+    report = dora_mm.load_adapter(model.adaptable, file, strength=adapter.strength)
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
 
 

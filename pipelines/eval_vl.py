@@ -6,60 +6,62 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dora_mm import io
-from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm import formats
+from dora_mm.config.loader import resolve_path
 from dora_mm.config.vl import VIDEO_TASKS, EvalVLConfig
-from dora_mm.data.pixels import load_rgb
-from dora_mm.data.tables import ExampleTable
-from dora_mm.data.vl import Example
-from dora_mm.eval.examples_page import PageSection, Shown, write_examples_page
-from dora_mm.eval.question_only import question_only_accuracy
-from dora_mm.eval.submissions import suffix, write_predictions
-from dora_mm.eval.vl import QUESTION_TASKS, Rows, VLScores, report, score, score_row
-from dora_mm.eval.vl_scores import is_answered
-from dora_mm.io.atomic import write_text
-from dora_mm.io.digest import module_digest
-from dora_mm.models.vl_loading import load_vl_bart
-from dora_mm.tasks.eyes import Eyes
+from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.vl.example import Example, Predictions
+from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.eval.vl.metrics import QUESTION_TASKS, VLScores, report, score, score_row
+from dora_mm.eval.vl.pages import PageSection, Shown, write_examples_page
+from dora_mm.eval.vl.question_only import question_only_accuracy
+from dora_mm.eval.vl.scores import is_answered
+from dora_mm.eval.vl.submissions import suffix, write_predictions
+from dora_mm.models.vl_bart.adapters import check_identity, load_adapters, seed_of
+from dora_mm.models.vl_bart.loading import load_vl_bart
+from dora_mm.sampling.answers import answer_all, answerers
+from dora_mm.tasks.vision import VisionEncoder
 from dora_mm.tasks.vl_bart import VLBartTask
-from dora_mm.tasks.vl_sets import ValidationSet, open_texts, open_validation
-from dora_mm.train.adapters import adapter_folder, check_identity, load_vl_adapters, seed_of
-from dora_mm.train.run import RunDirectory
-from dora_mm.train.validation import answer_all, answerers, main_values
+from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.train.validation import main_values
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.devices import default_device
+from dora_mm.utils.digest import module_digest
 
 log = logging.getLogger(__name__)
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     # Everything that can be wrong with the input is found before the run directory exists.
-    folder = adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
-    metadata = io.read(folder)[1] if folder else {}
+    folder = formats.adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
+    metadata = formats.read(folder)[1] if folder else {}
     seed = seed_of(folder, metadata) if folder else 0
-    eyes: Any = Eyes(config.vision, seed=seed)
-    splits = open_validation(config.data, config.decode, eyes)
-    loaded, tokenizer = load_vl_bart(config.model, eyes.feature_dim, seed)
+    vision: Any = VisionEncoder(config.vision, seed=seed)
+    splits = open_validation(config.data, config.decode, vision)
+    loaded, tokenizer = load_vl_bart(config.model, vision.feature_dim, seed)
     model: Any = loaded
     if folder:
-        check_identity(folder, metadata, {"base_digest": module_digest(model), "eyes_digest": eyes.identity})
-        load_vl_adapters(folder, model, eyes.tower, config.backend)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    task = VLBartTask(model.to(device), tokenizer, eyes.to(device))
+        check_identity(folder, metadata, {"base_digest": module_digest(model), "vision_digest": vision.identity})
+        load_adapters(folder, model, vision.tower, config.backend)
+    device = default_device()
+    task = VLBartTask(model.to(device), tokenizer, vision.to(device))
     answerers(task, splits, config.decode)
-    run = RunDirectory.create(config.name, dump_config(config), config.output)
+    run = open_run(config)
     answered = answer_all(task, splits, config.decode)
     for name, rows in answered.items():
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
     # Karpathy's VQA has rows without any answer among others: they count as wrong, and a note says how many.
     scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
     scores = {name: score(name, rows, vqa_mode=config.vqa_mode) for name, rows in scored.items()}
-    scores = {name: beside_guessing(config, name, found, splits[name].table) for name, found in scores.items()}
+    scores = {
+        name: with_question_only_accuracy(config, name, found, splits[name].table) for name, found in scores.items()
+    }
     write_report(config, run, scores, [name for name in answered if name not in scored])
     write_page(config, run, answered, splits)
 
 
-def beside_guessing(config: EvalVLConfig, name: str, scores: VLScores, table: ExampleTable) -> VLScores:
+def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScores, table: ExampleTable) -> VLScores:
     """With what the questions alone give away, where the training split is named: answers are guessed from its."""
     (task,) = (task for task in config.data.tasks if task.task == name)
     if task.train is None or name not in QUESTION_TASKS:
@@ -84,7 +86,7 @@ def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLSc
 
 
 def write_page(
-    config: EvalVLConfig, run: RunDirectory, answered: dict[str, Rows], splits: dict[str, ValidationSet]
+    config: EvalVLConfig, run: RunDirectory, answered: dict[str, Predictions], splits: dict[str, ValidationSet]
 ) -> None:
     """Examples of every task, evenly spread over the split."""
     if not config.examples:

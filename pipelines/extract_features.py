@@ -6,59 +6,28 @@ Run again, it goes on: pictures that are there already, and have not changed sin
 import logging
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.vl import ExtractFeaturesConfig
-from dora_mm.data.feature_folder import FeatureWriter, picture_digest
-from dora_mm.data.pixels import SUFFIXES, load_rgb
-from dora_mm.data.vl import stem
-from dora_mm.models.towers import Preprocessing
-from dora_mm.models.vision import VisionTower, load_tower
+from dora_mm.data.features.folder import FeatureWriter
+from dora_mm.data.features.images import ImageFiles
+from dora_mm.data.images.pixels import SUFFIXES
+from dora_mm.data.vl.example import stem
+from dora_mm.models.towers.tower import VisionTower, load_tower
+from dora_mm.utils.devices import default_device
 
 log = logging.getLogger(__name__)
 NUM_READERS = 8  # processes that decode while a GPU computes; on a CPU they would only take its time
 
 
-class Picture(NamedTuple):
-    """pixels: None where the features are there already, or where `problem` says what is wrong with the file."""
-
-    name: str
-    digest: str
-    pixels: Tensor | None
-    problem: str | None = None
-
-
-class Pictures(Dataset):
-    def __init__(self, paths: list[Path], preprocess: Preprocessing, done: dict[str, str]):
-        self.paths, self.preprocess, self.done = paths, preprocess, done
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Picture:
-        path = self.paths[index]
-        name = stem(path.name)
-        try:
-            digest = picture_digest(path)
-            if self.done.get(name) == digest:
-                return Picture(name, digest, None)
-            return Picture(name, digest, self.preprocess(load_rgb(path)))
-        except OSError as error:
-            return Picture(name, "", None, f"{path} cannot be read: {error.strerror}")
-        except ValueError as error:
-            return Picture(name, "", None, str(error))
-
-
 def main(config: ExtractFeaturesConfig, *, resume: Path | None = None) -> None:
     paths = find_pictures(config)
-    tower = load_tower(config.vision).to(Accelerator().device)
+    tower = load_tower(config.vision).to(default_device())
     folder = Path(config.output).expanduser()
     shape = (tower.num_tokens, tower.feature_dim)
     dtype = getattr(torch, config.dtype)
@@ -99,7 +68,7 @@ def extract(
     """Adds what is missing; returns how many pictures were computed, and what was wrong with others."""
     device = next(tower.parameters()).device
     readers = 0 if device.type == "cpu" else min(NUM_READERS, os.cpu_count() or 1)
-    pictures = Pictures(paths, tower.preprocess, dict(writer.digests))
+    pictures = ImageFiles(paths, tower.preprocess, dict(writer.digests))
     batches: Any = DataLoader(pictures, config.batch_size, collate_fn=list, num_workers=readers)
     num_computed, problems = 0, []
     with tqdm(total=len(paths), desc="features", unit="picture", disable=None) as bar:

@@ -4,13 +4,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dora_mm import DoRASpec, inject, io
+from dora_mm import DoRASpec, formats, inject
 from dora_mm.config import find_path, resolve_model
-from dora_mm.io.diffusers import PEFT_METADATA
-from dora_mm.io.peft_layers import OUR_METADATA
+from dora_mm.formats.diffusers import PEFT_METADATA
+from dora_mm.formats.peft_layers import OUR_METADATA
 from dora_mm.targets import find
+from dora_mm.utils.tables import aligned_columns
 
-ADAPTERS = [module.FILE_NAME for module in io.FORMATS.values()]
+ADAPTERS = [module.FILE_NAME for module in formats.FORMATS.values()]
 HIDDEN = ("format", PEFT_METADATA, OUR_METADATA)  # what the table says in words
 MAP_OF = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
 RANK = 8  # parameter counts of target maps are stated at this rank
@@ -41,7 +42,7 @@ def adapter_file(path: str) -> Path | None:
 
 def describe_adapter(file: Path) -> str:
     """A table of what the file adapts, then its metadata."""
-    state, metadata = io.read(file)
+    state, metadata = formats.read(file)
     rows, parameters = Counter(), Counter()
     for component, layers in state.layers.items():
         for path, layer in layers.items():
@@ -53,7 +54,7 @@ def describe_adapter(file: Path) -> str:
     table += [("all", "", "", "", "", str(rows.total()), f"{parameters.total():,}")]
     notes = [f"  {key}: {value}" for key, value in metadata.items() if key not in HIDDEN]
     title = f"{file}: {file.stat().st_size / 1e6:.1f} MB"
-    return "\n".join([title, columns(table), *(["metadata", *notes] if notes else [])])
+    return "\n".join([title, aligned_columns(table, num_text=3), *(["metadata", *notes] if notes else [])])
 
 
 def method_rank_alpha(spec: DoRASpec) -> tuple[str, str, str]:
@@ -113,12 +114,3 @@ def leaf(path: str) -> str:
     """to_q, or to_out.0 where the last name is a number."""
     parts = path.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
-
-
-def columns(table: list[tuple[str, ...]]) -> str:
-    """Text columns to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    align = [str.ljust] * 3 + [str.rjust] * (len(widths) - 3)
-    return "\n".join(
-        "  ".join(pad(cell, width) for pad, cell, width in zip(align, row, widths, strict=True)) for row in table
-    )

@@ -9,18 +9,19 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from PIL import Image, PngImagePlugin
 
 import dora_mm
-from dora_mm.config.loader import dump_config, resolve_model, resolve_path
+from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import SampleSDXLConfig
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
+from dora_mm.models.sdxl.encoding import truncated_prompts
+from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
-from dora_mm.train.run import RunDirectory
+from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.utils.devices import default_device
 
 log = logging.getLogger(__name__)
 NO_ADAPTER = "no adapter"
@@ -28,16 +29,12 @@ NO_ADAPTER = "no adapter"
 
 def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
     prompts = list(config.prompts) or read_prompts(resolve_path(config.prompts_file or "", "prompts_file"))
-    model = load_sdxl(
-        resolve_model(config.model.path),
-        dtype=getattr(torch, config.model.dtype),
-        vae=resolve_model(config.model.vae, "model.vae") if config.model.vae else None,
-    )
+    model = load_configured(config.model)
     adapted = load_adapter(config, model)
-    model.freeze().to(Accelerator().device)
-    for prompt, count in over_long(model, prompts).items():
+    model.freeze().to(default_device())
+    for prompt, count in truncated_prompts(model, prompts).items():
         log.warning("A prompt of %d tokens is cut to %d: %s", count, model.tokenizer.model_max_length, prompt)
-    run = RunDirectory.create(config.name, dump_config(config), config.output)
+    run = open_run(config)
 
     jobs = list(product(prompts, config.seeds))
     columns = {}
@@ -58,7 +55,7 @@ def load_adapter(config: SampleSDXLConfig, model: SDXL) -> dict[str, torch.nn.Mo
     """The networks that the adapter file adapts."""
     if config.adapter is None:
         return {}
-    networks = {name: network for name, network in model.networks.items() if name != "vae"}
+    networks = model.adaptable
     file = resolve_path(config.adapter.path, "adapter.path")
     report = dora_mm.load_adapter(networks, file, backend=config.backend)
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")

@@ -11,15 +11,16 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 import dora_mm
-from dora_mm.config.loader import dump_config, resolve_model, resolve_path
+from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.sdxl import TrainSDXLConfig
 from dora_mm.core import InjectReport
-from dora_mm.data.images import CaptionedImage, digest_of, read_captioned_images
-from dora_mm.models.sdxl import SDXL, load_sdxl, over_long
+from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images
+from dora_mm.models.sdxl.encoding import truncated_prompts
+from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import before_after_sheet
-from dora_mm.tasks.captioned import CaptionedBatches, PromptEncoder
 from dora_mm.tasks.sdxl import DiffusionTask
-from dora_mm.train.adapters import go_on_from
+from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
+from dora_mm.train.adapters import load_initial_adapter, make_spec
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule
@@ -37,7 +38,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
     # SDXL does not read the last layer of its first text encoder: that layer's adapters get no gradients.
     several = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.text_encoders)
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[several])
-    model = load_model(config, accelerator.device)
+    model = load_configured(config.model).to(accelerator.device)
     adapted = adapt(model, config)
     report_captions(model, images)
     parameters = {
@@ -95,16 +96,10 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
         summarise(config, run, parameters)
 
 
-def load_model(config: TrainSDXLConfig, device: torch.device) -> SDXL:
-    vae = resolve_model(config.model.vae, "model.vae") if config.model.vae else None
-    path = resolve_model(config.model.path)
-    return load_sdxl(path, dtype=getattr(torch, config.model.dtype), vae=vae).freeze().to(device)
-
-
 def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
     """Puts fresh adapters, or those of `init_from`, into the UNet and, where asked, the text encoders."""
     wanted = config.adapter
-    spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, wanted.dropout, wanted.method, wanted.norm_grad, wanted.cache)
+    spec = make_spec(wanted)
     how: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
     report = dora_mm.inject(model.unet, "sdxl-unet", spec, parts=wanted.parts, **how)
     adapted: dict[str, nn.Module] = {"unet": model.unet}
@@ -114,7 +109,7 @@ def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
             adapted[name] = getattr(model, name)
             log.info("%s", summary_of(name, dora_mm.inject(adapted[name], "clip-text", spec, **how)))
     if wanted.init_from:
-        go_on_from(resolve_path(wanted.init_from, "adapter.init_from"), adapted, spec)
+        load_initial_adapter(resolve_path(wanted.init_from, "adapter.init_from"), adapted, spec)
     return adapted
 
 
@@ -126,7 +121,7 @@ def summary_of(name: str, report: InjectReport) -> str:
 
 
 def report_captions(model: SDXL, images: list[CaptionedImage]) -> None:
-    for caption, count in over_long(model, [image.caption for image in images]).items():
+    for caption, count in truncated_prompts(model, [image.caption for image in images]).items():
         log.warning("A caption of %d tokens is cut to %d: %s", count, model.tokenizer.model_max_length, caption)
 
 

@@ -11,28 +11,31 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
 
 import dora_mm
-from dora_mm import io
+from dora_mm import formats
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.vl import TrainVLBartConfig
 from dora_mm.core import InjectReport
-from dora_mm.data.features import open_features
-from dora_mm.data.vl_needed import data_needed, found_features
-from dora_mm.eval.vl import report
-from dora_mm.io.digest import module_digest
-from dora_mm.models.vision import load_tower, tower_map
-from dora_mm.models.vl_bart import VLBart, further_parameters
-from dora_mm.models.vl_loading import empty_vl_bart, load_vl_bart
-from dora_mm.tasks.eyes import Eyes
+from dora_mm.data.features.sources import open_features
+from dora_mm.data.vl.needed import data_needed, found_features
+from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
+from dora_mm.eval.vl.metrics import report, score_all
+from dora_mm.eval.vl.scores import VLScores
+from dora_mm.models.towers.tower import load_tower, tower_map
+from dora_mm.models.vl_bart.adapters import VISION, check_identity
+from dora_mm.models.vl_bart.loading import empty_vl_bart, load_vl_bart
+from dora_mm.models.vl_bart.model import VLBart, extra_trainable_parameters
+from dora_mm.sampling.answers import answer_all, answerers
+from dora_mm.tasks.vision import VisionEncoder
 from dora_mm.tasks.vl_bart import VLBartTask, VLBatches
-from dora_mm.tasks.vl_sets import open_training, open_validation
-from dora_mm.train.adapters import TOWER, adapter_folder, check_identity, go_on_from
+from dora_mm.train.adapters import load_initial_adapter, make_spec
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, build_schedule, planned
+from dora_mm.train.optim import build_optimizer, build_schedule, with_steps
 from dora_mm.train.run import RunDirectory, start_run, write_summary
-from dora_mm.train.validation import Validation, answer_all, answerers, main_values
+from dora_mm.train.validation import Validation, main_values
+from dora_mm.utils.digest import module_digest
 
 log = logging.getLogger(__name__)
 LONGEST_VALIDATION = timedelta(hours=12)  # for which the other processes wait
@@ -45,26 +48,28 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
     # Everything that can be wrong with the input is found before the run directory exists.
     patience = InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[patience])
-    eyes = Eyes(config.vision, seed=config.seed, trained=bool(config.adapter.vision_parts)).to(accelerator.device)
-    training = open_training(config.data, config.train.batch_size, eyes)
-    splits = open_validation(config.data, config.evaluate, eyes, answered=True)
-    model, tokenizer = load_vl_bart(config.model, feature_dim(config, eyes), config.seed)
-    identity = {"base_digest": module_digest(model), "eyes_digest": eyes.identity}
-    task = VLBartTask(model.to(accelerator.device), tokenizer, eyes)
+    vision = VisionEncoder(config.vision, seed=config.seed, trained=bool(config.adapter.vision_parts)).to(
+        accelerator.device
+    )
+    training = open_training(config.data, config.train.batch_size, vision)
+    splits = open_validation(config.data, config.evaluate, vision, answered=True)
+    model, tokenizer = load_vl_bart(config.model, feature_dim(config, vision), config.seed)
+    identity = {"base_digest": module_digest(model), "vision_digest": vision.identity}
+    task = VLBartTask(model.to(accelerator.device), tokenizer, vision)
     task.check(training)
     answerers(task, splits, config.evaluate)
-    adapted, reports = adapt(config, model, eyes)
-    further = further_parameters(model, config.adapter.trains)
+    adapted, reports = adapt(config, model, vision)
+    extra = extra_trainable_parameters(model, config.adapter.extra_trainable)
     if config.adapter.init_from:
-        go_on(config, adapted, further, identity)
-    parameters = trained_parameters(adapted, further)
+        load_initial_adapters(config, adapted, extra, identity)
+    parameters = trained_parameters(adapted, extra)
     for name, found in reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, found.num_modules, f"{found.num_parameters:,}")
     log.info("%s", trainable_of(parameters, adapted))
 
     process = (accelerator.process_index, accelerator.num_processes)
     batches = VLBatches(task, training, seed=config.seed, process=process)
-    train = planned(config.train, config.schedule, batches.per_epoch)
+    train = with_steps(config.train, config.schedule, batches.per_epoch)
     optimizer = build_optimizer(parameters, config.optimizer)
     schedule = build_schedule(optimizer, config.schedule, train.steps)
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
@@ -72,11 +77,11 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
     optimizer = accelerator.prepare(optimizer)
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    write = partial(save, config, adapted, further, identity)
+    write = partial(save, config, adapted, extra, identity)
     validate = None
     if accelerator.is_main_process:
-        answers = partial(answer_all, task, splits, config.evaluate, config.evaluate.limit)
-        validate = Validation(run, answers, write, last_step(run.checkpoints))
+        evaluate = partial(score_split, task, splits, config)
+        validate = Validation(run, evaluate, write, last_step(run.checkpoints))
     for network in adapted.values():
         network.train()
 
@@ -105,53 +110,53 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-def feature_dim(config: TrainVLBartConfig, eyes: Eyes) -> int:
+def feature_dim(config: TrainVLBartConfig, vision: VisionEncoder) -> int:
     wanted = config.model.feature_dim
-    if wanted not in (None, eyes.feature_dim):
-        raise ValueError(f"model.feature_dim is {wanted}, and vision gives {eyes.feature_dim} channels")
-    return eyes.feature_dim
+    if wanted not in (None, vision.feature_dim):
+        raise ValueError(f"model.feature_dim is {wanted}, and vision gives {vision.feature_dim} channels")
+    return vision.feature_dim
 
 
 def adapt(
-    config: TrainVLBartConfig, model: VLBart, eyes: Eyes | None
+    config: TrainVLBartConfig, model: VLBart, vision: VisionEncoder | None
 ) -> tuple[dict[str, Any], dict[str, InjectReport]]:
-    """Puts fresh adapters into the model and, where asked, its eyes; without eyes into a tower of random weights."""
+    """Puts fresh adapters into the model and, where asked, its vision tower; without one into one of random weights."""
     wanted = config.adapter
-    spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, wanted.dropout, wanted.method, wanted.norm_grad, wanted.cache)
+    spec = make_spec(wanted)
     how: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
     adapted: dict[str, nn.Module] = {"model": model}
     reports = {"model": dora_mm.inject(model, "bart", spec, parts=wanted.parts, **how)}
     if wanted.vision_parts:
-        tower = eyes.tower if eyes else load_tower(config.vision.model_copy(update={"pretrained": None}))
+        tower = vision.tower if vision else load_tower(config.vision.model_copy(update={"pretrained": None}))
         assert tower is not None
-        adapted[TOWER] = tower
-        reports[TOWER] = dora_mm.inject(tower, tower_map(tower), spec, parts=wanted.vision_parts, **how)
+        adapted[VISION] = tower
+        reports[VISION] = dora_mm.inject(tower, tower_map(tower), spec, parts=wanted.vision_parts, **how)
     return adapted, reports
 
 
-def go_on(
-    config: TrainVLBartConfig, adapted: dict[str, Any], further: dict[str, nn.Parameter], identity: dict[str, str]
+def load_initial_adapters(
+    config: TrainVLBartConfig, adapted: dict[str, Any], extra: dict[str, nn.Parameter], identity: dict[str, str]
 ) -> None:
-    """Loads `adapter.init_from`: an adapter of the same base and eyes, all of which will train on and be saved."""
+    """Loads `adapter.init_from`: an adapter of the same base and vision, all of which will train on and be saved."""
     assert config.adapter.init_from is not None
-    folder = adapter_folder(resolve_path(config.adapter.init_from, "adapter.init_from"))
-    state, metadata = io.read(folder, {"model": adapted["model"]})
+    folder = formats.adapter_folder(resolve_path(config.adapter.init_from, "adapter.init_from"))
+    state, metadata = formats.read(folder, {"model": adapted["model"]})
     check_identity(folder, metadata, identity)
-    lost = sorted(set(state.parameters.get("model", ())) - further.keys())
+    lost = sorted(set(state.parameters.get("model", ())) - extra.keys())
     if lost:
-        raise ValueError(f"adapter.init_from: {folder} also trained {lost[0]}, which adapter.trains leaves out")
-    if (folder / TOWER).is_dir() != (TOWER in adapted):
+        raise ValueError(
+            f"adapter.init_from: {folder} also trained {lost[0]}, which adapter.extra_trainable leaves out"
+        )
+    if (folder / VISION).is_dir() != (VISION in adapted):
         raise ValueError(f"adapter.init_from: either {folder} adapts the tower too, or adapter.vision_parts does")
-    wanted = config.adapter
-    spec = dora_mm.DoRASpec(wanted.rank, wanted.alpha, method=wanted.method)
     for name, network in adapted.items():
-        go_on_from(folder / TOWER if name == TOWER else folder, {name: network}, spec)
+        load_initial_adapter(folder / VISION if name == VISION else folder, {name: network}, make_spec(config.adapter))
 
 
-def trained_parameters(adapted: dict[str, Any], further: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    for parameter in further.values():
+def trained_parameters(adapted: dict[str, Any], extra: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    for parameter in extra.values():
         parameter.requires_grad_()
-    found = {f"model.{name}": parameter for name, parameter in further.items()}
+    found = {f"model.{name}": parameter for name, parameter in extra.items()}
     for component, network in adapted.items():
         found |= {f"{component}.{name}": p for name, p in dora_mm.adapter_parameters(network).items()}
     return found
@@ -171,7 +176,7 @@ def trainable_of(parameters: dict[str, nn.Parameter], adapted: dict[str, Any]) -
 def save(
     config: TrainVLBartConfig,
     adapted: dict[str, Any],
-    further: dict[str, nn.Parameter],
+    extra: dict[str, nn.Parameter],
     identity: dict[str, str],
     folder: Path,
 ) -> None:
@@ -179,11 +184,16 @@ def save(
     kind = "full" if config.adapter.method == "full" else "peft"
     metadata = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
     for name, network in adapted.items():
-        where, also = (folder / TOWER, []) if name == TOWER else (folder, list(further))
-        dora_mm.save_adapter({name: network}, where, format=kind, metadata=metadata, also=also)
+        where, more = (folder / VISION, []) if name == VISION else (folder, list(extra))
+        dora_mm.save_adapter({name: network}, where, format=kind, metadata=metadata, extra_parameters=more)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_split(task: VLBartTask, splits: dict[str, ValidationSet], config: TrainVLBartConfig) -> dict[str, VLScores]:
+    """The scores of the model as it is now, by task."""
+    return score_all(answer_all(task, splits, config.evaluate, config.evaluate.limit), meteor=False)
 
 
 def show(step: int, values: dict[str, float]) -> None:
@@ -229,7 +239,7 @@ def describe(config: TrainVLBartConfig) -> str:
             dim = load_tower(config.vision.model_copy(update={"pretrained": None})).feature_dim
         model = empty_vl_bart(config.model, dim)
         adapted, reports = adapt(config, model, None)
-    parameters = trained_parameters(adapted, further_parameters(model, config.adapter.trains))
+    parameters = trained_parameters(adapted, extra_trainable_parameters(model, config.adapter.extra_trainable))
     tables = [f"{name}\n{found}" for name, found in reports.items()]
     needed = data_needed(config.data, config.vision, config.model.path)
     return "\n\n".join([trainable_of(parameters, adapted), *tables, needed])

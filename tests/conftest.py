@@ -16,8 +16,8 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from PIL import Image
 
-from dora_mm.models.sdxl import SDXL
-from dora_mm.models.tiny_sdxl import build_tiny_sdxl
+from dora_mm.models.sdxl.loading import SDXL
+from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
 
 settings.register_profile("untimed", deadline=None)  # a first example pays for what is loaded once
 settings.load_profile("untimed")

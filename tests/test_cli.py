@@ -36,7 +36,7 @@ def pipeline(monkeypatch):
     """Puts a recipe in the place of the real one; `.calls` says with what it ran."""
 
     def replace(action=lambda: None, name="train_sdxl"):
-        module = types.ModuleType(f"pipelines.{name}")
+        module = types.ModuleType(f"dora_mm.pipelines.{name}")
         module.calls = []
 
         def main(config, *, resume=None):
@@ -186,7 +186,7 @@ def test_value_errors_of_libraries_are_bugs_and_ours_are_sentences(config, pipel
     pipeline(lambda: torch.utils.data.DataLoader([], batch_size=-1))
     with pytest.raises(ValueError, match="batch_size"):
         cli.main(["train", str(config)])
-    from dora_mm.data.buckets import bucket_sizes
+    from dora_mm.data.images.buckets import bucket_sizes
 
     pipeline(lambda: bucket_sizes(1000))
     assert cli.main(["train", str(config)]) == 2
@@ -235,6 +235,6 @@ def test_a_missing_extra_is_named_and_a_missing_module_of_ours_is_a_bug(config, 
     pipeline(raising(ModuleNotFoundError("No module named 'timm'", name="timm")))
     assert cli.main(["train", str(config)]) == 2
     assert "the package timm is missing: pip install" in capsys.readouterr().err
-    pipeline(raising(ModuleNotFoundError("No module named 'pipelines.x'", name="pipelines.x")))
+    pipeline(raising(ModuleNotFoundError("No module named 'dora_mm.x'", name="dora_mm.x")))
     with pytest.raises(ModuleNotFoundError):
         cli.main(["train", str(config)])

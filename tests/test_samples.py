@@ -7,10 +7,10 @@ from diffusers import StableDiffusionXLPipeline
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
-from dora_mm.data.images import read_captioned_images
-from dora_mm.eval.judge import Judge
-from dora_mm.io.digest import module_digest
-from dora_mm.models.sdxl import load_sdxl
+from dora_mm.data.images.folder import read_captioned_images
+from dora_mm.eval.images.judge import Judge
+from dora_mm.models.sdxl.loading import load_sdxl
+from dora_mm.utils.digest import module_digest
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "samples" / "tiny-sdxl"

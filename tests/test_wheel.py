@@ -1,5 +1,6 @@
 """The wheel by itself, in an environment and a folder of its own: no checkout is near."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -9,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import dora_mm
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*command, cwd):
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+def run(*command, cwd, **variables):
+    command = [str(part) for part in command]
+    environ = {**os.environ, **variables}
+    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -41,12 +46,43 @@ def environment(wheel, tmp_path_factory):
     return folder
 
 
-def test_the_wheel_carries_the_packages_and_the_configs_and_nothing_else(wheel):
+def test_the_wheel_carries_the_package_the_recipes_and_the_configs_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    assert {name.split("/")[0] for name in names} == {"dora_mm", "pipelines", "dora_mm-0.1.0.dist-info"}
-    for path in (ROOT / "configs").rglob("*.yaml"):
-        assert f"dora_mm/configs/{path.relative_to(ROOT / 'configs').as_posix()}" in names
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    files = [*(ROOT / "dora_mm").rglob("*.py"), ROOT / "dora_mm" / "py.typed"]
+    moved = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "pipelines").glob("*.py")]
+    expected = {path.relative_to(ROOT) for path in files} | {"dora_mm" / path.relative_to(ROOT) for path in moved}
+    assert names == {path.as_posix() for path in expected}
+
+
+def test_the_versions_are_one(wheel):
+    assert wheel.name.startswith(f"dora_mm-{dora_mm.__version__}-")
+
+
+@pytest.fixture
+def shadow(tmp_path):
+    """A user's own package `pipelines`, which fails when it is imported, in the folder where commands run."""
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "__init__.py").write_text("raise RuntimeError('the user's own pipelines')")
+    return tmp_path
+
+
+SAVE = """
+import torch, dora_mm
+model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
+dora_mm.inject(model, ["to_q"], dora_mm.DoRASpec(rank=2))
+dora_mm.save_adapter(model, "adapter")
+"""
+
+
+def test_a_folder_named_pipelines_does_not_shadow_the_recipes(environment, shadow):
+    """From the wheel and from the checkout, where `python -m` puts the current folder in front of everything else."""
+    for python, path in ((environment / "bin" / "python", ""), (sys.executable, str(ROOT))):
+        code, _, errors = run(python, "-c", SAVE, cwd=shadow, PYTHONPATH=path)
+        assert (code, errors) == (0, "")
+        code, output, errors = run(python, "-m", "dora_mm", "inspect", "adapter", cwd=shadow, PYTHONPATH=path)
+        assert (code, errors) == (0, "")
+        assert "to_q" in output
 
 
 def test_the_command_runs_from_an_empty_folder(environment, tmp_path):

@@ -1,7 +1,7 @@
 """Reads a config file with its overrides into a schema, and reports everything that is wrong with it at once."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ class ConfigError(ValueError):
             super().__init__("\n  ".join([f"{path}: {len(lines)} problems", *lines]))
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), schemas: Mapping[str, type[PipelineConfig]] = SCHEMAS
+) -> PipelineConfig:
     """The config at `path`, with `key.sub=value` overrides (values in YAML), as the schema its `pipeline` names.
 
     Raises:
@@ -47,9 +49,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConf
         problems += _override(values, origins, override)
     values.setdefault("name", re.sub(r"[^\w.+-]+", "-", file.stem).lstrip("-.+") or "run")
 
-    schema = _schema(values.get("pipeline"))
+    name = values.get("pipeline")
+    schema = schemas.get(name) if isinstance(name, str) else None
     if schema is None:
-        problems.append(_unknown_pipeline(values, origins))
+        problems.append(_unknown_pipeline(values, origins, schemas))
         raise ConfigError(file, problems)
     try:
         config = schema.model_validate(values)
@@ -187,15 +190,11 @@ def _step(node: Any, part: str) -> str | int | None:
     return None
 
 
-def _schema(name: Any) -> type[PipelineConfig] | None:
-    return SCHEMAS.get(name) if isinstance(name, str) else None
-
-
-def _unknown_pipeline(values: dict[str, Any], origins: dict[KeyPath, str]) -> Problem:
-    name, known = values.get("pipeline"), ", ".join(SCHEMAS)
+def _unknown_pipeline(values: dict[str, Any], origins: dict[KeyPath, str], schemas: Mapping[str, Any]) -> Problem:
+    name, known = values.get("pipeline"), ", ".join(schemas)
     if name is None:
         return Problem("", "pipeline", f"is missing; it names the recipe: {known}")
-    message = f"no recipe is called {name!r}{nearest(str(name), SCHEMAS)}; there are {known}"
+    message = f"no recipe is called {name!r}{nearest(str(name), schemas)}; there are {known}"
     return Problem(origins.get(("pipeline",), ""), "pipeline", message)
 
 

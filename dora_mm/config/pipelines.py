@@ -6,13 +6,10 @@ from dora_mm.config.schema import PipelineConfig
 SCHEMAS: dict[str, type[PipelineConfig]] = {
     "train_sdxl": sdxl.TrainSDXLConfig,
     "sample_sdxl": sdxl.SampleSDXLConfig,
-    "pretrain_tiny": sdxl.PretrainTinyConfig,
-    "fit_judge": sdxl.FitJudgeConfig,
     "eval_sdxl": sdxl.EvalSDXLConfig,
     "compare_sdxl": sdxl.CompareSDXLConfig,
     "extract_features": vl.ExtractFeaturesConfig,
     "train_vl_bart": vl.TrainVLBartConfig,
     "eval_vl": vl.EvalVLConfig,
     "compare_vl": vl.CompareVLConfig,
-    "pretrain_tiny_vl": vl.PretrainTinyVLConfig,
 }

@@ -39,19 +39,26 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     name: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Count = 0
-    warmup_share: Share = 0.0  # of all steps, in place of warmup_steps
+    warmup_ratio: Share = 0.0  # of all steps, in place of warmup_steps
 
 
 class TrainConfig(Section):
     steps: PositiveInt  # optimizer steps
     batch_size: PositiveInt
-    accumulation: PositiveInt = 1  # batches per optimizer step
+    gradient_accumulation_steps: PositiveInt = 1  # batches per optimizer step
     max_grad_norm: Positive | None = 1.0  # None: no clipping
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     checkpoint_every: Count = 0  # 0: only at the end and on interruption
     keep_checkpoints: PositiveInt = 2  # older ones are deleted
     log_every: PositiveInt = 10
+
+
+class EpochTrainConfig(TrainConfig):
+    """The length of a training in steps or in epochs."""
+
+    steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; or else:
+    epochs: PositiveInt | None = None  # passes over the data of all tasks
 
 
 class AnyAdapterConfig(Section):
@@ -109,8 +116,8 @@ def check_training(
 ) -> list[str]:
     """What contradicts itself between the sections of a training run, as sentences that name the keys."""
     problems = []
-    if schedule.warmup_steps and schedule.warmup_share:
-        problems.append("give either schedule.warmup_steps or schedule.warmup_share")
+    if schedule.warmup_steps and schedule.warmup_ratio:
+        problems.append("give either schedule.warmup_steps or schedule.warmup_ratio")
     if schedule.warmup_steps >= train.steps:
         problems.append(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps})")
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)

@@ -178,61 +178,6 @@ class SampleSDXLConfig(PipelineConfig):
         return raise_problems(self, problems)
 
 
-class PretrainStage(Section):
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig
-
-
-class DecoderStage(PretrainStage):
-    max_time: PositiveInt = 150  # of the scheduler's 1000: up to where latents are noised
-
-
-class TinyModelConfig(Section):
-    resolution: PixelSize = 128
-    num_merges: Annotated[int, Field(ge=0, le=4096)] = 2000  # of CLIP's byte-pair merges: the vocabulary
-    vae_channels: Annotated[Items[PositiveInt], Field(min_length=2)] = (16, 32, 64, 64)  # a level each; halves the side
-    # SDXL has 4. At 48 numbers to one, a VAE this small gives up colour before it gives up shapes: 8 keep both.
-    latent_channels: PositiveInt = 8
-    unet_channels: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], Field(strict=False)] = (48, 96, 128)
-
-
-class PretrainTinyConfig(PipelineConfig):
-    """The embedded model from nothing: its VAE, then text encoders and UNet, then the decoder once more."""
-
-    command: ClassVar[str] = "train"
-    pipeline: Literal["pretrain_tiny"]
-    seed: Seed = 0
-    output: Text | None = None
-    icons: Text = "build/icons"  # what build_samples made
-    model: TinyModelConfig = TinyModelConfig()
-    vae_from: Text | None = None  # a model folder whose VAE is taken; None: it is trained
-    unet_from: Text | None = None  # a model folder whose UNet and text encoders are trained further; None: from nothing
-    vae: PretrainStage
-    unet: PretrainStage | None  # None: the UNet and text encoders of unet_from stay as they are
-    decoder: DecoderStage | None = None  # the VAE's decoder learns to read latents as the UNet leaves them; None: not
-    loss: LossConfig = LossConfig()
-    caption_dropout: Share = 0.1
-    unnamed_style: Share = 0.75  # of the flat icons, whose captions do not say so: flat is what it draws by default
-    ema_decay: Share = 0.999
-    sample: SheetConfig = SheetConfig()
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "PretrainTinyConfig":
-        problems = []
-        if not self.unet and not (self.unet_from and self.decoder):
-            problems.append("unet: null trains the decoder for a finished UNet: give unet_from and decoder")
-        every = {"vae": self.vae, "unet": self.unet, "decoder": self.decoder}
-        stages = {name: stage for name, stage in every.items() if stage}
-        for name, stage in stages.items():
-            problems += check_training(stage.optimizer, stage.schedule, stage.train)
-            if stage.optimizer.magnitude_lr is not None:
-                problems.append(f"{name}.optimizer.magnitude_lr has nothing to train: a model has no magnitudes")
-        if len({stage.train.mixed_precision for stage in stages.values()}) > 1:
-            problems.append(f"train.mixed_precision must be the same in {', '.join(stages)}")
-        return raise_problems(self, problems)
-
-
 # --- the judge -------------------------------------------------------------------------------------------------------
 
 
@@ -258,16 +203,6 @@ class ClipConfig(Section):
     path: Text  # a folder with open_clip's config and weights, or a hub name
     text: Text = "a picture of {thing}"  # what a picture is compared with
     images: Text | None = None  # a folder of pictures in the wanted style; None: no image similarity
-
-
-class FitJudgeConfig(PipelineConfig):
-    command: ClassVar[str] = "eval"
-    pipeline: Literal["fit_judge"]
-    output: Text | None = None  # as in training
-    model: ModelConfig  # what the real icons pass through
-    icons: Text = "build/icons"  # what build_samples made
-    # Of the scheduler's 1000: icons are noised up to here and predicted back, as the UNet leaves them.
-    max_time: PositiveInt = 150
 
 
 JudgedStyle = Literal["flat", "3d", "brick"]

@@ -8,6 +8,7 @@ from dora_mm.config.schema import (
     AnyAdapterConfig,
     Backend,
     Count,
+    EpochTrainConfig,
     Items,
     LearningRates,
     OptimizerConfig,
@@ -16,9 +17,7 @@ from dora_mm.config.schema import (
     ScheduleConfig,
     Section,
     Seed,
-    Share,
     Text,
-    TrainConfig,
     check_adapter,
     check_training,
     raise_problems,
@@ -105,7 +104,7 @@ class VLTaskConfig(Section):
 
 
 class VisionConfig(Section):
-    """The frozen eyes: which tower, and where its features lie if they are computed already."""
+    """The frozen vision: which tower, and where its features lie if they are computed already."""
 
     tower: Text = "RN101"  # of open_clip; timm/<name> of timm
     pretrained: Text | None = "openai"  # a tag of the tower's library, or a local file; None: random weights
@@ -130,7 +129,7 @@ Trained = Literal["visual_embedding", "biases", "norms", "embeddings"]
 class VLAdapterConfig(AnyAdapterConfig):
     parts: Annotated[Items[VLPart], Field(min_length=1)] = ("text.qv", "cross.qv")
     vision_parts: Items[Literal["attn", "ff"]] = ()  # of the tower, which then runs within every step
-    trains: Items[Trained] = ("visual_embedding", "biases", "norms")  # beside the adapters
+    extra_trainable: Items[Trained] = ("visual_embedding", "biases", "norms")  # beside the adapters
 
 
 class VLDataConfig(Section):
@@ -144,11 +143,6 @@ class VLDataConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError("tasks names a task twice")
         return self
-
-
-class VLTrainConfig(TrainConfig):
-    steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; or else:
-    epochs: PositiveInt | None = None  # passes over all tasks' data
 
 
 class DecodeConfig(Section):
@@ -181,7 +175,7 @@ class TrainVLBartConfig(PipelineConfig):
     data: VLDataConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    train: VLTrainConfig
+    train: EpochTrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -255,42 +249,7 @@ class ExtractFeaturesConfig(PipelineConfig):
     on_bad_data: Literal["stop", "skip"] = "stop"
 
 
-class TinyVLConfig(Section):
-    """Sizes of the embedded VL-BART."""
-
-    num_merges: Annotated[int, Field(ge=0, le=4096)] = 2000
-    width: PositiveInt = 192
-    layers: PositiveInt = 3  # of the encoder, and of the decoder
-    heads: PositiveInt = 6
-
-
-class PretrainTinyVLConfig(PipelineConfig):
-    """The embedded VL-BART from nothing, on captions of scenes; its tokenizer knows the words of other tasks too."""
-
-    command: ClassVar[str] = "train"
-    pipeline: Literal["pretrain_tiny_vl"]
-    seed: Seed = 0
-    output: Text | None = None
-    model: TinyVLConfig = TinyVLConfig()
-    vision: VisionConfig
-    fill_share: Share = 0.6  # of the rows: the model reads the caption with a few words masked, and writes these
-    data: VLDataConfig
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig = ScheduleConfig()
-    train: VLTrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "PretrainTinyVLConfig":
-        problems = check_vl_training(self.optimizer, self.schedule, self.train)
-        if not any(task.task == "caption" and task.train and task.valid for task in self.data.tasks):
-            problems.append("data.tasks: caption is missing, with train and valid: it is what the model learns")
-        if self.model.width % self.model.heads:
-            problems.append(f"model.width ({self.model.width}) must be a multiple of model.heads ({self.model.heads})")
-        return raise_problems(self, problems)
-
-
-def check_vl_training(optimizer: OptimizerConfig, schedule: ScheduleConfig, train: VLTrainConfig) -> list[str]:
+def check_vl_training(optimizer: OptimizerConfig, schedule: ScheduleConfig, train: EpochTrainConfig) -> list[str]:
     """What contradicts itself, as sentences that name the keys."""
     problems = []
     if (train.steps is None) == (train.epochs is None):

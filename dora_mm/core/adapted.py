@@ -98,7 +98,7 @@ class AdaptedLayer(nn.Module):
     merged: bool
     base_weight: tuple[nn.Parameter | None]  # while merged; a tuple hides it from the module's parameters
     kept: dict[torch.dtype, Prepared] | None  # inside `fixed_parameters`, by the dtype of the product
-    uses: float  # how many passes `fixed_parameters` was opened for
+    num_passes: float  # how many passes `fixed_parameters` was opened for
     base_fixed: bool  # inside `fixed_parameters`, also with `base_only`
     base_norm: Tensor | None  # n0, while base_fixed
 
@@ -223,7 +223,7 @@ class AdaptedLayer(nn.Module):
             self.base_norm = row_norm(self.matrix.detach())
         if self.kept is None:
             return Prepared(self.base_norm)
-        return self.kept.setdefault(product_dtype(self.weight), Prepared(self.base_norm, self.uses))
+        return self.kept.setdefault(product_dtype(self.weight), Prepared(self.base_norm, self.num_passes))
 
     def adapted_product(
         self,

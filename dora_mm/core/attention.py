@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.products import LINEAR
 
-ROWS = ("q_proj", "k_proj", "v_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-class PackedRows(nn.Module):
+class PackedProjection(nn.Module):
     """One projection of an attention: a third of the rows of its packed weight and bias."""
 
     def __init__(self, attention: nn.MultiheadAttention, index: int):
@@ -48,11 +48,11 @@ class PackedRows(nn.Module):
         return F.linear(x, self.matrix, self.bias)
 
 
-class DoRARows(AdaptedLayer, PackedRows):
-    matrix = PackedRows.matrix
+class DoRAPackedProjection(AdaptedLayer, PackedProjection):
+    matrix = PackedProjection.matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        return PackedRows.forward(self, x) if self.is_base() else self.adapted_product(x, LINEAR)
+        return PackedProjection.forward(self, x) if self.is_base() else self.adapted_product(x, LINEAR)
 
     def check_can_replace_weight(self, *, shared: bool) -> None:
         if shared:
@@ -74,9 +74,9 @@ class DoRARows(AdaptedLayer, PackedRows):
 class PackedAttention(nn.MultiheadAttention):
     """The attention once any of its projections is adapted: it calls `q_proj`, `k_proj`, `v_proj` and `out_proj`."""
 
-    q_proj: PackedRows
-    k_proj: PackedRows
-    v_proj: PackedRows
+    q_proj: PackedProjection
+    k_proj: PackedProjection
+    v_proj: PackedProjection
     trainable_before: bool | None  # of in_proj_weight, once any of its rows is adapted
 
     def forward(
@@ -129,11 +129,11 @@ class PackedAttention(nn.MultiheadAttention):
         if self.trainable_before is None:
             self.trainable_before = bool(self.in_proj_weight.requires_grad)
 
-    def adapted_rows(self) -> list[DoRARows]:
-        return [rows for name in ROWS if isinstance(rows := getattr(self, name), DoRARows)]
+    def adapted_projections(self) -> list[DoRAPackedProjection]:
+        return [rows for name in PROJECTIONS if isinstance(rows := getattr(self, name), DoRAPackedProjection)]
 
     def _apply(self, fn, recurse=True):
-        before = {rows: rows.before_move() for rows in self.adapted_rows()}  # while they are as the weight is
+        before = {rows: rows.before_move() for rows in self.adapted_projections()}  # while they are as the weight is
         super()._apply(fn, recurse)
         for rows, state in before.items():
             rows.after_move(*state)
@@ -141,15 +141,16 @@ class PackedAttention(nn.MultiheadAttention):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """As an adapted layer: with the bare model's weight, rows that are fresh take m from it and others refuse."""
-        bare = [r for n, r in zip(ROWS, (self.q_proj, self.k_proj, self.v_proj), strict=True)
-                if isinstance(r, DoRARows) and not any(k.startswith(f"{prefix}{n}.") for k in state_dict)]  # fmt: skip
+        own = zip(PROJECTIONS, (self.q_proj, self.k_proj, self.v_proj), strict=True)
+        without_keys = [r for name, r in own if not any(key.startswith(f"{prefix}{name}.") for key in state_dict)]
+        bare = [r for r in without_keys if isinstance(r, DoRAPackedProjection)]
         loads = prefix + "in_proj_weight" in state_dict
-        for rows in self.adapted_rows() if loads else []:
+        for rows in self.adapted_projections() if loads else []:
             if problem := rows.why_not_load(bare=rows in bare):
                 errors.append(problem)
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        for rows in self.adapted_rows():
+        for rows in self.adapted_projections():
             rows.end_fixed(base=True)
         for rows in bare if loads else []:
             rows.reset_magnitude()
@@ -186,13 +187,13 @@ def _attention_with_weights(
 # --- taking attentions apart, and together again ---------------------------------------------------------------------
 
 
-def with_rows(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def with_projections(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """`modules` by path, and in their order, with the projections of attentions that are still whole."""
     found: dict[str, nn.Module] = {}
     for path, module in modules.items():
         found[path] = module
         if type(module) is nn.MultiheadAttention and module.in_proj_weight is not None:
-            found |= {inside(path, name): PackedRows(module, i) for i, name in enumerate(ROWS)}
+            found |= {inside(path, name): PackedProjection(module, i) for i, name in enumerate(PROJECTIONS)}
     return found
 
 
@@ -213,20 +214,20 @@ def why_not_apart(attention: nn.MultiheadAttention) -> str | None:
 
 
 def take_apart(attention: nn.MultiheadAttention, rows: Mapping[str, nn.Module]) -> None:
-    """Makes the attention call its projections. rows: those of `with_rows`, by name."""
+    """Makes the attention call its projections. rows: those of `with_projections`, by name."""
     object.__setattr__(attention, "__class__", PackedAttention)
     assert isinstance(attention, PackedAttention)
     attention.trainable_before = None
-    for name in ROWS:
+    for name in PROJECTIONS:
         attention.add_module(name, rows[name])
 
 
 def put_together(attention: PackedAttention) -> None:
     """Gives the attention its own class back, where nothing in it is adapted any longer."""
-    parts: Any = (attention.out_proj, *(getattr(attention, name) for name in ROWS))
+    parts: Any = (attention.out_proj, *(getattr(attention, name) for name in PROJECTIONS))
     if not any(isinstance(part, AdaptedLayer) for part in parts):
         if attention.trainable_before is not None:
             attention.in_proj_weight.requires_grad_(attention.trainable_before)
-        for name in (*ROWS, "trainable_before"):
+        for name in (*PROJECTIONS, "trainable_before"):
             delattr(attention, name)
         object.__setattr__(attention, "__class__", nn.MultiheadAttention)

@@ -35,7 +35,7 @@ class ConvProduct(Product):
             positions *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
         return positions
 
-    def join(self, a, b):
+    def concatenate(self, a, b):
         """Channels of a and b side by side within each group, as [W_a, W_b] are in the kernel."""
         split = [t.unflatten(1, (self.groups, -1)) for t in (a, b)]
         return torch.cat(split, 2).flatten(1, 2)
@@ -66,7 +66,7 @@ class ConvProduct(Product):
     def add_reduced_grad(self, dX, u, x, A):
         return dX.add_(self._backward(u, x, self._per_group(A), (True, False))[0])
 
-    def spread(self, v, y):
+    def per_row(self, v, y):
         return v.view(-1, *[1] * len(self.stride))
 
     def select(self, t, rows):
@@ -80,7 +80,7 @@ class ConvProduct(Product):
         inner = y.to(torch.promote_types(y.dtype, torch.float32))
         squares = None
         if bias is not None:
-            inner = inner - self.spread(bias, y)
+            inner = inner - self.per_row(bias, y)
             squares = (inner * inner).sum(dims)
         return (dY * inner).sum(dims), squares
 

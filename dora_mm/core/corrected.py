@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_mm.core.functional import Adapter, Rows, any_nonzero
+from dora_mm.core.functional import Adapter, RowGains, any_nonzero
 from dora_mm.core.products import LinearProduct, Product, as_rows, like_tokens
 
 MOST_CHANGE = 0.25  # of a row of W(t), relative to W0's: beyond it the roundings in c would show beside that of y
@@ -28,7 +28,7 @@ MOST_CHANGE = 0.25  # of a row of W(t), relative to W0's: beyond it the rounding
 class CorrectedProduct(LinearProduct):
     splits_half = True
 
-    def twofold(self, x, weight, other, other_weight, bias):
+    def concatenated(self, x, weight, other, other_weight, bias):
         if x.numel() == 0:
             return self(x, weight, bias)
         rows = as_rows(x)
@@ -65,7 +65,7 @@ def can_correct(x: Tensor, dtype: torch.dtype, product: Product) -> bool:
 
 
 @torch.no_grad()
-def changes_little(n0: Tensor, gain: Tensor | None, adapters: Sequence[Adapter], rows: Sequence[Rows]) -> bool:
+def changes_little(n0: Tensor, gain: Tensor | None, adapters: Sequence[Adapter], rows: Sequence[RowGains]) -> bool:
     """Whether ||W(t) - W0|| <= |e - 1| n0 + sum of |t g s| ||B A|| is a small part of n0 in every row.
 
     gain: e, (O,); None for 1.

@@ -1,9 +1,9 @@
-"""Linear layers with few tokens on a processor: the products with W0, turned around.
+"""Linear layers with few tokens on a processor: the products with W0, transposed.
 
 MKL takes less time for W0 X^T, with X padded to a multiple of 16 rows, than for X W0^T where X has few rows, and
 likewise for the gradient of x. Milliseconds for W0 of 1280 x 1280, not in the cache, on two cores of an AMD EPYC:
 
-    rows of X    X W0^T and W0 A^T    (W0 [X; A]^T)^T    (e dY) W0 + u A    turned
+    rows of X    X W0^T and W0 A^T    (W0 [X; A]^T)^T    (e dY) W0 + u A    transposed
     64           1.98                 1.62               1.73               1.45
     77           2.2                  1.8                2.01               1.75
     154          4.50                 3.98               3.16               3.96
@@ -34,7 +34,7 @@ def made_by_intel() -> bool:
     return "GenuineIntel" in platform.processor()
 
 
-TURNING_PAYS = not made_by_intel()
+TRANSPOSING_PAYS = not made_by_intel()
 MOST_TOKENS = 256
 MOST_TOKENS_BACK = 100
 
@@ -54,10 +54,10 @@ class FewTokens(LinearProduct):
 
     def split_grad_input(self, dY, x, weight, gain, low):
         rows = as_rows(dY)
-        if len(rows) > MOST_TOKENS_BACK or x.shape[-1] > dY.shape[-1]:  # 1280 x 2048: 3.05 ms as it is, 3.30 turned
+        if len(rows) > MOST_TOKENS_BACK or x.shape[-1] > dY.shape[-1]:  # 1280 x 2048: 3.05 ms as it is, 3.30 transposed
             return super().split_grad_input(dY, x, weight, gain, low)
-        turned = weight.T @ padded(rows if gain is None else rows * gain).T
-        dX = torch.addmm(turned[:, : len(rows)].T, *low[0]).view(x.shape)
+        transposed = weight.T @ padded(rows if gain is None else rows * gain).T
+        dX = torch.addmm(transposed[:, : len(rows)].T, *low[0]).view(x.shape)
         for u, A in low[1:]:
             dX = self.add_reduced_grad(dX, u, x, A)
         return dX

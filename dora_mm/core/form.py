@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.corrected import CORRECTED
-from dora_mm.core.few_tokens import MOST_TOKENS_BACK, TURNING_PAYS
+from dora_mm.core.few_tokens import MOST_TOKENS_BACK, TRANSPOSING_PAYS
 from dora_mm.core.functional import Adapter
 from dora_mm.core.products import LinearProduct, Product
 
@@ -21,7 +21,9 @@ from dora_mm.core.products import LinearProduct, Product
 # times PEFT LoRA's time and 2.7 GB with 16 here, 1.01 times and 0.4 GB with 100.
 BUILD_COST = 100  # per element of W(t): W0 copied, added to, scaled, and new memory for that
 SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
-TURNED_SAVING = 0.2  # of the multiplications of either product, where both are turned (see few_tokens.py): a tenth each
+TRANSPOSED_SAVING = (
+    0.2  # of the multiplications of either product, where both are transposed (see few_tokens.py): a tenth each
+)
 
 # In bf16, in picoseconds, on two cores of an Intel Xeon with AMX. Forward and backward in ms, split and merged,
 # for out x in, rank, tokens: 1280 x 1280, 16, 4096: 26.0 and 23.8; 1280 x 1280, 16, 1024: 8.3 and 8.6; 1280 x 2048, 16,
@@ -36,7 +38,7 @@ def stays_split(
     weight: Tensor,
     adapters: Sequence[Adapter],
     product: Product,
-    uses: float,
+    num_passes: float,
     dtype: torch.dtype,
 ) -> bool:
     """Whether the product stays with W0, since building W(t) costs more than it saves: for few tokens, as a rule.
@@ -53,32 +55,40 @@ def stays_split(
     rank = sum(0 if a.A is None else a.A.shape[0] for a in adapters)
     sizes = product.num_tokens(x, weight), weight.shape[0], weight[0].numel(), rank
     if half:
-        return product is not CORRECTED or not norm or half_split_pays(*sizes, uses)
-    return split_pays(*sizes, uses, norm, turned=is_turned(x, product))
+        return product is not CORRECTED or not norm or half_split_pays(*sizes, num_passes)
+    return split_pays(*sizes, num_passes, norm, transposed=is_transposed(x, product))
 
 
-def is_turned(x: Tensor, product: Product) -> bool:
-    return type(product) is LinearProduct and x.device.type == "cpu" and TURNING_PAYS
+def is_transposed(x: Tensor, product: Product) -> bool:
+    return type(product) is LinearProduct and x.device.type == "cpu" and TRANSPOSING_PAYS
 
 
-def half_split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0) -> bool:
+def half_split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, num_passes: float = 1.0) -> bool:
     """In bf16 on a processor: passes over (O, I) in fp32, or over (T, O) and (T, I) in bf16.
 
     Either form has three large products with a magnitude; without one, the split form has two and always pays.
     """
     split = num_tokens * (HALF_SPLIT_COST * num_out + HALF_RANK_COST * rank * (num_out + num_in))
-    return uses * split < HALF_BUILD_COST * num_out * num_in
+    return num_passes * split < HALF_BUILD_COST * num_out * num_in
 
 
 def split_pays(
-    num_tokens: int, num_out: int, num_in: int, rank: int, uses: float = 1.0, norm: bool = True, turned: bool = True
+    num_tokens: int,
+    num_out: int,
+    num_in: int,
+    rank: int,
+    num_passes: float = 1.0,
+    norm: bool = True,
+    transposed: bool = True,
 ) -> bool:
-    """Counts what either form costs beyond the product itself, forward and backward, for `uses` passes.
+    """Counts what either form costs beyond the product itself, forward and backward, for `num_passes` passes.
 
     The norm comes out of a pass over W(t), if that is built, and else costs the product W0 A^T.
     """
     build = num_out * num_in * (rank + BUILD_COST)
     split = num_tokens * (rank * (num_out + num_in) + SPLIT_COST * num_out)
-    if turned and num_tokens <= MOST_TOKENS_BACK and math.isfinite(uses):  # training; inference has one product alone
-        split -= TURNED_SAVING * num_tokens * num_out * num_in
-    return uses * split + (num_out * num_in * rank if norm else 0) < build
+    if (
+        transposed and num_tokens <= MOST_TOKENS_BACK and math.isfinite(num_passes)
+    ):  # training; inference has one product alone
+        split -= TRANSPOSED_SAVING * num_tokens * num_out * num_in
+    return num_passes * split + (num_out * num_in * rank if norm else 0) < build

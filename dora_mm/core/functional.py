@@ -39,7 +39,7 @@ class Adapter(NamedTuple):
         return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad)
 
 
-class Rows(NamedTuple):
+class RowGains(NamedTuple):
     """n and g of one adapter, (O,) each; both None for `lora`.
 
     regular: n > 0 and g >= SMALL_GAIN in every row, as it nearly always is; False where nobody has looked.
@@ -115,19 +115,19 @@ def reduced_weight(W0: Tensor, A: Tensor) -> Tensor:
     return torch.cat([block.to(A.dtype) @ A.T for block in blocks])
 
 
-def with_gain(magnitude: Tensor, norm: Tensor) -> Rows:
+def with_gain(magnitude: Tensor, norm: Tensor) -> RowGains:
     """g = m / n, and 1 where n is 0: published weights have hundreds of zero rows, and they must stay finite."""
     gain = magnitude / norm
     if gain.device.type == "cpu" and not torch.compiler.is_compiling() and lies_between(gain, SMALL_GAIN, math.inf):
-        return Rows(norm, gain, regular=True)
-    return Rows(norm, gain.masked_fill_(norm == 0, 1))
+        return RowGains(norm, gain, regular=True)
+    return RowGains(norm, gain.masked_fill_(norm == 0, 1))
 
 
 @torch.no_grad()
-def rows_of(weight: Tensor, adapter: Adapter, n0: Tensor | None = None, W0A: Tensor | None = None) -> Rows:
+def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None, W0A: Tensor | None = None) -> RowGains:
     """n and g as the parameters are; `n0` saves a pass over a weight that is known not to have changed."""
     if adapter.magnitude is None:
-        return Rows(None, None)
+        return RowGains(None, None)
     norm = row_norm(weight.detach()) if n0 is None else n0
     if adapter.A is not None and adapter.B is not None:
         norm = updated_norm(weight.detach().flatten(1), adapter.A.flatten(1), adapter.B, adapter.scaling, norm, W0A)
@@ -148,15 +148,15 @@ def merged_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 @torch.no_grad()
 def merge_adapters(
-    weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows] | None = None
-) -> tuple[Tensor, tuple[Rows, ...]]:
+    weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[RowGains] | None = None
+) -> tuple[Tensor, tuple[RowGains, ...]]:
     """W(t) and the n and g in it. Without `rows`, n is the norm of V, which is there: one pass over it, and exact."""
     W0 = as_matrix(weight)
     merged = None
     found = []
     for index, adapter in enumerate(adapters):
         W = directions(W0, adapter)
-        found.append(rows[index] if rows else rows_of_directions(W, adapter))
+        found.append(rows[index] if rows else row_gains_of_directions(W, adapter))
         gain = found[-1].gain
         if gain is not None:
             W = W.mul_(gain[:, None]) if W is not W0 else W * gain[:, None]
@@ -166,9 +166,9 @@ def merge_adapters(
     return laid_out_like(W0 if merged is None else merged, weight), tuple(found)
 
 
-def rows_of_directions(V: Tensor, adapter: Adapter) -> Rows:
+def row_gains_of_directions(V: Tensor, adapter: Adapter) -> RowGains:
     if adapter.magnitude is None:
-        return Rows(None, None)
+        return RowGains(None, None)
     return with_gain(adapter.magnitude, row_norm(V))
 
 
@@ -181,7 +181,7 @@ def rescaled(weight: Tensor, adapter: Adapter, strength: float) -> Adapter:
     Raises:
         ValueError: t takes W0 out of a row (e = 0), so that no g does it.
     """
-    gain = rows_of(weight, adapter).gain
+    gain = row_gains(weight, adapter).gain
     if gain is None:
         assert adapter.B is not None
         return adapter._replace(B=adapter.B * strength)
@@ -223,7 +223,7 @@ def laid_out_like(matrix: Tensor, weight: Tensor) -> Tensor:
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def exact_norm_correction(W0: Tensor, adapter: Adapter, rows: Rows, dm: Tensor) -> tuple[Tensor, Tensor]:
+def exact_norm_correction(W0: Tensor, adapter: Adapter, rows: RowGains, dm: Tensor) -> tuple[Tensor, Tensor]:
     """What `norm_grad: exact` adds to the detached (dA, dB): eq. 8 of the paper, dV = t g (dW - rowsum(dW V) V / n^2).
 
     With c = g dm / n, (O,), where dm has the strength t in it: dB -= s c V A^T and dA -= s (c B)^T V, with

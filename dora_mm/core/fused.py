@@ -24,19 +24,19 @@ from torch.autograd.function import once_differentiable
 
 from dora_mm.core.convolution import ConvProduct
 from dora_mm.core.corrected import CORRECTED, can_correct, changes_little
-from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS, TURNING_PAYS
+from dora_mm.core.few_tokens import FEW_TOKENS, MOST_TOKENS, TRANSPOSING_PAYS
 from dora_mm.core.form import stays_split
 from dora_mm.core.functional import (
     Adapter,
-    Rows,
+    RowGains,
     adapter_dtype,
     any_nonzero,
     as_matrix,
     exact_norm_correction,
     merge_adapters,
     product_dtype,
+    row_gains,
     row_norm,
-    rows_of,
 )
 from dora_mm.core.products import LINEAR, LinearProduct, Product, like_tokens
 
@@ -47,13 +47,13 @@ STACKS_FROM = 16  # tokens for each row of A that their product takes along: a s
 class Prepared:
     """What depends on parameters alone, for products in one dtype (see `product_dtype`); found at its first use.
 
-    n0: the row norms of a weight that is known not to have changed. uses: how many passes this serves.
+    n0: the row norms of a weight that is known not to have changed. num_passes: how many passes this serves.
     operand: what x is multiplied with in the merged form: W(t), in half precision rounded. low: what that leaves of it.
     """
 
     n0: Tensor | None = None
-    uses: float = 1.0
-    rows: tuple[Rows, ...] | None = None
+    num_passes: float = 1.0
+    rows: tuple[RowGains, ...] | None = None
     operand: Tensor | None = None
     low: Tensor | None = None
 
@@ -94,24 +94,24 @@ def adapted_product(
         dropped = F.dropout(x, dropout) if dropout else None
         thin = dropped is None or all(a.magnitude is None for a in adapters)
         product = CORRECTED if thin and can_correct(x, dtype, product) else product
-        uses = prepared.uses if keep_weight else 1
+        num_passes = prepared.num_passes if keep_weight else 1
         if dropped is None:
-            split = stays_split(x, weight, adapters, product, uses, dtype)
+            split = stays_split(x, weight, adapters, product, num_passes, dtype)
         else:
             split = thin and (dtype.itemsize >= 4 or product.splits_half)
         if split and product is CORRECTED:
             n0 = row_norm(weight.detach()) if prepared.n0 is None else prepared.n0
-            prepared.rows = prepared.rows or find_rows(weight, adapters, product, n0)
+            prepared.rows = prepared.rows or find_row_gains(weight, adapters, product, n0)
             split = changes_little(n0, base_gain(adapters, prepared.rows), adapters, prepared.rows)
         operand, low = None, None
         if split and may_sum_in_another_order(x, adapters, product):
             assert isinstance(product, LinearProduct)
-            product = FEW_TOKENS if TURNING_PAYS and product.num_tokens(x, weight) <= MOST_TOKENS else product
+            product = FEW_TOKENS if TRANSPOSING_PAYS and product.num_tokens(x, weight) <= MOST_TOKENS else product
             operand = base_output(product, x, weight, adapters, prepared)
         if dropped is None and not split:
             operand, low = merge(prepared, weight, adapters, dtype, keep_weight)
         if prepared.rows is None:
-            prepared.rows = find_rows(weight, adapters, product, prepared.n0)
+            prepared.rows = find_row_gains(weight, adapters, product, prepared.n0)
         bare = tuple(a.holding(None, None, None) for a in adapters)
         call = Call(product, dtype, bare, prepared.rows, split, keep_weight, save_output, restore)
         return _AdaptedProduct.apply(
@@ -119,7 +119,9 @@ def adapted_product(
         )
 
 
-def find_rows(weight: Tensor, adapters: Sequence[Adapter], product: Product, n0: Tensor | None) -> tuple[Rows, ...]:
+def find_row_gains(
+    weight: Tensor, adapters: Sequence[Adapter], product: Product, n0: Tensor | None
+) -> tuple[RowGains, ...]:
     if n0 is None and any(a.magnitude is not None for a in adapters):
         n0 = row_norm(weight.detach())
     return tuple(product.rows(weight, adapter, n0) for adapter in adapters)
@@ -140,12 +142,12 @@ def base_output(
     A = adapters[0].A if len(adapters) == 1 and adapters[0].magnitude is not None else None
     stacks = A is not None
     if product is FEW_TOKENS:  # has the same bits with A and without
-        stacks = stacks and prepared.rows is None and prepared.uses <= 1
+        stacks = stacks and prepared.rows is None and prepared.num_passes <= 1
     elif A is not None:  # in every pass or in none: a checkpointed pass that is made again has to give the same bits
         stacks = product.num_tokens(x, weight) >= STACKS_FROM * len(A)
     base, W0A = product.base(x, weight, A if stacks else None)
     if stacks and prepared.rows is None:
-        prepared.rows = (rows_of(weight, adapters[0], prepared.n0, W0A),)
+        prepared.rows = (row_gains(weight, adapters[0], prepared.n0, W0A),)
     return base
 
 
@@ -158,7 +160,7 @@ class Call(NamedTuple):
     product: Product
     dtype: torch.dtype  # of the products
     adapters: tuple[Adapter, ...]
-    rows: tuple[Rows, ...]
+    rows: tuple[RowGains, ...]
     split: bool
     keep_weight: bool
     save_output: bool
@@ -191,10 +193,10 @@ def as_operand(W: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
         W = W + (weight.detach().to(dtype).to(W.dtype) - weight.detach())
     high = torch.empty_like(weight, dtype=dtype).copy_(W)
     W.sub_(high)
-    return (high.contiguous(), W.to(dtype)) if low_is_needed(W) else (high, None)
+    return (high.contiguous(), W.to(dtype)) if residual_is_needed(W) else (high, None)
 
 
-def update_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[Rows], dtype: torch.dtype) -> Tensor:
+def update_weight(weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[RowGains], dtype: torch.dtype) -> Tensor:
     """W(t) - W0, in `dtype`."""
     W, _ = merge_adapters(weight, adapters, rows)
     return (W - weight.detach()).to(dtype)
@@ -205,10 +207,10 @@ def dropout_output(
 ) -> Tensor:
     """x W0^T + dropped delta^T + b. In half precision in one sum: a correction to a rounded product would be lost."""
     base = weight.detach().to(x.dtype)
-    if not low_is_needed(delta):
+    if not residual_is_needed(delta):
         return product(x, base, bias)
     if x.dtype.itemsize < 4:
-        return product.twofold(x, base, dropped, delta, bias)
+        return product.concatenated(x, base, dropped, delta, bias)
     return product(x, base, bias).add_(product(dropped, delta, None))
 
 
@@ -229,7 +231,7 @@ def update_grad_input(
     return found
 
 
-def base_gain(adapters: Sequence[Adapter], found: Sequence[Rows]) -> Tensor | None:
+def base_gain(adapters: Sequence[Adapter], found: Sequence[RowGains]) -> Tensor | None:
     """e = 1 + sum_k t_k (g_k - 1), (O,): what the split form scales x W0^T with; None for 1."""
     gain = None
     for adapter, rows in zip(adapters, found, strict=True):
@@ -239,7 +241,7 @@ def base_gain(adapters: Sequence[Adapter], found: Sequence[Rows]) -> Tensor | No
     return gain
 
 
-def scale_rows(t: Tensor, adapter: Adapter, rows: Rows) -> Tensor:
+def scale_rows(t: Tensor, adapter: Adapter, rows: RowGains) -> Tensor:
     """t g s times an (O, R) tensor."""
     factor = adapter.scaling * adapter.strength
     if rows.gain is None:
@@ -275,7 +277,7 @@ class _AdaptedProduct(torch.autograd.Function):
         elif low is None:
             y = call.product(x, operand, bias)
         else:
-            y = call.product.twofold(x, operand, x, low, bias)
+            y = call.product.concatenated(x, operand, x, low, bias)
         y = y.data  # no view of anything: the next operation may overwrite what this one returns
         trained = any(ctx.needs_input_grad[7:])
         from_output = any(ctx.needs_input_grad[9::3]) and output_is_inner(call, dropped)
@@ -342,7 +344,7 @@ class AdapterGradients(NamedTuple):
 
     product: Product
     adapter: Adapter
-    rows: Rows
+    rows: RowGains
     weight: Tensor
     bias: Tensor | None
     x: Tensor
@@ -380,7 +382,7 @@ class AdapterGradients(NamedTuple):
         return (self.adapter.strength * dots / self.rows.norm).masked_fill_(self.rows.norm == 0, 0)
 
 
-def low_is_needed(low: Tensor) -> bool:
+def residual_is_needed(low: Tensor) -> bool:
     """Whether the low part is needed. A further part may change the order of summation (in bf16, 640 x 640 with 2048
     tokens), so a fresh adapter goes without it. A compiled graph cannot branch on values."""
     return torch.compiler.is_compiling() or any_nonzero(low)

@@ -12,14 +12,14 @@ from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer, DoRASpec
 from dora_mm.core.attention import (
-    ROWS,
+    PROJECTIONS,
     PackedAttention,
-    PackedRows,
+    PackedProjection,
     inside,
     put_together,
     take_apart,
     why_not_apart,
-    with_rows,
+    with_projections,
 )
 from dora_mm.core.fast_path import set_fast_paths
 from dora_mm.core.fused import TORCH, Forward
@@ -99,15 +99,15 @@ def inject_paths(
     name: str = "default",
 ) -> InjectReport:
     """Adapts exactly these modules: path -> (part, spec). Nothing is changed when one of them cannot be adapted."""
-    modules = with_rows(dict(model.named_modules()))
+    modules = with_projections(dict(model.named_modules()))
     for path, (_, spec) in wanted.items():
         _check_adaptable(modules, path, spec)
     report = []
     for path, (part, spec) in wanted.items():
         above = path.rpartition(".")[0]
         if type(attention := modules.get(above)) is nn.MultiheadAttention:
-            take_apart(attention, {name: modules[inside(above, name)] for name in ROWS})
-        if isinstance(attention, PackedAttention) and isinstance(modules[path], PackedRows):
+            take_apart(attention, {name: modules[inside(above, name)] for name in PROJECTIONS})
+        if isinstance(attention, PackedAttention) and isinstance(modules[path], PackedProjection):
             attention.remember_trainable()
         layer = adapt_layer(modules[path], spec, path=path, function=forward, seed=seed, name=name)
         report.append(describe(layer, part))
@@ -132,7 +132,7 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
     if isinstance(attention, nn.MultiheadAttention):
         if why := why_not_apart(attention):
             raise ValueError(f"{path} is inside a MultiheadAttention {why}, which reads weights and calls no adapter")
-        if spec.method == "full" and isinstance(layer, PackedRows):
+        if spec.method == "full" and isinstance(layer, PackedProjection):
             raise ValueError(f"{path} is a part of in_proj_weight, which method full would train as a whole")
     if isinstance(layer, nn.Embedding):
         if spec.dropout:
@@ -226,13 +226,13 @@ def unmerge(model: nn.Module) -> None:
 
 
 @contextmanager
-def fixed_parameters(model: nn.Module, *, uses: float = math.inf, base_only: bool = False) -> Iterator[None]:
+def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_only: bool = False) -> Iterator[None]:
     """Promises that base weights and adapters do not change inside: what depends on them alone is computed once.
 
     A change through the module's own interface (strength, merge, load_state_dict, `.to`) ends the promise for that
     layer. Nothing else is watched: a write to a parameter inside is not seen.
 
-    uses: how many passes are made inside. A layer with few tokens builds W(t) only where that many passes pay for it.
+    num_passes: how many passes are made inside. A layer with few tokens builds W(t) only where that many pay for it.
     base_only: the promise holds for the base weights alone, as it does during a whole training.
     """
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
@@ -241,7 +241,7 @@ def fixed_parameters(model: nn.Module, *, uses: float = math.inf, base_only: boo
     for layer in bases:
         layer.base_fixed = True
     for layer in opened:
-        layer.kept, layer.uses = {}, uses
+        layer.kept, layer.num_passes = {}, num_passes
     try:
         yield
     finally:

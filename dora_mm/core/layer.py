@@ -8,7 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer, DoRASpec
-from dora_mm.core.attention import DoRARows, PackedRows
+from dora_mm.core.attention import DoRAPackedProjection, PackedProjection
 from dora_mm.core.convolution import ConvProduct
 from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.products import LINEAR, EmbeddingProduct
@@ -55,7 +55,7 @@ class DoRAConv2d(DoRAConv, nn.Conv2d): ...
 class DoRAConv3d(DoRAConv, nn.Conv3d): ...
 
 
-class Transposed(AdaptedLayer):
+class TransposedLayer(AdaptedLayer):
     """A layer that stores its weight as (I, O)."""
 
     @property
@@ -66,14 +66,14 @@ class Transposed(AdaptedLayer):
         return matrix.t().contiguous()
 
 
-class DoRAConv1D(Transposed):
+class DoRATransposedLinear(TransposedLayer):
     """GPT-2's Linear, transformers' Conv1D: y = x W + b with W (I, O)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix, self.bias) if self.is_base() else self.adapted_product(x, LINEAR)
 
 
-class DoRAEmbedding(Transposed, nn.Embedding):
+class DoRAEmbedding(TransposedLayer, nn.Embedding):
     """W is (num, dim); norms run over num and the magnitude is (dim,), as in PEFT: A (R, num), B (dim, R)."""
 
     bias = None
@@ -91,7 +91,7 @@ ADAPTED_CLASSES: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Conv3d: DoRAConv3d,
     nn.Embedding: DoRAEmbedding,
     NonDynamicallyQuantizableLinear: DoRALinear,  # nn.MultiheadAttention's out_proj, a Linear in all but name
-    PackedRows: DoRARows,
+    PackedProjection: DoRAPackedProjection,
 }
 ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and the projections of MultiheadAttention"
 
@@ -106,7 +106,7 @@ def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
     if is_quantized(layer):
         return adapted_quantized_class(base)
     if (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return DoRAConv1D
+        return DoRATransposedLinear
     if isinstance(weight := getattr(layer, "weight", None), Tensor) and type(weight) not in (Tensor, nn.Parameter):
         return None  # a subclass of Tensor, whose products compute something else
     return ADAPTED_CLASSES.get(base)
@@ -117,7 +117,7 @@ def matrix_shape(layer: nn.Module) -> tuple[int, ...] | None:
 
     Of layers that store it otherwise, packed or in fewer bits, too; of transposed ones as it is stored.
     """
-    if isinstance(layer, PackedRows):
+    if isinstance(layer, PackedProjection):
         return tuple(layer.matrix.shape)
     if isinstance(layer, DoRAQuantized) or is_quantized(layer):
         return int(layer.out_features), int(layer.in_features)  # pyright: ignore[reportArgumentType]
@@ -143,7 +143,7 @@ def adapt_layer(
     layer.spec, layer.path, layer.seed, layer.function = spec, path, seed, function
     layer.name, layer.stacked = name, {}
     layer.strength, layer.merged, layer.base_weight, layer.kept = 1.0, False, (None,), None
-    layer.uses, layer.base_fixed, layer.base_norm = 1.0, False, None
+    layer.num_passes, layer.base_fixed, layer.base_norm = 1.0, False, None
     layer.trainable_before = layer.weight.requires_grad
     layer.weight.requires_grad_(spec.method == "full")
     for parameter in ADAPTER_NAMES:
@@ -154,7 +154,7 @@ def adapt_layer(
 
 _STATE = (
     *("base_class", "spec", "path", "seed", "name", "strength", "stacked", "function", "trainable_before"),
-    *("merged", "base_weight", "kept", "uses", "base_fixed", "base_norm"),
+    *("merged", "base_weight", "kept", "num_passes", "base_fixed", "base_norm"),
 )
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_mm.core.functional import SMALL_GAIN, Adapter, Rows, as_matrix, directions, rows_of
+from dora_mm.core.functional import SMALL_GAIN, Adapter, RowGains, as_matrix, directions, row_gains
 
 LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
 LARGE_BIAS_HALF = 4.0
@@ -38,12 +38,14 @@ class Product(ABC):
         """How often each row of the weight is used."""
 
     @abstractmethod
-    def join(self, a: Tensor, b: Tensor) -> Tensor:
+    def concatenate(self, a: Tensor, b: Tensor) -> Tensor:
         """The inputs of a weight [W_a, W_b] with twice the columns."""
 
-    def twofold(self, x: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, bias: Tensor | None) -> Tensor:
+    def concatenated(
+        self, x: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """x W^T + other other_W^T + b, where the first product is rounded with the second in it."""
-        return self(self.join(x, other), torch.cat([weight, other_weight], 1), bias)
+        return self(self.concatenate(x, other), torch.cat([weight, other_weight], 1), bias)
 
     @abstractmethod
     def grad_input(self, dY: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -77,12 +79,12 @@ class Product(ABC):
 
     # --- output rows ---
 
-    def rows(self, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> Rows:
+    def rows(self, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> RowGains:
         """n and g of one adapter. n0: the row norms of a weight that is known not to have changed."""
-        return rows_of(weight, adapter, n0)
+        return row_gains(weight, adapter, n0)
 
     @abstractmethod
-    def spread(self, v: Tensor, y: Tensor) -> Tensor:
+    def per_row(self, v: Tensor, y: Tensor) -> Tensor:
         """A value per output row, (O,), in a shape that multiplies y."""
 
     @abstractmethod
@@ -127,7 +129,7 @@ class Product(ABC):
         weight: Tensor,
         bias: Tensor | None,
         adapter: Adapter,
-        rows: Rows,
+        rows: RowGains,
     ) -> Tensor:
         """dm = rowsum(dY (y - b)) / m of one adapter at strength 1; 0 where n is 0.
 
@@ -176,16 +178,16 @@ class Product(ABC):
     ) -> Tensor:
         """e y + sum of h B^T over (h, B) + b, in place."""
         if gain is not None:
-            y.mul_(self.spread(gain, y))
+            y.mul_(self.per_row(gain, y))
         for h, B in low:
             y = self.expand(h, B, y)
-        return y if bias is None else y.add_(self.spread(bias, y))
+        return y if bias is None else y.add_(self.per_row(bias, y))
 
     def split_grad_input(
         self, dY: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None, low: Sequence[tuple[Tensor, Tensor]]
     ) -> Tensor:
         """dX = (e dY) W0 + sum of u A over (u, A)."""
-        dX = self.grad_input(dY if gain is None else dY * self.spread(gain, dY), x, weight)
+        dX = self.grad_input(dY if gain is None else dY * self.per_row(gain, dY), x, weight)
         for u, A in low:
             dX = self.add_reduced_grad(dX, u, x, A)
         return dX
@@ -204,7 +206,7 @@ class LinearProduct(Product):
     def num_tokens(self, x, weight):
         return x.numel() // max(weight.shape[1], 1)
 
-    def join(self, a, b):
+    def concatenate(self, a, b):
         return torch.cat([a, b], -1)
 
     def grad_input(self, dY, x, weight):
@@ -240,7 +242,7 @@ class LinearProduct(Product):
         y, AW0 = (torch.cat([rows, A]) @ weight.T).split([len(rows), len(A)])
         return y, AW0.T
 
-    def spread(self, v, y):
+    def per_row(self, v, y):
         return v
 
     def select(self, t, rows):

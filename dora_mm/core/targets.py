@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.attention import with_rows
+from dora_mm.core.attention import with_projections
 from dora_mm.core.layer import ADAPTABLE, adapted_class
 
 Counts = int | tuple[int, ...]  # how many modules a block holds; a tuple lists what is allowed
@@ -63,7 +63,7 @@ def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
     Raises ValueError when a pattern matches nothing or something that cannot be adapted, when two parts take the same
     module, and when a block holds another number of modules than the map expects.
     """
-    modules = with_rows(dict(model.named_modules()))
+    modules = with_projections(dict(model.named_modules()))
     taken: dict[str, str] = {}
     for part, patterns in targets.parts.items():
         for pattern in patterns:

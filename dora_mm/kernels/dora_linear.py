@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dora_mm.core.functional import SMALL_GAIN, Adapter, Rows, rows_of
+from dora_mm.core.functional import SMALL_GAIN, Adapter, RowGains, row_gains
 from dora_mm.core.fused import Forward, adapted_product
 from dora_mm.core.products import LinearProduct, Product, as_rows, large_bias
 from dora_mm.kernels.choice import vendor_is_faster, vendor_product
@@ -26,9 +26,9 @@ class TritonLinear(LinearProduct):
     def rows(self, weight, adapter, n0):
         """n and g in one pass over W0."""
         if adapter.A is None or adapter.B is None or adapter.magnitude is None or n0 is None:
-            return rows_of(weight, adapter, n0)
+            return row_gains(weight, adapter, n0)
         A, B = adapter.A.contiguous(), adapter.B.contiguous()
-        return Rows(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
+        return RowGains(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
 
     def split(self, x, weight, bias, gain, low):
         h, B = side_by_side(low)

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BartTokenizer
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.data.tables import ExampleTable
-from dora_mm.data.vl import Example
-from dora_mm.models.vl_bart import VLBart, VLInputs
-from dora_mm.models.vl_text import TEXTS, decode, encode_targets
+from dora_mm.core import fixed_parameters
+from dora_mm.data.vl.example import Example, Predictions
+from dora_mm.data.vl.splits import ValidationSet
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.vl_bart.model import VLBart, VLInputs
+from dora_mm.models.vl_bart.text import TEXTS, decode, encode_targets
 
 TRUE_FALSE = ("true", "false")
+
+
+class AnsweringTask(Protocol):
+    """A model with what turns examples into its inputs, such as a VLBartTask."""
+
+    model: VLBart
+    tokenizer: BartTokenizer
+
+    @property
+    def vision(self) -> nn.Module:
+        """What encodes the images."""
+        ...
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """Raises ValueError where the model cannot do one of these tasks."""
+        ...
+
+    def inputs(self, task: str, examples: Sequence[Example], images: str | None) -> VLInputs:
+        """What the model reads of these examples, whose images lie in the folder `images`."""
+        ...
 
 
 class Answerer:
@@ -96,3 +120,37 @@ def predict(
             rows += zip(examples, answerer(inputs_of(examples)), strict=True)
             bar.update(len(examples))
     return rows
+
+
+def answerers(task: AnsweringTask, sets: Mapping[str, ValidationSet], config: DecodeConfig) -> dict[str, Answerer]:
+    """One for each split, by task name.
+
+    Raises:
+        ValueError: The model cannot do a task, or a task's answers are to be chosen and no candidates are known.
+    """
+    task.check(sets)
+    return {name: Answerer(task.model, task.tokenizer, name, config, split.candidates) for name, split in sets.items()}
+
+
+def answer_all(
+    task: AnsweringTask, sets: Mapping[str, ValidationSet], config: DecodeConfig, limit: int | None = None
+) -> dict[str, Predictions]:
+    """The model's answers to the rows of every split, or to the first `limit` of each, by task name.
+
+    The model runs in eval mode, and all that depends on its parameters alone is computed once. Raises as `answerers`.
+    """
+    found: dict[str, Predictions] = {}
+    made = answerers(task, sets, config)
+    networks = (task.model, task.vision)
+    before = [network.training for network in networks]
+    try:
+        for network in networks:
+            network.eval()
+        with fixed_parameters(task.model), fixed_parameters(task.vision):
+            for name, split in sets.items():
+                inputs_of = partial(task.inputs, name, images=split.images)
+                found[name] = predict(made[name], split.table, inputs_of, limit)
+    finally:
+        for network, training in zip(networks, before, strict=True):
+            network.train(training)
+    return found

@@ -11,14 +11,14 @@ from transformers import BartTokenizer
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from dora_mm.config.vl import VIDEO_TASKS
-from dora_mm.data.mixing import TaskBatches
-from dora_mm.data.randomness import generator
-from dora_mm.data.video import split_subtitles
-from dora_mm.data.vl import Example
-from dora_mm.models.vl_bart import VLBart, VLInputs, token_log_likelihood
-from dora_mm.models.vl_text import encode_inputs, encode_targets
-from dora_mm.tasks.eyes import Eyes
-from dora_mm.tasks.vl_sets import TrainingSet
+from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.mixing import TaskBatches
+from dora_mm.data.vl.readers.video import split_subtitles
+from dora_mm.data.vl.splits import TrainingSet
+from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
+from dora_mm.models.vl_bart.text import encode_inputs, encode_targets
+from dora_mm.tasks.vision import VisionEncoder
+from dora_mm.utils.randomness import generator
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class VLBatch:
 class VLBartTask:
     """Turns examples into what the model reads, and batches into a loss."""
 
-    def __init__(self, model: VLBart, tokenizer: BartTokenizer, eyes: Eyes):
-        self.model, self.tokenizer, self.eyes = model, tokenizer, eyes
+    def __init__(self, model: VLBart, tokenizer: BartTokenizer, vision: VisionEncoder):
+        self.model, self.tokenizer, self.vision = model, tokenizer, vision
 
     def check(self, tasks: Iterable[str]) -> None:
         """Raises ValueError where the model was made for clips and a task shows pictures, or the other way round."""
@@ -51,10 +51,10 @@ class VLBartTask:
             before, texts = zip(*(split_subtitles(example.text) for example in examples), strict=True)
             if task == "yc2c":  # told by its subtitles alone
                 texts = [""] * len(examples)
-            visual, seen = self.eyes.look_at_clips([example.images[0] for example in examples])
+            visual, seen = self.vision.encode_clips([example.images[0] for example in examples])
         else:
             before, texts = None, [example.text for example in examples]
-            visual = self.eyes.look([example.images for example in examples], images)
+            visual = self.vision.encode([example.images for example in examples], images)
             seen = torch.ones(len(examples), self.num_visual_tokens(visual), dtype=torch.long)
         max_positions = self.model.config.max_position_embeddings
         ids, mask = encode_inputs(self.tokenizer, task, texts, before, max_positions=max_positions)

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dora_mm.config.loader import differing_keys, dump_config, load_config
+from dora_mm.config.loader import differing_keys, load_config
 from dora_mm.config.schema import LearningRates, PipelineConfig
 from dora_mm.eval.comparison import Variant
-from dora_mm.io.atomic import write_text
 from dora_mm.train.jobs import Job, run_jobs, start_job
-from dora_mm.train.run import RunDirectory
+from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.utils.atomic import write_text
 
 log = logging.getLogger(__name__)
 DONE = "summary.json"  # the last thing that a training writes
@@ -60,7 +60,7 @@ def open_campaign(config: PipelineConfig, output: str, inputs: Mapping[str, str]
     folder = Path(output).expanduser()
     saved = folder / "config.yaml"
     if not folder.exists():
-        return RunDirectory.create(config.name, dump_config(config), output, inputs=inputs).path
+        return open_run(config, inputs).path
     if not saved.is_file():
         raise ValueError(f"output: {folder} exists and is no comparison: name another folder")
     differing = [key for key in differing_keys(load_config(saved), config) if key not in free]

@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from dora_mm.config.schema import TrainConfig
 from dora_mm.core import fixed_parameters
-from dora_mm.data.randomness import generator
 from dora_mm.train.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
 from dora_mm.train.run import RunDirectory
+from dora_mm.utils.randomness import generator
 
 Hook = Callable[[int], None]
 
@@ -84,7 +84,7 @@ def fit(
             while step < config.steps:
                 rate = float(schedule.get_last_lr()[0])
                 with interrupt:
-                    with fixed_parameters(modules, uses=config.accumulation):
+                    with fixed_parameters(modules, num_passes=config.gradient_accumulation_steps):
                         value = _accumulate(accelerator, trained, config, seed, step, batch_at)
                     norm = _update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                     step += 1
@@ -151,17 +151,17 @@ class _LossModule(nn.Module):
 def _accumulate(accelerator, trained, config, seed, step, batch_at) -> float:
     """Adds up the gradients of one optimizer step's batches; returns their mean loss."""
     total = torch.zeros((), device=accelerator.device)
-    for micro in range(config.accumulation):
-        number = step * config.accumulation + micro
+    for micro in range(config.gradient_accumulation_steps):
+        number = step * config.gradient_accumulation_steps + micro
         stream = generator(seed, number, f"loss {accelerator.process_index}", accelerator.device)
         dropout = generator(seed, number, f"dropout {accelerator.process_index}").initial_seed()
-        last = micro + 1 == config.accumulation
+        last = micro + 1 == config.gradient_accumulation_steps
         with seeded(dropout, accelerator.device), contextlib.nullcontext() if last else accelerator.no_sync(trained):
             with accelerator.autocast():
                 value = trained(batch_at(number), stream)
-            accelerator.backward(value / config.accumulation)
+            accelerator.backward(value / config.gradient_accumulation_steps)
         total += value.detach().float()
-    return (accelerator.reduce(total, "mean") / config.accumulation).item()
+    return (accelerator.reduce(total, "mean") / config.gradient_accumulation_steps).item()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from dora_mm.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
-from dora_mm.config.vl import VLTrainConfig
+from dora_mm.config.schema import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -61,9 +60,9 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> 
     return [{"params": members, "lr": lr} for lr, members in split.items() if members]
 
 
-def planned(train: VLTrainConfig, schedule: ScheduleConfig, batches_per_epoch: int) -> TrainConfig:
+def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, batches_per_epoch: int) -> TrainConfig:
     """With `epochs` as steps. ValueError where warming up would take all of them."""
-    steps = train.steps or -(-(train.epochs or 1) * batches_per_epoch // train.accumulation)
+    steps = train.steps or -(-(train.epochs or 1) * batches_per_epoch // train.gradient_accumulation_steps)
     if schedule.warmup_steps >= steps:
         raise ValueError(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.epochs' {steps} steps")
     return train.model_copy(update={"steps": steps})
@@ -74,7 +73,7 @@ def build_schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning-rate schedule over `steps` optimizer steps."""
     name = "constant_with_warmup" if config.name == "constant" else config.name
-    warmup = config.warmup_steps or round(config.warmup_share * steps)
+    warmup = config.warmup_steps or round(config.warmup_ratio * steps)
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from dora_mm.config.loader import dump_config
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.io.atomic import write_text
+from dora_mm.utils.atomic import write_text
 
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
@@ -87,8 +87,18 @@ def start_run(
         return RunDirectory.resume(resume, inputs)
     made: list[Any] = [None]
     if accelerator.is_main_process:
-        made = [RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)]
+        made = [open_run(config, inputs)]
     return broadcast_object_list(made)[0]
+
+
+def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) -> RunDirectory:
+    """A new run directory: the config's `output`, or the next number of `runs/<name>`. Raises as RunDirectory.create.
+
+    Args:
+        config: Its resolved text is saved in the folder.
+        inputs: Digests, by what they are of, of the files that the config only names.
+    """
+    return RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)
 
 
 def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:

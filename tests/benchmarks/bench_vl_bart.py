@@ -3,7 +3,7 @@ answers beside single ones.
 
 bart-base size with random weights, fp32, the paper's run: q and v of all attentions at rank 128; visual embedding,
 biases and norms train too. 8 questions a pass, 20 tokens of text and 36 of a picture, answers of 4 tokens, AdamW. A
-step is one pass, or four of which the gradients add up (train.accumulation: 4). The arms take turns.
+step is one pass, or four of which the gradients add up (train.gradient_accumulation_steps: 4). The arms take turns.
 """
 
 import copy
@@ -23,8 +23,8 @@ from transformers import BartConfig
 
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
 from dora_mm.config.vl import VLModelConfig
-from dora_mm.models.vl_bart import VLBart, VLInputs, further_parameters
-from dora_mm.models.vl_loading import BART_BASE, config_of, from_bart, load_vl_bart
+from dora_mm.models.vl_bart.loading import BART_BASE, config_of, from_bart, load_vl_bart
+from dora_mm.models.vl_bart.model import VLBart, VLInputs, extra_trainable_parameters
 
 ROUNDS = {1: 15, 4: 7}  # by the passes of a step
 TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
@@ -43,11 +43,11 @@ def embedded() -> VLBart:
 
 def ours(model: VLBart):
     inject(model, "bart", DoRASpec(rank=128, alpha=128))
-    return model, [*further_parameters(model, TRAINS).values(), *adapter_parameters(model).values()]
+    return model, [*extra_trainable_parameters(model, TRAINS).values(), *adapter_parameters(model).values()]
 
 
 def peers(model: VLBart, *, use_dora: bool):
-    further = list(further_parameters(model, TRAINS).values())
+    further = list(extra_trainable_parameters(model, TRAINS).values())
     config = peft.LoraConfig(r=128, lora_alpha=128, target_modules=TARGETS, use_dora=use_dora)
     wrapped = peft.get_peft_model(model, config)
     return wrapped, [*further, *(p for p in wrapped.parameters() if p.requires_grad)]
@@ -55,7 +55,7 @@ def peers(model: VLBart, *, use_dora: bool):
 
 def frozen(model: VLBart):
     """No adapters: what trains beside them alone."""
-    return model, list(further_parameters(model, TRAINS).values())
+    return model, list(extra_trainable_parameters(model, TRAINS).values())
 
 
 def inputs(batch: int, num_words: int = 50_000, feature_dim: int = 2048) -> VLInputs:
@@ -73,7 +73,7 @@ class Arm:
 
     def step(self, batch: VLInputs, labels: torch.Tensor, passes: int) -> float:
         started = time.perf_counter()
-        with fixed_parameters(self.model, uses=passes):
+        with fixed_parameters(self.model, num_passes=passes):
             for _ in range(passes):
                 self.model(**batch._asdict(), labels=labels).loss.backward()
         self.optimizer.step()

@@ -78,8 +78,8 @@ def measure(folder: Path) -> None:
     """Reads until the first batch is there, and prints the peak of resident memory in MB."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from dora_mm.config.vl import SourceConfig
-    from dora_mm.data.mixing import TaskBatches
-    from dora_mm.data.tables import open_table
+    from dora_mm.data.vl.mixing import TaskBatches
+    from dora_mm.data.vl.tables import open_table
 
     source = SourceConfig(
         format="vqa_v2",

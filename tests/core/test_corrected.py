@@ -142,13 +142,13 @@ def test_several_adapters():
 def test_which_form_ran(form, monkeypatch):
     """That the fixture decides, for what the other tests take as small changes."""
     ran = []
-    for name in ("split", "twofold"):
+    for name in ("split", "concatenated"):
         real = getattr(CORRECTED, name)
         monkeypatch.setattr(type(CORRECTED), name, lambda self, *a, n=name, real=real: ran.append(n) or real(*a))
     W0, adapter = make(24, 40, 3, dtype=torch.float32, size=0.02)
     adapter = adapter._replace(magnitude=W0.norm(dim=1) * 1.05)
     fused.adapted_product(bf16(30, 40), W0.bfloat16(), None, [adapter])
-    assert ran == ["split" if form == "split" else "twofold"]
+    assert ran == ["split" if form == "split" else "concatenated"]
 
 
 def test_nothing_of_the_weights_size_is_kept(form):

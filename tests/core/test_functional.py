@@ -118,7 +118,7 @@ def test_rows_are_regular_where_no_norm_is_zero_and_no_gain_is_small(change, reg
     m = dora.row_norm(W0)
     W0[2] *= change.get("W0", 1.0)
     m[3] *= change.get("m", 1.0)
-    rows = dora.rows_of(W0, dora.Adapter(torch.randn(2, 8), torch.zeros(6, 2), m))
+    rows = dora.row_gains(W0, dora.Adapter(torch.randn(2, 8), torch.zeros(6, 2), m))
     assert rows.regular == regular
     assert rows.gain.isfinite().all()
 

@@ -21,9 +21,9 @@ FORMS = ("stacked", "split", "merged")
 
 def product(x, W0, bias, adapters, form="merged", **options):
     """The form follows from how many passes the built weight would serve, and from what is known already."""
-    prepared = Prepared(uses=math.inf if form == "merged" else 0)
+    prepared = Prepared(num_passes=math.inf if form == "merged" else 0)
     if form == "split":
-        prepared.rows = fused.find_rows(W0, adapters, fused.LINEAR, None)
+        prepared.rows = fused.find_row_gains(W0, adapters, fused.LINEAR, None)
     return adapted_product(x, W0, bias, adapters, prepared=prepared, **options)
 
 
@@ -110,22 +110,22 @@ def test_the_form_changes_where_the_counted_costs_meet(out, inner, rank):
     assert split_pays(edge - 1, out, inner, rank)
     if edge > 2 * MOST_TOKENS_BACK:
         assert not split_pays(
-            edge // 2 + 1, out, inner, rank, uses=2
+            edge // 2 + 1, out, inner, rank, num_passes=2
         )  # a weight that serves twice pays at half as many
-    assert not split_pays(1, out, inner, rank, uses=math.inf)
+    assert not split_pays(1, out, inner, rank, num_passes=math.inf)
 
 
 def test_few_tokens_split_however_often_a_weight_would_serve():
     """1280 x 1280, 64 tokens, 8 passes: 26.0 ms a layer split, 27.2 merged, and no W' of 6.5 MB."""
-    assert split_pays(64, 1280, 1280, 16, uses=8)
-    assert not split_pays(512, 1280, 1280, 16, uses=8)
-    assert not split_pays(64, 1280, 1280, 16, uses=math.inf)
+    assert split_pays(64, 1280, 1280, 16, num_passes=8)
+    assert not split_pays(512, 1280, 1280, 16, num_passes=8)
+    assert not split_pays(64, 1280, 1280, 16, num_passes=math.inf)
 
 
 def test_a_checkpointed_unet_at_512_px_builds_no_weight_in_its_1280_wide_layers():
     """256 tokens, read in the pass and in its recomputation: hundreds of W' at once would be 2.4 GB of new memory."""
-    assert split_pays(256, 1280, 1280, 16, uses=2)
-    assert not split_pays(4096, 1280, 1280, 16, uses=2)
+    assert split_pays(256, 1280, 1280, 16, num_passes=2)
+    assert not split_pays(4096, 1280, 1280, 16, num_passes=2)
 
 
 def test_half_precision_splits_only_where_it_is_rounded_once():
@@ -142,8 +142,8 @@ def test_the_edge_of_the_choice_in_half_precision(out, inner, rank):
     edge = next(t for t in range(1, 100_000) if not half_split_pays(t, out, inner, rank))
     assert edge > 1
     assert half_split_pays(edge - 1, out, inner, rank)
-    assert not half_split_pays((edge + 1) // 2, out, inner, rank, uses=2)
-    assert not half_split_pays(1, out, inner, rank, uses=math.inf)
+    assert not half_split_pays((edge + 1) // 2, out, inner, rank, num_passes=2)
+    assert not half_split_pays(1, out, inner, rank, num_passes=math.inf)
     lora = [fused.Adapter(torch.randn(rank, inner), torch.randn(out, rank), None)]
     x, weight = torch.randn(edge, inner).bfloat16(), torch.randn(out, inner).bfloat16()
     assert fused.stays_split(x, weight, lora, fused.CORRECTED, 1, torch.bfloat16)
@@ -153,7 +153,7 @@ def test_the_edge_of_the_choice_in_half_precision(out, inner, rank):
 @pytest.mark.parametrize("tokens", [1, 5, 70, 200])
 def test_few_tokens_on_either_kind_of_processor(turned, tokens, monkeypatch):
     """Intel's multiply few rows as they are, others turned, with W0 A^T out of the same product and without."""
-    monkeypatch.setattr(fused, "TURNING_PAYS", turned)
+    monkeypatch.setattr(fused, "TRANSPOSING_PAYS", turned)
     monkeypatch.setattr(fused, "stays_split", lambda *_: True)
     W0, adapter = make(48, 64, 4, dtype=torch.float32)
     x, bias, dY = torch.randn(tokens, 64).requires_grad_(), torch.randn(48), torch.randn(tokens, 48)

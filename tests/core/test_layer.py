@@ -261,7 +261,7 @@ def test_gradients_inside_the_promise(uses):
     x = torch.randn(5, 32, requires_grad=True)
     wanted = [x, *layer.adapter_tensors().values()]
     expected = torch.autograd.grad(layer(x).sum(), wanted)
-    with fixed_parameters(layer, uses=uses):
+    with fixed_parameters(layer, num_passes=uses):
         with torch.no_grad():
             layer(x)
         for _ in range(2):

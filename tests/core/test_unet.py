@@ -9,7 +9,7 @@ import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters
 from dora_mm.core import adapted_layers, fused
 from dora_mm.core.functional import merge_adapters
-from dora_mm.models.tiny_sdxl import build_unet
+from samples.build.pretraining.tiny_sdxl import build_unet
 from tests.core import reference
 
 ALL_PARTS = ("attn", "cross", "ff", "conv")

@@ -86,7 +86,7 @@ def test_a_change_between_passes_is_seen(change, tokens):
         _, layer = reference.linear(32, 24)
         reference.randomize(layer)
         x = torch.randn(tokens, 32)
-        with fixed_parameters(layer, uses=uses):
+        with fixed_parameters(layer, num_passes=uses):
             layer(x)
         CHANGES[change](layer)
         assert reference.relative_error(layer(x.to(layer.weight.dtype)), expected(layer, x)) < 1e-6
@@ -136,7 +136,7 @@ def test_a_copy_keeps_no_promise_of_the_original():
 @pytest.fixture
 def counted(monkeypatch):
     """How often W' was built, and norms were computed beside it or from it."""
-    counts = {"merge_adapters": 0, "updated_norm": 0, "rows_of_directions": 0}
+    counts = {"merge_adapters": 0, "updated_norm": 0, "row_gains_of_directions": 0}
 
     def counting(name):
         real = getattr(functional, name)
@@ -166,7 +166,7 @@ def model(depth=3):
 def accumulate(net, batches, *, checkpointing, fixed=True):
     for parameter in adapter_parameters(net).values():
         parameter.grad = None
-    with fixed_parameters(net, uses=len(batches) if fixed else 1):
+    with fixed_parameters(net, num_passes=len(batches) if fixed else 1):
         for x in batches:
             x = x.clone().requires_grad_()
             for layer in net:
@@ -180,9 +180,9 @@ def accumulate(net, batches, *, checkpointing, fixed=True):
 def test_accumulation_gives_the_same_bits_with_and_without_checkpointing(tokens, passes, counted):
     net, batches = model(), [torch.randn(tokens, 32) for _ in range(passes)]
     plain = accumulate(net, batches, checkpointing=False)
-    assert counted["updated_norm"] + counted["rows_of_directions"] == len(net)
+    assert counted["updated_norm"] + counted["row_gains_of_directions"] == len(net)
     again = accumulate(net, batches, checkpointing=True)
-    assert counted["updated_norm"] + counted["rows_of_directions"] == 2 * len(net)
+    assert counted["updated_norm"] + counted["row_gains_of_directions"] == 2 * len(net)
     assert counted["merge_adapters"] in (0, 2 * len(net))
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
@@ -211,7 +211,7 @@ def test_checkpoints_of_few_and_of_many_tokens(dtype, uses):
     """The second pass builds W'; the first, made again, has to save what it saved."""
     layer = reference.randomize(adapt_layer(nn.Linear(48, 64).to(dtype), DoRASpec(4), path="layer"))
     few, many = (torch.randn(tokens, 48).to(dtype).requires_grad_() for tokens in (2, 5000))
-    with fixed_parameters(layer, uses=uses):
+    with fixed_parameters(layer, num_passes=uses):
         total = checkpoint(layer, few, use_reentrant=False).sum() + checkpoint(layer, many, use_reentrant=False).sum()
         total.backward()
     found = layer.lora_B.grad.clone()

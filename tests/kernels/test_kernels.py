@@ -142,7 +142,7 @@ def test_row_sums(tokens, dtype):
 @pytest.mark.parametrize("low", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_magnitude_grad(dtype, low, has_bias):
-    """Rows 1 and 4 have a small gain and, with a bias, row 2 one that drowns y; row 3 has no norm."""
+    """RowGains 1 and 4 have a small gain and, with a bias, row 2 one that drowns y; row 3 has no norm."""
     dY, x, W0 = random(70, 9, dtype=dtype), random(70, 150, dtype=dtype, seed=1), random(9, 150, dtype=dtype, seed=2)
     A, B = (random(5, 150, seed=3), random(9, 5, seed=4)) if low else (None, None)
     V = W0.double() + (0.5 * B.double() @ A.double() if low else 0)

@@ -10,7 +10,9 @@ from torch import nn
 from tqdm import tqdm
 
 from dora_mm.eval import bench_results, timing
-from pipelines import bench
+from dora_mm.recipes import PIPELINES
+
+bench = PIPELINES.load("bench")
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -13,12 +13,14 @@ import yaml
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.eval.comparison import FULL, Variant
-from dora_mm.models.vl_loading import from_bart, save_vl_bart
+from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.recipes import PIPELINES
 from dora_mm.train import campaign, jobs
 from dora_mm.train.campaign import Training
 from dora_mm.train.jobs import Job
-from pipelines import compare_vl
-from tests.models.vl import DIM, small_bart, small_tokenizer
+from tests.models.vl_bart.small import DIM, small_bart, small_tokenizer
+
+compare_vl = PIPELINES.load("compare_vl")
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "vl"
 QUESTIONS = SAMPLES / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -188,9 +190,9 @@ def test_a_campaign_is_cut_off_goes_on_and_reports(comparison, commands, tmp_pat
     trained = next(
         training for rate in (1e-3, 1e-2, 1e-1) if (training := Training(Variant("lora", 4), rate, 1)).name == chosen
     )
-    marks = one.marks([one.answers(trained.name, trained)])
+    found = one.scores([one.answers(trained.name, trained)])
     for task in ("vqa", "nlvr2"):
-        assert 100 * marks[task].values_QS.mean() == pytest.approx(scores[task]["metrics"]["accuracy"])
+        assert 100 * found[task].values_QS.mean() == pytest.approx(scores[task]["metrics"]["accuracy"])
 
     assert main(["eval", comparison(steps=3)]) == 2
     assert "started with other values of steps" in capsys.readouterr().err
@@ -213,7 +215,7 @@ def test_every_training_that_adapts_the_tower_answers_with_its_own(comparison, b
     training = Training(Variant("lora", 4), 0.01, 1)
     found.trainings.train([training])
     assert len(found.answers(training.name, training)["vqa"]) == len(found.examples["vqa"])
-    assert not any("lora_A" in name for name, _ in found.eyes.named_parameters())
+    assert not any("lora_A" in name for name, _ in found.vision.named_parameters())
 
 
 def test_what_trainings_have_in_place_of_the_bases_values(comparison, base):
@@ -229,10 +231,10 @@ def test_what_trainings_have_in_place_of_the_bases_values(comparison, base):
     assert (half.train.steps, half.train.epochs, half.train.checkpoint_every, half.evaluate.every) == (2, None, 0, 0)
     lora, dora = trained(Variant("lora", 4)), trained(Variant("dora", 4))
     assert lora.adapter.alpha / lora.adapter.rank == dora.adapter.alpha / dora.adapter.rank == 3.0
-    assert lora.adapter.trains == dora.adapter.trains == loaded.adapter.trains
+    assert lora.adapter.extra_trainable == dora.adapter.extra_trainable == loaded.adapter.extra_trainable
     full = trained(FULL)
     assert full.adapter.parts == ("text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko")
-    assert full.adapter.trains == ("visual_embedding", "biases", "norms", "embeddings")
+    assert full.adapter.extra_trainable == ("visual_embedding", "biases", "norms", "embeddings")
     assert (full.adapter.dropout, lora.adapter.dropout) == (0.0, 0.1)
 
 

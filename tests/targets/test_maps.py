@@ -11,8 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import dora_mm
 from dora_mm import DoRASpec, targets
 from dora_mm.core.targets import match_modules
-from dora_mm.models.sdxl import FULL_SIZE
-from dora_mm.models.tiny_sdxl import build_unet
+from dora_mm.models.sdxl.loading import FULL_SIZE
+from samples.build.pretraining.tiny_sdxl import build_unet
 
 
 def full_size_unet():

@@ -5,13 +5,13 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dora_mm.config.vl import VisionConfig
-from dora_mm.data.video import SUBTITLES_END
-from dora_mm.data.vl import Example
-from dora_mm.models.vl_text import decode
-from dora_mm.tasks.eyes import Eyes, resize_frames
+from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.readers.video import SUBTITLES_END
+from dora_mm.data.vl.splits import TrainingSet
+from dora_mm.models.vl_bart.text import decode
+from dora_mm.tasks.vision import VisionEncoder, resize_frames
 from dora_mm.tasks.vl_bart import VLBartTask, VLBatches, draw_answer
-from dora_mm.tasks.vl_sets import TrainingSet
-from tests.models.vl import DIM, small_tokenizer, small_vl_bart
+from tests.models.vl_bart.small import DIM, small_tokenizer, small_vl_bart
 
 NAMES = ("a.png", "b.png", "c.png")
 
@@ -40,8 +40,8 @@ def grids(tmp_path):
 
 @pytest.fixture
 def task(grids):
-    eyes = Eyes(VisionConfig(features=(str(grids),)))
-    return VLBartTask(small_vl_bart(), small_tokenizer(), eyes)
+    vision = VisionEncoder(VisionConfig(features=(str(grids),)))
+    return VLBartTask(small_vl_bart(), small_tokenizer(), vision)
 
 
 def example(index: int = 0, **changes) -> Example:
@@ -106,7 +106,7 @@ def test_a_row_without_answers_adds_nothing_to_a_mean_over_tokens(task, name):
 
 @pytest.mark.parametrize(("visual", "name", "kind"), [("image", "tvqa", "clips"), ("video", "vqa", "pictures")])
 def test_a_model_of_the_other_kind_is_refused(grids, visual, name, kind):
-    task = VLBartTask(small_vl_bart(visual), small_tokenizer(), Eyes(VisionConfig(features=(str(grids),))))
+    task = VLBartTask(small_vl_bart(visual), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(grids),))))
     with pytest.raises(ValueError, match=f"{name} is a task of {kind}"):
         task.check([name])
 
@@ -129,7 +129,7 @@ def test_a_long_question_is_cut_to_twenty_tokens(task):
 
 
 def test_subtitles_are_cut_and_never_the_question(clips):
-    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), Eyes(VisionConfig(features=(str(clips),))))
+    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
     asked = "[Q] what color is the bus? [Choices] a0: red. a1: two dogs."
     row = example(
         images=("long",), text=f"[Subs] {'a red cat ' * 900}{SUBTITLES_END}{asked}", answers=("a1",), scores=(1.0,)
@@ -142,7 +142,7 @@ def test_subtitles_are_cut_and_never_the_question(clips):
 
 
 def test_clips_are_resized_to_64_frames(clips):
-    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), Eyes(VisionConfig(features=(str(clips),))))
+    task = VLBartTask(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
     rows = [example(images=(name,), text=f"{SUBTITLES_END}[Q] is there?") for name in ("short", "long")]
     inputs = task.inputs("how2qa", rows, None)
     assert inputs.visual_features.shape == (2, 1, 64, DIM)
@@ -160,29 +160,29 @@ def test_long_clips_keep_their_maxima():
 def test_pictures_are_looked_at_where_there_are_no_features(tmp_path):
     for index, name in enumerate(NAMES):
         Image.new("RGB", (40, 30), (index * 80, 20, 20)).save(tmp_path / name)
-    eyes = Eyes(VisionConfig(tower="timm/resnet10t", pretrained=None))
-    tokens = eyes.look([("a.png", "b.png"), ("b.png", "c.png")], str(tmp_path))
+    vision = VisionEncoder(VisionConfig(tower="timm/resnet10t", pretrained=None))
+    tokens = vision.encode([("a.png", "b.png"), ("b.png", "c.png")], str(tmp_path))
     assert tokens.shape[:2] == (2, 2)
-    assert tokens.shape[3] == eyes.feature_dim
+    assert tokens.shape[3] == vision.feature_dim
     torch.testing.assert_close(tokens[0, 1], tokens[1, 0])
     assert not torch.allclose(tokens[0, 0], tokens[0, 1])
     (tmp_path / "a.png").unlink()  # kept from the first look
-    assert torch.equal(eyes.look([("a.png",)], str(tmp_path))[0, 0], tokens[0, 0])
+    assert torch.equal(vision.encode([("a.png",)], str(tmp_path))[0, 0], tokens[0, 0])
 
 
 def test_what_is_kept_does_not_depend_on_who_asks_first(tmp_path):
     Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / "a.png")
     config = VisionConfig(tower="timm/resnet10t", pretrained=None)
-    plain, other = Eyes(config), Eyes(config)
+    plain, other = VisionEncoder(config), VisionEncoder(config)
     with torch.autocast("cpu", torch.bfloat16):
-        first = other.look([("a.png",)], str(tmp_path))
+        first = other.encode([("a.png",)], str(tmp_path))
     assert first.dtype == torch.float32
-    assert torch.equal(first, plain.look([("a.png",)], str(tmp_path)))
+    assert torch.equal(first, plain.encode([("a.png",)], str(tmp_path)))
 
 
 def test_random_towers_are_drawn_from_the_seed(tmp_path):
     config = VisionConfig(tower="timm/resnet10t", pretrained=None)
-    one, same, other = (Eyes(config, seed=seed).identity for seed in (1, 1, 2))
+    one, same, other = (VisionEncoder(config, seed=seed).identity for seed in (1, 1, 2))
     assert one == same
     assert one != other
 
@@ -190,21 +190,21 @@ def test_random_towers_are_drawn_from_the_seed(tmp_path):
 def test_kept_pictures_are_bounded(tmp_path, monkeypatch):
     for name in NAMES:
         Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / name)
-    eyes = Eyes(VisionConfig(tower="timm/resnet10t", pretrained=None))
-    size = eyes.look([("a.png",)], str(tmp_path)).nbytes
-    monkeypatch.setattr("dora_mm.tasks.eyes.KEPT_BYTES", 2 * size)
-    eyes.look([("b.png",)], str(tmp_path))
-    eyes.look([("a.png",)], str(tmp_path))  # asked for again, so b is the oldest
-    eyes.look([("c.png",)], str(tmp_path))
-    assert [path.name for path in eyes._kept] == ["a.png", "c.png"]
+    vision = VisionEncoder(VisionConfig(tower="timm/resnet10t", pretrained=None))
+    size = vision.encode([("a.png",)], str(tmp_path)).nbytes
+    monkeypatch.setattr("dora_mm.tasks.vision.KEPT_BYTES", 2 * size)
+    vision.encode([("b.png",)], str(tmp_path))
+    vision.encode([("a.png",)], str(tmp_path))  # asked for again, so b is the oldest
+    vision.encode([("c.png",)], str(tmp_path))
+    assert [path.name for path in vision._kept] == ["a.png", "c.png"]
 
 
 def test_a_trained_tower_keeps_nothing_and_gets_gradients(tmp_path):
     Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / "a.png")
-    eyes = Eyes(VisionConfig(tower="timm/resnet10t", pretrained=None), trained=True).requires_grad_()
-    eyes.look([("a.png",)], str(tmp_path)).sum().backward()
-    assert any(parameter.grad is not None for parameter in eyes.parameters())
-    assert not eyes._kept
+    vision = VisionEncoder(VisionConfig(tower="timm/resnet10t", pretrained=None), trained=True).requires_grad_()
+    vision.encode([("a.png",)], str(tmp_path)).sum().backward()
+    assert any(parameter.grad is not None for parameter in vision.parameters())
+    assert not vision._kept
 
 
 class Table(list):

@@ -28,7 +28,7 @@ def job(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, d
     parameters = dict(network.named_parameters())
     config = TrainConfig(**{"steps": 12, "batch_size": 4, "log_every": 3, **train})
     made = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
-    planned = build_schedule(made, ScheduleConfig(name=schedule), config.steps)
+    with_steps = build_schedule(made, ScheduleConfig(name=schedule), config.steps)
     accelerator = Accelerator(cpu=True)
     made = accelerator.prepare(made)
 
@@ -49,7 +49,7 @@ def job(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, d
             networks={"network": network},
             parameters=parameters,
             optimizer=made,
-            schedule=planned,
+            schedule=with_steps,
             batch_at=batch_at,
             loss=loss or noisy_loss,
             after_step=after_step,
@@ -78,13 +78,13 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("stop", [1, 5, 11])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, name, stop):
-    whole = job(new_run(tmp_path / "whole"), optimizer=OPTIMIZERS[name], accumulation=2)
+    whole = job(new_run(tmp_path / "whole"), optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2)
     whole.fit()
     run = new_run(tmp_path / "parts")
-    first = job(run, optimizer=OPTIMIZERS[name], accumulation=2, after_step=interrupt_at(stop))
+    first = job(run, optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2, after_step=interrupt_at(stop))
     with pytest.raises(KeyboardInterrupt):
         first.fit()
-    second = job(run, optimizer=OPTIMIZERS[name], accumulation=2)
+    second = job(run, optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2)
     assert second.fit() == 12 - stop
     for one, two in zip(whole.network.parameters(), second.network.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -99,16 +99,16 @@ def test_dropout_repeats_and_resumes(tmp_path):
         torch.manual_seed(hash(run.path.name) % 1000)  # whatever state torch's own generator is in
         return made
 
-    whole = with_dropout(new_run(tmp_path / "whole"), accumulation=2)
+    whole = with_dropout(new_run(tmp_path / "whole"), gradient_accumulation_steps=2)
     whole.fit()
-    again = with_dropout(new_run(tmp_path / "again"), accumulation=2)
+    again = with_dropout(new_run(tmp_path / "again"), gradient_accumulation_steps=2)
     again.fit()
     run = new_run(tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):
-        with_dropout(run, accumulation=2, after_step=interrupt_at(5)).fit()
-    resumed = with_dropout(run, accumulation=2)
+        with_dropout(run, gradient_accumulation_steps=2, after_step=interrupt_at(5)).fit()
+    resumed = with_dropout(run, gradient_accumulation_steps=2)
     resumed.fit()
-    plain = job(new_run(tmp_path / "plain"), accumulation=2)
+    plain = job(new_run(tmp_path / "plain"), gradient_accumulation_steps=2)
     plain.fit()
     for one, two, three, four in zip(*(m.network.parameters() for m in (whole, again, resumed, plain)), strict=True):
         assert torch.equal(one, two)
@@ -252,10 +252,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_accumulation_equals_the_mean_of_its_batches(tmp_path):
     """Plain SGD-like check through AdamW's first step: its sign is that of the mean gradient."""
-    made = job(new_run(tmp_path / "run"), steps=1, accumulation=3, max_grad_norm=None)
+    made = job(new_run(tmp_path / "run"), steps=1, gradient_accumulation_steps=3, max_grad_norm=None)
     torch.manual_seed(0)
     twin = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    from dora_mm.data.randomness import generator
+    from dora_mm.utils.randomness import generator
 
     for number in range(3):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))

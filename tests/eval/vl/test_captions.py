@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from dora_mm.data.vl import Example
-from dora_mm.eval import captions
-from dora_mm.eval.vl import main_metric, score, score_row
+from dora_mm.data.vl.example import Example
+from dora_mm.eval.vl import captions
+from dora_mm.eval.vl.metrics import main_metric, score, score_row
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed")
 REFERENCES = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dora_mm.data.vl import Example
-from dora_mm.eval.nlvr2 import sentence_of
-from dora_mm.eval.vl import VLScores, main_metric, report, score, score_row
+from dora_mm.data.vl.example import Example
+from dora_mm.eval.vl.metrics import VLScores, main_metric, report, score, score_row
+from dora_mm.eval.vl.nlvr2 import sentence_of
 
 
 def row(key: str, right: str, said: str, *kinds: str) -> tuple[Example, str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_mm.data.vl import Example
-from dora_mm.eval.examples_page import PageSection, Shown, data_uri, write_examples_page
+from dora_mm.data.vl.example import Example
+from dora_mm.eval.vl.pages import PageSection, Shown, data_uri, write_examples_page
 from tests.eval.vl import browser
 
 RED, BLUE = (220, 40, 30), (30, 60, 220)

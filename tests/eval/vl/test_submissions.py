@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dora_mm.data.vl import Example
-from dora_mm.eval.submissions import FORMATS, suffix, write_predictions
-from dora_mm.eval.vl import CAPTION_TASKS, QUESTION_TASKS, score
+from dora_mm.data.vl.example import Example
+from dora_mm.eval.vl.metrics import CAPTION_TASKS, QUESTION_TASKS, score
+from dora_mm.eval.vl.submissions import FORMATS, suffix, write_predictions
 
 
 def example(key: str, *answers: str, image: str = "a.jpg") -> Example:

@@ -1,0 +1,71 @@
+"""NLVR2: is the sentence true of the two pictures? The official lines, and VL-T5's lists."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
+from dora_mm.config.vl import SourceConfig
+from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.json_items import json_lines, list_items
+from dora_mm.data.vl.rows import BadRows, RowError, Text, good_rows
+
+__all__ = ["read_nlvr2", "read_nlvr2_vlt5"]
+
+
+class _Official(TypedDict):
+    identifier: Text
+    sentence: Text
+    label: NotRequired[Literal["True", "False"]]
+
+
+class _VLT5(TypedDict):
+    identifier: Text
+    img0: Text
+    img1: Text
+    sent: Text
+    label: NotRequired[Literal[0, 1]]
+
+
+OFFICIAL, VLT5 = TypeAdapter(_Official), TypeAdapter(_VLT5)
+
+
+def read_nlvr2(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
+    """Every line of `{train,dev,test1}.json`. "dev-850-0-1" is about `dev-850-0-img0.png` and `dev-850-0-img1.png`.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is bad and `bad` stops at it.
+    """
+    path = Path(source.file)
+
+    def example(row: _Official) -> Example:
+        pair, _, sentence = row["identifier"].rpartition("-")
+        if not pair or not sentence:
+            raise RowError("its identifier does not name a pair of pictures, as dev-850-0-1 does")
+        images = (f"{pair}-img0.png", f"{pair}-img1.png")
+        return _example(row["identifier"], images, row["sentence"], {"True": 1, "False": 0}.get(row.get("label", "")))
+
+    return good_rows(path, json_lines(path), OFFICIAL, example, bad)
+
+
+def read_nlvr2_vlt5(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
+    """Every row of VL-T5's `{train,valid,test}.json`, a list.
+
+    Raises:
+        ValueError: the file is damaged, or a row is bad and `bad` stops at it.
+    """
+    path = Path(source.file)
+
+    def example(row: _VLT5) -> Example:
+        images = tuple(name if Path(name).suffix else f"{name}.png" for name in (row["img0"], row["img1"]))
+        return _example(row["identifier"], images, row["sent"], row.get("label"))
+
+    return good_rows(path, list_items(path), VLT5, example, bad)
+
+
+def _example(identifier: str, images: tuple[str, ...], sentence: str, label: int | None) -> Example:
+    if label is None:
+        return Example(identifier, images, sentence)
+    return Example(identifier, images, sentence, ("true" if label else "false",), (1.0,))

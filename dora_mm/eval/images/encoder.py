@@ -1,0 +1,84 @@
+"""EfficientNet-Lite0 with its ImageNet weights: an image encoder that nobody here trained.
+
+Shapes: N images, P = 2304 content features, T = 608 texture statistics.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+
+INPUT_SIZE = 224
+
+
+@dataclass(frozen=True)
+class Features:
+    """`content`: what is drawn. `texture`: how it is drawn. See `Encoder`."""
+
+    content: np.ndarray  # (N, P)
+    texture: np.ndarray  # (N, T)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> "Features":
+        return Features(self.content[rows], self.texture[rows])
+
+
+def concatenate(parts: Sequence[Features]) -> Features:
+    """The rows of all `parts`, in order."""
+    return Features(np.concatenate([part.content for part in parts]), np.concatenate([part.texture for part in parts]))
+
+
+class Encoder:
+    """Pictures to features.
+
+    Texture: mean and standard deviation of every channel after the stem and the first five of seven stages. Shading and
+    studs are low-level, and the late stages have mostly forgotten them. 3D against fluent flat icons, 128 px, through
+    the embedded VAE, unseen concepts: 0.94 right by these, 0.92 with all stages, 0.90 with the pooled output as well.
+    Content: the pooled output with the last two stages' statistics, which see through a style better than it alone
+    (the right thing among 345 for a brick sculpture at 64 px, no brick in the gallery: 0.79 against 0.53).
+    """
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+        # channels_last is 1.4 times as fast on a CPU (36 against 52 ms a picture on one core)
+        self.model = load_efficientnet_lite0().to(device=self.device, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image], *, batch_size: int = 32, progress: str | None = None) -> Features:
+        """Features of RGB pictures of any size; `progress` names the bar, None shows none."""
+        parts = []
+        with tqdm(total=len(images), desc=progress, unit="image", disable=None if progress else True) as bar:
+            for start in range(0, len(images), batch_size):
+                batch = [to_input(image) for image in images[start : start + batch_size]]
+                parts.append(self._features(torch.stack(batch).to(self.device, memory_format=torch.channels_last)))
+                bar.update(len(batch))
+        return concatenate(parts)
+
+    def _features(self, x: torch.Tensor) -> Features:
+        model = self.model
+        x = model.bn1(model.conv_stem(x))  # timm fuses the activation into its normalisation layers
+        statistics = _channel_statistics(x)
+        for stage in model.blocks:
+            x = stage(x)
+            statistics += _channel_statistics(x)
+        pooled = model.bn2(model.conv_head(x)).mean(dim=(2, 3))
+        content, texture = (torch.cat(each, dim=1) for each in ([pooled, *statistics[-4:]], statistics[:12]))
+        return Features(content.float().cpu().numpy(), texture.float().cpu().numpy())
+
+
+def to_input(image: Image.Image) -> torch.Tensor:
+    """One picture as (3, 224, 224): bicubic, (x - 127) / 128, as the weights were trained."""
+    resized = image.convert("RGB").resize((INPUT_SIZE, INPUT_SIZE), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1)
+    return (pixels - 127.0) / 128.0
+
+
+def _channel_statistics(x_NCHW: torch.Tensor) -> list[torch.Tensor]:
+    return [x_NCHW.mean(dim=(2, 3)), x_NCHW.std(dim=(2, 3))]

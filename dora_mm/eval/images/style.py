@@ -1,0 +1,68 @@
+"""Which style a picture has: a linear classifier on texture statistics, and a distance to a set of real pictures.
+
+Shapes: N pictures, T texture statistics, C classes, D principal components.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dora_mm.eval.statistics import Gaussian, frechet_distance
+
+# One class per row. Noto is drawn with some shading, but the base model is trained on it as a flat style, so that a
+# picture in its manner must not count as a learned style: it belongs to the flat class.
+CLASSES: dict[str, tuple[str, ...]] = {
+    "flat": ("flat", "twemoji", "noto", "contrast"),
+    "3d": ("3d",),
+    "brick": ("brick",),
+}
+STYLES = tuple(style for styles in CLASSES.values() for style in styles)
+
+
+def class_of(style: str) -> str:
+    return next(name for name, styles in CLASSES.items() if style in styles)
+
+
+@dataclass(frozen=True)
+class StyleClassifier:
+    """Multinomial logistic regression on standardised features."""
+
+    mean: np.ndarray  # (T,)
+    scale: np.ndarray  # (T,)
+    weight: np.ndarray  # (C, T)
+    bias: np.ndarray  # (C,)
+
+    def standardize(self, texture_NT: np.ndarray) -> np.ndarray:
+        return (texture_NT - self.mean) / self.scale
+
+    def log_probabilities(self, texture_NT: np.ndarray) -> np.ndarray:
+        """(N, C), classes in the order of CLASSES."""
+        logits_NC = self.standardize(texture_NT) @ self.weight.T + self.bias
+        return logits_NC - log_sum_exp(logits_NC)
+
+
+def log_odds(log_probabilities_NC: np.ndarray, name: str) -> np.ndarray:
+    """log p / (1 - p) of one class, without the rounding of 1 - p: (N,)."""
+    index = list(CLASSES).index(name)
+    others = np.delete(log_probabilities_NC, index, axis=-1)
+    return log_probabilities_NC[..., index] - log_sum_exp(others)[..., 0]
+
+
+def log_sum_exp(x: np.ndarray) -> np.ndarray:
+    top = x.max(axis=-1, keepdims=True)
+    return top + np.log(np.exp(x - top).sum(axis=-1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class StyleSpace:
+    """Principal components of the standardised texture statistics, and the real pictures of every class in them."""
+
+    components: np.ndarray  # (T, D)
+    real: dict[str, Gaussian]
+
+    def project(self, standardized_NT: np.ndarray) -> np.ndarray:
+        return standardized_NT @ self.components
+
+    def distance(self, projected_ND: np.ndarray, name: str) -> float:
+        """Squared Frechet distance to the real pictures of a class; see `frechet_distance` on its bias."""
+        return frechet_distance(Gaussian.of(projected_ND), self.real[name])

@@ -1,0 +1,220 @@
+"""A page of examples: pictures, question, what the model said, and what it should have said.
+
+One HTML file without scripts, fonts or anything else from elsewhere: it opens from the disk, on a phone as well, and
+can be sent to somebody.
+"""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from dora_mm.data.images.pixels import on_white
+from dora_mm.data.vl.example import Example
+from dora_mm.utils.atomic import write_text
+
+SIDE = 320  # pixels of the longer side: two fit beside each other on a phone; about 10 kB each
+VERDICTS = {"right": "right", "part": "partly", "wrong": "wrong"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example.
+
+    score: what the prediction is worth, 0 to 1; None where single predictions have no score (captions). answers with
+    what each is worth; 1 and None are not printed.
+    """
+
+    name: str
+    question: str
+    prediction: str
+    answers: tuple[tuple[str, float | None], ...]
+    score: float | None = None
+    pictures: tuple[Image.Image, ...] = ()
+
+    @classmethod
+    def of(
+        cls, example: Example, prediction: str, score: float | None, pictures: Sequence[Image.Image] = ()
+    ) -> "Shown":
+        answers = tuple(zip(example.answers, example.scores, strict=True))
+        return cls(example.id, example.text, prediction, answers, score, tuple(pictures))
+
+    @property
+    def verdict(self) -> str | None:
+        """A key of VERDICTS; None without a score."""
+        if self.score is None:
+            return None
+        return "right" if self.score >= 1 else "part" if self.score > 0 else "wrong"
+
+
+@dataclass(frozen=True)
+class PageSection:
+    """The examples of one task; `note` stands below the heading."""
+
+    title: str
+    shown: Sequence[Shown]
+    note: str = ""
+
+
+def write_examples_page(path: Path, title: str, sections: Sequence[PageSection]) -> None:
+    """Writes the page; it appears whole or not at all. Pictures are scaled down and embedded."""
+    verdicts = Counter(shown.verdict for section in sections for shown in section.shown)
+    body = "\n".join(_section(number, section) for number, section in enumerate(sections))
+    write_text(
+        path,
+        PAGE.format(title=_text(title), style=STYLE, filters=_filters(verdicts), links=_links(sections), body=body),
+    )
+
+
+def _text(text: str) -> str:
+    """Escaped; halves of surrogate pairs, which JSON can hold and UTF-8 cannot, as question marks."""
+    return escape(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _filters(verdicts: Counter) -> str:
+    """Radio buttons, ahead of all that they filter: style sheets see only what follows. None where nothing has a
+    score."""
+    total = sum(verdicts.values())
+    if verdicts[None] == total:
+        return ""
+    choices = {"all": f"all {total}"} | {key: f"{name} {verdicts[key]}" for key, name in VERDICTS.items()}
+    inputs = (f'<input type="radio" name="show" id="show-{key}"{" checked" * (key == "all")}>' for key in choices)
+    labels = (f'<label for="show-{key}">{text}</label>' for key, text in choices.items())
+    return "\n".join(inputs) + '\n<nav class="filters" aria-label="filter">' + "".join(labels) + "</nav>"
+
+
+def _links(sections: Sequence[PageSection]) -> str:
+    return "".join(f'<a href="#s{number}">{_text(section.title)}</a>' for number, section in enumerate(sections))
+
+
+def _section(number: int, section: PageSection) -> str:
+    cards = "\n".join(_card(shown) for shown in section.shown)
+    note = f'<p class="note">{_text(section.note)}</p>' if section.note else ""
+    heading = f"<h2>{_text(section.title)}</h2>{note}"
+    return f'<section id="s{number}">\n{heading}\n<div class="cards">\n{cards}\n</div>\n</section>'
+
+
+def _card(shown: Shown) -> str:
+    verdict = shown.verdict
+    mark = ""
+    if verdict is not None:
+        worth = f" ({shown.score:.1f})" if verdict == "part" else ""
+        mark = f'<span class="mark">{VERDICTS[verdict]}{worth}</span>'
+    question = f'<p class="question" dir="auto">{_text(shown.question)}</p>' if shown.question else ""
+    said = _text(shown.prediction) or "<i>(nothing)</i>"
+    answers = "".join(_answer(*answer) for answer in shown.answers)
+    return (
+        f'<article class="card {verdict or "unscored"}">{_pictures(shown)}\n<div class="words">{question}'
+        f'<p class="said"><span><small>prediction</small> <b dir="auto">{said}</b></span>{mark}</p>\n'
+        f"{answers and f'<ul><li><small>answers</small></li>{answers}</ul>'}"
+        f'<p class="name">{_text(shown.name)}</p></div></article>'
+    )
+
+
+def _answer(answer: str, worth: float | None) -> str:
+    figure = "" if worth is None or worth == 1 else f" <small>{worth:g}</small>"
+    return f'<li><span dir="auto">{_text(answer)}</span>{figure}</li>'
+
+
+def _pictures(shown: Shown) -> str:
+    if not shown.pictures:
+        return '<div class="pictures none">no picture</div>'
+    images = (
+        f'<img src="{data_uri(picture)}" alt="picture {number} of {len(shown.pictures)}" loading="lazy">'
+        for number, picture in enumerate(shown.pictures, start=1)
+    )
+    return f'<div class="pictures">{"".join(images)}</div>'
+
+
+def data_uri(picture: Image.Image, side: int = SIDE) -> str:
+    """A WebP of the picture on white, its longer side at most `side` pixels."""
+    small = on_white(picture)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.save(file, "WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{filters}
+<nav class="sections" aria-label="tasks">{links}</nav>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+STYLE = """
+:root {
+  --paper: #f6f6f4; --card: #fff; --ink: #1c1c1a; --pale: #66665f; --line: #dcdcd6;
+  --right: #1a7f37; --part: #8a5a00; --wrong: #c0261f;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #161614; --card: #22221f; --ink: #ecece6; --pale: #a3a39a; --line: #3a3a35;
+    --right: #5ccf7a; --part: #e0b04c; --wrong: #ff8078;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.45 system-ui, sans-serif; overflow-wrap: anywhere;
+}
+h1 { font-size: 1.5rem; margin: 0 0 .75rem; }
+h2 { font-size: 1.15rem; margin: 1.5rem 0 .5rem; }
+a { color: inherit; }
+input[name=show] { position: fixed; top: 0; opacity: 0; pointer-events: none; }  /* fixed: focus must not scroll */
+nav { display: flex; flex-wrap: wrap; gap: .5rem; }
+.filters { position: sticky; top: 0; z-index: 1; padding: .5rem 0; background: var(--paper); }
+.filters label { padding: .3rem .8rem; border: 1px solid var(--line); border-radius: 2rem; cursor: pointer; }
+.sections { gap: 1rem; margin-top: .25rem; color: var(--pale); }
+section { scroll-margin-top: 3.5rem; }
+.note { margin: 0 0 .75rem; color: var(--pale); }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
+.card {
+  display: flex; flex-direction: column; overflow: hidden;
+  background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+}
+.pictures { display: flex; gap: 2px; background: var(--line); }
+.pictures img { flex: 1; min-width: 0; width: 100%; aspect-ratio: 4 / 3; object-fit: contain; background: var(--card); }
+.pictures.none { padding: 1.5rem; justify-content: center; color: var(--pale); }
+.words { padding: .7rem .9rem; display: flex; flex-direction: column; flex: 1; gap: .4rem; }
+.words p, ul { margin: 0; }
+.question { color: var(--pale); max-height: 12rem; overflow: auto; }  /* of a video: all its subtitles */
+.said { display: flex; gap: .6rem; justify-content: space-between; align-items: baseline; }
+.mark { flex: none; font-size: .85rem; font-weight: 600; }
+.right .mark { color: var(--right); }
+.part .mark { color: var(--part); }
+.wrong .mark { color: var(--wrong); }
+ul { padding: 0; list-style: none; display: flex; flex-wrap: wrap; gap: .3rem; }
+li { padding: .05rem .55rem; border: 1px solid var(--line); border-radius: .9rem; font-size: .9rem; }
+li:first-child { padding: .05rem 0; border: 0; }
+small, .name { color: var(--pale); }
+.words .name { margin-top: auto; font-size: .75rem; }
+input:focus-visible ~ .filters { outline: 2px solid var(--pale); }
+#show-all:checked ~ .filters [for=show-all], #show-right:checked ~ .filters [for=show-right],
+#show-part:checked ~ .filters [for=show-part], #show-wrong:checked ~ .filters [for=show-wrong] {
+  background: var(--ink); color: var(--paper);
+}
+#show-right:checked ~ main .card:not(.right), #show-part:checked ~ main .card:not(.part),
+#show-wrong:checked ~ main .card:not(.wrong) { display: none; }
+#show-right:checked ~ main section:not(:has(.right)), #show-part:checked ~ main section:not(:has(.part)),
+#show-wrong:checked ~ main section:not(:has(.wrong)) { display: none; }
+"""

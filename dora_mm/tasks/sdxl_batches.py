@@ -1,0 +1,124 @@
+"""Captioned pictures as batches for SDXL: latents, text and sizes of the same picture, always."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from dora_mm.config.sdxl import DataConfig
+from dora_mm.data.images.buckets import Framing, choose_bucket, frame
+from dora_mm.data.images.folder import CaptionedImage
+from dora_mm.data.images.latents import LatentCache, Latents, latent_key
+from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_prompts, time_ids
+from dora_mm.models.sdxl.loading import SDXL
+from dora_mm.tasks.sdxl import Conditioned
+from dora_mm.utils.digest import module_digest
+from dora_mm.utils.randomness import batch_of_groups, generator
+
+
+class PromptEncoder:
+    """Prompt and pooled embeddings of captions.
+
+    Encoded once where the text encoders are frozen, and every time where they are trained.
+    """
+
+    def __init__(self, model: SDXL, *, trained: bool):
+        self.model, self.trained = model, trained
+        self._kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
+        """Encodes captions ahead, so that the text encoders can leave the device."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        for start in range(0, len(new), batch_size):
+            part = new[start : start + batch_size]
+            with torch.no_grad():
+                prompt, pooled = encode_prompts(self.model, part)
+            self._kept.update(zip(part, zip(prompt, pooled, strict=True), strict=True))
+
+    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, L, D) and (B, P), L the tokenizer's length: 77 in SDXL."""
+        if self.trained:
+            return encode_prompts(self.model, captions)
+        self.keep(captions)
+        prompt, pooled = zip(*(self._kept[caption] for caption in captions), strict=True)
+        return torch.stack(prompt), torch.stack(pooled)
+
+
+class CaptionedBatches:
+    """Batch number -> batch. What a batch holds depends on (seed, number, process) alone.
+
+    A batch holds pictures of one shape; every epoch sees every picture `repeats` times. Latents are drawn anew from
+    the VAE's posterior each time; a picture whose crop is fixed is encoded once.
+    """
+
+    def __init__(
+        self,
+        model: SDXL,
+        images: Sequence[CaptionedImage],
+        prompts: PromptEncoder,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        process: tuple[int, int] = (0, 1),
+    ):
+        """process: (index, count) where several machines share the work."""
+        self.model, self.images, self.prompts, self.config = model, images, prompts, config
+        self.batch_size, self.seed, self.process = batch_size, seed, process
+        self.cache = LatentCache(config.latent_cache)
+        self.vae_identity = module_digest(model.vae)
+        self.buckets = [choose_bucket(image.size, config.resolution) for image in images]
+        items = [index for index in range(len(images)) for _ in range(config.repeats)]
+        self.groups = [[i for i in items if self.buckets[i] == bucket] for bucket in sorted(set(self.buckets))]
+
+    def encode_all(self) -> None:
+        """Fills the cache ahead of training, for every picture whose crop is fixed."""
+        if self.config.crop == "center":
+            for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
+                for flip in (False, True) if self.config.flip else (False,):
+                    self._latents(index, self._frame(index, flip, None))
+
+    def __call__(self, number: int) -> Conditioned:
+        index, count = self.process
+        number = number * count + index
+        rows = batch_of_groups(self.groups, self.batch_size, number, self.seed)
+        stream = generator(self.seed, number, "framing")
+        framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
+        latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
+        mean, logvar = (torch.stack(each) for each in zip(*latents, strict=True))
+        device = self.model.device
+        prompt, pooled = self._text(
+            [self.images[row].caption for row in rows], generator(self.seed, number, "captions")
+        )
+        sizes = [time_ids(f.original_size, f.crop_top_left, f.target_size) for f in framings]
+        drawn = draw_latents(self.model.vae, mean, logvar, generator(self.seed, number, "latents"))
+        return Conditioned(drawn.to(device), prompt, pooled, torch.stack(sizes).to(device))
+
+    def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
+        return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)
+
+    def _flipped(self, stream: torch.Generator) -> bool:
+        return self.config.flip and bool(torch.rand((), generator=stream) < 0.5)
+
+    def _latents(self, index: int, framing: Framing) -> Latents:
+        image = self.images[index]
+
+        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+            pixels = render(load_rgb(image.path, self.config.background), framing)
+            mean, logvar = encode_images(self.model, pixels[None])
+            return mean[0], logvar[0]
+
+        if self.config.crop == "random":  # a new crop every time: nothing would ever be found again
+            return LatentCache().get("", compute, image.path)
+        key = latent_key(image.digest, framing, self.config.background, self.vae_identity)
+        return self.cache.get(key, compute, image.path)
+
+    def _text(self, captions: list[str], stream: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        dropped = torch.rand(len(captions), generator=stream) < self.config.caption_dropout
+        if self.config.unconditional == "empty":
+            captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
+            return self.prompts(captions)
+        prompt, pooled = self.prompts(captions)
+        kept = (~dropped).to(prompt.device, prompt.dtype)
+        return prompt * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)

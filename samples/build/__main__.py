@@ -1,0 +1,42 @@
+"""python -m samples.build icons | scenes | train CONFIG | eval CONFIG: makes what lies in samples/.
+
+icons     the icons that the small SDXL model is pretrained on, samples/3d_icon and samples/lego
+scenes    samples/vl, and the larger set that the small VL-BART is pretrained on
+train     pretrains a small model, as a config of samples/build/configs says; --set and --resume as in dora-mm
+eval      fits the judge, likewise
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dora_mm import cli
+from dora_mm.recipes import Recipes
+from samples.build.icons import build as icons
+from samples.build.scenes import build as scenes
+from samples.build.schema import SCHEMAS
+
+BUILDERS = {"icons": icons.main, "scenes": scenes.main}
+RECIPES = Recipes(Path(__file__).parent / "recipes", SCHEMAS, "samples.build.recipes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code, as `dora_mm.cli.main` does."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if len(arguments) != 1 or arguments[0] not in BUILDERS:
+        return cli.main(arguments, RECIPES)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        BUILDERS[arguments[0]]()
+    except Exception as error:
+        sentence = cli.sentence_for(error)
+        if sentence is None:
+            raise
+        print(f"samples.build: {sentence}", file=sys.stderr)
+        return cli.MISTAKE
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

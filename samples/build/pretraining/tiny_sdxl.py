@@ -1,0 +1,177 @@
+"""SDXL in small: every part and every special case of its architecture, sized to train on a laptop's processor."""
+
+# pyright: reportArgumentType=false
+# diffusers annotates tuples of any length as tuples of one, transformers tuples as strings.
+
+import gzip
+from importlib.resources import files
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from dora_mm.models.sdxl.loading import SDXL
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+MAX_TOKENS = 40  # its captions have at most 34; SDXL's 77 would cost a tenth of every training step
+TIME_ID_WIDTH = 16  # of each of the six micro-conditioning numbers
+# CLIP's legacy ids, as SDXL's own configs carry them: pooling then takes the highest id, which is END, the last one.
+LEGACY_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+
+
+def build_tokenizers(num_merges: int) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """CLIP's byte-level BPE cut to its first `num_merges` merges; any word still encodes, in smaller pieces.
+
+    As in SDXL, the first tokenizer pads with the end token and the second with "!".
+    """
+    text = gzip.decompress((files("open_clip") / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    merges = [tuple(line.split()) for line in text.split("\n")[1 : num_merges + 1]]
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
+    vocab = {word: index for index, word in enumerate(words)}
+    one, two = (
+        CLIPTokenizer(
+            vocab=vocab,
+            merges=merges,
+            bos_token=START,
+            eos_token=END,
+            unk_token=END,
+            pad_token=pad,
+            model_max_length=MAX_TOKENS,
+        )
+        for pad in (END, "!")
+    )
+    return one, two
+
+
+def build_text_encoders(
+    vocab_size: int, widths: tuple[int, int], depths: tuple[int, int], heads: tuple[int, int]
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Two encoders that differ as SDXL's do: width, depth, activation and projection."""
+    configs = [
+        CLIPTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=num_heads,
+            projection_dim=width,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act=activation,
+            **LEGACY_IDS,
+        )
+        for width, depth, num_heads, activation in zip(widths, depths, heads, ("quick_gelu", "gelu"), strict=True)
+    ]
+    return CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])
+
+
+def build_vae(resolution: int, channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
+    levels = len(channels)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=resolution,
+        force_upcast=True,
+    )
+
+
+@torch.no_grad()
+def shift_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Makes (z - mean) / std of every latent z, channel by channel (C,), inside the VAE's own weights.
+
+    What goes in and comes out stays the same. diffusers' config keys for it (`latents_mean`) assume four channels.
+    """
+    channels = len(mean)
+    encode: Any = vae.quant_conv  # 1 x 1 convolutions next to the latents
+    decode: Any = vae.post_quant_conv
+    encode.bias[:channels] -= mean
+    encode.weight[:channels] /= std.view(-1, 1, 1, 1)
+    encode.bias[:channels] /= std
+    encode.bias[channels:] -= 2 * std.log()  # the second half are log-variances
+    decode.bias += decode.weight[:, :, 0, 0] @ mean
+    decode.weight *= std.view(1, -1, 1, 1)
+    vae.register_to_config(scaling_factor=1.0)
+
+
+def build_unet(
+    latent_size: int,
+    latent_channels: int,
+    channels: tuple[int, int, int],
+    heads: tuple[int, int, int],
+    text_widths: tuple[int, int],
+) -> UNet2DConditionModel:
+    """SDXL's UNet: three levels, attention on the lower two, transformers of depth 1 and 2."""
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        layers_per_block=2,
+        block_out_channels=channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=heads,  # diffusers' name; these are numbers of heads
+        transformer_layers_per_block=(1, 1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=sum(text_widths),
+        norm_num_groups=8,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=6 * TIME_ID_WIDTH + text_widths[1],
+    )
+
+
+def build_scheduler() -> EulerDiscreteScheduler:
+    """SDXL's own betas, but a schedule that ends in noise alone, and v in place of epsilon, which means nothing there.
+
+    SDXL's last step leaves a signal 1/214 as strong as the noise (in variance; Lin et al. 2023, arXiv 2305.08891). With
+    16 x 16 latents its mean still shows: colours and composition of a picture were taken from the noise, not the text.
+    """
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        steps_offset=1,
+        timestep_spacing="trailing",
+    )
+
+
+def build_tiny_sdxl(
+    *,
+    seed: int = 0,
+    resolution: int = 128,
+    num_merges: int = 2000,
+    vae_channels: tuple[int, ...] = (16, 32, 64, 64),
+    latent_channels: int = 8,
+    unet_channels: tuple[int, int, int] = (48, 96, 128),
+    unet_heads: tuple[int, int, int] = (1, 2, 4),
+    text_widths: tuple[int, int] = (64, 96),
+    text_depths: tuple[int, int] = (3, 4),
+    text_heads: tuple[int, int] = (2, 4),
+) -> SDXL:
+    """A model with random weights drawn from `seed`."""
+    tokenizer, tokenizer_2 = build_tokenizers(num_merges)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder, text_encoder_2 = build_text_encoders(len(tokenizer), text_widths, text_depths, text_heads)
+        vae = build_vae(resolution, vae_channels, latent_channels)
+        latent_size = resolution // 2 ** (len(vae_channels) - 1)
+        unet = build_unet(latent_size, latent_channels, unet_channels, unet_heads, text_widths)
+    return SDXL(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        scheduler=build_scheduler(),
+    )

@@ -1,0 +1,29 @@
+"""The tokenizer of the small VL-BART: byte-pair merges of its own texts."""
+
+# pyright: reportArgumentType=false, reportReturnType=false
+# transformers annotates numbers and tokens of a config as None or anything.
+
+import json
+from collections.abc import Iterable
+
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BartTokenizer
+
+from dora_mm.models.vl_bart.text import MAX_TEXT, with_sentinels
+
+
+def train_tokenizer(texts: Iterable[str], num_merges: int) -> BartTokenizer:
+    """A byte-level BPE of these texts, with BART's special tokens; any text encodes."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    bpe = ByteLevelBPETokenizer()
+    vocab_size = len(special) + 256 + num_merges
+    bpe.train_from_iterator(texts, vocab_size=vocab_size, min_frequency=2, special_tokens=special, show_progress=False)
+    vocab = bpe.get_vocab()
+    merges = [tuple(line.split(" ")) for line in _merges(bpe)]
+    vocab["<mask>"] = len(vocab)
+    return with_sentinels(BartTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT))
+
+
+def _merges(bpe: ByteLevelBPETokenizer) -> list[str]:
+    found = json.loads(bpe._tokenizer.to_str())["model"]["merges"]
+    return [pair if isinstance(pair, str) else " ".join(pair) for pair in found]

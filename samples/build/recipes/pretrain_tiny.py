@@ -1,0 +1,284 @@
+"""Trains the embedded model from nothing: its VAE on every style, text encoders and UNet on flat styles only, then the
+VAE's decoder once more, on what the UNet leaves of latents of every style.
+
+The UNet never sees a 3D icon or a brick: those are what adapters learn.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_tokens, time_ids, tokenize
+from dora_mm.models.sdxl.loading import SDXL, config_of, load_sdxl, load_vae
+from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.sdxl import sample
+from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
+from dora_mm.train.loop import fit
+from dora_mm.train.optim import build_optimizer, build_schedule
+from dora_mm.train.run import RunDirectory
+from dora_mm.utils.randomness import batch_indices, generator
+from samples.build.pretraining.icons import ALL_STYLES, STYLE_WORDS, Icon, caption, load_pixels, read_icons, to_signed
+from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl, shift_latents
+from samples.build.pretraining.vae import DecodingTask, ReconstructionTask, psnr
+from samples.build.schema import DecoderStage, PretrainStage, PretrainTinyConfig
+
+log = logging.getLogger(__name__)
+# Vector icons have no size of their own, so the model is told a random one and learns that it does not matter.
+ORIGINAL_SIDES = (128, 1024)
+TEXT_TO_IMAGE = ("unet", "text_encoder", "text_encoder_2")  # what the second stage trains
+
+
+def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
+    folder = resolve_path(config.icons, "icons")
+    every_icon = read_icons(folder, ALL_STYLES)
+    # Three quarters are Fluent's flat icons: the 3D ones that adapters learn from are the same drawings, and what is
+    # drawn uneven for want of training looks shaded.
+    flat_icons = read_icons(folder, (*STYLE_WORDS, *["flat"] * 8), split="pretrain")
+    model = build_tiny_sdxl(
+        seed=config.seed,
+        resolution=config.model.resolution,
+        num_merges=config.model.num_merges,
+        vae_channels=config.model.vae_channels,
+        latent_channels=config.model.latent_channels,
+        unet_channels=config.model.unet_channels,
+    )
+    if config.vae_from:
+        model.vae = finished_vae(config)
+    if config.unet_from:
+        copy_weights(config, model)
+    run = (
+        RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)
+    )
+    model.to(Accelerator(mixed_precision=config.vae.train.mixed_precision).device)  # one for all stages, see schema
+    model.freeze()
+    if not config.vae_from:
+        train_vae(config, model.vae, every_icon, run.stage("vae"))
+    if config.unet:
+        train_unet(config, config.unet, model, flat_icons, run)
+    if config.decoder:
+        train_decoder(config, config.decoder, model, every_icon, run.stage("decoder"))
+    show(config, model, run)
+    log.info("The model is in %s, pictures by it in %s.", run.path / "tiny-sdxl", run.sheet)
+
+
+def finished_vae(config: PretrainTinyConfig) -> AutoencoderKL:
+    folder = resolve_path(config.vae_from or "", "vae_from")
+    vae = load_vae(folder / "vae")
+    found = (config_of(vae).latent_channels, tuple(config_of(vae).block_out_channels))
+    if found != (wanted := (config.model.latent_channels, tuple(config.model.vae_channels))):
+        raise ValueError(
+            f"vae_from: {folder} has {found[0]} latent channels and levels of {found[1]}, the config's model "
+            f"{wanted[0]} and {wanted[1]}"
+        )
+    return vae
+
+
+def copy_weights(config: PretrainTinyConfig, model: SDXL) -> None:
+    """The UNet and text encoders of another model folder, into this one's."""
+    folder = resolve_path(config.unet_from or "", "unet_from")
+    found = load_sdxl(str(folder))
+    for name in TEXT_TO_IMAGE:
+        try:
+            getattr(model, name).load_state_dict(getattr(found, name).state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"unet_from: the {name} in {folder} is of another size than the config's model") from error
+
+
+def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon], run: RunDirectory) -> None:
+    stage = config.vae
+    pixels = load_pixels(icons, config.model.resolution)
+
+    def batch_at(number: int) -> torch.Tensor:
+        return to_signed(pixels[batch_indices(len(pixels), stage.train.batch_size, number, config.seed)])
+
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on a CPU
+    train_stage(config, stage, {"vae": vae}, ReconstructionTask(vae).loss, batch_at, run)
+    vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    vae.requires_grad_(False).eval()
+    normalise(vae, pixels)
+
+
+@torch.no_grad()
+def normalise(vae: Any, pixels: torch.Tensor, num: int = 512) -> None:
+    """Makes the latents' mean 0 and their standard deviation 1, per channel, over some of the pictures."""
+    some = to_signed(pixels[torch.linspace(0, len(pixels) - 1, min(num, len(pixels))).long()]).to(vae.device)
+    means = torch.cat([vae.encode(part).latent_dist.mean for part in some.split(32)])
+    decoded = torch.cat([vae.decode(part).sample for part in means.split(32)])
+    log.info("The VAE reconstructs at %.1f dB.", psnr(decoded, some))
+    shift_latents(vae, means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
+
+
+def train_unet(
+    config: PretrainTinyConfig, stage: PretrainStage, model: SDXL, icons: list[Icon], run: RunDirectory
+) -> None:
+    mean, logvar = encode_icons(model, icons)
+    side = config.model.resolution
+
+    def batch_at(number: int) -> dict[str, torch.Tensor]:
+        size = stage.train.batch_size
+        rows = batch_indices(len(icons), size, number, config.seed)
+        stream = generator(config.seed, number, "captions")
+        ids, ids_2 = tokenize(model, [caption(icons[row], stream, config.unnamed_style) for row in rows])
+        kept = torch.rand(size, generator=stream) >= config.caption_dropout
+        sides = torch.randint(ORIGINAL_SIDES[0], ORIGINAL_SIDES[1] + 1, (size,), generator=stream).tolist()
+        return {
+            "latents": draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents")),
+            "ids": ids,
+            "ids_2": ids_2,
+            "kept": kept.float().view(-1, 1, 1),  # a dropped caption is all zeros, SDXL's own meaning of no prompt
+            "time_ids": torch.stack([time_ids((original, original), (0, 0), (side, side)) for original in sides]),
+        }
+
+    task = DiffusionTask(model.unet, model.scheduler.config, config.loss)
+
+    def loss(batch: dict[str, torch.Tensor], stream: torch.Generator) -> torch.Tensor:
+        # At most 40 tokens: the unfused product makes a whole step a sixth faster on a CPU than the fused kernel.
+        with sdpa_kernel(SDPBackend.MATH):
+            prompt, pooled = encode_tokens(model, batch["ids"], batch["ids_2"])
+            conditioned = Conditioned(
+                batch["latents"], prompt * batch["kept"], pooled * batch["kept"][:, 0], batch["time_ids"]
+            )
+            return task.loss(conditioned, stream)
+
+    trained = {name: getattr(model, name) for name in TEXT_TO_IMAGE}
+    device = model.device
+    average = EMAModel([p for network in trained.values() for p in network.parameters()], decay=config.ema_decay)
+
+    def after_step(step: int) -> None:
+        average.to(device)  # a checkpoint gives it back on the CPU
+        parameters = [p for network in trained.values() for p in network.parameters()]
+        average.step(parameters)
+
+    def observe(step: int) -> None:
+        parameters = [p for network in trained.values() for p in network.parameters()]
+        if config.sample.every and step % config.sample.every == 0 and step < stage.train.steps:
+            average.to(device)
+            average.store(parameters)
+            try:
+                average.copy_to(parameters)
+                show(config, model, run, step)
+            finally:  # an interruption writes a checkpoint, and that must hold the weights themselves
+                average.restore(parameters)
+
+    hooks = {"after_step": after_step, "observe": observe}
+    train_stage(config, stage, trained, loss, batch_at, run.stage("unet"), {"ema": average}, **hooks)
+    average.copy_to([p for network in trained.values() for p in network.parameters()])
+    model.freeze()
+
+
+def train_decoder(
+    config: PretrainTinyConfig, stage: DecoderStage, model: SDXL, icons: list[Icon], run: RunDirectory
+) -> None:
+    """The encoder stays as it is, so what the UNet has learned holds."""
+    mean, logvar = encode_icons(model, icons)
+    pixels = load_pixels(icons, config.model.resolution)
+    size, side = stage.train.batch_size, config.model.resolution
+    # No captions: at these times the latents themselves say what is drawn, and half of the styles have none.
+    ids = tokenize(model, [""])
+    prompt, pooled = (torch.zeros_like(each).expand(size, *each.shape[1:]) for each in encode_tokens(model, *ids))
+    sizes = time_ids((side, side), (0, 0), (side, side)).expand(size, -1)
+
+    def batch_at(number: int) -> tuple[torch.Tensor, Conditioned]:
+        rows = torch.tensor(batch_indices(len(icons), size, number, config.seed))
+        latents = draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents"))
+        return to_signed(pixels[rows]), Conditioned(latents, prompt, pooled, sizes)
+
+    task = DecodingTask(model.vae, DiffusionTask(model.unet, model.scheduler.config, config.loss), stage.max_time)
+    model.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    trained = {"decoder": model.vae.decoder, "post_quant_conv": model.vae.post_quant_conv}
+    train_stage(config, stage, trained, task.loss, batch_at, run)
+    model.vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.freeze()
+
+
+@torch.no_grad()
+def encode_icons(model: SDXL, icons: list[Icon]) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = load_pixels(icons, model.resolution)
+    parts = [encode_images(model, to_signed(part)) for part in tqdm(pixels.split(32), desc="latents", leave=False)]
+    mean, logvar = (torch.cat(each) for each in zip(*parts, strict=True))
+    return mean, logvar
+
+
+def train_stage(
+    config: PretrainTinyConfig,
+    stage: PretrainStage,
+    networks: dict[str, Any],
+    loss: Callable[[Any, torch.Generator], torch.Tensor],
+    batch_at: Callable[[int], Any],
+    run: RunDirectory,
+    state: dict[str, Any] | None = None,
+    **hooks: Callable[[int], None],
+) -> None:
+    """Trains `networks` whole; hooks are those of `fit`."""
+    accelerator = Accelerator(mixed_precision=stage.train.mixed_precision)
+    parameters = {
+        f"{part}.{name}": parameter
+        for part, network in networks.items()
+        for name, parameter in network.train().requires_grad_(True).named_parameters()
+    }
+    for name in ("vae", "unet"):
+        if name in networks and stage.train.gradient_checkpointing:
+            networks[name].enable_gradient_checkpointing()
+    optimizer = build_optimizer(parameters, stage.optimizer)
+    schedule = build_schedule(optimizer, stage.schedule, stage.train.steps)
+    optimizer = accelerator.prepare(optimizer)
+    fit(
+        accelerator=accelerator,
+        run=run,
+        config=stage.train,
+        seed=config.seed,
+        networks=networks,
+        parameters=parameters,
+        optimizer=optimizer,
+        schedule=schedule,
+        batch_at=lambda number: send_to_device(batch_at(number), accelerator.device),
+        loss=loss,
+        state=state,
+        **hooks,
+    )
+
+
+def show(config: PretrainTinyConfig, model: SDXL, run: RunDirectory, step: int | None = None) -> None:
+    """Writes the model as it is now, and pictures by it."""
+    save_model(model, run.path / "tiny-sdxl")
+    if config.sample.prompts:
+        run.samples.mkdir(exist_ok=True)
+        draw_sheet(config, model, run.sheet if step is None else run.samples / f"step-{step:06d}.png")
+
+
+def save_model(model: SDXL, folder: Path) -> None:
+    """A diffusers folder with fp16 weights, which loads in float32 where nothing else is asked for."""
+    halved = {name: copy.deepcopy(network).half() for name, network in model.networks.items()}
+    dataclasses.replace(model, **halved).pipeline().save_pretrained(folder)
+    # diffusers loads in float32 by default, transformers in what the config says: both must give the same.
+    for name in ("text_encoder", "text_encoder_2"):
+        file = folder / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+
+def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:
+    prompts, seeds = list(config.sample.prompts), config.sample.seeds
+    pictures = sample(
+        model.pipeline(),
+        prompts * len(seeds),
+        [seed for seed in seeds for _ in prompts],
+        steps=config.sample.steps,
+        guidance=config.sample.guidance,
+        negative_prompt=config.sample.negative_prompt,
+        batch_size=config.sample.batch_size,
+    )
+    rows = [pictures[start : start + len(prompts)] for start in range(0, len(pictures), len(prompts))]
+    sheet(rows, [f"seed {seed}" for seed in seeds], prompts).save(path)

@@ -1,0 +1,122 @@
+"""Pictures of scenes: icons with a soft shadow on a plain colour or on a piece of a photograph."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from samples.build.scenes.colors import PAINTS, PALE, color_of, paint, two_tone
+from samples.build.scenes.scenes import PHOTOS, SIZE, Background, Placed, Scene
+from samples.build.scenes.things import STYLES, Thing
+
+__all__ = ["Artist", "describe_thing", "load_photos"]
+
+PHOTO_SIZE = 320  # of which a scene shows a piece of SIZE
+SHADOW = 0.38  # opacity
+TINTS = {  # the photo in black and white, its dark and its light
+    "bricks": ("brick", "#5a2a1e", "#e0b090"),
+    "grass": ("grass", "#1d4a14", "#b5dc78"),
+    "gravel": ("gravel", "#4a4742", "#e8e4dc"),
+}
+
+
+def load_photos() -> dict[str, Image.Image]:
+    """The photographs of PHOTOS, RGB, PHOTO_SIZE x PHOTO_SIZE. All are CC0 or public domain and come with scikit-image.
+
+    Raises:
+        ValueError: scikit-image is not installed.
+    """
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise ValueError("drawing scenes needs scikit-image (pip install 'dora_mm[samples]')") from error
+    photos = {}
+    for name, (source, dark, light) in TINTS.items():
+        gray = ImageOps.autocontrast(Image.fromarray(getattr(data, source)()), cutoff=1)
+        photos[name] = ImageOps.colorize(gray, dark, light)
+    photos["wood"] = Image.fromarray(data.coffee()).crop((450, 20, 600, 170))  # the table beside the cup
+    photos["space"] = Image.fromarray(data.hubble_deep_field()).convert("RGB").crop((100, 100, 500, 500))
+    photos = {name: photos[name].resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.LANCZOS) for name in PHOTOS}
+    return {name: soften(photo, name) for name, photo in photos.items()}
+
+
+def soften(photo: Image.Image, name: str) -> Image.Image:
+    """Out of focus and with less contrast, as a background is: the things in front are what one looks at."""
+    photo = photo.filter(ImageFilter.GaussianBlur(0.6 if name == "space" else 1.8))
+    return photo if name == "space" else ImageEnhance.Contrast(photo).enhance(0.75)
+
+
+def describe_thing(row: Mapping[str, Any], icons: Mapping[tuple[str, str], Image.Image]) -> Thing:
+    """A thing with the colours that its icons take, from its row in the list of things.
+
+    row: name and code; where they are not the obvious ones, plural and kind; painted: whether it may be painted in the
+    many-coloured styles; natural: the colour that anybody knows it in.
+    """
+    name, natural = row["name"], row.get("natural")
+    colors = {
+        style: truthful_colors(icons[style, name], style)
+        for style in STYLES
+        if style == "contrast" or row.get("painted")
+    }
+    as_drawn = {s: natural for s in STYLES if s != "contrast" and natural and color_of(icons[s, name]) == natural}
+    return Thing(name, row.get("plural", f"{name}s"), row["code"], row.get("kind"), colors, as_drawn)
+
+
+def truthful_colors(icon: Image.Image, style: str) -> tuple[str, ...]:
+    """The paints that an icon takes so well that its colour is plain. Two-tone icons are shades of one colour anyway;
+    only of black and white is it a question which of the two it is."""
+    if style == "contrast":
+        return tuple(c for c in PAINTS if c not in ("black", "white") or color_of(two_tone(icon, c)) == c)
+    return tuple(color for color in PAINTS if color_of(paint(icon, color)) == color)
+
+
+class Artist:
+    """Draws scenes.
+
+    icons: (style, name of the thing) -> RGBA; those of the style "contrast" are lines on nothing. photos: name -> RGB,
+    at least SIZE x SIZE.
+    """
+
+    def __init__(self, icons: Mapping[tuple[str, str], Image.Image], photos: Mapping[str, Image.Image]) -> None:
+        self.icons, self.photos = icons, photos
+        self.painted = lru_cache(maxsize=None)(self._painted)
+
+    def draw(self, scene: Scene) -> Image.Image:
+        """RGB, SIZE x SIZE."""
+        picture = self.background(scene.background)
+        for placed in scene.objects:
+            self.put(picture, placed, rim=scene.background.name != "plain")
+        return picture
+
+    def background(self, background: Background) -> Image.Image:
+        if background.color is not None:
+            return Image.new("RGB", (SIZE, SIZE), PALE[background.color])
+        photo = self.photos[background.name]
+        left, top = (int(part * (side - SIZE + 1)) for part, side in zip(background.offset, photo.size, strict=True))
+        return photo.crop((left, top, left + SIZE, top + SIZE))
+
+    def put(self, picture: Image.Image, placed: Placed, rim: bool) -> None:
+        """Draws one thing. rim: a white one around it, as of a sticker, so that no photo swallows its outline."""
+        icon = self.painted(placed.style, placed.name, placed.color if placed.painted else None)
+        scale = placed.size / max(icon.size)
+        icon = icon.resize([max(round(side * scale), 1) for side in icon.size], Image.Resampling.LANCZOS)
+        icon = ImageOps.mirror(icon) if placed.mirrored else icon
+        layer = Image.new("RGBA", picture.size)
+        layer.paste(icon, (placed.x - icon.width // 2, placed.y - icon.height // 2))
+        alpha = layer.getchannel("A")
+        if rim:
+            solid = alpha.point([0] * 128 + [255] * 128)  # a faint glow around an icon gets no rim
+            alpha = solid.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.GaussianBlur(0.6))
+        shadow = Image.new("L", picture.size)
+        shadow.paste(alpha.filter(ImageFilter.GaussianBlur(3)).point([int(a * SHADOW) for a in range(256)]), (1, 3))
+        picture.paste((0, 0, 0), mask=shadow)
+        if rim:
+            picture.paste((255, 255, 255), mask=alpha)
+        picture.paste(layer.convert("RGB"), mask=layer.getchannel("A"))
+
+    def _painted(self, style: str, name: str, color: str | None) -> Image.Image:
+        icon = self.icons[style, name]
+        if color is not None:
+            icon = two_tone(icon, color) if style == "contrast" else paint(icon, color)
+        return icon.crop(icon.getchannel("A").getbbox())

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+
+from samples.build.judge.concepts import fit_concepts
+
+WIDTH = 60
+STYLE_NAMES = ("one", "two", "three")
+
+
+@pytest.fixture(scope="module")
+def things():
+    """Style shifts every feature far more than the thing does."""
+    rng = np.random.default_rng(0)
+    shifts = {style: 3 * rng.normal(size=WIDTH) for style in STYLE_NAMES}
+    bends = {style: 4 * rng.normal(size=(WIDTH, 3)) for style in STYLE_NAMES}
+
+    def icons(number):
+        what, how = rng.normal(size=(number, WIDTH)), rng.normal(size=(number, 3))
+        return {
+            style: what + shifts[style] + how @ bends[style].T + 0.3 * rng.normal(size=what.shape)
+            for style in STYLE_NAMES
+        }
+
+    fitted, shown = icons(300), icons(40)
+    codes = [f"s{index}" for index in range(40)]
+    fitted_codes = [f"f{index}" for index in range(300)]
+    space = fit_concepts(
+        fitted,
+        dict.fromkeys(STYLE_NAMES, fitted_codes),
+        shown,
+        dict.fromkeys(STYLE_NAMES, codes),
+    )
+    return space, shown, codes
+
+
+def plain_cosine_score(shown, codes, style):
+    others = [name for name in STYLE_NAMES if name != style]
+    unit = {name: x / np.linalg.norm(x, axis=1, keepdims=True) for name, x in shown.items()}
+    nearest = (unit[style] @ np.concatenate([unit[name] for name in others]).T).argmax(axis=1) % len(codes)
+    return (nearest == np.arange(len(codes))).mean()
+
+
+def test_finds_the_thing_across_styles_where_plain_cosine_does_not(things):
+    space, shown, codes = things
+    for style in STYLE_NAMES:
+        assert (space.ranks(shown[style], codes, without_style=style) == 1).mean() > 0.8
+        assert plain_cosine_score(shown, codes, style) < 0.5
+
+
+def test_a_gallery_icon_is_its_own_nearest(things):
+    space, shown, codes = things
+    assert (space.ranks(shown["one"], codes) == 1).all()
+
+
+def test_rank_counts_the_concepts_that_are_nearer(things):
+    space, shown, codes = things
+    similarities = space.similarities(shown["two"][:5])
+    assert similarities.shape == (5, 40)
+    order = np.argsort(-similarities, axis=1)
+    for picture in range(5):
+        for place in (0, 3, 39):
+            code = codes[order[picture, place]]
+            assert space.ranks(shown["two"][picture : picture + 1], [code]) == [place + 1]

@@ -1,0 +1,101 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dora_mm.config.vl import SourceConfig, VisionConfig, VLModelConfig
+from dora_mm.data.vl.tables import open_table
+from dora_mm.models.vl_bart.loading import load_vl_bart
+from dora_mm.models.vl_bart.text import decode
+from dora_mm.tasks.vision import VisionEncoder
+from dora_mm.tasks.vl_bart import VLBartTask
+from samples.build.__main__ import main
+from samples.build.recipes.pretrain_tiny_vl import mask_words
+from tests.pipelines.killed import assert_same_weights, kill_after
+from tests.pipelines.test_train_vl_bart import ROOT, SAMPLES, VISION, captions, vqa
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(**changes) -> Path:
+        path = tmp_path / "config.yaml"
+        values = {
+            "pipeline": "pretrain_tiny_vl",
+            "output": str(tmp_path / "run"),
+            "vision": VISION,
+            "model": {"num_merges": 50, "width": 16, "layers": 1, "heads": 2},
+            "data": {
+                "tables": str(tmp_path / "tables"),
+                "tasks": [
+                    {"task": "caption", "train": captions("train", 12), "valid": captions("val", 4)},
+                    {"task": "vqa", "train": vqa("train", 20)},
+                ],
+            },
+            "optimizer": {"lr": 0.003},
+            "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1},
+            "evaluate": {"every": 3, "beams": 1},
+        }
+        path.write_text(yaml.safe_dump({**values, **changes}))
+        return path
+
+    return write
+
+
+def test_it_makes_a_folder_that_loads_and_answers(config, tmp_path):
+    assert main(["train", str(config())]) == 0
+    model, tokenizer = load_vl_bart(VLModelConfig(path=str(tmp_path / "run" / "model")), 472, seed=0)
+    assert model.config.d_model == 16
+    assert tokenizer.decode(tokenizer("What color is the cat?")["input_ids"], skip_special_tokens=True)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
+    assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
+    kill_after("step-000002", config(), tmp_path / "run", program="samples.build")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert_same_weights("step-000006", tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"width": 16, "heads": 3}}, "multiple of model.heads"),
+        ({"data": {"tasks": [{"task": "vqa", "train": vqa("train", 4)}]}}, "caption is missing"),
+    ],
+)
+def test_mistakes_are_named_before_the_run_exists(config, tmp_path, capsys, changes, message):
+    assert main(["train", str(config(**changes))]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_masked_caption_and_what_was_masked_make_it_whole():
+    stream = torch.Generator().manual_seed(0)
+    caption = "A picture of five objects: a white star, a yellow star and a cat."
+    seen = set()
+    for _ in range(200):
+        text, hidden = mask_words(caption, stream)
+        assert text.replace("<mask>", hidden) == caption
+        assert 1 <= len(hidden.replace(",", " ").replace(":", " ").split()) <= 3
+        seen.add(hidden)
+    assert {"cat", "white", "five"} <= seen
+    assert mask_words("...", stream) == ("<mask>", "...")
+
+
+def test_the_embedded_model_sees(tmp_path):
+    folder = ROOT / "samples" / "tiny-vl"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 15e6
+    vision = VisionEncoder(VisionConfig(**VISION))
+    model, tokenizer = load_vl_bart(VLModelConfig(path=str(folder)), vision.feature_dim, seed=0)
+    source = SourceConfig(**captions("val", 24))
+    table = open_table(source, tmp_path, on_bad_data="stop")
+    task = VLBartTask(model.eval(), tokenizer, vision)
+    said = decode(tokenizer, model.answer_ids(task.inputs("caption", list(table), str(SAMPLES / "images"))))
+
+    def right(answers: list[str]) -> int:
+        """How many end in words of the picture's own captions."""
+        pairs = zip(table, answers, strict=True)
+        return sum(any(word in " ".join(row.answers) for word in text.rstrip(".").split()[-2:]) for row, text in pairs)
+
+    assert right(said) >= 18
+    assert right(said) > right(said[1:] + said[:1]) + 3

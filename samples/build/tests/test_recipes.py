@@ -1,0 +1,32 @@
+"""The recipes of this folder: every key of their configs is read, and every config in configs/ is valid."""
+
+import ast
+
+import pytest
+
+from dora_mm.config import load_config
+from dora_mm.config.report import all_keys
+from samples.build.__main__ import RECIPES
+from samples.build.packages import ROOT
+
+
+@pytest.fixture(scope="module")
+def attributes():
+    """Every name after a dot in the code, the schemas left out."""
+    folders = [ROOT / "dora_mm", ROOT / "samples" / "build"]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    kept = [file for file in files if "config" not in file.parts and "tests" not in file.parts]
+    trees = [ast.parse(file.read_text()) for file in kept if file.name != "schema.py"]
+    return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+@pytest.mark.parametrize("name", RECIPES.schemas)
+def test_every_key_is_read(name, attributes):
+    assert [key for key in all_keys(RECIPES.schemas[name]) if key.split(".")[-1] not in attributes] == []
+
+
+@pytest.mark.parametrize("name", RECIPES.schemas)
+def test_every_recipe_loads_and_has_a_config(name):
+    assert callable(RECIPES.load(name).main)
+    configs = [load_config(file, schemas=RECIPES.schemas) for file in (ROOT / "samples/build/configs").glob("*.yaml")]
+    assert name in {config.pipeline for config in configs}

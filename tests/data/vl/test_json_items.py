@@ -1,0 +1,96 @@
+"""Items of large JSON files, and one sentence for what is not whole."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_mm.data.vl.json_items import json_lines, list_items, object_items, place, value_of
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner),
+    max_leaves=20,
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("json") / "file.json"
+
+
+@given(st.lists(VALUES, min_size=1), st.booleans())
+def test_lists_come_as_they_were_written(path, values, indented):
+    path.write_text(json.dumps({"info": [1, {"rows": 2}], "rows": values}, indent=2 if indented else None))
+    assert [value for _, value in list_items(path, "rows")] == values
+    path.write_text(json.dumps(values))
+    assert [value for _, value in list_items(path)] == values
+
+
+@given(st.dictionaries(st.text("abc.é\n"), VALUES, min_size=1))
+def test_objects_come_as_they_were_written(path, values):
+    path.write_text(json.dumps(values))
+    assert {item["id"]: item["value"] for _, item in object_items(path)} == values
+
+
+def test_a_key_that_stands_there_twice_comes_twice(path):
+    path.write_text('{"7": 1, "7": 2}')
+    assert list(object_items(path)) == [("id '7'", {"id": "7", "value": 1}), ("id '7'", {"id": "7", "value": 2})]
+
+
+def test_lines(path):
+    path.write_bytes(b'{"a": 1}\n\n  \r\nnot json\n')
+    assert list(json_lines(path)) == [("line 1", b'{"a": 1}\n'), ("line 4", b"not json\n")]
+
+
+def test_value_of(path):
+    path.write_text('{"questions": [{"data_subtype": "x"}], "data_subtype": "val2014"}')
+    assert value_of(path, "data_subtype") == "val2014"
+    assert value_of(path, "data_type") is None
+    path.write_text("[1]")
+    assert value_of(path, "data_subtype") is None
+
+
+def test_a_file_that_is_cut_off_names_the_last_whole_item(path):
+    path.write_text(json.dumps({"rows": [{"question_id": 10 + number} for number in range(5)]})[:-25])
+    with pytest.raises(
+        ValueError, match=r"file\.json is cut off or no JSON, after item 3 \(question_id 12\), the last whole"
+    ):
+        list(list_items(path, "rows"))
+    path.write_text('{"00": {}, "01": {')
+    with pytest.raises(
+        ValueError, match=r"file\.json is cut off or no JSON, after id '00', the last whole one \(.*EOF\)"
+    ):
+        list(object_items(path))
+    path.write_text('{"rows')
+    with pytest.raises(ValueError, match=r"file\.json is cut off or no JSON \(.*EOF\)"):
+        list(list_items(path, "rows"))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"rows": []}', '{"other": [1]}', '{"rows": {"a": 1}}', "3"])
+def test_nothing_to_read_is_said(path, content):
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"file\.json holds no rows: an object with a list 'rows' is expected"):
+        list(list_items(path, "rows"))
+
+
+def test_files_that_cannot_be_read(path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        list(json_lines(path.parent))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="no JSON"):
+        list(list_items(path))
+    path.write_bytes(b" \n")
+    with pytest.raises(ValueError, match="holds no rows: one JSON object a line is expected"):
+        list(json_lines(path))
+
+
+def test_place_names_the_id_once(path):
+    assert place(path, "item 3", {"id": 5, "question_id": 7}) == f"{path}, item 3 (question_id 7)"
+    assert place(path, "id '5'", {"id": "5", "value": 1}) == f"{path}, id '5'"
+    assert place(path, "line 2", b"{}") == f"{path}, line 2"

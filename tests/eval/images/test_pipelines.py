@@ -1,0 +1,253 @@
+"""fit_judge, eval_sdxl and compare_sdxl end to end on a random model: files, resuming, and what bad input gets."""
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from dora_mm.cli import main
+from dora_mm.config import load_config
+from dora_mm.eval.comparison import Variant, contrasts, variants
+from dora_mm.eval.images.judge import Judge
+from dora_mm.eval.images.scores import Scores
+from dora_mm.recipes import PIPELINES
+from dora_mm.train import campaign
+from dora_mm.train.jobs import Job
+from samples.build.__main__ import main as build
+
+compare_sdxl = PIPELINES.load("compare_sdxl")
+
+PROMPT = "a TOK icon of {thing}, in the style of TOK"
+
+
+def write(path, values):
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory, tiny_folder, icons):
+    """A judge for the random model, fitted by the pipeline."""
+    folder = tmp_path_factory.mktemp("judges")
+    config = {
+        "pipeline": "fit_judge",
+        "output": str(folder / "judge"),
+        "model": {"path": str(tiny_folder)},
+        "icons": str(icons),
+    }
+    assert build(["eval", write(folder / "judge.yaml", config)]) == 0
+    return folder / "judge"
+
+
+@pytest.fixture
+def base(tmp_path, tiny_folder, picture_folder):
+    config = {
+        "pipeline": "train_sdxl",
+        "model": {"path": str(tiny_folder)},
+        "adapter": {"rank": 2, "alpha": 7.0},
+        "data": {"folder": str(picture_folder), "resolution": 64, "placeholder": "TOK"},
+        "optimizer": {"lr": 0.01, "magnitude_lr": 0.1},
+        "train": {"steps": 2, "batch_size": 2},
+        "sample": {"prompts": ["a TOK icon of a bus"], "steps": 2},
+    }
+    return write(tmp_path / "base.yaml", config)
+
+
+@pytest.fixture
+def evaluation(tmp_path, tiny_folder, fitted):
+    def config(**changes):
+        values = {
+            "pipeline": "eval_sdxl",
+            "output": str(tmp_path / "scores"),
+            "model": {"path": str(tiny_folder)},
+            "judge": str(fitted),
+            "style": "3d",
+            "prompt": PROMPT,
+            "concepts": {"role": "report", "count": 3, "seeds": [0, 1]},
+            "draw": {"steps": 2, "batch_size": 6},
+        }
+        return write(tmp_path / "eval.yaml", {**values, **changes})
+
+    return config
+
+
+@pytest.fixture
+def comparison(tmp_path, base, fitted):
+    def config(**changes):
+        rates = [1e-3, 1e-2, 1e-1]
+        values = {
+            "pipeline": "compare_sdxl",
+            "output": str(tmp_path / "campaign"),
+            "base": base,
+            "steps": 1,
+            "ranks": [2],
+            "learning_rates": {method: list(rates) for method in ("full", "lora", "dora")},
+            "judge": str(fitted),
+            "style": "brick",
+            "prompt": PROMPT,
+            "tune": {"role": "tune", "count": None, "seeds": [0]},
+            "report": {"role": "report", "count": 3, "seeds": [0, 1]},
+            "draw": {"steps": 1, "batch_size": 6},
+            "columns": 2,
+        }
+        return write(tmp_path / "compare.yaml", {**values, **changes})
+
+    return config
+
+
+def test_fit_judge_leaves_a_judge_and_says_what_it_is_worth(fitted, tiny_folder, capsys):
+    judge = Judge.load(fitted)
+    assert judge.origin["resolution"] == 64
+    assert (fitted / "config.yaml").is_file()
+    # a random VAE leaves nothing of bricks or shading, and the judge says so
+    assert judge.shortcomings()
+
+
+def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, capsys):
+    assert main(["train", base, "--set", f"output={tmp_path / 'run'}", "--set", "sample.prompts=[]"]) == 0
+    assert main(["eval", evaluation(adapter={"path": str(tmp_path / "run" / "adapter")})]) == 0
+    folder = tmp_path / "scores"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert list(metrics["rows"]) == ["bare model, flat prompts", "bare model", "adapter"]
+    for row in metrics["rows"].values():
+        assert set(row) == {"style", "log_odds", "frechet", "concept", "both"}
+        assert row["style"]["low"] <= row["style"]["mean"] <= row["style"]["high"]
+    assert Scores.load(folder / "scores" / "adapter.json").ranks.shape == (3, 2)
+    assert (folder / "sheet.png").is_file()
+    printed = capsys.readouterr().out
+    assert "| adapter |" in printed
+    assert "concepts that it has not seen" in printed
+    assert (folder / "table.md").read_text().strip() in printed
+
+
+def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, picture_folder, clip_folder, capsys):
+    clip = {"path": str(clip_folder), "images": str(picture_folder)}
+    assert main(["eval", evaluation(clip=clip)]) == 0
+    rows = json.loads((tmp_path / "scores" / "metrics.json").read_text())["rows"]
+    assert list(rows) == ["bare model, flat prompts", "bare model"]
+    assert -1 <= rows["bare model"]["CLIP text similarity"]["mean"] <= 1
+    assert "CLIP image similarity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"judge": "nowhere"}, "judge: nowhere does not exist"),
+        ({"prompt": "a TOK icon"}, "prompt must hold {thing} once"),
+        ({"concepts": {"role": "report", "count": 7}}, "has 6 with role report, not 7"),
+        ({"adapter": {"path": "nowhere"}}, "adapter.path: nowhere does not exist"),
+        ({"clip": {"path": "./nowhere"}}, "clip.path: ./nowhere does not exist"),
+        ({"concepts": {"role": "report", "count": 2}}, "concepts.count: must be greater than or equal to 3"),
+        ({"adapter": {"path": "other.safetensors"}}, "made for another architecture"),
+        ({"clip": {"path": "CLIP", "images": "empty"}}, "clip.images: empty holds no pictures"),
+    ],
+)
+def test_eval_says_what_is_wrong_before_it_draws(evaluation, tmp_path, capsys, changes, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = {"unet.odd.lora_A.weight": torch.ones(1, 2), "unet.odd.lora_B.weight": torch.ones(2, 1)}
+    save_file(odd, tmp_path / "other.safetensors")
+    (tmp_path / "empty").mkdir()
+    assert main(["eval", evaluation(**changes)]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "scores").exists()
+
+
+def test_eval_refuses_another_models_judge(evaluation, tmp_path, tiny, capsys):
+    tiny.vae.decoder.conv_in.bias.data += 0.1
+    tiny.pipeline().save_pretrained(tmp_path / "other")
+    assert main(["eval", evaluation(model={"path": str(tmp_path / "other")})]) == 2
+    assert "another VAE" in capsys.readouterr().err
+
+
+def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def in_this_process(name, arguments, log_file, threads):
+        commands.append(arguments)
+        assert main(arguments) == 0
+        return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
+
+    monkeypatch.setattr(campaign, "start_job", in_this_process)
+    config = comparison(extra_rates=0)
+    assert main(["eval", config]) == 0
+    # full, LoRA 2, DoRA 1 and 2: three rates each, and one more training of the best for the second seed
+    assert len(commands) == 4 * (3 + 1)
+    folder = tmp_path / "campaign"
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [row["name"] for row in rows] == [
+        "bare model, flat prompts",
+        "bare model",
+        "full fine-tuning",
+        "LoRA, rank 2",
+        "DoRA, rank 2",
+        "DoRA, half of rank 2",
+    ]
+    assert float(rows[-1]["parameters"]) < float(rows[-2]["parameters"])
+    table = (folder / "table.md").read_text()
+    assert "DoRA, rank 2 - LoRA, rank 2" in table
+    assert "of 16 intervals exclude 0" in table
+    assert (folder / "sheet.png").is_file()
+    trained = load_config(next((folder / "runs").glob("lora-r2-*")) / "config.yaml")
+    assert (trained.adapter.alpha, trained.optimizer.magnitude_lr, trained.train.steps) == (2.0, None, 1)
+    assert len(list((folder / "pictures").glob("bare-model-report/*.png"))) == 6
+
+    # Started again it does nothing but the report; a training that was lost is made up for.
+    before = table
+    commands.clear()
+    (folder / "table.md").unlink()
+    assert main(["eval", config]) == 0
+    assert commands == []
+    assert (folder / "table.md").read_text() == before
+
+    assert main(["eval", comparison(extra_rates=0, workers=2, columns=1)]) == 0  # these change no number
+    assert main(["eval", comparison(extra_rates=0, steps=2)]) == 2
+    assert "started with other values of steps" in capsys.readouterr().err
+
+
+def test_comparison_of_other_weights_or_another_judge_is_not_gone_on_with(
+    comparison, base, fitted, tmp_path, tiny, capsys
+):
+    compare_sdxl.Campaign(load_config(comparison()))
+    Path(base).write_text(Path(base).read_text() + "loss: {min_snr_gamma: 1.0}\n")
+    with pytest.raises(ValueError, match="started with other values of base:"):
+        compare_sdxl.Campaign(load_config(comparison()))
+    other = tmp_path / "other"
+    tiny.unet.conv_out.bias.data += 0.1
+    tiny.pipeline().save_pretrained(other)
+    values = yaml.safe_load(Path(base).read_text())
+    write(tmp_path / "elsewhere.yaml", {**values, "loss": {}, "model": {"path": str(other)}})
+    with pytest.raises(ValueError, match="the model's unet: name another"):
+        compare_sdxl.Campaign(load_config(comparison(base=str(tmp_path / "elsewhere.yaml"))))
+
+
+def test_comparison_says_what_is_wrong(comparison, capsys, tmp_path):
+    assert main(["eval", comparison(base="configs/sdxl/eval_tiny.yaml")]) == 2
+    assert "is a config of eval_sdxl" in capsys.readouterr().err
+    assert main(["eval", comparison(tune={"role": "report", "count": 3})]) == 2
+    assert "tune.role and report.role must differ" in capsys.readouterr().err
+    (tmp_path / "campaign").mkdir()
+    assert main(["eval", comparison()]) == 2
+    assert "exists and is no comparison" in capsys.readouterr().err
+
+
+def test_what_is_compared():
+    wanted = variants((1, 4, 8))
+    assert [variant.key for variant in wanted] == [
+        "full",
+        "lora-r1",
+        "lora-r4",
+        "lora-r8",
+        "dora-r1",
+        "dora-r2",
+        "dora-r4",
+        "dora-r8",
+    ]
+    pairs = contrasts((1, 8))
+    assert (Variant("dora", 4), Variant("lora", 8)) in pairs
+    assert all(variant in variants((1, 8)) for pair in pairs for variant in pair)
+    assert not any(first.rank == 0 for first, _ in pairs)

