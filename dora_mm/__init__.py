@@ -1,6 +1,6 @@
 """Fine-tune diffusion and vision-language models with DoRA.
 
-Everything public is loaded when it is first used, so that `import dora_mm` costs next to nothing.
+Public names are loaded on first use, so that `import dora_mm` costs next to nothing.
 """
 
 from __future__ import annotations
@@ -59,12 +59,28 @@ def inject(
     backend: str = "auto",
     seed: int = 0,
 ) -> InjectReport:
-    """Adapts the modules of `model` that `targets` takes, in place; `print` the report for a table of them.
+    """Adapts the modules of `model` that `targets` selects, in place.
 
-    targets: the name of a map ("sdxl-unet"), a TargetMap, or a list of patterns (`to_out.0` is a dotted suffix, `re:`
-        marks a regular expression for the whole path). parts: which parts of a map, its default ones if None.
-    seed: A is drawn from it and the module's path.
-    Raises ValueError, and changes nothing, when a pattern matches nothing or a count differs from the map's.
+    The weights of the adapted modules are frozen (trained, with method `full`); every other `requires_grad` is left as
+    it is. A fresh adapter does not change the output: B is 0 and the magnitude is the row norm of the weight.
+
+    Args:
+        model: The model. Linear layers, convolutions, embeddings, transformers' Conv1D, the projections of
+            nn.MultiheadAttention and quantised Linear layers can be adapted.
+        targets: The name of a target map ("sdxl-unet"), a TargetMap, or a list of patterns. A plain pattern is a dotted
+            suffix of the module's path (`to_out.0`); `re:` marks a regular expression that matches the full path.
+        spec: Rank, alpha, method and the other settings of the adapters.
+        parts: The parts of the target map to adapt; None selects its default parts.
+        backend: "auto", "torch" or "triton": which implementation the adapted layers run.
+        seed: A is drawn from this seed and the path of the module.
+
+    Returns:
+        The adapted modules and their numbers of parameters; `print` shows them as a table.
+
+    Raises:
+        ValueError: There is no such target map, part or backend; a pattern matches nothing, or a module that cannot be
+            adapted or is adapted already; or a block holds a different number of modules than the map expects. The
+            model is then unchanged.
     """
     from dora_mm import backend as backends
     from dora_mm import core
@@ -74,7 +90,7 @@ def inject(
     if isinstance(chosen, core.TargetMap):
         chosen = chosen.select(parts)
     elif parts is not None:
-        raise ValueError("parts choose from a target map, and targets is a list of patterns")
+        raise ValueError("parts select from a target map, but targets is a list of patterns: leave parts out")
     return core.inject(model, chosen, spec, forward=backends.select(backend), seed=seed)
 
 
@@ -87,13 +103,26 @@ def save_adapter(
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
-    """Writes the adapter of a UNet, or of {"unet": ..., "text_encoder": ..., "text_encoder_2": ...}; returns the file.
+    """Saves the adapter of a model as a safetensors file.
 
-    format: "diffusers" (what `load_lora_weights` reads), "peft" (what `PeftModel.from_pretrained` reads, of one model),
-        or "full" for weights trained by method full.
-    metadata: further entries of the file's header.
-    extra_parameters: names of parameters that were trained beside the adapters (biases, norms), for "peft" and "full".
-    strength: which strength of the adapter is 1 in the file, for every tool; what is set at the moment plays no role.
+    Args:
+        model: The adapted model, or a mapping of components such as {"unet": ..., "text_encoder": ...,
+            "text_encoder_2": ...}. A single model is saved as the component "unet".
+        folder: The folder to write to; it is created where it does not exist.
+        format: "diffusers" (read by diffusers' `load_lora_weights`), "peft" (read by `PeftModel.from_pretrained`, for a
+            single model), or "full" for weights trained with method `full`.
+        metadata: Additional entries for the header of the file.
+        extra_parameters: Names of parameters that were trained in addition to the adapters (biases, norms), for "peft"
+            and "full" and a single model.
+        strength: The strength of the adapter that becomes strength 1 in the file, for every tool that reads it. The
+            strength set by `set_strength` has no effect on the file.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: There is no such format, no layer is adapted, a layer holds several adapters, a key of `metadata` is
+            reserved, or the format cannot hold what was trained.
     """
     from dora_mm import formats
 
@@ -111,13 +140,27 @@ def load_adapter(
     name: str = "default",
     backend: str = "auto",
 ) -> InjectReport:
-    """Loads an adapter file (or the folder it is in) into a UNet, or {"unet": ..., "text_encoder": ...}.
+    """Loads an adapter file into a model.
 
-    Bare modules are adapted as the file says; modules that are adapted already must match it, unless `name` is a new
-    one: then the adapter is stacked upon the others, and their updates add up, each by its own strength. Parameters
-    that the file holds beside its adapters (biases, norms) replace the model's own: they have no strength but 1, are
-    not stacked, and `remove` does not bring the old ones back. Raises ValueError, and changes nothing, when the file
-    was made for another architecture or has missing or surplus keys.
+    Base modules are adapted as the file specifies. Modules that are adapted already must match the file, unless `name`
+    is new: the adapter is then stacked on the existing ones, and their updates add up, each with its own strength.
+    Extra trainable parameters in the file (biases, norms) replace those of the model: they have no strength other than
+    1, cannot be stacked, and `remove` does not restore the previous values.
+
+    Args:
+        model: The model, or a mapping of components such as {"unet": ..., "text_encoder": ...}. A single model is the
+            component "unet".
+        path: The adapter file, or the folder that holds it. The format is detected.
+        strength: The strength of the loaded adapter: 0 is the base model, 1 the adapter as it was saved.
+        name: The name of the adapter, by which `set_strength` selects it.
+        backend: "auto", "torch" or "triton": which implementation the adapted layers run.
+
+    Returns:
+        The adapted modules and their numbers of parameters; `print` shows them as a table.
+
+    Raises:
+        ValueError: There is no adapter file, it is damaged, it was made for a different architecture, or it has missing
+            or surplus keys. The model is then unchanged.
     """
     from dora_mm import backend as backends
     from dora_mm import formats

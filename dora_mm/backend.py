@@ -1,13 +1,13 @@
 """Which implementation of the layer runs.
 
     device, dtype, module                     implementation
-    a processor                               torch: merged or split by counted cost, see core/fused.py
-    CUDA: Linear in fp32, bf16, fp16          triton, or the vendor's product and one pass: kernels/choice.py
-    CUDA: convolutions, float64               torch, which the triton backend calls itself
-    CUDA: a magnitude with dropout            torch, likewise
+    CPU                                       torch: merged or split by counted cost, see core/fused.py
+    CUDA: Linear in fp32, bf16, fp16          triton, or cuBLAS and one more pass: see kernels/choice.py
+    CUDA: convolutions, float64               torch, called by the triton backend
+    CUDA: a magnitude with dropout            torch, called by the triton backend
     CUDA before compute capability 8.0        torch
 
-`auto` chooses by this table in every pass, since a model may move after it was adapted.
+`auto` decides by this table in every pass, since a model may be moved after it was adapted.
 """
 
 import functools
@@ -19,14 +19,20 @@ from dora_mm.core.fused import TORCH, Forward
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
-LEAST_CAPABILITY = (8, 0)  # Triton has no tensor cores before: on sm_75 our tiles in fp16 spill 7 KB a thread
+LEAST_CAPABILITY = (8, 0)  # below it Triton has no tensor cores: on sm_75 our fp16 tiles spill 7 KB per thread
 
 
 def select(backend: str = "auto") -> Forward:
-    """The forward function of a backend.
+    """Returns the forward function of a backend.
+
+    Args:
+        backend: "auto", "torch" or "triton". "auto" logs once which implementation runs on this machine.
+
+    Returns:
+        The function, with the signature of `core.fused.adapted_product`.
 
     Raises:
-        ValueError: there is no such backend, or triton was asked for by name and does not work here.
+        ValueError: There is no such backend, or "triton" was requested and does not work on this machine.
     """
     if backend not in BACKENDS:
         raise ValueError(f"there is no backend {backend!r}: use {', '.join(BACKENDS)}")
@@ -42,20 +48,21 @@ def select(backend: str = "auto") -> Forward:
 
 
 def auto(x, weight, bias, adapters, **options):
+    """`core.fused.adapted_product` in the implementation chosen for the device that holds `weight`."""
     return CHOSEN[weight.is_cuda](x, weight, bias, adapters, **options)
 
 
-# By whether the layer is on a CUDA device. Triton is entered when it has been tried.
+# By whether the layer is on a CUDA device. Triton is entered once it has passed its trial.
 CHOSEN = {False: TORCH, True: TORCH}
 
 
 @functools.cache
 def _announce(device: str) -> None:
-    """Tries triton where there is a GPU for it, and says once what runs."""
+    """Tries Triton where there is a GPU, and logs once what runs."""
     if device == "cuda":
         function, problem = load_triton()
         if function is None:
-            log.warning("Triton does not work here (%s): the layer runs in plain torch, right but slower.", problem)
+            log.warning("Triton does not work here (%s): adapted layers run in plain torch, which is slower.", problem)
             return
         CHOSEN[True] = function
     chosen = "plain torch" if CHOSEN[device == "cuda"] is TORCH else "Triton"
@@ -64,28 +71,32 @@ def _announce(device: str) -> None:
 
 @functools.cache
 def load_triton() -> tuple[Forward | None, str]:
-    """Triton's function, tried on a small layer against plain torch, or None and the reason."""
+    """Tries the Triton implementation on small layers, against plain torch.
+
+    Returns:
+        The forward function and "", or None and the reason why Triton does not work here.
+    """
     try:
         from dora_mm.kernels.dora_linear import TRITON
 
         if torch.cuda.is_available() and (has := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
             return None, f"it needs compute capability 8.0, and {torch.cuda.get_device_name()} has {has[0]}.{has[1]}"
         return (TRITON, "") if _agrees_with_torch(TRITON) else (None, "its results are wrong")
-    except Exception as error:  # whatever a broken installation raises: it is reported, and plain torch is always right
+    except Exception as error:  # whatever a broken installation raises: it is reported, and plain torch works
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _agrees_with_torch(function: Forward) -> bool:
-    """Output and gradients of small layers. A hundredth is what TF32 and half precision need; faults are larger.
+    """Whether output and gradients of small layers agree with plain torch, up to 1 %.
 
-    Of odd sizes, and of multiples of 16 in several tiles, which Triton compiles anew, with a rank for which a launch
-    takes as much shared memory as it ever does. In fp32 the vendor's product runs, in half precision for a large inner
-    size.
+    TF32 and half precision need that much; real faults are larger. The sizes are odd ones and multiples of 16 over
+    several tiles, for which Triton compiles separate kernels; rank 80 takes the most shared memory that a launch ever
+    does. fp32 runs cuBLAS's product, and so does half precision with a large inner size.
     """
     odd, even = (40, 70, 86, 5), (300, 256, 272, 80)  # tokens, in, out, rank
     trials = [(torch.float32, odd), (torch.float16, odd)]
-    if torch.cuda.is_available():  # Triton's interpreter has no bf16, and takes long for large sizes
-        log.info("Trying the kernels, which compiles them: some seconds.")
+    if torch.cuda.is_available():  # Triton's interpreter has no bf16, and is slow for large sizes
+        log.info("Compiling and testing the Triton kernels, which takes some seconds.")
         large = (300, 2048, 2064, 80)
         trials = [(d, sizes) for d in (torch.float32, torch.float16, torch.bfloat16) for sizes in (odd, even, large)]
     for dtype, sizes in trials:

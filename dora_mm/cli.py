@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dora_mm.recipes import Recipes
 
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
-DONE, MISTAKE, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
+DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
 # What a person can mend: a full or foreign disk, quota, permissions.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -51,15 +51,15 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
         print(f"dora-mm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         return TERMINATED if terminated else INTERRUPTED
     except Exception as error:
-        sentence = sentence_for(error)
+        sentence = user_message(error)
         if sentence is None:
             raise
         print(f"dora-mm: {sentence}", file=sys.stderr)
-        return MISTAKE
+        return USER_ERROR
     return DONE
 
 
-def sentence_for(error: Exception) -> str | None:
+def user_message(error: Exception) -> str | None:
     """What to tell a person about an error of theirs; None for a bug, which keeps its traceback."""
     for cause in _causes(error):
         if "No space left on device" in str(cause):  # safetensors and torch wrap it in errors of their own

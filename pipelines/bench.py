@@ -1,7 +1,7 @@
-"""dora-mm bench: a DoRA layer, and whole training steps, against their peers on this very machine.
+"""dora-mm bench: times a DoRA layer, and complete training steps, against their peers on this machine.
 
-All contenders of a case share one base weight and run in one process, in turns: round after round each runs once, after
-a change of its parameters, and the median over the rounds is reported with its quartiles.
+All contenders of a case share one base weight and take turns in one process: in every round each runs once, after a
+change of its parameters. The median over the rounds is reported with its quartiles.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Case:
-    """One layer: (out, in) features, how many tokens, which rank."""
+    """A linear layer with (num_out, num_in) weights, the number of tokens of its input, and the rank of its adapter."""
 
     name: str
     num_out: int
@@ -44,7 +44,7 @@ class Case:
     rank: int
 
 
-# (name, out, in, tokens) and the rank of the quick run. Tokens: of a 1024 px picture; 77 a picture in cross-attention.
+# (name, out, in, tokens, rank of the quick run). Tokens are those of a 1024 px image; cross-attention has 77 per image.
 LAYERS = (
     ("SDXL 640", 640, 640, 4096, 16),
     ("SDXL 1280, 4096 tokens", 1280, 1280, 4096, 16),
@@ -57,7 +57,11 @@ RANKS = (8, 16, 64, 128, 384)
 
 
 def layer_cases(extent: str) -> list[Case]:
-    """quick: five shapes at one rank each; default: two ranks and the LLM's; all: every rank."""
+    """The layers to time.
+
+    Args:
+        extent: "quick": five shapes at one rank each; "default": these and the LLM's at two ranks; "all": at all ranks.
+    """
     if extent == "quick":
         return [Case(*layer) for layer in LAYERS]
     ranks = RANKS if extent == "all" else (16, 128)
@@ -104,8 +108,10 @@ def can_compile() -> bool:
     """torch.compile needs a C++ compiler on a processor, and Triton on a GPU."""
     try:
         torch.compile(torch.square)(torch.ones(2))
-    except Exception as error:  # whatever the machine lacks: its peers are left out, and that is said
-        log.warning("torch.compile does not work here, so no peer runs under it: %s", str(error).splitlines()[0])
+    except Exception as error:  # whatever is missing on this machine: it runs without compiled peers
+        log.warning(
+            "torch.compile does not work here, so the compiled peers are left out: %s", str(error).splitlines()[0]
+        )
         return False
     return True
 
@@ -116,7 +122,7 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def change(parameters: list[nn.Parameter]) -> None:
-    """What an optimizer step does to the adapters."""
+    """Changes the parameters a little and drops their gradients, as an optimizer step does."""
     for parameter in parameters:
         parameter.grad = None
         parameter.add_(1e-4 * torch.randn_like(parameter))
@@ -133,15 +139,25 @@ def bench_layer(
     progress: tqdm,
     contenders: Contenders = CONTENDERS,
 ) -> list[Result]:
+    """Measures forward pass, forward and backward pass ("step"), saved memory and peak memory of every contender.
+
+    Args:
+        case: The layer.
+        device: Where it runs.
+        dtype: The dtype of the base weight and the input.
+        repeats: The number of rounds.
+        progress: Advanced by one after every round.
+        contenders: Each builds its layer from the base layer and the rank.
+    """
     torch.manual_seed(0)
-    torch.compiler.reset()  # after eight sizes a compiled function would run uncompiled
+    torch.compiler.reset()  # a function that was compiled for eight sizes runs the next ones uncompiled
     base = nn.Linear(case.num_in, case.num_out, device=device, dtype=dtype).requires_grad_(False)
     x = torch.randn(case.num_tokens, case.num_in, device=device, dtype=dtype).requires_grad_()
     dY = torch.randn(case.num_tokens, case.num_out, device=device, dtype=dtype)
     layers = {name: build(base, case.rank).to(device) for name, build in contenders.items()}
     results = []
     with contextlib.ExitStack() as stack:
-        for layer in layers.values():  # as the training loop does: the base stays as it is
+        for layer in layers.values():  # as in the training loop, where the base does not change
             stack.enter_context(fixed_parameters(layer, base_only=True))
         for measure in ("forward", "step"):
             runs = {
@@ -166,23 +182,23 @@ def time_layer(layer: nn.Module, x: torch.Tensor, dY: torch.Tensor | None, devic
     return seconds_of(lambda: layer(x).backward(dY), device)
 
 
-# --- whole training steps --------------------------------------------------------------------------------------------
+# --- training steps --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model with random weights, what is adapted in it, and the loss of one batch."""
+    """A model with random weights, the modules to adapt, and the loss of one batch."""
 
     name: str
     build: Callable[[torch.device, torch.dtype], tuple[nn.Module, Callable[[], torch.Tensor]]]
     targets: Any
     rank: int = 16
     passes: int = 1  # backward passes from one change of the parameters to the next
-    checkpointing: bool = False  # whether `build` switched it on: each pass is then made twice
+    checkpointing: bool = False  # whether `build` enables it: every forward pass then runs twice
 
 
 def sdxl_unet(device: torch.device, dtype: torch.dtype, *, side: int, checkpointing: bool):
-    """The UNet of SDXL at its full size, on pictures of `side` pixels."""
+    """The UNet of SDXL at its full size, on images of `side` pixels."""
     from diffusers import UNet2DConditionModel
 
     with torch.device(device):
@@ -201,7 +217,7 @@ def sdxl_unet(device: torch.device, dtype: torch.dtype, *, side: int, checkpoint
 
 
 def bart(device: torch.device, dtype: torch.dtype):
-    """bart-base, the language model of VL-BART: 20 words and 36 regions in, 5 words out."""
+    """bart-base, the language model of VL-BART: an input of 20 words and 36 regions, and an answer of 5 words."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     with torch.device(device):
@@ -214,7 +230,7 @@ def bart(device: torch.device, dtype: torch.dtype):
 
 
 def llama(device: torch.device, dtype: torch.dtype):
-    """LLaMA of one billion parameters, 512 tokens."""
+    """LLaMA with one billion parameters, on 512 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device(device):
@@ -229,9 +245,9 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj", "o_proj"]
 
 
 def unet_model(side: int, *, passes: int = 1, checkpointing: bool = False) -> Model:
-    how = (", checkpointing" if checkpointing else "") + (f", {passes} passes" if passes > 1 else "")
+    suffix = (", checkpointing" if checkpointing else "") + (f", {passes} passes" if passes > 1 else "")
     build = partial(sdxl_unet, side=side, checkpointing=checkpointing)
-    return Model(f"SDXL UNet, {side} px{how}", build, "sdxl-unet", passes=passes, checkpointing=checkpointing)
+    return Model(f"SDXL UNet, {side} px{suffix}", build, "sdxl-unet", passes=passes, checkpointing=checkpointing)
 
 
 def models(extent: str, device: torch.device) -> list[Model]:
@@ -248,11 +264,22 @@ def models(extent: str, device: torch.device) -> list[Model]:
 
 
 def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats: int, progress: tqdm) -> list[Result]:
-    """All contenders adapt the same modules over the same weights; each is put into the model before it runs."""
+    """Measures a training step and its peak memory for every contender but the frozen base.
+
+    All contenders adapt the same modules on top of the same weights; their layers are put into the model before each
+    run.
+
+    Args:
+        model: The model.
+        device: Where it runs.
+        dtype: The dtype of the base weights.
+        repeats: The number of rounds.
+        progress: Advanced by one after every round.
+    """
     torch.manual_seed(0)
     network, loss = model.build(device, dtype)
     network.to(dtype)
-    bases: dict[str, Any] = {path: network.get_submodule(path) for path in taken(network, model.targets)}
+    bases: dict[str, Any] = {path: network.get_submodule(path) for path in target_paths(network, model.targets)}
     layers = {
         name: {path: build(base, model.rank).to(device) for path, base in bases.items()}
         for name, build in CONTENDERS.items()
@@ -264,13 +291,13 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
             loss().backward()
 
     def step(name: str, measure: Callable[..., float] = seconds_of) -> float:
-        put(network, layers[name])
+        set_layers(network, layers[name])
         change([p for layer in layers[name].values() for p in trained(layer)])
         with fixed_parameters(network, num_passes=model.passes * (2 if model.checkpointing else 1)):
             return measure(passes, device)
 
     with contextlib.ExitStack() as stack:
-        for adapted in layers.values():  # as the training loop does: the base stays as it is
+        for adapted in layers.values():  # as in the training loop, where the base does not change
             stack.enter_context(fixed_parameters(nn.ModuleList(adapted.values()), base_only=True))
         found = in_turns({name: partial(step, name) for name in layers}, repeats, progress.update)
         results = [Result(model.name, model.rank, name, "step", *summary(s), len(s)) for name, s in found.items()]
@@ -281,14 +308,14 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
     return results
 
 
-def taken(network: nn.Module, targets: Any) -> list[str]:
+def target_paths(network: nn.Module, targets: Any) -> list[str]:
     chosen = (
         maps.find(targets).select(None) if isinstance(targets, str) else TargetMap("bench", {"all": tuple(targets)})
     )
     return list(match_modules(network, chosen))
 
 
-def put(network: nn.Module, layers: dict[str, nn.Module]) -> None:
+def set_layers(network: nn.Module, layers: dict[str, nn.Module]) -> None:
     for path, layer in layers.items():
         network.set_submodule(path, layer)
 
@@ -300,10 +327,17 @@ MODEL_REPEATS = {"quick": 0, "default": 7, "all": 7}
 
 
 def main(extent: str = "default", *, dtype: str | None = None, output: str | None = None) -> None:
-    """Measures, and writes results.csv, machine.json, table.md and times.png into a numbered folder of runs/bench.
+    """Runs the benchmark and prints the table.
 
-    extent: `quick` (layers only, under two minutes on two cores), `default` (at most half an hour), or `all`.
-    dtype: float32 by default, bfloat16 on a GPU.
+    Writes results.csv, machine.json, table.md and times.png.
+
+    Args:
+        extent: "quick" (layers only, under two minutes on two cores), "default" (at most half an hour), or "all".
+        dtype: The name of a torch dtype; None selects float32 on a CPU and bfloat16 on a GPU.
+        output: The folder to create; None creates a numbered one in runs/bench.
+
+    Raises:
+        ValueError: `output` exists already.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")

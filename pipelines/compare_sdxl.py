@@ -1,9 +1,10 @@
 """Compares the bare model, full fine-tuning, LoRA and DoRA (also at half the rank) as style adapters of one SDXL model.
 
-Every method at every rank gets its own learning rate: all candidates are trained once and judged on the `tune` things;
-the best one is trained once per seed of `report` and judged on things that neither training nor tuning has seen. The
-training that won the tuning counts as the first of these and may be a lucky one. Every finished training, its pictures
-and its scores are files in `output`, so a campaign that was cut off goes on.
+Every method at every rank gets its own learning rate: all candidates are trained once and judged on the `tune`
+concepts; the best one is trained once per seed of `report` and judged on concepts that neither training nor tuning
+used. The training that won the tuning counts as the first of these, which may favour lucky ones. Every finished
+training, its images and its scores are files in `output`, so an interrupted comparison resumes when it is started
+again.
 """
 
 import hashlib
@@ -24,34 +25,45 @@ from dora_mm.eval.images.judge import FILES, Judge, evenly_spaced
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import Scores, join_seeds, summarize
 from dora_mm.models.sdxl.loading import SDXL, load_configured
-from dora_mm.sampling.before_after import built_once
+from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
-from dora_mm.train.campaign import Chosen, Training, Trainings, open_campaign, rates_of
+from dora_mm.train.campaign import Chosen, Training, Trainings, candidate_rates, open_campaign
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
 
 BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
-FREE_KEYS = ("workers", "columns", "name")  # these change no number
+FREE_KEYS = ("workers", "columns", "name")  # config keys that change no result
 
 
 def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
+    """Runs what is missing of the comparison, and prints the table.
+
+    Writes to the folder `output`: table.md, results.csv and sheet.png, the trainings in runs/, their output in logs/,
+    the images in pictures/, their scores in scores/ and the values of all learning rates in rates/.
+
+    Args:
+        config: The config.
+        resume: Unused: the same command resumes an interrupted comparison.
+
+    Raises:
+        ValueError: The base config, the judge, the model or the images cannot be used, or `output` was started with a
+            different config or inputs; the folder is created only after these checks. Or a training reported a user's
+            mistake.
+        RuntimeError: A training failed in any other way.
+    """
     campaign = Campaign(config)
     bare = {
         name: campaign.scores(name, template, config.report, config.report.seeds)
         for name, template in ((BARE_FLAT, config.flat_prompt), (BARE, config.prompt))
     }
     chosen = campaign.trainings.choose_rates(
-        rates_of(config.learning_rates, variants(config.ranks)),
+        candidate_rates(config.learning_rates, variants(config.ranks)),
         campaign.tuned,
         seed=config.report.seeds[0],
         extra_rates=config.extra_rates,
     )
-    reported = {
-        variant: [Training(variant, found.rate, seed) for seed in config.report.seeds]
-        for variant, found in chosen.items()
-    }
-    campaign.trainings.train(training for trainings in reported.values() for training in trainings)
+    reported = campaign.trainings.train_chosen(chosen, config.report.seeds)
     scores = {
         variant: join_seeds([campaign.reported(training) for training in trainings])
         for variant, trainings in reported.items()
@@ -60,7 +72,11 @@ def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
 
 
 class Campaign:
-    """The folder of a comparison: what has been trained, drawn and judged in it, and how to add to it."""
+    """A comparison and its folder: trains, draws and judges what the folder does not have yet.
+
+    Raises:
+        ValueError: The config or the files that it names cannot be used, or the folder belongs to another comparison.
+    """
 
     def __init__(self, config: CompareSDXLConfig):
         self.config = config
@@ -69,7 +85,7 @@ class Campaign:
             raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_sdxl")
         self.base = base
         for variant in variants(config.ranks):
-            load_config(config.base, overrides(config, Training(variant, 1e-3, 0)))  # what is wrong shows now
+            load_config(config.base, overrides(config, Training(variant, 1e-3, 0)))  # reports mistakes now
         self.judge = Judge.load(resolve_path(config.judge, "judge"))
         self.concepts = {choice.role: self.judge.choose(choice.role, choice.count) for choice in self.choices}
         self.device = default_device()
@@ -84,7 +100,7 @@ class Campaign:
         return self.config.tune, self.config.report
 
     def inputs(self, model: SDXL) -> dict[str, str]:
-        """The identity of what the config names: the base config, its pictures, the model's weights and the judge."""
+        """The identity of what the config names: the base config, its images, the model's weights and the judge."""
         judge, data = resolve_path(self.config.judge, "judge"), self.base.data
         images = read_captioned_images(data.folder, instance_prompt=data.instance_prompt, placeholder=data.placeholder)
         return {
@@ -95,17 +111,17 @@ class Campaign:
         }
 
     def model(self) -> SDXL:
-        """Loaded anew for every adapter, so that none sees what another one left (full weights replace the base's)."""
+        """Loads the bare model, once per adapter, because weights of method `full` replace the base's."""
         return load_configured(self.base.model).to(self.device)
 
     def tuned(self, training: Training) -> float:
-        """How good a rate is: the mean chance of "in the style and the right thing" on the `tune` things."""
+        """The value of a learning rate: the mean probability of the right style and concept on the `tune` concepts."""
         tune = self.config.tune
         scores = self.scores(training.name, self.config.prompt, tune, tune.seeds, training)
         return float(scores.soft_both(self.config.style).mean())
 
     def reported(self, training: Training) -> Scores:
-        """The scores of one training on the reported things, under its own seed."""
+        """The scores of one training on the `report` concepts, drawn with the seed of the training."""
         return self.scores(training.name, self.config.prompt, self.config.report, (training.seed,), training)
 
     @staticmethod
@@ -120,20 +136,28 @@ class Campaign:
         seeds: Sequence[int],
         training: Training | None = None,
     ) -> Scores:
-        """Draws the things of `choice` and judges them, unless that is done."""
+        """Draws and judges the concepts of `choice`, unless the folder has their scores.
+
+        Args:
+            name: The name of the training or of the bare model, for file names.
+            template: The prompt, with {thing} for the concept.
+            choice: Which concepts.
+            seeds: The seeds of the images of each concept.
+            training: Draw with the adapter of this training; None draws with the bare model.
+        """
         stem = self.stem(name, choice)
         path = self.folder / "scores" / f"{stem}.json"
         if path.is_file():
             return Scores.load(path)
         concepts = self.concepts[choice.role]
-        pictures = self.draw(template, choice, seeds, training, stem)
+        images = self.draw(template, choice, seeds, training, stem)
         folder = self.folder / "pictures" / stem
         folder.mkdir(parents=True, exist_ok=True)
         cells = [(concept.code, seed) for concept in concepts for seed in seeds]
-        for (code, seed), picture in zip(cells, pictures, strict=True):
-            picture.save(folder / f"{code}-seed{seed}.png")
-        self.judge.scores(self.encoder(pictures), concepts, seeds).save(path)
-        return Scores.load(path)  # rounded, as a campaign that is gone on with will see them
+        for (code, seed), image in zip(cells, images, strict=True):
+            image.save(folder / f"{code}-seed{seed}.png")
+        self.judge.scores(self.encoder(images), concepts, seeds).save(path)
+        return Scores.load(path)  # rounded, as a resumed comparison reads them
 
     def draw(
         self, template: str, choice: ConceptChoice, seeds: Sequence[int], training: Training | None, description: str
@@ -141,24 +165,24 @@ class Campaign:
         model = self.model()
         if training is not None:
             dora_mm.load_adapter(model.adaptable, self.trainings.adapter(training))
-        wanted = self.config.draw
-        with built_once(model.networks.values()):
+        settings = self.config.draw
+        with weights_computed_once(model.networks.values()):
             return sample(
                 model.pipeline(),
                 [fill(template, concept) for concept in self.concepts[choice.role] for _ in seeds],
                 [seed for _ in self.concepts[choice.role] for seed in seeds],
-                steps=wanted.steps,
-                guidance=wanted.guidance,
-                negative_prompt=wanted.negative_prompt,
-                batch_size=wanted.batch_size,
+                steps=settings.steps,
+                guidance=settings.guidance,
+                negative_prompt=settings.negative_prompt,
+                batch_size=settings.batch_size,
                 description=description,
             )
 
 
 def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
-    """What a training has in place of the base config's values; alpha = rank, so that every update is scaled by 1."""
+    """The overrides of the base config for one training; alpha = rank, so that every update is scaled by 1."""
     variant = training.variant
-    rank = variant.rank or 1  # full fine-tuning reads none
+    rank = variant.rank or 1  # full fine-tuning ignores it
     return [
         f"seed={training.seed}",
         f"adapter.method={variant.method}",
@@ -169,11 +193,11 @@ def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
         f"train.steps={config.steps}",
         "train.checkpoint_every=0",
         "sample.prompts=[]",
-        "adapter.strength=1.0",  # weights trained whole have no other
+        "adapter.strength=1.0",  # the only one that method full has
     ]
 
 
-# --- what comes out --------------------------------------------------------------------------------------------------
+# --- the report --------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -182,7 +206,7 @@ def write_report(
     scores: dict[Variant, Scores],
     chosen: dict[Variant, Chosen],
 ) -> None:
-    """table.md, results.csv and sheet.png."""
+    """Writes table.md, results.csv and sheet.png, and prints the table."""
     config, judge = campaign.config, campaign.judge
     results = [
         Result(name, None, "", summarize(found, config.style, judge.space, over_seeds=False))
@@ -198,7 +222,7 @@ def write_report(
         [
             f"Style {config.style}, {things} things that no adapter has seen, {trainings} trainings of {config.steps} "
             "steps; 95 % intervals over things and trainings. Both: in the style and the right thing. Full fine-tuning "
-            "trains the weights of the same layers whole.",
+            "trains all weights of the same layers.",
             results_table(results),
             contrasts_table(config.ranks, scores, config.style),
             judge.describe(),
@@ -206,13 +230,13 @@ def write_report(
     )
     (campaign.folder / "table.md").write_text(text + "\n", encoding="utf-8")
     (campaign.folder / "results.csv").write_text(results_csv(results), encoding="utf-8")
-    draw_picture(campaign, chosen)
+    save_sheet(campaign, chosen)
     print(text)
     print(f"\ntable    {campaign.folder / 'table.md'}\nsheet    {campaign.folder / 'sheet.png'}")
 
 
-def draw_picture(campaign: Campaign, chosen: dict[Variant, Chosen]) -> None:
-    """Predictions: method; columns: things, spread over the reported ones; the first seed of everything."""
+def save_sheet(campaign: Campaign, chosen: dict[Variant, Chosen]) -> None:
+    """Saves a sheet: a row per method, a column per concept (evenly spaced), with the first seed of each."""
     config = campaign.config
     concepts = campaign.concepts[config.report.role]
     columns = evenly_spaced(concepts, min(config.columns, len(concepts)))

@@ -2,8 +2,9 @@
 
 Every method gets its own learning rate: all candidates are trained once and judged on the base config's validation
 splits, by the geometric mean of the tasks' metrics; the best one is trained once per seed and scored on the reported
-splits, of which no picture was trained or tuned on. The training that won counts as the first of these and may be a
-lucky one. Every finished training and its answers are files in `output`, so a campaign that was cut off goes on.
+splits, none of whose images was used for training or tuning. The training that won the tuning counts as the first of
+these, which may favour lucky ones. Every finished training and its answers are files in `output`, so an interrupted
+comparison resumes when it is started again.
 """
 
 import json
@@ -41,7 +42,7 @@ from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.sampling.answers import answer_all, answerers
 from dora_mm.tasks.vision import VisionEncoder
 from dora_mm.tasks.vl_bart import VLBartTask
-from dora_mm.train.campaign import Chosen, Training, Trainings, open_campaign, rates_of
+from dora_mm.train.campaign import Chosen, Training, Trainings, candidate_rates, open_campaign
 from dora_mm.train.validation import overall
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
@@ -49,22 +50,34 @@ from dora_mm.utils.digest import module_digest
 
 log = logging.getLogger(__name__)
 BARE, QUESTION_ONLY = "untrained base", "questions alone"
-FREE_KEYS = ("workers", "name")  # these change no number
+FREE_KEYS = ("workers", "name")  # config keys that change no result
 
 
 def main(config: CompareVLConfig, *, resume: Path | None = None) -> None:
+    """Runs what is missing of the comparison, and prints the table.
+
+    Writes to the folder `output`: table.md and results.csv, the trainings in runs/, their output in logs/, the answers
+    in answers/ and the values of all learning rates in rates/.
+
+    Args:
+        config: The config.
+        resume: Unused: the same command resumes an interrupted comparison.
+
+    Raises:
+        ValueError: The base config, the reported splits, the model or the vision tower cannot be used, or `output` was
+            started with a different config or inputs; the folder is created only after these checks. Or a training
+            reported a user's mistake.
+        RuntimeError: A training failed in any other way.
+    """
     campaign = Campaign(config)
     bare = campaign.scores([campaign.answers("bare")])
     chosen = campaign.trainings.choose_rates(
-        rates_of(config.learning_rates, variants([config.rank])),
+        candidate_rates(config.learning_rates, variants([config.rank])),
         campaign.tuned,
         seed=config.seeds[0],
         extra_rates=config.extra_rates,
     )
-    reported = {
-        variant: [Training(variant, found.rate, seed) for seed in config.seeds] for variant, found in chosen.items()
-    }
-    campaign.trainings.train(training for trainings in reported.values() for training in trainings)
+    reported = campaign.trainings.train_chosen(chosen, config.seeds)
     scores = {
         variant: campaign.scores([campaign.answers(training.name, training) for training in trainings])
         for variant, trainings in reported.items()
@@ -73,39 +86,43 @@ def main(config: CompareVLConfig, *, resume: Path | None = None) -> None:
 
 
 class Campaign:
-    """The folder of a comparison: what has been trained and answered in it, and how to add to it."""
+    """A comparison and its folder: trains and answers what the folder does not have yet.
+
+    Raises:
+        ValueError: The config or the files that it names cannot be used, or the folder belongs to another comparison.
+    """
 
     def __init__(self, config: CompareVLConfig):
         self.config = config
         self.base = load_base(config)
         self.device = default_device()
         self.data = reported_data(config, self.base)
-        self.vision = self.load_vision(config.seeds[0])  # they keep the tokens of pictures that all trainings are shown
+        self.vision = self.load_vision(config.seeds[0])  # keeps the visual tokens, which all trainings share
         self.sets = open_validation(self.data, config.decode, self.vision, answered=True)
         check_reported(config, self.base, self.sets)
         self.folder = open_campaign(config, config.output, self.inputs(), FREE_KEYS)
         self.trainings = Trainings(self.folder, config.base, config.workers, partial(overrides, config, self.base))
 
     def load_vision(self, seed: int) -> VisionEncoder:
-        wanted = self.base.vision
+        vision = self.base.vision
         if self.config.features:
-            wanted = wanted.model_copy(update={"features": self.config.features})
-        return VisionEncoder(wanted, seed=seed).to(self.device)
+            vision = vision.model_copy(update={"features": self.config.features})
+        return VisionEncoder(vision, seed=seed).to(self.device)
 
     def load_task(self, seed: int) -> tuple[VLBartTask, dict[str, str]]:
-        """The bare model with its vision, and the identities of both, as a training with this seed has them."""
-        vision = self.base.vision
-        own_vision = self.base.adapter.vision_parts or (vision.pretrained is None and not vision.features)
-        vision = self.load_vision(seed) if own_vision else self.vision
+        """The bare model and vision encoder as a training with this seed starts from, and the digests of both."""
+        configured = self.base.vision
+        depends_on_seed = self.base.adapter.vision_parts or (configured.pretrained is None and not configured.features)
+        vision = self.load_vision(seed) if depends_on_seed else self.vision
         model: Any
         model, tokenizer = load_vl_bart(self.base.model, vision.feature_dim, seed)
         identity = {"base_digest": module_digest(model), "vision_digest": vision.identity}
         return VLBartTask(model.to(self.device), tokenizer, vision), identity
 
     def inputs(self) -> dict[str, str]:
-        """The identity of what the config names: the base config, the model, the vision, and all rows."""
+        """The identity of what the config names: the base config, the model, the vision tower and all examples."""
         task, identity = self.load_task(self.config.seeds[0])
-        answerers(task, self.sets, self.config.decode)  # what is wrong with them is found before the folder exists
+        answerers(task, self.sets, self.config.decode)  # reports mistakes before the folder exists
         rows = {
             f"the {split} of {task.task}": open_texts(source, self.base.data).identity
             for task in self.base.data.tasks
@@ -117,23 +134,28 @@ class Campaign:
         return {"base": dump_config(self.base), **known, **rows, **reported}
 
     def tuned(self, training: Training) -> float:
-        """How good a rate is: the tasks' main metrics on the validation splits, together."""
+        """The value of a learning rate: the geometric mean of the tasks' main metrics on the validation splits."""
         summary = self.trainings.summary(training)
         values = {task.task: summary[task.task] for task in self.base.data.tasks if task.task in summary}
         if not values:
-            raise ValueError(f"{training.name}: no task could be scored on its valid split, so no rate can be chosen")
+            raise ValueError(f"{training.name}: no task can be scored on its valid split, so no rate can be chosen")
         return overall(values)
 
     def answers(self, name: str, training: Training | None = None) -> dict[str, Predictions]:
-        """To the reported splits, by task: of one training or of the bare model; given, unless that is done."""
+        """The answers to the reported splits by task, which are computed unless the folder has them.
+
+        Args:
+            name: The name of the training or of the bare model, for file names.
+            training: Answer with the adapter of this training; None answers with the bare model.
+        """
         path = self.folder / "answers" / f"{name}.json"
         if not path.is_file():
             log.info("Answers of %s:", name)
             found = self.answer(training)
-            said = {task: [prediction for _, prediction in rows] for task, rows in found.items()}
-            write_text(path, json.dumps(said) + "\n")
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return {task: list(zip(rows, said[task], strict=True)) for task, rows in self.examples.items()}
+            texts = {task: [prediction for _, prediction in rows] for task, rows in found.items()}
+            write_text(path, json.dumps(texts) + "\n")
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        return {task: list(zip(rows, texts[task], strict=True)) for task, rows in self.examples.items()}
 
     @cached_property
     def examples(self) -> dict[str, list[Example]]:
@@ -148,7 +170,7 @@ class Campaign:
         return answer_all(task, self.sets, self.config.decode)
 
     def question_only(self) -> dict[str, AnswerScores]:
-        """What the questions alone suggest, by task; captions have none."""
+        """The scores, by task, of answers guessed from the question without the image; not for captions."""
         found = {}
         for task in self.data.tasks:
             if task.task in QUESTION_TASKS and task.train is not None:
@@ -159,7 +181,7 @@ class Campaign:
 
     @staticmethod
     def scores(answered: Sequence[Mapping[str, Predictions]]) -> dict[str, AnswerScores]:
-        """By task, of one method's trainings; without those of captions where these cannot be scored."""
+        """The scores of one method's trainings by task; captions are left out where they cannot be scored."""
         found = {task: answer_scores(task, [rows[task] for rows in answered]) for task in answered[0]}
         return {task: scores for task, scores in found.items() if scores}
 
@@ -168,32 +190,38 @@ class Campaign:
 
 
 def load_base(config: CompareVLConfig) -> TrainVLBartConfig:
-    """The base config, of which everything that contradicts a comparison is found before a folder exists."""
+    """Loads the base config.
+
+    Raises:
+        ValueError: The base config, or one of the trainings derived from it, is invalid or does not fit the comparison.
+    """
     base = load_config(config.base)
     if not isinstance(base, TrainVLBartConfig):
         raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_vl_bart")
     if base.adapter.init_from is not None:
-        raise ValueError(f"base: {config.base} goes on from an adapter, which other methods could not: drop init_from")
+        raise ValueError(f"base: {config.base} has adapter.init_from, which other methods cannot load: leave it out")
     if missing := [task.task for task in base.data.tasks if task.valid is None]:
-        raise ValueError(f"base: {config.base} has no valid for {', '.join(missing)}, by which rates are chosen")
+        raise ValueError(f"base: {config.base} has no valid for {', '.join(missing)}, which choosing a rate needs")
     trained, reported = ({task.task for task in data.tasks} for data in (base.data, config.report))
     if trained != reported:
-        raise ValueError(f"report.tasks: must be those of {config.base}: {', '.join(sorted(trained))}")
+        raise ValueError(f"report.tasks: must be the tasks of {config.base}: {', '.join(sorted(trained))}")
     if config.features and base.adapter.vision_parts:
-        raise ValueError(f"features: {config.base} adapts the vision tower, which must look at the pictures itself")
+        raise ValueError(
+            f"features: {config.base} adapts the vision tower, which then has to encode the images: leave features out"
+        )
     for variant in variants([config.rank]):
         load_config(config.base, overrides(config, base, Training(variant, 1e-3, 0)))
     return base
 
 
 def overrides(config: CompareVLConfig, base: TrainVLBartConfig, training: Training) -> list[str]:
-    """What a training has in place of the base config's values; every update is scaled as the base's is."""
+    """The overrides of the base config for one training; every update has the scaling of the base's."""
     variant, adapter = training.variant, base.adapter
-    rank = variant.rank or 1  # full fine-tuning reads none
-    whole = [
+    rank = variant.rank or 1  # full fine-tuning ignores it
+    full = [
         f"adapter.parts=[{', '.join(get_args(VLPart))}]",
         f"adapter.extra_trainable=[{', '.join(get_args(Trained))}]",
-        "adapter.dropout=0.0",  # of A's input
+        "adapter.dropout=0.0",  # it acts on the input of A
     ]
     return [
         f"seed={training.seed}",
@@ -206,38 +234,47 @@ def overrides(config: CompareVLConfig, base: TrainVLBartConfig, training: Traini
         "train.epochs=null",
         "train.checkpoint_every=0",
         "evaluate.every=0",
-        *(whole if variant.method == "full" else []),
+        *(full if variant.method == "full" else []),
     ]
 
 
 def reported_data(config: CompareVLConfig, base: TrainVLBartConfig) -> VLDataConfig:
-    """With each task's train split, from which `decode.answers` and guesses take their answers."""
+    """The reported data with each task's train split, from which `decode.answers` and guesses take their answers."""
     train = {task.task: task.train for task in base.data.tasks}
     tasks = tuple(task.model_copy(update={"train": train[task.task]}) for task in config.report.tasks)
     return config.report.model_copy(update={"tasks": tasks})
 
 
 def check_reported(config: CompareVLConfig, base: TrainVLBartConfig, sets: Mapping[str, ValidationSet]) -> None:
-    """Raises ValueError where a reported split (by task) has no spread, or pictures that are trained or tuned on, be it
-    for another task."""
+    """Checks that the reported splits can be scored fairly.
+
+    Args:
+        config: The config.
+        base: The base config.
+        sets: The reported splits by task.
+
+    Raises:
+        ValueError: A reported split has a single image, so that it has no interval; or it has images that are used for
+            training or tuning, for any task.
+    """
     for name, found in sets.items():
         if len({group_of(name, example) for example in found.table}) < 2:
-            raise ValueError(f"report.tasks: {name} is about one picture, and intervals need two or more")
+            raise ValueError(f"report.tasks: {name} has only one image, and intervals need two or more")
     for task in base.data.tasks:
         for split, source in (("train", task.train), ("valid", task.valid)):
             assert source is not None
             table = open_table(source, Path(base.data.tables), on_bad_data=base.data.on_bad_data)
             used = ValidationSet(table, source.images)
             for name, found in sets.items():
-                if shared := sorted(shared_pictures(found, used)):
+                if shared := sorted(shared_images(found, used)):
                     raise ValueError(
-                        f"report.tasks: {len(shared)} pictures of {name} are also in the {split} of {task.task} in "
-                        f"{config.base} (one is {shared[0]}): report others, with skip and limit if need be"
+                        f"report.tasks: {len(shared)} images of {name} are also in the {split} of {task.task} in "
+                        f"{config.base} (such as {shared[0]}): report on others, for example with skip and limit"
                     )
 
 
-def shared_pictures(one: ValidationSet, other: ValidationSet) -> set[str]:
-    """Those that two splits have in common: equal names, unless both say where, and these are different files."""
+def shared_images(one: ValidationSet, other: ValidationSet) -> set[str]:
+    """The images that two splits share: by path if both have a folder of images, else by the stem of the file name."""
     if one.images is None or other.images is None:
         return {stem(name) for name in one.table.images()} & {stem(name) for name in other.table.images()}
     paths = [
@@ -247,7 +284,7 @@ def shared_pictures(one: ValidationSet, other: ValidationSet) -> set[str]:
     return paths[0] & paths[1]
 
 
-# --- what comes out --------------------------------------------------------------------------------------------------
+# --- the report --------------------------------------------------------------------------------------------------
 
 
 def write_report(
@@ -256,7 +293,7 @@ def write_report(
     scores: Mapping[Variant, Mapping[str, AnswerScores]],
     chosen: Mapping[Variant, Chosen],
 ) -> None:
-    """table.md and results.csv."""
+    """Writes table.md and results.csv, and prints the table."""
     config, question_only = campaign.config, campaign.question_only()
     results = [VLResult(BARE, intervals(bare))]
     if question_only:
@@ -284,7 +321,7 @@ def write_report(
 def result(
     campaign: Campaign, label: str, variant: Variant, scores: Mapping[str, AnswerScores], chosen: Chosen
 ) -> VLResult:
-    """Time and memory: the median of the trainings."""
+    """A row of the table; time and memory are medians over the trainings."""
     found = [campaign.trainings.summary(Training(variant, chosen.rate, seed)) for seed in campaign.config.seeds]
     return VLResult(
         label,
@@ -292,29 +329,29 @@ def result(
         found[0]["parameters"],
         found[0]["trainable_share"],
         str(chosen),
-        median(one["seconds_per_step"] for one in found),
-        median(one["peak_memory_mb"] for one in found),
+        median(summary["seconds_per_step"] for summary in found),
+        median(summary["peak_memory_mb"] for summary in found),
     )
 
 
 def about(campaign: Campaign, scores: Mapping[str, AnswerScores]) -> str:
-    """What the table is of, and how its intervals are meant."""
+    """Notes on the table: what was trained and reported, and what the intervals mean."""
     config = campaign.config
-    together = "all questions about a picture count together"
+    groups = "all questions about one of these count together"
     if "nlvr2" in scores:
-        together += ", and all sentences of a set of NLVR2"
+        groups += ", and all sentences of a set of NLVR2"
     notes = [
         f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
         f"Reported: {counted(scores)}.",
-        f"In brackets: 95 % intervals over trainings and over what was asked about; {together}.",
+        f"In brackets: 95 % intervals over trainings and over images or videos; {groups}.",
         "Full fine-tuning trains every weight of the language model. Learning rates: each method's best on the "
-        "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the most "
-        "that a training held, in 2^20 bytes.",
+        "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the "
+        "peak of a training, in 2^20 bytes.",
     ]
     if set(scores) & set(CAPTION_TASKS):
         notes.append(
-            "CIDEr is the mean of each caption's own CIDEr-D, so it has its interval in the same way; how rare a word "
-            "is follows from the references of the split, which are the same for all."
+            "CIDEr is the mean of the captions' CIDEr-D scores, so its interval is computed in the same way; the word "
+            "frequencies come from the references of the split, which are the same for all."
         )
     if missing := [HEADINGS[task] for task in campaign.sets if task not in scores]:
         notes.append(

@@ -1,7 +1,7 @@
-"""Scores a style adapter: does it draw in the style, and does it still draw the thing?
+"""Scores a style adapter: does it draw in the style, and does it still draw what the prompt names?
 
-Pictures of things that are in no adapter's images, drawn by the bare model (on prompts that it knows, and on the
-adapter's) and by the adapter, go to a fitted judge (`fit_judge`); the table carries 95 % intervals over things.
+A fitted judge (`fit_judge`) scores images of things that no adapter was trained on, drawn by the bare model (with
+prompts that it knows, and with the adapter's prompts) and by the adapter. The table has 95 % intervals over things.
 """
 
 import logging
@@ -21,7 +21,7 @@ from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import format_interval, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.sdxl.loading import SDXL, load_configured
-from dora_mm.sampling.before_after import built_once
+from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
 from dora_mm.train.run import RunDirectory, open_run
@@ -35,6 +35,18 @@ BARE_FLAT, BARE, ADAPTER = "bare model, flat prompts", "bare model", "adapter"
 
 
 def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
+    """Draws the images, scores them and prints the table.
+
+    Writes to the run directory: table.md, metrics.json, the scores of single images in scores/, and sheet.png.
+
+    Args:
+        config: The config; without `adapter` only the bare model is scored.
+        resume: Unused, because an evaluation cannot be resumed.
+
+    Raises:
+        ValueError: The judge, the model, the adapter or the reference images cannot be used, or the judge was fitted
+            for another model. The run directory is created only after these checks.
+    """
     judge = Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
     device = default_device()
@@ -45,27 +57,26 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     encoder = Encoder(device)
     references = read_references(config.clip) if config.clip else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
-    # All that can be wrong has been read by now: minutes of drawing follow.
     run = open_run(config)
 
-    pictures = draw_all(config, model, concepts)
+    images = draw_all(config, model, concepts)
     seeds = config.concepts.seeds
-    found = {}
-    for name, drawn in pictures.items():
+    metrics = {}
+    for name, drawn in images.items():
         scores = judge.scores(encoder(drawn), concepts, seeds)
         scores.save(run.path / "scores" / f"{name.replace(' ', '_').replace(',', '')}.json")
-        # A bare model on flat prompts is to be flat; beside it stands how much of the style is seen in it.
-        found[name] = summarize(scores, config.style, judge.space, over_seeds=False)
-    similarity = clip_similarity(config, clip, references, pictures, concepts) if clip and config.clip else {}
-    report(config, run, judge, found, similarity)
-    draw_sheet(run, pictures, concepts, len(seeds))
+        # Also for the bare model on flat prompts, which should be flat: how much of the style the judge sees in it.
+        metrics[name] = summarize(scores, config.style, judge.space, over_seeds=False)
+    similarity = clip_similarity(config, clip, references, images, concepts) if clip and config.clip else {}
+    report(config, run, judge, metrics, similarity)
+    save_sheet(run, images, concepts, len(seeds))
 
 
 def draw_all(config: EvalSDXLConfig, model: SDXL, concepts: list[Concept]) -> dict[str, list[Image.Image]]:
-    """Pictures by row of the table, concepts outside, seeds inside.
+    """Draws all images, by row of the table; in each row the seeds vary faster than the concepts.
 
-    `model` is adapted where there is an adapter. The bare model is then loaded anew: weights that were trained whole
-    keep none.
+    `model` is adapted where there is an adapter. The bare model is then loaded again, because the weights of method
+    `full` replace those of the base.
     """
     adapted = {}
     if config.adapter:
@@ -84,7 +95,7 @@ def draw(
     config: EvalSDXLConfig, model: SDXL, concepts: list[Concept], template: str, description: str
 ) -> list[Image.Image]:
     seeds = config.concepts.seeds
-    with built_once(model.networks.values()):
+    with weights_computed_once(model.networks.values()):
         return sample(
             model.pipeline(),
             [fill(template, concept) for concept in concepts for _ in seeds],
@@ -107,45 +118,47 @@ def clip_similarity(
     config: EvalSDXLConfig,
     clip: ClipSimilarity,
     references: list[Image.Image],
-    pictures: dict[str, list[Image.Image]],
+    images: dict[str, list[Image.Image]],
     concepts: list[Concept],
 ) -> dict[str, dict[str, Interval]]:
-    """Cosine with the thing's own text, and with the reference pictures where there are any."""
+    """Cosine similarity with the text of each concept, and with the reference images if there are any."""
     assert config.clip is not None
     seeds = config.concepts.seeds
     texts = [fill(config.clip.text, concept) for concept in concepts for _ in seeds]
-    found: dict[str, dict[str, Interval]] = {}
-    for name, drawn in pictures.items():
+    similarity: dict[str, dict[str, Interval]] = {}
+    for name, drawn in images.items():
         values = {"CLIP text similarity": clip.to_texts(drawn, texts)}
         if references:
             values["CLIP image similarity"] = clip.to_images(drawn, references)
-        found[name] = {key: bootstrap(cosines.reshape(len(concepts), len(seeds))) for key, cosines in values.items()}
-    return found
+        similarity[name] = {
+            key: bootstrap(cosines.reshape(len(concepts), len(seeds))) for key, cosines in values.items()
+        }
+    return similarity
 
 
 def read_references(config: ClipConfig) -> list[Image.Image]:
     if config.images is None:
         return []
     folder = resolve_path(config.images, "clip.images")
-    known = {".webp", ".png", ".jpg", ".jpeg"}
-    found = [load_rgb(path, "white") for path in sorted(folder.iterdir()) if path.suffix.lower() in known]
-    if not found:
-        raise ValueError(f"clip.images: {folder} holds no pictures (.webp, .png, .jpg): name a folder that does")
-    return found
+    suffixes = {".webp", ".png", ".jpg", ".jpeg"}
+    images = [load_rgb(path, "white") for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
+    if not images:
+        raise ValueError(f"clip.images: {folder} contains no images (.webp, .png, .jpg): name a folder that does")
+    return images
 
 
 def report(
     config: EvalSDXLConfig,
     run: RunDirectory,
     judge: Judge,
-    found: dict[str, dict[str, Interval]],
+    metrics: dict[str, dict[str, Interval]],
     similarity: dict[str, dict[str, Interval]],
 ) -> None:
-    """table.md and metrics.json, and the same on the screen."""
+    """Writes table.md and metrics.json, and prints the table."""
     count = judge.choose(config.concepts.role, config.concepts.count)
     lines = [
         f"style {config.style}: {len(count)} things x {len(config.concepts.seeds)} seeds, 95 % intervals over things",
-        metrics_table(found),
+        metrics_table(metrics),
         judge.describe(),
     ]
     if similarity:
@@ -154,19 +167,19 @@ def report(
         lines.insert(2, markdown_table(["", *headings], rows))
     text = "\n\n".join(lines)
     (run.path / "table.md").write_text(text + "\n", encoding="utf-8")
-    metrics = {name: {key: value.as_dict() for key, value in cells.items()} for name, cells in found.items()}
+    values = {name: {key: value.as_dict() for key, value in cells.items()} for name, cells in metrics.items()}
     for name, cells in similarity.items():
-        metrics[name] |= {key: value.as_dict() for key, value in cells.items()}
-    write_json(run.path / "metrics.json", {"style": config.style, "rows": metrics, "judge": judge.report})
+        values[name] |= {key: value.as_dict() for key, value in cells.items()}
+    write_json(run.path / "metrics.json", {"style": config.style, "rows": values, "judge": judge.report})
     print(text)
     print(f"\ntable    {run.path / 'table.md'}")
 
 
-def draw_sheet(
-    run: RunDirectory, pictures: dict[str, list[Image.Image]], concepts: list[Concept], num_seeds: int
+def save_sheet(
+    run: RunDirectory, images: dict[str, list[Image.Image]], concepts: list[Concept], num_seeds: int
 ) -> None:
-    """The first things of the list, first seed, a row per line of the table."""
+    """Saves a sheet with the first concepts and the first seed: one row for each row of the table."""
     columns = concepts[:SHEET_COLUMNS]
-    rows = [drawn[: len(columns) * num_seeds : num_seeds] for drawn in pictures.values()]
-    sheet(rows, list(pictures), [concept.name for concept in columns]).save(run.sheet)
+    rows = [drawn[: len(columns) * num_seeds : num_seeds] for drawn in images.values()]
+    sheet(rows, list(images), [concept.name for concept in columns]).save(run.sheet)
     print(f"sheet    {run.sheet}")

@@ -1,4 +1,4 @@
-"""Scores a VL-BART, bare or with an adapter, on validation or test splits, and shows what it answers."""
+"""Scores a VL-BART, bare or with an adapter, on validation or test splits, and shows examples of its answers."""
 
 import json
 import logging
@@ -33,7 +33,19 @@ log = logging.getLogger(__name__)
 
 
 def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
-    # Everything that can be wrong with the input is found before the run directory exists.
+    """Answers the splits, scores the answers and prints the report.
+
+    Writes to the run directory: the answers of each task in predictions_<task> (in the format of its evaluation
+    server), scores.json, report.md and, with `examples`, examples.html.
+
+    Args:
+        config: The config; without `adapter` the bare model is scored.
+        resume: Unused, because an evaluation cannot be resumed.
+
+    Raises:
+        ValueError: The adapter, the model, the vision tower or the data cannot be used, or the adapter was trained with
+            another base model or vision tower. The run directory is created only after these checks.
+    """
     folder = formats.adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
     metadata = formats.read(folder)[1] if folder else {}
     seed = seed_of(folder, metadata) if folder else 0
@@ -51,7 +63,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     answered = answer_all(task, splits, config.decode)
     for name, rows in answered.items():
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
-    # Karpathy's VQA has rows without any answer among others: they count as wrong, and a note says how many.
+    # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
     scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
     scores = {name: score(name, rows, vqa_mode=config.vqa_mode) for name, rows in scored.items()}
     scores = {
@@ -62,19 +74,22 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
 
 
 def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScores, table: ExampleTable) -> VLScores:
-    """With what the questions alone give away, where the training split is named: answers are guessed from its."""
+    """Adds the question-only accuracy: of answers that are guessed from the training split without any image.
+
+    The scores of tasks without questions, or whose training split is not in the config, stay as they are.
+    """
     (task,) = (task for task in config.data.tasks if task.task == name)
     if task.train is None or name not in QUESTION_TASKS:
         return scores
-    known = open_texts(task.train, config.data).answered()
-    if not len(known):
+    training = open_texts(task.train, config.data).answered()
+    if not len(training):
         return replace(scores, notes=(*scores.notes, f"no question-only accuracy: {task.train.file} has no answers"))
-    guessed = question_only_accuracy(known, table)
-    return replace(scores, metrics={**scores.metrics, "question-only accuracy": guessed})
+    accuracy = question_only_accuracy(training, table)
+    return replace(scores, metrics={**scores.metrics, "question-only accuracy": accuracy})
 
 
 def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLScores], unscored: list[str]) -> None:
-    """scores.json and report.md, and the latter on the screen."""
+    """Writes scores.json and report.md, and prints the report."""
     values: dict[str, Any] = {name: asdict(found) for name, found in scores.items()}
     write_text(run.path / "scores.json", json.dumps(values, indent=2) + "\n")
     overall = ", ".join(f"{name} {value:.2f}" for name, value in main_values(scores).items())
@@ -88,7 +103,7 @@ def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLSc
 def write_page(
     config: EvalVLConfig, run: RunDirectory, answered: dict[str, Predictions], splits: dict[str, ValidationSet]
 ) -> None:
-    """Examples of every task, evenly spread over the split."""
+    """Writes examples.html: `examples` rows of every task, evenly spaced over its split."""
     if not config.examples:
         return
     sections = []
@@ -99,7 +114,7 @@ def write_page(
                 example,
                 prediction,
                 score_row(name, example, prediction, vqa_mode=config.vqa_mode),
-                pictures(name, example, splits[name].images),
+                load_images(name, example, splits[name].images),
             )
             for example, prediction in chosen
         ]
@@ -108,8 +123,8 @@ def write_page(
     print(f"examples {run.path / 'examples.html'}")
 
 
-def pictures(task: str, example: Example, folder: str | None) -> list[Any]:
-    """The pictures of an example, none where only features are known."""
+def load_images(task: str, example: Example, folder: str | None) -> list[Any]:
+    """The images of an example; none for videos and where `folder` is not given, as with precomputed features."""
     if task in VIDEO_TASKS or folder is None:
         return []
     return [load_rgb(resolve_path(folder, "images") / name, "white") for name in example.images]

@@ -1,4 +1,4 @@
-"""dora-mm inspect: what an adapter file holds, or what a target map takes of a model."""
+"""dora-mm inspect: what an adapter file holds, or which modules of a model a target map selects."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,24 +12,32 @@ from dora_mm.targets import find
 from dora_mm.utils.tables import aligned_columns
 
 ADAPTERS = [module.FILE_NAME for module in formats.FORMATS.values()]
-HIDDEN = ("format", PEFT_METADATA, OUR_METADATA)  # what the table says in words
+HIDDEN = ("format", PEFT_METADATA, OUR_METADATA)  # the table shows what is in them
 MAP_OF = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
 RANK = 8  # parameter counts of target maps are stated at this rank
 
 
 def main(path: str, *, targets: str | None = None) -> None:
-    """Prints the content of an adapter file (or of the folder or run it lies in), or the target maps on a model."""
+    """Prints the content of an adapter file, or what the target maps select in an SDXL model.
+
+    Args:
+        path: An adapter file, its folder or its run directory; or an SDXL model, as a folder or a hub name.
+        targets: The only target map to show, for a model.
+
+    Raises:
+        ValueError: The file is not an adapter, the path is not an SDXL model, or there is no such target map.
+    """
     file = adapter_file(path)
     if file is None:
         print(describe_model(resolve_model(path, "MODEL"), targets))
     elif targets is not None:
-        raise ValueError(f"--targets is for models, and {file} is an adapter file")
+        raise ValueError(f"--targets is for models, but {file} is an adapter file: leave it out")
     else:
         print(describe_adapter(file))
 
 
 def adapter_file(path: str) -> Path | None:
-    """The adapter file that is meant: the path itself, or what lies in the folder or in the run there."""
+    """The adapter file of a path: the file itself, or the one in this folder or run directory; None for a model."""
     found = find_path(path)
     if found is None or found.is_file():
         return found
@@ -41,7 +49,7 @@ def adapter_file(path: str) -> Path | None:
 
 
 def describe_adapter(file: Path) -> str:
-    """A table of what the file adapts, then its metadata."""
+    """A table of the adapted modules, followed by the metadata."""
     state, metadata = formats.read(file)
     rows, parameters = Counter(), Counter()
     for component, layers in state.layers.items():
@@ -58,7 +66,7 @@ def describe_adapter(file: Path) -> str:
 
 
 def method_rank_alpha(spec: DoRASpec) -> tuple[str, str, str]:
-    """As text; `-` where the method has no such thing."""
+    """As text, with `-` for the rank and alpha of methods without A and B."""
     if spec.method in ("dora", "lora"):
         return spec.method, str(spec.rank), f"{spec.alpha:g}"
     return spec.method, "-", "-"
@@ -68,11 +76,15 @@ def method_rank_alpha(spec: DoRASpec) -> tuple[str, str, str]:
 
 
 def describe_model(model: str, only: str | None) -> str:
-    """One table per network, with all parts of its target map; `only` this map where it is given."""
-    wanted = find(only).name if only else None  # a name that is no map is an error
-    chosen = {component: name for component, name in MAP_OF.items() if wanted in (None, name)}
+    """One table per network, with all parts of its target map; with `only`, just the networks of this map.
+
+    Raises:
+        ValueError: There is no map `only`, it is not for an SDXL model, or `model` is not one.
+    """
+    requested = find(only).name if only else None
+    chosen = {component: name for component, name in MAP_OF.items() if requested in (None, name)}
     if not chosen:
-        raise ValueError(f"the target map {wanted} is for no network of an SDXL model")
+        raise ValueError(f"--targets: the target map {requested} is not for a network of an SDXL model")
     return "\n\n".join(table_of(model, component, name) for component, name in chosen.items())
 
 
@@ -81,16 +93,16 @@ def table_of(model: str, component: str, name: str) -> str:
     spec = DoRASpec(rank=RANK, alpha=RANK)
     report = inject(network(model, component), targets, spec, parts=tuple(targets.parts))
     default = targets.select().parts
-    taken = [module for module in report.modules if module.part in default]
-    total = sum(module.num_parameters for module in taken)
+    selected = [module for module in report.modules if module.part in default]
+    total = sum(module.num_parameters for module in selected)
     return (
         f"{model} {component}: {name} at rank {RANK}\n{report}\n"
-        f"by default ({', '.join(default)}): {len(taken)} modules, {total:,} parameters"
+        f"by default ({', '.join(default)}): {len(selected)} modules, {total:,} parameters"
     )
 
 
 def network(model: str, component: str) -> Any:
-    """A network of an SDXL model, from its config alone: on the meta device, without weights."""
+    """A network of an SDXL model, built from its config on the meta device, without weights."""
     import torch
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -111,6 +123,6 @@ def network(model: str, component: str) -> Any:
 
 
 def leaf(path: str) -> str:
-    """to_q, or to_out.0 where the last name is a number."""
+    """The last name of a path, such as to_q; the last two, such as to_out.0, where the last one is a number."""
     parts = path.split(".")
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])

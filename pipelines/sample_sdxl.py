@@ -1,4 +1,4 @@
-"""Draws pictures for prompts with an SDXL model and an adapter: one PNG each, and a labelled sheet of all."""
+"""Draws images for prompts with an SDXL model and an adapter: one PNG each, and a labelled sheet of all."""
 
 import csv
 import io
@@ -28,31 +28,48 @@ NO_ADAPTER = "no adapter"
 
 
 def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
+    """Draws the images.
+
+    Writes to the run directory: the images in samples/<column>/ with `images`, and sheet.png with `sheet`. The columns
+    are "no adapter" and the strengths.
+
+    Args:
+        config: The config.
+        resume: Unused, because sampling cannot be resumed.
+
+    Raises:
+        ValueError: The prompts file, the model or the adapter cannot be used, or a strength other than 1 is asked of
+            weights of method `full`. The run directory is created only after these checks.
+    """
     prompts = list(config.prompts) or read_prompts(resolve_path(config.prompts_file or "", "prompts_file"))
     model = load_configured(config.model)
     adapted = load_adapter(config, model)
     model.freeze().to(default_device())
     for prompt, count in truncated_prompts(model, prompts).items():
-        log.warning("A prompt of %d tokens is cut to %d: %s", count, model.tokenizer.model_max_length, prompt)
+        log.warning("A prompt of %d tokens is truncated to %d: %s", count, model.tokenizer.model_max_length, prompt)
     run = open_run(config)
 
     jobs = list(product(prompts, config.seeds))
     columns = {}
-    for column, pictures in draw(config, model, adapted, jobs):
-        columns[column] = pictures
+    for column, images in draw(config, model, adapted, jobs):
+        columns[column] = images
         if config.images:
-            save_pictures(config, run, jobs, column, pictures)
+            save_images(config, run, jobs, column, images)
     if config.images:
-        print(f"pictures  {run.samples}")
+        print(f"images    {run.samples}")
     if config.sheet:
         labels = [prompt if len(config.seeds) == 1 else f"{prompt}, seed {seed}" for prompt, seed in jobs]
-        rows = [[pictures[index] for pictures in columns.values()] for index in range(len(jobs))]
+        rows = [[images[index] for images in columns.values()] for index in range(len(jobs))]
         sheet(rows, labels, list(columns)).save(run.sheet)
         print(f"sheet     {run.sheet}")
 
 
 def load_adapter(config: SampleSDXLConfig, model: SDXL) -> dict[str, torch.nn.Module]:
-    """The networks that the adapter file adapts."""
+    """Loads the adapter; returns the networks that it adapts by component.
+
+    Raises:
+        ValueError: The file cannot be used, or has method `full` and a strength other than 1 is asked for.
+    """
     if config.adapter is None:
         return {}
     networks = model.adaptable
@@ -60,8 +77,11 @@ def load_adapter(config: SampleSDXLConfig, model: SDXL) -> dict[str, torch.nn.Mo
     report = dora_mm.load_adapter(networks, file, backend=config.backend)
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
     adapted = {name: network for name, network in networks.items() if methods(network)}
-    if is_whole(adapted) and (config.strengths or config.adapter.strength != 1.0):
-        raise ValueError(f"{config.adapter.path} holds weights that were trained whole: they have no strength but 1.")
+    if replaces_weights(adapted) and (config.strengths or config.adapter.strength != 1.0):
+        raise ValueError(
+            f"adapter.path: {config.adapter.path} holds weights of method full, whose strength is always 1: leave out "
+            "strengths and adapter.strength."
+        )
     return adapted
 
 
@@ -69,17 +89,20 @@ def methods(network: torch.nn.Module) -> set[str]:
     return {module.spec.method for module in network.modules() if isinstance(module, AdaptedLayer)}
 
 
-def is_whole(adapted: dict[str, torch.nn.Module]) -> bool:
-    """Weights that were trained themselves took the base's place: they have no strength, and no "without"."""
+def replaces_weights(adapted: dict[str, torch.nn.Module]) -> bool:
+    """Whether the file replaced weights of the base (method `full`), so that strength 0 cannot be drawn."""
     return any("full" in methods(network) for network in adapted.values())
 
 
 def draw(
     config: SampleSDXLConfig, model: SDXL, adapted: dict[str, torch.nn.Module], jobs: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[str, list[Image.Image]]]:
-    """The columns of the sheet and their pictures: without the adapter (where there is a sheet), then each strength.
+    """Draws the columns of the sheet: without the adapter (if there is a sheet), then each strength.
 
-    Weights that were trained whole have one column.
+    Weights of method `full` have a single column.
+
+    Yields:
+        The label of the column, and one image per job.
     """
     prompts, seeds = [prompt for prompt, _ in jobs], [seed for _, seed in jobs]
     settings = {
@@ -94,7 +117,7 @@ def draw(
     if not adapted or config.adapter is None:
         yield NO_ADAPTER, sample(pipe, prompts, seeds, description=NO_ADAPTER, **settings)
         return
-    if is_whole(adapted):
+    if replaces_weights(adapted):
         yield "adapter", sample(pipe, prompts, seeds, description="adapter", **settings)
         return
     strengths = {f"strength {factor:g}": factor * config.adapter.strength for factor in config.strengths or (1.0,)}
@@ -104,31 +127,34 @@ def draw(
         yield label, at_strength(pipe, adapted, strength, prompts, seeds, description=label, **settings)
 
 
-def save_pictures(
+def save_images(
     config: SampleSDXLConfig,
     run: RunDirectory,
     jobs: Sequence[tuple[str, int]],
     column: str,
-    pictures: list[Image.Image],
+    images: list[Image.Image],
 ) -> None:
-    """samples/<column>/<number>-seed<seed>.png, each with what made it in its text chunk `dora_mm`."""
+    """Saves samples/<column>/<prompt number>-seed<seed>.png, with the settings in the text chunk `dora_mm`."""
     common = config.model_dump(include={"model", "adapter", "steps", "guidance", "negative_prompt", "height", "width"})
     folder = run.samples / column.replace(" ", "-")
     folder.mkdir(parents=True)
-    for index, ((prompt, seed), picture) in enumerate(zip(jobs, pictures, strict=True)):
-        about = PngImagePlugin.PngInfo()
-        about.add_itxt("dora_mm", json.dumps({"prompt": prompt, "seed": seed, "column": column, **common}))
-        picture.save(folder / f"{index // len(config.seeds):03d}-seed{seed}.png", pnginfo=about)
+    for index, ((prompt, seed), image) in enumerate(zip(jobs, images, strict=True)):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("dora_mm", json.dumps({"prompt": prompt, "seed": seed, "column": column, **common}))
+        image.save(folder / f"{index // len(config.seeds):03d}-seed{seed}.png", pnginfo=info)
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line (.txt), or the column `prompt` of a .csv or .jsonl file.
+    """Reads prompts: one per line of a .txt file, or the column `prompt` of a .csv or .jsonl file.
+
+    Args:
+        path: The file, in UTF-8.
 
     Raises:
-        ValueError: another kind of file, or none, or one that is not UTF-8, or a row without a prompt.
+        ValueError: The file has another suffix, is not UTF-8 or has no prompts, or a row has no prompt.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # with the mark that Excel writes, or without
+        text = path.read_text(encoding="utf-8-sig")  # with or without the byte order mark that Excel writes
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts_file {path} is not UTF-8: byte {error.start} cannot be read.") from None
     if path.suffix == ".txt":
@@ -142,7 +168,7 @@ def read_prompts(path: Path) -> list[str]:
     else:
         raise ValueError(f"prompts_file {path} must end in .txt, .csv or .jsonl.")
     if not prompts:
-        raise ValueError(f"prompts_file {path} holds no prompts.")
+        raise ValueError(f"prompts_file {path} contains no prompts.")
     return prompts
 
 
@@ -150,7 +176,7 @@ def _json_row(line: str, path: Path, number: int) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"prompts_file {path} line {number} is not JSON: {error.msg}.") from None
+        raise ValueError(f"prompts_file {path} line {number} is not valid JSON: {error.msg}.") from None
     return row if isinstance(row, dict) else {}
 
 

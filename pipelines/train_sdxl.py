@@ -1,4 +1,4 @@
-"""Trains a style adapter for SDXL from a folder of captioned pictures, and shows what it learned."""
+"""Trains a style adapter for SDXL on a folder of captioned images, and draws images without and with it."""
 
 import logging
 from collections import Counter
@@ -22,28 +22,39 @@ from dora_mm.tasks.sdxl import DiffusionTask
 from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.adapters import load_initial_adapter, make_spec
 from dora_mm.train.loop import fit
-from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule
-from dora_mm.train.run import RunDirectory, start_run, write_summary
+from dora_mm.train.run import RunDirectory, start_run, training_summary, write_summary
 
 log = logging.getLogger(__name__)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
-    # Everything that can be wrong with the input is found before the run directory exists.
+    """Trains the adapter.
+
+    Writes to the run directory: checkpoints/, metrics.jsonl, the final adapter in adapter/, summary.json, sheet.png
+    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/.
+
+    Args:
+        config: The config.
+        resume: The run directory to resume from its last checkpoint; None starts a new run.
+
+    Raises:
+        ValueError: The images, the model, the initial adapter or the output folder cannot be used. A new run directory
+            is created only after these checks.
+    """
     images = read_captioned_images(
         config.data.folder, instance_prompt=config.data.instance_prompt, placeholder=config.data.placeholder
     )
-    # SDXL does not read the last layer of its first text encoder: that layer's adapters get no gradients.
-    several = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.text_encoders)
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[several])
+    # SDXL does not use the last layer of its first text encoder: that layer's adapters get no gradients.
+    distributed = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.text_encoders)
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[distributed])
     model = load_configured(config.model).to(accelerator.device)
     adapted = adapt(model, config)
-    report_captions(model, images)
+    warn_of_truncated_captions(model, images)
     parameters = {
-        f"{part}.{name}": parameter
-        for part, network in adapted.items()
+        f"{component}.{name}": parameter
+        for component, network in adapted.items()
         for name, parameter in dora_mm.adapter_parameters(network).items()
     }
     optimizer = build_optimizer(parameters, config.optimizer)
@@ -63,7 +74,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
         batches.encode_all()
         if not prompts.trained:
             prompts.keep([*(image.caption for image in images), ""])
-            idle_text_encoders(model)
+            move_text_encoders_to_cpu(model)
     inputs = {"the pictures and captions": digest_of(images)}
     run = start_run(accelerator, config, inputs, resume)
 
@@ -93,64 +104,67 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
     if draw:
         save(config, adapted, run)
         draw(run.sheet)
-        summarise(config, run, parameters)
+        write_results(config, run, parameters)
 
 
 def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
-    """Puts fresh adapters, or those of `init_from`, into the UNet and, where asked, the text encoders."""
-    wanted = config.adapter
-    spec = make_spec(wanted)
-    how: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
-    report = dora_mm.inject(model.unet, "sdxl-unet", spec, parts=wanted.parts, **how)
+    """Injects adapters into the UNet and, with `adapter.text_encoders`, the text encoders, and loads `init_from`.
+
+    Returns:
+        The adapted networks by component.
+    """
+    spec = make_spec(config.adapter)
+    settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
+    report = dora_mm.inject(model.unet, "sdxl-unet", spec, parts=config.adapter.parts, **settings)
     adapted: dict[str, nn.Module] = {"unet": model.unet}
-    log.info("%s", summary_of("unet", report))
-    if wanted.text_encoders:
+    log.info("%s", one_line("unet", report))
+    if config.adapter.text_encoders:
         for name in TEXT_ENCODERS:
             adapted[name] = getattr(model, name)
-            log.info("%s", summary_of(name, dora_mm.inject(adapted[name], "clip-text", spec, **how)))
-    if wanted.init_from:
-        load_initial_adapter(resolve_path(wanted.init_from, "adapter.init_from"), adapted, spec)
+            log.info("%s", one_line(name, dora_mm.inject(adapted[name], "clip-text", spec, **settings)))
+    if config.adapter.init_from:
+        load_initial_adapter(resolve_path(config.adapter.init_from, "adapter.init_from"), adapted, spec)
     return adapted
 
 
-def summary_of(name: str, report: InjectReport) -> str:
-    """One line; `dora-mm inspect` prints the whole table."""
+def one_line(name: str, report: InjectReport) -> str:
+    """One line about the adapted modules; `dora-mm inspect` prints the complete table."""
     parts = Counter(module.part for module in report.modules)
     counts = ", ".join(f"{part} {count}" for part, count in parts.items())
     return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
 
 
-def report_captions(model: SDXL, images: list[CaptionedImage]) -> None:
+def warn_of_truncated_captions(model: SDXL, images: list[CaptionedImage]) -> None:
     for caption, count in truncated_prompts(model, [image.caption for image in images]).items():
-        log.warning("A caption of %d tokens is cut to %d: %s", count, model.tokenizer.model_max_length, caption)
+        log.warning("A caption of %d tokens is truncated to %d: %s", count, model.tokenizer.model_max_length, caption)
 
 
-def idle_text_encoders(model: SDXL) -> None:
-    """Off the device while they are not needed: 1.6 GB of SDXL in half precision."""
+def move_text_encoders_to_cpu(model: SDXL) -> None:
+    """Frees device memory while the text encoders are not needed: 1.6 GB for SDXL in half precision."""
     for name in TEXT_ENCODERS:
         getattr(model, name).to("cpu")
 
 
 def set_training(adapted: dict[str, nn.Module], training: bool) -> None:
-    """Adapter dropout and gradient checkpointing act in training mode only."""
+    """Switches training mode, without which adapter dropout and gradient checkpointing have no effect."""
     for network in adapted.values():
         network.train(training)
 
 
 def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: dict[str, nn.Module], path: Path) -> None:
-    """The prompts of the config without and with the adapter, same seeds."""
+    """Draws the prompts of the config without and with the adapter, with the same seeds, and saves the sheet."""
     if not config.sample.prompts:
         return
     set_training(adapted, False)
     device = model.device
     for name in TEXT_ENCODERS:
         getattr(model, name).to(device)
-    how: dict[str, Any] = {"strength": config.adapter.strength, "whole": config.adapter.method == "full"}
-    picture = before_after_sheet(model.pipeline(), adapted, config.sample, **how)
+    settings: dict[str, Any] = {"strength": config.adapter.strength, "whole": config.adapter.method == "full"}
+    sheet = before_after_sheet(model.pipeline(), adapted, config.sample, **settings)
     path.parent.mkdir(exist_ok=True)
-    picture.save(path)
+    sheet.save(path)
     if not config.adapter.text_encoders:
-        idle_text_encoders(model)
+        move_text_encoders_to_cpu(model)
     set_training(adapted, True)
 
 
@@ -158,27 +172,21 @@ def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirecto
     metadata = {
         "base_model": config.model.path,
         "placeholder": config.data.placeholder or "",
-        "unconditional": config.data.unconditional,  # what no prompt meant in training: the zero embedding, or ""
+        "unconditional": config.data.unconditional,  # the empty prompt in training: the zero embedding, or ""
         "config": dump_config(config),
     }
-    kind = "full" if config.adapter.method == "full" else "diffusers"
-    dora_mm.save_adapter(adapted, run.adapter, format=kind, metadata=metadata, strength=config.adapter.strength)
+    format = "full" if config.adapter.method == "full" else "diffusers"
+    dora_mm.save_adapter(adapted, run.adapter, format=format, metadata=metadata, strength=config.adapter.strength)
 
 
-def summarise(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[str, nn.Parameter]) -> None:
-    """A table of the run, also as summary.json."""
-    rows = read_metrics(run.path / "metrics.jsonl")
+def write_results(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[str, nn.Parameter]) -> None:
+    """Writes summary.json, and prints it with the paths of the adapter and the sheet."""
+    num_parameters = sum(parameter.numel() for parameter in parameters.values())
     size = sum(file.stat().st_size for file in run.adapter.iterdir())
-    summary = {
-        "method": config.adapter.method,
-        "rank": config.adapter.rank,
-        "parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "steps": config.train.steps,
-        "seconds": round(rows[-1]["seconds"], 1),
-        "loss": round(rows[-1]["loss"], 4),
-        "adapter_mb": round(size / 1e6, 2),
-    }
-    write_summary(run, summary)
+    write_summary(
+        run,
+        training_summary(run, config.adapter, num_parameters, config.train.steps, adapter_mb=round(size / 1e6, 2)),
+    )
     print(f"\nadapter  {run.adapter}")
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")

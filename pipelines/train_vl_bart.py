@@ -1,4 +1,4 @@
-"""Fine-tunes VL-BART on any of its tasks, jointly: DoRA, LoRA or whole weights, and what trains beside them."""
+"""Fine-tunes VL-BART jointly on any of its tasks: with DoRA, LoRA or all weights, and extra trainable parameters."""
 
 import logging
 from datetime import timedelta
@@ -33,21 +33,34 @@ from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, build_schedule, with_steps
-from dora_mm.train.run import RunDirectory, start_run, write_summary
+from dora_mm.train.run import RunDirectory, start_run, training_summary, write_summary
 from dora_mm.train.validation import Validation, main_values
 from dora_mm.utils.digest import module_digest
 
 log = logging.getLogger(__name__)
-LONGEST_VALIDATION = timedelta(hours=12)  # for which the other processes wait
+LONGEST_VALIDATION = timedelta(hours=12)  # the other processes wait for the main process this long
 
 
 def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
+    """Trains the adapter, and scores it on the validation splits.
+
+    Writes to the run directory: checkpoints/, metrics.jsonl, the scores in validation/, the best adapters so far in
+    best/, the final adapter in adapter/ and summary.json.
+
+    Args:
+        config: The config.
+        resume: The run directory to resume from its last checkpoint; None starts a new run.
+        dry_run: Only print what would be trained, and which data would be read or is missing.
+
+    Raises:
+        ValueError: The data, the model, the vision tower, the initial adapter or the output folder cannot be used. A
+            new run directory is created only after these checks.
+    """
     if dry_run:
         print(describe(config))
         return
-    # Everything that can be wrong with the input is found before the run directory exists.
-    patience = InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[patience])
+    timeout = InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[timeout])
     vision = VisionEncoder(config.vision, seed=config.seed, trained=bool(config.adapter.vision_parts)).to(
         accelerator.device
     )
@@ -63,9 +76,9 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
     if config.adapter.init_from:
         load_initial_adapters(config, adapted, extra, identity)
     parameters = trained_parameters(adapted, extra)
-    for name, found in reports.items():
-        log.info("%s: %d modules adapted, %s parameters", name, found.num_modules, f"{found.num_parameters:,}")
-    log.info("%s", trainable_of(parameters, adapted))
+    for name, injected in reports.items():
+        log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
+    log.info("%s", trainable_share(parameters, adapted))
 
     process = (accelerator.process_index, accelerator.num_processes)
     batches = VLBatches(task, training, seed=config.seed, process=process)
@@ -87,7 +100,7 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
 
     def observe(step: int) -> None:
         if validate and config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
-            show(step, main_values(validate(step)))
+            log_scores(step, main_values(validate(step)))
 
     fit(
         accelerator=accelerator,
@@ -111,64 +124,81 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
 
 
 def feature_dim(config: TrainVLBartConfig, vision: VisionEncoder) -> int:
-    wanted = config.model.feature_dim
-    if wanted not in (None, vision.feature_dim):
-        raise ValueError(f"model.feature_dim is {wanted}, and vision gives {vision.feature_dim} channels")
+    expected = config.model.feature_dim
+    if expected not in (None, vision.feature_dim):
+        raise ValueError(f"model.feature_dim is {expected}, but vision gives {vision.feature_dim} channels")
     return vision.feature_dim
 
 
 def adapt(
     config: TrainVLBartConfig, model: VLBart, vision: VisionEncoder | None
 ) -> tuple[dict[str, Any], dict[str, InjectReport]]:
-    """Puts fresh adapters into the model and, where asked, its vision tower; without one into one of random weights."""
-    wanted = config.adapter
-    spec = make_spec(wanted)
-    how: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
+    """Injects adapters into the model and, with `adapter.vision_parts`, into its vision tower.
+
+    Args:
+        config: The config.
+        model: The language model.
+        vision: The vision encoder; None adapts a vision tower with random weights, which is enough to count parameters.
+
+    Returns:
+        The adapted networks and the reports of the injection, both by component.
+    """
+    spec = make_spec(config.adapter)
+    settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
     adapted: dict[str, nn.Module] = {"model": model}
-    reports = {"model": dora_mm.inject(model, "bart", spec, parts=wanted.parts, **how)}
-    if wanted.vision_parts:
+    reports = {"model": dora_mm.inject(model, "bart", spec, parts=config.adapter.parts, **settings)}
+    if config.adapter.vision_parts:
         tower = vision.tower if vision else load_tower(config.vision.model_copy(update={"pretrained": None}))
         assert tower is not None
         adapted[VISION] = tower
-        reports[VISION] = dora_mm.inject(tower, tower_map(tower), spec, parts=wanted.vision_parts, **how)
+        reports[VISION] = dora_mm.inject(tower, tower_map(tower), spec, parts=config.adapter.vision_parts, **settings)
     return adapted, reports
 
 
 def load_initial_adapters(
     config: TrainVLBartConfig, adapted: dict[str, Any], extra: dict[str, nn.Parameter], identity: dict[str, str]
 ) -> None:
-    """Loads `adapter.init_from`: an adapter of the same base and vision, all of which will train on and be saved."""
+    """Loads `adapter.init_from`.
+
+    Raises:
+        ValueError: The adapter was trained with another base model or vision tower, or holds parameters that this run
+            would neither train nor save.
+    """
     assert config.adapter.init_from is not None
     folder = formats.adapter_folder(resolve_path(config.adapter.init_from, "adapter.init_from"))
     state, metadata = formats.read(folder, {"model": adapted["model"]})
     check_identity(folder, metadata, identity)
-    lost = sorted(set(state.parameters.get("model", ())) - extra.keys())
-    if lost:
+    untrained = sorted(set(state.parameters.get("model", ())) - extra.keys())
+    if untrained:
         raise ValueError(
-            f"adapter.init_from: {folder} also trained {lost[0]}, which adapter.extra_trainable leaves out"
+            f"adapter.init_from: {folder} also trained {untrained[0]}, which adapter.extra_trainable does not include"
         )
     if (folder / VISION).is_dir() != (VISION in adapted):
-        raise ValueError(f"adapter.init_from: either {folder} adapts the tower too, or adapter.vision_parts does")
+        raise ValueError(
+            f"adapter.init_from: only one of {folder} and adapter.vision_parts adapts the vision tower: either both or "
+            "neither must do so"
+        )
     for name, network in adapted.items():
         load_initial_adapter(folder / VISION if name == VISION else folder, {name: network}, make_spec(config.adapter))
 
 
 def trained_parameters(adapted: dict[str, Any], extra: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Makes the extra parameters trainable; returns them and those of the adapters by component and name."""
     for parameter in extra.values():
         parameter.requires_grad_()
-    found = {f"model.{name}": parameter for name, parameter in extra.items()}
+    parameters = {f"model.{name}": parameter for name, parameter in extra.items()}
     for component, network in adapted.items():
-        found |= {f"{component}.{name}": p for name, p in dora_mm.adapter_parameters(network).items()}
-    return found
+        parameters |= {f"{component}.{name}": p for name, p in dora_mm.adapter_parameters(network).items()}
+    return parameters
 
 
 def count_trained(parameters: dict[str, nn.Parameter], adapted: dict[str, Any]) -> tuple[int, int]:
-    """How many parameters train, of how many."""
+    """The number of trained parameters, and of all parameters."""
     total = sum(parameter.numel() for network in adapted.values() for parameter in network.parameters())
     return sum(parameter.numel() for parameter in parameters.values()), total
 
 
-def trainable_of(parameters: dict[str, nn.Parameter], adapted: dict[str, Any]) -> str:
+def trainable_share(parameters: dict[str, nn.Parameter], adapted: dict[str, Any]) -> str:
     trained, total = count_trained(parameters, adapted)
     return f"trainable {trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)"
 
@@ -180,47 +210,44 @@ def save(
     identity: dict[str, str],
     folder: Path,
 ) -> None:
-    """The model's adapter with what trained beside it, and the tower's in a folder of its own inside."""
-    kind = "full" if config.adapter.method == "full" else "peft"
+    """Saves the model's adapter with the extra parameters, and the vision tower's in the subfolder VISION."""
+    format = "full" if config.adapter.method == "full" else "peft"
     metadata = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
     for name, network in adapted.items():
-        where, more = (folder / VISION, []) if name == VISION else (folder, list(extra))
-        dora_mm.save_adapter({name: network}, where, format=kind, metadata=metadata, extra_parameters=more)
+        path, names = (folder / VISION, []) if name == VISION else (folder, list(extra))
+        dora_mm.save_adapter({name: network}, path, format=format, metadata=metadata, extra_parameters=names)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
 def score_split(task: VLBartTask, splits: dict[str, ValidationSet], config: TrainVLBartConfig) -> dict[str, VLScores]:
-    """The scores of the model as it is now, by task."""
+    """The current scores of the model by task."""
     return score_all(answer_all(task, splits, config.evaluate, config.evaluate.limit), meteor=False)
 
 
-def show(step: int, values: dict[str, float]) -> None:
+def log_scores(step: int, values: dict[str, float]) -> None:
     log.info("step %d: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
 
 def finish(
     config: TrainVLBartConfig, run: RunDirectory, adapted: dict, parameters: dict, validate: Validation, steps: int
 ) -> None:
-    """The last scores, and a table of the run, also as summary.json."""
-    memory = peak_memory_mb()  # of training: before the last answers
+    """Computes the final scores, writes summary.json, and prints both."""
+    memory = peak_memory_mb()  # of the training, so it is read before the last validation
     scores = validate(steps)
     validate.close()
-    rows = read_metrics(run.path / "metrics.jsonl")
     trained, total = count_trained(parameters, adapted)
-    summary = {
-        "method": config.adapter.method,
-        "rank": config.adapter.rank,
-        "parameters": trained,
-        "trainable_share": round(100 * trained / total, 3),
-        "steps": steps,
-        "seconds": round(rows[-1]["seconds"], 1),
-        "seconds_per_step": round(seconds_per_step(rows), 4),
-        "peak_memory_mb": round(memory),
-        "loss": round(rows[-1]["loss"], 4),
+    summary = training_summary(
+        run,
+        config.adapter,
+        trained,
+        steps,
+        trainable_share=round(100 * trained / total, 3),
+        seconds_per_step=round(seconds_per_step(read_metrics(run.path / "metrics.jsonl")), 4),
+        peak_memory_mb=round(memory),
         **{name: round(value, 2) for name, value in main_values(scores).items()},
-    }
+    )
     write_summary(run, summary)
     for found in scores.values():
         print(f"\n{report(found)}")
@@ -231,7 +258,7 @@ def finish(
 
 
 def describe(config: TrainVLBartConfig) -> str:
-    """What would train, counted without weights, and which data it would read, with what of it is missing."""
+    """The parameters that would be trained, counted without loading weights, and the data, present and missing."""
     features = found_features(config.vision)
     dim = open_features(features).dim if features else config.model.feature_dim
     with torch.device("meta"):
@@ -240,6 +267,6 @@ def describe(config: TrainVLBartConfig) -> str:
         model = empty_vl_bart(config.model, dim)
         adapted, reports = adapt(config, model, None)
     parameters = trained_parameters(adapted, extra_trainable_parameters(model, config.adapter.extra_trainable))
-    tables = [f"{name}\n{found}" for name, found in reports.items()]
+    tables = [f"{name}\n{injected}" for name, injected in reports.items()]
     needed = data_needed(config.data, config.vision, config.model.path)
-    return "\n\n".join([trainable_of(parameters, adapted), *tables, needed])
+    return "\n\n".join([trainable_share(parameters, adapted), *tables, needed])

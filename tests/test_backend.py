@@ -12,7 +12,7 @@ from dora_mm.core import TORCH
 
 
 @pytest.fixture(autouse=True)
-def forgotten(monkeypatch):
+def uncached(monkeypatch):
     monkeypatch.setattr(backend, "CHOSEN", dict(backend.CHOSEN))
     for cached in (backend._announce, backend.load_triton):
         cached.cache_clear()
@@ -23,11 +23,11 @@ def forgotten(monkeypatch):
 
 def test_names():
     assert backend.select("torch") is TORCH
-    with pytest.raises(ValueError, match=r"no backend 'cuda': use auto, torch, triton"):
+    with pytest.raises(ValueError, match=r"'cuda': use auto, torch, triton"):
         backend.select("cuda")
 
 
-def test_a_processor_runs_plain_torch_and_says_so_once(monkeypatch, caplog):
+def test_a_cpu_runs_plain_torch_and_logs_it_once(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with caplog.at_level(logging.INFO, "dora_mm"):
         for _ in range(2):
@@ -66,7 +66,7 @@ def test_a_working_triton_is_taken_for_layers_on_a_gpu(caplog):
     assert [record.message for record in caplog.records] == ["Adapted layers run in Triton on this machine (cuda)."]
 
 
-def test_an_old_gpu_runs_plain_torch_and_says_why(monkeypatch, caplog):
+def test_an_old_gpu_runs_plain_torch_and_logs_why(monkeypatch, caplog):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
@@ -78,15 +78,15 @@ def test_an_old_gpu_runs_plain_torch_and_says_why(monkeypatch, caplog):
     assert "it needs compute capability 8.0, and Tesla T4 has 7.5" in warning.message
 
 
-@pytest.mark.parametrize("what", ["raises", "lies", "lies in half precision"])
-def test_a_broken_triton_falls_back_with_one_warning(monkeypatch, caplog, what):
+@pytest.mark.parametrize("fault", ["raises", "is wrong", "is wrong in half precision"])
+def test_a_broken_triton_falls_back_with_one_warning(monkeypatch, caplog, fault):
     triton = pytest.importorskip("dora_mm.kernels.dora_linear")
 
     def broken(*args, **options):
-        if what == "raises":
+        if fault == "raises":
             raise RuntimeError("no compiler\nand more")
         y = TORCH(*args, **options)
-        return y if what == "lies in half precision" and y.dtype == torch.float32 else 1.1 * y
+        return y if fault == "is wrong in half precision" and y.dtype == torch.float32 else 1.1 * y
 
     monkeypatch.setattr(triton, "TRITON", broken)
     with caplog.at_level(logging.INFO, "dora_mm"):
@@ -94,6 +94,6 @@ def test_a_broken_triton_falls_back_with_one_warning(monkeypatch, caplog, what):
             backend._announce("cuda")
     assert backend.CHOSEN[True] is TORCH
     (warning,) = caplog.records
-    assert ("no compiler" if what == "raises" else "results are wrong") in warning.message
+    assert ("no compiler" if fault == "raises" else "results are wrong") in warning.message
     with pytest.raises(ValueError, match="backend triton does not work here"):
         backend.select("triton")

@@ -20,7 +20,7 @@ LIMIT_GB = 8
 
 @pytest.mark.slow
 def test_two_training_steps_of_the_full_size_unet():
-    """In a process of its own, so that the peak is this model's."""
+    """Runs in a separate process, so that its peak memory is that of this model."""
     root = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "tests.test_full_size"], cwd=root, capture_output=True, text=True, check=False

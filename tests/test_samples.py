@@ -1,4 +1,4 @@
-"""What is shipped in samples/ fits together: the model, its judge, the pictures and the configs that name them."""
+"""The files in samples/ fit together: the model, its judge, the images and the configs that use them."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "samples" / "tiny-sdxl"
 
 
-def test_the_embedded_model_is_small_and_plain_diffusers_draws_with_it():
+def test_the_embedded_model_is_small_and_works_in_plain_diffusers():
     assert sum(file.stat().st_size for file in MODEL.rglob("*") if file.is_file()) <= 25e6
     assert not [file for file in MODEL.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
     pipe = StableDiffusionXLPipeline.from_pretrained(MODEL)
-    picture = pipe("a flat icon of a bus", num_inference_steps=1, height=128, width=128).images[0]
-    assert picture.size == (128, 128)
+    image = pipe("a flat icon of a bus", num_inference_steps=1, height=128, width=128).images[0]
+    assert image.size == (128, 128)
 
 
-def test_the_judge_was_fitted_for_the_embedded_model_and_is_one():
+def test_the_judge_was_fitted_for_the_embedded_model_and_has_no_shortcomings():
     judge = Judge.load(ROOT / "samples" / "judge")
     model = load_sdxl(str(MODEL))
     judge.check_model(model.resolution, module_digest(model.vae))
@@ -32,7 +32,7 @@ def test_the_judge_was_fitted_for_the_embedded_model_and_is_one():
 
 
 @pytest.mark.parametrize(("name", "role", "count"), [("tiny_3d_icon", "icon3d", 23), ("tiny_lego", "lego", 61)])
-def test_what_an_adapter_trains_on_is_never_reported(name, role, count):
+def test_training_concepts_are_never_reported(name, role, count):
     data = load_config(ROOT / "configs" / "sdxl" / f"{name}.yaml").data
     images = read_captioned_images(
         ROOT / data.folder, instance_prompt=data.instance_prompt, placeholder=data.placeholder

@@ -1,4 +1,4 @@
-"""The pipelines by the name that a config's first key gives."""
+"""The config schema of every pipeline, by the name that a config's `pipeline` key gives."""
 
 from dora_mm.config import sdxl, vl
 from dora_mm.config.schema import PipelineConfig

@@ -1,8 +1,8 @@
-"""What a config may say: one pydantic model per section and per pipeline.
+"""The schemas of configs: one pydantic model per section and per pipeline.
 
-Here stands what several pipelines share; sdxl.py and vl.py hold the rest, and pipelines.py names them all.
-Types are strict (no "8" for 8, no true for 1), unknown keys are errors, and instances are frozen. Defaults stand here
-and there, and nowhere else.
+This module holds what several pipelines share; sdxl.py and vl.py hold the rest, and pipelines.py lists all pipelines.
+Types are strict (no "8" for 8, no true for 1), unknown keys are errors, and instances are frozen. All defaults are
+defined in these modules and nowhere else. In the comments, null is YAML's null, Python's None.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 T = TypeVar("T")
-# YAML has lists only, and a strict tuple takes tuples only; the items stay strict.
+# YAML has only lists, which a strict tuple field would reject; the items remain strict.
 Items = Annotated[tuple[T, ...], Field(strict=False)]
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -29,48 +29,48 @@ class Section(BaseModel):
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "prodigy"] = "adamw"
-    lr: Positive  # prodigy finds its own rate: 1.0
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.01
-    magnitude_lr: Positive | None = None  # the magnitudes in a group of their own; None: lr
+    lr: Positive  # learning rate; prodigy finds its own, so set 1.0
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)  # decay rates of both moments
+    eps: Positive = 1e-8  # added to the denominator of the update
+    weight_decay: NonNegative = 0.01  # decoupled from the gradient, as in AdamW
+    magnitude_lr: Positive | None = None  # learning rate of the magnitudes (adamw only); null: same as lr
 
 
 class ScheduleConfig(Section):
-    name: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: Count = 0
-    warmup_ratio: Share = 0.0  # of all steps, in place of warmup_steps
+    name: Literal["constant", "cosine", "linear"] = "constant"  # after the warmup
+    warmup_steps: Count = 0  # optimizer steps of linear warmup
+    warmup_ratio: Share = 0.0  # warmup as a fraction of all steps, instead of warmup_steps
 
 
 class TrainConfig(Section):
-    steps: PositiveInt  # optimizer steps
-    batch_size: PositiveInt
-    gradient_accumulation_steps: PositiveInt = 1  # batches per optimizer step
-    max_grad_norm: Positive | None = 1.0  # None: no clipping
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    gradient_checkpointing: bool = False
-    checkpoint_every: Count = 0  # 0: only at the end and on interruption
-    keep_checkpoints: PositiveInt = 2  # older ones are deleted
-    log_every: PositiveInt = 10
+    steps: PositiveInt  # length of the training in optimizer steps
+    batch_size: PositiveInt  # examples per micro-batch and process
+    gradient_accumulation_steps: PositiveInt = 1  # micro-batches per optimizer step
+    max_grad_norm: Positive | None = 1.0  # gradients are clipped to this total norm; null: no clipping
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # dtype of autocast; no: without autocast
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
+    keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
+    log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
 
 
 class EpochTrainConfig(TrainConfig):
-    """The length of a training in steps or in epochs."""
+    """Training settings whose length is given either in optimizer steps or in epochs."""
 
-    steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; or else:
-    epochs: PositiveInt | None = None  # passes over the data of all tasks
+    steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; null: epochs is set
+    epochs: PositiveInt | None = None  # passes over the data of all tasks; null: steps is set
 
 
 class AnyAdapterConfig(Section):
-    """What adapters of every architecture have in common; each adds the `parts` of its target map."""
+    """The adapter settings of every architecture; each architecture adds the `parts` of its target map."""
 
-    method: Literal["dora", "lora", "magnitude", "full"] = "dora"
-    rank: PositiveInt
-    alpha: Positive = 0.0  # left out or null: the rank, filled in below
-    dropout: Share = 0.0
-    norm_grad: Literal["detached", "exact"] = "detached"
-    cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of keeping it, for less memory
-    init_from: Text | None = None  # an adapter file or its folder to go on from
+    method: Literal["dora", "lora", "magnitude", "full"] = "dora"  # magnitude: without A and B; full: the base weights
+    rank: PositiveInt  # rank of A and B
+    alpha: Positive = 0.0  # the update is scaled by alpha / rank; left out or null: alpha = rank, set below
+    dropout: Share = 0.0  # probability, on the input of A
+    norm_grad: Literal["detached", "exact"] = "detached"  # detached: no gradient through the row norm, as in the paper
+    cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of caching it, to save memory
+    init_from: Text | None = None  # the adapter file, or its folder, to start from; null: a fresh adapter
 
     @model_validator(mode="before")
     @classmethod
@@ -88,11 +88,11 @@ class AnyAdapterConfig(Section):
 
 
 class LearningRates(Section):
-    """Each method's candidates; at least three, so that no method is judged at another's rate."""
+    """The candidate learning rates of each method; at least three, so that every method gets a suitable one."""
 
-    full: Annotated[Items[Positive], Field(min_length=3)]
-    lora: Annotated[Items[Positive], Field(min_length=3)]
-    dora: Annotated[Items[Positive], Field(min_length=3)]
+    full: Annotated[Items[Positive], Field(min_length=3)]  # full fine-tuning
+    lora: Annotated[Items[Positive], Field(min_length=3)]  # LoRA, at every rank
+    dora: Annotated[Items[Positive], Field(min_length=3)]  # DoRA, at every rank
 
     @field_validator("full", "lora", "dora")
     @classmethod
@@ -103,8 +103,10 @@ class LearningRates(Section):
 
 
 class PipelineConfig(Section):
-    command: ClassVar[str]  # the dora-mm command that runs it
-    pipeline: Text
+    """Base of the config of every pipeline."""
+
+    command: ClassVar[str]  # the dora-mm command that runs this pipeline
+    pipeline: Text  # the recipe that reads this config
     name: Annotated[str, Field(pattern=r"^[\w][\w.+-]*$")]  # runs/<name>/<NNN>; left out: the file name without .yaml
 
 
@@ -114,29 +116,39 @@ class PipelineConfig(Section):
 def check_training(
     optimizer: OptimizerConfig, schedule: ScheduleConfig, train: TrainConfig, dtype: str = "float32"
 ) -> list[str]:
-    """What contradicts itself between the sections of a training run, as sentences that name the keys."""
+    """Finds contradictions between the sections of a training config.
+
+    Args:
+        optimizer: The `optimizer` section.
+        schedule: The `schedule` section.
+        train: The `train` section; its `steps` must be set.
+        dtype: The dtype of the frozen base weights.
+
+    Returns:
+        One message per problem, each naming the keys.
+    """
     problems = []
     if schedule.warmup_steps and schedule.warmup_ratio:
         problems.append("give either schedule.warmup_steps or schedule.warmup_ratio")
     if schedule.warmup_steps >= train.steps:
         problems.append(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps})")
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
-    if train.mixed_precision != needed:  # float32 adapters over half weights compute under autocast
+    if train.mixed_precision != needed:  # float32 adapters on half-precision weights need autocast
         problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
     if optimizer.name == "prodigy" and optimizer.magnitude_lr is not None:
-        problems.append("optimizer.magnitude_lr is for adamw: prodigy finds one rate for all")
+        problems.append("optimizer.magnitude_lr needs optimizer.name adamw: prodigy finds one rate for all")
     return problems
 
 
 def check_adapter(adapter: AnyAdapterConfig, optimizer: OptimizerConfig) -> list[str]:
-    """Settings that the method has no use for, as sentences that name the keys."""
+    """Finds settings that have no effect with `adapter.method`; one message per problem, each naming the keys."""
     problems = []
     if adapter.method in ("lora", "full") and optimizer.magnitude_lr is not None:
-        problems.append(f"optimizer.magnitude_lr has nothing to train: {adapter.method} has no magnitudes")
+        problems.append(f"optimizer.magnitude_lr has no effect: adapter.method {adapter.method} has no magnitudes")
     if adapter.method in ("magnitude", "full") and adapter.dropout:
-        problems.append(f"adapter.dropout has nothing to drop: {adapter.method} has no A and B")
+        problems.append(f"adapter.dropout has no effect: adapter.method {adapter.method} has no A and B")
     if adapter.method in ("lora", "full") and adapter.norm_grad != "detached":
-        problems.append(f"adapter.norm_grad has no norm to act on: {adapter.method} has no magnitudes")
+        problems.append(f"adapter.norm_grad has no effect: adapter.method {adapter.method} has no magnitudes")
     return problems
 
 
@@ -144,7 +156,14 @@ ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
 
 
 def raise_problems(config: ConfigT, problems: list[str]) -> ConfigT:
-    """Ends an after-validator: one error that holds every problem, or the config itself."""
+    """Ends a model validator of mode "after".
+
+    Returns:
+        The config, if there are no problems.
+
+    Raises:
+        ValueError: There are problems; the message contains all of them.
+    """
     if problems:
         raise ValueError("; ".join(problems))
     return config

@@ -1,4 +1,4 @@
-"""What a config of the SDXL pipelines and their judge may say. The rules are those of schema.py."""
+"""The config schemas of the SDXL pipelines and of the judge of styles. See schema.py for the rules."""
 
 import re
 from typing import Annotated, ClassVar, Literal
@@ -26,44 +26,48 @@ from dora_mm.config.schema import (
     raise_problems,
 )
 
-PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # 8 pixels to a latent of SDXL's VAE
+PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # SDXL's VAE maps 8 x 8 pixels to one latent
 
 
 def bucket_step(resolution: int) -> int:
-    """Sides of training pictures: multiples of 64 as in SDXL's pretraining, of 32 (its coarsest cell) below 512."""
+    """The number of pixels that the sides of training images are multiples of.
+
+    64 as in SDXL's pretraining; below a resolution of 512 it is 32, the size of one cell of the coarsest feature map.
+    """
     return 64 if resolution >= 512 else 32
 
 
 class ModelConfig(Section):
-    path: Text  # a folder, a hub name, or one .safetensors checkpoint
-    vae: Text | None = None  # another VAE in place of the model's own (folder or hub name)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights; adapters are float32
+    path: Text  # a model folder, a hub name, or a single .safetensors checkpoint
+    vae: Text | None = None  # a folder or hub name of another VAE; null: the model's own
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
 
 
 class AdapterConfig(AnyAdapterConfig):
+    # The adapted parts of the UNet: self-attention, cross-attention, feed-forward layers, convolutions.
     parts: Annotated[Items[Literal["attn", "cross", "ff", "conv"]], Field(min_length=1)] = ("attn", "cross")
-    text_encoders: bool = False  # adapt both text encoders' attention as well
-    strength: Positive = 1.0  # of what was trained: strength 1 of the saved file, and what sheets show
+    text_encoders: bool = False  # whether to adapt the attention of both text encoders, too
+    strength: Positive = 1.0  # scales the trained update once: the result is strength 1 of the saved file and of sheets
 
 
 class DataConfig(Section):
-    folder: Text  # images with metadata.jsonl, <name>.txt files, or neither
-    resolution: PixelSize  # the area is about resolution x resolution; the shape follows the image
-    instance_prompt: Text | None = None  # the caption of images that have none
-    placeholder: Text | None = None  # a word that at least one caption must hold, such as TOK
-    repeats: PositiveInt = 1
-    background: Text = "white"  # transparent images are composed on it: a colour name or #rrggbb
-    flip: bool = False
-    crop: Literal["center", "random"] = "center"
-    caption_dropout: Share = 0.0
-    unconditional: Literal["zeros", "empty"] = "zeros"  # what a dropped caption becomes; zeros is SDXL's own meaning
-    latent_cache: Text | None = None  # a folder that keeps latents between runs; None: in memory
+    folder: Text  # images, with captions in metadata.jsonl or <name>.txt files, or without captions
+    resolution: PixelSize  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
+    instance_prompt: Text | None = None  # the caption of images without one; null: every image needs a caption
+    placeholder: Text | None = None  # a word that must occur in a caption, such as TOK; null: no check
+    repeats: PositiveInt = 1  # how often each image occurs in an epoch
+    background: Text = "white"  # behind transparent images: a colour name or #rrggbb
+    flip: bool = False  # augmentation: mirror images at random
+    crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
+    caption_dropout: Share = 0.0  # probability of training an image without its caption
+    unconditional: Literal["zeros", "empty"] = "zeros"  # stands for no caption; zeros as in SDXL
+    latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
 
     @field_validator("resolution")
     @classmethod
     def _resolution_is_a_bucket(cls, resolution: int) -> int:
         if resolution % bucket_step(resolution):
-            raise ValueError(f"must be a multiple of 64 from 512 on and of 32 below, got {resolution}")
+            raise ValueError(f"must be a multiple of 64, or of 32 below 512, got {resolution}")
         return resolution
 
     @field_validator("placeholder")
@@ -86,31 +90,31 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    type: Literal["mse", "huber", "l1"] = "mse"
-    min_snr_gamma: Positive | None = 5.0  # None: every timestep weighs the same
-    noise_offset: NonNegative = 0.0
-    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # times are drawn with a density of t^bias; 0: evenly
+    type: Literal["mse", "huber", "l1"] = "mse"  # distance between prediction and target
+    min_snr_gamma: Positive | None = 5.0  # gamma of Min-SNR loss weights; null: every timestep has weight 1
+    noise_offset: NonNegative = 0.0  # standard deviation of noise that is constant over an image
+    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # timesteps are drawn with density t^bias; 0: uniform
 
 
 class SheetConfig(Section):
-    """Pictures that a training run draws."""
+    """The images that a training run samples."""
 
-    prompts: Items[Text] = ()  # none: no pictures
-    negative_prompt: str | None = None
-    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)
-    every: Count = 0  # steps; 0: only at the end
-    steps: PositiveInt = 25
-    guidance: NonNegative = 5.0
-    batch_size: PositiveInt = 1
+    prompts: Items[Text] = ()  # empty: no images
+    negative_prompt: str | None = None  # null: none
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
+    every: Count = 0  # optimizer steps between sheets; 0: only at the end
+    steps: PositiveInt = 25  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale
+    batch_size: PositiveInt = 1  # images per batch
 
 
 class SampleConfig(SheetConfig):
-    before_after: bool = True  # the sheet shows the bare model beside the adapter
+    before_after: bool = True  # sheets also show images of the base model without the adapter
 
 
 class AdapterFile(Section):
-    path: Text
-    strength: float = 1.0
+    path: Text  # the adapter file or its folder
+    strength: float = 1.0  # scales the update: 0 is the base model, 1 the trained model
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------
@@ -119,9 +123,9 @@ class AdapterFile(Section):
 class TrainSDXLConfig(PipelineConfig):
     command: ClassVar[str] = "train"
     pipeline: Literal["train_sdxl"]
-    seed: Seed = 0
-    output: Text | None = None  # the run directory, refused if it exists; None: runs/<name>/<NNN>
-    backend: Backend = "auto"  # which implementation of the layer runs, see dora_mm/backend.py
+    seed: Seed = 0  # seed of everything random in the run
+    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig
     adapter: AdapterConfig
     data: DataConfig
@@ -136,35 +140,35 @@ class TrainSDXLConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
         problems += check_adapter(self.adapter, self.optimizer)
         if self.adapter.method == "full" and self.model.dtype != "float32":
-            problems.append("adapter.method full trains the weights themselves, so model.dtype must be float32")
+            problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":
-            problems.append("data.latent_cache keeps nothing for data.crop random, which is a new crop every time")
+            problems.append("data.latent_cache cannot be used with data.crop random: every crop is new")
         if self.sample.every and not self.sample.prompts:
-            problems.append("sample.every has nothing to draw: sample.prompts is empty")
+            problems.append("sample.every has no effect: sample.prompts is empty")
         if self.adapter.method == "full" and self.adapter.strength != 1.0:
-            problems.append("adapter.strength must be 1 for adapter.method full: weights trained whole keep no base")
+            problems.append("adapter.strength must be 1 for adapter.method full: it keeps no base weights")
         return raise_problems(self, problems)
 
 
 class SampleSDXLConfig(PipelineConfig):
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample_sdxl"]
-    output: Text | None = None  # as in training
-    backend: Backend = "auto"
+    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig
-    adapter: AdapterFile | None = None
-    prompts: Items[Text] = ()
-    prompts_file: Text | None = None  # .txt (one a line), .jsonl or .csv (a column `prompt`)
-    negative_prompt: str | None = None
-    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)
-    steps: PositiveInt = 25
-    guidance: NonNegative = 5.0
-    height: PixelSize | None = None  # None: the model's own
-    width: PixelSize | None = None
-    batch_size: PositiveInt = 1
-    strengths: Items[float] = ()  # columns of the sheet, times the adapter's own strength; none: 1
-    images: bool = True  # one PNG per picture
-    sheet: bool = True  # one labelled sheet of all, with a column "no adapter"
+    adapter: AdapterFile | None = None  # null: the base model
+    prompts: Items[Text] = ()  # empty: prompts_file is set
+    prompts_file: Text | None = None  # .txt (one prompt per line), .jsonl or .csv (a key or column `prompt`)
+    negative_prompt: str | None = None  # null: none
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
+    steps: PositiveInt = 25  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale
+    height: PixelSize | None = None  # pixels; null: the model's native size
+    width: PixelSize | None = None  # pixels; null: the model's native size
+    batch_size: PositiveInt = 1  # images per batch
+    strengths: Items[float] = ()  # columns of the sheet, multiplied by adapter.strength; empty: 1
+    images: bool = True  # whether to save every image as a PNG file
+    sheet: bool = True  # whether to save one labelled sheet of all images, with a column "no adapter"
 
     @model_validator(mode="after")
     def _says_what_to_draw(self) -> "SampleSDXLConfig":
@@ -174,7 +178,7 @@ class SampleSDXLConfig(PipelineConfig):
         if self.strengths and not self.adapter:
             problems.append("strengths needs an adapter")
         if not (self.images or self.sheet):
-            problems.append("images and sheet are both false, so nothing would be drawn")
+            problems.append("images and sheet are both false, so nothing would be saved")
         return raise_problems(self, problems)
 
 
@@ -182,27 +186,28 @@ class SampleSDXLConfig(PipelineConfig):
 
 
 class ConceptChoice(Section):
-    """Which of the judge's things are drawn, and how often."""
+    """Which of the judge's concepts are sampled, and with which seeds."""
 
-    role: Literal["report", "tune", "icon3d", "lego", "all"] = "report"  # report: in no adapter's images
-    # Evenly spread over the list; None: all of the role. Two things left of three are the least that has a covariance.
+    role: Literal["report", "tune", "icon3d", "lego", "all"] = "report"  # report: in no training set
+    # How many concepts, evenly spaced over the list; null: all of the role. At least three: a concept held out of three
+    # leaves two, the fewest that have a covariance.
     count: Annotated[int, Field(ge=3)] | None = 40
-    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1, 2)  # one image per concept and seed
 
 
 class DrawConfig(Section):
-    steps: PositiveInt = 20
-    guidance: NonNegative = 5.0
-    negative_prompt: str | None = None
-    batch_size: PositiveInt = 16
+    steps: PositiveInt = 20  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale
+    negative_prompt: str | None = None  # null: none
+    batch_size: PositiveInt = 16  # images per batch
 
 
 class ClipConfig(Section):
-    """Similarity by CLIP weights that the user has."""
+    """CLIP similarity, with weights that the user supplies."""
 
-    path: Text  # a folder with open_clip's config and weights, or a hub name
-    text: Text = "a picture of {thing}"  # what a picture is compared with
-    images: Text | None = None  # a folder of pictures in the wanted style; None: no image similarity
+    path: Text  # a folder with an open_clip config and weights, or a hub name
+    text: Text = "a picture of {thing}"  # the text that an image is compared with
+    images: Text | None = None  # a folder of images in the target style; null: no image similarity
 
 
 JudgedStyle = Literal["flat", "3d", "brick"]
@@ -211,16 +216,16 @@ JudgedStyle = Literal["flat", "3d", "brick"]
 class EvalSDXLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_sdxl"]
-    output: Text | None = None  # as in training
+    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
     model: ModelConfig
-    adapter: AdapterFile | None = None  # None: the bare model only
+    adapter: AdapterFile | None = None  # null: only the base model
     judge: Text  # the folder of a fitted judge
-    style: JudgedStyle
-    prompt: Text  # in the style, with {thing}
-    flat_prompt: Text = "a flat icon of {thing}"  # what the bare model knows
+    style: JudgedStyle  # the target style
+    prompt: Text  # asks for the target style; {thing} is replaced by the concept
+    flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows
     concepts: ConceptChoice = ConceptChoice()
     draw: DrawConfig = DrawConfig()
-    clip: ClipConfig | None = None
+    clip: ClipConfig | None = None  # null: no CLIP similarity
 
     @model_validator(mode="after")
     def _prompts_name_the_thing(self) -> "EvalSDXLConfig":
@@ -229,33 +234,33 @@ class EvalSDXLConfig(PipelineConfig):
 
 
 class CompareSDXLConfig(PipelineConfig):
-    """Bare model, full fine-tuning, LoRA, DoRA, and DoRA at half the rank, each at its own best learning rate."""
+    """Compares the base model, full fine-tuning, LoRA, DoRA and DoRA at half rank, each at its best learning rate."""
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["compare_sdxl"]
-    output: Text  # the campaign's folder; one that exists is gone on with
-    base: Text  # the config of a train_sdxl run: what all runs have in common
-    steps: PositiveInt = 250  # of every training
-    ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (1, 4, 8)
+    output: Text  # the campaign's folder; one that exists is resumed
+    base: Text  # a config of train_sdxl, with the settings that all trainings share
+    steps: PositiveInt = 250  # optimizer steps of every training
+    ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (1, 4, 8)  # of LoRA and DoRA; DoRA also at their halves
     learning_rates: LearningRates
-    extra_rates: Count = 1  # further candidates, a factor apart, while the best one is the lowest or the highest
-    workers: PositiveInt = 1  # trainings at a time; small models train two at a time faster than one with two threads
-    judge: Text
-    style: JudgedStyle
-    prompt: Text
-    flat_prompt: Text = "a flat icon of {thing}"
-    tune: ConceptChoice = ConceptChoice(role="tune", count=24, seeds=(0, 1))  # rates are chosen on these
-    report: ConceptChoice = ConceptChoice()  # each seed is a training of its own
+    extra_rates: Count = 1  # more candidates to try, a factor apart, while the best one is the lowest or the highest
+    workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
+    judge: Text  # the folder of a fitted judge
+    style: JudgedStyle  # the target style
+    prompt: Text  # asks for the target style; {thing} is replaced by the concept
+    flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows
+    tune: ConceptChoice = ConceptChoice(role="tune", count=24, seeds=(0, 1))  # learning rates are chosen on these
+    report: ConceptChoice = ConceptChoice()  # the reported scores; each seed is a separate training
     draw: DrawConfig = DrawConfig()
-    columns: PositiveInt = 8  # concepts in the picture
+    columns: PositiveInt = 8  # concepts shown in the sheet
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "CompareSDXLConfig":
         problems = check_templates(prompt=self.prompt, flat_prompt=self.flat_prompt)
         if self.tune.role == self.report.role:
-            problems.append("tune.role and report.role must differ: rates are chosen on other things than the reported")
+            problems.append("tune.role and report.role must differ: rates must not be chosen on the reported concepts")
         if len(self.report.seeds) < 2:
-            problems.append("report.seeds must be two or more: each is a training, and one alone has no spread")
+            problems.append("report.seeds needs at least two seeds: each is a training, and one has no variance")
         return raise_problems(self, problems)
 
 
@@ -263,5 +268,5 @@ class CompareSDXLConfig(PipelineConfig):
 
 
 def check_templates(**templates: str) -> list[str]:
-    """Prompts, by their keys, that cannot be filled in with a thing."""
-    return [f"{key} must hold {{thing}} once" for key, text in templates.items() if text.count("{thing}") != 1]
+    """Finds prompts, given by their config keys, that lack {thing}; one message per problem."""
+    return [f"{key} must contain {{thing}} once" for key, text in templates.items() if text.count("{thing}") != 1]

@@ -1,4 +1,4 @@
-"""What a config of the vision-language pipelines may say. The rules are those of schema.py."""
+"""The config schemas of the vision-language pipelines. See schema.py for the rules."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from dora_mm.config.schema import (
 VLTask = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c"]
 VIDEO_TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
 
-FORMATS: dict[str, tuple[str, ...]] = {  # of data files, and the tasks that they are for
+FORMATS: dict[str, tuple[str, ...]] = {  # the formats of data files, and the tasks that each is for
     "vqa_v2": ("vqa",),
     "vqa_karpathy": ("vqa",),
     "easy_vqa": ("vqa",),
@@ -42,7 +42,7 @@ FORMATS: dict[str, tuple[str, ...]] = {  # of data files, and the tasks that the
 
 
 class SourceConfig(Section):
-    """One split of a data set, in a form in which it is published (facts of each are in dora_mm/data)."""
+    """One split of a data set, in a format in which it is published (dora_mm/data describes each)."""
 
     format: Literal[
         "vqa_v2",
@@ -58,12 +58,12 @@ class SourceConfig(Section):
         "video_captions",
     ]
     file: Text  # the questions, sentences or captions
-    annotations: Text | None = None  # vqa_v2: the answers; None: a test split, which has none
-    images: Text | None = None  # the folder of the pictures; None: features alone
-    subtitles: Text | None = None  # video: JSONL
-    split: Text | None = None  # coco_karpathy: train (with restval), val or test
-    skip: Count = 0  # rows that are left out at the start
-    limit: PositiveInt | None = None  # only so many rows
+    annotations: Text | None = None  # vqa_v2 only: the file of answers; null: a test split, which has none
+    images: Text | None = None  # the folder of images; null: only vision.features are used
+    subtitles: Text | None = None  # video formats only: a JSONL file; null: no subtitles
+    split: Text | None = None  # coco_karpathy only: train (includes restval), val or test
+    skip: Count = 0  # number of rows to skip at the start
+    limit: PositiveInt | None = None  # number of rows to use after those; null: all
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> "SourceConfig":
@@ -73,12 +73,12 @@ class SourceConfig(Section):
             "split": ("coco_karpathy",),
         }
         problems = [
-            f"{key} is for {' and '.join(formats)}, not for {self.format}"
+            f"{key} is only for format {' and '.join(formats)}, not for {self.format}"
             for key, formats in allowed.items()
             if getattr(self, key) is not None and self.format not in formats
         ]
         if self.format == "coco_karpathy" and self.split is None:
-            problems.append("split is missing: coco_karpathy holds all splits in one file")
+            problems.append("split is missing: a coco_karpathy file contains all splits")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -86,15 +86,15 @@ class SourceConfig(Section):
 
 class VLTaskConfig(Section):
     task: VLTask
-    train: SourceConfig | None = None
-    valid: SourceConfig | None = None
-    batch_size: PositiveInt | None = None  # None: train.batch_size
-    weight: Positive = 1.0  # how often its batches come, times the number of its batches
+    train: SourceConfig | None = None  # the training split; null: none
+    valid: SourceConfig | None = None  # the validation split; null: none
+    batch_size: PositiveInt | None = None  # examples per micro-batch; null: train.batch_size
+    weight: Positive = 1.0  # sampling weight of the task, multiplied by the number of its batches
 
     @model_validator(mode="after")
     def _formats_are_of_the_task(self) -> "VLTaskConfig":
         problems = [
-            f"{name}.format {source.format} is for {' and '.join(FORMATS[source.format])}, not for {self.task}"
+            f"{name}.format {source.format} is only for task {' and '.join(FORMATS[source.format])}, not for {self.task}"
             for name, source in (("train", self.train), ("valid", self.valid))
             if source is not None and self.task not in FORMATS[source.format]
         ]
@@ -104,22 +104,22 @@ class VLTaskConfig(Section):
 
 
 class VisionConfig(Section):
-    """The frozen vision: which tower, and where its features lie if they are computed already."""
+    """The vision tower, frozen unless it is adapted, and the location of features that are already computed."""
 
-    tower: Text = "RN101"  # of open_clip; timm/<name> of timm
-    pretrained: Text | None = "openai"  # a tag of the tower's library, or a local file; None: random weights
-    layers: Items[Text] = ()  # modules whose maps are taken, joined on the coarsest grid; none: the last map or tokens
-    features: Items[Text] = ()  # folders of dora-mm features, .h5 files or folders of .npz; none: computed on the fly
+    tower: Text = "RN101"  # a model of open_clip; timm/<name>: a model of timm
+    pretrained: Text | None = "openai"  # a pretrained tag of the library, or a local file; null: random weights
+    layers: Items[Text] = ()  # modules whose feature maps are concatenated on the coarsest grid; empty: the last
+    features: Items[Text] = ()  # feature folders of dora-mm, .h5 files or .npz folders; empty: computed on the fly
 
 
 class VLModelConfig(Section):
-    """A folder that save_pretrained wrote (ours, or BART's), or a hub name."""
+    """The language model: VL-BART, or a plain BART that is extended to one."""
 
-    path: Text = "facebook/bart-base"
-    random: bool = False  # only the config is read from `path`: weights are drawn from the seed
-    # What a bare BART becomes, image where left out; a saved VL-BART must be of this kind where it is given.
+    path: Text = "facebook/bart-base"  # a folder of save_pretrained (VL-BART or BART), or a hub name
+    random: bool = False  # read only the config from `path`, and initialize the weights from the seed
+    # The kind of visual input. null: image for a plain BART; a saved VL-BART has a kind, which must match if this is set.
     visual: Literal["image", "video"] | None = None
-    feature_dim: PositiveInt | None = None  # channels of the visual features; None: as many as vision gives
+    feature_dim: PositiveInt | None = None  # channels of the visual features; null: taken from the vision section
 
 
 VLPart = Literal["text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko"]
@@ -127,15 +127,16 @@ Trained = Literal["visual_embedding", "biases", "norms", "embeddings"]
 
 
 class VLAdapterConfig(AnyAdapterConfig):
+    # The adapted parts of BART: query and value, key and output, or feed-forward layers; cross: cross-attention.
     parts: Annotated[Items[VLPart], Field(min_length=1)] = ("text.qv", "cross.qv")
-    vision_parts: Items[Literal["attn", "ff"]] = ()  # of the tower, which then runs within every step
-    extra_trainable: Items[Trained] = ("visual_embedding", "biases", "norms")  # beside the adapters
+    vision_parts: Items[Literal["attn", "ff"]] = ()  # adapted parts of the vision tower, which then runs in every step
+    extra_trainable: Items[Trained] = ("visual_embedding", "biases", "norms")  # trained in addition to the adapters
 
 
 class VLDataConfig(Section):
-    tasks: Annotated[Items[VLTaskConfig], Field(min_length=1)]  # trained jointly, one task to a batch
-    on_bad_data: Literal["stop", "skip"] = "stop"  # skip: left out, counted and named
-    tables: Text = "build/tables"  # where the files are kept as tables that are read from disk, by content
+    tasks: Annotated[Items[VLTaskConfig], Field(min_length=1)]  # trained jointly; a batch is from one task
+    on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
+    tables: Text = "build/tables"  # a cache folder of the files as tables on disk, named by their content
 
     @model_validator(mode="after")
     def _tasks_are_distinct(self) -> "VLDataConfig":
@@ -146,29 +147,29 @@ class VLDataConfig(Section):
 
 
 class DecodeConfig(Section):
-    batch_size: PositiveInt = 64
-    answers: Literal["generate", "trie", "rank"] = "generate"  # trie, rank: only answers that occur in training
-    min_answer_count: PositiveInt = 1  # trie, rank: how often an answer must occur there
-    beams: PositiveInt = 5  # of captions; answers are decoded greedily
+    batch_size: PositiveInt = 64  # examples per batch
+    answers: Literal["generate", "trie", "rank"] = "generate"  # trie, rank: choose among the answers in the training data
+    min_answer_count: PositiveInt = 1  # trie, rank: how often an answer must occur in the training data
+    beams: PositiveInt = 5  # beam search of captions; answers are decoded greedily
 
     def takes_candidates(self, task: str) -> bool:
-        """Whether answers to this task are chosen from a list."""
+        """Whether the answers of this task are chosen from a list of candidates."""
         return self.answers != "generate" and task in ("vqa", "gqa", "tvqa", "how2qa")
 
 
 class EvaluateConfig(DecodeConfig):
-    """Scores on the validation splits while training."""
+    """Validation during training."""
 
-    every: Count = 0  # steps; 0: only at the end
-    limit: PositiveInt | None = None  # rows of each task
+    every: Count = 0  # optimizer steps between validations; 0: only at the end
+    limit: PositiveInt | None = None  # number of rows of each task; null: all
 
 
 class TrainVLBartConfig(PipelineConfig):
     command: ClassVar[str] = "train"
     pipeline: Literal["train_vl_bart"]
-    seed: Seed = 0
-    output: Text | None = None  # the run directory, refused if it exists; None: runs/<name>/<NNN>
-    backend: Backend = "auto"
+    seed: Seed = 0  # seed of everything random in the run
+    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: VLModelConfig
     vision: VisionConfig = VisionConfig()
     adapter: VLAdapterConfig
@@ -182,49 +183,49 @@ class TrainVLBartConfig(PipelineConfig):
     def _sections_agree(self) -> "TrainVLBartConfig":
         problems = check_vl_training(self.optimizer, self.schedule, self.train)
         problems += check_adapter(self.adapter, self.optimizer)
-        problems += check_sight(self.data, self.vision, ("train", "valid"))
-        problems += [f"data.tasks: {task.task} has no train" for task in self.data.tasks if task.train is None]
+        problems += check_visual_inputs(self.data, self.vision, ("train", "valid"))
+        problems += [f"data.tasks: {task.task} has no train split" for task in self.data.tasks if task.train is None]
         if self.evaluate.every and not any(task.valid for task in self.data.tasks):
-            problems.append("evaluate.every has nothing to score: no task has a valid split")
+            problems.append("evaluate.every has no effect: no task has a valid split")
         if self.adapter.vision_parts and self.vision.features:
-            problems.append("adapter.vision_parts trains the tower, and vision.features takes what it said before")
+            problems.append("adapter.vision_parts trains the tower, but vision.features was computed before that")
         return raise_problems(self, problems)
 
 
 class EvalVLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_vl"]
-    output: Text | None = None
-    backend: Backend = "auto"
+    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: VLModelConfig
     vision: VisionConfig = VisionConfig()
-    adapter: Text | None = None  # an adapter file, its folder or its run; None: the bare model
+    adapter: Text | None = None  # an adapter file, its folder or its run directory; null: the base model
     data: VLDataConfig
     decode: DecodeConfig = DecodeConfig()
-    vqa_mode: Literal["official", "lavis"] = "official"  # how answers are compared: the official script's way or LAVIS'
-    examples: Count = 48  # on the page of examples, of each task
+    vqa_mode: Literal["official", "lavis"] = "official"  # how VQA answers are normalized and scored
+    examples: Count = 48  # examples of each task on the HTML page
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "EvalVLConfig":
-        problems = [f"data.tasks: {task.task} has no valid" for task in self.data.tasks if task.valid is None]
-        return raise_problems(self, problems + check_sight(self.data, self.vision, ("valid",)))
+        problems = [f"data.tasks: {task.task} has no valid split" for task in self.data.tasks if task.valid is None]
+        return raise_problems(self, problems + check_visual_inputs(self.data, self.vision, ("valid",)))
 
 
 class CompareVLConfig(PipelineConfig):
-    """The bare model, full fine-tuning, LoRA, DoRA, and DoRA at half the rank, each at its own best learning rate."""
+    """Compares the base model, full fine-tuning, LoRA, DoRA and DoRA at half rank, each at its best learning rate."""
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["compare_vl"]
-    output: Text  # the campaign's folder; one that exists is gone on with
-    base: Text  # the config of a train_vl_bart run: what all runs have in common; on its valid splits rates are chosen
-    steps: PositiveInt = 600  # of every training
-    rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA; DoRA also at its half
+    output: Text  # the campaign's folder; one that exists is resumed
+    base: Text  # a config of train_vl_bart, shared by all trainings; learning rates are chosen on its valid splits
+    steps: PositiveInt = 600  # optimizer steps of every training
+    rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA; DoRA also at half of it
     learning_rates: LearningRates
-    extra_rates: Count = 1  # further candidates, a factor apart, while the best one is the lowest or the highest
-    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; rates are chosen with the first
-    workers: PositiveInt = 1  # trainings at a time; small models train two at a time faster than one with two threads
-    report: VLDataConfig  # the scores are of its valid splits
-    features: Items[Text] = ()  # of the reported pictures, where they lie elsewhere; none: the base's vision.features
+    extra_rates: Count = 1  # more candidates to try, a factor apart, while the best one is the lowest or the highest
+    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # one training each; learning rates are chosen with the first
+    workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
+    report: VLDataConfig  # the reported scores are on its valid splits
+    features: Items[Text] = ()  # vision.features of the reported images; empty: those of base
     decode: DecodeConfig = DecodeConfig()
 
     @model_validator(mode="after")
@@ -232,25 +233,25 @@ class CompareVLConfig(PipelineConfig):
         problems = ["seeds names a seed twice"] if len(set(self.seeds)) < len(self.seeds) else []
         for task in self.report.tasks:
             if task.valid is None:
-                problems.append(f"report.tasks: {task.task} has no valid")
+                problems.append(f"report.tasks: {task.task} has no valid split")
             if task.train is not None or task.batch_size is not None or task.weight != 1.0:
-                problems.append(f"report.tasks: {task.task} takes valid alone: how it is trained stands in base")
+                problems.append(f"report.tasks: {task.task} may only have valid: base configures its training")
         return raise_problems(self, problems)
 
 
 class ExtractFeaturesConfig(PipelineConfig):
     command: ClassVar[str] = "features"
     pipeline: Literal["extract_features"]
-    output: Text  # the folder of features; what is in it already is not computed again
+    output: Text  # the folder of features; those already in it are not computed again
     vision: VisionConfig
-    images: Annotated[Items[Text], Field(min_length=1)]  # folders of pictures
-    batch_size: PositiveInt = 32
-    dtype: Literal["float32", "float16"] = "float16"
-    on_bad_data: Literal["stop", "skip"] = "stop"
+    images: Annotated[Items[Text], Field(min_length=1)]  # folders of images
+    batch_size: PositiveInt = 32  # images per batch
+    dtype: Literal["float32", "float16"] = "float16"  # dtype of the saved features
+    on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed
 
 
 def check_vl_training(optimizer: OptimizerConfig, schedule: ScheduleConfig, train: EpochTrainConfig) -> list[str]:
-    """What contradicts itself, as sentences that name the keys."""
+    """As `check_training`, for a length in steps or epochs; one message per problem, each naming the keys."""
     problems = []
     if (train.steps is None) == (train.epochs is None):
         problems.append("give either train.steps or train.epochs")
@@ -258,15 +259,15 @@ def check_vl_training(optimizer: OptimizerConfig, schedule: ScheduleConfig, trai
     return problems + check_training(optimizer, schedule, known)
 
 
-def check_sight(data: VLDataConfig, vision: VisionConfig, splits: tuple[str, ...]) -> list[str]:
-    """Tasks whose pictures, in these splits, nobody can see."""
+def check_visual_inputs(data: VLDataConfig, vision: VisionConfig, splits: tuple[str, ...]) -> list[str]:
+    """Finds tasks that have neither images nor features in these splits; returns at most one message."""
     clips = [task.task for task in data.tasks if task.task in VIDEO_TASKS]
     if clips and len(clips) < len(data.tasks):
-        return ["data.tasks holds tasks of pictures and of clips: a model reads one kind"]
+        return ["data.tasks mixes image tasks and video tasks: a model handles only one kind"]
     if clips and not vision.features:
-        return [f"vision.features is missing: {clips[0]} reads clips as features"]
+        return [f"vision.features is missing: {clips[0]} reads video clips as features"]
     sources = [(task.task, getattr(task, split)) for task in data.tasks for split in splits]
-    blind = [name for name, source in sources if source and source.images is None]
-    if blind and not vision.features:
-        return [f"data.tasks: {blind[0]} has a source without images, and there are no vision.features"]
+    missing = [name for name, source in sources if source and source.images is None]
+    if missing and not vision.features:
+        return [f"data.tasks: {missing[0]} has a source without images, and vision.features is empty"]
     return []

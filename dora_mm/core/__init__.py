@@ -1,4 +1,4 @@
-"""The layer, the maps and the injection: torch and nothing else."""
+"""The adapted layers, the target maps and the injection. Imports only torch."""
 
 from dora_mm.core.adapted import AdaptedLayer, DoRASpec
 from dora_mm.core.functional import Adapter

@@ -1,4 +1,4 @@
-"""What every adapted layer is: a base layer with an adapter registered on it."""
+"""The base class of the adapted layers: a layer with an adapter registered on it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,21 @@ ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
 class DoRASpec:
     """How layers are adapted.
 
-    method: `dora`; `lora` (no magnitude); `magnitude` (no A, B); `full` (trains `weight`, adds nothing).
-    alpha: the update is scaled by alpha / rank; None means alpha = rank.
-    norm_grad: `detached` (the paper's default) treats the norm as a constant in the backward pass, `exact` does not.
-    cache: `weights` keeps the W' that a layer's forward pass built for its backward pass, and for as long as
-        `fixed_parameters` holds; `norms` builds it again, which takes time and saves the memory of one more weight.
-    save_output: whether a layer's output may be kept for the backward pass: False for layers whose output the model
-        overwrites in place. It costs one more product in the backward pass.
+    Attributes:
+        rank: The rank R of A (R, I) and B (O, R); at least 1.
+        alpha: The update B A is scaled by alpha / rank. None sets alpha to rank.
+        dropout: Probability of dropping entries of the input in the update only; at least 0 and below 1.
+        method: `dora`; `lora` (no magnitude); `magnitude` (no A and B); `full` (trains `weight`, adds nothing).
+        norm_grad: `detached` (the paper's default) treats the norm as a constant in the backward pass; `exact` does
+            not.
+        cache: `weights` keeps the W' that the forward pass of a layer builds until its backward pass, and inside
+            `fixed_parameters` until its end. `norms` builds it again, which takes time and saves the memory of one more
+            weight per layer.
+        save_output: Whether the output of a layer may be kept for the backward pass. Set it to False where the model
+            overwrites that output in place; it costs one more product in the backward pass.
+
+    Raises:
+        ValueError: A setting is out of its range.
     """
 
     rank: int = 8
@@ -60,13 +68,14 @@ class DoRASpec:
 
     @property
     def scaling(self) -> float:
+        """The factor s = alpha / rank of the update."""
         assert self.alpha is not None
         return self.alpha / self.rank
 
 
 @dataclass
 class StackedAdapter:
-    """A further adapter on a layer, for inference: its tensors are no parameters, and no part of a state dict."""
+    """One more adapter on a layer, for inference: its tensors are not parameters, and not part of a state dict."""
 
     spec: DoRASpec
     tensors: dict[str, Tensor]  # by the names of ADAPTER_NAMES
@@ -74,16 +83,16 @@ class StackedAdapter:
 
 
 class AdaptedLayer(nn.Module):
-    """What DoRALinear and DoRAConv share: the adapter's parameters, and what keeps them right.
+    """What all adapted layers share: the parameters of the adapter, and what keeps them valid.
 
-    `adapt_layer` turns a base layer into an adapted one in place, as torch's parametrizations do: the module object
-    stays the same, and with it its hooks, the names `weight` and `bias`, and every other reference to it.
-    A, B and m stay fp32 whatever the layer is cast to (float64 over a float64 weight).
+    `adapt_layer` makes a base layer an adapted one in place, as torch's parametrizations do: the module object stays
+    the same, and so do its hooks, the names `weight` and `bias`, and every reference to it. A, B and m stay in fp32
+    whatever the layer is cast to (float64 with a float64 weight).
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    lora_A: nn.Parameter | None  # (R, I), of a convolution (R, I / groups, *K)
+    lora_A: nn.Parameter | None  # (R, I), in a convolution (R, I / groups, *K)
     lora_B: nn.Parameter | None  # (O, R)
     magnitude: nn.Parameter | None  # (O,)
     base_class: type[nn.Module]
@@ -96,14 +105,14 @@ class AdaptedLayer(nn.Module):
     function: Forward
     trainable_before: bool
     merged: bool
-    base_weight: tuple[nn.Parameter | None]  # while merged; a tuple hides it from the module's parameters
+    base_weight: tuple[nn.Parameter | None]  # while merged; the tuple hides it from the module's parameters
     kept: dict[torch.dtype, Prepared] | None  # inside `fixed_parameters`, by the dtype of the product
-    num_passes: float  # how many passes `fixed_parameters` was opened for
+    num_passes: float  # the number of passes inside `fixed_parameters`
     base_fixed: bool  # inside `fixed_parameters`, also with `base_only`
     base_norm: Tensor | None  # n0, while base_fixed
 
     def __init__(self, *_: Any, **__: Any):
-        raise TypeError(f"a {type(self).__name__} comes from a base layer: use inject or adapt_layer")
+        raise TypeError(f"a {type(self).__name__} is made from a base layer: use inject or adapt_layer")
 
     @property
     def matrix(self) -> Tensor:
@@ -111,17 +120,17 @@ class AdaptedLayer(nn.Module):
         return self.weight
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """`matrix` in the weight's own layout."""
+        """Returns a weight with output rows first, shaped like `matrix`, as the layer stores it."""
         return matrix
 
     # --- the adapter ---
 
     def reset_adapter(self) -> None:
-        """Draws A from (seed, path), sets B to 0 and m to the row norms of the weight: the layer is its base again."""
+        """Draws A from (seed, path), and sets B to 0 and m to the row norms: the layer computes what its base does."""
         W0 = self.matrix.detach()
         dtype, device, fan_in = adapter_dtype(W0.dtype), W0.device, W0[0].numel()
         if self.spec.method in ("dora", "lora"):
-            A = torch.empty(self.spec.rank, *W0.shape[1:], device="cpu")  # the same numbers whatever dtype and device
+            A = torch.empty(self.spec.rank, *W0.shape[1:], device="cpu")  # the same numbers for every dtype and device
             A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=seeded_generator(self.seed, self.path))
             self.lora_A = nn.Parameter(A.to(device, dtype))  # kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
             self.lora_B = nn.Parameter(torch.zeros(W0.shape[0], self.spec.rank, dtype=dtype, device=device))
@@ -129,7 +138,7 @@ class AdaptedLayer(nn.Module):
             self.magnitude = nn.Parameter(row_norm(W0))
 
     def reset_magnitude(self) -> None:
-        """m = n0 after the weight has changed under a fresh adapter."""
+        """Sets m to the row norms again, after the weight of a fresh adapter has changed."""
         if self.magnitude is not None:
             self.magnitude.data = row_norm(self.matrix.detach())
 
@@ -143,17 +152,20 @@ class AdaptedLayer(nn.Module):
         return bool(((self.magnitude == n0) | (self.magnitude.isnan() & n0.isnan())).all())
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """The trainable tensors of the adapter by name; for `full` it is the weight."""
+        """The trained parameters by name: `lora_A`, `lora_B`, `magnitude`, those that exist; `weight` for `full`."""
         if self.spec.method == "full":
             return {"weight": self.weight}
         found = {name: self._parameters[name] for name in ADAPTER_NAMES}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def tensors_at(self, strength: float) -> dict[str, Tensor]:
-        """`adapter_tensors` of the adapter whose strength 1 is this strength of the layer's own.
+        """Returns `adapter_tensors` of the adapter whose strength 1 is the given strength of this one.
+
+        Args:
+            strength: The strength; what `set_strength` was called with has no effect.
 
         Raises:
-            ValueError: method `full` has no strength, or there is no such adapter (see `functional.rescaled`).
+            ValueError: Method `full` has no strength, or there is no such adapter (see `functional.rescaled`).
         """
         tensors: dict[str, Tensor] = dict(self.adapter_tensors())
         if strength == 1:
@@ -164,7 +176,7 @@ class AdaptedLayer(nn.Module):
         return {name: tensor for name, tensor in zip(ADAPTER_NAMES, scaled[:3], strict=True) if tensor is not None}
 
     def adapters(self) -> tuple[Adapter, ...]:
-        """What the forward function needs of every adapter that is not switched off."""
+        """What the forward function needs of every adapter whose strength is not 0."""
         own = self.spec, self._parameters, self.strength
         others = [(s.spec, s.tensors, s.strength) for s in self.stacked.values()]
         return tuple(
@@ -174,14 +186,29 @@ class AdaptedLayer(nn.Module):
         )
 
     def check_can_stack(self, name: str, spec: DoRASpec) -> None:
+        """Checks that an adapter can be stacked on this layer.
+
+        Raises:
+            ValueError: The layer is merged, one of the methods is `full`, or the name is taken.
+        """
         self.check_can_merge()
         if "full" in (spec.method, self.spec.method):
-            raise ValueError(f"{self.path} cannot hold several adapters: method full replaces the weight")
+            raise ValueError(f"{self.path} cannot hold several adapters: method full replaces the weight itself")
         if name == self.name or name in self.stacked:
-            raise ValueError(f"{self.path} holds an adapter of the name {name!r} already: choose another one")
+            raise ValueError(f"{self.path} has an adapter named {name!r} already: choose another name")
 
     def stack(self, name: str, spec: DoRASpec, tensors: Mapping[str, Tensor], strength: float) -> None:
-        """Adds a further adapter under a name of its own: W0 + sum of strength_k (W'_k - W0)."""
+        """Adds an adapter for inference: the weight is then W0 + sum of strength_k (W'_k - W0).
+
+        Args:
+            name: A name that the layer does not have yet.
+            spec: The settings of the adapter.
+            tensors: Its tensors by the names of ADAPTER_NAMES; they are detached and moved to the weight's device.
+            strength: Its strength.
+
+        Raises:
+            ValueError: See `check_can_stack`.
+        """
         self.check_can_stack(name, spec)
         device, dtype = self.weight.device, adapter_dtype(self.weight.dtype)
         self.stacked[name] = StackedAdapter(
@@ -190,11 +217,16 @@ class AdaptedLayer(nn.Module):
         self.end_fixed()
 
     def check_has_strength(self) -> None:
+        """Raises ValueError for method `full`."""
         if self.spec.method == "full":
-            raise ValueError(f"{self.path} was trained by method full, which keeps no base: it has no strength")
+            raise ValueError(f"{self.path} was trained with method full, which keeps no base: it has no strength")
 
     def set_strength(self, strength: float, name: str | None = None) -> None:
-        """Sets the strength of one adapter, or of all that the layer holds."""
+        """Sets the strength of the adapter `name`, or of all adapters of the layer if it is None.
+
+        Raises:
+            ValueError: The layer is merged, or was trained with method `full`.
+        """
         self.check_has_strength()
         self.check_can_merge()
         if name in (None, self.name):
@@ -207,16 +239,17 @@ class AdaptedLayer(nn.Module):
     # --- the forward pass ---
 
     def is_base(self) -> bool:
-        """Whether the forward pass is the base layer's own."""
+        """Whether the forward pass is that of the base layer: merged, method `full`, or strength 0."""
         if self.merged or self.spec.method == "full":
             return True
         return self.strength == 0 and not any(s.strength for s in self.stacked.values())
 
     def active_dropout(self) -> float:
+        """The probability of dropout: 0 in eval mode."""
         return self.spec.dropout if self.training else 0.0
 
     def prepared(self) -> Prepared | None:
-        """What `fixed_parameters` keeps; None outside: then the parameters are read anew."""
+        """What `fixed_parameters` keeps; None outside of it, where every pass reads the parameters."""
         if not self.base_fixed:
             return None
         if self.base_norm is None:
@@ -233,6 +266,7 @@ class AdaptedLayer(nn.Module):
         dtype: torch.dtype | None = None,
         restore: Callable[[], Tensor] | None = None,
     ) -> Tensor:
+        """Runs the forward function on x: see `fused.adapted_product`."""
         return self.function(
             x,
             self.matrix,
@@ -248,7 +282,7 @@ class AdaptedLayer(nn.Module):
         )
 
     def end_fixed(self, *, base: bool = False) -> None:
-        """Forgets what depends on the adapters, and on the base too if that has changed."""
+        """Discards what `fixed_parameters` keeps of the adapters and, with `base`, of the base weight."""
         self.kept = None
         if base:
             self.base_fixed, self.base_norm = False, None
@@ -256,13 +290,23 @@ class AdaptedLayer(nn.Module):
     # --- merging ---
 
     def check_can_merge(self) -> None:
+        """Raises ValueError where the layer is merged already."""
         if self.merged:
             raise ValueError(f"the adapter of {self.path} is merged: call unmerge first")
 
     def merge(self, *, keep_base: bool, shared: bool) -> tuple[float, float]:
-        """Puts W(t) in the place of the weight. `shared`: another module uses this Parameter, so it is left alone.
+        """Replaces the weight by W(t), stochastically rounded in half precision.
 
-        Returns (<stored update, update>, <update, update>): their ratio is the share of the update that survives.
+        Args:
+            keep_base: Whether the weight is kept for `unmerge`.
+            shared: Whether another module uses the same Parameter, which is then not overwritten.
+
+        Returns:
+            The inner products <stored update, update> and <update, update>: their ratio is the fraction of the update
+            that the stored weight contains.
+
+        Raises:
+            ValueError: The layer is merged already.
         """
         self.check_can_merge()
         W0 = self.matrix.detach()
@@ -276,9 +320,10 @@ class AdaptedLayer(nn.Module):
         return stored, update.square().sum().item()
 
     def check_can_replace_weight(self, *, shared: bool) -> None:
-        """ValueError where `merge` has nothing to put W(t) into."""
+        """Raises ValueError where the weight cannot be replaced by W(t). `shared` as in `merge`."""
 
     def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:
+        """Stores W(t), shaped like `matrix`, as the weight. The other arguments as in `merge`."""
         self.base_weight = (self.weight if keep_base else None,)
         merged = self.as_stored(merged)
         if keep_base or shared:
@@ -287,15 +332,23 @@ class AdaptedLayer(nn.Module):
             self.weight.data = merged
 
     def put_back(self, base: nn.Parameter) -> None:
+        """Makes the stashed weight the weight again, on the device and in the dtype of the merged one."""
         base.data = base.data.to(self.weight.device, self.weight.dtype)
         self.weight = base
 
     def check_can_unmerge(self) -> None:
+        """Raises ValueError where the base weight was not kept."""
         if self.merged and self.base_weight[0] is None:
-            raise ValueError(f"{self.path} was merged with keep_base=False, so its base is gone: load the model again")
+            raise ValueError(
+                f"{self.path} was merged with keep_base=False, so the base weight is gone: load the model again"
+            )
 
     def unmerge(self) -> None:
-        """Puts the base weight back, bit for bit."""
+        """Restores the base weight bit for bit; does nothing where the layer is not merged.
+
+        Raises:
+            ValueError: The base weight was not kept.
+        """
         self.check_can_unmerge()
         (base,) = self.base_weight
         if base is not None:
@@ -306,7 +359,7 @@ class AdaptedLayer(nn.Module):
     # --- moving, casting, loading, copying ---
 
     def _apply(self, fn, recurse=True):
-        """`.to`, `.half`, `.cuda` and the like: A, B and m keep their precision, and a fresh adapter stays a no-op."""
+        """What `.to`, `.half` and `.cuda` call: A, B and m keep their precision, and a fresh adapter stays a no-op."""
         before = self.before_move()
         own = [t for p in self.adapter_tensors().values() if p is not self.weight for t in (p, p.grad)]
 
@@ -322,11 +375,12 @@ class AdaptedLayer(nn.Module):
         return self
 
     def before_move(self) -> tuple[torch.device, torch.dtype, bool]:
-        """Where the weight is, and whether the adapter is a no-op that `after_move` has to keep one."""
+        """Device and dtype of the weight, and whether the adapter is fresh: the arguments of `after_move`."""
         fresh = not self.merged and self.spec.method != "full" and not self.weight.is_meta and self.is_fresh()
         return self.weight.device, self.weight.dtype, fresh
 
     def after_move(self, device: torch.device, dtype: torch.dtype, fresh: bool) -> None:
+        """Keeps a fresh adapter a no-op after the weight was moved or cast. Arguments: what `before_move` returned."""
         if device.type == "meta" and not self.weight.is_meta:
             self.reset_adapter()
         elif fresh and (device, dtype) != (self.weight.device, self.weight.dtype):
@@ -334,7 +388,7 @@ class AdaptedLayer(nn.Module):
         self.end_fixed(base=True)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """A state dict of the bare model loads strictly: a fresh adapter then takes m from the new weight."""
+        """Loads a state dict of the base model strictly: m of a fresh adapter is then computed from the new weight."""
         self.end_fixed(base=True)
         given = {name: state_dict[prefix + name] for name in ADAPTER_NAMES if prefix + name in state_dict}
         bare = not given and prefix + "weight" in state_dict and self.spec.method != "full"
@@ -352,11 +406,15 @@ class AdaptedLayer(nn.Module):
             self.reset_magnitude()
 
     def why_not_load(self, *, bare: bool) -> str | None:
-        """What is wrong with loading a state dict; `bare`: one with the weight but without an adapter."""
+        """Why a state dict cannot be loaded, or None.
+
+        Args:
+            bare: Whether the state dict has the weight but no adapter.
+        """
         if self.merged:
             return f"{self.path} is merged: call unmerge before loading a state dict"
         if bare and not self.is_fresh():
-            return f"{self.path} holds a trained adapter and the state dict has none: call remove first"
+            return f"{self.path} has a trained adapter but the state dict has none: call remove first"
         return None
 
     def __getstate__(self):
@@ -369,15 +427,21 @@ class AdaptedLayer(nn.Module):
 
 
 def seeded_generator(seed: int, path: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and the module's path alone, not on the order of the layers."""
+    """A CPU generator that depends only on the seed and the path of the module, not on the order of the layers."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def round_stochastically(W: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """W in `dtype`, each entry rounded up or down with the probabilities that keep its expectation.
+    """Rounds each entry of W to `dtype`, up or down, with the probabilities that preserve its expectation.
 
-    Entries that `dtype` holds exactly stay. Rounding to nearest would drop every update below half a unit.
+    Entries that `dtype` represents exactly stay. Rounding to nearest would drop every update below half a unit in the
+    last place.
+
+    Args:
+        W: Any shape, in fp32 or float64.
+        dtype: The dtype of the result.
+        generator: A CPU generator.
     """
     if W.dtype == dtype:
         return W.clone()

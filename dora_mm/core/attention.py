@@ -1,8 +1,8 @@
 """nn.MultiheadAttention, whose q, k and v projections are rows of one packed weight, and which never calls `out_proj`.
 
-Row norms make the slices independent, so each projection is a layer of its own over its rows: `attn.q_proj`,
-`attn.k_proj`, `attn.v_proj`, beside `attn.out_proj`. The attention keeps its class until one of them is adapted, and
-its parameters and their names in any case.
+Row norms are independent of each other, so each projection is a separate layer over its rows of the weight:
+`attn.q_proj`, `attn.k_proj` and `attn.v_proj`, next to `attn.out_proj`. The attention keeps its class until one of them
+is adapted, and always keeps its parameters and their names.
 """
 
 from __future__ import annotations
@@ -21,26 +21,33 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 class PackedProjection(nn.Module):
-    """One projection of an attention: a third of the rows of its packed weight and bias."""
+    """One projection of an attention: a third of the rows of its packed weight and bias.
+
+    Args:
+        attention: An attention with `in_proj_weight` (3 E, E).
+        index: 0 for q, 1 for k, 2 for v.
+    """
 
     def __init__(self, attention: nn.MultiheadAttention, index: int):
         super().__init__()
-        self.attention = (attention,)  # a tuple hides it from the module's children
+        self.attention = (attention,)  # the tuple hides it from the module's children
         self.index = index
 
     @property
     def weight(self) -> nn.Parameter:
-        """All rows: (3 E, E)."""
+        """The packed weight with all rows, (3 E, E)."""
         weight = self.attention[0].in_proj_weight
         assert weight is not None
         return weight
 
     @property
     def matrix(self) -> Tensor:
+        """The rows of this projection, a view (E, E)."""
         return self.weight.chunk(3)[self.index]
 
     @property
     def bias(self) -> Tensor | None:
+        """The entries of this projection, a view (E,), or None."""
         bias: Tensor | None = self.attention[0].in_proj_bias
         return None if bias is None else bias.chunk(3)[self.index]
 
@@ -49,6 +56,8 @@ class PackedProjection(nn.Module):
 
 
 class DoRAPackedProjection(AdaptedLayer, PackedProjection):
+    """An adapted projection: A (R, E), B (E, R), magnitude (E,)."""
+
     matrix = PackedProjection.matrix
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +65,7 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
 
     def check_can_replace_weight(self, *, shared: bool) -> None:
         if shared:
-            raise ValueError(f"{self.path} is a part of a weight that another module uses too, and cannot be merged")
+            raise ValueError(f"{self.path} cannot be merged: it is a part of a weight that another module shares")
 
     def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:
         self.base_weight = (nn.Parameter(self.matrix.detach().clone()) if keep_base else None,)
@@ -66,13 +75,13 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
         self.matrix.data.copy_(base)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Without keys of its own there is nothing to load: the attention has loaded the rows."""
+        """Loads the adapter if the state dict has it. The rows of the weight were loaded by the attention."""
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PackedAttention(nn.MultiheadAttention):
-    """The attention once any of its projections is adapted: it calls `q_proj`, `k_proj`, `v_proj` and `out_proj`."""
+    """An attention with adapted projections: it calls `q_proj`, `k_proj`, `v_proj` and `out_proj`."""
 
     q_proj: PackedProjection
     k_proj: PackedProjection
@@ -90,12 +99,16 @@ class PackedAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention's, in the operations that it makes while it trains.
+        """Computes what nn.MultiheadAttention does, with the operations that it uses in training.
 
-        In inference that calls one fused kernel, which rounds apart from them.
+        In inference nn.MultiheadAttention may call one fused kernel, which rounds differently. Arguments, shapes and
+        results are those of nn.MultiheadAttention.
+
+        Raises:
+            ValueError: `is_causal` is given without `attn_mask`.
         """
         if is_causal and attn_mask is None:
-            raise ValueError("is_causal is a hint about attn_mask, which is missing")
+            raise ValueError("is_causal is a hint about attn_mask: pass attn_mask too")
         batched, sequence_first = query.dim() == 3, not self.batch_first
         if not batched:
             query, key, value, sequence_first = query[:, None], key[:, None], value[:, None], True
@@ -104,7 +117,7 @@ class PackedAttention(nn.MultiheadAttention):
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = (self._heads(p(t)) for p, t in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value)))
         causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if causal else _joined_mask(attn_mask, key_padding_mask, q)
+        mask = None if causal else _combined_mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             inner, weights = _attention_with_weights(q, k, v, mask, dropout)
@@ -125,39 +138,41 @@ class PackedAttention(nn.MultiheadAttention):
         return t.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
 
     def remember_trainable(self) -> None:
-        """Before any row is adapted, which freezes all of in_proj_weight."""
+        """Records whether in_proj_weight is trained. Call it before a projection is adapted, which freezes all rows."""
         if self.trainable_before is None:
             self.trainable_before = bool(self.in_proj_weight.requires_grad)
 
     def adapted_projections(self) -> list[DoRAPackedProjection]:
-        return [rows for name in PROJECTIONS if isinstance(rows := getattr(self, name), DoRAPackedProjection)]
+        """The projections that are adapted, in the order q, k, v."""
+        projections = (getattr(self, name) for name in PROJECTIONS)
+        return [projection for projection in projections if isinstance(projection, DoRAPackedProjection)]
 
     def _apply(self, fn, recurse=True):
-        before = {rows: rows.before_move() for rows in self.adapted_projections()}  # while they are as the weight is
+        before = {p: p.before_move() for p in self.adapted_projections()}  # while adapters and weight are in one place
         super()._apply(fn, recurse)
-        for rows, state in before.items():
-            rows.after_move(*state)
+        for projection, state in before.items():
+            projection.after_move(*state)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """As an adapted layer: with the bare model's weight, rows that are fresh take m from it and others refuse."""
+        """Loads a base model's weight as an adapted layer does: a fresh adapter gets a new m, a trained one fails."""
         own = zip(PROJECTIONS, (self.q_proj, self.k_proj, self.v_proj), strict=True)
-        without_keys = [r for name, r in own if not any(key.startswith(f"{prefix}{name}.") for key in state_dict)]
-        bare = [r for r in without_keys if isinstance(r, DoRAPackedProjection)]
+        without_keys = [p for name, p in own if not any(key.startswith(f"{prefix}{name}.") for key in state_dict)]
+        bare = [p for p in without_keys if isinstance(p, DoRAPackedProjection)]
         loads = prefix + "in_proj_weight" in state_dict
-        for rows in self.adapted_projections() if loads else []:
-            if problem := rows.why_not_load(bare=rows in bare):
+        for projection in self.adapted_projections() if loads else []:
+            if problem := projection.why_not_load(bare=projection in bare):
                 errors.append(problem)
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        for rows in self.adapted_projections():
-            rows.end_fixed(base=True)
-        for rows in bare if loads else []:
-            rows.reset_magnitude()
+        for projection in self.adapted_projections():
+            projection.end_fixed(base=True)
+        for projection in bare if loads else []:
+            projection.reset_magnitude()
 
 
-def _joined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """What is added to the scores, of a shape that meets (B, H, L, S); in boolean masks True is "leave out"."""
+def _combined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """What is added to the scores, broadcastable to (B, H, L, S); True in a boolean mask leaves a position out."""
     masks = [None if m is None else _additive(m, q.dtype) for m in (attn_mask, key_padding_mask)]
     if (mask := masks[0]) is not None and mask.dim() == 3:
         masks[0] = mask.unflatten(0, q.shape[:2])
@@ -184,11 +199,18 @@ def _attention_with_weights(
     return (weights @ v).unflatten(0, shape[:2]), weights.view(shape)
 
 
-# --- taking attentions apart, and together again ---------------------------------------------------------------------
+# --- separating the projections of an attention, and restoring it -----------------------------------------------------
 
 
 def with_projections(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """`modules` by path, and in their order, with the projections of attentions that are still whole."""
+    """Adds the projections of attentions that are not separated yet to the modules of a model.
+
+    Args:
+        modules: The modules by path.
+
+    Returns:
+        The modules by path, in the same order, with new PackedProjections after each nn.MultiheadAttention.
+    """
     found: dict[str, nn.Module] = {}
     for path, module in modules.items():
         found[path] = module
@@ -198,32 +220,39 @@ def with_projections(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def inside(path: str, name: str) -> str:
+    """The path of a child of the module at `path`, which is empty for the model itself."""
     return f"{path}.{name}" if path else name
 
 
-def why_not_apart(attention: nn.MultiheadAttention) -> str | None:
+def why_not_separable(attention: nn.MultiheadAttention) -> str | None:
+    """Why an attention cannot call its projections, for an error message; None where it can."""
     if type(attention) not in (nn.MultiheadAttention, PackedAttention):
-        return f"of a class of its own ({type(attention).__name__})"
+        return f"it is a subclass of MultiheadAttention ({type(attention).__name__})"
     if "forward" in vars(attention):
-        return "with a forward function of its own (a hook of accelerate?)"
+        return "its forward function was replaced (a hook of accelerate?)"
     if attention.in_proj_weight is None:
-        return "with another size of keys or values"
+        return "its keys or values have another size (kdim, vdim)"
     if attention.bias_k is not None or attention.add_zero_attn:
-        return "with added keys"
+        return "it adds keys (add_bias_kv, add_zero_attn)"
     return None
 
 
-def take_apart(attention: nn.MultiheadAttention, rows: Mapping[str, nn.Module]) -> None:
-    """Makes the attention call its projections. rows: those of `with_projections`, by name."""
+def separate_projections(attention: nn.MultiheadAttention, projections: Mapping[str, nn.Module]) -> None:
+    """Makes an attention call its projections, in place.
+
+    Args:
+        attention: An attention for which `why_not_separable` returns None.
+        projections: Its projections from `with_projections`, by the names in PROJECTIONS.
+    """
     object.__setattr__(attention, "__class__", PackedAttention)
     assert isinstance(attention, PackedAttention)
     attention.trainable_before = None
     for name in PROJECTIONS:
-        attention.add_module(name, rows[name])
+        attention.add_module(name, projections[name])
 
 
-def put_together(attention: PackedAttention) -> None:
-    """Gives the attention its own class back, where nothing in it is adapted any longer."""
+def restore_attention(attention: PackedAttention) -> None:
+    """Makes it an nn.MultiheadAttention again, in place, where nothing in it is adapted any longer."""
     parts: Any = (attention.out_proj, *(getattr(attention, name) for name in PROJECTIONS))
     if not any(isinstance(part, AdaptedLayer) for part in parts):
         if attention.trainable_before is not None:

@@ -1,4 +1,4 @@
-"""What a convolution does with a weight: see products.py."""
+"""What a convolution does with a weight: see `Product` in products.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from dora_mm.core.products import Product
 
 @dataclass(frozen=True)
 class ConvProduct(Product):
-    """y (N, O, *positions) = x (N, C, *positions) convolved with W (O, C / groups, *K), b added.
+    """Convolution: y (N, O, *positions) = x (N, C, *positions) convolved with W (O, C / groups, *K), plus b (O,).
 
-    h and u are (N, groups R, *positions): every group of channels meets the same A.
+    A is (R, C / groups, *K) and the same for every group of channels; h and u are (N, groups R, *positions).
+
+    Attributes:
+        stride: One number per dimension of K, in positions.
+        padding: One number per dimension, of zeros at either end.
+        dilation: One number per dimension.
+        groups: The number of groups of channels.
     """
 
     stride: tuple[int, ...]
@@ -36,7 +42,7 @@ class ConvProduct(Product):
         return positions
 
     def concatenate(self, a, b):
-        """Channels of a and b side by side within each group, as [W_a, W_b] are in the kernel."""
+        """Concatenates the channels of a and b within each group, as [W_a, W_b] are in the kernel."""
         split = [t.unflatten(1, (self.groups, -1)) for t in (a, b)]
         return torch.cat(split, 2).flatten(1, 2)
 
@@ -50,7 +56,7 @@ class ConvProduct(Product):
         return y.add_(self._pointwise(h, B))
 
     def grad_h(self, dY, B):
-        """A pointwise convolution's gradient is one with the kernel transposed in each group."""
+        """Computes u as a pointwise convolution, with the kernel transposed within each group."""
         return self._pointwise(dY, B.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1))
 
     def grad_B(self, dY, h, B):
@@ -93,12 +99,14 @@ class ConvProduct(Product):
         return [1] * len(self.stride)
 
     def _backward(self, dY, x, weight, wanted):
+        """The gradients of input and weight; `wanted` says which of the two to compute."""
         return torch.ops.aten.convolution_backward(
             dY, x, weight, None, self.stride, self.padding, self.dilation, False, self._zeros, self.groups,
             [*wanted, False],
         )  # fmt: skip
 
     def _per_group(self, A: Tensor) -> Tensor:
+        """A repeated for every group: (groups R, C / groups, *K)."""
         return A if self.groups == 1 else A.repeat(self.groups, *[1] * (A.dim() - 1))
 
     def _as_kernel(self, B: Tensor) -> Tensor:

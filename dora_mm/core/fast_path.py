@@ -1,6 +1,6 @@
 """torch's fused inference of nn.TransformerEncoder, which reads the weights and never calls an adapted layer.
 
-It is switched off where something inside is adapted, by what torch itself looks at before it takes that path.
+It is switched off where a module inside is adapted, by the attributes that torch checks before it takes that path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ BEFORE = "fast_path_before"
 
 
 def set_fast_paths(model: nn.Module) -> None:
-    """Switches it off where a layer inside is adapted, and back to what it was where none is."""
+    """Switches the fused inference off where a module inside is adapted, and restores it where none is.
+
+    Args:
+        model: The model, whose transformer encoders are changed in place.
+    """
     for module in model.modules():
         for kind, (name, off) in SWITCHES.items():
             if not isinstance(module, kind):

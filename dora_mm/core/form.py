@@ -1,4 +1,4 @@
-"""Which form of the layer's product costs less: merged, with W(t) built, or split, with W0 and the branch beside it."""
+"""Which form of the layer's product costs less: merged, with W(t) built, or split, with W0 and a separate branch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from dora_mm.core.functional import Adapter
 from dora_mm.core.products import LinearProduct, Product
 
 # What the passes of either form over an element of memory cost, in multiplications of a large product, on two cores of
-# an AMD EPYC in fp32. Where the memory of one W(t) is used for the next, building takes 16, and with rank 16 the two
+# an AMD EPYC in fp32. Where the memory of one W(t) is reused for the next, building takes 16, and with rank 16 the two
 # forms take the same time at some 100 tokens for 640 x 640, 250 for 1280 x 1280 and 350 for 1280 x 2048; with four
-# times as many they still differ by less than a twentieth. But in a model the W(t) of all layers are there at once, and
-# the system hands their pages out anew at every step: the full-size SDXL UNet at 512 px with checkpointing takes 1.08
+# times as many they still differ by less than a twentieth. But in a model the W(t) of all layers exist at once, and the
+# system allocates their pages again in every step: the full-size SDXL UNet at 512 px with checkpointing takes 1.08
 # times PEFT LoRA's time and 2.7 GB with 16 here, 1.01 times and 0.4 GB with 100.
 BUILD_COST = 100  # per element of W(t): W0 copied, added to, scaled, and new memory for that
 SPLIT_COST = 48  # per element of y: y scaled and added to, dY scaled
-TRANSPOSED_SAVING = (
-    0.2  # of the multiplications of either product, where both are transposed (see few_tokens.py): a tenth each
-)
+# A tenth of the multiplications of either product, where both are transposed (see few_tokens.py).
+TRANSPOSED_SAVING = 0.2
 
 # In bf16, in picoseconds, on two cores of an Intel Xeon with AMX. Forward and backward in ms, split and merged,
 # for out x in, rank, tokens: 1280 x 1280, 16, 4096: 26.0 and 23.8; 1280 x 1280, 16, 1024: 8.3 and 8.6; 1280 x 2048, 16,
 # 308: 6.0 and 7.7; 768 x 768, 128, 1000: 6.7 and 6.1; 4096 x 4096, 16, 512: 39 and 114.
-HALF_BUILD_COST = 900  # per element of W(t): W0 upcast, added to, scaled, divided into high and low
+HALF_BUILD_COST = 900  # per element of W(t): W0 upcast, added to, scaled, divided into a rounded part and the residual
 HALF_SPLIT_COST = 670  # per element of y: x W0^T scaled and added to, dY scaled, dX added to
 HALF_RANK_COST = 2  # per multiplication of a thin product
 
@@ -41,10 +40,19 @@ def stays_split(
     num_passes: float,
     dtype: torch.dtype,
 ) -> bool:
-    """Whether the product stays with W0, since building W(t) costs more than it saves: for few tokens, as a rule.
+    """Whether the product uses W0, since building W(t) would cost more than it saves. That holds for few tokens.
 
-    In half precision only where the product can: W0 x and the update would be rounded apart. The answer depends on
-    nothing that another pass leaves behind, since a checkpointed pass is made twice and has to save the same tensors.
+    In half precision only some products can: otherwise W0 x and the update would be rounded separately. The answer does
+    not depend on anything that another pass leaves behind: a checkpointed pass runs twice and has to save the same
+    tensors.
+
+    Args:
+        x: Input of the layer.
+        weight: W0.
+        adapters: The adapters.
+        product: The operation of the layer.
+        num_passes: How many forward passes one W(t) would serve.
+        dtype: The dtype of the product.
     """
     if product.always_splits:
         return True
@@ -64,9 +72,9 @@ def is_transposed(x: Tensor, product: Product) -> bool:
 
 
 def half_split_pays(num_tokens: int, num_out: int, num_in: int, rank: int, num_passes: float = 1.0) -> bool:
-    """In bf16 on a processor: passes over (O, I) in fp32, or over (T, O) and (T, I) in bf16.
+    """Compares passes over (O, I) in fp32 with passes over (T, O) and (T, I) in bf16, on a CPU.
 
-    Either form has three large products with a magnitude; without one, the split form has two and always pays.
+    With a magnitude, either form has three large products. Without one the split form has two, and always pays.
     """
     split = num_tokens * (HALF_SPLIT_COST * num_out + HALF_RANK_COST * rank * (num_out + num_in))
     return num_passes * split < HALF_BUILD_COST * num_out * num_in
@@ -81,14 +89,13 @@ def split_pays(
     norm: bool = True,
     transposed: bool = True,
 ) -> bool:
-    """Counts what either form costs beyond the product itself, forward and backward, for `num_passes` passes.
+    """Compares what either form costs in addition to the product, forward and backward, for `num_passes` passes.
 
-    The norm comes out of a pass over W(t), if that is built, and else costs the product W0 A^T.
+    The norm takes one pass over W(t), where that is built, and otherwise the product W0 A^T.
     """
     build = num_out * num_in * (rank + BUILD_COST)
     split = num_tokens * (rank * (num_out + num_in) + SPLIT_COST * num_out)
-    if (
-        transposed and num_tokens <= MOST_TOKENS_BACK and math.isfinite(num_passes)
-    ):  # training; inference has one product alone
+    training = math.isfinite(num_passes)  # inference has only the forward product
+    if transposed and num_tokens <= MOST_TOKENS_BACK and training:
         split -= TRANSPOSED_SAVING * num_tokens * num_out * num_in
     return num_passes * split + (num_out * num_in * rank if norm else 0) < build

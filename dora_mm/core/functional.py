@@ -19,13 +19,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CANCELLED = 1 / 4  # where n^2 is below this share of n0^2, the sum n0^2 + D has lost digits
+CANCELLED = 1 / 4  # where n^2 is below this fraction of n0^2, the sum n0^2 + D has lost digits
 SMALL_GAIN = 2.0**-6  # below it, dividing by g or m amplifies rounding
 ROWS_AT_ONCE = 256
 
 
 class Adapter(NamedTuple):
-    """What the formulas need of one adapter: A and B are None for `magnitude`, magnitude is None for `lora`."""
+    """What the formulas need of one adapter.
+
+    Attributes:
+        A: (R, I), or (R, I / groups, *K) for a convolution; None for method `magnitude`.
+        B: (O, R); None for method `magnitude`.
+        magnitude: m (O,); None for method `lora`.
+        scaling: s, alpha / rank.
+        strength: t.
+        norm_grad: "detached" treats n as a constant in the backward pass, "exact" differentiates it.
+    """
 
     A: Tensor | None
     B: Tensor | None
@@ -35,14 +44,18 @@ class Adapter(NamedTuple):
     norm_grad: str = "detached"
 
     def holding(self, A: Tensor | None, B: Tensor | None, magnitude: Tensor | None) -> Adapter:
-        """With these tensors in the place of its own: torch 2.6 can compile neither `_replace` nor a slice."""
+        """The adapter with these tensors instead of its own. torch 2.6 can compile neither `_replace` nor a slice."""
         return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad)
 
 
 class RowGains(NamedTuple):
-    """n and g of one adapter, (O,) each; both None for `lora`.
+    """n and g of one adapter.
 
-    regular: n > 0 and g >= SMALL_GAIN in every row, as it nearly always is; False where nobody has looked.
+    Attributes:
+        norm: n (O,), in the adapter's dtype; None for method `lora`.
+        gain: g (O,), in the adapter's dtype; None for method `lora`.
+        regular: Whether n > 0 and g >= SMALL_GAIN are known to hold in every row, as they nearly always do; False where
+            it was not checked.
     """
 
     norm: Tensor | None
@@ -56,7 +69,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def product_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which the base layer multiplies: autocast leaves float64 alone."""
+    """The dtype in which the base layer multiplies: autocast's, except for a float64 weight."""
     device = weight.device.type
     if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -67,20 +80,37 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def row_norm(weight: Tensor) -> Tensor:
-    """n0 = ||W0|| per output row, (O,). The only routine that computes it, so that g is exactly 1 at the start.
+    """Computes n0 = ||W0|| per output row.
 
-    Of the contiguous matrix in the adapter's dtype: other layouts and casts on the way sum in another order.
+    Nothing else computes it, so that g is exactly 1 at the start. It is the norm of the contiguous matrix in the
+    adapter's dtype: other layouts, and casts during the sum, would add in another order.
+
+    Args:
+        weight: W0 (O, I), or a kernel (O, I / groups, *K).
+
+    Returns:
+        n0 (O,) in the adapter's dtype.
     """
     return torch.linalg.vector_norm(as_matrix(weight).contiguous(), dim=1)
 
 
 def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, W0A: Tensor | None = None) -> Tensor:
-    """n = ||W0 + s B A|| per row as n0 sqrt(1 + D / n0^2), without the dense update: n0 bit for bit where B is 0.
+    """Computes n = ||W0 + s B A|| per row without the dense update: n0 bit for bit where B is 0.
 
-        D = rowsum(s B (2 W0 A^T + s B A A^T))
+        n = n0 sqrt(1 + D / n0^2)    with D = rowsum(s B (2 W0 A^T + s B A A^T))
 
-    Rows where W0 and the update nearly cancel, and rows of zeros, take the norm of their sum itself. In A's dtype; A is
-    a matrix. W0A: W0 A^T, (O, R), where it is known already.
+    Where W0 and the update nearly cancel, and where W0 is 0, the norm is taken of the dense sum of that row.
+
+    Args:
+        W0: (O, I), in any floating dtype.
+        A: (R, I).
+        B: (O, R), of the dtype of A.
+        scaling: s.
+        n0: The row norms of W0 (O,), of the dtype of A.
+        W0A: W0 A^T (O, R), where it is known already.
+
+    Returns:
+        n (O,), in the dtype of A.
     """
     sB = B if scaling == 1 else B * scaling
     if W0A is None and W0.dtype != A.dtype:
@@ -98,6 +128,7 @@ def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, W
 
 
 def is_lost(ratio: Tensor) -> Tensor:
+    """The rows whose n^2 / n0^2 has lost digits, or is not a number: a boolean mask (O,)."""
     return ~((ratio >= CANCELLED) & (ratio < math.inf))
 
 
@@ -110,13 +141,13 @@ def lies_between(t: Tensor, least: float, bound: float) -> bool:
 
 
 def reduced_weight(W0: Tensor, A: Tensor) -> Tensor:
-    """W0 A^T, (O, R), for W0 in half precision: cast by blocks of rows on a processor, whose cache holds them."""
+    """Returns W0 A^T (O, R) for W0 in half precision, cast in blocks of rows that fit into a processor's cache."""
     blocks = W0.split(ROWS_AT_ONCE) if W0.device.type == "cpu" else [W0]
     return torch.cat([block.to(A.dtype) @ A.T for block in blocks])
 
 
 def with_gain(magnitude: Tensor, norm: Tensor) -> RowGains:
-    """g = m / n, and 1 where n is 0: published weights have hundreds of zero rows, and they must stay finite."""
+    """Returns n and g = m / n. g is 1 where n is 0: published weights have hundreds of zero rows."""
     gain = magnitude / norm
     if gain.device.type == "cpu" and not torch.compiler.is_compiling() and lies_between(gain, SMALL_GAIN, math.inf):
         return RowGains(norm, gain, regular=True)
@@ -125,7 +156,14 @@ def with_gain(magnitude: Tensor, norm: Tensor) -> RowGains:
 
 @torch.no_grad()
 def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None, W0A: Tensor | None = None) -> RowGains:
-    """n and g as the parameters are; `n0` saves a pass over a weight that is known not to have changed."""
+    """Computes n and g of one adapter from the current parameters.
+
+    Args:
+        weight: W0 (O, I), or a kernel (O, I / groups, *K).
+        adapter: The adapter.
+        n0: The row norms of W0 (O,), where they are known already.
+        W0A: W0 A^T (O, R), where it is known already.
+    """
     if adapter.magnitude is None:
         return RowGains(None, None)
     norm = row_norm(weight.detach()) if n0 is None else n0
@@ -139,9 +177,14 @@ def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None, W0A: T
 
 @torch.no_grad()
 def merged_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """W(t), shaped and laid out like `weight`, in fp32 (float64 under float64).
+    """Computes W(t), which equals W0 bit for bit at B = 0 and m = n0.
 
-    At B = 0 and m = n0 it equals W0 bit for bit.
+    Args:
+        weight: W0 (O, I), or a kernel (O, I / groups, *K).
+        adapters: The adapters, each with its strength.
+
+    Returns:
+        W(t) in the shape and memory layout of `weight`, in fp32, or float64 for a float64 weight.
     """
     return merge_adapters(weight, adapters)[0]
 
@@ -150,7 +193,17 @@ def merged_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 def merge_adapters(
     weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[RowGains] | None = None
 ) -> tuple[Tensor, tuple[RowGains, ...]]:
-    """W(t) and the n and g in it. Without `rows`, n is the norm of V, which is there: one pass over it, and exact."""
+    """Computes W(t), and n and g of every adapter.
+
+    Args:
+        weight: W0 (O, I), or a kernel (O, I / groups, *K).
+        adapters: The adapters, each with its strength.
+        rows: n and g of every adapter, where they are known already. Otherwise n is the norm of the dense V, which is
+            exact and costs one pass over it.
+
+    Returns:
+        W(t), as `merged_weight` returns it, and n and g of every adapter.
+    """
     W0 = as_matrix(weight)
     merged = None
     found = []
@@ -174,12 +227,17 @@ def row_gains_of_directions(V: Tensor, adapter: Adapter) -> RowGains:
 
 @torch.no_grad()
 def rescaled(weight: Tensor, adapter: Adapter, strength: float) -> Adapter:
-    """The adapter whose strength 1 is this one's strength t: again DoRA, of the same rank.
+    """Returns the adapter whose strength 1 is the given strength t of this one. It is DoRA again, of the same rank.
 
         W0 + t (g V - W0) = e (W0 + s B' A)    with e = 1 + t (g - 1), B' = (t g / e) B, and so m' = e ||W0 + s B' A||
 
+    Args:
+        weight: W0 (O, I), or a kernel (O, I / groups, *K).
+        adapter: The adapter; its own strength is ignored.
+        strength: t.
+
     Raises:
-        ValueError: t takes W0 out of a row (e = 0), so that no g does it.
+        ValueError: e is 0 in some row: W0 is not part of it at this strength, which no adapter can express.
     """
     gain = row_gains(weight, adapter).gain
     if gain is None:
@@ -187,33 +245,37 @@ def rescaled(weight: Tensor, adapter: Adapter, strength: float) -> Adapter:
         return adapter._replace(B=adapter.B * strength)
     e = 1 + strength * (gain - 1)
     if not e.all():
-        raise ValueError(f"strength {strength:g} takes the base out of a row, which no adapter can: choose another one")
+        raise ValueError(
+            f"at strength {strength:g} a row of the weight has no part of the base, which no adapter can express: "
+            "choose another strength"
+        )
     if adapter.B is not None:
         adapter = adapter._replace(B=adapter.B * (strength * gain / e)[:, None])
     return adapter._replace(magnitude=e * row_norm(directions(as_matrix(weight), adapter)))
 
 
 def directions(W0: Tensor, adapter: Adapter) -> Tensor:
-    """V = W0 + s B A, (O, I); W0 itself where there is no A."""
+    """Returns V = W0 + s B A (O, I) for a matrix W0 in the adapter's dtype; W0 itself where there is no A."""
     if adapter.A is None or adapter.B is None:
         return W0
     return torch.addmm(W0, adapter.B * adapter.scaling, adapter.A.flatten(1))
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """W0 as (O, I) in the adapter's dtype, without a gradient."""
+    """Returns W0 as a matrix (O, I) in the adapter's dtype, detached."""
     return weight.detach().flatten(1).to(adapter_dtype(weight.dtype))
 
 
 def any_nonzero(t: Tensor) -> bool:
+    """Whether any entry differs from 0; waits for the device."""
     if t.device.type != "cpu":
-        return bool(t.any())  # waits for the device once
+        return bool(t.any())  # one wait instead of two
     smallest, largest = t.aminmax()  # five times faster on a processor than any()
     return smallest.item() != 0 or largest.item() != 0
 
 
 def laid_out_like(matrix: Tensor, weight: Tensor) -> Tensor:
-    """`matrix` in the shape and strides of `weight`: a product may round differently for another memory layout."""
+    """Returns `matrix` in the shape and strides of `weight`: in another layout a product may round differently."""
     shaped = matrix.view(weight.shape)
     if weight.is_contiguous() or shaped.stride() == weight.stride():
         return shaped
@@ -224,10 +286,19 @@ def laid_out_like(matrix: Tensor, weight: Tensor) -> Tensor:
 
 
 def exact_norm_correction(W0: Tensor, adapter: Adapter, rows: RowGains, dm: Tensor) -> tuple[Tensor, Tensor]:
-    """What `norm_grad: exact` adds to the detached (dA, dB): eq. 8 of the paper, dV = t g (dW - rowsum(dW V) V / n^2).
+    """Computes what `norm_grad: exact` adds to the detached gradients of A and B.
 
-    With c = g dm / n, (O,), where dm has the strength t in it: dB -= s c V A^T and dA -= s (c B)^T V, with
-    V A^T = W0 A^T + s B (A A^T), so that V is never built.
+    Eq. 8 of the paper is dV = t g (dW - rowsum(dW V) V / n^2). With c = g dm / n, where dm includes the strength t,
+    dB -= s c V A^T and dA -= s (c B)^T V. V A^T is W0 A^T + s B (A A^T), so that V is never built.
+
+    Args:
+        W0: The weight as a matrix (O, I), in the adapter's dtype.
+        adapter: The adapter, with A, B and a magnitude.
+        rows: Its n and g.
+        dm: The gradient of the magnitude (O,).
+
+    Returns:
+        What to add to dA, in the shape of A, and to dB (O, R).
     """
     assert adapter.A is not None
     assert adapter.B is not None

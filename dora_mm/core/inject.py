@@ -1,4 +1,4 @@
-"""Put adapters into a model, and do things to all of them at once."""
+"""Injects adapters into a model, and works on all adapters of a model at once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dora_mm.core.attention import (
     PackedAttention,
     PackedProjection,
     inside,
-    put_together,
-    take_apart,
-    why_not_apart,
+    restore_attention,
+    separate_projections,
+    why_not_separable,
     with_projections,
 )
 from dora_mm.core.fast_path import set_fast_paths
@@ -30,6 +30,16 @@ from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modu
 
 @dataclass(frozen=True)
 class AdaptedModule:
+    """An adapted module of a report.
+
+    Attributes:
+        path: The path of the module in the model.
+        part: The part of the target map that selected it.
+        kind: The name of its adapted class.
+        shape: The shape of its weight with output rows first.
+        num_parameters: How many parameters are trained in it.
+    """
+
     path: str
     part: str
     kind: str
@@ -39,16 +49,22 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What was adapted. `str()` is a table: one line per part, name and shape."""
+    """What was adapted. `str()` is a table with one line per part, name and shape.
+
+    Attributes:
+        modules: The adapted modules, in the order in which they were adapted.
+    """
 
     modules: tuple[AdaptedModule, ...]
 
     @property
     def num_modules(self) -> int:
+        """The number of adapted modules."""
         return len(self.modules)
 
     @property
     def num_parameters(self) -> int:
+        """The number of trained parameters in them."""
         return sum(m.num_parameters for m in self.modules)
 
     def __str__(self) -> str:
@@ -79,10 +95,19 @@ def inject(
     forward: Forward = TORCH,
     seed: int = 0,
 ) -> InjectReport:
-    """Adapts every module that `targets` takes, in place, and freezes the adapted weights.
+    """Adapts every module that `targets` selects, in place, and freezes the adapted weights.
 
-    `targets` is a map or a list of patterns, `forward` the implementation (see `backend.select`). Every other
-    `requires_grad` is left as it is. Nothing is changed when anything is wrong: ValueError names the pattern or module.
+    Every other `requires_grad` is left as it is.
+
+    Args:
+        model: The model.
+        targets: A target map, all parts of which are adapted, or a list of patterns (see `TargetMap`).
+        spec: The settings of the adapters.
+        forward: The implementation of the layer (see `backend.select`).
+        seed: A is drawn from it and the path of the module.
+
+    Raises:
+        ValueError: A pattern or a module does not fit; the message names it. The model is then unchanged.
     """
     if not isinstance(targets, TargetMap):
         targets = TargetMap("given", {"given": tuple(targets)})
@@ -98,7 +123,18 @@ def inject_paths(
     seed: int = 0,
     name: str = "default",
 ) -> InjectReport:
-    """Adapts exactly these modules: path -> (part, spec). Nothing is changed when one of them cannot be adapted."""
+    """Adapts the given modules, in place.
+
+    Args:
+        model: The model.
+        wanted: The part (for the report) and the spec of each module, by its path.
+        forward: The implementation of the layer (see `backend.select`).
+        seed: A is drawn from it and the path of the module.
+        name: The name of the adapter.
+
+    Raises:
+        ValueError: A module cannot be adapted, or not with its spec. The model is then unchanged.
+    """
     modules = with_projections(dict(model.named_modules()))
     for path, (_, spec) in wanted.items():
         _check_adaptable(modules, path, spec)
@@ -106,7 +142,7 @@ def inject_paths(
     for path, (part, spec) in wanted.items():
         above = path.rpartition(".")[0]
         if type(attention := modules.get(above)) is nn.MultiheadAttention:
-            take_apart(attention, {name: modules[inside(above, name)] for name in PROJECTIONS})
+            separate_projections(attention, {name: modules[inside(above, name)] for name in PROJECTIONS})
         if isinstance(attention, PackedAttention) and isinstance(modules[path], PackedProjection):
             attention.remember_trainable()
         layer = adapt_layer(modules[path], spec, path=path, function=forward, seed=seed, name=name)
@@ -116,6 +152,7 @@ def inject_paths(
 
 
 def describe(layer: AdaptedLayer, part: str) -> AdaptedModule:
+    """The entry of an adapted layer in the report."""
     num_parameters = sum(p.numel() for p in layer.adapter_tensors().values())
     return AdaptedModule(layer.path, part, type(layer).__name__, tuple(layer.matrix.shape), num_parameters)
 
@@ -130,17 +167,19 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
         raise ValueError(f"{path} is a {type(layer).__name__}, {NOT_ADAPTABLE}")
     attention = modules.get(path.rpartition(".")[0])
     if isinstance(attention, nn.MultiheadAttention):
-        if why := why_not_apart(attention):
-            raise ValueError(f"{path} is inside a MultiheadAttention {why}, which reads weights and calls no adapter")
+        if why := why_not_separable(attention):
+            raise ValueError(f"{path} is inside an attention that would not call its adapter: {why}")
         if spec.method == "full" and isinstance(layer, PackedProjection):
-            raise ValueError(f"{path} is a part of in_proj_weight, which method full would train as a whole")
+            raise ValueError(f"{path} is a part of in_proj_weight, all of which method full would train")
     if isinstance(layer, nn.Embedding):
         if spec.dropout:
-            raise ValueError(f"{path} is an Embedding, whose inputs are no numbers to drop: set dropout 0")
+            raise ValueError(
+                f"{path} is an Embedding, whose inputs are indices and cannot be dropped: set dropout to 0"
+            )
         if layer.max_norm is not None:
             raise ValueError(f"{path} has max_norm {layer.max_norm:g}, which changes its weight in every pass")
     if "forward" in vars(layer):
-        raise ValueError(f"{path} has a forward function of its own (a hook of accelerate?): inject before adding it")
+        raise ValueError(f"the forward function of {path} was replaced (a hook of accelerate?): inject before that")
     if is_quantized(layer):
         if why := why_not_quantized(layer):
             raise ValueError(f"{path} {why}")
@@ -151,7 +190,11 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers by path; ValueError when there are none."""
+    """Returns the adapted layers by path.
+
+    Raises:
+        ValueError: There are none.
+    """
     layers = {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLayer)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapted layer: inject or load an adapter first")
@@ -159,7 +202,18 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What the adapters train, by name: `<path>.lora_A`, `.lora_B`, `.magnitude`, or `.weight` for method full."""
+    """Returns the parameters that the adapters of a model train.
+
+    Args:
+        model: The adapted model.
+
+    Returns:
+        The parameters by name: `<path>.lora_A` (R, I), `<path>.lora_B` (O, R) and `<path>.magnitude` (O,),
+        depending on the method, or `<path>.weight` for method `full`. Stacked adapters are not trained.
+
+    Raises:
+        ValueError: The model has no adapted layer.
+    """
     return {
         f"{path}.{name}": parameter
         for path, layer in adapted_layers(model).items()
@@ -168,19 +222,36 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def remove(model: nn.Module) -> None:
-    """Takes all adapters off. Layers merged with `keep_base=False` keep the merged weight, others their base."""
+    """Removes all adapters in place. The layers get their class, weight and `requires_grad` from before `inject` back.
+
+    Layers merged with `keep_base=False` keep the merged weight, and weights trained with method `full` stay as trained.
+
+    Args:
+        model: The adapted model.
+
+    Raises:
+        ValueError: The model has no adapted layer.
+    """
     for layer in adapted_layers(model).values():
         restore_layer(layer)
     for module in list(model.modules()):
         if isinstance(module, PackedAttention):
-            put_together(module)
+            restore_attention(module)
     set_fast_paths(model)
 
 
 def set_strength(model: nn.Module, strength: float, *, name: str | None = None) -> None:
-    """W0 + strength (W' - W0) in every adapted layer: 0 is the base layer itself, 1 the trained one.
+    """Sets the strength t of the adapters: the weight of a layer is then W0 + t (W' - W0).
 
-    `name` chooses one of several adapters (see `io.load`); without it the strength is that of all.
+    Args:
+        model: The adapted model.
+        strength: t, any finite number: 0 is exactly the base model, 1 the trained one.
+        name: The adapter whose strength is set, where several are loaded (see `dora_mm.load_adapter`); None sets the
+            strength of all.
+
+    Raises:
+        ValueError: The model has no adapted layer or no adapter of that name, is merged, or was trained with method
+            `full`, which has no strength.
     """
     layers = adapted_layers(model).values()
     names = {n for layer in layers for n in (layer.name, *layer.stacked)}
@@ -192,17 +263,33 @@ def set_strength(model: nn.Module, strength: float, *, name: str | None = None) 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """surviving_share: how much of the update is in the stored weights, 1 for all of it."""
+    """What `merge` did.
+
+    Attributes:
+        num_modules: The number of merged modules.
+        surviving_share: The fraction of the update that the stored weights contain; 1 where rounding lost none of it.
+    """
 
     num_modules: int
     surviving_share: float
 
 
 def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
-    """Puts W(t) in the place of each adapted weight: the model then costs what the bare one does.
+    """Replaces each adapted weight by W(t): the model then costs what the base model does.
 
-    Half-precision weights are rounded stochastically from a fixed generator. `keep_base` stashes the weights, so that
-    `unmerge` restores every bit. A weight that another module uses too is cloned, so that only this layer changes.
+    Half-precision weights are rounded stochastically, from a fixed seed. A weight that another module shares is cloned,
+    so that only the adapted layer changes.
+
+    Args:
+        model: The adapted model.
+        keep_base: Whether the base weights are kept in memory, so that `unmerge` can restore them bit for bit.
+
+    Returns:
+        The number of merged modules, and the fraction of the update that survived rounding.
+
+    Raises:
+        ValueError: The model has no adapted layer, is merged already, or has a weight that cannot be replaced (a
+            quantised one, or a packed attention weight that another module shares). The model is then unchanged.
     """
     layers = adapted_layers(model)
     users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
@@ -217,7 +304,14 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts every base weight back bit for bit; ValueError after `merge(keep_base=False)`."""
+    """Restores every base weight bit for bit, after `merge`.
+
+    Args:
+        model: The adapted model. Layers that are not merged are left as they are.
+
+    Raises:
+        ValueError: The model has no adapted layer, or was merged with `keep_base=False`. It is then unchanged.
+    """
     layers = adapted_layers(model)
     for layer in layers.values():
         layer.check_can_unmerge()
@@ -227,13 +321,19 @@ def unmerge(model: nn.Module) -> None:
 
 @contextmanager
 def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_only: bool = False) -> Iterator[None]:
-    """Promises that base weights and adapters do not change inside: what depends on them alone is computed once.
+    """A context in which base weights and adapters do not change, so that what depends only on them is computed once.
 
-    A change through the module's own interface (strength, merge, load_state_dict, `.to`) ends the promise for that
-    layer. Nothing else is watched: a write to a parameter inside is not seen.
+    The caller guarantees this: writing to a parameter inside is not detected. A change through the interface of the
+    layer (strength, merge, load_state_dict, `.to`) is detected, and ends the guarantee for that layer.
 
-    num_passes: how many passes are made inside. A layer with few tokens builds W(t) only where that many pay for it.
-    base_only: the promise holds for the base weights alone, as it does during a whole training.
+    Args:
+        model: The model. Its layers need not be adapted.
+        num_passes: How many forward passes are made inside. A layer with few tokens builds W(t) only where it pays for
+            that many.
+        base_only: Whether only the base weights are constant, as during training. The adapters may then change.
+
+    Yields:
+        None.
     """
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
     bases = [layer for layer in layers if not layer.base_fixed]

@@ -1,4 +1,4 @@
-"""DoRALinear and its siblings, and how a base layer becomes one and is restored."""
+"""The adapted layers for each class of base layer, and how a base layer becomes one and is restored."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from dora_mm.core.quantized import DoRAQuantized, adapted_quantized_class, is_qu
 
 
 class DoRALinear(AdaptedLayer, nn.Linear):
+    """An adapted nn.Linear: A (R, I), B (O, R), magnitude (O,)."""
+
     def forward(self, input: Tensor) -> Tensor:
         return nn.Linear.forward(self, input) if self.is_base() else self.adapted_product(input, LINEAR)
 
 
 class DoRAConv(AdaptedLayer, _ConvNd):
-    """A convolution of one, two or three dimensions, with any stride, padding, dilation and groups."""
+    """An adapted nn.Conv1d, nn.Conv2d or nn.Conv3d: A (R, I / groups, *K), B (O, R), magnitude (O,).
+
+    Any stride, padding, dilation and number of groups is supported.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if self.is_base():
@@ -37,13 +42,13 @@ class DoRAConv(AdaptedLayer, _ConvNd):
         return y.squeeze(0) if unbatched else y
 
     def numeric_padding(self) -> tuple[int, ...] | None:
-        """The padding in numbers; None where "same" adds more on one side than on the other."""
+        """The padding per dimension; None where "same" pads one side more than the other."""
         if not isinstance(self.padding, str):
             return self.padding
         if self.padding == "valid":
             return (0,) * len(self.stride)
-        whole = [dilation * (size - 1) for dilation, size in zip(self.dilation, self.kernel_size, strict=True)]
-        return None if any(total % 2 for total in whole) else tuple(total // 2 for total in whole)
+        totals = [dilation * (size - 1) for dilation, size in zip(self.dilation, self.kernel_size, strict=True)]
+        return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
 
 
 class DoRAConv1d(DoRAConv, nn.Conv1d): ...
@@ -67,14 +72,14 @@ class TransposedLayer(AdaptedLayer):
 
 
 class DoRATransposedLinear(TransposedLayer):
-    """GPT-2's Linear, transformers' Conv1D: y = x W + b with W (I, O)."""
+    """An adapted Conv1D of transformers, GPT-2's linear layer: y = x W + b with W (I, O); A (R, I), B (O, R)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix, self.bias) if self.is_base() else self.adapted_product(x, LINEAR)
 
 
 class DoRAEmbedding(TransposedLayer, nn.Embedding):
-    """W is (num, dim); norms run over num and the magnitude is (dim,), as in PEFT: A (R, num), B (dim, R)."""
+    """An adapted nn.Embedding: W (num, dim), A (R, num), B (dim, R). As in PEFT, the magnitude is (dim,)."""
 
     bias = None
 
@@ -90,17 +95,17 @@ ADAPTED_CLASSES: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Conv2d: DoRAConv2d,
     nn.Conv3d: DoRAConv3d,
     nn.Embedding: DoRAEmbedding,
-    NonDynamicallyQuantizableLinear: DoRALinear,  # nn.MultiheadAttention's out_proj, a Linear in all but name
+    NonDynamicallyQuantizableLinear: DoRALinear,  # nn.MultiheadAttention's out_proj, which computes what a Linear does
     PackedProjection: DoRAPackedProjection,
 }
 ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and the projections of MultiheadAttention"
 
 
 def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
-    """The class that a layer gets, None where it cannot be adapted.
+    """The adapted class for a layer, None where it cannot be adapted.
 
-    Exact classes only: a subclass may compute something else. transformers' Conv1D goes by its name, since core imports
-    torch alone.
+    A subclass of a known class may compute something else, so only exact classes count. transformers' Conv1D is
+    recognised by its name, since core imports only torch.
     """
     base = type(layer)
     if is_quantized(layer):
@@ -113,9 +118,10 @@ def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, ...] | None:
-    """The shape of the weight that an adapter meets, (O, I, *K); None where there is none.
+    """The shape of the weight of a layer, (O, I) or (O, I / groups, *K); None where it has no weight.
 
-    Of layers that store it otherwise, packed or in fewer bits, too; of transposed ones as it is stored.
+    It is the shape of a projection's own rows in a packed weight, and of the dequantised weight in a quantised layer.
+    Transposed weights (Conv1D, embeddings) have the shape in which they are stored.
     """
     if isinstance(layer, PackedProjection):
         return tuple(layer.matrix.shape)
@@ -134,7 +140,19 @@ def adapt_layer(
     seed: int = 0,
     name: str = "default",
 ) -> AdaptedLayer:
-    """Turns a Linear or a convolution into its adapted class, with a fresh adapter, in place; returns the layer."""
+    """Adapts a layer in place, with a fresh adapter, and freezes its weight (except with method `full`).
+
+    Args:
+        layer: A layer for which `adapted_class` has a class.
+        spec: The settings of the adapter.
+        path: The path of the layer in its model, from which A is drawn and which error messages name.
+        function: The forward function, see `backend.select`.
+        seed: A is drawn from it and the path.
+        name: The name of the adapter.
+
+    Returns:
+        The same object, in its new class.
+    """
     base, adapted = type(layer), adapted_class(layer)
     assert adapted is not None
     object.__setattr__(layer, "__class__", adapted)
@@ -159,7 +177,13 @@ _STATE = (
 
 
 def restore_layer(layer: AdaptedLayer) -> nn.Module:
-    """Takes the adapter off; a layer merged without its base keeps the merged weight. Returns the same object."""
+    """Removes the adapter in place.
+
+    A layer that was merged without keeping its base keeps the merged weight.
+
+    Returns:
+        The same object, in its original class.
+    """
     if layer.merged and layer.base_weight[0] is not None:
         layer.unmerge()
     layer.weight.requires_grad_(layer.trainable_before)

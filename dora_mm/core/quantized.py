@@ -1,6 +1,6 @@
-"""Linear layers whose weight is stored in fewer bits (QDoRA): bitsandbytes' in 4 and 8 bits, and torchao's.
+"""Linear layers whose weight is quantised (QDoRA): those of bitsandbytes in 4 and 8 bits, and those of torchao.
 
-W0 is what the package's own dequantisation gives. It is made again in each pass and never kept, and neither is W'.
+W0 is what the package's own dequantisation returns. It is computed again in each pass; neither W0 nor W' is kept.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
 class DoRAQuantized(AdaptedLayer):
-    """Beside the base layer's own class, see `adapted_quantized_class`. Multiplies in the dtype of its input."""
+    """A mixin for the class of the base layer, see `adapted_quantized_class`. Multiplies in the dtype of its input."""
 
     @property
     def matrix(self) -> Tensor:
+        """The dequantised weight (O, I), in new memory."""
         return dequantized(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,11 +31,11 @@ class DoRAQuantized(AdaptedLayer):
         return self.adapted_product(x, LINEAR, dtype=x.dtype, restore=lambda: self.matrix).to(x.dtype)
 
     def check_can_replace_weight(self, *, shared: bool) -> None:
-        raise ValueError(f"{self.path} is quantised, and a merged weight would lose the update: merge in a dense model")
+        raise ValueError(f"{self.path} is quantised, and merging would lose the update: merge into a dense model")
 
 
 def dequantized(layer: nn.Module) -> Tensor:
-    """(O, I). Called for layers of packages that are loaded, so that core need not import them."""
+    """Returns the dequantised weight (O, I) of a quantised layer, whose package is loaded already."""
     weight: Any = layer.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
@@ -45,7 +46,7 @@ def dequantized(layer: nn.Module) -> Tensor:
 
 
 def _int8_parts(layer: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The numbers and their scales, which the layer's first pass moves from the weight into its state."""
+    """The integers and their scales, which the first pass of the layer moves from the weight into its state."""
     weight, state = layer.weight, layer.state
     return (weight.CB, weight.SCB) if weight.SCB is not None else (state.CB, state.SCB)
 
@@ -59,15 +60,16 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def why_not_quantized(layer: nn.Module) -> str | None:
-    """What a bitsandbytes layer lacks before it has been moved to its device, which is when it is quantised."""
+    """Why a layer is not ready, or None. bitsandbytes quantises a layer when it is moved to its device."""
     weight: Any = layer.weight
     kind = type(weight).__name__
     parts = (weight.quant_state,) if kind == "Params4bit" else _int8_parts(layer) if kind == "Int8Params" else ()
     if any(part is None for part in parts):
-        return "has not been quantised yet: move the model to its device first"
+        return "is not quantised yet: move the model to its device first"
     return None
 
 
 @functools.cache
 def adapted_quantized_class(base: type[nn.Module]) -> type[AdaptedLayer]:
+    """The adapted class for a class of quantised layers."""
     return type(f"DoRA{base.__name__}", (DoRAQuantized, base), {})

@@ -1,4 +1,4 @@
-"""TargetMap: which modules of one architecture are adapted. Data, not code."""
+"""TargetMap: which modules of one architecture are adapted, as data."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.attention import with_projections
 from dora_mm.core.layer import ADAPTABLE, adapted_class
 
-Counts = int | tuple[int, ...]  # how many modules a block holds; a tuple lists what is allowed
+Counts = int | tuple[int, ...]  # how many modules a block holds; a tuple lists the allowed numbers
 
 
 @dataclass(frozen=True)
 class TargetMap:
     """Which modules of an architecture are adapted, by part.
 
-    parts: part name -> patterns. A plain pattern is a dotted suffix of the module's path (`to_out.0`), `re:` marks a
-        regular expression that matches the whole path.
-    expect: block class name -> part -> how many modules of that part each such block holds, so that the map can be
-        checked on models of any size. A map of a single part may give the number alone.
-    default: the parts taken when none are named; all of them if empty.
+    Attributes:
+        name: The name of the map, for error messages.
+        parts: The patterns of each part. A plain pattern is a dotted suffix of the module's path (`to_out.0`); `re:`
+            marks a regular expression that matches the full path.
+        expect: How many modules of each part a block holds, by class name of the block, then by part. It is checked in
+            every block of a model, whatever the model's size. A map with a single part may give the number directly.
+        default: The parts that are selected when none are named; all parts if empty.
+
+    Raises:
+        ValueError: `default` or `expect` names a part that does not exist, or `expect` does not name the part of a
+            count in a map of several parts.
     """
 
     name: str
@@ -39,16 +45,24 @@ class TargetMap:
             raise ValueError(f"target map {self.name} has several parts: expect must name the part of each count")
 
     def select(self, parts: Sequence[str] | None = None) -> TargetMap:
-        """The map of these parts alone (None: the default ones)."""
+        """Returns the map with only some of its parts.
+
+        Args:
+            parts: The names of the parts; None selects the default ones.
+
+        Raises:
+            ValueError: There is no such part, or none was selected.
+        """
         chosen = tuple(parts if parts is not None else self.default or self.parts)
         if not chosen:
-            raise ValueError(f"no part of target map {self.name} was chosen; it has {', '.join(self.parts)}")
+            raise ValueError(f"no part of target map {self.name} is selected; it has {', '.join(self.parts)}")
         for part in chosen:
             self._require(part)
         expect = {block: {p: n for p, n in self.counts(block).items() if p in chosen} for block in self.expect}
         return TargetMap(self.name, {part: self.parts[part] for part in chosen}, expect)
 
     def counts(self, block: str) -> Mapping[str, Counts]:
+        """The expected number of modules of each part in a block of this class."""
         counts = self.expect[block]
         return counts if isinstance(counts, Mapping) else {next(iter(self.parts)): counts}
 
@@ -58,10 +72,19 @@ class TargetMap:
 
 
 def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
-    """Path -> part of every module that the map takes, in the model's order.
+    """Finds the modules that a target map selects.
 
-    Raises ValueError when a pattern matches nothing or something that cannot be adapted, when two parts take the same
-    module, and when a block holds another number of modules than the map expects.
+    Args:
+        model: The model, which is not changed.
+        targets: The map; all its parts are matched.
+
+    Returns:
+        The part of each selected module by its path, in the order of the model.
+
+    Raises:
+        ValueError: A pattern is not a valid regular expression, matches nothing or matches a module that cannot be
+            adapted; two parts select the same module; or a block holds a different number of modules than the map
+            expects.
     """
     modules = with_projections(dict(model.named_modules()))
     taken: dict[str, str] = {}
@@ -78,7 +101,9 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> 
     try:
         found = [path for path in modules if _matches(pattern, path)]
     except re.error as error:
-        raise ValueError(f"pattern {pattern!r} of target map {map_name} is no regular expression: {error}") from error
+        raise ValueError(
+            f"pattern {pattern!r} of target map {map_name} is not a valid regular expression: {error}"
+        ) from error
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
         kind = type(modules[wrong]).__name__
@@ -100,11 +125,12 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def adaptable(module: nn.Module) -> bool:
+    """Whether the module is adapted or can be."""
     return isinstance(module, AdaptedLayer) or adapted_class(module) is not None
 
 
 def _nearest(pattern: str, modules: Mapping[str, nn.Module], limit: int = 3) -> str:
-    """Names of adaptable modules, or ends of them, that look most like the pattern."""
+    """The names of adaptable modules, or the ends of their paths, that are most similar to the pattern."""
     wanted = re.sub(r"\\d\+?|\.\*|[\\^$()]", "", pattern.removeprefix("re:")).strip(".")
     names: dict[str, str] = {}
     for path, module in modules.items():

@@ -1,0 +1,1 @@
+"""Data sets: captioned images, vision-language examples and precomputed visual features."""

@@ -1,9 +1,13 @@
-"""Adapter files: one module per format, one line here."""
+"""Adapter files: one module per format.
+
+To add a format, write a module in this folder that has what `Format` lists, and add it to `FORMATS`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 
@@ -12,7 +16,54 @@ from dora_mm.core.inject import InjectReport
 from dora_mm.formats import diffusers, full, peft
 from dora_mm.formats.state import AdapterState, from_models, into_models
 
-FORMATS = {"diffusers": diffusers, "peft": peft, "full": full}
+
+class Format(Protocol):
+    """What a module has to define to be a format."""
+
+    @property
+    def FILE_NAME(self) -> str:
+        """The name of the weights file, different for every format: files are recognised by it."""
+        ...
+
+    @staticmethod
+    def save(
+        state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]
+    ) -> Path:
+        """Writes an adapter to `folder`/FILE_NAME, atomically.
+
+        Args:
+            state: The adapter.
+            components: The adapted models by component, such as {"unet": ...}, for the shapes and types of layers.
+            folder: The folder to write to; it is created where it does not exist.
+            metadata: Additional entries for the header of the file.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ValueError: The format cannot hold the adapter; nothing is written then.
+        """
+        ...
+
+    @staticmethod
+    def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
+        """Reads an adapter.
+
+        Args:
+            path: The file; any name is accepted.
+            components: The models, adapted or not, that the adapter will be loaded into; the component and module names
+                of the result are theirs. None keeps the names of the file.
+
+        Returns:
+            The adapter, and the metadata of the file's header.
+
+        Raises:
+            ValueError: The file is damaged or incomplete, or in another format.
+        """
+        ...
+
+
+FORMATS: dict[str, Format] = {"diffusers": diffusers, "peft": peft, "full": full}
 
 
 def save(
@@ -24,17 +75,43 @@ def save(
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
-    """Writes the adapters of these models, and the `extra_parameters` that were trained with them; returns the file.
+    """Saves the adapters of models.
 
-    strength: of the adapters as they are, which is strength 1 of the file.
+    Args:
+        components: The adapted models by component, such as {"unet": ..., "text_encoder": ...}.
+        folder: The folder to write to; it is created where it does not exist.
+        format: A key of `FORMATS`.
+        metadata: Additional entries for the header of the file.
+        extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
+        strength: The strength of the adapters that becomes strength 1 in the file.
+
+    Returns:
+        The path of the weights file.
+
+    Raises:
+        ValueError: There is no such format, no layer is adapted, a layer has several adapters, or the format cannot
+            hold what was trained.
     """
     if format not in FORMATS:
-        raise ValueError(f"there is no adapter format {format!r}: use {' or '.join(FORMATS)}")
+        raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
     return FORMATS[format].save(from_models(components, extra_parameters, strength), components, folder, metadata)
 
 
 def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
-    """(adapters, header metadata) of a file, or of the one adapter file in a folder."""
+    """Reads an adapter without loading it into a model.
+
+    Args:
+        path: The adapter file, or a folder that contains exactly one. A file whose name belongs to no format is read as
+            diffusers' format.
+        components: The models by component that the adapter is for; component and module names of the result are
+            theirs. None keeps the names of the file.
+
+    Returns:
+        The adapter, and the metadata of the file's header.
+
+    Raises:
+        ValueError: There is no such file, or it is damaged, incomplete or not an adapter.
+    """
     file = find_file(path)
     module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), diffusers)
     return module.read(file, components)
@@ -48,29 +125,51 @@ def load(
     name: str = "default",
     forward: Forward = TORCH,
 ) -> InjectReport:
-    """Loads the adapters of a file or folder into these models; a name of its own stacks it upon others.
+    """Loads the adapters of a file into models.
 
-    Parameters that the file holds beside them replace the model's, for good: see `into_models`.
+    Extra parameters in the file overwrite those of the model permanently: see `into_models`.
+
+    Args:
+        components: The models by component, such as {"unet": ...}; they are adapted where they are not yet.
+        path: The adapter file, or a folder that contains exactly one.
+        strength: The strength of the adapters.
+        name: The name of the adapter; another name than that of a loaded adapter stacks this one on top of it.
+        forward: The function that runs the adapted layers.
+
+    Returns:
+        The layers that the file adapts.
+
+    Raises:
+        ValueError: There is no such file, it is damaged, or it does not fit the models, which are then unchanged.
     """
     state, _ = read(path, components)
     return into_models(state, components, find_file(path), strength=strength, name=name, forward=forward)
 
 
 def find_file(path: Path) -> Path:
-    """The adapter file that `path` is, or that lies in the folder `path`."""
+    """Finds the adapter file.
+
+    Args:
+        path: The file itself, or the folder that contains it.
+
+    Raises:
+        ValueError: `path` does not exist, or is a folder with no adapter file or with several.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ValueError(f"there is no adapter file {path}")
+        raise ValueError(f"there is no adapter at {path}: give an adapter file or its folder")
     found = [path / module.FILE_NAME for module in FORMATS.values() if (path / module.FILE_NAME).is_file()]
     if len(found) != 1:
         names = " or ".join(module.FILE_NAME for module in FORMATS.values())
-        raise ValueError(f"the folder {path} holds {len(found) or 'no'} adapter files ({names}): name one")
+        raise ValueError(
+            f"the folder {path} contains {len(found) or 'no'} adapter files ({names}): give the path of one"
+        )
     return found[0]
 
 
 def adapter_folder(path: Path) -> Path:
-    """The folder of an adapter that is given as a run directory, a folder or a file."""
+    """The folder of an adapter that is given by its run directory, its folder or its file."""
     if path.is_file():
         return path.parent
     return path / "adapter" if (path / "adapter").is_dir() else path

@@ -4,10 +4,10 @@
     unet.<path>.lora_B.weight             (O, R), of a convolution (O, R, 1, ...)
     unet.<path>.lora_magnitude_vector     (O,),   of a convolution (1, O, 1, ...)
 
-and text_encoder.text_model.*, text_encoder_2.text_model.*, there with `lora_magnitude_vector.weight`. The header key
-`lora_adapter_metadata` holds PEFT's configuration as JSON with the same prefixes: without it diffusers takes alpha =
-rank. Methods `dora` and `lora` are what this format is made for; `magnitude` is written as DoRA of rank 1 with A = B =
-0, which is the same function; `full` does not fit (see full.py).
+and the same for text_encoder.text_model.* and text_encoder_2.text_model.*, where the last key is
+`lora_magnitude_vector.weight`. The header key `lora_adapter_metadata` holds PEFT's configuration as JSON with the same
+prefixes: without it diffusers takes alpha = rank. The format is made for the methods `dora` and `lora`; `magnitude` is
+written as DoRA of rank 1 with A = B = 0, which is the same function; `full` is not possible (see full.py).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dora_mm.utils.atomic import save_tensors
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_METADATA = "lora_adapter_metadata"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-TEXT_PREFIX = "text_model."  # other tools expect it; diffusers takes it off where transformers has dropped it
+TEXT_PREFIX = "text_model."  # other tools expect it; diffusers removes it where transformers has dropped it
 
 _KEY = re.compile(
     rf"(?P<component>{'|'.join(COMPONENTS)})\.(?P<path>.+)\."
@@ -50,13 +50,17 @@ _KEY = re.compile(
 
 
 def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
-    """Writes the state of {"unet": ..., "text_encoder": ..., ...} to folder/pytorch_lora_weights.safetensors.
+    """Writes pytorch_lora_weights.safetensors: see `Format.save`.
 
-    `metadata` goes into the header beside the keys that loaders need.
+    Raises:
+        ValueError: `state` has extra parameters; a component is not one of `COMPONENTS`, or diffusers cannot compute
+            its adapter (see `check_can_hold`); or `metadata` has a key that the format itself writes.
     """
-    beside = [name for parameters in state.parameters.values() for name in parameters]
-    if beside:
-        raise ValueError(f"the diffusers format holds adapters alone, and {beside[0]} was trained too: save it as peft")
+    extra = [name for parameters in state.parameters.values() for name in parameters]
+    if extra:
+        raise ValueError(
+            f"the diffusers format holds adapters only, and {extra[0]} was trained as well: save it as peft"
+        )
     unknown = [c for c in components if c not in COMPONENTS]
     if unknown:
         raise ValueError(f"the diffusers format has no component {unknown[0]!r}: it has {', '.join(COMPONENTS)}")
@@ -74,41 +78,54 @@ def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path,
             assert shape is not None
             for name, tensor in to_file(layer, shape).items():
                 tensors[_file_key(component, path, name)] = tensor
-        bare = {_bare(component, path): layer for path, layer in layers.items()}
-        peft.update({f"{component}.{key}": value for key, value in lora_config(bare).items()})
+        unprefixed = {_without_prefix(component, path): layer for path, layer in layers.items()}
+        peft.update({f"{component}.{key}": value for key, value in lora_config(unprefixed).items()})
         ours[component] = our_config(layers)
     header = {"format": "pt", PEFT_METADATA: json.dumps(peft, sort_keys=True), OUR_METADATA: json.dumps(ours)}
     save_tensors(folder / FILE_NAME, tensors, {**metadata, **header})
     return folder / FILE_NAME
 
 
-def _bare(component: str, path: str) -> str:
+def _without_prefix(component: str, path: str) -> str:
     return path.removeprefix(TEXT_PREFIX) if component != "unet" else path
 
 
 def _file_key(component: str, path: str, name: str) -> str:
     if component == "unet":
         return f"{component}.{path}.{name}"
-    # transformers 5 drops a magnitude whose key has no `.weight`; PEFT, which reads the UNet's, takes either.
+    # transformers 5 drops a magnitude whose key has no `.weight`; PEFT, which reads the UNet's, accepts both.
     ending = ".weight" if name == "lora_magnitude_vector" else ""
-    return f"{component}.{TEXT_PREFIX}{_bare(component, path)}.{name}{ending}"
+    return f"{component}.{TEXT_PREFIX}{_without_prefix(component, path)}.{name}{ending}"
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
-    """(state, header metadata) of a file. `components` tells how this version of transformers names text encoders'
-    modules; without them the names are the file's."""
+    """Reads a file of diffusers' LoRA format: see `Format.read`.
+
+    Args:
+        path: The file.
+        components: The models; they show how the installed version of transformers names the modules of text encoders.
+            None keeps the names of the file.
+
+    Returns:
+        The adapter, and the metadata of the file's header.
+
+    Raises:
+        ValueError: The file is not in this format, or is damaged or incomplete.
+    """
     tensors, metadata = read_tensors(path)
     grouped: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f"{path} has the key {key}, which is not one of diffusers' LoRA format: convert it first")
+            raise ValueError(
+                f"{path} has the key {key}, which is not a key of diffusers' LoRA format: convert it first"
+            )
         grouped[match["component"]][match["path"]][match["name"].split(".")[0]] = tensor
     if not grouped:
-        raise ValueError(f"{path} holds no adapter: it has no tensors")
+        raise ValueError(f"{path} is not an adapter file: it has no tensors")
     peft, ours = (json_header(path, metadata, key) for key in (PEFT_METADATA, OUR_METADATA))
     _check_complete(path, grouped, peft, ours)
     state = AdapterState({})
@@ -125,15 +142,15 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
 def _check_complete(
     path: Path, found: Mapping[str, Mapping[str, Any]], peft: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> None:
-    """Every module that the header of a file of ours names must be there; others' headers may name patterns."""
+    """Checks that every module in the header of a file of ours is there; the headers of others may list patterns."""
     for component in ours:
-        present = {_bare(component, name) for name in found.get(component, {})}
+        present = {_without_prefix(component, name) for name in found.get(component, {})}
         for name in peft.get(f"{component}.target_modules", []):
             if name not in present:
-                raise ValueError(f"{path} lacks {component}.{name}, which its header names: it is incomplete")
+                raise ValueError(f"{path} is incomplete: {component}.{name}, which its header lists, is missing")
 
 
 def _names_of(model: nn.Module | None):
-    """How file paths become the model's: transformers 5 has dropped `text_model.` from one of the two encoders."""
+    """The function from paths in the file to paths in the model: transformers 5 drops `text_model.` in one encoder."""
     strip = model is not None and not hasattr(model, "text_model")
     return lambda name: name.removeprefix(TEXT_PREFIX) if strip else name

@@ -1,7 +1,7 @@
 """Weights trained by method full, `trained_weights.safetensors`: `unet.<path>.weight` for each trained module.
 
-No adapter format can hold them, so this one is our own: whole weights, in the dtype they were trained in. Parameters
-that were trained beside them (`unet.<name>`) are listed in the header.
+No adapter format can hold them, so this one is our own: complete weights, in the dtype they were trained in. Extra
+parameters (`unet.<name>`), such as biases and norms, are listed in the header.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ EXTRA_KEY = "dora_mm_parameters"
 
 
 def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
+    """Writes trained_weights.safetensors: see `Format.save`.
+
+    Raises:
+        ValueError: A layer was trained with another method.
+    """
     tensors = {}
     for component, layers in state.layers.items():
         for path, layer in layers.items():
@@ -32,33 +37,37 @@ def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path,
                     f"{component}.{path} has an adapter of method {layer.spec.method}: save it as diffusers"
                 )
             tensors[f"{component}.{path}.weight"] = layer.tensors["weight"]
-    beside = {f"{c}.{name}": p.detach() for c, found in state.parameters.items() for name, p in found.items()}
-    tensors |= beside
-    header = {FORMAT_KEY: FORMAT, COUNT_KEY: str(len(tensors)), EXTRA_KEY: json.dumps(list(beside))}
+    extra = {f"{c}.{name}": p.detach() for c, found in state.parameters.items() for name, p in found.items()}
+    tensors |= extra
+    header = {FORMAT_KEY: FORMAT, COUNT_KEY: str(len(tensors)), EXTRA_KEY: json.dumps(list(extra))}
     save_tensors(folder / FILE_NAME, tensors, {**metadata, **header})
     return folder / FILE_NAME
 
 
 def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
-    """(state, header metadata) of a file of this format."""
+    """Reads a file of this format: see `Format.read`. The names are always those of the file.
+
+    Raises:
+        ValueError: The file is not in this format, or is damaged or incomplete.
+    """
     tensors, metadata = read_tensors(path)
     if metadata.get(FORMAT_KEY) != FORMAT:
-        raise ValueError(f"{path} is no file of trained weights: its header lacks {FORMAT_KEY} = {FORMAT}")
+        raise ValueError(f"{path} is not a file of trained weights: its header does not have {FORMAT_KEY} = {FORMAT}")
     if metadata.get(COUNT_KEY) != str(len(tensors)):
         raise ValueError(
-            f"{path} holds {len(tensors)} weights, its header says {metadata.get(COUNT_KEY)}: it is damaged"
+            f"{path} is damaged: it holds {len(tensors)} weights, and its header says {metadata.get(COUNT_KEY)}"
         )
     state = AdapterState({})
     spec = DoRASpec(method="full")
-    beside = json_header(path, metadata, EXTRA_KEY, list)
-    if lost := [name for name in beside if not isinstance(name, str) or name not in tensors]:
-        raise ValueError(f"{path} lacks {lost[0]}, which its header lists: it is damaged")
+    extra = json_header(path, metadata, EXTRA_KEY, list)
+    if missing := [name for name in extra if not isinstance(name, str) or name not in tensors]:
+        raise ValueError(f"{path} is incomplete: {missing[0]}, which its header lists, is missing")
     for key, tensor in tensors.items():
         component, _, rest = key.partition(".")
-        if key in beside:
+        if key in extra:
             state.parameters.setdefault(component, {})[rest] = tensor
             continue
         if not rest.endswith(".weight"):
-            raise ValueError(f"{path} has the key {key}, which is no weight: the file is damaged")
+            raise ValueError(f"{path} is damaged: its key {key} is not a weight")
         state.layers.setdefault(component, {})[rest.removesuffix(".weight")] = LayerState(spec, {"weight": tensor})
     return state, metadata

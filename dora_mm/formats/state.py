@@ -1,4 +1,4 @@
-"""An adapter between file and model: what every format is read into, and written from."""
+"""Adapters in memory: the form that every file format is read into and written from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from dora_mm.core.layer import matrix_shape
 
 @dataclass(frozen=True)
 class LayerState:
-    """The adapter of one module: its tensors by name (lora_A, lora_B, magnitude, or weight for method full)."""
+    """The adapter of one module.
+
+    Attributes:
+        spec: Rank, alpha and method.
+        tensors: `lora_A` (R, I) or (R, I, *K) for a convolution, `lora_B` (O, R) and `magnitude` (O,), as far as the
+            method has them; or `weight` in the shape of the base's, for method `full`.
+    """
 
     spec: DoRASpec
     tensors: Mapping[str, Tensor]
@@ -27,7 +33,12 @@ class LayerState:
 
 @dataclass(frozen=True)
 class AdapterState:
-    """By component ("unet"): the adapters by module path, and by name parameters that were trained beside them."""
+    """The adapters of one or several models.
+
+    Attributes:
+        layers: By component, such as "unet", and then by module path: the adapter of the module.
+        parameters: By component and then by name: the values of extra trainable parameters, such as biases and norms.
+    """
 
     layers: dict[str, dict[str, LayerState]]
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -36,9 +47,16 @@ class AdapterState:
 def from_models(
     components: Mapping[str, nn.Module], extra_parameters: Sequence[str] = (), strength: float = 1.0
 ) -> AdapterState:
-    """The adapters of these models, changed so that their strength 1 is this strength; components without are left out.
+    """Takes the adapters out of models; the models are not changed.
 
-    extra_parameters: names of parameters that were trained beside the adapters of a single model.
+    Args:
+        components: The models by component; those without an adapter are left out of the result.
+        extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
+        strength: The strength of the adapters that becomes strength 1 in the result.
+
+    Raises:
+        ValueError: No layer is adapted, a layer has several adapters, or `extra_parameters` are given with several
+            models or with another strength than 1.
     """
     state = AdapterState({})
     for component, model in components.items():
@@ -46,7 +64,7 @@ def from_models(
         for path, layer in layers.items():
             if layer.stacked:
                 raise ValueError(
-                    f"{component}.{path} holds several adapters: save each from a model that holds it alone"
+                    f"{component}.{path} has several adapters: save each one from a model that has only that adapter"
                 )
         if layers:
             state.layers[component] = {
@@ -54,9 +72,9 @@ def from_models(
             }
     if extra_parameters:
         if len(components) != 1:
-            raise ValueError("parameters beside adapters are saved of one model at a time")
+            raise ValueError(f"extra_parameters belong to a single model, and {', '.join(components)} were given")
         if strength != 1:
-            raise ValueError(f"{extra_parameters[0]} was trained itself and has no strength: save it at strength 1")
+            raise ValueError(f"the parameter {extra_parameters[0]} has no strength: save it with strength 1")
         component, model = next(iter(components.items()))
         state.parameters[component] = {name: model.get_parameter(name) for name in extra_parameters}
     if not state.layers:
@@ -65,7 +83,14 @@ def from_models(
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header metadata) of a safetensors file."""
+    """Reads a safetensors file.
+
+    Returns:
+        The tensors by key, and the metadata of the header.
+
+    Raises:
+        ValueError: The file cannot be read, or is not a safetensors file.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -82,17 +107,30 @@ def into_models(
     name: str = "default",
     forward: Forward = TORCH,
 ) -> InjectReport:
-    """Puts adapters into models: bare modules are adapted as the state says.
+    """Puts adapters into models; modules that are not adapted yet are adapted with the spec in the state.
 
-    Modules adapted under the same name must match the state exactly, and take its values. Under another name the
-    adapter is stacked upon what is there, for inference. Parameters that were trained beside the adapters take the
-    place of the model's own: they have no strength, are not stacked, and `remove` does not bring the old ones back.
-    Everything is checked before anything is changed; `source` is the file that errors name.
+    Modules that have an adapter of the same name must match the state exactly, and receive its values. An adapter of
+    another name is stacked on top of the existing one, for inference. Extra parameters overwrite those of the model:
+    they have no strength, are not stacked, and `remove` does not restore the old values.
+
+    Args:
+        state: The adapters.
+        components: The models by component.
+        source: The file that the state comes from, for messages.
+        strength: The strength of the adapters.
+        name: The name of the adapter.
+        forward: The function that runs newly adapted layers.
+
+    Returns:
+        The layers that the state adapts.
+
+    Raises:
+        ValueError: The state does not fit the models. Everything is checked before anything is changed.
     """
     surplus = [c for c in {**state.layers, **state.parameters} if c not in components]
     if surplus:
         raise ValueError(
-            f"{source} also adapts {', '.join(surplus)}, and only {', '.join(components)} was given to load it into"
+            f"{source} also adapts {', '.join(surplus)}, but it is being loaded into {', '.join(components)} only"
         )
     for component, layers in state.layers.items():
         _check_component(layers, component, components[component], source, strength, name)
@@ -130,7 +168,7 @@ def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
 
 
 def _has_rank(spec: DoRASpec) -> bool:
-    """Whether rank and alpha mean anything."""
+    """Whether rank and alpha have a meaning."""
     return spec.method in ("dora", "lora")
 
 
@@ -145,15 +183,15 @@ def _check_component(
     for path, state in layers.items():
         if path not in modules:
             raise ValueError(
-                f"{source} was made for another architecture: it adapts {component}.{path}, which this model lacks"
+                f"{source} does not fit this model: it adapts {component}.{path}, which the model does not have"
             )
         shape = matrix_shape(modules[path])
         if shape is None or (problem := _misfit(state, shape)):
             kind = type(modules[path]).__name__
-            reason = problem if shape else f"it is a {kind} here"
-            raise ValueError(f"{source} was made for another architecture: {component}.{path} does not fit, {reason}")
+            reason = problem if shape else f"the model has a {kind}"
+            raise ValueError(f"{source} does not fit this model: at {component}.{path}, {reason}")
         if state.spec.method == "full" and strength != 1:
-            raise ValueError(f"{source} holds whole weights, which have no strength: load it with strength 1")
+            raise ValueError(f"{source} holds weights of method full, which have no strength: load it with strength 1")
     present = _adapted(model)
     same = {path: layer for path, layer in present.items() if layer.name == name}
     for path, layer in present.items():
@@ -171,28 +209,26 @@ def _check_parameters(
     others = sorted({layer.name for layer in _adapted(model).values()} - {name})
     for key, tensor in parameters.items():
         if key not in own:
-            raise ValueError(f"{source} was made for another architecture: it holds {key}, which this model lacks")
+            raise ValueError(f"{source} does not fit this model: it holds {key}, which the model does not have")
         if own[key].shape != tensor.shape:
             found, needed = tuple(tensor.shape), tuple(own[key].shape)
-            raise ValueError(f"{source} was made for another architecture: its {key} is {found} and should be {needed}")
+            raise ValueError(f"{source} does not fit this model: its {key} has shape {found} instead of {needed}")
         if strength != 1:
-            raise ValueError(
-                f"{source} holds {key}, which was trained itself and has no strength: load it with strength 1"
-            )
+            raise ValueError(f"{source} holds the parameter {key}, which has no strength: load it with strength 1")
         if others:
             raise ValueError(
-                f"{source} holds {key}, which was trained itself and cannot be stacked upon the adapter {others[0]!r}: "
+                f"{source} holds the parameter {key}, which cannot be stacked on top of the adapter {others[0]!r}: "
                 "call remove first"
             )
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """By name, the buffers too: with `bias="all"` PEFT before 0.21 saves those whose name holds "bias"."""
+    """Parameters and buffers by name: with `bias="all"` PEFT before 0.21 saves buffers whose name contains "bias"."""
     return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
 
 def _misfit(state: LayerState, shape: tuple[int, ...]) -> str:
-    """Why the tensors do not fit a weight, in words; empty when they do."""
+    """Why the tensors do not fit a weight of this shape; empty when they do."""
     out_features, *inner = shape
     rank = state.spec.rank
     expected = {
@@ -203,7 +239,7 @@ def _misfit(state: LayerState, shape: tuple[int, ...]) -> str:
     }
     for name, tensor in state.tensors.items():
         if tuple(tensor.shape) != expected[name]:
-            return f"its {name} is {tuple(tensor.shape)} and should be {expected[name]}"
+            return f"its {name} has shape {tuple(tensor.shape)} instead of {expected[name]}"
     return ""
 
 
@@ -212,15 +248,19 @@ def _check_same_layers(
 ) -> None:
     for path in adapted:
         if path not in layers:
-            raise ValueError(f"{source} lacks {component}.{path}, which this model adapts: call remove first")
+            raise ValueError(
+                f"{source} does not adapt {component}.{path}, which is adapted in this model: call remove first"
+            )
     for path, state in layers.items():
         if path not in adapted:
-            raise ValueError(f"{source} also adapts {component}.{path}, which this model does not: call remove first")
+            raise ValueError(
+                f"{source} adapts {component}.{path}, which is not adapted in this model: call remove first"
+            )
         needed, found = (_kind(spec) for spec in (adapted[path].spec, state.spec))
         if needed != found:
             raise ValueError(
-                f"{source} holds {found} for {component}.{path}, and the model was adapted with {needed}: choose the "
-                "file's, or call remove first"
+                f"{source} holds {found} for {component}.{path}, but the model is adapted with {needed}: adapt it with "
+                f"{found}, or call remove first"
             )
 
 

@@ -1,1 +1,1 @@
-"""Triton kernels of the layer, one file each. Whoever imports this package needs triton."""
+"""The Triton kernels of the layer, one per file. Importing them needs triton."""

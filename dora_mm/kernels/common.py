@@ -1,4 +1,4 @@
-"""What kernels share: which precision a product of two tiles runs in, the grids, the low-rank branch of a tile."""
+"""What the kernels share: sizes and order of the tiles, registration as operators, the low-rank branch of a tile."""
 
 import functools
 from collections.abc import Callable
@@ -8,26 +8,33 @@ import torch
 import triton
 import triton.language as tl
 
-# (rows, columns, inner) of a tile. 128 x 128 x 32 with 8 warps keeps an fp32 accumulator of 64 registers a thread, and
-# takes 96 of the 99 KiB of shared memory that a block has on an RTX 40, at rank 64. fp32 products run on the ordinary
-# units, which hold operands in registers too: with two stages 64 x 64 x 16 spills on sm_90.
+# (rows, columns, inner) of a tile. 128 x 128 x 32 with 8 warps keeps an fp32 accumulator of 64 registers per thread,
+# and takes 96 of the 99 KiB of shared memory that a block has on an RTX 40, at rank 64. fp32 products run on the
+# ordinary units, and keep operands in registers too: with two stages 64 x 64 x 16 spills on sm_90.
 TILES_HALF = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 TILES_SINGLE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
 MIN_DOT = 16  # the smallest inner size of a product of tiles
 
 
 def tiles(dtype: torch.dtype) -> dict[str, int]:
+    """The tile sizes and launch options of a product with operands of this dtype."""
     return TILES_HALF if dtype.itemsize < 4 else TILES_SINGLE
 
 
 def rank_block(rank: int, dtype: torch.dtype) -> int:
-    """How many columns of A and B one step takes: a power of two, at least 16 and at most 64."""
+    """How many of the R ranks one step processes: a power of two from 16 to 64 (16 in fp32)."""
     return max(MIN_DOT, min(64 if dtype.itemsize < 4 else MIN_DOT, triton.next_power_of_2(rank)))
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Makes of a function one that torch.compile sees as one operator; outside of it, it is called as it is, since an
-    operator defined in Python takes ten microseconds more a call."""
+    """Returns a decorator that makes a function a single operator to torch.compile.
+
+    Outside torch.compile the function is called directly: an operator defined in Python costs ten microseconds more per
+    call. The decorated function has `register_fake`, as torch.library.custom_op gives it.
+
+    Args:
+        name: The name of the operator, "dora_mm::...".
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         defined = torch.library.custom_op(name, function, mutates_args=())
@@ -44,7 +51,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 @triton.jit
 def tile_order(pid, num_m, num_n, GROUP: tl.constexpr):
-    """The tile of a program: GROUP rows of tiles at a time, so that their operands stay in the second-level cache."""
+    """The (row, column) of a program's tile: GROUP rows of tiles at a time, whose operands stay in the L2 cache."""
     per_group = GROUP * num_n
     first = (pid // per_group) * GROUP
     rows = min(num_m - first, GROUP)
@@ -53,7 +60,7 @@ def tile_order(pid, num_m, num_n, GROUP: tl.constexpr):
 
 @triton.jit
 def add_low_rank(acc, h, B, rows, columns, M, N, R, stride_h, stride_bn, stride_br, BLOCK_R: tl.constexpr):
-    """acc + h B^T for the tile of h (M, R) and B (N, R) at `rows` and `columns`, B rounded to h's dtype."""
+    """Returns acc + h B^T for the tile of h (M, R) and B (N, R) at `rows` and `columns`; B is rounded to h's dtype."""
     is_row, is_column = rows < M, columns < N
     for first in range(0, R, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)

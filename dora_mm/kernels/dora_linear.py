@@ -1,4 +1,4 @@
-"""The layer on a GPU: the operator of core/fused.py, with its norms, its product and dm's sums in Triton."""
+"""The layer on a GPU: the operator of core/fused.py, with norms, products and the sums for dm in Triton."""
 
 from collections.abc import Sequence
 
@@ -18,28 +18,28 @@ from dora_mm.kernels.row_sums import row_sums
 
 
 class TritonLinear(LinearProduct):
-    """In half precision W0 stays as it is: the low-rank branch is added to it in fp32, and the sum rounded once."""
+    """Linear in Triton. In half precision the branches are added to x W0^T in fp32, and the sum is rounded once."""
 
     splits_half = True
 
     @torch.no_grad()
     def rows(self, weight, adapter, n0):
-        """n and g in one pass over W0."""
+        """Computes n and g in one pass over W0."""
         if adapter.A is None or adapter.B is None or adapter.magnitude is None or n0 is None:
             return row_gains(weight, adapter, n0)
         A, B = adapter.A.contiguous(), adapter.B.contiguous()
         return RowGains(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
 
-    def split(self, x, weight, bias, gain, low):
-        h, B = side_by_side(low)
+    def split(self, x, weight, bias, gain, branches):
+        h, B = concatenated_branches(branches)
         if vendor_is_faster(weight.shape[1], x.dtype):
             y = low_rank_add(vendor_product(as_rows(x), weight.T), bias, gain, h, B, x.dtype)
         else:
             y = low_rank_linear(as_rows(x), weight, bias, gain, h, B)
         return y.view(*x.shape[:-1], weight.shape[0])
 
-    def split_grad_input(self, dY, x, weight, gain, low):
-        u, A = side_by_side([(u, A.T) for u, A in low])
+    def split_grad_input(self, dY, x, weight, gain, branches):
+        u, A = concatenated_branches([(u, A.T) for u, A in branches])
         rows = as_rows(dY)
         if vendor_is_faster(weight.shape[0], dY.dtype, back=True):
             scaled = rows if gain is None else low_rank_add(rows, None, gain, None, None, dY.dtype)
@@ -53,7 +53,7 @@ class TritonLinear(LinearProduct):
         return dots, None if bias is None else squares
 
     def chooses_rows(self):
-        return True  # in `magnitude_grad`
+        return True  # the kernel of `magnitude_grad` branches per row
 
     def magnitude_grad(self, dY, x, y, weight, bias, adapter, rows):
         dY, x, y = as_rows(dY), as_rows(x), as_rows(y)
@@ -64,29 +64,32 @@ class TritonLinear(LinearProduct):
 
 
 TRITON_LINEAR = TritonLinear()
-INTERPRETED = not isinstance(_row_norm, triton.JITFunction)  # then the kernels run on a processor
+INTERPRETED = not isinstance(_row_norm, triton.JITFunction)  # then the kernels run on a CPU
 
 
-def side_by_side(low: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
-    """Several branches as one of their ranks' sum."""
-    if not low:
+def concatenated_branches(branches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor | None, Tensor | None]:
+    """Concatenates branches h_k (T, R_k), B_k (O, R_k) to a single h and B of the summed rank; None without any."""
+    if not branches:
         return None, None
-    if len(low) == 1:
-        return low[0]
-    first, second = zip(*low, strict=True)
+    if len(branches) == 1:
+        return branches[0]
+    first, second = zip(*branches, strict=True)
     return torch.cat(first, 1), torch.cat(second, 1)
 
 
 def runs_in_triton(weight: Tensor, product: Product, adapters: Sequence[Adapter], dropout: float) -> bool:
-    """Linear layers on a GPU below float64; with dropout, those without a magnitude. What is left, embeddings too, runs
-    in plain torch."""
+    """Whether a layer runs in Triton; otherwise it runs in plain torch.
+
+    Linear layers below float64 on a GPU do, with dropout only those without a magnitude. Embeddings and convolutions do
+    not.
+    """
     has_kernel = type(product) is LinearProduct and weight.dim() == 2 and weight.dtype.itemsize <= 4
     is_thin = not dropout or all(adapter.magnitude is None for adapter in adapters)
     return has_kernel and is_thin and (weight.is_cuda or INTERPRETED)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], **options) -> Tensor:
-    """As `core.fused.adapted_product`."""
+    """`core.fused.adapted_product` in Triton, where `runs_in_triton`."""
     if runs_in_triton(weight, options["product"], adapters, options["dropout"]):
         options["product"] = TRITON_LINEAR
     return adapted_product(x, weight, bias, adapters, **options)

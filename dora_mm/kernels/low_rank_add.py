@@ -1,4 +1,4 @@
-"""What follows a product that the vendor's library made in fp32, in one pass: y = g P + h B^T + b, rounded once."""
+"""The pass after a product of the vendor's library, P in fp32: y = g P + h B^T + b, rounded once."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (a kernel is launched with arguments that its signature does not have)
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_mm.kernels.common import add_low_rank, operator, rank_block
 
-BLOCK_M, BLOCK_N = 64, 64  # an fp32 tile of P beside the accumulator: 32 registers a thread each with 4 warps
+BLOCK_M, BLOCK_N = 64, 64  # an fp32 tile of P and the accumulator take 32 registers per thread each, with 4 warps
 
 
 @triton.jit
@@ -18,10 +18,10 @@ def _low_rank_add(
     P, h, B, gain, bias, y,  # (M, N), (M, R), (N, R), (N,), (N,), (M, N)
     M, N, R,
     stride_p, stride_pn, stride_h, stride_bn, stride_br,
-    HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr,
+    HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    # Not a grid of two dimensions: its second one ends at 65,535 blocks.
+    # A grid of one dimension, since the second dimension of a grid is limited to 65,535 blocks.
     across = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = (tl.program_id(0) % across).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -30,7 +30,7 @@ def _low_rank_add(
     acc = tl.load(P + rows[:, None] * stride_p + columns[None, :] * stride_pn, mask=both, other=0.0).to(tl.float32)
     if HAS_GAIN:
         acc *= tl.load(gain + columns, mask=is_column, other=0.0)[None, :]
-    if HAS_LOW:
+    if HAS_BRANCH:
         acc = add_low_rank(acc, h, B, rows, columns, M, N, R, stride_h, stride_bn, stride_br, BLOCK_R)
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -41,9 +41,18 @@ def _low_rank_add(
 def low_rank_add(
     P: Tensor, bias: Tensor | None, gain: Tensor | None, h: Tensor | None, B: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """y (T, O) in `dtype` = g P + h B^T + b for P (T, O), h (T, R) in `dtype`, B (O, R) and g (O,).
+    """Computes y = g P + h B^T + b, rounded once.
 
-    P, B and b may be of another dtype: they are read as they are, B rounded to h's dtype in the kernel.
+    Args:
+        P: The product (T, O), in any floating dtype and layout.
+        bias: b (O,), in any floating dtype, or None.
+        gain: g (O,) in fp32, or None for 1.
+        h: h (T, R) in `dtype`, its rows contiguous, or None.
+        B: B (O, R), rounded to the dtype of h in the kernel, or None.
+        dtype: The dtype of the result.
+
+    Returns:
+        y (T, O), contiguous.
     """
     y = torch.empty_like(P, dtype=dtype, memory_format=torch.contiguous_format)
     M, N = P.shape
@@ -54,7 +63,7 @@ def low_rank_add(
                 P, h, B, gain, bias, y,
                 M, N, rank,
                 *P.stride(), 0 if h is None else h.stride(0), *((0, 0) if B is None else B.stride()),
-                HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, HAS_LOW=rank > 0,
+                HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, HAS_BRANCH=rank > 0,
                 BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=rank_block(max(rank, 1), dtype), num_warps=4,
             )  # fmt: skip
     return y

@@ -1,5 +1,6 @@
-"""One product with the low-rank branch as further inner columns: y = g x W^T + h B^T + b, and its mirror for x's
-gradient, dX = (g dY) W + u A. Both accumulate in one fp32 accumulator and round once; y is written once.
+"""A product and its low-rank branch in one kernel: y = g x W^T + h B^T + b, and dX = (g dY) W + u A, the gradient of x.
+
+Both sums are accumulated in one fp32 accumulator and rounded once; the result is written once.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dora_mm.kernels.common import add_low_rank, operator, rank_block, tile_order, tiles
 
-GROUP = 8  # rows of tiles that share the columns of W in the second-level cache
+GROUP = 8  # rows of tiles that share the columns of W in the L2 cache
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def _low_rank_matmul(
     x, W, h, B, gain, bias, y,  # (M, K), (N, K), (M, R), (N, R), (N,) or (K,), (N,), (M, N)
     M, N, K, R,
     stride_x, stride_xk, stride_wn, stride_wk, stride_h, stride_bn, stride_br, stride_y,
-    GAIN_OUT: tl.constexpr, GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr,
+    GAIN_OUT: tl.constexpr, GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
@@ -47,7 +48,7 @@ def _low_rank_matmul(
         acc = tl.dot(a, w, acc, input_precision="ieee")
     if GAIN_OUT:
         acc *= tl.load(gain + columns, mask=is_column, other=0.0)[None, :]
-    if HAS_LOW:
+    if HAS_BRANCH:
         acc = add_low_rank(acc, h, B, rows, columns, M, N, R, stride_h, stride_bn, stride_br, BLOCK_R)
     if HAS_BIAS:
         acc += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[None, :]
@@ -70,7 +71,7 @@ def _launch(x, W, stride_wn, stride_wk, N, h, B, stride_bn, stride_br, gain, gai
             x.stride(0), x.stride(1), stride_wn, stride_wk,
             0 if h is None else h.stride(0), stride_bn, stride_br, y.stride(0),
             GAIN_OUT=gain is not None and not gain_in, GAIN_IN=gain is not None and gain_in, HAS_BIAS=bias is not None,
-            HAS_LOW=rank > 0, BLOCK_R=rank_block(max(rank, 1), x.dtype), GROUP=GROUP, **chosen,
+            HAS_BRANCH=rank > 0, BLOCK_R=rank_block(max(rank, 1), x.dtype), GROUP=GROUP, **chosen,
         )  # fmt: skip
     return y
 
@@ -79,9 +80,18 @@ def _launch(x, W, stride_wn, stride_wk, N, h, B, stride_bn, stride_br, gain, gai
 def low_rank_linear(
     x: Tensor, W0: Tensor, bias: Tensor | None, gain: Tensor | None, h: Tensor | None, B: Tensor | None
 ) -> Tensor:
-    """y (T, O) = g x W0^T + h B^T + b for x (T, I), W0 (O, I), h (T, R) of x's dtype, B (O, R) and g (O,).
+    """Computes y = g x W0^T + h B^T + b, rounded once.
 
-    B and b may be of another dtype than x: they are read as they are, B rounded to x's dtype in the kernel.
+    Args:
+        x: x (T, I), in any layout.
+        W0: W0 (O, I), of the dtype of x, in any layout.
+        bias: b (O,), in any floating dtype, or None.
+        gain: g (O,) in fp32, or None for 1.
+        h: h (T, R), of the dtype of x, its rows contiguous, or None.
+        B: B (O, R), rounded to the dtype of x in the kernel, or None.
+
+    Returns:
+        y (T, O), contiguous, in the dtype of x.
     """
     strides = (0, 0) if B is None else (B.stride(0), B.stride(1))
     return _launch(x, W0, W0.stride(0), W0.stride(1), W0.shape[0], h, B, *strides, gain, False, bias)
@@ -94,7 +104,18 @@ def _(x, W0, bias, gain, h, B):
 
 @operator("dora_mm::low_rank_grad_input")
 def low_rank_grad_input(dY: Tensor, W0: Tensor, gain: Tensor | None, u: Tensor | None, A: Tensor | None) -> Tensor:
-    """dX (T, I) = (g dY) W0 + u A for dY (T, O), u (T, R) of dY's dtype and A (R, I)."""
+    """Computes dX = (g dY) W0 + u A, rounded once.
+
+    Args:
+        dY: dY (T, O), in any layout.
+        W0: W0 (O, I), of the dtype of dY, in any layout.
+        gain: g (O,) in fp32, or None for 1. g dY is rounded to the dtype of dY.
+        u: u (T, R), of the dtype of dY, its rows contiguous, or None.
+        A: A (R, I), rounded to the dtype of dY in the kernel, or None.
+
+    Returns:
+        dX (T, I), contiguous, in the dtype of dY.
+    """
     strides = (0, 0) if A is None else (A.stride(1), A.stride(0))
     return _launch(dY, W0, W0.stride(1), W0.stride(0), W0.shape[1], u, A, *strides, gain, True, None)
 

@@ -1,10 +1,10 @@
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (a kernel is launched with arguments that its signature does not have)
 
-"""dm from sums over tokens, (y - b) / m of which is x V^T / n; of the rows where that is not safe, from x V^T itself.
+"""dm from sums over tokens, where x V^T / n is (y - b) / m; in rows where that is not safe, from x V^T itself.
 
-Which rows those are is known on the GPU alone. A program per row is done at once where its row is safe, so that nobody
-waits for the answer, and CUDA graphs and compiled graphs can hold it.
+Which rows those are is known only on the GPU. There is a program per row, which ends at once where the row is safe. So
+the CPU does not wait for the answer, and the kernel can be part of CUDA graphs and compiled graphs.
 """
 
 import torch
@@ -23,7 +23,7 @@ def _magnitude_grad(
     dY, x, W0, A, B, dm,  # (T, O), (T, I), (O, I), (R, I), (O, R), (O,)
     num_tokens, num_in, rank, scaling, small_gain, large_bias,
     stride_d, stride_do, stride_x, stride_xi, stride_w, stride_wi, stride_a, stride_b,
-    HAS_BIAS: tl.constexpr, HAS_LOW: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     n = tl.load(norm + row)
@@ -41,20 +41,20 @@ def _magnitude_grad(
     for start in range(0, num_in, BLOCK_I):
         columns = (start + tl.arange(0, BLOCK_I)).to(tl.int64)
         is_column = columns < num_in
-        seen = tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32)  # of dY x, added up once, after the loop
+        products = tl.zeros([BLOCK_T, BLOCK_I], dtype=tl.float32)  # sums of dY x, added up once, after the loop
         for first in range(0, num_tokens, BLOCK_T):
             tokens = (first + tl.arange(0, BLOCK_T)).to(tl.int64)
             is_token = tokens < num_tokens
             d = tl.load(dY + tokens * stride_d + row * stride_do, mask=is_token, other=0.0).to(tl.float32)
             where = tokens[:, None] * stride_x + columns[None, :] * stride_xi
             values = tl.load(x + where, mask=is_token[:, None] & is_column[None, :], other=0.0).to(tl.float32)
-            seen += d[:, None] * values
+            products += d[:, None] * values
         v = tl.load(W0 + row * stride_w + columns * stride_wi, mask=is_column, other=0.0).to(tl.float32)
-        if HAS_LOW:
+        if HAS_BRANCH:
             for k in range(0, rank):
                 b = tl.load(B + row * stride_b + k) * scaling
                 v += b * tl.load(A + k * stride_a + columns, mask=is_column, other=0.0)
-        total += tl.sum(seen, 0) * v
+        total += tl.sum(products, 0) * v
     tl.store(dm + row, tl.div_rn(tl.sum(total, 0), n))
 
 
@@ -64,10 +64,28 @@ def magnitude_grad(
     dY: Tensor, x: Tensor, W0: Tensor, A: Tensor | None, B: Tensor | None,
     scaling: float, small_gain: float, large_bias: float,
 ) -> Tensor:  # fmt: skip
-    """dm (O,) in fp32 from `row_sums` (dots, squares), 0 where n is 0.
+    """Computes dm = dots / m, and in rows that are not safe the sum over tokens of dY (x V^T) / n, V = W0 + s B A.
 
-    dY (T, O), x (T, I), fp32 A (R, I) and B (O, R), contiguous. Rows with |g| <= small_gain, or |b| > large_bias times
-    the root mean square of y - b, take the sum over tokens of dY (x V^T) / n, V = W0 + s B A.
+    Not safe are rows with |g| <= small_gain, or |b| > large_bias times the root mean square of y - b.
+
+    Args:
+        dots: Sums over tokens of dY (y - b), from `row_sums` (O,).
+        squares: Sums over tokens of (y - b)^2, from `row_sums` (O,).
+        magnitude: m (O,) in fp32.
+        norm: n (O,) in fp32.
+        gain: g (O,) in fp32.
+        bias: b (O,), or None.
+        dY: dY (T, O), in any layout.
+        x: x (T, I), in any layout.
+        W0: W0 (O, I), in any layout.
+        A: A (R, I) in fp32, contiguous, or None.
+        B: B (O, R) in fp32, contiguous, or None.
+        scaling: s.
+        small_gain: See above.
+        large_bias: See above.
+
+    Returns:
+        dm (O,) in fp32, 0 where n is 0.
     """
     num_out, num_in = W0.shape
     dm = torch.empty(num_out, dtype=torch.float32, device=W0.device)
@@ -79,7 +97,7 @@ def magnitude_grad(
             x.shape[0], num_in, rank, scaling, small_gain, large_bias,
             dY.stride(0), dY.stride(1), x.stride(0), x.stride(1), W0.stride(0), W0.stride(1),
             num_in, rank,
-            HAS_BIAS=bias is not None, HAS_LOW=rank > 0, BLOCK_T=BLOCK_T, BLOCK_I=BLOCK_I, num_warps=4,
+            HAS_BIAS=bias is not None, HAS_BRANCH=rank > 0, BLOCK_T=BLOCK_T, BLOCK_I=BLOCK_I, num_warps=4,
         )  # fmt: skip
     return dm
 

@@ -1,4 +1,4 @@
-"""n and g of every output row, in one pass over W0: nothing of W0's size is written."""
+"""n and g of every output row in one pass over W0: nothing of the size of W0 is written."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (a kernel is launched with arguments that its signature does not have)
@@ -11,8 +11,9 @@ from torch import Tensor
 from dora_mm.core.functional import CANCELLED
 from dora_mm.kernels.common import MIN_DOT, operator
 
-# One program holds BLOCK_O rows and walks along them: few, so that 1,280 rows keep 80 multiprocessors busy. Products of
-# fp32 A and B hold their operands in registers: 64 x 64 with 64 columns of B spills 4,896 bytes a thread on sm_80.
+# A program holds BLOCK_O rows and loops along them: few rows, so that 1,280 of them keep 80 multiprocessors busy.
+# Products of fp32 A and B keep their operands in registers: 64 x 64 with 64 columns of B spills 4,896 bytes per thread
+# on sm_80.
 BLOCK_O, BLOCK_I = 16, 64
 
 
@@ -56,9 +57,20 @@ def _row_norm(
 
 @operator("dora_mm::row_norm")
 def row_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, g), (O,) each in fp32, of W0 (O, I) in any floating dtype below float64 and fp32 A (R, I), B (O, R).
+    """Computes n = ||W0 + s B A|| per row, and g = m / n.
 
-    Exact under cancellation, since W0 + s B A is squared itself; A and B are contiguous.
+    Where W0 and the update nearly cancel, n is the norm of their sum itself.
+
+    Args:
+        W0: W0 (O, I), in any floating dtype below float64 and any layout.
+        A: A (R, I) in fp32, contiguous.
+        B: B (O, R) in fp32, contiguous.
+        scaling: s.
+        n0: The row norms of W0 (O,) in fp32.
+        magnitude: m (O,) in fp32.
+
+    Returns:
+        n and g, (O,) each in fp32. n is n0 bit for bit where there is no update, and g is 1 where n is 0.
     """
     num_out, num_in = W0.shape
     norm, gain = torch.empty_like(n0), torch.empty_like(n0)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dora_mm.kernels.common import operator
 
-# A program takes 64 columns of a slab of tokens, 32 at a time: 1,024 tokens of 1,280 columns are 80 programs. The slabs
-# are added up afterwards, in a fixed order.
+# A program sums 64 columns of a slab of tokens, 32 tokens at a time: 1,024 tokens of 1,280 columns are 80 programs. The
+# slabs are added up afterwards, in a fixed order.
 BLOCK_T, BLOCK_O, SLAB = 32, 64, 256
 
 
@@ -43,7 +43,16 @@ def _row_sums(
 
 @operator("dora_mm::row_sums")
 def row_sums(dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(sum dY (y - b), sum (y - b)^2) over the tokens of dY, y (T, O): (O,) each, in fp32."""
+    """Sums dY (y - b) and (y - b)^2 over tokens.
+
+    Args:
+        dY: dY (T, O), in any layout.
+        y: y (T, O), in any layout.
+        bias: b (O,), or None for 0.
+
+    Returns:
+        The two sums, (O,) each in fp32.
+    """
     num_tokens, num_out = y.shape
     slabs = triton.cdiv(num_tokens, SLAB)
     sums = torch.empty(2, slabs, num_out, dtype=torch.float32, device=y.device)

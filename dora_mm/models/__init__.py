@@ -1,0 +1,1 @@
+"""Models: one folder per family, which loads and encodes; nothing else does."""

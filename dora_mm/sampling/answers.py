@@ -72,7 +72,7 @@ class Answerer:
         if self.candidate_ids is not None and self.config.answers == "rank":
             scores = self.model.rank_candidates(inputs, self.candidate_ids.to(inputs.input_ids.device))
             return [self.candidates[index] for index in scores.argmax(dim=1).tolist()]
-        allowed = None if self.candidate_ids is None else only(self.candidate_ids, self.model.config)
+        allowed = None if self.candidate_ids is None else restricted_to(self.candidate_ids, self.model.config)
         beams = self.config.beams if self.form.beams else 1
         ids = self.model.answer_ids(inputs, beams=beams, max_length=self.form.max_answer, allowed=allowed)
         return decode(self.tokenizer, ids)
@@ -89,7 +89,7 @@ class Answerer:
         return [TRUE_FALSE[index] for index in logits[:, words].argmax(dim=1).tolist()]
 
 
-def only(candidates: Tensor, config) -> Callable[[int, Tensor], list[int]]:
+def restricted_to(candidates: Tensor, config) -> Callable[[int, Tensor], list[int]]:
     """A `prefix_allowed_tokens_fn` that leads to one of the candidates (C, T), padded, and to nothing else."""
     pad = config.pad_token_id
     following: dict[tuple[int, ...], set[int]] = {}

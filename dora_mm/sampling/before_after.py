@@ -15,7 +15,7 @@ from dora_mm.sampling.sdxl import sample
 
 
 @contextmanager
-def built_once(networks: Iterable[nn.Module]) -> Iterator[None]:
+def weights_computed_once(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, the adapted weights are built once, and a picture costs what the bare model's does.
 
     Half-precision weights are merged: kept as they are, a product that holds their whole update is twice as long.
@@ -42,7 +42,7 @@ def at_strength(
     """`sample` with every adapter at one strength; 0 is the bare model."""
     for network in adapted.values():
         set_strength(network, strength)
-    with built_once(adapted.values()):
+    with weights_computed_once(adapted.values()):
         return sample(pipe, prompts, seeds, **settings)
 
 

@@ -13,6 +13,11 @@ MAPS: dict[str, TargetMap] = {
 
 
 def find(name: str) -> TargetMap:
+    """Returns the target map of this name, with all its parts.
+
+    Raises:
+        ValueError: There is none.
+    """
     if name not in MAPS:
         raise ValueError(f"there is no target map {name!r}; there are {', '.join(MAPS)}")
     return MAPS[name]

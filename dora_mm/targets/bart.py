@@ -1,5 +1,8 @@
-"""BART and VL-BART (transformers). The paper's runs adapt q and v everywhere: its table says q and k, its code and the
-number of its parameters say q and v."""
+"""BART and VL-BART (transformers).
+
+The paper's runs adapt q and v everywhere: its table says q and k, but its code and its number of parameters say q and
+v.
+"""
 
 from dora_mm.core.targets import TargetMap
 

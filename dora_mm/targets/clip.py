@@ -1,5 +1,7 @@
-"""CLIP's text encoders (transformers). CLIPTextModel has no `text_model.` in its paths since transformers 5,
-CLIPTextModelWithProjection has."""
+"""CLIP's text encoders (transformers).
+
+Since transformers 5, paths of CLIPTextModel do not begin with `text_model.`; those of CLIPTextModelWithProjection do.
+"""
 
 from dora_mm.core.targets import TargetMap
 

@@ -1,6 +1,6 @@
 """The UNet of Stable Diffusion XL (diffusers' UNet2DConditionModel): 560 attention projections at full size.
 
-`conv` leaves out conv_in and conv_out, whose few channels make a low rank meaningless.
+`conv` excludes conv_in and conv_out, whose few channels make a low rank meaningless.
 """
 
 from dora_mm.core.targets import TargetMap

@@ -1,6 +1,6 @@
-"""timm's plain vision transformers as the trunk of a VisionTower; open_clip builds its SigLIP towers of them.
+"""timm's plain vision transformers as the trunk of a VisionTower; open_clip builds its SigLIP towers from them.
 
-`attn.qkv` is one layer of 3 E rows: row norms make it the same as three layers that share their A.
+`attn.qkv` is one layer with 3 E rows: since norms are per row, it is the same as three layers that share their A.
 """
 
 from dora_mm.core.targets import TargetMap

@@ -1,0 +1,1 @@
+"""Tasks: batches of a model family and the loss of a batch."""

@@ -14,7 +14,7 @@ PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
 @dataclass(frozen=True)
-class Conditioned:
+class ConditionedLatents:
     """Latents with everything that the UNet is told about them."""
 
     latents: torch.Tensor  # (B, C, h, w), in the UNet's units
@@ -45,7 +45,7 @@ class DiffusionTask:
         if self.prediction == "epsilon" and self.schedule.config.rescale_betas_zero_snr:
             raise ValueError("The model's schedule ends without any signal, which needs v_prediction, not epsilon.")
 
-    def loss(self, batch: Conditioned, generator: torch.Generator) -> torch.Tensor:
+    def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> torch.Tensor:
         """The mean over the batch of each picture's loss, weighted by min-SNR where the config says so."""
         latents = batch.latents
         count = len(latents)
@@ -56,7 +56,7 @@ class DiffusionTask:
         error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
         return (error.mean(dim=(1, 2, 3)) * self.weights(times)).mean()
 
-    def denoised(self, batch: Conditioned, times: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def denoised(self, batch: ConditionedLatents, times: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """The latents, noised to `times` (B,) and predicted back in one step."""
         noised = self.schedule.add_noise(batch.latents, self._noise(batch.latents, generator), times)
         predicted = self._predict(batch, noised, times).float()
@@ -65,7 +65,7 @@ class DiffusionTask:
             return (noised - (1 - signal).sqrt() * predicted) / signal.sqrt()
         return signal.sqrt() * noised - (1 - signal).sqrt() * predicted
 
-    def _predict(self, batch: Conditioned, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    def _predict(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         return self.unet(
             noised,
             times,

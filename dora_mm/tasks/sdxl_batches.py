@@ -12,7 +12,7 @@ from dora_mm.data.images.latents import LatentCache, Latents, latent_key
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_prompts, time_ids
 from dora_mm.models.sdxl.loading import SDXL
-from dora_mm.tasks.sdxl import Conditioned
+from dora_mm.tasks.sdxl import ConditionedLatents
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.randomness import batch_of_groups, generator
 
@@ -79,7 +79,7 @@ class CaptionedBatches:
                 for flip in (False, True) if self.config.flip else (False,):
                     self._latents(index, self._frame(index, flip, None))
 
-    def __call__(self, number: int) -> Conditioned:
+    def __call__(self, number: int) -> ConditionedLatents:
         index, count = self.process
         number = number * count + index
         rows = batch_of_groups(self.groups, self.batch_size, number, self.seed)
@@ -93,7 +93,7 @@ class CaptionedBatches:
         )
         sizes = [time_ids(f.original_size, f.crop_top_left, f.target_size) for f in framings]
         drawn = draw_latents(self.model.vae, mean, logvar, generator(self.seed, number, "latents"))
-        return Conditioned(drawn.to(device), prompt, pooled, torch.stack(sizes).to(device))
+        return ConditionedLatents(drawn.to(device), prompt, pooled, torch.stack(sizes).to(device))
 
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
         return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)

@@ -65,7 +65,7 @@ class VisionEncoder(nn.Module):
         features = self.features
         if features is None:
             return table
-        return table.with_pictures(lambda name: name if stem(name) in features else None, self.places)
+        return table.with_images(lambda name: name if stem(name) in features else None, self.places)
 
     def encode(self, images: Sequence[Sequence[str]], folder: str | None) -> Tensor:
         """(B, N, S, D) for rows of N picture names each, which lie in `folder` where a tower looks at them."""

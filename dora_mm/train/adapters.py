@@ -1,4 +1,4 @@
-"""What a training config says about adapters, as the library takes it."""
+"""Translates the `adapter` section of a training config into calls of the library."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,20 +11,20 @@ from dora_mm.core import DoRASpec, adapted_layers
 
 
 def make_spec(config: AnyAdapterConfig) -> DoRASpec:
-    """The spec of a config's `adapter` section."""
+    """The DoRASpec of a config's `adapter` section."""
     return DoRASpec(config.rank, config.alpha, config.dropout, config.method, config.norm_grad, config.cache)
 
 
 def load_initial_adapter(file: Path, adapted: Mapping[str, nn.Module], spec: DoRASpec) -> None:
-    """Loads `adapter.init_from` into freshly adapted networks.
+    """Loads the adapter file of `adapter.init_from` into freshly injected networks.
 
     Args:
         file: The adapter file or its folder.
-        adapted: The networks by component.
-        spec: What they were adapted with.
+        adapted: The adapted networks by component name.
+        spec: The spec that they were injected with.
 
     Raises:
-        ValueError: The file does not fit, or its alpha is not the config's.
+        ValueError: The file does not fit the networks, or its alpha differs from the config's.
     """
     dora_mm.load_adapter(adapted, file)
     if spec.method not in ("dora", "lora"):

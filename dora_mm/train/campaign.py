@@ -1,6 +1,6 @@
-"""What campaigns of many trainings have in common: the folder that is gone on with, its runs, and the choice of rates.
+"""Campaigns of many trainings: the campaign folder, its runs, and the choice of learning rates.
 
-Every finished training is a run in the folder, so a campaign that was cut off goes on where it was.
+Every finished training is a run directory in the folder, so an interrupted campaign resumes where it stopped.
 """
 
 import json
@@ -22,59 +22,74 @@ from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.utils.atomic import write_text
 
 log = logging.getLogger(__name__)
-DONE = "summary.json"  # the last thing that a training writes
-NOT_KEPT = ("checkpoints", "best")  # of a finished one: the adapter is what counts
+SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
+DELETED_WHEN_FINISHED = ("checkpoints", "best")  # only the final adapter is needed
 
 
 @dataclass(frozen=True)
 class Training:
+    """One training of a campaign: a variant at one learning rate and seed."""
+
     variant: Variant
     rate: float
     seed: int
 
     @property
     def name(self) -> str:
+        """The name of its run directory, such as dora-r8-lr0.001-seed0."""
         return f"{self.variant.key}-lr{self.rate:g}-seed{self.seed}"
 
 
 class Chosen(NamedTuple):
-    """A learning rate; at_end: it is the lowest or the highest that was tried, so a better one may lie beyond."""
+    """The learning rate that was chosen for a variant. As text, an extreme one is marked with an asterisk.
+
+    Attributes:
+        rate: The learning rate.
+        is_extreme: Whether it is the lowest or the highest that was tried, so that a better one may lie outside.
+    """
 
     rate: float
-    at_end: bool
+    is_extreme: bool
 
     def __str__(self) -> str:
-        return f"{self.rate:g}{'*' if self.at_end else ''}"
+        return f"{self.rate:g}{'*' if self.is_extreme else ''}"
 
 
-def open_campaign(config: PipelineConfig, output: str, inputs: Mapping[str, str], free: Collection[str]) -> Path:
-    """The campaign's folder: a new one, or one that was started with the same config and the same files.
+def open_campaign(config: PipelineConfig, output: str, inputs: Mapping[str, str], free_keys: Collection[str]) -> Path:
+    """Opens the campaign's folder: a new one, or one that was started with the same config and the same inputs.
 
     Args:
-        inputs: digests, by what they are of, of all that the config only names.
-        free: the keys that change no number, and may differ.
+        config: The config of the campaign.
+        output: The folder.
+        inputs: Digests of the data and models that the config refers to, by a description of each.
+        free_keys: The config keys that may differ, because they change no result.
 
     Raises:
-        ValueError: the folder is no campaign's, or was started with something else.
+        ValueError: The folder exists and is not a campaign's, or was started with a different config or inputs.
     """
     folder = Path(output).expanduser()
     saved = folder / "config.yaml"
     if not folder.exists():
         return open_run(config, inputs).path
     if not saved.is_file():
-        raise ValueError(f"output: {folder} exists and is no comparison: name another folder")
-    differing = [key for key in differing_keys(load_config(saved), config) if key not in free]
-    differing += RunDirectory(folder).changed(inputs)
+        raise ValueError(f"output: {folder} exists and is not the folder of a comparison: choose another folder")
+    differing = [key for key in differing_keys(load_config(saved), config) if key not in free_keys]
+    differing += RunDirectory(folder).changed_inputs(inputs)
     if differing:
-        raise ValueError(f"output: {folder} was started with other values of {', '.join(differing)}: name another")
+        keys = ", ".join(differing)
+        raise ValueError(f"output: {folder} was started with different values of {keys}: choose another folder")
     return folder
 
 
 @dataclass(frozen=True)
 class Trainings:
-    """The trainings of a campaign, as runs in its folder.
+    """The trainings of a campaign, as run directories in its folder.
 
-    base: the config that they have in common. overrides: `key=value` that one of them has in place of its values.
+    Attributes:
+        folder: The campaign's folder.
+        base: The path of the config that all trainings share.
+        workers: How many trainings run at a time.
+        overrides: Returns the `key=value` overrides of `base` for one training.
     """
 
     folder: Path
@@ -83,19 +98,27 @@ class Trainings:
     overrides: Callable[[Training], list[str]]
 
     def run(self, training: Training) -> Path:
+        """The run directory of a training."""
         return self.folder / "runs" / training.name
 
     def adapter(self, training: Training) -> Path:
+        """The adapter folder of a training."""
         return self.run(training) / "adapter"
 
     def summary(self, training: Training) -> dict[str, Any]:
-        return json.loads((self.run(training) / DONE).read_text())
+        """The summary.json of a finished training."""
+        return json.loads((self.run(training) / SUMMARY).read_text())
 
     def train(self, trainings: Iterable[Training]) -> None:
-        """Trains those that are not done yet, and goes on with those that were cut off. Raises as `run_jobs` does."""
-        left = [training for training in trainings if not (self.run(training) / DONE).is_file()]
-        if left:
-            run_jobs([partial(self._start, training) for training in left], self.workers, self._clear)
+        """Runs the trainings that are not finished, and resumes those that were interrupted.
+
+        Raises:
+            ValueError: A training reported a user's mistake.
+            RuntimeError: A training failed in any other way.
+        """
+        unfinished = [training for training in trainings if not (self.run(training) / SUMMARY).is_file()]
+        if unfinished:
+            run_jobs([partial(self._start, training) for training in unfinished], self.workers, self._delete_unneeded)
 
     def _start(self, training: Training) -> Job:
         folder = self.run(training)
@@ -108,8 +131,8 @@ class Trainings:
         threads = max(1, torch.get_num_threads() // self.workers)
         return start_job(training.name, arguments, self.folder / "logs" / f"{training.name}.txt", threads)
 
-    def _clear(self, job: Job) -> None:
-        for name in NOT_KEPT:
+    def _delete_unneeded(self, job: Job) -> None:
+        for name in DELETED_WHEN_FINISHED:
             shutil.rmtree(self.folder / "runs" / job.name / name, ignore_errors=True)
         log.info("Trained %s.", job.name)
 
@@ -121,41 +144,69 @@ class Trainings:
         seed: int,
         extra_rates: int,
     ) -> dict[Variant, Chosen]:
-        """The rate with the highest `value` of those that each variant is trained at; all values are in rates/.
+        """Trains each variant at its candidate learning rates and returns the best rate of each.
 
-        While the best one lies at an end, up to `extra_rates` further ones are tried there, the same factor apart.
+        The values of all rates are saved in the folder's rates/.
+
+        Args:
+            candidates: The learning rates to try, by variant.
+            value: Scores a finished training; higher is better.
+            seed: The seed of these trainings.
+            extra_rates: How many further rates to try, the same factor apart, while the best one is the lowest or the
+                highest so far.
+
+        Raises:
+            ValueError: A training reported a user's mistake.
+            RuntimeError: A training failed in any other way.
         """
         found: dict[Variant, dict[float, float]] = {variant: {} for variant in candidates}
         pending = {variant: sorted(rates) for variant, rates in candidates.items()}
-        for extra_left in range(extra_rates, -1, -1):
+        for remaining_extra in range(extra_rates, -1, -1):
             trainings = [Training(variant, rate, seed) for variant, rates in pending.items() for rate in rates]
             self.train(trainings)
             for training in trainings:
                 found[training.variant][training.rate] = value(training)
             pending = {
-                variant: [beyond(tried)] for variant, tried in found.items() if extra_left and best_at_end(tried)
+                variant: [next_rate(tried)]
+                for variant, tried in found.items()
+                if remaining_extra and best_is_extreme(tried)
             }
         for variant, tried in found.items():
             values = {f"{rate:g}": tried[rate] for rate in sorted(tried)}
             write_text(self.folder / "rates" / f"{variant.key}.json", json.dumps(values) + "\n")
-        return {variant: Chosen(best_of(tried), best_at_end(tried)) for variant, tried in found.items()}
+        return {variant: Chosen(best_rate(tried), best_is_extreme(tried)) for variant, tried in found.items()}
+
+    def train_chosen(self, chosen: Mapping[Variant, Chosen], seeds: Sequence[int]) -> dict[Variant, list[Training]]:
+        """Trains each variant at its chosen learning rate, once per seed, and returns the trainings.
+
+        Raises:
+            ValueError: A training reported a user's mistake.
+            RuntimeError: A training failed in any other way.
+        """
+        trainings = {
+            variant: [Training(variant, rate.rate, seed) for seed in seeds] for variant, rate in chosen.items()
+        }
+        self.train(training for found in trainings.values() for training in found)
+        return trainings
 
 
-def rates_of(rates: LearningRates, wanted: Iterable[Variant]) -> dict[Variant, tuple[float, ...]]:
-    """The candidates of every variant: those of its method."""
+def candidate_rates(rates: LearningRates, wanted: Iterable[Variant]) -> dict[Variant, tuple[float, ...]]:
+    """The candidate learning rates of each wanted variant, which are those of its method."""
     candidates = {"full": rates.full, "lora": rates.lora, "dora": rates.dora}
     return {variant: candidates[variant.method] for variant in wanted}
 
 
-def best_of(tried: Mapping[float, float]) -> float:
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The learning rate with the highest value; the lower one if two are equal. `tried` maps rates to values."""
     return max(sorted(tried), key=tried.__getitem__)
 
 
-def best_at_end(tried: Mapping[float, float]) -> bool:
-    return best_of(tried) in (min(tried), max(tried))
+def best_is_extreme(tried: Mapping[float, float]) -> bool:
+    """Whether the best learning rate is the lowest or the highest that was tried."""
+    return best_rate(tried) in (min(tried), max(tried))
 
 
-def beyond(tried: Mapping[float, float]) -> float:
-    """The next rate past the end where the best one lies."""
-    rates = sorted(tried, reverse=best_of(tried) == min(tried))
+def next_rate(tried: Mapping[float, float]) -> float:
+    """The next learning rate to try outside the range tried so far, on the side of the best one."""
+    rates = sorted(tried, reverse=best_rate(tried) == min(tried))
     return rates[-1] ** 2 / rates[-2]

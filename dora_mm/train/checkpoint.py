@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all: written beside, synced, renamed."""
+"""Checkpoints that appear complete or not at all: written under a temporary name, flushed to disk, then renamed."""
 
 import json
 import os
@@ -19,19 +19,39 @@ WEIGHTS, STATE, ABOUT = "weights.safetensors", "state.pt", "checkpoint.json"
 
 
 class Stateful(Protocol):
-    """What an optimiser, a schedule, a gradient scaler and an EMA have in common."""
+    """Anything with a state dict, such as an optimiser, a schedule, a gradient scaler or an EMA."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state as tensors and plain Python values, which `torch.load(weights_only=True)` can read."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Restores what `state_dict` returned."""
+        ...
 
 
 def save_checkpoint(
     folder: Path, step: int, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful], keep: int
 ) -> Path:
-    """Writes `folder`/step-NNNNNN after `step` finished steps, then deletes all but the newest `keep`."""
+    """Writes the checkpoint `folder`/step-NNNNNN, then deletes all but the newest `keep` checkpoints.
+
+    Args:
+        folder: The run's checkpoint folder; created if missing.
+        step: The number of finished optimizer steps.
+        parameters: The trained parameters by name.
+        parts: Everything else that has a state, such as the optimizer, by name.
+        keep: How many checkpoints remain, this one included.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        OSError: The checkpoint cannot be written, for example because the disk is full; no partial one remains. The
+            libraries that write may wrap it in an error of their own.
+    """
     final = folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed run left behind
+    shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
     partial.mkdir(parents=True)
     weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
     try:
@@ -41,7 +61,7 @@ def save_checkpoint(
         (partial / ABOUT).write_text(json.dumps({"step": step}))
         for file in partial.iterdir():
             flush(file)
-        if final.exists():  # the same step again, after a resume: the same bits
+        if final.exists():  # a resumed run repeats this step with the same bits
             shutil.rmtree(final)
         os.rename(partial, final)
         flush(folder)
@@ -59,16 +79,24 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_step(folder: Path) -> int:
-    """The number of steps that the newest checkpoint has finished; 0 without one."""
+    """The number of finished steps in the newest checkpoint, or 0 if there is none."""
     found = checkpoints(folder)
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:
-    """Restores parameters and parts in place and returns the number of finished steps.
+    """Restores parameters and parts in place.
+
+    Args:
+        path: The folder of one checkpoint.
+        parameters: The trained parameters by name, as given to `save_checkpoint`.
+        parts: The other objects with a state, by the same names as when saving.
+
+    Returns:
+        The number of finished optimizer steps.
 
     Raises:
-        ValueError: the checkpoint is damaged, or belongs to another model.
+        ValueError: The checkpoint is damaged, or belongs to another model or config.
     """
     try:
         weights = load_file(path / WEIGHTS)
@@ -76,14 +104,15 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
         step = json.loads((path / ABOUT).read_text())["step"]
     except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a readable checkpoint ({error}): delete it to resume from the one before."
+            f"{path} is not a readable checkpoint ({error}): delete it to resume from the previous one."
         ) from None
     for names, expected in ((weights, parameters), (state, parts)):
         if difference := sorted(set(names) ^ set(expected)):
-            raise ValueError(f"{path} belongs to another model or config: {difference[0]} is in only one of the two.")
+            raise ValueError(f"{path} belongs to another model or config: {difference[0]} is only in one of them.")
     for name, parameter in parameters.items():
         if parameter.shape != weights[name].shape:
-            raise ValueError(f"{path} belongs to another model: {name} has shape {tuple(weights[name].shape)}.")
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"
+            raise ValueError(f"{path} belongs to another model: {name} has shape {shapes}.")
         parameter.data.copy_(weights[name])
     for name, part in parts.items():
         part.load_state_dict(state[name])

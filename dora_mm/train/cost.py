@@ -1,4 +1,4 @@
-"""What a run took: time and memory."""
+"""The time and memory that a run took."""
 
 import resource
 import sys
@@ -14,18 +14,21 @@ STATUS = Path("/proc/self/status")
 
 
 def seconds_per_step(rows: Sequence[Mapping[str, Any]]) -> float:
-    """From the rows of a metrics.jsonl: the median over what lies between two of them, so that the slow first steps,
-    validations now and then, and a pause before the run was resumed do not count."""
+    """The median seconds per optimizer step, from the rows of a metrics.jsonl file.
+
+    The median is over the intervals between consecutive rows, so that slow first steps, occasional validations, and a
+    pause before the run was resumed do not count.
+    """
     times = [(row["step"], row["seconds"]) for row in rows]
     spans = [(after - before) / (last - first) for (first, before), (last, after) in pairwise(times) if after > before]
     return median(spans) if spans else times[-1][1] / times[-1][0]
 
 
 def peak_memory_mb() -> float:
-    """The most that this process has held so far, in 2^20 bytes: on a GPU where there is one, else resident."""
+    """The peak memory of this process so far, in MiB: GPU memory if there is a GPU, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    if STATUS.exists():  # Linux' ru_maxrss starts at what the process that started this one held
+    if STATUS.exists():  # on Linux, ru_maxrss starts at the resident size of the parent process
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -8,10 +8,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class DeferredInterrupt:
-    """Holds back the first signal until `check`; a second one acts at once. Only the main thread can hold signals.
+    """A context manager that defers the first signal to the end of the block; a second one takes effect at once.
 
-    An interruption in the middle of an optimiser's step would leave half of the weights updated, and the checkpoint
-    saved then would not be the state of any step.
+    An interruption in the middle of an optimizer step would leave half of the weights updated, and a checkpoint saved
+    then would match no step. Outside the main thread, where signals never arrive, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class DeferredInterrupt:
             self.check()
 
     def check(self) -> None:
-        """Acts on the signal that was held back, if there is one."""
+        """Delivers the deferred signal, if there is one."""
         if self._pending is not None:
             (number, frame), self._pending = self._pending, None
             self._act(number, frame)

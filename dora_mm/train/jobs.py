@@ -1,4 +1,4 @@
-"""dora-mm in processes of its own: several at a time, the output of each in a file."""
+"""Runs dora-mm commands in subprocesses, several at a time, with the output of each in a log file."""
 
 import os
 import subprocess
@@ -15,12 +15,28 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Job:
+    """A running dora-mm command.
+
+    Attributes:
+        name: Identifies it in messages.
+        process: Its process.
+        log_file: Holds its standard output and standard error.
+    """
+
     name: str
     process: subprocess.Popen
     log_file: Path
 
 
 def start_job(name: str, arguments: list[str], log_file: Path, threads: int) -> Job:
+    """Starts a dora-mm command in a subprocess.
+
+    Args:
+        name: Identifies the job in messages.
+        arguments: The command-line arguments after `dora-mm`.
+        log_file: Receives standard output and standard error; its folder is created.
+        threads: The number of CPU threads that the subprocess uses.
+    """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("w") as output:
         process = subprocess.Popen(
@@ -33,21 +49,31 @@ def start_job(name: str, arguments: list[str], log_file: Path, threads: int) -> 
 
 
 def check_job(job: Job) -> None:
-    """Raises for a job that ended in any other way than done."""
-    status = job.process.returncode
-    if status == 2:
-        sentence = job.log_file.read_text().strip().splitlines()[-1]
-        raise ValueError(f"a training of the comparison stopped: {sentence}")
-    if status != 0:
-        raise RuntimeError(f"{job.name} ended with exit code {status}; its output is in {job.log_file}")
-
-
-def run_jobs(starts: Sequence[Callable[[], Job]], workers: int, done: Callable[[Job], None]) -> None:
-    """Starts them in their order, `workers` at a time, and calls `done` with each that has ended well.
+    """Checks that a finished job succeeded.
 
     Raises:
-        ValueError: one stopped with a sentence. The others are told to save their state, as they are when this process
-            is interrupted.
+        ValueError: The job reported a user's mistake; the message is its last line of output.
+        RuntimeError: The job failed in any other way.
+    """
+    status = job.process.returncode
+    if status == 2:
+        message = job.log_file.read_text().strip().splitlines()[-1]
+        raise ValueError(f"the training {job.name} of the comparison failed: {message}")
+    if status != 0:
+        raise RuntimeError(f"the training {job.name} failed with exit code {status}; its output is in {job.log_file}")
+
+
+def run_jobs(starts: Sequence[Callable[[], Job]], workers: int, on_success: Callable[[Job], None]) -> None:
+    """Runs jobs, `workers` at a time. When one fails, or this process is interrupted, the others save their state.
+
+    Args:
+        starts: Functions that each start one job; called in this order.
+        workers: How many jobs run at a time.
+        on_success: Called with each job that has succeeded.
+
+    Raises:
+        ValueError: A job reported a user's mistake.
+        RuntimeError: A job failed in any other way.
     """
     waiting, running = list(starts)[::-1], []
     with tqdm(total=len(starts), desc="trainings", unit="training", disable=None) as bar:  # None: terminals only
@@ -59,7 +85,7 @@ def run_jobs(starts: Sequence[Callable[[], Job]], workers: int, done: Callable[[
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
                     check_job(job)
-                    done(job)
+                    on_success(job)
                     bar.update()
         finally:
             for job in running:

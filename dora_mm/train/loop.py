@@ -40,24 +40,34 @@ def fit(
     after_step: Hook | None = None,
     observe: Hook | None = None,
 ) -> int:
-    """Trains until `config.steps` optimizer steps are done and returns how many this call did.
+    """Trains until `config.steps` optimizer steps are done.
 
-    A run with checkpoints goes on from its newest one. What a batch holds is `batch_at`'s business and depends on the
-    number of the batch alone, all randomness of the loss comes from (seed, batch), so a resumed run repeats an
-    uninterrupted one bit for bit. An interruption (KeyboardInterrupt) leaves a checkpoint and is raised again.
+    If the run directory holds checkpoints, training resumes from the newest one. The contents of a batch depend only
+    on its number, and all randomness of the loss comes from (seed, batch number), so a resumed run repeats an
+    uninterrupted one bit for bit. An interruption (KeyboardInterrupt) saves a checkpoint and is raised again.
 
     Args:
-        networks: those that hold the parameters; several processes average their gradients once per optimizer step.
-        parameters: the trained parameters by name; they are what a checkpoint holds.
-        batch_at: number of the batch (this process's share of it) -> batch.
-        loss: (batch, generator) -> scalar.
-        state: further objects that a checkpoint must restore, such as an EMA.
-        after_step: called with the number of finished steps; for what belongs to the step, such as an EMA.
-        observe: called after that; for what changes nothing that trains, such as scores. A resumed run makes up for a
-            call that was interrupted.
+        accelerator: Supplies device and mixed precision, and averages gradients over processes.
+        run: The directory that receives checkpoints and metrics.
+        config: The training settings.
+        seed: Seed of the loss and of dropout.
+        networks: The networks that hold the parameters, by name. With several processes, their gradients are averaged
+            once per optimizer step.
+        parameters: The trained parameters by name; a checkpoint stores these.
+        optimizer: The optimizer over `parameters`, prepared by `accelerator`.
+        schedule: The learning-rate schedule; advanced once per optimizer step.
+        batch_at: Maps the number of a micro-batch to this process's share of it.
+        loss: Maps (batch, generator) to a scalar loss.
+        state: Further objects that a checkpoint must restore, such as an EMA, by name.
+        after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
+        observe: Called after `after_step` with the same number; for work that does not affect training, such as
+            validation. A call that was interrupted is repeated by the resumed run.
+
+    Returns:
+        The number of optimizer steps that this call performed.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        ValueError: The loss is not finite, or the newest checkpoint cannot be loaded.
     """
     trained = _LossModule(networks, loss)
     modules = trained.networks
@@ -79,8 +89,8 @@ def fit(
 
     interrupt = DeferredInterrupt()
     try:
-        with fixed_parameters(modules, base_only=True):  # nothing here trains the weight under an adapter
-            pending.run(observe, step, again=True)
+        with fixed_parameters(modules, base_only=True):  # the base weight of an adapted layer is never trained here
+            pending.run(observe, step, only_interrupted=True)
             while step < config.steps:
                 rate = float(schedule.get_last_lr()[0])
                 with interrupt:
@@ -117,9 +127,9 @@ class _PendingHook:
     def __init__(self):
         self.interrupted = False
 
-    def run(self, hook: Hook | None, step: int, *, again: bool = False) -> None:
-        """`again`: only what was interrupted before."""
-        if hook is not None and (self.interrupted or not again):
+    def run(self, hook: Hook | None, step: int, *, only_interrupted: bool = False) -> None:
+        """Calls `hook`; with `only_interrupted`, only if its last call did not finish."""
+        if hook is not None and (self.interrupted or not only_interrupted):
             self.interrupted = True
             hook(step)
         self.interrupted = False
@@ -137,7 +147,7 @@ def _resume(run: RunDirectory, parameters: Mapping[str, nn.Parameter], parts: Ma
 
 
 class _LossModule(nn.Module):
-    """The loss as a module over the networks it trains: the form in which accelerate synchronises gradients."""
+    """The loss as a module that contains the trained networks, because accelerate synchronises gradients by module."""
 
     def __init__(self, networks: Mapping[str, nn.Module], loss: Callable[[Any, torch.Generator], torch.Tensor]):
         super().__init__()
@@ -149,14 +159,15 @@ class _LossModule(nn.Module):
 
 
 def _accumulate(accelerator, trained, config, seed, step, batch_at) -> float:
-    """Adds up the gradients of one optimizer step's batches; returns their mean loss."""
+    """Accumulates the gradients of one optimizer step's micro-batches and returns their mean loss."""
     total = torch.zeros((), device=accelerator.device)
     for micro in range(config.gradient_accumulation_steps):
         number = step * config.gradient_accumulation_steps + micro
         stream = generator(seed, number, f"loss {accelerator.process_index}", accelerator.device)
-        dropout = generator(seed, number, f"dropout {accelerator.process_index}").initial_seed()
+        dropout_seed = generator(seed, number, f"dropout {accelerator.process_index}").initial_seed()
         last = micro + 1 == config.gradient_accumulation_steps
-        with seeded(dropout, accelerator.device), contextlib.nullcontext() if last else accelerator.no_sync(trained):
+        gradient_sync = contextlib.nullcontext() if last else accelerator.no_sync(trained)
+        with seeded_dropout(dropout_seed, accelerator.device), gradient_sync:
             with accelerator.autocast():
                 value = trained(batch_at(number), stream)
             accelerator.backward(value / config.gradient_accumulation_steps)
@@ -165,8 +176,8 @@ def _accumulate(accelerator, trained, config, seed, step, batch_at) -> float:
 
 
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's own generators, from which dropout draws, start from `seed` inside and go on as they were outside."""
+def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds PyTorch's global generators, from which dropout draws, and restores their state on exit."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -187,7 +198,14 @@ def _update(accelerator, parameters, optimizer, schedule, max_grad_norm) -> floa
 
 
 class Progress:
-    """A bar with loss, rate and time left; a plain line now and then where the output is no terminal."""
+    """A progress bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
+
+    Args:
+        first: The step that training starts from.
+        total: The step that it ends at.
+        every: Steps between two plain lines.
+        shown: Whether to print anything.
+    """
 
     def __init__(self, first: int, total: int, every: int, *, shown: bool):
         self.mean_loss = math.nan
@@ -199,12 +217,13 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since the loop began, in this process."""
+        """Seconds since training started in this process."""
         return time.monotonic() - self._started
 
     def advance(self, loss: float, rate: float) -> None:
+        """Records one finished step with its loss and learning rate."""
         self._step += 1
-        # A running mean over some 50 steps: single diffusion losses mostly tell which timesteps were drawn.
+        # A running mean over some 50 steps: a single diffusion loss mostly reflects which timesteps were drawn.
         self.mean_loss = loss if math.isnan(self.mean_loss) else 0.98 * self.mean_loss + 0.02 * loss
         self._bar.set_postfix(loss=f"{self.mean_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
         self._bar.update()

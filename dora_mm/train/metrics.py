@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line, and TensorBoard where it is installed."""
+"""The metrics of a run: one JSON object per line, and TensorBoard files if it is installed."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,13 @@ from typing import Any
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and tensorboard/. After a resume, rows from the resumed step on are written again."""
+    """Appends to metrics.jsonl and tensorboard/ in one folder.
+
+    Args:
+        folder: Where both are.
+        resumed_step: The number of finished steps that the run resumes from. Rows of later steps are dropped, because
+            the resumed run writes them again.
+    """
 
     def __init__(self, folder: Path, resumed_step: int = 0):
         self.path = folder / "metrics.jsonl"
@@ -15,7 +21,7 @@ class MetricsLog:
         self._board = _tensorboard(folder / "tensorboard", resumed_step)
 
     def write(self, step: int, **values: float) -> None:
-        """One row: `values` after `step` finished steps."""
+        """Appends one row with the `values` after `step` finished steps."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -29,18 +35,18 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
+    """The rows of a metrics.jsonl file: dicts with `step` and the logged values."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _keep_rows_before(path: Path, resumed_step: int) -> None:
-    """Drops what an interrupted run logged after its last checkpoint: it will be logged again."""
+    """Drops the rows that an interrupted run logged after its last checkpoint; they will be logged again."""
     if path.exists():
         kept = []
         for line in path.read_text().splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # the line that a killed process did not finish
+            except json.JSONDecodeError:  # a line that a killed process did not finish
                 break
             if row["step"] <= resumed_step:
                 kept.append(line + "\n")
@@ -50,6 +56,6 @@ def _keep_rows_before(path: Path, resumed_step: int) -> None:
 def _tensorboard(folder: Path, resumed_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an extra: metrics.jsonl holds the same numbers
+    except ImportError:  # TensorBoard is optional: metrics.jsonl holds the same numbers
         return None
     return SummaryWriter(folder, purge_step=resumed_step + 1 if resumed_step else None)

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules by the names that a config gives them."""
+"""Builds the optimiser and the learning-rate schedule that a config names."""
 
 from collections.abc import Iterable, Mapping
 
@@ -10,13 +10,17 @@ from dora_mm.config.schema import EpochTrainConfig, OptimizerConfig, ScheduleCon
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimiser over `parameters` (name -> parameter); magnitudes form a group of their own where they have a rate.
+    """Builds the optimiser; magnitudes form a separate parameter group if `optimizer.magnitude_lr` is set.
+
+    Args:
+        parameters: The trained parameters by name.
+        config: The `optimizer` section.
 
     Raises:
-        ValueError: there is nothing to train, or the optimiser's package is missing.
+        ValueError: There is nothing to train, or the optimiser's package is not installed.
     """
     if not parameters:
-        raise ValueError("There is nothing to train: no parameter was selected.")
+        raise ValueError("There is nothing to train: the config selects no parameters.")
     groups = _groups(parameters, config)
     if config.name == "adamw":
         return torch.optim.AdamW(
@@ -31,9 +35,9 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
         from prodigyopt import Prodigy
     except ImportError:
         raise ValueError(
-            "optimizer.name prodigy needs the package prodigyopt: pip install 'dora_mm[optim]' brings it."
+            "optimizer.name prodigy needs the package prodigyopt: run pip install 'dora_mm[optim]'."
         ) from None
-    # Bias correction and the warm-up safeguard are what its authors advise for diffusion models.
+    # Its authors recommend bias correction and the warm-up safeguard for diffusion models.
     return Prodigy(
         groups,
         lr=config.lr,
@@ -61,22 +65,33 @@ def _groups(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> 
 
 
 def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, batches_per_epoch: int) -> TrainConfig:
-    """With `epochs` as steps. ValueError where warming up would take all of them."""
+    """Returns the training settings with `epochs` converted to optimizer steps.
+
+    Args:
+        train: The `train` section, with either `steps` or `epochs`.
+        schedule: The `schedule` section.
+        batches_per_epoch: Micro-batches in one pass over the data.
+
+    Raises:
+        ValueError: `schedule.warmup_steps` is not below the number of steps.
+    """
     steps = train.steps or -(-(train.epochs or 1) * batches_per_epoch // train.gradient_accumulation_steps)
     if schedule.warmup_steps >= steps:
-        raise ValueError(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.epochs' {steps} steps")
+        raise ValueError(
+            f"schedule.warmup_steps ({schedule.warmup_steps}) must be below the {steps} steps of train.epochs"
+        )
     return train.model_copy(update={"steps": steps})
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning-rate schedule over `steps` optimizer steps."""
+    """Builds the learning-rate schedule over `steps` optimizer steps, from the `schedule` section."""
     name = "constant_with_warmup" if config.name == "constant" else config.name
     warmup = config.warmup_steps or round(config.warmup_ratio * steps)
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The norm of all gradients together, without clipping them."""
+    """The norm of all gradients concatenated, (), without clipping them."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

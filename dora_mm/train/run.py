@@ -1,4 +1,4 @@
-"""Run directories: runs/<name>/<NNN>, numbered, never overwritten."""
+"""Run directories: runs/<name>/<NNN>, numbered and never overwritten."""
 
 import json
 import platform
@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm.config.loader import dump_config
-from dora_mm.config.schema import PipelineConfig
+from dora_mm.config.schema import AnyAdapterConfig, PipelineConfig
+from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.atomic import write_text
 
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -21,7 +22,15 @@ INPUTS = "inputs.json"
 
 
 class RunDirectory:
-    """One run's folder. Everything that the run writes lies in it."""
+    """The folder that holds everything one run writes.
+
+    Attributes:
+        path: The folder itself.
+        checkpoints: The folder of checkpoints.
+        adapter: The folder of the final adapter.
+        samples: The folder of sampled images.
+        sheet: The contact sheet, a PNG file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -40,41 +49,49 @@ class RunDirectory:
         root: Path = Path("runs"),
         inputs: Mapping[str, str] | None = None,
     ) -> "RunDirectory":
-        """A new folder with the resolved config and the versions in it: `output`, or the next number of `name`.
+        """Creates a run directory that holds the resolved config and the versions of the software.
 
         Args:
-            inputs: digests, by what they are of, of the files that the config only names.
+            name: The name of the run; without `output`, the directory is the next number in `root`/`name`.
+            config_text: The resolved config as YAML.
+            output: The directory to create instead.
+            root: The folder of all numbered runs.
+            inputs: Digests of the data and models that the config refers to, by a description of each.
 
         Raises:
-            ValueError: `output` exists, or lies below a file.
+            ValueError: `output` exists already, or its parent is a file.
         """
         path = _claim(Path(output).expanduser()) if output is not None else _claim_number(root / name)
         write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
         write_text(path / INPUTS, json.dumps(dict(inputs or {}), indent=2) + "\n")
-        write_text(path / "config.yaml", config_text)  # last: it is what makes the folder a run
+        write_text(path / "config.yaml", config_text)  # last, because this file marks the folder as a run directory
         return cls(path)
 
     @classmethod
     def resume(cls, path: Path, inputs: Mapping[str, str] | None = None) -> "RunDirectory":
-        """An existing run's folder.
+        """Opens the directory of an existing run.
+
+        Args:
+            path: The run directory.
+            inputs: The current digests, as given to `create`.
 
         Raises:
-            ValueError: there is no run in it, or one that was started with other `inputs`.
+            ValueError: `path` is not a run directory, or the run was started with different `inputs`.
         """
         if not (path / "config.yaml").is_file():
-            raise ValueError(f"{path} is not a run directory: it holds no config.yaml.")
+            raise ValueError(f"{path} is not a run directory: it has no config.yaml.")
         run = cls(path)
-        if changed := run.changed(inputs or {}):
-            raise ValueError(f"{path} cannot go on: since it was started, {' and '.join(changed)} have changed.")
+        if changed := run.changed_inputs(inputs or {}):
+            raise ValueError(f"{path} cannot be resumed: {' and '.join(changed)} have changed since it was started.")
         return run
 
-    def changed(self, inputs: Mapping[str, str]) -> list[str]:
-        """Which of the inputs are others than those that the run was started with."""
+    def changed_inputs(self, inputs: Mapping[str, str]) -> list[str]:
+        """The descriptions of the inputs whose digest differs from the one that the run was started with."""
         before = json.loads((self.path / INPUTS).read_text()) if inputs else {}
         return [name for name, digest in inputs.items() if before.get(name) != digest]
 
     def stage(self, name: str) -> "RunDirectory":
-        """A folder inside it for one stage of a run that has several, with checkpoints and metrics of its own."""
+        """Creates a subfolder, with separate checkpoints and metrics, for one stage of a run that has several."""
         (self.path / name).mkdir(exist_ok=True)
         return RunDirectory(self.path / name)
 
@@ -82,7 +99,17 @@ class RunDirectory:
 def start_run(
     accelerator: Accelerator, config: PipelineConfig, inputs: Mapping[str, str], resume: Path | None
 ) -> RunDirectory:
-    """One folder for all processes, made by the first; or the one that is gone on with."""
+    """Opens the run directory of a training: a new one, created by the main process, or the one to resume.
+
+    Args:
+        accelerator: Tells the other processes of a distributed training which directory was created.
+        config: Its resolved text is saved in a new directory.
+        inputs: Digests of the data and models that the config refers to, by a description of each.
+        resume: The run directory to resume; None starts a new run.
+
+    Raises:
+        ValueError: See `RunDirectory.create` and `RunDirectory.resume`.
+    """
     if resume is not None:
         return RunDirectory.resume(resume, inputs)
     made: list[Any] = [None]
@@ -92,17 +119,44 @@ def start_run(
 
 
 def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) -> RunDirectory:
-    """A new run directory: the config's `output`, or the next number of `runs/<name>`. Raises as RunDirectory.create.
+    """Creates a run directory: the config's `output`, or the next number in `runs/<name>`.
 
     Args:
-        config: Its resolved text is saved in the folder.
-        inputs: Digests, by what they are of, of the files that the config only names.
+        config: Its resolved text is saved in the directory.
+        inputs: Digests of the data and models that the config refers to, by a description of each.
+
+    Raises:
+        ValueError: `output` exists already, or its parent is a file.
     """
     return RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)
 
 
+def training_summary(
+    run: RunDirectory, adapter: AnyAdapterConfig, num_parameters: int, steps: int, **details: Any
+) -> dict[str, Any]:
+    """The entries of summary.json that every training has, with the last time and loss of metrics.jsonl.
+
+    Args:
+        run: The run directory of the finished training.
+        adapter: The section of the config.
+        num_parameters: The number of trained parameters.
+        steps: The number of optimizer steps.
+        **details: Further entries, behind the common ones.
+    """
+    last = read_metrics(run.path / "metrics.jsonl")[-1]
+    return {
+        "method": adapter.method,
+        "rank": adapter.rank,
+        "parameters": num_parameters,
+        "steps": steps,
+        "seconds": round(last["seconds"], 1),
+        "loss": round(last["loss"], 4),
+        **details,
+    }
+
+
 def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
-    """summary.json, and the same as a table on the screen."""
+    """Writes summary.json and prints the same values as a table."""
     write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
     width = max(map(len, summary))
     for name, value in summary.items():
@@ -114,15 +168,15 @@ def _claim(path: Path) -> Path:
         path.mkdir(parents=True)
     except FileExistsError:
         raise ValueError(
-            f"output {path} exists: name another folder, or leave output out for a numbered one."
+            f"output {path} exists already: choose another folder, or leave output out to get a numbered one."
         ) from None
     except NotADirectoryError:
-        raise ValueError(f"output {path} lies below a file: name another folder.") from None
+        raise ValueError(f"output {path} is inside a file, not a folder: choose another folder.") from None
     return path
 
 
 def _claim_number(parent: Path) -> Path:
-    """Creating the folder is the claim: two runs that start together get two numbers."""
+    """Claims the next number by creating its folder, so that two runs that start together get different numbers."""
     parent.mkdir(parents=True, exist_ok=True)
     number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0) + 1
     while True:
@@ -135,7 +189,7 @@ def _claim_number(parent: Path) -> Path:
 
 
 def versions() -> dict[str, Any]:
-    """What ran: the packages that decide the numbers, Python and the machine."""
+    """The versions of Python and of the packages that affect results, and the machine. None: not installed."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
@@ -145,5 +199,5 @@ def versions() -> dict[str, Any]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    found["torch"] = torch.__version__  # with the build, which the package's version leaves out: +cu130
+    found["torch"] = torch.__version__  # includes the build, such as +cu130, which the package metadata omits
     return found

@@ -1,4 +1,4 @@
-"""Scores on validation splits, while a model trains and after it. What a score is of, the caller knows."""
+"""Validation during and after training. The caller decides what is scored and how."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Scored(Protocol):
 
     @property
     def value(self) -> float | None:
-        """The main metric, more is better; None where it could not be computed."""
+        """The main metric, higher is better; None if it could not be computed."""
         ...
 
 
@@ -26,16 +26,16 @@ ScoresT = TypeVar("ScoresT", bound=Scored)
 
 
 class Validation(Generic[ScoresT]):
-    """Called after steps: scores every task, logs the main metrics, and saves the best so far, per task and overall.
+    """Scores every task, logs the main metrics, and saves the best adapter so far, per task and overall.
 
-    The best so far is read from the log, whose rows after the resumed step are dropped: a resumed run decides as an
-    uninterrupted one does.
+    The best values so far are read from the log, whose rows after the resumed step are dropped, so that a resumed run
+    makes the same decisions as an uninterrupted one.
 
     Args:
         run: The run directory; the log is `validation/metrics.jsonl` in it.
-        evaluate: Scores the model as it is now, by task name.
-        save: Writes the adapter into a folder; those of the best are `best/<task>` and `best/overall`.
-        resumed_step: The number of finished steps that the run goes on from, 0 for a new one.
+        evaluate: Scores the model in its current state, by task name.
+        save: Writes the adapter into a folder; the best ones go to `best/<task>` and `best/overall`.
+        resumed_step: The number of finished steps that the run resumes from; 0 for a new run.
     """
 
     def __init__(
@@ -49,14 +49,15 @@ class Validation(Generic[ScoresT]):
         self.log = MetricsLog(run.stage("validation").path, resumed_step)
 
     def __call__(self, step: int) -> Mapping[str, ScoresT]:
-        """The scores after `step` finished steps, by task name."""
+        """Validates after `step` finished steps and returns the scores by task name."""
         scores = self.evaluate()
         values = main_values(scores)
         before = [row for row in read_metrics(self.log.path) if row["step"] < step]
         for name, value in values.items():
             if all(value > row.get(name, float("-inf")) for row in before):
                 self.save(self.run.path / "best" / name)
-        if not any(row["step"] == step for row in read_metrics(self.log.path)):  # a finished run, resumed
+        # Resuming a finished run validates its last step again, which is logged already.
+        if not any(row["step"] == step for row in read_metrics(self.log.path)):
             self.log.write(step, **values)
         return scores
 
@@ -65,15 +66,15 @@ class Validation(Generic[ScoresT]):
 
 
 def overall(values: Mapping[str, float]) -> float:
-    """How good all tasks are together: the geometric mean of their main metrics.
+    """One score for all tasks: the geometric mean of their main metrics.
 
-    Captions would decide the arithmetic one. On the composed scenes CIDEr exceeds 200 and moves by 20 from one learning
-    rate to the next, where accuracies move by 5.
+    Captions would dominate the arithmetic mean: on the composed scenes CIDEr exceeds 200 and changes by 20 from one
+    learning rate to the next, while accuracies change by 5.
     """
     return math.prod(values.values()) ** (1 / len(values))
 
 
 def main_values(scores: Mapping[str, Scored]) -> dict[str, float]:
-    """The main metric of each task that has one, and `overall`."""
+    """The main metric of each task that has one, and `overall`; empty if no task has one."""
     values = {name: found.value for name, found in scores.items() if found.value is not None}
     return {**values, OVERALL: overall(values)} if values else {}

@@ -1,0 +1,1 @@
+"""Atomic file writes, content digests, seeded generators, devices and text tables."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ from torch import Tensor
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary name beside `path`, flushes it to the disk and renames it. OSError, such as a full
-    disk, leaves nothing behind."""
+    """Writes a file under a temporary name in the same folder, flushes it to disk and renames it to `path`.
+
+    Missing parent folders are created. After an error the temporary file is removed and an existing `path` is kept.
+
+    Args:
+        path: The final file; it is replaced if it exists.
+        write: Called with the temporary path, to which it must write the content.
+
+    Raises:
+        OSError: The file cannot be written, for example because the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()
-        permissions = partial.stat().st_mode  # what the umask gives; safetensors' own files are the owner's alone
+        permissions = (
+            partial.stat().st_mode
+        )  # as the umask sets them; safetensors creates files that only their owner can read
         write(partial)
         partial.chmod(permissions)
         flush(partial)
@@ -28,11 +39,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically; see `write_atomically`."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Waits until the content of a file, or the directory entries of a folder, are on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,5 +53,15 @@ def flush(path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file atomically.
+
+    Args:
+        path: The final file; it is replaced if it exists.
+        tensors: Tensors on any device by name; they may be views or share memory.
+        metadata: Text entries of the file's header.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda partial: save_file(contiguous, partial, metadata=dict(metadata)))

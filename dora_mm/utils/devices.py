@@ -1,10 +1,10 @@
-"""Which device a program runs on that is given none."""
+"""The device used where the caller names none."""
 
 import torch
 
 
 def default_device() -> torch.device:
-    """The accelerator that torch sees (CUDA, MPS, XPU), else the CPU; of several processes each has its own."""
+    """The accelerator that torch finds (CUDA, MPS, XPU), else the CPU; one per process in distributed runs."""
     from accelerate import PartialState
 
     device = PartialState().device

@@ -1,4 +1,4 @@
-"""What weights are, as a key for what was computed with them."""
+"""Digests of weights, used as keys of results computed with them."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def module_digest(module: torch.nn.Module) -> str:
-    """The identity of a network: SHA-256 over the names, dtypes, shapes and bytes of its weights (1 s for SDXL's)."""
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, in hex (1 s for SDXL's)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, step, purpose): nothing to save, nothing to restore, resuming is exact."""
+"""Randomness as a function of (seed, step, purpose): no generator state to save or restore, resuming is exact."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,21 +7,35 @@ import torch
 
 
 def generator(seed: int, step: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose stream depends on the three arguments alone. Other processes, other `purpose`s."""
+    """A generator whose stream depends only on `seed`, `step` and `purpose`.
+
+    Args:
+        seed: The seed of the run.
+        step: The training step, epoch or item number that the values are for.
+        purpose: What the values are used for. Independent uses, and different processes, need different purposes.
+        device: Where the generator lives; the same arguments give other values on another kind of device.
+    """
     digest = hashlib.sha256(f"{seed}/{step}/{purpose}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def batch_indices(num_items: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The items of batch `step`: consecutive pieces of one endless sequence of seeded permutations of all items.
+    """The item indices of batch `step`.
 
-    Every item is seen once per epoch, and a batch may straddle two epochs, so that no item is ever dropped.
+    Batches are consecutive slices of an endless sequence of seeded permutations. Every item is used once per epoch, and
+    a batch may straddle two epochs, so that no item is ever dropped.
+
+    Args:
+        num_items: Size of the data set.
+        batch_size: Items per batch.
+        step: Number of the batch, from 0.
+        seed: The seed of the run.
 
     Raises:
-        ValueError: there are no items.
+        ValueError: There are no items.
     """
     if num_items < 1:
-        raise ValueError("There is nothing to train on: the data set holds no items.")
+        raise ValueError("There is nothing to train on: the data set has no items.")
     positions = range(step * batch_size, (step + 1) * batch_size)
     epochs = {position // num_items for position in positions}
     orders = {epoch: _epoch_order(num_items, epoch, seed) for epoch in epochs}
@@ -33,17 +47,23 @@ def _epoch_order(num_items: int, epoch: int, seed: int) -> Sequence[int]:
 
 
 def batch_of_groups(groups: Sequence[Sequence[int]], batch_size: int, number: int, seed: int) -> list[int]:
-    """Batch `number` where only items of one group may share a batch (pictures of one shape).
+    """The item indices of batch `number` where only items of one group may share a batch (images of one size).
 
-    An epoch holds every item once, in batches of `batch_size` or, at the end of a group, fewer; items are shuffled
-    within their group and batches among each other, anew in every epoch.
+    An epoch contains every item once, in batches of `batch_size`, the last batch of a group possibly smaller. In every
+    epoch the items are reshuffled within their group, and then the batches among each other.
+
+    Args:
+        groups: The item indices of each group.
+        batch_size: Items per batch.
+        number: Number of the batch, from 0, counted across epochs.
+        seed: The seed of the run.
 
     Raises:
-        ValueError: there are no items.
+        ValueError: There are no items.
     """
     counts = [-(-len(group) // batch_size) for group in groups]
     if not sum(counts):
-        raise ValueError("There is nothing to train on: the data set holds no items.")
+        raise ValueError("There is nothing to train on: the data set has no items.")
     epoch, position = divmod(number, sum(counts))
     stream = generator(seed, epoch, "data order")
     batches = []

@@ -1,20 +1,20 @@
-"""Tables as text: Markdown for files, aligned columns for a terminal."""
+"""Text tables: Markdown for files, aligned columns for a terminal."""
 
 from collections.abc import Sequence
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without a newline at its end."""
+    """A Markdown table, without a trailing newline."""
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def aligned_columns(rows: Sequence[Sequence[str]], num_text: int) -> str:
-    """Rows of cells as lines of equally wide columns.
+    """A text table in which the cells of a column are padded to one width.
 
     Args:
-        rows: The cells, the headings included; every row has as many.
-        num_text: How many columns, from the left, hold text and start at the left; numbers end at the right.
+        rows: The cells, including the heading row; all rows have the same length.
+        num_text: How many leading columns hold text and are left-aligned; the others are right-aligned.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = [str.ljust] * num_text + [str.rjust] * (len(widths) - num_text)

@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         BUILDERS[arguments[0]]()
     except Exception as error:
-        sentence = cli.sentence_for(error)
+        sentence = cli.user_message(error)
         if sentence is None:
             raise
         print(f"samples.build: {sentence}", file=sys.stderr)
-        return cli.MISTAKE
+        return cli.USER_ERROR
     return cli.DONE
 
 

@@ -1,11 +1,11 @@
-"""What the table in dora_mm/kernels/choice.py rests on: our product in one kernel beside the vendor's and one pass.
+"""What the table in dora_mm/kernels/choice.py is based on: our single kernel against the vendor's product and a pass.
 
     python tests/benchmarks/bench_products.py [--dtype bfloat16] [--repeats N] [--output FOLDER]
 
-Needs a GPU. For each shape and direction, in turns: the vendor's product alone, rounded (the limit), one kernel of ours
-(low_rank_matmul), and the vendor's product in fp32 with low_rank_add behind it; captured in graphs, so that starting
-them is not measured. Writes products.csv (microseconds, medians and quartiles), and prints it with our kernel's rate as
-a share of the vendor's, which at 4096 x 1280 x 1280 should be 0.85 or more.
+Needs a GPU. For each shape and direction it measures, alternating: only the vendor's product, rounded (the limit), our
+single kernel (low_rank_matmul), and the vendor's product in fp32 followed by low_rank_add. They are captured in CUDA
+graphs, so that launching them is not measured. Writes products.csv (microseconds, medians and quartiles) and prints it,
+with the rate of our kernel as a fraction of the vendor's, which should be 0.85 or more at 4096 x 1280 x 1280.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("."))
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench_products: there is no GPU here, and without one the kernels are only interpreted")
+        raise SystemExit("bench_products: there is no GPU, and without one the kernels are only interpreted")
     device = torch.device("cuda")
     machine = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
     rows = [
@@ -62,9 +62,20 @@ def main() -> None:
 def measure(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int
 ) -> list[dict[str, object]]:
-    """A row per direction: medians and quartiles, and our kernel's rate as a share of the vendor's."""
+    """Times the products of one shape.
+
+    Args:
+        shape: Numbers of tokens, input features and output features.
+        dtype: The dtype of the operands.
+        device: Where to run.
+        repeats: How many times each product is measured.
+
+    Returns:
+        A row per direction: medians and quartiles in microseconds, and the rate of our kernel as a fraction of the
+        vendor's.
+    """
     rows = []
-    for direction, products in contenders(shape, dtype, device).items():
+    for direction, products in candidates(shape, dtype, device).items():
         times = in_turns({name: partial(time_of, run, device) for name, run in products.items()}, repeats, int)
         row: dict[str, object] = {"tokens": shape[0], "in": shape[1], "out": shape[2], "direction": direction}
         found = {name: summary(seconds) for name, seconds in times.items()}
@@ -76,13 +87,14 @@ def measure(
 
 
 def time_of(run: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """Seconds: on a GPU the mean over a graph of many runs."""
+    """Seconds per run; on a GPU the mean over a CUDA graph of many runs."""
     if device.type == "cuda":
         return triton.testing.do_bench_cudagraph(run, rep=20) / 1e3
     return seconds_of(run, device)
 
 
-def contenders(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+def candidates(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+    """The products to compare, as functions by direction and name."""
     tokens, inner, out = shape
     torch.manual_seed(0)
     x, dY, W0 = (

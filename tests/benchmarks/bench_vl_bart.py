@@ -1,9 +1,11 @@
-"""python tests/benchmarks/bench_vl_bart.py [results/<machine>]: what a step of VL-BART costs beside PEFT's, and batched
-answers beside single ones.
+"""Times a training step of VL-BART against PEFT's, and answering in batches against one question at a time.
 
-bart-base size with random weights, fp32, the paper's run: q and v of all attentions at rank 128; visual embedding,
-biases and norms train too. 8 questions a pass, 20 tokens of text and 36 of a picture, answers of 4 tokens, AdamW. A
-step is one pass, or four of which the gradients add up (train.gradient_accumulation_steps: 4). The arms take turns.
+    python tests/benchmarks/bench_vl_bart.py [results/<machine>]
+
+The size of bart-base with random weights in fp32, and the setting of the paper: q and v of all attentions at rank 128;
+the visual embedding, biases and norms are trained as well. A pass has 8 questions with 20 tokens of text, 36 of an
+image and answers of 4 tokens; the optimizer is AdamW. A step is one pass, or four with accumulated gradients
+(train.gradient_accumulation_steps: 4). The contenders take turns.
 """
 
 import copy
@@ -26,9 +28,9 @@ from dora_mm.config.vl import VLModelConfig
 from dora_mm.models.vl_bart.loading import BART_BASE, config_of, from_bart, load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs, extra_trainable_parameters
 
-ROUNDS = {1: 15, 4: 7}  # by the passes of a step
+ROUNDS = {1: 15, 4: 7}  # number of rounds, by the number of passes per step
 TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
-TRAINS = ("visual_embedding", "biases", "norms")
+EXTRA_TRAINABLE = ("visual_embedding", "biases", "norms")
 
 
 def base() -> VLBart:
@@ -43,19 +45,19 @@ def embedded() -> VLBart:
 
 def ours(model: VLBart):
     inject(model, "bart", DoRASpec(rank=128, alpha=128))
-    return model, [*extra_trainable_parameters(model, TRAINS).values(), *adapter_parameters(model).values()]
+    return model, [*extra_trainable_parameters(model, EXTRA_TRAINABLE).values(), *adapter_parameters(model).values()]
 
 
 def peers(model: VLBart, *, use_dora: bool):
-    further = list(extra_trainable_parameters(model, TRAINS).values())
+    extra = list(extra_trainable_parameters(model, EXTRA_TRAINABLE).values())
     config = peft.LoraConfig(r=128, lora_alpha=128, target_modules=TARGETS, use_dora=use_dora)
     wrapped = peft.get_peft_model(model, config)
-    return wrapped, [*further, *(p for p in wrapped.parameters() if p.requires_grad)]
+    return wrapped, [*extra, *(p for p in wrapped.parameters() if p.requires_grad)]
 
 
 def frozen(model: VLBart):
-    """No adapters: what trains beside them alone."""
-    return model, list(extra_trainable_parameters(model, TRAINS).values())
+    """No adapters, only the extra trainable parameters."""
+    return model, list(extra_trainable_parameters(model, EXTRA_TRAINABLE).values())
 
 
 def inputs(batch: int, num_words: int = 50_000, feature_dim: int = 2048) -> VLInputs:
@@ -63,7 +65,7 @@ def inputs(batch: int, num_words: int = 50_000, feature_dim: int = 2048) -> VLIn
     return VLInputs(ids, torch.ones(batch, 56, dtype=torch.long), torch.randn(batch, 1, 49, feature_dim))
 
 
-class Arm:
+class Contender:
     def __init__(self, built):
         self.model, self.parameters = built
         for parameter in self.parameters:
@@ -81,7 +83,7 @@ class Arm:
         return time.perf_counter() - started
 
 
-ARMS = {
+CONTENDERS = {
     "frozen": frozen,
     "PEFT LoRA": functools.partial(peers, use_dora=False),
     "PEFT DoRA": functools.partial(peers, use_dora=True),
@@ -91,13 +93,13 @@ ARMS = {
 
 def time_steps() -> dict[str, list[float]]:
     model = base()
-    arms = {name: Arm(build(copy.deepcopy(model))) for name, build in ARMS.items()}
+    contenders = {name: Contender(build(copy.deepcopy(model))) for name, build in CONTENDERS.items()}
     batch, labels = inputs(8), torch.randint(5, 50_000, (8, 4))
-    times: dict[str, list[float]] = {label(name, passes): [] for passes in ROUNDS for name in ARMS}
+    times: dict[str, list[float]] = {label(name, passes): [] for passes in ROUNDS for name in CONTENDERS}
     for passes, rounds in ROUNDS.items():
         for turn in range(rounds + 2):
-            for name in ARMS if turn % 2 else reversed(ARMS):
-                seconds = arms[name].step(batch, labels, passes)
+            for name in CONTENDERS if turn % 2 else reversed(CONTENDERS):
+                seconds = contenders[name].step(batch, labels, passes)
                 if turn >= 2:
                     times[label(name, passes)].append(seconds)
     return times
@@ -111,13 +113,13 @@ def time_answers(name: str, model: VLBart) -> dict[str, list[float]]:
     model.eval()
     batch = inputs(32, model.config.vocab_size, model.config.feature_dim)
     sizes = {f"{name}, one batch": 32, f"{name}, one by one": 1}
-    times: dict[str, list[float]] = {how: [] for how in sizes}
+    times: dict[str, list[float]] = {case: [] for case in sizes}
     for _ in range(5):
-        for how, size in sizes.items():
+        for case, size in sizes.items():
             started = time.perf_counter()
             for start in range(0, 32, size):
                 model.answer_ids(VLInputs(*(part[start : start + size] for part in batch)), max_length=6)
-            times[how].append(time.perf_counter() - started)
+            times[case].append(time.perf_counter() - started)
     return times
 
 
@@ -140,8 +142,8 @@ def main(folder: Path | None) -> None:
     for passes in ROUNDS:
         for peer in ("PEFT DoRA", "PEFT LoRA"):
             pairs = zip(times[label(peer, passes)], times[label("our DoRA", passes)], strict=True)
-            ratios = [theirs / mine for theirs, mine in pairs]
-            spread = f"by turns {min(ratios):.3f} to {max(ratios):.3f}"
+            ratios = [theirs / ours for theirs, ours in pairs]
+            spread = f"by round {min(ratios):.3f} to {max(ratios):.3f}"
             print(f"{label(peer, passes)} / our DoRA: {statistics.median(ratios):.3f} ({spread})")
     for name, both in answers.items():
         batched, single = (statistics.median(found) for found in both.values())

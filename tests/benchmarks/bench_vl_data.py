@@ -1,12 +1,12 @@
-"""How soon 440,000 questions are ready to train on, and what that takes of memory.
+"""Measures how long it takes until 440,000 questions are ready for training, and the memory that this needs.
 
     python tests/benchmarks/bench_vl_data.py [--questions N] [--repeats N] [--output FOLDER]
 
-Files in the official layout of VQA v2 are made in a temporary folder, with a picture (an empty file) for every six
-questions. Each measurement is a process of its own, from its start to the first batch of 300 examples:
-    first: the files are read, checked, and kept as a table.
-    again: the table is there already.
-    shuffled: as first, but the annotations are in another order than the questions, so that half of them are held.
+Files in the official layout of VQA v2 are made in a temporary folder, with an image (an empty file) for every six
+questions. Each measurement runs in a separate process, from its start to the first batch of 300 examples:
+    first: the files are read, checked, and saved as a table.
+    again: the table exists already.
+    shuffled: as first, but the annotations are in another order than the questions, so half of them are kept in memory.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 
 QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
 ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
-PER_PICTURE = 6
+PER_IMAGE = 6
 ABOUT = {"info": {"year": 2017}, "license": {"name": "none"}, "data_subtype": "train2014", "data_type": "mscoco"}
 
 
@@ -75,7 +75,7 @@ def run_cases(folder: Path, num_questions: int, repeats: int) -> list[dict[str, 
 
 
 def measure(folder: Path) -> None:
-    """Reads until the first batch is there, and prints the peak of resident memory in MB."""
+    """Reads data up to the first batch, and prints the peak resident memory in MB."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from dora_mm.config.vl import SourceConfig
     from dora_mm.data.vl.mixing import TaskBatches
@@ -97,7 +97,7 @@ def measure(folder: Path) -> None:
 
 
 def write_files(folder: Path, num_questions: int, *, shuffled: bool) -> int:
-    """The pair of files and their pictures; how many megabytes the pair has."""
+    """Writes the two files and their images; returns the size of the two files in MB."""
     rng = random.Random(0)
     words = [f"word{number}" for number in range(3000)]
     numbers = list(range(num_questions))
@@ -106,8 +106,8 @@ def write_files(folder: Path, num_questions: int, *, shuffled: bool) -> int:
         rng.shuffle(numbers)
     write_list(folder / ANNOTATIONS, "annotations", (annotation(number, rng, words) for number in numbers))
     (folder / "images").mkdir(exist_ok=True)
-    for number in range(0, num_questions, PER_PICTURE):
-        (folder / "images" / f"COCO_train2014_{picture(number):012d}.jpg").touch()
+    for number in range(0, num_questions, PER_IMAGE):
+        (folder / "images" / f"COCO_train2014_{image_id(number):012d}.jpg").touch()
     return round(sum((folder / name).stat().st_size for name in (QUESTIONS, ANNOTATIONS)) / 1e6)
 
 
@@ -119,17 +119,17 @@ def write_list(path: Path, key: str, rows) -> None:
         file.write("]}")
 
 
-def picture(number: int) -> int:
-    return 9 + number // PER_PICTURE * 7
+def image_id(number: int) -> int:
+    return 9 + number // PER_IMAGE * 7
 
 
 def question(number: int, rng: random.Random, words: list[str]) -> dict:
     text = f"what is the {' '.join(rng.choices(words, k=4))}?"
-    return {"image_id": picture(number), "question": text, "question_id": 1000 * picture(number) + number % PER_PICTURE}
+    return {"image_id": image_id(number), "question": text, "question_id": 1000 * image_id(number) + number % PER_IMAGE}
 
 
 def annotation(number: int, rng: random.Random, words: list[str]) -> dict:
-    """Ten answers out of three: what is asked decides whether they are words, numbers, or yes and no."""
+    """Ten answers out of three; the question type decides whether they are words, numbers, or yes and no."""
     kind = ("yes/no", "number", "other")[number % 3]
     pool = {"yes/no": ["yes", "no", "maybe"], "number": ["1", "two", "3"], "other": rng.choices(words, k=3)}[kind]
     answers = [
@@ -140,9 +140,9 @@ def annotation(number: int, rng: random.Random, words: list[str]) -> dict:
         "question_type": "what is the",
         "multiple_choice_answer": answers[0]["answer"],
         "answers": answers,
-        "image_id": picture(number),
+        "image_id": image_id(number),
         "answer_type": kind,
-        "question_id": 1000 * picture(number) + number % PER_PICTURE,
+        "question_id": 1000 * image_id(number) + number % PER_IMAGE,
     }
 
 

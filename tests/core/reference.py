@@ -1,7 +1,10 @@
-"""DoRA in float64 with nothing but the textbook formula and autograd, and the layers that tests put against it."""
+"""DoRA in float64 from the textbook formula and autograd alone, and what the tests compare with it."""
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dora_mm.core import Adapter, DoRASpec, adapt_layer
 
@@ -55,6 +58,29 @@ def linear(in_features, out_features, *, bias=True, dtype=torch.float32, seed=0,
         layer = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
     layer.load_state_dict(base.state_dict())
     return base, adapt_layer(layer, DoRASpec(**{"rank": 4, **spec}), path="layer")
+
+
+class NewTensors(TorchDispatchMode):
+    """Records the shapes of all tensors that operators inside return in new memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+        self._storages: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.shapes.append(tuple(t.shape))
+                self._storages.append(StorageWeakRef(t.untyped_storage()))
+        return result
+
+    def num_alive(self, shape: tuple[int, ...]) -> int:
+        """How many of the tensors of this shape still exist."""
+        storages = zip(self.shapes, self._storages, strict=True)
+        return sum(found == shape and not storage.expired() for found, storage in storages)
 
 
 def relative_error(found, expected) -> float:

@@ -1,4 +1,4 @@
-"""bf16 on a processor: the update joins the product before it is rounded, in either form."""
+"""bf16 on a CPU: the update is added to the product before it is rounded, in either form."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def cancelling(kind):
 
 @pytest.mark.parametrize("kind", ["strength", "many", "opposite", "large"])
 def test_large_corrections(kind):
-    """The split form leaves them to the merged one: in c they would be rounded beside y."""
+    """They run in the merged form: as a correction c they would be rounded in addition to y."""
     W0, adapters = cancelling(kind)
     W0, x = W0.bfloat16(), bf16(200, 64)
     W = W0.double() + sum(reference.merged_weight(W0, adapter) - W0.double() for adapter in adapters)
@@ -89,7 +89,7 @@ def test_large_corrections(kind):
 
 
 def test_opposite_branches_leave_nothing(monkeypatch):
-    """Summed before they are rounded, whatever decides about the form."""
+    """They are added before they are rounded, whichever form is chosen."""
     monkeypatch.setattr(fused, "changes_little", lambda *_: True)
     W0, adapters = cancelling("opposite")
     W0, x = W0.bfloat16(), bf16(200, 64)
@@ -98,7 +98,7 @@ def test_opposite_branches_leave_nothing(monkeypatch):
 
 
 def test_magnitudes_far_from_the_norm(form):
-    """Their correction is as large as the product: the split form leaves it to the merged one."""
+    """Their correction is as large as the product: they run in the merged form."""
     W0, adapter = make(32, 64, 4, dtype=torch.float32)
     with torch.no_grad():
         adapter.magnitude[:4] *= torch.tensor([0.0, -1.0, 3.0, 1e-3])
@@ -111,7 +111,7 @@ def test_magnitudes_far_from_the_norm(form):
 
 
 def test_layouts():
-    """Views of wider rows, turned weights, biases with gaps, no tokens: oneDNN misreads some where it is not told."""
+    """Views of wider rows, transposed weights, biases with gaps, no tokens: oneDNN misreads some of them."""
     W0, adapter = make(24, 40, 3, dtype=torch.float32, size=0.02)
     with torch.no_grad():
         adapter.magnitude.copy_(W0.norm(dim=1) * 1.05)
@@ -140,7 +140,7 @@ def test_several_adapters():
 
 
 def test_which_form_ran(form, monkeypatch):
-    """That the fixture decides, for what the other tests take as small changes."""
+    """The fixture decides the form for the small changes of the other tests."""
     ran = []
     for name in ("split", "concatenated"):
         real = getattr(CORRECTED, name)
@@ -151,7 +151,7 @@ def test_which_form_ran(form, monkeypatch):
     assert ran == ["split" if form == "split" else "concatenated"]
 
 
-def test_nothing_of_the_weights_size_is_kept(form):
+def test_nothing_of_the_size_of_the_weight_is_kept(form):
     layer = adapt_layer(nn.Linear(256, 256).bfloat16(), DoRASpec(4), path="layer")
     reference.randomize(layer, size=0.01)
     with torch.no_grad():

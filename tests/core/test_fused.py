@@ -20,7 +20,7 @@ FORMS = ("stacked", "split", "merged")
 
 
 def product(x, W0, bias, adapters, form="merged", **options):
-    """The form follows from how many passes the built weight would serve, and from what is known already."""
+    """Runs one form, by setting how many passes W(t) would serve and whether the row gains are known."""
     prepared = Prepared(num_passes=math.inf if form == "merged" else 0)
     if form == "split":
         prepared.rows = fused.find_row_gains(W0, adapters, fused.LINEAR, None)
@@ -116,14 +116,14 @@ def test_the_form_changes_where_the_counted_costs_meet(out, inner, rank):
 
 
 def test_few_tokens_split_however_often_a_weight_would_serve():
-    """1280 x 1280, 64 tokens, 8 passes: 26.0 ms a layer split, 27.2 merged, and no W' of 6.5 MB."""
+    """1280 x 1280, 64 tokens, 8 passes: 26.0 ms per layer split, 27.2 merged, and no W' of 6.5 MB."""
     assert split_pays(64, 1280, 1280, 16, num_passes=8)
     assert not split_pays(512, 1280, 1280, 16, num_passes=8)
     assert not split_pays(64, 1280, 1280, 16, num_passes=math.inf)
 
 
 def test_a_checkpointed_unet_at_512_px_builds_no_weight_in_its_1280_wide_layers():
-    """256 tokens, read in the pass and in its recomputation: hundreds of W' at once would be 2.4 GB of new memory."""
+    """256 tokens, in the pass and in its recomputation: hundreds of W' at once would take 2.4 GB of new memory."""
     assert split_pays(256, 1280, 1280, 16, num_passes=2)
     assert not split_pays(4096, 1280, 1280, 16, num_passes=2)
 
@@ -149,11 +149,11 @@ def test_the_edge_of_the_choice_in_half_precision(out, inner, rank):
     assert fused.stays_split(x, weight, lora, fused.CORRECTED, 1, torch.bfloat16)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tokens", [1, 5, 70, 200])
-def test_few_tokens_on_either_kind_of_processor(turned, tokens, monkeypatch):
-    """Intel's multiply few rows as they are, others turned, with W0 A^T out of the same product and without."""
-    monkeypatch.setattr(fused, "TRANSPOSING_PAYS", turned)
+def test_few_tokens_on_either_kind_of_processor(transposed, tokens, monkeypatch):
+    """Only on other processors than Intel's is the product of few rows transposed. W0 A^T is part of it or not."""
+    monkeypatch.setattr(fused, "TRANSPOSING_PAYS", transposed)
     monkeypatch.setattr(fused, "stays_split", lambda *_: True)
     W0, adapter = make(48, 64, 4, dtype=torch.float32)
     x, bias, dY = torch.randn(tokens, 64).requires_grad_(), torch.randn(48), torch.randn(tokens, 48)
@@ -189,7 +189,7 @@ def saved_sizes(run):
     ],
 )
 def test_what_is_saved(form, keep_weight, save_output, weights):
-    """x and y (y is kept by whoever reads it anyway), W0, and W(t) where it may be; all else is (T, R) or smaller."""
+    """x and y (which the next operation keeps anyway), W0, and W(t) if allowed; all else is (T, R) or smaller."""
     W0, adapter = make(64, 96, 4, dtype=torch.float32)
     x = torch.randn(500, 96, requires_grad=True)
     options = {"keep_weight": keep_weight, "save_output": save_output}
@@ -267,7 +267,7 @@ def test_zero_and_negative_magnitudes(magnitude, form):
 @pytest.mark.parametrize("large", [10.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_magnitude_gradient_under_a_large_bias(large, dtype):
-    """Rows whose bias drowns y - b take x V^T instead; from y - b alone a bias of 100 would cost bf16 a fifth."""
+    """Rows with a bias much larger than y - b use x V^T: from y - b, bf16 would be off by a fifth at a bias of 100."""
     W0, adapter = make(64, 96, 4, dtype=torch.float32, size=0.05)
     x, dY = torch.randn(200, 96), torch.randn(200, 64)
     bias = torch.where(torch.arange(64) % 2 == 0, large, 0.0)
@@ -349,7 +349,7 @@ def test_few_or_no_tokens(shape):
 
 
 def losses_of_twenty_steps(product, tokens, dtype=torch.float32):
-    """Of SGD on a layer of 48 x 64; float64 and the formula alone are the reference."""
+    """SGD on a layer of 48 x 64. The reference is the formula in float64."""
     W0, adapter = make(48, 64, 4, dtype=torch.float32, scaling=1.0, size=0.2)
     g = torch.Generator().manual_seed(5)
     x = (torch.randn(tokens, 64, generator=g) / 8).to(dtype)  # for outputs, and losses, of about 1

@@ -1,4 +1,4 @@
-"""Adapters in a whole model."""
+"""Adapters in a complete model."""
 
 import pytest
 import torch
@@ -57,8 +57,8 @@ def test_a_shared_module_is_adapted_once_and_everywhere():
 @pytest.mark.parametrize(
     ("net", "pattern", "spec", "words"),
     [
-        (nn.ModuleDict({"x": nn.LayerNorm(4)}), "x", DoRASpec(), "cannot be adapted"),
-        (nn.ModuleDict({"x": nn.Linear(4, 4).half()}), "x", DoRASpec(method="full"), "half precision"),
+        (nn.ModuleDict({"x": nn.LayerNorm(4)}), "x", DoRASpec(), "x, a LayerNorm"),
+        (nn.ModuleDict({"x": nn.Linear(4, 4).half()}), "x", DoRASpec(method="full"), "trains x .* half precision"),
     ],
 )
 def test_modules_that_cannot_be_adapted(net, pattern, spec, words):
@@ -69,26 +69,26 @@ def test_modules_that_cannot_be_adapted(net, pattern, spec, words):
 def test_nothing_is_changed_when_something_is_wrong():
     net = model()
     net[4].forward = lambda x: x
-    with pytest.raises(ValueError, match="4 has a forward function of its own"):
+    with pytest.raises(ValueError, match="forward function of 4"):
         inject(net, ["2", "4"], DoRASpec())
     assert type(net[2]) is nn.Linear
     del net[4].forward
     inject(net, ["2"], DoRASpec())
-    with pytest.raises(ValueError, match="2 is adapted already"):
+    with pytest.raises(ValueError, match="^2 is adapted already"):
         inject(net, ["2"], DoRASpec())
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"method": "dorra"}, "method must be one of dora, lora, magnitude, full"),
-        ({"norm_grad": "no"}, "norm_grad"),
-        ({"dropout": 1.0}, "dropout"),
-        ({"alpha": float("nan")}, "alpha"),
+        ({"rank": 0}, "rank .* 1, not 0"),
+        ({"method": "dorra"}, "method .* dora, lora, magnitude, full, not 'dorra'"),
+        ({"norm_grad": "no"}, "^norm_grad"),
+        ({"dropout": 1.0}, "^dropout"),
+        ({"alpha": float("nan")}, "^alpha"),
     ],
 )
-def test_specs_that_make_no_sense(arguments, words):
+def test_invalid_specs(arguments, words):
     with pytest.raises(ValueError, match=words):
         DoRASpec(**arguments)
 
@@ -101,7 +101,7 @@ def test_models_without_adapters():
         pass
 
 
-def test_strength_of_the_whole_model():
+def test_strength_of_a_model():
     net = model()
     x = torch.randn(2, 3, 3, 3)
     expected = net(x)

@@ -85,7 +85,7 @@ def test_fresh_layer_stays_exact_when_cast():
         assert torch.equal(run(layer, x, None), run(base, x, None))
 
 
-def test_drawing_depends_on_seed_and_path_alone():
+def test_drawing_depends_only_on_seed_and_path():
     def drawn(path, seed, first=None):
         if first:
             adapt_layer(nn.Linear(8, 8), DoRASpec(), path=first, seed=seed)
@@ -181,7 +181,7 @@ def test_stacked_adapters_add_up():
     assert torch.equal(layer(x), base(x))
     layer.set_strength(1, "other")
     torch.testing.assert_close(layer(x), other(x), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="'other' already"):
+    with pytest.raises(ValueError, match="layer has an adapter named 'other'"):
         layer.stack("other", other.spec, other.adapter_tensors(), 1.0)
 
 
@@ -215,7 +215,7 @@ def test_adapters_keep_their_precision():
     assert layer.half().lora_A.dtype == torch.float32
 
 
-def test_output_dtype_is_the_bases():
+def test_output_dtype_is_that_of_the_base():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         _, layer = reference.linear(8, 6, dtype=dtype)
         reference.randomize(layer)
@@ -224,7 +224,7 @@ def test_output_dtype_is_the_bases():
             assert layer(torch.randn(3, 8, dtype=dtype)).dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
 
 
-def test_meta_layers_start_anew_when_they_get_memory():
+def test_meta_layers_are_initialised_when_they_get_memory():
     with torch.device("meta"):
         layer = adapt_layer(nn.Linear(8, 6), DoRASpec(rank=2), path="a")
     layer.to_empty(device="cpu")
@@ -245,7 +245,7 @@ def test_fixed_parameters_keep_what_depends_on_them(dtype):
     x = torch.randn(5, 32).to(dtype)
     with torch.no_grad(), fixed_parameters(layer):
         expected = layer(x)
-        layer.magnitude.data.mul_(2)  # breaks the promise, and so is not seen
+        layer.magnitude.data.mul_(2)  # not allowed inside, and so not detected
         assert torch.equal(layer(x), expected)
         with fixed_parameters(layer), torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
@@ -253,15 +253,15 @@ def test_fixed_parameters_keep_what_depends_on_them(dtype):
     assert reference.relative_error(layer(x), expected) > 0.1
 
 
-@pytest.mark.parametrize("uses", [0, 1000])
-def test_gradients_inside_the_promise(uses):
-    """What is kept has no graph: gradients flow as they do outside, in either form, pass after pass."""
+@pytest.mark.parametrize("num_passes", [0, 1000])
+def test_gradients_inside_fixed_parameters(num_passes):
+    """What is kept has no graph: gradients are those outside, in either form and in every pass."""
     _, layer = reference.linear(32, 24)
     reference.randomize(layer)
     x = torch.randn(5, 32, requires_grad=True)
     wanted = [x, *layer.adapter_tensors().values()]
     expected = torch.autograd.grad(layer(x).sum(), wanted)
-    with fixed_parameters(layer, num_passes=uses):
+    with fixed_parameters(layer, num_passes=num_passes):
         with torch.no_grad():
             layer(x)
         for _ in range(2):
@@ -279,7 +279,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_through_the_interface_ends_the_promise(change):
+def test_a_change_through_the_interface_is_detected_inside_fixed_parameters(change):
     _, layer = reference.linear(32, 24)
     reference.randomize(layer)
     twin = copy.deepcopy(layer)
@@ -295,7 +295,7 @@ def test_a_change_through_the_interface_ends_the_promise(change):
 # --- state dicts and copies ---
 
 
-def test_bare_state_dict_loads_strictly_into_a_fresh_layer():
+def test_a_base_state_dict_loads_strictly_into_a_fresh_layer():
     _, layer = reference.linear(8, 6)
     other = nn.Linear(8, 6)
     layer.load_state_dict(other.state_dict())
@@ -303,7 +303,7 @@ def test_bare_state_dict_loads_strictly_into_a_fresh_layer():
     assert torch.equal(layer(x), other(x))
 
 
-def test_bare_state_dict_is_refused_by_a_trained_layer():
+def test_a_base_state_dict_is_refused_by_a_trained_layer():
     _, layer = reference.linear(8, 6)
     reference.randomize(layer)
     with pytest.raises(RuntimeError, match="trained adapter"):

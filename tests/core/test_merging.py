@@ -1,4 +1,4 @@
-"""Merging: what it costs in bits, and that unmerging gives every one of them back."""
+"""Merging: how much rounding loses, and that unmerging restores every bit."""
 
 import copy
 
@@ -24,7 +24,7 @@ def test_merge_and_unmerge_restore_every_bit(dtype):
     assert report.num_modules == 2
     assert abs(report.surviving_share - 1) < (1e-4 if dtype == torch.float32 else 0.02)
     assert reference.relative_error(model[0](x), expected) < 2 * torch.finfo(dtype).eps
-    with pytest.raises(ValueError, match="merged"):
+    with pytest.raises(ValueError, match="adapter of 0 is merged"):
         merge(model)
     unmerge(model)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
@@ -50,7 +50,7 @@ def test_merge_rounds_the_same_way_every_time():
     assert torch.equal(layer.weight, twin.weight)
 
 
-def test_merge_without_a_stash():
+def test_merge_without_keeping_the_base():
     base, layer = reference.linear(8, 6)
     reference.randomize(layer)
     weight = layer.weight

@@ -1,4 +1,4 @@
-"""Adapters over quantised bases: as over a dense base with the dequantised weight, and nothing dense is kept."""
+"""Adapters on quantised layers: as on a dense layer with the dequantised weight, and nothing dense is kept."""
 
 import copy
 
@@ -152,16 +152,16 @@ def test_strength_0_is_the_base_layer_itself(bases):
 
 def test_what_is_refused(bases):
     net = adapted(bases[0])
-    with pytest.raises(ValueError, match="quantised, and a merged weight would lose the update"):
+    with pytest.raises(ValueError, match="^0 is quantised, and merging"):
         merge(net)
     remove(net)
-    with pytest.raises(ValueError, match="quantised, and method full trains weights"):
+    with pytest.raises(ValueError, match="^0 is quantised, and method full"):
         adapted(net[0], method="full")
 
 
 def test_layers_that_are_not_quantised_yet():
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    with pytest.raises(ValueError, match="0 has not been quantised yet"):
+    with pytest.raises(ValueError, match="^0 is not quantised yet"):
         adapted(bitsandbytes.nn.Linear4bit(64, 48))
 
 
@@ -170,5 +170,5 @@ def test_other_kinds_of_weights_are_refused():
 
     base = nn.Linear(64, 48)
     base.weight = nn.Parameter(base.weight.detach().as_subclass(Strange))
-    with pytest.raises(ValueError, match="cannot be adapted"):
+    with pytest.raises(ValueError, match="matches 0, a Linear, which cannot be adapted"):
         adapted(base)

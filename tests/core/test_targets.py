@@ -1,4 +1,4 @@
-"""Which modules a map takes, and what it says when it does not fit."""
+"""Which modules a map selects, and its messages when it does not fit."""
 
 import pytest
 from torch import nn
@@ -40,7 +40,7 @@ def test_a_regular_expression_matches_the_whole_path():
         (r"re:.*\.to_ou\.0", "nearest: to_out.0"),
         ("to_out", "ModuleList, which cannot be adapted"),
         ("norm", "LayerNorm, which cannot be adapted"),
-        ("re:((", "no regular expression"),
+        ("re:((", "'re:((' of target map given is not a valid regular expression"),
     ],
 )
 def test_patterns_that_do_not_fit(pattern, words):
@@ -71,7 +71,7 @@ def test_parts():
     assert set(match_modules(model(Block()), two.select(["q", "out"])).values()) == {"q", "out"}
     with pytest.raises(ValueError, match="no part 'ff'; it has q, out"):
         two.select(["ff"])
-    with pytest.raises(ValueError, match="no part of target map two was chosen"):
+    with pytest.raises(ValueError, match="no part of target map two is selected"):
         two.select([])
     with pytest.raises(ValueError, match="must name the part"):
         TargetMap("two", {"q": ("to_q",), "out": ("to_out.0",)}, expect={"Block": 2})

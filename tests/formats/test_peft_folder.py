@@ -1,4 +1,4 @@
-"""PEFT's folder: PEFT loads ours, we load PEFT's, and nothing that was trained is lost on the way."""
+"""PEFT's folder: PEFT loads ours, we load PEFT's, and nothing that was trained is lost."""
 
 import copy
 import json
@@ -17,20 +17,20 @@ from dora_mm.formats.state import read_tensors
 from dora_mm.models.vl_bart.model import extra_trainable_parameters
 from tests.models.vl_bart.small import small_inputs, small_vl_bart
 
-TRAINS = ("visual_embedding", "biases", "norms")
+EXTRA_TRAINABLE = ("visual_embedding", "biases", "norms")
 
 
 def trained(method: str = "dora", alpha: float = 3.0):
-    """(bare model, the same with a trained adapter, names of what trained beside it)."""
+    """(bare model, the same with a trained adapter, names of the extra trainable parameters)."""
     torch.manual_seed(1)
     bare = small_vl_bart().requires_grad_(False)
     model = copy.deepcopy(bare)
     inject(model, "bart", DoRASpec(rank=2, alpha=alpha, method=method))
-    beside = extra_trainable_parameters(model, TRAINS)
+    extra = extra_trainable_parameters(model, EXTRA_TRAINABLE)
     with torch.no_grad():
-        for parameter in [*beside.values(), *adapter_parameters(model).values()]:
+        for parameter in [*extra.values(), *adapter_parameters(model).values()]:
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return bare, model, list(beside)
+    return bare, model, list(extra)
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def answer(model, inputs):
 
 
 @pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
-def test_it_comes_back(tmp_path, inputs, method):
-    bare, model, beside = trained(method)
-    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+def test_it_loads_again(tmp_path, inputs, method):
+    bare, model, extra = trained(method)
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=extra)
     report = load_adapter({"model": bare}, tmp_path)
     assert report.num_modules == 12
     assert torch.equal(answer(bare, inputs), answer(model, inputs))
@@ -57,8 +57,8 @@ def test_it_comes_back(tmp_path, inputs, method):
 
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_peft_loads_it_with_all_that_trained(tmp_path, inputs, method):
-    bare, model, beside = trained(method)
-    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside, metadata={"base_model": "a/base"})
+    bare, model, extra = trained(method)
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=extra, metadata={"base_model": "a/base"})
     theirs = peft.PeftModel.from_pretrained(bare, str(tmp_path)).eval()
     torch.testing.assert_close(answer(theirs, inputs), answer(model, inputs), rtol=1e-4, atol=1e-4)
     assert theirs.peft_config["default"].base_model_name_or_path == "a/base"
@@ -79,7 +79,7 @@ def test_we_load_what_peft_saves(tmp_path, inputs, use_dora):
 
 
 def test_we_load_the_buffers_that_older_releases_of_peft_save(tmp_path, inputs):
-    """Before 0.21, `bias="all"` takes every tensor along whose name holds "bias": BART's final_logits_bias too."""
+    """Before 0.21, `bias="all"` saves every tensor whose name contains "bias": BART's final_logits_bias too."""
     bare, _, _ = trained()
     theirs = peft.get_peft_model(copy.deepcopy(bare), peft.LoraConfig(r=3, target_modules=["fc1"], bias="all"))
     theirs.save_pretrained(tmp_path)
@@ -90,16 +90,16 @@ def test_we_load_the_buffers_that_older_releases_of_peft_save(tmp_path, inputs):
     assert torch.equal(bare.final_logits_bias, logits_bias)
 
 
-def test_full_weights_take_the_rest_along(tmp_path, inputs):
-    bare, model, beside = trained("full")
-    save_adapter({"model": model}, tmp_path, format="full", extra_parameters=beside)
+def test_extra_parameters_are_saved_with_full_weights(tmp_path, inputs):
+    bare, model, extra = trained("full")
+    save_adapter({"model": model}, tmp_path, format="full", extra_parameters=extra)
     load_adapter({"model": bare}, tmp_path)
     assert torch.equal(answer(bare, inputs), answer(model, inputs))
 
 
-def test_a_file_of_weights_alone_says_what_is_missing(tmp_path):
-    bare, model, beside = trained()
-    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+def test_a_missing_config_is_named(tmp_path):
+    bare, model, extra = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=extra)
     (tmp_path / CONFIG_NAME).unlink()
     with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
         load_adapter({"model": bare}, tmp_path)
@@ -108,16 +108,16 @@ def test_a_file_of_weights_alone_says_what_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("model.decoder.layers.1.encoder_attn.q_proj.lora_magnitude_vector", r"lacks the key .*lora_magnitude_vector"),
         (
-            "model.encoder.layers.0.final_layer_norm.weight",
-            r"lacks .*final_layer_norm\.weight, which was saved with it",
+            "model.decoder.layers.1.encoder_attn.q_proj.lora_magnitude_vector",
+            r"q_proj\.lora_magnitude_vector is missing",
         ),
+        ("model.encoder.layers.0.final_layer_norm.weight", r"final_layer_norm\.weight, .* is missing"),
     ],
 )
-def test_a_file_that_lacks_something_is_refused_and_changes_nothing(tmp_path, inputs, key, message):
-    bare, model, beside = trained()
-    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+def test_an_incomplete_file_is_refused_and_changes_nothing(tmp_path, inputs, key, message):
+    bare, model, extra = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=extra)
     file = tmp_path / FILE_NAME
     tensors = load_file(file)
     del tensors[f"base_model.model.{key}"]
@@ -131,9 +131,9 @@ def test_a_file_that_lacks_something_is_refused_and_changes_nothing(tmp_path, in
     assert torch.equal(answer(bare, inputs), before)
 
 
-def test_a_parameter_that_the_model_lacks_is_refused_and_changes_nothing(tmp_path, inputs):
-    _, model, beside = trained()
-    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+def test_a_parameter_that_the_model_does_not_have_is_refused_and_changes_nothing(tmp_path, inputs):
+    _, model, extra = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=extra)
     other = small_vl_bart("video").requires_grad_(False)
     del other.model.encoder.visual_embedding.image_embedding
     with pytest.raises(ValueError, match="it holds model.encoder.visual_embedding.image_embedding.weight"):
@@ -141,10 +141,10 @@ def test_a_parameter_that_the_model_lacks_is_refused_and_changes_nothing(tmp_pat
     assert not any("lora" in name for name, _ in other.named_parameters())
 
 
-def test_diffusers_format_holds_adapters_alone(tmp_path):
-    _, model, beside = trained()
+def test_diffusers_format_holds_adapters_only(tmp_path):
+    _, model, extra = trained()
     with pytest.raises(ValueError, match="save it as peft"):
-        save_adapter({"unet": model}, tmp_path, extra_parameters=beside)
+        save_adapter({"unet": model}, tmp_path, extra_parameters=extra)
 
 
 def test_other_kinds_of_adapters_are_refused(tmp_path):
@@ -152,7 +152,7 @@ def test_other_kinds_of_adapters_are_refused(tmp_path):
     save_adapter({"model": model}, tmp_path, format="peft")
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
     (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, "peft_type": "IA3"}))
-    with pytest.raises(ValueError, match="describes no LoRA or DoRA adapter"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json .* peft_type"):
         load_adapter({"model": bare}, tmp_path)
 
 
@@ -166,24 +166,24 @@ def unchanged(model, before) -> bool:
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5])
-def test_parameters_that_were_trained_themselves_have_no_strength(tmp_path, strength):
-    bare, model, beside = trained()
-    save_adapter({"model": model}, tmp_path / "with", format="peft", extra_parameters=beside)
+def test_extra_parameters_have_no_strength(tmp_path, strength):
+    bare, model, extra = trained()
+    save_adapter({"model": model}, tmp_path / "with", format="peft", extra_parameters=extra)
     before = values(bare)
-    with pytest.raises(ValueError, match="which was trained itself and has no strength: load it with strength 1"):
+    with pytest.raises(ValueError, match=f"{FILE_NAME} holds the parameter .*, which has no strength"):
         load_adapter({"model": bare}, tmp_path / "with", strength=strength)
     assert unchanged(bare, before)
     save_adapter({"model": model}, tmp_path / "without", format="peft")
     load_adapter({"model": bare}, tmp_path / "without", strength=strength)
 
 
-def test_parameters_that_were_trained_themselves_are_not_stacked(tmp_path, inputs):
-    bare, model, beside = trained()
-    save_adapter({"model": model}, tmp_path / "with", format="peft", extra_parameters=beside)
+def test_extra_parameters_are_not_stacked(tmp_path, inputs):
+    bare, model, extra = trained()
+    save_adapter({"model": model}, tmp_path / "with", format="peft", extra_parameters=extra)
     save_adapter({"model": model}, tmp_path / "without", format="peft")
     load_adapter({"model": bare}, tmp_path / "with", name="first")
     before = values(bare)
-    with pytest.raises(ValueError, match="which was trained itself and cannot be stacked upon the adapter 'first'"):
+    with pytest.raises(ValueError, match=f"{FILE_NAME} holds the parameter .* cannot be stacked .*'first'"):
         load_adapter({"model": bare}, tmp_path / "with", name="second")
     assert unchanged(bare, before)
     load_adapter({"model": bare}, tmp_path / "with", name="first")  # its own values, once more
@@ -193,12 +193,12 @@ def test_parameters_that_were_trained_themselves_are_not_stacked(tmp_path, input
 
 
 def test_nothing_is_changed_where_a_module_cannot_be_adapted(tmp_path):
-    bare, model, beside = trained()
-    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=beside)
+    bare, model, extra = trained()
+    save_adapter({"model": model}, tmp_path, format="peft", extra_parameters=extra)
     hooked = bare.model.decoder.layers[1].self_attn.v_proj
     hooked.forward = hooked.forward
     before = values(bare)
-    with pytest.raises(ValueError, match="has a forward function of its own"):
+    with pytest.raises(ValueError, match=r"forward function of .*layers\.1\.self_attn\.v_proj"):
         load_adapter({"model": bare}, tmp_path)
     assert unchanged(bare, before)
 
@@ -206,15 +206,15 @@ def test_nothing_is_changed_where_a_module_cannot_be_adapted(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alpha_pattern": {"(": 3}}, "its alpha_pattern '(' is no regular expression"),
-        ({"alpha_pattern": [3]}, "its alpha_pattern is no JSON object"),
-        ({"lora_alpha": "three"}, "has a header that makes no sense"),
-        ({"target_modules": "all-linear"}, "lacks all-linear, which was saved with it"),
-        ({"target_modules": [["q_proj"]]}, "lacks ['q_proj'], which was saved with it"),
-        ({"use_dora": False}, "and its header says that it is plain LoRA"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern '(' is not a regular expression"),
+        ({"alpha_pattern": [3]}, "alpha_pattern is not a JSON object"),
+        ({"lora_alpha": "three"}, "has an invalid header for model.model.decoder"),
+        ({"target_modules": "all-linear"}, "all-linear, which was saved in it, is missing"),
+        ({"target_modules": [["q_proj"]]}, "['q_proj'], which was saved in it, is missing"),
+        ({"use_dora": False}, "but its header says that it is plain LoRA"),
     ],
 )
-def test_a_damaged_config_is_told_in_a_sentence(tmp_path, changes, message):
+def test_a_damaged_config_is_refused(tmp_path, changes, message):
     bare, model, _ = trained()
     save_adapter({"model": model}, tmp_path, format="peft")
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
@@ -229,10 +229,10 @@ def test_a_damaged_config_is_told_in_a_sentence(tmp_path, changes, message):
         ("dora", {"method": "lora"}, "method lora, use_dora True"),
         ("lora", {"method": "magnitude"}, "method magnitude, use_dora False"),
         ("dora", {"method": "full"}, "method full, use_dora True"),
-        ("dora", {"parameters": 5}, "lacks 5, which was saved with it"),
+        ("dora", {"parameters": 5}, "5, which was saved in it, is missing"),
     ],
 )
-def test_a_header_that_contradicts_the_config_is_told_in_a_sentence(tmp_path, method, changes, message):
+def test_a_header_that_contradicts_the_config_is_refused(tmp_path, method, changes, message):
     bare, model, _ = trained(method)
     file = save_adapter({"model": model}, tmp_path, format="peft")
     tensors, metadata = read_tensors(file)

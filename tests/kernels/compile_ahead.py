@@ -1,6 +1,6 @@
-"""Compiles every kernel for GPUs that are not here, and prints what the compiler says of registers and spills as JSON.
+"""Compiles every kernel for GPUs that are not in this machine, and prints the registers and spills of each as JSON.
 
-A script of its own, since the interpreter that the other tests use is chosen when triton is imported.
+It is a separate script, since the interpreter that the other tests use is selected when triton is imported.
 """
 
 import json
@@ -26,12 +26,12 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def ones(*names):
-    """A stride of 1 is a constant to Triton, and decides how memory is read."""
+    """Strides of 1, which are constants to Triton and determine how memory is read."""
     return dict.fromkeys(names, 1)
 
 
 def kernels():
-    """(name, kernel, types of the pointer arguments, constants, options) of every variant in use, at rank 64."""
+    """Yields name, kernel, types of the pointers, constants and options of every variant in use, at rank 64."""
     four = {"num_warps": 4}
     for dtype, short in TYPES.items():
         pointers = {"W0": short, "A": "fp32", "B": "fp32", **dict.fromkeys(("n0", "magnitude", "norm", "gain"), "fp32")}
@@ -44,7 +44,7 @@ def kernels():
             flags = {"GAIN_OUT": way == "GAIN_OUT", "GAIN_IN": way == "GAIN_IN", "HAS_BIAS": way == "GAIN_OUT"}
             constants = {
                 **flags,
-                "HAS_LOW": True,
+                "HAS_BRANCH": True,
                 "BLOCK_R": rank_block(64, dtype),
                 "GROUP": low_rank_matmul.GROUP,
                 **chosen,
@@ -52,17 +52,17 @@ def kernels():
             }
             yield f"low_rank_matmul {way} {short}", low_rank_matmul._low_rank_matmul, half, constants, options
         add = {"P": "fp32", "h": short, "B": "fp32", "gain": "fp32", "bias": short, "y": short}
-        constants = {"HAS_GAIN": True, "HAS_BIAS": True, "HAS_LOW": True, "BLOCK_R": rank_block(64, dtype)}
+        constants = {"HAS_GAIN": True, "HAS_BIAS": True, "HAS_BRANCH": True, "BLOCK_R": rank_block(64, dtype)}
         constants |= {"BLOCK_M": low_rank_add.BLOCK_M, "BLOCK_N": low_rank_add.BLOCK_N} | ones("stride_pn", "stride_br")
         yield f"low_rank_add {short}", low_rank_add._low_rank_add, add, constants, four
-        gain_alone = constants | {"HAS_BIAS": False, "HAS_LOW": False}  # dY before the vendor's product
+        gain_alone = constants | {"HAS_BIAS": False, "HAS_BRANCH": False}  # dY before the vendor's product
         yield f"low_rank_add gain {short}", low_rank_add._low_rank_add, add | {"P": short}, gain_alone, four
         sums = {"dY": short, "y": short, "bias": short, "dots": "fp32", "squares": "fp32"}
         constants = {"HAS_BIAS": True, "SLAB": row_sums.SLAB, "BLOCK_T": row_sums.BLOCK_T, "BLOCK_O": row_sums.BLOCK_O}
         yield f"row_sums {short}", row_sums._row_sums, sums, constants | ones("stride_do", "stride_yo"), four
         per_row = dict.fromkeys(("dots", "squares", "magnitude", "norm", "gain"), "fp32") | {"bias": short}
         inner = {**per_row, "dY": short, "x": short, "W0": short, "A": "fp32", "B": "fp32", "dm": "fp32"}
-        constants = {"HAS_BIAS": True, "HAS_LOW": True}
+        constants = {"HAS_BIAS": True, "HAS_BRANCH": True}
         constants |= {"BLOCK_T": magnitude_grad.BLOCK_T, "BLOCK_I": magnitude_grad.BLOCK_I}
         constants |= ones("stride_do", "stride_xi", "stride_wi")
         yield f"magnitude_grad {short}", magnitude_grad._magnitude_grad, inner, constants, four
@@ -85,13 +85,17 @@ def compiled(kernel, pointers, constants, options, capability):
 
 
 def report(found, limit: int) -> dict[str, int]:
-    """Registers a thread, bytes of its stack, where what does not fit into registers is spilled, and bytes of shared
-    memory that are left of `limit` KiB."""
+    """Resources of a compiled kernel.
+
+    Returns:
+        Registers per thread (reg), bytes of the stack to which a thread spills what does not fit into them (stack), and
+        bytes of shared memory left of `limit` KiB (shared_left).
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
         file.flush()
-        said = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    numbers = {name.lower(): int(re.findall(rf"{name}:(\d+)", said)[-1]) for name in ("REG", "STACK")}
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = {name.lower(): int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK")}
     return numbers | {"shared_left": limit * 1024 - found.metadata.shared}
 
 

@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not here, spill nothing, and find the shared memory that they need."""
+"""The kernels compile for GPUs that are not in this machine, spill nothing, and fit into their shared memory."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.4")  # before, its compiler is called otherwise
+pytest.importorskip("triton", minversion="3.4")  # earlier versions call the compiler differently
 
 
 def test_no_kernel_spills_or_needs_more_than_there_is():
@@ -18,5 +18,5 @@ def test_no_kernel_spills_or_needs_more_than_there_is():
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name.split()[0] for name in found} == {"sm_80", "sm_89", "sm_90"}
     assert len(found) == 63
-    assert {name: said for name, said in found.items() if said["stack"]} == {}
-    assert {name: said for name, said in found.items() if said["shared_left"] < 0} == {}
+    assert {name: usage for name, usage in found.items() if usage["stack"]} == {}
+    assert {name: usage for name, usage in found.items() if usage["shared_left"] < 0} == {}

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, inductor, sizes beyond 32 bits, and whole models on the kernels."""
+"""What only a GPU can test: CUDA graphs, inductor, sizes beyond 32 bits, and models on the kernels."""
 
 import copy
 
@@ -77,7 +77,7 @@ def test_compiled_by_inductor_in_one_graph(dtype):
     assert_close(found, expected, 1e-4 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_layer_on_another_gpu_than_the_current_one():
     net = network().to("cuda:1")
     x, dY = (t.to("cuda:1") for t in inputs())
@@ -98,7 +98,7 @@ def test_more_than_2_31_elements():
             assert reference.relative_error(y[rows], layer(x[rows].clone()).double()) < 1e-2
 
 
-def test_a_merged_model_is_the_bare_one():
+def test_a_merged_model_computes_what_a_base_model_does():
     net = network()
     bare = copy.deepcopy(net)
     dora_mm.remove(bare)

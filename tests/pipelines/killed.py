@@ -1,4 +1,4 @@
-"""A run that is killed in the middle, and what must be the same when it has gone on."""
+"""A run that is killed in the middle, and a check that it gives the same weights after resuming."""
 
 import os
 import signal

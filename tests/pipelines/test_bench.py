@@ -1,6 +1,7 @@
-"""The benchmark runs, measures what it says, and the README shows the committed results."""
+"""The benchmark runs and measures correctly, and the README shows the committed results."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_a_small_case_end_to_end(tmp_path):
     assert len(results) == len(bench.CONTENDERS) * 4
     found = {(r.contender, r.measure): r.median for r in results}
     assert found["frozen", "saved"] == 0
-    assert found["our DoRA", "saved"] == 24 * 16 * 4  # W', beside parameters, x and y
+    assert found["our DoRA", "saved"] == 24 * 16 * 4  # W', in addition to parameters, x and y
     assert 0 < found["frozen", "peak"] < found["PEFT DoRA", "peak"]
     bench_results.write_results(tmp_path / "results.csv", results)
     assert bench_results.read_results(tmp_path / "results.csv") == results
@@ -38,7 +39,7 @@ def test_a_small_case_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_peers_are_what_they_were():
+def test_compiled_peers_compute_the_same():
     if not bench.can_compile():
         pytest.skip("torch.compile does not work here")
     base = nn.Linear(16, 24).requires_grad_(False)
@@ -67,7 +68,7 @@ def test_a_small_model_end_to_end():
     model = bench.Model("net", build, ["first", "second"], 2, passes=3)
     with tqdm(disable=True) as progress:
         results = bench.bench_model(model, CPU, torch.float32, 2, progress)
-    assert len(passes) == 4 * 4 * 3  # contenders, rounds with the one that is not counted and the peak's, passes
+    assert len(passes) == 4 * 4 * 3  # contenders; rounds, including the uncounted one and that of the peak; passes
     assert {r.contender for r in results if r.measure == "step"} == set(bench.CONTENDERS) - {"frozen"}
     assert all(r.median > 0 for r in results)
 
@@ -88,7 +89,7 @@ def test_turns_alternate_and_drop_the_first_round():
     assert timing.summary([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
 
 
-def test_peak_counts_what_is_alive_at_once():
+def test_peak_counts_memory_that_is_held_at_once():
     def action():
         for _ in range(3):
             torch.empty(1_000_000)  # freed at once
@@ -98,7 +99,30 @@ def test_peak_counts_what_is_alive_at_once():
 
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "tests/benchmarks/results").glob("*/machine.json")), ids=str)
-def test_the_readme_shows_the_results(folder):
+def test_the_documentation_shows_the_results(folder):
     results = bench_results.read_results(folder.parent / "results.csv")
     text = bench_results.table(results, json.loads(folder.read_text()))
-    assert text in (ROOT / "README.md").read_text(), f"README.md needs the table of {folder.parent}:\n{text}"
+    page = ROOT / "docs" / "benchmarks.md"
+    assert text in page.read_text(), f"{page} needs the table of {folder.parent}:\n{text}"
+
+
+def test_the_readme_shows_some_of_the_same_results():
+    """Every row of its table of costs: PEFT's LoRA in ms or s, PEFT's DoRA and ours as ratios of it."""
+    found = bench_results.read_results(ROOT / "tests/benchmarks/results/epyc_2_cores/results.csv")
+    step = {(r.case, r.rank, r.contender): r.median for r in found if r.measure == "step"}
+    (table,) = re.findall(
+        r"\| \| PEFT LoRA \| PEFT DoRA \| our DoRA \|\n\|[- |]*\n((?:\|.*\n)+)", (ROOT / "README.md").read_text()
+    )
+    cases = [
+        "SDXL 1280, 4096 tokens",
+        "SDXL 1280, 1024 tokens",
+        "8B LLM, attention",
+        "SDXL UNet, 256 px",
+        "bart-base, 16 pictures",
+    ]
+    for case, line in zip(cases, table.splitlines(), strict=True):
+        name, unit, *ratios = (cell.strip() for cell in line.strip("|").split("|"))
+        rank = int(re.search(r"rank (\d+)", name)[1])
+        seconds = step[case, rank, "PEFT LoRA"]
+        assert unit == (f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms")
+        assert ratios == [f"{step[case, rank, who] / seconds:.2f}" for who in ("PEFT DoRA", "our DoRA")]

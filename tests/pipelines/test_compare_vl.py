@@ -1,4 +1,4 @@
-"""A comparison of methods on two tasks, end to end on a random model: cut off, gone on with, refused."""
+"""A comparison of methods on two tasks, end to end on a random model: interrupted, resumed, refused."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ QUESTIONS = SAMPLES / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json"
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Of every picture of the samples, at random: what is compared here is not what they are worth."""
+    """Random features of every image of the samples: their quality does not matter here."""
     folder = tmp_path_factory.mktemp("features")
     rng = np.random.default_rng(0)
     for path in [*SAMPLES.rglob("*.jpg"), *SAMPLES.rglob("*.png")]:
@@ -44,10 +44,10 @@ def model_folder(tmp_path_factory):
     return folder
 
 
-def first_of_picture(number: int) -> int:
-    """The row at which the validation questions about the picture of this number begin."""
-    pictures = [row["image_id"] for row in json.loads(QUESTIONS.read_text())["questions"]]
-    return pictures.index(list(dict.fromkeys(pictures))[number])
+def first_of_image(number: int) -> int:
+    """The row of the first validation question about the image of this number."""
+    images = [row["image_id"] for row in json.loads(QUESTIONS.read_text())["questions"]]
+    return images.index(list(dict.fromkeys(images))[number])
 
 
 def vqa(split: str, **rows: int) -> dict:
@@ -67,7 +67,7 @@ def nlvr2(split: str) -> dict:
 def base(tmp_path, model_folder, features):
     """The file, and the values in it to change."""
     tasks = [
-        {"task": "vqa", "train": vqa("train", limit=24), "valid": vqa("val", limit=first_of_picture(2))},
+        {"task": "vqa", "train": vqa("train", limit=24), "valid": vqa("val", limit=first_of_image(2))},
         {"task": "nlvr2", "train": nlvr2("train"), "valid": nlvr2("dev")},
     ]
     values = {
@@ -94,7 +94,7 @@ def base(tmp_path, model_folder, features):
 def comparison(tmp_path, base):
     def write(**changes) -> str:
         tasks = [
-            {"task": "vqa", "valid": vqa("val", skip=first_of_picture(2), limit=16)},
+            {"task": "vqa", "valid": vqa("val", skip=first_of_image(2), limit=16)},
             {"task": "nlvr2", "valid": nlvr2("test1")},
         ]
         values = {
@@ -117,7 +117,7 @@ def comparison(tmp_path, base):
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Trainings run in this process; what they were told is in the list."""
+    """Runs trainings in this process; their command lines are in the list."""
     found = []
 
     def in_this_process(name, arguments, log_file, threads):
@@ -130,16 +130,16 @@ def commands(monkeypatch):
     return found
 
 
-def test_a_campaign_is_cut_off_goes_on_and_reports(comparison, commands, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "campaign"
     answer = compare_vl.Campaign.answer
 
-    def cut_off(self, training):
+    def interrupted(self, training):
         if training and training.variant.method == "dora":
             raise KeyboardInterrupt
         return answer(self, training)
 
-    monkeypatch.setattr(compare_vl.Campaign, "answer", cut_off)
+    monkeypatch.setattr(compare_vl.Campaign, "answer", interrupted)
     assert main(["eval", comparison()]) == 130
     # full, LoRA 4, DoRA 2 and 4: three rates each, and one more training of the best for the second seed
     assert len(commands) == 4 * (3 + 1)
@@ -150,7 +150,7 @@ def test_a_campaign_is_cut_off_goes_on_and_reports(comparison, commands, tmp_pat
     monkeypatch.setattr(
         compare_vl.Campaign, "answer", lambda self, training: asked.append(training) or answer(self, training)
     )
-    assert main(["eval", comparison(workers=2)]) == 0  # this changes no number
+    assert main(["eval", comparison(workers=2)]) == 0  # this changes no result
     assert commands == []
     assert {training.variant for training in asked} == {Variant("dora", 2), Variant("dora", 4)}
     assert len(asked) == 4
@@ -176,7 +176,7 @@ def test_a_campaign_is_cut_off_goes_on_and_reports(comparison, commands, tmp_pat
     assert "DoRA, rank 2 - LoRA, rank 4" in table
     assert "of 12 intervals exclude 0" in table
 
-    # what is reported of a training is what eval_vl scores it at
+    # the reported scores of a training are those of eval_vl
     chosen = next((folder / "answers").glob("lora-r4-*-seed1.json")).stem
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
     values = {key: base[key] for key in ("model", "vision")}
@@ -195,21 +195,21 @@ def test_a_campaign_is_cut_off_goes_on_and_reports(comparison, commands, tmp_pat
         assert 100 * found[task].values_QS.mean() == pytest.approx(scores[task]["metrics"]["accuracy"])
 
     assert main(["eval", comparison(steps=3)]) == 2
-    assert "started with other values of steps" in capsys.readouterr().err
+    assert "different values of steps" in capsys.readouterr().err
 
 
-def test_every_training_that_adapts_the_tower_answers_with_its_own(comparison, base, commands, tmp_path):
+def test_every_training_that_adapts_the_tower_answers_with_its_own_tower(comparison, base, commands, tmp_path):
     torch.manual_seed(0)
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 192, "image"), small_tokenizer(), tmp_path / "model")
-    pictures = {"images": str(SAMPLES / "images")}
-    task = {"task": "vqa", "train": vqa("train", limit=4, **pictures), "valid": vqa("val", limit=2, **pictures)}
+    images = {"images": str(SAMPLES / "images")}
+    task = {"task": "vqa", "train": vqa("train", limit=4, **images), "valid": vqa("val", limit=2, **images)}
     adapted = base(
         model={"path": str(tmp_path / "model")},
         vision={"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
         adapter={"rank": 2, "vision_parts": ["attn"]},
         data={"tables": str(tmp_path / "tables"), "tasks": [task]},
     )
-    valid = vqa("val", skip=first_of_picture(2), limit=first_of_picture(4) - first_of_picture(2), **pictures)
+    valid = vqa("val", skip=first_of_image(2), limit=first_of_image(4) - first_of_image(2), **images)
     report = {"tables": str(tmp_path / "tables"), "tasks": [{"task": "vqa", "valid": valid}]}
     found = compare_vl.Campaign(load_config(comparison(report=report, steps=1, base=adapted)))
     training = Training(Variant("lora", 4), 0.01, 1)
@@ -218,7 +218,7 @@ def test_every_training_that_adapts_the_tower_answers_with_its_own(comparison, b
     assert not any("lora_A" in name for name, _ in found.vision.named_parameters())
 
 
-def test_what_trainings_have_in_place_of_the_bases_values(comparison, base):
+def test_trainings_override_values_of_the_base(comparison, base):
     config = load_config(comparison())
     loaded = load_config(base())
 
@@ -250,27 +250,27 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
 
     report = yaml.safe_load(Path(comparison()).read_text())["report"]
     shared = {**report, "tasks": changed(report["tasks"], vqa=vqa("val", skip=1))}
-    assert "pictures of vqa are also in the valid of vqa in" in refused(comparison(report=shared))
+    assert "images of vqa are also in the valid of vqa in" in refused(comparison(report=shared))
     trained = {**report, "tasks": changed(report["tasks"], vqa=vqa("train", limit=30))}
-    assert "pictures of vqa are also in the train of vqa in" in refused(comparison(report=trained))
-    unanswered = {**vqa("val", skip=first_of_picture(2)), "annotations": None}
+    assert "images of vqa are also in the train of vqa in" in refused(comparison(report=trained))
+    unanswered = {**vqa("val", skip=first_of_image(2)), "annotations": None}
     without = {**report, "tasks": changed(report["tasks"], vqa=unanswered)}
     assert "has no answers to compare with: it is a test split" in refused(comparison(report=without))
-    single = vqa("val", skip=first_of_picture(2), limit=1)
+    single = vqa("val", skip=first_of_image(2), limit=1)
     alone = {**report, "tasks": changed(report["tasks"], vqa=single)}
-    assert "vqa is about one picture" in refused(comparison(report=alone))
+    assert "report.tasks: vqa has only one image" in refused(comparison(report=alone))
     fewer = {**report, "tasks": report["tasks"][:1]}
-    assert "report.tasks: must be those of" in refused(comparison(report=fewer))
+    assert "report.tasks: must be the tasks of" in refused(comparison(report=fewer))
 
     assert "is a config of compare_vl, not of train_vl_bart" in refused(comparison(base=str(tmp_path / "compare.yaml")))
     untuned = {**base.values["data"], "tasks": [{**base.values["data"]["tasks"][0], "valid": None}]}
-    for changes, said in (
+    for changes, message in (
         ({"data": untuned, "evaluate": {}}, "has no valid for vqa"),
-        ({"adapter": {"rank": 2, "init_from": "some"}}, "goes on from an adapter"),
+        ({"adapter": {"rank": 2, "init_from": "some"}}, "has adapter.init_from"),
     ):
         config = comparison()
         base(**changes)
-        assert said in refused(config)
+        assert message in refused(config)
     base()
     adapted = {"vision": {"tower": "timm/vit_tiny_patch16_224"}, "adapter": {"rank": 2, "vision_parts": ["attn"]}}
     config = comparison(features=["some"], report=fewer)
@@ -281,28 +281,28 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"seeds": [3, 3]}, "seeds names a seed twice"),
         ({"seeds": [3]}, "seeds"),
         ({"rank": 3}, "rank: must be a multiple of 2"),
         ({"report": {"tasks": [{"task": "vqa"}]}}, "report.tasks: vqa has no valid"),
-        ({"report": {"tasks": [{"task": "vqa", "train": vqa("train")}]}}, "vqa takes valid alone"),
+        ({"report": {"tasks": [{"task": "vqa", "train": vqa("train")}]}}, "report.tasks: vqa may only have valid"),
     ],
 )
-def test_what_a_config_may_not_say(comparison, capsys, changes, said):
+def test_invalid_configs(comparison, capsys, changes, message):
     assert main(["eval", comparison(**changes)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_equal_names_are_equal_pictures_unless_they_lie_apart(tmp_path):
+def test_equal_names_are_equal_images_unless_their_folders_differ(tmp_path):
     def split(folder: Path | None, *names: str) -> compare_vl.ValidationSet:
         return compare_vl.ValidationSet(SimpleNamespace(images=lambda: names), folder and str(folder))
 
     (tmp_path / "a" / "sub").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     a, b = tmp_path / "a", tmp_path / "b"
-    shared = compare_vl.shared_pictures
+    shared = compare_vl.shared_images
     assert shared(split(a, "1.png", "2.png"), split(b, "2.png")) == set()
     assert shared(split(a, "sub/2.png"), split(a / "sub", "2.png")) == {str(a / "sub" / "2.png")}
     assert shared(split(a, "sub/2.png", "1.png"), split(None, "2.png")) == {"2"}

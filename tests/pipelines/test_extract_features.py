@@ -1,4 +1,4 @@
-"""dora-mm features: from folders of pictures to a folder of features, interrupted and run again."""
+"""dora-mm features: from folders of images to a folder of features, interrupted and run again."""
 
 import json
 import re
@@ -29,23 +29,23 @@ def draw(path, seed, size=(40, 30)):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """NLVR2 keeps its pictures in numbered folders."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """A folder of images with numbered subfolders, as in NLVR2."""
+    folder = tmp_path / "images"
     for index in range(5):
         draw(folder / str(index % 2) / f"{index}.png", index)
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
 @pytest.fixture
-def config(tmp_path, pictures):
-    """In JSON, which is YAML."""
+def config(tmp_path, images):
+    """The path of a config; JSON is valid YAML."""
     path = tmp_path / "mine.yaml"
     values = {
         "pipeline": "extract_features",
         "output": str(tmp_path / "out"),
-        "images": [str(pictures)],
+        "images": [str(images)],
         "batch_size": 2,
     }
     path.write_text(json.dumps({**values, "vision": VISION, "dtype": "float32"}))
@@ -58,7 +58,7 @@ def run(config, *overrides):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How many pictures went through a tower, batch by batch."""
+    """The sizes of the batches that the tower encoded."""
     sizes = []
     forward = VisionTower.forward
 
@@ -70,34 +70,34 @@ def computed(monkeypatch):
     return sizes
 
 
-def test_features_are_what_the_tower_says(config, pictures, tmp_path, computed):
+def test_features_equal_the_output_of_the_tower(config, images, tmp_path, computed):
     assert run(config) == 0
     assert computed == [2, 2, 1]
     features = open_features([tmp_path / "out"])
     tower = load_tower(VisionConfig(**VISION))
     assert features.dim == tower.feature_dim == 360
-    for path in pictures.rglob("*.png"):
+    for path in images.rglob("*.png"):
         found = features[path.stem]
         torch.testing.assert_close(found, tower(tower.preprocess(load_rgb(path))[None])[0], atol=1e-4, rtol=1e-4)
 
 
-def test_a_second_run_computes_what_is_new_or_has_changed(config, pictures, tmp_path, computed, caplog):
+def test_a_second_run_computes_new_and_changed_images(config, images, tmp_path, computed, caplog):
     assert run(config) == 0
     before = open_features([tmp_path / "out"])["1"]
     del computed[:]
     assert run(config) == 0
     assert computed == []
-    assert "0 computed, 5 were there already" in caplog.text
-    draw(pictures / "1" / "1.png", 77)
+    assert "0 computed, 5 existed already" in caplog.text
+    draw(images / "1" / "1.png", 77)
     draw(tmp_path / "more" / "new.jpg", 78)
-    assert run(config, f"images=[{pictures}, {tmp_path / 'more'}]") == 0
+    assert run(config, f"images=[{images}, {tmp_path / 'more'}]") == 0
     assert sum(computed) == 2
     features = open_features([tmp_path / "out"])
     assert not torch.equal(features["1"], before)
     assert "new" in features
 
 
-def test_an_interrupted_run_goes_on(config, tmp_path, computed, monkeypatch, capsys):
+def test_an_interrupted_run_is_continued(config, tmp_path, computed, monkeypatch, capsys):
     add = extract_features.FeatureWriter.add
 
     def interrupted(self, name, *values):
@@ -114,14 +114,14 @@ def test_an_interrupted_run_goes_on(config, tmp_path, computed, monkeypatch, cap
     assert all(name in open_features([tmp_path / "out"]) for name in "01234")
 
 
-def test_bad_pictures_stop_the_run_or_are_named(config, pictures, tmp_path, capsys, caplog):
-    (pictures / "1" / "broken.jpg").write_bytes(b"no picture")
-    (pictures / "1" / "empty.png").write_bytes(b"")
+def test_bad_images_stop_the_run_or_are_named(config, images, tmp_path, capsys, caplog):
+    (images / "1" / "broken.jpg").write_bytes(b"not an image")
+    (images / "1" / "empty.png").write_bytes(b"")
     assert run(config) == 2
-    assert re.fullmatch(r"dora-mm: images: \S+broken.jpg is not a whole image \(.*\): replace or delete it\n",
+    assert re.fullmatch(r"dora-mm: images: \S+broken.jpg is not a complete image \(.*\): replace or delete it\n",
                         capsys.readouterr().err)  # fmt: skip
     assert run(config, "on_bad_data=skip") == 0
-    assert "2 pictures were left out" in caplog.text
+    assert "2 images were skipped" in caplog.text
     assert "broken.jpg" in caplog.text
     assert "empty.png is empty" in caplog.text
     features = open_features([tmp_path / "out"])
@@ -129,7 +129,7 @@ def test_bad_pictures_stop_the_run_or_are_named(config, pictures, tmp_path, caps
 
 
 def test_readers_in_other_processes(config, tmp_path, computed, monkeypatch):
-    """As beside a GPU."""
+    """As with a GPU."""
     loader = extract_features.DataLoader
     monkeypatch.setattr(
         extract_features, "DataLoader", lambda *args, num_workers, **kw: loader(*args, num_workers=2, **kw)
@@ -142,20 +142,20 @@ def test_readers_in_other_processes(config, tmp_path, computed, monkeypatch):
 def test_half_precision_and_another_tower(config, tmp_path, capsys):
     assert run(config, "dtype=float16") == 0
     assert run(config, "dtype=float16", "vision.layers=[blocks.6]") == 2
-    assert "out holds features of another tower, weights or layers" in capsys.readouterr().err
+    assert "out contains features of another tower, weights or layers" in capsys.readouterr().err
     assert run(config) == 2
-    assert "holds features of dtype float16, not float32: name another folder" in capsys.readouterr().err
+    assert "contains features of dtype float16, not float32: name another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda folder: draw(folder / "2.jpg", 0), "have the same name, by which features are found"),
-        (lambda folder: [path.unlink() for path in folder.rglob("*.png")], "holds no pictures (.png, .jpg"),
+        (lambda folder: draw(folder / "2.jpg", 0), "2.jpg have the same name"),
+        (lambda folder: [path.unlink() for path in folder.rglob("*.png")], "images contains no images (.png, .jpg"),
     ],
 )
-def test_folders_that_cannot_be_used(config, pictures, tmp_path, capsys, prepare, message):
-    prepare(pictures)
+def test_folders_that_cannot_be_used(config, images, tmp_path, capsys, prepare, message):
+    prepare(images)
     assert run(config) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

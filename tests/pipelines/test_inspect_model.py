@@ -52,7 +52,7 @@ def test_a_model_is_shown_through_its_target_maps(model, capsys):
     assert "by default (attn): 16 modules" in two
 
 
-def test_one_target_map_may_be_asked_for(model, capsys):
+def test_a_single_target_map(model, capsys):
     code, output, _ = inspect(capsys, model, "--targets", "clip-text")
     assert code == 0
     assert "sdxl-unet" not in output
@@ -94,18 +94,18 @@ def test_weights_of_full_fine_tuning_are_shown(unet, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage", ["text", "cut", "foreign"])
-def test_files_that_are_no_adapter_are_named(tmp_path, capsys, damage):
+def test_files_that_are_not_adapters_are_named(tmp_path, capsys, damage):
     path = tmp_path / "adapter.safetensors"
     header = json.dumps({"model.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-    whole = len(header).to_bytes(8, "little") + header + bytes(4)
-    path.write_bytes({"text": b"pipeline: train_sdxl\n", "cut": whole[:-2], "foreign": whole}[damage])
+    complete = len(header).to_bytes(8, "little") + header + bytes(4)
+    path.write_bytes({"text": b"pipeline: train_sdxl\n", "cut": complete[:-2], "foreign": complete}[damage])
     code, output, errors = inspect(capsys, path)
     assert (code, output) == (2, "")
     assert str(path) in errors
     assert len(errors.splitlines()) == 1
 
 
-def test_what_does_not_go_together_is_said(unet, model, tmp_path, capsys):
+def test_contradicting_arguments_are_refused(unet, model, tmp_path, capsys):
     inject(unet, "sdxl-unet", DoRASpec(rank=4, alpha=4))
     file = save_adapter(unet, tmp_path / "adapter")
     code, _, errors = inspect(capsys, file, "--targets", "sdxl-unet")

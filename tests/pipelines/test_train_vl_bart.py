@@ -52,7 +52,7 @@ def captions(split: str, limit: int) -> dict:
 
 @pytest.fixture
 def config(tmp_path, model_folder):
-    """The file, and the values in it to change."""
+    """Writes the config; keyword arguments replace sections. Its attribute `values` has the sections."""
     values = {
         "pipeline": "train_vl_bart",
         "output": str(tmp_path / "run"),
@@ -81,7 +81,7 @@ def config(tmp_path, model_folder):
     return write
 
 
-def test_it_trains_scores_and_saves_what_loads_again(config, tmp_path, model_folder, capsys):
+def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_folder, capsys):
     assert main(["train", str(config())]) == 0
     run = tmp_path / "run"
     shown = capsys.readouterr().out
@@ -117,12 +117,12 @@ def test_it_trains_scores_and_saves_what_loads_again(config, tmp_path, model_fol
     assert "data:image/" in (tmp_path / "eval" / "examples.html").read_text()
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
-    assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
+def test_a_killed_run_is_resumed_to_the_same_bits(config, tmp_path):
+    assert main(["train", str(config(output=str(tmp_path / "uninterrupted")))]) == 0
     kill_after("step-000002", config(), tmp_path / "run")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    assert_same_weights("step-000006", tmp_path / "whole", tmp_path / "run")
-    logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("whole", "run")]
+    assert_same_weights("step-000006", tmp_path / "uninterrupted", tmp_path / "run")
+    logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("uninterrupted", "run")]
     assert logs[0] == logs[1]
 
 
@@ -138,7 +138,7 @@ def test_other_methods_run_through_the_same_code(config, tmp_path, method):
     assert (tmp_path / "run" / "adapter" / f"{kind}.safetensors").is_file()
 
 
-def test_an_epoch_passes_every_task_once(config, tmp_path):
+def test_an_epoch_covers_every_task_once(config, tmp_path):
     path = config(train={"epochs": 2, "batch_size": 4, "log_every": 1})
     assert main(["train", str(path)]) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2 * (24 // 4 + 8 // 2)
@@ -161,13 +161,13 @@ def test_the_tower_can_be_adapted_too(config, tmp_path, model_folder):
     assert any(".attn.qkv.lora_B" in name and tensor.any() for name, tensor in saved.items())
 
 
-def test_a_dry_run_says_what_trains_and_what_is_missing(capsys):
+def test_a_dry_run_shows_trained_parameters_and_missing_data(capsys):
     assert main(["train", "configs/vl_bart/image_dora.yaml", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "trainable 8,838,912 of 148,262,400 parameters" in shown
     assert "text.qv" in shown
     assert "data/vqa/karpathy_train.json" in shown
-    assert "put there" in shown
+    assert "missing, get it from" in shown
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def test_every_full_size_run_has_a_dry_run(name, capsys):
     assert expected.get(name, "trainable") in trained
 
 
-def test_recipes_without_a_dry_run_say_so(capsys):
+def test_recipes_without_a_dry_run_refuse_it(capsys):
     assert main(["train", "configs/sdxl/demo.yaml", "--dry-run"]) == 2
     assert "train_sdxl has none" in capsys.readouterr().err
 
 
-def test_a_tower_that_was_adapted_answers_again_in_eval(config, tmp_path, capsys):
-    """From the run, its folder and its file alike; and never without the tower's adapter."""
+def test_an_adapted_tower_gives_the_same_answers_in_eval(config, tmp_path, capsys):
+    """Whether eval is given the run, the folder or the file, it loads the tower's adapter."""
     torch.manual_seed(0)
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 192, "image"), small_tokenizer(), tmp_path / "model")
     task = {"task": "vqa", "train": vqa("train", 6), "valid": vqa("val", 6)}
@@ -220,7 +220,7 @@ def test_a_tower_that_was_adapted_answers_again_in_eval(config, tmp_path, capsys
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_it_goes_on_from_an_adapter_of_the_same_base_alone(config, tmp_path, model_folder, capsys):
+def test_it_continues_from_an_adapter_of_the_same_base_only(config, tmp_path, model_folder, capsys):
     assert main(["train", str(config(output=str(tmp_path / "first")))]) == 0
     again = {"method": "dora", "rank": 2, "init_from": str(tmp_path / "first")}
     assert main(["train", str(config(adapter=again, train={"steps": 1, "batch_size": 2}, evaluate={}))]) == 0
@@ -229,7 +229,7 @@ def test_it_goes_on_from_an_adapter_of_the_same_base_alone(config, tmp_path, mod
         main(["train", str(config(adapter={**again, "extra_trainable": ["biases"]}, output=str(tmp_path / "other")))])
         == 2
     )
-    assert "which adapter.extra_trainable leaves out" in capsys.readouterr().err
+    assert "which adapter.extra_trainable does not include" in capsys.readouterr().err
     torch.manual_seed(5)
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), tmp_path / "model")
     other = config(adapter=again, model={"path": str(tmp_path / "model")}, output=str(tmp_path / "other"))
@@ -251,8 +251,8 @@ def test_it_goes_on_from_an_adapter_of_the_same_base_alone(config, tmp_path, mod
     assert not (tmp_path / "other").exists()
 
 
-def test_an_interrupted_validation_is_made_up_for(config, tmp_path, monkeypatch):
-    assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
+def test_an_interrupted_validation_is_repeated(config, tmp_path, monkeypatch):
+    assert main(["train", str(config(output=str(tmp_path / "uninterrupted")))]) == 0
     recipe = PIPELINES.load("train_vl_bart")
     real = recipe.score_all
     calls = []
@@ -266,11 +266,11 @@ def test_an_interrupted_validation_is_made_up_for(config, tmp_path, monkeypatch)
     monkeypatch.setattr(recipe, "score_all", interrupted)
     assert main(["train", str(config())]) == 130
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("whole", "run")]
+    logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("uninterrupted", "run")]
     assert logs[0] == logs[1]
 
 
-def test_a_finished_run_that_is_resumed_says_the_same_again(config, tmp_path):
+def test_resuming_a_finished_run_gives_the_same_summary(config, tmp_path):
     assert main(["train", str(config())]) == 0
     summary = (tmp_path / "run" / "summary.json").read_text()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
@@ -285,7 +285,10 @@ def test_a_finished_run_that_is_resumed_says_the_same_again(config, tmp_path):
     ("change", "message"),
     [
         ({"evaluate": {"answers": "trie", "min_answer_count": 900}}, "no answer occurs 900 times"),
-        ({"schedule": {"warmup_steps": 5}, "train": {"epochs": 1, "batch_size": 24}}, "below train.epochs' 5 steps"),
+        (
+            {"schedule": {"warmup_steps": 5}, "train": {"epochs": 1, "batch_size": 24}},
+            "below the 5 steps of train.epochs",
+        ),
         ({"adapter": {"method": "full", "rank": 1, "dropout": 0.1}}, "full has no A and B"),
         ({"model": {"path": "nowhere"}}, "nowhere does not exist"),
         ({"model": {"path": "MODEL", "feature_dim": 9}}, "vision gives 472 channels"),
@@ -293,14 +296,14 @@ def test_a_finished_run_that_is_resumed_says_the_same_again(config, tmp_path):
         ({"train": {"batch_size": 4}}, "give either train.steps or train.epochs"),
     ],
 )
-def test_mistakes_get_a_sentence_and_no_run(config, tmp_path, model_folder, capsys, change, message):
+def test_mistakes_give_a_sentence_and_no_run(config, tmp_path, model_folder, capsys, change, message):
     change = json.loads(json.dumps(change).replace("MODEL", str(model_folder)))
     assert main(["train", str(config(**change))]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_changed_data_is_not_gone_on_with(config, tmp_path, capsys):
+def test_a_run_with_changed_data_is_not_resumed(config, tmp_path, capsys):
     assert main(["train", str(config())]) == 0
     saved = tmp_path / "run" / "config.yaml"
     saved.write_text(saved.read_text().replace("limit: 24", "limit: 23"))

@@ -4,7 +4,7 @@ import torch
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl_bart.text import decode, encode_targets
-from dora_mm.sampling.answers import Answerer, only, predict
+from dora_mm.sampling.answers import Answerer, predict, restricted_to
 from tests.models.vl_bart.small import small_inputs, small_tokenizer, small_vl_bart
 
 CANDIDATES = ("yes", "no", "two dogs", "two", "a red cat")
@@ -39,7 +39,7 @@ def test_a_trie_allows_candidates_and_nothing_else(model, inputs):
 def test_every_candidate_can_be_reached(model):
     tokenizer = small_tokenizer()
     ids = encode_targets(tokenizer, "vqa", CANDIDATES, max_positions=1024)
-    allowed = only(ids, model.config)
+    allowed = restricted_to(ids, model.config)
     for row in ids:
         said = [2]
         for token in row[row != 1].tolist():

@@ -1,4 +1,4 @@
-"""The maps against models of their architectures, the full-size SDXL UNet among them (by its shapes alone)."""
+"""The maps against models of their architectures, including the full-size SDXL UNet (on the meta device)."""
 
 import re
 
@@ -32,13 +32,13 @@ def test_parts_of_full_size_sdxl(part, count):
     assert len(match_modules(full_size_unet(), targets.find("sdxl-unet").select([part]))) == count
 
 
-def test_small_sdxl_and_everything_that_is_left_out():
+def test_small_sdxl_and_everything_that_is_excluded():
     unet = build_unet(8, latent_channels=4, channels=(16, 32, 64), heads=(1, 2, 4), text_widths=(16, 32))
     taken = match_modules(unet, targets.find("sdxl-unet").select(["attn", "cross", "ff", "conv"]))
     assert sum(part in ("attn", "cross") for part in taken.values()) == 136
     layers = {path for path, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    left_out = {re.sub(r"\d+", "N", path) for path in layers - set(taken)}
-    assert left_out == {
+    excluded = {re.sub(r"\d+", "N", path) for path in layers - set(taken)}
+    assert excluded == {
         "conv_in",
         "conv_out",
         "time_embedding.linear_N",

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 
 from dora_mm.config.sdxl import LossConfig
-from dora_mm.tasks.sdxl import Conditioned, DiffusionTask, min_snr_weight
+from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask, min_snr_weight
 
 
 class Recorder(torch.nn.Module):
@@ -21,7 +21,7 @@ class Recorder(torch.nn.Module):
 
 
 def make_batch(count=6):
-    return Conditioned(
+    return ConditionedLatents(
         torch.randn(count, 4, 8, 8), torch.randn(count, 77, 16), torch.randn(count, 8), torch.randn(count, 6)
     )
 

@@ -1,4 +1,4 @@
-"""The loop: resuming is exact, interruptions leave a checkpoint, accumulation is the larger batch."""
+"""The loop: resuming is exact, interruptions save a checkpoint, accumulation equals a larger batch."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dora_mm.cli import sentence_for
+from dora_mm.cli import user_message
 from dora_mm.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
@@ -21,16 +21,16 @@ from dora_mm.train.optim import build_optimizer, build_schedule
 from dora_mm.train.run import RunDirectory
 
 
-def job(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, dropout=0.0, **train):
-    """A small regression whose data and noise depend on the step."""
+def small_training(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, dropout=0.0, **train):
+    """A small regression training whose data and noise depend on the step; `.fit()` runs it."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
     parameters = dict(network.named_parameters())
     config = TrainConfig(**{"steps": 12, "batch_size": 4, "log_every": 3, **train})
-    made = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
-    with_steps = build_schedule(made, ScheduleConfig(name=schedule), config.steps)
+    built_optimizer = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
+    built_schedule = build_schedule(built_optimizer, ScheduleConfig(name=schedule), config.steps)
     accelerator = Accelerator(cpu=True)
-    made = accelerator.prepare(made)
+    prepared = accelerator.prepare(built_optimizer)
 
     def batch_at(number):
         return torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
@@ -40,7 +40,7 @@ def job(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, d
 
     return SimpleNamespace(
         network=network,
-        optimizer=made,
+        optimizer=prepared,
         fit=lambda: fit(
             accelerator=accelerator,
             run=run,
@@ -48,8 +48,8 @@ def job(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, d
             seed=0,
             networks={"network": network},
             parameters=parameters,
-            optimizer=made,
-            schedule=with_steps,
+            optimizer=prepared,
+            schedule=built_schedule,
             batch_at=batch_at,
             loss=loss or noisy_loss,
             after_step=after_step,
@@ -78,29 +78,33 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("stop", [1, 5, 11])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, name, stop):
-    whole = job(new_run(tmp_path / "whole"), optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2)
-    whole.fit()
+    uninterrupted = small_training(
+        new_run(tmp_path / "uninterrupted"), optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2
+    )
+    uninterrupted.fit()
     run = new_run(tmp_path / "parts")
-    first = job(run, optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2, after_step=interrupt_at(stop))
+    first = small_training(
+        run, optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2, after_step=interrupt_at(stop)
+    )
     with pytest.raises(KeyboardInterrupt):
         first.fit()
-    second = job(run, optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2)
+    second = small_training(run, optimizer=OPTIMIZERS[name], gradient_accumulation_steps=2)
     assert second.fit() == 12 - stop
-    for one, two in zip(whole.network.parameters(), second.network.parameters(), strict=True):
+    for one, two in zip(uninterrupted.network.parameters(), second.network.parameters(), strict=True):
         assert torch.equal(one, two)
-    states = [part.optimizer.optimizer.state_dict()["state"] for part in (whole, second)]
+    states = [part.optimizer.optimizer.state_dict()["state"] for part in (uninterrupted, second)]
     for one, two in zip(states[0].values(), states[1].values(), strict=True):
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
 
 
 def test_dropout_repeats_and_resumes(tmp_path):
     def with_dropout(run, **settings):
-        made = job(run, dropout=0.5, **settings)
-        torch.manual_seed(hash(run.path.name) % 1000)  # whatever state torch's own generator is in
-        return made
+        training = small_training(run, dropout=0.5, **settings)
+        torch.manual_seed(hash(run.path.name) % 1000)  # an arbitrary state of PyTorch's global generator
+        return training
 
-    whole = with_dropout(new_run(tmp_path / "whole"), gradient_accumulation_steps=2)
-    whole.fit()
+    uninterrupted = with_dropout(new_run(tmp_path / "uninterrupted"), gradient_accumulation_steps=2)
+    uninterrupted.fit()
     again = with_dropout(new_run(tmp_path / "again"), gradient_accumulation_steps=2)
     again.fit()
     run = new_run(tmp_path / "parts")
@@ -108,31 +112,33 @@ def test_dropout_repeats_and_resumes(tmp_path):
         with_dropout(run, gradient_accumulation_steps=2, after_step=interrupt_at(5)).fit()
     resumed = with_dropout(run, gradient_accumulation_steps=2)
     resumed.fit()
-    plain = job(new_run(tmp_path / "plain"), gradient_accumulation_steps=2)
+    plain = small_training(new_run(tmp_path / "plain"), gradient_accumulation_steps=2)
     plain.fit()
-    for one, two, three, four in zip(*(m.network.parameters() for m in (whole, again, resumed, plain)), strict=True):
+    for one, two, three, four in zip(
+        *(m.network.parameters() for m in (uninterrupted, again, resumed, plain)), strict=True
+    ):
         assert torch.equal(one, two)
         assert torch.equal(one, three)
         assert not torch.equal(one, four)
 
 
-def test_resuming_repeats_no_metrics(tmp_path):
+def test_a_resumed_run_logs_no_step_twice(tmp_path):
     run = new_run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
-        job(run, after_step=interrupt_at(7), checkpoint_every=2, keep_checkpoints=9).fit()
+        small_training(run, after_step=interrupt_at(7), checkpoint_every=2, keep_checkpoints=9).fit()
     for newer in checkpoints(run.checkpoints)[2:]:  # as if the process had been killed right after step 4
         import shutil
 
         shutil.rmtree(newer)
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # half a line
-    job(run).fit()
+    small_training(run).fit()
     assert [row["step"] for row in read_metrics(run.path / "metrics.jsonl")] == [3, 6, 9, 12]
 
 
 def test_old_checkpoints_are_deleted(tmp_path):
     run = new_run(tmp_path / "run")
-    job(run, checkpoint_every=2, keep_checkpoints=3).fit()
+    small_training(run, checkpoint_every=2, keep_checkpoints=3).fit()
     assert [path.name for path in checkpoints(run.checkpoints)] == ["step-000008", "step-000010", "step-000012"]
 
 
@@ -141,21 +147,21 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
     partial = run.checkpoints / ".step-000005.partial"
     partial.mkdir(parents=True)
     (partial / "weights.safetensors").write_bytes(b"half")
-    assert job(run, steps=3).fit() == 3
+    assert small_training(run, steps=3).fit() == 3
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def test_the_error_of_a_damaged_checkpoint_names_it(tmp_path):
     run = new_run(tmp_path / "run")
-    job(run, steps=3).fit()
+    small_training(run, steps=3).fit()
     (checkpoint,) = checkpoints(run.checkpoints)
     for name in ("state.pt", "weights.safetensors"):
         (checkpoint / name).write_bytes(b"half")
         with pytest.raises(ValueError, match="step-000003 is not a readable checkpoint"):
-            job(run, steps=5).fit()
+            small_training(run, steps=5).fit()
 
 
 class FullDisk:
-    """A file on a disk that takes 100 kB more."""
+    """A file on a disk that has 100 kB left."""
 
     def __init__(self, file):
         self.file, self.left = file, 100_000
@@ -176,7 +182,7 @@ class FullDisk:
         self.file.close()
 
 
-def test_a_disk_that_fills_up_is_a_sentence_and_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_to_the_user_and_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     real = Path.open
 
     def opened(path, *args, **kwargs):
@@ -187,22 +193,22 @@ def test_a_disk_that_fills_up_is_a_sentence_and_leaves_no_half_checkpoint(tmp_pa
     state = SimpleNamespace(state_dict=lambda: {"moments": torch.zeros(100_000)})
     with pytest.raises((OSError, RuntimeError)) as error:
         save_checkpoint(tmp_path, 1, {"w": nn.Parameter(torch.zeros(2))}, {"optimizer": state}, keep=1)
-    assert "the disk is full" in sentence_for(error.value)
+    assert "the disk is full" in user_message(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run = new_run(tmp_path / "run")
-    made = job(run, steps=3)
-    made.fit()
+    training = small_training(run, steps=3)
+    training.fit()
     (checkpoint,) = checkpoints(run.checkpoints)
     with pytest.raises(ValueError, match="belongs to another model"):
         load_checkpoint(checkpoint, {"other": nn.Parameter(torch.zeros(1))}, {})
 
 
 @pytest.fixture
-def handle():
-    """Sets what a signal does during a test. A shell's background job, such as a CI's, starts with SIGINT ignored."""
+def set_handler():
+    """Sets signal handlers for one test: background jobs of a shell, such as in CI, start with SIGINT ignored."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
     yield signal.signal
@@ -210,8 +216,8 @@ def handle():
         signal.signal(number, handler)
 
 
-def test_a_signal_waits_for_the_end_of_the_step(tmp_path, handle):
-    handle(signal.SIGINT, signal.default_int_handler)
+def test_a_signal_takes_effect_at_the_end_of_the_step(tmp_path, set_handler):
+    set_handler(signal.SIGINT, signal.default_int_handler)
     run = new_run(tmp_path / "run")
     weights = []
 
@@ -219,18 +225,18 @@ def test_a_signal_waits_for_the_end_of_the_step(tmp_path, handle):
         if not weights:
             signal.raise_signal(signal.SIGINT)
         weights.append(x)
-        return made.network(x).square().mean()
+        return training.network(x).square().mean()
 
-    made = job(run, loss=loss)
+    training = small_training(run, loss=loss)
     with pytest.raises(KeyboardInterrupt):
-        made.fit()
+        training.fit()
     assert [path.name for path in checkpoints(run.checkpoints)] == ["step-000001"]
 
 
-def test_an_ignored_signal_is_not_the_first_of_two(handle):
-    """The second one acts at once, in the middle of a step."""
-    handle(signal.SIGINT, signal.SIG_IGN)
-    handle(signal.SIGTERM, signal.default_int_handler)
+def test_an_ignored_signal_is_not_the_first_of_two(set_handler):
+    """The second of two deferred signals would take effect at once, in the middle of a step."""
+    set_handler(signal.SIGINT, signal.SIG_IGN)
+    set_handler(signal.SIGTERM, signal.default_int_handler)
     done = []
 
     def step():
@@ -245,14 +251,16 @@ def test_an_ignored_signal_is_not_the_first_of_two(handle):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    made = job(new_run(tmp_path / "run"), loss=lambda x, generator: made.network(x).mean() * float("nan"))
+    training = small_training(
+        new_run(tmp_path / "run"), loss=lambda x, generator: training.network(x).mean() * float("nan")
+    )
     with pytest.raises(ValueError, match="The loss is nan at step 1"):
-        made.fit()
+        training.fit()
 
 
 def test_accumulation_equals_the_mean_of_its_batches(tmp_path):
     """Plain SGD-like check through AdamW's first step: its sign is that of the mean gradient."""
-    made = job(new_run(tmp_path / "run"), steps=1, gradient_accumulation_steps=3, max_grad_norm=None)
+    training = small_training(new_run(tmp_path / "run"), steps=1, gradient_accumulation_steps=3, max_grad_norm=None)
     torch.manual_seed(0)
     twin = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     from dora_mm.utils.randomness import generator
@@ -263,15 +271,15 @@ def test_accumulation_equals_the_mean_of_its_batches(tmp_path):
         ((twin(x) - target).square().mean() / 3).backward()
     optimizer = torch.optim.AdamW(twin.parameters(), lr=0.05, weight_decay=0.01, fused=True)
     optimizer.step()
-    made.fit()
-    for one, two in zip(made.network.parameters(), twin.parameters(), strict=True):
+    training.fit()
+    for one, two in zip(training.network.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(one, two, atol=1e-7)
 
 
-def test_magnitudes_have_a_rate_of_their_own():
+def test_magnitudes_can_have_a_separate_learning_rate():
     parameters = {"a.lora_A": nn.Parameter(torch.zeros(2)), "a.magnitude": nn.Parameter(torch.zeros(2))}
-    made = build_optimizer(parameters, OptimizerConfig(lr=0.1, magnitude_lr=0.01))
-    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    optimizer = build_optimizer(parameters, OptimizerConfig(lr=0.1, magnitude_lr=0.01))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates == {id(parameters["a.lora_A"]): 0.1, id(parameters["a.magnitude"]): 0.01}
 
 

@@ -1,12 +1,12 @@
-"""How several tasks are judged together."""
+"""The combined score of several tasks."""
 
 import pytest
 
 from dora_mm.train.validation import overall
 
 
-def test_overall_does_not_depend_on_the_scales_of_the_metrics():
-    """Of the scenes: a rate that loses five points of captions in a hundred and gains fifteen of questions."""
+def test_the_overall_score_does_not_depend_on_the_scales_of_the_metrics():
+    """Figures from the scenes: one rate is 8 % worse than the other in captions and 15 % better in questions."""
     better, worse = {"vqa": 59.4, "caption": 208.6}, {"vqa": 51.6, "caption": 226.7}
     assert sum(better.values()) < sum(worse.values())
     assert overall(better) > overall(worse)

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear complete or not at all."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from dora_mm.utils.atomic import save_tensors, write_atomically
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "new" / "file"
     write_atomically(path, lambda partial: partial.write_text("old"))
 
@@ -29,7 +29,7 @@ def test_tensors_that_share_memory_or_are_not_contiguous(tmp_path):
     assert torch.equal(found["b"], weight.T[:2])
 
 
-def test_tensors_can_be_read_by_whoever_the_umask_lets(tmp_path):
+def test_tensor_files_get_the_permissions_of_the_umask(tmp_path):
     (tmp_path / "plain").touch()
     save_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {})
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -3,7 +3,7 @@ import torch
 from dora_mm.utils.digest import module_digest
 
 
-def test_the_identity_of_a_network_is_its_weights():
+def test_the_digest_changes_with_dtype_and_values():
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GroupNorm(2, 4))
     before = module_digest(module)

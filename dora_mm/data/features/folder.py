@@ -1,10 +1,10 @@
-"""A folder of visual features: shards of one tensor each, and an index that says what made them.
+"""A folder of visual features: shards of one tensor each, and an index that records how they were computed.
 
-    index.json                       identity of the tower, sizes, and how many rows each shard has
-    features-00001.safetensors       "features" (N, S, D); metadata: identity, names and digests of N pictures
+    index.json                       identity of the tower, sizes, and the number of rows of each shard
+    features-00001.safetensors       "features" (N, S, D); metadata: identity, names and digests of the N images
 
-A shard counts from the moment the index lists it, so that an interruption loses one shard at most. A picture that was
-computed again stands in a later shard, which goes before the earlier ones.
+A shard is valid once the index lists it, so that an interruption loses one shard at most. If an image was computed
+again, it is in several shards and the last one takes precedence.
 """
 
 import hashlib
@@ -25,14 +25,24 @@ from dora_mm.utils.atomic import save_tensors, write_text
 log = logging.getLogger(__name__)
 INDEX = "index.json"
 FORMAT = "dora-mm features 1"
-SHARD_BYTES = 64_000_000  # 320 pictures of RN101: two minutes of one CPU core
+SHARD_BYTES = 64_000_000  # 320 images of RN101: two minutes on one CPU core
 TENSOR = "features"
 AGAIN = "run dora-mm features again"
 
 
 @dataclass(frozen=True)
 class Index:
-    """identity: VisionTower's. num_tokens, dim: S and D. shards: number of rows by file name, in order."""
+    """The content of index.json.
+
+    Attributes:
+        tower: A description of the tower, for messages.
+        identity: `VisionTower.identity`: changes with architecture, weights, layers and preprocessing.
+        num_tokens: S.
+        dim: D.
+        dtype: Of the stored features, such as "float16".
+        format: The version of this layout.
+        shards: The number of rows of each shard by file name, in the order of writing.
+    """
 
     tower: str
     identity: str
@@ -43,17 +53,24 @@ class Index:
     shards: dict[str, int] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
+        """Writes index.json atomically."""
         write_text(folder / INDEX, json.dumps(asdict(self), indent=1) + "\n")
 
 
 class Shard(NamedTuple):
+    """An opened shard."""
+
     names: list[str]
-    digests: list[str]
-    rows: Any  # a lazy slice of (N, S, D)
+    digests: list[str]  # of the image files
+    rows: Any  # a lazy safetensors slice of (N, S, D)
 
 
-def picture_digest(path: Path) -> str:
-    """What a picture file holds, for the question whether it has changed. OSError where it cannot be read."""
+def image_digest(path: Path) -> str:
+    """The BLAKE2b digest of an image file, which shows whether the file has changed.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
     with path.open("rb") as file:
         digest = hashlib.blake2b(digest_size=16)
         while chunk := file.read(1 << 20):
@@ -62,21 +79,34 @@ def picture_digest(path: Path) -> str:
 
 
 def read_index(folder: Path) -> Index:
-    """Raises ValueError where it is missing or no index of ours."""
+    """Reads index.json of a folder of features.
+
+    Raises:
+        ValueError: It is missing, not a valid index, or of another version.
+    """
     path = folder / INDEX
     try:
         index = Index(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the index of a folder of features ({error})") from error
     if index.format != FORMAT:
-        raise ValueError(f"{path} is of format {index.format!r}, and this program reads {FORMAT!r}")
+        raise ValueError(f"{path} has format {index.format!r}, but this version reads {FORMAT!r}")
     if any(Path(name).name != name for name in index.shards):
         raise ValueError(f"{path} names a file outside its folder")
     return index
 
 
 def open_shard(folder: Path, index: Index, name: str) -> Shard:
-    """Reads the header; rows are read when they are asked for. Raises ValueError for what the index says otherwise."""
+    """Opens a shard by reading its header; rows are read on access.
+
+    Args:
+        folder: The folder of features.
+        index: Its index.
+        name: The file name of the shard.
+
+    Raises:
+        ValueError: The file is missing, damaged or inconsistent with the index.
+    """
     path = folder / name
     try:
         file: Any = safe_open(path, framework="pt").__enter__()  # stays open as long as its slice
@@ -84,18 +114,32 @@ def open_shard(folder: Path, index: Index, name: str) -> Shard:
         names, digests = (json.loads(metadata[key]) for key in ("names", "digests"))
         rows = file.get_slice(TENSOR)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is missing or no whole file ({error}): {AGAIN}") from error
+        raise ValueError(f"{path} is missing or damaged ({error}): {AGAIN}") from error
     if metadata.get("identity") != index.identity:
-        raise ValueError(f"{path} was made by another tower than {folder / INDEX} says: delete it and {AGAIN}")
+        raise ValueError(
+            f"{path} was computed by another tower than the one in {folder / INDEX}: delete it and {AGAIN}"
+        )
     expected = [index.shards[name], index.num_tokens, index.dim]
     if rows.get_shape() != expected or not len(names) == len(digests) == expected[0]:
         found = f"{len(names)} names and features of {tuple(rows.get_shape())}"
-        raise ValueError(f"{path} has {found}, and {INDEX} says {tuple(expected)}: delete it and {AGAIN}")
+        raise ValueError(f"{path} has {found}, but {INDEX} requires {tuple(expected)}: delete it and {AGAIN}")
     return Shard(names, digests, rows)
 
 
 class FeatureFolder:
-    """Reads a folder: name -> (S, D). Shards are memory-mapped, rows are read when asked for."""
+    """A `Source` that reads a folder of features; shards are memory-mapped, rows are read on access.
+
+    Args:
+        folder: A folder that FeatureWriter wrote.
+
+    Attributes:
+        path: The folder.
+        index: Its index.
+        dim: D.
+
+    Raises:
+        ValueError: The index or a shard is missing or damaged.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -114,10 +158,12 @@ class FeatureFolder:
         return iter(self._places)
 
     def read(self, name: str) -> Tensor:
+        """The features of an image, (S, D) in the stored dtype."""
         shard, row = self._places[name]
         return self._open(shard).rows[row]
 
     def where(self, name: str) -> Path:
+        """The shard that contains these features."""
         return self.path / self._places[name][0]
 
     def _open(self, shard: str) -> Shard:
@@ -126,14 +172,28 @@ class FeatureFolder:
         return self._shards[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a process that gets this by pickling opens the files itself
+        return {**self.__dict__, "_shards": {}}  # a process that unpickles this opens the files itself
 
 
 class FeatureWriter:
-    """Adds features to a folder, shard by shard; what is in it already is kept. As a context, it writes what is left.
+    """Adds features to a folder, shard by shard; existing features are kept.
 
-    Raises ValueError when the folder holds features of another tower, size or dtype. A damaged shard is left out of
-    the index, with a warning, so that its pictures are computed again.
+    As a context manager it writes the remaining features on exit. A damaged shard is removed from the index with a
+    warning, so that its images are computed again.
+
+    Args:
+        folder: The folder; created if missing.
+        identity: `VisionTower.identity`.
+        shape: (S, D) of the features of one image.
+        dtype: In which the features are stored.
+        tower: A description of the tower, for messages.
+        shard_bytes: A shard is written when its features reach this size.
+
+    Attributes:
+        index: The current index of the folder.
+
+    Raises:
+        ValueError: The folder has features of another tower, size or dtype, or shards without an index.
     """
 
     def __init__(
@@ -145,7 +205,7 @@ class FeatureWriter:
         if (folder / INDEX).exists():
             index = self._matching(index, read_index(folder))
         elif stray := sorted(folder.glob("features-*.safetensors")):
-            raise ValueError(f"output: {folder} holds {stray[0].name}, but no {INDEX}: name another folder")
+            raise ValueError(f"output: {folder} contains {stray[0].name} but no {INDEX}: name another folder")
         self.index, self._digests = self._intact(index)
         self.index.save(folder)
         self._pending: dict[str, tuple[str, Tensor]] = {}
@@ -161,11 +221,20 @@ class FeatureWriter:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digest of the picture by the name of what is there."""
+        """The digests of the images whose features are stored or pending, by name."""
         return self._digests
 
     def add(self, name: str, digest: str, features_SD: Tensor) -> None:
-        """ValueError when a value is not finite in the folder's dtype."""
+        """Adds the features of one image; they replace earlier ones of the same name.
+
+        Args:
+            name: The name of the features.
+            digest: Of the image file, see `image_digest`.
+            features_SD: (S, D), in any dtype and on any device.
+
+        Raises:
+            ValueError: A value is not finite in the folder's dtype.
+        """
         assert features_SD.shape == (self.index.num_tokens, self.index.dim)
         stored = features_SD.detach().to("cpu", self.dtype)
         if not bool(stored.isfinite().all()):
@@ -177,6 +246,7 @@ class FeatureWriter:
             self.flush()
 
     def flush(self) -> None:
+        """Writes the pending features as a shard and updates the index; does nothing if there are none."""
         if not self._pending:
             return
         names = list(self._pending)
@@ -189,24 +259,26 @@ class FeatureWriter:
         self.index.save(self.folder)
         self._pending = {}
 
-    def _matching(self, wanted: Index, there: Index) -> Index:
+    def _matching(self, requested: Index, existing: Index) -> Index:
         for key in ("identity", "num_tokens", "dim", "dtype"):
-            if getattr(wanted, key) != getattr(there, key):
-                values = f"{getattr(there, key)}, not {getattr(wanted, key)}"
-                what = f"another tower, weights or layers ({there.tower})" if key == "identity" else f"{key} {values}"
-                raise ValueError(f"output: {self.folder} holds features of {what}: name another folder")
-        return there
+            if getattr(requested, key) != getattr(existing, key):
+                values = f"{getattr(existing, key)}, not {getattr(requested, key)}"
+                what = (
+                    f"another tower, weights or layers ({existing.tower})" if key == "identity" else f"{key} {values}"
+                )
+                raise ValueError(f"output: {self.folder} contains features of {what}: name another folder")
+        return existing
 
     def _intact(self, index: Index) -> tuple[Index, dict[str, str]]:
-        """The index of the shards that are whole, and the digests of their pictures by name."""
+        """The index reduced to intact shards, and the digests of their images by name."""
         digests: dict[str, str] = {}
-        whole = {}
+        intact = {}
         for name, count in index.shards.items():
             try:
                 shard = open_shard(self.folder, index, name)
             except ValueError as error:
-                log.warning("Left out, and computed again: %s", error)
+                log.warning("Features of a damaged shard are computed again: %s", error)
                 continue
             digests.update(zip(shard.names, shard.digests, strict=True))
-            whole[name] = count
-        return replace(index, shards=whole), digests
+            intact[name] = count
+        return replace(index, shards=intact), digests

@@ -1,4 +1,4 @@
-"""Image files as the inputs of a vision tower, for computing their features once."""
+"""Image files as inputs of a vision tower, to compute their features once."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dora_mm.data.features.folder import picture_digest
+from dora_mm.data.features.folder import image_digest
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import stem
 
@@ -16,7 +16,12 @@ from dora_mm.data.vl.example import stem
 class PreparedImage(NamedTuple):
     """One image file, ready for the vision tower.
 
-    pixels: None where the features are there already, or where `problem` says what is wrong with the file."""
+    Attributes:
+        name: The name under which its features are stored.
+        digest: Of the file's content; "" if it cannot be read.
+        pixels: The preprocessed image, (C, h, w); None if its features exist already or if there is a problem.
+        problem: Why the file cannot be used, None if it can.
+    """
 
     name: str
     digest: str
@@ -25,7 +30,13 @@ class PreparedImage(NamedTuple):
 
 
 class ImageFiles(Dataset):
-    """The image files to encode, decoded and preprocessed one by one; readable from worker processes."""
+    """The images to encode, decoded and preprocessed one at a time; usable from worker processes.
+
+    Args:
+        paths: The image files.
+        preprocess: The tower's preprocessing of an RGB image.
+        done: The digests of the images that have features already, by name.
+    """
 
     def __init__(self, paths: list[Path], preprocess: Callable[[Image.Image], Tensor], done: dict[str, str]):
         self.paths, self.preprocess, self.done = paths, preprocess, done
@@ -37,7 +48,7 @@ class ImageFiles(Dataset):
         path = self.paths[index]
         name = stem(path.name)
         try:
-            digest = picture_digest(path)
+            digest = image_digest(path)
             if self.done.get(name) == digest:
                 return PreparedImage(name, digest, None)
             return PreparedImage(name, digest, self.preprocess(load_rgb(path)))

@@ -1,6 +1,7 @@
-"""Visual features by the name of their picture or clip, from whatever kind of file holds them.
+"""Visual features by name of their image or clip, read from several kinds of files.
 
-Shapes: S tokens, row by row where they are cells of a grid, D channels; (C, h, w) a map.
+Shapes: (S, D) are S tokens of D channels; the cells of a feature map are tokens in row-major order. A feature map is
+(C, h, w) or (h, w, C), with C = D.
 """
 
 import os
@@ -20,20 +21,46 @@ H5_SUFFIXES = (".h5", ".hdf5")
 
 
 class Source(Protocol):
-    """One file or folder. `dim` is D, `where` the file that holds a name."""
+    """One file or folder of features.
+
+    To support another kind of file, implement this protocol and select the class in `_open`.
+
+    Attributes:
+        path: The file or folder.
+        dim: D.
+    """
 
     path: Path
     dim: int
 
-    def __contains__(self, name: str) -> bool: ...
-    def read(self, name: str) -> Tensor: ...
-    def where(self, name: str) -> Path: ...
+    def __contains__(self, name: str) -> bool:
+        """Whether there are features with this name."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """The features with this name, (S, D) in the stored dtype.
+
+        Raises:
+            ValueError: They cannot be read, or do not have D channels.
+        """
+        ...
+
+    def where(self, name: str) -> Path:
+        """The file that contains the features with this name, for messages."""
+        ...
 
 
 class Features:
-    """`features[stem(image)]` is (S, D) float32. Of several sources that hold a name the first is read.
+    """Features from one or several sources: `features[stem(image)]` is (S, D) float32.
 
-    May be pickled, and used in processes that were forked.
+    If several sources have the same name, the first one is read. Objects can be pickled and used in forked processes.
+
+    Args:
+        sources: At least one source.
+        dim: The required number of channels; by default that of the first source.
+
+    Raises:
+        ValueError: A source has another number of channels.
     """
 
     def __init__(self, sources: Sequence[Source], dim: int | None = None):
@@ -41,12 +68,12 @@ class Features:
         self.dim = self.sources[0].dim if dim is None else dim
         for source in self.sources:
             if source.dim != self.dim:
-                expected = f"{self.sources[0].path} has {self.dim}" if dim is None else f"{dim} are expected"
-                raise ValueError(f"vision.features: {source.path} has {source.dim} channels, and {expected}")
+                expected = f"{self.sources[0].path} has {self.dim}" if dim is None else f"{dim} are required"
+                raise ValueError(f"vision.features: {source.path} has {source.dim} channels, but {expected}")
 
     @property
     def identity(self) -> str:
-        """Of the tower that computed them, as VisionTower's; empty where the files do not tell or there are several."""
+        """`VisionTower.identity` of the tower that computed them; "" if a file does not record it or sources differ."""
         found = {source.index.identity if isinstance(source, FeatureFolder) else "" for source in self.sources}
         return found.pop() if len(found) == 1 else ""
 
@@ -54,24 +81,35 @@ class Features:
         return any(name in source for source in self.sources)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Raises ValueError with file and name: it is missing, of another size, or not finite."""
+        """The features with this name, (S, D) float32.
+
+        Raises:
+            ValueError: They are missing, have a wrong shape or are not finite; the message gives file and name.
+        """
         source = next((source for source in self.sources if name in source), None)
         if source is None:
             paths = ", ".join(str(source.path) for source in self.sources)
             raise ValueError(f"vision.features: {paths} has no features of {name}: compute them with dora-mm features")
         features = source.read(name).float()
         if features.dim() != 2 or features.shape[1] != self.dim or not len(features):
-            raise ValueError(f"{source.where(name)}: {name} has {tuple(features.shape)}, others {self.dim} channels")
+            raise ValueError(
+                f"{source.where(name)}: {name} has shape {tuple(features.shape)}, others {self.dim} channels"
+            )
         if not bool(features.isfinite().all()):
             raise ValueError(f"{source.where(name)}: the features of {name} are not finite: compute them again")
         return features
 
 
 def open_features(paths: Sequence[str | Path], *, dim: int | None = None) -> Features:
-    """Opens folders that dora-mm features wrote, .h5 files and folders of .npz files.
+    """Opens folders that `dora-mm features` wrote, .h5 files and folders of .npz files.
 
-    dim: how many channels there must be; it also tells (C, h, w) from (h, w, C) where the shape does not.
-    Raises ValueError with the path when one is missing, of no known kind, broken, or of another number of channels.
+    Args:
+        paths: At least one path; if several have the same name, the first one is read.
+        dim: The required number of channels. It also distinguishes (C, h, w) from (h, w, C) where the shape alone does
+            not.
+
+    Raises:
+        ValueError: A path is missing, of an unknown kind, broken, or has another number of channels.
     """
     assert paths
     return Features([_open(Path(path).expanduser(), dim) for path in paths], dim)
@@ -89,7 +127,7 @@ def _open(path: Path, dim: int | None) -> Source:
 
 
 class H5Features:
-    """A file in the manner of VL-T5: a group per picture with a dataset `features`, (S, D), (C, h, w) or (h, w, C)."""
+    """A `Source` in VL-T5's layout: a group per image with a dataset `features`, (S, D), (C, h, w) or (h, w, C)."""
 
     def __init__(self, path: Path, dim: int | None = None):
         self.path = path
@@ -98,7 +136,7 @@ class H5Features:
         file = self._open()
         first = next((name for name in islice(file, 100) if self.__contains__(name)), None)
         if first is None:
-            raise ValueError(f"{path} holds no groups with a dataset `features`")
+            raise ValueError(f"{path} has no groups with a dataset `features`")
         self.dim = channels(file[f"{first}/features"].shape, dim, path, first)
 
     def __contains__(self, name: str) -> bool:
@@ -121,7 +159,7 @@ class H5Features:
             try:
                 self._file, self._process = h5py.File(self.path, "r"), os.getpid()
             except OSError as error:
-                raise ValueError(f"{self.path} is no whole HDF5 file ({error})") from error
+                raise ValueError(f"{self.path} is not a complete HDF5 file ({error})") from error
         return self._file
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +167,7 @@ class H5Features:
 
 
 class NpzFeatures:
-    """A folder in the manner of VALUE: `<name>.npz` with an array `features`, (S, D) or a map."""
+    """A `Source` in VALUE's layout: `<name>.npz` with an array `features`, (S, D) or a feature map."""
 
     def __init__(self, path: Path, dim: int | None = None):
         self.path = path
@@ -150,29 +188,56 @@ class NpzFeatures:
             with np.load(self.where(name), allow_pickle=False) as arrays:
                 return arrays["features"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.where(name)} holds no array `features` that can be read ({error})") from error
+            raise ValueError(f"{self.where(name)} has no readable array `features` ({error})") from error
 
 
 def channels(shape: tuple[int, ...], dim: int | None, path: Path, name: str) -> int:
-    """D of features of this shape: the last size of tokens, the first or the last of a map, whichever is larger."""
+    """D of features of this shape.
+
+    Args:
+        shape: (S, D), (C, h, w) or (h, w, C).
+        dim: The expected D, if known; otherwise the larger of the first and the last size of a feature map is taken.
+        path: The file, for messages.
+        name: The name of the features, for messages.
+
+    Raises:
+        ValueError: The shape is of neither kind, or is ambiguous.
+    """
     if len(shape) == 2:
         return shape[1]
     if len(shape) == 3 and dim in (shape[0], shape[2]):
         return dim
     if len(shape) != 3 or shape[0] == shape[2]:
-        raise ValueError(f"{path}: the features of {name} are {shape}, neither tokens nor a map of channels")
+        raise ValueError(
+            f"{path}: the features of {name} have shape {shape}, which is neither (S, D) nor an unambiguous feature map"
+        )
     return max(shape[0], shape[2])
 
 
 def as_tokens(values: np.ndarray, dim: int, path: Path, name: str) -> Tensor:
-    """(S, D) of tokens or of a map."""
+    """Features as tokens.
+
+    Args:
+        values: (S, D), (C, h, w) or (h, w, C), floating point.
+        dim: D.
+        path: The file, for messages.
+        name: The name of the features, for messages.
+
+    Returns:
+        (S, D); the cells of a feature map in row-major order.
+
+    Raises:
+        ValueError: The array has another dtype or shape, or the order of a map is ambiguous.
+    """
     if values.ndim not in (2, 3) or values.dtype.kind != "f":
-        raise ValueError(f"{path}: the features of {name} are {values.dtype} {values.shape}, not tokens or a map")
+        raise ValueError(
+            f"{path}: the features of {name} are {values.dtype} {values.shape}, not float tokens or a feature map"
+        )
     features = torch.from_numpy(values)
     if values.ndim == 2:
         return features
     first, last = values.shape[0] == dim, values.shape[2] == dim
     if first == last:
-        problem = "may be in either order" if first else f"have no {dim} channels as others do"
+        problem = "are ambiguous: (C, h, w) or (h, w, C)" if first else f"do not have {dim} channels as others do"
         raise ValueError(f"{path}: the features of {name}, {values.shape}, {problem}")
     return features.flatten(1).T if first else features.flatten(0, 1)

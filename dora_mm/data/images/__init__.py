@@ -1,0 +1,1 @@
+"""Folders of captioned images: reading, aspect-ratio buckets, pixels and cached latents."""

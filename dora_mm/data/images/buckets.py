@@ -1,4 +1,4 @@
-"""Geometry of one training picture: its bucket, its crop, and the numbers SDXL is told about both. Sizes are (h, w)."""
+"""The geometry of a training image: its bucket, its crop, and SDXL's size conditioning. Sizes are (height, width)."""
 
 from fractions import Fraction
 from functools import lru_cache
@@ -12,18 +12,18 @@ Size = tuple[int, int]
 
 
 class Framing(NamedTuple):
-    """How an image becomes a bucket: resized to `resized`, cropped at (top, left), then mirrored or not."""
+    """How an image is brought to its bucket: resized to `resized`, cropped at (top, left), then optionally mirrored."""
 
-    original_size: Size  # before resizing
+    original_size: Size  # upright, before resizing
     resized: Size
-    top: int
+    top: int  # of the crop in the resized image, in pixels
     left: int
     target_size: Size  # the bucket
-    flip: bool
+    flip: bool  # mirror horizontally, after cropping
 
     @property
     def crop_top_left(self) -> tuple[int, int]:
-        """The crop's corner in the resized image as the model sees it: mirrored with the image."""
+        """(top, left) of the crop for SDXL's conditioning: in the resized image after it is mirrored, if `flip`."""
         if not self.flip:
             return self.top, self.left
         return self.top, self.resized[1] - self.target_size[1] - self.left
@@ -31,9 +31,12 @@ class Framing(NamedTuple):
 
 @lru_cache(maxsize=16)
 def bucket_sizes(resolution: int) -> tuple[Size, ...]:
-    """Every bucket of a resolution: sides from half to double, area from 90 to 100 % of the square's.
+    """Every bucket of a resolution: sides from half to twice the resolution, area from 90 to 100 % of the square's.
 
-    At 1024 they are those of SDXL's multi-aspect training (arXiv 2307.01952, appendix I) and (1344, 704).
+    At 1024 these are the sizes of SDXL's multi-aspect training (arXiv 2307.01952, appendix I) and (1344, 704).
+
+    Raises:
+        ValueError: The resolution is not a multiple of its bucket step.
     """
     step, area = bucket_step(resolution), resolution * resolution
     if resolution < step or resolution % step:
@@ -43,10 +46,17 @@ def bucket_sizes(resolution: int) -> tuple[Size, ...]:
 
 
 def choose_bucket(size: Size, resolution: int) -> Size:
-    """The bucket whose aspect ratio is closest to the image's, so that the least is cropped.
+    """The bucket whose aspect ratio is closest to the image's, so that as little as possible is cropped.
 
-    Of buckets that are equally close the larger one is taken, then the one closer to a square: an image and its
-    transpose get transposed buckets. Ratios are compared as fractions, since logarithms round ties apart.
+    Ties are resolved in favour of the larger bucket, then of the one closer to a square: an image and its transpose get
+    transposed buckets. Ratios are compared as fractions, since rounded logarithms would break ties arbitrarily.
+
+    Args:
+        size: Of the image, upright.
+        resolution: The side of the square bucket.
+
+    Raises:
+        ValueError: As in `bucket_sizes`.
     """
     height, width = size
 
@@ -64,18 +74,20 @@ def frame(
     generator: torch.Generator | None = None,
     flip: bool = False,
 ) -> Framing:
-    """Covers the bucket with the image, keeping its shape, and places the crop.
+    """The framing that resizes an image to cover the bucket, keeping its aspect ratio, and crops it to the bucket.
 
     Args:
-        size: of the image, upright (EXIF applied), before resizing.
-        crop: "random" draws the place from `generator`.
-        flip: whether this picture is mirrored; the caller draws it.
+        size: Of the image, upright (EXIF applied), before resizing.
+        bucket: The size of the crop.
+        crop: "center", or "random" for a position drawn from `generator`.
+        generator: Used for random crops only; None is torch's default generator.
+        flip: Whether this image is mirrored; drawn by the caller.
     """
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
-    spare = (resized[0] - bucket[0], resized[1] - bucket[1])
+    margins = (resized[0] - bucket[0], resized[1] - bucket[1])
     if crop == "random":
-        top, left = (int(torch.randint(room + 1, (), generator=generator)) for room in spare)
+        top, left = (int(torch.randint(margin + 1, (), generator=generator)) for margin in margins)
     else:
-        top, left = spare[0] // 2, spare[1] // 2
+        top, left = margins[0] // 2, margins[1] // 2
     return Framing(size, resized, top, left, bucket, flip)

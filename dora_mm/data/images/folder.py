@@ -1,4 +1,4 @@
-"""A folder of images with captions: metadata.jsonl, else <name>.txt beside the image, else the instance prompt."""
+"""A folder of captioned images: captions from metadata.jsonl, else <name>.txt, else the instance prompt."""
 
 import hashlib
 import json
@@ -21,66 +21,79 @@ METADATA = "metadata.jsonl"
 
 
 class CaptionedImage(NamedTuple):
+    """One training image and its caption."""
+
     path: Path
     caption: str
     size: Size  # (h, w), upright, before resizing
-    digest: str  # SHA-256 of the file: latents are cached by it
+    digest: str  # SHA-256 of the file, part of the key of cached latents
 
 
 def read_captioned_images(
     folder: str | Path, *, instance_prompt: str | None = None, placeholder: str | None = None
 ) -> list[CaptionedImage]:
-    """Every image of a folder with its caption, by name; all are decoded once, so that a broken one stops the run now.
+    """Reads every image of a folder with its caption, sorted by path.
 
-    Blank captions fall back to the next source; what fell back, was left out or is there twice is logged by name.
+    All images are decoded once, so that a broken one stops the run at its start. A blank caption counts as missing: the
+    next source of captions is used. Images that take the instance prompt, duplicates and ignored files are logged by
+    name.
+
+    Args:
+        folder: The folder, relative to the current directory or to the packaged configs, or absolute.
+        instance_prompt: The caption of images that have none.
+        placeholder: A word that at least one caption must contain.
 
     Raises:
-        ValueError: with every problem of the folder: it is missing, unreadable or holds no image; an image is broken,
-            empty or too large; metadata.jsonl is malformed, names an image twice, one that is missing or one outside
-            the folder; an image has no caption; no caption holds the placeholder.
+        ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
+            empty or too large; metadata.jsonl is malformed or names an image that is missing, outside the folder or
+            listed already; an image has no caption; no caption contains the placeholder.
     """
     root = resolve_path(folder, "data.folder")
     names = _list(root)
     rows, problems = _read_metadata(root) if METADATA in names else ({}, [])
     paths = sorted({root / name for name in names if _is_image(name)} | set(rows))
     if not paths and not problems:
-        raise ValueError(f"data.folder: {root} holds no images ({', '.join(SUFFIXES)})")
+        raise ValueError(f"data.folder: {root} has no images ({', '.join(SUFFIXES)})")
 
-    images, captionless, fell_back = [], [], []
+    images, uncaptioned, with_prompt = [], [], []
     for path in tqdm(paths, desc="reading images", unit="image", delay=2, disable=None):
         caption = rows.get(path) or _read_text(path.with_suffix(".txt"), problems)
         if not caption and instance_prompt:
             caption = instance_prompt
-            fell_back.append(path)
+            with_prompt.append(path)
         if not caption:
-            captionless.append(path)
+            uncaptioned.append(path)
         try:
             images.append(CaptionedImage(path, caption, measure(path), _digest(path)))
         except ValueError as error:
             problems.append(str(error))
-    if captionless:
-        problems.append(f"{_counted(captionless)} without a caption: caption them or set data.instance_prompt")
+    if uncaptioned:
+        problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set data.instance_prompt")
     if not problems and placeholder:
         problems += _check_placeholder(images, placeholder)
     if problems:
         raise ValueError(_report(root, problems))
-    _log_notes(root, names, images, fell_back if len(fell_back) < len(images) else [])
+    _log_notes(root, names, images, with_prompt if len(with_prompt) < len(images) else [])
     return images
 
 
 def digest_of(images: Sequence[CaptionedImage]) -> str:
-    """The identity of a data set: pictures, captions and their order."""
+    """SHA-256 that identifies a data set: the content of its images, their captions and their order."""
     return hashlib.sha256(json.dumps([(image.digest, image.caption) for image in images]).encode()).hexdigest()
 
 
 def measure(path: Path) -> Size:
-    """(h, w) of the image as `load_rgb` gives it, which reads all of it."""
+    """(h, w) of an image as returned by `load_rgb`; the image is fully decoded.
+
+    Raises:
+        ValueError: As in `load_rgb`.
+    """
     image: Image.Image = load_rgb(path)
     return image.height, image.width
 
 
-def holds_word(text: str, word: str) -> bool:
-    """Whether the word stands in the text on its own: TOK is in "a TOK icon" but not in "TOKYO"."""
+def contains_word(text: str, word: str) -> bool:
+    """Whether the text contains the word as a separate word: "a TOK icon" contains TOK, "TOKYO" does not."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
 
 
@@ -98,7 +111,7 @@ def _is_image(name: str) -> bool:
 
 
 def _read_metadata(root: Path) -> tuple[dict[Path, str], list[str]]:
-    """Captions by path, and what is wrong with the lines."""
+    """The captions by path, and the problems of the lines."""
     captions: dict[Path, str] = {}
     lines_of: dict[Path, int] = {}
     problems = []
@@ -123,25 +136,25 @@ def _read_row(root: Path, line: str) -> tuple[Path, str]:
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at character {error.pos + 1}") from None
+        raise ValueError(f"is not valid JSON: {error.msg} at character {error.pos + 1}") from None
     name = row.get("file_name") if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
-        raise ValueError("must be an object with file_name")
+        raise ValueError("must be an object with the key file_name")
     captions = {key: row[key] for key in ("text", "prompt") if row.get(key) is not None}
     if not all(isinstance(caption, str) for caption in captions.values()):
         raise ValueError("has a caption that is not text")
     if len({caption.strip() for caption in captions.values()}) > 1:
-        raise ValueError("has text and prompt, and they differ: keep one")
+        raise ValueError("has different values for text and prompt: keep one")
     return _inside(root, name), next(iter(captions.values()), "").strip()
 
 
 def _inside(root: Path, name: str) -> Path:
-    """The image that a caption file names; neither `..` nor an absolute path nor a link may lead out of the folder."""
+    """The path of an image named in metadata.jsonl; `..`, absolute paths and links must not leave the folder."""
     path = root / os.path.normpath(name)
     try:
         real = path.resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL byte
-        raise ValueError(f"names {name!r}, which is no path") from None
+        raise ValueError(f"names {name!r}, which is not a valid path") from None
     if not real.is_relative_to(root.resolve()):
         raise ValueError(f"names {name}, which is outside the folder: copy the image into it")
     if not real.is_file():
@@ -158,13 +171,13 @@ def _read_text(path: Path, problems: list[str]) -> str:
 
 
 def _check_placeholder(images: list[CaptionedImage], placeholder: str) -> list[str]:
-    without = [image.path for image in images if not holds_word(image.caption, placeholder)]
+    without = [image.path for image in images if not contains_word(image.caption, placeholder)]
     if len(without) < len(images):
         if without:
             log.warning("%s without the placeholder %s", _counted(without), placeholder)
         return []
     example = images[0].caption
-    return [f"no caption holds the placeholder {placeholder} as a word (data.placeholder); the first is {example!r}"]
+    return [f"no caption contains the placeholder {placeholder} as a word (data.placeholder); the first is {example!r}"]
 
 
 def _digest(path: Path) -> str:
@@ -181,22 +194,22 @@ def _report(root: Path, problems: list[str]) -> str:
     return "\n  ".join([f"data.folder {root}: {len(problems)} problems", *problems])
 
 
-def _log_notes(root: Path, names: list[str], images: list[CaptionedImage], fell_back: list[Path]) -> None:
-    """What a person would want to know, though it stops nothing."""
-    if fell_back:
-        log.warning("%s without a caption of their own: they take data.instance_prompt", _counted(fell_back))
+def _log_notes(root: Path, names: list[str], images: list[CaptionedImage], with_prompt: list[Path]) -> None:
+    """Logs what the user should know, although it does not stop the run."""
+    if with_prompt:
+        log.warning("%s without a caption: data.instance_prompt is used", _counted(with_prompt))
     first_of: dict[str, Path] = {}
-    twins = [image.path for image in images if first_of.setdefault(image.digest, image.path) != image.path]
-    if twins:
-        log.warning("%s there twice under another name", _counted(twins))
-    captions = {image.path.with_suffix(".txt").name for image in images}
-    others = [root / name for name in names if not (_is_image(name) or name == METADATA or name in captions)]
+    duplicates = [image.path for image in images if first_of.setdefault(image.digest, image.path) != image.path]
+    if duplicates:
+        log.warning("%s identical to another image of the folder", _counted(duplicates))
+    caption_files = {image.path.with_suffix(".txt").name for image in images}
+    others = [root / name for name in names if not (_is_image(name) or name == METADATA or name in caption_files)]
     if others:
-        log.info("%s no images: left out", _counted(others, "file"))
+        log.info("%s ignored: neither images nor captions", _counted(others, "file"))
 
 
 def _counted(paths: Iterable[Path], noun: str = "image") -> str:
-    """3 images (a.png, b.png, c.png) are"""
+    """The start of a sentence: "3 images (a.png, b.png, c.png) are"."""
     names = [path.name for path in paths]
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({listed}) {'are' if len(names) > 1 else 'is'}"

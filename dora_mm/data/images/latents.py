@@ -1,4 +1,4 @@
-"""Latents kept by content: nothing is served that another image, crop or VAE made."""
+"""A cache of VAE latents, keyed by everything they depend on: image content, framing, background and VAE."""
 
 import hashlib
 import json
@@ -14,26 +14,44 @@ from dora_mm.data.images.buckets import Framing
 from dora_mm.utils.atomic import save_tensors
 
 log = logging.getLogger(__name__)
-LAYOUT = "1"  # raise it when the pixels of an equal framing change
+LAYOUT = "1"  # increase it when the same framing gives different pixels
 
 
 class Latents(NamedTuple):
-    """The VAE's Gaussian; training draws from it anew every time. (C, h, w) each, or with a batch dimension."""
+    """The Gaussian that the VAE predicts for an image; training draws a new sample from it every time.
+
+    Attributes:
+        mean: (C, h, w), or (B, C, h, w) for a batch.
+        logvar: The logarithm of the variance, of the same shape.
+    """
 
     mean: torch.Tensor
     logvar: torch.Tensor
 
 
 def latent_key(digest: str, framing: Framing, background: str, vae: str) -> str:
-    """Names the latents of one picture: file content, resize, crop, mirroring, background and VAE identity."""
+    """The cache key of the latents of one image.
+
+    Args:
+        digest: Of the image file.
+        framing: Resize, crop and mirroring.
+        background: The colour on which transparent images are composed.
+        vae: The digest of the VAE.
+
+    Returns:
+        A SHA-256 in hex.
+    """
     geometry = (framing.resized, framing.top, framing.left, framing.target_size, framing.flip)
     return hashlib.sha256(json.dumps([LAYOUT, digest, geometry, background, vae]).encode()).hexdigest()
 
 
 class LatentCache:
-    """Keeps latents in a folder, one file each, or in memory where no folder is given.
+    """Keeps latents in a folder, one file each, or in memory if no folder is given.
 
-    For framings that come again (a centre crop, mirrored or not); a random crop has a new key every time.
+    It is of use for framings that recur (a centre crop, mirrored or not); a random crop has a new key every time.
+
+    Args:
+        folder: Where the files are kept, or None.
     """
 
     def __init__(self, folder: str | Path | None = None):
@@ -41,17 +59,25 @@ class LatentCache:
         self.memory: dict[str, Latents] = {}
 
     def get(self, key: str, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]], source: object = "") -> Latents:
-        """The latents of this key; `compute` makes mean and logvar where they are missing or damaged.
+        """The latents with this key, computed if they are missing or damaged.
+
+        Args:
+            key: From `latent_key`.
+            compute: Returns mean and logvar, on any device.
+            source: The image, for messages.
+
+        Returns:
+            The latents, on the CPU.
 
         Raises:
-            ValueError: the computed latents are not finite (an fp16 SDXL VAE does that); names `source`.
+            ValueError: The computed latents are not finite, as happens with SDXL's VAE in fp16.
         """
         found = self.memory.get(key) if self.folder is None else self._read(self._path(key))
         if found is not None:
             return found
         latents = Latents(*(tensor.detach().cpu().contiguous() for tensor in compute()))
         if not all(bool(tensor.isfinite().all()) for tensor in latents):
-            raise ValueError(f"the VAE gives values that are not finite for {source or key}: encode in float32")
+            raise ValueError(f"the VAE returns values that are not finite for {source or key}: encode in float32")
         if self.folder is None:
             self.memory[key] = latents
         else:
@@ -72,7 +98,7 @@ class LatentCache:
         except (SafetensorError, OSError):
             intact, latents = False, None
         if not intact:
-            log.warning("Damaged latents are computed again: %s", path)
+            log.warning("%s is damaged: its latents are computed again", path)
         return latents if intact else None
 
 

@@ -1,4 +1,4 @@
-"""Image files to pixels: every mode that a file can have becomes upright RGB, and what cannot be read is named."""
+"""Image files to pixels: every pixel format becomes upright RGB, and errors name the file."""
 
 import contextlib
 import io
@@ -13,16 +13,20 @@ from PIL import Image, ImageCms, ImageColor, ImageOps
 from dora_mm.data.images.buckets import Framing
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are not run on a stranger's files
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are not run on untrusted files
 # 80 megapixels are 240 MB of RGB; a PNG of a few kilobytes can claim thousands of times that.
 MAX_PIXELS = 80_000_000
 
 
 def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
-    """The image upright and in RGB: EXIF orientation and colour profile applied, transparency composed on `background`.
+    """Loads an image as upright RGB: EXIF orientation and colour profile applied, transparency composed.
+
+    Args:
+        path: The image file.
+        background: The colour under transparent pixels, a CSS name or "#rrggbb".
 
     Raises:
-        ValueError: naming the file, when it is missing, empty, broken, too large or of a kind that has no certain look.
+        ValueError: The file is missing, empty, broken, too large, or has 32-bit pixels, whose value range is unknown.
     """
     with opened(Path(path)) as image:
         image.load()
@@ -35,9 +39,17 @@ def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
 
 
 def render(image: Image.Image, framing: Framing) -> torch.Tensor:
-    """(3, h, w) float32 pixels in [-1, 1] of the framed part of an RGB image."""
+    """The framed part of an RGB image as pixels.
+
+    Args:
+        image: Upright RGB, of `framing.original_size`.
+        framing: Resize, crop and mirroring.
+
+    Returns:
+        (3, h, w) float32 in [-1, 1], with (h, w) = `framing.target_size`.
+    """
     height, width = framing.target_size
-    # Only the crop is resized: all of a picture of 1 x 6000 would be 3,072,000 pixels wide at a height of 512.
+    # Only the crop is resized: a complete image of 1 x 6000 would be 3,072,000 pixels wide at a height of 512.
     down, right = image.height / framing.resized[0], image.width / framing.resized[1]
     left, top = framing.left * right, framing.top * down
     box = (left, top, min(left + width * right, image.width), min(top + height * down, image.height))
@@ -50,7 +62,12 @@ def render(image: Image.Image, framing: Framing) -> torch.Tensor:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """Opens an image with an acceptable header; whatever fails inside the block is a ValueError that names the file."""
+    """Opens an image after checking its header; the caller decodes it inside the `with` block.
+
+    Raises:
+        ValueError: The file is missing, empty, too large or of an unsupported format; or anything fails inside the
+            block. The message names the file.
+    """
     if not path.is_file():
         raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     if path.stat().st_size == 0:
@@ -70,11 +87,11 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, EOFError and more
-        raise ValueError(f"{path} is not a whole image ({_first_line(error)}): replace or delete it") from error
+        raise ValueError(f"{path} is not a complete image ({_first_line(error)}): replace or delete it") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey to L or LA by scaling; Pillow's own conversion clips at 255 and turns most of it white."""
+    """Scales 16-bit grey to L or LA; Pillow's own conversion clips at 255, which makes most of it white."""
     values = np.asarray(image).astype(np.uint32)
     grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     transparent = image.info.get("transparency")
@@ -92,7 +109,7 @@ def _composed(image: Image.Image, profile: bytes | None, background: str) -> Ima
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB and CMYK through their colour profile (CMYK looks lurid without it), everything else by Pillow's rules."""
+    """RGB and CMYK are converted through their colour profile (without it CMYK is oversaturated), others by Pillow."""
     if not profile or image.mode not in ("RGB", "CMYK"):
         return image.convert("RGB")
     try:
@@ -100,7 +117,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         if "sRGB" in ImageCms.getProfileDescription(source):
             return image.convert("RGB")
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):  # the profile is damaged or for another mode, the pixels are not
+    except (ImageCms.PyCMSError, OSError):  # the profile is damaged or for another mode, but the pixels are valid
         return image.convert("RGB")
     assert converted is not None  # only in-place conversion returns None
     return converted
@@ -110,7 +127,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """RGB picture on white of one with transparency."""
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+def on_white(image: Image.Image) -> Image.Image:
+    """The image composed on white, in RGB."""
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,4 +1,4 @@
-"""What the readers of all vision-language data sets yield: one Example per question, sentence or captioned picture."""
+"""What the readers of all vision-language data sets yield: one Example per question, sentence or captioned image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,18 +8,21 @@ from dataclasses import dataclass
 class Example:
     """One row of a data set.
 
-    id: the data set's own (question_id, identifier, image id, qid), as text.
-    images: file names within the folder of pictures (`COCO_val2014_000000000042.jpg`, or `val2014/...` where it has
-        subfolders), two for NLVR2, one otherwise; of a video the name of its clip. Features are found by the name
-        without its extension (`stem`).
-    text: the question or the sentence as the file has it, without the task's prompt; "" for captions. Of a video all
-        that the model reads before the prompt, see video.py.
-    answers, scores: what may be answered, and what each is worth in training, from 0 to 1: of VQA each normalised
-        answer with min(1, 0.3 n), of GQA and NLVR2 ("true", "false") the one, of captions every reference with 1.
-        Both are empty where the file has no answers (a test split, or an empty label of the Karpathy form).
-    raw_answers: VQA's ten, as the file has them; empty in forms that do not hold them.
-    kinds: what tables of scores are grouped by: VQA (answer_type, question_type), GQA (structural, semantic), captions
-        of videos (type of each reference); empty where the file has none.
+    Attributes:
+        id: The data set's own id (question_id, identifier, image id, qid), as text.
+        images: File names relative to the folder of images (`COCO_val2014_000000000042.jpg`, or `val2014/...` for a
+            file in a subfolder): two for NLVR2, one otherwise. For videos the name of the clip. Features are looked up
+            by `stem` of this name.
+        text: The question or sentence as the file has it, without the prompt of the task; "" for captions. For videos
+            everything that the model reads before the prompt, see readers/video.py.
+        answers: The accepted answers: for VQA every normalised answer, for GQA and NLVR2 ("true", "false") the only
+            one, for captions every reference. Empty where the file has no answers (a test split, or an empty label of
+            the Karpathy form).
+        scores: The training score of each of `answers`, from 0 to 1: min(1, 0.3 n) for a VQA answer that n people gave,
+            1 in all other data sets.
+        raw_answers: The ten answers of VQA as the file has them; empty for formats that do not contain them.
+        kinds: The categories by which tables of scores are grouped: (answer_type, question_type) for VQA, (structural,
+            semantic) for GQA, the type of each reference for video captions; empty where the file has none.
     """
 
     id: str
@@ -31,9 +34,9 @@ class Example:
     kinds: tuple[str, ...] = ()
 
 
-Predictions = Sequence[tuple[Example, str]]  # examples, each with what a model answered
+Predictions = Sequence[tuple[Example, str]]  # each example with the model's answer
 
 
 def stem(image: str) -> str:
-    """The name of a picture's features: its file name without folder and extension."""
+    """The name under which an image's features are stored: its file name without folder and extension."""
     return image.rpartition("/")[2].rpartition(".")[0] or image.rpartition("/")[2]

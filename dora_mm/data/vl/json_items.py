@@ -1,4 +1,4 @@
-"""JSON that is too large to hold: its items one by one, as (place, value), and where it breaks off.
+"""Streaming readers for large JSON files, which yield one item at a time with its place in the file.
 
 The official VQA v2 annotations (440,000 questions, 350 MB) take 2.2 s and 12 MB this way; json.load takes 3 GB.
 """
@@ -9,17 +9,23 @@ from typing import Any, BinaryIO
 
 import ijson
 
-__all__ = ["Item", "json_lines", "list_items", "object_items", "place", "value_of"]
-
-Item = tuple[str, Any]  # where it stands in its file, such as "line 3", and what stands there
+Item = tuple[str, Any]  # (place in the file, such as "line 3"; the value)
 ID_KEYS = ("question_id", "qid", "identifier", "clip_id", "vid_name", "cocoid", "id")
 
 
 def list_items(path: Path, member: str | None = None) -> Iterator[Item]:
-    """The items of the list that the file is, or that the file's object has as `member`.
+    """The items of the list at the top level of a JSON file, or of the list `member` of its top-level object.
+
+    Args:
+        path: The JSON file.
+        member: The key of the list, None if the file itself is a list.
+
+    Returns:
+        An iterator over ("item 1", value), ("item 2", value), ...
 
     Raises:
-        ValueError: the file cannot be read, is no JSON, is cut off (names the last whole item) or has no such items.
+        ValueError: While iterating: the file cannot be read, is not valid JSON, is truncated (the message names the
+            last complete item) or has no such items.
     """
     prefix = "item" if member is None else f"{member}.item"
     expected = "a list" if member is None else f"an object with a list {member!r}"
@@ -32,10 +38,13 @@ def list_items(path: Path, member: str | None = None) -> Iterator[Item]:
 
 
 def object_items(path: Path) -> Iterator[Item]:
-    """{"id": key, "value": value} of the object that the file is. A key that stands there twice comes twice.
+    """The members of the top-level object of a JSON file. A duplicate key is yielded each time it occurs.
+
+    Returns:
+        An iterator over ("id 'KEY'", {"id": key, "value": value}).
 
     Raises:
-        ValueError: as `list_items`.
+        ValueError: As in `list_items`.
     """
 
     def parse(file: BinaryIO) -> Iterator[Item]:
@@ -46,30 +55,33 @@ def object_items(path: Path) -> Iterator[Item]:
 
 
 def json_lines(path: Path) -> Iterator[Item]:
-    """The lines of a JSONL file as bytes, not parsed, without the blank ones.
+    """The non-blank lines of a JSONL file, as bytes that are not parsed yet.
+
+    Returns:
+        An iterator over ("line 1", line), ...; the numbers count blank lines too.
 
     Raises:
-        ValueError: the file cannot be read or holds no lines.
+        ValueError: While iterating: the file cannot be read or has no lines.
     """
 
     def parse(file: BinaryIO) -> Iterator[Item]:
         return ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
 
-    return _guarded(path, "one JSON object a line", parse)
+    return _guarded(path, "one JSON object per line", parse)
 
 
 def value_of(path: Path, key: str) -> Any:
-    """What the file's object has as `key`, None without it. Reads no further than that.
+    """The member `key` of the top-level object of a JSON file, None if there is none. Reading stops after that member.
 
     Raises:
-        ValueError: the file cannot be read, is no JSON or is cut off.
+        ValueError: The file cannot be read, is not valid JSON or is truncated.
     """
     found = _guarded(path, "an object", lambda file: ((key, value) for value in ijson.items(file, key)), empty=True)
     return next(found, ("", None))[1]
 
 
 def place(path: Path, where: str, item: Any = None) -> str:
-    """Names a row for people: "questions.json, item 3 (question_id 17)"."""
+    """The description of a row in messages, such as "questions.json, item 3 (question_id 17)"."""
     known = [f"{key} {item[key]!r}" for key in ID_KEYS if isinstance(item, dict) and key in item]
     return f"{path}, {where}" + (f" ({known[0]})" if known and known[0] != where else "")
 
@@ -77,7 +89,7 @@ def place(path: Path, where: str, item: Any = None) -> str:
 def _guarded(
     path: Path, expected: str, parse: Callable[[BinaryIO], Iterator[Item]], *, empty: bool = False
 ) -> Iterator[Item]:
-    """What `parse` yields; what goes wrong becomes one sentence that names the last whole item."""
+    """The items that `parse` yields; errors become one sentence that names the last complete item."""
     last = None
     try:
         with path.open("rb") as file:
@@ -86,13 +98,14 @@ def _guarded(
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        known = "" if last is None else f", after {place(path, *last).removeprefix(f'{path}, ')}, the last whole one"
-        raise ValueError(f"{path} is cut off or no JSON{known} ({_reason(error)})") from None
+        where = "" if last is None else place(path, *last).removeprefix(f"{path}, ")
+        after = f" after {where}, the last complete item" if where else ""
+        raise ValueError(f"{path} is truncated or not valid JSON{after} ({_reason(error)})") from None
     if last is None and not empty:
-        raise ValueError(f"{path} holds no rows: {expected} is expected, with something in it")
+        raise ValueError(f"{path} has no rows: it must contain {expected} that is not empty")
 
 
 def _reason(error: Exception) -> str:
-    """The first line of the parser's message; a drawing of the place follows it."""
+    """The first line of the parser's message; the lines after it draw the position in the input."""
     message = error.args[0] if isinstance(error.args[0], bytes) else str(error).encode()
     return message.decode(errors="replace").split("\n")[0]

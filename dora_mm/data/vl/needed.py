@@ -1,11 +1,11 @@
-"""Which files a run would read, and where those that are missing are published."""
+"""The files that a run reads, and where missing ones can be obtained."""
 
 from pathlib import Path
 
 from dora_mm.config.loader import find_path
 from dora_mm.config.vl import VisionConfig, VLDataConfig
 
-PUBLISHED = {  # by data format
+PUBLISHED = {  # data format -> where its files are published
     "vqa_v2": "visualqa.org",
     "vqa_karpathy": "the data of VL-T5 (github.com/j-min/VL-T5)",
     "easy_vqa": "the package easy-vqa",
@@ -21,12 +21,18 @@ PUBLISHED = {  # by data format
 
 
 def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
-    """Every file and folder that the config names, whether it is there, and where the data set is published."""
+    """A text table of every file and folder that the config names: whether it exists, and where it is published.
+
+    Args:
+        data: The `data` section of a config.
+        vision: The `vision` section of a config.
+        model: The `model.path` of a config.
+    """
     rows = [
         (
             f"{task.task} {split} {key}",
             path,
-            "is there" if find_path(path) else f"put there: {PUBLISHED[source.format]}",
+            "found" if find_path(path) else f"missing, get it from: {PUBLISHED[source.format]}",
         )
         for task in data.tasks
         for split, source in (("train", task.train), ("valid", task.valid))
@@ -35,14 +41,18 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
         if (path := getattr(source, key)) is not None
     ]
     rows += [
-        ("features", path, "is there" if find_path(path) else "put there: dora-mm features, or .h5 and .npz of others")
+        (
+            "features",
+            path,
+            "found" if find_path(path) else "missing, make it with: dora-mm features, or use .h5 or .npz files",
+        )
         for path in vision.features
     ]
-    rows.append(("model", model, "a folder, or fetched from the hub"))
+    rows.append(("model", model, "a local folder, or downloaded from the hub"))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(["data", *(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)])
 
 
 def found_features(vision: VisionConfig) -> list[Path]:
-    """Those of `vision.features` that are there."""
+    """The paths of `vision.features` that exist."""
     return [path for name in vision.features if (path := find_path(name)) is not None]

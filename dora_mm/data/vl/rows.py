@@ -1,4 +1,4 @@
-"""Rows of data files: types checked, ids unique, and what cannot be used stopped at or counted by reason."""
+"""Validation of rows: types are checked, ids must be unique, and a bad row stops the run or is skipped and counted."""
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -10,7 +10,7 @@ from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 from dora_mm.data.vl.json_items import Item, place
 
 log = logging.getLogger(__name__)
-NAMED = 5  # places of each reason in a warning; the table's file of left-out rows lists all
+MAX_PLACES = 5  # listed per reason in a warning; the JSON file next to the table lists all
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -22,6 +22,8 @@ OnBadData = Literal["stop", "skip"]
 
 
 class HasId(Protocol):
+    """A row with an id that must be unique in its file."""
+
     @property
     def id(self) -> Hashable: ...
 
@@ -31,13 +33,18 @@ Row = TypeVar("Row", bound=HasId)
 
 
 class RowError(ValueError):
-    """Why one row cannot be used. The sentence says it without the row's own values, so that equal reasons add up."""
+    """Why a row cannot be used. The message contains no values of the row, so that equal reasons can be counted."""
 
 
 class BadRows:
-    """Stops at the first bad row, or keeps where all of them stand.
+    """Handles bad rows: raises at the first one ("stop"), or records the places of all of them ("skip").
 
-    found: the places by reason, from those given on.
+    Args:
+        on_bad_data: "stop" or "skip".
+        found: Places that are already known, by reason; copied.
+
+    Attributes:
+        found: The places of all bad rows so far, by reason.
     """
 
     def __init__(self, on_bad_data: OnBadData, found: Mapping[str, list[str]] | None = None) -> None:
@@ -45,7 +52,15 @@ class BadRows:
         self.found = {reason: [*places] for reason, places in (found or {}).items()}
 
     def add(self, where: str, reason: str) -> None:
-        """Raises ValueError with place and reason where `on_bad_data` is "stop"."""
+        """Records a bad row.
+
+        Args:
+            where: Its place, such as "questions.json, item 3 (question_id 17)".
+            reason: Why it cannot be used, without values of the row.
+
+        Raises:
+            ValueError: `on_bad_data` is "stop"; the message is place and reason.
+        """
         if self.on_bad_data == "stop":
             raise ValueError(f"{where}: {reason}")
         self.found.setdefault(reason, []).append(where)
@@ -54,17 +69,29 @@ class BadRows:
 def good_rows(
     path: Path, items: Iterable[Item], schema: TypeAdapter[T], make: Callable[[T], Row], bad: BadRows
 ) -> Iterator[Row]:
-    """`make` of every item that has the types of `schema`; an id that was there before is bad, too.
+    """Validates the items of a file and converts them to rows.
+
+    A row is bad if it does not fit `schema`, if `make` raises RowError, or if its id occurred before.
+
+    Args:
+        path: The file, for messages.
+        items: Its items with their places (see json_items.py); a value of type bytes is parsed as JSON.
+        schema: The required types.
+        make: Converts a valid item to a row.
+        bad: Receives the bad rows.
+
+    Yields:
+        The good rows, in order.
 
     Raises:
-        ValueError: a row is bad and `bad` stops at it, or the file itself is (see json_items.py).
+        ValueError: A row is bad and `bad` is set to "stop", or the file cannot be parsed (see json_items.py).
     """
     seen: set[Hashable] = set()
     for where, item in items:
         try:
             row = make(checked(schema, item))
             if row.id in seen:
-                raise RowError("its id was there before")
+                raise RowError("has a duplicate id")
         except RowError as error:
             bad.add(place(path, where, item), str(error))
         else:
@@ -73,7 +100,11 @@ def good_rows(
 
 
 def checked(schema: TypeAdapter[T], item: Any) -> T:
-    """The item with the types of `schema`, parsed first if it is a line. Raises RowError."""
+    """The item validated by `schema`; bytes are parsed as JSON first.
+
+    Raises:
+        RowError: The item does not fit the schema.
+    """
     try:
         if isinstance(item, bytes):
             return schema.validate_json(item, strict=True)
@@ -85,19 +116,19 @@ def checked(schema: TypeAdapter[T], item: Any) -> T:
 def _reason(problem: Any) -> str:
     keys = [part for part in problem["loc"] if isinstance(part, str) and part != "value"]  # "value": see object_items
     if problem["type"] == "json_invalid":
-        return "is cut off or no JSON"
+        return "is truncated or not valid JSON"
     if not keys:
-        return f"has another form than this format's rows ({problem['msg']})"
+        return f"does not have the structure of this format's rows ({problem['msg']})"
     if problem["type"] == "missing":
         return f"{keys[-1]} is missing"
-    return f"{keys[0]} is not as this format has it ({problem['msg']})"  # further keys may be the row's own answers
+    return f"{keys[0]} is not valid in this format ({problem['msg']})"  # nested keys may be answers of this row
 
 
-def warn_of(left_out: dict[str, list[str]]) -> None:
-    """One warning that counts and names what was left out, nothing without."""
-    if left_out:
+def warn_skipped(skipped: dict[str, list[str]]) -> None:
+    """Logs one warning with the number and the first places of skipped rows by reason; nothing if there are none."""
+    if skipped:
         reasons = [
-            f"{len(places)} x {reason} ({'; '.join(places[:NAMED])}{'; ...' if len(places) > NAMED else ''})"
-            for reason, places in left_out.items()
+            f"{len(places)} x {reason} ({'; '.join(places[:MAX_PLACES])}{'; ...' if len(places) > MAX_PLACES else ''})"
+            for reason, places in skipped.items()
         ]
-        log.warning("Left out: %s", ", ".join(reasons))
+        log.warning("Skipped rows: %s", ", ".join(reasons))

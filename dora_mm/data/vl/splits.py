@@ -1,4 +1,4 @@
-"""The splits of a config's tasks: rows, the folders of their pictures, and what may be answered."""
+"""The training and validation splits of a config's tasks: tables, image folders and candidate answers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from dora_mm.data.vl.tables import ExampleTable, open_table
 
 
 class ImageCheck(Protocol):
-    """What knows which images can be encoded, such as a VisionEncoder."""
+    """An object that knows which images can be encoded, such as a VisionEncoder."""
 
     def check(self, table: ExampleTable) -> ExampleTable:
-        """The rows whose images can all be encoded. Raises ValueError, or warns, for others."""
+        """A table of the rows whose images can all be encoded.
+
+        Raises:
+            ValueError: An image cannot be encoded and the table's `on_bad_data` is "stop", or none can.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The rows of one task, and where their pictures lie."""
+    """The training split of one task.
+
+    Attributes:
+        table: The rows, all with an answer.
+        images: The folder of their images, None where only features are read.
+        batch_size: Rows per batch.
+        weight: Factor on the number of batches per epoch, see `TaskBatches`.
+    """
 
     table: ExampleTable
     images: str | None
@@ -33,7 +44,13 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class ValidationSet:
-    """candidates: the answers that `decode.answers` trie and rank choose from."""
+    """The validation split of one task.
+
+    Attributes:
+        table: The rows.
+        images: The folder of their images, None where only features are read.
+        candidates: The answers that `decode.answers: trie` and `rank` choose from; empty in the other modes.
+    """
 
     table: ExampleTable
     images: str | None
@@ -41,21 +58,42 @@ class ValidationSet:
 
 
 def open_source(source: SourceConfig, data: VLDataConfig, vision: ImageCheck) -> ExampleTable:
-    """The rows of a split, with all that they need to be seen."""
+    """The rows of a split whose images can be encoded.
+
+    Args:
+        source: The split.
+        data: The `data` section of a config.
+        vision: Checks the images.
+
+    Raises:
+        ValueError: As in `open_table` and `ImageCheck.check`.
+    """
     return vision.check(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
 
 
 def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
-    """The rows of a split whose pictures nobody looks at."""
-    unseen = source.model_copy(update={"images": None})
-    return open_table(unseen, Path(data.tables), on_bad_data=data.on_bad_data)
+    """The rows of a split of which only the texts are used; their images need not exist.
+
+    Raises:
+        ValueError: As in `open_table`.
+    """
+    without_images = source.model_copy(update={"images": None})
+    return open_table(without_images, Path(data.tables), on_bad_data=data.on_bad_data)
 
 
 def open_training(data: VLDataConfig, batch_size: int, vision: ImageCheck) -> dict[str, TrainingSet]:
-    """Task name -> the rows of its training split that have an answer.
+    """The training split of every task, restricted to rows with an answer.
+
+    Args:
+        data: The `data` section of a config.
+        batch_size: Rows per batch for tasks that do not set their own.
+        vision: Checks the images.
+
+    Returns:
+        The training sets by task name, in the order of the config.
 
     Raises:
-        ValueError: a split has none; and what `open_table` raises.
+        ValueError: A split has no answers; also as in `open_source`.
     """
     found = {}
     for task in data.tasks:
@@ -70,9 +108,20 @@ def open_training(data: VLDataConfig, batch_size: int, vision: ImageCheck) -> di
 def open_validation(
     data: VLDataConfig, decode: DecodeConfig, vision: ImageCheck, *, answered: bool = False
 ) -> dict[str, ValidationSet]:
-    """The `valid` split of every task that has one, with the answers of its `train` where candidates are wanted.
+    """The `valid` split of every task that has one, with candidate answers from its `train` split where needed.
 
-    answered: every split must have answers to compare with.
+    Args:
+        data: The `data` section of a config.
+        decode: The `decode` section, which says whether a task chooses from candidates.
+        vision: Checks the images.
+        answered: Whether every split must have reference answers.
+
+    Returns:
+        The validation sets by task name, in the order of the config.
+
+    Raises:
+        ValueError: No training answer is frequent enough to be a candidate, or a split has no answers although
+            `answered` is set; also as in `open_source`.
     """
     found = {}
     for task in data.tasks:
@@ -92,6 +141,6 @@ def open_validation(
 
 
 def frequent_answers(examples: Iterable[Example], min_count: int) -> tuple[str, ...]:
-    """The distinct answers of these examples that occur in as many of them."""
+    """The distinct answers that occur in at least `min_count` of the examples, in order of first occurrence."""
     counts = Counter(answer for example in examples for answer in example.answers)
     return tuple(answer for answer, count in counts.items() if count >= min_count)

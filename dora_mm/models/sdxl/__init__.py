@@ -1,0 +1,1 @@
+"""SDXL: loading, and encoding of prompts and images."""

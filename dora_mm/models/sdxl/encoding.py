@@ -1,4 +1,4 @@
-"""What SDXL is conditioned on, and its latents: prompts, sizes and pictures, encoded. No other file does this."""
+"""Encodes what SDXL reads: prompts, sizes (micro-conditioning) and images. No other file does this."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,16 @@ from dora_mm.models.sdxl.loading import SDXL, config_of
 
 
 def tokenize(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, L) for either encoder, each padded in its own way; L is the tokenizer's length, 77 in SDXL."""
-    one, two = (
+    """Tokenizes prompts for both text encoders; the two tokenizers pad differently.
+
+    Args:
+        model: The model whose tokenizers are used.
+        prompts: B prompts; what does not fit is truncated (see `truncated_prompts`).
+
+    Returns:
+        Token ids (B, L) for text encoder 1 and for text encoder 2; L is the tokenizer's maximum length, 77 in SDXL.
+    """
+    ids, ids_2 = (
         tokenizer(
             list(prompts),
             padding="max_length",
@@ -21,43 +29,66 @@ def tokenize(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.T
         ).input_ids
         for tokenizer in (model.tokenizer, model.tokenizer_2)
     )
-    return one, two
+    return ids, ids_2
 
 
 def truncated_prompts(model: SDXL, prompts: Sequence[str]) -> dict[str, int]:
-    """The prompts that do not fit the text encoders, with their numbers of tokens; what is too much is cut off."""
+    """Maps each prompt that is too long for the text encoders, and so will be truncated, to its number of tokens."""
     counts = {prompt: len(model.tokenizer(prompt).input_ids) for prompt in prompts}
     return {prompt: count for prompt, count in counts.items() if count > model.tokenizer.model_max_length}
 
 
 def encode_tokens(model: SDXL, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt embeddings (B, L, D1 + D2) and pooled embedding (B, P).
+    """Encodes token ids with both text encoders.
 
-    The embeddings are both encoders' penultimate hidden states side by side; the pooled one is encoder 2's alone.
+    Args:
+        model: The model whose text encoders are used.
+        ids: Token ids for text encoder 1 (B, L).
+        ids_2: Token ids for text encoder 2 (B, L).
+
+    Returns:
+        The prompt embeddings (B, L, D1 + D2), which are the penultimate hidden states of both encoders concatenated,
+        and the pooled embedding (B, P), which is that of encoder 2 alone.
     """
-    one = model.text_encoder(ids.to(model.device), output_hidden_states=True)
-    two = model.text_encoder_2(ids_2.to(model.device), output_hidden_states=True)
-    return torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1), two.text_embeds
+    output = model.text_encoder(ids.to(model.device), output_hidden_states=True)
+    output_2 = model.text_encoder_2(ids_2.to(model.device), output_hidden_states=True)
+    return torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1), output_2.text_embeds
 
 
 def encode_prompts(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `encode_tokens`, from text."""
+    """Tokenizes and encodes prompts; returns what `encode_tokens` returns."""
     return encode_tokens(model, *tokenize(model, prompts))
 
 
 def time_ids(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> torch.Tensor:
-    """Micro-conditioning (6,): (h, w) before resizing, the crop's corner in the resized picture, the target."""
+    """SDXL's micro-conditioning of one image.
+
+    Args:
+        original_size: Height and width of the image before resizing, in pixels.
+        crop_top_left: Top and left of the crop within the resized image, in pixels.
+        target_size: Height and width of the crop, in pixels.
+
+    Returns:
+        The six numbers in this order (6,), float32.
+    """
     return torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)
 
 
 @torch.no_grad()
 def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and log-variance (B, C, h, w), float32, of the VAE's posterior for pixels (B, 3, H, W) in [-1, 1].
+    """The VAE's posterior for a batch of images.
 
-    SDXL's own VAE overflows in fp16 and says so in its config (`force_upcast`); it then runs in float32. Autocast would
-    undo that, so it is off in here.
+    SDXL's own VAE overflows in fp16 and declares it in its config (`force_upcast`); it then runs in float32. Autocast
+    would undo that, so it is disabled here.
+
+    Args:
+        model: The model whose VAE encodes.
+        pixels: Images (B, 3, H, W) in [-1, 1].
+
+    Returns:
+        Mean and log-variance (B, C, h, w), float32.
     """
     vae: Any = model.vae  # diffusers annotates its results as tuples
     dtype = vae.dtype
@@ -74,7 +105,17 @@ def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torc
 def draw_latents(
     vae: AutoencoderKL, mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """A sample of the posterior in the units that the UNet works in; its mean without a generator."""
+    """Draws latents from the VAE's posterior, normalized as the UNet expects them.
+
+    Args:
+        vae: Its config holds the normalization.
+        mean: Mean of the posterior (B, C, h, w), as `encode_images` returns it.
+        logvar: Log-variance of the posterior (B, C, h, w).
+        generator: Source of the noise; None returns the (normalized) mean.
+
+    Returns:
+        Latents (B, C, h, w).
+    """
     latents = mean
     if generator is not None:
         noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
@@ -83,7 +124,7 @@ def draw_latents(
 
 
 def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """(latents - mean) * scaling_factor / std, where the VAE's config gives mean and std per channel."""
+    """(latents - mean) * scaling_factor / std; mean and std only where the VAE's config has them, per channel."""
     mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
         latents = (latents - mean) / std
@@ -91,7 +132,7 @@ def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor
 
 
 def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """The inverse: what the VAE decodes."""
+    """Inverse of `normalize_latents`: the UNet's latents as the VAE decodes them."""
     mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
     latents = latents / config_of(vae).scaling_factor
     return latents * std + mean if mean is not None and std is not None else latents

@@ -1,4 +1,4 @@
-"""SDXL: its parts, and how they are loaded from wherever they lie. No other file loads them."""
+"""SDXL: its parts, and loading them from a folder, a single file or the hub. No other file loads them."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,11 +15,11 @@ from dora_mm.config.loader import resolve_model
 from dora_mm.config.sdxl import ModelConfig
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-# What diffusers raises for files that are missing, damaged or of another kind of model.
+# What diffusers raises for files that are missing, damaged or belong to another kind of model.
 LOADING_ERRORS = (OSError, KeyError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError)
 
 
-# stabilityai/stable-diffusion-xl-base-1.0/unet/config.json, where it differs from the class's defaults
+# stabilityai/stable-diffusion-xl-base-1.0/unet/config.json, where it differs from the defaults of the class
 FULL_SIZE = {
     "sample_size": 128,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -37,7 +37,7 @@ FULL_SIZE = {
 
 @dataclass
 class SDXL:
-    """The parts of one SDXL model, under the names that diffusers gives them."""
+    """The parts of one SDXL model, named as in diffusers."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -49,11 +49,12 @@ class SDXL:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
+        """The UNet, the VAE and both text encoders, by name."""
         return {name: getattr(self, name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
 
     @property
     def adaptable(self) -> dict[str, nn.Module]:
-        """The networks that adapters can be in: all but the VAE."""
+        """The networks that can be adapted: all but the VAE."""
         return {name: network for name, network in self.networks.items() if name != "vae"}
 
     @property
@@ -62,29 +63,31 @@ class SDXL:
 
     @property
     def resolution(self) -> int:
-        """The side, in pixels, of the pictures that it was trained on."""
+        """Side, in pixels, of the images that the UNet was trained on."""
         return config_of(self.unet).sample_size * self.downscale
 
     @property
     def downscale(self) -> int:
-        """Pixels to a latent, per side."""
+        """Pixels per latent, along one side."""
         return 2 ** (len(config_of(self.vae).block_out_channels) - 1)
 
     def to(self, device: torch.device | str) -> "SDXL":
+        """Moves all networks to `device`; returns self."""
         for network in self.networks.values():
             network.to(device)
         return self
 
     def freeze(self) -> "SDXL":
+        """Turns gradients off and eval mode on in all networks; returns self."""
         for network in self.networks.values():
             network.requires_grad_(False).eval()
         return self
 
     def pipeline(self) -> StableDiffusionXLPipeline:
-        """diffusers' pipeline over these very parts."""
+        """A diffusers pipeline that shares these parts (no copies)."""
         pipe = StableDiffusionXLPipeline(
             **{name: getattr(self, name) for name in PARTS},
-            force_zeros_for_empty_prompt=True,  # SDXL base's own setting
+            force_zeros_for_empty_prompt=True,  # as SDXL base sets it
             add_watermarker=False,
         )
         pipe.set_progress_bar_config(disable=True)
@@ -92,15 +95,15 @@ class SDXL:
 
 
 def config_of(network: nn.Module) -> Any:
-    """A diffusers config, which is annotated as a dictionary and read by attributes."""
+    """The config of a diffusers network, typed as Any: it is annotated as a dict but read by attribute."""
     return network.config
 
 
 def load_configured(config: ModelConfig) -> SDXL:
-    """The frozen model that a config's `model` section names, in its dtype, on the CPU.
+    """Loads the model that a config's `model` section names: frozen, in the configured dtype, on the CPU.
 
     Raises:
-        ValueError: The model or its VAE is not there, or incomplete; the message names the key.
+        ValueError: The model or its VAE does not exist or is incomplete; the message names the key.
     """
     path = resolve_model(config.path)
     vae = resolve_model(config.vae, "model.vae") if config.vae else None
@@ -111,20 +114,24 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
     """Loads SDXL from a diffusers folder, a single `.safetensors` checkpoint, or a hub name.
 
     Args:
-        path: a folder or file that exists is taken as such; anything else of the form `owner/name` is a hub name. A
-            single checkpoint holds no configs and no tokenizers: diffusers fetches them from the hub, once.
-        vae: another VAE (folder or hub name) in place of the model's own, such as the fp16-fix one.
+        path: An existing folder or file; anything else of the form `owner/name` is a hub name. A single checkpoint
+            holds no configs and no tokenizers: diffusers downloads them from the hub once.
+        dtype: The dtype of all networks.
+        vae: Another VAE (folder or hub name) that replaces the model's own, such as the fp16-fix one.
+
+    Returns:
+        The model on the CPU, not frozen.
 
     Raises:
-        ValueError: nothing is there, or a part is missing.
+        ValueError: There is no model at `path`, or a part of it is missing or cannot be loaded.
     """
     local = Path(path)
     if local.is_dir():
         _check_parts(local)
     elif local.is_file() and local.suffix != ".safetensors":
-        raise ValueError(f"The model {path} is a file that does not end in .safetensors: convert it first.")
+        raise ValueError(f"The model {path} does not end in .safetensors: convert it first.")
     elif not local.is_file() and not _is_hub_name(path):
-        raise ValueError(f"There is no model at {path}: give a folder, a .safetensors file or a hub name.")
+        raise ValueError(f"There is no model at {path}: name a folder, a .safetensors file or a hub repository.")
     try:
         if local.is_file():
             pipe = StableDiffusionXLPipeline.from_single_file(str(local), dtype=dtype, add_watermarker=False)
@@ -141,10 +148,10 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """The VAE in a folder or at a hub name, frozen.
+    """Loads a VAE from a folder or a hub name, frozen and in eval mode.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is no VAE, or it cannot be loaded.
     """
     try:
         vae = AutoencoderKL.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
@@ -160,7 +167,7 @@ def _is_hub_name(path: str) -> bool:
 def _check_parts(folder: Path) -> None:
     missing = [part for part in PARTS if not (folder / part).is_dir() or not any((folder / part).iterdir())]
     if missing == list(PARTS):
-        raise ValueError(f"{folder} is not an SDXL model: it has none of the folders {', '.join(PARTS)}.")
+        raise ValueError(f"{folder} is not an SDXL model: it contains none of the folders {', '.join(PARTS)}.")
     if not (folder / "model_index.json").is_file():
         missing.append("model_index.json")
     if missing:

@@ -55,7 +55,7 @@ class Preprocessing:
         return cls(size, tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std), known)
 
 
-class Bare(NamedTuple):
+class TowerParts(NamedTuple):
     """A network as its library builds it.
 
     layers: what is taken of it where a config names none; empty: what its `forward_features` returns.
@@ -70,7 +70,7 @@ class Bare(NamedTuple):
     prefixes: tuple[str, ...] = ("",)
 
 
-def build(config: VisionConfig) -> Bare:
+def build(config: VisionConfig) -> TowerParts:
     """The network that a config names. Raises ValueError for unknown names, and weights that are not to be had."""
     return _build_timm(config) if config.tower.startswith("timm/") else _build_open_clip(config)
 
@@ -98,7 +98,7 @@ def load_weights(network: nn.Module, file: Path, prefixes: Sequence[str], known:
     network.load_state_dict({key: found[key] for key in wanted}, strict=False)  # without counters of batches
 
 
-def _build_open_clip(config: VisionConfig) -> Bare:
+def _build_open_clip(config: VisionConfig) -> TowerParts:
     import open_clip
     from open_clip.model import _build_vision_tower as build_visual  # all that is public builds the text tower as well
 
@@ -119,10 +119,10 @@ def _build_open_clip(config: VisionConfig) -> Bare:
     )
     name = config.tower.removesuffix("-quickgelu")
     if hasattr(visual, "trunk"):  # one of timm's
-        return Bare(name, visual.trunk, (), preprocess, weights, ("visual.trunk.", "trunk.", ""))
+        return TowerParts(name, visual.trunk, (), preprocess, weights, ("visual.trunk.", "trunk.", ""))
     if quick_gelu and hasattr(visual, "transformer"):
         name += "-quickgelu"
-    return Bare(name, visual, (_last_layer(visual),), preprocess, weights, ("visual.", "trunk.", ""))
+    return TowerParts(name, visual, (_last_layer(visual),), preprocess, weights, ("visual.", "trunk.", ""))
 
 
 def _last_layer(visual: Any) -> str:
@@ -133,7 +133,7 @@ def _last_layer(visual: Any) -> str:
     return "ln_post" if per_token else "transformer"
 
 
-def _build_timm(config: VisionConfig) -> Bare:
+def _build_timm(config: VisionConfig) -> TowerParts:
     import timm
     from timm.data import resolve_model_data_config
 
@@ -146,7 +146,7 @@ def _build_timm(config: VisionConfig) -> Bare:
         if name != "tf_efficientnet_lite0":
             raise ValueError(f"vision.pretrained: {LITE0} is for timm/tf_efficientnet_lite0, not for {config.tower}")
         network = load_efficientnet_lite0()
-        return Bare(config.tower, network, (), Preprocessing((224, 224), (127.0,) * 3, (128.0,) * 3))
+        return TowerParts(config.tower, network, (), Preprocessing((224, 224), (127.0,) * 3, (128.0,) * 3))
     weights = None
     if config.pretrained and timm.is_model_pretrained(f"{name}.{config.pretrained}"):
         network = _create_pretrained(config, f"{name}.{config.pretrained}")
@@ -160,7 +160,7 @@ def _build_timm(config: VisionConfig) -> Bare:
     preprocess = Preprocessing.of_unit_range(
         _pair(wants["input_size"][1:]), wants["mean"], wants["std"], wants["interpolation"]
     )
-    return Bare(config.tower, network, (), preprocess, weights, ("trunk.", ""))
+    return TowerParts(config.tower, network, (), preprocess, weights, ("trunk.", ""))
 
 
 def _create_pretrained(config: VisionConfig, name: str) -> Any:

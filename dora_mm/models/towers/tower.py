@@ -73,7 +73,7 @@ class VisionTower(nn.Module):
         self._check_layers()
         self.requires_grad_(False).eval()
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.feature_dim, self.grid = drop_unreached(self)
+        self.feature_dim, self.grid = drop_unused_modules(self)
 
     @property
     def num_tokens(self) -> int:
@@ -173,7 +173,7 @@ class _Map(nn.Module):
         return self.tower.joined_map(pixels_BCHW)
 
 
-def drop_unreached(tower: VisionTower) -> tuple[int, tuple[int, int]]:
+def drop_unused_modules(tower: VisionTower) -> tuple[int, tuple[int, int]]:
     """Replaces modules whose parameters have no part in the features; returns D and (h, w).
 
     Classifiers, pooling heads and the blocks behind the last layer would take memory, and adapters there would never

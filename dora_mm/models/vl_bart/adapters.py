@@ -1,4 +1,4 @@
-"""The adapters of a VL-BART on disk: the language model's and, in a folder inside it, its vision tower's."""
+"""The adapters of a VL-BART on disk: the language model's and, in a subfolder, the vision tower's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,20 +8,21 @@ from torch import nn
 import dora_mm
 from dora_mm import formats
 
-VISION = "vision"  # the folder of the vision tower's adapter, inside that of the language model's
+VISION = "vision"  # subfolder with the vision tower's adapter, inside the folder of the language model's
 IDENTITIES = {"base_digest": "model.path: another base model", "vision_digest": "vision: another tower or features"}
 
 
 def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Checks that an adapter was trained upon this base model and with this vision tower.
+    """Checks that an adapter was trained with this base model and this vision tower.
 
     Args:
-        folder: Where the adapter lies, for the message.
-        metadata: The header of its file.
-        here: Digests by the keys of IDENTITIES. What either side does not know is not compared.
+        folder: The adapter's folder, for the message.
+        metadata: The header of the adapter file.
+        here: The digests of the loaded model, by the keys of IDENTITIES. A digest that either side lacks is not
+            compared.
 
     Raises:
-        ValueError: It was trained upon another base model, or with another tower.
+        ValueError: The adapter was trained with another base model or vision tower.
     """
     for key, what in IDENTITIES.items():
         if metadata.get(key) and here.get(key) and metadata[key] != here[key]:
@@ -29,10 +30,17 @@ def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str,
 
 
 def seed_of(folder: Path, metadata: Mapping[str, str]) -> int:
-    """The seed that the weights which a bare BART lacks were drawn from.
+    """The seed of the weights that a plain BART lacks (visual embedding, sentinel rows), from an adapter's header.
+
+    Args:
+        folder: The adapter's folder, for the message.
+        metadata: The header of the adapter file.
+
+    Returns:
+        The seed; 0 if the header names none.
 
     Raises:
-        ValueError: The header holds something else than a number.
+        ValueError: The header's seed is not a number.
     """
     text = metadata.get("seed", "0")
     if not text.isdecimal():
@@ -41,18 +49,22 @@ def seed_of(folder: Path, metadata: Mapping[str, str]) -> int:
 
 
 def load_adapters(path: Path, model: nn.Module, tower: nn.Module | None, backend: str) -> None:
-    """Loads the adapter of a VL-BART and, where its run adapted the tower as well, the tower's.
+    """Loads the adapter of a VL-BART and, if its run adapted the vision tower too, the adapter of the tower.
 
     Args:
-        path: A run directory, a folder or a file.
-        tower: None where precomputed features are read.
+        path: A run directory, an adapter folder or an adapter file.
+        model: The VL-BART to adapt.
+        tower: The vision tower to adapt; None if precomputed features are read.
+        backend: "auto", "torch" or "triton".
 
     Raises:
-        ValueError: The tower was adapted, and there is none.
+        ValueError: The run adapted the tower, and `tower` is None.
     """
     folder = formats.adapter_folder(path)
     if (folder / VISION).is_dir() and tower is None:
-        raise ValueError(f"{folder} adapts the vision tower too: leave vision.features out, so that images are encoded")
+        raise ValueError(
+            f"{folder} adapts the vision tower too: remove vision.features, so that the tower encodes the images"
+        )
     dora_mm.load_adapter({"model": model}, folder, backend=backend)
     if (folder / VISION).is_dir() and tower is not None:
         dora_mm.load_adapter({VISION: tower}, folder / VISION, backend=backend)

@@ -1,4 +1,4 @@
-"""Load a VL-BART with its tokenizer: one that was saved, or a bare BART with the visual parts drawn from a seed."""
+"""Load a VL-BART with its tokenizer: a saved one, or a plain BART whose visual parts are drawn from a seed."""
 
 # pyright: reportArgumentType=false, reportReturnType=false
 # transformers annotates numbers and tokens of a config as None or anything.
@@ -25,7 +25,7 @@ from dora_mm.models.vl_bart.text import load_tokenizer
 
 AutoConfig.register(VLBartConfig.model_type, VLBartConfig)
 
-# facebook/bart-base, where it differs from the class's defaults: known without a network
+# facebook/bart-base, where it differs from the defaults of the class; written here so that no download is needed
 BART_BASE = {
     "d_model": 768,
     "encoder_layers": 6,
@@ -54,13 +54,22 @@ LOADING_ERRORS = (
 
 
 def load_vl_bart(config: VLModelConfig, feature_dim: int, seed: int) -> tuple[VLBart, BartTokenizer]:
-    """The model in float32, frozen, and its tokenizer.
+    """Loads a VL-BART, or turns a plain BART into one, with its tokenizer.
 
-    Of a bare BART the visual embedding and the sentinels' rows are drawn from `seed`: an adapter trained upon it is
-    for this seed. `feature_dim` is the number of channels of the visual features.
+    For a plain BART, the visual embedding and the sentinels' rows are drawn from `seed`, so an adapter trained on such
+    a model belongs to this seed.
+
+    Args:
+        config: The `model` section.
+        feature_dim: Number of channels of the visual features.
+        seed: Seed of the weights that the folder does not hold.
+
+    Returns:
+        The model (float32, frozen) and the tokenizer.
 
     Raises:
-        ValueError: nothing is there, or it is no BART, or damaged, or made for other features.
+        ValueError: There is no model, it is not a BART, is damaged, or expects other features; the message names
+            `model.path`.
     """
     path = resolve_model(config.path)
     base: Any = config_of(path)
@@ -68,25 +77,35 @@ def load_vl_bart(config: VLModelConfig, feature_dim: int, seed: int) -> tuple[VL
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         if not config.random:
-            base = _loaded(VLBart if isinstance(base, VLBartConfig) else BartForConditionalGeneration, path)
-        model = _made(base, config, len(tokenizer), feature_dim, path)
+            base = _load_complete(VLBart if isinstance(base, VLBartConfig) else BartForConditionalGeneration, path)
+        model = _build_checked(base, config, len(tokenizer), feature_dim, path)
     if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(f"model.path: {path} has {model.config.vocab_size} token rows and {len(tokenizer)} tokens")
-    # The folder's own would fill in whatever `answer_ids` leaves at its default.
+        raise ValueError(
+            f"model.path: {path} has {model.config.vocab_size} token embeddings, and its tokenizer {len(tokenizer)} tokens"
+        )
+    # The folder's own generation config would override every setting that `answer_ids` leaves at its default.
     model.generation_config = GenerationConfig(**special_tokens(model.config))
     return model, tokenizer
 
 
 def empty_vl_bart(config: VLModelConfig, feature_dim: int) -> VLBart:
-    """The frozen model that `load_vl_bart` would load, as its config alone says: for the meta device, to be counted."""
+    """The model that `load_vl_bart` would load, frozen, from its config alone: to count parameters on the meta device.
+
+    Args:
+        config: The `model` section.
+        feature_dim: Number of channels of the visual features.
+
+    Raises:
+        ValueError: There is no config, it is not a BART's, or it expects other features.
+    """
     path = resolve_model(config.path)
-    found = config_of(path)
-    return _made(found, config, found.vocab_size + len(SENTINELS), feature_dim, path)
+    base = config_of(path)
+    return _build_checked(base, config, base.vocab_size + len(SENTINELS), feature_dim, path)
 
 
-def _made(base: Any, config: VLModelConfig, vocab_size: int, feature_dim: int, path: str) -> VLBart:
-    """The frozen model from a config or a model, of a BART or VL-BART; checked against what it is to be used for."""
-    with as_value_error(path, "has a config.json that makes no model"):
+def _build_checked(base: Any, config: VLModelConfig, vocab_size: int, feature_dim: int, path: str) -> VLBart:
+    """The frozen VL-BART from a config or a model of BART or VL-BART; checked against `config` and `feature_dim`."""
+    with as_value_error(path, "has a config.json that no model can be built from"):
         if isinstance(base, VLBartConfig):
             base = VLBart(base)
         elif not isinstance(base, VLBart):
@@ -97,46 +116,67 @@ def _made(base: Any, config: VLModelConfig, vocab_size: int, feature_dim: int, p
 
 
 def check_visual(config: VLBartConfig, visual: str | None, path: str) -> None:
+    """Raises a ValueError if a model for images is to be used for video features, or the other way round."""
     kind = "video" if config.pooled_side is None else "image"
     if visual not in (None, kind):
         raise ValueError(
-            f"model.path: {path} is a VL-BART of {kind} features, and model.visual is {visual}: leave model.visual out"
+            f"model.path: {path} is a VL-BART for {kind} features, and model.visual is {visual}: remove model.visual"
         )
 
 
 def check_features(config: VLBartConfig, feature_dim: int, path: str) -> None:
+    """Raises a ValueError if the model expects another number of feature channels."""
     if config.feature_dim != feature_dim:
         raise ValueError(
             f"model.path: {path} reads features of {config.feature_dim} channels, and vision gives {feature_dim}: "
-            "set vision (tower, layers or features) to what it was trained with"
+            "set vision (tower, layers or features) as the model was trained"
         )
 
 
 def config_of(path: str) -> BartConfig:
-    """The config of a BART or VL-BART; facebook/bart-base's is known."""
+    """Reads the config of a BART or VL-BART; that of facebook/bart-base is built in.
+
+    Args:
+        path: A folder or a hub name.
+
+    Raises:
+        ValueError: There is no config, or it is not a BART's, or it has impossible values.
+    """
     if path == "facebook/bart-base":
         return BartConfig(**BART_BASE)
-    with as_value_error(path, "has no config of a BART"), silenced():
-        found = AutoConfig.from_pretrained(path)
-    if not isinstance(found, BartConfig):
-        raise ValueError(f"model.path: {path} is a {found.model_type}, and VL-BART is made from a BART")
-    if found.max_position_embeddings < MIN_POSITIONS:
+    with as_value_error(path, "does not have the config.json of a BART"), silenced():
+        config = AutoConfig.from_pretrained(path)
+    if not isinstance(config, BartConfig):
+        raise ValueError(f"model.path: {path} is a {config.model_type}, but VL-BART is built from a BART")
+    if config.max_position_embeddings < MIN_POSITIONS:
         raise ValueError(
-            f"model.path: {path} has positions for {found.max_position_embeddings} tokens, which is no text"
+            f"model.path: {path} has positions for {config.max_position_embeddings} tokens, and {MIN_POSITIONS} are needed"
         )
-    for name, value in special_tokens(found).items():
-        if not isinstance(value, int) or not 0 <= value < found.vocab_size:
-            raise ValueError(f"model.path: {path} has {name} {value} in its config.json, and {found.vocab_size} tokens")
-    return found
+    for name, value in special_tokens(config).items():
+        if not isinstance(value, int) or not 0 <= value < config.vocab_size:
+            raise ValueError(
+                f"model.path: {path} has {name} {value} in its config.json, but only {config.vocab_size} tokens"
+            )
+    return config
 
 
 def from_bart(
     bart: BartForConditionalGeneration | BartConfig, vocab_size: int, feature_dim: int, visual: str
 ) -> VLBart:
-    """A VL-BART with this BART's weights (or of this size, all random); what it lacks is drawn by torch's generator."""
+    """Builds a VL-BART from a BART; what the BART lacks is drawn from torch's global generator.
+
+    Args:
+        bart: The model whose weights are copied, or a config, for a model of this size with random weights.
+        vocab_size: Number of tokens, sentinels included.
+        feature_dim: Number of channels of the visual features.
+        visual: "image" or "video".
+
+    Raises:
+        ValueError: The shapes of the BART's weights do not fit its config.
+    """
     base = bart if isinstance(bart, BartConfig) else bart.config
-    same = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "vocab_size")}
-    model = VLBart(VLBartConfig(**{**same, "vocab_size": vocab_size, "feature_dim": feature_dim, **VISUAL[visual]}))
+    shared = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "vocab_size")}
+    model = VLBart(VLBartConfig(**{**shared, "vocab_size": vocab_size, "feature_dim": feature_dim, **VISUAL[visual]}))
     if not isinstance(bart, BartConfig):
         _copy_weights(bart, model)
     return model
@@ -144,7 +184,7 @@ def from_bart(
 
 @torch.no_grad()
 def _copy_weights(bart: nn.Module, model: VLBart) -> None:
-    """Token rows that BART lacks, and the visual embedding, keep what they were drawn as."""
+    """Copies a BART's weights; token rows that it lacks and the visual embedding keep their random values."""
     targets = dict(model.named_parameters())
     for name, parameter in bart.named_parameters():
         target = targets[name]
@@ -154,29 +194,40 @@ def _copy_weights(bart: nn.Module, model: VLBart) -> None:
         target[:rows].copy_(parameter[:rows])
 
 
-def _loaded(kind: Any, path: str) -> Any:
-    """A model with all its weights. Shapes that differ are let through, for transformers tells of them in 60 lines."""
+def _load_complete(kind: Any, path: str) -> Any:
+    """Loads a model and checks that no weight is missing, surplus, of another shape or not finite.
+
+    transformers is told to ignore mismatched shapes because its own message about them has 60 lines.
+    """
     with as_value_error(path, "cannot be loaded"), silenced():
         settings = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, report = kind.from_pretrained(path, **settings)
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model.path: {path} lacks weights ({missing[0]}): it is incomplete")
+        raise ValueError(f"model.path: {path} is incomplete: it lacks weights ({missing[0]})")
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, needed = mismatched[0]
         raise ValueError(
             f"model.path: {path} has a {name} of shape {tuple(found)}, and its config.json needs {tuple(needed)}"
         )
-    if surplus := sorted(name for name in report["unexpected_keys"] if "layers." in name):  # heads may be left behind
+    if surplus := sorted(name for name in report["unexpected_keys"] if "layers." in name):  # unused heads are fine
         raise ValueError(f"model.path: {path} has weights of layers that its config.json lacks ({surplus[0]})")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.isfinite().all():
-            raise ValueError(f"model.path: {path} has numbers in {name} that are not finite: it is damaged")
+            raise ValueError(f"model.path: {path} is damaged: {name} holds values that are not finite")
     return model
 
 
 @contextmanager
 def as_value_error(path: str, what: str) -> Iterator[None]:
-    """Whatever other libraries raise for a damaged folder, as one sentence."""
+    """Turns whatever other libraries raise for a damaged folder into a ValueError of one line.
+
+    Args:
+        path: The model's path, for the message.
+        what: What is wrong with it, such as "cannot be loaded".
+
+    Raises:
+        ValueError: The body raised one of LOADING_ERRORS.
+    """
     try:
         yield
     except LOADING_ERRORS as error:
@@ -184,7 +235,14 @@ def as_value_error(path: str, what: str) -> Iterator[None]:
 
 
 def save_vl_bart(model: VLBart, tokenizer: BartTokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A folder that `load_vl_bart` and transformers read."""
+    """Saves model and tokenizer to a folder that `load_vl_bart` and transformers read.
+
+    Args:
+        model: The model; it is not changed.
+        tokenizer: Its tokenizer.
+        folder: The folder to write to.
+        dtype: The dtype of the saved weights.
+    """
     copied: Any = copy.deepcopy(model)
     with silenced():
         copied.to(dtype).save_pretrained(folder)
@@ -193,7 +251,7 @@ def save_vl_bart(model: VLBart, tokenizer: BartTokenizer, folder: Path, dtype: t
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """transformers shows a bar of its own for what takes a moment, and tables of what is told here in a sentence."""
+    """Turns off transformers' progress bars and warnings: loading takes a moment, and errors are reported here."""
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,10 +1,10 @@
-"""VL-BART (Cho et al. 2021, arXiv 2102.02779): BART whose encoder reads pictures beside text.
+"""VL-BART (Cho et al. 2021, arXiv 2102.02779): BART whose encoder reads images together with text.
 
     text            layernorm_embedding(tokens + positions)                   (B, L, E)
-    visual tokens   LN(Linear(features)) + LN(Linear(box)) + image + object   (B, N S, E), beside the text
+    visual tokens   LN(Linear(features)) + LN(Linear(box)) + image + object   (B, N S, E), concatenated to the text
     dropout, encoder layers, and a decoder that attends to both
 
-B batch, L text tokens, N pictures (2 in NLVR2), S visual tokens a picture (36; 64 frames of a video), D feature
+B batch, L text tokens, N images (2 in NLVR2), S visual tokens per image (36; 64 frames of a video), D feature
 channels, E width. Grid features have no boxes: all four corners and the area are 0, so that term is a learned constant.
 The object embedding of token i is the token embedding of `<vis_extra_id_i>`.
 """
@@ -32,11 +32,11 @@ from transformers.utils.output_capturing import capture_outputs
 NUM_SENTINELS = 100  # <extra_id_i> of the text, and as many <vis_extra_id_i>
 SENTINELS = tuple(f"<{kind}_{i}>" for kind in ("extra_id", "vis_extra_id") for i in reversed(range(NUM_SENTINELS)))
 BOX = 5  # x1, y1, x2, y2, area
-MAX_LOGITS = 2**26  # of a pass over candidates: 256 MB, and as much again for the loss
+MAX_LOGITS = 2**26  # per pass over candidates: 256 MB, and as much again for the loss
 
 
 class VLInputs(NamedTuple):
-    """What the encoder reads. The mask is 0 for padding of the text and of the visual tokens (S' after pooling)."""
+    """Inputs of the encoder. The mask is 0 for padding, of text and of visual tokens (S' per image after pooling)."""
 
     input_ids: Tensor  # (B, L)
     attention_mask: Tensor  # (B, L + N S')
@@ -45,18 +45,20 @@ class VLInputs(NamedTuple):
 
 @strict
 class VLBartConfig(BartConfig):
-    """BartConfig with what VL-BART adds. vocab_size counts the 200 sentinels, which stand last."""
+    """BartConfig with the settings that VL-BART adds. `vocab_size` includes the 200 sentinels, the last tokens."""
 
     model_type = "vl_bart"
 
     feature_dim: int = 2048  # channels of a visual token
-    pooled_side: int | None = (
-        6  # a grid is max-pooled to this side; None: visual tokens are taken as they come (frames)
-    )
+    pooled_side: int | None = 6  # side that a grid is max-pooled to; None: visual tokens are not pooled (frames)
     max_images: int = 2
 
     def validate_visual(self) -> None:
-        """Called when one is made, as `strict` has it."""
+        """Checks the added settings; `strict` calls it on construction.
+
+        Raises:
+            ValueError: A setting is not a whole number of at least 1.
+        """
         for name in ("feature_dim", "pooled_side", "max_images"):
             value = getattr(self, name)
             frames = name == "pooled_side" and value is None
@@ -65,7 +67,7 @@ class VLBartConfig(BartConfig):
 
 
 class VisualEmbedding(nn.Module):
-    """Features of pictures as tokens of the encoder."""
+    """Embeds visual features as tokens of the encoder."""
 
     def __init__(self, config: VLBartConfig):
         super().__init__()
@@ -76,32 +78,57 @@ class VisualEmbedding(nn.Module):
         self.image_embedding = nn.Embedding(config.max_images, width)
 
     def forward(self, features_BNSD: Tensor, token_embedding: Tensor) -> Tensor:
-        """(B, N S', E), S' the tokens after pooling; `token_embedding` (V, E) ends in the visual sentinels."""
+        """Embeds the features of a batch.
+
+        Args:
+            features_BNSD: Visual features (B, N, S, D).
+            token_embedding: Weight of the token embedding (V, E), whose last rows are the visual sentinels.
+
+        Returns:
+            Visual tokens (B, N S', E), S' per image after pooling.
+
+        Raises:
+            ValueError: There are more images or visual tokens than the model has embeddings for.
+        """
         pooled = self.pool(features_BNSD.to(token_embedding.dtype))
-        pictures, tokens = pooled.shape[1:3]
+        count, tokens = pooled.shape[1:3]
         order = token_embedding[-tokens:].flip(0) if tokens <= NUM_SENTINELS else None
-        if order is None or pictures > self.image_embedding.num_embeddings:
-            raise ValueError(f"VL-BART reads {pictures} x {tokens} visual tokens at most "
-                             f"{self.image_embedding.num_embeddings} x {NUM_SENTINELS}.")  # fmt: skip
-        images = self.image_embedding.weight[:pictures, None]
+        if order is None or count > self.image_embedding.num_embeddings:
+            raise ValueError(
+                f"These features have {count} x {tokens} visual tokens (images x tokens per image), and VL-BART reads "
+                f"at most {self.image_embedding.num_embeddings} x {NUM_SENTINELS}."
+            )
+        images = self.image_embedding.weight[:count, None]
         boxes = self.box_embedding(pooled.new_zeros(BOX))
         return (self.feature_embedding(pooled) + boxes + images + order).flatten(1, 2)
 
     def pool(self, features_BNSD: Tensor) -> Tensor:
-        """Each picture's square grid, max-pooled by itself."""
+        """Max-pools the square grid of each image.
+
+        Args:
+            features_BNSD: Visual features (B, N, S, D), S a square number unless `pooled_side` is None.
+
+        Returns:
+            (B, N, pooled_side^2, D), or the features themselves if `pooled_side` is None.
+
+        Raises:
+            ValueError: S is not a square number.
+        """
         if self.pooled_side is None:
             return features_BNSD
-        batch, pictures, tokens, _ = features_BNSD.shape
+        batch, count, tokens, _ = features_BNSD.shape
         side = math.isqrt(tokens)
         if side * side != tokens:
-            raise ValueError(f"{tokens} visual tokens are no square grid, which pooling to {self.pooled_side} needs.")
+            raise ValueError(
+                f"{tokens} visual tokens are not a square grid, so they cannot be pooled to {self.pooled_side}."
+            )
         grid = features_BNSD.flatten(0, 1).mT.unflatten(2, (side, side))
         pooled = F.adaptive_max_pool2d(grid, self.pooled_side)
-        return pooled.flatten(2).mT.unflatten(0, (batch, pictures))
+        return pooled.flatten(2).mT.unflatten(0, (batch, count))
 
 
 class JointEncoder(BartEncoder):
-    """BART's encoder over text and visual tokens, side by side. Visual tokens get no positions."""
+    """BART's encoder over concatenated text and visual tokens. Visual tokens have no position embeddings."""
 
     def __init__(self, config: VLBartConfig):
         super().__init__(config)
@@ -113,7 +140,17 @@ class JointEncoder(BartEncoder):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, visual_features: Tensor, **kwargs: Any
     ) -> BaseModelOutput:
-        """input_ids (B, L); attention_mask (B, L + N S), 0 for padding; visual_features (B, N, S, D)."""
+        """Encodes text and visual features.
+
+        Args:
+            input_ids: Token ids of the text (B, L).
+            attention_mask: 0 for padding, 1 elsewhere (B, L + N S'), S' visual tokens per image after pooling.
+            visual_features: (B, N, S, D).
+            **kwargs: Passed on to the layers.
+
+        Returns:
+            `last_hidden_state` (B, L + N S', E).
+        """
         embedded = self.embed_tokens(input_ids)
         text = self.layernorm_embedding(embedded + self.embed_positions(input_ids))
         visual = self.visual_embedding(visual_features, self.embed_tokens.weight)
@@ -125,16 +162,16 @@ class JointEncoder(BartEncoder):
 
 
 class VLBart(BartForConditionalGeneration):
-    """`save_pretrained` and `from_pretrained` are transformers'."""
+    """VL-BART with a language-model head; `save_pretrained` and `from_pretrained` are those of transformers."""
 
-    config: Any  # whose numbers are annotated as None or anything
+    config: Any  # transformers annotates its numbers as None or anything
     config_class = VLBartConfig
     _tied_weights_keys = BartForConditionalGeneration._tied_weights_keys
 
     def __init__(self, config: VLBartConfig):
         super().__init__(config)
         self.model.encoder = JointEncoder(config)
-        self.post_init()  # ties the new encoder's tokens
+        self.post_init()  # ties the token embedding of the new encoder
 
     def forward(
         self,
@@ -145,7 +182,19 @@ class VLBart(BartForConditionalGeneration):
         encoder_outputs: BaseModelOutput | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As BART's. attention_mask (B, L + N S) covers text and visual tokens, for the decoder as well."""
+        """As BartForConditionalGeneration.forward, with visual features.
+
+        Args:
+            input_ids: Token ids of the text (B, L).
+            attention_mask: 0 for padding (B, L + N S'), text and visual tokens; the decoder's cross-attention uses it
+                too.
+            visual_features: (B, N, S, D).
+            encoder_outputs: The encoder's output, in which case ids and features are not needed.
+            **kwargs: Those of BART, such as `labels` or `decoder_input_ids`.
+
+        Returns:
+            BART's output.
+        """
         if encoder_outputs is None:
             assert input_ids is not None
             assert attention_mask is not None
@@ -162,7 +211,17 @@ class VLBart(BartForConditionalGeneration):
         max_length: int = 20,
         allowed: Callable[[int, Tensor], list[int]] | None = None,
     ) -> Tensor:
-        """(B, <= max_length) token ids, decoded greedily or by beams; `allowed` is `prefix_allowed_tokens_fn`."""
+        """Decodes answers greedily or with beam search.
+
+        Args:
+            inputs: A batch.
+            beams: Number of beams; 1 is greedy.
+            max_length: Maximum length in tokens, special tokens included.
+            allowed: Maps (row, ids so far) to the permitted next ids: `prefix_allowed_tokens_fn` of transformers.
+
+        Returns:
+            Token ids (B, at most max_length).
+        """
         encoded = self.model.encoder(*inputs)
         settings = GenerationConfig(
             num_beams=beams,
@@ -171,26 +230,32 @@ class VLBart(BartForConditionalGeneration):
             early_stopping=beams > 1,
             **special_tokens(self.config),
         )
-        found = cast(Any, self).generate(  # of GenerationMixin, whose stub hides it
+        ids = cast(Any, self).generate(  # from GenerationMixin, which the annotations hide
             generation_config=settings,
             encoder_outputs=encoded,
             attention_mask=inputs.attention_mask,
             prefix_allowed_tokens_fn=allowed,
         )
-        assert isinstance(found, Tensor)
-        return found
+        assert isinstance(ids, Tensor)
+        return ids
 
     @torch.no_grad()
     def next_logits(self, inputs: VLInputs, decoder_ids: Sequence[int]) -> Tensor:
-        """(B, V) logits of the token after this beginning of every answer."""
+        """Logits (B, V) of the token that follows `decoder_ids`, the same prefix for every row."""
         ids = inputs.input_ids.new_tensor([list(decoder_ids)]).expand(len(inputs.input_ids), -1)
         return self(*inputs, decoder_input_ids=ids, use_cache=False).logits[:, -1]
 
     @torch.no_grad()
     def rank_candidates(self, inputs: VLInputs, candidates: Tensor, max_logits: int = MAX_LOGITS) -> Tensor:
-        """(B, C) log likelihoods of the candidate targets (C, T), padded, with one pass of the encoder.
+        """Scores candidate answers, with one pass of the encoder.
 
-        max_logits: the decoder takes as many candidates at a time as have so many logits, and one at least.
+        Args:
+            inputs: A batch.
+            candidates: Token ids of the C candidates, padded (C, T).
+            max_logits: Limits how many candidates the decoder takes at a time (at least one) by their number of logits.
+
+        Returns:
+            Log-likelihoods (B, C).
         """
         encoded = self.model.encoder(*inputs).last_hidden_state
         config = self.config
@@ -213,24 +278,39 @@ class VLBart(BartForConditionalGeneration):
 
 
 def special_tokens(config: VLBartConfig) -> dict[str, Any]:
-    """What decoding begins, ends and pads with, as GenerationConfig names it. What is too long is ended."""
+    """The special token ids by GenerationConfig's names; the end token is forced at the maximum length."""
     names = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
     return {**{name: getattr(config, name) for name in names}, "forced_eos_token_id": config.eos_token_id}
 
 
 def token_log_likelihood(logits_BTV: Tensor, targets_BT: Tensor, pad: int) -> Tensor:
-    """(B, T), 0 where the target is padding."""
+    """Log-likelihood of each target token.
+
+    Args:
+        logits_BTV: (B, T, V).
+        targets_BT: Token ids (B, T).
+        pad: Id of the padding token.
+
+    Returns:
+        (B, T), float32; 0 where the target is padding.
+    """
     losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=pad, reduction="none")
     return -losses.view(targets_BT.shape)
 
 
-# --- which parameters train beside adapters --------------------------------------------------------------------------
+# --- which parameters train in addition to the adapters --------------------------------------------------------------
 
 
-def extra_trainable_parameters(model: VLBart, trains: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Parameters by name, of these groups.
+def extra_trainable_parameters(model: VLBart, groups: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The parameters that train in addition to the adapters.
 
-    visual_embedding; biases and norms (scales) of BART itself; embeddings (tokens, which lm_head shares, positions).
+    Args:
+        model: The model.
+        groups: Any of "visual_embedding", "biases" and "norms" (their scales) of BART itself, and "embeddings" (tokens,
+            which lm_head shares, and positions).
+
+    Returns:
+        The parameters of these groups, by name.
     """
     norms = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
 
@@ -243,4 +323,4 @@ def extra_trainable_parameters(model: VLBart, trains: Sequence[str]) -> dict[str
             return "norms"
         return "embeddings" if name == "model.shared.weight" or ".embed_positions." in name else None
 
-    return {name: parameter for name, parameter in model.named_parameters() if group(name) in trains}
+    return {name: parameter for name, parameter in model.named_parameters() if group(name) in groups}

@@ -1,6 +1,6 @@
-"""What VL-BART reads and writes: prompts, lengths and token ids of every task.
+"""Text of VL-BART: prompts, lengths and token ids of every task.
 
-The figures are those of the paper's runs; the only departure is `gqa: `, which they spelled `gpa: `.
+Prompts and lengths are those of the paper's runs, except `gqa: `, which they spelled `gpa: `.
 """
 
 # pyright: reportArgumentType=false, reportReturnType=false
@@ -17,19 +17,19 @@ from transformers import BartTokenizer
 
 from dora_mm.models.vl_bart.model import SENTINELS
 
-MAX_TEXT = 1024  # tokens: BART's positions
+MAX_TEXT = 1024  # tokens: the number of BART's positions
 
 
 @dataclass(frozen=True)
 class TaskText:
-    """How a task speaks to the model. Lengths are in tokens, <s> and </s> included."""
+    """The text format of a task. Lengths are in tokens, <s> and </s> included."""
 
     prompt: str
     max_input: int
     max_target: int
-    beams: bool = False  # sentences are decoded by beams, answers greedily
-    prompt_last: bool = False  # video: what is read comes first, and its beginning is cut where it is too long
-    max_answer: int = 20  # of what is decoded
+    beams: bool = False  # captions are decoded with beam search, answers greedily
+    prompt_last: bool = False  # video: subtitles, question, prompt; subtitles that are too long lose their end
+    max_answer: int = 20  # of decoded answers
 
 
 TEXTS = {
@@ -52,40 +52,54 @@ def encode_inputs(
     *,
     max_positions: int,
 ) -> tuple[Tensor, Tensor]:
-    """(ids, mask), (B, L) each, right-padded.
+    """Tokenizes the input texts of a batch, with the prompt of their task.
 
-    texts: questions or sentences. What is over the task's length is cut off at its end; of a video task the beginning
-        of `before` (subtitles) is kept as far as there is room, so that a question is never cut away.
-    max_positions: how many tokens the model has positions for, which may be fewer than the task takes.
+    Args:
+        tokenizer: The model's tokenizer.
+        task: A key of TEXTS.
+        texts: B questions or sentences. Text beyond the task's length is cut off at the end.
+        before: The subtitles of video tasks, which come before the question and are cut to the room that the question
+            leaves, so that no question is lost.
+        max_positions: The model's number of positions, which may be less than the length of the task.
+
+    Returns:
+        Token ids and attention mask (0 for padding), (B, L) each, padded at the right.
     """
     form = TEXTS[task]
     before = before or [""] * len(texts)
     room = _room(form.max_input, max_positions)
-    rows = [_row(tokenizer, form, text, first, room) for text, first in zip(texts, before, strict=True)]
+    rows = [_input_ids(tokenizer, form, text, first, room) for text, first in zip(texts, before, strict=True)]
     ids = pad(rows, tokenizer.pad_token_id)
     return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
 
 
 def _room(length: int, max_positions: int) -> int:
-    """How many tokens fit between <s> and </s>."""
+    """Number of tokens that fit between <s> and </s>."""
     assert max_positions > 2
     return min(length, max_positions) - 2
 
 
-def _row(tokenizer: BartTokenizer, form: TaskText, text: str, before: str, room: int) -> list[int]:
+def _input_ids(tokenizer: BartTokenizer, form: TaskText, text: str, before: str, room: int) -> list[int]:
     if not form.prompt_last:
         ids = plain_ids(tokenizer, form.prompt + text)[:room]
     else:
-        # The space between two pieces belongs to the second, as byte-level BPE has it.
-        asked = plain_ids(tokenizer, (" " if before else "") + f"{text} {form.prompt}".strip())[-room:]
-        ids = plain_ids(tokenizer, before)[: room - len(asked)] + asked
+        # In byte-level BPE the space between two pieces belongs to the second.
+        question = plain_ids(tokenizer, (" " if before else "") + f"{text} {form.prompt}".strip())[-room:]
+        ids = plain_ids(tokenizer, before)[: room - len(question)] + question
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 
 
 def encode_targets(tokenizer: BartTokenizer, task: str, answers: Sequence[str], *, max_positions: int) -> Tensor:
-    """(B, T) ids, right-padded: <s> answer </s>, cut to the task's length with </s> kept.
+    """Tokenizes the answers of a batch as decoder targets: <s> answer </s>, truncated to the task's length.
 
-    max_positions: how many tokens the model has positions for.
+    Args:
+        tokenizer: The model's tokenizer.
+        task: A key of TEXTS.
+        answers: B answers.
+        max_positions: The model's number of positions, which may be less than the length of the task.
+
+    Returns:
+        Token ids (B, T), padded at the right; </s> is kept when an answer is truncated.
     """
     room = _room(TEXTS[task].max_target, max_positions)
     rows = [
@@ -95,14 +109,17 @@ def encode_targets(tokenizer: BartTokenizer, task: str, answers: Sequence[str], 
 
 
 def decode(tokenizer: BartTokenizer, ids: Tensor) -> list[str]:
+    """The texts of token ids (B, T), without special tokens and surrounding spaces."""
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def plain_ids(tokenizer: BartTokenizer, text: str) -> list[int]:
+    """Token ids without <s> and </s>, and without a warning about length."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of ids as one tensor (B, length of the longest row), padded with `value` at the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
@@ -111,26 +128,31 @@ def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 
 
 def load_tokenizer(path: str) -> BartTokenizer:
-    """BART's tokenizer of a folder or hub name, with VL-BART's 200 sentinels as its last tokens.
+    """Loads BART's tokenizer from a folder or hub name, with VL-BART's 200 sentinels as its last tokens.
 
     Raises:
-        ValueError: there is none, or its sentinels stand elsewhere.
+        ValueError: There is no such tokenizer, or the sentinels are not its last tokens.
     """
     try:
         tokenizer = BartTokenizer.from_pretrained(path)
-    except Exception as error:  # the class itself is what tokenizers raises for a damaged file
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
         reason = " ".join(str(error).split())
-        raise ValueError(f"model.path: {path} has no tokenizer of BART's kind: {reason}") from error
+        raise ValueError(f"model.path: {path} does not contain a BART tokenizer: {reason}") from error
     if Path(path).is_dir() and len(tokenizer) <= len(SENTINELS):
         raise ValueError(
-            f"model.path: {path} has no tokenizer of BART's kind (vocab.json and merges.txt, or tokenizer.json)"
+            f"model.path: {path} does not contain a BART tokenizer (vocab.json and merges.txt, or tokenizer.json)"
         )
     return with_sentinels(tokenizer)
 
 
 def with_sentinels(tokenizer: BartTokenizer) -> BartTokenizer:
+    """Adds the sentinels, in place, where they are missing.
+
+    Raises:
+        ValueError: The sentinels are not the last tokens, in the order of SENTINELS.
+    """
     tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in SENTINELS])
     first = len(tokenizer) - len(SENTINELS)
     if tokenizer.convert_tokens_to_ids(list(SENTINELS)) != list(range(first, len(tokenizer))):
-        raise ValueError(f"the tokenizer's {SENTINELS[0]} to {SENTINELS[-1]} are not its last tokens, in this order")
+        raise ValueError(f"the last tokens of the tokenizer must be {SENTINELS[0]} to {SENTINELS[-1]}, in this order")
     return tokenizer

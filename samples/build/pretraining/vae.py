@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from dora_mm.models.sdxl.encoding import denormalize_latents
-from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
+from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
 
 # Only keeps the posterior from collapsing to a point at infinity; the latents are normalised by their statistics later.
 KL_WEIGHT = 1e-6
@@ -50,7 +50,7 @@ class DecodingTask:
         self.vae: Any = vae
         self.diffusion, self.max_time = diffusion, max_time
 
-    def loss(self, batch: tuple[torch.Tensor, Conditioned], generator: torch.Generator) -> torch.Tensor:
+    def loss(self, batch: tuple[torch.Tensor, ConditionedLatents], generator: torch.Generator) -> torch.Tensor:
         """For pixels (B, 3, H, W) in [-1, 1] and their latents."""
         pixels, conditioned = batch
         times = torch.randint(self.max_time, (len(pixels),), generator=generator, device=generator.device)

@@ -17,7 +17,7 @@ from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.style import STYLES
 from dora_mm.models.sdxl.encoding import denormalize_latents, encode_images, encode_prompts, normalize_latents, time_ids
 from dora_mm.models.sdxl.loading import SDXL, load_configured
-from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
+from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
 from dora_mm.train.run import open_run
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
@@ -85,7 +85,7 @@ def through_model(
                 told = (each.expand(len(batch), *each.shape[1:]) for each in (prompt, pooled, sizes))
                 until = times[start : start + batch_size].to(model.device)
                 latents = task.denoised(
-                    Conditioned(latents.to(model.unet.dtype), *told), until, generator(0, start, "noise")
+                    ConditionedLatents(latents.to(model.unet.dtype), *told), until, generator(0, start, "noise")
                 ).to(latents.dtype)
             pictures += decode(model, denormalize_latents(model.vae, latents))
             bar.update(len(batch))

@@ -25,7 +25,7 @@ from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_tok
 from dora_mm.models.sdxl.loading import SDXL, config_of, load_sdxl, load_vae
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.sdxl import sample
-from dora_mm.tasks.sdxl import Conditioned, DiffusionTask
+from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, build_schedule
 from dora_mm.train.run import RunDirectory
@@ -148,7 +148,7 @@ def train_unet(
         # At most 40 tokens: the unfused product makes a whole step a sixth faster on a CPU than the fused kernel.
         with sdpa_kernel(SDPBackend.MATH):
             prompt, pooled = encode_tokens(model, batch["ids"], batch["ids_2"])
-            conditioned = Conditioned(
+            conditioned = ConditionedLatents(
                 batch["latents"], prompt * batch["kept"], pooled * batch["kept"][:, 0], batch["time_ids"]
             )
             return task.loss(conditioned, stream)
@@ -191,10 +191,10 @@ def train_decoder(
     prompt, pooled = (torch.zeros_like(each).expand(size, *each.shape[1:]) for each in encode_tokens(model, *ids))
     sizes = time_ids((side, side), (0, 0), (side, side)).expand(size, -1)
 
-    def batch_at(number: int) -> tuple[torch.Tensor, Conditioned]:
+    def batch_at(number: int) -> tuple[torch.Tensor, ConditionedLatents]:
         rows = torch.tensor(batch_indices(len(icons), size, number, config.seed))
         latents = draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents"))
-        return to_signed(pixels[rows]), Conditioned(latents, prompt, pooled, sizes)
+        return to_signed(pixels[rows]), ConditionedLatents(latents, prompt, pooled, sizes)
 
     task = DecodingTask(model.vae, DiffusionTask(model.unet, model.scheduler.config, config.loss), stage.max_time)
     model.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Our own folder of features: what is written, what is kept after an interruption, and what is refused."""
+"""The project's own feature folders: reading and writing, interruptions, and mistakes."""
 
 import json
 import pickle
@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from dora_mm.data.features.folder import FeatureFolder, FeatureWriter, picture_digest, read_index
+from dora_mm.data.features.folder import FeatureFolder, FeatureWriter, image_digest, read_index
 
 SHAPE = (4, 6)
 ROW_BYTES = 4 * 6 * 4
@@ -30,7 +30,7 @@ def hash_of(name):
     return int.from_bytes(name.encode(), "big") % 2**31
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_features_are_read_back(tmp_path):
     names = ["a", "b", "c", "COCO_val2014_000000000042", "ü {} / x"]
     write(tmp_path, names)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -56,11 +56,11 @@ def test_half_precision(tmp_path):
 def test_folders_are_pickled_without_their_files(tmp_path):
     write(tmp_path, ["a", "b", "c"])
     folder = FeatureFolder(tmp_path)
-    twin = pickle.loads(pickle.dumps(folder))
-    assert torch.equal(twin.read("c"), folder.read("c"))
+    copy = pickle.loads(pickle.dumps(folder))
+    assert torch.equal(copy.read("c"), folder.read("c"))
 
 
-def test_a_second_run_adds_and_a_changed_picture_is_replaced(tmp_path):
+def test_a_second_run_adds_features_and_replaces_those_of_a_changed_image(tmp_path):
     write(tmp_path, ["a", "b", "c"])
     with writer(tmp_path) as again:
         assert len(again) == 3
@@ -87,7 +87,7 @@ def test_a_killed_process_loses_one_shard_at_most(tmp_path):
     killed = writer(tmp_path)
     for name in "abcde":
         killed.add(name, "digest", features(0))
-    (tmp_path / "features-00003.safetensors").write_bytes(b"cut o")  # not in the index yet
+    (tmp_path / "features-00003.safetensors").write_bytes(b"incomp")  # not in the index yet
     assert list(FeatureFolder(tmp_path)) == ["a", "b", "c", "d"]
     write(tmp_path, ["e"])
     assert torch.equal(FeatureFolder(tmp_path).read("e"), features(hash_of("e")))
@@ -96,10 +96,10 @@ def test_a_killed_process_loses_one_shard_at_most(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"identity": "other"}, r"holds features of another tower, weights or layers \(a tower\): name another folder"),
-        ({"shape": (4, 7)}, "holds features of dim 6, not 7"),
-        ({"shape": (9, 6)}, "holds features of num_tokens 4, not 9"),
-        ({"dtype": torch.float16}, "holds features of dtype float32, not float16"),
+        ({"identity": "other"}, r"contains features of another tower.* \(a tower\)"),
+        ({"shape": (4, 7)}, "contains features of dim 6, not 7"),
+        ({"shape": (9, 6)}, "contains features of num_tokens 4, not 9"),
+        ({"dtype": torch.float16}, "contains features of dtype float32, not float16"),
     ],
 )
 def test_a_folder_of_other_features_is_refused(tmp_path, options, message):
@@ -113,15 +113,15 @@ def test_a_folder_of_other_features_is_refused(tmp_path, options, message):
 def test_shards_without_an_index_are_not_overwritten(tmp_path):
     write(tmp_path, ["a"])
     (tmp_path / "index.json").unlink()
-    with pytest.raises(ValueError, match=r"holds features-00001.safetensors, but no index.json: name another folder"):
+    with pytest.raises(ValueError, match=r"output: .*features-00001\.safetensors but no index\.json"):
         writer(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
-def test_a_damaged_shard_is_named_and_written_anew(tmp_path, damage, caplog):
+def test_a_damaged_shard_is_named_and_its_features_are_written_again(tmp_path, damage, caplog):
     write(tmp_path, ["a", "b", "c"])
     damage(tmp_path / "features-00001.safetensors")
-    with pytest.raises(ValueError, match=r"features-00001.safetensors is missing or no whole file .* run dora-mm feat"):
+    with pytest.raises(ValueError, match=r"features-00001\.safetensors is missing or damaged .* dora-mm features"):
         FeatureFolder(tmp_path)
     again = writer(tmp_path)
     assert "features-00001.safetensors" in caplog.text
@@ -139,7 +139,7 @@ def test_a_shard_of_another_folder_is_refused(tmp_path):
     write(tmp_path / "three", ["a"])
     shard = "features-00001.safetensors"
     for other, message in (
-        ("two", "was made by another tower than .*index.json"),
+        ("two", "was computed by another tower .*index.json"),
         ("three", r"has 1 names .*\(2, 4, 6\)"),
     ):
         (tmp_path / "one" / shard).write_bytes((tmp_path / other / shard).read_bytes())
@@ -150,7 +150,7 @@ def test_a_shard_of_another_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index | {"format": "dora-mm features 9"}, "is of format 'dora-mm features 9'"),
+        (lambda index: index | {"format": "dora-mm features 9"}, "has format 'dora-mm features 9'"),
         (lambda index: index | {"shards": {"../features-00001.safetensors": 1}}, "names a file outside its folder"),
         (lambda index: {"shards": {}}, "cannot be read as the index"),
     ],
@@ -176,7 +176,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path, dtype, hint):
 def test_digests_are_of_the_content(tmp_path):
     for name, content in (("a", b"1" * 3_000_000), ("b", b"1" * 3_000_000), ("c", b"1" * 2_999_999 + b"2")):
         (tmp_path / name).write_bytes(content)
-    a, b, c = (picture_digest(tmp_path / name) for name in "abc")
+    a, b, c = (image_digest(tmp_path / name) for name in "abc")
     assert a == b != c
     with pytest.raises(FileNotFoundError):
-        picture_digest(tmp_path / "d")
+        image_digest(tmp_path / "d")

@@ -10,8 +10,8 @@ from dora_mm.data.images.folder import read_captioned_images
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three images of different content: a.png 8 x 6, b.jpg, c.webp."""
-    folder = tmp_path / "pictures"
+    """A folder of three different images of 8 x 6 pixels: a.png, b.jpg, c.webp."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for value, name in enumerate(("a.png", "b.jpg", "c.webp")):
         Image.new("RGB", (8, 6), (100 * value, 0, 0)).save(folder / name)
@@ -28,8 +28,8 @@ def captions(folder, **arguments):
     return {image.path.name: image.caption for image in read_captioned_images(folder, **arguments)}
 
 
-def refused(folder, **arguments):
-    with pytest.raises(ValueError, match="pictures") as caught:
+def message_of(folder, **arguments):
+    with pytest.raises(ValueError, match=r"^data\.folder.*images") as caught:
         read_captioned_images(folder, **arguments)
     return str(caught.value)
 
@@ -43,7 +43,7 @@ def test_captions_come_from_metadata_then_text_files_then_the_instance_prompt(fo
         "b.jpg": "from the text file",
         "c.webp": "a thing",
     }
-    assert "1 image (c.webp) is without a caption" in caplog.text
+    assert "1 image (c.webp) is without a caption: data.instance_prompt" in caplog.text
 
 
 def test_images_are_in_order_with_their_upright_size_and_digest(folder):
@@ -57,7 +57,7 @@ def test_images_are_in_order_with_their_upright_size_and_digest(folder):
     assert images == read_captioned_images(str(folder), instance_prompt="x")
 
 
-def test_everyone_taking_the_instance_prompt_is_nothing_to_report(folder, caplog):
+def test_no_warning_if_all_images_take_the_instance_prompt(folder, caplog):
     read_captioned_images(folder, instance_prompt="x")
     assert caplog.text == ""
 
@@ -69,7 +69,7 @@ def test_metadata_may_name_images_in_subfolders(folder):
     assert captions(folder, instance_prompt="x")["d.PNG"] == "deep"
 
 
-def test_line_separators_and_byte_order_marks_are_no_trouble(folder):
+def test_line_separators_and_byte_order_marks_are_accepted(folder):
     row = json.dumps({"file_name": "a.png", "text": "one\u2028two"}, ensure_ascii=False)
     (folder / "metadata.jsonl").write_text(row + "\r\n", encoding="utf-8-sig")
     (folder / "b.txt").write_text("three", encoding="utf-8-sig")
@@ -77,23 +77,24 @@ def test_line_separators_and_byte_order_marks_are_no_trouble(folder):
     assert (found["a.png"], found["b.jpg"]) == ("one\u2028two", "three")
 
 
-def test_images_without_any_caption_are_named(folder):
+def test_images_without_a_caption_are_named(folder):
     (folder / "a.txt").write_text("a")
-    message = refused(folder)
-    assert "2 images (b.jpg, c.webp) are without a caption: caption them or set data.instance_prompt" in message
+    message = message_of(folder)
+    assert "2 images (b.jpg, c.webp) are without a caption" in message
+    assert "data.instance_prompt" in message
 
 
 def test_a_missing_folder_a_file_and_an_empty_folder(tmp_path):
-    pictures = tmp_path / "pictures"
-    assert "does not exist" in refused(pictures)
-    pictures.write_text("")
-    assert "is not a folder" in refused(pictures)
-    pictures.unlink()
-    pictures.mkdir()
-    assert "holds no images (.png, .jpg" in refused(pictures)
-    (pictures / "notes.md").write_text("")
-    (pictures / ".hidden.png").write_text("")
-    assert "holds no images" in refused(pictures)
+    root = tmp_path / "images"
+    assert "does not exist" in message_of(root)
+    root.write_text("")
+    assert "is not a folder" in message_of(root)
+    root.unlink()
+    root.mkdir()
+    assert "has no images (.png, .jpg" in message_of(root)
+    (root / "notes.md").write_text("")
+    (root / ".hidden.png").write_text("")
+    assert "has no images" in message_of(root)
 
 
 def test_an_unreadable_folder(folder, monkeypatch):
@@ -101,24 +102,24 @@ def test_an_unreadable_folder(folder, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(type(folder), "iterdir", denied)
-    assert "cannot be read: Permission denied" in refused(folder)
+    assert "cannot be read: Permission denied" in message_of(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_an_unreadable_image(folder):
     (folder / "b.jpg").chmod(0)
-    assert "b.jpg cannot be read: permission denied" in refused(folder, instance_prompt="x")
+    assert "b.jpg cannot be read: permission denied" in message_of(folder, instance_prompt="x")
 
 
 def test_all_bad_images_are_in_one_report(folder):
     (folder / "a.png").write_bytes(b"")
     (folder / "d.png").mkdir()
     (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:300])
-    message = refused(folder, instance_prompt="x")
+    message = message_of(folder, instance_prompt="x")
     assert "3 problems" in message
     assert "d.png is not a file" in message
     assert "a.png is empty" in message
-    assert "b.jpg is not a whole image" in message
+    assert "b.jpg is not a complete image" in message
 
 
 def test_metadata_problems_are_reported_with_their_lines(folder):
@@ -134,53 +135,54 @@ def test_metadata_problems_are_reported_with_their_lines(folder):
         {"file_name": "b.jpg", "text": "one", "prompt": "two"},
         {"file_name": "more\0"},
     )
-    message = refused(folder, instance_prompt="x")
+    message = message_of(folder, instance_prompt="x")
     assert message.count("\n  ") == 8
     for line in (
-        "metadata.jsonl line 2 is not JSON",
+        "metadata.jsonl line 2 is not valid JSON",
         "metadata.jsonl line 3 names d.png, which does not exist",
         "metadata.jsonl line 4 names a.png again (first in line 1)",
-        "metadata.jsonl line 5 must be an object with file_name",
-        "metadata.jsonl line 6 must be an object with file_name",
+        "metadata.jsonl line 5 must be an object with the key file_name",
+        "metadata.jsonl line 6 must be an object with the key file_name",
         "metadata.jsonl line 7 has a caption that is not text",
-        "metadata.jsonl line 8 has text and prompt, and they differ",
-        "metadata.jsonl line 9 names 'more\\x00', which is no path",
+        "metadata.jsonl line 8 has different values for text and prompt",
+        "metadata.jsonl line 9 names 'more\\x00', which is not a valid path",
     ):
         assert line in message
 
 
-def test_a_row_may_not_lead_out_of_the_folder(folder):
+def test_a_row_must_not_name_a_file_outside_the_folder(folder):
     secret = folder.parent / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
     (folder / "link.png").symlink_to(secret)
     (folder / "out").symlink_to(folder.parent)
     names = ("../secret.png", str(secret), "link.png", "out/secret.png", "more/../../secret.png")
     write_rows(folder, *({"file_name": name, "text": "x"} for name in names))
-    message = refused(folder, instance_prompt="x")
+    message = message_of(folder, instance_prompt="x")
     for number, name in enumerate(names, 1):
         assert f"line {number} names {name}, which is outside the folder" in message
 
 
-def test_one_image_under_two_spellings_is_named_twice(folder):
+def test_one_image_under_two_spellings_is_a_duplicate(folder):
     write_rows(folder, {"file_name": "a.png", "text": "a"}, {"file_name": "./a.png", "text": "b"})
-    assert "line 2 names a.png again (first in line 1)" in refused(folder, instance_prompt="x")
+    assert "line 2 names a.png again (first in line 1)" in message_of(folder, instance_prompt="x")
     (folder / "more").mkdir()
     write_rows(folder, {"file_name": "a.png", "text": "a"}, {"file_name": "more/../a.png", "text": "b"})
-    assert "line 2 names a.png again (first in line 1)" in refused(folder, instance_prompt="x")
+    assert "line 2 names a.png again (first in line 1)" in message_of(folder, instance_prompt="x")
 
 
 def test_text_that_is_not_utf_8_is_named(folder):
     (folder / "a.txt").write_bytes(b"caf\xe9")
-    assert "a.txt cannot be read as UTF-8" in refused(folder, instance_prompt="x")
+    assert "a.txt cannot be read as UTF-8" in message_of(folder, instance_prompt="x")
     (folder / "a.txt").unlink()
     (folder / "metadata.jsonl").write_bytes(b"\xff\xfe")
-    assert "metadata.jsonl cannot be read as UTF-8" in refused(folder, instance_prompt="x")
+    assert "metadata.jsonl cannot be read as UTF-8" in message_of(folder, instance_prompt="x")
 
 
 @pytest.mark.parametrize("caption", ["a TOKYO icon", "a tok icon", "TOK_1", "ATOK"])
-def test_captions_that_never_hold_the_placeholder_stop_the_run(folder, caption):
-    message = refused(folder, instance_prompt=caption, placeholder="TOK")
-    assert f"no caption holds the placeholder TOK as a word (data.placeholder); the first is {caption!r}" in message
+def test_a_placeholder_in_no_caption_stops_the_run(folder, caption):
+    message = message_of(folder, instance_prompt=caption, placeholder="TOK")
+    assert "no caption contains the placeholder TOK" in message
+    assert f"(data.placeholder); the first is {caption!r}" in message
 
 
 @pytest.mark.parametrize("caption", ["TOK", "a TOK icon", "in the style of TOK.", "TOK-like"])
@@ -188,7 +190,7 @@ def test_the_placeholder_is_found_as_a_word(folder, caption):
     assert len(read_captioned_images(folder, instance_prompt=caption, placeholder="TOK")) == 3
 
 
-def test_a_placeholder_with_signs_is_a_word_too(folder):
+def test_a_placeholder_may_have_punctuation(folder):
     assert len(read_captioned_images(folder, instance_prompt="a <s0> icon", placeholder="<s0>")) == 3
 
 
@@ -198,11 +200,11 @@ def test_single_captions_without_the_placeholder_are_reported(folder, caplog):
     assert "1 image (a.png) is without the placeholder TOK" in caplog.text
 
 
-def test_twins_and_other_files_are_reported(folder, caplog):
+def test_duplicates_and_other_files_are_reported(folder, caplog):
     (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
     (folder / "SOURCES.md").write_text("")
     (folder / "a.txt").write_text("a")
     with caplog.at_level(logging.INFO):
         read_captioned_images(folder, instance_prompt="x")
-    assert "1 image (copy.png) is there twice" in caplog.text
-    assert "1 file (SOURCES.md) is no image" in caplog.text
+    assert "1 image (copy.png) is identical to another image" in caplog.text
+    assert "1 file (SOURCES.md) is ignored" in caplog.text

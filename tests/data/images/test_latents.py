@@ -16,7 +16,7 @@ def latents(seed, dtype=torch.float32):
 
 
 def forbidden():
-    raise AssertionError("the cache had it")
+    raise AssertionError("the cache has this entry")
 
 
 def same(one, other):
@@ -28,7 +28,7 @@ def cache(request, tmp_path):
     return LatentCache(tmp_path / "latents" if request.param == "folder" else None)
 
 
-def test_what_was_computed_is_returned_again(cache):
+def test_computed_latents_are_returned_again(cache):
     first = cache.get("aa11", lambda: latents(1, torch.bfloat16))
     assert isinstance(first, Latents)
     assert same(first, cache.get("aa11", forbidden))
@@ -36,7 +36,7 @@ def test_what_was_computed_is_returned_again(cache):
     assert same(first, cache.get("aa11", forbidden))
 
 
-def test_a_folder_serves_the_next_run(tmp_path):
+def test_a_folder_is_used_by_the_next_run(tmp_path):
     LatentCache(tmp_path).get("aa11", lambda: latents(1))
     assert same(LatentCache(tmp_path).get("aa11", forbidden), latents(1))
 
@@ -77,12 +77,12 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_latents_that_are_not_finite_name_the_image(cache, value):
     mean, logvar = latents(1)
     mean[0, 0, 0] = value
-    with pytest.raises(ValueError, match=r"not finite for pictures/a\.png"):
-        cache.get("aa11", lambda: (mean, logvar), source="pictures/a.png")
+    with pytest.raises(ValueError, match=r"not finite for images/a\.png"):
+        cache.get("aa11", lambda: (mean, logvar), source="images/a.png")
     assert same(cache.get("aa11", lambda: latents(1)), latents(1))
 
 
-def test_graphs_are_not_kept(cache):
+def test_autograd_graphs_are_not_kept(cache):
     mean, logvar = latents(1)
     assert not cache.get("aa11", lambda: (mean.requires_grad_(), logvar)).mean.requires_grad
 
@@ -108,7 +108,7 @@ def test_keys_change_with_everything_that_makes_the_latents(change):
 
 
 @given(st.lists(st.text(), min_size=3, max_size=3), st.lists(st.text(), min_size=3, max_size=3))
-def test_keys_do_not_run_their_parts_together(one, other):
+def test_keys_keep_their_parts_apart(one, other):
     def key(parts):
         return latent_key(parts[0], BASE["framing"], parts[1], parts[2])
 

@@ -1,4 +1,4 @@
-"""What a person sees in a file is what the model is trained on, for every mode that a file can have."""
+"""The model is trained on what a viewer shows, for every pixel format that a file can have."""
 
 import struct
 import zlib
@@ -15,7 +15,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def quadrants(size=16):
-    """Red, green / blue, white: every orientation looks different."""
+    """Red, green / blue, white: all eight orientations differ."""
     image = Image.new("RGB", (2 * size, size))
     for index, colour in enumerate((RED, GREEN, BLUE, WHITE)):
         image.paste(
@@ -33,7 +33,7 @@ def close(one, other, tolerance=3):
     return np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= tolerance
 
 
-TURNS = {  # how a camera that writes this orientation has turned the pixels
+TRANSPOSES = {  # from the upright image to the stored pixels, by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,7 +47,7 @@ TURNS = {  # how a camera that writes this orientation has turned the pixels
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tiff"])
 def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
-    stored = quadrants().transpose(TURNS[orientation]) if orientation > 1 else quadrants()
+    stored = quadrants().transpose(TRANSPOSES[orientation]) if orientation > 1 else quadrants()
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / f"a{suffix}", exif=exif, **({"lossless": True} if suffix == ".webp" else {}))
@@ -71,7 +71,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path, suffix, order):
 
 
 def png(width, height, bit_depth, colour_type, rows, *chunks):
-    """A PNG by hand, for what Pillow cannot write."""
+    """A PNG written by hand, for formats that Pillow cannot write."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -161,10 +161,10 @@ def test_colour_profiles_are_applied(tmp_path, mode):
     assert close(load_rgb(tmp_path / "a.png").getpixel((3, 3)), (100, 200, 50))
 
 
-def test_damaged_profiles_and_those_of_other_modes_change_nothing(tmp_path):
+def test_damaged_profiles_and_those_for_other_modes_are_ignored(tmp_path):
     profiles = {
         "none": None,
-        "damaged": b"no profile",
+        "damaged": b"not a profile",
         "xyz": ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes(),
         "srgb": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
     }
@@ -173,7 +173,7 @@ def test_damaged_profiles_and_those_of_other_modes_change_nothing(tmp_path):
         assert load_rgb(tmp_path / f"{name}.png").getpixel((3, 3)) == (200, 100, 50), name
 
 
-def test_a_photo_with_a_second_picture_in_it_gives_the_first(tmp_path):
+def test_a_file_with_two_images_gives_the_first(tmp_path):
     quadrants(64).save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (8, 8))])
     (tmp_path / "a.mpo").rename(tmp_path / "a.jpg")
     assert close(corners(load_rgb(tmp_path / "a.jpg")), [RED, GREEN, BLUE, WHITE], 8)
@@ -188,15 +188,15 @@ def test_32_bit_values_are_refused(tmp_path):
 def test_missing_empty_and_broken_files_are_named(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("not an image")
-    quadrants(200).save(tmp_path / "whole.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-400])
-    quadrants(200).save(tmp_path / "whole.png")
-    broken = bytearray((tmp_path / "whole.png").read_bytes())
+    quadrants(200).save(tmp_path / "complete.jpg")
+    (tmp_path / "truncated.jpg").write_bytes((tmp_path / "complete.jpg").read_bytes()[:-400])
+    quadrants(200).save(tmp_path / "complete.png")
+    broken = bytearray((tmp_path / "complete.png").read_bytes())
     broken[60:80] = bytes(20)
     (tmp_path / "broken.png").write_bytes(broken)
     for name, message in {
-        "missing.png": "does not exist", "empty.png": r"is empty \(0 bytes\)", "text.png": "is not a whole image",
-        "cut.jpg": "is not a whole image", "broken.png": "is not a whole image",
+        "missing.png": "does not exist", "empty.png": r"is empty \(0 bytes\)", "text.png": "is not a complete image",
+        "truncated.jpg": "is not a complete image", "broken.png": "is not a complete image",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=rf"{name} {message}"):
             load_rgb(tmp_path / name)
@@ -204,17 +204,17 @@ def test_missing_empty_and_broken_files_are_named(tmp_path):
 
 @pytest.mark.parametrize("side", [9_000, 20_000, 2**31 - 1])
 def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path, side):
-    """A header that claims 81 megapixels, 400 megapixels, and what no memory holds."""
+    """Headers that claim 81 megapixels, 400 megapixels, and more than fits in any memory."""
     assert side * side > MAX_PIXELS
     (tmp_path / "bomb.png").write_bytes(png(side, side, 8, 0, [b""]))
     with pytest.raises(ValueError, match=r"bomb\.png is larger than 80 megapixels"):
         load_rgb(tmp_path / "bomb.png")
 
 
-def test_formats_with_rare_decoders_are_not_opened(tmp_path):
+def test_unsupported_formats_are_not_opened(tmp_path):
     quadrants().save(tmp_path / "really_a.ppm")
     (tmp_path / "really_a.ppm").rename(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png is not a whole image"):
+    with pytest.raises(ValueError, match=r"a\.png is not a complete image"):
         load_rgb(tmp_path / "a.png")
 
 
@@ -230,7 +230,7 @@ def test_pixels_span_minus_one_to_one_in_channel_order():
 
 
 def test_the_conditioned_crop_is_the_crop_that_was_taken():
-    """A horizontal ramp, 4 grey values a pixel: the first column says where the crop begins."""
+    """A horizontal ramp of 4 grey values per pixel: the first column shows where the crop begins."""
     ramp = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (32, 1))).convert("RGB")
     for seed in range(5):
         for flip in (False, True):
@@ -245,7 +245,7 @@ def test_the_conditioned_crop_is_the_crop_that_was_taken():
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 20_000)])
-def test_extreme_shapes_cost_no_memory(size):
+def test_extreme_aspect_ratios_need_little_memory(size):
     bucket = choose_bucket(size, 512)
     pixels = render(Image.new("RGB", size[::-1], RED), frame(size, bucket, "center"))
     assert pixels.shape == (3, *bucket)
@@ -256,15 +256,15 @@ def test_resizing_only_the_crop_gives_the_crop_of_the_resized_image():
     noise = torch.randint(0, 256, (40, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     image = Image.fromarray(noise.numpy()).resize((240, 160), Image.Resampling.BICUBIC)
     framing = frame((160, 240), (96, 96), "random", torch.Generator().manual_seed(1))
-    whole = image.resize(framing.resized[::-1], Image.Resampling.LANCZOS)
-    wanted = np.asarray(whole)[framing.top :, framing.left :][:96, :96].astype(float)
+    resized = image.resize(framing.resized[::-1], Image.Resampling.LANCZOS)
+    expected = np.asarray(resized)[framing.top :, framing.left :][:96, :96].astype(float)
     found = ((render(image, framing) + 1) * 127.5).permute(1, 2, 0).numpy()
-    # The filter sees 3 pixels beyond the crop in one case only; further inside the two are equal but for rounding.
-    assert np.abs(found - wanted)[4:-4, 4:-4].max() <= 1
-    assert np.abs(found - wanted).mean() < 1
+    # Only one of them filters with the 3 pixels outside the crop; further inside the two are equal except for rounding.
+    assert np.abs(found - expected)[4:-4, 4:-4].max() <= 1
+    assert np.abs(found - expected).mean() < 1
 
 
-def test_original_size_is_before_resizing_and_after_turning(tmp_path):
+def test_original_size_is_before_resizing_and_after_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (300, 200)).save(tmp_path / "a.jpg", exif=exif)

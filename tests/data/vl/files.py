@@ -1,4 +1,4 @@
-"""Small data files in the layouts in which the official ones come, and their sources."""
+"""Small data files in the layouts of the official ones, and sources that read them."""
 
 import json
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def vqa_annotation(number: int, answers: Sequence[str] = ("net",) * 9 + ("mesh",
 
 
 def vqa_v2(folder: Path, questions: Sequence[Any] | None = None, annotations: Sequence[Any] | None = None):
-    """A source over the official pair of files, four rows by default."""
+    """A source with the official pair of files, by default of four rows."""
     about = {"info": {"version": "2.0"}, "license": {"name": "CC"}, "data_subtype": "val2014", "data_type": "mscoco"}
     questions = [vqa_question(number) for number in range(4)] if questions is None else questions
     annotations = [vqa_annotation(number) for number in range(4)] if annotations is None else annotations

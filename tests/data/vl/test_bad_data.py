@@ -1,4 +1,4 @@
-"""Bad rows: one sentence with file and place that stops, or all of them left out, counted and named."""
+"""Bad rows: "stop" raises one sentence with file and place, "skip" skips, counts and names all of them."""
 
 import json
 import string
@@ -12,12 +12,13 @@ from dora_mm.config.vl import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers import READERS
 from dora_mm.data.vl.rows import BadRows
-from tests.data.vl import files as files
+from tests.data.vl import files
 
 TEN = ("net",) * 10
 
 
-def stopped(source: SourceConfig) -> str:
+def message_of(source: SourceConfig) -> str:
+    """The error with on_bad_data "stop"."""
     with pytest.raises(ValueError, match=r"\S") as caught:
         list(READERS[source.format](source, BadRows("stop")))
     message = str(caught.value)
@@ -25,8 +26,8 @@ def stopped(source: SourceConfig) -> str:
     return message
 
 
-def left_out(source: SourceConfig) -> tuple[list[str], dict[str, list[str]]]:
-    """Ids of the rows that stay, and the places of the others by reason, without their folder."""
+def skipped_rows(source: SourceConfig) -> tuple[list[str], dict[str, list[str]]]:
+    """The ids of the good rows, and the places of the others by reason, without their folder."""
     bad = BadRows("skip")
     rows = [row.id for row in READERS[source.format](source, bad)]
     folder = str(Path(source.file).parent) + "/"
@@ -37,7 +38,7 @@ def left_out(source: SourceConfig) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def with_bad_row(tmp_path, form: str, row: dict) -> SourceConfig:
-    """A source of this form with one good row, and then this one."""
+    """A source of this format with one good row, followed by this one."""
     if form == "gqa":
         path = files.write_json(tmp_path / "file.json", {"1": files.GQA["02930152"], "2": row})
     elif form in ("nlvr2", "video_qa", "video_captions"):
@@ -60,58 +61,58 @@ def with_bad_row(tmp_path, form: str, row: dict) -> SourceConfig:
 @pytest.mark.parametrize(
     ("form", "row", "reason"),
     [
-        ("vqa_karpathy", {"question_id": 2, "label": {"he": 1.5}}, "label is not as this format has it"),
-        ("vqa_karpathy", {"question_id": 2, "label": ["he"]}, "label is not as this format has it"),
-        ("vqa_karpathy", {"question_id": 2, "sent": ""}, "sent is not as this format has it"),
-        ("vqa_karpathy", {"question_id": 2, "answers": [{"answer": "x"}] * 9}, "has not exactly ten answers"),
-        ("vqa_karpathy", {}, "its id was there before"),
-        ("gqa", {"imageId": "1", "question": "Who?", "answer": 3}, "answer is not as this format has it"),
+        ("vqa_karpathy", {"question_id": 2, "label": {"he": 1.5}}, "label is not valid in this format"),
+        ("vqa_karpathy", {"question_id": 2, "label": ["he"]}, "label is not valid in this format"),
+        ("vqa_karpathy", {"question_id": 2, "sent": ""}, "sent is not valid in this format"),
+        ("vqa_karpathy", {"question_id": 2, "answers": [{"answer": "x"}] * 9}, "must have exactly ten answers"),
+        ("vqa_karpathy", {}, "has a duplicate id"),
+        ("gqa", {"imageId": "1", "question": "Who?", "answer": 3}, "answer is not valid in this format"),
         ("gqa", {"question": "Who?"}, "imageId is missing"),
-        ("gqa", "Who?", "has another form than this format's rows"),
-        ("gqa_vlt5", {"question_id": "2", "label": "he"}, "label is not as this format has it"),
-        ("gqa_vlt5", {"question_id": "2", "img_id": 7}, "img_id is not as this format has it"),
-        ("nlvr2", {"identifier": "dev-1-0-0", "label": "true"}, "label is not as this format has it"),
-        ("nlvr2", {"identifier": "alone"}, "its identifier does not name a pair of pictures, as dev-850-0-1 does"),
-        ("nlvr2_vlt5", {"identifier": "a-1-0-1", "label": 2}, "label is not as this format has it"),
-        ("coco_karpathy", {"split": "restvol"}, "split is not as this format has it"),
+        ("gqa", "Who?", "does not have the structure of this format's rows"),
+        ("gqa_vlt5", {"question_id": "2", "label": "he"}, "label is not valid in this format"),
+        ("gqa_vlt5", {"question_id": "2", "img_id": 7}, "img_id is not valid in this format"),
+        ("nlvr2", {"identifier": "dev-1-0-0", "label": "true"}, "label is not valid in this format"),
+        ("nlvr2", {"identifier": "alone"}, "has an identifier that does not name a pair of images"),
+        ("nlvr2_vlt5", {"identifier": "a-1-0-1", "label": 2}, "label is not valid in this format"),
+        ("coco_karpathy", {"split": "restvol"}, "split is not valid in this format"),
         ("coco_karpathy", {"sentences": []}, "has no caption"),
-        ("coco_karpathy", {"sentences": [{"raw": " \n"}]}, "sentences is not as this format has it"),
-        ("video_qa", {"qid": 2, "answer_idx": 5}, "answer_idx points at none of its choices"),
-        ("video_qa", {"qid": 2, "answer_idx": "2"}, "answer_idx is not as this format has it"),
-        ("video_qa", {}, "its id was there before"),
-        ("video_captions", {"clip_id": 2, "descs": []}, "descs is not as this format has it"),
+        ("coco_karpathy", {"sentences": [{"raw": " \n"}]}, "sentences is not valid in this format"),
+        ("video_qa", {"qid": 2, "answer_idx": 5}, "has an answer_idx that is not the index of a choice"),
+        ("video_qa", {"qid": 2, "answer_idx": "2"}, "answer_idx is not valid in this format"),
+        ("video_qa", {}, "has a duplicate id"),
+        ("video_captions", {"clip_id": 2, "descs": []}, "descs is not valid in this format"),
         ("video_captions", {"clip_id": 2, "descs": [{}]}, "desc is missing"),
     ],
 )
-def test_rows_outside_their_format(tmp_path, form, row, reason):
+def test_rows_that_do_not_fit_their_format(tmp_path, form, row, reason):
     source = with_bad_row(tmp_path, form, row)
-    message = stopped(source)
+    message = message_of(source)
     place = "id '2'" if form == "gqa" else "line 2" if form in ("nlvr2", "video_qa", "video_captions") else "item 2"
     assert message.startswith(f"{source.file}, {place}")
     assert f": {reason}" in message
-    ids, found = left_out(source)
+    ids, found = skipped_rows(source)
     assert len(ids) == 1
-    ((said, places),) = found.items()
-    assert said.startswith(reason)
+    ((found_reason, places),) = found.items()
+    assert found_reason.startswith(reason)
     assert len(places) == 1
     assert places[0].startswith(f"file.json, {place}")
 
 
-def test_a_key_that_is_missing_is_named(tmp_path):
+def test_a_missing_key_is_named(tmp_path):
     rows = [files.GQA["02930152"]]
     path = files.write_json(tmp_path / "train.json", rows)
-    assert stopped(SourceConfig(format="gqa_vlt5", file=str(path))) == f"{path}, item 1: question_id is missing"
+    assert message_of(SourceConfig(format="gqa_vlt5", file=str(path))) == f"{path}, item 1: question_id is missing"
 
 
 @pytest.mark.parametrize("count", [0, 9, 11])
-def test_ten_answers_that_are_not_ten(tmp_path, count):
+def test_the_number_of_answers_must_be_ten(tmp_path, count):
     annotations = [files.vqa_annotation(0), files.vqa_annotation(1) | {"answers": [{"answer": "a"}] * count}]
     source = files.vqa_v2(tmp_path, [files.vqa_question(0), files.vqa_question(1)], annotations)
-    assert stopped(source) == f"{source.annotations}, item 2 (question_id 42001): has not exactly ten answers"
-    assert left_out(source) == (
+    assert message_of(source) == f"{source.annotations}, item 2 (question_id 42001): must have exactly ten answers"
+    assert skipped_rows(source) == (
         ["42000"],
         {
-            "has not exactly ten answers": ["v2_mscoco_val2014_annotations.json, item 2 (question_id 42001)"],
+            "must have exactly ten answers": ["v2_mscoco_val2014_annotations.json, item 2 (question_id 42001)"],
             "has no usable annotation in v2_mscoco_val2014_annotations.json": [
                 "v2_OpenEnded_mscoco_val2014_questions.json, item 2 (question_id 42001)"
             ],
@@ -119,75 +120,76 @@ def test_ten_answers_that_are_not_ten(tmp_path, count):
     )
 
 
-def test_questions_and_annotations_must_be_as_many(tmp_path):
+def test_questions_and_annotations_must_correspond_one_to_one(tmp_path):
     questions = [files.vqa_question(number) for number in (0, 1, 2)]
     annotations = [files.vqa_annotation(number) for number in (3, 0, 2, 4)]
     source = files.vqa_v2(tmp_path, questions, annotations)
-    assert stopped(source) == (
+    assert message_of(source) == (
         f"{source.file}, item 2 (question_id 42001): has no usable annotation in {source.annotations}"
     )
-    assert stopped(files.vqa_v2(tmp_path, questions[:1] + questions[2:], annotations)) == (
+    assert message_of(files.vqa_v2(tmp_path, questions[:1] + questions[2:], annotations)) == (
         f"{source.annotations}, question_id 42003: has no usable question in {source.file}"
     )
-    ids, found = left_out(files.vqa_v2(tmp_path, questions, annotations))
+    ids, found = skipped_rows(files.vqa_v2(tmp_path, questions, annotations))
     assert ids == ["42000", "42002"]
     assert [len(places) for places in found.values()] == [1, 2]
 
 
-def test_an_annotation_of_another_picture(tmp_path):
+def test_an_annotation_of_another_image(tmp_path):
     source = files.vqa_v2(tmp_path, [files.vqa_question(0)], [files.vqa_annotation(0, image_id=7)])
-    assert "is about another picture than its annotation" in stopped(source)
+    assert "has another image_id than its annotation" in message_of(source)
 
 
-def test_ids_that_stand_there_twice(tmp_path):
-    twice = files.vqa_v2(tmp_path, [files.vqa_question(0)] * 2, [files.vqa_annotation(0), files.vqa_annotation(1)])
-    assert "has no usable annotation" in stopped(twice)
-    ids, found = left_out(files.vqa_v2(tmp_path, [files.vqa_question(0)], [files.vqa_annotation(0)] * 2))
+def test_duplicate_ids(tmp_path):
+    duplicate = files.vqa_v2(tmp_path, [files.vqa_question(0)] * 2, [files.vqa_annotation(0), files.vqa_annotation(1)])
+    assert "has no usable annotation" in message_of(duplicate)
+    ids, found = skipped_rows(files.vqa_v2(tmp_path, [files.vqa_question(0)], [files.vqa_annotation(0)] * 2))
     assert ids == ["42000"]
-    assert found == {"its id was there before": ["v2_mscoco_val2014_annotations.json, item 2 (question_id 42000)"]}
-    path = tmp_path / "twice.json"
+    assert found == {"has a duplicate id": ["v2_mscoco_val2014_annotations.json, item 2 (question_id 42000)"]}
+    path = tmp_path / "duplicate.json"
     path.write_text('{"1": %s, "1": %s}' % ((json.dumps(files.GQA["07333408"]),) * 2))
-    assert stopped(SourceConfig(format="gqa", file=str(path))) == f"{path}, id '1': its id was there before"
+    assert message_of(SourceConfig(format="gqa", file=str(path))) == f"{path}, id '1': has a duplicate id"
 
 
-def test_captions_and_pictures_must_fit(tmp_path):
+def test_captions_and_images_must_correspond(tmp_path):
     content = files.CAPTIONS | {"images": files.CAPTIONS["images"][:1]}
     source = SourceConfig(format="coco_captions", file=str(files.write_json(tmp_path / "captions.json", content)))
-    assert stopped(source) == (f"{source.file}, item 1 (id 1): is a caption of an image_id that no usable picture has")
-    assert left_out(source)[0] == ["57870"]
+    assert message_of(source) == (f"{source.file}, item 1 (id 1): is a caption of an image_id that no usable image has")
+    assert skipped_rows(source)[0] == ["57870"]
     content = files.CAPTIONS | {"annotations": files.CAPTIONS["annotations"][1:2]}
     files.write_json(tmp_path / "captions.json", content)
-    assert stopped(source) == f"{source.file}, image id 384029: has no usable caption"
+    assert message_of(source) == f"{source.file}, image id 384029: has no usable caption"
     files.write_json(tmp_path / "captions.json", {"images": files.CAPTIONS["images"]})
-    assert "holds no rows: an object with a list 'annotations' is expected" in stopped(source)
+    assert "has no rows: it must contain an object with a list 'annotations'" in message_of(source)
 
 
 def test_a_split_that_karpathys_file_does_not_have(tmp_path):
     path = files.write_json(tmp_path / "dataset_coco.json", files.KARPATHY)
-    message = stopped(SourceConfig(format="coco_karpathy", file=str(path), split="valid"))
-    assert message == f"{path} has the splits train (restval included), val and test: valid is none"
+    message = message_of(SourceConfig(format="coco_karpathy", file=str(path), split="valid"))
+    assert message.startswith(f"{path} has the splits train")
+    assert "split 'valid' does not exist" in message
 
 
 def test_a_clip_without_subtitles(tmp_path):
     path = files.write_lines(tmp_path / "tvc.jsonl", files.TVC)
-    subtitles = files.write_lines(tmp_path / "subtitles.jsonl", [*files.SUBTITLES[:1], "no object"])
+    subtitles = files.write_lines(tmp_path / "subtitles.jsonl", [*files.SUBTITLES[:1], "not an object"])
     source = SourceConfig(format="video_captions", file=str(path), subtitles=str(subtitles))
-    assert stopped(source).startswith(f"{subtitles}, line 2: has another form than this format's rows")
-    ids, found = left_out(source)
+    assert message_of(source).startswith(f"{subtitles}, line 2: does not have the structure of this format's rows")
+    ids, found = skipped_rows(source)
     assert ids == ["87613"]
-    assert found["is about a clip that has no usable line among the subtitles"] == ["tvc.jsonl, line 2"]
+    assert found["has a clip without a usable line in the subtitles file"] == ["tvc.jsonl, line 2"]
 
 
 def test_choices_with_a_gap(tmp_path):
     row = {key: value for key, value in files.TVQA[0].items() if key != "a2"}
     path = files.write_lines(tmp_path / "tvqa.jsonl", [row])
-    assert "has a gap in its choices" in stopped(SourceConfig(format="video_qa", file=str(path)))
+    assert "has a gap in its choices" in message_of(SourceConfig(format="video_qa", file=str(path)))
 
 
-def test_a_vqa_file_that_does_not_say_of_what_pictures(tmp_path):
+def test_a_vqa_file_that_does_not_name_the_split_of_its_images(tmp_path):
     path = files.write_json(tmp_path / "questions.json", {"questions": [files.vqa_question(0)]})
-    assert stopped(SourceConfig(format="vqa_v2", file=str(path))).startswith(
-        f"{path} does not say of which part of COCO its pictures are"
+    assert message_of(SourceConfig(format="vqa_v2", file=str(path))).startswith(
+        f"{path} does not name the COCO split of its images"
     )
 
 
@@ -201,13 +203,13 @@ CONTENTS = {
     "video_qa": files.TVQA,
     "video_captions": files.TVC,
 }
-WHOLE = {
+INTACT = {
     form: b"".join(json.dumps(row).encode() + b"\n" for row in content)
     if form in ("nlvr2", "video_qa", "video_captions")
     else json.dumps(content).encode()
     for form, content in CONTENTS.items()
 }
-PIECES = (
+INSERTIONS = (
     st.binary(max_size=3)
     | st.sampled_from([c.encode() for c in string.punctuation + string.digits])
     | (st.sampled_from([b"null", b"-1", b"1e400", b'"\\ud800"', b"NaN", b"[]", b"9" * 30, b'"\\u0000"', b"true"]))
@@ -216,13 +218,13 @@ PIECES = (
 
 @st.composite
 def damaged(draw):
-    """A form, and a file of it that is cut off or changed somewhere."""
-    form = draw(st.sampled_from(sorted(WHOLE)))
-    whole = WHOLE[form]
-    start = draw(st.integers(0, len(whole)))
+    """A format, and a file of it that is truncated or changed somewhere."""
+    form = draw(st.sampled_from(sorted(INTACT)))
+    content = INTACT[form]
+    start = draw(st.integers(0, len(content)))
     if draw(st.booleans()):
-        return form, whole[:start]
-    return form, whole[:start] + draw(PIECES) + whole[start + draw(st.integers(0, 3)) :]
+        return form, content[:start]
+    return form, content[:start] + draw(INSERTIONS) + content[start + draw(st.integers(0, 3)) :]
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +233,7 @@ def folder(tmp_path_factory):
 
 
 def outcome(source: SourceConfig, on_bad_data) -> tuple[list[Example], str]:
-    """The rows, or else what the error says."""
+    """The rows, or the error message."""
     try:
         return list(READERS[source.format](source, BadRows(on_bad_data))), ""
     except ValueError as error:  # any other kind fails the test
@@ -245,14 +247,14 @@ def test_a_damaged_file_gives_examples_or_one_sentence(folder, case):
     path = folder / "file.json"
     path.write_bytes(content)
     source = SourceConfig(format=form, file=str(path), split="train" if form == "coco_karpathy" else None)
-    stop, stopped_by = outcome(source, "stop")
-    skip, refused_for = outcome(source, "skip")
-    for message in filter(None, (stopped_by, refused_for)):
+    stop_rows, stop_error = outcome(source, "stop")
+    skip_rows, skip_error = outcome(source, "skip")
+    for message in filter(None, (stop_error, skip_error)):
         assert message.startswith("ValueError: ")
         assert str(path) in message
-    if refused_for:
-        assert stopped_by  # what cannot be skipped stops
-    if not stopped_by:
-        assert skip == stop
-    for row in skip:
-        " ".join((row.id, row.text, *row.images, *row.answers, *row.kinds)).encode()  # no halves of characters
+    if skip_error:
+        assert stop_error  # an error that cannot be skipped also stops
+    if not stop_error:
+        assert skip_rows == stop_rows
+    for row in skip_rows:
+        " ".join((row.id, row.text, *row.images, *row.answers, *row.kinds)).encode()  # no lone surrogates

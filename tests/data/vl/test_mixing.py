@@ -1,4 +1,4 @@
-"""The schedule of several tasks: how often each comes, which rows, and that any batch can be resumed at."""
+"""The schedule of multi-task training: how often each task occurs, which rows, and resuming at any batch."""
 
 from collections import Counter
 
@@ -19,7 +19,7 @@ def schedule(tasks, seed=0, weights=None) -> TaskBatches:
 
 
 @given(TASKS, st.integers(0, 3))
-def test_every_task_comes_as_often_as_it_has_batches(tasks, epoch):
+def test_every_task_occurs_as_often_as_it_has_batches(tasks, epoch):
     batches = schedule(tasks)
     length = batches.batches_per_epoch
     found = Counter(batches(number)[0] for number in range(epoch * length, (epoch + 1) * length))
@@ -27,7 +27,7 @@ def test_every_task_comes_as_often_as_it_has_batches(tasks, epoch):
 
 
 @given(TASKS, st.integers(0, 2**40), st.integers(1, 60))
-def test_all_rows_of_a_task_come_before_one_comes_again(tasks, seed, count):
+def test_all_rows_of_a_task_are_used_before_any_is_repeated(tasks, seed, count):
     batches = schedule(tasks, seed)
     rows: dict[str, list[int]] = {task: [] for task in tasks}
     for number in range(count):
@@ -42,11 +42,11 @@ def test_all_rows_of_a_task_come_before_one_comes_again(tasks, seed, count):
 
 
 @given(TASKS, st.integers(0, 500))
-def test_a_batch_depends_on_seed_and_number_alone(tasks, number):
-    walked = schedule(tasks, seed=3)
-    before = [walked(earlier) for earlier in range(min(number, 20))]
-    assert schedule(tasks, seed=3)(number) == walked(number)
-    assert [walked(earlier) for earlier in range(min(number, 20))] == before
+def test_a_batch_depends_only_on_seed_and_number(tasks, number):
+    batches = schedule(tasks, seed=3)
+    before = [batches(earlier) for earlier in range(min(number, 20))]
+    assert schedule(tasks, seed=3)(number) == batches(number)
+    assert [batches(earlier) for earlier in range(min(number, 20))] == before
 
 
 def test_order_and_rows_change_with_epoch_and_seed():
@@ -56,10 +56,10 @@ def test_order_and_rows_change_with_epoch_and_seed():
     assert [task for task, _ in epochs[0]] != [task for task, _ in epochs[1]]
     assert epochs[0] != [schedule(tasks, seed=1)(number) for number in range(40)]
     of_vqa, of_gqa = ([rows for task, rows in epochs[0] if task == name] for name in tasks)
-    assert of_vqa != of_gqa  # equal sizes, but an order each
+    assert of_vqa != of_gqa  # equal sizes, but different orders
 
 
-def test_weights_say_how_often_a_task_comes():
+def test_weights_set_how_often_a_task_occurs():
     tasks = {"vqa": (100, 10), "gqa": (50, 10), "nlvr2": (3, 10)}
     batches = schedule(tasks, weights={"vqa": 0.5, "nlvr2": 0.1})
     assert batches.batches_per_epoch == 5 + 5 + 1
@@ -69,5 +69,5 @@ def test_weights_say_how_often_a_task_comes():
 
 
 def test_a_task_without_rows_is_named():
-    with pytest.raises(ValueError, match="nothing to train gqa on"):
+    with pytest.raises(ValueError, match="train gqa on"):
         schedule({"vqa": (4, 2), "gqa": (0, 2)})

@@ -1,4 +1,4 @@
-"""Every form of data files, as its publishers lay it out, gives the right examples."""
+"""Every format of data files, laid out as published, gives the right examples."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from dora_mm.data.vl.example import Example, stem
 from dora_mm.data.vl.readers import READERS
 from dora_mm.data.vl.readers.video import split_subtitles, video_text
 from dora_mm.data.vl.rows import BadRows
-from tests.data.vl import files as files
+from tests.data.vl import files
 
 
 def read(source: SourceConfig) -> list[Example]:
@@ -51,7 +51,7 @@ def test_vqa_v2_pairs_questions_and_annotations_by_id(tmp_path):
         ("mine.json", "val2014", "COCO_val2014_000000000042.jpg"),
     ],
 )
-def test_vqa_v2_without_answers_and_the_names_of_its_pictures(tmp_path, name, stated, images):
+def test_vqa_v2_without_answers_and_the_names_of_its_images(tmp_path, name, stated, images):
     content = {"questions": [files.vqa_question(0)]} | ({"data_subtype": stated} if stated else {})
     rows = read(SourceConfig(format="vqa_v2", file=str(files.write_json(tmp_path / name, content))))
     assert rows == [Example("42000", (images,), "What is 0?")]
@@ -86,7 +86,7 @@ def test_vqa_karpathy(tmp_path):
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 38575), ("test", 9673)])
-def test_easy_vqa_of_the_package(split, count):
+def test_easy_vqa_from_its_package(split, count):
     folder = Path(easy_vqa.__file__).parent / "data"
     rows = read(SourceConfig(format="easy_vqa", file=str(folder / split / "questions.json")))
     assert len(rows) == count
@@ -99,8 +99,8 @@ def test_easy_vqa_of_the_package(split, count):
 
 
 def test_gqa(tmp_path):
-    hidden = {"9": {"imageId": "1", "question": "Who?"}}
-    path = files.write_json(tmp_path / "val_balanced_questions.json", files.GQA | hidden)
+    unanswered = {"9": {"imageId": "1", "question": "Who?"}}
+    path = files.write_json(tmp_path / "val_balanced_questions.json", files.GQA | unanswered)
     assert read(SourceConfig(format="gqa", file=str(path))) == [
         Example("02930152", ("2354786.jpg",), "Is the sky dark?", ("yes",), (1.0,), kinds=("verify", "attr")),
         Example("07333408", ("n375429.jpg",), "What is on the white wall?", ("pipe",), (1.0,), kinds=("query", "rel")),
@@ -121,8 +121,8 @@ def test_gqa_vlt5(tmp_path):
 
 
 def test_nlvr2(tmp_path):
-    hidden = {"identifier": "test2-1-0-0", "sentence": "Is it?"}
-    path = files.write_lines(tmp_path / "dev.json", [*files.NLVR2, hidden])
+    unanswered = {"identifier": "test2-1-0-0", "sentence": "Is it?"}
+    path = files.write_lines(tmp_path / "dev.json", [*files.NLVR2, unanswered])
     first, second, third = read(SourceConfig(format="nlvr2", file=str(path)))
     assert first == Example(
         "train-850-0-0",
@@ -186,8 +186,8 @@ def test_video_questions(tmp_path):
     assert (first.id, first.images, first.answers) == ("122039", ("friends_s01e03_seg02_clip_19",), ("a2",))
     assert second.answers == ()
     assert second.text.endswith("[TS] ([1.5, 2.0]) [Choices] a0: A cup. a1: A hat. a2: A book. a3: A dog.")
-    (silent, _) = read(SourceConfig(format="video_qa", file=str(path)))
-    assert split_subtitles(silent.text) == ("", split_subtitles(first.text)[1])
+    (without_subtitles, _) = read(SourceConfig(format="video_qa", file=str(path)))
+    assert split_subtitles(without_subtitles.text) == ("", split_subtitles(first.text)[1])
 
 
 def test_video_captions(tmp_path):
@@ -200,9 +200,9 @@ def test_video_captions(tmp_path):
     assert (split_subtitles(second.text), second.answers) == (("[Subs]", "[TS] ([0, 3.5])"), ())
 
 
-def test_subtitles_are_told_from_the_rest_whatever_is_said():
-    said = "[Q] \n who? \r\n [TS] \u2028 (a)\tb"
-    assert split_subtitles(video_text(said, " why?\n ")) == ("[Subs] [Q] who? [TS] (a) b", "why?")
+def test_subtitles_are_separated_from_the_rest_whatever_they_contain():
+    subtitles = "[Q] \n who? \r\n [TS] \u2028 (a)\tb"
+    assert split_subtitles(video_text(subtitles, " why?\n ")) == ("[Subs] [Q] who? [TS] (a) b", "why?")
     assert split_subtitles(video_text(None, "why?")) == ("", "why?")
 
 

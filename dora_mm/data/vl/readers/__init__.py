@@ -1,4 +1,16 @@
-"""Which reader reads which form of data files."""
+"""The readers of vision-language data files, by `format` of a source.
+
+A reader is a function `read(source, bad)` that yields one Example per usable row of the source's files, in file order.
+It reads `source.file` and, where the format has them, `source.annotations`, `source.subtitles` and `source.split`;
+`skip`, `limit` and `images` are handled by tables.py. It passes every row that it cannot use to `bad`, normally through
+`good_rows`, and raises ValueError for a file that cannot be parsed. Its rows must depend only on the content of these
+files, the name of `source.file` and the split, since tables are cached by them; if a reader changes, increase LAYOUT in
+tables.py.
+
+To add a format: write its reader in this folder; add the format to READERS below, to `SourceConfig.format` and FORMATS
+in dora_mm/config/vl.py (with the tasks that it serves), and to PUBLISHED in dora_mm/data/vl/needed.py (where its files
+can be obtained); and add its file layout to tests/data/vl.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -11,8 +23,6 @@ from dora_mm.data.vl.readers.nlvr2 import read_nlvr2, read_nlvr2_vlt5
 from dora_mm.data.vl.readers.video import read_video_captions, read_video_qa
 from dora_mm.data.vl.readers.vqa import read_easy_vqa, read_vqa_karpathy, read_vqa_v2
 from dora_mm.data.vl.rows import BadRows
-
-__all__ = ["READERS", "resolved"]
 
 READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example]]] = {
     "vqa_v2": read_vqa_v2,
@@ -27,10 +37,14 @@ READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example]]] = {
     "video_qa": read_video_qa,
     "video_captions": read_video_captions,
 }
-FILES = ("file", "annotations", "subtitles")  # keys of a source whose content its rows are made from
+FILES = ("file", "annotations", "subtitles")  # the keys of a source that name files with row content
 
 
 def resolved(source: SourceConfig) -> SourceConfig:
-    """The source with the paths at which its files and its folder of pictures are. Raises ValueError if one is not."""
+    """The source with its files and its folder of images as existing paths.
+
+    Raises:
+        ValueError: A path does not exist.
+    """
     given = {key: getattr(source, key) for key in (*FILES, "images")}
     return source.model_copy(update={key: str(resolve_path(path)) for key, path in given.items() if path is not None})

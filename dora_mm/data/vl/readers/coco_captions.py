@@ -1,4 +1,4 @@
-"""COCO captions: the official files, and Karpathy's one file with all splits. One Example a picture."""
+"""COCO captions, in the official files and in Karpathy's single file of all splits; one Example per image."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,6 @@ from dora_mm.config.vl import SourceConfig
 from dora_mm.data.vl.example import Example, stem
 from dora_mm.data.vl.json_items import Item, list_items
 from dora_mm.data.vl.rows import BadRows, Id, Line, RowError, Text, good_rows
-
-__all__ = ["read_coco_captions", "read_coco_karpathy"]
 
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 
@@ -49,21 +47,21 @@ IMAGE, CAPTION, KARPATHY = TypeAdapter(_Image), TypeAdapter(_Caption), TypeAdapt
 
 
 def read_coco_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every picture of `captions_{split}.json` with its captions, in the order of `images`.
+    """Reads every image of `captions_{split}.json` with its captions, in the order of `images`.
 
-    The captions (40 MB of COCO's) are held, since they stand there in any order.
+    All captions are held in memory (40 MB for COCO), since the file has them in any order.
 
     Raises:
-        ValueError: the file is damaged; or a picture or a caption is bad, a caption is of no picture or a picture has
-            no caption, and `bad` stops at it.
+        ValueError: The file is damaged; or `bad` is set to "stop" and an image or caption is bad, a caption belongs to
+            no image, or an image has no caption.
     """
     path = Path(source.file)
-    images = [*good_rows(path, list_items(path, "images"), IMAGE, _picture, bad)]
+    images = [*good_rows(path, list_items(path, "images"), IMAGE, _without_captions, bad)]
     captions: dict[str, list[str]] = {image.id: [] for image in images}
 
     def known(row: _Caption) -> Caption:
         if str(row["image_id"]) not in captions:
-            raise RowError("is a caption of an image_id that no usable picture has")
+            raise RowError("is a caption of an image_id that no usable image has")
         return Caption(row["id"], row["image_id"], row["caption"])
 
     for caption in good_rows(path, list_items(path, "annotations"), CAPTION, known, bad):
@@ -75,24 +73,27 @@ def read_coco_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
             bad.add(f"{path}, image id {image.id}", "has no usable caption")
 
 
-def _picture(row: _Image) -> Example:
+def _without_captions(row: _Image) -> Example:
     return Example(str(row["id"]), (row["file_name"],), "")
 
 
 def read_coco_karpathy(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every picture of one split of `dataset_coco.json` with its captions; "train" has COCO's restval as well.
+    """Reads every image of one split of `dataset_coco.json` with its captions; "train" includes COCO's restval.
 
     Raises:
-        ValueError: no such split; the file is damaged; or a picture is bad or has no captions and `bad` stops at it.
+        ValueError: The file has no such split; the file is damaged; or an image is bad or has no caption and `bad` is
+            set to "stop".
     """
     path = Path(source.file)
     if source.split not in SPLITS:
-        raise ValueError(f"{path} has the splits train (restval included), val and test: {source.split} is none")
+        raise ValueError(
+            f"{path} has the splits train (restval included), val and test: split {source.split!r} does not exist"
+        )
 
-    def chosen() -> Iterator[Item]:
+    def selected() -> Iterator[Item]:
         for where, row in list_items(path, "images"):
             split = row.get("split") if isinstance(row, dict) else None
-            if split in SPLITS[source.split or ""] or split not in (*SPLITS, "restval"):  # an odd one must be seen
+            if split in SPLITS[source.split or ""] or split not in (*SPLITS, "restval"):  # report unknown splits
                 yield where, row
 
     def example(row: _Karpathy) -> Example:
@@ -101,7 +102,7 @@ def read_coco_karpathy(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         name = str(row.get("cocoid", stem(row["filename"])))
         return _captioned(name, row["filename"], [sentence["raw"] for sentence in row["sentences"]])
 
-    return good_rows(path, chosen(), KARPATHY, example, bad)
+    return good_rows(path, selected(), KARPATHY, example, bad)
 
 
 def _captioned(name: str, image: str, captions: list[str]) -> Example:

@@ -9,10 +9,8 @@ from typing_extensions import NotRequired, TypedDict
 from dora_mm.config.vl import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import list_items, object_items
-from dora_mm.data.vl.readers.vqa import with_suffix, worthy
+from dora_mm.data.vl.readers.vqa import positive_scores, with_suffix
 from dora_mm.data.vl.rows import BadRows, Id, Score, Text, good_rows
-
-__all__ = ["read_gqa", "read_gqa_vlt5"]
 
 
 class _Types(TypedDict):
@@ -43,10 +41,10 @@ OFFICIAL, VLT5 = TypeAdapter(_Official), TypeAdapter(_VLT5)
 
 
 def read_gqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every question of `{split}_balanced_questions.json`, an object by question id.
+    """Reads every question of `{split}_balanced_questions.json`, an object keyed by question id.
 
     Raises:
-        ValueError: the file is damaged, or a question is bad and `bad` stops at it.
+        ValueError: The file is damaged, or a question is bad and `bad` is set to "stop".
     """
     path = Path(source.file)
 
@@ -62,15 +60,15 @@ def read_gqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
 
 def read_gqa_vlt5(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every question of VL-T5's `{train,valid,testdev}.json`, a list.
+    """Reads every question of VL-T5's `{train,valid,testdev}.json`, a list.
 
     Raises:
-        ValueError: the file is damaged, or a question is bad and `bad` stops at it.
+        ValueError: The file is damaged, or a question is bad and `bad` is set to "stop".
     """
     path = Path(source.file)
 
     def example(row: _VLT5) -> Example:
-        label = worthy(row.get("label", {}))
+        label = positive_scores(row.get("label", {}))
         image = with_suffix(row["img_id"])
         return Example(str(row["question_id"]), (image,), row["sent"], tuple(label), tuple(label.values()))
 

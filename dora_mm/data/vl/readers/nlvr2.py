@@ -1,4 +1,4 @@
-"""NLVR2: is the sentence true of the two pictures? The official lines, and VL-T5's lists."""
+"""NLVR2 (is the sentence true of the two images?), in the official JSON lines and in VL-T5's lists."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +11,6 @@ from dora_mm.config.vl import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import json_lines, list_items
 from dora_mm.data.vl.rows import BadRows, RowError, Text, good_rows
-
-__all__ = ["read_nlvr2", "read_nlvr2_vlt5"]
 
 
 class _Official(TypedDict):
@@ -33,17 +31,19 @@ OFFICIAL, VLT5 = TypeAdapter(_Official), TypeAdapter(_VLT5)
 
 
 def read_nlvr2(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every line of `{train,dev,test1}.json`. "dev-850-0-1" is about `dev-850-0-img0.png` and `dev-850-0-img1.png`.
+    """Reads every line of `{train,dev,test1}.json`.
+
+    The sentence "dev-850-0-1" is about the images `dev-850-0-img0.png` and `dev-850-0-img1.png`.
 
     Raises:
-        ValueError: the file cannot be read, or a line is bad and `bad` stops at it.
+        ValueError: The file cannot be read, or a line is bad and `bad` is set to "stop".
     """
     path = Path(source.file)
 
     def example(row: _Official) -> Example:
         pair, _, sentence = row["identifier"].rpartition("-")
         if not pair or not sentence:
-            raise RowError("its identifier does not name a pair of pictures, as dev-850-0-1 does")
+            raise RowError("has an identifier that does not name a pair of images (expected: such as dev-850-0-1)")
         images = (f"{pair}-img0.png", f"{pair}-img1.png")
         return _example(row["identifier"], images, row["sentence"], {"True": 1, "False": 0}.get(row.get("label", "")))
 
@@ -51,10 +51,10 @@ def read_nlvr2(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
 
 def read_nlvr2_vlt5(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every row of VL-T5's `{train,valid,test}.json`, a list.
+    """Reads every row of VL-T5's `{train,valid,test}.json`, a list.
 
     Raises:
-        ValueError: the file is damaged, or a row is bad and `bad` stops at it.
+        ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
     path = Path(source.file)
 

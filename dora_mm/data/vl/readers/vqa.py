@@ -1,4 +1,4 @@
-"""Questions about pictures with several worthy answers: VQA v2's own files, their Karpathy form, and easy-vqa."""
+"""Visual questions with scored answers: the official VQA v2 files, their Karpathy form, and easy-vqa."""
 
 import re
 import sys
@@ -14,8 +14,6 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, list_items, value_of
 from dora_mm.data.vl.rows import BadRows, Id, Index, RowError, Score, Text, good_rows
 from dora_mm.data.vl.vqa_answers import soft_scores
-
-__all__ = ["read_easy_vqa", "read_vqa_karpathy", "read_vqa_v2", "with_suffix", "worthy"]
 
 NUM_ANSWERS = 10
 
@@ -58,7 +56,7 @@ KARPATHY, EASY = TypeAdapter(_Karpathy), TypeAdapter(_Easy)
 
 
 class Labels(NamedTuple):
-    """An annotation without its braces: ten short strings, most of them shared with other questions."""
+    """A compact annotation: its strings are interned, since most answers occur in many questions."""
 
     id: Id
     image_id: int
@@ -67,12 +65,13 @@ class Labels(NamedTuple):
 
 
 def read_vqa_v2(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every question of `v2_OpenEnded_mscoco_{split}_questions.json`, with its annotation where the source has them.
+    """Reads every question of `v2_OpenEnded_mscoco_{split}_questions.json`, with annotations if the source has them.
 
-    The two files are read side by side; in the official ones the order is the same, so that nothing is held.
+    The two files are read in parallel. The official ones have the same order, so that no annotations need to be held.
 
     Raises:
-        ValueError: a file is damaged, or a question or an annotation is bad or alone and `bad` stops at it.
+        ValueError: A file is damaged, or a question or annotation is bad or has no counterpart and `bad` is set to
+            "stop".
     """
     path = Path(source.file)
     split = _coco_split(path)
@@ -80,45 +79,56 @@ def read_vqa_v2(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
     def example(row: _Question) -> Example:
         image = f"COCO_{split}_{row['image_id']:012d}.jpg"
-        bare = Example(str(row["question_id"]), (image,), row["question"])
-        return annotations.answer(bare, row) if annotations else bare
+        unanswered = Example(str(row["question_id"]), (image,), row["question"])
+        return annotations.answer(unanswered, row) if annotations else unanswered
 
     yield from good_rows(path, list_items(path, "questions"), QUESTION, example, bad)
     if annotations:
-        annotations.report_rest(path)
+        annotations.report_unused(path)
 
 
 class _Annotations:
-    """Annotations by question, read only as far as they are asked for."""
+    """Annotations by question id, read from the file only as far as they are needed."""
 
     def __init__(self, path: Path, bad: BadRows) -> None:
         self._path, self._bad = path, bad
-        self._rest = good_rows(path, list_items(path, "annotations"), ANNOTATION, _compact, bad)
-        self._waiting: dict[Id, Labels] = {}
+        self._unread = good_rows(path, list_items(path, "annotations"), ANNOTATION, _compact, bad)
+        self._pending: dict[Id, Labels] = {}  # read, but not matched with a question yet
 
-    def answer(self, bare: Example, row: _Question) -> Example:
+    def answer(self, unanswered: Example, row: _Question) -> Example:
+        """The example with the answers from its annotation.
+
+        Raises:
+            RowError: There is no usable annotation, or it is for another image.
+        """
         found = self._take(row["question_id"])
         if found is None:
             raise RowError(f"has no usable annotation in {self._path}")
         if found.image_id != row["image_id"]:
-            raise RowError(f"is about another picture than its annotation in {self._path}")
+            raise RowError(f"has another image_id than its annotation in {self._path}")
         scores = soft_scores(found.raw_answers)
         return Example(
-            bare.id, bare.images, bare.text, tuple(scores), tuple(scores.values()), found.raw_answers, found.kinds
+            unanswered.id,
+            unanswered.images,
+            unanswered.text,
+            tuple(scores),
+            tuple(scores.values()),
+            found.raw_answers,
+            found.kinds,
         )
 
     def _take(self, question_id: Id) -> Labels | None:
-        while question_id not in self._waiting:
-            following = next(self._rest, None)
-            if following is None:
+        while question_id not in self._pending:
+            labels = next(self._unread, None)
+            if labels is None:
                 return None
-            self._waiting[following.id] = following
-        return self._waiting.pop(question_id)
+            self._pending[labels.id] = labels
+        return self._pending.pop(question_id)
 
-    def report_rest(self, questions: Path) -> None:
-        """Whatever no question has asked for is bad: the numbers of questions and annotations must agree."""
-        for alone in (*self._waiting.values(), *self._rest):
-            self._bad.add(f"{self._path}, question_id {alone.id}", f"has no usable question in {questions}")
+    def report_unused(self, questions: Path) -> None:
+        """Reports annotations without a question as bad rows: questions and annotations must correspond one to one."""
+        for labels in (*self._pending.values(), *self._unread):
+            self._bad.add(f"{self._path}, question_id {labels.id}", f"has no usable question in {questions}")
 
 
 def _compact(row: _Annotation) -> Labels:
@@ -128,35 +138,35 @@ def _compact(row: _Annotation) -> Labels:
 
 def _ten(answers: list[_Answer]) -> tuple[str, ...]:
     if len(answers) != NUM_ANSWERS:
-        raise RowError("has not exactly ten answers")
+        raise RowError("must have exactly ten answers")
     return tuple(sys.intern(answer["answer"]) for answer in answers)
 
 
 def _coco_split(path: Path) -> str:
-    """The part of COCO that the pictures are of ("train2014"): as the file says, else as its name does."""
+    """The COCO split of the images ("train2014"), from the file's data_subtype or else from its name."""
     stated: Any = value_of(path, "data_subtype")
     named = re.fullmatch(r"v2_OpenEnded_mscoco_(.+)_questions\.json", path.name)
     if not isinstance(stated, str) and not named:
         raise ValueError(
-            f"{path} does not say of which part of COCO its pictures are: give it a data_subtype such as train2014, "
-            "or the name v2_OpenEnded_mscoco_train2014_questions.json"
+            f"{path} does not name the COCO split of its images: give it a data_subtype such as train2014, "
+            "or a name such as v2_OpenEnded_mscoco_train2014_questions.json"
         )
     split = stated if isinstance(stated, str) else named[1] if named else ""
-    return split.replace("-dev", "").replace("-std", "")  # test-dev2015 is a part of the pictures of test2015
+    return split.replace("-dev", "").replace("-std", "")  # test-dev2015 is a subset of the images of test2015
 
 
 def read_vqa_karpathy(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every question of `karpathy_{train,val,test}.json`; ten answers beside the label are kept as well.
+    """Reads every question of `karpathy_{train,val,test}.json`, with its label and, if present, its ten answers.
 
-    A label may be empty: no answer of that question was frequent enough for the form's list of answers.
+    A label may be empty: no answer to that question was frequent enough for the format's list of answers.
 
     Raises:
-        ValueError: the file is damaged, or a row is bad and `bad` stops at it.
+        ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
     path = Path(source.file)
 
     def example(row: _Karpathy) -> Example:
-        label = worthy(row.get("label", {}))
+        label = positive_scores(row.get("label", {}))
         raw_answers = _ten(row["answers"]) if "answers" in row else ()
         kinds = (row.get("answer_type", ""), row.get("question_type", ""))
         return Example(
@@ -173,10 +183,10 @@ def read_vqa_karpathy(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
 
 
 def read_easy_vqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Every question of easy-vqa's `questions.json`, which has no ids: the row's number, from 0, is its id.
+    """Reads every question of easy-vqa's `questions.json`. It has no ids; the row number, from 0, is used as the id.
 
     Raises:
-        ValueError: the file is damaged, or a row is bad and `bad` stops at it.
+        ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
     path = Path(source.file)
 
@@ -191,11 +201,11 @@ def read_easy_vqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     return good_rows(path, numbered(), EASY, example, bad)
 
 
-def worthy(label: dict[str, float]) -> dict[str, float]:
-    """The answers of a label that are worth anything."""
+def positive_scores(label: dict[str, float]) -> dict[str, float]:
+    """The answers of a label whose score is positive."""
     return {answer: score for answer, score in label.items() if score > 0}
 
 
 def with_suffix(image_id: str) -> str:
-    """The file of a picture of VL-T5's forms, which name COCO's and GQA's without ".jpg"."""
+    """The file name of an image id in VL-T5's files, which omit ".jpg" for COCO and GQA."""
     return image_id if Path(image_id).suffix else f"{image_id}.jpg"
