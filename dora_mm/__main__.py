@@ -1,4 +1,4 @@
-"""python -m dora_mm"""
+"""Runs the command line as `python -m dora_mm`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""dora-mm: the command line. A command leads to a recipe in `pipelines/`; nothing heavy is imported before that."""
+"""The command line, dora-mm. Commands run recipes in `pipelines/`; large packages are imported only by those."""
 
 import argparse
 import contextlib
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
-# What a person can mend: a full or foreign disk, quota, permissions.
+# Errors that a user can fix: a full or read-only disk, an exceeded quota, missing permissions.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Code that saves its state on KeyboardInterrupt saves it on this one too."""
+    """Raised on SIGTERM; a KeyboardInterrupt, so that code which saves its state on Ctrl-C does so here, too."""
 
 
 def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) -> int:
     """Runs one command.
 
     Args:
-        argv: The arguments behind the program's name; None takes those of the process.
-        recipes: The recipes that configs may name; None takes those of `pipelines/`.
+        argv: The arguments after the program's name; None: those of the process.
+        recipes: The recipes that configs may name; None: those of `pipelines/`.
 
     Returns:
-        The exit code: 0 done, 2 a user's mistake (one sentence on standard error), 130 and 143 interrupted.
+        The exit code: 0 done, 2 a user's mistake (one message on standard error), 130 and 143 interrupted.
     """
     arguments = _parser().parse_args(argv)
     arguments.recipes = recipes
@@ -51,23 +51,23 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
         print(f"dora-mm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         return TERMINATED if terminated else INTERRUPTED
     except Exception as error:
-        sentence = user_message(error)
-        if sentence is None:
+        message = user_message(error)
+        if message is None:
             raise
-        print(f"dora-mm: {sentence}", file=sys.stderr)
+        print(f"dora-mm: {message}", file=sys.stderr)
         return USER_ERROR
     return DONE
 
 
 def user_message(error: Exception) -> str | None:
-    """What to tell a person about an error of theirs; None for a bug, which keeps its traceback."""
+    """The message for an error that the user can fix; None for a bug, which keeps its traceback."""
     for cause in _causes(error):
-        if "No space left on device" in str(cause):  # safetensors and torch wrap it in errors of their own
-            return f"the disk is full: free some space, then go on (a training with --resume) ({cause})"
+        if "No space left on device" in str(cause):  # safetensors and torch wrap it in other errors
+            return f"the disk is full: free some space, then run again (train: with --resume RUN_DIR) ({cause})"
     if isinstance(error, OSError) and error.errno in _DISK:
         return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name and not _is_ours(error.name):
-        extras = "eval,optim,track,vl"  # all that commands use
+        extras = "eval,optim,track,vl"  # all extras that commands use
         return f"the package {error.name} is missing: pip install 'dora_mm[{extras}]'"
     if isinstance(error, ValueError) and _raised_by_us(error):
         return str(error)
@@ -78,17 +78,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dora-mm",
         description="Fine-tune diffusion and vision-language models with DoRA.",
-        epilog="A config's first key, `pipeline:`, names the recipe. Exit codes: 0 done, 2 a mistake (one sentence), "
-        "130 and 143 interrupted with the state saved, 1 a bug.",
+        epilog="A config's first key, `pipeline:`, names the recipe. Exit codes: 0 done, 2 a user's mistake (one "
+        "message on standard error), 130 and 143 interrupted with the state saved, 1 a bug.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, what in (
         ("train", "train an adapter, or a small base model"),
-        ("sample", "draw pictures for prompts"),
-        ("eval", "score what was trained"),
-        ("features", "compute what a vision tower says about pictures, once"),
+        ("sample", "generate images from prompts"),
+        ("eval", "evaluate a model and its adapter, or compare methods"),
+        ("features", "compute the features of a vision tower once, for later trainings"),
     ):
-        command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, as a config says.")
+        command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, according to a config.")
         command.add_argument("config", metavar="CONFIG", nargs="?" if name == "train" else None, help="a YAML file")
         command.add_argument(
             "--set",
@@ -97,26 +97,30 @@ def _parser() -> argparse.ArgumentParser:
             nargs="+",
             default=[],
             dest="overrides",
-            help="write values over the config's, such as train.steps=100; repeatable",
+            help="override values of the config, such as train.steps=100; repeatable",
         )
         if name == "train":
+            command.add_argument("--resume", metavar="RUN_DIR", type=Path, help="resume a run from its last checkpoint")
             command.add_argument(
-                "--resume", metavar="RUN_DIR", type=Path, help="go on with a run, from its last checkpoint"
-            )
-            command.add_argument(
-                "--dry-run", action="store_true", help="only say what would train, and what data it would read"
+                "--dry-run", action="store_true", help="only print what would be trained, and what data would be read"
             )
         command.set_defaults(run=_run_pipeline, command=name, resume=None, dry_run=False)
-    command = commands.add_parser("inspect", help="what an adapter file holds, or what a target map takes of a model")
+    command = commands.add_parser(
+        "inspect", help="list the contents of an adapter file, or the modules of a model that a target map selects"
+    )
     command.add_argument("path", metavar="PATH|MODEL", help="an adapter file or its folder; a model folder or hub name")
     command.add_argument("--targets", metavar="NAME", help="a target map, such as sdxl-unet")
     command.set_defaults(run=_run_inspect)
-    command = commands.add_parser("bench", help="what DoRA costs beside its peers on this very machine")
+    command = commands.add_parser(
+        "bench", help="compare the speed and memory of DoRA with other implementations on this machine"
+    )
     extent = command.add_mutually_exclusive_group()
-    for name, what in (("quick", "layers alone, in under two minutes"), ("all", "every rank")):
+    for name, what in (("quick", "only single layers, in under two minutes"), ("all", "all ranks")):
         extent.add_argument(f"--{name}", action="store_const", const=name, dest="extent", help=what)
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is the default on a GPU")
-    command.add_argument("--output", metavar="FOLDER", help="where results go; a numbered folder of runs/bench if not")
+    command.add_argument(
+        "--output", metavar="FOLDER", help="the folder of results; default: a numbered folder in runs/bench"
+    )
     command.set_defaults(run=_run_bench, extent="default")
     return parser
 
@@ -134,31 +138,35 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
         config = load_config(arguments.config, arguments.overrides, recipes.schemas)
     if config.command != arguments.command:
         if arguments.config is None:
-            raise ValueError(f"--resume {arguments.resume}: made by dora-mm {config.command}, which does not go on")
-        raise ValueError(f"{arguments.config} is for another command: dora-mm {config.command} {arguments.config}")
+            raise ValueError(
+                f"--resume {arguments.resume}: the run is one of dora-mm {config.command}, which cannot be resumed"
+            )
+        raise ValueError(f"{arguments.config} needs another command: dora-mm {config.command} {arguments.config}")
     pipeline = recipes.load(config.pipeline).main
     if not arguments.dry_run:
         pipeline(config, resume=arguments.resume)
     elif "dry_run" not in inspect.signature(pipeline).parameters:
-        raise ValueError(f"--dry-run: the recipe {config.pipeline} has none")
+        raise ValueError(f"--dry-run: the recipe {config.pipeline} does not support it")
     else:
         pipeline(config, dry_run=True)
 
 
 def _config_of_run(run: Path, given: str | None, overrides: list[str], recipes: "Recipes"):
-    """The config that a run was started with; one that is given beside it must say the same."""
+    """The config that a run was started with; a config that is also given must be equal to it."""
     from dora_mm.config import differing_keys, load_config
 
     saved = run / "config.yaml"
     if not saved.is_file():
-        raise ValueError(f"--resume {run}: no run directory, it holds no config.yaml")
+        raise ValueError(f"--resume {run} is not a run directory: it has no config.yaml")
     config = load_config(saved, schemas=recipes.schemas)
     if given is None and overrides:
-        raise ValueError("--set does not go with --resume: a resumed run keeps its config")
+        raise ValueError("--set cannot be used with --resume: a resumed run keeps its config")
     if given is not None:
         differing = differing_keys(config, load_config(given, overrides, recipes.schemas))
         if differing:
-            raise ValueError(f"--resume {run}: its config has other values of {', '.join(differing)}; leave CONFIG out")
+            raise ValueError(
+                f"--resume {run}: its config has different values of {', '.join(differing)}; leave CONFIG out"
+            )
     return config
 
 
@@ -198,7 +206,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _raised_by_us(error: Exception) -> bool:
-    """ValueErrors of libraries are bugs here: what a person got wrong is checked, and said, by our own code."""
+    """Only our own code checks for users' mistakes, so a ValueError that a library raises is a bug."""
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     return _is_ours(frame.f_globals.get("__name__", ""))
 

@@ -1,6 +1,6 @@
-"""The recipes: scripts in a folder of their own, loaded by their place.
+"""The recipes: scripts in a separate folder, loaded by file path.
 
-A recipe is never imported by a bare name such as `pipelines.train_sdxl`, so a folder named `pipelines` in the user's
+A recipe is never imported by a module name such as `pipelines.train_sdxl`, so a folder named `pipelines` in the user's
 current directory, or an installed package of that name, cannot take its place.
 """
 
@@ -19,12 +19,12 @@ PACKAGE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Recipes:
-    """A folder of recipes and what their configs may say.
+    """A folder of recipes, with the schemas of their configs.
 
-    Args:
-        folder: holds `<name>.py` for every recipe, each with a function `main(config, *, resume=None)`.
-        schemas: the config schema of each recipe that a config's `pipeline` key can name.
-        package: the package that the loaded modules belong to, as in `dora_mm.pipelines.train_sdxl`.
+    Attributes:
+        folder: Holds `<name>.py` for every recipe, each with a function `main(config, *, resume=None)`.
+        schemas: The config schema of each recipe that a config's `pipeline` key can name.
+        package: The package that the loaded modules belong to, as in `dora_mm.pipelines.train_sdxl`.
     """
 
     folder: Path
@@ -32,7 +32,7 @@ class Recipes:
     package: str
 
     def load(self, name: str) -> ModuleType:
-        """Loads the recipe `name`, or returns the module that was loaded before.
+        """Loads the recipe `name`, or returns its module if it is already loaded.
 
         Raises:
             ModuleNotFoundError: The folder has no such recipe.
@@ -55,7 +55,7 @@ class Recipes:
 
 
 def _pipelines_folder() -> Path:
-    """`pipelines/`, which the wheel carries inside the package and a checkout beside it."""
+    """The folder `pipelines/`: inside the package in the wheel, next to the package in a checkout."""
     inside = PACKAGE / "pipelines"
     return inside if inside.is_dir() else PACKAGE.parent / "pipelines"
 

@@ -33,7 +33,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def pipeline(monkeypatch):
-    """Puts a recipe in the place of the real one; `.calls` says with what it ran."""
+    """Replaces a recipe by a stub, whose `.calls` lists the arguments of its calls."""
 
     def replace(action=lambda: None, name="train_sdxl"):
         module = types.ModuleType(f"dora_mm.pipelines.{name}")
@@ -94,7 +94,7 @@ def test_mistakes_in_a_config_give_one_report_and_exit_code_2(config, pipeline, 
 def test_a_config_of_another_command_is_refused(config, pipeline, capsys, command):
     recipe = pipeline()
     assert cli.main([command, str(config)]) == 2
-    assert f"is for another command: dora-mm train {config}" in capsys.readouterr().err
+    assert f"needs another command: dora-mm train {config}" in capsys.readouterr().err
     assert recipe.calls == []
 
 
@@ -134,9 +134,9 @@ def test_a_resumed_run_takes_its_own_config(run, config, pipeline):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["CONFIG"], "its config has other values of seed; leave CONFIG out"),
-        (["CONFIG", "--set", "seed=5", "--set", "train.steps=11"], "its config has other values of train.steps"),
-        (["--set", "train.steps=11"], "--set does not go with --resume"),
+        (["CONFIG"], "different values of seed; leave CONFIG out"),
+        (["CONFIG", "--set", "seed=5", "--set", "train.steps=11"], "different values of train.steps"),
+        (["--set", "train.steps=11"], "--set cannot be used with --resume"),
     ],
 )
 def test_a_resumed_run_is_not_changed(run, config, pipeline, capsys, arguments, message):
@@ -147,15 +147,15 @@ def test_a_resumed_run_is_not_changed(run, config, pipeline, capsys, arguments, 
     assert recipe.calls == []
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+def test_resuming_names_a_folder_that_is_not_a_run_directory(tmp_path, capsys):
     assert cli.main(["train", "--resume", str(tmp_path / "nothing")]) == 2
-    assert "nothing: no run directory" in capsys.readouterr().err
+    assert "nothing is not a run directory" in capsys.readouterr().err
 
 
 # --- how a command ends ----------------------------------------------------------------------------------------------
 
 
-def test_interruption_and_termination_have_codes_of_their_own(config, pipeline):
+def test_interruption_and_termination_have_separate_exit_codes(config, pipeline):
     saved = []
 
     def training():
@@ -182,7 +182,7 @@ def test_a_bug_keeps_its_traceback(config, pipeline):
             cli.main(["train", str(config)])
 
 
-def test_value_errors_of_libraries_are_bugs_and_ours_are_sentences(config, pipeline, capsys):
+def test_value_errors_of_libraries_are_bugs_and_ours_are_messages(config, pipeline, capsys):
     pipeline(lambda: torch.utils.data.DataLoader([], batch_size=-1))
     with pytest.raises(ValueError, match="batch_size"):
         cli.main(["train", str(config)])
@@ -195,7 +195,7 @@ def test_value_errors_of_libraries_are_bugs_and_ours_are_sentences(config, pipel
 
 @contextlib.contextmanager
 def full_disk():
-    """Linux's device that is always full, through a handle that can neither create nor replace it."""
+    """Opens /dev/full, Linux's always full device, without being able to create or replace it."""
     with open(os.open("/dev/full", os.O_WRONLY), "wb") as file:
         assert stat.S_ISCHR(os.fstat(file.fileno()).st_mode)
         yield file
@@ -217,7 +217,7 @@ def write_adapter():
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 @pytest.mark.parametrize("write", [write_plainly, write_tensors, write_adapter])
-def test_a_full_disk_is_one_sentence(config, pipeline, capsys, write):
+def test_a_full_disk_gives_a_one_line_message(config, pipeline, capsys, write):
     pipeline(write)
     assert cli.main(["train", str(config)]) == 2
     printed = capsys.readouterr().err
@@ -225,7 +225,7 @@ def test_a_full_disk_is_one_sentence(config, pipeline, capsys, write):
     assert len(printed.splitlines()) == 1
 
 
-def test_a_place_that_may_not_be_written_is_named(config, pipeline, capsys):
+def test_a_path_without_permissions_is_named(config, pipeline, capsys):
     pipeline(raising(PermissionError(errno.EACCES, "Permission denied", "runs/mine")))
     assert cli.main(["train", str(config)]) == 2
     assert capsys.readouterr().err == "dora-mm: runs/mine cannot be written or read: Permission denied\n"

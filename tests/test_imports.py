@@ -1,4 +1,4 @@
-"""Imports go one way, as docs/architecture.md says, and `import dora_mm.core` costs nothing but torch."""
+"""Imports go one way, as in docs/architecture.md, and `import dora_mm.core` imports nothing but torch."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 import dora_mm
 
 ROOT = Path(__file__).parents[1]
-ROWS = [  # each may import the rows above it and itself, nothing beside or below
+ROWS = [  # each may import the rows above it and itself, but not its neighbours or the rows below
     {"utils", "core"},
     {"kernels", "targets", "config"},
     {"backend", "formats"},
@@ -22,15 +22,15 @@ ROWS = [  # each may import the rows above it and itself, nothing beside or belo
     {"pipelines", "cli", "recipes"},
 ]
 ROW_OF = {package: number for number, row in enumerate(ROWS) for package in row}
-ENTRANCES = {"dora_mm/__init__.py", "dora_mm/__main__.py"}  # they resolve names lazily, and may import anything
+ENTRY_POINTS = {"dora_mm/__init__.py", "dora_mm/__main__.py"}  # they resolve names lazily, and may import anything
 SOURCES = sorted(p for folder in ("dora_mm", "pipelines") for p in (ROOT / folder).rglob("*.py"))
 FAMILIES = re.compile(r"sdxl|vl_bart|vlbart|\bvl\b|\beyes\b|unet|tokenizer", re.IGNORECASE)
 
 
 def package_of(module: str) -> str:
-    """core, formats, ..., for a module of ours: `dora_mm.formats.full` is in formats.
+    """The top-level package of a module of ours: `dora_mm.formats.full` is in formats.
 
-    Public names such as `dora_mm.inject` count as formats: they bring core, targets, backend and formats.
+    Public names such as `dora_mm.inject` count as formats: they import core, targets, backend and formats.
     """
     top, _, rest = module.partition(".")
     name = top if top == "pipelines" else rest.split(".")[0]
@@ -38,7 +38,7 @@ def package_of(module: str) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, at its top or inside a function."""
+    """All modules that a file imports, at the top or inside functions."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -84,7 +84,7 @@ def test_the_library_imports_nothing_that_only_a_checkout_has():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     name = str(path.relative_to(ROOT))
-    if name in ENTRANCES:
+    if name in ENTRY_POINTS:
         return
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     assert package_of(module) in ROW_OF
@@ -115,7 +115,7 @@ def test_core_imports_torch_and_nothing_else(path):
         ("dora_mm.core.layer", "dora_mm.inject", False),
     ],
 )
-def test_the_rule_itself(module, target, allowed):
+def test_violations_of_the_import_order_are_found(module, target, allowed):
     assert (violation(module, target) is None) == allowed
 
 
@@ -125,7 +125,7 @@ def run(code: str) -> str:
 
 
 def test_core_loads_neither_triton_nor_diffusers_nor_transformers():
-    """torch itself may look for triton, so what counts is what core adds."""
+    """Only what core adds counts, because torch may import triton."""
     assert (
         run("""
         import sys, torch

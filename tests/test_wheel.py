@@ -1,4 +1,4 @@
-"""The wheel by itself, in an environment and a folder of its own: no checkout is near."""
+"""The wheel, installed in a separate environment and used from a folder without a checkout."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """A new environment with the wheel in it; its dependencies are lent by the one that runs the tests."""
+    """A new environment with the wheel; its dependencies come from the environment that runs the tests."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
@@ -42,7 +42,7 @@ def environment(wheel, tmp_path_factory):
     code, _, errors = run(*pip, cwd=folder)
     assert code == 0, errors
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return folder
 
 
@@ -55,7 +55,7 @@ def test_the_wheel_carries_the_package_the_recipes_and_the_configs_and_nothing_e
     assert names == {path.as_posix() for path in expected}
 
 
-def test_the_versions_are_one(wheel):
+def test_the_version_of_the_wheel_is_that_of_the_package(wheel):
     assert wheel.name.startswith(f"dora_mm-{dora_mm.__version__}-")
 
 
@@ -76,7 +76,7 @@ dora_mm.save_adapter(model, "adapter")
 
 
 def test_a_folder_named_pipelines_does_not_shadow_the_recipes(environment, shadow):
-    """From the wheel and from the checkout, where `python -m` puts the current folder in front of everything else."""
+    """From the wheel and from the checkout, where `python -m` puts the current folder first on sys.path."""
     for python, path in ((environment / "bin" / "python", ""), (sys.executable, str(ROOT))):
         code, _, errors = run(python, "-c", SAVE, cwd=shadow, PYTHONPATH=path)
         assert (code, errors) == (0, "")
@@ -101,5 +101,6 @@ def test_a_packaged_config_loads_from_an_empty_folder(environment, tmp_path):
 def test_a_packaged_config_says_that_samples_are_in_a_checkout(environment, tmp_path):
     code, output, errors = run(environment / "bin" / "dora-mm", "train", "configs/sdxl/demo.yaml", cwd=tmp_path)
     assert (code, output) == (2, "")
-    assert "samples/ exists in a checkout of dora_mm only" in errors
+    assert ": samples/" in errors
+    assert "samples/ is only part of a checkout of dora_mm" in errors
     assert list(tmp_path.iterdir()) == []

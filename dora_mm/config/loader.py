@@ -1,4 +1,4 @@
-"""Reads a config file with its overrides into a schema, and reports everything that is wrong with it at once."""
+"""Reads a config file and its overrides into a schema, and reports all of its problems at once."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,20 @@ from pydantic import ValidationError
 
 from dora_mm.config import yaml12
 from dora_mm.config.pipelines import SCHEMAS
-from dora_mm.config.report import Problem, describe, nearest, outline
+from dora_mm.config.report import Problem, describe, dotted_key, nearest
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.yaml12 import KeyPath
 
 PACKAGE = Path(__file__).resolve().parents[1]
-INSTALLED = "package:"  # before a path that begins with the name of an installed Python package
+INSTALLED = "package:"  # prefix of a path inside an installed Python package
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with one config, one problem a line."""
+    """All problems of one config, one per line.
+
+    Attributes:
+        problems: The problems, in the order of the message.
+    """
 
     def __init__(self, path: Path, problems: Sequence[Problem]):
         self.problems = tuple(problems)
@@ -34,11 +38,19 @@ class ConfigError(ValueError):
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), schemas: Mapping[str, type[PipelineConfig]] = SCHEMAS
 ) -> PipelineConfig:
-    """The config at `path`, with `key.sub=value` overrides (values in YAML), as the schema its `pipeline` names.
+    """Loads a config with its overrides.
+
+    Args:
+        path: The config file, relative to the current directory or to the packaged configs.
+        overrides: Texts of the form `key.sub=value`, with the value in YAML; they replace values of the file.
+        schemas: The schemas to choose from, by the value of the config's `pipeline` key.
+
+    Returns:
+        An instance of the schema.
 
     Raises:
-        ConfigError: with every wrong key, type and range of the file and the overrides.
-        ValueError: there is no such file.
+        ConfigError: The file or an override has unknown keys, or values of the wrong type or range; lists all of them.
+        ValueError: The file does not exist or is not a config.
     """
     file = resolve_path(path)
     document = _read(file)
@@ -64,21 +76,21 @@ def load_config(
 
 
 def dump_config(config: PipelineConfig) -> str:
-    """The resolved config as YAML, defaults included; `load_config` reads it back to an equal one."""
+    """The resolved config as YAML, including defaults; `load_config` reads it back to an equal config."""
     return yaml12.write(_plain(config.model_dump()))
 
 
 def differing_keys(one: PipelineConfig, other: PipelineConfig) -> list[str]:
-    """The dotted keys, or the sections, in which two configs differ."""
+    """The dotted keys (or whole sections, where one config has none) in which two configs differ."""
     if type(one) is not type(other):
         return ["pipeline"]
     return _differing(one.model_dump(), other.model_dump(), "")
 
 
 def find_path(path: str | Path) -> Path | None:
-    """What `path` means, if it exists: relative to the current directory, then to the packaged configs.
+    """Finds a path relative to the current directory, else to the packaged configs; None if it does not exist.
 
-    `package:easy_vqa/data` is a folder in the Python package easy_vqa, wherever that is installed.
+    `package:easy_vqa/data` is a folder in the installed Python package easy_vqa.
     """
     if str(path).startswith(INSTALLED):
         return _in_package(str(path).removeprefix(INSTALLED))
@@ -92,7 +104,15 @@ def find_path(path: str | Path) -> Path | None:
 
 
 def resolve_path(path: str | Path, key: str | None = None) -> Path:
-    """As `find_path`, but what does not exist is an error that names the config key, where one is given."""
+    """As `find_path`, but the path must exist.
+
+    Args:
+        path: The path to find.
+        key: The config key that holds the path, for the error message.
+
+    Raises:
+        ValueError: The path does not exist.
+    """
     found = find_path(path)
     if found is not None:
         return found
@@ -101,14 +121,22 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
         raise ValueError(f"{prefix}{path} does not exist: the package is not installed, or has no such file")
     if Path(path).parts[:1] == ("samples",) and not Path("samples").is_dir():
         raise ValueError(
-            f"{prefix}{path} is not here: samples/ exists in a checkout of dora_mm only, so run this from one"
+            f"{prefix}{path} does not exist: samples/ is only part of a checkout of dora_mm, so run this from one"
         )
-    close = nearest(Path(path).name, _names_beside(Path(path)))
-    raise ValueError(f"{prefix}{path} does not exist, here ({Path.cwd()}) or in the packaged configs{close}")
+    close = nearest(Path(path).name, _sibling_names(Path(path)))
+    raise ValueError(f"{prefix}{path} does not exist, neither in {Path.cwd()} nor in the packaged configs{close}")
 
 
 def resolve_model(path: str, key: str = "model.path") -> str:
-    """A local folder or file, or a hub name (`owner/name`) as it is; what looks like a path must exist."""
+    """Resolves a model to the path of a local folder or file, or returns a hub name (`owner/name`) unchanged.
+
+    Args:
+        path: The path or hub name.
+        key: The config key that holds it, for the error message.
+
+    Raises:
+        ValueError: It is not a hub name, and does not exist as a path.
+    """
     found = find_path(path)
     if found is not None:
         return str(found)
@@ -126,12 +154,12 @@ def _in_package(path: str) -> Path | None:
 def _packaged(path: Path) -> Path:
     """Where a relative path would be among the packaged configs, with or without `configs/` in front."""
     configs = PACKAGE / "configs"
-    if not configs.is_dir():  # a checkout keeps them beside the package; the wheel moves them into it
+    if not configs.is_dir():  # in a checkout they are next to the package, in the wheel inside it
         configs = PACKAGE.parent / "configs"
     return configs.joinpath(*(part for part in path.parts if part not in ("configs", "..")))
 
 
-def _names_beside(path: Path) -> list[str]:
+def _sibling_names(path: Path) -> list[str]:
     folders = [path.parent, _packaged(path).parent] if not path.is_absolute() else [path.parent]
     return [entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()]
 
@@ -142,22 +170,24 @@ def _read(file: Path) -> yaml12.Document:
     try:
         document = yaml12.read(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not a text file in UTF-8, so it is no config") from None
+        raise ValueError(f"{file} is not a config: it is not a text file in UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark else ""
-        raise ConfigError(file, [Problem(where, "", f"not YAML: {getattr(error, 'problem', None) or error}")]) from None
+        raise ConfigError(
+            file, [Problem(where, "", f"not valid YAML: {getattr(error, 'problem', None) or error}")]
+        ) from None
     if not isinstance(document.value, dict):
-        raise ValueError(f"{file} holds no keys: a config starts with `pipeline: <name>`")
+        raise ValueError(f"{file} has no keys: a config starts with `pipeline: <name>`")
     return document
 
 
 def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str) -> list[Problem]:
-    """Writes `key.sub=value` into the values; where it comes from goes into origins."""
+    """Applies `key.sub=value` to `values`, records its origin in `origins`, and returns the problems."""
     origin = f"--set {override}"
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.split(".")):
-        return [Problem(origin, "", "must read key.sub=value")]
+        return [Problem(origin, "", "must have the form key.sub=value")]
     try:
         value = yaml12.read(text).value
     except yaml.YAMLError:
@@ -193,8 +223,8 @@ def _step(node: Any, part: str) -> str | int | None:
 def _unknown_pipeline(values: dict[str, Any], origins: dict[KeyPath, str], schemas: Mapping[str, Any]) -> Problem:
     name, known = values.get("pipeline"), ", ".join(schemas)
     if name is None:
-        return Problem("", "pipeline", f"is missing; it names the recipe: {known}")
-    message = f"no recipe is called {name!r}{nearest(str(name), schemas)}; there are {known}"
+        return Problem("", "pipeline", f"is missing; it must name a recipe: {known}")
+    message = f"unknown recipe {name!r}{nearest(str(name), schemas)}; choose from {known}"
     return Problem(origins.get(("pipeline",), ""), "pipeline", message)
 
 
@@ -209,11 +239,11 @@ def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str) -> list[
 
 
 def _dotted(path: KeyPath) -> str:
-    return outline(path) or "the config"
+    return dotted_key(path) or "the config"
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists, so that YAML needs no tags."""
+    """Converts tuples to lists, which YAML writes without tags."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Turns pydantic's errors into sentences that name the key, where it stands, and what was probably meant."""
+"""Turns pydantic's errors into messages that name the key, its location, and the probable correction."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -19,8 +19,10 @@ _WANTED = {
 
 
 class Problem(NamedTuple):
-    where: str  # "line 7" or "--set lr=2"
-    key: str
+    """One problem of a config; as text, `where: key: message`."""
+
+    where: str  # "line 7" or "--set lr=2"; empty if unknown
+    key: str  # dotted; empty for the whole config
     message: str
 
     def __str__(self) -> str:
@@ -28,28 +30,37 @@ class Problem(NamedTuple):
 
 
 def describe(error: ValidationError, schema: type[BaseModel], origins: Mapping[KeyPath, str]) -> list[Problem]:
-    """One problem per error, in the order of the schema; origins say where a key stands."""
+    """Describes every error of a validation.
+
+    Args:
+        error: What pydantic raised.
+        schema: The schema that was validated against.
+        origins: The location of each key, such as "line 7".
+
+    Returns:
+        One problem per error, in the order of the schema.
+    """
     problems = []
     for item in error.errors(include_url=False):
         path = tuple(item["loc"])
-        problems.append(Problem(_origin(path, origins), outline(path), _message(item, path, schema)))
+        problems.append(Problem(_origin(path, origins), dotted_key(path), _message(item, path, schema)))
     return problems
 
 
-def outline(path: KeyPath) -> str:
-    """sample.seeds[0]"""
+def dotted_key(path: KeyPath) -> str:
+    """A key path as text, such as sample.seeds[0]."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return text.removeprefix(".")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """', did you mean ...?' or nothing."""
+    """The text ", did you mean '...'?" with the most similar of `names`, or an empty text if none is similar."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
-    """Where the key stands, or else the closest section above it."""
+    """The location of the key, or else of the closest section that contains it."""
     for length in range(len(path), 0, -1):
         if path[:length] in origins:
             return origins[path[:length]]
@@ -82,7 +93,7 @@ def _quoted(expected: str) -> list[str]:
 
 
 def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
-    """The key of this section that is spelled nearly so, or else where the config has a key of that name."""
+    """Suggests a similar key of the same section, else the same key in another section, else lists the keys."""
     *parents, name = path
     section = _section(schema, parents)
     siblings = list(section.model_fields) if section else []
@@ -96,7 +107,7 @@ def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
 
 
 def _section(schema: type[BaseModel], parents: Iterable[str | int]) -> type[BaseModel] | None:
-    """The model that stands at a path; list positions do not change it."""
+    """The model at a key path; list indices are skipped."""
     model: type[BaseModel] | None = schema
     for part in parents:
         if isinstance(part, int):
@@ -107,7 +118,7 @@ def _section(schema: type[BaseModel], parents: Iterable[str | int]) -> type[Base
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section behind an annotation such as Section, Section | None or tuple[Section, ...]."""
+    """The model class in an annotation such as Section, Section | None or tuple[Section, ...]."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     found = [_model_in(argument) for argument in getattr(annotation, "__args__", ())]
@@ -115,6 +126,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys of a schema, sections included, each with `prefix` in front."""
     keys = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)

@@ -60,7 +60,7 @@ class DataConfig(Section):
     flip: bool = False  # augmentation: mirror images at random
     crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
     caption_dropout: Share = 0.0  # probability of training an image without its caption
-    unconditional: Literal["zeros", "empty"] = "zeros"  # stands for no caption; zeros as in SDXL
+    unconditional: Literal["zeros", "empty"] = "zeros"  # embedding without a caption; zeros: as SDXL
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
 
     @field_validator("resolution")

@@ -94,7 +94,7 @@ class VLTaskConfig(Section):
     @model_validator(mode="after")
     def _formats_are_of_the_task(self) -> "VLTaskConfig":
         problems = [
-            f"{name}.format {source.format} is only for task {' and '.join(FORMATS[source.format])}, not for {self.task}"
+            f"{name}.format {source.format} is only for {' and '.join(FORMATS[source.format])}, not for {self.task}"
             for name, source in (("train", self.train), ("valid", self.valid))
             if source is not None and self.task not in FORMATS[source.format]
         ]
@@ -108,7 +108,7 @@ class VisionConfig(Section):
 
     tower: Text = "RN101"  # a model of open_clip; timm/<name>: a model of timm
     pretrained: Text | None = "openai"  # a pretrained tag of the library, or a local file; null: random weights
-    layers: Items[Text] = ()  # modules whose feature maps are concatenated on the coarsest grid; empty: the last
+    layers: Items[Text] = ()  # modules whose maps are concatenated on the coarsest grid; empty: the last
     features: Items[Text] = ()  # feature folders of dora-mm, .h5 files or .npz folders; empty: computed on the fly
 
 
@@ -117,7 +117,7 @@ class VLModelConfig(Section):
 
     path: Text = "facebook/bart-base"  # a folder of save_pretrained (VL-BART or BART), or a hub name
     random: bool = False  # read only the config from `path`, and initialize the weights from the seed
-    # The kind of visual input. null: image for a plain BART; a saved VL-BART has a kind, which must match if this is set.
+    # The kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match if this is set.
     visual: Literal["image", "video"] | None = None
     feature_dim: PositiveInt | None = None  # channels of the visual features; null: taken from the vision section
 
@@ -148,7 +148,7 @@ class VLDataConfig(Section):
 
 class DecodeConfig(Section):
     batch_size: PositiveInt = 64  # examples per batch
-    answers: Literal["generate", "trie", "rank"] = "generate"  # trie, rank: choose among the answers in the training data
+    answers: Literal["generate", "trie", "rank"] = "generate"  # trie, rank: only answers in the training data
     min_answer_count: PositiveInt = 1  # trie, rank: how often an answer must occur in the training data
     beams: PositiveInt = 5  # beam search of captions; answers are decoded greedily
 
@@ -222,7 +222,7 @@ class CompareVLConfig(PipelineConfig):
     rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA; DoRA also at half of it
     learning_rates: LearningRates
     extra_rates: Count = 1  # more candidates to try, a factor apart, while the best one is the lowest or the highest
-    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # one training each; learning rates are chosen with the first
+    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; the first also for rates
     workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
     report: VLDataConfig  # the reported scores are on its valid splits
     features: Items[Text] = ()  # vision.features of the reported images; empty: those of base

@@ -1,4 +1,4 @@
-"""YAML as people mean it: plain scalars by the rules of YAML 1.2, no duplicate keys, and the line of every key.
+"""YAML with plain scalars by the rules of YAML 1.2, and with the line number and duplicates of keys.
 
 PyYAML follows YAML 1.1, where `no` is False, `1e-4` a string, `010` the number 8 and `2024-01-01` a date.
 """
@@ -19,23 +19,25 @@ _SCALARS = (
 
 
 class Document(NamedTuple):
-    value: Any
+    """A parsed YAML document."""
+
+    value: Any  # of plain Python types
     lines: dict[KeyPath, int]  # counted from 1
-    duplicates: list[KeyPath]
+    duplicates: list[KeyPath]  # keys that occur more than once in their mapping
 
 
 class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own class attribute)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # can contain itself, or multiply without end
+        if self.check_event(yaml.AliasEvent):  # an alias can contain itself, or expand exponentially
             mark = self.peek_event().start_mark
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed", problem_mark=mark)
         return super().compose_node(parent, index)
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes what readers of either version would take for something else than text."""
+    """Quotes text that a reader of YAML 1.1 or 1.2 would take for another type."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)  # lists are indented under their key
@@ -58,7 +60,7 @@ def read(text: str) -> Document:
     """Parses one document.
 
     Raises:
-        yaml.YAMLError: the text is not YAML, or holds a tag other than plain data.
+        yaml.YAMLError: The text is not valid YAML, or uses aliases or tags for Python objects.
     """
     loader = Loader(text)
     try:
@@ -73,6 +75,7 @@ def read(text: str) -> Document:
 
 
 def write(value: Any) -> str:
+    """Serializes a value of plain Python types; readers of YAML 1.1 and 1.2 read the same."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -80,7 +83,7 @@ def _collect(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], duplicat
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             child = (*path, key.value)
-            if child in lines:  # the last one counts, as everywhere in PyYAML
+            if child in lines:  # the last one counts, as always in PyYAML
                 duplicates.append(child)
                 for known in [known for known in lines if known[: len(child)] == child]:
                     del lines[known]

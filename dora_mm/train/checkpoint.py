@@ -46,8 +46,8 @@ def save_checkpoint(
         The folder of the new checkpoint.
 
     Raises:
-        OSError: The checkpoint cannot be written, for example because the disk is full; no partial one remains. The
-            libraries that write may wrap it in an error of their own.
+        OSError: The checkpoint cannot be written, for example because the disk is full; no partial one remains.
+            Safetensors and torch may wrap it in another exception.
     """
     final = folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"

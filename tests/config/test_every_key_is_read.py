@@ -1,4 +1,4 @@
-"""A key that nothing reads is a promise that nothing keeps."""
+"""Every config key is read somewhere: a key without effect would mislead users."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def attributes():
-    """Every name after a dot in the code, the config package left out."""
+    """The names of all attributes that the code reads, except in the config package."""
     files = [*(ROOT / "pipelines").rglob("*.py"), *(ROOT / "dora_mm").rglob("*.py")]
     trees = [ast.parse(file.read_text()) for file in files if "config" not in file.relative_to(ROOT).parts]
     return {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

@@ -188,7 +188,7 @@ def test_every_full_size_run_has_a_dry_run(name, capsys):
 
 def test_recipes_without_a_dry_run_refuse_it(capsys):
     assert main(["train", "configs/sdxl/demo.yaml", "--dry-run"]) == 2
-    assert "train_sdxl has none" in capsys.readouterr().err
+    assert "--dry-run: the recipe train_sdxl" in capsys.readouterr().err
 
 
 def test_an_adapted_tower_gives_the_same_answers_in_eval(config, tmp_path, capsys):
