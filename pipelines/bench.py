@@ -26,7 +26,7 @@ from dora_mm import targets as maps
 from dora_mm.core import DoRASpec, TargetMap, adapt_layer, fixed_parameters
 from dora_mm.core.targets import match_modules
 from dora_mm.eval.bench_results import Result, plot, table, write_results
-from dora_mm.eval.timing import in_turns, peak_bytes, saved_bytes, seconds_of, summary
+from dora_mm.eval.timing import alternate, peak_bytes, saved_bytes, seconds_of, summary
 from dora_mm.models.sdxl.loading import FULL_SIZE
 from dora_mm.train.run import RunDirectory
 
@@ -164,7 +164,7 @@ def bench_layer(
                 name: partial(time_layer, layer, x, dY if measure == "step" else None, device)
                 for name, layer in layers.items()
             }
-            for name, seconds in in_turns(runs, repeats, progress.update).items():
+            for name, seconds in alternate(runs, repeats, progress.update).items():
                 results.append(Result(case.name, case.rank, name, measure, *summary(seconds), len(seconds)))
         for name, layer in layers.items():
             saved = saved_bytes(lambda layer=layer: layer(x), layer, x)
@@ -299,7 +299,7 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
     with contextlib.ExitStack() as stack:
         for adapted in layers.values():  # as in the training loop, where the base does not change
             stack.enter_context(fixed_parameters(nn.ModuleList(adapted.values()), base_only=True))
-        found = in_turns({name: partial(step, name) for name in layers}, repeats, progress.update)
+        found = alternate({name: partial(step, name) for name in layers}, repeats, progress.update)
         results = [Result(model.name, model.rank, name, "step", *summary(s), len(s)) for name, s in found.items()]
         for name in layers:
             gc.collect()

@@ -23,7 +23,7 @@ from dora_mm.eval.images.comparison import Result, contrasts_table, results_csv,
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import FILES, Judge, evenly_spaced
 from dora_mm.eval.images.prompts import fill
-from dora_mm.eval.images.scores import Scores, join_seeds, summarize
+from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
@@ -65,7 +65,7 @@ def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
     )
     reported = campaign.trainings.train_chosen(chosen, config.report.seeds)
     scores = {
-        variant: join_seeds([campaign.reported(training) for training in trainings])
+        variant: concatenate_seeds([campaign.reported(training) for training in trainings])
         for variant, trainings in reported.items()
     }
     write_report(campaign, bare, scores, chosen)
@@ -209,12 +209,12 @@ def write_report(
     """Writes table.md, results.csv and sheet.png, and prints the table."""
     config, judge = campaign.config, campaign.judge
     results = [
-        Result(name, None, "", summarize(found, config.style, judge.space, over_seeds=False))
+        Result(name, None, "", summarize(found, config.style, judge.style_space, over_seeds=False))
         for name, found in bare.items()
     ]
     for label, variant in table_rows(config.ranks):
         rate = chosen[variant].rate
-        metrics = summarize(scores[variant], config.style, judge.space, over_seeds=True)
+        metrics = summarize(scores[variant], config.style, judge.style_space, over_seeds=True)
         parameters = campaign.trainings.summary(Training(variant, rate, config.report.seeds[0]))["parameters"]
         results.append(Result(label, parameters, str(chosen[variant]), metrics))
     things, trainings = len(campaign.concepts[config.report.role]), len(config.report.seeds)

@@ -27,7 +27,7 @@ from dora_mm.eval.vl.comparison import (
     AnswerScores,
     VLResult,
     answer_scores,
-    counted,
+    describe_sizes,
     gain_over_question_only,
     group_of,
     intervals,
@@ -342,7 +342,7 @@ def about(campaign: Campaign, scores: Mapping[str, AnswerScores]) -> str:
         groups += ", and all sentences of a set of NLVR2"
     notes = [
         f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
-        f"Reported: {counted(scores)}.",
+        f"Reported: {describe_sizes(scores)}.",
         f"In brackets: 95 % intervals over trainings and over images or videos; {groups}.",
         "Full fine-tuning trains every weight of the language model. Learning rates: each method's best on the "
         "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the "

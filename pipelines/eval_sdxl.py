@@ -66,7 +66,7 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
         scores = judge.scores(encoder(drawn), concepts, seeds)
         scores.save(run.path / "scores" / f"{name.replace(' ', '_').replace(',', '')}.json")
         # Also for the bare model on flat prompts, which should be flat: how much of the style the judge sees in it.
-        metrics[name] = summarize(scores, config.style, judge.space, over_seeds=False)
+        metrics[name] = summarize(scores, config.style, judge.style_space, over_seeds=False)
     similarity = clip_similarity(config, clip, references, images, concepts) if clip and config.clip else {}
     report(config, run, judge, metrics, similarity)
     save_sheet(run, images, concepts, len(seeds))

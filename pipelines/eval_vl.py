@@ -14,7 +14,7 @@ from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.eval.vl.metrics import QUESTION_TASKS, VLScores, report, score, score_row
-from dora_mm.eval.vl.pages import PageSection, Shown, write_examples_page
+from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import question_only_accuracy
 from dora_mm.eval.vl.scores import is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
@@ -109,8 +109,8 @@ def write_page(
     sections = []
     for name, rows in answered.items():
         chosen = rows[:: max(1, len(rows) // config.examples)][: config.examples]
-        shown = [
-            Shown.of(
+        examples = [
+            PageExample.from_example(
                 example,
                 prediction,
                 score_row(name, example, prediction, vqa_mode=config.vqa_mode),
@@ -118,7 +118,7 @@ def write_page(
             )
             for example, prediction in chosen
         ]
-        sections.append(PageSection(name, shown))
+        sections.append(PageSection(name, examples))
     write_examples_page(run.path / "examples.html", config.name, sections)
     print(f"examples {run.path / 'examples.html'}")
 

@@ -159,7 +159,7 @@ def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: dict[str, nn.Modul
     device = model.device
     for name in TEXT_ENCODERS:
         getattr(model, name).to(device)
-    settings: dict[str, Any] = {"strength": config.adapter.strength, "whole": config.adapter.method == "full"}
+    settings: dict[str, Any] = {"strength": config.adapter.strength, "full": config.adapter.method == "full"}
     sheet = before_after_sheet(model.pipeline(), adapted, config.sample, **settings)
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)

@@ -45,7 +45,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
+def image_folder(tmp_path: Path) -> Path:
     """Five pictures of two shapes with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The results of `dora-mm bench`: as a file, a table and a plot."""
+"""The results of `dora-mm bench` as a CSV file, a Markdown table and a plot."""
 
 import csv
 import importlib.util
@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 
 log = logging.getLogger(__name__)
-REFERENCE = "PEFT LoRA"  # times are given as ratios to its
+REFERENCE = "PEFT LoRA"  # times are given as ratios to those of this contender
 
 
 @dataclass(frozen=True)
 class Result:
+    """One measure of one contender in one case: a row of results.csv."""
+
     case: str
     rank: int
     contender: str
-    measure: str  # forward, step (forward and backward): seconds; saved, peak: bytes
+    measure: str  # "forward", "step" (forward and backward): in seconds; "saved", "peak": in bytes
     median: float
-    low: float  # quartiles
-    high: float
-    repeats: int
+    low: float  # lower quartile
+    high: float  # upper quartile
+    repeats: int  # number of measurements
 
 
 def write_results(path: Path, results: list[Result]) -> None:
@@ -47,7 +49,12 @@ def read_results(path: Path) -> list[Result]:
 
 
 def table(results: list[Result], made_on: dict[str, str | int]) -> str:
-    """Markdown: times as ratios to PEFT's LoRA, memory as mebibytes, a line per case."""
+    """Returns a Markdown table with a row per case: times of a step as ratios to PEFT's LoRA, memory in MiB.
+
+    Args:
+        results: Of all cases; every case needs the step of `REFERENCE`, and the peak of it, PEFT DoRA and our DoRA.
+        made_on: The machine: `device`, `threads`, `dtype`, and the versions `torch` and `peft`.
+    """
     others = [name for name in dict.fromkeys(r.contender for r in results) if name != REFERENCE]
     by_case: dict[tuple[str, int], dict[tuple[str, str], Result]] = {}
     for result in results:
@@ -70,9 +77,17 @@ def table(results: list[Result], made_on: dict[str, str | int]) -> str:
 
 
 def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> None:
-    """A step's time in each case as a ratio to PEFT's LoRA, a bar for each contender with its quartiles."""
+    """Plots the time of a step in each case as a ratio to PEFT's LoRA, a bar with quartiles for each contender.
+
+    Without matplotlib it logs a warning and writes nothing.
+
+    Args:
+        results: Of all cases.
+        made_on: The machine, as for `table`.
+        path: The image file to write.
+    """
     if importlib.util.find_spec("matplotlib") is None:
-        log.warning("No plot: it needs matplotlib (pip install 'dora_mm[bench]').")
+        log.warning("The plot is skipped: it needs matplotlib (pip install 'dora_mm[bench]').")
         return
     from matplotlib.figure import Figure
 
@@ -84,12 +99,14 @@ def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> No
     axes = figure.subplots()
     height = 1 / (len(names) + 1)
     for index, name in enumerate(names):
-        mine = [r for r in steps if r.contender == name]
-        places = [cases.index((r.case, r.rank)) + index * height for r in mine]
-        low, median, high = np.array([np.array([r.low, r.median, r.high]) / units[r.case, r.rank] for r in mine]).T
-        axes.barh(places, median, height, xerr=[median - low, high - median], error_kw={"linewidth": 0.8}, label=name)
+        own = [r for r in steps if r.contender == name]
+        positions = [cases.index((r.case, r.rank)) + index * height for r in own]
+        low, median, high = np.array([np.array([r.low, r.median, r.high]) / units[r.case, r.rank] for r in own]).T
+        axes.barh(
+            positions, median, height, xerr=[median - low, high - median], error_kw={"linewidth": 0.8}, label=name
+        )
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks([place + (len(names) - 1) / 2 * height for place in range(len(cases))])
+    axes.set_yticks([position + (len(names) - 1) / 2 * height for position in range(len(cases))])
     axes.set_yticklabels([f"{case}, rank {rank}" for case, rank in cases])
     axes.invert_yaxis()
     axes.set_xlabel("forward and backward, times PEFT's LoRA")

@@ -1,4 +1,4 @@
-"""Methods beside each other: which settings are compared, the table of all, and paired differences with intervals."""
+"""Comparison of methods: which variants are compared, the rows of the table, and the table of paired differences."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
 
 @dataclass(frozen=True)
 class Variant:
-    """One method at one rank; full fine-tuning has none."""
+    """A method at a rank; full fine-tuning has rank None. `str` is its name in tables, `key` its name in paths."""
 
     method: str
     rank: int | None
@@ -28,13 +28,13 @@ FULL = Variant("full", None)
 
 
 def variants(ranks: Sequence[int]) -> list[Variant]:
-    """Everything that a comparison at these ranks needs, DoRA at their halves included (rank 1 has none)."""
+    """Returns all that a comparison at these ranks trains, including DoRA at half of each rank (except rank 1)."""
     dora = sorted({*ranks, *(rank // 2 for rank in ranks if rank > 1)})
     return [FULL, *(Variant("lora", rank) for rank in sorted(ranks)), *(Variant("dora", rank) for rank in dora)]
 
 
 def contrasts(ranks: Sequence[int]) -> list[tuple[Variant, Variant]]:
-    """The pairs whose difference is reported."""
+    """Returns the pairs (first, second) whose difference first - second is reported."""
     pairs = []
     for rank in sorted(ranks):
         lora, dora = Variant("lora", rank), Variant("dora", rank)
@@ -46,7 +46,7 @@ def contrasts(ranks: Sequence[int]) -> list[tuple[Variant, Variant]]:
 
 
 def table_rows(ranks: Sequence[int]) -> list[tuple[str, Variant]]:
-    """The variants in the order of the table, by what they are called there."""
+    """Returns (name in the table, variant) in the order of the table."""
     rows = [(str(FULL), FULL)]
     for rank in sorted(ranks):
         rows += [(str(Variant(method, rank)), Variant(method, rank)) for method in ("lora", "dora")]
@@ -60,18 +60,24 @@ def differences_table(
     differences: Mapping[str, Mapping[str, Interval]],
     show: Callable[[str, Interval], str],
 ) -> str:
-    """Markdown: a row for each pair, a column for each key of `headings`; intervals without 0 are marked."""
-    clear = 0
+    """Returns a Markdown table in which intervals that exclude 0 are marked, and a note that gives their number.
+
+    Args:
+        headings: Metric to heading: the columns.
+        differences: Name of a pair to an interval for each of these metrics: the rows.
+        show: Formats the interval of a metric.
+    """
+    num_marked = 0
 
     def cell(key: str, found: Interval) -> str:
-        nonlocal clear
+        nonlocal num_marked
         excludes_zero = found.low > 0 or found.high < 0
-        clear += excludes_zero
+        num_marked += excludes_zero
         return show(key, found) + (" !" if excludes_zero else "")
 
     rows = [[name, *(cell(key, found[key]) for key in headings)] for name, found in differences.items()]
     note = (
-        f"{clear} of {len(rows) * len(headings)} intervals exclude 0 (marked !). They are not corrected for their "
+        f"{num_marked} of {len(rows) * len(headings)} intervals exclude 0 (marked !). They are not corrected for their "
         "number: in simulations without a difference 2 to 7 % do."
     )
     return markdown_table(["difference", *headings.values()], rows) + f"\n\n{note}"

@@ -1,4 +1,4 @@
-"""What an operation costs on this machine: seconds, measured in turns, and bytes."""
+"""The time and memory of an operation on this machine, in seconds and bytes."""
 
 import os
 import statistics
@@ -10,21 +10,31 @@ import torch
 from torch import nn
 
 
-def in_turns(
+def alternate(
     runs: dict[str, Callable[[], float]], repeats: int, after_round: Callable[[], object]
 ) -> dict[str, list[float]]:
-    """Seconds by name, `repeats` each, after one uncounted round. What disturbs the machine for a while meets all."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    """Times several runs in alternation, so that a disturbance of the machine affects all of them.
+
+    Args:
+        runs: Name to a function that runs once and returns its seconds.
+        repeats: The number of rounds that count, after one round of warm-up.
+        after_round: Called after every round, the warm-up included.
+
+    Returns:
+        Name to `repeats` times in seconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_number in range(repeats + 1):
         for name, run in runs.items():
             seconds = run()
-            if turn:
-                found[name].append(seconds)
+            if round_number:
+                times[name].append(seconds)
         after_round()
-    return found
+    return times
 
 
 def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds that `action` takes, including its work on the device."""
     synchronize(device)
     start = time.perf_counter()
     action()
@@ -38,7 +48,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def summary(values: list[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
+    """Returns the median, the lower and the upper quartile."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -46,29 +56,35 @@ def summary(values: list[float]) -> tuple[float, float, float]:
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], module: nn.Module, x: torch.Tensor) -> int:
-    """What the graph holds beside the parameters, the input and the output."""
-    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), x)}
-    held: dict[int, int] = {}
+    """Returns the bytes that the graph saves for the backward pass, without parameters, input and output.
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    Args:
+        forward: Computes the output.
+        module: Its parameters do not count.
+        x: The input, which does not count.
+    """
+    excluded = {t.untyped_storage().data_ptr() for t in (*module.parameters(), x)}
+    saved: dict[int, int] = {}  # data pointer of a storage to its bytes
+
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         y = forward()
-    known.add(y.untyped_storage().data_ptr())
-    return sum(size for pointer, size in held.items() if pointer not in known)
+    excluded.add(y.untyped_storage().data_ptr())
+    return sum(size for pointer, size in saved.items() if pointer not in excluded)
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """The most memory that is allocated at one time during `action`, above what there was before."""
+    """Returns the peak of the allocated memory during `action`, in bytes above what was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         action()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notes of start and stop would break the progress bar
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages would break the progress bar
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         action()

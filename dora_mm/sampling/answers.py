@@ -1,10 +1,10 @@
-"""Answers of VL-BART to batches of examples: greedy, by beams, held to a list of candidates, or ranked."""
+"""Answers of VL-BART: greedy, by beam search, restricted to a list of candidates, or by ranking the candidates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,32 @@ TRUE_FALSE = ("true", "false")
 
 
 class AnsweringTask(Protocol):
-    """A model with what turns examples into its inputs, such as a VLBartTask."""
+    """A model that answers, with its preprocessing; VLBartTask implements it."""
 
     model: VLBart
     tokenizer: BartTokenizer
 
     @property
     def vision(self) -> nn.Module:
-        """What encodes the images."""
+        """The vision encoder: the module that gives the visual tokens."""
         ...
 
     def check(self, tasks: Iterable[str]) -> None:
-        """Raises ValueError where the model cannot do one of these tasks."""
+        """Checks that the model can do these tasks.
+
+        Raises:
+            ValueError: It cannot do one of them.
+        """
         ...
 
     def inputs(self, task: str, examples: Sequence[Example], images: str | None) -> VLInputs:
-        """What the model reads of these examples, whose images lie in the folder `images`."""
+        """Builds the model's inputs, on its device.
+
+        Args:
+            task: Name of the task.
+            examples: B examples.
+            images: The folder of their images; None if precomputed features are read.
+        """
         ...
 
 
@@ -46,7 +56,14 @@ class Answerer:
     """Decodes the answers of one task.
 
     Args:
-        candidates: the answers to choose from, where `config.answers` is `rank` or `trie`.
+        model: The VL-BART.
+        tokenizer: Its tokenizer.
+        task: Name of the task.
+        config: The decoding settings.
+        candidates: The permitted answers, needed if `config.answers` is `rank` or `trie`.
+
+    Raises:
+        ValueError: Candidates are needed, and there are none.
     """
 
     def __init__(
@@ -61,12 +78,12 @@ class Answerer:
         self.form = TEXTS[task]
         restricted = config.takes_candidates(task)
         if restricted and not candidates:
-            raise ValueError(f"answers {config.answers} needs the answers of {task} to choose from: give its train")
+            raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
         self.candidates = sorted(set(candidates)) if restricted else []
         self.candidate_ids = self._target_ids(self.candidates) if self.candidates else None
 
     def __call__(self, inputs: VLInputs) -> list[str]:
-        """One answer to each row."""
+        """One answer per row, for a batch of B rows."""
         if self.task == "nlvr2":
             return self._true_or_false(inputs)
         if self.candidate_ids is not None and self.config.answers == "rank":
@@ -82,17 +99,25 @@ class Answerer:
         return encode_targets(self.tokenizer, self.task, answers, max_positions=max_positions)
 
     def _true_or_false(self, inputs: VLInputs) -> list[str]:
-        """The likelier of the two words' first tokens, after `</s><s>`."""
+        """Whichever word's first token is likelier after `</s><s>`."""
         config = self.model.config
         logits = self.model.next_logits(inputs, [config.decoder_start_token_id, config.bos_token_id])
         words = self._target_ids(TRUE_FALSE)[:, 1]
         return [TRUE_FALSE[index] for index in logits[:, words].argmax(dim=1).tolist()]
 
 
-def restricted_to(candidates: Tensor, config) -> Callable[[int, Tensor], list[int]]:
-    """A `prefix_allowed_tokens_fn` that leads to one of the candidates (C, T), padded, and to nothing else."""
+def restricted_to(candidates: Tensor, config: Any) -> Callable[[int, Tensor], list[int]]:
+    """Restricts decoding to a list of candidate answers.
+
+    Args:
+        candidates: Token ids of C candidates, padded (C, T).
+        config: The model's config, for its special tokens.
+
+    Returns:
+        A `prefix_allowed_tokens_fn` for transformers' `generate`: maps (row, ids so far) to the permitted next ids.
+    """
     pad = config.pad_token_id
-    following: dict[tuple[int, ...], set[int]] = {}
+    following: dict[tuple[int, ...], set[int]] = {}  # prefix -> next ids
     for row in candidates.tolist():
         ids = [config.decoder_start_token_id, *(token for token in row if token != pad)]
         for length in range(1, len(ids)):
@@ -107,9 +132,16 @@ def predict(
     inputs_of: Callable[[list[Example]], VLInputs],
     limit: int | None = None,
 ) -> list[tuple[Example, str]]:
-    """Every row of the table (or the first `limit`) with the model's answer, in the table's order.
+    """Answers the rows of a table.
 
-    The model should be in eval mode, and its parameters fixed.
+    Args:
+        answerer: Decodes the answers. Its model should be in eval mode, and its parameters fixed.
+        table: The examples.
+        inputs_of: Builds the model's inputs for a batch of examples.
+        limit: Answers only this many rows; None means all.
+
+    Returns:
+        Each example with its answer, in the order of the table.
     """
     count = len(table) if limit is None else min(limit, len(table))
     size = answerer.config.batch_size
@@ -123,10 +155,18 @@ def predict(
 
 
 def answerers(task: AnsweringTask, sets: Mapping[str, ValidationSet], config: DecodeConfig) -> dict[str, Answerer]:
-    """One for each split, by task name.
+    """Builds an Answerer for each split.
+
+    Args:
+        task: The model with its preprocessing.
+        sets: The splits by task name.
+        config: The decoding settings.
+
+    Returns:
+        The answerers by task name.
 
     Raises:
-        ValueError: The model cannot do a task, or a task's answers are to be chosen and no candidates are known.
+        ValueError: The model cannot do a task, or a task needs candidates and its split has none.
     """
     task.check(sets)
     return {name: Answerer(task.model, task.tokenizer, name, config, split.candidates) for name, split in sets.items()}
@@ -135,12 +175,24 @@ def answerers(task: AnsweringTask, sets: Mapping[str, ValidationSet], config: De
 def answer_all(
     task: AnsweringTask, sets: Mapping[str, ValidationSet], config: DecodeConfig, limit: int | None = None
 ) -> dict[str, Predictions]:
-    """The model's answers to the rows of every split, or to the first `limit` of each, by task name.
+    """Answers the rows of every split.
 
-    The model runs in eval mode, and all that depends on its parameters alone is computed once. Raises as `answerers`.
+    The model and its vision encoder run in eval mode, and adapted weights are computed once for all rows.
+
+    Args:
+        task: The model with its preprocessing.
+        sets: The splits by task name.
+        config: The decoding settings.
+        limit: Answers only this many rows of each split; None means all.
+
+    Returns:
+        The examples with their answers, by task name.
+
+    Raises:
+        ValueError: As `answerers`.
     """
-    found: dict[str, Predictions] = {}
-    made = answerers(task, sets, config)
+    predictions: dict[str, Predictions] = {}
+    by_task = answerers(task, sets, config)
     networks = (task.model, task.vision)
     before = [network.training for network in networks]
     try:
@@ -149,8 +201,8 @@ def answer_all(
         with fixed_parameters(task.model), fixed_parameters(task.vision):
             for name, split in sets.items():
                 inputs_of = partial(task.inputs, name, images=split.images)
-                found[name] = predict(made[name], split.table, inputs_of, limit)
+                predictions[name] = predict(by_task[name], split.table, inputs_of, limit)
     finally:
         for network, training in zip(networks, before, strict=True):
             network.train(training)
-    return found
+    return predictions

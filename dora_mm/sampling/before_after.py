@@ -1,4 +1,4 @@
-"""The same prompts and seeds without and with an adapter, on one sheet."""
+"""Samples with and without an adapter: the same prompts and seeds, on one sheet."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,9 +16,13 @@ from dora_mm.sampling.sdxl import sample
 
 @contextmanager
 def weights_computed_once(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the adapted weights are built once, and a picture costs what the bare model's does.
+    """Computes the adapted weights once for the time of the context, so that sampling costs as much as without them.
 
-    Half-precision weights are merged: kept as they are, a product that holds their whole update is twice as long.
+    Half-precision weights are merged, and unmerged at the end: unmerged, a product that includes the full update takes
+    twice as long.
+
+    Args:
+        networks: Networks, adapted or not.
     """
     with ExitStack() as stack:
         for network in networks:
@@ -39,7 +43,19 @@ def at_strength(
     seeds: list[int],
     **settings,
 ) -> list[Image.Image]:
-    """`sample` with every adapter at one strength; 0 is the bare model."""
+    """Samples with all adapters at one strength; the strength stays set afterwards.
+
+    Args:
+        pipe: The pipeline.
+        adapted: The adapted networks of the pipeline, by name.
+        strength: The strength of every adapter; 0 is the base model.
+        prompts: The prompts.
+        seeds: A seed for each prompt.
+        **settings: Further arguments of `sample`.
+
+    Returns:
+        One picture per prompt.
+    """
     for network in adapted.values():
         set_strength(network, strength)
     with weights_computed_once(adapted.values()):
@@ -52,26 +68,36 @@ def before_after_sheet(
     config: SampleConfig,
     *,
     strength: float = 1.0,
-    whole: bool = False,
+    full: bool = False,
 ) -> Image.Image:
-    """A row of pictures per seed, with `before_after` the bare model's above the adapter's; a column per prompt.
+    """Draws a sheet with one row per seed and one column per prompt.
+
+    If `config.before_after` is set, each seed has two rows: the base model's above the adapter's. Afterwards the
+    strength of all adapters is 1.
 
     Args:
-        strength: of the adapter.
-        whole: the weights themselves were trained: there is no bare model left, and no strength.
+        pipe: The pipeline.
+        adapted: The adapted networks of the pipeline, by name.
+        config: The `sample` section: prompts, seeds and settings.
+        strength: The strength of the adapter.
+        full: The weights themselves were trained (method `full`): there is no base model to compare with, and no
+            strength.
+
+    Returns:
+        The sheet.
     """
     prompts = list(config.prompts)
     jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
     settings = config.model_dump(include={"steps", "guidance", "negative_prompt", "batch_size"})
     kinds = {"before": 0.0, "after": strength} if config.before_after else {"after": strength}
     drawn = {}
-    if whole:
+    if full:
         drawn["after"] = sample(pipe, jobs, seeds, description="after", **settings)
     else:
         for label, shown in kinds.items():
             drawn[label] = at_strength(pipe, adapted, shown, jobs, seeds, description=label, **settings)
         for network in adapted.values():
-            set_strength(network, 1.0)  # what training goes on with
+            set_strength(network, 1.0)  # training resumes at this strength
     rows, labels = [], []
     for index, seed in enumerate(config.seeds):
         for label, pictures in drawn.items():

@@ -16,17 +16,24 @@ def sheet(
     *,
     cell: int | None = None,
 ) -> Image.Image:
-    """Pictures in rows and columns with labels at the left and on top.
+    """Arranges pictures in rows and columns, with labels at the left and at the top.
 
     Args:
-        cell: the side of a cell in pixels; None takes the largest picture's, at least 128 (smaller ones are enlarged).
+        rows: The pictures, equally many in each row.
+        row_labels: A label per row.
+        column_labels: A label per column.
+        cell: Side of a cell in pixels, to which pictures are scaled; None takes the largest side of all pictures, at
+            least 128.
+
+    Returns:
+        The sheet, RGB.
 
     Raises:
-        ValueError: rows and labels do not fit together.
+        ValueError: The numbers of rows, columns and labels do not agree.
     """
     columns = len(column_labels)
     if not rows or len(rows) != len(row_labels) or any(len(row) != columns for row in rows):
-        raise ValueError("A sheet needs a label per row and per column, and as many pictures in each row.")
+        raise ValueError("A sheet needs one label per row and per column, and equally many pictures in each row.")
     cell = cell or max(128, *(max(picture.size) for row in rows for picture in row))
     font = ImageFont.load_default(size=max(11, cell // 11))
     left = _wrap(row_labels, LABEL_WIDTH - MARGIN, font)
@@ -49,7 +56,7 @@ def sheet(
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    """Scaled to the cell with its shape kept, centred on paper."""
+    """The picture scaled to the cell, its aspect ratio kept, centred on the background."""
     scale = cell / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     resized = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)

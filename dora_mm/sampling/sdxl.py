@@ -1,4 +1,4 @@
-"""Batches of pictures from an SDXL pipeline; one picture is a function of its prompt and its seed alone."""
+"""Sampling from an SDXL pipeline in batches; a picture depends only on its prompt, its seed and the settings."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where no terminal shows a bar
+SECONDS_BETWEEN_LINES = 30.0  # of logged progress, without a terminal that shows a bar
 
 
 @torch.no_grad()
@@ -29,15 +29,25 @@ def sample(
     width: int | None = None,
     description: str | None = None,
 ) -> list[Image.Image]:
-    """One picture per pair of prompt and seed.
+    """Samples one picture per pair of prompt and seed.
 
-    The noise of a picture comes from its own seed, so it does not depend on its batch (up to the rounding of the
+    The noise of a picture comes from its own seed, so the picture does not depend on its batch (up to rounding in the
     larger product).
 
     Args:
-        negative_prompt: None is SDXL's zero embedding; "" is the encoded empty text.
-        height, width: in pixels; None is the model's own.
-        description: shows a progress bar under this name; plain lines where there is no terminal.
+        pipe: The pipeline.
+        prompts: The prompts.
+        seeds: A seed for each prompt.
+        steps: Number of denoising steps.
+        guidance: Scale of classifier-free guidance.
+        negative_prompt: For all pictures. None is SDXL's zero embedding; "" is the encoded empty text.
+        batch_size: Pictures per batch.
+        height: In pixels; None is the model's own.
+        width: In pixels; None is the model's own.
+        description: Label of a progress bar, or of lines in the log without a terminal; None shows no progress.
+
+    Returns:
+        The pictures, in the order of the prompts.
     """
     jobs = list(zip(prompts, seeds, strict=True))
     pictures: list[Image.Image] = []
@@ -64,5 +74,5 @@ def sample(
 
 
 def _own_size(pipe: StableDiffusionXLPipeline) -> int:
-    """The pipeline's own default assumes latents of SDXL's size where the UNet's config has none."""
+    """The model's resolution; the pipeline's own default assumes SDXL's if the UNet's config has no `sample_size`."""
     return pipe.unet.config.sample_size * pipe.vae_scale_factor

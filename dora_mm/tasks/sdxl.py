@@ -15,24 +15,25 @@ PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 @dataclass(frozen=True)
 class ConditionedLatents:
-    """Latents with everything that the UNet is told about them."""
+    """A batch of latents with everything that the UNet is conditioned on."""
 
-    latents: torch.Tensor  # (B, C, h, w), in the UNet's units
-    prompt: torch.Tensor  # (B, L, D)
-    pooled: torch.Tensor  # (B, P)
-    time_ids: torch.Tensor  # (B, 6)
+    latents: torch.Tensor  # (B, C, h, w), normalized as the UNet expects them
+    prompt: torch.Tensor  # prompt embeddings (B, L, D)
+    pooled: torch.Tensor  # pooled prompt embeddings (B, P)
+    time_ids: torch.Tensor  # micro-conditioning (B, 6)
 
 
 class DiffusionTask:
-    """Predicts the noise (or the velocity) that was added to latents at a random time.
+    """The loss of predicting the noise (or the velocity) of latents that were noised to a random timestep.
 
     Args:
-        unet: the network, possibly wrapped by accelerate.
-        scheduler_config: the model's own; it says how noise is added and what is predicted.
+        unet: The network, possibly wrapped by accelerate.
+        scheduler_config: The config of the model's scheduler: how noise is added, and what the UNet predicts.
+        config: The `loss` section.
 
     Raises:
-        ValueError: the model predicts something else than epsilon or v, or its last step has no signal at all and it
-            predicts epsilon, which then means nothing.
+        ValueError: The model predicts something other than epsilon or v; or it predicts epsilon although its last step
+            has no signal at all, where epsilon is meaningless.
     """
 
     def __init__(self, unet: nn.Module, scheduler_config: dict, config: LossConfig):
@@ -46,7 +47,15 @@ class DiffusionTask:
             raise ValueError("The model's schedule ends without any signal, which needs v_prediction, not epsilon.")
 
     def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> torch.Tensor:
-        """The mean over the batch of each picture's loss, weighted by min-SNR where the config says so."""
+        """The mean loss of a batch, each image's weighted by min-SNR if the config sets `min_snr_gamma`.
+
+        Args:
+            batch: B images.
+            generator: Source of the noise and of the timesteps.
+
+        Returns:
+            A scalar, float32.
+        """
         latents = batch.latents
         count = len(latents)
         noise = self._noise(latents, generator)
@@ -57,7 +66,16 @@ class DiffusionTask:
         return (error.mean(dim=(1, 2, 3)) * self.weights(times)).mean()
 
     def denoised(self, batch: ConditionedLatents, times: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """The latents, noised to `times` (B,) and predicted back in one step."""
+        """Noises the latents and estimates the clean latents in one step.
+
+        Args:
+            batch: B images.
+            times: The timestep of each image (B,).
+            generator: Source of the noise.
+
+        Returns:
+            The estimated latents (B, C, h, w).
+        """
         noised = self.schedule.add_noise(batch.latents, self._noise(batch.latents, generator), times)
         predicted = self._predict(batch, noised, times).float()
         signal = self.schedule.alphas_cumprod.to(times.device)[times].float().view(-1, 1, 1, 1)
@@ -74,7 +92,7 @@ class DiffusionTask:
         ).sample
 
     def weights(self, times: torch.Tensor) -> torch.Tensor:
-        """The weight of each time (B,): Hang et al. 2023 (arXiv 2303.09556), with gamma from the config."""
+        """The loss weight (B,) of each timestep (B,): Hang et al. 2023 (arXiv 2303.09556), gamma from the config."""
         if self.config.min_snr_gamma is None:
             return torch.ones_like(times, dtype=torch.float32)
         signal = self.schedule.alphas_cumprod.to(times.device)[times].float()
@@ -98,5 +116,5 @@ class DiffusionTask:
 
 
 def min_snr_weight(snr: torch.Tensor, gamma: float, prediction: str) -> torch.Tensor:
-    """min(snr, gamma) / snr for epsilon; min(snr, gamma) / (snr + 1) for v, which stands snr = 0."""
+    """min(snr, gamma) / snr for "epsilon"; min(snr, gamma) / (snr + 1) for "v_prediction", where snr may be 0."""
     return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)

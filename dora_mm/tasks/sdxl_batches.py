@@ -1,4 +1,4 @@
-"""Captioned pictures as batches for SDXL: latents, text and sizes of the same picture, always."""
+"""Batches of captioned images for SDXL: latents, prompt embeddings and sizes."""
 
 from collections.abc import Sequence
 
@@ -18,38 +18,49 @@ from dora_mm.utils.randomness import batch_of_groups, generator
 
 
 class PromptEncoder:
-    """Prompt and pooled embeddings of captions.
+    """Encodes captions: once each if the text encoders are frozen, every time if they are trained.
 
-    Encoded once where the text encoders are frozen, and every time where they are trained.
+    Args:
+        model: The model whose text encoders are used.
+        trained: The text encoders are trained.
     """
 
     def __init__(self, model: SDXL, *, trained: bool):
         self.model, self.trained = model, trained
-        self._kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
-        """Encodes captions ahead, so that the text encoders can leave the device."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        """Encodes captions ahead of training, so that the text encoders can be moved off the device."""
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
         for start in range(0, len(new), batch_size):
             part = new[start : start + batch_size]
             with torch.no_grad():
                 prompt, pooled = encode_prompts(self.model, part)
-            self._kept.update(zip(part, zip(prompt, pooled, strict=True), strict=True))
+            self._cache.update(zip(part, zip(prompt, pooled, strict=True), strict=True))
 
     def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, L, D) and (B, P), L the tokenizer's length: 77 in SDXL."""
+        """Prompt embeddings (B, L, D) and pooled embeddings (B, P), L the tokenizer's length: 77 in SDXL."""
         if self.trained:
             return encode_prompts(self.model, captions)
         self.keep(captions)
-        prompt, pooled = zip(*(self._kept[caption] for caption in captions), strict=True)
+        prompt, pooled = zip(*(self._cache[caption] for caption in captions), strict=True)
         return torch.stack(prompt), torch.stack(pooled)
 
 
 class CaptionedBatches:
-    """Batch number -> batch. What a batch holds depends on (seed, number, process) alone.
+    """Maps a batch number to a batch, which depends only on (seed, number, process).
 
-    A batch holds pictures of one shape; every epoch sees every picture `repeats` times. Latents are drawn anew from
-    the VAE's posterior each time; a picture whose crop is fixed is encoded once.
+    All images of a batch have one shape; every epoch contains every image `repeats` times. Latents are drawn from the
+    VAE's posterior again each time; the posterior of an image with a fixed crop is computed once.
+
+    Args:
+        model: The model whose VAE encodes the images.
+        images: The images with their captions.
+        prompts: Encodes the captions.
+        config: The `data` section.
+        batch_size: Images per batch.
+        seed: Seed of order, crops, dropped captions and latents.
+        process: (index, count) if several processes share the work.
     """
 
     def __init__(
@@ -63,7 +74,6 @@ class CaptionedBatches:
         seed: int,
         process: tuple[int, int] = (0, 1),
     ):
-        """process: (index, count) where several machines share the work."""
         self.model, self.images, self.prompts, self.config = model, images, prompts, config
         self.batch_size, self.seed, self.process = batch_size, seed, process
         self.cache = LatentCache(config.latent_cache)
@@ -73,13 +83,14 @@ class CaptionedBatches:
         self.groups = [[i for i in items if self.buckets[i] == bucket] for bucket in sorted(set(self.buckets))]
 
     def encode_all(self) -> None:
-        """Fills the cache ahead of training, for every picture whose crop is fixed."""
+        """Fills the latent cache ahead of training, if crops are fixed."""
         if self.config.crop == "center":
             for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
                 for flip in (False, True) if self.config.flip else (False,):
                     self._latents(index, self._frame(index, flip, None))
 
     def __call__(self, number: int) -> ConditionedLatents:
+        """This process's batch of this number, on the model's device."""
         index, count = self.process
         number = number * count + index
         rows = batch_of_groups(self.groups, self.batch_size, number, self.seed)
@@ -109,7 +120,7 @@ class CaptionedBatches:
             mean, logvar = encode_images(self.model, pixels[None])
             return mean[0], logvar[0]
 
-        if self.config.crop == "random":  # a new crop every time: nothing would ever be found again
+        if self.config.crop == "random":  # a new crop every time: a cache would never be hit
             return LatentCache().get("", compute, image.path)
         key = latent_key(image.digest, framing, self.config.background, self.vae_identity)
         return self.cache.get(key, compute, image.path)

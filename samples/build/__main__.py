@@ -1,9 +1,9 @@
-"""python -m samples.build icons | scenes | train CONFIG | eval CONFIG: makes what lies in samples/.
+"""python -m samples.build icons | scenes | train CONFIG | eval CONFIG: makes the files in samples/.
 
-icons     the icons that the small SDXL model is pretrained on, samples/3d_icon and samples/lego
-scenes    samples/vl, and the larger set that the small VL-BART is pretrained on
-train     pretrains a small model, as a config of samples/build/configs says; --set and --resume as in dora-mm
-eval      fits the judge, likewise
+icons     makes the icons that the small SDXL model is pretrained on, samples/3d_icon and samples/lego
+scenes    makes samples/vl, and the larger set in build/vl that the small VL-BART is pretrained on
+train     pretrains a small model from a config of samples/build/configs; takes --set and --resume as dora-mm does
+eval      fits the judge from a config of samples/build/configs; takes --set as dora-mm does
 """
 
 import logging
@@ -22,7 +22,14 @@ RECIPES = Recipes(Path(__file__).parent / "recipes", SCHEMAS, "samples.build.rec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code, as `dora_mm.cli.main` does."""
+    """Runs one command.
+
+    Args:
+        argv: The arguments after the program's name; None: those of the process.
+
+    Returns:
+        The exit code, as of `dora_mm.cli.main`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if len(arguments) != 1 or arguments[0] not in BUILDERS:
         return cli.main(arguments, RECIPES)
@@ -30,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         BUILDERS[arguments[0]]()
     except Exception as error:
-        sentence = cli.user_message(error)
-        if sentence is None:
+        message = cli.user_message(error)
+        if message is None:
             raise
-        print(f"samples.build: {sentence}", file=sys.stderr)
+        print(f"samples.build: {message}", file=sys.stderr)
         return cli.USER_ERROR
     return cli.DONE
 

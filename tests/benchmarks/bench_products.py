@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.testing
 
-from dora_mm.eval.timing import in_turns, seconds_of, summary
+from dora_mm.eval.timing import alternate, seconds_of, summary
 from dora_mm.kernels.choice import vendor_product
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
@@ -76,7 +76,7 @@ def measure(
     """
     rows = []
     for direction, products in candidates(shape, dtype, device).items():
-        times = in_turns({name: partial(time_of, run, device) for name, run in products.items()}, repeats, int)
+        times = alternate({name: partial(time_of, run, device) for name, run in products.items()}, repeats, int)
         row: dict[str, object] = {"tokens": shape[0], "in": shape[1], "out": shape[2], "direction": direction}
         found = {name: summary(seconds) for name, seconds in times.items()}
         for name, values in found.items():

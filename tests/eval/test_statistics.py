@@ -2,19 +2,19 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from dora_mm.eval.statistics import Gaussian, Interval, bootstrap, crossed, difference, frechet_distance, jackknife
+from dora_mm.eval.statistics import Gaussian, Interval, bootstrap, crossed_interval, paired_difference, frechet_distance, jackknife
 
 
-def clustered(rng, num_concepts, num_seeds, spread):
-    """Cells around 0: a part that a concept's pictures share (variance spread^2), a part of each (variance 1)."""
-    return spread * rng.normal(size=(num_concepts, 1)) + rng.normal(size=(num_concepts, num_seeds))
+def clustered(rng, num_concepts, num_seeds, concept_std):
+    """Values around 0: a part that all images of a concept share (concept_std), and noise of each image (1)."""
+    return concept_std * rng.normal(size=(num_concepts, 1)) + rng.normal(size=(num_concepts, num_seeds))
 
 
 def test_intervals_over_concepts_cover_the_truth_where_naive_ones_do_not():
     rng = np.random.default_rng(7)
     covered = naive = 0
     for trial in range(400):
-        values = clustered(rng, 40, 5, spread=1.5)
+        values = clustered(rng, 40, 5, concept_std=1.5)
         interval = bootstrap(values, seed=trial)
         covered += interval.low <= 0 <= interval.high
         naive += abs(values.mean()) <= 1.96 * values.std() / np.sqrt(values.size)
@@ -22,13 +22,13 @@ def test_intervals_over_concepts_cover_the_truth_where_naive_ones_do_not():
     assert naive / 400 < 0.80
 
 
-@pytest.mark.parametrize(("things", "trainings"), [(0.0, 0.0), (0.0, 0.5), (1.0, 0.2), (1.0, 1.0)])
-def test_crossed_intervals_cover_the_truth_however_trainings_differ(things, trainings):
+@pytest.mark.parametrize(("concept_std", "run_std"), [(0.0, 0.0), (0.0, 0.5), (1.0, 0.2), (1.0, 1.0)])
+def test_crossed_intervals_cover_the_truth_however_runs_differ(concept_std, run_std):
     rng = np.random.default_rng(1)
     missed = 0
     for _ in range(1000):
-        values = clustered(rng, 40, 3, spread=things) + trainings * rng.normal(size=(1, 3))
-        found = crossed(values)
+        values = clustered(rng, 40, 3, concept_std=concept_std) + run_std * rng.normal(size=(1, 3))
+        found = crossed_interval(values)
         missed += not found.low <= 0 <= found.high
     assert missed / 1000 < 0.09
 
@@ -36,31 +36,31 @@ def test_crossed_intervals_cover_the_truth_however_trainings_differ(things, trai
 def test_crossed_intervals_of_shares_stay_between_0_and_1():
     values = np.zeros((40, 3))
     values[:, 0] = 1.0
-    found = crossed(values, bounds=(0.0, 1.0))
+    found = crossed_interval(values, bounds=(0.0, 1.0))
     assert (found.mean, found.low, found.high) == (pytest.approx(1 / 3), 0.0, 1.0)
 
 
-def test_unanimous_shares_get_the_exact_binomial_bound():
-    everything = crossed(np.ones((40, 3)), bounds=(0.0, 1.0))
-    assert everything.high == 1.0
+def test_shares_without_variation_get_the_exact_binomial_bound():
+    all_right = crossed_interval(np.ones((40, 3)), bounds=(0.0, 1.0))
+    assert all_right.high == 1.0
     # with this true share, 40 successes of 40 have a chance of 2.5 %
-    assert everything.low**40 == pytest.approx(0.025)
-    nothing = bootstrap(np.zeros((40, 3)))
-    assert (nothing.low, nothing.high) == (0.0, pytest.approx(1 - everything.low))
+    assert all_right.low**40 == pytest.approx(0.025)
+    all_wrong = bootstrap(np.zeros((40, 3)))
+    assert (all_wrong.low, all_wrong.high) == (0.0, pytest.approx(1 - all_right.low))
 
 
 def test_differences_are_paired():
     rng = np.random.default_rng(2)
-    one = clustered(rng, 40, 3, spread=5.0)
+    one = clustered(rng, 40, 3, concept_std=5.0)
     shifted = one + 0.3 + 0.01 * rng.normal(size=one.shape)
-    found = difference(shifted, one)
+    found = paired_difference(shifted, one)
     assert found.low > 0.29
     assert found.high < 0.31
-    same = difference(np.ones((40, 3)), np.ones((40, 3)))
+    same = paired_difference(np.ones((40, 3)), np.ones((40, 3)))
     assert same.low == pytest.approx(-same.high)
     assert 0.08 < same.high < 0.10
     with pytest.raises(ValueError, match="same concepts and seeds"):
-        difference(one, one[:20])
+        paired_difference(one, one[:20])
 
 
 def test_frechet_distance_against_scipy():
@@ -92,10 +92,10 @@ def test_jackknife_of_a_mean_is_its_standard_error():
     )
 
 
-def test_jackknife_over_trainings_sees_that_they_differ():
+def test_jackknife_over_runs_includes_their_differences():
     values = np.random.default_rng(6).normal(size=(40, 3)) + np.array([-5.0, 0.0, 5.0])
-    over_things = jackknife([40], lambda things: float(values[things].mean()))
-    over_both = jackknife([40, 3], lambda things, trainings: float(values[np.ix_(things, trainings)].mean()))
+    over_concepts = jackknife([40], lambda concepts: float(values[concepts].mean()))
+    over_both = jackknife([40, 3], lambda concepts, runs: float(values[np.ix_(concepts, runs)].mean()))
     error = values.mean(axis=0).std(ddof=1) / np.sqrt(3)
     assert over_both.high - over_both.mean == pytest.approx(1.96 * error, rel=0.02)
-    assert over_both.high - over_both.low > 10 * (over_things.high - over_things.low)
+    assert over_both.high - over_both.low > 10 * (over_concepts.high - over_concepts.low)

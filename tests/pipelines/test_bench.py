@@ -84,7 +84,7 @@ def test_turns_alternate_and_drop_the_first_round():
     order = []
     times = iter(range(100))
     runs = {name: lambda name=name: order.append(name) or float(next(times)) for name in "ab"}
-    assert timing.in_turns(runs, 2, lambda: None) == {"a": [2.0, 4.0], "b": [3.0, 5.0]}
+    assert timing.alternate(runs, 2, lambda: None) == {"a": [2.0, 4.0], "b": [3.0, 5.0]}
     assert order == list("ababab")
     assert timing.summary([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
 

@@ -26,7 +26,7 @@ PROMPT = "a TOK icon of a bus"
 
 
 @pytest.fixture
-def config(tmp_path, tiny_folder, picture_folder):
+def config(tmp_path, tiny_folder, image_folder):
     """Writes the config of a short training; keyword arguments change values (section__key=value)."""
 
     def write(name="short", **changes):
@@ -35,7 +35,7 @@ def config(tmp_path, tiny_folder, picture_folder):
             "output": str(tmp_path / "run"),
             "model": {"path": str(tiny_folder)},
             "adapter": {"rank": 4, "parts": ["attn", "cross", "ff", "conv"]},
-            "data": {"folder": str(picture_folder), "resolution": 64, "placeholder": "TOK", "caption_dropout": 0.2},
+            "data": {"folder": str(image_folder), "resolution": 64, "placeholder": "TOK", "caption_dropout": 0.2},
             "optimizer": {"lr": 0.01},
             "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1},
             "sample": {"prompts": [PROMPT], "steps": 2},
@@ -222,9 +222,9 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, kill):
     assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
 
 
-def test_a_run_is_resumed_with_the_same_images_only(config, tmp_path, picture_folder, capsys):
+def test_a_run_is_resumed_with_the_same_images_only(config, tmp_path, image_folder, capsys):
     assert main(["train", str(config(sample__prompts=[]))]) == 0
-    captions = picture_folder / "metadata.jsonl"
+    captions = image_folder / "metadata.jsonl"
     captions.write_text(captions.read_text().replace("thing 3", "thing three"))
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
     assert "the pictures and captions have changed" in capsys.readouterr().err

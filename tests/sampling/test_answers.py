@@ -1,3 +1,5 @@
+"""Decoding, ranking and restricting answers."""
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_ranked_answers_are_the_likeliest_candidates(model, inputs):
 
 def test_a_trie_allows_candidates_and_nothing_else(model, inputs):
     assert set(answerer(model, answers="trie")(inputs)) <= set(CANDIDATES)
-    assert not set(answerer(model)(inputs)) <= set(CANDIDATES)  # free, a random model says something else
+    assert not set(answerer(model)(inputs)) <= set(CANDIDATES)  # unrestricted, a random model answers something else
 
 
 def test_every_candidate_can_be_reached(model):
@@ -41,17 +43,17 @@ def test_every_candidate_can_be_reached(model):
     ids = encode_targets(tokenizer, "vqa", CANDIDATES, max_positions=1024)
     allowed = restricted_to(ids, model.config)
     for row in ids:
-        said = [2]
+        prefix = [2]
         for token in row[row != 1].tolist():
-            assert token in allowed(0, torch.tensor(said))
-            said.append(token)
-        assert allowed(0, torch.tensor(said)) == [1]
+            assert token in allowed(0, torch.tensor(prefix))
+            prefix.append(token)
+        assert allowed(0, torch.tensor(prefix)) == [1]
     assert decode(tokenizer, ids) == list(CANDIDATES)
 
 
 @pytest.mark.parametrize("answers", ["trie", "rank"])
 def test_candidates_must_be_given(model, answers):
-    with pytest.raises(ValueError, match=f"answers {answers} needs the answers of gqa"):
+    with pytest.raises(ValueError, match=f"answers: {answers} needs candidate answers of gqa.*train"):
         Answerer(model, small_tokenizer(), "gqa", DecodeConfig(answers=answers))
 
 
@@ -77,7 +79,7 @@ def test_predictions_keep_the_order_and_the_batches_do_not_matter(model):
         found = small_inputs([example.text for example in examples])
         return found._replace(visual_features=torch.stack([features[int(example.id)] for example in examples]))
 
-    whole, parts = (predict(answerer(model, batch_size=size), table, inputs_of) for size in (7, 3))  # type: ignore[arg-type]
-    assert [example.id for example, _ in whole] == [str(i) for i in range(7)]
-    assert [answer for _, answer in whole] == [answer for _, answer in parts]
-    assert predict(answerer(model), table, inputs_of, limit=2) == whole[:2]  # type: ignore[arg-type]
+    at_once, batched = (predict(answerer(model, batch_size=size), table, inputs_of) for size in (7, 3))  # type: ignore[arg-type]
+    assert [example.id for example, _ in at_once] == [str(i) for i in range(7)]
+    assert [answer for _, answer in at_once] == [answer for _, answer in batched]
+    assert predict(answerer(model), table, inputs_of, limit=2) == at_once[:2]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Sheets, and pictures that depend on their prompt and seed alone."""
+"""Sheets, and pictures that depend only on their prompt and seed."""
 
 import numpy as np
 import pytest
@@ -44,20 +44,20 @@ def test_samples_equal_plain_diffusers(tiny):
     assert np.array_equal(pixels(ours), pixels(theirs))
 
 
-def test_strength_zero_is_the_bare_model(tiny):
+def test_strength_zero_is_the_base_model(tiny):
     pipe = tiny.pipeline()
-    bare = sample(pipe, ["a bus"], [0], steps=2)[0]
+    base = sample(pipe, ["a bus"], [0], steps=2)[0]
     inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
     for name, parameter in tiny.unet.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.3)
     adapted = {"unet": tiny.unet}
     zero, one = (at_strength(pipe, adapted, t, ["a bus"], [0], steps=2)[0] for t in (0.0, 1.0))
-    assert np.array_equal(pixels(bare), pixels(zero))
-    assert np.abs(pixels(bare) - pixels(one)).max() > 5
+    assert np.array_equal(pixels(base), pixels(zero))
+    assert np.abs(pixels(base) - pixels(one)).max() > 5
 
 
-def test_half_precision_is_merged_while_it_draws_and_restored(tiny, monkeypatch):
+def test_half_precision_weights_are_merged_for_sampling_and_restored(tiny, monkeypatch):
     def same_noise(*args, dtype, **options):  # torch 2.11 draws other numbers for a seed in half precision
         return randn_tensor(*args, dtype=torch.float32, **options).to(dtype)
 
@@ -71,19 +71,19 @@ def test_half_precision_is_merged_while_it_draws_and_restored(tiny, monkeypatch)
         network.bfloat16()
     before = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
     layer = next(iter(adapted_layers(tiny.unet).values()))
-    seen = []
-    hook = layer.register_forward_hook(lambda module, *_: seen.append(module.merged))
+    merged = []
+    hook = layer.register_forward_hook(lambda module, *_: merged.append(module.merged))
     half = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
-    bare = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 0.0, ["a bus"], [0], steps=2)[0]
+    base = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 0.0, ["a bus"], [0], steps=2)[0]
     hook.remove()
-    assert seen == [True, True, False, False]
-    assert np.abs(pixels(half) - pixels(single)).mean() < 0.5 * np.abs(pixels(half) - pixels(bare)).mean()
+    assert merged == [True, True, False, False]
+    assert np.abs(pixels(half) - pixels(single)).mean() < 0.5 * np.abs(pixels(half) - pixels(base)).mean()
     after = tiny.unet.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_the_sheet_of_a_run_is_drawn_at_its_strength(tiny):
+def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
     inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
     for name, parameter in tiny.unet.named_parameters():
         if name.endswith("lora_B"):
@@ -99,14 +99,14 @@ def test_the_sheet_of_a_run_is_drawn_at_its_strength(tiny):
     assert {layer.strength for layer in adapted_layers(tiny.unet).values()} == {1.0}
 
 
-def test_without_a_terminal_progress_is_lines(tiny, monkeypatch, caplog):
+def test_without_a_terminal_progress_is_logged(tiny, monkeypatch, caplog):
     monkeypatch.setattr("dora_mm.sampling.sdxl.SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", logger="dora_mm"):
         sample(tiny.pipeline(), ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
     assert caplog.messages == ["bare model: 2 of 3 pictures", "bare model: 3 of 3 pictures"]
 
 
-def test_a_sheet_holds_every_picture_under_its_labels():
+def test_a_sheet_contains_every_picture():
     colours = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 0)]]
     rows = [[Image.new("RGB", (200, 100), colour) for colour in row] for row in colours]
     page = sheet(rows, ["one", "two"], ["a very long label that must be wrapped", "b"])

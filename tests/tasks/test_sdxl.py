@@ -8,16 +8,16 @@ from dora_mm.config.sdxl import LossConfig
 from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask, min_snr_weight
 
 
-class Recorder(torch.nn.Module):
-    """Stands for a UNet whose answer is known."""
+class RecordingUNet(torch.nn.Module):
+    """Replaces the UNet: records its inputs and returns a known prediction."""
 
-    def __init__(self, answer):
+    def __init__(self, predict):
         super().__init__()
-        self.answer, self.seen = answer, None
+        self.predict, self.inputs = predict, None
 
     def forward(self, noisy, times, **conditions):
-        self.seen = (noisy, times, conditions)
-        return type("Output", (), {"sample": self.answer(noisy, times)})
+        self.inputs = (noisy, times, conditions)
+        return type("Output", (), {"sample": self.predict(noisy, times)})
 
 
 def make_batch(count=6):
@@ -26,9 +26,9 @@ def make_batch(count=6):
     )
 
 
-def task(tiny, answer, **config):
+def make_task(tiny, predict, **config):
     scheduler_config = {**tiny.scheduler.config, "prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    return DiffusionTask(Recorder(answer), scheduler_config, LossConfig(**config))
+    return DiffusionTask(RecordingUNet(predict), scheduler_config, LossConfig(**config))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
@@ -47,25 +47,25 @@ def test_v_prediction_weight_survives_zero_snr():
     assert min_snr_weight(torch.zeros(1), 5.0, "v_prediction").item() == 0
 
 
-def test_without_gamma_every_time_weighs_the_same(tiny):
-    weights = task(tiny, lambda noisy, times: noisy, min_snr_gamma=None).weights(torch.arange(1000))
+def test_without_gamma_every_timestep_has_the_same_weight(tiny):
+    weights = make_task(tiny, lambda noisy, times: noisy, min_snr_gamma=None).weights(torch.arange(1000))
     assert torch.equal(weights, torch.ones(1000))
 
 
-def test_noise_is_added_as_ddpm_does_and_predicting_it_costs_nothing(tiny):
+def test_noise_is_added_as_ddpm_does_and_predicting_it_has_zero_loss(tiny):
     batch = make_batch()
-    found = task(tiny, lambda noisy, times: torch.zeros_like(noisy))
-    loss = found.loss(batch, torch.Generator().manual_seed(3))
+    task = make_task(tiny, lambda noisy, times: torch.zeros_like(noisy))
+    loss = task.loss(batch, torch.Generator().manual_seed(3))
     stream = torch.Generator().manual_seed(3)
     noise = torch.randn(batch.latents.shape, generator=stream)
     times = torch.randint(1000, (6,), generator=stream)
-    noisy, seen, conditions = found.unet.seen
-    assert torch.equal(seen, times)
-    assert torch.equal(noisy, found.schedule.add_noise(batch.latents, noise, times))
+    noisy, times_given, conditions = task.unet.inputs
+    assert torch.equal(times_given, times)
+    assert torch.equal(noisy, task.schedule.add_noise(batch.latents, noise, times))
     assert conditions["added_cond_kwargs"]["time_ids"] is batch.time_ids
-    expected = (noise.square().mean(dim=(1, 2, 3)) * found.weights(times)).mean()
+    expected = (noise.square().mean(dim=(1, 2, 3)) * task.weights(times)).mean()
     assert torch.allclose(loss, expected)
-    perfect = task(tiny, lambda *_: noise)
+    perfect = make_task(tiny, lambda *_: noise)
     assert perfect.loss(batch, torch.Generator().manual_seed(3)) == 0
 
 
@@ -77,26 +77,27 @@ def test_velocity_target(tiny):
     times = torch.randint(1000, (6,), generator=stream)
     signal = DDPMScheduler.from_config(config).alphas_cumprod[times].view(-1, 1, 1, 1)
     velocity = signal.sqrt() * noise - (1 - signal).sqrt() * batch.latents
-    perfect = DiffusionTask(Recorder(lambda *_: velocity), config, LossConfig())
+    perfect = DiffusionTask(RecordingUNet(lambda *_: velocity), config, LossConfig())
     assert perfect.loss(batch, torch.Generator().manual_seed(3)) < 1e-12
 
 
 def test_the_loss_is_a_function_of_its_generator(tiny):
-    batch, found = make_batch(), task(tiny, lambda noisy, times: noisy)
-    one, two, other = (found.loss(batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    batch, task = make_batch(), make_task(tiny, lambda noisy, times: noisy)
+    one, two, other = (task.loss(batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert one == two != other
 
 
 def test_noise_offset_moves_whole_channels(tiny):
     batch = make_batch(64)
-    found = task(tiny, lambda noisy, times: noisy, noise_offset=1.0)
-    noise = found._noise(batch.latents, torch.Generator().manual_seed(0))
+    task = make_task(tiny, lambda noisy, times: noisy, noise_offset=1.0)
+    noise = task._noise(batch.latents, torch.Generator().manual_seed(0))
     assert noise.mean(dim=(2, 3)).std() > 0.8
 
 
 @pytest.mark.parametrize("bias", [-0.5, 0.0, 1.0, 3.0])
-def test_times_are_drawn_with_the_density_that_was_asked_for(tiny, bias):
-    times = task(tiny, lambda noisy, times: noisy, timestep_bias=bias)._times(20000, torch.Generator().manual_seed(0))
+def test_timesteps_are_drawn_with_the_configured_density(tiny, bias):
+    task = make_task(tiny, lambda noisy, times: noisy, timestep_bias=bias)
+    times = task._times(20000, torch.Generator().manual_seed(0))
     assert 0 <= times.min() < times.max() == 999
     for share in (0.25, 0.5, 0.9):  # P(t < q T) = q^(bias + 1)
         assert (times < 1000 * share).double().mean() == pytest.approx(share ** (bias + 1), abs=0.01)
@@ -105,14 +106,14 @@ def test_times_are_drawn_with_the_density_that_was_asked_for(tiny, bias):
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber"])
 def test_loss_types(tiny, kind):
     batch = make_batch()
-    found = task(tiny, lambda noisy, times: torch.zeros_like(noisy), type=kind, min_snr_gamma=None)
+    task = make_task(tiny, lambda noisy, times: torch.zeros_like(noisy), type=kind, min_snr_gamma=None)
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
     size = noise.abs()
     expected = {"mse": size**2, "l1": size, "huber": torch.where(size < 1, size**2 / 2, size - 0.5)}[kind].mean()
-    assert torch.allclose(found.loss(batch, torch.Generator().manual_seed(3)), expected, rtol=1e-5)
+    assert torch.allclose(task.loss(batch, torch.Generator().manual_seed(3)), expected, rtol=1e-5)
 
 
-def test_what_cannot_be_trained_is_refused(tiny):
+def test_unsupported_predictions_are_refused(tiny):
     with pytest.raises(ValueError, match="predicts sample"):
         DiffusionTask(tiny.unet, {**tiny.scheduler.config, "prediction_type": "sample"}, LossConfig())
     with pytest.raises(ValueError, match="needs v_prediction"):
@@ -120,13 +121,13 @@ def test_what_cannot_be_trained_is_refused(tiny):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_what_is_predicted_perfectly_comes_back(tiny, prediction):
+def test_a_perfect_prediction_gives_back_the_latents(tiny, prediction):
     """The one-step estimate inverts how noise was added, whatever the network predicts."""
     batch, times = make_batch(3), torch.tensor([0, 400, 900])
     scheduler_config = {**tiny.scheduler.config, "prediction_type": prediction, "rescale_betas_zero_snr": False}
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(5))
     schedule = DDPMScheduler.from_config(scheduler_config)
     target = noise if prediction == "epsilon" else schedule.get_velocity(batch.latents, noise, times)
-    found = DiffusionTask(Recorder(lambda *_: target), scheduler_config, LossConfig())
-    latents = found.denoised(batch, times, torch.Generator().manual_seed(5))
+    task = DiffusionTask(RecordingUNet(lambda *_: target), scheduler_config, LossConfig())
+    latents = task.denoised(batch, times, torch.Generator().manual_seed(5))
     torch.testing.assert_close(latents, batch.latents, atol=1e-4, rtol=1e-4)

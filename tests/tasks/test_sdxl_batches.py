@@ -1,4 +1,4 @@
-"""Batches: every picture with its own caption and sizes, as a function of the step."""
+"""Batches: every image with its own caption and sizes, as a function of the batch number."""
 
 from collections import Counter
 
@@ -22,78 +22,80 @@ def batches(tiny, folder, *, trained=False, batch_size=2, process=(0, 1), **data
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
-def test_latents_captions_and_sizes_belong_together(tiny, picture_folder, crop):
-    made = batches(tiny, picture_folder, crop=crop, flip=True)
-    texts = {caption.caption: encode_prompts(tiny, [caption.caption]) for caption in made.images}
-    sizes = {caption.caption: caption.size for caption in made.images}
+def test_latents_captions_and_sizes_belong_together(tiny, image_folder, crop):
+    all_batches = batches(tiny, image_folder, crop=crop, flip=True)
+    texts = {image.caption: encode_prompts(tiny, [image.caption]) for image in all_batches.images}
+    sizes = {image.caption: image.size for image in all_batches.images}
     with torch.no_grad():
         for number in range(6):
-            batch = made(number)
+            batch = all_batches(number)
             for prompt, pooled, ids in zip(batch.prompt, batch.pooled, batch.time_ids, strict=True):
                 (caption,) = [c for c, (e, p) in texts.items() if torch.allclose(e[0], prompt, atol=1e-5)]
                 assert torch.allclose(texts[caption][1][0], pooled, atol=1e-5)
                 assert tuple(ids[:2].int().tolist()) == sizes[caption]
 
 
-def test_cached_latents_equal_fresh_ones(tiny, picture_folder):
-    made = batches(tiny, picture_folder)
-    made.encode_all()
-    image = made.images[0]
+def test_cached_latents_equal_fresh_ones(tiny, image_folder):
+    all_batches = batches(tiny, image_folder)
+    all_batches.encode_all()
+    image = all_batches.images[0]
     from dora_mm.data.images.pixels import load_rgb, render
 
-    pixels = render(load_rgb(image.path), made._frame(0, False, None))
+    pixels = render(load_rgb(image.path), all_batches._frame(0, False, None))
     mean, logvar = encode_images(tiny, pixels[None])
-    kept = made._latents(0, made._frame(0, False, None))
-    assert torch.equal(kept.mean, mean[0])
-    assert torch.equal(kept.logvar, logvar[0])
-    assert not torch.equal(made(0).latents, made(3).latents)  # drawn anew
+    cached = all_batches._latents(0, all_batches._frame(0, False, None))
+    assert torch.equal(cached.mean, mean[0])
+    assert torch.equal(cached.logvar, logvar[0])
+    assert not torch.equal(all_batches(0).latents, all_batches(3).latents)  # drawn again
 
 
-def test_a_batch_is_a_function_of_its_number(tiny, picture_folder):
+def test_a_batch_is_a_function_of_its_number(tiny, image_folder):
     one, two = (
-        batches(tiny, picture_folder, crop="random", flip=True),
-        batches(tiny, picture_folder, crop="random", flip=True),
+        batches(tiny, image_folder, crop="random", flip=True),
+        batches(tiny, image_folder, crop="random", flip=True),
     )
     two(5)  # another history
     for name in ("latents", "prompt", "pooled", "time_ids"):
         assert torch.equal(getattr(one(2), name), getattr(two(2), name))
 
 
-def test_pictures_of_two_shapes_never_share_a_batch_and_all_are_seen(tiny, picture_folder):
-    made = batches(tiny, picture_folder, repeats=2)
-    shapes = [tuple(made(number).latents.shape) for number in range(6)]  # 6 + 4 pictures in twos: an epoch of 5 batches
+def test_images_of_two_shapes_never_share_a_batch_and_all_are_seen(tiny, image_folder):
+    all_batches = batches(tiny, image_folder, repeats=2)
+    shapes = [
+        tuple(all_batches(number).latents.shape) for number in range(6)
+    ]  # 6 + 4 images in twos: an epoch of 5 batches
     assert len({shape[2:] for shape in shapes}) == 2
     assert sum(shape[0] for shape in shapes[:5]) == 10
 
 
-def test_processes_share_the_work_without_overlap(tiny, picture_folder):
-    whole = batches(tiny, picture_folder)
-    halves = [batches(tiny, picture_folder, process=(index, 2)) for index in range(2)]
+def test_processes_share_the_work_without_overlap(tiny, image_folder):
+    single = batches(tiny, image_folder)
+    halves = [batches(tiny, image_folder, process=(index, 2)) for index in range(2)]
     for number in range(4):
-        assert torch.equal(whole(number).latents, halves[number % 2](number // 2).latents)
+        assert torch.equal(single(number).latents, halves[number % 2](number // 2).latents)
 
 
-def test_dropped_captions_become_zeros_or_the_empty_text(tiny, picture_folder):
+def test_dropped_captions_become_zeros_or_the_empty_text(tiny, image_folder):
     empty, empty_pooled = encode_prompts(tiny, [""])
     for meaning, (prompt, pooled) in {
         "zeros": (torch.zeros_like(empty), torch.zeros_like(empty_pooled)),
         "empty": (empty, empty_pooled),
     }.items():
-        made = batches(tiny, picture_folder, caption_dropout=0.999999, unconditional=meaning)
-        batch = made(0)
+        all_batches = batches(tiny, image_folder, caption_dropout=0.999999, unconditional=meaning)
+        batch = all_batches(0)
         assert torch.allclose(batch.prompt[0], prompt[0], atol=1e-5)
         assert torch.allclose(batch.pooled[0], pooled[0], atol=1e-5)
 
 
-def test_dropout_has_its_rate(tiny, picture_folder):
-    made = batches(tiny, picture_folder, caption_dropout=0.3)
-    dropped = [bool((prompt == 0).all()) for number in range(150) for prompt in made(number).prompt]
+def test_dropout_has_its_rate(tiny, image_folder):
+    all_batches = batches(tiny, image_folder, caption_dropout=0.3)
+    dropped = [bool((prompt == 0).all()) for number in range(150) for prompt in all_batches(number).prompt]
     assert 0.2 < sum(dropped) / len(dropped) < 0.4
 
 
-def test_trained_text_encoders_get_gradients(tiny, picture_folder):
+def test_trained_text_encoders_get_gradients(tiny, image_folder):
     tiny.text_encoder.requires_grad_(True)
-    batch = batches(tiny, picture_folder, trained=True)(0)
+    batch = batches(tiny, image_folder, trained=True)(0)
     batch.prompt.sum().backward()
     assert tiny.text_encoder.get_input_embeddings().weight.grad is not None
 
@@ -109,9 +111,9 @@ def test_grouped_epochs_are_complete_and_never_mixed(sizes, batch_size, seed, ep
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     groups = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
     per_epoch = sum(-(-size // batch_size) for size in sizes)
-    made = [batch_of_groups(groups, batch_size, epoch * per_epoch + n, seed) for n in range(per_epoch)]
-    assert sorted(row for batch in made for row in batch) == list(range(sum(sizes)))
-    assert all(any(set(batch) <= set(group) for group in groups) for batch in made)
+    all_batches = [batch_of_groups(groups, batch_size, epoch * per_epoch + n, seed) for n in range(per_epoch)]
+    assert sorted(row for batch in all_batches for row in batch) == list(range(sum(sizes)))
+    assert all(any(set(batch) <= set(group) for group in groups) for batch in all_batches)
 
 
 def test_generators_depend_on_each_argument():

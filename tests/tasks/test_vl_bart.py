@@ -1,3 +1,5 @@
+"""The losses and inputs of VL-BART's tasks, its batches, and the vision encoder."""
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ NAMES = ("a.png", "b.png", "c.png")
 
 @pytest.fixture
 def clips(tmp_path):
-    """Features in VALUE's form: one file a clip."""
+    """Features in VALUE's format: one file per clip."""
     folder = tmp_path / "features"
     folder.mkdir()
     for name, length in (("short", 5), ("long", 200)):
@@ -29,7 +31,7 @@ def clips(tmp_path):
 
 @pytest.fixture
 def grids(tmp_path):
-    """Features of pictures, 7 x 7 cells each."""
+    """Features of images, 7 x 7 cells each."""
     folder = tmp_path / "grids"
     folder.mkdir()
     for index, name in enumerate(NAMES):
@@ -59,19 +61,19 @@ def stream(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def reference_rows(task, batch):
-    """Each row's losses, token by token, without padding."""
+def reference_losses(task, batch):
+    """The losses of each row's tokens, without padding."""
     logits = task.model(*batch.inputs, labels=batch.targets).logits.double()
     for row, targets in zip(logits, batch.targets, strict=True):
-        kept = targets != 1
-        yield F.cross_entropy(row[kept], targets[kept], reduction="none")
+        not_padding = targets != 1
+        yield F.cross_entropy(row[not_padding], targets[not_padding], reduction="none")
 
 
-def test_vqa_weighs_each_row_by_the_score_of_its_answer(task):
+def test_vqa_weights_each_row_by_the_score_of_its_answer(task):
     answers = [("yes", 1.0), ("two dogs", 0.3), ("no", 0.6)]
     rows = [example(i, answers=(a,), scores=(s,)) for i, (a, s) in enumerate(answers)]
     batch = task.batch("vqa", rows, None, stream())
-    expected = sum(row.mean() * s for row, (_, s) in zip(reference_rows(task, batch), answers, strict=True)) / 3
+    expected = sum(row.mean() * s for row, (_, s) in zip(reference_losses(task, batch), answers, strict=True)) / 3
     torch.testing.assert_close(task.loss(batch, stream()).double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -79,7 +81,7 @@ def test_vqa_weighs_each_row_by_the_score_of_its_answer(task):
 def test_sentences_are_averaged_over_tokens(task, name):
     rows = [example(i, answers=(a,), scores=(1.0,)) for i, a in enumerate(["true", "two dogs and a red cat"])]
     batch = task.batch(name, rows, None, stream())
-    expected = torch.cat(list(reference_rows(task, batch))).mean()
+    expected = torch.cat(list(reference_losses(task, batch))).mean()
     torch.testing.assert_close(task.loss(batch, stream()).double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -90,7 +92,7 @@ def test_answers_are_drawn_in_proportion_to_their_scores():
     assert {(a, round(s, 3)) for a, s in drawn} == {("yes", 1.0), ("no", 0.3)}
 
 
-def test_a_row_without_answers_weighs_nothing(task):
+def test_a_row_without_answers_has_weight_zero(task):
     rows = [example(0), example(1, answers=(), scores=())]
     alone, both = (task.batch("vqa", part, None, stream()) for part in (rows[:1], rows))
     assert both.weights.tolist()[1] == 0
@@ -104,20 +106,20 @@ def test_a_row_without_answers_adds_nothing_to_a_mean_over_tokens(task, name):
     torch.testing.assert_close(task.loss(both, stream()), task.loss(alone, stream()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("visual", "name", "kind"), [("image", "tvqa", "clips"), ("video", "vqa", "pictures")])
+@pytest.mark.parametrize(("visual", "name", "kind"), [("image", "tvqa", "clips"), ("video", "vqa", "images")])
 def test_a_model_of_the_other_kind_is_refused(grids, visual, name, kind):
     task = VLBartTask(small_vl_bart(visual), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(grids),))))
-    with pytest.raises(ValueError, match=f"{name} is a task of {kind}"):
+    with pytest.raises(ValueError, match=f"model.path.* {name} needs {kind}"):
         task.check([name])
 
 
-def test_two_pictures_are_read_side_by_side(task):
+def test_visual_tokens_of_two_images_are_concatenated(task):
     inputs = task.inputs("nlvr2", [example(images=("a.png", "b.png"))], None)
     assert inputs.visual_features.shape == (1, 2, 49, DIM)
     assert inputs.attention_mask.shape[1] == inputs.input_ids.shape[1] + 72
 
 
-def test_prompts_are_the_papers(task):
+def test_prompts_are_those_of_the_paper(task):
     texts = {name: decode(task.tokenizer, task.inputs(name, [example()], None).input_ids)[0] for name in ("vqa", "gqa")}
     assert texts == {"vqa": "vqa: is there a red cat?", "gqa": "gqa: is there a red cat?"}
 
@@ -128,16 +130,16 @@ def test_a_long_question_is_cut_to_twenty_tokens(task):
     assert inputs.input_ids[0, -1] == task.tokenizer.eos_token_id
 
 
-def test_subtitles_are_cut_and_never_the_question(clips):
+def test_subtitles_are_truncated_and_the_question_never(clips):
     task = VLBartTask(small_vl_bart("video"), small_tokenizer(), VisionEncoder(VisionConfig(features=(str(clips),))))
-    asked = "[Q] what color is the bus? [Choices] a0: red. a1: two dogs."
+    question = "[Q] what color is the bus? [Choices] a0: red. a1: two dogs."
     row = example(
-        images=("long",), text=f"[Subs] {'a red cat ' * 900}{SUBTITLES_END}{asked}", answers=("a1",), scores=(1.0,)
+        images=("long",), text=f"[Subs] {'a red cat ' * 900}{SUBTITLES_END}{question}", answers=("a1",), scores=(1.0,)
     )
     inputs = task.inputs("tvqa", [row], None)
     assert inputs.input_ids.shape == (1, 600)
     text = decode(task.tokenizer, inputs.input_ids)[0]
-    assert text.endswith(f"{asked} tvqa:")
+    assert text.endswith(f"{question} tvqa:")
     assert text.startswith("[Subs] a red cat")
 
 
@@ -157,7 +159,7 @@ def test_long_clips_keep_their_maxima():
     assert torch.equal(resized.max(0).values, frames.max(0).values)
 
 
-def test_pictures_are_looked_at_where_there_are_no_features(tmp_path):
+def test_the_tower_encodes_images_without_precomputed_features(tmp_path):
     for index, name in enumerate(NAMES):
         Image.new("RGB", (40, 30), (index * 80, 20, 20)).save(tmp_path / name)
     vision = VisionEncoder(VisionConfig(tower="timm/resnet10t", pretrained=None))
@@ -166,11 +168,11 @@ def test_pictures_are_looked_at_where_there_are_no_features(tmp_path):
     assert tokens.shape[3] == vision.feature_dim
     torch.testing.assert_close(tokens[0, 1], tokens[1, 0])
     assert not torch.allclose(tokens[0, 0], tokens[0, 1])
-    (tmp_path / "a.png").unlink()  # kept from the first look
+    (tmp_path / "a.png").unlink()  # cached by the first call
     assert torch.equal(vision.encode([("a.png",)], str(tmp_path))[0, 0], tokens[0, 0])
 
 
-def test_what_is_kept_does_not_depend_on_who_asks_first(tmp_path):
+def test_cached_tokens_do_not_depend_on_the_autocast_of_their_first_use(tmp_path):
     Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / "a.png")
     config = VisionConfig(tower="timm/resnet10t", pretrained=None)
     plain, other = VisionEncoder(config), VisionEncoder(config)
@@ -180,35 +182,35 @@ def test_what_is_kept_does_not_depend_on_who_asks_first(tmp_path):
     assert torch.equal(first, plain.encode([("a.png",)], str(tmp_path)))
 
 
-def test_random_towers_are_drawn_from_the_seed(tmp_path):
+def test_random_towers_are_drawn_from_the_seed():
     config = VisionConfig(tower="timm/resnet10t", pretrained=None)
     one, same, other = (VisionEncoder(config, seed=seed).identity for seed in (1, 1, 2))
     assert one == same
     assert one != other
 
 
-def test_kept_pictures_are_bounded(tmp_path, monkeypatch):
+def test_the_cache_is_bounded(tmp_path, monkeypatch):
     for name in NAMES:
         Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / name)
     vision = VisionEncoder(VisionConfig(tower="timm/resnet10t", pretrained=None))
     size = vision.encode([("a.png",)], str(tmp_path)).nbytes
-    monkeypatch.setattr("dora_mm.tasks.vision.KEPT_BYTES", 2 * size)
+    monkeypatch.setattr("dora_mm.tasks.vision.CACHE_BYTES", 2 * size)
     vision.encode([("b.png",)], str(tmp_path))
-    vision.encode([("a.png",)], str(tmp_path))  # asked for again, so b is the oldest
+    vision.encode([("a.png",)], str(tmp_path))  # used again, so b is the least recently used
     vision.encode([("c.png",)], str(tmp_path))
-    assert [path.name for path in vision._kept] == ["a.png", "c.png"]
+    assert [path.name for path in vision._cache] == ["a.png", "c.png"]
 
 
-def test_a_trained_tower_keeps_nothing_and_gets_gradients(tmp_path):
+def test_a_trained_tower_caches_nothing_and_gets_gradients(tmp_path):
     Image.new("RGB", (40, 30), (80, 20, 20)).save(tmp_path / "a.png")
     vision = VisionEncoder(VisionConfig(tower="timm/resnet10t", pretrained=None), trained=True).requires_grad_()
     vision.encode([("a.png",)], str(tmp_path)).sum().backward()
     assert any(parameter.grad is not None for parameter in vision.parameters())
-    assert not vision._kept
+    assert not vision._cache
 
 
 class Table(list):
-    """Rows in memory, in place of a table on disk."""
+    """Rows in memory instead of a table on disk."""
 
 
 def test_a_batch_is_a_function_of_its_number(task):
@@ -227,8 +229,8 @@ def test_a_batch_is_a_function_of_its_number(task):
 def test_processes_share_the_batches(task):
     rows = Table(example(i) for i in range(12))
     sets = {"vqa": TrainingSet(rows, None, 3)}  # type: ignore[arg-type]
-    whole = VLBatches(task, sets, seed=0)
+    single = VLBatches(task, sets, seed=0)
     parts = [VLBatches(task, sets, seed=0, process=(index, 2)) for index in range(2)]
     assert parts[0].per_epoch == 2
     for number in range(4):
-        assert torch.equal(whole(number).inputs.input_ids, parts[number % 2](number // 2).inputs.input_ids)
+        assert torch.equal(single(number).inputs.input_ids, parts[number % 2](number // 2).inputs.input_ids)

@@ -1,0 +1,1 @@
+"""Evaluation of generated images: style, concept and CLIP similarity."""

@@ -1,4 +1,4 @@
-"""Similarity of pictures to texts and to other pictures by CLIP weights that the user has; none come with dora_mm."""
+"""CLIP similarity of images to texts and to other images, with weights of the user's: dora_mm contains none."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,15 @@ from PIL import Image
 
 
 class ClipSimilarity:
-    """An open_clip model from a local folder (open_clip_config.json and safetensors) or from the hub (`owner/name`)."""
+    """Cosine similarities by an open_clip model.
+
+    Args:
+        path: A local folder (open_clip_config.json and safetensors) or a hub name (`owner/name`).
+        device: Where the model runs.
+
+    Raises:
+        ValueError: The folder contains no open_clip model.
+    """
 
     def __init__(self, path: str, device: str | torch.device = "cpu"):
         import open_clip
@@ -26,7 +34,7 @@ class ClipSimilarity:
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Image.Image], batch_size: int = 32) -> np.ndarray:
-        """(N, D), unit length."""
+        """Returns unit vectors (N, D)."""
         parts = []
         for start in range(0, len(images), batch_size):
             batch = [self.preprocess(image.convert("RGB")) for image in images[start : start + batch_size]]
@@ -35,20 +43,20 @@ class ClipSimilarity:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """(N, D), unit length."""
+        """Returns unit vectors (N, D)."""
         return self.model.encode_text(self.tokenize(list(texts)).to(self.device), normalize=True).float().cpu().numpy()
 
     def to_texts(self, images: Sequence[Image.Image], texts: Sequence[str]) -> np.ndarray:
-        """(N,): cosine of each image with its own text."""
+        """Returns the cosine of each image with its own text, (N,)."""
         return (self.embed_images(images) * self.embed_texts(texts)).sum(axis=1)
 
     def to_images(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> np.ndarray:
-        """(N,): mean cosine of each image with all references, as in the DreamBooth paper's CLIP-I."""
+        """Returns the mean cosine of each image with all references, (N,), as CLIP-I in the DreamBooth paper."""
         return (self.embed_images(images) @ self.embed_images(references).T).mean(axis=1)
 
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "open_clip_config.json").is_file():
-        raise ValueError(f"clip.path: {folder} holds no open_clip_config.json, so it is no open_clip model folder")
+        raise ValueError(f"clip.path: {folder} contains no open_clip_config.json: it is not an open_clip model")
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"clip.path: {folder} holds no weights (open_clip_model.safetensors)")
+        raise ValueError(f"clip.path: {folder} contains no weights (open_clip_model.safetensors)")

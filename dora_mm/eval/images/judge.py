@@ -1,7 +1,7 @@
-"""The judge: one fitted object that says of drawn pictures which style they have and which thing they show.
+"""The judge: a fitted classifier of the style and the concept of generated images.
 
-It is fitted once per model and size, on real icons that went through the model, and kept as judge.safetensors with
-judge.json (what it is, and how well it does on concepts that it has not seen).
+It is fitted once per model and image size, on real icons that went through the model, and saved as judge.safetensors
+and judge.json (its classes and concepts, and its accuracy on concepts that it was not fitted on).
 """
 
 import json
@@ -23,33 +23,43 @@ from dora_mm.eval.statistics import Gaussian
 from dora_mm.utils.atomic import save_tensors
 
 FILES = TENSORS, DESCRIPTION = "judge.safetensors", "judge.json"
-REQUIRED = {"brick": 0.95, "3d against fluent flat": 0.90}  # below these it is no judge
+REQUIRED = {"brick": 0.95, "3d against fluent flat": 0.90}  # accuracies that its scores need to mean anything
 
 
 @dataclass(frozen=True)
 class Judge:
-    """What `fit_judge` makes.
+    """A judge of styles and concepts, as `fit_judge` (samples/build) fits it.
 
-    concepts: the things in the gallery, which are those that the base model was pretrained on.
-    report: own accuracy, ceilings and reference distances (see `fit_judge`).
-    origin: which VAE (digest) and picture size it is for.
+    Attributes:
+        classifier: Of styles.
+        style_space: For distances to the real images of a style.
+        concept_space: For ranks of concepts.
+        concepts: Those in the gallery, which are those that the base model was pretrained on.
+        report: Its own accuracy, ceilings and reference distances (see `fit_judge`).
+        origin: The VAE (digest) and the image size that it is for.
     """
 
     classifier: StyleClassifier
-    space: StyleSpace
-    things: ConceptSpace
+    style_space: StyleSpace
+    concept_space: ConceptSpace
     concepts: tuple[Concept, ...]
     report: dict[str, Any]
     origin: dict[str, Any]
 
     def scores(self, features: Features, concepts: Sequence[Concept], seeds: Sequence[int]) -> Scores:
-        """Scores of one picture per concept and seed, concepts outside, seeds inside."""
+        """Scores one image per concept and seed.
+
+        Args:
+            features: Of K * S images: all seeds of the first concept, then all of the second, and so on.
+            concepts: The K concepts that the images should show.
+            seeds: The S seeds.
+        """
         shape = (len(concepts), len(seeds))
         assert len(features) == shape[0] * shape[1], (len(features), shape)
         codes = [concept.code for concept in concepts]
         log_probabilities = self.classifier.log_probabilities(features.texture)
-        projected = self.space.project(self.classifier.standardize(features.texture))
-        ranks = self.things.ranks(features.content, [code for code in codes for _ in seeds])
+        projected = self.style_space.project(self.classifier.standardize(features.texture))
+        ranks = self.concept_space.ranks(features.content, [code for code in codes for _ in seeds])
         return Scores(
             tuple(codes),
             tuple(seeds),
@@ -59,10 +69,14 @@ class Judge:
         )
 
     def choose(self, role: str, count: int | None = None) -> list[Concept]:
-        """`count` concepts of a role ("all" for every one of the gallery), evenly spread over the list; None: all.
+        """Returns concepts of a role, evenly spaced over the list.
+
+        Args:
+            role: The role, or "all" for the complete gallery.
+            count: How many; None returns all.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: There are fewer than `count`.
         """
         found = [concept for concept in self.concepts if role in ("all", concept.role)]
         if count is None or count == len(found):
@@ -72,16 +86,24 @@ class Judge:
         return evenly_spaced(found, count)
 
     def check_model(self, resolution: int, vae_digest: str) -> None:
-        """Raises ValueError for a model whose pictures it was not fitted for."""
+        """Checks that the judge was fitted for a model.
+
+        Args:
+            resolution: The side of the model's images in pixels.
+            vae_digest: The digest of its VAE.
+
+        Raises:
+            ValueError: The judge was fitted for another size or another VAE.
+        """
         if (self.origin["resolution"], self.origin["vae"]) != (resolution, vae_digest):
             raise ValueError(
-                f"judge: it was fitted for pictures of {self.origin['resolution']} px through another VAE, or one of "
-                f"another dtype, than this model's ({resolution} px); "
-                "fit one for it with python -m samples.build eval samples/build/configs/judge_tiny.yaml"
+                f"judge: it was fitted for images of {self.origin['resolution']} px and another VAE, or the VAE in "
+                f"another dtype, than those of this model ({resolution} px); "
+                "fit a judge for this model with python -m samples.build eval samples/build/configs/judge_tiny.yaml"
             )
 
     def shortcomings(self) -> list[str]:
-        """What its own accuracy lacks to be a judge at all."""
+        """Returns the accuracies that are below REQUIRED, in words."""
         return [
             f"{name} only {self.report['accuracy'][name]['mean']:.1%} (needs {needed:.0%})"
             for name, needed in REQUIRED.items()
@@ -89,7 +111,7 @@ class Judge:
         ]
 
     def describe(self) -> str:
-        """Its own accuracy, for printing beside the scores."""
+        """Returns its own accuracy in words, to be printed with the scores."""
         accuracy, denoised = (
             {name: f"{value['mean']:.1%}" for name, value in self.report.get(kind, {}).items()}
             for kind in ("accuracy", "accuracy_denoised")
@@ -103,21 +125,24 @@ class Judge:
             + ", ".join(f"{name} {value}" for name, value in ceiling.items()),
         ]
         short = self.shortcomings()
-        return "\n".join([*lines, *([f"NO JUDGE: {'; '.join(short)}"] if short else [])])
+        return "\n".join([*lines, *([f"NOT ACCURATE ENOUGH TO JUDGE: {'; '.join(short)}"] if short else [])])
 
     def save(self, folder: Path) -> None:
-        """Half precision where nothing is lost: the concept space is most of the file."""
+        """Writes judge.safetensors and judge.json.
+
+        The concept space, most of the file, is saved in half precision, which loses nothing that matters.
+        """
         arrays = {
             "style.mean": self.classifier.mean,
             "style.scale": self.classifier.scale,
             "style.weight": self.classifier.weight,
             "style.bias": self.classifier.bias,
-            "space.components": self.space.components,
-            **{f"space.real.{name}.mean": real.mean for name, real in self.space.real.items()},
-            **{f"space.real.{name}.covariance": real.covariance for name, real in self.space.real.items()},
-            "things.center": self.things.center,
+            "space.components": self.style_space.components,
+            **{f"space.real.{name}.mean": real.mean for name, real in self.style_space.real.items()},
+            **{f"space.real.{name}.covariance": real.covariance for name, real in self.style_space.real.items()},
+            "things.center": self.concept_space.center,
         }
-        half = {"things.axes": self.things.axes, "things.gallery": self.things.gallery}
+        half = {"things.axes": self.concept_space.axes, "things.gallery": self.concept_space.gallery}
         tensors = {name: torch.from_numpy(np.asarray(array, np.float32)) for name, array in arrays.items()}
         tensors |= {name: torch.from_numpy(np.asarray(array, np.float16)) for name, array in half.items()}
         description = {
@@ -125,14 +150,21 @@ class Judge:
             "origin": self.origin,
             "report": self.report,
             "concepts": [asdict(concept) for concept in self.concepts],
-            "gallery": [list(row) for row in zip(self.things.gallery_codes, self.things.gallery_styles, strict=True)],
+            "gallery": [
+                list(row)
+                for row in zip(self.concept_space.gallery_codes, self.concept_space.gallery_styles, strict=True)
+            ],
         }
         save_tensors(folder / TENSORS, tensors, {})
         write_json(folder / DESCRIPTION, description)
 
     @classmethod
     def load(cls, folder: Path) -> "Judge":
-        """Raises ValueError for a folder that holds no judge, or one of another version."""
+        """Reads a judge.
+
+        Raises:
+            ValueError: The folder contains no valid judge, or one with other styles than this version.
+        """
         try:
             arrays = {name: array.astype(np.float64) for name, array in load_file(folder / TENSORS).items()}
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
@@ -153,14 +185,14 @@ class Judge:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"judge: {folder} holds none that can be read ({reason}); fit one with "
+                f"judge: {folder} contains no valid judge ({reason}); fit one with "
                 "python -m samples.build eval samples/build/configs/judge_tiny.yaml"
             ) from None
         if classes != CLASSES:
-            raise ValueError(f"judge: {folder} knows other styles than this version: fit it anew")
+            raise ValueError(f"judge: {folder} was fitted with other styles than those of this version; fit it again")
         return judge
 
 
 def evenly_spaced(concepts: Sequence[Concept], count: int) -> list[Concept]:
-    """`count` of them, spread over the list: it goes by kind of thing."""
+    """Returns `count` concepts, evenly spaced over the list, since neighbours in it are of the same kind."""
     return [concepts[index * len(concepts) // count] for index in range(count)]

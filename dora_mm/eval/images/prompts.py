@@ -1,4 +1,4 @@
-"""Prompts about a concept: a template with `{thing}`, and the name with its article."""
+"""Prompts for a concept: a template with `{thing}`, which is replaced by its name with an article."""
 
 from dora_mm.eval.images.concepts import Concept
 
@@ -8,7 +8,7 @@ VOWEL_SOUNDS = ("a", "e", "i", "o", "um", "hour")
 
 
 def with_article(name: str) -> str:
-    """ "a bus", "an hourglass", and no article before plurals ("books") and what is not counted ("bread")."""
+    """Returns "a bus", "an hourglass"; plurals ("books") and uncountable nouns ("bread") get no article."""
     last = name.split(" of ")[0].split()[-1]
     if last in UNCOUNTED or (last.endswith("s") and not last.endswith(("ss", "us")) and last not in SINGULAR_IN_S):
         return name
@@ -16,5 +16,5 @@ def with_article(name: str) -> str:
 
 
 def fill(template: str, concept: Concept) -> str:
-    """ "a flat icon of {thing}" -> "a flat icon of an owl"."""
+    """Fills a template: "a flat icon of {thing}" becomes "a flat icon of an owl"."""
     return template.replace("{thing}", with_article(concept.name))

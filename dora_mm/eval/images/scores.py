@@ -1,4 +1,4 @@
-"""What the judge says of a set of pictures, and the figures with intervals that follow from it.
+"""The judge's scores of a set of images, and the metrics with intervals that are computed from them.
 
 Shapes: K concepts, S seeds, C classes, D principal components of the style space.
 """
@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 
 from dora_mm.eval.images.style import CLASSES, StyleSpace, log_odds
-from dora_mm.eval.statistics import Interval, bootstrap, crossed, jackknife
+from dora_mm.eval.statistics import Interval, bootstrap, crossed_interval, jackknife
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.tables import markdown_table
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One cell per picture: its class log probabilities, its place in the style space, and its own concept's rank."""
+    """Scores of one image per concept and seed.
+
+    Attributes:
+        codes: The K concept codes.
+        seeds: The S seeds.
+        log_probabilities: Of the style classes.
+        projected: Coordinates in the style space.
+        ranks: The rank of the image's own concept, 1 where it is recognised.
+    """
 
     codes: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -28,25 +36,30 @@ class Scores:
     ranks: np.ndarray  # (K, S)
 
     def in_style(self, name: str) -> np.ndarray:
-        """1 where the class is the likeliest, (K, S)."""
+        """Returns 1 where the class is the most probable, else 0, (K, S)."""
         return (self.log_probabilities.argmax(axis=-1) == list(CLASSES).index(name)).astype(float)
 
     def log_odds(self, name: str) -> np.ndarray:
+        """Returns the log-odds of the class, (K, S)."""
         return log_odds(self.log_probabilities, name)
 
     def recognised(self) -> np.ndarray:
-        """1 where the nearest icon is the right concept's, (K, S)."""
+        """Returns 1 where the nearest icon shows the right concept, else 0, (K, S)."""
         return (self.ranks == 1).astype(float)
 
     def both(self, name: str) -> np.ndarray:
-        """1 where the picture is in the style AND is the right thing, (K, S): neither is worth much alone."""
+        """Returns 1 where style AND concept are right, else 0, (K, S): neither is worth much alone."""
         return self.in_style(name) * self.recognised()
 
     def soft_both(self, name: str) -> np.ndarray:
-        """Probability of the style times 1 / rank of the concept: `both` with fewer ties, to choose settings by."""
+        """Returns the probability of the style divided by the rank of the concept, (K, S).
+
+        It is `both` with fewer ties, for choosing settings.
+        """
         return np.exp(self.log_probabilities[..., list(CLASSES).index(name)]) / self.ranks
 
     def save(self, path: Path) -> None:
+        """Writes a JSON file."""
         rows: dict[str, Any] = {
             "codes": list(self.codes),
             "seeds": list(self.seeds),
@@ -58,6 +71,7 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> "Scores":
+        """Reads what `save` wrote."""
         rows = json.loads(path.read_text())
         return cls(
             tuple(rows["codes"]),
@@ -68,8 +82,8 @@ class Scores:
         )
 
 
-def join_seeds(parts: Sequence[Scores]) -> Scores:
-    """Scores of the same concepts under further seeds, side by side."""
+def concatenate_seeds(parts: Sequence[Scores]) -> Scores:
+    """Concatenates scores of the same concepts under different seeds."""
     assert all(part.codes == parts[0].codes for part in parts)
     return Scores(
         parts[0].codes,
@@ -81,7 +95,7 @@ def join_seeds(parts: Sequence[Scores]) -> Scores:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Appears whole or not at all."""
+    """Writes a JSON file atomically."""
 
     def write(partial: Path) -> None:
         partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
@@ -89,7 +103,7 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, write)
 
 
-METRICS = {  # key: heading, as a share or a plain number
+METRICS = {  # key: heading, whether it is a share (printed in per cent)
     "style": ("style share", True),
     "log_odds": ("log-odds of the style", False),
     "frechet": ("Fréchet distance", False),
@@ -98,17 +112,25 @@ METRICS = {  # key: heading, as a share or a plain number
 }
 
 
-BOUNDS = {True: (0.0, 1.0), False: (-np.inf, np.inf)}  # of a share, of any other number
+BOUNDS = {True: (0.0, 1.0), False: (-np.inf, np.inf)}  # whether it is a share: lowest and highest value
 
 
 def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool) -> dict[str, Interval]:
-    """95 % intervals of every metric for the wanted class; `over_seeds` where each seed is a training of its own."""
+    """Returns the 95 % interval of every metric, by the keys of METRICS.
 
-    def distance(things: np.ndarray, seeds: np.ndarray | slice = slice(None)) -> float:
-        return space.distance(_flat(scores.projected[things][:, seeds]), name)
+    Args:
+        scores: Of K concepts and S seeds.
+        name: The wanted class.
+        space: The style space of the judge.
+        over_seeds: Each seed is a separate training run, and intervals are over concepts and runs; otherwise they are
+            over concepts.
+    """
+
+    def distance(concepts: np.ndarray, seeds: np.ndarray | slice = slice(None)) -> float:
+        return space.distance(_flat(scores.projected[concepts][:, seeds]), name)
 
     found = {
-        key: crossed(values, bounds=BOUNDS[METRICS[key][1]]) if over_seeds else bootstrap(values)
+        key: crossed_interval(values, bounds=BOUNDS[METRICS[key][1]]) if over_seeds else bootstrap(values)
         for key, values in metric_cells(scores, name).items()
     }
     found["frechet"] = jackknife(scores.projected.shape[: 2 if over_seeds else 1], distance)
@@ -116,7 +138,7 @@ def summarize(scores: Scores, name: str, space: StyleSpace, *, over_seeds: bool)
 
 
 def metric_cells(scores: Scores, name: str) -> dict[str, np.ndarray]:
-    """The metrics that are means over pictures, (K, S) each."""
+    """Returns the metrics that are means over images, as the values of every image, (K, S) each."""
     return {
         "style": scores.in_style(name),
         "log_odds": scores.log_odds(name),
@@ -130,14 +152,14 @@ def _flat(x_KSD: np.ndarray) -> np.ndarray:
 
 
 def format_interval(interval: Interval, share: bool) -> str:
-    """ "83 % (74 to 91)" or "2.31 (1.80 to 2.77)"."""
+    """Returns "83 % (74 to 91)" for a share, or else "2.31 (1.80 to 2.77)"."""
     if share:
         return f"{100 * interval.mean:.0f} % ({100 * interval.low:.0f} to {100 * interval.high:.0f})"
     return f"{interval.mean:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def metrics_table(rows: dict[str, dict[str, Interval]]) -> str:
-    """Markdown: a row per name, every metric with its 95 % interval."""
+    """Returns a Markdown table with a row per name, and a column with 95 % intervals per metric."""
     headings = ["", *(heading for heading, _ in METRICS.values())]
     body = [
         [name, *(format_interval(found[key], share) for key, (_, share) in METRICS.items())]

@@ -1,0 +1,1 @@
+"""Evaluation of vision-language predictions: metrics, submission files, comparisons and the page of examples."""

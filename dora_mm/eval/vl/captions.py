@@ -1,6 +1,6 @@
-"""Caption metrics by pycocoevalcap's scorers on its Penn Treebank tokens, which need Java.
+"""Caption metrics by the scorers of pycocoevalcap, on the tokens of its Penn Treebank tokenizer, which needs Java.
 
-Where that tokenizer cannot run, the metrics are left out and a note says so: scores on other tokens are not comparable.
+Where the tokenizer cannot run, there are no metrics, only a note: scores on other tokens are not comparable.
 """
 
 import shutil
@@ -13,52 +13,76 @@ from tqdm import tqdm
 from dora_mm.data.vl.example import Predictions
 from dora_mm.eval.vl.scores import VLScores, check_answered
 
-Tokens = dict[str, list[str]]  # by row, tokenised captions with single spaces
+Tokens = dict[str, list[str]]  # id to tokenised captions, the tokens separated by single spaces
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """metrics x 100; each: CIDEr-D x 100 of every row, in order; skipped: why some or all are not there."""
+    """Caption metrics of a split.
+
+    Attributes:
+        metrics: By name, x 100.
+        per_caption: CIDEr-D x 100 of every caption, in the order of the references; empty where it was not computed.
+        skipped: Why some or all metrics are missing.
+    """
 
     metrics: dict[str, float]
-    each: tuple[float, ...]
+    per_caption: tuple[float, ...]
     skipped: str | None = None
 
 
-def score_captions(rows: Predictions, *, meteor: bool = True) -> VLScores:
-    """`CIDEr` (CIDEr-D), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L`, all x 100, against all references of a picture.
+def score_captions(predictions: Predictions, *, meteor: bool = True) -> VLScores:
+    """Computes `CIDEr` (CIDEr-D), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L`, x 100, against all references of an image.
 
     Args:
-        meteor: False leaves METEOR out, whose Java program takes 5 seconds to load.
+        predictions: Examples with predicted captions.
+        meteor: Whether to compute METEOR, whose Java program takes 5 seconds to load.
+
+    Raises:
+        ValueError: There are no predictions, an example has no references, or an id has two predictions.
     """
-    references, found = picture_scores(rows, meteor=meteor)
+    references, found = image_scores(predictions, meteor=meteor)
     return VLScores("caption", "CIDEr", found.metrics, {}, caption_notes(references, found))
 
 
-def picture_scores(rows: Predictions, *, meteor: bool = True) -> tuple[dict[str, list[str]], CaptionScores]:
-    """References by id, in the order in which `each` is."""
-    references, predictions = group_by_id(rows)
-    return references, caption_scores(references, predictions, meteor=meteor)
+def image_scores(predictions: Predictions, *, meteor: bool = True) -> tuple[dict[str, list[str]], CaptionScores]:
+    """Scores captions of images.
 
+    Args:
+        predictions: Examples with predicted captions.
+        meteor: Whether to compute METEOR.
 
-def group_by_id(rows: Predictions) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """References and prediction of each id. Predictions of one id are one picture or clip, whose references are joined.
+    Returns:
+        The references by id, in the order of `CaptionScores.per_caption`, and the scores.
 
     Raises:
-        ValueError: no rows, a row without references, or an id with two predictions.
+        ValueError: See `group_by_id`.
     """
-    check_answered(rows)
+    references, captions = group_by_id(predictions)
+    return references, caption_scores(references, captions, meteor=meteor)
+
+
+def group_by_id(predictions: Predictions) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Returns the references and the predicted caption of each id.
+
+    Rows with the same id belong to one image or clip: their references are merged, without repetitions.
+
+    Raises:
+        ValueError: There are no predictions, an example has no references, or an id has two predictions.
+    """
+    check_answered(predictions)
     references: dict[str, list[str]] = {}
-    predictions: dict[str, str] = {}
-    for example, prediction in rows:
+    captions: dict[str, str] = {}
+    for example, prediction in predictions:
         known = references.setdefault(example.id, [])
-        if predictions.setdefault(example.id, prediction) != prediction:
-            raise ValueError(f"{example.id} has two captions to score, {predictions[example.id]!r} and {prediction!r}")
+        if captions.setdefault(example.id, prediction) != prediction:
+            raise ValueError(f"{example.id} has two captions to score, {captions[example.id]!r} and {prediction!r}")
         known += [answer for answer in example.answers if answer not in known]
-    return references, predictions
+    return references, captions
 
 
 def caption_notes(references: Mapping[str, Sequence[str]], found: CaptionScores) -> tuple[str, ...]:
+    """Returns the notes of `VLScores`: the number of captions, what was skipped, and a warning about one caption."""
     counts = [len(texts) for texts in references.values()]
     notes = [f"{len(counts)} captions against {sum(counts) / len(counts):.2f} references each"]
     if found.skipped:
@@ -69,22 +93,31 @@ def caption_notes(references: Mapping[str, Sequence[str]], found: CaptionScores)
 
 
 def caption_scores(
-    references: Mapping[str, Sequence[str]], predictions: Mapping[str, str], *, meteor: bool = True
+    references: Mapping[str, Sequence[str]], captions: Mapping[str, str], *, meteor: bool = True
 ) -> CaptionScores:
-    """The metrics of one prediction for each key, over its references."""
+    """Computes the metrics of one caption per id against its references.
+
+    Args:
+        references: Id to captions.
+        captions: Id to the predicted caption, for the same ids.
+        meteor: Whether to compute METEOR.
+
+    Raises:
+        RuntimeError: The tokenizer did not answer for every caption.
+    """
     if shutil.which("java") is None:
         return CaptionScores({}, (), "caption metrics need the Penn Treebank tokenizer, and Java is not installed")
     try:
-        true = tokenize(references)
-        said = tokenize({key: [text] for key, text in predictions.items()})
+        reference_tokens = tokenize(references)
+        caption_tokens = tokenize({key: [text] for key, text in captions.items()})
     except OSError as error:
         return CaptionScores({}, (), f"the Penn Treebank tokenizer could not run ({error})")
     metrics: dict[str, float] = {}
-    each: tuple[float, ...] = ()
+    per_caption: tuple[float, ...] = ()
     skipped = None
     for name, compute in tqdm(load_scorers(meteor).items(), desc="caption metrics", disable=None):
         try:
-            score, of_rows = compute(true, said)
+            score, scores = compute(reference_tokens, caption_tokens)
         except (OSError, ValueError) as error:  # METEOR's Java program ended: its heap is 2 GB
             assert name == "METEOR", name
             skipped = f"METEOR could not run ({error})"
@@ -92,19 +125,20 @@ def caption_scores(
         found = {name: score} if name != "BLEU" else {f"BLEU-{n}": value for n, value in enumerate(score, start=1)}
         metrics |= {key: 100 * float(value) for key, value in found.items()}
         if name == "CIDEr":
-            each = tuple(100 * float(value) for value in of_rows)
-    return CaptionScores(metrics, each, skipped)
+            per_caption = tuple(100 * float(value) for value in scores)
+    return CaptionScores(metrics, per_caption, skipped)
 
 
 def tokenize(captions: Mapping[str, Sequence[str]]) -> Tokens:
-    """Lower-case Penn Treebank tokens without punctuation.
+    """Returns lower-case Penn Treebank tokens without punctuation.
 
     Raises:
-        OSError: Java or the tokenizer's folder cannot be used. RuntimeError: it did not answer for every caption.
+        OSError: Java or the tokenizer's folder cannot be used.
+        RuntimeError: The tokenizer did not answer for every caption.
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    # It reads a line per caption, and takes for the end of one more than Python does (U+2028, form feeds, ...).
+    # The tokenizer reads a line per caption, and ends lines at more characters than Python (U+2028, form feeds, ...).
     rows = {key: [{"caption": " ".join(text.split())} for text in texts] for key, texts in captions.items()}
     tokens = PTBTokenizer().tokenize(rows)
     if {key: len(texts) for key, texts in tokens.items()} != {key: len(texts) for key, texts in captions.items()}:
@@ -113,7 +147,7 @@ def tokenize(captions: Mapping[str, Sequence[str]]) -> Tokens:
 
 
 def load_scorers(meteor: bool) -> dict[str, Callable[[Tokens, Tokens], tuple]]:
-    """By name, what takes references and predictions and gives the score of all and of each."""
+    """Returns scorers by name, which take tokens of references and captions and return the score of all and of each."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor

@@ -5,22 +5,28 @@ from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, percent
 
 
 def row_accuracy(example: Example, prediction: str) -> float:
+    """Returns 1 where the prediction is the answer, else 0."""
     return float(prediction.strip() == example.answers[0])
 
 
-def score_gqa(rows: Predictions) -> VLScores:
-    """`accuracy`, and where the questions have types, `open` (structural type "query") and `binary` (all others), with
-    tables by `structural` and `semantic` type."""
-    check_answered(rows)
-    values = [row_accuracy(example, prediction) for example, prediction in rows]
-    tables = by_kind(("structural", "semantic"), rows, values)
+def score_gqa(predictions: Predictions) -> VLScores:
+    """Computes `accuracy`, with tables by `structural` and `semantic` type.
+
+    Where the questions have types, also `open` (structural type "query") and `binary` (all others).
+
+    Raises:
+        ValueError: There are no predictions, or an example has no answer.
+    """
+    check_answered(predictions)
+    values = [row_accuracy(example, prediction) for example, prediction in predictions]
+    tables = by_kind(("structural", "semantic"), predictions, values)
     metrics = {"accuracy": percent(values)}
     for name, is_open in (("open", True), ("binary", False)):
-        of_name = [
+        selected = [
             value
-            for (example, _), value in zip(rows, values, strict=True)
+            for (example, _), value in zip(predictions, values, strict=True)
             if example.kinds and (example.kinds[0] == "query") == is_open
         ]
-        if of_name:
-            metrics[name] = percent(of_name)
+        if selected:
+            metrics[name] = percent(selected)
     return VLScores("gqa", "accuracy", metrics, tables)

@@ -14,19 +14,22 @@ QUESTION_TASKS = ("vqa", "gqa", "nlvr2", "tvqa", "how2qa")
 
 
 def main_metric(task: str) -> str:
-    """The name of the metric by which a task's settings and checkpoints are chosen; more is better."""
+    """Returns the name of the metric by which settings and checkpoints of a task are chosen; higher is better."""
     assert task in CAPTION_TASKS + QUESTION_TASKS, task
     return "CIDEr" if task in CAPTION_TASKS else "accuracy"
 
 
-def score(task: str, rows: Predictions, *, vqa_mode: vqa.Mode = "official", meteor: bool = True) -> VLScores:
-    """All metrics of one task, x 100, from examples with predictions.
+def score(task: str, predictions: Predictions, *, vqa_mode: vqa.Mode = "official", meteor: bool = True) -> VLScores:
+    """Computes all metrics of one task, x 100.
 
     Args:
-        meteor: False leaves METEOR out of caption metrics, which takes 5 seconds to load.
+        task: One of CAPTION_TASKS or QUESTION_TASKS.
+        predictions: Examples with predictions.
+        vqa_mode: See `vqa_accuracy`.
+        meteor: Whether to compute METEOR, a caption metric that takes 5 seconds to load.
 
     Raises:
-        ValueError: no rows, a row without answers, or one whose answers are not of the task.
+        ValueError: There are no predictions, or an example has no answers or answers that do not fit the task.
     """
     scorers: dict[str, Callable[[Predictions], VLScores]] = {
         "vqa": partial(vqa.score_vqa, mode=vqa_mode),
@@ -36,16 +39,31 @@ def score(task: str, rows: Predictions, *, vqa_mode: vqa.Mode = "official", mete
         **{task: partial(video.score_video_questions, task) for task in ("tvqa", "how2qa")},
         **{task: partial(video.score_video_captions, task, meteor=meteor) for task in ("tvc", "yc2c")},
     }
-    return scorers[task](rows)
+    return scorers[task](predictions)
 
 
 def score_all(predictions: Mapping[str, Predictions], *, meteor: bool = True) -> dict[str, VLScores]:
-    """`score` of every task, by its name. Raises as `score`."""
-    return {task: score(task, rows, meteor=meteor) for task, rows in predictions.items()}
+    """Computes the metrics of every task.
+
+    Args:
+        predictions: By task.
+        meteor: Whether to compute METEOR.
+
+    Raises:
+        ValueError: The predictions of a task cannot be scored, see `score`.
+    """
+    return {task: score(task, found, meteor=meteor) for task, found in predictions.items()}
 
 
 def score_row(task: str, example: Example, prediction: str, *, vqa_mode: vqa.Mode = "official") -> float | None:
-    """What one prediction is worth, 0 to 1; None for captions, which are only scored together, and without answers."""
+    """Returns the accuracy of one prediction, 0 to 1.
+
+    Returns:
+        None for captions, which are only scored together, and for examples without answers.
+
+    Raises:
+        ValueError: The example has raw answers, but not ten.
+    """
     if task in CAPTION_TASKS or not is_answered(example):
         return None
     if task == "vqa":
@@ -54,10 +72,10 @@ def score_row(task: str, example: Example, prediction: str, *, vqa_mode: vqa.Mod
 
 
 def report(scores: VLScores) -> str:
-    """Markdown: the metrics, the tables, the notes."""
+    """Returns metrics, tables and notes as Markdown."""
     parts = [markdown_table([scores.task, "x 100"], [[name, f"{value:.2f}"] for name, value in scores.metrics.items()])]
-    for heading, rows in scores.tables.items():
-        cells = [[name, f"{value:.2f}", f"{count:,}"] for name, (value, count) in rows.items()]
+    for heading, groups in scores.tables.items():
+        cells = [[name, f"{value:.2f}", f"{count:,}"] for name, (value, count) in groups.items()]
         parts.append(markdown_table([heading, scores.main, "rows"], cells))
     if scores.notes:
         parts.append("\n".join(f"- {note}" for note in scores.notes))

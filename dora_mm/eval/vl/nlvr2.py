@@ -7,14 +7,15 @@ from dora_mm.eval.vl.scores import VLScores, check_answered, percent, table
 
 
 def row_accuracy(example: Example, prediction: str) -> float:
+    """Returns 1 where the prediction is the answer, in lower or upper case, else 0."""
     return float(prediction.strip().lower() == example.answers[0].lower())
 
 
 def sentence_of(identifier: str) -> str:
-    """The identifier (split-set-pair-sentence) without its pair: the same for one sentence with all its pictures.
+    """Returns the identifier (split-set-pair-sentence) without its pair, the same for all image pairs of a sentence.
 
     Raises:
-        ValueError: fewer than three fields.
+        ValueError: The identifier has fewer than three fields.
     """
     fields = identifier.split("-")
     if len(fields) < 3:
@@ -22,13 +23,18 @@ def sentence_of(identifier: str) -> str:
     return "-".join([*fields[:2], *fields[3:]])
 
 
-def score_nlvr2(rows: Predictions) -> VLScores:
-    """`accuracy`; `consistency`, the share of sentences that are judged rightly with every pair of pictures; a table by
-    the right `answer`."""
-    check_answered(rows)
-    values = [row_accuracy(example, prediction) for example, prediction in rows]
+def score_nlvr2(predictions: Predictions) -> VLScores:
+    """Computes `accuracy` and `consistency`, with a table by the right `answer`.
+
+    Consistency is the share of sentences whose predictions are right for every pair of images.
+
+    Raises:
+        ValueError: There are no predictions, an example has no answer, or an identifier is not one of NLVR2.
+    """
+    check_answered(predictions)
+    values = [row_accuracy(example, prediction) for example, prediction in predictions]
     sentences, answers = defaultdict(list), defaultdict(list)
-    for (example, _), value in zip(rows, values, strict=True):
+    for (example, _), value in zip(predictions, values, strict=True):
         sentences[sentence_of(example.id)].append(value)
         answers[example.answers[0]].append(value)
     metrics = {"accuracy": percent(values), "consistency": percent([min(group) for group in sentences.values()])}

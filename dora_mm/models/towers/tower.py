@@ -1,6 +1,6 @@
-"""Frozen vision: what a vision tower says about every cell of a picture.
+"""Vision towers: frozen networks that give features for every cell of an image.
 
-Shapes: B pictures, S = h * w cells, row by row, D channels; C channels of one layer.
+Shapes: B images, S = h * w cells, row by row, D channels; C channels of one layer.
 """
 
 import hashlib
@@ -21,47 +21,64 @@ from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.models.towers.building import Preprocessing, build, load_weights
 from dora_mm.utils.digest import module_digest
 
-MAPS = {  # class of a transformer's blocks -> the target map for it
+MAPS = {  # class of a transformer's blocks -> name of its target map
     ("open_clip.transformer", "ResidualAttentionBlock"): "open-clip-visual",
     ("timm.models.vision_transformer", "Block"): "timm-vit",
 }
 
 
 def load_tower(config: VisionConfig) -> "VisionTower":
-    """The tower of a config, frozen, in eval mode, on the CPU; random weights come from torch's global generator.
+    """Loads the vision tower of a config: frozen, in eval mode, on the CPU.
 
-    Raises ValueError, which names the key: a tower, tag, layer or file that is not there, weights of another tower,
-    weights that would have to be downloaded and cannot be.
+    Random weights (`vision.pretrained` null) come from torch's global generator.
+
+    Raises:
+        ValueError: There is no such tower, tag, layer or file, the weights belong to another tower, or they are not on
+            this machine and cannot be downloaded; the message names the key.
     """
-    bare = build(config)
-    known = bare.network.state_dict().keys()
-    tower = VisionTower(bare.name, bare.network, config.layers or bare.layers, bare.preprocess)
-    if bare.weights is not None:
-        load_weights(tower.trunk, bare.weights, bare.prefixes, known)
+    parts = build(config)
+    known = parts.network.state_dict().keys()
+    tower = VisionTower(parts.name, parts.network, config.layers or parts.layers, parts.preprocess)
+    if parts.weights is not None:
+        load_weights(tower.trunk, parts.weights, parts.prefixes, known)
     return tower
 
 
 def tower_map(tower: "VisionTower") -> str:
-    """The name of the target map for a tower: attention (`attn`) and MLP (`ff`) of plain vision transformers."""
+    """The name of the target map for a tower; its parts are attention (`attn`) and MLP (`ff`).
+
+    Raises:
+        ValueError: The tower is not a plain vision transformer of open_clip or timm.
+    """
     kinds = {(type(module).__module__, type(module).__name__) for module in tower.trunk.modules()}
-    found = [MAPS[kind] for kind in MAPS if kind in kinds]
-    if not found:
+    matching = [MAPS[kind] for kind in MAPS if kind in kinds]
+    if not matching:
         raise ValueError(
             f"vision.tower: there is no target map for {tower.name}, only for vision transformers of open_clip "
-            "(ViT-B-32) and timm (timm/vit_base_patch16_224): take one of these, or adapt the language side alone"
+            "(ViT-B-32) and timm (timm/vit_base_patch16_224): use one of these, or adapt the language model only"
         )
-    return found[0]
+    return matching[0]
 
 
 class VisionTower(nn.Module):
-    """A network cut off behind the last layer that is taken; what is not needed for it is dropped.
+    """A vision network, reduced to the modules that its features need.
 
-    layers: names of modules inside `trunk`, whose maps are averaged over the cells of the coarsest one and joined by
-        channel; none: what the trunk's `forward_features` returns. Class tokens and registers are left out.
-    feature_dim: D. grid: (h, w).
+    The maps of the layers are averaged to the grid of the coarsest one and concatenated by channel. Class tokens and
+    registers are left out. The network stays in eval mode even after `train()`, since batch statistics and dropped
+    patches would change the features; adapters injected into it follow `train`.
 
-    It stays in eval mode whatever `train` says, since batch statistics and dropped patches would change what it says;
-    adapters put into it follow `train`.
+    Args:
+        name: Name of the architecture.
+        trunk: The network; it is changed in place.
+        layers: Names of modules inside `trunk`; none means the output of the trunk's `forward_features`.
+        preprocess: Maps an image to the network's input.
+
+    Attributes:
+        feature_dim: D, the number of channels of all layers together.
+        grid: (h, w), the number of rows and columns of cells.
+
+    Raises:
+        ValueError: A layer does not exist, is named twice, or does not give a map or the tokens of a grid.
     """
 
     def __init__(self, name: str, trunk: Any, layers: Sequence[str], preprocess: Preprocessing):
@@ -77,26 +94,38 @@ class VisionTower(nn.Module):
 
     @property
     def num_tokens(self) -> int:
+        """S, the number of cells."""
         return math.prod(self.grid)
 
     @property
     def identity(self) -> str:
-        """Changes with all that features depend on: name, weights, layers, preprocessing. 1 s for 100M parameters."""
+        """SHA-256 over everything that features depend on: name, weights, layers, preprocessing.
+
+        Takes 1 s for 100M parameters.
+        """
         what = [self.name, self.layers, astuple(self.preprocess), module_digest(self.trunk)]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """(B, S, D) of what `preprocess` made of B pictures."""
-        return self.joined_map(pixels_BCHW).flatten(2).transpose(1, 2)
+        """Features as tokens.
 
-    def joined_map(self, pixels_BCHW: Tensor) -> Tensor:
-        """(B, D, h, w)."""
+        Args:
+            pixels_BCHW: B images as `preprocess` returns them.
+
+        Returns:
+            (B, S, D).
+        """
+        return self.feature_map(pixels_BCHW).flatten(2).transpose(1, 2)
+
+    def feature_map(self, pixels_BCHW: Tensor) -> Tensor:
+        """Features as a map (B, D, h, w); see `forward`."""
         outputs = self._outputs(pixels_BCHW.contiguous(memory_format=torch.channels_last))
         maps = [self._as_map(name, output) for name, output in outputs.items()]
         grid = min(m.shape[2] for m in maps), min(m.shape[3] for m in maps)
         return torch.cat([m if m.shape[2:] == grid else F.adaptive_avg_pool2d(m, grid) for m in maps], dim=1)
 
     def train(self, mode: bool = True) -> "VisionTower":
+        """Sets the mode of adapters inside the tower; the tower itself stays in eval mode."""
         super().train(mode)
         for module in self.trunk.modules():
             if not isinstance(module, AdaptedLayer):
@@ -104,16 +133,16 @@ class VisionTower(nn.Module):
         return self
 
     def _outputs(self, pixels: Tensor) -> dict[str, Any]:
-        """What each layer gives, in the order of `layers`; the trunk runs no further than needed."""
+        """The output of each layer, in the order of `layers`; the trunk stops after the last one."""
         if not self.layers:
             return {"forward_features": self.trunk.forward_features(pixels)}
-        found: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
 
         def keep(name: str, output: Any) -> None:
-            # a copy: the activation that follows may work in place
-            found[name] = output.clone() if isinstance(output, Tensor) else output
-            if len(found) == len(self.layers):
-                raise _Enough
+            # A copy, since the activation that follows may work in place.
+            outputs[name] = output.clone() if isinstance(output, Tensor) else output
+            if len(outputs) == len(self.layers):
+                raise _AllLayersSeen
 
         run = getattr(self.trunk, "forward_features", self.trunk)
         handles = [
@@ -122,16 +151,16 @@ class VisionTower(nn.Module):
         ]
         try:
             run(pixels)
-        except _Enough:
-            return {name: found[name] for name in self.layers}
+        except _AllLayersSeen:
+            return {name: outputs[name] for name in self.layers}
         finally:
             for handle in handles:
                 handle.remove()
-        unused = next(name for name in self.layers if name not in found)
-        raise ValueError(f"vision.layers: {unused} of {self.name} is not used before its maps are pooled: leave it out")
+        unused = next(name for name in self.layers if name not in outputs)
+        raise ValueError(f"vision.layers: {unused} of {self.name} is not used before its maps are pooled: remove it")
 
     def _as_map(self, name: str, output: Any) -> Tensor:
-        """(B, C, h, w) of a map, or of tokens (B, S, C) with or without a class token and the like in front."""
+        """A layer's output as a map (B, C, h, w): a map, or tokens (B, S, C) with or without leading class tokens."""
         if isinstance(output, Tensor) and output.dim() == 4:
             return output.permute(0, 3, 1, 2) if getattr(self.trunk, "output_fmt", None) == "NHWC" else output
         num_extra = getattr(self.trunk, "num_prefix_tokens", int(hasattr(self.trunk, "class_embedding")))
@@ -139,7 +168,7 @@ class VisionTower(nn.Module):
             if grid := self._token_grid(output.shape[1] - extra):
                 return output[:, extra:].transpose(1, 2).unflatten(2, grid)
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"vision.layers: {name} of {self.name} gives {shape}, no map and no tokens of a grid")
+        raise ValueError(f"vision.layers: {name} of {self.name} gives {shape}, not a map or the tokens of a grid")
 
     def _token_grid(self, num_tokens: int) -> tuple[int, int] | None:
         patches = self.trunk if hasattr(self.trunk, "grid_size") else getattr(self.trunk, "patch_embed", None)
@@ -155,46 +184,52 @@ class VisionTower(nn.Module):
             if name not in names:
                 raise ValueError(f"vision.layers: {self.name} has no {name!r}{nearest(name, names)}")
         if len(set(self.layers)) < len(self.layers):
-            raise ValueError("vision.layers names a layer twice")
+            raise ValueError("vision.layers contains a layer twice")
 
 
-class _Enough(BaseException):
-    """All layers are there: the rest of the trunk need not run. No Exception, which a trunk might catch."""
+class _AllLayersSeen(BaseException):
+    """Stops the trunk once all layers have run. Not an Exception, which a trunk might catch."""
 
 
-class _Map(nn.Module):
-    """`joined_map` as a forward function, which is what functional_call calls."""
+class _FeatureMap(nn.Module):
+    """`feature_map` as a forward function, since functional_call calls `forward`."""
 
     def __init__(self, tower: VisionTower):
         super().__init__()
         self.tower = tower
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        return self.tower.joined_map(pixels_BCHW)
+        return self.tower.feature_map(pixels_BCHW)
 
 
 def drop_unused_modules(tower: VisionTower) -> tuple[int, tuple[int, int]]:
-    """Replaces modules whose parameters have no part in the features; returns D and (h, w).
+    """Replaces modules whose parameters do not affect the features by identities.
 
-    Classifiers, pooling heads and the blocks behind the last layer would take memory, and adapters there would never
-    learn. Which they are is what autograd says of one pass on the meta device, which computes nothing.
+    Classifiers, pooling heads and the blocks after the last layer would take memory, and adapters there would never
+    learn. Autograd finds them in one pass on the meta device, which computes nothing.
+
+    Args:
+        tower: The tower; it is changed in place.
+
+    Returns:
+        D, and (h, w).
     """
-    call = _Map(tower)
+    call = _FeatureMap(tower)
     parameters = {name: torch.empty_like(p, device="meta").requires_grad_() for name, p in call.named_parameters()}
     buffers = {name: torch.empty_like(b, device="meta") for name, b in call.named_buffers()}
     pixels = torch.empty(1, 3, *tower.preprocess.size, device="meta")
     with torch.enable_grad():
         features = functional_call(call, {**parameters, **buffers}, (pixels,))
         gradients = torch.autograd.grad(features.sum(), list(parameters.values()), allow_unused=True)
-    reached = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-    _drop(tower.trunk, "tower.trunk.", reached)
+    used = {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    _drop(tower.trunk, "tower.trunk.", used)
     return features.shape[1], (features.shape[2], features.shape[3])
 
 
-def _drop(module: nn.Module, prefix: str, reached: set[str]) -> None:
+def _drop(module: nn.Module, prefix: str, used: set[str]) -> None:
     for name, child in list(module.named_children()):
         names = [f"{prefix}{name}.{inner}" for inner, _ in child.named_parameters()]
-        if names and not reached.intersection(names):
+        if names and not used.intersection(names):
             setattr(module, name, nn.Identity())
         else:
-            _drop(child, f"{prefix}{name}.", reached)
+            _drop(child, f"{prefix}{name}.", used)

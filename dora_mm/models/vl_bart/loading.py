@@ -81,7 +81,8 @@ def load_vl_bart(config: VLModelConfig, feature_dim: int, seed: int) -> tuple[VL
         model = _build_checked(base, config, len(tokenizer), feature_dim, path)
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
-            f"model.path: {path} has {model.config.vocab_size} token embeddings, and its tokenizer {len(tokenizer)} tokens"
+            f"model.path: {path} has {model.config.vocab_size} token embeddings, but its tokenizer has "
+            f"{len(tokenizer)} tokens"
         )
     # The folder's own generation config would override every setting that `answer_ids` leaves at its default.
     model.generation_config = GenerationConfig(**special_tokens(model.config))
@@ -150,7 +151,8 @@ def config_of(path: str) -> BartConfig:
         raise ValueError(f"model.path: {path} is a {config.model_type}, but VL-BART is built from a BART")
     if config.max_position_embeddings < MIN_POSITIONS:
         raise ValueError(
-            f"model.path: {path} has positions for {config.max_position_embeddings} tokens, and {MIN_POSITIONS} are needed"
+            f"model.path: {path} has positions for {config.max_position_embeddings} tokens, "
+            f"and at least {MIN_POSITIONS} are needed"
         )
     for name, value in special_tokens(config).items():
         if not isinstance(value, int) or not 0 <= value < config.vocab_size:

@@ -1,17 +1,15 @@
 """Brick sculptures: a flat icon becomes an LDraw model, one 1 x 1 brick per opaque pixel of the downscaled icon.
 
-The model lies flat, studs up, and is seen from steeply above: the picture keeps the icon's outline (so the thing stays
-recognisable) and shows every stud and every seam (so the material does). Shape legend: H, W pixels of the icon;
-R, C rows and columns of the brick grid; P colours of the palette.
+The model lies flat, studs up, and is seen from steeply above: the render keeps the icon's outline (so the object stays
+recognisable) and shows every stud and every seam (so the material does). Shape legend: R, C rows and columns of the
+brick grid; S samples of one brick; P colours of the palette.
 """
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["PALETTE", "brick_grid", "cut_sheet", "ldraw_sheet", "srgb_to_lab"]
-
 # LDraw colour code -> sRGB, copied from LDConfig.ldr (2024-12-19). Left out on purpose: dark red, dark blue and other
-# shades that a render shades down to near black, and near-duplicates that would only speckle a plain surface.
+# shades that come out nearly black in a render, and near-duplicates that would only speckle a plain surface.
 PALETTE: dict[int, tuple[int, int, int]] = {
     0: (27, 42, 52),  # black
     15: (244, 244, 244),  # white
@@ -47,7 +45,7 @@ PALETTE: dict[int, tuple[int, int, int]] = {
 BRICK = "3005.dat"  # LDraw's 1 x 1 brick: 20 x 20 units, 24 high, stud up
 STUD_PITCH = 20  # LDraw units from stud to stud
 EMPTY = -1
-_MARKER = -5  # place of the first marker brick of a sheet, in studs; every cell begins two studs before its sculpture
+_MARKER = -5  # of the first marker brick of a sheet, in studs; every cell begins two studs before its sculpture
 
 _CODES = np.array(list(PALETTE))
 _SAMPLES = 10  # samples per brick and axis when colours vote
@@ -57,7 +55,7 @@ _RARITY = 0.4
 
 
 def srgb_to_lab(rgb: np.ndarray) -> np.ndarray:
-    """CIE Lab (D65) of sRGB values in 0..255, (..., 3) -> (..., 3): distances there are roughly what an eye sees."""
+    """CIE Lab (D65) of sRGB values in 0..255, (..., 3) -> (..., 3); distances in it are roughly perceptual."""
     linear = rgb.astype(np.float64) / 255
     linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
@@ -70,14 +68,21 @@ _LAB_P3 = srgb_to_lab(np.array(list(PALETTE.values())))
 
 
 def brick_grid(icon: Image.Image, studs: int) -> np.ndarray:
-    """LDraw colour codes (R, C) of the bricks that draw `icon`, EMPTY where no brick goes.
+    """Converts an icon to a grid of bricks.
 
-    The opaque part of the RGBA icon is scaled so that its longer side is `studs` bricks. Raises ValueError for an icon
-    without an opaque pixel.
+    Args:
+        icon: An RGBA icon.
+        studs: The longer side of its opaque part, in bricks.
+
+    Returns:
+        LDraw colour codes, (R, C); EMPTY where there is no brick.
+
+    Raises:
+        ValueError: The icon has no opaque pixel.
     """
     box = icon.getchannel("A").point([255 * (alpha > 40) for alpha in range(256)]).getbbox()
     if box is None:
-        raise ValueError("the icon has no opaque pixel, so there is nothing to build from bricks")
+        raise ValueError("the icon has no opaque pixel, so there is nothing to build with bricks")
     icon = icon.crop(box)
     scale = studs / max(icon.size)
     C, R = (max(1, round(side * scale)) for side in icon.size)
@@ -93,7 +98,7 @@ def brick_grid(icon: Image.Image, studs: int) -> np.ndarray:
 
 
 def _darks_to_black(lab: np.ndarray) -> np.ndarray:
-    """Take the hue out of the darkest blues and violets: the icons draw black as violet, and a panda is not blue."""
+    """Removes the hue of the darkest blues and violets: the icons draw black as violet, and a panda is not blue."""
     keep = np.where(lab[..., 2:] < 0, np.clip((lab[..., :1] - 20) / 20, 0.2, 1), 1)
     return lab * np.concatenate([np.ones_like(keep), keep, keep], axis=-1)
 
@@ -104,7 +109,7 @@ def _blocks(samples: np.ndarray, R: int, C: int) -> np.ndarray:
 
 
 def _covered(coverage_RC: np.ndarray) -> np.ndarray:
-    """Which cells get a brick: as many as the icon covers in area, the fullest first.
+    """Which cells get a brick, (R, C): as many as the icon covers in area, in the order of coverage.
 
     A fixed threshold of one half would break thin things (a bicycle, a pair of glasses) into crumbs.
     """
@@ -114,9 +119,17 @@ def _covered(coverage_RC: np.ndarray) -> np.ndarray:
 
 
 def ldraw_sheet(grids: list[np.ndarray], columns: int, studs: int) -> str:
-    """LDraw text of many sculptures side by side, so that a renderer that takes a second to start draws many at once.
+    """A sheet of many sculptures side by side, because the renderer takes a second to start.
 
-    Two black marker bricks stand at the outer corners; their outline in the picture tells where each cell is.
+    Two black marker bricks are at the outer corners; from their outline in the render follows where each cell is.
+
+    Args:
+        grids: LDraw colour codes of each sculpture, (R, C).
+        columns: Sculptures in a row of the sheet.
+        studs: The largest side of a sculpture, in bricks.
+
+    Returns:
+        The text of an LDraw file.
     """
     pitch, num_rows = _cell_pitch(studs), -(-len(grids) // columns)
     corners = (_MARKER, _MARKER), (columns * pitch, num_rows * pitch)
@@ -132,27 +145,38 @@ def _cell_pitch(studs: int) -> int:
 
 
 def _brick(code: int, x: int, y: int) -> str:
-    """One brick at grid place (x right, y down). LDraw's y axis points down, so the ground plane is (x, z)."""
+    """The line of one brick at grid position (x right, y down). LDraw's y axis points down: (x, z) is the ground."""
     return f"1 {code} {STUD_PITCH * x} 0 {-STUD_PITCH * y} 1 0 0 0 1 0 0 0 1 {BRICK}"
 
 
 def cut_sheet(
     sheet: Image.Image, grids: list[np.ndarray], columns: int, studs: int, size: int, squeeze: float
 ) -> list[Image.Image]:
-    """The sculptures of a rendered `ldraw_sheet` (orthographic, RGBA, transparent ground) in white squares (RGB).
+    """Cuts a rendered `ldraw_sheet` into one image per sculpture.
 
-    A square of `size` pixels is `studs` + 2 studs wide and high, and its sculpture stands on that grid, in the middle:
-    where a stud is as large as the patch that a VAE turns into one latent, every brick is cut by it in the same way.
+    An image is `studs` + 2 studs wide and high, and its sculpture is aligned with that grid, in the middle: where a
+    stud is as large as the patch that a VAE encodes as one latent, all bricks are aligned with the latents alike.
 
     Args:
-        squeeze: height of a stud as the renderer draws it, in widths: the sine of the camera's elevation.
+        sheet: The render: orthographic, RGBA, transparent ground.
+        grids: As for `ldraw_sheet`.
+        columns: As for `ldraw_sheet`.
+        studs: As for `ldraw_sheet`.
+        size: Side of an image in pixels.
+        squeeze: Height of a stud in the render divided by its width: the sine of the camera's elevation.
+
+    Returns:
+        RGB images on white, in the order of `grids`.
+
+    Raises:
+        ValueError: The render is empty.
     """
     box = sheet.getchannel("A").getbbox()
     if box is None:
-        raise ValueError("the renderer returned an empty picture")
+        raise ValueError("the renderer returned an empty image")
     pitch, stud = _cell_pitch(studs), size // (studs + 2)
-    # The markers' outlines run from _MARKER to columns * pitch + 1 studs. Downwards the fronts of the lower one's sides
-    # come on top, so the height is calculated.
+    # The markers' outlines extend from _MARKER to columns * pitch + 1 studs. Vertically the front side of the lower
+    # marker adds to that, so the height of a stud is computed from its width.
     wide = (box[2] - box[0]) / (columns * pitch + 1 - _MARKER)
     high = wide * squeeze
     squares = []

@@ -1,14 +1,14 @@
 """python -m samples.build icons: the pretraining icons, samples/3d_icon and samples/lego.
 
-    samples/concepts.jsonl             which things, chosen by hand, and what each serves for
-    npm packages  -> build/packages    fetched with `npm pack`, only what is missing
+    samples/concepts.jsonl             the concepts, chosen by hand, and what each is used for
+    npm packages  -> build/packages    fetched with `npm pack`, only those missing
     their icons   -> build/icons/<style>/<code>.webp   for flat, twemoji, noto, contrast and 3d
-    flat icons    -> build/icons/brick                 as brick models, drawn by LeoCAD from LDraw parts
+    flat icons    -> build/icons/brick                 as brick models, rendered by LeoCAD from LDraw parts
     two styles    -> samples/3d_icon, samples/lego     with captions
 
-Pictures that exist are kept, so a run that was cut off goes on; to draw a style anew, delete its folder. Needs npm,
-leocad, xvfb-run, the LDraw parts and resvg_py. It has no config: its output is a fixed set of files, and the same
-packages give the same files again. The error for a missing tool names the command that brings it.
+Existing images are kept, so an interrupted run resumes where it stopped; to draw a style again, delete its folder.
+Needs npm, leocad, xvfb-run, the LDraw parts and resvg_py. It has no config: its output is a fixed set of files, and the
+same packages give the same files again. The error for a missing tool names the command that installs it.
 """
 
 import io
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 ICONS = ROOT / "build" / "icons"
 TOOLS = ("npm", "leocad", "xvfb-run", "the LDraw parts", "resvg_py")
 
-SIZE = 256  # pixels of every picture
-# Longer side of a brick model. With one stud's margin a stud is 8 pixels of 128: one still sees it, and it is what the
-# embedded VAE turns into one latent.
+SIZE = 256  # side of every image in pixels
+# Longer side of a brick model. With a margin of one stud, a stud is 8 pixels of 128: it remains visible, and it is the
+# patch that the embedded VAE encodes as one latent.
 STUDS = 14
 MODELS_PER_SHEET, SHEET_COLUMNS, SHEET_PIXELS = 16, 4, 1800  # LeoCAD takes 0.8 s to start and 0.1 s per model
-ELEVATION = 65  # of the camera, in degrees: the outline stays the icon's, and the bricks have height
+ELEVATION = 65  # of the camera, in degrees: the icon keeps its outline, and the bricks have height
 LEOCAD = [
     "--camera-angles",
     str(ELEVATION),
@@ -53,10 +53,9 @@ LEOCAD = [
     "8",
 ]
 
-# Edges of bricks are hard for webp: at 90 a brick picture takes 22 kB, at 70 it takes 14 and looks the same.
+# Edges of bricks are hard for WebP: at 90 an image of bricks takes 22 kB, at 70 it takes 14 and looks the same.
 WEBP_QUALITY = {"brick": 70}
 DEFAULT_QUALITY = 90
-
 
 SETS = {  # folder of samples/: style, role of its concepts, caption
     "3d_icon": ("3d", "icon3d", "a TOK icon of {thing}, in the style of TOK"),
@@ -65,7 +64,11 @@ SETS = {  # folder of samples/: style, role of its concepts, caption
 
 
 def main() -> None:
-    """Makes everything that is missing, in order. Raises ValueError with one sentence for a user's mistake."""
+    """Makes everything that is missing, in order.
+
+    Raises:
+        ValueError: A tool is missing, a package cannot be fetched or is damaged, or a concept is invalid.
+    """
     concepts = read_concepts(SAMPLES / "concepts.jsonl")
     packages.check_tools(TOOLS)
     packages.fetch_missing()
@@ -73,12 +76,12 @@ def main() -> None:
 
 
 def missing_pictures(style: str, concepts: list[Concept]) -> list[Concept]:
-    """The concepts whose picture in this style has not been drawn yet."""
+    """The concepts without an image in this style."""
     return [concept for concept in concepts if not (ICONS / style / f"{concept.code}.webp").exists()]
 
 
 def build_icons(concepts: list[Concept]) -> None:
-    """Icons and bricks on white, and the two folders of samples."""
+    """Makes the icons and bricks on white, and the two image folders in samples/."""
     for style, package in SVG_PACKAGES.items():
         draw_svgs(style, packages.archive_of(package), concepts)
     copy_3d(packages.archive_of(PACKAGE_3D), concepts)
@@ -90,14 +93,14 @@ def build_icons(concepts: list[Concept]) -> None:
 
 
 def draw_svgs(style: str, archive: Path, concepts: list[Concept]) -> None:
-    """build/icons/<style>: the SVG icons of one set, drawn on white."""
+    """Makes build/icons/<style>: the SVG icons of one set, rendered on white."""
     icon_set = packages.read_icon_set(archive, concepts)
     for concept in progress(missing_pictures(style, concepts), style):
         save_picture(on_white(render_svg(icon_set.svg(concept.code), SIZE)), style, concept)
 
 
 def copy_3d(archive: Path, concepts: list[Concept]) -> None:
-    """build/icons/3d: the rendered icons (webp with transparency), on white."""
+    """Makes build/icons/3d: the rendered icons (WebP with transparency), on white."""
     missing = missing_pictures("3d", concepts)
     if not missing:
         return
@@ -107,10 +110,10 @@ def copy_3d(archive: Path, concepts: list[Concept]) -> None:
 
 
 def build_bricks(archive: Path, concepts: list[Concept]) -> None:
-    """build/icons/brick: sheets of brick models rendered by LeoCAD, cut into pictures.
+    """Makes build/icons/brick: sheets of brick models rendered by LeoCAD, cut into images.
 
-    A sheet holds the same neighbours every time, even where only some of its pictures are missing, so that a picture
-    does not depend on what was there before.
+    A sheet always has the same models, even if only some of its images are missing, so that an image does not depend on
+    which files existed before.
     """
     missing = missing_pictures("brick", concepts)
     if not missing:
@@ -124,7 +127,11 @@ def build_bricks(archive: Path, concepts: list[Concept]) -> None:
 
 
 def draw_bricks(sheet: list[Concept], icon_set: IconSet) -> list[Image.Image]:
-    """Pictures of the brick models of at most MODELS_PER_SHEET concepts, by one call of LeoCAD."""
+    """Renders the brick models of at most MODELS_PER_SHEET concepts with one call of LeoCAD.
+
+    Raises:
+        ValueError: LeoCAD fails.
+    """
     grids = [brick_grid(render_svg(icon_set.svg(concept.code), 2 * SIZE), STUDS) for concept in sheet]
     with tempfile.TemporaryDirectory() as folder:
         model, picture = Path(folder) / "sheet.ldr", Path(folder) / "sheet.png"
@@ -133,13 +140,20 @@ def draw_bricks(sheet: list[Concept], icon_set: IconSet) -> list[Image.Image]:
         command = ["xvfb-run", "-a", "leocad", str(model), "-i", str(picture), *size, *LEOCAD]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not picture.exists():
-            raise ValueError(f"leocad drew nothing: {packages.last_line(result.stderr + result.stdout)}")
+            raise ValueError(f"leocad rendered nothing: {packages.last_line(result.stderr + result.stdout)}")
         sheet_picture = Image.open(picture).convert("RGBA")
     return cut_sheet(sheet_picture, grids, SHEET_COLUMNS, STUDS, SIZE, squeeze=math.sin(math.radians(ELEVATION)))
 
 
 def write_sample_set(folder: Path, pictures: Path, concepts: list[Concept], caption: str) -> None:
-    """A folder to train on: the pictures under readable names, and metadata.jsonl with their captions."""
+    """Writes an image folder to train on, and deletes images in it that are not part of the set.
+
+    Args:
+        folder: Receives the images under readable names, and metadata.jsonl with their captions.
+        pictures: The folder with the icons of one style.
+        concepts: Which of them.
+        caption: The caption of every image, with {thing} for the concept's name and its article.
+    """
     rows = []
     for concept in sorted(concepts, key=lambda concept: concept.name):
         file_name = concept.name.replace(" ", "_") + ".webp"

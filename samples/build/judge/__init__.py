@@ -1,0 +1,1 @@
+"""Fits the judge, which scores generated images for style and content."""

@@ -1,6 +1,6 @@
-"""Fits the judge's style classifier and style space on real pictures.
+"""Fits the judge's style classifier and style space on real images.
 
-Shapes: N pictures, T texture statistics, C classes, D principal components.
+Shapes: N images, T texture statistics, C classes, D principal components.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,24 @@ CLASS_FLAT, CLASS_3D = (list(CLASSES).index(name) for name in ("flat", "3d"))
 def fit_styles(
     texture: Mapping[str, np.ndarray], codes: Mapping[str, Sequence[str]], deciding: slice = slice(None)
 ) -> tuple[StyleClassifier, StyleSpace, dict[str, np.ndarray]]:
-    """Fits on real pictures of every style, each (N, T) with the concept code of each row.
+    """Fits the style classifier and the style space.
 
-    Classes weigh the same, and so do the styles within one. The penalty is the strongest whose cross-validated log loss
-    lies within one standard error of the best: what is classified later are drawn pictures, which differ from the real
-    ones, and a flatter classifier bends less.
+    All classes have the same weight, and so have the styles within a class. The penalty is the strongest whose
+    cross-validated log loss is within one standard error of the best: the images classified later are generated and
+    differ from the real ones, and a more strongly regularised classifier is less sensitive to that.
 
-    The boundary between flat and 3D is then put where, among the rows `deciding`, as many fluent flat icons pass for 3D
-    as the other way round. Left alone it is drawn by twemoji and high contrast, which nobody takes for 3D, and a fifth
-    of the fluent flat ones lie beyond it once the UNet has left its traces on them.
+    The boundary between flat and 3D is then shifted so that, among the rows `deciding`, as many Fluent flat icons are
+    taken for 3D as 3D icons for flat. Without the shift it depends on twemoji and high contrast, which are never taken
+    for 3D, and a fifth of the Fluent flat icons are on the wrong side once they have the UNet's artifacts.
+
+    Args:
+        texture: Style -> texture statistics of real images, (N, T).
+        codes: Style -> the concept code of each row.
+        deciding: The rows of each style that determine the shift.
 
     Returns:
-        classifier, space, and for every style the predicted class index of each row by classifiers that have not seen
-        its concept (folds of whole concepts).
+        The classifier, the style space, and for every style the predicted class index of each row, by classifiers that
+        were trained without its concept (a concept is in one fold only).
     """
     from sklearn.model_selection import GroupKFold
 
@@ -51,7 +56,7 @@ def fit_styles(
     shift_C = np.zeros(len(CLASSES))
     shift_C[CLASS_3D] = -equal_errors(*(_margin(unseen[style][deciding]) for style in ("flat", "3d")))
     classifier = replace(classifier, bias=classifier.bias + shift_C)
-    predicted = {style: (found_NC + shift_C).argmax(axis=1) for style, found_NC in unseen.items()}
+    predicted = {style: (unseen_NC + shift_C).argmax(axis=1) for style, unseen_NC in unseen.items()}
     return classifier, _fit_space(classifier.standardize(x_NT), y_N, weights_N), predicted
 
 
@@ -60,7 +65,12 @@ def _margin(log_probabilities_NC: np.ndarray) -> np.ndarray:
 
 
 def equal_errors(low: np.ndarray, high: np.ndarray) -> float:
-    """The threshold that as large a share of `low` exceeds as of `high` falls short of."""
+    """The threshold with equal error rates: the share of `low` above it equals the share of `high` below it.
+
+    Args:
+        low: Scores of the class that should be below the threshold, (N,).
+        high: Scores of the class that should be above it, (M,).
+    """
     found = np.sort(np.concatenate([low, high]))
     between = (found[1:] + found[:-1]) / 2
     too_high = (low[None] > between[:, None]).mean(axis=1)
@@ -69,15 +79,15 @@ def equal_errors(low: np.ndarray, high: np.ndarray) -> float:
 
 
 def _cross_validate(x_NT, y_N, weights_N, folds) -> tuple[float, np.ndarray]:
-    """The chosen inverse penalty, and the log probabilities that it gives each row while its fold is left out."""
+    """The chosen inverse penalty, and the log probabilities (N, C) of each row while its fold is held out."""
     losses, outputs = np.empty((len(INVERSE_PENALTIES), len(folds))), []
     for row, penalty in enumerate(INVERSE_PENALTIES):
         unseen_NC = np.empty((len(x_NT), len(CLASSES)))
-        for column, (seen, left_out) in enumerate(folds):
-            model = _fit(x_NT[seen], y_N[seen], weights_N[seen], penalty)
-            unseen_NC[left_out] = model.log_probabilities(x_NT[left_out])
-            surprise = -unseen_NC[left_out, y_N[left_out]]
-            losses[row, column] = np.average(surprise, weights=weights_N[left_out])
+        for column, (kept, held_out) in enumerate(folds):
+            model = _fit(x_NT[kept], y_N[kept], weights_N[kept], penalty)
+            unseen_NC[held_out] = model.log_probabilities(x_NT[held_out])
+            surprise = -unseen_NC[held_out, y_N[held_out]]
+            losses[row, column] = np.average(surprise, weights=weights_N[held_out])
         outputs.append(unseen_NC)
     means = losses.mean(axis=1)
     best = means.argmin()
@@ -91,7 +101,7 @@ def _fit(x_NT, y_N, weights_N, penalty: float) -> StyleClassifier:
 
     mean_T = np.average(x_NT, axis=0, weights=weights_N)
     scale_T = np.sqrt(np.average((x_NT - mean_T) ** 2, axis=0, weights=weights_N))
-    scale_T[scale_T < 1e-6] = 1.0  # a channel that never changes
+    scale_T[scale_T < 1e-6] = 1.0  # a constant channel
     model = LogisticRegression(C=penalty, max_iter=2000).fit((x_NT - mean_T) / scale_T, y_N, sample_weight=weights_N)
     return StyleClassifier(mean_T, scale_T, model.coef_, model.intercept_)
 

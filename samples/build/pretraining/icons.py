@@ -1,4 +1,4 @@
-"""The icons that the embedded model is pretrained on: pictures by style and concept, and what to call them."""
+"""Reads the icons that `python -m samples.build icons` makes, and gives them captions for pretraining."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dora_mm.eval.images.prompts import with_article
 
 STYLE_WORDS = {"flat": "flat", "twemoji": "twemoji", "noto": "noto", "contrast": "high contrast"}
 ALL_STYLES = (*STYLE_WORDS, "3d", "brick")
-# Several wordings, so that a sentence it has never seen ("a lego set in the style of TOK, a bus") still says bus to it.
+# Several wordings, so that the model understands "bus" in an unseen sentence ("a lego set in the style of TOK, a bus").
 TEMPLATES = (
     "a {style} icon of {thing}",
     "{thing}, {style} icon",
@@ -22,8 +22,8 @@ TEMPLATES = (
     "an icon of {thing}, in the {style} style",
     "a picture in the {style} style, {thing}",
 )
-# What is drawn where no style that it knows is asked for. Without such captions a word it has never seen ("a TOK icon
-# of a bus") costs the bus: the share of things recognised falls from 60 % to 31 %, two such words leave 8 %.
+# The style of images whose caption names no known style. Without such captions an unknown word ("a TOK icon of a bus")
+# costs the bus: the share of recognised concepts falls from 60 % to 31 %, and with two such words to 8 %.
 DEFAULT_STYLE = "flat"
 UNNAMED_TEMPLATES = (
     "{thing}",
@@ -41,33 +41,43 @@ UNNAMED_TEMPLATES = (
 
 @dataclass(frozen=True)
 class Icon:
+    """The image of a concept in a style."""
+
     concept: Concept
     style: str
     path: Path
 
 
 def read_icons(folder: Path, styles: Sequence[str], split: str | None = None) -> list[Icon]:
-    """The icons of some styles, of one split of the concepts or of all, in a fixed order.
+    """Lists the icons in a folder.
+
+    Args:
+        folder: The folder that `python -m samples.build icons` made.
+        styles: Names of styles; a style that is repeated gives its icons repeatedly.
+        split: The split of the concepts; None: all concepts.
+
+    Returns:
+        The icons style by style, in the order of the concepts.
 
     Raises:
-        ValueError: the folder, or a picture of it, is missing.
+        ValueError: The folder has no concepts.json, or lacks an image.
     """
     listing = folder / "concepts.json"
     if not listing.is_file():
-        raise ValueError(f"There are no icons in {folder}: python -m samples.build icons brings and renders them.")
-    rows = json.loads(listing.read_text())
+        raise ValueError(f"icons: {folder} has no concepts.json, run python -m samples.build icons to make the icons")
+    rows = json.loads(listing.read_text(encoding="utf-8"))
     concepts = [Concept(**row) for row in rows if split in (None, row["split"])]
     icons = [Icon(concept, style, folder / style / f"{concept.code}.webp") for style in styles for concept in concepts]
     missing = [icon.path for icon in icons if not icon.path.is_file()]
     if missing:
         raise ValueError(
-            f"{len(missing)} icons are missing, the first is {missing[0]}: run python -m samples.build icons."
+            f"icons: {len(missing)} images are missing, such as {missing[0]}; run python -m samples.build icons"
         )
     return icons
 
 
 def load_pixels(icons: Sequence[Icon], resolution: int) -> torch.Tensor:
-    """(N, 3, resolution, resolution) uint8: one tensor holds them all."""
+    """The images, resized: one uint8 tensor (N, 3, resolution, resolution)."""
     pixels = np.empty((len(icons), resolution, resolution, 3), dtype=np.uint8)
     for index, icon in enumerate(icons):
         with Image.open(icon.path) as image:
@@ -76,16 +86,18 @@ def load_pixels(icons: Sequence[Icon], resolution: int) -> torch.Tensor:
 
 
 def to_signed(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]."""
+    """Maps uint8 pixels of any shape to float32 in [-1, 1]."""
     return pixels.float() / 127.5 - 1
 
 
 def caption(icon: Icon, stream: torch.Generator, unnamed: float = 0.0) -> str:
-    """What a picture is called, in one of several wordings.
+    """Draws a caption in one of several wordings.
 
     Args:
-        unnamed: the share of the icons in the default style whose style is not named; some of them have made-up words
-            in its place.
+        icon: The icon.
+        stream: The random generator.
+        unnamed: The share of the icons in the default style whose caption does not name the style; some of these
+            captions have made-up words instead.
     """
     thing = with_article(icon.concept.name)
     if icon.style == DEFAULT_STYLE and torch.rand((), generator=stream) < unnamed:
@@ -94,12 +106,13 @@ def caption(icon: Icon, stream: torch.Generator, unnamed: float = 0.0) -> str:
 
 
 def made_up(stream: torch.Generator) -> str:
-    """A word of one to three syllables that means nothing, or only by chance."""
+    """A word of one to three random syllables."""
     syllables = int(torch.randint(1, 4, (), generator=stream))
     return "".join(pick(letters, stream) for _ in range(syllables) for letters in (ONSETS, VOWELS, CODAS))
 
 
 def pick(choices: Sequence[str], stream: torch.Generator) -> str:
+    """One of the choices at random."""
     return choices[int(torch.randint(len(choices), (), generator=stream))]
 
 

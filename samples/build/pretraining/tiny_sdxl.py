@@ -1,4 +1,4 @@
-"""SDXL in small: every part and every special case of its architecture, sized to train on a laptop's processor."""
+"""A small SDXL: every part and special case of the architecture, sized for training on a laptop's CPU."""
 
 # pyright: reportArgumentType=false
 # diffusers annotates tuples of any length as tuples of one, transformers tuples as strings.
@@ -15,16 +15,17 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from dora_mm.models.sdxl.loading import SDXL
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-MAX_TOKENS = 40  # its captions have at most 34; SDXL's 77 would cost a tenth of every training step
+MAX_TOKENS = 40  # captions have at most 34; SDXL's 77 would make every training step a tenth slower
 TIME_ID_WIDTH = 16  # of each of the six micro-conditioning numbers
 # CLIP's legacy ids, as SDXL's own configs carry them: pooling then takes the highest id, which is END, the last one.
 LEGACY_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 
 
 def build_tokenizers(num_merges: int) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """CLIP's byte-level BPE cut to its first `num_merges` merges; any word still encodes, in smaller pieces.
+    """Builds both tokenizers: CLIP's byte-level BPE, cut to its first `num_merges` merges.
 
-    As in SDXL, the first tokenizer pads with the end token and the second with "!".
+    Any word can still be encoded, in smaller pieces. As in SDXL, the first tokenizer pads with the end token and the
+    second with "!".
     """
     text = gzip.decompress((files("open_clip") / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
     merges = [tuple(line.split()) for line in text.split("\n")[1 : num_merges + 1]]
@@ -49,7 +50,14 @@ def build_tokenizers(num_merges: int) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 def build_text_encoders(
     vocab_size: int, widths: tuple[int, int], depths: tuple[int, int], heads: tuple[int, int]
 ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Two encoders that differ as SDXL's do: width, depth, activation and projection."""
+    """Builds both text encoders, which differ as SDXL's do: in width, depth, activation and projection.
+
+    Args:
+        vocab_size: Tokens of the vocabulary.
+        widths: Hidden size of each encoder.
+        depths: Number of layers of each encoder.
+        heads: Attention heads of each encoder.
+    """
     configs = [
         CLIPTextConfig(
             vocab_size=vocab_size,
@@ -68,6 +76,13 @@ def build_text_encoders(
 
 
 def build_vae(resolution: int, channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
+    """Builds the VAE.
+
+    Args:
+        resolution: Side of the images in pixels.
+        channels: Channels of each level; each level after the first halves the side.
+        latent_channels: Channels of the latents.
+    """
     levels = len(channels)
     return AutoencoderKL(
         in_channels=3,
@@ -85,9 +100,14 @@ def build_vae(resolution: int, channels: tuple[int, ...], latent_channels: int) 
 
 @torch.no_grad()
 def shift_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Makes (z - mean) / std of every latent z, channel by channel (C,), inside the VAE's own weights.
+    """Changes the VAE's weights so that its latents become (z - mean) / std, per channel.
 
-    What goes in and comes out stays the same. diffusers' config keys for it (`latents_mean`) assume four channels.
+    Reconstructions stay the same. diffusers' config keys for this (`latents_mean`) assume four channels.
+
+    Args:
+        vae: The VAE, changed in place.
+        mean: Mean of the latents, (C,).
+        std: Standard deviation of the latents, (C,).
     """
     channels = len(mean)
     encode: Any = vae.quant_conv  # 1 x 1 convolutions next to the latents
@@ -108,7 +128,15 @@ def build_unet(
     heads: tuple[int, int, int],
     text_widths: tuple[int, int],
 ) -> UNet2DConditionModel:
-    """SDXL's UNet: three levels, attention on the lower two, transformers of depth 1 and 2."""
+    """Builds the UNet as SDXL's: three levels, attention on the lower two, transformers of depth 1 and 2.
+
+    Args:
+        latent_size: Side of the latents.
+        latent_channels: Channels of the latents.
+        channels: Channels of each level.
+        heads: Attention heads of each level.
+        text_widths: Hidden size of each text encoder.
+    """
     return UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
@@ -129,10 +157,11 @@ def build_unet(
 
 
 def build_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's own betas, but a schedule that ends in noise alone, and v in place of epsilon, which means nothing there.
+    """Builds the scheduler: SDXL's betas, rescaled to zero terminal SNR, with v-prediction.
 
     SDXL's last step leaves a signal 1/214 as strong as the noise (in variance; Lin et al. 2023, arXiv 2305.08891). With
-    16 x 16 latents its mean still shows: colours and composition of a picture were taken from the noise, not the text.
+    16 x 16 latents its mean is still visible: the model took colours and composition of an image from the noise, not
+    from the text. At zero SNR epsilon says nothing about the image, so the UNet predicts v.
     """
     return EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -158,7 +187,7 @@ def build_tiny_sdxl(
     text_depths: tuple[int, int] = (3, 4),
     text_heads: tuple[int, int] = (2, 4),
 ) -> SDXL:
-    """A model with random weights drawn from `seed`."""
+    """Builds the complete model, with random weights drawn from `seed`; sizes as for the functions above."""
     tokenizer, tokenizer_2 = build_tokenizers(num_merges)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

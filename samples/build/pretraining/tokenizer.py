@@ -1,7 +1,7 @@
-"""The tokenizer of the small VL-BART: byte-pair merges of its own texts."""
+"""The tokenizer of the small VL-BART: byte-pair merges learned from its training texts."""
 
 # pyright: reportArgumentType=false, reportReturnType=false
-# transformers annotates numbers and tokens of a config as None or anything.
+# transformers annotates numbers and tokens of a config as optional or untyped.
 
 import json
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from dora_mm.models.vl_bart.text import MAX_TEXT, with_sentinels
 
 
 def train_tokenizer(texts: Iterable[str], num_merges: int) -> BartTokenizer:
-    """A byte-level BPE of these texts, with BART's special tokens; any text encodes."""
+    """Trains a byte-level BPE on these texts, with BART's special tokens; it can encode any text."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
     bpe = ByteLevelBPETokenizer()
     vocab_size = len(special) + 256 + num_merges

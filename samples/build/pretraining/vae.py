@@ -1,4 +1,4 @@
-"""The losses of a small VAE on flat pictures."""
+"""The losses that train a small VAE on flat images."""
 
 from typing import Any
 
@@ -9,23 +9,31 @@ from diffusers import AutoencoderKL
 from dora_mm.models.sdxl.encoding import denormalize_latents
 from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
 
-# Only keeps the posterior from collapsing to a point at infinity; the latents are normalised by their statistics later.
+# Only keeps the posterior from collapsing to a point at infinity; the latents are normalised after the training.
 KL_WEIGHT = 1e-6
 
 
 class ReconstructionTask:
-    """Pixels against their reconstruction (see `pixel_loss`).
+    """The reconstruction loss of a VAE (see `pixel_loss`).
 
-    Colour needs help. With L1 on pixels and edges alone, encoder and decoder agreed on shapes in grey, and since
-    neither gains from colour before the other knows it, they stayed there for 3,000 steps. So the first three latent
+    Colour needs extra terms. With only L1 on pixels and edges, encoder and decoder agreed on shapes in grey, and since
+    neither gains from colour before the other uses it, they stayed there for 3,000 steps. So the first three latent
     channels are pulled towards the mean colour of their cell, and errors of the mean colour count several times.
+
+    Args:
+        vae: The VAE.
     """
 
     def __init__(self, vae: AutoencoderKL):
         self.vae: Any = vae  # annotated as returning tuples
 
     def loss(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """For pixels (B, 3, H, W) in [-1, 1]."""
+        """The loss of a batch.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1].
+            generator: For the noise of the latents.
+        """
         encode, decode = self.vae.encode, self.vae.decode
         posterior = encode(pixels).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator, device=generator.device)
@@ -39,19 +47,28 @@ class ReconstructionTask:
 
 
 class DecodingTask:
-    """Pixels against what the decoder makes of their latents after the UNet has noised and predicted them.
+    """The reconstruction loss of a VAE's decoder on latents that are noised and then denoised by the UNet.
 
-    A small UNet leaves errors in the latents that it draws. They are small (a tenth of the latents' spread) and smooth,
-    and a decoder that has only seen the encoder's own latents shows them as stains on what should be even.
+    The latents that a small UNet generates have errors. They are small (a tenth of the latents' standard deviation) and
+    smooth, and a decoder trained only on the encoder's latents turns them into stains on even areas.
+
+    Args:
+        vae: The VAE.
+        diffusion: Noises and denoises the latents with the UNet.
+        max_time: The latents are noised to timesteps below this; the higher, the more errors remain.
     """
 
     def __init__(self, vae: AutoencoderKL, diffusion: DiffusionTask, max_time: int):
-        """max_time: up to which time latents are noised; the later, the more errors are left."""
         self.vae: Any = vae
         self.diffusion, self.max_time = diffusion, max_time
 
     def loss(self, batch: tuple[torch.Tensor, ConditionedLatents], generator: torch.Generator) -> torch.Tensor:
-        """For pixels (B, 3, H, W) in [-1, 1] and their latents."""
+        """The loss of a batch.
+
+        Args:
+            batch: Pixels (B, 3, H, W) in [-1, 1], and their latents with the UNet's conditioning.
+            generator: For timesteps and noise.
+        """
         pixels, conditioned = batch
         times = torch.randint(self.max_time, (len(pixels),), generator=generator, device=generator.device)
         with torch.no_grad():
@@ -61,7 +78,13 @@ class DecodingTask:
 
 
 def pixel_loss(decoded: torch.Tensor, pixels: torch.Tensor, cell: int) -> torch.Tensor:
-    """L1 on pixels, on differences to the neighbours (edges, which icons consist of) and on the means of cells; MSE."""
+    """L1 on pixels, on differences between neighbours (the edges of icons) and on the means of cells, plus MSE.
+
+    Args:
+        decoded: The reconstruction, (B, 3, H, W).
+        pixels: The original, (B, 3, H, W) in [-1, 1].
+        cell: Side of a cell in pixels: the patch that is encoded as one latent.
+    """
     return (
         F.l1_loss(decoded, pixels)
         + 0.5 * F.l1_loss(decoded.diff(dim=2), pixels.diff(dim=2))
@@ -72,5 +95,5 @@ def pixel_loss(decoded: torch.Tensor, pixels: torch.Tensor, cell: int) -> torch.
 
 
 def psnr(decoded: torch.Tensor, pixels: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pixels in [-1, 1]."""
+    """The peak signal-to-noise ratio, in dB, of pixels in [-1, 1]."""
     return float(10 * torch.log10(4 / F.mse_loss(decoded.float().clamp(-1, 1), pixels.float())))

@@ -1,11 +1,12 @@
-"""Fits the judge of style adapters on real icons, at the size and through the VAE and UNet of one model.
+"""Fits the judge of style adapters on real icons, resized for one model and passed through its VAE and UNet.
 
-A few minutes, once per model. What comes out (judge.safetensors, judge.json) is all that `eval_sdxl` needs.
+It has to be fitted once per model. `eval_sdxl` needs only its output, judge.safetensors and judge.json.
 """
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -23,31 +24,38 @@ from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.randomness import generator
 from samples.build.judge.fitting import fit_judge
-from samples.build.judge.icons import decode, icon_paths, read_icon_concepts, signed
+from samples.build.pretraining.icons import Icon, load_pixels, read_icons, to_signed
 from samples.build.schema import FitJudgeConfig
 
 log = logging.getLogger(__name__)
 
 
 def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
+    """Fits the judge and prints its report.
+
+    Writes judge.safetensors and judge.json to the run directory.
+
+    Raises:
+        ValueError: The icons are missing, or the model cannot be loaded.
+    """
     folder = resolve_path(config.icons, "icons")
-    concepts = read_icon_concepts(folder)
-    paths = {style: icon_paths(folder, style, concepts) for style in STYLES}
+    icons = {style: read_icons(folder, [style]) for style in STYLES}
+    concepts = [icon.concept for icon in icons[STYLES[0]]]
     device = default_device()
     encoder = Encoder(device)
     model = load_configured(config.model).to(device)
     run = open_run(config)
 
-    seen = [concept.split == "judge" for concept in concepts]
-    times = torch.randint(1, config.max_time + 1, (sum(seen),), generator=generator(0, 0, "times"))
+    num_judge = sum(concept.split == "judge" for concept in concepts)
+    times = torch.randint(1, config.max_time + 1, (num_judge,), generator=generator(0, 0, "times"))
     features, denoised = {}, {}
     for style in STYLES:
         features[style] = encoder(
-            through_model(model, paths[style], progress=f"{style}, VAE"), progress=f"{style}, features"
+            through_model(model, icons[style], progress=f"{style}, VAE"), progress=f"{style}, features"
         )
-        again = [path for path, fitted in zip(paths[style], seen, strict=True) if fitted]
+        fitted = [icon for icon in icons[style] if icon.concept.split == "judge"]
         denoised[style] = encoder(
-            through_model(model, again, times, progress=f"{style}, UNet"), progress=f"{style}, features"
+            through_model(model, fitted, times, progress=f"{style}, UNet"), progress=f"{style}, features"
         )
     log.info("fitting")
     origin = {"model": config.model.path, "resolution": model.resolution, "vae": module_digest(model.vae)}
@@ -59,34 +67,52 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
 
 @torch.no_grad()
 def through_model(
-    model: SDXL, paths: Sequence[Path], times: torch.Tensor | None = None, *, batch_size: int = 16, progress: str
+    model: SDXL, icons: Sequence[Icon], times: torch.Tensor | None = None, *, batch_size: int = 16, progress: str
 ) -> list[Image.Image]:
-    """The pictures at the model's size as the model leaves them: through the VAE, and through the UNet where `times` is
-    given.
+    """Encodes and decodes icons with the VAE, and denoises them with the UNet in between if `times` is given.
 
-    A judge fitted on clean pictures would find the blur of the VAE remarkable, and one that knows the VAE alone takes
-    the UNet's uneven colours for shading.
+    A judge fitted on clean images would take the blur of the VAE for a style, and one fitted on images from the VAE
+    alone would take the UNet's uneven colours for shading.
 
     Args:
-        times: (N,) the scheduler's time that each is noised to, before it is predicted back in one step and without a
-            prompt.
+        model: The model.
+        icons: N icons; they are resized to the model's resolution.
+        times: The timestep of the scheduler to which each icon is noised, (N,); the UNet denoises it in one step and
+            without a prompt. None: the UNet is not used.
+        batch_size: Icons per forward pass.
+        progress: The label of the progress bar.
+
+    Returns:
+        N RGB images.
     """
     size = (model.resolution, model.resolution)
     task = DiffusionTask(model.unet, dict(model.scheduler.config), LossConfig())
     prompt, pooled = (torch.zeros_like(each) for each in encode_prompts(model, [""]))
     sizes = time_ids(size, (0, 0), size)[None].to(model.device)
-    pictures = []
-    with tqdm(total=len(paths), desc=progress, unit="image", disable=None) as bar:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            resized = [Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS) for path in batch]
-            latents = normalize_latents(model.vae, encode_images(model, signed(resized))[0])
+    images = []
+    with tqdm(total=len(icons), desc=progress, unit="image", disable=None) as bar:
+        for start in range(0, len(icons), batch_size):
+            batch = icons[start : start + batch_size]
+            pixels = to_signed(load_pixels(batch, model.resolution))
+            latents = normalize_latents(model.vae, encode_images(model, pixels)[0])
             if times is not None:
-                told = (each.expand(len(batch), *each.shape[1:]) for each in (prompt, pooled, sizes))
-                until = times[start : start + batch_size].to(model.device)
-                latents = task.denoised(
-                    ConditionedLatents(latents.to(model.unet.dtype), *told), until, generator(0, start, "noise")
-                ).to(latents.dtype)
-            pictures += decode(model, denormalize_latents(model.vae, latents))
+                conditions = (each.expand(len(batch), *each.shape[1:]) for each in (prompt, pooled, sizes))
+                conditioned = ConditionedLatents(latents.to(model.unet.dtype), *conditions)
+                batch_times = times[start : start + batch_size].to(model.device)
+                latents = task.denoised(conditioned, batch_times, generator(0, start, "noise")).to(latents.dtype)
+            images += decode(model, denormalize_latents(model.vae, latents))
             bar.update(len(batch))
-    return pictures
+    return images
+
+
+def decode(model: SDXL, latents: torch.Tensor) -> list[Image.Image]:
+    """The images of latents in the VAE's own scale, not normalised for the UNet."""
+    vae: Any = model.vae
+    dtype, upcast = vae.dtype, vae.dtype == torch.float16 and vae.config.force_upcast
+    if upcast:
+        vae.float()
+    pixels = vae.decode(latents.to(vae.device, vae.dtype)).sample.float()
+    if upcast:
+        vae.to(dtype)
+    levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(level) for level in levels]

@@ -1,7 +1,7 @@
-"""Trains the embedded model from nothing: its VAE on every style, text encoders and UNet on flat styles only, then the
-VAE's decoder once more, on what the UNet leaves of latents of every style.
+"""Pretrains the embedded SDXL model from scratch, in three stages.
 
-The UNet never sees a 3D icon or a brick: those are what adapters learn.
+The VAE is trained on every style, text encoders and UNet on flat styles only, and then the VAE's decoder again, on
+latents of every style that the UNet has denoised. The UNet never sees a 3D icon or a brick: adapters learn those.
 """
 
 import copy
@@ -36,16 +36,28 @@ from samples.build.pretraining.vae import DecodingTask, ReconstructionTask, psnr
 from samples.build.schema import DecoderStage, PretrainStage, PretrainTinyConfig
 
 log = logging.getLogger(__name__)
-# Vector icons have no size of their own, so the model is told a random one and learns that it does not matter.
+# Vector icons have no original size, so the model gets a random one as its condition and learns that it has no effect.
 ORIGINAL_SIDES = (128, 1024)
 TEXT_TO_IMAGE = ("unet", "text_encoder", "text_encoder_2")  # what the second stage trains
 
 
 def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
+    """Runs the stages of the config.
+
+    Writes to the run directory: checkpoints and metrics of each stage in vae/, unet/ and decoder/, sample images in
+    samples/, the model in tiny-sdxl/, and sheet.png.
+
+    Args:
+        config: The config.
+        resume: The run directory to resume; None: a new run.
+
+    Raises:
+        ValueError: The icons are missing, or a starting model does not have the config's sizes.
+    """
     folder = resolve_path(config.icons, "icons")
-    every_icon = read_icons(folder, ALL_STYLES)
-    # Three quarters are Fluent's flat icons: the 3D ones that adapters learn from are the same drawings, and what is
-    # drawn uneven for want of training looks shaded.
+    all_icons = read_icons(folder, ALL_STYLES)
+    # Three quarters are Fluent's flat icons: the 3D icons that adapters learn from are the same drawings, and uneven
+    # areas drawn by an undertrained model look like their shading.
     flat_icons = read_icons(folder, (*STYLE_WORDS, *["flat"] * 8), split="pretrain")
     model = build_tiny_sdxl(
         seed=config.seed,
@@ -56,45 +68,54 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
         unet_channels=config.model.unet_channels,
     )
     if config.vae_from:
-        model.vae = finished_vae(config)
+        model.vae = trained_vae(config)
     if config.unet_from:
         copy_weights(config, model)
     run = (
         RunDirectory.resume(resume) if resume else RunDirectory.create(config.name, dump_config(config), config.output)
     )
-    model.to(Accelerator(mixed_precision=config.vae.train.mixed_precision).device)  # one for all stages, see schema
+    model.to(Accelerator(mixed_precision=config.vae.train.mixed_precision).device)  # the same in all stages
     model.freeze()
     if not config.vae_from:
-        train_vae(config, model.vae, every_icon, run.stage("vae"))
+        train_vae(config, model.vae, all_icons, run.stage("vae"))
     if config.unet:
         train_unet(config, config.unet, model, flat_icons, run)
     if config.decoder:
-        train_decoder(config, config.decoder, model, every_icon, run.stage("decoder"))
+        train_decoder(config, config.decoder, model, all_icons, run.stage("decoder"))
     show(config, model, run)
-    log.info("The model is in %s, pictures by it in %s.", run.path / "tiny-sdxl", run.sheet)
+    log.info("The model is in %s, sample images are in %s.", run.path / "tiny-sdxl", run.sheet)
 
 
-def finished_vae(config: PretrainTinyConfig) -> AutoencoderKL:
+def trained_vae(config: PretrainTinyConfig) -> AutoencoderKL:
+    """The VAE in the folder `vae_from`.
+
+    Raises:
+        ValueError: Its sizes differ from those of the config's model.
+    """
     folder = resolve_path(config.vae_from or "", "vae_from")
     vae = load_vae(folder / "vae")
     found = (config_of(vae).latent_channels, tuple(config_of(vae).block_out_channels))
-    if found != (wanted := (config.model.latent_channels, tuple(config.model.vae_channels))):
+    if found != (expected := (config.model.latent_channels, tuple(config.model.vae_channels))):
         raise ValueError(
-            f"vae_from: {folder} has {found[0]} latent channels and levels of {found[1]}, the config's model "
-            f"{wanted[0]} and {wanted[1]}"
+            f"vae_from: {folder} has {found[0]} latent channels and block channels {found[1]}, but the config's model "
+            f"has {expected[0]} and {expected[1]}"
         )
     return vae
 
 
 def copy_weights(config: PretrainTinyConfig, model: SDXL) -> None:
-    """The UNet and text encoders of another model folder, into this one's."""
+    """Copies the weights of UNet and text encoders from the model in the folder `unet_from`.
+
+    Raises:
+        ValueError: Their sizes differ from those of the config's model.
+    """
     folder = resolve_path(config.unet_from or "", "unet_from")
     found = load_sdxl(str(folder))
     for name in TEXT_TO_IMAGE:
         try:
             getattr(model, name).load_state_dict(getattr(found, name).state_dict())
         except RuntimeError as error:
-            raise ValueError(f"unet_from: the {name} in {folder} is of another size than the config's model") from error
+            raise ValueError(f"unet_from: the {name} in {folder} has other sizes than in the config's model") from error
 
 
 def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon], run: RunDirectory) -> None:
@@ -113,11 +134,11 @@ def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon],
 
 @torch.no_grad()
 def normalise(vae: Any, pixels: torch.Tensor, num: int = 512) -> None:
-    """Makes the latents' mean 0 and their standard deviation 1, per channel, over some of the pictures."""
-    some = to_signed(pixels[torch.linspace(0, len(pixels) - 1, min(num, len(pixels))).long()]).to(vae.device)
-    means = torch.cat([vae.encode(part).latent_dist.mean for part in some.split(32)])
+    """Makes the latents' mean 0 and their standard deviation 1, per channel, over `num` of the images."""
+    chosen = to_signed(pixels[torch.linspace(0, len(pixels) - 1, min(num, len(pixels))).long()]).to(vae.device)
+    means = torch.cat([vae.encode(part).latent_dist.mean for part in chosen.split(32)])
     decoded = torch.cat([vae.decode(part).sample for part in means.split(32)])
-    log.info("The VAE reconstructs at %.1f dB.", psnr(decoded, some))
+    log.info("The PSNR of the VAE's reconstructions is %.1f dB.", psnr(decoded, chosen))
     shift_latents(vae, means.mean(dim=(0, 2, 3)), means.std(dim=(0, 2, 3)))
 
 
@@ -138,14 +159,14 @@ def train_unet(
             "latents": draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents")),
             "ids": ids,
             "ids_2": ids_2,
-            "kept": kept.float().view(-1, 1, 1),  # a dropped caption is all zeros, SDXL's own meaning of no prompt
+            "kept": kept.float().view(-1, 1, 1),  # a dropped caption is all zeros, as SDXL encodes "no prompt"
             "time_ids": torch.stack([time_ids((original, original), (0, 0), (side, side)) for original in sides]),
         }
 
     task = DiffusionTask(model.unet, model.scheduler.config, config.loss)
 
     def loss(batch: dict[str, torch.Tensor], stream: torch.Generator) -> torch.Tensor:
-        # At most 40 tokens: the unfused product makes a whole step a sixth faster on a CPU than the fused kernel.
+        # At most 40 tokens: unfused attention makes a complete step a sixth faster on a CPU than the fused kernel.
         with sdpa_kernel(SDPBackend.MATH):
             prompt, pooled = encode_tokens(model, batch["ids"], batch["ids_2"])
             conditioned = ConditionedLatents(
@@ -158,7 +179,7 @@ def train_unet(
     average = EMAModel([p for network in trained.values() for p in network.parameters()], decay=config.ema_decay)
 
     def after_step(step: int) -> None:
-        average.to(device)  # a checkpoint gives it back on the CPU
+        average.to(device)  # restored from a checkpoint, it is on the CPU
         parameters = [p for network in trained.values() for p in network.parameters()]
         average.step(parameters)
 
@@ -170,7 +191,7 @@ def train_unet(
             try:
                 average.copy_to(parameters)
                 show(config, model, run, step)
-            finally:  # an interruption writes a checkpoint, and that must hold the weights themselves
+            finally:  # an interruption writes a checkpoint, which must contain the weights that are trained
                 average.restore(parameters)
 
     hooks = {"after_step": after_step, "observe": observe}
@@ -182,11 +203,11 @@ def train_unet(
 def train_decoder(
     config: PretrainTinyConfig, stage: DecoderStage, model: SDXL, icons: list[Icon], run: RunDirectory
 ) -> None:
-    """The encoder stays as it is, so what the UNet has learned holds."""
+    """Trains the VAE's decoder; the encoder does not change, so the UNet's latents remain valid."""
     mean, logvar = encode_icons(model, icons)
     pixels = load_pixels(icons, config.model.resolution)
     size, side = stage.train.batch_size, config.model.resolution
-    # No captions: at these times the latents themselves say what is drawn, and half of the styles have none.
+    # No captions: at these timesteps the latents show the content, and half of the styles have no captions.
     ids = tokenize(model, [""])
     prompt, pooled = (torch.zeros_like(each).expand(size, *each.shape[1:]) for each in encode_tokens(model, *ids))
     sizes = time_ids((side, side), (0, 0), (side, side)).expand(size, -1)
@@ -206,6 +227,7 @@ def train_decoder(
 
 @torch.no_grad()
 def encode_icons(model: SDXL, icons: list[Icon]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-variance of the latents of all icons."""
     pixels = load_pixels(icons, model.resolution)
     parts = [encode_images(model, to_signed(part)) for part in tqdm(pixels.split(32), desc="latents", leave=False)]
     mean, logvar = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -222,7 +244,18 @@ def train_stage(
     state: dict[str, Any] | None = None,
     **hooks: Callable[[int], None],
 ) -> None:
-    """Trains `networks` whole; hooks are those of `fit`."""
+    """Trains all parameters of some networks.
+
+    Args:
+        config: The config.
+        stage: Its section for this stage.
+        networks: The networks by name.
+        loss: A batch and a random generator -> the loss.
+        batch_at: Number of a micro-batch -> the batch.
+        run: The directory of the stage.
+        state: Further objects with a state dict, for the checkpoints.
+        **hooks: `after_step` and `observe` of `fit`.
+    """
     accelerator = Accelerator(mixed_precision=stage.train.mixed_precision)
     parameters = {
         f"{part}.{name}": parameter
@@ -252,7 +285,7 @@ def train_stage(
 
 
 def show(config: PretrainTinyConfig, model: SDXL, run: RunDirectory, step: int | None = None) -> None:
-    """Writes the model as it is now, and pictures by it."""
+    """Saves the current model and images sampled from it; `step` is None at the end."""
     save_model(model, run.path / "tiny-sdxl")
     if config.sample.prompts:
         run.samples.mkdir(exist_ok=True)
@@ -260,18 +293,19 @@ def show(config: PretrainTinyConfig, model: SDXL, run: RunDirectory, step: int |
 
 
 def save_model(model: SDXL, folder: Path) -> None:
-    """A diffusers folder with fp16 weights, which loads in float32 where nothing else is asked for."""
+    """Saves a diffusers folder with fp16 weights, which is loaded in float32 by default."""
     halved = {name: copy.deepcopy(network).half() for name, network in model.networks.items()}
     dataclasses.replace(model, **halved).pipeline().save_pretrained(folder)
-    # diffusers loads in float32 by default, transformers in what the config says: both must give the same.
+    # diffusers loads in float32 by default, transformers in the dtype of the config: both must be the same.
     for name in ("text_encoder", "text_encoder_2"):
         file = folder / name / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:
+    """Samples an image for each prompt and seed, and saves them as one contact sheet."""
     prompts, seeds = list(config.sample.prompts), config.sample.seeds
-    pictures = sample(
+    images = sample(
         model.pipeline(),
         prompts * len(seeds),
         [seed for seed in seeds for _ in prompts],
@@ -280,5 +314,5 @@ def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:
         negative_prompt=config.sample.negative_prompt,
         batch_size=config.sample.batch_size,
     )
-    rows = [pictures[start : start + len(prompts)] for start in range(0, len(pictures), len(prompts))]
+    rows = [images[start : start + len(prompts)] for start in range(0, len(images), len(prompts))]
     sheet(rows, [f"seed {seed}" for seed in seeds], prompts).save(path)

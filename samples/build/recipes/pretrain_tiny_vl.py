@@ -1,8 +1,8 @@
-"""The embedded VL-BART from nothing, on captions of scenes, so that adapters have something to adapt.
+"""Pretrains the embedded VL-BART from scratch, on captions of scenes.
 
-Of some rows it captions the picture; of the others it reads a caption with a few words masked and writes these, and so
-learns to read text beside a picture and to answer in a word. It trains on the task `caption` alone; of other tasks that
-the config names, the tokenizer learns the words.
+In some examples it captions the image; in the others it reads the image and a caption with a few masked words and
+writes these words, and so learns to read text along with an image and to give short answers. It is trained on the task
+`caption` only; the tokenizer is trained on the texts of all tasks in the config.
 """
 
 import hashlib
@@ -41,14 +41,25 @@ from samples.build.schema import PretrainTinyVLConfig
 
 log = logging.getLogger(__name__)
 MAX_POSITIONS = 640  # the longest input of a task has 600 tokens
-INIT_STD = 0.05  # BART's 0.02 is for a width of 768: at 192 pictures went unnoticed for 700 steps
-MAX_MASKED = 3  # words
+INIT_STD = 0.05  # BART's 0.02 is for a width of 768: at 192 the model ignored the images for the first 700 steps
+MAX_MASKED = 3  # consecutive words
 
 
 def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
+    """Trains tokenizer and model, and prints the caption scores.
+
+    Writes to the run directory: checkpoints/, the metrics, and the trained model in model/.
+
+    Args:
+        config: The config.
+        resume: The run directory to resume; None: a new run.
+
+    Raises:
+        ValueError: It was started with several processes, or the data cannot be read.
+    """
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
     if accelerator.num_processes > 1:
-        raise ValueError("pretrain_tiny_vl runs in one process: the model is small")
+        raise ValueError("pretrain_tiny_vl runs in one process only: start it without accelerate launch")
     vision: Any = VisionEncoder(config.vision, seed=config.seed).to(accelerator.device)
     captions = config.data.model_copy(update={"tasks": (captions_of(config),)})
     rows = open_training(captions, config.train.batch_size, vision)["caption"]
@@ -63,8 +74,8 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     train = with_steps(config.train, config.schedule, order.batches_per_epoch)
     optimizer = build_optimizer(parameters, config.optimizer)
     schedule = build_schedule(optimizer, config.schedule, train.steps)
-    words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
-    inputs = {"the captions": rows.table.identity, "the vocabulary": words, "the vision tower": vision.identity}
+    vocabulary = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+    inputs = {"the captions": rows.table.identity, "the vocabulary": vocabulary, "the vision tower": vision.identity}
     run = start_run(accelerator, config, inputs, resume)
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -77,7 +88,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
 
     def observe(step: int) -> None:
         if config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
-            log.info("step %d: %s", step, main_values(validate(step)) or "captions cannot be scored without Java")
+            log.info("step %d: %s", step, main_values(validate(step)) or "no scores of captions without Java")
 
     fit(
         accelerator=accelerator,
@@ -99,11 +110,12 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
 
 
 def captions_of(config: PretrainTinyVLConfig) -> VLTaskConfig:
+    """The task `caption` of the config."""
     return next(task for task in config.data.tasks if task.task == "caption")
 
 
 def all_texts(config: PretrainTinyVLConfig) -> Iterator[str]:
-    """What the tokenizer learns from: texts and answers of every task's training split."""
+    """The training data of the tokenizer: texts and answers of every task's training split."""
     for task in config.data.tasks:
         if task.train is not None:
             for example in open_texts(task.train, config.data):
@@ -134,21 +146,25 @@ def build_model(config: PretrainTinyVLConfig, tokenizer: BartTokenizer, feature_
 def caption_batch(
     config: PretrainTinyVLConfig, task: VLBartTask, rows: TrainingSet, order: TaskBatches, number: int
 ) -> VLBatch:
-    """A function of (seed, number) alone."""
+    """The batch of a number; it depends only on (seed, number), so that a resumed run gets the same batches."""
     stream = generator(config.seed, number, "captions")
     _, indices = order(number)
-    return task.batch("caption", [shown(rows.table[i], config, stream) for i in indices], rows.images, stream)
+    return task.batch("caption", [draw_example(rows.table[i], config, stream) for i in indices], rows.images, stream)
 
 
-def shown(example: Example, config: PretrainTinyVLConfig, stream: torch.Generator) -> Example:
-    """One caption of the picture to write, or what is masked in it."""
+def draw_example(example: Example, config: PretrainTinyVLConfig, stream: torch.Generator) -> Example:
+    """An example whose answer is one caption of the image, or the words that are masked in that caption."""
     caption, _ = draw_answer(example, stream)
     text, target = mask_words(caption, stream) if draw(stream) < config.fill_share else ("", caption)
     return replace(example, text=text, answers=(target,), scores=(1.0,))
 
 
 def mask_words(caption: str, stream: torch.Generator) -> tuple[str, str]:
-    """The caption with a run of one to three words masked, and the run. Full stops and commas stay."""
+    """Masks one to three consecutive words of a caption; punctuation around them is not masked.
+
+    Returns:
+        The caption with the mask token in place of the words, and the words.
+    """
     words = [(match.start(), match.end()) for match in re.finditer(r"[^\s.,:]+", caption)] or [(0, len(caption))]
     length = 1 + int(draw(stream) ** 2 * min(MAX_MASKED, len(words)))  # one word more often than three
     first = int(draw(stream) * (len(words) - length + 1))
@@ -157,4 +173,5 @@ def mask_words(caption: str, stream: torch.Generator) -> tuple[str, str]:
 
 
 def draw(stream: torch.Generator) -> float:
+    """A uniform random number in [0, 1)."""
     return float(torch.rand((), generator=stream))

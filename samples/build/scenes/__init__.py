@@ -1,0 +1,1 @@
+"""Generated scenes of icons, with questions, sentences and captions about them in the official file formats."""

@@ -1,15 +1,13 @@
-"""Ten people who answer a question of which the true answer is known: mostly right, in words of their own."""
+"""Ten simulated annotators who answer a question with a known answer: mostly correctly, sometimes in other words."""
 
 import random
 from collections import Counter
 
-__all__ = ["NUM_ANNOTATORS", "ten_answers"]
-
 NUM_ANNOTATORS = 10
-CARE = ((0.7, 0.97), (0.22, 0.85), (0.08, 0.55))  # share of the questions, share of answers to them that are right
-OWN_WORDS = 0.12  # share of right answers that say it in another way, where there is one
-SURE = {True: (0.92, 0.07, 0.01), False: (0.3, 0.5, 0.2)}  # of a right and a wrong answer: yes, maybe, no
-OTHER_WORDS: dict[str, tuple[str, ...]] = {
+ACCURACIES = ((0.7, 0.97), (0.22, 0.85), (0.08, 0.55))  # share of the questions, share of correct answers to them
+SYNONYM_SHARE = 0.12  # share of correct answers that use another word, where there is one
+CONFIDENCE = {True: (0.92, 0.07, 0.01), False: (0.3, 0.5, 0.2)}  # weights of yes, maybe, no for a right, wrong answer
+SYNONYMS: dict[str, tuple[str, ...]] = {
     "airplane": ("plane",),
     "bicycle": ("bike",),
     "bricks": ("brick wall", "brick"),
@@ -37,7 +35,7 @@ OTHER_WORDS: dict[str, tuple[str, ...]] = {
         for number, word in enumerate(("zero", "one", "two", "three", "four", "five", "six", "seven"))
     },
 }
-LOOKS_LIKE: dict[str, tuple[str, ...]] = {
+CONFUSED_WITH: dict[str, tuple[str, ...]] = {
     "red": ("orange", "pink"),
     "orange": ("red", "yellow"),
     "yellow": ("orange", "gold"),
@@ -60,33 +58,40 @@ LOOKS_LIKE: dict[str, tuple[str, ...]] = {
 
 
 def ten_answers(
-    stream: random.Random, truth: str, answer_type: str, alike: tuple[str, ...] = ()
+    stream: random.Random, truth: str, answer_type: str, confusable: tuple[str, ...] = ()
 ) -> list[dict[str, str | int]]:
-    """The `answers` of VQA v2's annotations. The truth is the most frequent of them.
+    """Draws the `answers` of one of VQA v2's annotations; the most frequent of them is the truth.
 
-    alike: what the thing may be taken for, where neither its colour nor its number is asked.
+    Args:
+        stream: The random generator.
+        truth: The true answer.
+        answer_type: VQA v2's type: "yes/no", "number" or "other".
+        confusable: Wrong answers for an object that is confused with another; not used for colours and numbers.
     """
-    care = stream.choices([care for _, care in CARE], weights=[share for share, _ in CARE])[0]
+    accuracy = stream.choices([accuracy for _, accuracy in ACCURACIES], weights=[share for share, _ in ACCURACIES])[0]
     while True:
-        said = [say(stream, truth, answer_type, alike, care) for _ in range(NUM_ANNOTATORS)]
-        (first, most), *others = Counter(said).most_common(2)
+        answers = [one_answer(stream, truth, answer_type, confusable, accuracy) for _ in range(NUM_ANNOTATORS)]
+        (first, most), *others = Counter(answers).most_common(2)
         if first == truth and most >= 2 and (not others or others[0][1] < most):
             break
     return [
         {
             "answer": answer,
-            "answer_confidence": stream.choices(("yes", "maybe", "no"), weights=SURE[answer == truth])[0],
+            "answer_confidence": stream.choices(("yes", "maybe", "no"), weights=CONFIDENCE[answer == truth])[0],
             "answer_id": number,
         }
-        for number, answer in enumerate(said, start=1)
+        for number, answer in enumerate(answers, start=1)
     ]
 
 
-def say(stream: random.Random, truth: str, answer_type: str, alike: tuple[str, ...], care: float) -> str:
-    if stream.random() < care:
-        return stream.choice(OTHER_WORDS[truth]) if truth in OTHER_WORDS and stream.random() < OWN_WORDS else truth
+def one_answer(
+    stream: random.Random, truth: str, answer_type: str, confusable: tuple[str, ...], accuracy: float
+) -> str:
+    """The answer of one annotator, who is right with probability `accuracy`."""
+    if stream.random() < accuracy:
+        return stream.choice(SYNONYMS[truth]) if truth in SYNONYMS and stream.random() < SYNONYM_SHARE else truth
     if answer_type == "yes/no":
         return "no" if truth == "yes" else "yes"
     if answer_type == "number":
         return str(max(int(truth) + stream.choice((-1, 1, 1, 2)), 0))
-    return stream.choice(LOOKS_LIKE.get(truth, alike) or ("nothing",))
+    return stream.choice(CONFUSED_WITH.get(truth, confusable) or ("nothing",))

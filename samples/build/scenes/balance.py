@@ -1,17 +1,22 @@
-"""A choice of questions whose answers cannot be told from the questions."""
+"""Chooses questions so that their answers cannot be guessed from the questions."""
 
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeVar
 
-__all__ = ["balanced"]
-
-LOOK_AT = 6  # candidates among which the picture with the fewest questions is taken
+NUM_COMPARED = 6  # candidates among which the one whose image has the fewest questions is chosen
 
 
 class Candidate(Protocol):
-    """group: what must not give the answer away, usually the text. place: its picture. family: whose share it takes."""
+    """A question that can be chosen.
+
+    Attributes:
+        family: The kind of question; each has a share of all questions.
+        group: What the answer must not be guessed from, usually the text of the question.
+        answer: The true answer.
+        image_index: The number of the image that the question is about.
+    """
 
     @property
     def family(self) -> str: ...
@@ -20,7 +25,7 @@ class Candidate(Protocol):
     @property
     def answer(self) -> str: ...
     @property
-    def place(self) -> int: ...
+    def image_index(self) -> int: ...
 
 
 C = TypeVar("C", bound=Candidate)
@@ -28,10 +33,16 @@ Answers = dict[str, list[C]]
 
 
 def balanced(candidates: Sequence[C], shares: Mapping[str, float], number: int, stream: random.Random) -> list[C]:
-    """About `number` candidates: in rounds, each of which takes one group and one candidate for each of its answers.
+    """Chooses candidates in rounds; each round takes one group, and one candidate for each of its answers.
 
-    So no answer of a group is more frequent than its others, as long as those last; a group with one answer left gives
-    nothing any more. Families get their `shares`; one that has nothing left leaves its share to the others.
+    So all answers of a group are equally frequent, until some have no candidates left; a group with one answer left is
+    not used any more. When a family has no candidates left, the others get its share.
+
+    Args:
+        candidates: The questions to choose from.
+        shares: Relative number of questions of each family.
+        number: How many to choose, about: fewer if the candidates do not suffice, more by less than one round.
+        stream: The random generator.
     """
     families: dict[str, dict[str, Answers[C]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for candidate in candidates:
@@ -40,9 +51,9 @@ def balanced(candidates: Sequence[C], shares: Mapping[str, float], number: int, 
         for group in groups.values():
             for answers in group.values():
                 stream.shuffle(answers)
-    taken, counts = [], Counter()
+    chosen, counts = [], Counter()
     done = Counter({family: 0 for family in shares if family in families})
-    while done and len(taken) < number:
+    while done and len(chosen) < number:
         family = min(done, key=lambda name: done[name] / shares[name])
         groups = families[family]
         name = stream.choice(list(groups)) if groups else None
@@ -50,17 +61,24 @@ def balanced(candidates: Sequence[C], shares: Mapping[str, float], number: int, 
             del done[family]
             continue
         for candidate in one_round(groups[name], counts):
-            taken.append(candidate)
-            counts[candidate.place] += 1
+            chosen.append(candidate)
+            counts[candidate.image_index] += 1
             done[family] += 1
         if not groups[name]:
             del groups[name]
-    return taken
+    return chosen
 
 
 def one_round(answers: Answers[C], counts: Counter[int]) -> list[C]:
-    """One candidate for each answer of a group, about pictures with few questions so far; none where fewer than two
-    answers are left."""
+    """Takes one candidate for each answer of a group, preferring images with few questions so far.
+
+    Args:
+        answers: The remaining candidates of the group by answer; those taken are removed.
+        counts: The number of questions chosen so far, by image.
+
+    Returns:
+        The candidates; none if fewer than two answers are left.
+    """
     for answer in [answer for answer, left in answers.items() if not left]:
         del answers[answer]
     if len(answers) < 2:
@@ -68,6 +86,6 @@ def one_round(answers: Answers[C], counts: Counter[int]) -> list[C]:
         return []
     chosen = []
     for left in answers.values():
-        ends = range(max(len(left) - LOOK_AT, 0), len(left))
-        chosen.append(left.pop(min(ends, key=lambda number: counts[left[number].place])))
+        ends = range(max(len(left) - NUM_COMPARED, 0), len(left))
+        chosen.append(left.pop(min(ends, key=lambda number: counts[left[number].image_index])))
     return chosen

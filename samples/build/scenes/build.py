@@ -1,8 +1,8 @@
-"""python -m samples.build scenes: scenes for the vision-language tasks, all of them anew.
+"""python -m samples.build scenes: scenes for the vision-language tasks; replaces existing ones.
 
-    samples/things.jsonl               the things in them, chosen by hand: name, emoji, kind, colour
+    samples/things.jsonl               input: the objects in the scenes, chosen by hand: name, emoji, kind, colour
     build/vl                           the set to train on
-    samples/vl                         a small one of the same kind, with a few clips
+    samples/vl                         a small set of the same kind, with a few clips
 
 Needs npm, resvg_py, scikit-image and scipy. It has no config: its output is a fixed set of files, and the same packages
 give the same files again.
@@ -24,8 +24,8 @@ from samples.build.scenes.pictures import Artist, describe_thing, load_photos
 from samples.build.scenes.things import dump_things
 
 TOOLS = ("npm", "resvg_py")
-SCENE_ICON = 144  # pixels; things in scenes have up to 104
-SETS = {  # pictures and questions; of NLVR2 sets of 8 pictures with 16 labelled sentences
+SCENE_ICON = 144  # pixels; in a scene, objects have up to 104
+SETS = {  # images and questions; for NLVR2, sets of 8 images with 16 labelled sentences
     ROOT / "build" / "vl": Sizes(
         vqa={"train": (3000, 12500), "val": (600, 3000)},
         gqa={"train": (1000, 8000), "val": (250, 2000), "testdev": (250, 2000)},
@@ -38,11 +38,15 @@ SETS = {  # pictures and questions; of NLVR2 sets of 8 pictures with 16 labelled
         nlvr2={"train": 6, "dev": 2, "test1": 2},
     ),
 }
-CLIPS = {"train": 8, "val": 4}
+CLIPS = {"train": 8, "val": 4}  # split: number of clips
 
 
 def main() -> None:
-    """Makes all of them anew. Raises ValueError with one sentence for a user's mistake."""
+    """Makes all scenes.
+
+    Raises:
+        ValueError: A tool is missing, a package cannot be fetched or is damaged, or a concept is invalid.
+    """
     concepts = read_concepts(SAMPLES / "concepts.jsonl")
     packages.check_tools(TOOLS)
     packages.fetch_missing()
@@ -50,7 +54,7 @@ def main() -> None:
 
 
 def build_scenes(concepts: list[Concept]) -> None:
-    """build/vl and samples/vl: scenes of icons with questions, sentences and captions."""
+    """Makes build/vl and samples/vl: scenes of icons with questions, sentences and captions."""
     rows = [json.loads(line) for line in (SAMPLES / "things.jsonl").read_text().splitlines()]
     codes = {concept.name: concept.code for concept in concepts}
     rows = [{**row, "code": codes[row.pop("icon", row["name"])]} for row in rows]
@@ -64,7 +68,15 @@ def build_scenes(concepts: list[Concept]) -> None:
 
 
 def read_scene_icons(codes: dict[str, str], concepts: list[Concept]) -> dict[tuple[str, str], Image.Image]:
-    """(style, name) -> RGBA icon, with its transparency."""
+    """Reads the icons of all styles from the packages.
+
+    Args:
+        codes: Name of an object -> code point of its icon.
+        concepts: The concepts that the packages must contain.
+
+    Returns:
+        (style, name) -> RGBA icon of SCENE_ICON x SCENE_ICON pixels.
+    """
     icons = {}
     for style, package in progress(SVG_PACKAGES.items(), "icons"):
         icon_set = packages.read_icon_set(packages.archive_of(package), concepts)

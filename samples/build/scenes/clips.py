@@ -1,7 +1,7 @@
-"""A handful of clips made of scenes, in the forms of TVQA, How2QA, TVC and YC2C with subtitles and features.
+"""A few clips made of scenes, in the formats of TVQA, How2QA, TVC and YC2C, with subtitles and features.
 
-A clip is a few shots, each a scene whose things drift sideways while one line is said. It has no video file: what the
-models of these tasks read are features, one vector for every 1.5 seconds.
+A clip consists of a few shots, each a scene whose objects drift sideways while one line is spoken. There is no video
+file: the models for these tasks read features, one vector per 1.5 seconds.
 
     video/features/<vid_name>.npz      `features`, (T, 512) float16
     video/subtitles.jsonl              of all clips
@@ -26,19 +26,25 @@ from samples.build.scenes.scenes import SIZE, Placed, Scene, make_scene
 from samples.build.scenes.sentences import background_words, full_name
 from samples.build.scenes.things import Thing, with_a
 
-__all__ = ["Clip", "clip_rows", "frame_features", "frames", "make_clip", "subtitles", "write_clips"]
-
 SECONDS = 1.5  # from one feature to the next
 WIDTH = 512  # of a feature
-GRID = 8  # cells of a frame along each side, of which the mean colours are known
-SHOTS = (3, 4)
-FRAMES = (3, 5)  # of a shot
+GRID = 8  # cells along each side of a frame, whose mean colours make up the features
+SHOTS = (3, 4)  # least and greatest number in a clip
+FRAMES = (3, 5)  # least and greatest number in a shot
 LINES = ("Look, here is {}.", "And now comes {}.", "This is {}.", "Do you see {}?", "There is {}!")
 
 
 @dataclass(frozen=True)
 class Shot:
-    """star: the thing that this shot alone shows. line: what is said meanwhile. drift: pixels between two frames."""
+    """A part of a clip that shows one scene.
+
+    Attributes:
+        scene: The scene in the first frame.
+        star: The object that questions are about; it is in no other shot.
+        line: The subtitle.
+        num_frames: The number of frames.
+        drift: How far all objects move from one frame to the next, in pixels; positive: to the right.
+    """
 
     scene: Scene
     star: Placed
@@ -49,26 +55,29 @@ class Shot:
 
 @dataclass(frozen=True)
 class Clip:
+    """A clip: its name and its shots."""
+
     name: str
     shots: tuple[Shot, ...]
 
     def span(self, number: int) -> tuple[float, float]:
-        """When a shot begins and ends, in seconds."""
+        """Start and end of a shot, in seconds."""
         start = SECONDS * sum(shot.num_frames for shot in self.shots[:number])
         return start, start + SECONDS * self.shots[number].num_frames
 
     @property
     def duration(self) -> float:
+        """In seconds."""
         return self.span(len(self.shots) - 1)[1]
 
 
 def make_clip(things: Sequence[Thing], seed: int, split: str, index: int) -> Clip:
-    """The clip of a number: a pure function of the arguments."""
+    """Makes the clip of an index; a pure function of the arguments."""
     stream = random.Random(f"clip/{seed}/{split}/{index}")
     shots: list[Shot] = []
     seen: set[str] = set()
-    wanted, attempt = stream.randint(*SHOTS), 0
-    while len(shots) < wanted:
+    num_shots, attempt = stream.randint(*SHOTS), 0
+    while len(shots) < num_shots:
         scene = make_scene(things, seed, f"clip/{split}/{index}", attempt)
         attempt += 1
         stars = [placed for placed in scene.only() if placed.color is not None]
@@ -82,7 +91,7 @@ def make_clip(things: Sequence[Thing], seed: int, split: str, index: int) -> Cli
 
 
 def frames(clip: Clip) -> Iterator[Scene]:
-    """A scene for every feature: the things of each shot drift together, as far as the picture's edges let them."""
+    """The scene of every frame: the objects of a shot drift together, but not beyond the edges of the image."""
     for shot in clip.shots:
         for number in range(shot.num_frames):
             moved = [
@@ -93,9 +102,17 @@ def frames(clip: Clip) -> Iterator[Scene]:
 
 
 def frame_features(pictures: Sequence[Image.Image]) -> np.ndarray:
-    """(T, 512) float16: mean colours of GRID x GRID cells and their spread, through random signs that never change.
+    """Computes the features of frames.
 
-    In whole numbers up to the last division, so that every machine gets the same bits.
+    A feature is a fixed random projection (of signs) of the mean colours of GRID x GRID cells and of their deviations
+    from the frame's mean. The computation uses integers up to the last division, so that the result is bit-identical on
+    every machine.
+
+    Args:
+        pictures: T images of frames.
+
+    Returns:
+        (T, 512) float16.
     """
     stream = random.Random("features of frames")
     cells = np.stack([np.asarray(p.convert("RGB").resize((GRID, GRID), Image.Resampling.BOX)) for p in pictures])
@@ -106,6 +123,7 @@ def frame_features(pictures: Sequence[Image.Image]) -> np.ndarray:
 
 
 def subtitles(clip: Clip) -> dict[str, Any]:
+    """The entry of a clip in subtitles.jsonl."""
     lines = [
         {"text": shot.line, "start": clip.span(number)[0] + 0.25, "end": clip.span(number)[1] - 0.25}
         for number, shot in enumerate(clip.shots)
@@ -114,12 +132,21 @@ def subtitles(clip: Clip) -> dict[str, Any]:
 
 
 def clip_rows(things: Sequence[Thing], clip: Clip, number: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows by task. number: of the clip among all, from which ids are made."""
+    """Makes the entries about a clip.
+
+    Args:
+        things: All objects, from which wrong answers are drawn.
+        clip: The clip.
+        number: The number of the clip among the clips of all splits; ids are derived from it.
+
+    Returns:
+        Task -> its entries.
+    """
     stream = random.Random(f"rows of {clip.name}")
-    made = [make for shot in range(len(clip.shots)) for make in ask(things, clip, shot, stream)]
+    questions = [question for shot in range(len(clip.shots)) for question in ask(things, clip, shot, stream)]
     rows: dict[str, list[dict[str, Any]]] = {"tvqa": [], "how2qa": [], "tvc": [], "yc2c": []}
     for task, num_choices in (("tvqa", 5), ("how2qa", 4)):
-        for place, (text, truth, wrong, span) in enumerate(made):
+        for place, (text, truth, wrong, span) in enumerate(questions):
             choices = stream.sample([truth, *stream.sample(wrong, num_choices - 1)], num_choices)
             rows[task].append(
                 {
@@ -147,7 +174,7 @@ def clip_rows(things: Sequence[Thing], clip: Clip, number: int) -> dict[str, lis
 
 
 def ask(things: Sequence[Thing], clip: Clip, number: int, stream: random.Random) -> Iterator[tuple[Any, ...]]:
-    """Question, right answer, at least four wrong ones, and the seconds that it is about."""
+    """Yields questions about a shot: text, correct answer, at least four wrong ones, start and end in seconds."""
     star = clip.shots[number].star
     shown = {placed.name for shot in clip.shots for placed in shot.scene.objects}
     others = stream.sample(sorted({thing.name for thing in things} - shown), 6)
@@ -162,21 +189,29 @@ def ask(things: Sequence[Thing], clip: Clip, number: int, stream: random.Random)
 
 
 def descriptions(shot: Shot, clip_id: int, task: str) -> list[dict[str, Any]]:
-    """Of TVC four, which tell what is seen (v), said (t) or both (vt); of YC2C one."""
+    """The descriptions of a shot: for TVC four, of what is seen (v), said (t) or both (vt); for YC2C one."""
     star = full_name(shot.star)
-    made = [
+    texts = [
         ("v", f"{with_a(star)} moves across {background_words(shot.scene)}"),
         ("v", f"{with_a(star)} drifts to the {'right' if shot.drift > 0 else 'left'}"),
         ("t", f"somebody speaks of {with_a(star)}"),
         ("vt", f"{with_a(star)} is shown while somebody speaks of it"),
     ]
     if task == "yc2c":
-        made = [("vt", f"show {with_a(star)}")]
-    return [{"desc": text, "desc_id": clip_id * 10 + place, "type": kind} for place, (kind, text) in enumerate(made)]
+        texts = [("vt", f"show {with_a(star)}")]
+    return [{"desc": text, "desc_id": clip_id * 10 + place, "type": kind} for place, (kind, text) in enumerate(texts)]
 
 
 def write_clips(folder: Path, things: Sequence[Thing], artist: Artist, numbers: dict[str, int], seed: int) -> None:
-    """The files of the layout above. numbers: split -> clips."""
+    """Writes the files of the layout above.
+
+    Args:
+        folder: The folder `video` of that layout.
+        things: All objects.
+        artist: Draws the frames.
+        numbers: Split -> number of clips.
+        seed: The seed of the clips.
+    """
     clips = [(split, make_clip(things, seed, split, i)) for split, count in numbers.items() for i in range(count)]
     tables: dict[str, list[dict[str, Any]]] = {"subtitles": [subtitles(clip) for _, clip in clips]}
     for number, (split, clip) in enumerate(tqdm(clips, desc="clips", disable=None)):

@@ -1,14 +1,12 @@
-"""Names of colours, and icons in other colours: what makes a question about a colour have one true answer.
+"""Names of colours, and icons in other colours, so that a question about a colour has exactly one true answer.
 
-Shape legend: H, W pixels. Pictures are RGBA; HSV is in [0, 1] throughout.
+Shape legend: H, W pixels. Images are RGBA; HSV is in [0, 1] throughout.
 """
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["PAINTS", "PALE", "color_of", "color_shares", "paint", "two_tone"]
-
-PAINTS: dict[str, tuple[int, int, int]] = {  # what a thing may be painted in, far enough apart to be told by eye
+PAINTS: dict[str, tuple[int, int, int]] = {  # colours of painted objects, easily distinguished by eye
     "red": (222, 32, 36),
     "orange": (250, 135, 20),
     "yellow": (252, 211, 30),
@@ -19,7 +17,7 @@ PAINTS: dict[str, tuple[int, int, int]] = {  # what a thing may be painted in, f
     "black": (42, 42, 46),
     "white": (245, 245, 245),
 }
-PALE: dict[str, tuple[int, int, int]] = {  # plain backgrounds: still named at once, and no thing is lost on them
+PALE: dict[str, tuple[int, int, int]] = {  # plain backgrounds: easily named, and every object stands out
     "red": (224, 92, 86),
     "orange": (250, 190, 130),
     "yellow": (252, 238, 160),
@@ -40,16 +38,20 @@ HUES = (  # upper end in degrees, name; 345 and more is red again
     (342, "pink"),
     (360, "red"),
 )
-MOST = 0.6  # share of a thing that one named colour must cover to be its colour
-OTHER = 0.25  # share that the next one may cover
+MOST = 0.6  # share of an object that one named colour must cover to be its colour
+OTHER = 0.25  # share that the second most frequent colour may cover
 
 
 def color_shares(picture: Image.Image) -> dict[str, float]:
-    """Name -> share of the opaque pixels, largest first. Raises ValueError where nothing is opaque."""
+    """The named colours of an image: name -> share of the opaque pixels, largest first.
+
+    Raises:
+        ValueError: No pixel is opaque.
+    """
     rgba_HW4 = np.asarray(picture.convert("RGBA"))
     opaque = rgba_HW4[..., 3] > 127
     if not opaque.any():
-        raise ValueError("a picture without an opaque pixel has no colour")
+        raise ValueError("an image without an opaque pixel has no colour")
     hue, saturation, value = np.moveaxis(to_hsv(rgba_HW4[opaque][:, :3]), -1, 0)
     degrees = hue * 360
     names = np.select([degrees < end for end, _ in HUES], [name for _, name in HUES], "red")
@@ -66,15 +68,15 @@ def color_shares(picture: Image.Image) -> dict[str, float]:
 
 
 def color_of(picture: Image.Image) -> str | None:
-    """The one named colour that covers most of the opaque pixels, None of a many-coloured picture."""
+    """The named colour that covers most of the opaque pixels; None for a multi-coloured image."""
     (name, share), *others = color_shares(picture).items()
     return name if share >= MOST and (not others or others[0][1] <= OTHER) else None
 
 
 def paint(picture: Image.Image, color: str) -> Image.Image:
-    """The picture with its main hue replaced by a colour of PAINTS: light and shade stay, other hues too.
+    """Replaces the main hue of an image by a colour of PAINTS; light, shade and other hues do not change.
 
-    A picture without a hue to replace comes back as it is; color_of tells whether it took the paint.
+    An image without a hue to replace is returned unchanged; `color_of` shows whether the result has the colour.
     """
     rgba_HW4 = np.asarray(picture.convert("RGBA"))
     hsv_HW3 = to_hsv(rgba_HW4[..., :3])
@@ -97,10 +99,9 @@ def paint(picture: Image.Image, color: str) -> Image.Image:
 
 
 def two_tone(outline: Image.Image, color: str) -> Image.Image:
-    """A one-coloured icon in two shades of one colour of PAINTS: its lines, and the paper that they enclose.
+    """Draws a one-coloured icon in two shades of a colour of PAINTS: its lines (ink), and the area inside them (paper).
 
-    Whichever of the two is larger takes the colour itself, so that it covers most of the thing.
-    Needs scipy.
+    The larger of the two gets the colour itself, so that it covers most of the object. Needs scipy.
     """
     from scipy.ndimage import binary_fill_holes
 

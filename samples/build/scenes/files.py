@@ -1,14 +1,14 @@
 """Data sets of scenes in the official layouts of VQA v2, GQA, NLVR2 and the COCO captions.
 
-    images/COCO_train2014_000000000001.jpg    of VQA and captions, the index plus one; val from FIRST_IDS on
+    images/COCO_train2014_000000000001.jpg    of VQA and captions, numbered from FIRST_IDS[split] on
     vqa/v2_OpenEnded_mscoco_train2014_questions.json, vqa/v2_mscoco_train2014_annotations.json
     captions/captions_train2014.json
     gqa/train_balanced_questions.json, gqa/images/<imageId>.jpg
-    captions/captions_pretrain2014.json       of further pictures, which nothing else asks about
+    captions/captions_pretrain2014.json       of additional images that have no questions
     nlvr2/train.json, nlvr2/images/train-0-0-img0.png
 
-A smaller set is the beginning of a larger one as far as its pictures go, so the validation scenes of one are never the
-training scenes of another.
+The images of a smaller set are the first images of a larger one, so the validation scenes of one are never training
+scenes of another.
 """
 
 import json
@@ -28,11 +28,9 @@ from samples.build.scenes.scenes import Scene, make_scene
 from samples.build.scenes.sentences import captions, pair_sets
 from samples.build.scenes.things import Thing
 
-__all__ = ["SEED", "Sizes", "gqa_file", "nlvr2_file", "scenes_of", "vqa_files", "write_sets"]
-
 SEED = 0
 JPEG_QUALITY = 75
-PNG_COLORS = 96  # NLVR2 wants PNG: with a palette one takes 12 kB, without 40
+PNG_COLORS = 96  # NLVR2 uses PNG: with a palette an image takes 12 kB, without 40
 FIRST_IDS = {"train": 1, "val": 500_001, "testdev": 700_001, "dev": 500_001, "test1": 700_001, "pretrain": 800_001}
 INFO = {"description": "Generated scenes of icons; answers and captions follow from how they were composed."}
 LICENSE = {"id": 1, "name": "see SOURCES.md", "url": "https://creativecommons.org/licenses/by/4.0/"}
@@ -40,9 +38,13 @@ LICENSE = {"id": 1, "name": "see SOURCES.md", "url": "https://creativecommons.or
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of each: split -> (pictures, questions), of NLVR2 split -> sets of four pairs with four sentences.
+    """The sizes of a data set.
 
-    pretrain: further pictures that are only captioned.
+    Attributes:
+        vqa: Split -> number of images and of questions.
+        gqa: Split -> number of images and of questions.
+        nlvr2: Split -> number of sets, each of four pairs of images with four sentences.
+        pretrain: Number of additional images that only have captions.
     """
 
     vqa: dict[str, tuple[int, int]]
@@ -52,7 +54,14 @@ class Sizes:
 
 
 def write_sets(folder: Path, things: Sequence[Thing], artist: Artist, sizes: Sizes) -> None:
-    """Everything of the layout above, and no other picture in its folders."""
+    """Writes the files of the layout above, and deletes other files in its image folders.
+
+    Args:
+        folder: The folder of the data set.
+        things: All objects.
+        artist: Draws the scenes.
+        sizes: The sizes of the data set.
+    """
     pictures: dict[str, list[tuple[str, Scene]]] = {"images": [], "gqa/images": [], "nlvr2/images": []}
     for split, (num_pictures, num_questions) in sizes.vqa.items():
         for name, content in vqa_files(things, split, num_pictures, num_questions).items():
@@ -69,14 +78,15 @@ def write_sets(folder: Path, things: Sequence[Thing], artist: Artist, sizes: Siz
         scenes = scenes_of(things, "gqa", split, num_pictures)
         pictures["gqa/images"] += [(f"{gqa_id(split, scene)}.jpg", scene) for scene in scenes]
     for split, num_sets in sizes.nlvr2.items():
-        rows, of_pairs = nlvr2_file(things, split, num_sets)
+        rows, pair_images = nlvr2_file(things, split, num_sets)
         write_text(folder / f"nlvr2/{split}.json", "".join(dump(row) + "\n" for row in rows))
-        pictures["nlvr2/images"] += of_pairs
+        pictures["nlvr2/images"] += pair_images
     for name, scenes in pictures.items():
         draw_all(folder / name, scenes, artist)
 
 
 def dump(content: Any) -> str:
+    """Compact JSON."""
     return json.dumps(content, separators=(",", ":"))
 
 
@@ -85,7 +95,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def draw_all(folder: Path, scenes: Sequence[tuple[str, Scene]], artist: Artist) -> None:
-    """The pictures of some scenes, each under its name. Pictures of an earlier run that are none of them go away."""
+    """Draws scenes into a folder, each under its name, and deletes all other files there."""
     for name, scene in tqdm(scenes, desc=f"{folder.parent.name}/{folder.name}", disable=None):
         picture = artist.draw(scene)
         write_atomically(folder / name, lambda path, name=name, picture=picture: save(picture, path, name))
@@ -102,7 +112,14 @@ def save(picture: Image.Image, path: Path, name: str) -> None:
 
 
 def scenes_of(things: Sequence[Thing], task: str, split: str, number: int) -> list[Scene]:
-    """The scenes of vqa (with captions), captions or gqa. Those of NLVR2 come in pairs, see nlvr2_file."""
+    """The scenes of a data set whose images are not paired; see `nlvr2_file` for NLVR2.
+
+    Args:
+        things: All objects.
+        task: "vqa" (which has captions as well), "captions" or "gqa".
+        split: The split.
+        number: How many scenes.
+    """
     return [make_scene(things, SEED, f"{task}/{split}", index) for index in range(number)]
 
 
@@ -115,7 +132,7 @@ def coco_name(split: str, scene: Scene) -> str:
 
 
 def vqa_files(things: Sequence[Thing], split: str, num_pictures: int, num_questions: int) -> dict[str, Any]:
-    """File name -> content, of VQA v2's questions and annotations and of COCO's captions."""
+    """VQA v2's questions and annotations and COCO's captions of a split: file name -> content."""
     scenes = scenes_of(things, "vqa", split, num_pictures)
     chosen = vqa_questions(things, scenes, num_questions, SEED)
     annotations = list(vqa_annotations(chosen, [coco_id(split, question.scene) for question in chosen], SEED))
@@ -134,6 +151,7 @@ def vqa_files(things: Sequence[Thing], split: str, num_pictures: int, num_questi
 
 
 def captions_file(split: str, scenes: Sequence[Scene]) -> dict[str, Any]:
+    """The content of a file of COCO captions."""
     images = [{"id": coco_id(split, scene), "file_name": coco_name(split, scene), "license": 1} for scene in scenes]
     rows = [
         {"image_id": coco_id(split, scene), "id": coco_id(split, scene) * 10 + number, "caption": caption}
@@ -148,6 +166,7 @@ def gqa_id(split: str, scene: Scene) -> str:
 
 
 def gqa_file(things: Sequence[Thing], split: str, num_pictures: int, num_questions: int) -> dict[str, Any]:
+    """The content of GQA's file of questions of a split."""
     scenes = scenes_of(things, "gqa", split, num_pictures)
     chosen = gqa_questions(things, scenes, num_questions, SEED)
     return gqa_entries(chosen, [gqa_id(split, question.scene) for question in chosen], 10 * FIRST_IDS[split])
@@ -156,7 +175,7 @@ def gqa_file(things: Sequence[Thing], split: str, num_pictures: int, num_questio
 def nlvr2_file(
     things: Sequence[Thing], split: str, num_sets: int
 ) -> tuple[list[dict[str, str]], list[tuple[str, Scene]]]:
-    """The rows, and the name and scene of every picture."""
+    """The rows of NLVR2's file of a split, and the file name and scene of every image."""
     rows, scenes = [], []
     for number, made in enumerate(pair_sets(things, SEED, f"nlvr2/{split}", num_sets)):
         for pair, both in enumerate(made.pairs):

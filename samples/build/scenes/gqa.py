@@ -1,4 +1,4 @@
-"""Compositional questions about scenes, in the form of GQA."""
+"""Compositional questions about scenes, in the format of GQA."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,6 @@ from samples.build.scenes.balance import balanced
 from samples.build.scenes.questions import SIDE_WORDS, absent, alone_beside, yes_no
 from samples.build.scenes.scenes import SIDES, Placed, Scene
 from samples.build.scenes.things import KINDS, Thing, with_a
-
-__all__ = ["gqa_entries", "gqa_questions"]
 
 SHARES = {  # detailed type: its share of all questions in per cent
     "existAnd": 9,
@@ -31,9 +29,18 @@ SHARES = {  # detailed type: its share of all questions in per cent
 
 @dataclass(frozen=True)
 class Composed:
-    """A question. family: its detailed type; subject: the thing that is asked about, None of none in particular.
+    """A question about a scene.
 
-    full: the answer as a sentence. group: what must not give the answer away.
+    Attributes:
+        scene: The scene.
+        family: GQA's detailed type.
+        text: The question.
+        answer: The true answer.
+        full: The answer as a sentence.
+        structural: GQA's structural type.
+        semantic: GQA's semantic type.
+        group: The answers are balanced among the questions of a group.
+        subject: The object that is asked about; None for no particular one.
     """
 
     scene: Scene
@@ -47,20 +54,31 @@ class Composed:
     subject: Thing | None = None
 
     @property
-    def place(self) -> int:
+    def image_index(self) -> int:
+        """The number of the image that the question is about."""
         return self.scene.index
 
 
 def gqa_questions(things: Sequence[Thing], scenes: Sequence[Scene], number: int, seed: int) -> list[Composed]:
-    """`number` questions, balanced as those of VQA v2 are, in the order of the pictures."""
+    """Chooses `number` questions, balanced as in `vqa_questions`, in the order of the images."""
     stream = random.Random(f"gqa/{seed}/{scenes[0].split}")
     candidates = [question for scene in scenes for ask in ASK for question in ask(things, scene, stream)]
-    distinct = {(question.place, question.text): question for question in candidates}
-    return sorted(balanced(list(distinct.values()), SHARES, number, stream), key=lambda question: question.place)
+    distinct = {(question.image_index, question.text): question for question in candidates}
+    chosen = balanced(list(distinct.values()), SHARES, number, stream)
+    return sorted(chosen, key=lambda question: question.image_index)
 
 
 def gqa_entries(questions: Sequence[Composed], image_ids: Sequence[str], first_id: int) -> dict[str, dict[str, Any]]:
-    """The official file's content: question id -> the question with its answer, types and groups."""
+    """The content of GQA's file of questions.
+
+    Args:
+        questions: The questions.
+        image_ids: The id of the image of each question.
+        first_id: The id of the first question; the others follow.
+
+    Returns:
+        Question id -> the question with its answer, types and groups.
+    """
     return {
         f"{first_id + number:08d}": {
             "imageId": image_id,
@@ -107,7 +125,10 @@ def ask_logical(things: Sequence[Thing], scene: Scene, stream: random.Random) ->
 
 
 def ask_exist_attribute(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:
-    """ "Is there a red car to the left of the dog?": where not, there is one elsewhere, or one of another colour."""
+    """Asks for example "Is there a red car to the left of the dog?".
+
+    If the answer is no, there is such a car elsewhere, or one of another colour there.
+    """
     for placed in scene.only():
         for other in scene.only():
             if other is placed or placed.color is None:
@@ -136,7 +157,7 @@ def ask_exist_attribute(things: Sequence[Thing], scene: Scene, stream: random.Ra
 
 
 def described(scene: Scene) -> Iterator[tuple[str, Placed]]:
-    """Expressions that mean one thing without its name: "large object on the left", "green object"."""
+    """Expressions that denote one object without its name: "large object on the left", "green object"."""
     for placed in scene.objects:
         across, down = placed.place()
         size = "large" if placed.large else "small"
@@ -204,7 +225,7 @@ def ask_compare(things: Sequence[Thing], scene: Scene, stream: random.Random) ->
 
 
 def ask_beyond(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Asked:
-    """Through a relation: "What color is the animal that is to the left of the bus?"."""
+    """Asks about an object through a relation: "What color is the animal that is to the left of the bus?"."""
     for anchor in scene.only():
         for side in SIDES:
             if (alone := alone_beside(scene, anchor, side)) is not None and alone in scene.only():
@@ -225,7 +246,7 @@ def ask_beyond(things: Sequence[Thing], scene: Scene, stream: random.Random) -> 
 
 
 def one_on_a_side(scene: Scene, anchor: Placed, side: str) -> Iterator[tuple[str, Placed]]:
-    """A word (animal, object) and the one thing that it can mean on a side of another thing."""
+    """Words ("animal", "object"), each with the only object that it can denote on one side of another object."""
     for word in (*KINDS, "object"):
         kind = [p for p in scene.objects if p is not anchor and word in ("object", p.thing.kind)]
         holds = [placed.is_side(side, anchor) for placed in kind]

@@ -1,4 +1,4 @@
-"""Pictures of scenes: icons with a soft shadow on a plain colour or on a piece of a photograph."""
+"""Images of scenes: icons with a soft shadow, on a plain colour or on a section of a photograph."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -10,11 +10,9 @@ from samples.build.scenes.colors import PAINTS, PALE, color_of, paint, two_tone
 from samples.build.scenes.scenes import PHOTOS, SIZE, Background, Placed, Scene
 from samples.build.scenes.things import STYLES, Thing
 
-__all__ = ["Artist", "describe_thing", "load_photos"]
-
-PHOTO_SIZE = 320  # of which a scene shows a piece of SIZE
+PHOTO_SIZE = 320  # side of a photo; a scene shows a section of SIZE x SIZE
 SHADOW = 0.38  # opacity
-TINTS = {  # the photo in black and white, its dark and its light
+TINTS = {  # name: the black-and-white photo in skimage.data, the colours of its dark and bright parts
     "bricks": ("brick", "#5a2a1e", "#e0b090"),
     "grass": ("grass", "#1d4a14", "#b5dc78"),
     "gravel": ("gravel", "#4a4742", "#e8e4dc"),
@@ -22,7 +20,10 @@ TINTS = {  # the photo in black and white, its dark and its light
 
 
 def load_photos() -> dict[str, Image.Image]:
-    """The photographs of PHOTOS, RGB, PHOTO_SIZE x PHOTO_SIZE. All are CC0 or public domain and come with scikit-image.
+    """Loads the photographs of PHOTOS; all are CC0 or public domain and are part of scikit-image.
+
+    Returns:
+        Name -> RGB image, PHOTO_SIZE x PHOTO_SIZE.
 
     Raises:
         ValueError: scikit-image is not installed.
@@ -35,23 +36,25 @@ def load_photos() -> dict[str, Image.Image]:
     for name, (source, dark, light) in TINTS.items():
         gray = ImageOps.autocontrast(Image.fromarray(getattr(data, source)()), cutoff=1)
         photos[name] = ImageOps.colorize(gray, dark, light)
-    photos["wood"] = Image.fromarray(data.coffee()).crop((450, 20, 600, 170))  # the table beside the cup
+    photos["wood"] = Image.fromarray(data.coffee()).crop((450, 20, 600, 170))  # the table next to the cup
     photos["space"] = Image.fromarray(data.hubble_deep_field()).convert("RGB").crop((100, 100, 500, 500))
     photos = {name: photos[name].resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.LANCZOS) for name in PHOTOS}
     return {name: soften(photo, name) for name, photo in photos.items()}
 
 
 def soften(photo: Image.Image, name: str) -> Image.Image:
-    """Out of focus and with less contrast, as a background is: the things in front are what one looks at."""
+    """Blurs a photo and reduces its contrast, so that it is clearly the background."""
     photo = photo.filter(ImageFilter.GaussianBlur(0.6 if name == "space" else 1.8))
     return photo if name == "space" else ImageEnhance.Contrast(photo).enhance(0.75)
 
 
 def describe_thing(row: Mapping[str, Any], icons: Mapping[tuple[str, str], Image.Image]) -> Thing:
-    """A thing with the colours that its icons take, from its row in the list of things.
+    """Determines the colours of an object from its icons.
 
-    row: name and code; where they are not the obvious ones, plural and kind; painted: whether it may be painted in the
-    many-coloured styles; natural: the colour that anybody knows it in.
+    Args:
+        row: The object's line in samples/things.jsonl, with `code`. Optional keys: `plural` if irregular, `kind`;
+            `painted`: whether it may be painted in the multi-coloured styles; `natural`: its usual colour.
+        icons: (style, name) -> RGBA icon.
     """
     name, natural = row["name"], row.get("natural")
     colors = {
@@ -64,8 +67,10 @@ def describe_thing(row: Mapping[str, Any], icons: Mapping[tuple[str, str], Image
 
 
 def truthful_colors(icon: Image.Image, style: str) -> tuple[str, ...]:
-    """The paints that an icon takes so well that its colour is plain. Two-tone icons are shades of one colour anyway;
-    only of black and white is it a question which of the two it is."""
+    """The paints with which an icon clearly has the colour of the paint.
+
+    Two-tone icons are shades of one colour anyway; only black and white may be confused with each other.
+    """
     if style == "contrast":
         return tuple(c for c in PAINTS if c not in ("black", "white") or color_of(two_tone(icon, c)) == c)
     return tuple(color for color in PAINTS if color_of(paint(icon, color)) == color)
@@ -74,8 +79,9 @@ def truthful_colors(icon: Image.Image, style: str) -> tuple[str, ...]:
 class Artist:
     """Draws scenes.
 
-    icons: (style, name of the thing) -> RGBA; those of the style "contrast" are lines on nothing. photos: name -> RGB,
-    at least SIZE x SIZE.
+    Args:
+        icons: (style, name of the object) -> RGBA icon; those of the style "contrast" are lines on transparent ground.
+        photos: Name of a background -> RGB image, at least SIZE x SIZE.
     """
 
     def __init__(self, icons: Mapping[tuple[str, str], Image.Image], photos: Mapping[str, Image.Image]) -> None:
@@ -83,13 +89,14 @@ class Artist:
         self.painted = lru_cache(maxsize=None)(self._painted)
 
     def draw(self, scene: Scene) -> Image.Image:
-        """RGB, SIZE x SIZE."""
+        """Draws a scene as an RGB image of SIZE x SIZE."""
         picture = self.background(scene.background)
         for placed in scene.objects:
             self.put(picture, placed, rim=scene.background.name != "plain")
         return picture
 
     def background(self, background: Background) -> Image.Image:
+        """Draws a background as an RGB image of SIZE x SIZE."""
         if background.color is not None:
             return Image.new("RGB", (SIZE, SIZE), PALE[background.color])
         photo = self.photos[background.name]
@@ -97,7 +104,13 @@ class Artist:
         return photo.crop((left, top, left + SIZE, top + SIZE))
 
     def put(self, picture: Image.Image, placed: Placed, rim: bool) -> None:
-        """Draws one thing. rim: a white one around it, as of a sticker, so that no photo swallows its outline."""
+        """Draws one object into an image.
+
+        Args:
+            picture: The RGB image, changed in place.
+            placed: The object.
+            rim: Whether to add a white rim like that of a sticker, which separates the object from a photo.
+        """
         icon = self.painted(placed.style, placed.name, placed.color if placed.painted else None)
         scale = placed.size / max(icon.size)
         icon = icon.resize([max(round(side * scale), 1) for side in icon.size], Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""Questions about scenes in the form of VQA v2: everything that may be asked, and a choice that cannot be guessed."""
+"""Questions about scenes in the format of VQA v2: all possible questions, and a balanced choice of them."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,6 @@ from samples.build.scenes.annotators import ten_answers
 from samples.build.scenes.balance import balanced
 from samples.build.scenes.scenes import PHOTOS, SIDES, SIZE, Placed, Scene
 from samples.build.scenes.things import KINDS, Thing, with_a
-
-__all__ = ["FAMILIES", "SIDE_WORDS", "Question", "all_questions", "question_type", "vqa_annotations", "vqa_questions"]
 
 SIDE_WORDS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -36,8 +34,8 @@ FAMILIES = {  # family: (its share of all questions in per cent, answer_type)
     "largest": (2, "other"),
     "style": (1, "other"),
 }
-BY_FAMILY = {"relation", "beside"}  # whose texts hardly recur: answers are balanced over all of them together
-TYPES = (  # of VQA v2's list of question types, those that occur here
+BY_FAMILY = {"relation", "beside"}  # families whose texts hardly recur: their answers are balanced over the family
+TYPES = (  # those of VQA v2's question types that occur here
     "are there",
     "how many",
     "is the",
@@ -54,6 +52,8 @@ TYPES = (  # of VQA v2's list of question types, those that occur here
 
 @dataclass(frozen=True)
 class Question:
+    """A question about a scene, of one of FAMILIES, with its true answer."""
+
     scene: Scene
     family: str
     text: str
@@ -61,22 +61,33 @@ class Question:
 
     @property
     def group(self) -> str:
+        """The answers are balanced among the questions of a group."""
         return self.family if self.family in BY_FAMILY else self.text
 
     @property
-    def place(self) -> int:
+    def image_index(self) -> int:
+        """The number of the image that the question is about."""
         return self.scene.index
 
 
 def question_type(text: str) -> str:
-    """The longest of TYPES that a question starts with, "none of the above" without one."""
+    """The longest of TYPES that a question starts with, or "none of the above"."""
     words = text.lower()
     return max((kind for kind in TYPES if words.startswith(kind + " ")), key=len, default="none of the above")
 
 
 def vqa_questions(things: Sequence[Thing], scenes: Sequence[Scene], number: int, seed: int) -> list[Question]:
-    """`number` questions, fewer only where the scenes have no more: of a question's answers none comes more often than
-    the others, and pictures get about as many questions each. In the order of the pictures."""
+    """Chooses questions so that all answers to a question are equally frequent.
+
+    Args:
+        things: All objects.
+        scenes: The scenes of a split.
+        number: How many questions; there are fewer only if the scenes do not have as many.
+        seed: The seed of the data set.
+
+    Returns:
+        The questions in the order of the images, which have about equally many questions each.
+    """
     stream = random.Random(f"vqa/{seed}/{scenes[0].split}")
     candidates = [question for scene in scenes for question in all_questions(things, scene, stream)]
     chosen = balanced(candidates, {family: share for family, (share, _) in FAMILIES.items()}, number, stream)
@@ -84,14 +95,20 @@ def vqa_questions(things: Sequence[Thing], scenes: Sequence[Scene], number: int,
 
 
 def vqa_annotations(questions: Sequence[Question], image_ids: Sequence[int], seed: int) -> Iterator[dict[str, Any]]:
-    """VQA v2's annotations, each with its question; image_ids: of every question, which stand together."""
+    """Yields VQA v2's annotations, each with the text of its question.
+
+    Args:
+        questions: The questions, those about the same image in succession.
+        image_ids: The id of the image of each question.
+        seed: The seed of the data set.
+    """
     stream = random.Random(f"annotators/{seed}/{questions[0].scene.split}")
-    number, before = 0, None
+    number, previous_id = 0, None
     for question, image_id in zip(questions, image_ids, strict=True):
-        number = number + 1 if image_id == before else 0
-        before = image_id
+        number = number + 1 if image_id == previous_id else 0
+        previous_id = image_id
         answer_type = FAMILIES[question.family][1]
-        answers = ten_answers(stream, question.answer, answer_type, looks_like(question))
+        answers = ten_answers(stream, question.answer, answer_type, confusable_answers(question))
         yield {
             "question_id": image_id * 1000 + number,
             "image_id": image_id,
@@ -103,8 +120,8 @@ def vqa_annotations(questions: Sequence[Question], image_ids: Sequence[int], see
         }
 
 
-def looks_like(question: Question) -> tuple[str, ...]:
-    """What someone who is wrong may take the answer for: something else in the picture, or its kind."""
+def confusable_answers(question: Question) -> tuple[str, ...]:
+    """Plausible wrong answers: the names of other objects in the image, or the kind of the right one."""
     placed = [placed for placed in question.scene.objects if placed.name == question.answer]
     kinds = [thing.thing.kind for thing in placed if thing.thing.kind]
     others = [other.name for other in question.scene.objects if other.name != question.answer]
@@ -112,7 +129,7 @@ def looks_like(question: Question) -> tuple[str, ...]:
 
 
 def all_questions(things: Sequence[Thing], scene: Scene, stream: random.Random) -> Iterator[Question]:
-    """What may be asked about a scene and has one true answer; of what is not there, a few things at random."""
+    """All questions about a scene that have one true answer; for absent objects, a few at random."""
     for family, ask in ASK.items():
         for text, answer in ask(things, scene, stream):
             yield Question(scene, family, text, answer)
@@ -134,12 +151,12 @@ def ask_exist(things: Sequence[Thing], scene: Scene, stream: random.Random) -> A
 
 
 def absent(things: Sequence[Thing], scene: Scene, stream: random.Random, number: int) -> list[Thing]:
-    """Things that are not in the scene, half of them of a kind that is, so that a glance is not enough."""
+    """Objects that are not in the scene, half of them of a kind that is, so that they are harder to rule out."""
     names = {placed.name for placed in scene.objects}
     kinds = {placed.thing.kind for placed in scene.objects} - {None}
     others = [thing for thing in things if thing.name not in names]
-    alike = [thing for thing in others if thing.kind in kinds]
-    first = stream.sample(alike, min(number // 2, len(alike)))
+    same_kind = [thing for thing in others if thing.kind in kinds]
+    first = stream.sample(same_kind, min(number // 2, len(same_kind)))
     rest = [thing for thing in others if thing not in first]
     return first + stream.sample(rest, min(number - len(first), len(rest)))
 
@@ -158,6 +175,7 @@ def ask_is_color(things: Sequence[Thing], scene: Scene, stream: random.Random) -
 
 
 def colored(scene: Scene) -> list[Placed]:
+    """The objects with a unique name and a named colour."""
     return [placed for placed in scene.only() if placed.color is not None]
 
 
@@ -234,7 +252,7 @@ def ask_beside(things: Sequence[Thing], scene: Scene, stream: random.Random) -> 
 
 
 def alone_beside(scene: Scene, placed: Placed, side: str) -> Placed | None:
-    """The one thing on a side of another, None where there is none, more than one, or a doubtful one."""
+    """The only object on one side of another; None if there is none, more than one, or a doubtful one."""
     others = [other for other in scene.objects if other is not placed]
     holds = [other.is_side(side, placed) for other in others]
     return others[holds.index(True)] if holds.count(True) == 1 and None not in holds else None
@@ -246,7 +264,7 @@ def ask_corner(things: Sequence[Thing], scene: Scene, stream: random.Random) -> 
 
 
 def corners(scene: Scene) -> dict[str, Placed]:
-    """ "top left", ..., "middle" -> the one thing that is there, with no other thing's centre in or near that part."""
+    """Position ("top left", ..., "middle") -> the only object there, with no other centre in or near that part."""
     found = {}
     for placed in scene.objects:
         across, down = placed.place()
@@ -263,7 +281,7 @@ def corners(scene: Scene) -> dict[str, Placed]:
 
 
 def is_near(placed: Placed, across: str, down: str) -> bool:
-    """Whether a centre is in a quarter of the picture or at most a tenth of the picture away."""
+    """Whether a centre is in a quarter of the image or at most a tenth of the image away from it."""
     x = placed.x if across == "left" else SIZE - placed.x
     y = placed.y if down == "top" else SIZE - placed.y
     return x < 0.6 * SIZE and y < 0.6 * SIZE

@@ -1,7 +1,7 @@
-"""Scenes: a few things on a background, of which everything that a question may ask is known.
+"""Scenes: a few objects on a background, with everything known that a question may ask.
 
-A scene is a pure function of (things, seed, split, index). It says what is where, not how it is drawn (see
-scene_pictures.py). All lengths are pixels of a picture of SIZE x SIZE, y downwards.
+A scene is a pure function of (things, seed, split, index). It records what is where; pictures.py draws it. All lengths
+are pixels of an image of SIZE x SIZE, y downwards.
 """
 
 import random
@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from samples.build.scenes.colors import PALE
 from samples.build.scenes.things import STYLES, Thing
 
-__all__ = ["PHOTOS", "SIDES", "SIZE", "Background", "Placed", "Scene", "make_scene"]
-
 SIZE = 224
-SMALL, LARGE = (46, 58), (88, 104)  # longer side of a thing; nothing is in between, so that both words are plain
-MAX_LARGE = (1, 2, 2, 2, 1, 1)  # of 1, 2, ... 6 things: more do not fit
-GAP = 4
+SMALL, LARGE = (46, 58), (88, 104)  # range of the longer side; far apart, so that both words are clear
+MAX_LARGE = (1, 2, 2, 2, 1, 1)  # greatest number of large objects among 1, 2, ... 6: more do not fit
+GAP = 4  # least distance of two objects
 PHOTOS = ("bricks", "grass", "gravel", "wood", "space")
 SIDES = ("left", "right", "above", "below")
 
 
 @dataclass(frozen=True)
 class Background:
-    """name: one of PHOTOS, or "plain" with a colour of PALE. offset: which piece of the photo, each in [0, 1)."""
+    """The background of a scene.
+
+    Attributes:
+        name: One of PHOTOS, or "plain".
+        color: The colour of a plain background, one of PALE; None for a photo.
+        offset: Where the scene's section of the photo begins, (x, y) as shares in [0, 1) of the possible range.
+    """
 
     name: str
     color: str | None = None
@@ -32,9 +36,17 @@ class Background:
 
 @dataclass(frozen=True)
 class Placed:
-    """A thing in a scene. x, y: its centre; size: its longer side. color: None where no single word fits.
+    """An object in a scene.
 
-    painted: the colour is paint; otherwise the icon is as its makers drew it.
+    Attributes:
+        thing: The object.
+        style: The style of its icon.
+        color: The name of its colour; None if it has no single colour.
+        painted: Whether the icon is painted in this colour; False: the original icon.
+        x: Its centre.
+        y: Its centre.
+        size: Its longer side.
+        mirrored: Whether the icon is mirrored left to right.
     """
 
     thing: Thing
@@ -55,10 +67,15 @@ class Placed:
         return self.size >= LARGE[0]
 
     def is_side(self, side: str, of: "Placed") -> bool | None:
-        """Whether it is left of, right of, above or below another thing; None where people would not agree.
+        """Whether it is left of, right of, above or below another object.
 
-        True: a line between them has all of the one on this side and all of the other beyond, and they lie more this
-        way than the other. False: its centre is not on this side at all.
+        Args:
+            side: One of SIDES.
+            of: The other object.
+
+        Returns:
+            True: a vertical or horizontal line separates the two, and their centres are at least as far apart in this
+            direction as in the other. False: its centre is not on this side. None: people would not agree.
         """
         along, across = of.x - self.x, abs(of.y - self.y)
         if side in ("above", "below"):
@@ -70,11 +87,12 @@ class Placed:
         return True if along >= (self.size + of.size) / 2 and along >= across else None
 
     def place(self) -> tuple[str | None, str | None]:
-        """("left" | "middle" | "right", "top" | "middle" | "bottom"), None where it is between two of them."""
+        """("left" | "middle" | "right", "top" | "middle" | "bottom"), with None where it is between two of them."""
         return band(self.x, "left", "right"), band(self.y, "top", "bottom")
 
 
 def band(center: int, low: str, high: str) -> str | None:
+    """The part of the image that a coordinate is in: `low`, "middle" or `high`; None if it is between two of them."""
     if abs(center - SIZE / 2) < 0.1 * SIZE:
         return "middle"
     return low if center < 0.36 * SIZE else high if center > 0.64 * SIZE else None
@@ -82,25 +100,44 @@ def band(center: int, low: str, high: str) -> str | None:
 
 @dataclass(frozen=True)
 class Scene:
+    """A scene.
+
+    Attributes:
+        split: The name of the set that it belongs to.
+        index: Its number in that set.
+        background: Its background.
+        style: The style of all its objects; None if they differ.
+        objects: Its objects.
+    """
+
     split: str
     index: int
     background: Background
-    style: str | None  # of every thing in it; None where they differ
+    style: str | None
     objects: tuple[Placed, ...]
 
     def named(self, name: str) -> list[Placed]:
+        """The objects with this name."""
         return [placed for placed in self.objects if placed.name == name]
 
     def of_kind(self, kind: str) -> list[Placed]:
+        """The objects of this kind."""
         return [placed for placed in self.objects if placed.thing.kind == kind]
 
     def only(self) -> list[Placed]:
-        """The things that are there once: "the cat" says which."""
+        """The objects whose name occurs once, so that "the cat" is unambiguous."""
         return [placed for placed in self.objects if len(self.named(placed.name)) == 1]
 
 
 def make_scene(things: Sequence[Thing], seed: int, split: str, index: int) -> Scene:
-    """The scene of a number: 1 to 6 things, of which some may be of a sort, nothing over anything else."""
+    """Makes a scene of 1 to 6 objects, which do not overlap; some may be equal.
+
+    Args:
+        things: The objects to choose from.
+        seed: The seed of the data set.
+        split: The name of the set that the scene belongs to.
+        index: The number of the scene.
+    """
     stream = random.Random(f"scene/{seed}/{split}/{index}")
     background = choose_background(stream)
     common = stream.choice(STYLES)
@@ -111,32 +148,34 @@ def make_scene(things: Sequence[Thing], seed: int, split: str, index: int) -> Sc
         sizes = choose_sizes(stream, count)
         if (centers := choose_centers(stream, sizes)) is not None:
             break
-    looks = [choose_look(stream, thing, common if not mixed else None, background.color) for thing in chosen]
+    style = common if not mixed else None
+    appearances = [choose_appearance(stream, thing, style, background.color) for thing in chosen]
     objects = tuple(
-        Placed(thing, *look, *center, size, mirrored=stream.random() < 0.5)
-        for thing, look, center, size in zip(chosen, looks, centers, sizes, strict=True)
+        Placed(thing, *appearance, *center, size, mirrored=stream.random() < 0.5)
+        for thing, appearance, center, size in zip(chosen, appearances, centers, sizes, strict=True)
     )
     styles = {placed.style for placed in objects}
     return Scene(split, index, background, styles.pop() if len(styles) == 1 else None, objects)
 
 
 def choose_background(stream: random.Random) -> Background:
+    """A photo in 35 % of the scenes, otherwise a plain colour."""
     if stream.random() < 0.35:
         return Background(stream.choice(PHOTOS), None, (stream.random(), stream.random()))
     return Background("plain", stream.choice(tuple(PALE)))
 
 
 def choose_things(stream: random.Random, things: Sequence[Thing], count: int) -> list[Thing]:
-    """`count` things; in half of the scenes with room for it, one of them comes twice or more."""
+    """`count` objects; in half of the scenes with more than one object, one of them occurs repeatedly."""
     chosen = stream.sample(things, min(count, len(things)))
     chosen += [chosen[0]] * (count - len(chosen))
     if count > 1 and stream.random() < 0.5:
         copies = stream.randint(2, min(count, 5))
         chosen = [chosen[0]] * copies + chosen[1 : 1 + count - copies]
     kind = chosen[0].kind
-    alike = [thing for thing in things if kind and thing.kind == kind and thing not in chosen]
-    if count > 1 and alike and stream.random() < 0.3:  # two animals: "the animal on the left" has a meaning
-        chosen[-1] = stream.choice(alike)
+    same_kind = [thing for thing in things if kind and thing.kind == kind and thing not in chosen]
+    if count > 1 and same_kind and stream.random() < 0.3:  # with two animals, "the animal on the left" makes sense
+        chosen[-1] = stream.choice(same_kind)
     stream.shuffle(chosen)
     return chosen
 
@@ -149,7 +188,7 @@ def choose_sizes(stream: random.Random, count: int) -> list[int]:
 
 
 def choose_centers(stream: random.Random, sizes: Sequence[int]) -> list[tuple[int, int]] | None:
-    """Centres with GAP between any two squares and around the picture, or None where luck had no room left."""
+    """Random centres with GAP between any two squares and to the edges; None if no free position was found."""
     centers: dict[int, tuple[int, int]] = {}
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         for _ in range(60):
@@ -164,16 +203,28 @@ def choose_centers(stream: random.Random, sizes: Sequence[int]) -> list[tuple[in
     return [centers[number] for number in range(len(sizes))]
 
 
-def choose_look(
-    stream: random.Random, thing: Thing, style: str | None, behind: str | None
+def choose_appearance(
+    stream: random.Random, thing: Thing, style: str | None, background: str | None
 ) -> tuple[str, str | None, bool]:
-    """(style, colour, painted): a third as drawn where that is possible, never in the colour of the background."""
+    """Chooses how an object appears: a third of those that can be painted keep the original icon.
+
+    A colour that would be invisible on the background is avoided.
+
+    Args:
+        stream: The random generator.
+        thing: The object.
+        style: The style of its icon; None: any.
+        background: The colour of a plain background; None: a photo.
+
+    Returns:
+        `style`, `color` and `painted` of `Placed`.
+    """
     style = style or stream.choice(STYLES)
-    paints = [color for color in thing.colors.get(style, ()) if color != behind]
+    paints = [color for color in thing.colors.get(style, ()) if color != background]
     natural = thing.natural.get(style)
-    lost = natural is not None and natural == behind
-    if lost and not paints and thing.colors.get("contrast"):
-        return choose_look(stream, thing, "contrast", behind)
-    if paints and (style == "contrast" or lost or stream.random() < 2 / 3):
+    invisible = natural is not None and natural == background
+    if invisible and not paints and thing.colors.get("contrast"):
+        return choose_appearance(stream, thing, "contrast", background)
+    if paints and (style == "contrast" or invisible or stream.random() < 2 / 3):
         return style, stream.choice(paints), True
     return style, natural, False

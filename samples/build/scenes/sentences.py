@@ -1,4 +1,4 @@
-"""Sentences about scenes: five captions of each, and statements about pairs in the form of NLVR2."""
+"""Sentences about scenes: five captions of each, and statements about pairs of scenes in the format of NLVR2."""
 
 import random
 from collections import Counter
@@ -10,12 +10,9 @@ from samples.build.scenes.questions import NUMBER_WORDS, SIDE_WORDS, STYLE_ANSWE
 from samples.build.scenes.scenes import SIDES, Placed, Scene, make_scene
 from samples.build.scenes.things import KINDS, Thing, with_a
 
-__all__ = ["NUM_CAPTIONS", "PAIRS", "Statement", "captions", "pair_sets"]
-
-NUM_CAPTIONS = 5
-PAIRS = 4  # of a set, two of which a sentence is true of: NLVR2's consistency asks for all four
-SENTENCES = 4  # of a set
-NUM_THINGS = 5  # that the scenes of a set are made of, so that they have something in common
+PAIRS = 4  # in a set; a sentence is true of two of them: NLVR2's consistency requires all four to be correct
+SENTENCES = 4  # in a set
+NUM_THINGS = 5  # different objects in the scenes of a set, so that the scenes have objects in common
 PHOTO_WORDS = {
     "bricks": "a brick wall",
     "grass": "grass",
@@ -26,11 +23,11 @@ PHOTO_WORDS = {
 
 
 def captions(scene: Scene, seed: int) -> list[str]:
-    """Five sentences that are true of the scene and differ from each other, in a fixed order of kinds."""
+    """Five different sentences that are true of the scene; the kinds of sentences have a fixed order."""
     stream = random.Random(f"captions/{seed}/{scene.split}/{scene.index}")
     first, second, third = (listing(scene, stream, colors) for colors in (True, False, True))
     where = where_words(scene, stream)
-    made = [
+    sentences = [
         f"{first} on {background_words(scene)}",
         second,
         relation_words(scene, stream) or f"{where_words(scene, stream)} on {background_words(scene)}",
@@ -38,27 +35,33 @@ def captions(scene: Scene, seed: int) -> list[str]:
         where,
     ]
     if scene.style is not None:
-        made[1] = f"{with_a(STYLE_ANSWERS[scene.style])} picture of {made[1]}"
-    return [sentence[0].upper() + sentence[1:] + "." for sentence in made]
+        sentences[1] = f"{with_a(STYLE_ANSWERS[scene.style])} picture of {sentences[1]}"
+    return [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
 
 
 def counted(number: int, one: str, many: str) -> str:
+    """A number with singular or plural: "a cat", "two cats"."""
     return with_a(one) if number == 1 else f"{NUMBER_WORDS[number]} {many}"
 
 
 def in_order(scene: Scene) -> str | None:
-    """ "from left to right: a dog, a red car and a dog", None of a single thing or where two are one above another."""
+    """The objects in order, as in "from left to right: a dog, a red car and a dog".
+
+    Returns:
+        None if there is only one object, or if objects overlap horizontally.
+    """
     row = sorted(scene.objects, key=lambda placed: placed.x)
     apart = all(one.x + one.size / 2 <= other.x for one, other in pairwise(row))
     return f"from left to right: {joined([with_a(full_name(p)) for p in row])}" if apart and len(row) > 1 else None
 
 
 def joined(words: Sequence[str]) -> str:
+    """A list as text: "a dog, a car and an owl"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def listing(scene: Scene, stream: random.Random, colors: bool) -> str:
-    """ "a red car, two dogs and an owl": equal things together, in any order."""
+    """The objects in random order, equal ones together, as in "a red car, two dogs and an owl"."""
     objects = stream.sample(scene.objects, len(scene.objects))
     groups = Counter((placed.thing, placed.color if colors else None) for placed in objects)
     return joined(
@@ -75,11 +78,12 @@ def background_words(scene: Scene) -> str:
 
 
 def full_name(placed: Placed) -> str:
+    """The name with the colour, if there is one: "red car"."""
     return f"{placed.color} {placed.name}" if placed.color else placed.name
 
 
 def relation_words(scene: Scene, stream: random.Random) -> str | None:
-    """ "a cat to the left of a red bus", or None where no two things are clearly beside each other."""
+    """A random relation, as in "a cat to the left of a red bus"; None if no two objects have a clear one."""
     found = [
         f"{with_a(full_name(one))} {SIDE_WORDS[side]} {with_a(full_name(other))}"
         for one in scene.only()
@@ -91,7 +95,7 @@ def relation_words(scene: Scene, stream: random.Random) -> str | None:
 
 
 def where_words(scene: Scene, stream: random.Random) -> str:
-    """ "a large red car in the top left"; without a place where no thing has a plain one."""
+    """A random object with its position, as in "a large red car in the top left"; without one if none is clear."""
     size = {True: "large", False: "small"}
     found = [
         f"{with_a(f'{size[placed.large]} {full_name(placed)}')} in the {where} of the picture"
@@ -106,7 +110,13 @@ Pair = tuple[Scene, Scene]
 
 @dataclass(frozen=True)
 class Statement:
-    """A sentence with whether it is true of each pair of a set; None where people would not agree."""
+    """A sentence about a pair of scenes.
+
+    Attributes:
+        family: The kind of sentence.
+        sentence: The text.
+        holds: Whether it is true of a pair; None if people would not agree.
+    """
 
     family: str
     sentence: str
@@ -115,23 +125,29 @@ class Statement:
 
 @dataclass(frozen=True)
 class PairSet:
-    """pairs: PAIRS pairs of scenes. sentences: each with its PAIRS labels, half of them True."""
+    """A set of pairs of scenes with sentences.
+
+    Attributes:
+        pairs: PAIRS pairs of scenes.
+        sentences: Each with its PAIRS labels, half of them True.
+    """
 
     pairs: tuple[Pair, ...]
     sentences: tuple[tuple[str, tuple[bool, ...]], ...]
 
 
 def pair_sets(things: Sequence[Thing], seed: int, split: str, number: int) -> Iterator[PairSet]:
-    """`number` sets; a pure function of the arguments, one set after the other."""
+    """Yields `number` sets; a pure function of the arguments."""
     for index in range(number):
         stream = random.Random(f"pairs/{seed}/{split}/{index}")
         attempt = 0
-        while (made := pair_set(things, seed, f"{split}/{index}/{attempt}", stream)) is None:
+        while (found := pair_set(things, seed, f"{split}/{index}/{attempt}", stream)) is None:
             attempt += 1
-        yield made
+        yield found
 
 
 def pair_set(things: Sequence[Thing], seed: int, split: str, stream: random.Random) -> PairSet | None:
+    """A set of random scenes; None if too few sentences are true of exactly half of its pairs."""
     topic = choose_topic(things, stream)
     scenes = [make_scene(topic, seed, split, number) for number in range(2 * PAIRS)]
     pairs = tuple(zip(scenes[::2], scenes[1::2], strict=True))
@@ -146,14 +162,15 @@ def pair_set(things: Sequence[Thing], seed: int, split: str, stream: random.Rand
 
 
 def choose_topic(things: Sequence[Thing], stream: random.Random) -> list[Thing]:
-    """A few things, two of them of a kind: "more animals in the left image" then has cases."""
+    """A few objects, two of them of the same kind, so that "more animals in the left image" makes sense."""
     topic = stream.sample(things, min(NUM_THINGS, len(things)))
     kind = next((thing.kind for thing in topic if thing.kind), None)
-    alike = [thing for thing in things if kind and thing.kind == kind and thing not in topic]
-    return [*topic[:-1], stream.choice(alike)] if alike and len(topic) > 2 and topic[-1].kind != kind else topic
+    same_kind = [thing for thing in things if kind and thing.kind == kind and thing not in topic]
+    return [*topic[:-1], stream.choice(same_kind)] if same_kind and len(topic) > 2 and topic[-1].kind != kind else topic
 
 
 def statements(topic: Sequence[Thing]) -> Iterator[Statement]:
+    """All statements about pairs of scenes of these objects."""
     kinds = sorted({thing.kind for thing in topic if thing.kind})
     for side, image in enumerate(("left", "right")):
         yield from about_one_image(topic, kinds, side, image)
@@ -227,7 +244,7 @@ def about_one_image(topic: Sequence[Thing], kinds: Sequence[str], side: int, ima
 
 
 def any_in_color(found: Sequence[Placed], color: str) -> bool | None:
-    """None where one of them has a colour of no name: it might look like this one."""
+    """Whether one of the objects has this colour; None if it might, because it is multi-coloured."""
     if any(placed.color == color for placed in found):
         return True
     return None if any(placed.color is None for placed in found) else False

@@ -1,14 +1,12 @@
-"""The things that scenes are made of: what they are called, and in which colours each style shows them truthfully."""
+"""The objects in scenes: their names, and the colours in which each style shows them recognisably."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-__all__ = ["KINDS", "STYLES", "Thing", "dump_things", "read_things", "with_a"]
-
 STYLES = ("flat", "twemoji", "noto", "contrast", "3d")
-KINDS = {  # kind: its plural. A thing without a kind is never counted as one.
+KINDS = {  # kind: its plural; an object without a kind is never counted as one
     "animal": "animals",
     "flower": "flowers",
     "fruit": "fruits",
@@ -22,10 +20,16 @@ KINDS = {  # kind: its plural. A thing without a kind is never counted as one.
 
 @dataclass(frozen=True)
 class Thing:
-    """name, plural: what it is called. code: its emoji. kind: one of KINDS, or None.
+    """An object that scenes can contain.
 
-    colors: style -> the colours that it may be painted in so that anybody would call it so. natural: style -> the
-    colour of the icon as it is, only where one colour covers most of it and the list of things agrees.
+    Attributes:
+        name: Its name.
+        plural: The plural of its name.
+        code: The code points of its emoji.
+        kind: One of KINDS, or None.
+        colors: Style -> the colours in which it may be painted, because its icon then clearly has this colour.
+        natural: Style -> the colour of the original icon, if one colour covers most of it and samples/things.jsonl
+            names the same colour.
     """
 
     name: str
@@ -42,23 +46,28 @@ class Thing:
 
 
 def read_things(path: Path) -> tuple[Thing, ...]:
-    """The things of a JSONL file, in its order. Raises ValueError with file and line for a bad or repeated one."""
+    """The objects in a JSONL file, in its order.
+
+    Raises:
+        ValueError: A line is not a valid object, or a name is repeated; the message names file and line.
+    """
     things: list[Thing] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             things.append(Thing(**json.loads(line)))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a thing ({error})") from error
+            raise ValueError(f"{path}, line {number}: not a valid object ({error})") from error
         if things[-1].name in [thing.name for thing in things[:-1]]:
-            raise ValueError(f"{path}, line {number}: {things[-1].name} stands there twice, and must be unique")
+            raise ValueError(f"{path}, line {number}: {things[-1].name} is repeated but must be unique")
     return tuple(things)
 
 
 def dump_things(things: Sequence[Thing]) -> str:
+    """The content of a JSONL file that `read_things` reads."""
     rows = [{key: value for key, value in asdict(thing).items() if value not in (None, {})} for thing in things]
     return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
 
 
 def with_a(words: str) -> str:
-    """ "orange cat" -> "an orange cat": by its first letter, which is right for every name and colour used here."""
+    """Adds an article by the first letter, which is correct for all names used here: "an orange cat"."""
     return f"{'an' if words[0] in 'aeio' or words.startswith('umbrella') else 'a'} {words}"

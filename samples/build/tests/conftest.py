@@ -1,4 +1,4 @@
-"""The small models and icons of the library's own tests."""
+"""Fixtures of the library's tests that are used here: the small models and the icons."""
 
-from tests.conftest import new_accelerator, picture_folder, seeded, tiny, tiny_folder  # noqa: F401
-from tests.eval.images.conftest import concepts, encoder, features, icons, judge, learned  # noqa: F401
+from tests.conftest import new_accelerator, seeded, tiny, tiny_folder  # noqa: F401
+from tests.eval.images.conftest import concepts, icons  # noqa: F401

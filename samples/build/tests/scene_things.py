@@ -1,4 +1,4 @@
-"""Things drawn on the fly, so that tests of scenes need no icons: plain shapes, of a kind each."""
+"""Objects for tests of scenes, drawn as plain shapes, so that the tests need no icons."""
 
 from PIL import Image, ImageDraw
 
@@ -28,7 +28,7 @@ def shape(name: str, fill: tuple[int, int, int], size: int = 60) -> Image.Image:
 
 
 def some_things(*more: str) -> tuple[Thing, ...]:
-    """Few, so that scenes have something in common; clips ask for `more`."""
+    """A few objects, so that scenes have some in common; `more` adds others, which clips need."""
     paints = {style: tuple(PAINTS) for style in STYLES}
     names = [*zip(SHAPES, KINDS, strict=True), *((name, None) for name in more)]
     return tuple(

@@ -1,4 +1,4 @@
-"""From an icon to bricks and back from a rendered sheet, without a renderer."""
+"""Icons to bricks, and rendered sheets to images, without a renderer."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ def test_lab_of_known_colours():
     np.testing.assert_allclose(lab, [[100, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20]], atol=0.05)
 
 
-@pytest.mark.parametrize("code", [code for code in PALETTE if code != 85])  # deep violet stands for black
-def test_every_palette_colour_is_its_own_brick(code):
+@pytest.mark.parametrize("code", [code for code in PALETTE if code != 85])  # deep violet is replaced by black
+def test_every_palette_colour_gives_its_brick(code):
     picture, draw = canvas()
     draw.rectangle((0, 0, 259, 259), fill=PALETTE[code])
     assert set(brick_grid(picture, 4).ravel()) == {code}
@@ -28,13 +28,13 @@ def test_every_palette_colour_is_its_own_brick(code):
 
 def test_grid_fits_the_opaque_part():
     picture, draw = canvas()
-    draw.rectangle((40, 100, 169, 164), fill=PALETTE[RED])  # 130 x 65 pixels somewhere inside
+    draw.rectangle((40, 100, 169, 164), fill=PALETTE[RED])  # 130 x 65 pixels inside the image
     grid = brick_grid(picture, 13)
     assert grid.shape in {(6, 13), (7, 13)}
     assert (grid == RED).all()
 
 
-def test_holes_stay_open_and_shapes_keep_their_place():
+def test_holes_stay_open_and_shapes_keep_their_position():
     picture, draw = canvas()
     draw.rectangle((0, 0, 259, 259), fill=PALETTE[GREEN])
     draw.rectangle((100, 100, 159, 159), fill=(0, 0, 0, 0))
@@ -52,7 +52,7 @@ def test_a_small_eye_survives_the_face_around_it():
     assert brick_grid(picture, 13)[3, 3] == BLACK
 
 
-def test_thin_things_do_not_crumble():
+def test_thin_lines_are_not_interrupted():
     picture, draw = canvas()
     draw.line((0, 0, 259, 259), fill=PALETTE[RED], width=9)  # less than half of any brick
     grid = brick_grid(picture, 13)
@@ -82,7 +82,7 @@ def test_ldraw_lines():
 
 
 def draw_from_above(ldraw: str, pixels_per_stud: float, squeeze: float) -> Image.Image:
-    """What an orthographic renderer makes of it: flat squares, squeezed by the tilt of the camera."""
+    """What an orthographic renderer would draw: flat squares, squeezed by the tilt of the camera."""
     bricks = [line.split() for line in ldraw.splitlines() if line.startswith("1 ")]
     xs, ys = [int(b[2]) // 20 for b in bricks], [-int(b[4]) // 20 for b in bricks]
     picture = Image.new("RGBA", (2000, 2000), (0, 0, 0, 0))
@@ -94,7 +94,7 @@ def draw_from_above(ldraw: str, pixels_per_stud: float, squeeze: float) -> Image
     return picture
 
 
-def test_every_sculpture_stands_on_the_grid_of_its_square():
+def test_every_sculpture_is_aligned_with_the_grid_of_its_image():
     rng = np.random.default_rng(0)
     codes = [RED, BLACK, GREEN, EMPTY]
     grids = [rng.choice(codes, size=(rng.integers(1, 15), 14)) for _ in range(11)]
@@ -106,12 +106,12 @@ def test_every_sculpture_stands_on_the_grid_of_its_square():
         middles = np.asarray(square)[8::16, 8::16].astype(int)
         rows, cols = grid.shape
         top, left = (16 - rows) // 2, (16 - cols) // 2
-        wanted = np.full((16, 16, 3), 255)
+        expected = np.full((16, 16, 3), 255)
         for row, col in np.argwhere(grid != EMPTY):
-            wanted[top + row, left + col] = PALETTE[grid[row, col]]
-        assert np.abs(middles - wanted).max() < 25
+            expected[top + row, left + col] = PALETTE[grid[row, col]]
+        assert np.abs(middles - expected).max() < 25
 
 
 def test_an_empty_render_raises():
-    with pytest.raises(ValueError, match="empty picture"):
+    with pytest.raises(ValueError, match="empty image"):
         cut_sheet(canvas()[0], [np.zeros((1, 1), int)], columns=1, studs=14, size=256, squeeze=0.9)

@@ -1,4 +1,4 @@
-"""The script that makes the samples: what it says when something is missing, and that it makes the same again."""
+"""The builders of icons and scenes: errors when something is missing, and reproducible output."""
 
 import json
 import os
@@ -26,26 +26,26 @@ def folders(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_missing_tools_are_named_with_what_brings_them(monkeypatch):
+def test_missing_tools_are_named_with_their_install_command(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(ValueError, match=r"npm \(apt install npm\); leocad \(apt install leocad .*xvfb-run \(apt"):
         packages.check_tools(icons.TOOLS)
 
 
-def test_only_tools_of_the_wanted_part_are_asked_for(monkeypatch):
+def test_only_tools_of_the_given_builder_are_required(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     with pytest.raises(ValueError, match=r"npm \(apt install npm\)") as caught:
         packages.check_tools(scenes.TOOLS)
     assert not any(word in str(caught.value) for word in ("leocad", "xvfb", "LDraw"))
 
 
-def test_a_mistake_gets_a_sentence_and_exit_code_2(monkeypatch, capsys):
+def test_a_mistake_gives_a_message_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     assert main(["icons"]) == 2
     assert "npm (apt install npm)" in capsys.readouterr().err
 
 
-def test_a_failed_download_leaves_nothing_and_says_why(folders, monkeypatch):
+def test_a_failed_download_leaves_no_file_and_its_error_gives_the_reason(folders, monkeypatch):
     (folders / "npm").write_text("#!/bin/sh\necho 'npm error network is unreachable' >&2\nexit 1\n")
     (folders / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folders}:/usr/bin:/bin")
@@ -54,7 +54,7 @@ def test_a_failed_download_leaves_nothing_and_says_why(folders, monkeypatch):
     assert list((folders / "packages").iterdir()) == []
 
 
-def test_a_fetched_package_gets_its_name_at_the_end(folders, monkeypatch):
+def test_a_fetched_package_has_the_name_that_npm_gives_it(folders, monkeypatch):
     (folders / "npm").write_text('#!/bin/sh\necho content > "$4/a-b-1.0.0.tgz"\n')
     (folders / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folders}:/usr/bin:/bin")
@@ -91,7 +91,7 @@ def test_a_concept_that_a_package_lacks_is_named(folders):
         packages.read_icon_set(icon_package(folders, ["1f34e"]), CONCEPTS)
 
 
-def test_only_missing_pictures_are_drawn(folders):
+def test_only_missing_images_are_drawn(folders):
     pytest.importorskip("resvg_py", reason="resvg_py is not installed: pip install 'dora_mm[samples]'")
     archive = icon_package(folders, ["1f34e", "1f34a"])
     icons.draw_svgs("flat", archive, CONCEPTS)
@@ -105,7 +105,7 @@ def test_only_missing_pictures_are_drawn(folders):
 
 
 def test_vl_writes_things_sets_and_clips(folders, monkeypatch):
-    """From packages to data sets, with things from tiny icon sets."""
+    """Packages to data sets, with objects from tiny icon sets."""
     pytest.importorskip("resvg_py", reason="resvg_py is not installed: pip install 'dora_mm[samples]'")
     codes = [f"{number:x}" for number in range(0x1F340, 0x1F350)]
     concepts = [Concept(code, f"thing {number}", "Food", "judge") for number, code in enumerate(codes)]
@@ -133,7 +133,7 @@ def test_vl_writes_things_sets_and_clips(folders, monkeypatch):
     assert first == {path: path.read_bytes() for path in (folders / "vl").rglob("*.*")}
 
 
-def test_a_sample_set_replaces_what_no_longer_belongs(folders):
+def test_images_that_are_not_part_of_a_sample_set_are_deleted(folders):
     (folders / "icons" / "brick").mkdir(parents=True)
     (folders / "icons" / "brick" / "1f34e.webp").write_bytes(b"picture")
     target = folders / "lego"
@@ -146,7 +146,7 @@ def test_a_sample_set_replaces_what_no_longer_belongs(folders):
     assert row == {"file_name": "red_apple.webp", "text": "a lego set in the style of TOK, a red apple"}
 
 
-def test_write_atomically_leaves_no_half_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -158,15 +158,15 @@ def test_write_atomically_leaves_no_half_file(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_committed_bricks_and_icons_come_out_again(folders, monkeypatch):
-    """One sheet of bricks and a few 3D icons, drawn anew, are the committed files up to the renderer's rounding."""
+    """One sheet of bricks and a few 3D icons, made again, equal the committed files up to the renderer's rounding."""
     try:
         packages.check_tools(icons.TOOLS)
     except ValueError as error:
         pytest.skip(str(error))
-    there = packages.ROOT / "build" / "packages"
-    archives = {p: there / packages.archive_of(p).name for p in (packages.SVG_PACKAGES["flat"], packages.PACKAGE_3D)}
+    folder = packages.ROOT / "build" / "packages"
+    archives = {p: folder / packages.archive_of(p).name for p in (packages.SVG_PACKAGES["flat"], packages.PACKAGE_3D)}
     if not all(archive.exists() for archive in archives.values()):
-        pytest.skip("the icon packages are not here: python -m samples.build icons fetches them")
+        pytest.skip("the icon packages have not been downloaded: python -m samples.build icons fetches them")
     concepts = read_concepts(packages.SAMPLES / "concepts.jsonl")
     sheet = next(
         concepts[k : k + 16]
@@ -181,7 +181,7 @@ def test_the_committed_bricks_and_icons_come_out_again(folders, monkeypatch):
     bricks = [concept for concept in sheet if concept.role == "lego"]
     for style, folder, drawn in (("brick", "lego", bricks), ("3d", "3d_icon", rendered)):
         for concept in drawn:
-            anew = Image.open(folders / "icons" / style / f"{concept.code}.webp")
+            made = Image.open(folders / "icons" / style / f"{concept.code}.webp")
             committed = Image.open(packages.SAMPLES / folder / f"{concept.name.replace(' ', '_')}.webp")
-            difference = np.abs(np.asarray(anew, dtype=float) - np.asarray(committed, dtype=float))
+            difference = np.abs(np.asarray(made, dtype=float) - np.asarray(committed, dtype=float))
             assert difference.mean() < 1.0, concept.name  # another Mesa or libwebp may round differently

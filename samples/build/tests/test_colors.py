@@ -13,7 +13,7 @@ def test_a_paint_is_called_by_its_name(name):
     assert color_of(shape("disc", PAINTS[name])) == name
 
 
-def test_of_many_colours_none_is_the_colour():
+def test_a_multi_coloured_image_has_no_colour():
     picture = shape("box", PAINTS["red"])
     picture.paste(PAINTS["blue"], (0, 0, 60, 20))
     assert color_of(picture) is None
@@ -47,7 +47,7 @@ def test_paint_keeps_light_and_shade():
     assert color_of(painted) == "blue"
 
 
-def test_what_has_no_hue_takes_no_paint():
+def test_an_image_without_a_hue_is_not_painted():
     gray = shape("disc", (128, 128, 128))
     assert paint(gray, "red").tobytes() == gray.tobytes()
 
@@ -58,7 +58,7 @@ def test_two_tone_gives_the_larger_part_the_colour(color):
     frame.paste((0, 0, 0, 255), (5, 5, 55, 55))
     solid = two_tone(frame, color)
     assert color_of(solid) == color
-    frame.paste((0, 0, 0, 0), (10, 10, 50, 50))  # now a line around paper
+    frame.paste((0, 0, 0, 0), (10, 10, 50, 50))  # now only an outline
     paper = two_tone(frame, color)
     assert paper.getpixel((30, 30)) == (*PAINTS[color], 255)
     assert paper.getpixel((7, 7))[:3] != PAINTS[color]

@@ -19,7 +19,7 @@ def concepts():
     return read_concepts(SAMPLES / "concepts.jsonl")
 
 
-def test_there_are_enough_concepts_of_every_kind(concepts):
+def test_there_are_enough_concepts_in_every_split_and_role(concepts):
     splits = Counter(concept.split for concept in concepts)
     roles = Counter(concept.role for concept in concepts if concept.split == "pretrain")
     assert splits["pretrain"] >= 320
@@ -36,10 +36,10 @@ def test_names_are_plain_words(concepts):
             assert 1 <= len(concept.name.split()) <= 4, concept.name
 
 
-def test_no_two_concepts_are_shades_of_the_same_thing(concepts):
-    """Twelve o'clock and half past, seven mailboxes: retrieval could not tell them apart, nor could a person."""
-    learned = [concept for concept in concepts if concept.split == "pretrain"]
-    last_words = Counter(concept.name.split()[-1] for concept in learned)
+def test_no_two_concepts_are_almost_the_same(concepts):
+    """Twelve o'clock and half past, seven mailboxes: neither retrieval nor a human could distinguish them."""
+    pretrained = [concept for concept in concepts if concept.split == "pretrain"]
+    last_words = Counter(concept.name.split()[-1] for concept in pretrained)
     assert max(last_words.values()) <= 4, last_words.most_common(3)
 
 
@@ -53,7 +53,7 @@ def test_read_concepts_names_the_bad_line(tmp_path):
     with pytest.raises(ValueError, match="line 2"):
         read_concepts(path)
     path.write_text(good + good)
-    with pytest.raises(ValueError, match="code '1f34c' stands there twice"):
+    with pytest.raises(ValueError, match=r"concepts\.jsonl: the code '1f34c' is repeated"):
         read_concepts(path)
 
 

@@ -1,3 +1,5 @@
+"""The concept space that the judge is fitted with, on synthetic features."""
+
 import numpy as np
 import pytest
 
@@ -8,56 +10,56 @@ STYLE_NAMES = ("one", "two", "three")
 
 
 @pytest.fixture(scope="module")
-def things():
-    """Style shifts every feature far more than the thing does."""
+def fitted_space():
+    """A concept space with its gallery; the style shifts every feature far more than the concept does."""
     rng = np.random.default_rng(0)
     shifts = {style: 3 * rng.normal(size=WIDTH) for style in STYLE_NAMES}
     bends = {style: 4 * rng.normal(size=(WIDTH, 3)) for style in STYLE_NAMES}
 
     def icons(number):
-        what, how = rng.normal(size=(number, WIDTH)), rng.normal(size=(number, 3))
+        content, shear = rng.normal(size=(number, WIDTH)), rng.normal(size=(number, 3))
         return {
-            style: what + shifts[style] + how @ bends[style].T + 0.3 * rng.normal(size=what.shape)
+            style: content + shifts[style] + shear @ bends[style].T + 0.3 * rng.normal(size=content.shape)
             for style in STYLE_NAMES
         }
 
-    fitted, shown = icons(300), icons(40)
+    fitted, gallery = icons(300), icons(40)
     codes = [f"s{index}" for index in range(40)]
     fitted_codes = [f"f{index}" for index in range(300)]
     space = fit_concepts(
         fitted,
         dict.fromkeys(STYLE_NAMES, fitted_codes),
-        shown,
+        gallery,
         dict.fromkeys(STYLE_NAMES, codes),
     )
-    return space, shown, codes
+    return space, gallery, codes
 
 
-def plain_cosine_score(shown, codes, style):
+def plain_cosine_score(gallery, codes, style):
     others = [name for name in STYLE_NAMES if name != style]
-    unit = {name: x / np.linalg.norm(x, axis=1, keepdims=True) for name, x in shown.items()}
+    unit = {name: x / np.linalg.norm(x, axis=1, keepdims=True) for name, x in gallery.items()}
     nearest = (unit[style] @ np.concatenate([unit[name] for name in others]).T).argmax(axis=1) % len(codes)
     return (nearest == np.arange(len(codes))).mean()
 
 
-def test_finds_the_thing_across_styles_where_plain_cosine_does_not(things):
-    space, shown, codes = things
+def test_finds_the_concept_across_styles_where_plain_cosine_does_not(fitted_space):
+    space, gallery, codes = fitted_space
     for style in STYLE_NAMES:
-        assert (space.ranks(shown[style], codes, without_style=style) == 1).mean() > 0.8
-        assert plain_cosine_score(shown, codes, style) < 0.5
+        assert (space.ranks(gallery[style], codes, without_style=style) == 1).mean() > 0.8
+        assert plain_cosine_score(gallery, codes, style) < 0.5
 
 
-def test_a_gallery_icon_is_its_own_nearest(things):
-    space, shown, codes = things
-    assert (space.ranks(shown["one"], codes) == 1).all()
+def test_a_gallery_icon_is_its_nearest_neighbour(fitted_space):
+    space, gallery, codes = fitted_space
+    assert (space.ranks(gallery["one"], codes) == 1).all()
 
 
-def test_rank_counts_the_concepts_that_are_nearer(things):
-    space, shown, codes = things
-    similarities = space.similarities(shown["two"][:5])
+def test_rank_counts_the_nearer_concepts(fitted_space):
+    space, gallery, codes = fitted_space
+    similarities = space.similarities(gallery["two"][:5])
     assert similarities.shape == (5, 40)
     order = np.argsort(-similarities, axis=1)
     for picture in range(5):
         for place in (0, 3, 39):
             code = codes[order[picture, place]]
-            assert space.ranks(shown["two"][picture : picture + 1], [code]) == [place + 1]
+            assert space.ranks(gallery["two"][picture : picture + 1], [code]) == [place + 1]

@@ -1,3 +1,5 @@
+"""The style classifier that the judge is fitted with, on synthetic textures."""
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ NUM_CONCEPTS, WIDTH = 30, 12
 
 
 def synthetic(signal: float, seed: int = 0):
-    """Texture with one direction per class, and a large direction per concept that says nothing about style."""
+    """Texture with one direction per class, and a large one per concept that is independent of the style."""
     rng = np.random.default_rng(seed)
     per_concept = 3 * rng.normal(size=(NUM_CONCEPTS, WIDTH))
     per_concept[:, :3] = 0
@@ -25,15 +27,15 @@ def test_learns_the_classes_and_reports_on_unseen_concepts():
     classifier, space, predicted = fit_styles(*synthetic(6.0))
     fresh, _ = synthetic(6.0, seed=1)
     for style in STYLES:
-        wanted = list(CLASSES).index(class_of(style))
-        assert (classifier.log_probabilities(fresh[style]).argmax(axis=1) == wanted).mean() > 0.9
-        assert (predicted[style] == wanted).mean() > 0.85
+        expected = list(CLASSES).index(class_of(style))
+        assert (classifier.log_probabilities(fresh[style]).argmax(axis=1) == expected).mean() > 0.9
+        assert (predicted[style] == expected).mean() > 0.85
     own = space.distance(space.project(classifier.standardize(fresh["brick"])), "brick")
     other = space.distance(space.project(classifier.standardize(fresh["flat"])), "brick")
     assert own < other
 
 
-def test_without_a_signal_its_own_accuracy_is_chance():
+def test_without_a_signal_the_cross_validated_accuracy_is_chance():
     """Six styles of one concept share a fold: memorised concepts would show as accuracy here."""
     _, _, predicted = fit_styles(*synthetic(0.0))
     balanced = np.mean(
@@ -45,7 +47,7 @@ def test_without_a_signal_its_own_accuracy_is_chance():
     assert 0.2 < balanced < 0.47
 
 
-def test_classes_weigh_the_same_whatever_their_number_of_icons():
+def test_classes_have_equal_weight_for_any_number_of_icons():
     texture, codes = synthetic(1.0)
     fewer = {style: x[:10] if style == "brick" else x for style, x in texture.items()}
     fewer_codes = {style: names[:10] if style == "brick" else names for style, names in codes.items()}
@@ -57,7 +59,7 @@ def test_classes_weigh_the_same_whatever_their_number_of_icons():
 
 
 def test_fluent_flat_and_3d_are_mistaken_equally_often():
-    """Flat icons that look a little like 3D ones move the boundary; styles that nobody mistakes do not."""
+    """Flat icons that resemble 3D icons a little move the boundary; unmistakable styles do not."""
     texture, codes = synthetic(3.0)
     texture["flat"][:, CLASS_3D] += 2.0
     _, _, predicted = fit_styles(texture, codes)

@@ -1,4 +1,4 @@
-"""The embedded model's recipe, in a few steps: a model that plain diffusers loads, the same after an interruption."""
+"""The pretraining of the small SDXL in a few steps: diffusers loads the model, and resuming gives the same weights."""
 
 import copy
 import json
@@ -71,7 +71,7 @@ def weights(run):
 
 
 @pytest.mark.parametrize("killed", KILLED)
-def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_path, killed):
+def test_plain_diffusers_loads_the_model_and_resuming_is_exact(config, tmp_path, killed):
     assert main(["train", str(config("whole"))]) == 0
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole" / "tiny-sdxl")
     assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
@@ -83,11 +83,7 @@ def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_pa
 
     assert main(["train", str(config("parts"))]) == 0
     run = tmp_path / "parts"
-    for stage, kept in (
-        ("vae", 3),
-        ("unet", 3),
-        ("decoder", 1),
-    ):  # as if it had been killed in the last one's second step
+    for stage, kept in KILLED[killed].items():
         for step in range(kept + 1, 4):
             folder = run / stage / "checkpoints" / f"step-{step:06d}"
             folder.rename(folder.with_name("gone-" + folder.name))
@@ -96,7 +92,7 @@ def test_the_model_loads_in_plain_diffusers_and_resuming_is_exact(config, tmp_pa
         assert all(torch.equal(tensor, stored[part][name]) for name, tensor in tensors.items())
 
 
-def test_the_encoder_of_a_model_is_kept(config, tmp_path):
+def test_the_encoder_of_vae_from_is_not_trained(config, tmp_path):
     assert main(["train", str(config("first"))]) == 0
     model = tmp_path / "first" / "tiny-sdxl"
     assert main(["train", str(config("second")), "--set", f"vae_from={model}", "seed=1"]) == 0
@@ -143,12 +139,12 @@ def test_the_decoder_alone_is_trained_further(config, tmp_path):
 
 
 @pytest.mark.parametrize("left_out", [["unet=null"], ["unet=null", "unet_from=any", "decoder=null"]])
-def test_a_run_that_would_train_nothing_it_has_is_refused(config, tmp_path, capsys, left_out):
+def test_training_only_the_decoder_requires_a_unet_and_the_decoder_stage(config, tmp_path, capsys, left_out):
     assert main(["train", str(config("run")), "--set", *left_out]) == 2
-    assert "unet: null trains the decoder for a finished UNet" in capsys.readouterr().err
+    assert "unet: null trains only the decoder" in capsys.readouterr().err
 
 
-def test_an_interruption_while_it_draws_keeps_the_weights_themselves(config, tmp_path, monkeypatch):
+def test_an_interruption_while_sampling_keeps_the_trained_weights(config, tmp_path, monkeypatch):
     assert main(["train", str(config("whole"))]) == 0
     real = pretrain_tiny.sample
 
@@ -164,7 +160,9 @@ def test_an_interruption_while_it_draws_keeps_the_weights_themselves(config, tmp
         assert all(torch.equal(tensor, stored[part][name]) for name, tensor in tensors.items())
 
 
-def test_a_start_that_does_not_fit_is_named_before_the_run_exists(config, tmp_path, tiny_folder, capsys):
+def test_a_starting_model_of_other_sizes_is_refused_before_the_run_directory_exists(
+    config, tmp_path, tiny_folder, capsys
+):
     assert main(["train", str(config("run")), "--set", f"vae_from={tiny_folder}"]) == 2
     assert "latent channels" in capsys.readouterr().err
     assert main(["train", str(config("run")), "--set", "vae_from=nowhere"]) == 2
@@ -182,7 +180,7 @@ def test_a_missing_icon_is_named(config, icons, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("unnamed", [0.0, 1.0])
-def test_captions_name_the_thing_and_every_style_but_the_default_one(icons, unnamed):
+def test_captions_name_the_concept_and_every_style_except_the_default(icons, unnamed):
     stream = torch.Generator().manual_seed(0)
     for icon in read_icons(icons, tuple(STYLE_WORDS), "pretrain") * 20:
         text = caption(icon, stream, unnamed)
@@ -190,12 +188,12 @@ def test_captions_name_the_thing_and_every_style_but_the_default_one(icons, unna
         assert (STYLE_WORDS[icon.style] in text) == (icon.style != DEFAULT_STYLE or not unnamed)
 
 
-def test_the_style_goes_unnamed_as_often_as_asked(icons):
+def test_the_style_is_unnamed_in_the_given_share_of_captions(icons):
     stream = torch.Generator().manual_seed(0)
     icon = read_icons(icons, [DEFAULT_STYLE], "pretrain")[0]
     texts = [caption(icon, stream, 0.6) for _ in range(2000)]
     assert sum("flat" not in text for text in texts) / 2000 == pytest.approx(0.6, abs=0.04)
-    assert len(set(texts)) > 500  # made-up words are new ones every time
+    assert len(set(texts)) > 500  # made-up words are drawn again for every caption
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""The pretraining of the small VL-BART in a few steps, and the committed model."""
+
 from pathlib import Path
 
 import pytest
@@ -42,14 +44,14 @@ def config(tmp_path):
     return write
 
 
-def test_it_makes_a_folder_that_loads_and_answers(config, tmp_path):
+def test_the_saved_folder_can_be_loaded(config, tmp_path):
     assert main(["train", str(config())]) == 0
     model, tokenizer = load_vl_bart(VLModelConfig(path=str(tmp_path / "run" / "model")), 472, seed=0)
     assert model.config.d_model == 16
     assert tokenizer.decode(tokenizer("What color is the cat?")["input_ids"], skip_special_tokens=True)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
+def test_a_killed_run_resumes_bit_identically(config, tmp_path):
     assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
     kill_after("step-000002", config(), tmp_path / "run", program="samples.build")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
@@ -60,16 +62,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(config, tmp_path):
     ("changes", "message"),
     [
         ({"model": {"width": 16, "heads": 3}}, "multiple of model.heads"),
-        ({"data": {"tasks": [{"task": "vqa", "train": vqa("train", 4)}]}}, "caption is missing"),
+        ({"data": {"tasks": [{"task": "vqa", "train": vqa("train", 4)}]}}, "data.tasks: the task caption is missing"),
     ],
 )
-def test_mistakes_are_named_before_the_run_exists(config, tmp_path, capsys, changes, message):
+def test_mistakes_are_reported_before_the_run_directory_exists(config, tmp_path, capsys, changes, message):
     assert main(["train", str(config(**changes))]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_masked_caption_and_what_was_masked_make_it_whole():
+def test_a_masked_caption_and_the_masked_words_give_the_caption():
     stream = torch.Generator().manual_seed(0)
     caption = "A picture of five objects: a white star, a yellow star and a cat."
     seen = set()
@@ -82,7 +84,7 @@ def test_a_masked_caption_and_what_was_masked_make_it_whole():
     assert mask_words("...", stream) == ("<mask>", "...")
 
 
-def test_the_embedded_model_sees(tmp_path):
+def test_the_embedded_model_uses_the_image(tmp_path):
     folder = ROOT / "samples" / "tiny-vl"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 15e6
     vision = VisionEncoder(VisionConfig(**VISION))
@@ -90,12 +92,12 @@ def test_the_embedded_model_sees(tmp_path):
     source = SourceConfig(**captions("val", 24))
     table = open_table(source, tmp_path, on_bad_data="stop")
     task = VLBartTask(model.eval(), tokenizer, vision)
-    said = decode(tokenizer, model.answer_ids(task.inputs("caption", list(table), str(SAMPLES / "images"))))
+    predictions = decode(tokenizer, model.answer_ids(task.inputs("caption", list(table), str(SAMPLES / "images"))))
 
-    def right(answers: list[str]) -> int:
-        """How many end in words of the picture's own captions."""
+    def num_correct(answers: list[str]) -> int:
+        """How many end in words of the image's reference captions."""
         pairs = zip(table, answers, strict=True)
         return sum(any(word in " ".join(row.answers) for word in text.rstrip(".").split()[-2:]) for row, text in pairs)
 
-    assert right(said) >= 18
-    assert right(said) > right(said[1:] + said[:1]) + 3
+    assert num_correct(predictions) >= 18
+    assert num_correct(predictions) > num_correct(predictions[1:] + predictions[:1]) + 3

@@ -1,4 +1,4 @@
-"""The recipes of this folder: every key of their configs is read, and every config in configs/ is valid."""
+"""The recipes of this folder: the code reads every config key, and every config in configs/ is valid."""
 
 import ast
 
@@ -9,10 +9,12 @@ from dora_mm.config.report import all_keys
 from samples.build.__main__ import RECIPES
 from samples.build.packages import ROOT
 
+CONFIGS = ROOT / "samples" / "build" / "configs"
+
 
 @pytest.fixture(scope="module")
 def attributes():
-    """Every name after a dot in the code, the schemas left out."""
+    """All attribute names in the code, without the schemas."""
     folders = [ROOT / "dora_mm", ROOT / "samples" / "build"]
     files = [file for folder in folders for file in folder.rglob("*.py")]
     kept = [file for file in files if "config" not in file.parts and "tests" not in file.parts]
@@ -28,5 +30,12 @@ def test_every_key_is_read(name, attributes):
 @pytest.mark.parametrize("name", RECIPES.schemas)
 def test_every_recipe_loads_and_has_a_config(name):
     assert callable(RECIPES.load(name).main)
-    configs = [load_config(file, schemas=RECIPES.schemas) for file in (ROOT / "samples/build/configs").glob("*.yaml")]
+    configs = [load_config(file, schemas=RECIPES.schemas) for file in CONFIGS.glob("*.yaml")]
     assert name in {config.pipeline for config in configs}
+
+
+@pytest.mark.parametrize("name", sorted(file.name for file in CONFIGS.glob("*.yaml")))
+def test_the_first_line_of_a_config_is_its_command(name):
+    config = load_config(CONFIGS / name, schemas=RECIPES.schemas)
+    first = (CONFIGS / name).read_text().splitlines()[0]
+    assert first == f"# python -m samples.build {config.command} samples/build/configs/{name}"

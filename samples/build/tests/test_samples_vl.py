@@ -1,4 +1,4 @@
-"""samples/vl: what is committed is what the generator makes, in the official layouts, and shows what it says."""
+"""samples/vl: the committed files are those that the generator makes, and readers of the official formats read them."""
 
 import json
 
@@ -28,9 +28,9 @@ def things():
     return read_things(VL / "things.jsonl")
 
 
-def read(form: str, file: str, **more):
-    source = SourceConfig(format=form, file=str(VL / file), **{key: str(VL / name) for key, name in more.items()})
-    return list(READERS[form](source, BadRows("stop")))
+def read(kind: str, file: str, **paths):
+    source = SourceConfig(format=kind, file=str(VL / file), **{key: str(VL / name) for key, name in paths.items()})
+    return list(READERS[kind](source, BadRows("stop")))
 
 
 def vqa(split: str):
@@ -42,7 +42,7 @@ def vqa(split: str):
     )
 
 
-def test_it_is_small_holds_nothing_that_is_unpickled_and_names_its_sources():
+def test_it_is_small_has_no_pickles_and_names_its_sources():
     files = [path for path in VL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 9e6
     assert sum(path.stat().st_size for path in (VL / "video").rglob("*") if path.is_file()) < 3e5
@@ -51,7 +51,7 @@ def test_it_is_small_holds_nothing_that_is_unpickled_and_names_its_sources():
     assert all(words in sources for words in ("CC-BY-4.0", "Apache-2.0", "MIT", "CC0", "random projection"))
 
 
-def test_every_file_of_questions_comes_out_of_the_generator_again(things):
+def test_the_generator_reproduces_every_file_of_questions(things):
     for split, (num_pictures, num_questions) in SIZES.vqa.items():
         for name, content in vqa_files(things, split, num_pictures, num_questions).items():
             assert json.loads((VL / name).read_text()) == content, name
@@ -63,7 +63,7 @@ def test_every_file_of_questions_comes_out_of_the_generator_again(things):
         assert stored == nlvr2_file(things, split, num_sets)[0]
 
 
-def test_clips_come_out_of_the_generator_again(things):
+def test_the_generator_reproduces_the_clips(things):
     clips = [(split, make_clip(things, SEED, split, index)) for split, count in CLIPS.items() for index in range(count)]
     made = {"subtitles": [subtitles(clip) for _, clip in clips]}
     for number, (split, clip) in enumerate(clips):
@@ -75,7 +75,7 @@ def test_clips_come_out_of_the_generator_again(things):
         assert [json.loads(line) for line in (VL / f"video/{name}.jsonl").read_text().splitlines()] == rows
 
 
-def test_the_readers_of_the_official_files_read_it_and_every_picture_is_there():
+def test_the_readers_of_the_official_formats_read_it_and_no_image_is_missing():
     rows = {f"vqa {split}": (vqa(split), "images") for split in SIZES.vqa}
     for split in SIZES.gqa:
         rows[f"gqa {split}"] = (read("gqa", f"gqa/{split}_balanced_questions.json", images="gqa/images"), "gqa/images")
@@ -85,16 +85,16 @@ def test_the_readers_of_the_official_files_read_it_and_every_picture_is_there():
         captions = read("coco_captions", f"captions/captions_{split}2014.json", images="images")
         assert {len(example.answers) for example in captions} == {5}
         rows[f"captions {split}"] = (captions, "images")
-    for what, (examples, folder) in rows.items():
-        assert examples, what
-        assert all((VL / folder / image).is_file() for example in examples for image in example.images), what
-    counts = {what: len(examples) for what, (examples, _) in rows.items()}
+    for name, (examples, folder) in rows.items():
+        assert examples, name
+        assert all((VL / folder / image).is_file() for example in examples for image in example.images), name
+    counts = {name: len(examples) for name, (examples, _) in rows.items()}
     assert counts["vqa train"] >= 3600
     assert counts["vqa val"] >= 720
     assert (counts["captions train"], counts["captions val"]) == (500, 120)
 
 
-def test_the_answer_cannot_be_told_from_the_question():
+def test_the_answer_cannot_be_guessed_from_the_question():
     assert 25 < question_only_accuracy(vqa("train"), vqa("val")) < 45
     train, valid = (read("gqa", f"gqa/{split}_balanced_questions.json") for split in ("train", "val"))
     assert question_only_accuracy(train, valid) < 45
@@ -112,8 +112,8 @@ def test_training_and_validation_share_no_scene(things):
     assert not set.intersection(*sets)
 
 
-def test_pictures_show_the_colours_that_their_scenes_say(things):
-    """Background by its pixels, each painted thing by the name of a good part of the pixels around its centre."""
+def test_images_show_the_colours_of_their_scenes(things):
+    """A background by its pixels, a painted object by the share of its colour among the pixels around its centre."""
     checked = 0
     for scene in scenes_of(things, "vqa", "val", SIZES.vqa["val"][0]):
         with Image.open(VL / "images" / coco_name("val", scene)) as file:
@@ -121,8 +121,8 @@ def test_pictures_show_the_colours_that_their_scenes_say(things):
             picture = file.copy()
         if scene.background.color:
             pixels = np.asarray(picture, dtype=int)
-            near = np.abs(pixels - PALE[scene.background.color]).max(axis=-1) < 8
-            assert near.mean() > 0.2, scene.index
+            similar = np.abs(pixels - PALE[scene.background.color]).max(axis=-1) < 8
+            assert similar.mean() > 0.2, scene.index
         for placed in scene.objects:
             if placed.painted and placed.color in PAINTS:
                 reach = placed.size // 2

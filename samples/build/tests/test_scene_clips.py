@@ -1,4 +1,4 @@
-"""Clips made of scenes, and what is asked and said about them."""
+"""Clips made of scenes, with their questions, subtitles and descriptions."""
 
 import json
 from itertools import pairwise
@@ -15,7 +15,7 @@ from samples.build.tests.scene_things import OTHERS, plain_photos, shape_icons, 
 THINGS = some_things(*OTHERS)
 
 
-def test_a_clip_is_a_function_of_its_number_and_shows_each_thing_once():
+def test_a_clip_is_a_function_of_its_index_and_no_object_is_in_two_shots():
     for index in range(10):
         clip = make_clip(THINGS, 0, "train", index)
         assert clip == make_clip(THINGS, 0, "train", index)
@@ -46,7 +46,7 @@ def test_answers_are_those_of_the_shot_in_the_span():
         assert lines[-1]["end"] < clip.duration
 
 
-def test_features_are_told_apart_and_the_same_again():
+def test_features_are_reproducible_and_differ_between_frames():
     artist = Artist(shape_icons(), plain_photos())
     pictures = [artist.draw(scene) for scene in frames(make_clip(THINGS, 0, "train", 0))]
     features = frame_features(pictures)
@@ -61,15 +61,17 @@ def test_the_files_are_read_by_the_readers_of_value(tmp_path):
     first = {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")}
     write_clips(tmp_path, THINGS, Artist(shape_icons(), plain_photos()), {"train": 2, "val": 1}, seed=0)
     assert first == {path.name: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    told = str(tmp_path / "subtitles.jsonl")
+    subtitles_file = str(tmp_path / "subtitles.jsonl")
     assert len([json.loads(line) for line in (tmp_path / "subtitles.jsonl").read_text().splitlines()]) == 3
     for task in ("tvqa", "how2qa"):
-        source = SourceConfig(format="video_qa", file=str(tmp_path / f"{task}_train.jsonl"), subtitles=told)
+        source = SourceConfig(format="video_qa", file=str(tmp_path / f"{task}_train.jsonl"), subtitles=subtitles_file)
         examples = list(read_video_qa(source, BadRows("stop")))
         assert len(examples) > 10
         assert {image for example in examples for image in example.images} == {"clips_train_000", "clips_train_001"}
     for task in ("tvc", "yc2c"):
-        source = SourceConfig(format="video_captions", file=str(tmp_path / f"{task}_val.jsonl"), subtitles=told)
+        source = SourceConfig(
+            format="video_captions", file=str(tmp_path / f"{task}_val.jsonl"), subtitles=subtitles_file
+        )
         examples = list(read_video_captions(source, BadRows("stop")))
         assert {len(example.answers) for example in examples} == {4 if task == "tvc" else 1}
     with np.load(tmp_path / "features" / "clips_val_000.npz") as stored:

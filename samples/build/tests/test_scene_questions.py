@@ -1,6 +1,6 @@
-"""Questions, sentences and captions of scenes: each is true of its scene, and none gives its answer away.
+"""Questions, sentences and captions of scenes: each is true of its scene, and answers cannot be guessed.
 
-Answers are checked by reading the sentence back: these little parsers share no code with what wrote them.
+The answers are checked by parsing the sentences; these parsers share no code with the generator.
 """
 
 import random
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samples.build.scenes.annotators import OTHER_WORDS, ten_answers
+from samples.build.scenes.annotators import SYNONYMS, ten_answers
 from samples.build.scenes.balance import balanced
 from samples.build.scenes.gqa import gqa_entries, gqa_questions
 from samples.build.scenes.questions import (
@@ -40,7 +40,7 @@ def scenes(split: str, number: int) -> list[Scene]:
 
 
 def beyond(one: Placed, other: Placed, words: str) -> float:
-    """By how many pixels a centre lies on a side of another."""
+    """How many pixels a centre is beyond another in a direction."""
     ahead = {
         "to the left of": other.x - one.x,
         "to the right of": one.x - other.x,
@@ -56,7 +56,7 @@ def the(scene: Scene, name: str) -> Placed:
 
 
 def count(scene: Scene, words: str) -> int:
-    """ "discs", "animals", "red objects", "things" """
+    """The number of objects that match words such as "discs", "animals", "red objects" or "things"."""
     color, _, what = words.rpartition(" ")
     return sum(
         bool(
@@ -69,7 +69,7 @@ def count(scene: Scene, words: str) -> int:
 
 
 def true_answer(scene: Scene, text: str) -> str:
-    """The answer to a question of VQA, from its text."""
+    """The answer to a VQA question, from its text."""
     yes_no = {True: "yes", False: "no"}
     if match := re.fullmatch(r"Is there an? (\w+) in the picture\?", text):
         return yes_no[count(scene, match[1]) > 0]
@@ -77,7 +77,7 @@ def true_answer(scene: Scene, text: str) -> str:
         return yes_no[scene.background.color == match[1]]
     if match := re.fullmatch(rf"Is the (\w+) {SIDES} the (\w+)\?", text):
         ahead = beyond(the(scene, match[1]), the(scene, match[3]), match[2])
-        assert ahead <= 0 or ahead > 40  # nothing doubtful is asked
+        assert ahead <= 0 or ahead > 40  # there are no doubtful questions
         return yes_no[ahead > 0]
     if match := re.fullmatch(r"Is the (\w+) (\w+)\?", text):
         return yes_no[the(scene, match[1]).color == match[2]]
@@ -121,7 +121,7 @@ def test_every_answer_is_true(index):
         assert question.answer == true_answer(scene, question.text), (question.text, scene.objects)
 
 
-def test_every_family_is_asked():
+def test_there_are_questions_of_every_family():
     chosen = vqa_questions(THINGS, scenes("all", 200), 2000, 0)
     assert {question.family for question in chosen} == set(FAMILIES)
     assert chosen == vqa_questions(THINGS, scenes("all", 200), 2000, 0)
@@ -144,9 +144,9 @@ def test_answers_are_balanced_within_every_text():
 
 def test_balanced_takes_answers_in_equal_numbers_and_spreads_them_over_pictures():
     scene = scenes("one", 1)[0]
-    places = [Scene("t", index, Background("plain", "red"), None, scene.objects) for index in range(30)]
-    candidates = [Question(place, "exist", "Is it?", "yes" if place.index < 20 else "no") for place in places]
-    candidates += [Question(place, "count", "How many?", "3") for place in places]  # one answer: nothing to ask
+    others = [Scene("t", index, Background("plain", "red"), None, scene.objects) for index in range(30)]
+    candidates = [Question(other, "exist", "Is it?", "yes" if other.index < 20 else "no") for other in others]
+    candidates += [Question(other, "count", "How many?", "3") for other in others]  # a single answer: never chosen
     chosen = balanced(candidates, {"exist": 50, "count": 50}, 100, random.Random(0))
     assert Counter((question.text, question.answer) for question in chosen) == {
         ("Is it?", "yes"): 10,
@@ -173,7 +173,7 @@ def test_question_type(text, kind):
     assert question_type(text) == kind
 
 
-def test_annotations_are_those_of_vqa():
+def test_annotations_have_the_format_of_vqa():
     chosen = vqa_questions(THINGS, scenes("rows", 60), 300, 0)
     ids = [question.scene.index + 1 for question in chosen]
     rows = list(vqa_annotations(chosen, ids, 0))
@@ -183,8 +183,8 @@ def test_annotations_are_those_of_vqa():
         assert (row["image_id"], row["question"]) == (image_id, question.text)
         assert row["question_id"] // 1000 == image_id
         assert [answer["answer_id"] for answer in row["answers"]] == list(range(1, 11))
-        said = Counter(answer["answer"] for answer in row["answers"])
-        assert row["multiple_choice_answer"] == question.answer == said.most_common(1)[0][0]
+        answers = Counter(answer["answer"] for answer in row["answers"])
+        assert row["multiple_choice_answer"] == question.answer == answers.most_common(1)[0][0]
         assert {answer["answer_confidence"] for answer in row["answers"]} <= {"yes", "maybe", "no"}
     assert {row["answer_type"] for row in rows} == {"yes/no", "number", "other"}
 
@@ -192,18 +192,18 @@ def test_annotations_are_those_of_vqa():
 @pytest.mark.parametrize(
     ("truth", "answer_type"), [("yes", "yes/no"), ("2", "number"), ("red", "other"), ("car", "other")]
 )
-def test_annotators_agree_mostly_and_never_wholly_always(truth, answer_type):
+def test_annotators_mostly_agree_and_are_sometimes_wrong(truth, answer_type):
     stream = random.Random(0)
-    said = [[a["answer"] for a in ten_answers(stream, truth, answer_type, ("bus",))] for _ in range(300)]
-    right = [sum(answer in (truth, *OTHER_WORDS.get(truth, ())) for answer in answers) for answers in said]
+    drawn = [[a["answer"] for a in ten_answers(stream, truth, answer_type, ("bus",))] for _ in range(300)]
+    right = [sum(answer in (truth, *SYNONYMS.get(truth, ())) for answer in answers) for answers in drawn]
     assert 8.5 < sum(right) / len(right) < 9.8
-    assert any(len(set(answers)) == 1 for answers in said)
+    assert any(len(set(answers)) == 1 for answers in drawn)
     assert any(number < 7 for number in right)
-    assert all(max(Counter(answers).values()) == answers.count(truth) for answers in said)
+    assert all(max(Counter(answers).values()) == answers.count(truth) for answers in drawn)
 
 
 def gqa_truth(scene: Scene, text: str) -> str | None:
-    """The answer to a question of GQA, None for forms that other tests have."""
+    """The answer to a GQA question, from its text."""
     names, yes_no = {placed.name for placed in scene.objects}, {True: "yes", False: "no"}
     if match := re.fullmatch(r"Are there both an? (\w+) and an? (\w+)\?", text):
         return yes_no[match[1] in names and match[2] in names]
@@ -265,7 +265,7 @@ def test_gqa_answers_are_true_and_balanced():
 
 def test_gqa_entries_have_the_official_keys():
     chosen = gqa_questions(THINGS, scenes("gqa", 40), 100, 0)
-    entries = gqa_entries(chosen, [str(question.place) for question in chosen], 700)
+    entries = gqa_entries(chosen, [str(question.image_index) for question in chosen], 700)
     assert list(entries)[:2] == ["00000700", "00000701"]
     for entry in entries.values():
         assert set(entry) == {"imageId", "question", "answer", "fullAnswer", "isBalanced", "groups", "types"}

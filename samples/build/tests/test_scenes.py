@@ -1,4 +1,4 @@
-"""Scenes: what is where, and that pictures show it."""
+"""Scenes and their images."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ numbers = st.integers(0, 10**6)
 
 
 @given(numbers, numbers)
-def test_a_scene_is_a_function_of_seed_split_and_number(seed, index):
+def test_a_scene_is_a_function_of_seed_split_and_index(seed, index):
     scene = make_scene(THINGS, seed, "train", index)
     assert scene == make_scene(THINGS, seed, "train", index)
     assert scene.objects != make_scene(THINGS, seed, "val", index).objects
@@ -27,7 +27,7 @@ def test_a_scene_is_a_function_of_seed_split_and_number(seed, index):
 
 
 @given(numbers)
-def test_nothing_lies_over_anything_or_beyond_the_edge(index):
+def test_objects_do_not_overlap_and_are_inside_the_image(index):
     objects = make_scene(THINGS, 0, "train", index).objects
     assert 1 <= len(objects) <= 6
     for number, placed in enumerate(objects):
@@ -40,7 +40,7 @@ def test_nothing_lies_over_anything_or_beyond_the_edge(index):
 
 
 @given(numbers)
-def test_looks_are_truthful_and_stand_out(index):
+def test_appearances_have_the_stated_colour_and_differ_from_the_background(index):
     scene = make_scene(THINGS, 0, "train", index)
     background = scene.background
     assert (background.name == "plain") == (background.color is not None)
@@ -55,7 +55,7 @@ def test_looks_are_truthful_and_stand_out(index):
     assert scene.style in {placed.style for placed in scene.objects} | {None}
 
 
-def test_every_number_of_things_style_background_and_colour_occurs():
+def test_every_number_of_objects_style_background_and_colour_occurs():
     scenes = [make_scene(THINGS, 0, "train", index) for index in range(400)]
     objects = [placed for scene in scenes for placed in scene.objects]
     assert {len(scene.objects) for scene in scenes} == {1, 2, 3, 4, 5, 6}
@@ -65,7 +65,7 @@ def test_every_number_of_things_style_background_and_colour_occurs():
     assert {max(len(scene.named(placed.name)) for placed in scene.objects) for scene in scenes} >= {1, 2, 3, 4, 5}
 
 
-def test_a_thing_that_would_be_lost_on_the_background_is_shown_otherwise():
+def test_an_object_in_the_colour_of_the_background_gets_another_appearance():
     thing = Thing("lemon", "lemons", "1", None, {"contrast": ("red", "yellow")}, dict.fromkeys(STYLES, "yellow"))
     scenes = [make_scene([thing], 0, "train", index) for index in range(200)]
     on_yellow = [placed for s in scenes if s.background.color == "yellow" for placed in s.objects]
@@ -117,7 +117,7 @@ def test_place(x, y, place):
     assert at(x, y).place() == place
 
 
-def test_pictures_show_things_where_they_are_in_their_colour():
+def test_images_show_objects_at_their_position_in_their_colour():
     artist = Artist(shape_icons(), plain_photos())
     for index in range(40):
         scene = make_scene([thing for thing in THINGS if thing.name != "bar"], 0, "train", index)
@@ -134,7 +134,7 @@ def test_pictures_show_things_where_they_are_in_their_colour():
         assert (pixels[free] == behind).all()
 
 
-def test_a_rim_is_white_and_shadows_do_not_come_in_at_the_other_edge():
+def test_a_rim_is_white_and_shadows_do_not_wrap_around():
     artist = Artist(shape_icons(), plain_photos())
     low = Placed(THINGS[1], "flat", "red", False, 112, 190, 58)
     plain = np.asarray(artist.draw(Scene("t", 0, Background("plain", "blue"), None, (low,))))
@@ -144,7 +144,7 @@ def test_a_rim_is_white_and_shadows_do_not_come_in_at_the_other_edge():
     assert plain[190, 112 - 29 - 2].min() < 200
 
 
-def test_offsets_show_other_pieces_of_a_photo():
+def test_offsets_select_sections_of_a_photo():
     photos = load_photos()
     assert set(photos) == set(PHOTOS)
     artist = Artist({}, photos)
@@ -156,9 +156,9 @@ def test_offsets_show_other_pieces_of_a_photo():
     assert green[1] > green[2] + 15
 
 
-def test_describe_thing_keeps_the_colours_that_show():
+def test_describe_thing_keeps_the_visible_colours():
     icons = {(style, "disc"): shape("disc", PAINTS["red"]) for style in STYLES}
-    icons["noto", "disc"] = shape("disc", (128, 128, 128))  # takes no paint
+    icons["noto", "disc"] = shape("disc", (128, 128, 128))  # cannot be painted
     icons["twemoji", "disc"].paste(PAINTS["blue"], (0, 0, 60, 30))
     thing = describe_thing({"name": "disc", "code": "1", "painted": True, "natural": "red"}, icons)
     assert (thing.plural, thing.kind) == ("discs", None)
@@ -169,16 +169,16 @@ def test_describe_thing_keeps_the_colours_that_show():
     assert thing.natural == {"flat": "red", "3d": "red"}
 
 
-def test_things_are_read_as_they_were_written(tmp_path):
+def test_things_are_read_as_written(tmp_path):
     path = tmp_path / "things.jsonl"
     path.write_text(dump_things(THINGS))
     assert read_things(path) == THINGS
     assert read_things(path)[0].colors == THINGS[0].colors
     path.write_text(dump_things(THINGS) + '{"name": "disc", "plural": "discs", "code": "1"}\n')
-    with pytest.raises(ValueError, match=r"things\.jsonl, line 9: disc stands there twice"):
+    with pytest.raises(ValueError, match=r"things\.jsonl, line 9: disc is repeated"):
         read_things(path)
     path.write_text('{"name": "disc", "plural": "discs", "code": "1", "kind": "thing"}\n')
-    with pytest.raises(ValueError, match=r"line 1: not a thing .*none of animal"):
+    with pytest.raises(ValueError, match=r"things\.jsonl, line 1: .*none of animal"):
         read_things(path)
 
 

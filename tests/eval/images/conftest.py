@@ -1,4 +1,4 @@
-"""Icons of made-up things in six styles, and a judge fitted on them."""
+"""Icons of invented concepts in six styles, and a judge fitted on them."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def make_concepts() -> list[Concept]:
 
 
 def draw_icon(seed: int, style: str) -> Image.Image:
-    """Two coloured shapes that depend on the seed, in a manner that depends on the style."""
+    """Two coloured shapes that depend on the seed, drawn in the given style."""
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", (SIDE, SIDE), "white")
     draw = ImageDraw.Draw(image)
@@ -57,7 +57,7 @@ def concepts() -> list[Concept]:
 
 @pytest.fixture(scope="session")
 def learned(concepts: list[Concept]) -> list[Concept]:
-    """Those in the judge's gallery."""
+    """The concepts in the judge's gallery."""
     return [concept for concept in concepts if concept.split == "pretrain"]
 
 
@@ -93,7 +93,7 @@ def judge(features: dict[str, Features], concepts: list[Concept]) -> Judge:
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP as open_clip saves it for the hub, with random weights."""
+    """A CLIP model with random weights, in the format in which open_clip saves it for the hub."""
     import open_clip
     from safetensors.torch import save_file
 

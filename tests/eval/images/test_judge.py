@@ -5,38 +5,38 @@ import pytest
 
 from dora_mm.eval.images.encoder import Features, concatenate
 from dora_mm.eval.images.judge import REQUIRED, Judge
-from dora_mm.eval.images.scores import METRICS, Scores, join_seeds, metrics_table, summarize
+from dora_mm.eval.images.scores import METRICS, Scores, concatenate_seeds, metrics_table, summarize
 from dora_mm.eval.images.style import CLASSES, STYLES
 from samples.build.judge.fitting import fit_judge
 
 
 @pytest.fixture(scope="module")
-def shown(features, concepts):
-    """The gallery's icons by style, rows as `learned`."""
+def gallery(features, concepts):
+    """Features of the gallery's icons by style, in the order of `learned`."""
     rows = np.array([concept.split == "pretrain" for concept in concepts])
     return {style: part[rows] for style, part in features.items()}
 
 
-def test_judges_real_icons_rightly(judge, shown, learned):
+def test_judges_real_icons_correctly(judge, gallery, learned):
     for name in ("brick", "3d"):
-        scores = judge.scores(shown[name], learned, (0,))
+        scores = judge.scores(gallery[name], learned, (0,))
         assert scores.in_style(name).mean() == 1.0
         assert scores.recognised().mean() == 1.0
         assert scores.both(name).mean() == 1.0
         assert scores.log_odds(name).mean() > 2
-    flat = judge.scores(shown["flat"], learned, (0,))
+    flat = judge.scores(gallery["flat"], learned, (0,))
     assert flat.in_style("3d").mean() < 0.2
     assert flat.log_odds("3d").mean() < 0
     distances = [
-        summarize(judge.scores(shown[style], learned, (0,)), "3d", judge.space, over_seeds=False)["frechet"].mean
+        summarize(judge.scores(gallery[style], learned, (0,)), "3d", judge.style_space, over_seeds=False)["frechet"].mean
         for style in ("3d", "flat")
     ]
     assert distances[0] < distances[1]
 
 
-def test_scores_keep_pictures_in_their_cells(judge, shown, learned):
-    """Concepts outside, seeds inside; here the second seed's picture of the last thing shows another one."""
-    interleaved = concatenate([shown["flat"][np.array([row, row])] for row in range(len(learned))])
+def test_scores_of_each_image_are_in_its_cell(judge, gallery, learned):
+    """All seeds of a concept are adjacent; here the second image of the last concept shows another one."""
+    interleaved = concatenate([gallery["flat"][np.array([row, row])] for row in range(len(learned))])
     order = np.arange(2 * len(learned))
     order[-1] = 0
     ranks = judge.scores(interleaved[order], learned, (0, 1)).ranks
@@ -54,56 +54,56 @@ def test_report_of_its_own_accuracy(judge):
     assert "brick 100.0%" in judge.describe()
 
 
-def test_traces_of_the_unet_are_no_style(features, concepts, judge):
-    """Flat icons that it took for 3D are flat once it has seen such among the denoised ones."""
+def test_artefacts_of_the_unet_are_not_taken_for_style(features, concepts, judge):
+    """Flat icons that it took for 3D are classified as flat once it was fitted on denoised icons as well."""
     seen = np.array([concept.split == "judge" for concept in concepts])
     offset = features["3d"].texture.mean(axis=0) - features["flat"].texture.mean(axis=0)
     judged = {style: part[seen] for style, part in features.items()}
-    traced = {style: Features(part.content, part.texture + 0.8 * offset) for style, part in judged.items()}
+    denoised = {style: Features(part.content, part.texture + 0.8 * offset) for style, part in judged.items()}
 
-    def flat_share(of):
-        return (of.classifier.log_probabilities(traced["flat"].texture).argmax(axis=1) == 0).mean()
+    def flat_share(which):
+        return (which.classifier.log_probabilities(denoised["flat"].texture).argmax(axis=1) == 0).mean()
 
-    taught = fit_judge(concepts, features, judge.origin, traced)
-    assert flat_share(judge) < 0.5 < 0.9 < flat_share(taught)
-    assert set(taught.report["accuracy_denoised"]) == set(taught.report["accuracy"])
-    assert "noised and predicted back" in taught.describe()
+    refitted = fit_judge(concepts, features, judge.origin, denoised)
+    assert flat_share(judge) < 0.5 < 0.9 < flat_share(refitted)
+    assert set(refitted.report["accuracy_denoised"]) == set(refitted.report["accuracy"])
+    assert "noised and predicted back" in refitted.describe()
     assert "accuracy_denoised" not in judge.report
 
 
-def test_says_when_it_is_no_judge(judge):
-    poor = Judge(**{**vars(judge), "report": json.loads(json.dumps(judge.report))})
-    poor.report["accuracy"]["3d against fluent flat"]["mean"] = 0.8
-    assert "NO JUDGE: 3d against fluent flat only 80.0% (needs 90%)" in poor.describe()
+def test_reports_when_it_is_not_accurate_enough(judge):
+    inaccurate = Judge(**{**vars(judge), "report": json.loads(json.dumps(judge.report))})
+    inaccurate.report["accuracy"]["3d against fluent flat"]["mean"] = 0.8
+    assert "NOT ACCURATE ENOUGH TO JUDGE: 3d against fluent flat only 80.0% (needs 90%)" in inaccurate.describe()
 
 
-def test_saved_and_loaded_it_says_the_same(judge, shown, learned, tmp_path):
+def test_scores_the_same_after_saving_and_loading(judge, gallery, learned, tmp_path):
     judge.save(tmp_path)
     loaded = Judge.load(tmp_path)
     for style in STYLES:
-        one, other = (which.scores(shown[style], learned, (0,)) for which in (judge, loaded))
+        one, other = (which.scores(gallery[style], learned, (0,)) for which in (judge, loaded))
         assert other.log_probabilities == pytest.approx(one.log_probabilities, abs=1e-3)
         assert (other.ranks == one.ranks).all()
     assert loaded.report == judge.report
     assert loaded.choose("all") == judge.choose("all")
 
 
-def test_what_is_no_judge_gets_a_sentence(judge, tmp_path):
+def test_a_folder_without_a_valid_judge_is_named(judge, tmp_path):
     with pytest.raises(ValueError, match=r"judge: .*nowhere.*fit one"):
         Judge.load(tmp_path / "nowhere")
     judge.save(tmp_path)
     (tmp_path / "judge.json").write_text("{}")
-    with pytest.raises(ValueError, match="none that can be read"):
+    with pytest.raises(ValueError, match=rf"judge: {tmp_path} contains no valid judge.*fit one"):
         Judge.load(tmp_path)
     judge.save(tmp_path)
     (tmp_path / "judge.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="none that can be read"):
+    with pytest.raises(ValueError, match=rf"judge: {tmp_path} contains no valid judge.*fit one"):
         Judge.load(tmp_path)
 
 
-def test_refuses_a_model_that_it_was_not_fitted_for(judge):
+def test_rejects_a_model_that_it_was_not_fitted_for(judge):
     judge.check_model(64, "none")
-    with pytest.raises(ValueError, match=r"another VAE.*128 px"):
+    with pytest.raises(ValueError, match=r"judge: .*64 px and another VAE.*128 px"):
         judge.check_model(128, "none")
     with pytest.raises(ValueError, match=r"judge_tiny\.yaml"):
         judge.check_model(64, "other")
@@ -112,19 +112,19 @@ def test_refuses_a_model_that_it_was_not_fitted_for(judge):
 def test_chooses_concepts_by_role(judge, learned):
     assert [concept.name for concept in judge.choose("tune", 3)] == ["thing 1", "thing 5", "thing 9"]
     assert len(judge.choose("all")) == len(learned)
-    with pytest.raises(ValueError, match="6 with role tune, not 7"):
+    with pytest.raises(ValueError, match="concepts: .*6 with role tune, not 7"):
         judge.choose("tune", 7)
 
 
-def test_scores_survive_a_file(judge, shown, learned, tmp_path):
-    parts = [judge.scores(shown["3d"], learned, (seed,)) for seed in (3, 4)]
-    joined = join_seeds(parts)
-    joined.save(tmp_path / "scores" / "a.json")
+def test_scores_survive_a_file(judge, gallery, learned, tmp_path):
+    parts = [judge.scores(gallery["3d"], learned, (seed,)) for seed in (3, 4)]
+    combined = concatenate_seeds(parts)
+    combined.save(tmp_path / "scores" / "a.json")
     loaded = Scores.load(tmp_path / "scores" / "a.json")
-    assert (loaded.codes, loaded.seeds) == (joined.codes, (3, 4))
-    assert loaded.projected == pytest.approx(joined.projected, abs=1e-3)
-    assert (loaded.ranks == joined.ranks).all()
-    found = summarize(loaded, "3d", judge.space, over_seeds=True)
+    assert (loaded.codes, loaded.seeds) == (combined.codes, (3, 4))
+    assert loaded.projected == pytest.approx(combined.projected, abs=1e-3)
+    assert (loaded.ranks == combined.ranks).all()
+    found = summarize(loaded, "3d", judge.style_space, over_seeds=True)
     assert list(found) == list(METRICS)
     assert all(cell.low <= cell.mean <= cell.high for cell in found.values())
     table = metrics_table({"adapter": found})

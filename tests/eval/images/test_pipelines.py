@@ -1,4 +1,4 @@
-"""fit_judge, eval_sdxl and compare_sdxl end to end on a random model: files, resuming, and what bad input gets."""
+"""fit_judge, eval_sdxl and compare_sdxl end to end on a model with random weights: files, resuming and mistakes."""
 
 import csv
 import json
@@ -45,12 +45,12 @@ def fitted(tmp_path_factory, tiny_folder, icons):
 
 
 @pytest.fixture
-def base(tmp_path, tiny_folder, picture_folder):
+def base(tmp_path, tiny_folder, image_folder):
     config = {
         "pipeline": "train_sdxl",
         "model": {"path": str(tiny_folder)},
         "adapter": {"rank": 2, "alpha": 7.0},
-        "data": {"folder": str(picture_folder), "resolution": 64, "placeholder": "TOK"},
+        "data": {"folder": str(image_folder), "resolution": 64, "placeholder": "TOK"},
         "optimizer": {"lr": 0.01, "magnitude_lr": 0.1},
         "train": {"steps": 2, "batch_size": 2},
         "sample": {"prompts": ["a TOK icon of a bus"], "steps": 2},
@@ -100,11 +100,11 @@ def comparison(tmp_path, base, fitted):
     return config
 
 
-def test_fit_judge_leaves_a_judge_and_says_what_it_is_worth(fitted, tiny_folder, capsys):
+def test_fit_judge_writes_a_judge_and_reports_its_accuracy(fitted, tiny_folder, capsys):
     judge = Judge.load(fitted)
     assert judge.origin["resolution"] == 64
     assert (fitted / "config.yaml").is_file()
-    # a random VAE leaves nothing of bricks or shading, and the judge says so
+    # a random VAE removes bricks and shading, so the judge is not accurate enough
     assert judge.shortcomings()
 
 
@@ -125,8 +125,8 @@ def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, c
     assert (folder / "table.md").read_text().strip() in printed
 
 
-def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, picture_folder, clip_folder, capsys):
-    clip = {"path": str(clip_folder), "images": str(picture_folder)}
+def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, image_folder, clip_folder, capsys):
+    clip = {"path": str(clip_folder), "images": str(image_folder)}
     assert main(["eval", evaluation(clip=clip)]) == 0
     rows = json.loads((tmp_path / "scores" / "metrics.json").read_text())["rows"]
     assert list(rows) == ["bare model, flat prompts", "bare model"]
@@ -135,7 +135,7 @@ def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, picture_fol
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"judge": "nowhere"}, "judge: nowhere does not exist"),
         ({"prompt": "a TOK icon"}, "prompt must contain {thing} once"),
@@ -147,17 +147,17 @@ def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, picture_fol
         ({"clip": {"path": "CLIP", "images": "empty"}}, "clip.images: empty contains no images"),
     ],
 )
-def test_eval_says_what_is_wrong_before_it_draws(evaluation, tmp_path, capsys, changes, said, monkeypatch):
+def test_eval_reports_mistakes_before_it_generates_images(evaluation, tmp_path, capsys, changes, message, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    odd = {"unet.odd.lora_A.weight": torch.ones(1, 2), "unet.odd.lora_B.weight": torch.ones(2, 1)}
-    save_file(odd, tmp_path / "other.safetensors")
+    unknown = {"unet.unknown.lora_A.weight": torch.ones(1, 2), "unet.unknown.lora_B.weight": torch.ones(2, 1)}
+    save_file(unknown, tmp_path / "other.safetensors")
     (tmp_path / "empty").mkdir()
     assert main(["eval", evaluation(**changes)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "scores").exists()
 
 
-def test_eval_refuses_another_models_judge(evaluation, tmp_path, tiny, capsys):
+def test_eval_rejects_the_judge_of_another_model(evaluation, tmp_path, tiny, capsys):
     tiny.vae.decoder.conv_in.bias.data += 0.1
     tiny.pipeline().save_pretrained(tmp_path / "other")
     assert main(["eval", evaluation(model={"path": str(tmp_path / "other")})]) == 2
@@ -175,7 +175,7 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch,
     monkeypatch.setattr(campaign, "start_job", in_this_process)
     config = comparison(extra_rates=0)
     assert main(["eval", config]) == 0
-    # full, LoRA 2, DoRA 1 and 2: three rates each, and one more training of the best for the second seed
+    # full, LoRA 2, DoRA 1 and 2: three rates each, and one more run at the best rate for the second seed
     assert len(commands) == 4 * (3 + 1)
     folder = tmp_path / "campaign"
     rows = list(csv.DictReader((folder / "results.csv").open()))
@@ -196,7 +196,7 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch,
     assert (trained.adapter.alpha, trained.optimizer.magnitude_lr, trained.train.steps) == (2.0, None, 1)
     assert len(list((folder / "pictures").glob("bare-model-report/*.png"))) == 6
 
-    # Started again it does nothing but the report; a training that was lost is made up for.
+    # Started again, it trains nothing and only writes the report.
     before = table
     commands.clear()
     (folder / "table.md").unlink()
@@ -204,12 +204,12 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch,
     assert commands == []
     assert (folder / "table.md").read_text() == before
 
-    assert main(["eval", comparison(extra_rates=0, workers=2, columns=1)]) == 0  # these change no number
+    assert main(["eval", comparison(extra_rates=0, workers=2, columns=1)]) == 0  # these do not change the results
     assert main(["eval", comparison(extra_rates=0, steps=2)]) == 2
     assert "different values of steps" in capsys.readouterr().err
 
 
-def test_comparison_of_other_weights_or_another_judge_is_not_gone_on_with(
+def test_comparison_is_not_resumed_with_other_weights_or_another_judge(
     comparison, base, fitted, tmp_path, tiny, capsys
 ):
     compare_sdxl.Campaign(load_config(comparison()))
@@ -225,7 +225,7 @@ def test_comparison_of_other_weights_or_another_judge_is_not_gone_on_with(
         compare_sdxl.Campaign(load_config(comparison(base=str(tmp_path / "elsewhere.yaml"))))
 
 
-def test_comparison_says_what_is_wrong(comparison, capsys, tmp_path):
+def test_comparison_reports_mistakes(comparison, capsys, tmp_path):
     assert main(["eval", comparison(base="configs/sdxl/eval_tiny.yaml")]) == 2
     assert "is a config of eval_sdxl" in capsys.readouterr().err
     assert main(["eval", comparison(tune={"role": "report", "count": 3})]) == 2
@@ -235,9 +235,9 @@ def test_comparison_says_what_is_wrong(comparison, capsys, tmp_path):
     assert "is not the folder of a comparison" in capsys.readouterr().err
 
 
-def test_what_is_compared():
-    wanted = variants((1, 4, 8))
-    assert [variant.key for variant in wanted] == [
+def test_variants_and_contrasts():
+    found = variants((1, 4, 8))
+    assert [variant.key for variant in found] == [
         "full",
         "lora-r1",
         "lora-r4",

@@ -1,4 +1,4 @@
-"""Headless Chromium: pictures of a page, and its document after scripts and styles have run."""
+"""Headless Chromium: screenshots of a page, and its DOM after scripts and styles have run."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def run(page: Path, *options: str, profile: Path, dark: bool = False) -> str:
-    """What Chromium writes about a page from the disk. --no-sandbox: containers often run tests as root."""
+    """Returns what Chromium prints for a page on the disk. --no-sandbox: containers often run tests as root."""
     assert CHROMIUM is not None
     scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
     command = [

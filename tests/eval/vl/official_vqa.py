@@ -1,7 +1,7 @@
-"""The official VQA v2 evaluation, and the older script that LAVIS copies, written down step by step to test against.
+"""The official VQA v2 evaluation, and the older script that LAVIS copies, transcribed step by step as test references.
 
-Nothing here is shared with dora_mm, and nothing is made shorter than the scripts' own course: answers are dicts as in
-the annotations, the ten accuracies are averaged one by one, and the contractions stand as the pairs they are.
+Nothing here is shared with dora_mm, and nothing is shortened: as in the scripts, answers are dicts as in the
+annotations, the ten accuracies are averaged one by one, and contractions are a list of pairs.
 """
 
 import re
@@ -55,9 +55,9 @@ def digits_and_articles(text):
         word = NUMBER_WORDS.get(word, word)
         if word not in ARTICLES:
             words.append(word)
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word in CONTRACTIONS:
-            words[place] = CONTRACTIONS[word]
+            words[index] = CONTRACTIONS[word]
     return " ".join(words)
 
 
@@ -67,11 +67,11 @@ def without_line_breaks(text):
     return text.strip()
 
 
-def mean_over_people(said, annotations):
+def mean_over_annotators(prediction, annotations):
     accuracies = []
     for own in annotations:
         others = [annotation for annotation in annotations if annotation != own]
-        matching = [annotation for annotation in others if annotation["answer"] == said]
+        matching = [annotation for annotation in others if annotation["answer"] == prediction]
         accuracies.append(min(1, float(len(matching)) / 3))
     return float(sum(accuracies)) / len(accuracies)
 
@@ -83,28 +83,28 @@ def annotations_of(answers):
     ]
 
 
-def official(said, annotations):
+def official(prediction, annotations):
     """The script that came with VQA v2."""
     annotations = [dict(annotation) for annotation in annotations]
     for annotation in annotations:
         annotation["answer"] = without_line_breaks(annotation["answer"])
-    said = without_line_breaks(said)
+    prediction = without_line_breaks(prediction)
     if len({annotation["answer"] for annotation in annotations}) > 1:
         for annotation in annotations:
             annotation["answer"] = punctuation(annotation["answer"])
             annotation["answer"] = digits_and_articles(annotation["answer"])
-        said = punctuation(said)
-        said = digits_and_articles(said)
-    return mean_over_people(said, annotations)
+        prediction = punctuation(prediction)
+        prediction = digits_and_articles(prediction)
+    return mean_over_annotators(prediction, annotations)
 
 
-def lavis(said, annotations):
-    """The older one."""
+def lavis(prediction, annotations):
+    """The older script."""
     annotations = [dict(annotation) for annotation in annotations]
-    said = without_line_breaks(said)
-    said = punctuation(said)
-    said = digits_and_articles(said)
+    prediction = without_line_breaks(prediction)
+    prediction = punctuation(prediction)
+    prediction = digits_and_articles(prediction)
     if len({annotation["answer"] for annotation in annotations}) > 1:
         for annotation in annotations:
             annotation["answer"] = punctuation(annotation["answer"])
-    return mean_over_people(said, annotations)
+    return mean_over_annotators(prediction, annotations)

@@ -1,4 +1,4 @@
-"""Caption metrics: those of pycocoevalcap on its own tokens, or none."""
+"""Caption metrics: those of pycocoevalcap on the tokens of its tokenizer, or none."""
 
 import math
 import shutil
@@ -15,12 +15,12 @@ REFERENCES = {
     "2": ("Two cats on a sofa", "two cats sleep on the couch", "cats lie on a sofa", "A pair of cats.", "cats"),
     "3": ("A red bus in the street", "the bus is red", "a bus drives by", "A red double-decker bus", "bus"),
 }
-SAID = {"1": "a dog runs on the grass", "2": "two dogs on a sofa", "3": ""}
+CAPTIONS = {"1": "a dog runs on the grass", "2": "two dogs on a sofa", "3": ""}
 
 
-def rows(said: dict[str, str] = SAID) -> list[tuple[Example, str]]:
+def rows(predicted: dict[str, str] = CAPTIONS) -> list[tuple[Example, str]]:
     return [
-        (Example(key, (f"{key}.jpg",), "", answers, (1.0,) * len(answers)), said[key])
+        (Example(key, (f"{key}.jpg",), "", answers, (1.0,) * len(answers)), predicted[key])
         for key, answers in REFERENCES.items()
     ]
 
@@ -41,19 +41,19 @@ def test_all_metrics_are_there_x_100(scores):
 
 
 @needs_java
-def test_equal_the_packages_own_evaluation(scores):
+def test_metrics_equal_those_of_pycocoevalcap(scores):
     """As its COCOEvalCap runs them, scorer by scorer."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    true = PTBTokenizer().tokenize({key: [{"caption": text} for text in texts] for key, texts in REFERENCES.items()})
-    said = PTBTokenizer().tokenize({key: [{"caption": text}] for key, text in SAID.items()})
-    assert true["3"][3] == "a red double-decker bus"
-    assert scores.metrics["CIDEr"] == pytest.approx(100 * Cider().compute_score(true, said)[0])
-    assert scores.metrics["BLEU-4"] == pytest.approx(100 * Bleu(4).compute_score(true, said, verbose=0)[0][3])
-    assert scores.metrics["ROUGE-L"] == pytest.approx(100 * Rouge().compute_score(true, said)[0])
+    reference_tokens = PTBTokenizer().tokenize({key: [{"caption": text} for text in texts] for key, texts in REFERENCES.items()})
+    caption_tokens = PTBTokenizer().tokenize({key: [{"caption": text}] for key, text in CAPTIONS.items()})
+    assert reference_tokens["3"][3] == "a red double-decker bus"
+    assert scores.metrics["CIDEr"] == pytest.approx(100 * Cider().compute_score(reference_tokens, caption_tokens)[0])
+    assert scores.metrics["BLEU-4"] == pytest.approx(100 * Bleu(4).compute_score(reference_tokens, caption_tokens, verbose=0)[0][3])
+    assert scores.metrics["ROUGE-L"] == pytest.approx(100 * Rouge().compute_score(reference_tokens, caption_tokens)[0])
 
 
 @needs_java
@@ -67,23 +67,23 @@ def test_perfect_captions_and_order(scores):
 
 
 @needs_java
-def test_odd_line_breaks_shift_no_caption():
-    """The tokenizer reads these as ends of lines; a shifted caption would be compared with another picture's."""
-    odd = ["a dog\u2028runs", "two\rcats", "red\x0bbus\x0chere", "x\x85y", "", "last  one\n", "…\u2029…"]
-    tokens = captions.tokenize({str(number): [text] for number, text in enumerate(odd)})
+def test_unusual_line_breaks_do_not_shift_captions():
+    """The tokenizer ends lines at these; a shifted caption would be compared with the references of another image."""
+    captions_with_breaks = ["a dog\u2028runs", "two\rcats", "red\x0bbus\x0chere", "x\x85y", "", "last  one\n", "…\u2029…"]
+    tokens = captions.tokenize({str(number): [text] for number, text in enumerate(captions_with_breaks)})
     assert list(tokens.values())[:6] == [
         ["a dog runs"], ["two cats"], ["red bus here"], ["x y"], [""], ["last one"],
     ]  # fmt: skip
 
 
 @needs_java
-def test_one_caption_alone_has_no_cider():
-    alone = score("caption", rows()[:1], meteor=False)
-    assert alone.metrics["CIDEr"] == 0.0
-    assert "CIDEr of a single caption is always 0" in alone.notes[-1]
+def test_cider_of_a_single_caption_is_zero():
+    single = score("caption", rows()[:1], meteor=False)
+    assert single.metrics["CIDEr"] == 0.0
+    assert "CIDEr of a single caption is always 0" in single.notes[-1]
 
 
-def test_rows_of_one_picture_are_joined():
+def test_references_of_one_image_are_merged():
     parts = [(Example("1", ("1.jpg",), "", (text,), (1.0,)), "a dog") for text in ("a dog", "the dog", "a dog")]
     references, predictions = captions.group_by_id(parts)
     assert (references, predictions) == ({"1": ["a dog", "the dog"]}, {"1": "a dog"})
@@ -91,7 +91,7 @@ def test_rows_of_one_picture_are_joined():
         captions.group_by_id([*parts, (parts[0][0], "a cat")])
 
 
-def test_without_java_nothing_is_scored_and_the_result_says_so(monkeypatch):
+def test_without_java_nothing_is_scored_and_a_note_says_so(monkeypatch):
     monkeypatch.setattr(captions.shutil, "which", lambda name: None)
     scores = score("caption", rows())
     assert scores.metrics == {}
@@ -102,7 +102,7 @@ def test_without_java_nothing_is_scored_and_the_result_says_so(monkeypatch):
     assert "Java is not installed" in video.notes[1]
 
 
-def test_a_tokenizer_that_cannot_write_is_named(monkeypatch):
+def test_a_tokenizer_that_cannot_write_is_noted(monkeypatch):
     def fail(captions):
         raise PermissionError(13, "Permission denied", "/usr/lib/tmp1")
 
@@ -114,8 +114,8 @@ def test_a_tokenizer_that_cannot_write_is_named(monkeypatch):
     assert "/usr/lib/tmp1" in scores.notes[1]
 
 
-def test_meteor_that_dies_is_named_and_the_rest_stays(monkeypatch):
-    def fail(true, said):
+def test_a_failure_of_meteor_is_noted_and_other_metrics_remain(monkeypatch):
+    def fail(reference_tokens, caption_tokens):
         raise ValueError("could not convert string to float: b''")
 
     tokens = {"1": ["a dog"], "2": ["a cat"]}
@@ -134,9 +134,9 @@ TYPES = {"1": ("v", "vt", "v", "t", "v"), "2": ("t",) * 5, "3": ("v",) * 5}
 
 @needs_java
 @pytest.mark.parametrize("task", ["tvc", "yc2c"])
-def test_video_captions_meet_all_references_of_their_clip(task, scores):
+def test_video_captions_are_scored_against_all_references_of_their_clip(task, scores):
     typed = [
-        (Example(key, ("clip_07",), "[Subs] hi", texts, (1.0,) * 5, (), TYPES[key]), SAID[key])
+        (Example(key, ("clip_07",), "[Subs] hi", texts, (1.0,) * 5, (), TYPES[key]), CAPTIONS[key])
         for key, texts in REFERENCES.items()
     ]
     grouped = score(task, typed, meteor=False)
@@ -147,16 +147,16 @@ def test_video_captions_meet_all_references_of_their_clip(task, scores):
     first, second, third = each["vt"], 2 * each["t"] - each["vt"], 2 * each["v"] - each["vt"]
     assert (first + second + third) / 3 == pytest.approx(grouped.metrics["CIDEr"])
     one_by_one = [
-        (Example(example.id, example.images, "", (text,), (1.0,)), said)
-        for example, said in typed
+        (Example(example.id, example.images, "", (text,), (1.0,)), caption)
+        for example, caption in typed
         for text in example.answers
     ]
     assert score(task, one_by_one, meteor=False).metrics["CIDEr"] == pytest.approx(grouped.metrics["CIDEr"])
 
 
 @needs_java
-def test_video_captions_lose_letters_beyond_ascii_as_in_value():
-    said, plain = ({"1": dog, "2": "two cats", "3": "a bus"} for dog in ("a dogé runs", "a dog runs"))
-    metrics = score("tvc", rows(said), meteor=False).metrics
+def test_video_captions_lose_non_ascii_characters_as_in_value():
+    accented, plain = ({"1": dog, "2": "two cats", "3": "a bus"} for dog in ("a dogé runs", "a dog runs"))
+    metrics = score("tvc", rows(accented), meteor=False).metrics
     assert metrics == score("tvc", rows(plain), meteor=False).metrics
-    assert metrics["CIDEr"] > score("caption", rows(said), meteor=False).metrics["CIDEr"]
+    assert metrics["CIDEr"] > score("caption", rows(accented), meteor=False).metrics["CIDEr"]

@@ -13,8 +13,8 @@ from dora_mm.eval.vl.comparison import (
     AnswerScores,
     VLResult,
     answer_scores,
-    by_group,
-    counted,
+    group_cells,
+    describe_sizes,
     gain_over_question_only,
     group_of,
     intervals,
@@ -87,10 +87,10 @@ def random_marks(groups: int, trainings: int = 3, seed: int = 0, chance: float =
 
 def test_cells_have_the_mean_of_all_answers_in_every_training():
     scores, other = random_marks(30), random_marks(20, seed=1, start="other ")
-    cells_GS = by_group([scores])
+    cells_GS = group_cells([scores])
     assert cells_GS.shape == (30, 3)
     np.testing.assert_allclose(cells_GS.mean(axis=0), scores.values_QS.mean(axis=0))
-    both_GS = by_group([scores, other])
+    both_GS = group_cells([scores, other])
     assert both_GS.shape == (50, 3)
     expected = (scores.values_QS.mean(axis=0) + other.values_QS.mean(axis=0)) / 2
     np.testing.assert_allclose(both_GS.mean(axis=0), expected)
@@ -98,7 +98,7 @@ def test_cells_have_the_mean_of_all_answers_in_every_training():
 
 def test_one_answer_a_group_is_the_answer_itself():
     scores = AnswerScores(np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), ("a", "b", "c"))
-    np.testing.assert_allclose(by_group([scores]), scores.values_QS)
+    np.testing.assert_allclose(group_cells([scores]), scores.values_QS)
 
 
 def test_asking_the_same_twice_tells_nothing_new():
@@ -213,4 +213,4 @@ def test_what_a_method_adds_to_guessing():
     nothing = {"vqa": AnswerScores(np.zeros((len(scores["vqa"].groups), 1)), scores["vqa"].groups)}
     gained = points(intervals({"vqa": scores["vqa"]}, differences=True)["vqa"])
     assert gain_over_question_only("DoRA", scores, nothing).endswith(f": VQA {gained} points.")
-    assert counted(scores).startswith(f"VQA {len(scores['vqa'].groups)} answers in 40 groups; CIDEr ")
+    assert describe_sizes(scores).startswith(f"VQA {len(scores['vqa'].groups)} answers in 40 groups; CIDEr ")

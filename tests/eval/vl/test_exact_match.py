@@ -7,14 +7,14 @@ from dora_mm.eval.vl.metrics import VLScores, main_metric, report, score, score_
 from dora_mm.eval.vl.nlvr2 import sentence_of
 
 
-def row(key: str, right: str, said: str, *kinds: str) -> tuple[Example, str]:
-    return Example(key, ("a.jpg",), "?", (right,), (1.0,), (), kinds), said
+def row(key: str, right: str, prediction: str, *kinds: str) -> tuple[Example, str]:
+    return Example(key, ("a.jpg",), "?", (right,), (1.0,), (), kinds), prediction
 
 
 def test_gqa_is_exact_match_with_open_and_binary():
     rows = [
         row("1", "yes", "yes", "verify", "attr"),
-        row("2", "no", "No", "logical", "attr"),  # the official script lowers nothing
+        row("2", "no", "No", "logical", "attr"),  # the official script does not ignore case
         row("3", "left", "left", "choose", "rel"),
         row("4", "dog", "dog ", "query", "obj"),
     ]

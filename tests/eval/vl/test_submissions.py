@@ -1,4 +1,4 @@
-"""Files of predictions, read back in the way of the official scripts."""
+"""Submission files, read as the official scripts read them."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def example(key: str, *answers: str, image: str = "a.jpg") -> Example:
 
 def write(tmp_path: Path, task: str, pairs: dict[str, str], **settings) -> Path:
     path = tmp_path / "predictions" / f"{task}{suffix(task)}"
-    write_predictions(task, [(example(key, **settings), said) for key, said in pairs.items()], path)
+    write_predictions(task, [(example(key, **settings), prediction) for key, prediction in pairs.items()], path)
     return path
 
 
@@ -25,8 +25,8 @@ def test_every_task_has_a_format():
 
 
 def test_vqa(tmp_path):
-    said = {"262148000": " down\n", "262148001": 'é "x"'}
-    results = json.loads(write(tmp_path, "vqa", said).read_text())
+    answers = {"262148000": " down\n", "262148001": 'é "x"'}
+    results = json.loads(write(tmp_path, "vqa", answers).read_text())
     assert {result["question_id"] for result in results} == {262148000, 262148001}  # compared with the questions' ints
     by_id = {result["question_id"]: result["answer"] for result in results}
     assert by_id == {262148000: "down", 262148001: 'é "x"'}
@@ -40,8 +40,8 @@ def test_gqa(tmp_path):
 
 def test_nlvr2_gives_the_official_numbers(tmp_path):
     labels = {"dev-850-0-0": "True", "dev-850-1-0": "False", "dev-9-0-1": "True", "dev-9-1-1": "True"}
-    said = {"dev-850-0-0": "true", "dev-850-1-0": "false", "dev-9-0-1": "false", "dev-9-1-1": "what, now"}
-    path = write(tmp_path, "nlvr2", said)
+    answers = {"dev-850-0-0": "true", "dev-850-1-0": "false", "dev-9-0-1": "false", "dev-9-1-1": "what, now"}
+    path = write(tmp_path, "nlvr2", answers)
     assert path.suffix == ".csv"
     predictions = {}
     for line in path.read_text().splitlines():
@@ -54,7 +54,7 @@ def test_nlvr2_gives_the_official_numbers(tmp_path):
         fields = key.split("-")
         fields[2] = ""
         groups["-".join(fields)] = groups.get("-".join(fields), True) and value
-    scores = score("nlvr2", [(example(key, labels[key].lower()), said[key]) for key in labels])
+    scores = score("nlvr2", [(example(key, labels[key].lower()), answers[key]) for key in labels])
     assert scores.metrics["accuracy"] == 100 * sum(right.values()) / len(right) == 50.0
     assert scores.metrics["consistency"] == 100 * sum(groups.values()) / len(groups) == 50.0
 
@@ -86,12 +86,12 @@ def test_ids_of_other_data_sets_stay_text(tmp_path):
     assert [result["question_id"] for result in results] == ["train-12", "²", 7]
 
 
-def test_an_id_has_one_prediction(tmp_path):
+def test_two_predictions_of_an_id_are_rejected(tmp_path):
     path = tmp_path / "caption.json"
     rows = [(example("1", "a dog"), "a cat"), (example("1", "the dog"), "a cat ")]
     write_predictions("caption", rows, path)  # a row for each reference
     assert len(json.loads(path.read_text())) == 1
     with pytest.raises(ValueError, match="caption: 1 has two predictions, 'a cat' and 'a bus'"):
         write_predictions("caption", [*rows, (example("1"), "a bus")], path)
-    assert len(json.loads(path.read_text())) == 1  # the file that was there is whole
+    assert len(json.loads(path.read_text())) == 1  # the previous file is complete
     assert [file.name for file in tmp_path.iterdir()] == ["caption.json"]

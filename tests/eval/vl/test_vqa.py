@@ -22,7 +22,7 @@ SPACED = ["  ", ". ", " .", ", ", " ,", "-\n", "\n-", "\t?", "?\t", "..", "", "\
 JOINTS = [*" " * 16, *MARKS, *SPACED]
 
 
-def odd_text(rng: random.Random) -> str:
+def unusual_text(rng: random.Random) -> str:
     parts = [rng.choice(("",) * 60 + tuple(JOINTS))]
     for _ in range(rng.choice((1, 1, 1, 1, 2, 2, 3, 5))):
         parts += [rng.choice(CONTRACTED if rng.random() < 0.25 else PLAIN.split()), rng.choice(JOINTS)]
@@ -48,47 +48,47 @@ def variant(rng: random.Random, text: str) -> str:
     return text
 
 
-def odd_question(rng: random.Random) -> tuple[str, list[str]]:
-    """A prediction and ten answers, of few sorts, so that all numbers of matches occur; in a tenth all ten agree."""
-    sorts = [odd_text(rng) for _ in range(rng.randint(1, 3))]
-    answers = [rng.choice(sorts) for _ in range(10)]
+def unusual_question(rng: random.Random) -> tuple[str, list[str]]:
+    """A prediction and ten answers, of few kinds_of_answer, so that all numbers of matches occur; in a tenth all ten agree."""
+    kinds_of_answer = [unusual_text(rng) for _ in range(rng.randint(1, 3))]
+    answers = [rng.choice(kinds_of_answer) for _ in range(10)]
     if rng.random() < 0.1:
-        answers = [sorts[0]] * 10
+        answers = [kinds_of_answer[0]] * 10
     elif rng.random() < 0.7:
         answers = [variant(rng, answer) for answer in answers]
-    prediction = rng.choice([*answers, *sorts, odd_text(rng)])
+    prediction = rng.choice([*answers, *kinds_of_answer, unusual_text(rng)])
     return variant(rng, prediction) if rng.random() < 0.5 else prediction, answers
 
 
 @pytest.fixture(scope="module")
-def odd_questions() -> list[tuple[str, list[str]]]:
+def unusual_questions() -> list[tuple[str, list[str]]]:
     rng = random.Random(0)
-    return [odd_question(rng) for _ in range(NUM_RANDOM)]
+    return [unusual_question(rng) for _ in range(NUM_RANDOM)]
 
 
 @pytest.mark.parametrize(("mode", "count"), [("official", NUM_RANDOM), ("lavis", NUM_RANDOM // 2)])
-def test_equals_the_official_script_on_random_answers(odd_questions, mode, count):
+def test_equals_the_official_script_on_random_answers(unusual_questions, mode, count):
     found, differing = [], []
-    for said, answers in odd_questions[:count]:
-        ours = vqa_accuracy(said, answers, mode)
-        theirs = OFFICIAL[mode](said, official_vqa.annotations_of(answers))
+    for prediction, answers in unusual_questions[:count]:
+        ours = vqa_accuracy(prediction, answers, mode)
+        theirs = OFFICIAL[mode](prediction, official_vqa.annotations_of(answers))
         found.append(ours)
         if abs(ours - theirs) > 1e-12:
-            differing.append((said, answers, ours, theirs))
+            differing.append((prediction, answers, ours, theirs))
     assert differing == []
     assert all(found.count(value) > count / 100 for value in (0.0, 0.3, 0.6, 0.9, 1.0))  # the questions test all
 
 
-def test_normal_forms_equal_the_official_ones(odd_questions):
-    texts = {text for said, answers in odd_questions for text in (said, *answers)}
+def test_normal_forms_equal_the_official_ones(unusual_questions):
+    texts = {text for prediction, answers in unusual_questions for text in (prediction, *answers)}
     assert len(texts) > NUM_RANDOM
     for text in texts:
         plain = official_vqa.without_line_breaks(text)
         assert normalize_answer(text) == official_vqa.digits_and_articles(official_vqa.punctuation(plain))
 
 
-def test_the_modes_differ_on_the_random_answers(odd_questions):
-    differing = sum(vqa_accuracy(s, a) != vqa_accuracy(s, a, "lavis") for s, a in odd_questions)
+def test_the_modes_differ_on_the_random_answers(unusual_questions):
+    differing = sum(vqa_accuracy(s, a) != vqa_accuracy(s, a, "lavis") for s, a in unusual_questions)
     assert differing > NUM_RANDOM / 20
 
 
@@ -99,16 +99,16 @@ TEXTS = st.one_of(
 
 @settings(max_examples=300)
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3), st.lists(st.integers(0, 2), min_size=10, max_size=10))
-def test_equals_the_official_script_on_any_text(said, sorts, choices):
-    answers = [sorts[choice % len(sorts)] for choice in choices]
+def test_equals_the_official_script_on_any_text(prediction, kinds_of_answer, choices):
+    answers = [kinds_of_answer[choice % len(kinds_of_answer)] for choice in choices]
     for mode, reference in OFFICIAL.items():
-        for text in (said, answers[0]):
+        for text in (prediction, answers[0]):
             theirs = reference(text, official_vqa.annotations_of(answers))
             assert vqa_accuracy(text, answers, mode) == pytest.approx(theirs, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("said", "answers", "official", "lavis"),
+    ("prediction", "answers", "official", "lavis"),
     [
         ("yes", ["yes"] * 10, 1.0, 1.0),
         ("Yes", ["yes"] * 10, 0.0, 1.0),  # where all agree nothing is normalised
@@ -124,25 +124,25 @@ def test_equals_the_official_script_on_any_text(said, sorts, choices):
         ("yes\n", ["yes"] * 9 + ["yes\t"], 1.0, 1.0),
     ],
 )
-def test_known_cases(said, answers, official, lavis):
-    assert vqa_accuracy(said, answers) == official
-    assert vqa_accuracy(said, answers, "lavis") == lavis
+def test_known_cases(prediction, answers, official, lavis):
+    assert vqa_accuracy(prediction, answers) == official
+    assert vqa_accuracy(prediction, answers, "lavis") == lavis
 
 
-def test_ten_answers_are_ten():
-    with pytest.raises(ValueError, match="over ten answers, and here are 9"):
+def test_other_numbers_than_ten_answers_are_rejected():
+    with pytest.raises(ValueError, match="over ten answers, and got 9"):
         vqa_accuracy("yes", ["yes"] * 9)
-    with pytest.raises(ValueError, match="question 7: .* here are 11"):
+    with pytest.raises(ValueError, match="question 7: .* got 11"):
         score_row("vqa", Example("7", ("a.jpg",), "?", raw_answers=("yes",) * 11), "yes")
 
 
-def test_labels_agree_with_the_ten_answers_unless_all_agree(odd_questions):
-    for said, answers in odd_questions[:2000]:
+def test_labels_agree_with_the_ten_answers_unless_all_agree(unusual_questions):
+    for prediction, answers in unusual_questions[:2000]:
         normal = [normalize_answer(answer) for answer in answers]
         stable = all(normal) and normal == [normalize_answer(answer) for answer in normal]  # not with 33 periods
         if stable and len({official_vqa.without_line_breaks(answer) for answer in answers}) > 1:
             scores = soft_scores(answers)
-            assert label_accuracy(said, list(scores), list(scores.values())) == vqa_accuracy(said, answers)
+            assert label_accuracy(prediction, list(scores), list(scores.values())) == vqa_accuracy(prediction, answers)
 
 
 def example(key: str, answers: list[str], *kinds: str) -> Example:
@@ -168,7 +168,7 @@ def test_score_vqa_with_tables():
     assert "- answers compared" in text
 
 
-def test_rows_without_the_ten_answers_are_scored_by_labels_and_say_so():
+def test_rows_without_the_ten_answers_are_scored_by_labels_with_a_note():
     rows = [
         (Example("1", ("x.jpg",), "?", ("yes", "no"), (1.0, 0.3)), "No."),
         (example("2", ["yes"] * 9 + ["no"]), "yes"),

@@ -39,8 +39,8 @@ def small_vl_bart(visual: str = "image") -> VLBart:
     return from_bart(small_bart(), len(small_tokenizer()), DIM, visual).eval()
 
 
-def small_inputs(texts: list[str], pictures: int = 1, side: int = 7) -> VLInputs:
+def small_inputs(texts: list[str], images: int = 1, side: int = 7) -> VLInputs:
     ids, mask = encode_inputs(small_tokenizer(), "vqa", texts, max_positions=1024)
-    features = torch.randn(len(texts), pictures, side * side, DIM)
-    seen = torch.ones(len(texts), pictures * 36, dtype=torch.long)
-    return VLInputs(ids, torch.cat([mask, seen], dim=1), features)
+    features = torch.randn(len(texts), images, side * side, DIM)
+    visual_mask = torch.ones(len(texts), images * 36, dtype=torch.long)
+    return VLInputs(ids, torch.cat([mask, visual_mask], dim=1), features)

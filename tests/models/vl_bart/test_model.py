@@ -1,3 +1,5 @@
+"""VL-BART against the equations and parameter counts of the paper, and against BART."""
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -21,7 +23,7 @@ QUESTIONS = ["is there a red cat?", "what color is the bus?"]
         ("video", 512, "dora", ("visual_embedding", "biases"), 7_634_688, 147_082_752),
     ],
 )
-def test_the_papers_parameter_counts(visual, feature_dim, method, extra_trainable, trained, total):
+def test_parameter_counts_are_those_of_the_paper(visual, feature_dim, method, extra_trainable, trained, total):
     with torch.device("meta"):
         model = from_bart(BartConfig(**BART_BASE), 50_465, feature_dim, visual).requires_grad_(False)
         report = inject(model, "bart", DoRASpec(rank=128, alpha=128, method=method))
@@ -31,10 +33,10 @@ def test_the_papers_parameter_counts(visual, feature_dim, method, extra_trainabl
     assert sum(p.numel() for p in model.parameters()) == total
 
 
-def test_the_encoder_reads_what_the_paper_says():
+def test_the_encoder_follows_the_papers_equations():
     model = small_vl_bart().double()
     encoder, visual = model.model.encoder, model.model.encoder.visual_embedding
-    inputs = small_inputs(QUESTIONS, pictures=2)
+    inputs = small_inputs(QUESTIONS, images=2)
     features = inputs.visual_features.double()
 
     ids = inputs.input_ids
@@ -43,21 +45,21 @@ def test_the_encoder_reads_what_the_paper_says():
     parts = [encoder.layernorm_embedding(tokens[ids] + positions)]
     linear, norm = visual.feature_embedding
     box_linear, box_norm = visual.box_embedding
-    for picture in range(2):
-        grid = features[:, picture].transpose(1, 2).reshape(2, DIM, 7, 7)
+    for image in range(2):
+        grid = features[:, image].transpose(1, 2).reshape(2, DIM, 7, 7)
         pooled = F.adaptive_max_pool2d(grid, 6).reshape(2, DIM, 36).transpose(1, 2)
-        embedded = norm(linear(pooled)) + box_norm(box_linear.bias) + visual.image_embedding.weight[picture]
+        embedded = norm(linear(pooled)) + box_norm(box_linear.bias) + visual.image_embedding.weight[image]
         objects = torch.stack([tokens[len(tokens) - 1 - i] for i in range(36)])
         parts.append(embedded + objects)
     hidden = torch.cat(parts, dim=1)
-    left_out = torch.zeros(inputs.attention_mask.shape, dtype=torch.double)
-    left_out.masked_fill_(inputs.attention_mask == 0, float("-inf"))
+    mask = torch.zeros(inputs.attention_mask.shape, dtype=torch.double)
+    mask.masked_fill_(inputs.attention_mask == 0, float("-inf"))
     for layer in encoder.layers:
-        hidden = layer(hidden, left_out[:, None, None].expand(-1, 1, hidden.shape[1], -1))
+        hidden = layer(hidden, mask[:, None, None].expand(-1, 1, hidden.shape[1], -1))
 
     found = encoder(ids, inputs.attention_mask, features).last_hidden_state
-    kept = inputs.attention_mask.bool()
-    torch.testing.assert_close(found[kept], hidden[kept], rtol=1e-10, atol=1e-10)
+    not_padding = inputs.attention_mask.bool()
+    torch.testing.assert_close(found[not_padding], hidden[not_padding], rtol=1e-10, atol=1e-10)
 
 
 def test_object_order_is_the_visual_sentinels():
@@ -69,14 +71,14 @@ def test_object_order_is_the_visual_sentinels():
     assert SENTINELS[0] == "<extra_id_99>"
 
 
-def test_text_alone_is_read_as_bart_reads_it():
+def test_text_alone_is_encoded_as_in_bart():
     bart = small_bart()
     model = from_bart(bart, len(small_tokenizer()), DIM, "image").eval()
     inputs = small_inputs(["is there a red cat?"])
     length = inputs.input_ids.shape[1]
-    blind = inputs.attention_mask.clone()
-    blind[:, length:] = 0
-    found = model.model.encoder(inputs.input_ids, blind, inputs.visual_features).last_hidden_state[:, :length]
+    text_mask = inputs.attention_mask.clone()
+    text_mask[:, length:] = 0
+    found = model.model.encoder(inputs.input_ids, text_mask, inputs.visual_features).last_hidden_state[:, :length]
     expected = bart.model.encoder(inputs.input_ids, inputs.attention_mask[:, :length]).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -113,7 +115,7 @@ def test_greedy_answers_are_the_likeliest_tokens():
         following = logits.argmax(-1)
         done = (ids[:, 1:] == 2).any(1) if ids.shape[1] > 1 else torch.zeros(2, dtype=torch.bool)
         ids = torch.cat([ids, following.masked_fill(done, 1)[:, None]], dim=1)
-    ids[:, -1] = torch.where((ids[:, 1:-1] == 2).any(1), 1, 2)  # what has no end at the greatest length is ended
+    ids[:, -1] = torch.where((ids[:, 1:-1] == 2).any(1), 1, 2)  # the end token is forced at the maximum length
     assert torch.equal(found, ids[:, : found.shape[1]])
 
 
@@ -121,7 +123,7 @@ def test_greedy_answers_are_the_likeliest_tokens():
 def test_transformers_own_generate_takes_the_features(beams):
     model = small_vl_bart()
     inputs = small_inputs(QUESTIONS)
-    mine = model.answer_ids(inputs, beams=beams, max_length=10)
+    ours = model.answer_ids(inputs, beams=beams, max_length=10)
     theirs = model.generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
@@ -131,7 +133,7 @@ def test_transformers_own_generate_takes_the_features(beams):
         num_beams=beams,
         early_stopping=beams > 1,
     )
-    assert torch.equal(mine, theirs)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
@@ -154,16 +156,16 @@ def test_candidates_are_ranked_by_their_likelihood(rows):
             torch.testing.assert_close(found[row, column], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_candidate_is_ranked_where_its_logits_are_too_many():
+def test_a_candidate_is_scored_even_if_its_logits_exceed_the_limit():
     model, inputs = small_vl_bart(), small_inputs(QUESTIONS)
     candidates = encode_targets(small_tokenizer(), "vqa", ["yes", "no"], max_positions=1024)
-    whole = model.rank_candidates(inputs, candidates)
-    torch.testing.assert_close(model.rank_candidates(inputs, candidates, max_logits=1), whole, rtol=1e-4, atol=1e-4)
+    expected = model.rank_candidates(inputs, candidates)
+    torch.testing.assert_close(model.rank_candidates(inputs, candidates, max_logits=1), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_features_that_are_no_square_grid_are_refused():
+def test_features_that_are_not_a_square_grid_are_refused():
     inputs = small_inputs(QUESTIONS)
-    with pytest.raises(ValueError, match="50 visual tokens are no square grid"):
+    with pytest.raises(ValueError, match="50 visual tokens .*square grid"):
         small_vl_bart().next_logits(inputs._replace(visual_features=torch.randn(2, 1, 50, DIM)), [2])
 
 
@@ -178,11 +180,11 @@ def test_gradients_reach_everything_that_trains():
         for name, parameter in trained.items():
             if name.endswith("lora_B"):
                 parameter.normal_()
-    inputs = small_inputs(QUESTIONS, pictures=2)
+    inputs = small_inputs(QUESTIONS, images=2)
     model(
         *inputs, labels=encode_targets(small_tokenizer(), "vqa", ["yes", "two dogs"], max_positions=1024)
     ).loss.backward()
-    silent = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
-    # k's bias moves all scores of a query alike; boxes are zero, and so is the bias that they meet at first
+    without_gradient = [name for name, p in trained.items() if p.grad is None or not p.grad.any()]
+    # k's bias shifts all scores of a query equally; boxes are zero, and so is the initial bias of their linear layer
     boxes = [f"model.encoder.visual_embedding.box_embedding.{layer}.weight" for layer in (0, 1)]
-    assert [name for name in silent if "k_proj.bias" not in name] == boxes
+    assert [name for name in without_gradient if "k_proj.bias" not in name] == boxes

@@ -1,4 +1,4 @@
-"""Text as token ids, and tokenizers that cannot be read."""
+"""Text as token ids, and damaged tokenizers."""
 
 import json
 
@@ -21,17 +21,17 @@ def test_no_text_is_longer_than_the_model_has_positions(task):
     assert ids[0, -1] == small_tokenizer().eos_token_id
     targets = encode_targets(small_tokenizer(), task, [LONG], max_positions=16)
     assert targets.shape[1] == min(16, TEXTS[task].max_target)
-    seen = torch.ones(1, 36, dtype=torch.long)
-    inputs = VLInputs(ids, torch.cat([mask, seen], dim=1), torch.randn(1, 1, 49, DIM))
+    visual_mask = torch.ones(1, 36, dtype=torch.long)
+    inputs = VLInputs(ids, torch.cat([mask, visual_mask], dim=1), torch.randn(1, 1, 49, DIM))
     assert torch.isfinite(model(*inputs, labels=targets).loss)
 
 
-def test_what_is_asked_is_kept_where_there_are_few_positions():
-    asked = "[Q] two dogs?"
-    room = encode_inputs(small_tokenizer(), "tvqa", [asked], max_positions=600)[0].shape[1]
-    ids, _ = encode_inputs(small_tokenizer(), "tvqa", [asked], [LONG], max_positions=room + 8)
-    assert decode(small_tokenizer(), ids)[0].endswith(f"{asked} tvqa:")
-    ids, _ = encode_inputs(small_tokenizer(), "tvqa", [asked], [LONG], max_positions=3)
+def test_the_question_is_kept_if_there_are_few_positions():
+    question = "[Q] two dogs?"
+    room = encode_inputs(small_tokenizer(), "tvqa", [question], max_positions=600)[0].shape[1]
+    ids, _ = encode_inputs(small_tokenizer(), "tvqa", [question], [LONG], max_positions=room + 8)
+    assert decode(small_tokenizer(), ids)[0].endswith(f"{question} tvqa:")
+    ids, _ = encode_inputs(small_tokenizer(), "tvqa", [question], [LONG], max_positions=3)
     assert ids.shape == (1, 3)
 
 
@@ -42,8 +42,8 @@ def test_no_answer_is_longer_than_the_model_has_positions():
     assert model.answer_ids(small_inputs(["two dogs?"]), max_length=20).shape == (1, 16)
 
 
-def without_a_token(text: str) -> str:
-    """Merges that make a token which the vocabulary lacks."""
+def with_an_impossible_merge(text: str) -> str:
+    """A merge whose result the vocabulary lacks."""
     values = json.loads(text)
     values["model"]["merges"] = [["a", "no token"]]
     return json.dumps(values)
@@ -58,12 +58,12 @@ def without_a_token(text: str) -> str:
         lambda _: "[]",
         lambda _: "null",
         lambda text: text.replace('"ByteLevel"', '"NoLevel"'),
-        without_a_token,
+        with_an_impossible_merge,
     ],
 )
-def test_a_damaged_tokenizer_is_told_in_a_sentence(tmp_path, damage):
+def test_a_damaged_tokenizer_is_an_error_for_its_path(tmp_path, damage):
     small_tokenizer().save_pretrained(tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"^model.path: {tmp_path} has no tokenizer of BART's kind"):
+    with pytest.raises(ValueError, match=f"^model.path: {tmp_path} .*BART tokenizer"):
         load_tokenizer(str(tmp_path))
