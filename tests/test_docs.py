@@ -1,4 +1,4 @@
-"""The documents: their links lead somewhere, their commands name configs and keys that exist, their examples run."""
+"""The documents: links lead somewhere, commands name configs and keys that exist, and the examples run."""
 
 import re
 import shlex
@@ -6,15 +6,144 @@ from pathlib import Path
 
 import pytest
 
+from dora_mm import cli
 from dora_mm.config import load_config
+from samples.build.schema import SCHEMAS as BUILD_SCHEMAS
 
 ROOT = Path(__file__).parents[1]
-TOP = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.is_file()]
-DOCUMENTS = [*TOP, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "samples").rglob("*.md"))]
-NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+DOCUMENTS = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "samples").rglob("*.md")),
+]
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```[ ]*$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)[^)]*\)|(?:src|href)=\"([^\"]+)\"")
+BUILD = "python -m samples.build "
 
 
-def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of a language; the language of a bare fence is ""."""
-    fences = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
-    return [body for _, named, body in fences if named == language]
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def links(text: str) -> list[str]:
+    """The targets of all links and images, of which those in code do not count."""
+    prose = re.sub(r"`[^`\n]*`", "`code`", FENCE.sub("", text))
+    return [one or other for one, other in LINK.findall(prose)]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken_link(document: Path, target: str) -> str | None:
+    """What is wrong with a link of a document, or None."""
+    if re.match(r"https?://|mailto:", target):
+        return None
+    path, _, anchor = target.partition("#")
+    file = (document.parent / path).resolve() if path else document
+    if not file.is_relative_to(ROOT):
+        return f"{target} leaves the repository"
+    if not file.exists():
+        return f"{target} does not exist"
+    if anchor and file.suffix == ".md" and anchor not in anchors(text_of(file)):
+        return f"{target}: no heading makes #{anchor}"
+    return None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_links(document):
+    found = [broken_link(document, target) for target in links(text_of(document))]
+    assert [problem for problem in found if problem] == []
+
+
+def test_wrong_links_are_found(tmp_path):
+    assert links("[a](b.md#c) ![d](e.png) `[no](code.md)`\n```\n[nor](here.md)\n```\n") == ["b.md#c", "e.png"]
+    readme = ROOT / "README.md"
+    assert broken_link(readme, "docs/layer.md#the-formula") is None
+    assert broken_link(readme, "https://arxiv.org/abs/2402.09353") is None
+    for wrong in ("docs/lair.md", "docs/layer.md#the-formulae", "../elsewhere.md"):
+        assert broken_link(readme, wrong)
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(text: str, start: str) -> list[list[str]]:
+    """The arguments of all commands in fenced blocks that begin with `start`; lines that end in a backslash go on."""
+    bodies = [re.sub(r"\\\n\s*", " ", body) for _, _, body in FENCE.findall(text)]
+    lines = [line.strip().removeprefix("$ ") for body in bodies for line in body.splitlines()]
+    return [shlex.split(line.removeprefix(start), comments=True) for line in lines if line.startswith(start)]
+
+
+def check_command(arguments: list[str], schemas: dict | None = None) -> None:
+    """Parses a command as the program does, and loads its config with its overrides; paths in it need not exist.
+
+    Raises:
+        SystemExit: There is no such command or option.
+        ValueError: There is no such config, or it does not accept an override.
+    """
+    parsed = cli._parser().parse_args(arguments)
+    if config := getattr(parsed, "config", None):
+        given = {"schemas": schemas} if schemas else {}
+        loaded = load_config(ROOT / config, parsed.overrides, **given)
+        if loaded.command != parsed.command:
+            raise ValueError(f"{config} needs the command {loaded.command}, not {parsed.command}")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=named)
+def test_commands(document):
+    for arguments in commands(text_of(document), "dora-mm "):
+        check_command(arguments)
+    for arguments in commands(text_of(document), BUILD):
+        if arguments not in (["icons"], ["scenes"]):
+            check_command(arguments, BUILD_SCHEMAS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "train configs/sdxl/demmo.yaml",
+        "eval configs/sdxl/demo.yaml",
+        "train configs/sdxl/demo.yaml --set train.stepps=3",
+        "train configs/sdxl/demo.yaml --set train.steps=few",
+        "train configs/sdxl/demo.yaml --dryrun",
+    ],
+)
+def test_wrong_commands_are_found(wrong):
+    (arguments,) = commands(f"```\ndora-mm {wrong}   # why\n```\n", "dora-mm ")
+    with pytest.raises((ValueError, SystemExit)):
+        check_command(arguments)
+
+
+def test_the_documents_have_commands():
+    found = [arguments for document in DOCUMENTS for arguments in commands(text_of(document), "dora-mm ")]
+    assert {"train", "sample", "eval", "features", "inspect", "bench"} <= {arguments[0] for arguments in found}
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+def examples(name: str) -> list:
+    """The Python blocks of a document that need no finished run, each named after its line."""
+    text = text_of(ROOT / "docs" / name)
+    blocks = [(text.count("\n", 0, m.start(3)) + 1, m[3]) for m in FENCE.finditer(text) if m[2] == "python"]
+    return [pytest.param(code, id=f"{name}:{line}") for line, code in blocks if '"runs/' not in code]
+
+
+@pytest.mark.parametrize("code", [*examples("layer.md"), *examples("formats.md")])
+def test_examples(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for the files that an example writes
+    exec(compile(code, "<example>", "exec"), {"__name__": "__main__"})
+
+
+def test_every_chapter_of_the_layer_has_an_example():
+    assert len(examples("layer.md")) >= 10

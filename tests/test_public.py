@@ -1,5 +1,8 @@
 """The public surface: what `dora_mm` resolves before it calls core and formats."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -60,3 +63,15 @@ def test_the_life_of_an_adapter(tmp_path):
     dora_mm.load_adapter(net, tmp_path)
     with dora_mm.fixed_parameters(net):
         torch.testing.assert_close(net["to_q"](x), trained)
+
+
+@pytest.mark.parametrize("name", dora_mm.__all__)
+def test_public_names_document_their_parameters(name):
+    """As an API generator reads them: a summary, and every parameter in Args (or Attributes, of a class)."""
+    public = getattr(dora_mm, name)
+    text = inspect.getdoc(public) or ""
+    assert text.splitlines()[0].endswith(".")
+    parameters = [p for p in inspect.signature(public).parameters if p != "self"]
+    section = "Attributes:" if inspect.isclass(public) else "Args:"
+    documented = re.findall(r"^    (\w+): ", text.partition(section)[2], re.MULTILINE)
+    assert [p for p in parameters if p not in documented] == []

@@ -27,6 +27,7 @@ class Result:
 
 
 def write_results(path: Path, results: list[Result]) -> None:
+    """Writes results.csv, with the fields of `Result` as columns."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Result)])
         writer.writeheader()
@@ -34,6 +35,7 @@ def write_results(path: Path, results: list[Result]) -> None:
 
 
 def read_results(path: Path) -> list[Result]:
+    """Reads what `write_results` wrote."""
     with path.open(newline="") as file:
         return [
             Result(

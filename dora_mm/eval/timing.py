@@ -43,6 +43,7 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits for the work of a GPU; does nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from scipy.linalg import sqrtm
 
-from dora_mm.eval.statistics import Gaussian, Interval, bootstrap, crossed_interval, paired_difference, frechet_distance, jackknife
+from dora_mm.eval.statistics import (
+    Gaussian,
+    Interval,
+    bootstrap,
+    crossed_interval,
+    frechet_distance,
+    jackknife,
+    paired_difference,
+)
 
 
 def clustered(rng, num_concepts, num_seeds, concept_std):

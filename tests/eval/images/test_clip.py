@@ -19,9 +19,13 @@ def test_similarities_equal_those_of_open_clip(clip_folder, sample_images):
     import torch
 
     with torch.no_grad():
-        image_features = torch.nn.functional.normalize(model.encode_image(torch.stack([preprocess(p) for p in sample_images])))
+        image_features = torch.nn.functional.normalize(
+            model.encode_image(torch.stack([preprocess(p) for p in sample_images]))
+        )
         text_features = torch.nn.functional.normalize(model.encode_text(open_clip.tokenize(texts)))
-    assert clip.to_texts(sample_images, texts) == pytest.approx((image_features * text_features).sum(dim=1).numpy(), abs=1e-5)
+    assert clip.to_texts(sample_images, texts) == pytest.approx(
+        (image_features * text_features).sum(dim=1).numpy(), abs=1e-5
+    )
     assert clip.to_images(sample_images, sample_images[:2]) == pytest.approx(
         (image_features @ image_features[:2].T).mean(dim=1).numpy(), abs=1e-5
     )

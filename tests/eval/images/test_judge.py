@@ -28,7 +28,9 @@ def test_judges_real_icons_correctly(judge, gallery, learned):
     assert flat.in_style("3d").mean() < 0.2
     assert flat.log_odds("3d").mean() < 0
     distances = [
-        summarize(judge.scores(gallery[style], learned, (0,)), "3d", judge.style_space, over_seeds=False)["frechet"].mean
+        summarize(judge.scores(gallery[style], learned, (0,)), "3d", judge.style_space, over_seeds=False)[
+            "frechet"
+        ].mean
         for style in ("3d", "flat")
     ]
     assert distances[0] < distances[1]

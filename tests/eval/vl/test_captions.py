@@ -48,11 +48,15 @@ def test_metrics_equal_those_of_pycocoevalcap(scores):
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    reference_tokens = PTBTokenizer().tokenize({key: [{"caption": text} for text in texts] for key, texts in REFERENCES.items()})
+    reference_tokens = PTBTokenizer().tokenize(
+        {key: [{"caption": text} for text in texts] for key, texts in REFERENCES.items()}
+    )
     caption_tokens = PTBTokenizer().tokenize({key: [{"caption": text}] for key, text in CAPTIONS.items()})
     assert reference_tokens["3"][3] == "a red double-decker bus"
     assert scores.metrics["CIDEr"] == pytest.approx(100 * Cider().compute_score(reference_tokens, caption_tokens)[0])
-    assert scores.metrics["BLEU-4"] == pytest.approx(100 * Bleu(4).compute_score(reference_tokens, caption_tokens, verbose=0)[0][3])
+    assert scores.metrics["BLEU-4"] == pytest.approx(
+        100 * Bleu(4).compute_score(reference_tokens, caption_tokens, verbose=0)[0][3]
+    )
     assert scores.metrics["ROUGE-L"] == pytest.approx(100 * Rouge().compute_score(reference_tokens, caption_tokens)[0])
 
 
@@ -68,8 +72,16 @@ def test_perfect_captions_and_order(scores):
 
 @needs_java
 def test_unusual_line_breaks_do_not_shift_captions():
-    """The tokenizer ends lines at these; a shifted caption would be compared with the references of another image."""
-    captions_with_breaks = ["a dog\u2028runs", "two\rcats", "red\x0bbus\x0chere", "x\x85y", "", "last  one\n", "…\u2029…"]
+    """The tokenizer ends lines at these; a shifted caption would be compared with references of another image."""
+    captions_with_breaks = [
+        "a dog\u2028runs",
+        "two\rcats",
+        "red\x0bbus\x0chere",
+        "x\x85y",
+        "",
+        "last  one\n",
+        "…\u2029…",
+    ]
     tokens = captions.tokenize({str(number): [text] for number, text in enumerate(captions_with_breaks)})
     assert list(tokens.values())[:6] == [
         ["a dog runs"], ["two cats"], ["red bus here"], ["x y"], [""], ["last one"],

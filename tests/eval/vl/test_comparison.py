@@ -1,4 +1,4 @@
-"""Tables of methods beside each other, and intervals over questions that share a picture."""
+"""Tables that compare methods, and intervals over questions that share an image."""
 
 import csv
 import io
@@ -13,9 +13,9 @@ from dora_mm.eval.vl.comparison import (
     AnswerScores,
     VLResult,
     answer_scores,
-    group_cells,
     describe_sizes,
     gain_over_question_only,
+    group_cells,
     group_of,
     intervals,
     points,
@@ -29,8 +29,8 @@ from dora_mm.eval.vl.metrics import score
 LORA, DORA, HALF = Variant("lora", 4), Variant("dora", 4), Variant("dora", 2)
 
 
-def example(number: int, *answers: str, picture: str = "a.jpg", raw: tuple[str, ...] = (), **changes) -> Example:
-    fields = {"images": (picture,), "text": "What?", "answers": answers, "scores": (1.0,) * len(answers)}
+def example(number: int, *answers: str, image: str = "a.jpg", raw: tuple[str, ...] = (), **changes) -> Example:
+    fields = {"images": (image,), "text": "What?", "answers": answers, "scores": (1.0,) * len(answers)}
     return Example(**{"id": str(number), **fields, "raw_answers": raw, **changes})
 
 
@@ -42,7 +42,9 @@ ROWS = {
         (example(2, raw=("x",) * 10), "y"),
     ],
     "gqa": [(example(0, "left"), "left"), (example(1, "left"), "right"), (example(2, "no"), "no")],
-    "nlvr2": [(example(n, "true", id=f"dev-1-{n}-0"), said) for n, said in enumerate(("true", "false", "true"))],
+    "nlvr2": [
+        (example(n, "true", id=f"dev-1-{n}-0"), prediction) for n, prediction in enumerate(("true", "false", "true"))
+    ],
     "caption": [
         (example(0, "a dog runs over a field", "the dog is in a field"), "a dog runs in a field"),
         (example(1, "two red cats on a mat"), "a red cat on a mat"),
@@ -53,7 +55,7 @@ ROWS["tvc"] = ROWS["caption"]
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_the_mean_of_what_answers_are_worth_is_the_main_metric(task):
+def test_the_mean_of_answer_scores_is_the_main_metric(task):
     if task in ("caption", "tvc") and shutil.which("java") is None:
         pytest.skip("caption metrics need Java")
     values = row_values(task, ROWS[task])
@@ -65,28 +67,28 @@ def test_the_mean_of_what_answers_are_worth_is_the_main_metric(task):
     assert scores.values_QS.shape == (3, 2)
 
 
-def test_captions_that_cannot_be_scored_have_no_marks(monkeypatch):
+def test_captions_that_cannot_be_scored_have_no_answer_scores(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda tool: None)
     assert answer_scores("caption", [ROWS["caption"]]) is None
 
 
-def test_what_goes_together():
-    assert group_of("vqa", example(1, picture="b.jpg")) == "b.jpg"
+def test_group_of():
+    assert group_of("vqa", example(1, image="b.jpg")) == "b.jpg"
     pair = {"images": ("dev-850-2-img0.png", "dev-850-2-img1.png")}
     assert group_of("nlvr2", example(0, id="dev-850-2-1", **pair)) == "dev-850"
     assert group_of("nlvr2", example(0, id="17", **pair)) == "dev-850-2-img0.png dev-850-2-img1.png"
 
 
-def random_marks(groups: int, trainings: int = 3, seed: int = 0, chance: float = 0.6, size: int = 7, start: str = ""):
+def random_scores(groups: int, runs: int = 3, seed: int = 0, share: float = 0.6, size: int = 7, prefix: str = ""):
     rng = np.random.default_rng(seed)
     names = np.repeat(np.arange(groups), rng.integers(1, size, groups))
-    likely = chance + rng.uniform(-0.2, 0.2, groups)[names]
-    values = (rng.random((len(names), trainings)) < likely[:, None]).astype(float)
-    return AnswerScores(values, tuple(f"{start}{name}" for name in names))
+    probabilities = share + rng.uniform(-0.2, 0.2, groups)[names]
+    values = (rng.random((len(names), runs)) < probabilities[:, None]).astype(float)
+    return AnswerScores(values, tuple(f"{prefix}{name}" for name in names))
 
 
-def test_cells_have_the_mean_of_all_answers_in_every_training():
-    scores, other = random_marks(30), random_marks(20, seed=1, start="other ")
+def test_cells_have_the_mean_of_all_answers_in_every_run():
+    scores, other = random_scores(30), random_scores(20, seed=1, prefix="other ")
     cells_GS = group_cells([scores])
     assert cells_GS.shape == (30, 3)
     np.testing.assert_allclose(cells_GS.mean(axis=0), scores.values_QS.mean(axis=0))
@@ -96,26 +98,26 @@ def test_cells_have_the_mean_of_all_answers_in_every_training():
     np.testing.assert_allclose(both_GS.mean(axis=0), expected)
 
 
-def test_one_answer_a_group_is_the_answer_itself():
+def test_the_cell_of_a_group_with_one_answer_is_its_score():
     scores = AnswerScores(np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), ("a", "b", "c"))
     np.testing.assert_allclose(group_cells([scores]), scores.values_QS)
 
 
-def test_asking_the_same_twice_tells_nothing_new():
-    scores = random_marks(40)
+def test_repeating_answers_of_a_group_does_not_change_intervals():
+    scores = random_scores(40)
     twice = AnswerScores(np.repeat(scores.values_QS, 2, axis=0), tuple(np.repeat(scores.groups, 2)))
     one, other = intervals({"vqa": scores})["vqa"], intervals({"vqa": twice})["vqa"]
     assert (one.mean, one.low, one.high) == pytest.approx((other.mean, other.low, other.high))
-    steady = np.repeat(twice.values_QS[:, :1], 3, axis=1)  # all trainings alike, so that pictures alone count
+    same_in_all_runs = np.repeat(twice.values_QS[:, :1], 3, axis=1)  # all runs are equal, so that only groups matter
     apart, together = (
-        intervals({"vqa": AnswerScores(steady, groups)})["vqa"]
+        intervals({"vqa": AnswerScores(same_in_all_runs, groups)})["vqa"]
         for groups in (tuple(map(str, range(len(twice.groups)))), twice.groups)
     )
     assert apart.high - apart.low < 0.75 * (together.high - together.low)
 
 
-def test_tasks_on_the_same_pictures_vary_together():
-    scores = random_marks(40)
+def test_tasks_on_the_same_images_vary_together():
+    scores = random_scores(40)
     apart = AnswerScores(scores.values_QS, tuple(f"other {name}" for name in scores.groups))
     alone = intervals({"vqa": scores})["vqa"]
     same = intervals({"vqa": scores, "gqa": scores})["mean"]
@@ -125,25 +127,25 @@ def test_tasks_on_the_same_pictures_vary_together():
     assert independent.high - independent.low < 0.9 * (alone.high - alone.low)
 
 
-def test_intervals_stay_within_what_is_possible():
-    scores = random_marks(5, chance=0.9)
+def test_intervals_stay_within_possible_scores():
+    scores = random_scores(5, share=0.9)
     found = intervals({"vqa": scores, "caption": scores})
     assert found["vqa"].high <= 1.0 < found["caption"].high
-    single = AnswerScores(scores.values_QS[:, :1], scores.groups)  # the bare model has no trainings
+    single = AnswerScores(scores.values_QS[:, :1], scores.groups)  # the bare model has a single run
     bare = intervals({"vqa": single})
     assert list(bare) == ["vqa"]  # the mean of one task is that task
     assert 0.0 <= bare["vqa"].low < bare["vqa"].mean == single.values_QS.mean()
 
 
-def test_the_truth_is_missed_about_as_often_as_stated():
-    """300 pictures, 3 trainings that differ: the share of intervals of no difference that exclude 0."""
+def test_intervals_miss_the_truth_about_as_often_as_stated():
+    """100 images, 3 runs that differ: the share of intervals that exclude 0 where there is no difference."""
     rng = np.random.default_rng(0)
     missed = 0
     for _ in range(300):
         names = np.repeat(np.arange(100), rng.integers(1, 7, 100))
-        asked = rng.normal(0, 1.5, len(names)) + rng.normal(0, 1.0, 100)[names]
+        logits = rng.normal(0, 1.5, len(names)) + rng.normal(0, 1.0, 100)[names]
         one, other = (
-            (rng.random((len(names), 3)) < 1 / (1 + np.exp(-asked[:, None] - rng.normal(0, 0.1, 3)))).astype(float)
+            (rng.random((len(names), 3)) < 1 / (1 + np.exp(-logits[:, None] - rng.normal(0, 0.1, 3)))).astype(float)
             for _ in range(2)
         )
         scores = AnswerScores(one, tuple(map(str, names))).minus(AnswerScores(other, tuple(map(str, names))))
@@ -157,10 +159,10 @@ def better(scores: AnswerScores, gain: float) -> AnswerScores:
 
 
 def test_differences_are_paired_and_marked():
-    vqa, gqa = random_marks(50), random_marks(50, seed=1, start="g")
+    vqa, gqa = random_scores(50), random_scores(50, seed=1, prefix="g")
     noisy = {"vqa": vqa, "gqa": gqa}
     scores = {
-        FULL: {"vqa": random_marks(50, seed=0), "gqa": gqa},
+        FULL: {"vqa": random_scores(50, seed=0), "gqa": gqa},
         LORA: noisy,
         DORA: {"vqa": better(vqa, 0.02), "gqa": gqa},
         HALF: noisy,
@@ -178,7 +180,7 @@ def test_differences_are_paired_and_marked():
 
 
 def results() -> list[VLResult]:
-    scores = {"gqa": random_marks(30, seed=1, start="g"), "vqa": random_marks(30)}
+    scores = {"gqa": random_scores(30, seed=1, prefix="g"), "vqa": random_scores(30)}
     single = {"vqa": AnswerScores(scores["vqa"].values_QS[:, :1], scores["vqa"].groups)}
     return [
         VLResult("untrained base", intervals(single)),
@@ -186,7 +188,7 @@ def results() -> list[VLResult]:
     ]
 
 
-def test_the_table_has_a_column_for_each_task_and_blanks_for_what_is_not_there():
+def test_the_table_has_a_column_for_each_task_and_blanks_for_missing_values():
     lines = vl_results_table(results()).splitlines()
     assert lines[0] == "|  | trainable | learning rate | VQA | GQA | mean | seconds a step | memory, MB |"
     bare, dora = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
@@ -208,9 +210,9 @@ def test_the_csv_holds_the_same_numbers():
     assert bare["gqa_mean"] == bare["mean_low"] == bare["parameters"] == bare["peak_memory_mb"] == ""
 
 
-def test_what_a_method_adds_to_guessing():
-    scores = {"vqa": random_marks(40, chance=0.7), "caption": random_marks(40, start="c")}
-    nothing = {"vqa": AnswerScores(np.zeros((len(scores["vqa"].groups), 1)), scores["vqa"].groups)}
+def test_gain_over_question_only_and_sizes():
+    scores = {"vqa": random_scores(40, share=0.7), "caption": random_scores(40, prefix="c")}
+    baseline = {"vqa": AnswerScores(np.zeros((len(scores["vqa"].groups), 1)), scores["vqa"].groups)}
     gained = points(intervals({"vqa": scores["vqa"]}, differences=True)["vqa"])
-    assert gain_over_question_only("DoRA", scores, nothing).endswith(f": VQA {gained} points.")
+    assert gain_over_question_only("DoRA", scores, baseline).endswith(f": VQA {gained} points.")
     assert describe_sizes(scores).startswith(f"VQA {len(scores['vqa'].groups)} answers in 40 groups; CIDEr ")

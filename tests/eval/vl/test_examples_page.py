@@ -1,4 +1,4 @@
-"""The page of examples: its text, and what Chromium makes of it."""
+"""The page of examples: its text, and how Chromium renders it."""
 
 import base64
 import html
@@ -12,27 +12,29 @@ import pytest
 from PIL import Image
 
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.vl.pages import PageSection, Shown, data_uri, write_examples_page
+from dora_mm.eval.vl.pages import PageExample, PageSection, data_uri, write_examples_page
 from tests.eval.vl import browser
 
 RED, BLUE = (220, 40, 30), (30, 60, 220)
 LONG = "a very long caption of a kitchen with three bananas and a cat that sleeps by the window " * 3
 
 
-def picture(colour: tuple[int, int, int], size: tuple[int, int] = (400, 300)) -> Image.Image:
+def plain_image(colour: tuple[int, int, int], size: tuple[int, int] = (400, 300)) -> Image.Image:
     return Image.new("RGB", size, colour)
 
 
 def sections() -> list[PageSection]:
     vqa = [
-        Shown("11", "What colour is it?", "red", (("red", 1.0), ("dark red", 0.3)), 1.0, (picture(RED),)),
-        Shown("12", "<b>Is</b> 3 < 5?", "<script>alert(1)</script>", (("yes & no", 0.9),), 0.0, (picture(RED),)),
-        Shown("13", "Что это? 这是什么", "🍌", (("香蕉", 0.6), ("موز", 0.3)), 0.6),
-        Shown("14", "How many?", "", (("2", 1.0),), 0.0),
+        PageExample("11", "What colour is it?", "red", (("red", 1.0), ("dark red", 0.3)), 1.0, (plain_image(RED),)),
+        PageExample(
+            "12", "<b>Is</b> 3 < 5?", "<script>alert(1)</script>", (("yes & no", 0.9),), 0.0, (plain_image(RED),)
+        ),
+        PageExample("13", "Что это? 这是什么", "🍌", (("香蕉", 0.6), ("موز", 0.3)), 0.6),
+        PageExample("14", "How many?", "", (("2", 1.0),), 0.0),
     ]
-    pair = (picture(BLUE), picture(BLUE, (300, 900)))
-    nlvr2 = [Shown("dev-1-0-0", "Both are blue.", "true", (("true", 1.0),), 1.0, pair)]
-    captions = [Shown("391895", "", LONG, ((LONG, 1.0), ("x" * 200, 1.0)), None, (picture(RED, (60, 40)),))]
+    pair = (plain_image(BLUE), plain_image(BLUE, (300, 900)))
+    nlvr2 = [PageExample("dev-1-0-0", "Both are blue.", "true", (("true", 1.0),), 1.0, pair)]
+    captions = [PageExample("391895", "", LONG, ((LONG, 1.0), ("x" * 200, 1.0)), None, (plain_image(RED, (60, 40)),))]
     return [PageSection("VQA", vqa, "accuracy 50.00"), PageSection("NLVR2", nlvr2), PageSection("captions", captions)]
 
 
@@ -57,61 +59,61 @@ class Reader(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_holds_every_word_as_text(page):
-    read = Reader(page.read_text(encoding="utf-8"))
+def test_the_page_contains_all_texts(page):
+    reader = Reader(page.read_text(encoding="utf-8"))
     for section in sections():
-        assert section.title in read.texts
-        for shown in section.shown:
-            texts = [shown.name, shown.prediction or "(nothing)", *(answer for answer, _ in shown.answers)]
-            assert all(text in read.texts for text in [*texts, *([shown.question] if shown.question else [])])
-    assert "accuracy 50.00" in read.texts
-    assert read.texts.count("Examples <of> everything") == 2  # its title and heading
+        assert section.title in reader.texts
+        for example in section.examples:
+            texts = [example.name, example.prediction or "(nothing)", *(answer for answer, _ in example.answers)]
+            assert all(text in reader.texts for text in [*texts, *([example.question] if example.question else [])])
+    assert "accuracy 50.00" in reader.texts
+    assert reader.texts.count("Examples <of> everything") == 2  # its title and heading
 
 
-def test_the_page_needs_nothing_from_elsewhere(page):
-    read = Reader(page.read_text(encoding="utf-8"))
-    assert not {tag for tag, _ in read.tags} & {"script", "link", "iframe", "object"}
-    sources = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
+def test_the_page_loads_no_other_files(page):
+    reader = Reader(page.read_text(encoding="utf-8"))
+    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object"}
+    sources = [attributes["src"] for tag, attributes in reader.tags if tag == "img"]
     assert len(sources) == 5
     assert all(source.startswith("data:image/webp;base64,") for source in sources)
-    policy = next(attributes["content"] for _, attributes in read.tags if "http-equiv" in attributes)
+    policy = next(attributes["content"] for _, attributes in reader.tags if "http-equiv" in attributes)
     assert policy.startswith("default-src 'none'")
     assert "url(" not in page.read_text(encoding="utf-8")
 
 
-def test_pictures_are_small_and_on_white():
+def test_images_are_scaled_down_and_on_white():
     transparent = Image.new("RGBA", (900, 300), (0, 0, 0, 0))
     embedded = Image.open(io.BytesIO(base64.b64decode(data_uri(transparent).partition(",")[2])))
     assert (embedded.format, embedded.size) == ("WEBP", (320, 107))
     assert min(embedded.convert("RGB").getpixel((5, 5))) > 250
 
 
-def test_of_an_example():
+def test_from_example():
     example = Example("7", ("a.jpg",), "How many?", ("2", "3"), (1.0, 0.3), ("2",) * 9 + ("3",))
-    shown = Shown.of(example, "3", 0.3, [picture(RED)])
+    shown = PageExample.from_example(example, "3", 0.3, [plain_image(RED)])
     assert (shown.name, shown.question, shown.answers) == ("7", "How many?", (("2", 1.0), ("3", 0.3)))
-    assert [Shown.of(example, "", score).verdict for score in (None, 0.0, 0.3, 0.9, 1.0)] == [
+    assert [PageExample.from_example(example, "", score).verdict for score in (None, 0.0, 0.3, 0.9, 1.0)] == [
         None, "wrong", "part", "part", "right",
     ]  # fmt: skip
 
 
 def test_a_page_without_scores_has_no_filter_and_one_without_answers_no_list(tmp_path):
     path = tmp_path / "page.html"
-    write_examples_page(path, "test split", [PageSection("captions", [Shown("1", "", "a dog", ())])])
+    write_examples_page(path, "test split", [PageSection("captions", [PageExample("1", "", "a dog", ())])])
     text = path.read_text(encoding="utf-8")
     assert "<input" not in text
     assert "answers" not in text
 
 
-def test_halves_of_surrogate_pairs_do_not_stop_the_page(tmp_path):
+def test_halves_of_surrogate_pairs_become_question_marks(tmp_path):
     path = tmp_path / "page.html"
-    write_examples_page(path, "odd", [PageSection("VQA", [Shown("1", "?", json.loads('"\\ud83d x"'), (), 0.0)])])
+    write_examples_page(path, "odd", [PageSection("VQA", [PageExample("1", "?", json.loads('"\\ud83d x"'), (), 0.0)])])
     assert "? x" in path.read_text(encoding="utf-8")
 
 
 needs_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
 
-# Run by a page that holds ours in a frame as wide as a phone: clicks each filter, and tells what is then to be seen.
+# A page that contains ours in a frame as wide as a phone: its script clicks each filter and records what is visible.
 PROBE = """
 <iframe style="width: 360px; height: 800px; border: 0" srcdoc="{page}"></iframe>
 <pre id="found"></pre>
@@ -128,7 +130,7 @@ onload = () => {{
   found.wide = [...inner.querySelectorAll("body *")].filter((n) => n.getBoundingClientRect().right > 360.5).length;
   found.loaded = [...inner.images].filter((image) => image.naturalWidth > 0).length;
   const [first, second] = inner.querySelectorAll("#s1 img");
-  found.beside = first.getBoundingClientRect().right <= second.getBoundingClientRect().left;
+  found.sideBySide = first.getBoundingClientRect().right <= second.getBoundingClientRect().left;
   document.querySelector("#found").textContent = JSON.stringify(found);
 }};
 </script>
@@ -136,7 +138,7 @@ onload = () => {{
 
 
 @needs_chromium
-def test_filters_and_a_phones_width(page, tmp_path):
+def test_filters_at_the_width_of_a_phone(page, tmp_path):
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text(encoding="utf-8"))
     probe = tmp_path / "probe.html"
     probe.write_text("<meta charset=utf-8>" + PROBE.format(page=html.escape(text.replace(' loading="lazy"', ""))))
@@ -149,25 +151,25 @@ def test_filters_and_a_phones_width(page, tmp_path):
     assert found["wrong sections"] == ["VQA"]
     assert found["wide"] == 0  # nothing reaches beyond the screen
     assert found["loaded"] == 5
-    assert found["beside"]
+    assert found["sideBySide"]
 
 
 @needs_chromium
-def test_it_is_drawn_light_and_dark(page, tmp_path):
+def test_light_and_dark_rendering(page, tmp_path):
     shots = {}
     for dark in (False, True):
         png = tmp_path / f"{dark}.png"
         browser.screenshot(page, png, 1000, 1400, profile=tmp_path / "profile", dark=dark)
-        with Image.open(png) as picture:
-            shots[dark] = picture.convert("RGB")
-            assert picture.size == (1000, 1400)
+        with Image.open(png) as image:
+            shots[dark] = image.convert("RGB")
+            assert image.size == (1000, 1400)
     for shot in shots.values():
         colours = shot.resize((250, 350), Image.Resampling.NEAREST).getcolors(250 * 350)
         near = {
-            name: sum(count for count, c in colours if max(abs(a - b) for a, b in zip(c, wanted, strict=True)) < 12)
-            for name, wanted in {"red": RED, "blue": BLUE}.items()
+            name: sum(count for count, c in colours if max(abs(a - b) for a, b in zip(c, expected, strict=True)) < 12)
+            for name, expected in {"red": RED, "blue": BLUE}.items()
         }
-        assert near["red"] > 5_000  # two pictures and one smaller, of about 280 x 210 pixels, a sixteenth counted
+        assert near["red"] > 5_000  # two images and one smaller, of about 280 x 210 pixels, a sixteenth counted
         assert near["blue"] > 1_000
     assert min(shots[False].getpixel((995, 5))) > 230
     assert max(shots[True].getpixel((995, 5))) < 40

@@ -22,13 +22,17 @@ TRAIN = [
 ]
 
 
-def test_answers_come_from_the_same_text_then_two_words_then_all_questions():
+def test_the_same_text_is_preferred_to_two_words_and_those_to_all():
     texts = ["Is the cat red?", "Is the bus red?", "How many dogs?", "What is it?"]
     assert question_only_answers(TRAIN, [question(text, "?") for text in texts]) == ["no", "yes", "2", "2"]
 
 
 def test_accuracy_is_the_official_one_in_per_cent():
-    valid = [question("Is the cat red?", "no", votes=2), question("Is the cat red?", "yes"), question("What is it?", "2")]
+    valid = [
+        question("Is the cat red?", "no", votes=2),
+        question("Is the cat red?", "yes"),
+        question("What is it?", "2"),
+    ]
     assert question_only_accuracy(TRAIN, valid) == pytest.approx((60 + 0 + 100) / 3)
 
 

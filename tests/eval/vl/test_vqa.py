@@ -31,7 +31,7 @@ def unusual_text(rng: random.Random) -> str:
 
 
 def variant(rng: random.Random, text: str) -> str:
-    """Something that may be the same after normalisation."""
+    """A text that may be the same after normalisation."""
     change = rng.randrange(8)
     if change == 0:
         return f"the {text}"
@@ -49,14 +49,14 @@ def variant(rng: random.Random, text: str) -> str:
 
 
 def unusual_question(rng: random.Random) -> tuple[str, list[str]]:
-    """A prediction and ten answers, of few kinds_of_answer, so that all numbers of matches occur; in a tenth all ten agree."""
-    kinds_of_answer = [unusual_text(rng) for _ in range(rng.randint(1, 3))]
-    answers = [rng.choice(kinds_of_answer) for _ in range(10)]
+    """A prediction and ten answers, few of them distinct, so that all match counts occur; in a tenth all agree."""
+    distinct = [unusual_text(rng) for _ in range(rng.randint(1, 3))]
+    answers = [rng.choice(distinct) for _ in range(10)]
     if rng.random() < 0.1:
-        answers = [kinds_of_answer[0]] * 10
+        answers = [distinct[0]] * 10
     elif rng.random() < 0.7:
         answers = [variant(rng, answer) for answer in answers]
-    prediction = rng.choice([*answers, *kinds_of_answer, unusual_text(rng)])
+    prediction = rng.choice([*answers, *distinct, unusual_text(rng)])
     return variant(rng, prediction) if rng.random() < 0.5 else prediction, answers
 
 
@@ -76,7 +76,7 @@ def test_equals_the_official_script_on_random_answers(unusual_questions, mode, c
         if abs(ours - theirs) > 1e-12:
             differing.append((prediction, answers, ours, theirs))
     assert differing == []
-    assert all(found.count(value) > count / 100 for value in (0.0, 0.3, 0.6, 0.9, 1.0))  # the questions test all
+    assert all(found.count(value) > count / 100 for value in (0.0, 0.3, 0.6, 0.9, 1.0))  # all values occur often enough
 
 
 def test_normal_forms_equal_the_official_ones(unusual_questions):
@@ -99,8 +99,8 @@ TEXTS = st.one_of(
 
 @settings(max_examples=300)
 @given(TEXTS, st.lists(TEXTS, min_size=1, max_size=3), st.lists(st.integers(0, 2), min_size=10, max_size=10))
-def test_equals_the_official_script_on_any_text(prediction, kinds_of_answer, choices):
-    answers = [kinds_of_answer[choice % len(kinds_of_answer)] for choice in choices]
+def test_equals_the_official_script_on_any_text(prediction, distinct, choices):
+    answers = [distinct[choice % len(distinct)] for choice in choices]
     for mode, reference in OFFICIAL.items():
         for text in (prediction, answers[0]):
             theirs = reference(text, official_vqa.annotations_of(answers))
@@ -130,7 +130,7 @@ def test_known_cases(prediction, answers, official, lavis):
 
 
 def test_other_numbers_than_ten_answers_are_rejected():
-    with pytest.raises(ValueError, match="over ten answers, and got 9"):
+    with pytest.raises(ValueError, match="ten answers, got 9"):
         vqa_accuracy("yes", ["yes"] * 9)
     with pytest.raises(ValueError, match="question 7: .* got 11"):
         score_row("vqa", Example("7", ("a.jpg",), "?", raw_answers=("yes",) * 11), "yes")
