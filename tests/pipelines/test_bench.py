@@ -102,6 +102,7 @@ def test_peak_counts_memory_that_is_held_at_once():
 def test_the_documentation_shows_the_results(folder):
     results = bench_results.read_results(folder.parent / "results.csv")
     text = bench_results.table(results, json.loads(folder.read_text()))
+    text = text[text.index("| | rank") :]  # what stands above it is written as prose
     page = ROOT / "docs" / "benchmarks.md"
     assert text in page.read_text(), f"{page} needs the table of {folder.parent}:\n{text}"
 
