@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dora_mm.core.fused import TORCH, Forward
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.formats import diffusers, full, peft
 from dora_mm.formats.state import AdapterState, from_models, into_models

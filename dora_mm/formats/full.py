@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dora_mm.core.adapted import DoRASpec
+from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.peft_layers import json_header
 from dora_mm.formats.state import AdapterState, LayerState, read_tensors
 from dora_mm.utils.atomic import save_tensors

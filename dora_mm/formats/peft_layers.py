@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.adapted import DoRASpec
+from dora_mm.core.spec import DoRASpec
 from dora_mm.core.layer import DoRAConv, TransposedLayer
 from dora_mm.formats.state import LayerState
 

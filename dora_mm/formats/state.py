@@ -10,9 +10,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.adapted import AdaptedLayer, DoRASpec
+from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.spec import DoRASpec
 from dora_mm.core.attention import with_projections
-from dora_mm.core.fused import TORCH, Forward
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
 from dora_mm.core.layer import matrix_shape
 
@@ -62,13 +63,13 @@ def from_models(
     for component, model in components.items():
         layers = _adapted(model)
         for path, layer in layers.items():
-            if layer.stacked:
+            if layer.adaptation.stacked:
                 raise ValueError(
                     f"{component}.{path} has several adapters: save each one from a model that has only that adapter"
                 )
         if layers:
             state.layers[component] = {
-                path: LayerState(layer.spec, layer.tensors_at(strength)) for path, layer in layers.items()
+                path: LayerState(layer.adaptation.spec, layer.tensors_at(strength)) for path, layer in layers.items()
             }
     if extra_parameters:
         if len(components) != 1:
@@ -149,7 +150,7 @@ def into_models(
         for path, layer in _adapted(components[component]).items():
             if path not in layers:
                 continue
-            if layer.name == name:
+            if layer.adaptation.name == name:
                 _fill(layer, layers[path], strength)
             else:
                 layer.stack(name, layers[path].spec, layers[path].tensors, strength)
@@ -160,11 +161,11 @@ def into_models(
 @torch.no_grad()
 def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
     if _has_rank(state.spec):
-        layer.spec = replace(layer.spec, alpha=state.spec.alpha)
+        layer.adaptation.spec = replace(layer.adaptation.spec, alpha=state.spec.alpha)
     for name, parameter in layer.adapter_tensors().items():
         parameter.copy_(state.tensors[name])
-    if layer.spec.method != "full":
-        layer.set_strength(strength, layer.name)
+    if layer.adaptation.spec.method != "full":
+        layer.set_strength(strength, layer.adaptation.name)
 
 
 def _has_rank(spec: DoRASpec) -> bool:
@@ -193,7 +194,7 @@ def _check_component(
         if state.spec.method == "full" and strength != 1:
             raise ValueError(f"{source} holds weights of method full, which have no strength: load it with strength 1")
     present = _adapted(model)
-    same = {path: layer for path, layer in present.items() if layer.name == name}
+    same = {path: layer for path, layer in present.items() if layer.adaptation.name == name}
     for path, layer in present.items():
         layer.check_can_merge()
         if path in layers and path not in same:
@@ -206,7 +207,7 @@ def _check_parameters(
     parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: float, name: str
 ) -> None:
     own = _own_tensors(model)
-    others = sorted({layer.name for layer in _adapted(model).values()} - {name})
+    others = sorted({layer.adaptation.name for layer in _adapted(model).values()} - {name})
     for key, tensor in parameters.items():
         if key not in own:
             raise ValueError(f"{source} does not fit this model: it holds {key}, which the model does not have")
@@ -256,7 +257,7 @@ def _check_same_layers(
             raise ValueError(
                 f"{source} adapts {component}.{path}, which is not adapted in this model: call remove first"
             )
-        needed, found = (_kind(spec) for spec in (adapted[path].spec, state.spec))
+        needed, found = (_kind(spec) for spec in (adapted[path].adaptation.spec, state.spec))
         if needed != found:
             raise ValueError(
                 f"{source} holds {found} for {component}.{path}, but the model is adapted with {needed}: adapt it with "
