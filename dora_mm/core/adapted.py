@@ -183,8 +183,8 @@ class AdaptedLayer(nn.Module):
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter whose strength is not 0."""
         state, dtype = self.adaptation, adapter_dtype(self.weight.dtype)
-        own = {name: getattr(self, name) for name in ADAPTER_NAMES}  # an attribute need not be a parameter: DataParallel
-        own = {name: t if t is None or t.dtype == dtype else t.to(dtype) for name, t in own.items()}  # FSDP casts them
+        # Attributes, which need not be parameters (DataParallel's copies), in another dtype where FSDP has cast them.
+        own = {name: None if (t := getattr(self, name)) is None else t.to(dtype) for name in ADAPTER_NAMES}
         others = [(s.spec, s.tensors, s.strength) for s in state.stacked.values()]
         return tuple(
             Adapter(*map(tensors.get, ADAPTER_NAMES), scaling=spec.scaling, strength=strength, norm_grad=spec.norm_grad)

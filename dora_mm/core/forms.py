@@ -35,7 +35,7 @@ from dora_mm.core.functional import (
     row_norm,
 )
 from dora_mm.core.ops import LINEAR, Op, sum_tokens
-from dora_mm.core.plain import PLAIN, Kernels, inner_dots
+from dora_mm.core.steps import PLAIN, Kernels, inner_dots
 
 # --- which form ------------------------------------------------------------------------------------------------------
 
@@ -491,9 +491,7 @@ def adapter_gradients(
 def magnitude_grad(call: Call, kept: Saved, dY: Tensor, adapter: Adapter, rows: RowGains) -> Tensor:
     """Returns dm = t rowsum(dY * x V^T) / n, 0 where n is 0: from y if it was kept, else by a product with V."""
     if kept.y is not None:
-        return call.kernels.magnitude_grad(
-            call.options.op, dY, kept.x, kept.y, kept.weight, kept.bias, adapter, rows
-        )
+        return call.kernels.magnitude_grad(call.options.op, dY, kept.x, kept.y, kept.weight, kept.bias, adapter, rows)
     assert rows.norm is not None
     dots = inner_dots(call.options.op, dY, kept.x, kept.weight, adapter)
     return (adapter.strength * dots / rows.norm).masked_fill_(rows.norm == 0, 0)

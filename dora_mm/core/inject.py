@@ -280,8 +280,8 @@ def set_strength(model: nn.Module, strength: float, *, name: str | None = None) 
             strength of all.
 
     Raises:
-        ValueError: The strength is not a finite number, or the model has no adapted layer or no adapter of that name, is
-            merged, or was trained with method `full`, which has no strength. It is then unchanged.
+        ValueError: The strength is not a finite number; or the model has no adapted layer or no adapter of that name,
+            is merged, or was trained with method `full`, which has no strength. It is then unchanged.
     """
     finite_number("strength", strength)
     layers = adapted_layers(model).values()

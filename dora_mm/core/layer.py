@@ -152,7 +152,7 @@ def calls_super(layer: nn.Module, known: type[nn.Module]) -> bool:
 
 @torch.no_grad()
 def computes_as(layer: nn.Module, known: type[nn.Module]) -> bool:
-    """Whether `forward` of a layer, tried on one input, returns what the one of the known class does, up to rounding."""
+    """Whether `forward` of a layer, tried on one input, returns what the known class does, up to rounding."""
     try:
         x = trial_input(layer)
         found, expected = layer.forward(x), known.forward(layer, x)

@@ -136,7 +136,9 @@ def test_strength_one_of_the_file_is_the_strength_it_was_saved_at(tmp_path, meth
     save_adapter(components(model), tmp_path, strength=1.5)
     at_one = image(model.pipeline())
     for part in components(model).values():
-        assert {layer.adaptation.strength for layer in adapted_layers(part).values()} == {1.0}  # the model is left as it was
+        assert {layer.adaptation.strength for layer in adapted_layers(part).values()} == {
+            1.0
+        }  # the model is left as it was
         set_strength(part, 1.5)
     expected = image(model.pipeline())
     assert np.abs(expected - at_one).max() > 1e-2
@@ -150,7 +152,11 @@ def test_an_adapted_model_takes_the_values(saved, tmp_path):
     model = adapt(build(), DoRASpec(rank=3, dropout=0.1, norm_grad="exact"))
     load_adapter(components(model), file)
     layer = next(iter(adapted_layers(model.unet).values()))
-    assert (layer.adaptation.spec.alpha, layer.adaptation.spec.dropout, layer.adaptation.spec.norm_grad) == (5, 0.1, "exact")
+    assert (layer.adaptation.spec.alpha, layer.adaptation.spec.dropout, layer.adaptation.spec.norm_grad) == (
+        5,
+        0.1,
+        "exact",
+    )
     for part in components(model).values():
         part.eval()
     assert np.array_equal(image(model.pipeline()), expected)

@@ -43,7 +43,9 @@ def test_rank_and_alpha_are_ignored_without_matrices(tmp_path, method):
     inject(other, ["0", "2"], DoRASpec(rank=4, alpha=5, method=method))
     load_adapter(other, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), net.parameters(), strict=True))
-    assert all((layer.adaptation.spec.rank, layer.adaptation.spec.alpha) == (4, 5) for layer in adapted_layers(other).values())
+    assert all(
+        (layer.adaptation.spec.rank, layer.adaptation.spec.alpha) == (4, 5) for layer in adapted_layers(other).values()
+    )
 
 
 @pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
