@@ -117,7 +117,7 @@ def merged_state():
 def test_a_trained_adapter_refuses_a_state_dict_without_adapters(state, strict):
     model = trained()
     before = copied(model)
-    with pytest.raises(RuntimeError, match=r"(?s)\b0 (has|holds).*\b1 (has|holds)"):
+    with pytest.raises(RuntimeError, match=r"(?m)^\s*[01]\b"):
         model.load_state_dict(state(), strict=strict)
     check_unchanged(model, before)
 
