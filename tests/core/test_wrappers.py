@@ -262,11 +262,11 @@ def test_drawing_does_not_depend_on_the_default_dtype():
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("base_only", [False, True])
-def test_training_after_inference_mode_inside_fixed_parameters(tokens, dtype, base_only):
+@pytest.mark.parametrize("promise", [{}, {"num_passes": 2}, {"base_only": True}], ids=["all", "passes", "base"])
+def test_training_after_inference_mode_inside_fixed_parameters(tokens, dtype, promise):
     model, x = linear().to(dtype), torch.randn(tokens, 32).to(dtype)
     twin, inputs = copy.deepcopy(model), [x.clone().requires_grad_() for _ in range(2)]
-    with fixed_parameters(model, base_only=base_only):
+    with fixed_parameters(model, **promise):
         with torch.inference_mode():
             model(x)
         model(inputs[0]).square().sum().backward()
