@@ -11,12 +11,13 @@ from dora_mm import DoRASpec, adapter_parameters, inject
 from tests.core import reference
 
 TOKENS = [2, 3000]  # either form
-METHODS = ["dora", "lora", "magnitude"]
+METHODS = ["dora", "exact", "lora", "magnitude"]
 
 
 def adapted(layer, method="dora"):
     model = nn.Sequential(layer)
-    inject(model, ["0"], DoRASpec(rank=4, method=method))
+    norm_grad = "exact" if method == "exact" else "detached"
+    inject(model, ["0"], DoRASpec(rank=4, method=method.replace("exact", "dora"), norm_grad=norm_grad))
     reference.randomize(model[0])
     return model
 

@@ -31,9 +31,9 @@ def bare():
     return nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8))
 
 
-def trained():
+def trained(spec=SPEC):
     model = bare()
-    inject(model, ["0", "1"], SPEC)
+    inject(model, ["0", "1"], spec)
     for seed, layer in enumerate(model):
         reference.randomize(layer, seed=seed)
     return model
@@ -223,6 +223,16 @@ def test_merging_between_forward_and_backward_changes_no_gradient(name, keep_bas
         assert found[key] is not None, key
         assert reference.relative_error(found[key], grad) < 1e-5, key
     assert reference.relative_error(model(x), y) < 1e-5
+
+
+@KEEP_BASE
+@pytest.mark.parametrize("settings", [{"norm_grad": "exact"}, {"cache": "norms"}, {"method": "lora", "cache": "norms"}])
+def test_merging_changes_no_gradient_that_is_computed_from_the_weight(keep_base, settings):
+    model, x = trained(DoRASpec(rank=4, **settings)), torch.randn(1000, 16)
+    expected = gradients(copy.deepcopy(model), x, lambda model: None)
+    found = gradients(model, x, merging(keep_base))
+    for key, grad in expected.items():
+        assert reference.relative_error(found[key], grad) < 1e-5, key
 
 
 @MODEL
