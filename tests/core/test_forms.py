@@ -101,7 +101,7 @@ def test_every_adapter_of_a_layer_gets_its_gradient(form):
 @pytest.mark.parametrize(("out", "inner", "rank"), [(1280, 1280, 16), (640, 640, 16), (1280, 2048, 4), (64, 64, 128)])
 def test_the_form_changes_where_the_counted_costs_meet(out, inner, rank):
     def form(tokens, num_passes=1.0):
-        return choose_form(tokens, out, inner, rank, num_passes=uses)
+        return choose_form(tokens, out, inner, rank, num_passes=num_passes)
 
     edge = next(t for t in range(1, 100_000) if form(t) == "merged")
     assert 1 < edge < 2 * max(out, inner)
