@@ -473,16 +473,18 @@ def round_stochastically(W: Tensor, dtype: torch.dtype, generator: torch.Generat
     last place.
 
     Args:
-        W: Any shape, in fp32 or float64.
+        W: Any shape, in fp32.
         dtype: The dtype of the result, of half precision.
         generator: A CPU generator.
     """
     info = torch.finfo(dtype)
-    power = (W / torch.frexp(W).mantissa).nan_to_num(0.0) / 2  # the power of two at or below |W|
-    unit = info.eps * power.clamp_min(info.smallest_normal)
-    lower = (W / unit).floor()
+    power = (W.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below |W|
+    unit = power.clamp_(min=info.smallest_normal).mul_(info.eps)
+    quotient = W / unit  # exact, as is what follows
+    lower = quotient.floor()
     noise = torch.rand(W.shape, generator=generator, dtype=torch.float32, device="cpu").to(W.device)
-    return ((lower + (noise < W / unit - lower)) * unit).clamp(info.min, info.max).to(dtype)
+    lower += noise < quotient.sub_(lower)
+    return lower.mul_(unit).clamp_(info.min, info.max).to(dtype)
 
 
 def shares(merged: Tensor, W: Tensor, W0: Tensor) -> tuple[float, float]:
