@@ -93,6 +93,20 @@ def test_diffusers_gives_our_image_for_other_methods(method, tmp_path):
     assert next(iter(adapted_layers(ours.unet).values())).spec.method == method
 
 
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_diffusers_gives_our_image_with_an_embedding(method, tmp_path):
+    model = build()
+    inject(model.text_encoder, ["token_embedding", "q_proj"], DoRASpec(rank=2, alpha=4, method=method))
+    randomize(model.text_encoder)
+    expected = image(model.pipeline())
+    pipe = build().pipeline()
+    pipe.load_lora_weights(str(save_adapter({"text_encoder": model.text_encoder}, tmp_path).parent))
+    assert np.abs(image(pipe) - expected).max() <= 1e-4
+    ours = build()
+    load_adapter({"text_encoder": ours.text_encoder}, tmp_path)
+    assert np.array_equal(image(ours.pipeline()), expected)
+
+
 def test_diffusers_reads_ranks_and_alphas_that_differ_by_layer(tmp_path):
     model = build()
     for pattern, rank, alpha in zip(FEW, (2, 3, 2), (2, 5, 1), strict=True):
