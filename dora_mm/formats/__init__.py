@@ -11,11 +11,12 @@ from typing import Protocol
 
 from torch import distributed, nn
 
-from dora_mm.core.fused import TORCH, Forward
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
+from dora_mm.core.sharded import is_sharded
 from dora_mm.formats import diffusers, native, peft
 from dora_mm.formats.components import components_to_load, components_to_save
-from dora_mm.formats.state import AdapterState, from_models, into_models, is_sharded
+from dora_mm.formats.state import AdapterState, from_models, into_models
 
 
 class Format(Protocol):
@@ -115,7 +116,7 @@ def save(
     state = from_models(components, extra_parameters, strength)
     if problem := chosen.why_not(components):
         raise ValueError(problem)
-    sharded = is_sharded(components)
+    sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
     try:
         if not sharded or distributed.get_rank() == 0:
             chosen.save(state, components, folder, metadata)

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_mm.core.adapted import DoRASpec
+from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.state import AdapterState, LayerState, joined, json_header, read_tensors
 from dora_mm.utils.atomic import save_tensors
 

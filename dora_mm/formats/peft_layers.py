@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.adapted import DoRASpec
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.layer import DoRAConv, DoRATransposedLinear
+from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.state import LayerState, joined, layers_of, weight_shape
 
 OUR_METADATA = "dora_mm"
@@ -57,7 +58,7 @@ def why_not_held(component: str, model: nn.Module) -> str | None:
         model: The adapted model.
     """
     layers = layers_of(model)
-    methods = sorted({layer.spec.method for layer in layers.values()})
+    methods = sorted({layer.adaptation.spec.method for layer in layers.values()})
     if "full" in methods:
         return f"{component} was trained by method full, whose weights are not an adapter: save it as format native"
     if len(methods) > 1:
@@ -68,12 +69,21 @@ def why_not_held(component: str, model: nn.Module) -> str | None:
     return None
 
 
-def _why_peft_differs(layer: nn.Module, parent: nn.Module) -> str | None:
+def _why_peft_differs(layer: AdaptedLayer, parent: nn.Module) -> str | None:
     if isinstance(parent, nn.MultiheadAttention):
         return "a projection of an nn.MultiheadAttention, which PEFT would never call"
     if isinstance(layer, DoRAConv) and not _peft_computes(layer):
         return "a convolution with groups, dilation or a padding mode, which PEFT computes differently"
+    if _wraps_its_base(layer) and not (isinstance(layer, nn.Embedding) and hasattr(layer, "embed_scale")):
+        base = layer.adaptation.base_class.__name__
+        return f"a {base}, to whose result PEFT adds the update, after what it does to the product"
     return None
+
+
+def _wraps_its_base(layer: AdaptedLayer) -> bool:
+    """Whether the class of the base layer has its own `forward`, which calls the adapted one (and scales, say)."""
+    owner = next(kind for kind in type(layer).__mro__ if "forward" in vars(kind))
+    return not issubclass(owner, AdaptedLayer)
 
 
 def _peft_computes(conv: DoRAConv) -> bool:

@@ -13,11 +13,13 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.adapted import AdaptedLayer, DoRASpec
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.attention import with_projections
-from dora_mm.core.fused import TORCH, Forward
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
 from dora_mm.core.layer import TransposedLayer, adapted_class, matrix_shape
+from dora_mm.core.sharded import reshard, whole, write
+from dora_mm.core.spec import DoRASpec
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,15 @@ def from_models(
     """
     state = AdapterState({})
     for component, model in components.items():
+        reshard(model)
         layers = layers_of(model)
         for path, layer in layers.items():
-            if layer.stacked:
+            if layer.adaptation.stacked:
                 raise ValueError(
                     f"{joined(component, path)} has several adapters: save each one from a model that has only it"
                 )
         if layers:
-            state.layers[component] = {
-                path: LayerState(layer.spec, {name: whole(t) for name, t in layer.tensors_at(strength).items()})
-                for path, layer in layers.items()
-            }
+            state.layers[component] = {path: _state_of(layer, strength) for path, layer in layers.items()}
     if extra_parameters:
         if len(components) != 1:
             raise ValueError(f"extra_parameters belong to a single model, and {', '.join(components)} were given")
@@ -89,16 +89,9 @@ def from_models(
     return state
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor without its history, gathered from all processes where it is sharded (a DTensor)."""
-    tensor = tensor.detach()
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
-
-
-def is_sharded(components: Mapping[str, nn.Module]) -> bool:
-    """Whether any parameter of the models is distributed over processes."""
-    return any(hasattr(p, "full_tensor") for model in components.values() for p in model.parameters())
+def _state_of(layer: AdaptedLayer, strength: float) -> LayerState:
+    tensors = {name: whole(tensor) for name, tensor in layer.tensors_at(strength).items()}
+    return LayerState(layer.adaptation.spec, tensors)
 
 
 def joined(*names: str) -> str:
@@ -199,17 +192,18 @@ def into_models(
     for component, layers in state.layers.items():
         adapted = layers_of(components[component])
         fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
-        inject_paths(components[component], fresh, forward=forward, name=name)
+        if fresh:
+            inject_paths(components[component], fresh, forward=forward, name=name)
     for component, parameters in state.parameters.items():
         own = _own_tensors(components[component])
         for key, tensor in parameters.items():
-            own[key].data.copy_(tensor)
+            write(own[key].data, tensor)
     modules = []
     for component, layers in state.layers.items():
         for path, layer in layers_of(components[component]).items():
             if path not in layers:
                 continue
-            if layer.name == name:
+            if layer.adaptation.name == name:
                 _fill(layer, layers[path], strength)
             else:
                 layer.stack(name, layers[path].spec, layers[path].tensors, strength)
@@ -220,11 +214,11 @@ def into_models(
 @torch.no_grad()
 def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
     if _has_rank(state.spec):
-        layer.spec = replace(layer.spec, alpha=state.spec.alpha)
+        layer.adaptation.spec = replace(layer.adaptation.spec, alpha=state.spec.alpha)
     for name, parameter in layer.adapter_tensors().items():
-        parameter.copy_(state.tensors[name])
-    if layer.spec.method != "full":
-        layer.set_strength(strength, layer.name)
+        write(parameter, state.tensors[name])
+    if layer.adaptation.spec.method != "full":
+        layer.set_strength(strength, layer.adaptation.name)
 
 
 def _has_rank(spec: DoRASpec) -> bool:
@@ -251,7 +245,7 @@ def _check_component(
         if state.spec.method == "full" and strength != 1:
             raise ValueError(f"{source} holds weights of method full, which have no strength: load it with strength 1")
     present = layers_of(model)
-    same = {path: layer for path, layer in present.items() if layer.name == name}
+    same = {path: layer for path, layer in present.items() if layer.adaptation.name == name}
     for path, layer in present.items():
         layer.check_can_merge()
         if path in layers and path not in same:
@@ -264,7 +258,7 @@ def _check_parameters(
     parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: float, name: str
 ) -> None:
     own = _own_tensors(model)
-    others = sorted({layer.name for layer in layers_of(model).values()} - {name})
+    others = sorted({layer.adaptation.name for layer in layers_of(model).values()} - {name})
     for key, tensor in parameters.items():
         if key not in own:
             raise ValueError(f"{source} does not fit this model: it holds {key}, which the model does not have")
@@ -324,7 +318,7 @@ def _check_same_layers(
             raise ValueError(
                 f"{source} adapts {joined(component, path)}, which is not adapted in this model: call remove first"
             )
-        needed, found = (_kind(spec) for spec in (adapted[path].spec, state.spec))
+        needed, found = (_kind(spec) for spec in (adapted[path].adaptation.spec, state.spec))
         if needed != found:
             raise ValueError(
                 f"{source} holds {found} for {joined(component, path)}, but the model is adapted with {needed}: "

@@ -90,7 +90,7 @@ def test_diffusers_gives_our_image_for_other_methods(method, tmp_path):
     ours = build()
     load_adapter({name: getattr(ours, name) for name in chosen}, tmp_path)
     assert np.array_equal(image(ours.pipeline()), expected)
-    assert next(iter(adapted_layers(ours.unet).values())).spec.method == method
+    assert next(iter(adapted_layers(ours.unet).values())).adaptation.spec.method == method
 
 
 @pytest.mark.parametrize("method", ["dora", "lora"])
@@ -150,7 +150,9 @@ def test_strength_one_of_the_file_is_the_strength_it_was_saved_at(tmp_path, meth
     save_adapter(components(model), tmp_path, strength=1.5)
     at_one = image(model.pipeline())
     for part in components(model).values():
-        assert {layer.strength for layer in adapted_layers(part).values()} == {1.0}  # the model is left as it was
+        assert {layer.adaptation.strength for layer in adapted_layers(part).values()} == {
+            1.0
+        }  # the model is left as it was
         set_strength(part, 1.5)
     expected = image(model.pipeline())
     assert np.abs(expected - at_one).max() > 1e-2
@@ -164,7 +166,11 @@ def test_an_adapted_model_takes_the_values(saved, tmp_path):
     model = adapt(build(), DoRASpec(rank=3, dropout=0.1, norm_grad="exact"))
     load_adapter(components(model), file)
     layer = next(iter(adapted_layers(model.unet).values()))
-    assert (layer.spec.alpha, layer.spec.dropout, layer.spec.norm_grad) == (5, 0.1, "exact")
+    assert (layer.adaptation.spec.alpha, layer.adaptation.spec.dropout, layer.adaptation.spec.norm_grad) == (
+        5,
+        0.1,
+        "exact",
+    )
     for part in components(model).values():
         part.eval()
     assert np.array_equal(image(model.pipeline()), expected)
@@ -222,7 +228,7 @@ def test_without_metadata_alpha_is_the_rank(saved, tmp_path):
     load_adapter(components(model), tmp_path)
     pipe = build().pipeline()
     pipe.load_lora_weights(str(tmp_path))
-    assert {layer.spec.scaling for layer in adapted_layers(model.unet).values()} == {1.0}
+    assert {layer.adaptation.spec.scaling for layer in adapted_layers(model.unet).values()} == {1.0}
     assert np.abs(image(model.pipeline()) - image(pipe)).max() <= 1e-4
 
 
@@ -233,7 +239,7 @@ def test_rank_stabilised_scaling(saved, tmp_path):
     model = build()
     load_adapter(model.unet, tmp_path)
     for path, layer in adapted_layers(model.unet).items():
-        assert layer.spec.scaling == pytest.approx((9 if path.endswith("attn1.to_q") else 6) / 3**0.5)
+        assert layer.adaptation.spec.scaling == pytest.approx((9 if path.endswith("attn1.to_q") else 6) / 3**0.5)
 
 
 FIRST = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"

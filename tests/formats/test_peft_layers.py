@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from dora_mm import DoRASpec, formats, inject, load_adapter, save_adapter
@@ -145,8 +146,8 @@ def test_the_alpha_of_a_layer_is_not_that_of_a_longer_path(tmp_path):
     inject(model, ["re:linear"], DoRASpec(rank=1, alpha=8))
     save_adapter(model, tmp_path, format="peft")
     load_adapter(base, tmp_path)
-    assert {path: layer.spec for path, layer in adapted_layers(base).items()} == {
-        path: layer.spec for path, layer in adapted_layers(model).items()
+    assert {path: layer.adaptation.spec for path, layer in adapted_layers(base).items()} == {
+        path: layer.adaptation.spec for path, layer in adapted_layers(model).items()
     }
     config = peft.LoraConfig.from_pretrained(tmp_path)
     assert (config.rank_pattern, config.alpha_pattern) == ({"^linear": 1}, {"^linear": 8})
@@ -190,6 +191,38 @@ def test_an_out_projection_elsewhere_is_a_linear_layer(tmp_path):
     model = nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8))
     inject(model, ["0"], DoRASpec(rank=2))
     assert save_adapter(model, tmp_path, format="peft").is_file()
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 3 * super().forward(input)
+
+
+class Renamed(nn.Linear): ...
+
+
+def test_a_layer_that_scales_its_product_is_refused(tmp_path):
+    model = nn.Sequential(Scaled(8, 8), Renamed(8, 8))
+    inject(model, ["1"], DoRASpec(rank=2))
+    assert formats.format_for({"model": model}, "peft") == "peft"
+    inject(model, ["0"], DoRASpec(rank=2))
+    with pytest.raises(ValueError, match=r"model\.0 is a Scaled, to whose result PEFT adds the update"):
+        save_adapter(model, tmp_path, format="peft")
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_an_embedding_that_scales_its_rows(tmp_path, method):
+    """PEFT looks for `embed_scale`, which those of transformers have, and scales its update too."""
+    torch.manual_seed(0)
+    base = nn.Sequential(BartScaledWordEmbedding(12, 8, padding_idx=1, embed_scale=3.0))
+    model = copy.deepcopy(base)
+    inject(model, ["0"], DoRASpec(rank=2, alpha=5, method=method))
+    reference.randomize(model[0])
+    save_adapter(model, tmp_path, format="peft")
+    expected = output(model)
+    assert reference.relative_error(output(base), expected) > 1e-3
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    assert reference.relative_error(output(theirs), expected) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -31,11 +31,13 @@ def save_sharded(rank: int, folder: str):
     model = trained()
     fully_shard(model, mesh=init_device_mesh("cpu", (PROCESSES,)))
     assert adapted_layers(model)["0"].lora_A.to_local().shape[0] < 3
+    model(torch.ones(2, 6))  # after which FSDP keeps the parameters of the root gathered
     path = save_adapter(model, Path(folder) / "peft", format="peft", extra_parameters=["0.bias"])
     assert path.is_file()  # for every process, once save_adapter has returned
     save_adapter(model, Path(folder) / "native", format="native")
     with pytest.raises(ValueError, match="pass"):
         save_adapter(model, Path(folder) / "refused")
+    load_adapter(model, Path(folder) / "native")
     distributed.destroy_process_group()
 
 
