@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -174,8 +173,11 @@ class AdaptedLayer(nn.Module):
         if strength == 1:
             return tensors
         self.check_has_strength()
-        self.check_can_unmerge()
         base, own = self.adaptation.base_weight, map(tensors.get, ADAPTER_NAMES)
+        if self.adaptation.merged and base is None:
+            raise ValueError(
+                f"{self.adaptation.path} was merged with keep_base=False, and another strength than 1 depends on the base"
+            )
         W0 = self.matrix if base is None else self.as_stored(base)
         scaled = rescaled(whole(W0), Adapter(*own, scaling=self.adaptation.spec.scaling), strength)
         return {name: tensor for name, tensor in zip(ADAPTER_NAMES, scaled[:3], strict=True) if tensor is not None}
@@ -183,8 +185,8 @@ class AdaptedLayer(nn.Module):
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter whose strength is not 0."""
         state, dtype = self.adaptation, adapter_dtype(self.weight.dtype)
-        own = {name: getattr(self, name) for name in ADAPTER_NAMES}  # an attribute need not be a parameter: DataParallel
-        own = {name: t if t is None or t.dtype == dtype else t.to(dtype) for name, t in own.items()}  # FSDP casts them
+        # Attributes, which need not be parameters (DataParallel's copies), in another dtype where FSDP has cast them.
+        own = {name: None if (t := getattr(self, name, None)) is None else t.to(dtype) for name in ADAPTER_NAMES}
         others = [(s.spec, s.tensors, s.strength) for s in state.stacked.values()]
         return tuple(
             Adapter(*map(tensors.get, ADAPTER_NAMES), scaling=spec.scaling, strength=strength, norm_grad=spec.norm_grad)
@@ -269,6 +271,7 @@ class AdaptedLayer(nn.Module):
         x: Tensor,
         op: Op,
         *,
+        use_bias: bool = True,
         dtype: torch.dtype | None = None,
         restore: Callable[[], Tensor] | None = None,
     ) -> Tensor:
@@ -283,13 +286,14 @@ class AdaptedLayer(nn.Module):
             dtype=dtype,
             restore=restore,
         )
-        return self.adaptation.function(x, self.matrix, self.bias, self.adapters(), options)
+        bias = self.bias if use_bias else None
+        return self.adaptation.function(x, self.matrix, bias, self.adapters(), options)
 
     def end_fixed(self, *, base: bool = False) -> None:
         """Discards what `fixed_parameters` keeps of the adapters and, with `base`, of the base weight."""
         fixed = self.adaptation.fixed
         if fixed is not None:
-            self.adaptation.fixed = None if base else replace(fixed, uses=None, kept={})
+            self.adaptation.fixed = None if base else Fixed(None, fixed.n0)
 
     # --- merging ---
 
@@ -454,26 +458,6 @@ class AdaptedLayer(nn.Module):
         spec = self.adaptation.spec
         rank = f", rank={spec.rank}, alpha={spec.alpha:g}" if self.lora_A is not None else ""
         return f"{super().extra_repr()}, method={spec.method}{rank}"
-
-
-@functools.cache
-def subclass(first: type[nn.Module], second: type[nn.Module]) -> type[AdaptedLayer]:
-    """The adapted class for another class of layers: one of the two is that, the other an AdaptedLayer.
-
-    `super().forward` of the first one calls the second one's.
-    """
-    base = second if issubclass(first, AdaptedLayer) else first
-
-    def reduce(self, protocol):  # such a class cannot be found by its name
-        return new_layer, (first, second), self.__dict__
-
-    return type(f"DoRA{base.__name__}", (first, second), {"__reduce_ex__": reduce})
-
-
-def new_layer(first: type[nn.Module], second: type[nn.Module]) -> AdaptedLayer:
-    """An empty layer of a `subclass`, for unpickling and copying."""
-    kind = subclass(first, second)
-    return kind.__new__(kind)
 
 
 def seeded_generator(seed: int, path: str) -> torch.Generator:

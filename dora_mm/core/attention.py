@@ -117,6 +117,9 @@ class PackedAttention(nn.MultiheadAttention):
         """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask: pass attn_mask too")
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            if projection.attention[0] is not self:  # in a copy of DataParallel, they still have the original's weight
+                projection.attention = (self,)
         batched, sequence_first = query.dim() == 3, not self.batch_first
         if not batched:
             query, key, value, sequence_first = query[:, None], key[:, None], value[:, None], True

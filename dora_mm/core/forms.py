@@ -35,7 +35,7 @@ from dora_mm.core.functional import (
     row_norm,
 )
 from dora_mm.core.ops import LINEAR, Op, sum_tokens
-from dora_mm.core.plain import PLAIN, Kernels, inner_dots
+from dora_mm.core.steps import PLAIN, Kernels, inner_dots
 
 # --- which form ------------------------------------------------------------------------------------------------------
 
@@ -417,6 +417,7 @@ def save(ctx: Any, call: Call, y: Tensor, wants_dm: bool, x, extra, weight, bias
     y = y.data  # not a view to autograd: the next operation may overwrite it
     is_single = len(call.adapters) == 1 and call.adapters[0].strength == 1
     reads_output = wants_dm and is_single and call.options.save_output and call.kernels.reads_output()
+    reads_output = reads_output and not y.is_inference()  # which has no version counter, and no backward pass
     ctx.call, ctx.counter = call, None
     if reads_output and not torch.compiler.is_compiling():
         ctx.counter = y.detach()
@@ -491,9 +492,7 @@ def adapter_gradients(
 def magnitude_grad(call: Call, kept: Saved, dY: Tensor, adapter: Adapter, rows: RowGains) -> Tensor:
     """Returns dm = t rowsum(dY * x V^T) / n, 0 where n is 0: from y if it was kept, else by a product with V."""
     if kept.y is not None:
-        return call.kernels.magnitude_grad(
-            call.options.op, dY, kept.x, kept.y, kept.weight, kept.bias, adapter, rows
-        )
+        return call.kernels.magnitude_grad(call.options.op, dY, kept.x, kept.y, kept.weight, kept.bias, adapter, rows)
     assert rows.norm is not None
     dots = inner_dots(call.options.op, dY, kept.x, kept.weight, adapter)
     return (adapter.strength * dots / rows.norm).masked_fill_(rows.norm == 0, 0)

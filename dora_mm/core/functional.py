@@ -1,8 +1,8 @@
-"""The formulas of DoRA in plain torch, for any floating dtype: the reference that every faster form is tested against.
+"""The formulas of DoRA in plain torch, for any floating dtype: the reference that both forms are tested against.
 
     V = W0 + s B A      n = ||V|| per row      g = m / n      W' = g V      W(t) = W0 + sum_k t_k (W'_k - W0)
 
-(DoRA, arXiv 2402.09353, eq. 5.) The symbols of core/ and kernels/, with T tokens, I input and O output features, rank R:
+(DoRA, arXiv 2402.09353, eq. 5.) The symbols of core/ and kernels/, for T tokens, I input and O output features, rank R:
 
     x, y, b     input (..., I), output (..., O), bias (O,), which is never scaled
     W0          the base weight (O, I); a convolution kernel (O, I / groups, *K) is read as the matrix of its rows
@@ -13,7 +13,8 @@
     h, u        x A^T and dY B, (T, R); dX, dY, dA, dB, dm are gradients
 
 Norms are per output row, so stride, dilation and groups of a convolution change nothing. Everything of parameter size
-is computed in fp32, or float64 where the base is float64; only the products with x run in the base's or autocast's dtype.
+is computed in fp32, or float64 where the base is float64; only the products with x run in the dtype of the base, or of
+autocast.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -25,7 +25,7 @@ from dora_mm.core.fast_path import set_fast_paths
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.layer import adapt_layer, restore_layer
 from dora_mm.core.quantized import is_quantized, why_not_quantized
-from dora_mm.core.sharded import fsdp_modules, reshard
+from dora_mm.core.sharded import check_not_sharded, reshard
 from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
 
@@ -113,6 +113,7 @@ def inject(
     """
     if isinstance(targets, str) or (not isinstance(targets, TargetMap) and not targets):
         raise ValueError(f"targets must be a TargetMap or a list of patterns, at least one, not {targets!r}")
+    check_not_sharded(model)
     if not isinstance(targets, TargetMap):
         targets = TargetMap("given", {"given": tuple(targets)})
     taken = match_modules(model, targets)
@@ -139,8 +140,8 @@ def inject_paths(
     Raises:
         ValueError: A module cannot be adapted, or not with its spec. The model is then unchanged.
     """
-    if fsdp_modules(model):
-        raise ValueError("the model is sharded by fully_shard, which manages the parameters it had: inject before that")
+    if wanted:
+        check_not_sharded(model)
     modules = with_projections(dict(model.named_modules()))
     for path, (_, spec) in wanted.items():
         _check_adaptable(modules, path, spec)
@@ -280,8 +281,8 @@ def set_strength(model: nn.Module, strength: float, *, name: str | None = None) 
             strength of all.
 
     Raises:
-        ValueError: The strength is not a finite number, or the model has no adapted layer or no adapter of that name, is
-            merged, or was trained with method `full`, which has no strength. It is then unchanged.
+        ValueError: The strength is not a finite number; or the model has no adapted layer or no adapter of that name,
+            is merged, or was trained with method `full`, which has no strength. It is then unchanged.
     """
     finite_number("strength", strength)
     layers = adapted_layers(model).values()
@@ -376,13 +377,13 @@ def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_onl
     bases = [state for state in states if state.fixed is None]
     for state in bases:
         state.fixed = Fixed()
-    opened = [state for state in states if state.fixed is not None and state.fixed.uses is None and not base_only]
+    opened = [state for state in states if state.fixed and state.fixed.uses is None and not base_only]
     for state in opened:
-        state.fixed = replace(state.fixed, uses=num_passes, kept={})
+        state.fixed = Fixed(num_passes, state.fixed.n0 if state.fixed else {})
     try:
         yield
     finally:
         for state in opened:
-            state.fixed = state.fixed and replace(state.fixed, uses=None, kept={})
+            state.fixed = state.fixed and Fixed(None, state.fixed.n0)
         for state in bases:
             state.fixed = None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from dora_mm.core.adapted import ADAPTER_NAMES, Adaptation, AdaptedLayer, subclass
+from dora_mm.core.adapted import ADAPTER_NAMES, Adaptation, AdaptedLayer
 from dora_mm.core.attention import DoRAPackedProjection, PackedProjection
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.ops import LINEAR, ConvOp, EmbeddingOp
 from dora_mm.core.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.spec import DoRASpec
+from dora_mm.core.subclasses import class_for_subclass, subclass
 
 
 class DoRALinear(AdaptedLayer, nn.Linear):
@@ -20,6 +20,16 @@ class DoRALinear(AdaptedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) if self.is_base() else self.adapted_product(input, LINEAR)
+
+
+class DoRABiasLast(DoRALinear):
+    """An adapted Linear that rounds x W^T before it adds the bias, as code that computes `x @ W.T + b` does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.is_base():
+            return super().forward(input)
+        y = self.adapted_product(input, LINEAR, use_bias=False)
+        return y if self.bias is None else y + self.bias
 
 
 class DoRAConv(AdaptedLayer, _ConvNd):
@@ -103,9 +113,8 @@ ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and
 def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
     """The adapted class for a layer, None where it cannot be adapted.
 
-    A subclass of a known class may compute something else: it is adapted where it does not change `forward`, where its
-    `forward` calls that of the known class (and scales the result, say), or where both compute the same. transformers'
-    Conv1D is recognised by its name, since core imports only torch.
+    A subclass of a known class may compute something else, see `class_for_subclass`. transformers' Conv1D is recognised
+    by its name, since core imports only torch.
     """
     base = type(layer)
     if is_quantized(layer):
@@ -117,48 +126,10 @@ def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
     known = next((kind for kind in ADAPTED_CLASSES if isinstance(layer, kind)), None)
     if known is None or base is known:
         return ADAPTED_CLASSES.get(base)
-    if base.forward is known.forward or calls_super(layer, known):
+    if base.forward is known.forward:
         return subclass(base, ADAPTED_CLASSES[known])
-    return subclass(ADAPTED_CLASSES[known], base) if computes_as(layer, known) else None
-
-
-def trial_input(layer: nn.Module) -> Tensor:
-    weight = layer.get_parameter("weight")
-    if isinstance(layer, nn.Embedding):
-        return torch.tensor([0, len(weight) - 1], device=weight.device)
-    return torch.linspace(-1, 1, weight[0].numel(), dtype=weight.dtype, device=weight.device).view(1, *weight.shape[1:])
-
-
-@torch.no_grad()
-def calls_super(layer: nn.Module, known: type[nn.Module]) -> bool:
-    """Whether `forward` of a layer, tried on one input, calls the one of the known class, once."""
-    calls = []
-
-    class Recorder(known):
-        def forward(self, *inputs):
-            calls.append(inputs)
-            return known.forward(self, *inputs)
-
-    base = type(layer)
-    object.__setattr__(layer, "__class__", type("Trial", (base, Recorder), {}))
-    try:
-        layer.forward(trial_input(layer))
-    except Exception:  # whatever a foreign layer raises on this input: it is not adapted
-        return False
-    finally:
-        object.__setattr__(layer, "__class__", base)
-    return len(calls) == 1
-
-
-@torch.no_grad()
-def computes_as(layer: nn.Module, known: type[nn.Module]) -> bool:
-    """Whether `forward` of a layer, tried on one input, returns what the one of the known class does, up to rounding."""
-    try:
-        x = trial_input(layer)
-        found, expected = layer.forward(x), known.forward(layer, x)
-    except Exception:  # as above
-        return False
-    return not x.is_meta and torch.allclose(found, expected, rtol=4 * torch.finfo(expected.dtype).eps, atol=1e-5)
+    last = DoRABiasLast if known is nn.Linear else None
+    return class_for_subclass(layer, known, ADAPTED_CLASSES[known], last)
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, ...] | None:

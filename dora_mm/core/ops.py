@@ -7,7 +7,6 @@ of the weight is never computed.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +20,8 @@ LARGE_U = 2**15  # entries of u; below it, transposing the result costs as much 
 TOKENS_AT_ONCE = 256  # a block of this size stays in a processor's cache: the product is never written to memory
 
 
-class Op(ABC):
-    """An operation that is linear in its weight. All tensors of a call have one dtype.
+class Op:
+    """What a Linear does with a weight: y (..., O) = x (..., I) W^T + b. All tensors of a call have one dtype.
 
     Attributes:
         groups: The number of groups of a convolution, otherwise 1.
@@ -34,87 +33,53 @@ class Op(ABC):
     merges: bool = True
     feature_dim: int = -1
 
-    @abstractmethod
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Returns y = x W^T + b, in new memory, as the base layer computes it."""
-
-    @abstractmethod
-    def grad_input(self, dY: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Returns dX = dY W. Of x only the shape is read."""
-
-    @abstractmethod
-    def reduce(self, x: Tensor, A: Tensor) -> Tensor:
-        """Returns h = x A^T."""
-
-    @abstractmethod
-    def add_expanded(self, y: Tensor, h: Tensor, B: Tensor) -> Tensor:
-        """Adds h B^T to a contiguous y, in place, and returns y."""
-
-    @abstractmethod
-    def grad_h(self, dY: Tensor, B: Tensor) -> Tensor:
-        """Returns u = dY B, of the shape of h."""
-
-    @abstractmethod
-    def grad_B(self, dY: Tensor, h: Tensor, B: Tensor) -> Tensor:
-        """Returns dY^T h, (O, R). Of B only the shape is read."""
-
-    @abstractmethod
-    def grad_A(self, u: Tensor, x: Tensor, A: Tensor) -> Tensor:
-        """Returns u^T x, of the shape of A. Of A only the shape is read."""
-
-    @abstractmethod
-    def add_grad_reduced(self, dX: Tensor, u: Tensor, x: Tensor, A: Tensor) -> Tensor:
-        """Adds u A, the gradient of x through h, to dX in place, and returns dX. Of x only the shape is read."""
-
-    @abstractmethod
-    def num_tokens(self, x: Tensor, weight: Tensor) -> int:
-        """How often each row of the weight is used: T, or N times the output positions in a convolution."""
-
-    @abstractmethod
-    def concatenate(self, a: Tensor, b: Tensor) -> Tensor:
-        """Returns the input of the weight [W_a, W_b] (O, 2 I), for inputs a and b of the shape of x."""
-
-
-class LinearOp(Op):
-    """Linear: y (..., O) = x (..., I) W^T + b."""
-
-    def __call__(self, x, weight, bias):
         return F.linear(x, weight, bias)
 
-    def grad_input(self, dY, x, weight):
+    def grad_input(self, dY: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """Returns dX = dY W. Of x only the shape is read."""
         return dY @ weight
 
-    def reduce(self, x, A):
+    def reduce(self, x: Tensor, A: Tensor) -> Tensor:
+        """Returns h = x A^T."""
         return as_rows(x) @ A.T
 
-    def add_expanded(self, y, h, B):
+    def add_expanded(self, y: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """Adds h B^T to a contiguous y, in place, and returns y."""
         as_rows(y).addmm_(h, B.T)
         return y
 
-    def grad_h(self, dY, B):
+    def grad_h(self, dY: Tensor, B: Tensor) -> Tensor:
+        """Returns u = dY B, of the shape of h."""
         return as_rows(dY) @ B
 
-    def grad_B(self, dY, h, B):
+    def grad_B(self, dY: Tensor, h: Tensor, B: Tensor) -> Tensor:
+        """Returns dY^T h, (O, R). Of B only the shape is read."""
         return as_rows(dY).T @ h if dY.dtype.itemsize >= 4 else (h.T @ as_rows(dY)).T
 
-    def grad_A(self, u, x, A):
+    def grad_A(self, u: Tensor, x: Tensor, A: Tensor) -> Tensor:
+        """Returns u^T x, of the shape of A. Of A only the shape is read."""
         if u.numel() < LARGE_U or u.dtype.itemsize < 4:
             return u.T @ as_rows(x)
         return (as_rows(x).T @ u).T.contiguous()
 
-    def add_grad_reduced(self, dX, u, x, A):
+    def add_grad_reduced(self, dX: Tensor, u: Tensor, x: Tensor, A: Tensor) -> Tensor:
+        """Adds u A, the gradient of x through h, to dX in place, and returns dX. Of x only the shape is read."""
         as_rows(dX).addmm_(u, A)
         return dX
 
-    def num_tokens(self, x, weight):
+    def num_tokens(self, x: Tensor, weight: Tensor) -> int:
+        """How often each row of the weight is used: T, or N times the output positions in a convolution."""
         return x.numel() // max(weight.shape[1], 1)
 
-    def concatenate(self, a, b):
+    def concatenate(self, a: Tensor, b: Tensor) -> Tensor:
+        """Returns the input of the weight [W_a, W_b] (O, 2 I), for inputs a and b of the shape of x."""
         return torch.cat([a, b], -1)
 
 
 @dataclass(frozen=True)
-class EmbeddingOp(LinearOp):
+class EmbeddingOp(Op):
     """Embedding: y (..., O) = the columns x (...) of W (O, num), for integer x.
 
     A pass reads few of the columns, so that building W(t) never pays.
@@ -225,7 +190,7 @@ class ConvOp(Op):
         return self._convolution(h, self._as_kernel(B), None, self._filled(1), self._filled(0), self._filled(1))
 
 
-LINEAR = LinearOp()
+LINEAR = Op()
 
 
 # --- what follows from them ------------------------------------------------------------------------------------------

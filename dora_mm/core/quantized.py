@@ -30,7 +30,9 @@ class DoRAQuantized(AdaptedLayer):
         return self.adapted_product(x, LINEAR, dtype=x.dtype, restore=lambda: self.matrix).to(x.dtype)
 
     def check_can_replace_weight(self, *, shared: bool) -> None:
-        raise ValueError(f"{self.adaptation.path} is quantised, and merging would lose the update: merge into a dense model")
+        raise ValueError(
+            f"{self.adaptation.path} is quantised, and merging would lose the update: merge into a dense model"
+        )
 
 
 def dequantized(layer: nn.Module) -> Tensor:

@@ -39,6 +39,12 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
 
 
+def check_not_sharded(model: nn.Module) -> None:
+    """Raises ValueError where `fully_shard` was applied to a model or a module inside."""
+    if fsdp_modules(model):
+        raise ValueError("fully_shard has sharded the model, and manages the parameters that it had then: inject before")
+
+
 def reshard(model: nn.Module) -> None:
     """Makes all parameters of a sharded model DTensors: FSDP leaves those of the root gathered after a forward pass."""
     for module in fsdp_modules(model):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dora_mm.core.forms import Forward, Options, adapted_product, has_norm
 from dora_mm.core.functional import SMALL_GAIN, Adapter, RowGains, row_gains
-from dora_mm.core.ops import LinearOp, as_rows
-from dora_mm.core.plain import large_bias
+from dora_mm.core.ops import LINEAR, as_rows
+from dora_mm.core.steps import Kernels, large_bias
 from dora_mm.kernels.choice import vendor_is_faster, vendor_product
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
@@ -18,8 +18,8 @@ from dora_mm.kernels.row_norm import _row_norm, row_norm
 from dora_mm.kernels.row_sums import row_sums
 
 
-class TritonKernels:
-    """`core.plain.Kernels` of a Linear in Triton. The branch is added in fp32, and the sum is rounded once."""
+class TritonKernels(Kernels):
+    """The steps of a Linear in Triton. The branch is added in fp32, and the sum is rounded once."""
 
     rounds_once = True
 
@@ -68,14 +68,12 @@ def runs_in_triton(weight: Tensor, adapters: Sequence[Adapter], options: Options
     Linear layers below float64 on a GPU do, with dropout only those without a magnitude. Embeddings and convolutions do
     not.
     """
-    has_kernel = type(options.op) is LinearOp and weight.dim() == 2 and weight.dtype.itemsize <= 4
+    has_kernel = options.op is LINEAR and weight.dim() == 2 and weight.dtype.itemsize <= 4
     is_thin = not options.dropout or not has_norm(adapters)
     return has_kernel and is_thin and (weight.is_cuda or INTERPRETED)
 
 
-def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], options: Options
-) -> Tensor:
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], options: Options) -> Tensor:
     """`core.forms.adapted_product` in Triton, where `runs_in_triton`."""
     if runs_in_triton(weight, adapters, options):
         return adapted_product(x, weight, bias, adapters, options, TRITON_KERNELS)

@@ -280,7 +280,7 @@ def test_a_shared_weight_is_refused_before_anything_is_merged():
     inject(model, ["first", "a.q_proj"], DoRASpec(rank=2))
     with pytest.raises(ValueError, match="^a.q_proj cannot be merged: .*shares"):
         merge(model)
-    assert not model["first"].merged
+    assert not model["first"].adaptation.merged
 
 
 def test_remove_does_not_unfreeze_what_was_not_adapted():

@@ -249,7 +249,10 @@ def test_dropout_without_a_magnitude(dtype):
     assert (24, 40) not in allocated.shapes  # the update is never built
     torch.manual_seed(5)
     dropped = F.dropout(x, 0.4).double()
-    y = F.linear(x.double(), plain.weight.double()) + dropped @ A.double().T @ B.double().T * fast.adaptation.spec.scaling
+    y = (
+        F.linear(x.double(), plain.weight.double())
+        + dropped @ A.double().T @ B.double().T * fast.adaptation.spec.scaling
+    )
     for a, exact in zip(found, torch.autograd.grad(y.sum(), [x, A, B]), strict=True):
         assert reference.relative_error(a, exact) < 4 * torch.finfo(dtype).eps
 

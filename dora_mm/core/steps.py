@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -14,21 +12,23 @@ LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) abov
 LARGE_BIAS_HALF = 4.0
 
 
-class Kernels(Protocol):
-    """The steps of the layer in one implementation. The shapes of core/functional.py."""
+class Kernels:
+    """The steps of the layer in plain torch; a subclass has them in another implementation.
 
-    @property
-    def rounds_once(self) -> bool:
-        """Whether `unmerged` adds the branch before it rounds to half precision: later, small updates are lost."""
-        ...
+    Attributes:
+        rounds_once: Whether `unmerged` adds the branch before it rounds to half precision: later, small updates are
+            lost.
+    """
+
+    rounds_once: bool = False
 
     def reads_output(self) -> bool:
-        """Whether `magnitude_grad` works here. Plain torch reads values back, which a compiled graph cannot do."""
-        ...
+        """Whether `magnitude_grad` works here. It reads values back, which a compiled graph cannot do."""
+        return not torch.compiler.is_compiling()
 
     def row_gains(self, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> RowGains:
         """Computes n and g of one adapter; `n0` are the row norms of the weight, where they are known."""
-        ...
+        return row_gains(weight, adapter, n0)
 
     def unmerged(
         self,
@@ -51,13 +51,30 @@ class Kernels(Protocol):
             h: x A^T of all adapters, or None.
             B: What h is multiplied by (O, R), scaled by s, t and g, in the adapter's dtype.
         """
-        ...
+        # The bias is part of the product, as b / e, so that a fresh adapter (e = 1, B = 0) changes no bit.
+        outside = None
+        if gain is not None and bias is not None:
+            if torch.compiler.is_compiling() or bool((gain.abs() <= SMALL_GAIN).any()):
+                bias, outside = None, bias
+            else:
+                bias = bias / gain
+        y = op(x, weight, bias)
+        dtype = y.dtype
+        y = y.to(adapter_dtype(dtype))  # of an embedding in half precision: rounded once, at the end
+        if gain is not None:
+            y = y.mul_(per_row(op, gain, y))
+        if h is not None and B is not None:
+            y = op.add_expanded(y, h, B)
+        if outside is not None:
+            y = y.add_(per_row(op, outside, y))
+        return y.to(dtype)
 
     def unmerged_grad_input(
         self, op: Op, dY: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None, u: Tensor | None, A: Tensor | None
     ) -> Tensor:
         """Returns dX = (e dY) W0 + u A. Of x only the shape is read."""
-        ...
+        dX = op.grad_input(dY if gain is None else dY * per_row(op, gain, dY), x, weight)
+        return dX if u is None or A is None else op.add_grad_reduced(dX, u, x, A)
 
     def magnitude_grad(
         self,
@@ -72,47 +89,12 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Returns dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
 
-        dm = rowsum(dY (y - b)) / m, where that is safe. Rows with a small gain, or with a bias much larger than y - b,
+        It is rowsum(dY (y - b)) / m where that is safe. Rows with a small gain, or with a bias much larger than y - b,
         use `inner_dots`.
         """
-        ...
-
-
-class Plain:
-    """`Kernels` in plain torch."""
-
-    rounds_once = False
-
-    def reads_output(self):
-        return not torch.compiler.is_compiling()
-
-    def row_gains(self, weight, adapter, n0):
-        return row_gains(weight, adapter, n0)
-
-    def unmerged(self, op, x, weight, bias, gain, h, B):
-        # The bias is part of the product, as b / e, so that a fresh adapter (e = 1, B = 0) changes no bit.
-        outside = None
-        if gain is not None and bias is not None:
-            if torch.compiler.is_compiling() or bool((gain.abs() <= SMALL_GAIN).any()):
-                bias, outside = None, bias
-            else:
-                bias = bias / gain
-        y = op(x, weight, bias)
-        dtype = y.dtype
-        y = y.to(adapter_dtype(dtype))  # of an embedding in half precision: rounded once, at the end
-        if gain is not None:
-            y = y.mul_(per_row(op, gain, y))
-        if h is not None:
-            y = op.add_expanded(y, h, B)
-        if outside is not None:
-            y = y.add_(per_row(op, outside, y))
-        return y.to(dtype)
-
-    def unmerged_grad_input(self, op, dY, x, weight, gain, u, A):
-        dX = op.grad_input(dY if gain is None else dY * per_row(op, gain, dY), x, weight)
-        return dX if u is None else op.add_grad_reduced(dX, u, x, A)
-
-    def magnitude_grad(self, op, dY, x, y, weight, bias, adapter, rows):
+        assert adapter.magnitude is not None
+        assert rows.norm is not None
+        assert rows.gain is not None
         dots, squares = row_sums(op, dY, y, bias)
         dm = dots / adapter.magnitude
         if rows.regular and bias is None:
@@ -127,7 +109,7 @@ class Plain:
         return dm.masked_fill_(is_zero, 0)
 
 
-PLAIN = Plain()
+PLAIN = Kernels()
 
 
 def large_bias(dtype: torch.dtype) -> float:
@@ -135,9 +117,7 @@ def large_bias(dtype: torch.dtype) -> float:
     return LARGE_BIAS.get(dtype, LARGE_BIAS_HALF)
 
 
-def inner_dots(
-    op: Op, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor | None = None
-) -> Tensor:
+def inner_dots(op: Op, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, chosen: Tensor | None = None) -> Tensor:
     """Returns the sums over tokens of dY (x V^T), (O,) in at least fp32, where V = W0 + s B A.
 
     Args:
