@@ -33,12 +33,12 @@ class Fixed:
     """What is computed once per `fixed_parameters`, by dtype and device of the product.
 
     Attributes:
-        uses: The number of passes; None where only the base weight is fixed.
+        num_passes: The number of passes; None where only the base weight is fixed.
         n0: The row norms of the base weight.
         kept: What depends on the adapters too.
     """
 
-    uses: float | None = None
+    num_passes: float | None = None
     n0: dict[Hashable, Tensor] = field(default_factory=dict)
     kept: dict[Hashable, Kept] = field(default_factory=dict)
 
@@ -262,9 +262,9 @@ class AdaptedLayer(nn.Module):
         key = product_dtype(self.weight), self.weight.device, torch.is_inference_mode_enabled()
         if key not in fixed.n0:
             fixed.n0[key] = row_norm(self.matrix.detach())
-        if fixed.uses is None:
+        if fixed.num_passes is None:
             return Kept(fixed.n0[key])
-        return fixed.kept.setdefault(key, Kept(fixed.n0[key], fixed.uses))
+        return fixed.kept.setdefault(key, Kept(fixed.n0[key], fixed.num_passes))
 
     def adapted_product(
         self,

@@ -56,7 +56,7 @@ def choose_form(
     half: bool = False,
     norm: bool = True,
     dropout: bool = False,
-    uses: float = 1.0,
+    num_passes: float = 1.0,
     rounds_once: bool = False,
 ) -> Literal["merged", "unmerged"]:
     """Chooses the form of a layer whose W(t) may be built. It depends on nothing that another pass leaves behind.
@@ -71,7 +71,7 @@ def choose_form(
         half: Whether the product runs in half precision.
         norm: Whether any adapter has a magnitude.
         dropout: Whether entries of x are dropped in the update.
-        uses: How many forward passes one W(t) serves; infinite in inference.
+        num_passes: How many forward passes one W(t) serves; infinite in inference.
         rounds_once: Whether the unmerged form rounds once in half precision (see `Kernels`).
     """
     if dropout and norm:
@@ -81,7 +81,7 @@ def choose_form(
     build = num_out * num_in * (rank + BUILD_COST)
     unmerged = num_tokens * (rank * (num_out + num_in) + UNMERGED_COST * num_out)
     factored_norm = num_out * num_in * rank if norm else 0  # W0 A^T; where W(t) is built, its norm is one pass
-    return "unmerged" if dropout or uses * unmerged + factored_norm < build else "merged"
+    return "unmerged" if dropout or num_passes * unmerged + factored_norm < build else "merged"
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------
@@ -105,13 +105,13 @@ class Kept:
 
     Attributes:
         n0: The row norms of the weight (O,), where it is known not to have changed.
-        uses: How many forward passes this serves; may be infinite.
+        num_passes: How many forward passes this serves; may be infinite.
         rows: n and g of every adapter.
         merged: W(t).
     """
 
     n0: Tensor | None = None
-    uses: float = 1.0
+    num_passes: float = 1.0
     rows: tuple[RowGains, ...] | None = None
     merged: MergedWeight | None = None
 
@@ -210,7 +210,7 @@ def form_of(
         half=dtype.itemsize < 4 or dtype != weight.dtype,
         norm=has_norm(adapters),
         dropout=options.dropout > 0,
-        uses=options.kept.uses if options.kept is not None and options.keep_weight else 1.0,
+        num_passes=options.kept.num_passes if options.kept is not None and options.keep_weight else 1.0,
         rounds_once=kernels.rounds_once,
     )
 
@@ -275,9 +275,8 @@ class Unmerged(torch.autograd.Function):
         call, kept, (dY,) = ctx.call, saved(ctx), grad_outputs
         gradients, u, A = adapter_gradients(call, kept, dY, needs, h=kept.extra, needs_u=needs_x or needs_dropped)
         dX = d_dropped = None
-        if needs_dropped:
-            d_dropped = torch.zeros_like(kept.x)
-            d_dropped = call.options.op.add_grad_reduced(d_dropped, u, kept.x, A.to(dY.dtype))
+        if needs_dropped and u is not None and A is not None:
+            d_dropped = call.options.op.add_grad_reduced(torch.zeros_like(kept.x), u, kept.x, A.to(dY.dtype))
             u = A = None
         if needs_x:
             W0 = kept.weight.detach().to(call.dtype)

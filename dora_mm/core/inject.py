@@ -377,7 +377,7 @@ def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_onl
     bases = [state for state in states if state.fixed is None]
     for state in bases:
         state.fixed = Fixed()
-    opened = [state for state in states if state.fixed and state.fixed.uses is None and not base_only]
+    opened = [state for state in states if state.fixed and state.fixed.num_passes is None and not base_only]
     for state in opened:
         state.fixed = Fixed(num_passes, state.fixed.n0 if state.fixed else {})
     try:

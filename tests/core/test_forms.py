@@ -18,7 +18,7 @@ FORMS = ("unmerged", "merged")
 
 def product(x, W0, bias, adapters, form="merged", **options):
     """Runs one form, by setting how many passes W(t) would serve."""
-    kept = Kept(uses=math.inf if form == "merged" else 0)
+    kept = Kept(num_passes=math.inf if form == "merged" else 0)
     return adapted_product(x, W0, bias, adapters, Options(kept=kept, **options))
 
 
@@ -100,20 +100,20 @@ def test_every_adapter_of_a_layer_gets_its_gradient(form):
 
 @pytest.mark.parametrize(("out", "inner", "rank"), [(1280, 1280, 16), (640, 640, 16), (1280, 2048, 4), (64, 64, 128)])
 def test_the_form_changes_where_the_counted_costs_meet(out, inner, rank):
-    def form(tokens, uses=1.0):
-        return choose_form(tokens, out, inner, rank, uses=uses)
+    def form(tokens, num_passes=1.0):
+        return choose_form(tokens, out, inner, rank, num_passes=num_passes)
 
     edge = next(t for t in range(1, 100_000) if form(t) == "merged")
     assert 1 < edge < 2 * max(out, inner)
     assert form(edge - 1) == "unmerged"
-    assert form(edge // 2 + 1, uses=2) == "merged"  # a weight that serves twice pays at half as many
-    assert form(1, uses=math.inf) == "merged"
+    assert form(edge // 2 + 1, num_passes=2) == "merged"  # a weight that serves twice pays at half as many
+    assert form(1, num_passes=math.inf) == "merged"
 
 
 def test_a_checkpointed_unet_at_512_px_builds_no_weight_in_its_1280_wide_layers():
     """256 tokens, in the pass and in its recomputation: hundreds of W' at once would take 2.4 GB of new memory."""
-    assert choose_form(256, 1280, 1280, 16, uses=2) == "unmerged"
-    assert choose_form(4096, 1280, 1280, 16, uses=2) == "merged"
+    assert choose_form(256, 1280, 1280, 16, num_passes=2) == "unmerged"
+    assert choose_form(4096, 1280, 1280, 16, num_passes=2) == "merged"
 
 
 def test_half_precision_runs_in_the_form_that_rounds_once():
