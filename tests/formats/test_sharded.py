@@ -10,6 +10,7 @@ from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.core import adapted_layers
 from tests.core import reference
 
+pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch was built without gloo")
 PROCESSES = 2
 
 
