@@ -158,9 +158,9 @@ def test_save_pretrained_after_merging_leaves_no_adapter_keys(keep_base, tmp_pat
 @pytest.mark.parametrize("strength", [1.0, 1.5])
 def test_the_file_of_a_merged_adapter_is_that_of_before(format, strength, tmp_path):
     model = trained()
-    before = load_file(save_adapter(model, tmp_path / "before", format=format, strength=strength))
+    before = load_file(save_adapter({"unet": model}, tmp_path / "before", format=format, strength=strength))
     merge(model)
-    after = load_file(save_adapter(model, tmp_path / "after", format=format, strength=strength))
+    after = load_file(save_adapter({"unet": model}, tmp_path / "after", format=format, strength=strength))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -172,19 +172,19 @@ def test_the_file_of_an_attention_merged_at_another_strength(tmp_path):
     expected = model(x)
     set_strength(model, 0.5)
     merge(model)
-    save_adapter(model, tmp_path, format="peft", strength=1.5)
+    save_adapter(model, tmp_path, format="native", strength=1.5)
     load_adapter(other, tmp_path)
     assert reference.relative_error(other(x), expected) < 1e-5
 
 
 def test_another_strength_needs_the_base(tmp_path):
     model = trained()
-    expected = load_file(save_adapter(model, tmp_path / "before"))
+    expected = load_file(save_adapter({"unet": model}, tmp_path / "before"))
     merge(model, keep_base=False)
     with pytest.raises(ValueError, match="(?s)^(?=.*strength)(?=.*keep_base)"):
-        save_adapter(model, tmp_path / "scaled", strength=1.5)
+        save_adapter({"unet": model}, tmp_path / "scaled", strength=1.5)
     assert not list((tmp_path).glob("scaled/*"))
-    found = load_file(save_adapter(model, tmp_path / "after"))
+    found = load_file(save_adapter({"unet": model}, tmp_path / "after"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
