@@ -176,7 +176,7 @@ class AdaptedLayer(nn.Module):
         base, own = self.adaptation.base_weight, map(tensors.get, ADAPTER_NAMES)
         if self.adaptation.merged and base is None:
             raise ValueError(
-                f"{self.adaptation.path} was merged with keep_base=False, and another strength than 1 depends on the base"
+                f"{self.adaptation.path} was merged with keep_base=False: only strength 1 does not need the base"
             )
         W0 = self.matrix if base is None else self.as_stored(base)
         scaled = rescaled(whole(W0), Adapter(*own, scaling=self.adaptation.spec.scaling), strength)

@@ -42,7 +42,9 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
 def check_not_sharded(model: nn.Module) -> None:
     """Raises ValueError where `fully_shard` was applied to a model or a module inside."""
     if fsdp_modules(model):
-        raise ValueError("fully_shard has sharded the model, and manages the parameters that it had then: inject before")
+        raise ValueError(
+            "the model is sharded: fully_shard manages the parameters that it had then, so inject before it"
+        )
 
 
 def reshard(model: nn.Module) -> None:
