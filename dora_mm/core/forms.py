@@ -416,9 +416,8 @@ def save(ctx: Any, call: Call, y: Tensor, wants_dm: bool, x, extra, weight, bias
     y = y.data  # not a view to autograd: the next operation may overwrite it
     is_single = len(call.adapters) == 1 and call.adapters[0].strength == 1
     reads_output = wants_dm and is_single and call.options.save_output and call.kernels.reads_output()
-    reads_output = reads_output and not y.is_inference()  # which has no version counter, and no backward pass
     ctx.call, ctx.counter = call, None
-    if reads_output and not torch.compiler.is_compiling():
+    if reads_output and not torch.compiler.is_compiling() and not y.is_inference():
         ctx.counter = y.detach()
         ctx.counter.data = y.new_empty(0)
         ctx.version = ctx.counter._version
