@@ -10,10 +10,8 @@ import json
 import logging
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -27,6 +25,7 @@ from dora_mm.eval.contenders import (
     CONTENDERS,
     Case,
     Contenders,
+    Model,
     can_compile,
     change,
     compiled,
@@ -122,18 +121,6 @@ def time_layer(layer: nn.Module, x: torch.Tensor, dY: torch.Tensor | None, devic
 
 
 # --- training steps --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model with random weights, the modules to adapt, and the loss of one batch."""
-
-    name: str
-    build: Callable[[torch.device, torch.dtype], tuple[nn.Module, Callable[[], torch.Tensor]]]
-    targets: Any
-    rank: int = 16
-    passes: int = 1  # backward passes from one change of the parameters to the next
-    checkpointing: bool = False  # whether `build` enables it: every forward pass then runs twice
 
 
 def bart(device: torch.device, dtype: torch.dtype):

@@ -141,6 +141,18 @@ def fixed_bases(layers: Iterable[nn.Module]) -> Iterator[None]:
 # --- the layers of a model -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Model:
+    """A model with random weights, the modules to adapt, and the loss of one batch."""
+
+    name: str
+    build: Callable[[torch.device, torch.dtype], tuple[nn.Module, Callable[[], torch.Tensor]]]
+    targets: Any
+    rank: int = 16
+    passes: int = 1  # backward passes from one change of the parameters to the next
+    checkpointing: bool = False  # whether `build` enables it: every forward pass then runs twice
+
+
 def target_paths(network: nn.Module, targets: Any) -> list[str]:
     """The paths of the modules that `targets` selects: the name of a target map, or a list of patterns."""
     chosen = (

@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -129,8 +130,11 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages would break the progress bar
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        action()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that events do not last until a next cycle; keeping them is slow
+        profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        with profile:
+            action()
     recorded: Any = profile.profiler
     events = recorded.kineto_results.events()
     now = peak = 0
