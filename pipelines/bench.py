@@ -232,7 +232,7 @@ def main(extent: str = "default", *, dtype: str | None = None, output: str | Non
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     found = getattr(torch, dtype)
     cases, steps = layer_cases(extent), models(extent, device)
-    contenders = CONTENDERS | COMPILED if extent != "quick" and can_compile() else CONTENDERS
+    contenders = CONTENDERS | COMPILED if extent != "quick" and can_compile(device) else CONTENDERS
     run = RunDirectory.create("bench", f"extent: {extent}\ndtype: {dtype}\n", output)
     (run.path / "machine.json").write_text(json.dumps(machine(device, dtype), indent=2) + "\n")
     results: list[Result] = []

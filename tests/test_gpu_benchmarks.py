@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from tests.benchmarks import gpu
 from tests.benchmarks.bench_products import OURS, VENDOR, threshold
 from tests.benchmarks.gpu_run import Run, compared

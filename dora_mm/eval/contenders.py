@@ -104,10 +104,10 @@ def compiled(build: Build, compiler: str = "inductor") -> Build:
     return build_compiled
 
 
-def can_compile() -> bool:
-    """torch.compile needs a C++ compiler on a processor, and Triton on a GPU."""
+def can_compile(device: torch.device | str = "cpu") -> bool:
+    """Whether torch.compile works; it needs a C++ compiler on a processor, and Triton on a GPU."""
     try:
-        torch.compile(torch.square)(torch.ones(2))
+        torch.compile(torch.square)(torch.ones(2, device=device))
     except Exception as error:  # whatever is missing on this machine: it runs without compiled peers
         log.warning(
             "torch.compile does not work here, so the compiled peers are left out: %s", str(error).splitlines()[0]

@@ -115,7 +115,9 @@ def suggestions(rows: list[Row]) -> list[str]:
             own = [row for row in rows if (row["dtype"], row["direction"]) == (dtype, direction)]
             size = getattr(torch, dtype).itemsize
             now = getattr(choice, table)[size]
-            lines.append(f"{table}[{size}] is {now}; the {len(own)} shapes in {dtype} suggest {threshold(own, inner)}")
+            lines.append(
+                f"{table}[{size}] is {now}; the {len(own)} shapes in {dtype} suggest {threshold(own, inner):g}"
+            )
     return lines
 
 

@@ -49,7 +49,7 @@ def run(run: Run) -> None:
     eager = CONTENDERS | DENSE
     more = {f"{name}, compiled": compiled(build, run.compiler) for name, build in run.to_compile(eager).items()}
     contenders = eager | more
-    if not run.dry and not can_compile():
+    if not run.dry and not can_compile(run.device):
         run.leave_out("compiled layers: torch.compile does not work here")
         contenders = eager
     cases = [(case, torch.bfloat16) for case in (TINY if run.dry else BF16)]

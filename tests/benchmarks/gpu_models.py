@@ -55,7 +55,7 @@ def run_llm(run: Run) -> None:
     size, num_blocks, num_tokens = (LLAMA_TINY, 1, 24) if run.dry else (LLAMA_8B, 4, 2048)
     build = partial(llama_blocks, size=size, num_blocks=num_blocks, num_tokens=num_tokens)
     blocks = "layers"
-    if not run.dry and not can_compile():
+    if not run.dry and not can_compile(run.device):
         run.leave_out("compiled blocks: torch.compile does not work here")
         blocks = None
     model = Model(f"8B LLM, {num_blocks} blocks, {num_tokens} tokens", build, LINEAR)
