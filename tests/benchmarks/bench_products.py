@@ -133,7 +133,7 @@ def threshold(rows: list[Row], inner: str) -> float:
     """
 
     def cost(least: float) -> float:
-        return sum(math.log(float(str(row[VENDOR if float(str(row[inner])) >= least else OURS]))) for row in rows)
+        return sum(math.log(float(row[VENDOR if row[inner] >= least else OURS])) for row in rows)
 
-    sizes = sorted({float(str(row[inner])) for row in rows})
+    sizes = sorted({row[inner] for row in rows})
     return min([0.0, *sizes[1:], math.inf], key=cost)

@@ -31,8 +31,18 @@ from tests.benchmarks.gpu_run import Row, Run, compared, many_compiled, report
 DTYPE = torch.bfloat16
 ADAPTED: Contenders = {name: build for name, build in CONTENDERS.items() if name != "frozen"}
 # Llama-3.1-8B, four blocks of its 32. What stands before and after them is the same for all.
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-LLAMA_TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+LLAMA_TINY: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 WARM_UP = 3  # a compiled layer that keeps something from one step to the next is compiled again in the second
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -65,15 +75,14 @@ def run_llm(run: Run) -> None:
 
 
 def llama_blocks(
-    device: torch.device, dtype: torch.dtype, *, size: dict[str, int], num_blocks: int, num_tokens: int
+    device: torch.device, dtype: torch.dtype, *, size: dict[str, Any], num_blocks: int, num_tokens: int
 ) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """Decoder blocks of a LLaMA with random weights, and a loss on embedded tokens."""
     from transformers import LlamaConfig, LlamaModel
 
     with torch.device(device):
-        model = (
-            LlamaModel(LlamaConfig(**size, num_hidden_layers=num_blocks, vocab_size=8)).requires_grad_(False).to(dtype)
-        )
+        model = LlamaModel(LlamaConfig(**size, num_hidden_layers=num_blocks, vocab_size=8)).requires_grad_(False)
+        nn.Module.to(model, dtype)
         embedded = torch.randn(1, num_tokens, size["hidden_size"], dtype=dtype)
     model.train()
     return model, lambda: model(inputs_embeds=embedded, use_cache=False).last_hidden_state.float().square().mean()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from dora_mm.eval.contenders import Contenders
 from dora_mm.eval.timing import summary
 from dora_mm.utils.tables import aligned_columns
 
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 @dataclass
@@ -130,26 +131,25 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def report(rows: list[Row]) -> None:
-    """Prints the rows of one case: a line per contender, a column per measure."""
+    """Prints the rows of one case, if there are any: a line per contender, a column per measure."""
+    if not rows:
+        return
     measures = list(dict.fromkeys(row["measure"] for row in rows))
     cells = {(row["contender"], row["measure"]): cell(row) for row in rows}
     lines = [
-        [str(name), *(cells.get((name, measure), "") for measure in measures)]
+        [name, *(cells.get((name, measure), "") for measure in measures)]
         for name in dict.fromkeys(row["contender"] for row in rows)
     ]
     first = rows[0]
-    print(
-        f"\n{first['case']}, rank {first['rank']}, {first['dtype']}: medians, as ratios to {REFERENCE} with quartiles"
-    )
-    print(aligned_columns([["", *map(str, measures)], *lines], 1), flush=True)
+    print(f"\n{first['case']}, rank {first['rank']}, {first['dtype']}: medians; ratios to {REFERENCE}, with quartiles")
+    print(aligned_columns([["", *measures], *lines], 1), flush=True)
 
 
 def cell(row: Row) -> str:
-    median = float(str(row["median"]))
+    """A median, and where there is a reference the ratio to it, with quartiles of several rounds."""
+    median = row["median"]
     size = f"{median / 2**20:.0f} MiB" if row["measure"] == "peak" else f"{1e3 * median:.3f} ms"
     if row["ratio"] == "":
         return size
-    ratio = f"{row['ratio']:.2f}"
-    return (
-        f"{size} {ratio}" if row["repeats"] == 1 else f"{size} {ratio} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
-    )
+    size += f" {row['ratio']:.2f}"
+    return size if row["repeats"] == 1 else f"{size} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
