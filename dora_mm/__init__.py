@@ -105,15 +105,18 @@ def save_adapter(
 ) -> Path:
     """Saves the adapter of a model as a safetensors file.
 
+    Where FSDP2 has sharded the model, every process has to call this, and the first one writes.
+
     Args:
         model: The adapted model, or a mapping of components such as {"unet": ..., "text_encoder": ...,
-            "text_encoder_2": ...}. A single model is saved as the component "unet".
+            "text_encoder_2": ...} or {"transformer": ...}. The component of a single model follows from its class where
+            it is a network of a diffusers pipeline; of other classes, "diffusers" needs the name.
         folder: The folder to write to; it is created where it does not exist.
         format: "diffusers" (read by diffusers' `load_lora_weights`), "peft" (read by `PeftModel.from_pretrained`, for a
-            single model), or "full" for weights trained with method `full`.
+            single model), or "native", our own, which holds any method on any layer.
         metadata: Additional entries for the header of the file.
         extra_parameters: Names of parameters that were trained in addition to the adapters (biases, norms), for "peft"
-            and "full" and a single model.
+            and "native" and a single model.
         strength: The strength of the adapter that becomes strength 1 in the file, for every tool that reads it. The
             strength set by `set_strength` has no effect on the file.
 
@@ -121,14 +124,18 @@ def save_adapter(
         The path of the file.
 
     Raises:
-        ValueError: There is no such format, no layer is adapted, a layer holds several adapters, a key of `metadata` is
-            reserved, or the format cannot hold what was trained.
+        ValueError: There is no such format, the component of a single model is unknown, no layer is adapted, a layer
+            holds several adapters, a key of `metadata` is reserved, or the format cannot hold what was trained.
     """
     from dora_mm import formats
 
-    components, folder = _components(model), Path(folder)
     return formats.save(
-        components, folder, format=format, metadata=metadata or {}, extra_parameters=extra_parameters, strength=strength
+        model,
+        Path(folder),
+        format=format,
+        metadata=metadata or {},
+        extra_parameters=extra_parameters,
+        strength=strength,
     )
 
 
@@ -148,8 +155,8 @@ def load_adapter(
     1, cannot be stacked, and `remove` does not restore the previous values.
 
     Args:
-        model: The model, or a mapping of components such as {"unet": ..., "text_encoder": ...}. A single model is the
-            component "unet".
+        model: The model, or a mapping of components such as {"unet": ..., "text_encoder": ...}. A single model takes
+            the component that its class tells, or else the only one in the file.
         path: The adapter file, or the folder that holds it. The format is detected.
         strength: The strength of the loaded adapter: 0 is the base model, 1 the adapter as it was saved.
         name: The name of the adapter, by which `set_strength` selects it.
@@ -165,8 +172,4 @@ def load_adapter(
     from dora_mm import backend as backends
     from dora_mm import formats
 
-    return formats.load(_components(model), Path(path), strength=strength, name=name, forward=backends.select(backend))
-
-
-def _components(model: nn.Module | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return dict(model) if isinstance(model, Mapping) else {"unet": model}
+    return formats.load(model, Path(path), strength=strength, name=name, forward=backends.select(backend))

@@ -1,7 +1,7 @@
 """Which implementation of the layer runs.
 
     device, dtype, module                     implementation
-    CPU                                       torch: merged or split by counted cost, see core/fused.py
+    CPU                                       torch: merged or unmerged, see choose_form in core/forms.py
     CUDA: Linear in fp32, bf16, fp16          triton, or cuBLAS and one more pass: see kernels/choice.py
     CUDA: convolutions, float64               torch, called by the triton backend
     CUDA: a magnitude with dropout            torch, called by the triton backend
@@ -15,7 +15,7 @@ import logging
 
 import torch
 
-from dora_mm.core.fused import TORCH, Forward
+from dora_mm.core.forms import TORCH, Forward, Options
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
@@ -29,7 +29,7 @@ def select(backend: str = "auto") -> Forward:
         backend: "auto", "torch" or "triton". "auto" logs once which implementation runs on this machine.
 
     Returns:
-        The function, with the signature of `core.fused.adapted_product`.
+        The function, with the signature of `core.forms.adapted_product`.
 
     Raises:
         ValueError: There is no such backend, or "triton" was requested and does not work on this machine.
@@ -47,9 +47,9 @@ def select(backend: str = "auto") -> Forward:
     return auto
 
 
-def auto(x, weight, bias, adapters, **options):
-    """`core.fused.adapted_product` in the implementation chosen for the device that holds `weight`."""
-    return CHOSEN[weight.is_cuda](x, weight, bias, adapters, **options)
+def auto(x, weight, bias, adapters, options):
+    """`core.forms.adapted_product` in the implementation chosen for the device that holds `weight`."""
+    return CHOSEN[weight.is_cuda](x, weight, bias, adapters, options)
 
 
 # By whether the layer is on a CUDA device. Triton is entered once it has passed its trial.
@@ -112,7 +112,6 @@ def _trial(
     function: Forward, dtype: torch.dtype, tokens: int, num_in: int, num_out: int, rank: int
 ) -> list[torch.Tensor]:
     from dora_mm.core.functional import Adapter
-    from dora_mm.core.products import LINEAR
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drawn = torch.Generator().manual_seed(0)
@@ -120,5 +119,5 @@ def _trial(
     x, W0, A, B = (torch.randn(*size, generator=drawn, device="cpu").to(device) for size in sizes)
     x, W0, m = x.to(dtype), W0.to(dtype), W0.norm(dim=1) * 1.1
     trained = [t.requires_grad_() for t in (x, A, B, m)]
-    y = function(x, W0, None, [Adapter(A, B, m)], product=LINEAR, dropout=0.0)
+    y = function(x, W0, None, [Adapter(A, B, m)], Options())
     return [y.detach(), *torch.autograd.grad(y, trained, torch.ones_like(y))]

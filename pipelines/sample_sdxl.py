@@ -86,7 +86,7 @@ def load_adapter(config: SampleSDXLConfig, model: SDXL) -> dict[str, torch.nn.Mo
 
 
 def methods(network: torch.nn.Module) -> set[str]:
-    return {module.spec.method for module in network.modules() if isinstance(module, AdaptedLayer)}
+    return {module.adaptation.spec.method for module in network.modules() if isinstance(module, AdaptedLayer)}
 
 
 def replaces_weights(adapted: dict[str, torch.nn.Module]) -> bool:

@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 
 import dora_mm
+from dora_mm import formats
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.sdxl import TrainSDXLConfig
 from dora_mm.core import InjectReport
@@ -175,7 +176,7 @@ def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirecto
         "unconditional": config.data.unconditional,  # the empty prompt in training: the zero embedding, or ""
         "config": dump_config(config),
     }
-    format = "full" if config.adapter.method == "full" else "diffusers"
+    format = formats.format_for(adapted, preferred="diffusers")
     dora_mm.save_adapter(adapted, run.adapter, format=format, metadata=metadata, strength=config.adapter.strength)
 
 

@@ -211,11 +211,12 @@ def save(
     folder: Path,
 ) -> None:
     """Saves the model's adapter with the extra parameters, and the vision tower's in the subfolder VISION."""
-    format = "full" if config.adapter.method == "full" else "peft"
     metadata = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
     for name, network in adapted.items():
         path, names = (folder / VISION, []) if name == VISION else (folder, list(extra))
-        dora_mm.save_adapter({name: network}, path, format=format, metadata=metadata, extra_parameters=names)
+        format = formats.format_for({name: network}, preferred="peft")
+        file = dora_mm.save_adapter({name: network}, path, format=format, metadata=metadata, extra_parameters=names)
+        formats.remove_other_formats(file)  # a resumed run may have saved the tower as peft before
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ FAMILIES = re.compile(r"sdxl|vl_bart|vlbart|\bvl\b|\beyes\b|unet|tokenizer", re.
 
 
 def package_of(module: str) -> str:
-    """The top-level package of a module of ours: `dora_mm.formats.full` is in formats.
+    """The top-level package of a module of ours: `dora_mm.formats.native` is in formats.
 
     Public names such as `dora_mm.inject` count as formats: they import core, targets, backend and formats.
     """
@@ -101,8 +101,8 @@ def test_core_imports_torch_and_nothing_else(path):
 @pytest.mark.parametrize(
     ("module", "target", "allowed"),
     [
-        ("dora_mm.formats.full", "dora_mm.core.layer", True),
-        ("dora_mm.formats.full", "dora_mm.formats.state", True),
+        ("dora_mm.formats.native", "dora_mm.core.layer", True),
+        ("dora_mm.formats.native", "dora_mm.formats.state", True),
         ("dora_mm.core.layer", "dora_mm.targets", False),
         ("dora_mm.models.sdxl.loading", "dora_mm.data.images.folder", False),
         ("dora_mm.tasks.sdxl", "dora_mm.eval.images.style", False),
@@ -110,7 +110,7 @@ def test_core_imports_torch_and_nothing_else(path):
         ("pipelines.sample_sdxl", "dora_mm.train.run", True),
         ("pipelines.sample_sdxl", "pipelines.train_sdxl", False),
         ("dora_mm.train.loop", "pipelines.train_sdxl", False),
-        ("dora_mm.formats.full", "dora_mm.surprise", False),
+        ("dora_mm.formats.native", "dora_mm.surprise", False),
         ("pipelines.sample_sdxl", "dora_mm.inject", True),
         ("dora_mm.core.layer", "dora_mm.inject", False),
     ],

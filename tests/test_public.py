@@ -54,7 +54,7 @@ def test_the_life_of_an_adapter(tmp_path):
         parameter.data.add_(0.1)
     x = torch.randn(3, 4)
     trained = net["to_q"](x)
-    dora_mm.save_adapter(net, tmp_path)
+    dora_mm.save_adapter({"unet": net}, tmp_path)
     dora_mm.set_strength(net, 0.5)
     dora_mm.merge(net)
     dora_mm.unmerge(net)

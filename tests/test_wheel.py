@@ -71,7 +71,7 @@ SAVE = """
 import torch, dora_mm
 model = torch.nn.ModuleDict({"to_q": torch.nn.Linear(4, 4)})
 dora_mm.inject(model, ["to_q"], dora_mm.DoRASpec(rank=2))
-dora_mm.save_adapter(model, "adapter")
+dora_mm.save_adapter({"unet": model}, "adapter")
 """
 
 

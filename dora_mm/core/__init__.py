@@ -1,8 +1,8 @@
 """The adapted layers, the target maps and the injection. Imports only torch."""
 
-from dora_mm.core.adapted import AdaptedLayer, DoRASpec
+from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.functional import Adapter
-from dora_mm.core.fused import TORCH, Forward
 from dora_mm.core.inject import (
     InjectReport,
     MergeReport,
@@ -16,6 +16,7 @@ from dora_mm.core.inject import (
     unmerge,
 )
 from dora_mm.core.layer import DoRAConv, DoRAEmbedding, DoRALinear, adapt_layer, restore_layer
+from dora_mm.core.spec import DoRASpec
 from dora_mm.core.targets import TargetMap
 
 __all__ = [

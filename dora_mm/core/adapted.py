@@ -1,76 +1,22 @@
-"""The base class of the adapted layers: a layer with an adapter registered on it."""
+"""The base class of the adapted layers, and the state that adapting adds to a layer."""
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dora_mm.core.forms import Forward, Kept, Options
 from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, rescaled, row_norm
-from dora_mm.core.fused import Forward, Prepared
-from dora_mm.core.products import Product
+from dora_mm.core.ops import Op
+from dora_mm.core.sharded import is_sharded, whole, write
+from dora_mm.core.spec import DoRASpec, finite_number
 
-METHODS = ("dora", "lora", "magnitude", "full")
-NORM_GRADS = ("detached", "exact")
-CACHES = ("weights", "norms")
 ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
-
-
-@dataclass(frozen=True)
-class DoRASpec:
-    """How layers are adapted.
-
-    Attributes:
-        rank: The rank R of A (R, I) and B (O, R); at least 1.
-        alpha: The update B A is scaled by alpha / rank. None sets alpha to rank.
-        dropout: Probability of dropping entries of the input in the update only; at least 0 and below 1.
-        method: `dora`; `lora` (no magnitude); `magnitude` (no A and B); `full` (trains `weight`, adds nothing).
-        norm_grad: `detached` (the paper's default) treats the norm as a constant in the backward pass; `exact` does
-            not.
-        cache: `weights` keeps the W' that the forward pass of a layer builds until its backward pass, and inside
-            `fixed_parameters` until its end. `norms` builds it again, which takes time and saves the memory of one more
-            weight per layer.
-        save_output: Whether the output of a layer may be kept for the backward pass. Set it to False where the model
-            overwrites that output in place; it costs one more product in the backward pass.
-
-    Raises:
-        ValueError: A setting is out of its range.
-    """
-
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    method: str = "dora"
-    norm_grad: str = "detached"
-    cache: str = "weights"
-    save_output: bool = True
-
-    def __post_init__(self):
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        if self.norm_grad not in NORM_GRADS:
-            raise ValueError(f"norm_grad must be one of {', '.join(NORM_GRADS)}, not {self.norm_grad!r}")
-        if self.cache not in CACHES:
-            raise ValueError(f"cache must be one of {', '.join(CACHES)}, not {self.cache!r}")
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, not {self.rank}")
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", float(self.rank))
-        if not math.isfinite(self.alpha or 0.0):
-            raise ValueError(f"alpha must be a finite number, not {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-
-    @property
-    def scaling(self) -> float:
-        """The factor s = alpha / rank of the update."""
-        assert self.alpha is not None
-        return self.alpha / self.rank
 
 
 @dataclass
@@ -80,6 +26,61 @@ class StackedAdapter:
     spec: DoRASpec
     tensors: dict[str, Tensor]  # by the names of ADAPTER_NAMES
     strength: float
+
+
+@dataclass
+class Fixed:
+    """What is computed once per `fixed_parameters`, by dtype and device of the product.
+
+    Attributes:
+        num_passes: The number of passes; None where only the base weight is fixed.
+        n0: The row norms of the base weight.
+        kept: What depends on the adapters too.
+    """
+
+    num_passes: float | None = None
+    n0: dict[Hashable, Tensor] = field(default_factory=dict)
+    kept: dict[Hashable, Kept] = field(default_factory=dict)
+
+
+@dataclass
+class Adaptation:
+    """What adapting adds to a layer besides the parameters A, B and m.
+
+    Attributes:
+        base_class: The class that the layer had.
+        spec: How it is adapted.
+        path: Its path in the model; A is drawn from it and `seed`.
+        seed: The seed.
+        name: The name of the adapter that A, B and m belong to.
+        function: The implementation of the layer.
+        trainable_before: Whether its weight was trained.
+        strength: The strength of A, B and m.
+        stacked: More adapters by name.
+        made_for: Device and dtype of the weight that m was computed from.
+        first_magnitude: m as it was computed; None without a magnitude.
+        merged: Whether the weight is W(t).
+        base_weight: While merged, the base weight as stored, unless it was not kept.
+        fixed: Inside `fixed_parameters`, what that keeps.
+    """
+
+    base_class: type[nn.Module]
+    spec: DoRASpec
+    path: str
+    seed: int
+    name: str
+    function: Forward
+    trainable_before: bool
+    strength: float = 1.0
+    stacked: dict[str, StackedAdapter] = field(default_factory=dict)
+    made_for: tuple[torch.device, torch.dtype] | None = None
+    first_magnitude: Tensor | None = None
+    merged: bool = False
+    base_weight: Tensor | None = None
+    fixed: Fixed | None = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "fixed": None}
 
 
 class AdaptedLayer(nn.Module):
@@ -95,21 +96,7 @@ class AdaptedLayer(nn.Module):
     lora_A: nn.Parameter | None  # (R, I), in a convolution (R, I / groups, *K)
     lora_B: nn.Parameter | None  # (O, R)
     magnitude: nn.Parameter | None  # (O,)
-    base_class: type[nn.Module]
-    spec: DoRASpec
-    path: str
-    seed: int
-    name: str  # of the adapter that A, B and m belong to
-    strength: float
-    stacked: dict[str, StackedAdapter]
-    function: Forward
-    trainable_before: bool
-    merged: bool
-    base_weight: tuple[nn.Parameter | None]  # while merged; the tuple hides it from the module's parameters
-    kept: dict[torch.dtype, Prepared] | None  # inside `fixed_parameters`, by the dtype of the product
-    num_passes: float  # the number of passes inside `fixed_parameters`
-    base_fixed: bool  # inside `fixed_parameters`, also with `base_only`
-    base_norm: Tensor | None  # n0, while base_fixed
+    adaptation: Adaptation
 
     def __init__(self, *_: Any, **__: Any):
         raise TypeError(f"a {type(self).__name__} is made from a base layer: use inject or adapt_layer")
@@ -120,42 +107,56 @@ class AdaptedLayer(nn.Module):
         return self.weight
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """Returns a weight with output rows first, shaped like `matrix`, as the layer stores it."""
+        """Returns a weight with output rows first as the layer stores it, or the other way round."""
         return matrix
 
     # --- the adapter ---
 
     def reset_adapter(self) -> None:
         """Draws A from (seed, path), and sets B to 0 and m to the row norms: the layer computes what its base does."""
-        W0 = self.matrix.detach()
-        dtype, device, fan_in = adapter_dtype(W0.dtype), W0.device, W0[0].numel()
-        if self.spec.method in ("dora", "lora"):
-            A = torch.empty(self.spec.rank, *W0.shape[1:], device="cpu")  # the same numbers for every dtype and device
-            A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=seeded_generator(self.seed, self.path))
-            self.lora_A = nn.Parameter(A.to(device, dtype))  # kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
-            self.lora_B = nn.Parameter(torch.zeros(W0.shape[0], self.spec.rank, dtype=dtype, device=device))
-        if self.spec.method in ("dora", "magnitude"):
-            self.magnitude = nn.Parameter(row_norm(W0))
+        W0, state = whole(self.matrix), self.adaptation
+        dtype, fan_in = adapter_dtype(W0.dtype), W0[0].numel()
+        if state.spec.method in ("dora", "lora"):
+            # the same numbers for every dtype and device; kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)
+            A = torch.empty(state.spec.rank, *W0.shape[1:], dtype=torch.float32, device="cpu")
+            A.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=seeded_generator(state.seed, state.path))
+            self._set("lora_A", A.to(W0.device, dtype))
+            self._set("lora_B", torch.zeros(W0.shape[0], state.spec.rank, dtype=dtype, device=W0.device))
+        self.reset_magnitude()
 
     def reset_magnitude(self) -> None:
-        """Sets m to the row norms again, after the weight of a fresh adapter has changed."""
-        if self.magnitude is not None:
-            self.magnitude.data = row_norm(self.matrix.detach())
+        """Sets m to the row norms of the weight as it is now."""
+        state = self.adaptation
+        state.made_for = self.weight.device, self.weight.dtype
+        if state.spec.method in ("dora", "magnitude"):
+            state.first_magnitude = row_norm(whole(self.matrix))
+            self._set("magnitude", state.first_magnitude.clone())
+
+    def _set(self, name: str, value: Tensor) -> None:
+        parameter = getattr(self, name)
+        if parameter is None or parameter.is_meta:
+            setattr(self, name, nn.Parameter(value, requires_grad=parameter is None or parameter.requires_grad))
+        elif is_sharded(parameter):
+            write(parameter, value)
+        else:
+            parameter.data = value
 
     def is_fresh(self) -> bool:
-        """Whether the adapter is still a no-op: B = 0 and m = n0 bit for bit."""
-        if self.stacked or (self.lora_B is not None and bool(self.lora_B.any())):
+        """Whether nothing was trained: B is 0 and m is what it was set to."""
+        first = self.adaptation.first_magnitude
+        if self.adaptation.stacked or (self.lora_B is not None and bool(whole(self.lora_B).any())):
             return False
-        if self.magnitude is None:
+        if self.magnitude is None or first is None:
             return True
-        n0 = row_norm(self.matrix.detach())
-        return bool(((self.magnitude == n0) | (self.magnitude.isnan() & n0.isnan())).all())
+        m = whole(self.magnitude)
+        first = first.to(m)
+        return bool(((m == first) | (m.isnan() & first.isnan())).all())
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name: `lora_A`, `lora_B`, `magnitude`, those that exist; `weight` for `full`."""
-        if self.spec.method == "full":
+        if self.adaptation.spec.method == "full":
             return {"weight": self.weight}
-        found = {name: self._parameters[name] for name in ADAPTER_NAMES}
+        found = {name: getattr(self, name) for name in ADAPTER_NAMES}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
     def tensors_at(self, strength: float) -> dict[str, Tensor]:
@@ -165,37 +166,43 @@ class AdaptedLayer(nn.Module):
             strength: The strength; what `set_strength` was called with has no effect.
 
         Raises:
-            ValueError: Method `full` has no strength, or there is no such adapter (see `functional.rescaled`).
+            ValueError: Method `full` has no strength, there is no such adapter (see `functional.rescaled`), or the base
+                weight is gone (merged with `keep_base=False`).
         """
-        tensors: dict[str, Tensor] = dict(self.adapter_tensors())
+        tensors: dict[str, Tensor] = {name: whole(t) for name, t in self.adapter_tensors().items()}
         if strength == 1:
             return tensors
         self.check_has_strength()
-        own = Adapter(tensors.get("lora_A"), tensors.get("lora_B"), tensors.get("magnitude"), self.spec.scaling)
-        scaled = rescaled(self.matrix, own, strength)
+        base, own = self.adaptation.base_weight, map(tensors.get, ADAPTER_NAMES)
+        if self.adaptation.merged and base is None:
+            raise ValueError(
+                f"{self.adaptation.path} was merged with keep_base=False: only strength 1 does not need the base"
+            )
+        W0 = self.matrix if base is None else self.as_stored(base)
+        scaled = rescaled(whole(W0), Adapter(*own, scaling=self.adaptation.spec.scaling), strength)
         return {name: tensor for name, tensor in zip(ADAPTER_NAMES, scaled[:3], strict=True) if tensor is not None}
 
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter whose strength is not 0."""
-        own = self.spec, self._parameters, self.strength
-        others = [(s.spec, s.tensors, s.strength) for s in self.stacked.values()]
+        state, dtype = self.adaptation, adapter_dtype(self.weight.dtype)
+        # Attributes, which need not be parameters (DataParallel's copies), in another dtype where FSDP has cast them.
+        own = {name: None if (t := getattr(self, name, None)) is None else t.to(dtype) for name in ADAPTER_NAMES}
+        others = [(s.spec, s.tensors, s.strength) for s in state.stacked.values()]
         return tuple(
             Adapter(*map(tensors.get, ADAPTER_NAMES), scaling=spec.scaling, strength=strength, norm_grad=spec.norm_grad)
-            for spec, tensors, strength in (own, *others)
+            for spec, tensors, strength in ((state.spec, own, state.strength), *others)
             if strength != 0
         )
 
     def check_can_stack(self, name: str, spec: DoRASpec) -> None:
-        """Checks that an adapter can be stacked on this layer.
-
-        Raises:
-            ValueError: The layer is merged, one of the methods is `full`, or the name is taken.
-        """
+        """Raises ValueError where the layer is merged, a method is `full`, or the name is taken."""
         self.check_can_merge()
-        if "full" in (spec.method, self.spec.method):
-            raise ValueError(f"{self.path} cannot hold several adapters: method full replaces the weight itself")
-        if name == self.name or name in self.stacked:
-            raise ValueError(f"{self.path} has an adapter named {name!r} already: choose another name")
+        if "full" in (spec.method, self.adaptation.spec.method):
+            raise ValueError(
+                f"{self.adaptation.path} cannot hold several adapters: method full replaces the weight itself"
+            )
+        if name == self.adaptation.name or name in self.adaptation.stacked:
+            raise ValueError(f"{self.adaptation.path} has an adapter named {name!r} already: choose another name")
 
     def stack(self, name: str, spec: DoRASpec, tensors: Mapping[str, Tensor], strength: float) -> None:
         """Adds an adapter for inference: the weight is then W0 + sum of strength_k (W'_k - W0).
@@ -203,7 +210,7 @@ class AdaptedLayer(nn.Module):
         Args:
             name: A name that the layer does not have yet.
             spec: The settings of the adapter.
-            tensors: Its tensors by the names of ADAPTER_NAMES; they are detached and moved to the weight's device.
+            tensors: Its tensors by the names of ADAPTER_NAMES; they are copied to the weight's device.
             strength: Its strength.
 
         Raises:
@@ -211,136 +218,148 @@ class AdaptedLayer(nn.Module):
         """
         self.check_can_stack(name, spec)
         device, dtype = self.weight.device, adapter_dtype(self.weight.dtype)
-        self.stacked[name] = StackedAdapter(
-            spec, {n: t.detach().to(device, dtype) for n, t in tensors.items()}, strength
-        )
+        copies = {n: t.detach().to(device, dtype, copy=True) for n, t in tensors.items()}
+        self.adaptation.stacked[name] = StackedAdapter(spec, copies, finite_number("strength", strength))
         self.end_fixed()
 
     def check_has_strength(self) -> None:
         """Raises ValueError for method `full`."""
-        if self.spec.method == "full":
-            raise ValueError(f"{self.path} was trained with method full, which keeps no base: it has no strength")
+        if self.adaptation.spec.method == "full":
+            raise ValueError(
+                f"{self.adaptation.path} was trained with method full, which keeps no base: it has no strength"
+            )
 
     def set_strength(self, strength: float, name: str | None = None) -> None:
         """Sets the strength of the adapter `name`, or of all adapters of the layer if it is None.
 
         Raises:
-            ValueError: The layer is merged, or was trained with method `full`.
+            ValueError: The strength is not a finite number, the layer is merged, or was trained with method `full`.
         """
+        strength, state = finite_number("strength", strength), self.adaptation
         self.check_has_strength()
         self.check_can_merge()
-        if name in (None, self.name):
-            self.strength = float(strength)
-        for other, stacked in self.stacked.items():
+        if name in (None, state.name):
+            state.strength = strength
+        for other, stacked in state.stacked.items():
             if name in (None, other):
-                stacked.strength = float(strength)
+                stacked.strength = strength
         self.end_fixed()
 
     # --- the forward pass ---
 
     def is_base(self) -> bool:
         """Whether the forward pass is that of the base layer: merged, method `full`, or strength 0."""
-        if self.merged or self.spec.method == "full":
+        state = self.adaptation
+        if state.merged or state.spec.method == "full":
             return True
-        return self.strength == 0 and not any(s.strength for s in self.stacked.values())
+        return state.strength == 0 and not any(s.strength for s in state.stacked.values())
 
-    def active_dropout(self) -> float:
-        """The probability of dropout: 0 in eval mode."""
-        return self.spec.dropout if self.training else 0.0
-
-    def prepared(self) -> Prepared | None:
+    def kept(self) -> Kept | None:
         """What `fixed_parameters` keeps; None outside of it, where every pass reads the parameters."""
-        if not self.base_fixed:
+        fixed = self.adaptation.fixed
+        if fixed is None:
             return None
-        if self.base_norm is None:
-            self.base_norm = row_norm(self.matrix.detach())
-        if self.kept is None:
-            return Prepared(self.base_norm)
-        return self.kept.setdefault(product_dtype(self.weight), Prepared(self.base_norm, self.num_passes))
+        key = product_dtype(self.weight), self.weight.device, torch.is_inference_mode_enabled()
+        if key not in fixed.n0:
+            fixed.n0[key] = row_norm(self.matrix.detach())
+        if fixed.num_passes is None:
+            return Kept(fixed.n0[key])
+        return fixed.kept.setdefault(key, Kept(fixed.n0[key], fixed.num_passes))
 
     def adapted_product(
         self,
         x: Tensor,
-        product: Product,
+        op: Op,
         *,
+        use_bias: bool = True,
         dtype: torch.dtype | None = None,
         restore: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """Runs the forward function on x: see `fused.adapted_product`."""
-        return self.function(
-            x,
-            self.matrix,
-            self.bias,
-            self.adapters(),
-            product=product,
-            dropout=self.active_dropout(),
-            prepared=self.prepared(),
-            keep_weight=restore is None and self.spec.cache == "weights",
-            save_output=self.spec.save_output,
+        """Runs the forward function on x: see `forms.adapted_product`."""
+        spec = self.adaptation.spec
+        options = Options(
+            op,
+            spec.dropout if self.training else 0.0,
+            keep_weight=restore is None and spec.cache == "weights",
+            save_output=spec.save_output,
+            kept=self.kept(),
             dtype=dtype,
             restore=restore,
         )
+        bias = self.bias if use_bias else None
+        return self.adaptation.function(x, self.matrix, bias, self.adapters(), options)
 
     def end_fixed(self, *, base: bool = False) -> None:
         """Discards what `fixed_parameters` keeps of the adapters and, with `base`, of the base weight."""
-        self.kept = None
-        if base:
-            self.base_fixed, self.base_norm = False, None
+        fixed = self.adaptation.fixed
+        if fixed is not None:
+            self.adaptation.fixed = None if base else Fixed(None, fixed.n0)
 
     # --- merging ---
 
     def check_can_merge(self) -> None:
         """Raises ValueError where the layer is merged already."""
-        if self.merged:
-            raise ValueError(f"the adapter of {self.path} is merged: call unmerge first")
+        if self.adaptation.merged:
+            raise ValueError(f"the adapter of {self.adaptation.path} is merged: call unmerge first")
 
-    def merge(self, *, keep_base: bool, shared: bool) -> tuple[float, float]:
+    def check_can_replace_weight(self, *, shared: bool) -> None:
+        """Raises ValueError where the weight cannot be replaced. `shared`: whether another module uses it too."""
+
+    def merge(self, *, keep_base: bool) -> tuple[float, float]:
         """Replaces the weight by W(t), stochastically rounded in half precision.
 
         Args:
             keep_base: Whether the weight is kept for `unmerge`.
-            shared: Whether another module uses the same Parameter, which is then not overwritten.
 
         Returns:
-            The inner products <stored update, update> and <update, update>: their ratio is the fraction of the update
-            that the stored weight contains.
+            The inner products <stored update, update> and <update, update>, whose ratio is the fraction of the update
+            that the stored weight contains; zeros where nothing was rounded.
 
         Raises:
             ValueError: The layer is merged already.
         """
         self.check_can_merge()
-        W0 = self.matrix.detach()
-        W = merged_weight(W0, self.adapters())
-        merged = round_stochastically(W, W0.dtype, seeded_generator(self.seed, f"merge:{self.path}"))
-        update = W.double() - W0.double()
-        stored = ((merged.double() - W0.double()) * update).sum().item()
-        self.replace_weight(merged, keep_base=keep_base, shared=shared)
-        self.merged = True
+        W0, state = whole(self.matrix), self.adaptation
+        adapters = [a.holding(*(None if t is None else whole(t) for t in a[:3])) for a in self.adapters()]
+        W = merged_weight(W0, adapters)
+        merged, sums = W, (0.0, 0.0)
+        if W.dtype != W0.dtype:
+            merged = round_stochastically(W, W0.dtype, seeded_generator(state.seed, f"merge:{state.path}"))
+            sums = shares(merged, W, W0)
+        elif not adapters:
+            merged = W0.clone()
+        base = self.weight.detach().clone() if is_sharded(self.weight) else self.weight
+        state.base_weight = base if keep_base else None
+        self.store(merged)
+        state.merged = True
         self.end_fixed(base=True)
-        return stored, update.square().sum().item()
+        return sums
 
-    def check_can_replace_weight(self, *, shared: bool) -> None:
-        """Raises ValueError where the weight cannot be replaced by W(t). `shared` as in `merge`."""
+    def store(self, matrix: Tensor) -> None:
+        """Makes a weight with output rows first the weight.
 
-    def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:
-        """Stores W(t), shaped like `matrix`, as the weight. The other arguments as in `merge`."""
-        self.base_weight = (self.weight if keep_base else None,)
-        merged = self.as_stored(merged)
-        if keep_base or shared:
-            self.weight = nn.Parameter(merged, requires_grad=self.weight.requires_grad)
+        It becomes a new Parameter: passes that were made before, and modules that share the old one, keep that.
+        """
+        stored = self.as_stored(matrix)
+        if is_sharded(self.weight):
+            write(self.weight, stored)
         else:
-            self.weight.data = merged
+            self.weight = nn.Parameter(stored, requires_grad=self.weight.requires_grad)
 
-    def put_back(self, base: nn.Parameter) -> None:
-        """Makes the stashed weight the weight again, on the device and in the dtype of the merged one."""
-        base.data = base.data.to(self.weight.device, self.weight.dtype)
-        self.weight = base
+    def put_back(self, base: Tensor) -> None:
+        """Makes the base weight the weight again, on the device and in the dtype of the merged one."""
+        if isinstance(base, nn.Parameter):
+            base.data = base.data.to(self.weight.device, self.weight.dtype)
+            self.weight = base
+        else:
+            write(self.weight, whole(base))
 
     def check_can_unmerge(self) -> None:
         """Raises ValueError where the base weight was not kept."""
-        if self.merged and self.base_weight[0] is None:
+        if self.adaptation.merged and self.adaptation.base_weight is None:
             raise ValueError(
-                f"{self.path} was merged with keep_base=False, so the base weight is gone: load the model again"
+                f"{self.adaptation.path} was merged with keep_base=False, so the base weight is gone: load the model "
+                "again"
             )
 
     def unmerge(self) -> None:
@@ -350,17 +369,16 @@ class AdaptedLayer(nn.Module):
             ValueError: The base weight was not kept.
         """
         self.check_can_unmerge()
-        (base,) = self.base_weight
-        if base is not None:
-            self.put_back(base)
-            self.base_weight, self.merged = (None,), False
-            self.end_fixed(base=True)
+        state = self.adaptation
+        if state.base_weight is not None:
+            self.put_back(state.base_weight)
+            state.base_weight, state.merged = None, False
+            self.follow_weight()
 
     # --- moving, casting, loading, copying ---
 
     def _apply(self, fn, recurse=True):
         """What `.to`, `.half` and `.cuda` call: A, B and m keep their precision, and a fresh adapter stays a no-op."""
-        before = self.before_move()
         own = [t for p in self.adapter_tensors().values() if p is not self.weight for t in (p, p.grad)]
 
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -369,29 +387,40 @@ class AdaptedLayer(nn.Module):
             return moved if moved.dtype == wanted else tensor.to(moved.device, wanted)
 
         super()._apply(lambda t: keep_precision(t) if any(t is o for o in own) else fn(t), recurse)
-        for stacked in self.stacked.values():
+        for stacked in self.adaptation.stacked.values():
             stacked.tensors = {name: keep_precision(tensor) for name, tensor in stacked.tensors.items()}
-        self.after_move(*before)
+        self.follow_weight()
         return self
 
-    def before_move(self) -> tuple[torch.device, torch.dtype, bool]:
-        """Device and dtype of the weight, and whether the adapter is fresh: the arguments of `after_move`."""
-        fresh = not self.merged and self.spec.method != "full" and not self.weight.is_meta and self.is_fresh()
-        return self.weight.device, self.weight.dtype, fresh
+    def follow_weight(self) -> None:
+        """Keeps a fresh adapter a no-op where the weight was moved or cast, by this layer or by one that shares it.
 
-    def after_move(self, device: torch.device, dtype: torch.dtype, fresh: bool) -> None:
-        """Keeps a fresh adapter a no-op after the weight was moved or cast. Arguments: what `before_move` returned."""
-        if device.type == "meta" and not self.weight.is_meta:
-            self.reset_adapter()
-        elif fresh and (device, dtype) != (self.weight.device, self.weight.dtype):
-            self.reset_magnitude()  # the norms of a rounded weight, or of another device, differ in the last bits
+        The norms of a rounded weight, or of another device, differ in the last bits. An adapter that was on `meta` is
+        drawn when its weight gets memory.
+        """
+        state, made_for = self.adaptation, (self.weight.device, self.weight.dtype)
         self.end_fixed(base=True)
+        if state.made_for in (None, made_for) or state.merged or state.spec.method == "full":
+            return
+        if state.made_for[0].type == "meta":
+            self.reset_adapter()
+        elif self.weight.is_meta:
+            state.made_for = made_for
+        elif self.is_fresh():
+            self.reset_magnitude()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """A merged layer is saved as the base layer that it is: with its adapter, the update would be applied twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.adaptation.merged:
+            for name in ADAPTER_NAMES:
+                destination.pop(prefix + name, None)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Loads a state dict of the base model strictly: m of a fresh adapter is then computed from the new weight."""
         self.end_fixed(base=True)
         given = {name: state_dict[prefix + name] for name in ADAPTER_NAMES if prefix + name in state_dict}
-        bare = not given and prefix + "weight" in state_dict and self.spec.method != "full"
+        bare = not given and prefix + "weight" in state_dict and self.adaptation.spec.method != "full"
         if problem := self.why_not_load(bare=bare):
             errors.append(problem)
             return
@@ -402,8 +431,16 @@ class AdaptedLayer(nn.Module):
         super()._load_from_state_dict(local, prefix, local_metadata, strict, found, unexpected, errors)
         adapter_keys = {prefix + name for name in ADAPTER_NAMES} if bare else set()
         missing.extend(key for key in found if key not in adapter_keys)
+        self.after_load(bare=bare)
+
+    def after_load(self, *, bare: bool) -> None:
+        """Makes the adapter one of the loaded weight; `bare` as in `why_not_load`."""
+        state = self.adaptation
         if bare:
+            self.follow_weight()
             self.reset_magnitude()
+        elif state.made_for is not None and state.made_for[0].type == "meta" and not self.weight.is_meta:
+            state.made_for, state.first_magnitude = (self.weight.device, self.weight.dtype), row_norm(self.matrix)
 
     def why_not_load(self, *, bare: bool) -> str | None:
         """Why a state dict cannot be loaded, or None.
@@ -411,25 +448,22 @@ class AdaptedLayer(nn.Module):
         Args:
             bare: Whether the state dict has the weight but no adapter.
         """
-        if self.merged:
-            return f"{self.path} is merged: call unmerge before loading a state dict"
-        if bare and not self.is_fresh():
-            return f"{self.path} has a trained adapter but the state dict has none: call remove first"
+        if self.adaptation.merged:
+            return f"{self.adaptation.path} is merged: call unmerge before loading a state dict"
+        if bare and not self.weight.is_meta and not self.is_fresh():
+            return f"{self.adaptation.path} has a trained adapter but the state dict has none: call remove first"
         return None
 
-    def __getstate__(self):
-        return {**self.__dict__, "kept": None, "base_fixed": False, "base_norm": None}
-
     def extra_repr(self) -> str:
-        s = self.spec
-        rank = f", rank={s.rank}, alpha={s.alpha:g}" if self.lora_A is not None else ""
-        return f"{super().extra_repr()}, method={s.method}{rank}"
+        spec = self.adaptation.spec
+        rank = f", rank={spec.rank}, alpha={spec.alpha:g}" if self.lora_A is not None else ""
+        return f"{super().extra_repr()}, method={spec.method}{rank}"
 
 
 def seeded_generator(seed: int, path: str) -> torch.Generator:
     """A CPU generator that depends only on the seed and the path of the module, not on the order of the layers."""
     digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def round_stochastically(W: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -439,15 +473,21 @@ def round_stochastically(W: Tensor, dtype: torch.dtype, generator: torch.Generat
     last place.
 
     Args:
-        W: Any shape, in fp32 or float64.
-        dtype: The dtype of the result.
+        W: Any shape, in fp32.
+        dtype: The dtype of the result, of half precision.
         generator: A CPU generator.
     """
-    if W.dtype == dtype:
-        return W.clone()
     info = torch.finfo(dtype)
-    W = W.double()
-    power = (W / torch.frexp(W).mantissa).nan_to_num(0.0) / 2  # the power of two at or below |W|
-    unit = info.eps * power.clamp_min(info.smallest_normal)
-    noise = torch.rand(W.shape, generator=generator).to(W.device, torch.float64)  # below 1, also after the addition
-    return ((W / unit + noise).floor() * unit).clamp(info.min, info.max).to(dtype)
+    power = (W.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below |W|
+    unit = power.clamp_(min=info.smallest_normal).mul_(info.eps)
+    quotient = W / unit  # exact, as is what follows
+    lower = quotient.floor()
+    noise = torch.rand(W.shape, generator=generator, dtype=torch.float32, device="cpu").to(W.device)
+    lower += noise < quotient.sub_(lower)
+    return lower.mul_(unit).clamp_(info.min, info.max).to(dtype)
+
+
+def shares(merged: Tensor, W: Tensor, W0: Tensor) -> tuple[float, float]:
+    """Returns <merged - W0, W - W0> and <W - W0, W - W0>."""
+    update, stored = W - W0, merged.to(W.dtype) - W0
+    return (stored * update).sum(dtype=torch.float64).item(), (update * update).sum(dtype=torch.float64).item()

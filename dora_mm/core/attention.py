@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.products import LINEAR
+from dora_mm.core.ops import LINEAR
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -65,14 +65,23 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
 
     def check_can_replace_weight(self, *, shared: bool) -> None:
         if shared:
-            raise ValueError(f"{self.path} cannot be merged: it is a part of a weight that another module shares")
+            raise ValueError(
+                f"{self.adaptation.path} cannot be merged: it is a part of a weight that another module shares"
+            )
 
-    def replace_weight(self, merged: Tensor, *, keep_base: bool, shared: bool) -> None:
-        self.base_weight = (nn.Parameter(self.matrix.detach().clone()) if keep_base else None,)
-        self.matrix.data.copy_(merged)
+    def merge(self, *, keep_base: bool) -> tuple[float, float]:
+        base = self.matrix.detach().clone()
+        sums = super().merge(keep_base=keep_base)
+        self.adaptation.base_weight = base if keep_base else None  # its own rows: others may be merged as well
+        return sums
 
-    def put_back(self, base: nn.Parameter) -> None:
-        self.matrix.data.copy_(base)
+    def store(self, matrix: Tensor) -> None:
+        packed = self.weight.detach().clone()
+        packed.chunk(3)[self.index].copy_(matrix)
+        self.attention[0].in_proj_weight = nn.Parameter(packed, requires_grad=self.weight.requires_grad)
+
+    def put_back(self, base: Tensor) -> None:
+        self.store(base)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Loads the adapter if the state dict has it. The rows of the weight were loaded by the attention."""
@@ -86,7 +95,6 @@ class PackedAttention(nn.MultiheadAttention):
     q_proj: PackedProjection
     k_proj: PackedProjection
     v_proj: PackedProjection
-    trainable_before: bool | None  # of in_proj_weight, once any of its rows is adapted
 
     def forward(
         self,
@@ -109,6 +117,9 @@ class PackedAttention(nn.MultiheadAttention):
         """
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is a hint about attn_mask: pass attn_mask too")
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            if projection.attention[0] is not self:  # in a copy of DataParallel, they still have the original's weight
+                projection.attention = (self,)
         batched, sequence_first = query.dim() == 3, not self.batch_first
         if not batched:
             query, key, value, sequence_first = query[:, None], key[:, None], value[:, None], True
@@ -137,21 +148,15 @@ class PackedAttention(nn.MultiheadAttention):
         """(L, B, E) -> (B, H, L, E / H)."""
         return t.unflatten(-1, (self.num_heads, self.head_dim)).permute(1, 2, 0, 3)
 
-    def remember_trainable(self) -> None:
-        """Records whether in_proj_weight is trained. Call it before a projection is adapted, which freezes all rows."""
-        if self.trainable_before is None:
-            self.trainable_before = bool(self.in_proj_weight.requires_grad)
-
     def adapted_projections(self) -> list[DoRAPackedProjection]:
         """The projections that are adapted, in the order q, k, v."""
         projections = (getattr(self, name) for name in PROJECTIONS)
         return [projection for projection in projections if isinstance(projection, DoRAPackedProjection)]
 
     def _apply(self, fn, recurse=True):
-        before = {p: p.before_move() for p in self.adapted_projections()}  # while adapters and weight are in one place
         super()._apply(fn, recurse)
-        for projection, state in before.items():
-            projection.after_move(*state)
+        for projection in self.adapted_projections():  # they were moved before the weight was
+            projection.follow_weight()
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -167,8 +172,7 @@ class PackedAttention(nn.MultiheadAttention):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         for projection in self.adapted_projections():
             projection.end_fixed(base=True)
-        for projection in bare if loads else []:
-            projection.reset_magnitude()
+            projection.after_load(bare=loads and projection in bare)
 
 
 def _combined_mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -246,7 +250,6 @@ def separate_projections(attention: nn.MultiheadAttention, projections: Mapping[
     """
     object.__setattr__(attention, "__class__", PackedAttention)
     assert isinstance(attention, PackedAttention)
-    attention.trainable_before = None
     for name in PROJECTIONS:
         attention.add_module(name, projections[name])
 
@@ -255,8 +258,6 @@ def restore_attention(attention: PackedAttention) -> None:
     """Makes it an nn.MultiheadAttention again, in place, where nothing in it is adapted any longer."""
     parts: Any = (attention.out_proj, *(getattr(attention, name) for name in PROJECTIONS))
     if not any(isinstance(part, AdaptedLayer) for part in parts):
-        if attention.trainable_before is not None:
-            attention.in_proj_weight.requires_grad_(attention.trainable_before)
-        for name in (*PROJECTIONS, "trainable_before"):
+        for name in PROJECTIONS:
             delattr(attention, name)
         object.__setattr__(attention, "__class__", nn.MultiheadAttention)

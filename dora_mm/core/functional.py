@@ -1,13 +1,20 @@
-"""The formulas of DoRA in plain torch, for any floating dtype: the reference that every faster form is tested against.
-
-Shapes: x (..., I), W0 (O, I), A (R, I), B (O, R), magnitude m and norms n, g (O,); T is the number of tokens. A
-convolution kernel (O, I / groups, *K) is read as the matrix (O, I / groups * prod(K)): norms are per output row, so
-stride, dilation and groups change nothing.
+"""The formulas of DoRA in plain torch, for any floating dtype: the reference that both forms are tested against.
 
     V = W0 + s B A      n = ||V|| per row      g = m / n      W' = g V      W(t) = W0 + sum_k t_k (W'_k - W0)
 
-(DoRA, arXiv 2402.09353, eq. 5.) The bias is never scaled. Everything of parameter size is computed in fp32, or float64
-where the base is float64; only the products with x run in the base's or autocast's dtype.
+(DoRA, arXiv 2402.09353, eq. 5.) The symbols of core/ and kernels/, for T tokens, I input and O output features, rank R:
+
+    x, y, b     input (..., I), output (..., O), bias (O,), which is never scaled
+    W0          the base weight (O, I); a convolution kernel (O, I / groups, *K) is read as the matrix of its rows
+    A, B        the low-rank update (R, I), (O, R); its scaling s = alpha / rank
+    m, n, g     magnitude, row norms of V and gain, (O,); n0 are the row norms of W0
+    t, W(t)     the strength of an adapter, and the weight with all adapters at their strengths
+    e           1 + sum_k t_k (g_k - 1), (O,): the part of W0 in W(t)
+    h, u        x A^T and dY B, (T, R); dX, dY, dA, dB, dm are gradients
+
+Norms are per output row, so stride, dilation and groups of a convolution change nothing. Everything of parameter size
+is computed in fp32, or float64 where the base is float64; only the products with x run in the dtype of the base, or of
+autocast.
 """
 
 from __future__ import annotations
@@ -94,7 +101,7 @@ def row_norm(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(as_matrix(weight).contiguous(), dim=1)
 
 
-def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, W0A: Tensor | None = None) -> Tensor:
+def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor) -> Tensor:
     """Computes n = ||W0 + s B A|| per row without the dense update: n0 bit for bit where B is 0.
 
         n = n0 sqrt(1 + D / n0^2)    with D = rowsum(s B (2 W0 A^T + s B A A^T))
@@ -107,15 +114,15 @@ def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, W
         B: (O, R), of the dtype of A.
         scaling: s.
         n0: The row norms of W0 (O,), of the dtype of A.
-        W0A: W0 A^T (O, R), where it is known already.
 
     Returns:
         n (O,), in the dtype of A.
     """
     sB = B if scaling == 1 else B * scaling
-    if W0A is None and W0.dtype != A.dtype:
-        W0A = reduced_weight(W0, A)
-    inner = torch.addmm(sB @ (A @ A.T), W0, A.T, alpha=2) if W0A is None else torch.addmm(W0A, sB, A @ A.T, beta=2)
+    if W0.dtype == A.dtype:
+        inner = torch.addmm(sB @ (A @ A.T), W0, A.T, alpha=2)
+    else:
+        inner = torch.addmm(reduced_weight(W0, A), sB, A @ A.T, beta=2)
     D = inner.mul_(sB).sum(1)
     ratio = (D / n0).div_(n0).add_(1)  # of the squares; NaN where n0 is 0
     norm = ratio.sqrt().mul_(n0)
@@ -155,20 +162,19 @@ def with_gain(magnitude: Tensor, norm: Tensor) -> RowGains:
 
 
 @torch.no_grad()
-def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None, W0A: Tensor | None = None) -> RowGains:
+def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None) -> RowGains:
     """Computes n and g of one adapter from the current parameters.
 
     Args:
         weight: W0 (O, I), or a kernel (O, I / groups, *K).
         adapter: The adapter.
         n0: The row norms of W0 (O,), where they are known already.
-        W0A: W0 A^T (O, R), where it is known already.
     """
     if adapter.magnitude is None:
         return RowGains(None, None)
     norm = row_norm(weight.detach()) if n0 is None else n0
     if adapter.A is not None and adapter.B is not None:
-        norm = updated_norm(weight.detach().flatten(1), adapter.A.flatten(1), adapter.B, adapter.scaling, norm, W0A)
+        norm = updated_norm(weight.detach().flatten(1), adapter.A.flatten(1), adapter.B, adapter.scaling, norm)
     return with_gain(adapter.magnitude, norm)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_mm.core.adapted import AdaptedLayer, DoRASpec
+from dora_mm.core.adapted import AdaptedLayer, Fixed
 from dora_mm.core.attention import (
     PROJECTIONS,
     PackedAttention,
@@ -22,9 +22,11 @@ from dora_mm.core.attention import (
     with_projections,
 )
 from dora_mm.core.fast_path import set_fast_paths
-from dora_mm.core.fused import TORCH, Forward
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.layer import adapt_layer, restore_layer
 from dora_mm.core.quantized import is_quantized, why_not_quantized
+from dora_mm.core.sharded import check_not_sharded, reshard
+from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
 
 
@@ -109,6 +111,9 @@ def inject(
     Raises:
         ValueError: A pattern or a module does not fit; the message names it. The model is then unchanged.
     """
+    if isinstance(targets, str) or (not isinstance(targets, TargetMap) and not targets):
+        raise ValueError(f"targets must be a TargetMap or a list of patterns, at least one, not {targets!r}")
+    check_not_sharded(model)
     if not isinstance(targets, TargetMap):
         targets = TargetMap("given", {"given": tuple(targets)})
     taken = match_modules(model, targets)
@@ -135,26 +140,47 @@ def inject_paths(
     Raises:
         ValueError: A module cannot be adapted, or not with its spec. The model is then unchanged.
     """
+    if wanted:
+        check_not_sharded(model)
     modules = with_projections(dict(model.named_modules()))
     for path, (_, spec) in wanted.items():
         _check_adaptable(modules, path, spec)
-    report = []
-    for path, (part, spec) in wanted.items():
-        above = path.rpartition(".")[0]
-        if type(attention := modules.get(above)) is nn.MultiheadAttention:
-            separate_projections(attention, {name: modules[inside(above, name)] for name in PROJECTIONS})
-        if isinstance(attention, PackedAttention) and isinstance(modules[path], PackedProjection):
-            attention.remember_trainable()
-        layer = adapt_layer(modules[path], spec, path=path, function=forward, seed=seed, name=name)
-        report.append(describe(layer, part))
+    trained = _trainable_before(modules)
+    done: list[AdaptedLayer] = []
+    try:
+        for path, (_, spec) in wanted.items():
+            above = path.rpartition(".")[0]
+            if type(attention := modules.get(above)) is nn.MultiheadAttention:
+                separate_projections(attention, {name: modules[inside(above, name)] for name in PROJECTIONS})
+            before = trained.get(id(modules[path].weight))
+            settings = {"path": path, "function": forward, "seed": seed, "name": name, "trainable_before": before}
+            done.append(adapt_layer(modules[path], spec, **settings))
+    except BaseException:  # no memory, say
+        for layer in done:
+            restore_layer(layer)
+        _restore_attentions(model)
+        raise
     set_fast_paths(model)
-    return InjectReport(tuple(report))
+    return InjectReport(tuple(describe(layer, wanted[layer.adaptation.path][0]) for layer in done))
+
+
+def _trainable_before(modules: Mapping[str, nn.Module]) -> dict[int, bool]:
+    """Whether each weight is trained in the base model, by id: adapting a layer freezes one that others may share."""
+    trained = {id(p): p.requires_grad for module in modules.values() for p in module.parameters(recurse=False)}
+    layers = [module for module in modules.values() if isinstance(module, AdaptedLayer)]
+    return trained | {id(layer.weight): layer.adaptation.trainable_before for layer in layers}
+
+
+def _restore_attentions(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, PackedAttention):
+            restore_attention(module)
 
 
 def describe(layer: AdaptedLayer, part: str) -> AdaptedModule:
     """The entry of an adapted layer in the report."""
     num_parameters = sum(p.numel() for p in layer.adapter_tensors().values())
-    return AdaptedModule(layer.path, part, type(layer).__name__, tuple(layer.matrix.shape), num_parameters)
+    return AdaptedModule(layer.adaptation.path, part, type(layer).__name__, tuple(layer.matrix.shape), num_parameters)
 
 
 def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -> None:
@@ -165,6 +191,13 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
         raise ValueError(f"{path} is adapted already: call remove first")
     if not adaptable(layer):
         raise ValueError(f"{path} is a {type(layer).__name__}, {NOT_ADAPTABLE}")
+    if not isinstance(layer, PackedProjection) and "weight" not in layer._parameters:
+        raise ValueError(
+            f"the weight of {path} is computed from other parameters (weight_norm, spectral_norm, prune or another "
+            "parametrization): remove that first"
+        )
+    if layer.get_parameter("weight").numel() == 0:
+        raise ValueError(f"the weight of {path} is empty, so there is nothing to adapt")
     attention = modules.get(path.rpartition(".")[0])
     if isinstance(attention, nn.MultiheadAttention):
         if why := why_not_separable(attention):
@@ -234,9 +267,7 @@ def remove(model: nn.Module) -> None:
     """
     for layer in adapted_layers(model).values():
         restore_layer(layer)
-    for module in list(model.modules()):
-        if isinstance(module, PackedAttention):
-            restore_attention(module)
+    _restore_attentions(model)
     set_fast_paths(model)
 
 
@@ -250,13 +281,17 @@ def set_strength(model: nn.Module, strength: float, *, name: str | None = None) 
             strength of all.
 
     Raises:
-        ValueError: The model has no adapted layer or no adapter of that name, is merged, or was trained with method
-            `full`, which has no strength.
+        ValueError: The strength is not a finite number; or the model has no adapted layer or no adapter of that name,
+            is merged, or was trained with method `full`, which has no strength. It is then unchanged.
     """
+    finite_number("strength", strength)
     layers = adapted_layers(model).values()
-    names = {n for layer in layers for n in (layer.name, *layer.stacked)}
+    names = {n for layer in layers for n in (layer.adaptation.name, *layer.adaptation.stacked)}
     if name is not None and name not in names:
         raise ValueError(f"the model has no adapter {name!r}, only {', '.join(sorted(names))}")
+    for layer in layers:
+        layer.check_has_strength()
+        layer.check_can_merge()
     for layer in layers:
         layer.set_strength(strength, name)
 
@@ -267,7 +302,7 @@ class MergeReport:
 
     Attributes:
         num_modules: The number of merged modules.
-        surviving_share: The fraction of the update that the stored weights contain; 1 where rounding lost none of it.
+        surviving_share: The fraction of the update that the weights in half precision contain; 1 where there are none.
     """
 
     num_modules: int
@@ -277,8 +312,9 @@ class MergeReport:
 def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
     """Replaces each adapted weight by W(t): the model then costs what the base model does.
 
-    Half-precision weights are rounded stochastically, from a fixed seed. A weight that another module shares is cloned,
-    so that only the adapted layer changes.
+    Half-precision weights are rounded stochastically, from a fixed seed. Each weight becomes a new Parameter, so that
+    other modules that share the old one, and the backward passes of earlier forward passes, keep that. While merged, a
+    state dict of the model has the merged weights and no adapters. With FSDP2, every process calls this.
 
     Args:
         model: The adapted model.
@@ -291,6 +327,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
         ValueError: The model has no adapted layer, is merged already, or has a weight that cannot be replaced (a
             quantised one, or a packed attention weight that another module shares). The model is then unchanged.
     """
+    reshard(model)
     layers = adapted_layers(model)
     users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for layer in layers.values():
@@ -298,7 +335,7 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
         layer.check_can_replace_weight(shared=users[id(layer.weight)] > 1)
     stored = update = 0.0
     for layer in layers.values():
-        part_stored, part_update = layer.merge(keep_base=keep_base, shared=users[id(layer.weight)] > 1)
+        part_stored, part_update = layer.merge(keep_base=keep_base)
         stored, update = stored + part_stored, update + part_update
     return MergeReport(len(layers), stored / update if update else 1.0)
 
@@ -312,6 +349,7 @@ def unmerge(model: nn.Module) -> None:
     Raises:
         ValueError: The model has no adapted layer, or was merged with `keep_base=False`. It is then unchanged.
     """
+    reshard(model)
     layers = adapted_layers(model)
     for layer in layers.values():
         layer.check_can_unmerge()
@@ -335,17 +373,17 @@ def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_onl
     Yields:
         None.
     """
-    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
-    bases = [layer for layer in layers if not layer.base_fixed]
-    opened = [layer for layer in layers if layer.kept is None and not base_only]
-    for layer in bases:
-        layer.base_fixed = True
-    for layer in opened:
-        layer.kept, layer.num_passes = {}, num_passes
+    states = [m.adaptation for m in model.modules() if isinstance(m, AdaptedLayer)]
+    bases = [state for state in states if state.fixed is None]
+    for state in bases:
+        state.fixed = Fixed()
+    opened = [state for state in states if state.fixed and state.fixed.num_passes is None and not base_only]
+    for state in opened:
+        state.fixed = Fixed(num_passes, state.fixed.n0 if state.fixed else {})
     try:
         yield
     finally:
-        for layer in opened:
-            layer.end_fixed()
-        for layer in bases:
-            layer.end_fixed(base=True)
+        for state in opened:
+            state.fixed = state.fixed and Fixed(None, state.fixed.n0)
+        for state in bases:
+            state.fixed = None

@@ -5,21 +5,31 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer, DoRASpec
+from dora_mm.core.adapted import ADAPTER_NAMES, Adaptation, AdaptedLayer
 from dora_mm.core.attention import DoRAPackedProjection, PackedProjection
-from dora_mm.core.convolution import ConvProduct
-from dora_mm.core.fused import TORCH, Forward
-from dora_mm.core.products import LINEAR, EmbeddingProduct
-from dora_mm.core.quantized import DoRAQuantized, adapted_quantized_class, is_quantized
+from dora_mm.core.forms import TORCH, Forward
+from dora_mm.core.ops import LINEAR, ConvOp, EmbeddingOp
+from dora_mm.core.quantized import DoRAQuantized, is_quantized
+from dora_mm.core.spec import DoRASpec
+from dora_mm.core.subclasses import class_for_subclass, subclass
 
 
 class DoRALinear(AdaptedLayer, nn.Linear):
     """An adapted nn.Linear: A (R, I), B (O, R), magnitude (O,)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.Linear.forward(self, input) if self.is_base() else self.adapted_product(input, LINEAR)
+        return super().forward(input) if self.is_base() else self.adapted_product(input, LINEAR)
+
+
+class DoRABiasLast(DoRALinear):
+    """An adapted Linear that rounds x W^T before it adds the bias, as code that computes `x @ W.T + b` does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.is_base():
+            return super().forward(input)
+        y = self.adapted_product(input, LINEAR, use_bias=False)
+        return y if self.bias is None else y + self.bias
 
 
 class DoRAConv(AdaptedLayer, _ConvNd):
@@ -30,7 +40,7 @@ class DoRAConv(AdaptedLayer, _ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.is_base():
-            return self._conv_forward(input, self.weight, self.bias)  # of nn.Conv1d, nn.Conv2d or nn.Conv3d
+            return super().forward(input)  # of nn.Conv1d, nn.Conv2d or nn.Conv3d
         if unbatched := input.dim() < self.weight.dim():
             input = input.unsqueeze(0)
         padding = self.numeric_padding()
@@ -38,7 +48,7 @@ class DoRAConv(AdaptedLayer, _ConvNd):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._reversed_padding_repeated_twice, mode)
             padding = (0,) * len(self.stride)
-        y = self.adapted_product(input, ConvProduct(self.stride, padding, self.dilation, self.groups))
+        y = self.adapted_product(input, ConvOp(self.stride, padding, self.dilation, self.groups))
         return y.squeeze(0) if unbatched else y
 
     def numeric_padding(self) -> tuple[int, ...] | None:
@@ -84,10 +94,10 @@ class DoRAEmbedding(TransposedLayer, nn.Embedding):
     bias = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.is_base():
-            return nn.Embedding.forward(self, input)
-        return self.adapted_product(input, EmbeddingProduct(self.padding_idx))
+        return super().forward(input) if self.is_base() else self.adapted_product(input, EmbeddingOp(self.padding_idx))
 
+
+# --- which class adapts a layer --------------------------------------------------------------------------------------
 
 ADAPTED_CLASSES: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Linear: DoRALinear,
@@ -95,7 +105,6 @@ ADAPTED_CLASSES: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Conv2d: DoRAConv2d,
     nn.Conv3d: DoRAConv3d,
     nn.Embedding: DoRAEmbedding,
-    NonDynamicallyQuantizableLinear: DoRALinear,  # nn.MultiheadAttention's out_proj, which computes what a Linear does
     PackedProjection: DoRAPackedProjection,
 }
 ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and the projections of MultiheadAttention"
@@ -104,17 +113,23 @@ ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and
 def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
     """The adapted class for a layer, None where it cannot be adapted.
 
-    A subclass of a known class may compute something else, so only exact classes count. transformers' Conv1D is
-    recognised by its name, since core imports only torch.
+    A subclass of a known class may compute something else, see `class_for_subclass`. transformers' Conv1D is recognised
+    by its name, since core imports only torch.
     """
     base = type(layer)
     if is_quantized(layer):
-        return adapted_quantized_class(base)
+        return subclass(DoRAQuantized, base)
     if (base.__module__, base.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return DoRATransposedLinear
     if isinstance(weight := getattr(layer, "weight", None), Tensor) and type(weight) not in (Tensor, nn.Parameter):
         return None  # a subclass of Tensor, whose products compute something else
-    return ADAPTED_CLASSES.get(base)
+    known = next((kind for kind in ADAPTED_CLASSES if isinstance(layer, kind)), None)
+    if known is None or base is known:
+        return ADAPTED_CLASSES.get(base)
+    if base.forward is known.forward:
+        return subclass(base, ADAPTED_CLASSES[known])
+    last = DoRABiasLast if known is nn.Linear else None
+    return class_for_subclass(layer, known, ADAPTED_CLASSES[known], last)
 
 
 def matrix_shape(layer: nn.Module) -> tuple[int, ...] | None:
@@ -131,6 +146,9 @@ def matrix_shape(layer: nn.Module) -> tuple[int, ...] | None:
     return tuple(weight.shape) if isinstance(weight, Tensor) else None
 
 
+# --- adapting and restoring ------------------------------------------------------------------------------------------
+
+
 def adapt_layer(
     layer: nn.Module,
     spec: DoRASpec,
@@ -139,6 +157,7 @@ def adapt_layer(
     function: Forward = TORCH,
     seed: int = 0,
     name: str = "default",
+    trainable_before: bool | None = None,
 ) -> AdaptedLayer:
     """Adapts a layer in place, with a fresh adapter, and freezes its weight (except with method `full`).
 
@@ -149,31 +168,23 @@ def adapt_layer(
         function: The forward function, see `backend.select`.
         seed: A is drawn from it and the path.
         name: The name of the adapter.
+        trainable_before: What `requires_grad` of the weight will be set to by `restore_layer`; None: what it is now.
 
     Returns:
         The same object, in its new class.
     """
     base, adapted = type(layer), adapted_class(layer)
     assert adapted is not None
+    weight: nn.Parameter = layer.weight  # pyright: ignore[reportAssignmentType]
+    before = weight.requires_grad if trainable_before is None else trainable_before
     object.__setattr__(layer, "__class__", adapted)
     assert isinstance(layer, AdaptedLayer)
-    layer.base_class = base
-    layer.spec, layer.path, layer.seed, layer.function = spec, path, seed, function
-    layer.name, layer.stacked = name, {}
-    layer.strength, layer.merged, layer.base_weight, layer.kept = 1.0, False, (None,), None
-    layer.num_passes, layer.base_fixed, layer.base_norm = 1.0, False, None
-    layer.trainable_before = layer.weight.requires_grad
-    layer.weight.requires_grad_(spec.method == "full")
+    layer.adaptation = Adaptation(base, spec, path, seed, name, function, before)
+    weight.requires_grad_(spec.method == "full")
     for parameter in ADAPTER_NAMES:
         layer.register_parameter(parameter, None)
     layer.reset_adapter()
     return layer
-
-
-_STATE = (
-    *("base_class", "spec", "path", "seed", "name", "strength", "stacked", "function", "trainable_before"),
-    *("merged", "base_weight", "kept", "num_passes", "base_fixed", "base_norm"),
-)
 
 
 def restore_layer(layer: AdaptedLayer) -> nn.Module:
@@ -184,13 +195,12 @@ def restore_layer(layer: AdaptedLayer) -> nn.Module:
     Returns:
         The same object, in its original class.
     """
-    if layer.merged and layer.base_weight[0] is not None:
+    state = layer.adaptation
+    if state.base_weight is not None:
         layer.unmerge()
-    layer.weight.requires_grad_(layer.trainable_before)
+    layer.weight.requires_grad_(state.trainable_before)
     for name in ADAPTER_NAMES:
-        del layer._parameters[name]
-    base = layer.base_class
-    for name in _STATE:
         delattr(layer, name)
-    object.__setattr__(layer, "__class__", base)
+    del layer.adaptation
+    object.__setattr__(layer, "__class__", state.base_class)
     return layer

@@ -5,20 +5,19 @@ W0 is what the package's own dequantisation returns. It is computed again in eac
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
 from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.products import LINEAR
+from dora_mm.core.ops import LINEAR
 
 BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
 class DoRAQuantized(AdaptedLayer):
-    """A mixin for the class of the base layer, see `adapted_quantized_class`. Multiplies in the dtype of its input."""
+    """A mixin for the class of the base layer, see `subclass`. Multiplies in the dtype of its input."""
 
     @property
     def matrix(self) -> Tensor:
@@ -27,11 +26,13 @@ class DoRAQuantized(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_base():
-            return self.base_class.forward(self, x)
+            return self.adaptation.base_class.forward(self, x)
         return self.adapted_product(x, LINEAR, dtype=x.dtype, restore=lambda: self.matrix).to(x.dtype)
 
     def check_can_replace_weight(self, *, shared: bool) -> None:
-        raise ValueError(f"{self.path} is quantised, and merging would lose the update: merge into a dense model")
+        raise ValueError(
+            f"{self.adaptation.path} is quantised, and merging would lose the update: merge into a dense model"
+        )
 
 
 def dequantized(layer: nn.Module) -> Tensor:
@@ -67,9 +68,3 @@ def why_not_quantized(layer: nn.Module) -> str | None:
     if any(part is None for part in parts):
         return "is not quantised yet: move the model to its device first"
     return None
-
-
-@functools.cache
-def adapted_quantized_class(base: type[nn.Module]) -> type[AdaptedLayer]:
-    """The adapted class for a class of quantised layers."""
-    return type(f"DoRA{base.__name__}", (DoRAQuantized, base), {})

@@ -106,8 +106,8 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> 
         ) from error
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
-        kind = type(modules[wrong]).__name__
-        raise ValueError(f"pattern {pattern!r} of target map {map_name} matches {wrong}, a {kind}, {NOT_ADAPTABLE}")
+        where, kind = wrong or "the model itself", type(modules[wrong]).__name__
+        raise ValueError(f"pattern {pattern!r} of target map {map_name} matches {where}, a {kind}, {NOT_ADAPTABLE}")
     if not found:
         raise ValueError(
             f"pattern {pattern!r} of target map {map_name} matches no module; nearest: {_nearest(pattern, modules)}"

@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import distributed, nn
 
-from dora_mm.core.fused import TORCH, Forward
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
-from dora_mm.formats import diffusers, full, peft
+from dora_mm.core.sharded import is_sharded
+from dora_mm.formats import diffusers, native, peft
+from dora_mm.formats.components import components_to_load, components_to_save
 from dora_mm.formats.state import AdapterState, from_models, into_models
 
 
@@ -25,6 +27,16 @@ class Format(Protocol):
         """The name of the weights file, different for every format: files are recognised by it."""
         ...
 
+    @property
+    def COMPONENTS(self) -> tuple[str, ...]:
+        """The components that the format knows; empty where it takes any name."""
+        ...
+
+    @staticmethod
+    def why_not(components: Mapping[str, nn.Module]) -> str | None:
+        """Why the format cannot hold the adapters of these models, as an error message with the way out, or None."""
+        ...
+
     @staticmethod
     def save(
         state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]
@@ -32,7 +44,7 @@ class Format(Protocol):
         """Writes an adapter to `folder`/FILE_NAME, atomically.
 
         Args:
-            state: The adapter.
+            state: The adapter, of models for which `why_not` returns None.
             components: The adapted models by component, such as {"unet": ...}, for the shapes and types of layers.
             folder: The folder to write to; it is created where it does not exist.
             metadata: Additional entries for the header of the file.
@@ -63,11 +75,16 @@ class Format(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {"diffusers": diffusers, "peft": peft, "full": full}
+FORMATS: dict[str, Format] = {"diffusers": diffusers, "peft": peft, "native": native}
+
+
+def format_for(components: Mapping[str, nn.Module], preferred: str) -> str:
+    """The preferred format where it can hold the adapters of these models, or else our own, which holds all."""
+    return "native" if FORMATS[preferred].why_not(components) else preferred
 
 
 def save(
-    components: Mapping[str, nn.Module],
+    model: nn.Module | Mapping[str, nn.Module],
     folder: Path,
     *,
     format: str,
@@ -75,10 +92,10 @@ def save(
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
-    """Saves the adapters of models.
+    """Saves the adapters of models. Where FSDP2 has sharded them, every process has to call this, and one writes.
 
     Args:
-        components: The adapted models by component, such as {"unet": ..., "text_encoder": ...}.
+        model: The adapted model, or several by component, such as {"unet": ..., "text_encoder": ...}.
         folder: The folder to write to; it is created where it does not exist.
         format: A key of `FORMATS`.
         metadata: Additional entries for the header of the file.
@@ -89,12 +106,31 @@ def save(
         The path of the weights file.
 
     Raises:
-        ValueError: There is no such format, no layer is adapted, a layer has several adapters, or the format cannot
-            hold what was trained.
+        ValueError: There is no such format, the component of a single model is unknown, no layer is adapted, a layer
+            has several adapters, or the format cannot hold what was trained.
     """
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
-    return FORMATS[format].save(from_models(components, extra_parameters, strength), components, folder, metadata)
+    chosen = FORMATS[format]
+    components = components_to_save(model, chosen.COMPONENTS, format)
+    state = from_models(components, extra_parameters, strength)
+    if problem := chosen.why_not(components):
+        raise ValueError(problem)
+    sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
+    try:
+        if not sharded or distributed.get_rank() == 0:
+            chosen.save(state, components, folder, metadata)
+    finally:
+        if sharded:
+            distributed.barrier()  # the others may read the file next, and must not wait forever after an error
+    return folder / chosen.FILE_NAME
+
+
+def remove_other_formats(file: Path) -> None:
+    """Removes the adapter files of other formats beside this one, so that the folder holds a single adapter."""
+    for other in FORMATS.values():
+        if file.name != other.FILE_NAME:
+            file.with_name(other.FILE_NAME).unlink(missing_ok=True)
 
 
 def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
@@ -118,7 +154,7 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
 
 
 def load(
-    components: Mapping[str, nn.Module],
+    model: nn.Module | Mapping[str, nn.Module],
     path: Path,
     *,
     strength: float = 1.0,
@@ -130,7 +166,7 @@ def load(
     Extra parameters in the file overwrite those of the model permanently: see `into_models`.
 
     Args:
-        components: The models by component, such as {"unet": ...}; they are adapted where they are not yet.
+        model: The model, or several by component, such as {"unet": ...}; they are adapted where they are not yet.
         path: The adapter file, or a folder that contains exactly one.
         strength: The strength of the adapters.
         name: The name of the adapter; another name than that of a loaded adapter stacks this one on top of it.
@@ -142,8 +178,10 @@ def load(
     Raises:
         ValueError: There is no such file, it is damaged, or it does not fit the models, which are then unchanged.
     """
-    state, _ = read(path, components)
-    return into_models(state, components, find_file(path), strength=strength, name=name, forward=forward)
+    file = find_file(path)
+    components = components_to_load(model, file, peft.PREFIX.partition(".")[0])
+    state, _ = read(file, components)
+    return into_models(state, components, file, strength=strength, name=name, forward=forward)
 
 
 def find_file(path: Path) -> Path:

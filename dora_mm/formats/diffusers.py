@@ -4,10 +4,10 @@
     unet.<path>.lora_B.weight             (O, R), of a convolution (O, R, 1, ...)
     unet.<path>.lora_magnitude_vector     (O,),   of a convolution (1, O, 1, ...)
 
-and the same for text_encoder.text_model.* and text_encoder_2.text_model.*, where the last key is
+and the same for transformer.*, and for text_encoder.text_model.* and text_encoder_2.text_model.*, where the last key is
 `lora_magnitude_vector.weight`. The header key `lora_adapter_metadata` holds PEFT's configuration as JSON with the same
 prefixes: without it diffusers takes alpha = rank. The format is made for the methods `dora` and `lora`; `magnitude` is
-written as DoRA of rank 1 with A = B = 0, which is the same function; `full` is not possible (see full.py).
+written as DoRA of rank 1 with A = B = 0, which is the same function; `full` is not possible (see native.py).
 """
 
 from __future__ import annotations
@@ -21,49 +21,53 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_mm.core.inject import adapted_layers
-from dora_mm.core.layer import matrix_shape
 from dora_mm.formats.peft_layers import (
+    LAYER_KEY,
     OUR_METADATA,
-    check_can_hold,
-    json_header,
+    check_config,
     layer_state,
     lora_config,
     our_config,
+    tensor_name,
     to_file,
+    why_not_held,
 )
-from dora_mm.formats.state import AdapterState, read_tensors
+from dora_mm.formats.state import AdapterState, joined, json_header, layers_of, read_tensors
 from dora_mm.utils.atomic import save_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_METADATA = "lora_adapter_metadata"
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+COMPONENTS = ("unet", "transformer", *TEXT_ENCODERS)
 TEXT_PREFIX = "text_model."  # other tools expect it; diffusers removes it where transformers has dropped it
 
-_KEY = re.compile(
-    rf"(?P<component>{'|'.join(COMPONENTS)})\.(?P<path>.+)\."
-    r"(?P<name>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
-)
+_KEY = re.compile(rf"(?P<component>{'|'.join(COMPONENTS)})\.{LAYER_KEY}")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def why_not(components: Mapping[str, nn.Module]) -> str | None:
+    """Why diffusers could not hold or compute the adapters of these models, or None: see `Format.why_not`."""
+    for component, model in components.items():
+        if component not in COMPONENTS:
+            return f"the diffusers format has no component {component!r}: it has {', '.join(COMPONENTS)}"
+        if reason := why_not_held(component, model):
+            return reason
+    return None
 
 
 def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
     """Writes pytorch_lora_weights.safetensors: see `Format.save`.
 
     Raises:
-        ValueError: `state` has extra parameters; a component is not one of `COMPONENTS`, or diffusers cannot compute
-            its adapter (see `check_can_hold`); or `metadata` has a key that the format itself writes.
+        ValueError: `state` has extra parameters, or `metadata` has a key that the format itself writes.
     """
     extra = [name for parameters in state.parameters.values() for name in parameters]
     if extra:
         raise ValueError(
             f"the diffusers format holds adapters only, and {extra[0]} was trained as well: save it as peft"
         )
-    unknown = [c for c in components if c not in COMPONENTS]
-    if unknown:
-        raise ValueError(f"the diffusers format has no component {unknown[0]!r}: it has {', '.join(COMPONENTS)}")
     taken = {PEFT_METADATA, OUR_METADATA, "format"} & metadata.keys()
     if taken:
         raise ValueError(f"the metadata key {min(taken)!r} is written by the format itself: choose another name")
@@ -71,15 +75,13 @@ def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path,
     peft: dict[str, Any] = {}
     ours: dict[str, Any] = {}
     for component, layers in state.layers.items():
-        check_can_hold(component, layers, components[component])
-        adapted = adapted_layers(components[component])
+        model = components[component]
+        adapted = layers_of(model)
         for path, layer in layers.items():
-            shape = matrix_shape(adapted[path])
-            assert shape is not None
-            for name, tensor in to_file(layer, shape).items():
+            for name, tensor in to_file(layer, adapted[path]).items():
                 tensors[_file_key(component, path, name)] = tensor
         unprefixed = {_without_prefix(component, path): layer for path, layer in layers.items()}
-        peft.update({f"{component}.{key}": value for key, value in lora_config(unprefixed).items()})
+        peft.update({f"{component}.{key}": value for key, value in lora_config(unprefixed, model).items()})
         ours[component] = our_config(layers)
     header = {"format": "pt", PEFT_METADATA: json.dumps(peft, sort_keys=True), OUR_METADATA: json.dumps(ours)}
     save_tensors(folder / FILE_NAME, tensors, {**metadata, **header})
@@ -87,15 +89,15 @@ def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path,
 
 
 def _without_prefix(component: str, path: str) -> str:
-    return path.removeprefix(TEXT_PREFIX) if component != "unet" else path
+    return path.removeprefix(TEXT_PREFIX) if component in TEXT_ENCODERS else path
 
 
 def _file_key(component: str, path: str, name: str) -> str:
-    if component == "unet":
-        return f"{component}.{path}.{name}"
-    # transformers 5 drops a magnitude whose key has no `.weight`; PEFT, which reads the UNet's, accepts both.
+    if component not in TEXT_ENCODERS:
+        return joined(component, path, name)
+    # transformers 5 drops a magnitude whose key has no `.weight`; PEFT, which reads the others, accepts both.
     ending = ".weight" if name == "lora_magnitude_vector" else ""
-    return f"{component}.{TEXT_PREFIX}{_without_prefix(component, path)}.{name}{ending}"
+    return joined(component, TEXT_PREFIX + _without_prefix(component, path), name + ending)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -113,7 +115,8 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
         The adapter, and the metadata of the file's header.
 
     Raises:
-        ValueError: The file is not in this format, or is damaged or incomplete.
+        ValueError: The file is not in this format, or is damaged or incomplete, or diffusers would compute something
+            else from it (see `check_config`).
     """
     tensors, metadata = read_tensors(path)
     grouped: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
@@ -123,7 +126,7 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
             raise ValueError(
                 f"{path} has the key {key}, which is not a key of diffusers' LoRA format: convert it first"
             )
-        grouped[match["component"]][match["path"]][match["name"].split(".")[0]] = tensor
+        grouped[match["component"]][match["path"] or ""][tensor_name(match["name"])] = tensor
     if not grouped:
         raise ValueError(f"{path} is not an adapter file: it has no tensors")
     peft, ours = (json_header(path, metadata, key) for key in (PEFT_METADATA, OUR_METADATA))
@@ -131,9 +134,10 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
     state = AdapterState({})
     for component, layers in grouped.items():
         config = {k.removeprefix(f"{component}."): v for k, v in peft.items() if k.startswith(f"{component}.")}
+        check_config(path, config)
         renamed = _names_of(components.get(component) if components else None)
         state.layers[component] = {
-            renamed(name): layer_state(path, f"{component}.{name}", found, config, ours.get(component, {}))
+            renamed(name): layer_state(path, joined(component, name), found, config, ours.get(component, {}))
             for name, found in layers.items()
         }
     return state, metadata
@@ -147,7 +151,7 @@ def _check_complete(
         present = {_without_prefix(component, name) for name in found.get(component, {})}
         for name in peft.get(f"{component}.target_modules", []):
             if name not in present:
-                raise ValueError(f"{path} is incomplete: {component}.{name}, which its header lists, is missing")
+                raise ValueError(f"{path} is incomplete: {joined(component, name)}, which its header lists, is missing")
 
 
 def _names_of(model: nn.Module | None):

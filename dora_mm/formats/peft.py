@@ -1,6 +1,6 @@
 """PEFT's own folder, which `PeftModel.from_pretrained` reads: `adapter_model.safetensors` and `adapter_config.json`.
 
-    base_model.model.<path>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector
+    base_model.model.<path>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector, as in peft_layers.py
     base_model.model.<name>     extra trainable parameters; PEFT loads them by their names, and those of an adapted
                                 layer (its bias) are called `<path>.base_layer.<name>`
 
@@ -18,48 +18,47 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dora_mm.core.inject import adapted_layers
-from dora_mm.core.layer import matrix_shape
 from dora_mm.formats.peft_layers import (
+    LAYER_KEY,
     OUR_METADATA,
-    check_can_hold,
-    json_header,
+    check_config,
     layer_state,
     lora_config,
     our_config,
+    tensor_name,
     to_file,
+    why_not_held,
 )
-from dora_mm.formats.state import AdapterState, read_tensors
+from dora_mm.formats.state import AdapterState, joined, json_header, layers_of, read_tensors
 from dora_mm.utils.atomic import save_tensors, write_text
 
 FILE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PREFIX = "base_model.model."
 COMPONENT = "model"  # the name of the component where none is given
+COMPONENTS = ()  # any, but only one
 
-_KEY = re.compile(r"(?P<path>.+)\.(?P<name>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)")
+_KEY = re.compile(LAYER_KEY)
+
+
+def why_not(components: Mapping[str, nn.Module]) -> str | None:
+    """Why PEFT could not hold or compute the adapters of these models, or None: see `Format.why_not`."""
+    if len(components) != 1:
+        return f"PEFT's format holds the adapter of one model, and {', '.join(components)} were given"
+    return why_not_held(*next(iter(components.items())))
 
 
 def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
-    """Writes adapter_model.safetensors and adapter_config.json: see `Format.save`.
-
-    Raises:
-        ValueError: There are several components, or PEFT cannot compute the adapter (see `check_can_hold`).
-    """
-    if len(components) != 1:
-        raise ValueError(f"PEFT's format holds the adapter of one model, and {', '.join(components)} were given")
+    """Writes adapter_model.safetensors and adapter_config.json: see `Format.save`."""
     component, model = next(iter(components.items()))
     layers = state.layers[component]
-    check_can_hold(component, layers, model)
-    adapted = adapted_layers(model)
+    adapted = layers_of(model)
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        shape = matrix_shape(adapted[path])
-        assert shape is not None
-        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in to_file(layer, shape).items()}
+        tensors |= {PREFIX + joined(path, name): tensor for name, tensor in to_file(layer, adapted[path]).items()}
     extra = state.parameters.get(component, {})
-    tensors |= {PREFIX + _file_name(name, layers): tensor.detach() for name, tensor in extra.items()}
-    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, **lora_config(layers)}
+    tensors |= {PREFIX + _file_name(name, layers): tensor for name, tensor in extra.items()}
+    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, **lora_config(layers, model)}
     config["base_model_name_or_path"] = metadata.get("base_model")
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     header = {"format": "pt", OUR_METADATA: json.dumps({**our_config(layers), "parameters": sorted(extra)})}
@@ -83,10 +82,12 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
         The adapter, and the metadata of the weights file's header.
 
     Raises:
-        ValueError: One of the two files is missing, damaged, incomplete or not of this format.
+        ValueError: One of the two files is missing, damaged, incomplete or not of this format, or PEFT would compute
+            something else from it (see `check_config`).
     """
     tensors, metadata = read_tensors(path)
     config = _read_config(path.with_name(CONFIG_NAME))
+    check_config(path.with_name(CONFIG_NAME), config)
     ours = json_header(path, metadata, OUR_METADATA)
     component = next(iter(components)) if components and len(components) == 1 else COMPONENT
     grouped: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -95,11 +96,11 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
         if not key.startswith(PREFIX):
             raise ValueError(f"{path} has the key {key}, which does not begin with {PREFIX}: it was not saved by PEFT")
         if match := _KEY.fullmatch(name := key.removeprefix(PREFIX)):
-            grouped[match["path"]][match["name"].split(".")[0]] = tensor
+            grouped[match["path"] or ""][tensor_name(match["name"])] = tensor
         else:
             extra[name.replace(".base_layer.", ".")] = tensor
     _check_complete(path, grouped, extra, config, ours)
-    layers = {name: layer_state(path, f"{component}.{name}", found, config, ours) for name, found in grouped.items()}
+    layers = {name: layer_state(path, joined(component, name), found, config, ours) for name, found in grouped.items()}
     return AdapterState({component: layers}, {component: extra} if extra else {}), metadata
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.adapted import AdaptedLayer, DoRASpec
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.attention import with_projections
-from dora_mm.core.fused import TORCH, Forward
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
-from dora_mm.core.layer import matrix_shape
+from dora_mm.core.layer import TransposedLayer, adapted_class, matrix_shape
+from dora_mm.core.sharded import reshard, whole, write
+from dora_mm.core.spec import DoRASpec
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class LayerState:
     Attributes:
         spec: Rank, alpha and method.
         tensors: `lora_A` (R, I) or (R, I, *K) for a convolution, `lora_B` (O, R) and `magnitude` (O,), as far as the
-            method has them; or `weight` in the shape of the base's, for method `full`.
+            method has them; or `weight` in the shape of the base's, for method `full`. O comes first also where the
+            layer stores its weight transposed: of an embedding A is (R, num), B (dim, R) and the magnitude (dim,).
     """
 
     spec: DoRASpec
@@ -49,6 +55,8 @@ def from_models(
 ) -> AdapterState:
     """Takes the adapters out of models; the models are not changed.
 
+    Tensors that FSDP2 has sharded are gathered, so every process has to call this.
+
     Args:
         components: The models by component; those without an adapter are left out of the result.
         extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
@@ -60,26 +68,41 @@ def from_models(
     """
     state = AdapterState({})
     for component, model in components.items():
-        layers = _adapted(model)
+        reshard(model)
+        layers = layers_of(model)
         for path, layer in layers.items():
-            if layer.stacked:
+            if layer.adaptation.stacked:
                 raise ValueError(
-                    f"{component}.{path} has several adapters: save each one from a model that has only that adapter"
+                    f"{joined(component, path)} has several adapters: save each one from a model that has only it"
                 )
         if layers:
-            state.layers[component] = {
-                path: LayerState(layer.spec, layer.tensors_at(strength)) for path, layer in layers.items()
-            }
+            state.layers[component] = {path: _state_of(layer, strength) for path, layer in layers.items()}
     if extra_parameters:
         if len(components) != 1:
             raise ValueError(f"extra_parameters belong to a single model, and {', '.join(components)} were given")
         if strength != 1:
             raise ValueError(f"the parameter {extra_parameters[0]} has no strength: save it with strength 1")
         component, model = next(iter(components.items()))
-        state.parameters[component] = {name: model.get_parameter(name) for name in extra_parameters}
+        state.parameters[component] = {name: whole(model.get_parameter(name)) for name in extra_parameters}
     if not state.layers:
         raise ValueError(f"nothing to save: no layer of {', '.join(components)} is adapted")
     return state
+
+
+def _state_of(layer: AdaptedLayer, strength: float) -> LayerState:
+    tensors = {name: whole(tensor) for name, tensor in layer.tensors_at(strength).items()}
+    return LayerState(layer.adaptation.spec, tensors)
+
+
+def joined(*names: str) -> str:
+    """The names with dots between them; the path of a layer that is the model itself is empty."""
+    return ".".join(name for name in names if name)
+
+
+def read_keys(path: Path) -> list[str]:
+    """Returns the keys of a safetensors file; raises ValueError where it cannot be read."""
+    with _opened(path) as file:
+        return list(file.keys())
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -91,11 +114,41 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: The file cannot be read, or is not a safetensors file.
     """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def json_header(path: Path, metadata: Mapping[str, str], key: str, kind: type[dict | list] = dict) -> Any:
+    """Reads a header entry that holds JSON.
+
+    Args:
+        path: The file, for messages.
+        metadata: The metadata of the file's header.
+        key: The key of the entry.
+        kind: The type that the value must have.
+
+    Returns:
+        The value; an empty one where there is no such key.
+
+    Raises:
+        ValueError: The entry is not valid JSON, or of another type.
+    """
+    try:
+        value = json.loads(metadata[key]) if key in metadata else kind()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a header key {key} that is not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} has a header key {key} that is not a JSON {'object' if kind is dict else 'list'}")
+    return value
 
 
 def into_models(
@@ -137,19 +190,20 @@ def into_models(
     for component, parameters in state.parameters.items():
         _check_parameters(parameters, components[component], source, strength, name)
     for component, layers in state.layers.items():
-        adapted = _adapted(components[component])
+        adapted = layers_of(components[component])
         fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
-        inject_paths(components[component], fresh, forward=forward, name=name)
+        if fresh:
+            inject_paths(components[component], fresh, forward=forward, name=name)
     for component, parameters in state.parameters.items():
         own = _own_tensors(components[component])
         for key, tensor in parameters.items():
-            own[key].data.copy_(tensor)
+            write(own[key].data, tensor)
     modules = []
     for component, layers in state.layers.items():
-        for path, layer in _adapted(components[component]).items():
+        for path, layer in layers_of(components[component]).items():
             if path not in layers:
                 continue
-            if layer.name == name:
+            if layer.adaptation.name == name:
                 _fill(layer, layers[path], strength)
             else:
                 layer.stack(name, layers[path].spec, layers[path].tensors, strength)
@@ -160,11 +214,11 @@ def into_models(
 @torch.no_grad()
 def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
     if _has_rank(state.spec):
-        layer.spec = replace(layer.spec, alpha=state.spec.alpha)
+        layer.adaptation.spec = replace(layer.adaptation.spec, alpha=state.spec.alpha)
     for name, parameter in layer.adapter_tensors().items():
-        parameter.copy_(state.tensors[name])
-    if layer.spec.method != "full":
-        layer.set_strength(strength, layer.name)
+        write(parameter, state.tensors[name])
+    if layer.adaptation.spec.method != "full":
+        layer.set_strength(strength, layer.adaptation.name)
 
 
 def _has_rank(spec: DoRASpec) -> bool:
@@ -172,7 +226,8 @@ def _has_rank(spec: DoRASpec) -> bool:
     return spec.method in ("dora", "lora")
 
 
-def _adapted(model: nn.Module) -> dict[str, AdaptedLayer]:
+def layers_of(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers by path; empty where there are none."""
     return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
 
 
@@ -183,17 +238,14 @@ def _check_component(
     for path, state in layers.items():
         if path not in modules:
             raise ValueError(
-                f"{source} does not fit this model: it adapts {component}.{path}, which the model does not have"
+                f"{source} does not fit this model: it adapts {joined(component, path)}, which the model does not have"
             )
-        shape = matrix_shape(modules[path])
-        if shape is None or (problem := _misfit(state, shape)):
-            kind = type(modules[path]).__name__
-            reason = problem if shape else f"the model has a {kind}"
-            raise ValueError(f"{source} does not fit this model: at {component}.{path}, {reason}")
+        if problem := _misfit(state, modules[path]):
+            raise ValueError(f"{source} does not fit this model: at {joined(component, path)}, {problem}")
         if state.spec.method == "full" and strength != 1:
             raise ValueError(f"{source} holds weights of method full, which have no strength: load it with strength 1")
-    present = _adapted(model)
-    same = {path: layer for path, layer in present.items() if layer.name == name}
+    present = layers_of(model)
+    same = {path: layer for path, layer in present.items() if layer.adaptation.name == name}
     for path, layer in present.items():
         layer.check_can_merge()
         if path in layers and path not in same:
@@ -206,7 +258,7 @@ def _check_parameters(
     parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: float, name: str
 ) -> None:
     own = _own_tensors(model)
-    others = sorted({layer.name for layer in _adapted(model).values()} - {name})
+    others = sorted({layer.adaptation.name for layer in layers_of(model).values()} - {name})
     for key, tensor in parameters.items():
         if key not in own:
             raise ValueError(f"{source} does not fit this model: it holds {key}, which the model does not have")
@@ -227,15 +279,25 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
 
-def _misfit(state: LayerState, shape: tuple[int, ...]) -> str:
-    """Why the tensors do not fit a weight of this shape; empty when they do."""
+def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the weight of a module with O first, (O, I) or (O, I / groups, *K); None where it has no weight."""
+    shape = matrix_shape(module)
+    kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
+    return shape[::-1] if shape and kind and issubclass(kind, TransposedLayer) else shape
+
+
+def _misfit(state: LayerState, module: nn.Module) -> str:
+    """Why the tensors do not fit a module; empty when they do."""
+    shape, stored = weight_shape(module), matrix_shape(module)
+    if shape is None or stored is None:
+        return f"the model has a {type(module).__name__}"
     out_features, *inner = shape
     rank = state.spec.rank
     expected = {
         "lora_A": (rank, *inner),
         "lora_B": (out_features, rank),
         "magnitude": (out_features,),
-        "weight": shape,
+        "weight": stored,
     }
     for name, tensor in state.tensors.items():
         if tuple(tensor.shape) != expected[name]:
@@ -249,18 +311,18 @@ def _check_same_layers(
     for path in adapted:
         if path not in layers:
             raise ValueError(
-                f"{source} does not adapt {component}.{path}, which is adapted in this model: call remove first"
+                f"{source} does not adapt {joined(component, path)}, which is adapted in this model: call remove first"
             )
     for path, state in layers.items():
         if path not in adapted:
             raise ValueError(
-                f"{source} adapts {component}.{path}, which is not adapted in this model: call remove first"
+                f"{source} adapts {joined(component, path)}, which is not adapted in this model: call remove first"
             )
-        needed, found = (_kind(spec) for spec in (adapted[path].spec, state.spec))
+        needed, found = (_kind(spec) for spec in (adapted[path].adaptation.spec, state.spec))
         if needed != found:
             raise ValueError(
-                f"{source} holds {found} for {component}.{path}, but the model is adapted with {needed}: adapt it with "
-                f"{found}, or call remove first"
+                f"{source} holds {found} for {joined(component, path)}, but the model is adapted with {needed}: "
+                f"adapt it with {found}, or call remove first"
             )
 
 

@@ -29,7 +29,9 @@ def load_initial_adapter(file: Path, adapted: Mapping[str, nn.Module], spec: DoR
     dora_mm.load_adapter(adapted, file)
     if spec.method not in ("dora", "lora"):
         return
-    alphas = {layer.spec.alpha or 0.0 for network in adapted.values() for layer in adapted_layers(network).values()}
+    alphas = {
+        layer.adaptation.spec.alpha or 0.0 for network in adapted.values() for layer in adapted_layers(network).values()
+    }
     if alphas != {spec.alpha}:
         found = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
         raise ValueError(f"adapter.init_from: {file} has alpha {found}, and adapter.alpha is {spec.alpha:g}")

@@ -86,3 +86,12 @@ class NewTensors(TorchDispatchMode):
 def relative_error(found, expected) -> float:
     found, expected = found.detach().double(), expected.detach().double()
     return ((found - expected).norm() / expected.norm().clamp_min(1e-300)).item()
+
+
+def weight_of(layer, weight=None, *, scaling=1.0, strength=1.0, norm_grad="detached"):
+    """W(t) of a layer in float64, with output rows first, from its parameters alone (alpha = rank: scaling 1).
+
+    `weight` is W0 where the layer's own differs (a transposed one, that of an embedding, rows of a packed one).
+    """
+    own = Adapter(layer.lora_A, layer.lora_B, layer.magnitude, scaling, strength, norm_grad)
+    return merged_weight(layer.weight if weight is None else weight, own)

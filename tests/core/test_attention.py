@@ -221,7 +221,7 @@ def test_copies_are_independent(copied):
 def test_saved_and_loaded(tmp_path):
     _, model = build()
     randomize(model)
-    save_adapter({"unet": model}, tmp_path)
+    save_adapter({"unet": model}, tmp_path, format="native")
     base = Block().requires_grad_(False)
     base.load_state_dict({k: t for k, t in model.state_dict().items() if "lora" not in k and "magnitude" not in k})
     load_adapter({"unet": base}, tmp_path)
@@ -266,7 +266,7 @@ def test_an_attention_that_is_the_model_itself(tmp_path):
     report = inject(attention, ["re:(q|v)_proj"], DoRASpec(rank=3))
     assert [m.path for m in report.modules] == ["q_proj", "v_proj"]
     randomize(attention)
-    save_adapter({"unet": attention}, tmp_path)
+    save_adapter({"unet": attention}, tmp_path, format="native")
     base = nn.MultiheadAttention(24, 3)
     load_adapter({"unet": base}, tmp_path)
     assert torch.equal(base.q_proj.lora_B, attention.q_proj.lora_B)
@@ -280,7 +280,7 @@ def test_a_shared_weight_is_refused_before_anything_is_merged():
     inject(model, ["first", "a.q_proj"], DoRASpec(rank=2))
     with pytest.raises(ValueError, match="^a.q_proj cannot be merged: .*shares"):
         merge(model)
-    assert not model["first"].merged
+    assert not model["first"].adaptation.merged
 
 
 def test_remove_does_not_unfreeze_what_was_not_adapted():

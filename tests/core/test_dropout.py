@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dora_mm.core import DoRASpec, adapt_layer
-from dora_mm.core.fused import adapted_product
+from dora_mm.core.forms import Options, adapted_product
 from dora_mm.core.layer import restore_layer
 from tests.core import reference
 from tests.core.reference import make
@@ -55,7 +55,7 @@ def test_dropout_does_not_affect_the_base(dtype, method, tokens):
         adapter = adapter._replace(magnitude=None)
     W0, x, bias = W0.to(dtype), torch.randn(*tokens, 32).to(dtype).requires_grad_(), torch.randn(48).to(dtype)
     torch.manual_seed(5)
-    y = adapted_product(x, W0, bias, [adapter], dropout=0.4)
+    y = adapted_product(x, W0, bias, [adapter], Options(dropout=0.4))
     torch.manual_seed(5)
     dropped = F.dropout(x, 0.4)
     W = reference.merged_weight(W0, adapter)
@@ -76,7 +76,7 @@ def test_dropout_without_a_magnitude_never_builds_the_update():
     W0, adapter = make(48, 32, 4, dtype=torch.float32, size=0.01)
     x = torch.randn(64, 32).requires_grad_()
     with reference.NewTensors() as allocated:
-        y = adapted_product(x, W0, None, [adapter._replace(magnitude=None)], dropout=0.4)
+        y = adapted_product(x, W0, None, [adapter._replace(magnitude=None)], Options(dropout=0.4))
         y.sum().backward()
     assert x.grad.isfinite().all()
     assert (64, 48) in allocated.shapes

@@ -172,7 +172,7 @@ def test_stacked_adapters_add_up():
     _, other = reference.linear(32, 24, dtype=torch.float64, rank=3, alpha=9)
     reference.randomize(other, seed=1)
     layer.set_strength(0.5)
-    layer.stack("other", other.spec, other.adapter_tensors(), -0.25)
+    layer.stack("other", other.adaptation.spec, other.adapter_tensors(), -0.25)
     x = torch.randn(5, 32, dtype=torch.float64)
     W, V = (reference.merged_weight(base.weight, a._replace(strength=1.0)) for a in layer.adapters())
     expected = x @ (0.25 * V.neg() + 0.25 * base.weight + 0.5 * W + 0.5 * base.weight).T + base.bias
@@ -182,7 +182,7 @@ def test_stacked_adapters_add_up():
     layer.set_strength(1, "other")
     torch.testing.assert_close(layer(x), other(x), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="layer has an adapter named 'other'"):
-        layer.stack("other", other.spec, other.adapter_tensors(), 1.0)
+        layer.stack("other", other.adaptation.spec, other.adapter_tensors(), 1.0)
 
 
 def test_method_full_is_the_base_with_a_trained_weight():
@@ -203,14 +203,14 @@ def test_adapters_keep_their_precision():
     reference.randomize(layer)
     before = {name: p.detach().clone() for name, p in layer.adapter_tensors().items()}
     layer(torch.randn(2, 8)).sum().backward()
-    layer.stack("other", layer.spec, before, 0.5)
+    layer.stack("other", layer.adaptation.spec, before, 0.5)
     for cast in (lambda: layer.half(), lambda: layer.to(torch.bfloat16), lambda: layer.to("cpu", torch.float32)):
         cast()
         for name, parameter in layer.adapter_tensors().items():
             assert parameter.dtype == torch.float32
             assert torch.equal(parameter, before[name])
             assert parameter.grad.dtype == torch.float32
-            assert torch.equal(layer.stacked["other"].tensors[name], before[name])
+            assert torch.equal(layer.adaptation.stacked["other"].tensors[name], before[name])
     assert layer.double().lora_A.dtype == torch.float64
     assert layer.half().lora_A.dtype == torch.float32
 
@@ -274,7 +274,7 @@ CHANGES = {
     "merge": lambda layer: merge(layer),
     "load": lambda layer: layer.load_state_dict({k: 1.1 * v for k, v in layer.state_dict().items()}),
     "to": lambda layer: layer.to(torch.float64),
-    "stack": lambda layer: layer.stack("x", layer.spec, layer.adapter_tensors(), 1.0),
+    "stack": lambda layer: layer.stack("x", layer.adaptation.spec, layer.adapter_tensors(), 1.0),
 }
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dora_mm import save_adapter
 from dora_mm.core import DoRASpec, adapt_layer, fixed_parameters, inject, merge, remove, unmerge
 from tests.core import reference
 
@@ -131,10 +130,3 @@ def test_embeddings_that_cannot_be_adapted():
     ):
         with pytest.raises(ValueError, match=reason):
             inject(nn.Sequential(layer), ["0"], spec)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_diffusers_files_cannot_hold_them(name, tmp_path):
-    _, layer = build(name)
-    with pytest.raises(ValueError, match="PEFT's formats have no keys"):
-        save_adapter({"unet": nn.Sequential(layer)}, tmp_path)

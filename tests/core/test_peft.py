@@ -63,6 +63,6 @@ def test_outputs_and_gradients_agree(name, method):
 @pytest.mark.parametrize("name", LAYERS)
 def test_merged_weights_agree(name):
     ours, theirs = twins(name)
-    ours.merge(keep_base=False, shared=False)
+    ours.merge(keep_base=False)
     theirs.merge()
     assert reference.relative_error(restore_layer(ours).weight, theirs.base_layer.weight) < 1e-6

@@ -90,7 +90,21 @@ def test_diffusers_gives_our_image_for_other_methods(method, tmp_path):
     ours = build()
     load_adapter({name: getattr(ours, name) for name in chosen}, tmp_path)
     assert np.array_equal(image(ours.pipeline()), expected)
-    assert next(iter(adapted_layers(ours.unet).values())).spec.method == method
+    assert next(iter(adapted_layers(ours.unet).values())).adaptation.spec.method == method
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_diffusers_gives_our_image_with_an_embedding(method, tmp_path):
+    model = build()
+    inject(model.text_encoder, ["token_embedding", "q_proj"], DoRASpec(rank=2, alpha=4, method=method))
+    randomize(model.text_encoder)
+    expected = image(model.pipeline())
+    pipe = build().pipeline()
+    pipe.load_lora_weights(str(save_adapter({"text_encoder": model.text_encoder}, tmp_path).parent))
+    assert np.abs(image(pipe) - expected).max() <= 1e-4
+    ours = build()
+    load_adapter({"text_encoder": ours.text_encoder}, tmp_path)
+    assert np.array_equal(image(ours.pipeline()), expected)
 
 
 def test_diffusers_reads_ranks_and_alphas_that_differ_by_layer(tmp_path):
@@ -136,7 +150,9 @@ def test_strength_one_of_the_file_is_the_strength_it_was_saved_at(tmp_path, meth
     save_adapter(components(model), tmp_path, strength=1.5)
     at_one = image(model.pipeline())
     for part in components(model).values():
-        assert {layer.strength for layer in adapted_layers(part).values()} == {1.0}  # the model is left as it was
+        assert {layer.adaptation.strength for layer in adapted_layers(part).values()} == {
+            1.0
+        }  # the model is left as it was
         set_strength(part, 1.5)
     expected = image(model.pipeline())
     assert np.abs(expected - at_one).max() > 1e-2
@@ -150,7 +166,11 @@ def test_an_adapted_model_takes_the_values(saved, tmp_path):
     model = adapt(build(), DoRASpec(rank=3, dropout=0.1, norm_grad="exact"))
     load_adapter(components(model), file)
     layer = next(iter(adapted_layers(model.unet).values()))
-    assert (layer.spec.alpha, layer.spec.dropout, layer.spec.norm_grad) == (5, 0.1, "exact")
+    assert (layer.adaptation.spec.alpha, layer.adaptation.spec.dropout, layer.adaptation.spec.norm_grad) == (
+        5,
+        0.1,
+        "exact",
+    )
     for part in components(model).values():
         part.eval()
     assert np.array_equal(image(model.pipeline()), expected)
@@ -208,7 +228,7 @@ def test_without_metadata_alpha_is_the_rank(saved, tmp_path):
     load_adapter(components(model), tmp_path)
     pipe = build().pipeline()
     pipe.load_lora_weights(str(tmp_path))
-    assert {layer.spec.scaling for layer in adapted_layers(model.unet).values()} == {1.0}
+    assert {layer.adaptation.spec.scaling for layer in adapted_layers(model.unet).values()} == {1.0}
     assert np.abs(image(model.pipeline()) - image(pipe)).max() <= 1e-4
 
 
@@ -219,7 +239,7 @@ def test_rank_stabilised_scaling(saved, tmp_path):
     model = build()
     load_adapter(model.unet, tmp_path)
     for path, layer in adapted_layers(model.unet).items():
-        assert layer.spec.scaling == pytest.approx((9 if path.endswith("attn1.to_q") else 6) / 3**0.5)
+        assert layer.adaptation.spec.scaling == pytest.approx((9 if path.endswith("attn1.to_q") else 6) / 3**0.5)
 
 
 FIRST = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -299,19 +319,21 @@ def test_paths_without_an_adapter(saved, tmp_path):
 def test_what_the_format_cannot_hold(tmp_path):
     conv = nn.ModuleDict({"c": nn.Conv2d(4, 4, 3, groups=2), "d": nn.Linear(4, 4), "e": nn.Linear(4, 4)})
     inject(conv, ["c"], DoRASpec(rank=2))
-    with pytest.raises(ValueError, match="unet.c is a convolution"):
-        save_adapter(conv, tmp_path)
+    with pytest.raises(ValueError, match="unet.c is a convolution.*merge the adapter"):
+        save_adapter({"unet": conv}, tmp_path)
     dora_mm.remove(conv)
     inject(conv, ["d"], DoRASpec(rank=2))
     inject(conv, ["e"], DoRASpec(rank=2, method="lora"))
     with pytest.raises(ValueError, match="dora and lora"):
-        save_adapter(conv, tmp_path)
+        save_adapter({"unet": conv}, tmp_path)
     with pytest.raises(ValueError, match="no component 'vae'"):
         save_adapter({"vae": conv}, tmp_path)
     with pytest.raises(ValueError, match="no adapter format 'kohya'"):
-        save_adapter(conv, tmp_path, format="kohya")
+        save_adapter({"unet": conv}, tmp_path, format="kohya")
+    good = nn.Sequential(nn.Linear(4, 4))
+    inject(good, ["0"], DoRASpec(rank=2))
     with pytest.raises(ValueError, match="'dora_mm' is written by the format"):
-        save_adapter(conv, tmp_path, metadata={"dora_mm": ""})
+        save_adapter({"unet": good}, tmp_path, metadata={"dora_mm": ""})
     with pytest.raises(ValueError, match="nothing to save"):
-        save_adapter(nn.Linear(2, 2), tmp_path)
+        save_adapter({"unet": nn.Linear(2, 2)}, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ def test_we_load_the_buffers_that_older_releases_of_peft_save(tmp_path, inputs):
 
 def test_extra_parameters_are_saved_with_full_weights(tmp_path, inputs):
     bare, model, extra = trained("full")
-    save_adapter({"model": model}, tmp_path, format="full", extra_parameters=extra)
+    save_adapter({"model": model}, tmp_path, format="native", extra_parameters=extra)
     load_adapter({"model": bare}, tmp_path)
     assert torch.equal(answer(bare, inputs), answer(model, inputs))
 

@@ -10,7 +10,8 @@ from torch import nn
 
 triton = pytest.importorskip("triton")
 
-from dora_mm.core import DoRASpec, adapt_layer, fused  # noqa: E402
+from dora_mm.core import Adapter, DoRASpec, adapt_layer  # noqa: E402
+from dora_mm.core.forms import Options  # noqa: E402
 from dora_mm.core.functional import SMALL_GAIN, updated_norm  # noqa: E402
 from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
@@ -185,7 +186,7 @@ def layers(dtype, *, bias=True, **spec):
     reference.randomize(plain.to(DEVICE))
     twin = nn.Linear(40, 24, bias=bias, dtype=dtype, device=DEVICE)
     twin.load_state_dict({k: v for k, v in plain.state_dict().items() if k in ("weight", "bias")})
-    fast = adapt_layer(twin, plain.spec, function=TRITON)
+    fast = adapt_layer(twin, plain.adaptation.spec, function=TRITON)
     fast.load_state_dict(plain.state_dict())
     return fast, plain
 
@@ -248,7 +249,10 @@ def test_dropout_without_a_magnitude(dtype):
     assert (24, 40) not in allocated.shapes  # the update is never built
     torch.manual_seed(5)
     dropped = F.dropout(x, 0.4).double()
-    y = F.linear(x.double(), plain.weight.double()) + dropped @ A.double().T @ B.double().T * fast.spec.scaling
+    y = (
+        F.linear(x.double(), plain.weight.double())
+        + dropped @ A.double().T @ B.double().T * fast.adaptation.spec.scaling
+    )
     for a, exact in zip(found, torch.autograd.grad(y.sum(), [x, A, B]), strict=True):
         assert reference.relative_error(a, exact) < 4 * torch.finfo(dtype).eps
 
@@ -287,7 +291,7 @@ def test_what_has_no_kernel_runs_in_plain_torch():
     ):
         plain = reference.randomize(adapt_layer(layer, DoRASpec(2)))
         expected = plain(x)
-        plain.function = TRITON
+        plain.adaptation.function = TRITON
         assert torch.equal(plain(x), expected)
     dropping = reference.randomize(adapt_layer(nn.Linear(8, 6), DoRASpec(2, dropout=0.5), function=TRITON))
     assert dropping(torch.randn(3, 8)).shape == (3, 6)
@@ -306,10 +310,9 @@ def test_small_updates_survive_half_precision():
     W0, adapter = reference.make(64, 64, 16, dtype=torch.float32, scaling=1.0, size=1e-4)
     W0 = W0.half().to(DEVICE)
     A, B = adapter.A.detach().to(DEVICE), adapter.B.detach().to(DEVICE)
-    adapter = fused.Adapter(A, B, base_norm(W0) * (1 + 1e-4))
+    adapter = Adapter(A, B, base_norm(W0) * (1 + 1e-4))
     x = random(2000, 64, dtype=torch.float16)
-    options = {"product": fused.LINEAR, "dropout": 0.0, "prepared": None}
-    y = TRITON(x, W0, None, [adapter], **options)
+    y = TRITON(x, W0, None, [adapter], Options())
     update = x.double() @ (reference.merged_weight(W0, adapter) - W0.double()).T
     share = (((y.double() - x.double() @ W0.double().T) * update).sum() / update.square().sum()).item()
     assert abs(share - 1) <= 0.03

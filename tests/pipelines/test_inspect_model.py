@@ -86,7 +86,7 @@ def test_an_adapter_file_is_shown_with_rank_and_alpha(unet, tmp_path, capsys, me
 
 def test_weights_of_full_fine_tuning_are_shown(unet, tmp_path, capsys):
     report = inject(unet, "sdxl-unet", DoRASpec(rank=4, method="full"))
-    save_adapter(unet, tmp_path, format="full")
+    save_adapter(unet, tmp_path, format="native")
     code, output, _ = inspect(capsys, tmp_path)
     assert code == 0
     assert output.splitlines()[0].startswith(f"{tmp_path / 'trained_weights.safetensors'}: ")

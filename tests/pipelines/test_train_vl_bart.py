@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 import yaml
@@ -159,6 +160,52 @@ def test_the_tower_can_be_adapted_too(config, tmp_path, model_folder):
     assert main(["train", str(path)]) == 0
     saved = load_file(tmp_path / "run" / "adapter" / "vision" / "adapter_model.safetensors")
     assert any(".attn.qkv.lora_B" in name and tensor.any() for name, tensor in saved.items())
+
+
+@pytest.fixture
+def open_clip_tower(tmp_path):
+    vision = {"image_size": 32, "layers": 2, "width": 24, "head_width": 8, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 50, "width": 8, "heads": 1, "layers": 1}
+    folder = tmp_path / "open_clip"
+    folder.mkdir()
+    (folder / "saved-vit.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(folder)
+    return "saved-vit"
+
+
+def test_an_adapted_tower_that_peft_cannot_hold(config, tmp_path, open_clip_tower):
+    """Also where the run saved the tower as peft before, which is then replaced."""
+    torch.manual_seed(0)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 24, "image"), small_tokenizer(), tmp_path / "model")
+    shared = {
+        "model": {"path": str(tmp_path / "model")},
+        "vision": {"tower": open_clip_tower, "pretrained": None},
+        "data": {
+            "tables": str(tmp_path / "tables"),
+            "tasks": [{"task": "vqa", "train": vqa("train", 4), "valid": vqa("val", 4)}],
+        },
+    }
+    adapter = {"method": "dora", "rank": 2, "vision_parts": ["attn", "ff"]}
+    train = {"steps": 2, "batch_size": 2}
+    assert main(["train", str(config(**shared, adapter=adapter, train=train, evaluate={}))]) == 0
+    run = tmp_path / "run"
+    for folder in (run / "adapter", run / "best" / "overall"):
+        assert {file.name for file in (folder / "vision").iterdir()} == {"trained_weights.safetensors"}
+        assert (folder / "adapter_model.safetensors").is_file()
+        (folder / "vision" / "adapter_model.safetensors").touch()
+    saved = load_file(run / "adapter" / "vision" / "trained_weights.safetensors")
+    for name in ("attn.q_proj", "attn.out_proj", "mlp.c_fc"):
+        assert any(f".{name}.lora_B" in key and tensor.any() for key, tensor in saved.items())
+
+    assert main(["train", "--resume", str(run)]) == 0
+    assert not list(run.glob("*/**/vision/adapter_model.safetensors"))
+    again = config(
+        **shared, adapter={**adapter, "init_from": str(run)}, train=train, evaluate={}, output=str(run) + "2"
+    )
+    assert main(["train", str(again)]) == 0
+    page = {**shared, "pipeline": "eval_vl", "adapter": str(run), "output": str(tmp_path / "eval")}
+    again.write_text(yaml.safe_dump(page))
+    assert main(["eval", str(again)]) == 0
 
 
 def test_a_dry_run_shows_trained_parameters_and_missing_data(capsys):

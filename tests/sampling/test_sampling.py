@@ -72,7 +72,7 @@ def test_half_precision_weights_are_merged_for_sampling_and_restored(tiny, monke
     before = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
     layer = next(iter(adapted_layers(tiny.unet).values()))
     merged = []
-    hook = layer.register_forward_hook(lambda module, *_: merged.append(module.merged))
+    hook = layer.register_forward_hook(lambda module, *_: merged.append(module.adaptation.merged))
     half = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
     base = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 0.0, ["a bus"], [0], steps=2)[0]
     hook.remove()
@@ -96,7 +96,7 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
             pages[before_after, strength] = page
     assert np.abs(pixels(pages[False, 0.0]) - pixels(pages[False, 1.0])).max() > 5
     assert pages[True, 1.0].height > pages[False, 1.0].height
-    assert {layer.strength for layer in adapted_layers(tiny.unet).values()} == {1.0}
+    assert {layer.adaptation.strength for layer in adapted_layers(tiny.unet).values()} == {1.0}
 
 
 def test_without_a_terminal_progress_is_logged(tiny, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""The fused operator in both of its forms, value and every gradient, against autograd of the formula in float64."""
+"""Both forms of the layer, value and every gradient, against autograd of the formula in float64."""
 
 import math
 
@@ -9,22 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.core import functional as dora
-from dora_mm.core import fused
-from dora_mm.core.few_tokens import MOST_TOKENS_BACK
-from dora_mm.core.form import half_split_pays, split_pays
-from dora_mm.core.fused import Prepared, adapted_product
+from dora_mm.core.forms import Kept, Options, adapted_product, choose_form
 from tests.core import reference
 from tests.core.reference import make, variants
 
-FORMS = ("stacked", "split", "merged")
+FORMS = ("unmerged", "merged")
 
 
 def product(x, W0, bias, adapters, form="merged", **options):
-    """Runs one form, by setting how many passes W(t) would serve and whether the row gains are known."""
-    prepared = Prepared(num_passes=math.inf if form == "merged" else 0)
-    if form == "split":
-        prepared.rows = fused.find_row_gains(W0, adapters, fused.LINEAR, None)
-    return adapted_product(x, W0, bias, adapters, prepared=prepared, **options)
+    """Runs one form, by setting how many passes W(t) would serve."""
+    kept = Kept(num_passes=math.inf if form == "merged" else 0)
+    return adapted_product(x, W0, bias, adapters, Options(kept=kept, **options))
 
 
 def expected_product(x, W0, bias, adapter):
@@ -105,66 +100,31 @@ def test_every_adapter_of_a_layer_gets_its_gradient(form):
 
 @pytest.mark.parametrize(("out", "inner", "rank"), [(1280, 1280, 16), (640, 640, 16), (1280, 2048, 4), (64, 64, 128)])
 def test_the_form_changes_where_the_counted_costs_meet(out, inner, rank):
-    edge = next(t for t in range(1, 100_000) if not split_pays(t, out, inner, rank))
+    def form(tokens, num_passes=1.0):
+        return choose_form(tokens, out, inner, rank, num_passes=num_passes)
+
+    edge = next(t for t in range(1, 100_000) if form(t) == "merged")
     assert 1 < edge < 2 * max(out, inner)
-    assert split_pays(edge - 1, out, inner, rank)
-    if edge > 2 * MOST_TOKENS_BACK:
-        assert not split_pays(
-            edge // 2 + 1, out, inner, rank, num_passes=2
-        )  # a weight that serves twice pays at half as many
-    assert not split_pays(1, out, inner, rank, num_passes=math.inf)
-
-
-def test_few_tokens_split_however_often_a_weight_would_serve():
-    """1280 x 1280, 64 tokens, 8 passes: 26.0 ms per layer split, 27.2 merged, and no W' of 6.5 MB."""
-    assert split_pays(64, 1280, 1280, 16, num_passes=8)
-    assert not split_pays(512, 1280, 1280, 16, num_passes=8)
-    assert not split_pays(64, 1280, 1280, 16, num_passes=math.inf)
+    assert form(edge - 1) == "unmerged"
+    assert form(edge // 2 + 1, num_passes=2) == "merged"  # a weight that serves twice pays at half as many
+    assert form(1, num_passes=math.inf) == "merged"
 
 
 def test_a_checkpointed_unet_at_512_px_builds_no_weight_in_its_1280_wide_layers():
     """256 tokens, in the pass and in its recomputation: hundreds of W' at once would take 2.4 GB of new memory."""
-    assert split_pays(256, 1280, 1280, 16, num_passes=2)
-    assert not split_pays(4096, 1280, 1280, 16, num_passes=2)
+    assert choose_form(256, 1280, 1280, 16, num_passes=2) == "unmerged"
+    assert choose_form(4096, 1280, 1280, 16, num_passes=2) == "merged"
 
 
-def test_half_precision_splits_only_where_it_is_rounded_once():
-    W0, adapter = make(64, 64, 4, dtype=torch.float32)
-    for dtype, split in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, False)):
-        x, weight = torch.randn(1, 64).to(dtype), W0.to(dtype)
-        assert fused.stays_split(x, weight, [adapter], fused.LINEAR, 1, dtype) is split
-    x, weight = torch.randn(1, 64).bfloat16(), W0.bfloat16()
-    assert fused.stays_split(x, weight, [adapter], fused.CORRECTED, 1, torch.bfloat16)
+def test_half_precision_runs_in_the_form_that_rounds_once():
+    assert choose_form(1, 64, 64, 4, half=True) == "merged"
+    assert choose_form(10_000, 64, 64, 4, half=True, rounds_once=True) == "unmerged"
 
 
-@pytest.mark.parametrize(("out", "inner", "rank"), [(1280, 1280, 16), (768, 768, 128), (64, 4096, 4)])
-def test_the_edge_of_the_choice_in_half_precision(out, inner, rank):
-    edge = next(t for t in range(1, 100_000) if not half_split_pays(t, out, inner, rank))
-    assert edge > 1
-    assert half_split_pays(edge - 1, out, inner, rank)
-    assert not half_split_pays((edge + 1) // 2, out, inner, rank, num_passes=2)
-    assert not half_split_pays(1, out, inner, rank, num_passes=math.inf)
-    lora = [fused.Adapter(torch.randn(rank, inner), torch.randn(out, rank), None)]
-    x, weight = torch.randn(edge, inner).bfloat16(), torch.randn(out, inner).bfloat16()
-    assert fused.stays_split(x, weight, lora, fused.CORRECTED, 1, torch.bfloat16)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tokens", [1, 5, 70, 200])
-def test_few_tokens_on_either_kind_of_processor(transposed, tokens, monkeypatch):
-    """Only on other processors than Intel's is the product of few rows transposed. W0 A^T is part of it or not."""
-    monkeypatch.setattr(fused, "TRANSPOSING_PAYS", transposed)
-    monkeypatch.setattr(fused, "stays_split", lambda *_: True)
-    W0, adapter = make(48, 64, 4, dtype=torch.float32)
-    x, bias, dY = torch.randn(tokens, 64).requires_grad_(), torch.randn(48), torch.randn(tokens, 48)
-    wanted = (x, adapter.A, adapter.B, adapter.magnitude)
-    exact = expected_product(x, W0, bias, adapter)
-    expected = (exact, *torch.autograd.grad(exact, wanted, dY.double()))
-    prepared = fused.Prepared()
-    for _ in range(2):
-        y = adapted_product(x, W0, bias, [adapter], prepared=prepared)
-        for found, right in zip((y, *torch.autograd.grad(y, wanted, dY)), expected, strict=True):
-            assert reference.relative_error(found, right) < 2e-6
+def test_dropout_builds_the_update_only_for_a_magnitude():
+    assert choose_form(1, 64, 64, 4, dropout=True) == "merged"
+    assert choose_form(10_000, 64, 64, 4, dropout=True, norm=False) == "unmerged"
+    assert choose_form(10_000, 64, 64, 4, dropout=True, norm=False, half=True) == "merged"
 
 
 # --- what is kept for the backward pass ---
@@ -184,8 +144,7 @@ def saved_sizes(run):
         ("merged", True, True, 2),
         ("merged", False, True, 1),
         ("merged", False, False, 1),
-        ("split", True, True, 1),
-        ("stacked", True, True, 1),
+        ("unmerged", True, True, 1),
     ],
 )
 def test_what_is_saved(form, keep_weight, save_output, weights):
@@ -200,13 +159,12 @@ def test_what_is_saved(form, keep_weight, save_output, weights):
     assert any(t.shape == y.shape for t in saved) is save_output
 
 
-def test_an_output_that_is_overwritten():
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("save_output", [True, False])
+def test_an_output_that_is_overwritten(form, save_output):
     W0, adapter = make(6, 8, 2)
     x = torch.randn(5, 8, dtype=torch.float64)
-    kept = product(x, W0, None, [adapter])
-    with pytest.raises(RuntimeError, match="inplace"):
-        kept.relu_().sum().backward()
-    product(x, W0, None, [adapter], save_output=False).relu_().sum().backward()
+    product(x, W0, None, [adapter], form, save_output=save_output).relu_().sum().backward()
     found = adapter.magnitude.grad
     m = adapter.magnitude.detach().requires_grad_()
     expected_product(x, W0, None, adapter._replace(magnitude=m)).relu().sum().backward()
@@ -217,7 +175,7 @@ def test_an_output_that_is_overwritten():
 @pytest.mark.parametrize("form", FORMS)
 def test_an_output_of_any_form_may_be_overwritten(shape, form):
     W0, adapter = make(6, 8, 2)
-    y = product(torch.randn(shape, dtype=torch.float64), W0, None, [adapter], form, save_output=False)
+    y = product(torch.randn(shape, dtype=torch.float64), W0, None, [adapter], form)
     y.relu_().sum().backward()
     assert adapter.B.grad.isfinite().all()
 
@@ -271,7 +229,7 @@ def test_magnitude_gradient_under_a_large_bias(large, dtype):
     W0, adapter = make(64, 96, 4, dtype=torch.float32, size=0.05)
     x, dY = torch.randn(200, 96), torch.randn(200, 64)
     bias = torch.where(torch.arange(64) % 2 == 0, large, 0.0)
-    y = adapted_product(x.to(dtype), W0.to(dtype), bias.to(dtype), [adapter])
+    y = adapted_product(x.to(dtype), W0.to(dtype), bias.to(dtype), [adapter], Options())
     (dm,) = torch.autograd.grad(y, adapter.magnitude, dY.to(dtype))
     exact = expected_product(x.to(dtype), W0.to(dtype), None, adapter)
     (expected,) = torch.autograd.grad(exact, adapter.magnitude, dY.to(dtype).double())
@@ -307,7 +265,7 @@ def test_small_updates_survive_half_precision(dtype, autocast):
     tokens = 4096 if dtype == torch.bfloat16 else 512
     x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
-        y = adapted_product(x, W0, None, [adapter])
+        y = adapted_product(x, W0, None, [adapter], Options())
         base = F.linear(x, W0)
     assert y.dtype == base.dtype == dtype
     W = reference.merged_weight(W0, adapter)
@@ -322,7 +280,7 @@ def test_half_precision_gradients(dtype):
     W0, x = W0.to(dtype), torch.randn(5, 40, 64).to(dtype).requires_grad_()
     bias = torch.randn(48).to(dtype)
     dY = torch.randn(5, 40, 48).to(dtype)
-    y = adapted_product(x, W0, bias, [adapter])
+    y = adapted_product(x, W0, bias, [adapter], Options())
     wanted = (x, adapter.A, adapter.B, adapter.magnitude)
     exact_x = x.detach().double().requires_grad_()
     exact = exact_x @ reference.merged_weight(W0, adapter).T + bias.double()
@@ -338,7 +296,7 @@ def test_few_or_no_tokens(shape):
     for dtype in (torch.float32, torch.bfloat16):
         W0, adapter = make(5, 8, 2, dtype=torch.float32)
         x = torch.randn(shape).to(dtype).requires_grad_()
-        y = adapted_product(x, W0.to(dtype), None, [adapter])
+        y = adapted_product(x, W0.to(dtype), None, [adapter], Options())
         assert y.shape == (*shape[:-1], 5)
         y.float().sum().backward()
         assert x.grad.shape == x.shape
@@ -381,7 +339,7 @@ def test_twenty_steps_of_training(form, tokens):
         triton = pytest.importorskip("dora_mm.kernels.dora_linear")
 
         def run(x, W0, bias, adapter):
-            return triton.TRITON(x, W0, bias, [adapter], product=fused.LINEAR, dropout=0.0)
+            return triton.TRITON(x, W0, bias, [adapter], Options())
 
     found = losses_of_twenty_steps(run, tokens)
     assert found[-1] < 0.99 * found[0]

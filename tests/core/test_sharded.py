@@ -1,0 +1,173 @@
+"""FSDP2: a sharded model trains, merges and is saved as an unsharded one is. Two processes, gloo, no GPU."""
+
+import itertools
+import multiprocessing
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject, load_adapter, merge, save_adapter, unmerge
+from tests.core import reference
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+METHODS = ("dora", "lora")
+
+
+@pytest.fixture
+def in_two_processes(tmp_path):
+    """Runs a function of this file with (rank, *arguments) in two processes of one group; errors in them are raised."""
+    # A server that has imported everything forks each pair in no time, where a new interpreter takes seconds.
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "dora_mm.core"])
+
+    def run(function, *arguments):
+        store = tmp_path / f"store-{time.monotonic_ns()}"
+        torch.multiprocessing.start_processes(
+            _in_group, (str(store), function, arguments), nprocs=2, start_method="forkserver"
+        )
+
+    return run
+
+
+def _in_group(rank, store, function, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    try:
+        function(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def bare():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 6))
+
+
+def trained(method="dora"):
+    """The same adapted model in every process."""
+    model = bare()
+    inject(model, ["0", "2"], DoRASpec(rank=4, method=method))
+    for seed, index in enumerate((0, 2)):
+        reference.randomize(model[index], seed=seed)
+    return model
+
+
+def shard(model, *, by_layer=True, **options):
+    """As torch's tutorial does, or in one piece, which stays whole after a forward pass."""
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (model[0], model[2]) if by_layer else ():
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def sharded(method="dora", **options):
+    return shard(trained(method), **options)
+
+
+def data(tokens=64):
+    return torch.randn(tokens, 12, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model):
+    """The whole gradients of the adapters by name."""
+    found = {name: parameter.grad for name, parameter in adapter_parameters(model).items()}
+    return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
+
+
+def check_gradients(model, whole, rank, x, num_passes=1):
+    whole(x).square().mean().backward()
+    with fixed_parameters(model, num_passes=num_passes):
+        for some in x[rank::2].chunk(num_passes):
+            (model(some).square().mean() / num_passes).backward()  # FSDP averages over the processes
+    found = gradients(model)
+    for name, expected in gradients(whole).items():
+        assert reference.relative_error(found[name], expected) < 1e-5, name
+
+
+def _trains(rank):
+    for method in METHODS:
+        for tokens, num_passes in ((4, 1), (2000, 2)):  # either form
+            check_gradients(sharded(method), trained(method), rank, data(tokens), num_passes)
+
+
+def test_gradients_are_those_of_the_unsharded_model(in_two_processes):
+    in_two_processes(_trains)
+
+
+def _merges(rank, by_layer):
+    for method, keep_base in itertools.product(METHODS, (True, False)):
+        model, x = sharded(method, by_layer=by_layer), data()
+        expected = trained(method)(x)
+        model(x)
+        report = merge(model, keep_base=keep_base)
+        assert report.num_modules == 2
+        assert report.surviving_share > 0.999
+        for _ in range(2):
+            assert reference.relative_error(model(x), expected) < 1e-5, (method, keep_base)
+            model.reshard()  # as a backward pass does
+        if keep_base:
+            unmerge(model)
+            assert reference.relative_error(model(x), expected) < 1e-6, method
+            check_gradients(model, trained(method), rank, x)
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_merged_outputs_are_those_of_the_adapted_model(in_two_processes, by_layer):
+    in_two_processes(_merges, by_layer)
+
+
+def _computes_in_bf16(rank):
+    for method in METHODS:
+        whole, x = trained(method), data()
+        model = sharded(method, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        y, expected = model(x[rank::2]), whole(x)
+        assert y.dtype == torch.bfloat16
+        assert reference.relative_error(y, expected[rank::2]) < 2e-2, method
+        y.float().square().mean().backward()
+        expected.square().mean().backward()
+        found = gradients(model)
+        for name, grad in gradients(whole).items():
+            assert found[name].dtype == torch.float32, name  # of the sharded parameter, which stays in fp32
+            assert reference.relative_error(found[name], grad) < 5e-2, (method, name)
+
+
+def test_mixed_precision_is_close_to_fp32(in_two_processes):
+    in_two_processes(_computes_in_bf16)
+
+
+def _saves(rank, folder):
+    for format, merged in itertools.product(("diffusers", "peft"), (False, True)):
+        model, plain, expected, x = sharded(), bare(), trained(), data()
+        model(x)
+        if merged:
+            merge(model)
+        path = f"{folder}/{format}-{merged}"
+        save_adapter({"unet": model}, path, format=format)
+        load_adapter(plain, path)
+        assert torch.equal(plain(x), expected(x)), (format, merged)
+        assert reference.relative_error(model(x), expected(x)) < 1e-5, (format, merged)  # saving changed nothing
+
+
+def test_the_whole_adapter_is_saved(in_two_processes, tmp_path):
+    in_two_processes(_saves, str(tmp_path))
+
+
+def _refuses_to_inject(rank):
+    model = shard(bare())
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="(?s)(?=.*shard)(?=.*before)"):
+        inject(model, ["0", "2"], DoRASpec(rank=4))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is p and p.requires_grad for name, p in before.items())
+
+
+def test_a_sharded_model_is_refused(in_two_processes):
+    in_two_processes(_refuses_to_inject)
