@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl test test-slow test-oldest bench lint format samples clean
+.PHONY: demo demo-vl test test-slow test-oldest bench gpu lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -36,6 +36,9 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 
 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
 	$(BIN)/dora-mm bench $(BENCH)
+
+gpu:  ## all that only a GPU can show, in 20 minutes, with what PYTHON has: no .venv; ONLY="layers llm", DRY=1 on a CPU
+	$(PYTHON) -m tests.benchmarks.gpu $(ONLY) $(if $(DRY),--dry)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -10,10 +10,8 @@ import json
 import logging
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -21,27 +19,26 @@ from torch import nn
 from tqdm import tqdm
 
 import dora_mm
-from dora_mm import backend
-from dora_mm import targets as maps
-from dora_mm.core import DoRASpec, TargetMap, adapt_layer, fixed_parameters
-from dora_mm.core.targets import match_modules
+from dora_mm.core import fixed_parameters
 from dora_mm.eval.bench_results import Result, plot, table, write_results
+from dora_mm.eval.contenders import (
+    CONTENDERS,
+    Case,
+    Contenders,
+    Model,
+    can_compile,
+    change,
+    compiled,
+    contending_layers,
+    fixed_bases,
+    set_layers,
+    trained,
+)
 from dora_mm.eval.timing import alternate, peak_bytes, saved_bytes, seconds_of, summary
-from dora_mm.models.sdxl.loading import FULL_SIZE
+from dora_mm.models.sdxl.full_size import random_unet
 from dora_mm.train.run import RunDirectory
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A linear layer with (num_out, num_in) weights, the number of tokens of its input, and the rank of its adapter."""
-
-    name: str
-    num_out: int
-    num_in: int
-    num_tokens: int
-    rank: int
 
 
 # (name, out, in, tokens, rank of the quick run). Tokens are those of a 1024 px image; cross-attention has 77 per image.
@@ -68,64 +65,7 @@ def layer_cases(extent: str) -> list[Case]:
     return [Case(*layer[:4], rank) for layer in (*LAYERS, *LLM) for rank in ranks]
 
 
-# --- contenders ------------------------------------------------------------------------------------------------------
-
-
-def peft_layer(base: nn.Linear, rank: int, use_dora: bool) -> nn.Module:
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, use_dora=use_dora, target_modules=["0"])
-    return peft.inject_adapter_in_model(config, nn.Sequential(base)).get_submodule("0")
-
-
-def our_layer(base: nn.Linear, rank: int, method: str, path: str = "") -> nn.Module:
-    layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-    layer.weight, layer.bias = base.weight, base.bias
-    return adapt_layer(layer, DoRASpec(rank, method=method), path=path, function=backend.select())
-
-
-Contenders = dict[str, Callable[[nn.Linear, int], nn.Module]]
-CONTENDERS: Contenders = {
-    "frozen": lambda base, rank: base,
-    "PEFT LoRA": partial(peft_layer, use_dora=False),
-    "PEFT DoRA": partial(peft_layer, use_dora=True),
-    "our LoRA": partial(our_layer, method="lora"),
-    "our DoRA": partial(our_layer, method="dora"),
-}
-
-
-def compiled(name: str) -> Callable[[nn.Linear, int], nn.Module]:
-    def build(base: nn.Linear, rank: int) -> nn.Module:
-        layer = CONTENDERS[name](base, rank)
-        layer.compile(dynamic=False)
-        return layer
-
-    return build
-
-
-COMPILED = {f"{name}, compiled": compiled(name) for name in ("PEFT LoRA", "PEFT DoRA")}
-
-
-def can_compile() -> bool:
-    """torch.compile needs a C++ compiler on a processor, and Triton on a GPU."""
-    try:
-        torch.compile(torch.square)(torch.ones(2))
-    except Exception as error:  # whatever is missing on this machine: it runs without compiled peers
-        log.warning(
-            "torch.compile does not work here, so the compiled peers are left out: %s", str(error).splitlines()[0]
-        )
-        return False
-    return True
-
-
-def trained(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-@torch.no_grad()
-def change(parameters: list[nn.Parameter]) -> None:
-    """Changes the parameters a little and drops their gradients, as an optimizer step does."""
-    for parameter in parameters:
-        parameter.grad = None
-        parameter.add_(1e-4 * torch.randn_like(parameter))
+COMPILED = {f"{name}, compiled": compiled(CONTENDERS[name]) for name in ("PEFT LoRA", "PEFT DoRA")}
 
 
 # --- one layer -------------------------------------------------------------------------------------------------------
@@ -156,9 +96,7 @@ def bench_layer(
     dY = torch.randn(case.num_tokens, case.num_out, device=device, dtype=dtype)
     layers = {name: build(base, case.rank).to(device) for name, build in contenders.items()}
     results = []
-    with contextlib.ExitStack() as stack:
-        for layer in layers.values():  # as in the training loop, where the base does not change
-            stack.enter_context(fixed_parameters(layer, base_only=True))
+    with fixed_bases(layers.values()):
         for measure in ("forward", "step"):
             runs = {
                 name: partial(time_layer, layer, x, dY if measure == "step" else None, device)
@@ -183,37 +121,6 @@ def time_layer(layer: nn.Module, x: torch.Tensor, dY: torch.Tensor | None, devic
 
 
 # --- training steps --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model with random weights, the modules to adapt, and the loss of one batch."""
-
-    name: str
-    build: Callable[[torch.device, torch.dtype], tuple[nn.Module, Callable[[], torch.Tensor]]]
-    targets: Any
-    rank: int = 16
-    passes: int = 1  # backward passes from one change of the parameters to the next
-    checkpointing: bool = False  # whether `build` enables it: every forward pass then runs twice
-
-
-def sdxl_unet(device: torch.device, dtype: torch.dtype, *, side: int, checkpointing: bool):
-    """The UNet of SDXL at its full size, on images of `side` pixels."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device(device):
-        unet = UNet2DConditionModel(**FULL_SIZE).requires_grad_(False)
-        conditions = {
-            "encoder_hidden_states": torch.randn(1, 77, 2048, dtype=dtype),
-            "added_cond_kwargs": {
-                "text_embeds": torch.randn(1, 1280, dtype=dtype),
-                "time_ids": torch.tensor([[side, side, 0, 0, side, side]], dtype=dtype),
-            },
-        }
-        latents = torch.randn(1, 4, side // 8, side // 8, dtype=dtype)
-    if checkpointing:
-        unet.train().enable_gradient_checkpointing()
-    return unet, lambda: unet(latents, 500, **conditions).sample.float().square().mean()
 
 
 def bart(device: torch.device, dtype: torch.dtype):
@@ -246,7 +153,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj", "o_proj"]
 
 def unet_model(side: int, *, passes: int = 1, checkpointing: bool = False) -> Model:
     suffix = (", checkpointing" if checkpointing else "") + (f", {passes} passes" if passes > 1 else "")
-    build = partial(sdxl_unet, side=side, checkpointing=checkpointing)
+    build = partial(random_unet, side=side, checkpointing=checkpointing)
     return Model(f"SDXL UNet, {side} px{suffix}", build, "sdxl-unet", passes=passes, checkpointing=checkpointing)
 
 
@@ -279,12 +186,8 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
     torch.manual_seed(0)
     network, loss = model.build(device, dtype)
     network.to(dtype)
-    bases: dict[str, Any] = {path: network.get_submodule(path) for path in target_paths(network, model.targets)}
-    layers = {
-        name: {path: build(base, model.rank).to(device) for path, base in bases.items()}
-        for name, build in CONTENDERS.items()
-        if name != "frozen"
-    }
+    adapting = {name: build for name, build in CONTENDERS.items() if name != "frozen"}
+    layers = contending_layers(network, model.targets, model.rank, adapting)
 
     def passes() -> None:
         for _ in range(model.passes):
@@ -296,9 +199,7 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
         with fixed_parameters(network, num_passes=model.passes * (2 if model.checkpointing else 1)):
             return measure(passes, device)
 
-    with contextlib.ExitStack() as stack:
-        for adapted in layers.values():  # as in the training loop, where the base does not change
-            stack.enter_context(fixed_parameters(nn.ModuleList(adapted.values()), base_only=True))
+    with fixed_bases(layer for adapted in layers.values() for layer in adapted.values()):
         found = alternate({name: partial(step, name) for name in layers}, repeats, progress.update)
         results = [Result(model.name, model.rank, name, "step", *summary(s), len(s)) for name, s in found.items()]
         for name in layers:
@@ -306,18 +207,6 @@ def bench_model(model: Model, device: torch.device, dtype: torch.dtype, repeats:
             size = step(name, peak_bytes)
             results.append(Result(model.name, model.rank, name, "peak", size, size, size, 1))
     return results
-
-
-def target_paths(network: nn.Module, targets: Any) -> list[str]:
-    chosen = (
-        maps.find(targets).select(None) if isinstance(targets, str) else TargetMap("bench", {"all": tuple(targets)})
-    )
-    return list(match_modules(network, chosen))
-
-
-def set_layers(network: nn.Module, layers: dict[str, nn.Module]) -> None:
-    for path, layer in layers.items():
-        network.set_submodule(path, layer)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -343,7 +232,7 @@ def main(extent: str = "default", *, dtype: str | None = None, output: str | Non
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     found = getattr(torch, dtype)
     cases, steps = layer_cases(extent), models(extent, device)
-    contenders = CONTENDERS | COMPILED if extent != "quick" and can_compile() else CONTENDERS
+    contenders = CONTENDERS | COMPILED if extent != "quick" and can_compile(device) else CONTENDERS
     run = RunDirectory.create("bench", f"extent: {extent}\ndtype: {dtype}\n", output)
     (run.path / "machine.json").write_text(json.dumps(machine(device, dtype), indent=2) + "\n")
     results: list[Result] = []

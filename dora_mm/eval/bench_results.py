@@ -3,7 +3,8 @@
 import csv
 import importlib.util
 import logging
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,17 @@ class Result:
 
 def write_results(path: Path, results: list[Result]) -> None:
     """Writes results.csv, with the fields of `Result` as columns."""
+    write_rows(path, [asdict(result) for result in results])
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes a CSV file with the keys of the first row as columns, or nothing where there is no row."""
+    if not rows:
+        return
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)])
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+        writer.writerows(rows)
 
 
 def read_results(path: Path) -> list[Result]:

@@ -3,15 +3,21 @@
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+LEAST_ROUNDS = 3  # for quartiles
+
 
 def alternate(
-    runs: dict[str, Callable[[], float]], repeats: int, after_round: Callable[[], object]
+    runs: dict[str, Callable[[], float]],
+    repeats: int,
+    after_round: Callable[[], object],
+    is_late: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:
     """Times several runs in alternation, so that a disturbance of the machine affects all of them.
 
@@ -19,9 +25,10 @@ def alternate(
         runs: Name to a function that runs once and returns its seconds.
         repeats: The number of rounds that count, after one round of warm-up.
         after_round: Called after every round, the warm-up included.
+        is_late: Whether to stop; asked after every round once three count.
 
     Returns:
-        Name to `repeats` times in seconds.
+        Name to `repeats` times in seconds, or fewer where it was late.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(repeats + 1):
@@ -30,6 +37,8 @@ def alternate(
             if round_number:
                 times[name].append(seconds)
         after_round()
+        if round_number >= LEAST_ROUNDS and is_late():
+            break
     return times
 
 
@@ -40,6 +49,40 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     action()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def captured(action: Callable[[], object], device: torch.device, seconds: float = 0.01) -> Callable[[], float]:
+    """Captures `action` in a CUDA graph, so that the time of launching its kernels does not count.
+
+    Args:
+        action: What to run; it must not read results back.
+        device: A GPU.
+        seconds: About how long a replay takes, so that its own launch does not count either.
+
+    Returns:
+        A function that replays the graph, and returns the seconds of one run of `action`.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # what happens on first runs only must not be captured
+        for _ in range(3):
+            action()
+        count = max(3, min(100, int(seconds / seconds_of(action, device))))
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            action()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+    return replay
 
 
 def synchronize(device: torch.device) -> None:
@@ -87,8 +130,11 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages would break the progress bar
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        action()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that events do not last until a next cycle; keeping them is slow
+        profile = torch.profiler.profile(activities=activities, profile_memory=True)
+        with profile:
+            action()
     recorded: Any = profile.profiler
     events = recorded.kineto_results.events()
     now = peak = 0

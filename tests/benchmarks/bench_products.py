@@ -1,29 +1,29 @@
 """What the table in dora_mm/kernels/choice.py is based on: our single kernel against the vendor's product and a pass.
 
-    python tests/benchmarks/bench_products.py [--dtype bfloat16] [--repeats N] [--output FOLDER]
-
-Needs a GPU. For each shape and direction it measures, alternating: only the vendor's product, rounded (the limit), our
-single kernel (low_rank_matmul), and the vendor's product in fp32 followed by low_rank_add. They are captured in CUDA
-graphs, so that launching them is not measured. Writes products.csv (microseconds, medians and quartiles) and prints it,
-with the rate of our kernel as a fraction of the vendor's, which should be 0.85 or more at 4096 x 1280 x 1280.
+An entry of `make gpu`. For each shape and direction it measures, alternating: only the vendor's product, rounded (the
+limit), our single kernel (low_rank_matmul), and the vendor's product in fp32 followed by low_rank_add. They are
+captured in CUDA graphs, so that launching them is not measured. Writes products.csv (microseconds, medians and
+quartiles) and prints it, with the rate of our kernel as a fraction of the vendor's, which should be 0.85 or more at
+4096 x 1280 x 1280, and the thresholds that the times suggest.
 """
 
-import argparse
-import csv
+import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-import triton
-import triton.testing
+from torch import Tensor
 
-from dora_mm.eval.timing import alternate, seconds_of, summary
+from dora_mm.eval.timing import alternate, captured, seconds_of, summary
+from dora_mm.kernels import choice
 from dora_mm.kernels.choice import vendor_product
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
+from dora_mm.utils.tables import aligned_columns
+from tests.benchmarks.gpu_run import Row, Run, name_of
 
-SHAPES = (  # tokens, in, out
+Shape = tuple[int, int, int]
+SHAPES: tuple[Shape, ...] = (  # tokens, in, out
     (4096, 640, 640),
     (4096, 1280, 1280),
     (1024, 1280, 1280),
@@ -34,66 +34,49 @@ SHAPES = (  # tokens, in, out
     (2048, 4096, 14336),
     (2048, 14336, 4096),
 )
+TINY: tuple[Shape, ...] = ((16, 32, 48), (16, 48, 32))
 RANK = 16
+LIMIT, OURS, VENDOR = "vendor alone", "one kernel", "vendor and a pass"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("."))
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_products: there is no GPU, and without one the kernels are only interpreted")
-    device = torch.device("cuda")
-    machine = {"device": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__}
-    rows = [
-        {**machine, "dtype": arguments.dtype, **row}
-        for shape in SHAPES
-        for row in measure(shape, getattr(torch, arguments.dtype), device, arguments.repeats)
-    ]
-    with (arguments.output / "products.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print((arguments.output / "products.csv").read_text())
+def run(run: Run) -> None:
+    """Measures all shapes in bf16, fp16 and fp32, and prints what they suggest for choice.py."""
+    dtypes = [torch.bfloat16, torch.float16, torch.float32][run.dry :]  # Triton's interpreter has no bf16
+    rows: list[Row] = []
+    for dtype in dtypes:
+        for shape in TINY if run.dry else SHAPES:
+            if not run.is_cut(f"{name_of(dtype)}, {' x '.join(map(str, shape))}"):
+                rows += measure(run, shape, dtype)
+                run.save("products.csv", rows)
+    if rows:
+        heading = [key for key in rows[0] if not key.endswith(("low", "high"))]
+        print(aligned_columns([heading, *([str(row[key]) for key in heading] for row in rows)], 1))
+        print("\n".join(suggestions(rows)), flush=True)
 
 
-def measure(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, repeats: int
-) -> list[dict[str, object]]:
+def measure(run: Run, shape: Shape, dtype: torch.dtype) -> list[Row]:
     """Times the products of one shape.
-
-    Args:
-        shape: Numbers of tokens, input features and output features.
-        dtype: The dtype of the operands.
-        device: Where to run.
-        repeats: How many times each product is measured.
 
     Returns:
         A row per direction: medians and quartiles in microseconds, and the rate of our kernel as a fraction of the
         vendor's.
     """
+    timed = captured if run.device.type == "cuda" else lambda product, device: partial(seconds_of, product, device)
     rows = []
-    for direction, products in candidates(shape, dtype, device).items():
-        times = alternate({name: partial(time_of, run, device) for name, run in products.items()}, repeats, int)
-        row: dict[str, object] = {"tokens": shape[0], "in": shape[1], "out": shape[2], "direction": direction}
+    for direction, products in candidates(shape, dtype, run.device).items():
+        runs = {name: timed(product, run.device) for name, product in products.items()}
+        times = alternate(runs, run.rounds(15), int, run.is_late)
+        row: Row = {"dtype": name_of(dtype), **dict(zip(("tokens", "in", "out"), shape, strict=True))}
+        row |= {"direction": direction, "repeats": len(times[OURS])}
         found = {name: summary(seconds) for name, seconds in times.items()}
         for name, values in found.items():
             keys = (name, f"{name}, low", f"{name}, high")
             row |= {key: f"{1e6 * value:.1f}" for key, value in zip(keys, values, strict=True)}
-        rows.append(row | {"share": f"{found['vendor alone'][0] / found['one kernel'][0]:.2f}"})
+        rows.append(row | {"share": f"{found[LIMIT][0] / found[OURS][0]:.2f}"})
     return rows
 
 
-def time_of(run: Callable[[], torch.Tensor], device: torch.device) -> float:
-    """Seconds per run; on a GPU the mean over a CUDA graph of many runs."""
-    if device.type == "cuda":
-        return triton.testing.do_bench_cudagraph(run, rep=20) / 1e3
-    return seconds_of(run, device)
-
-
-def candidates(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device):
+def candidates(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Callable[[], Tensor]]]:
     """The products to compare, as functions by direction and name."""
     tokens, inner, out = shape
     torch.manual_seed(0)
@@ -103,26 +86,54 @@ def candidates(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.de
     A, B, gain = (torch.randn(*size, device=device) for size in ((RANK, inner), (out, RANK), (out,)))
     h, u = x @ A.to(dtype).T, dY @ B.to(dtype)
 
-    def forward_in_two() -> torch.Tensor:
+    def forward_in_two() -> Tensor:
         return low_rank_add(vendor_product(x, W0.T), None, gain, h, B, dtype)
 
-    def backward_in_two() -> torch.Tensor:
+    def backward_in_two() -> Tensor:
         scaled = low_rank_add(dY, None, gain, None, None, dtype)
         return low_rank_add(vendor_product(scaled, W0), None, None, u, A.T, dtype)
 
     return {
         "forward": {
-            "vendor alone": lambda: x @ W0.T,
-            "one kernel": lambda: low_rank_linear(x, W0, None, gain, h, B),
-            "vendor and a pass": forward_in_two,
+            LIMIT: lambda: x @ W0.T,
+            OURS: lambda: low_rank_linear(x, W0, None, gain, h, B),
+            VENDOR: forward_in_two,
         },
         "backward": {
-            "vendor alone": lambda: dY @ W0,
-            "one kernel": lambda: low_rank_grad_input(dY, W0, gain, u, A),
-            "vendor and a pass": backward_in_two,
+            LIMIT: lambda: dY @ W0,
+            OURS: lambda: low_rank_grad_input(dY, W0, gain, u, A),
+            VENDOR: backward_in_two,
         },
     }
 
 
-if __name__ == "__main__":
-    main()
+def suggestions(rows: list[Row]) -> list[str]:
+    """What choice.py says, and what the rows suggest, a line per threshold and dtype."""
+    lines = []
+    for table, direction, inner in (("VENDOR_FROM", "forward", "in"), ("VENDOR_FROM_BACK", "backward", "out")):
+        for dtype in dict.fromkeys(str(row["dtype"]) for row in rows):
+            own = [row for row in rows if (row["dtype"], row["direction"]) == (dtype, direction)]
+            size = getattr(torch, dtype).itemsize
+            now = getattr(choice, table)[size]
+            lines.append(
+                f"{table}[{size}] is {now}; the {len(own)} shapes in {dtype} suggest {threshold(own, inner):g}"
+            )
+    return lines
+
+
+def threshold(rows: list[Row], inner: str) -> float:
+    """The inner size from which the vendor's product and a pass should be used.
+
+    Args:
+        rows: Of one direction and dtype.
+        inner: The column of the size over which the product sums.
+
+    Returns:
+        0 for always, inf for never, or a measured size: where the chosen times have the least geometric mean.
+    """
+
+    def cost(least: float) -> float:
+        return sum(math.log(float(row[VENDOR if row[inner] >= least else OURS])) for row in rows)
+
+    sizes = sorted({row[inner] for row in rows})
+    return min([0.0, *sizes[1:], math.inf], key=cost)

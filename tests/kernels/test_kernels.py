@@ -324,5 +324,3 @@ def test_the_benchmark_of_products_compares_like_with_like():
     device = torch.device(DEVICE)
     for products in bench_products.candidates((20, 24, 40), torch.float32, device).values():
         assert reference.relative_error(products["one kernel"](), products["vendor and a pass"]().double()) < 1e-5
-    rows = bench_products.measure((20, 24, 40), torch.float32, device, repeats=1)
-    assert [row["direction"] for row in rows] == ["forward", "backward"]

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import dora_mm
 from dora_mm import DoRASpec, targets
 from dora_mm.core.targets import match_modules
-from dora_mm.models.sdxl.loading import FULL_SIZE
+from dora_mm.models.sdxl.full_size import FULL_SIZE
 from samples.build.pretraining.tiny_sdxl import build_unet
 
 
