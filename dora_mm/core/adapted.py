@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.forms import Forward, Kept, Options
 from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, rescaled, row_norm
 from dora_mm.core.ops import Op
+from dora_mm.core.passes import Kept, Options
+from dora_mm.core.product import Forward
 from dora_mm.core.sharded import is_sharded, whole, write
 from dora_mm.core.spec import DoRASpec, finite_number
 
@@ -30,7 +31,7 @@ class StackedAdapter:
 
 @dataclass
 class Fixed:
-    """What is computed once per `fixed_parameters`, by dtype and device of the product.
+    """What is computed once per `fixed_parameters`, by dtype and device of the product and by inference mode.
 
     Attributes:
         num_passes: The number of passes; None where only the base weight is fixed.
@@ -53,12 +54,12 @@ class Adaptation:
         path: Its path in the model; A is drawn from it and `seed`.
         seed: The seed.
         name: The name of the adapter that A, B and m belong to.
-        function: The implementation of the layer.
+        forward: The implementation of the layer.
         trainable_before: Whether its weight was trained.
         strength: The strength of A, B and m.
         stacked: More adapters by name.
-        made_for: Device and dtype of the weight that m was computed from.
-        first_magnitude: m as it was computed; None without a magnitude.
+        made_for: Device and dtype of the weight that `first_magnitude` was computed from.
+        first_magnitude: The m of a fresh adapter, the row norms of the weight; None without a magnitude.
         merged: Whether the weight is W(t).
         base_weight: While merged, the base weight as stored, unless it was not kept.
         fixed: Inside `fixed_parameters`, what that keeps.
@@ -69,11 +70,11 @@ class Adaptation:
     path: str
     seed: int
     name: str
-    function: Forward
+    forward: Forward
     trainable_before: bool
     strength: float = 1.0
     stacked: dict[str, StackedAdapter] = field(default_factory=dict)
-    made_for: tuple[torch.device, torch.dtype] | None = None
+    made_for: tuple[torch.device, torch.dtype] = (torch.device("meta"), torch.float32)
     first_magnitude: Tensor | None = None
     merged: bool = False
     base_weight: Tensor | None = None
@@ -97,6 +98,7 @@ class AdaptedLayer(nn.Module):
     lora_B: nn.Parameter | None  # (O, R)
     magnitude: nn.Parameter | None  # (O,)
     adaptation: Adaptation
+    parameter_names = (*ADAPTER_NAMES, "weight")
 
     def __init__(self, *_: Any, **__: Any):
         raise TypeError(f"a {type(self).__name__} is made from a base layer: use inject or adapt_layer")
@@ -107,7 +109,7 @@ class AdaptedLayer(nn.Module):
         return self.weight
 
     def as_stored(self, matrix: Tensor) -> Tensor:
-        """Returns a weight with output rows first as the layer stores it, or the other way round."""
+        """Converts a weight with output rows first to how the layer stores it, or back: it is its own inverse."""
         return matrix
 
     # --- the adapter ---
@@ -142,9 +144,9 @@ class AdaptedLayer(nn.Module):
             parameter.data = value
 
     def is_fresh(self) -> bool:
-        """Whether nothing was trained: B is 0 and m is what it was set to."""
+        """Whether A, B and m were not trained: B is 0 and m is what it was set to."""
         first = self.adaptation.first_magnitude
-        if self.adaptation.stacked or (self.lora_B is not None and bool(whole(self.lora_B).any())):
+        if self.lora_B is not None and bool(whole(self.lora_B).any()):
             return False
         if self.magnitude is None or first is None:
             return True
@@ -185,7 +187,7 @@ class AdaptedLayer(nn.Module):
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter whose strength is not 0."""
         state, dtype = self.adaptation, adapter_dtype(self.weight.dtype)
-        # Attributes, which need not be parameters (DataParallel's copies), in another dtype where FSDP has cast them.
+        # getattr, since DataParallel's copies have tensors instead of parameters. FSDP may have cast them.
         own = {name: None if (t := getattr(self, name, None)) is None else t.to(dtype) for name in ADAPTER_NAMES}
         others = [(s.spec, s.tensors, s.strength) for s in state.stacked.values()]
         return tuple(
@@ -196,7 +198,7 @@ class AdaptedLayer(nn.Module):
 
     def check_can_stack(self, name: str, spec: DoRASpec) -> None:
         """Raises ValueError where the layer is merged, a method is `full`, or the name is taken."""
-        self.check_can_merge()
+        self.check_not_merged()
         if "full" in (spec.method, self.adaptation.spec.method):
             raise ValueError(
                 f"{self.adaptation.path} cannot hold several adapters: method full replaces the weight itself"
@@ -237,7 +239,7 @@ class AdaptedLayer(nn.Module):
         """
         strength, state = finite_number("strength", strength), self.adaptation
         self.check_has_strength()
-        self.check_can_merge()
+        self.check_not_merged()
         if name in (None, state.name):
             state.strength = strength
         for other, stacked in state.stacked.items():
@@ -259,7 +261,9 @@ class AdaptedLayer(nn.Module):
         fixed = self.adaptation.fixed
         if fixed is None:
             return None
-        key = product_dtype(self.weight), self.weight.device, torch.is_inference_mode_enabled()
+        # Tensors that were made in inference mode cannot be saved for a backward pass. (A compiler cannot ask for it.)
+        inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        key = product_dtype(self.weight), self.weight.device, inference
         if key not in fixed.n0:
             fixed.n0[key] = row_norm(self.matrix.detach())
         if fixed.num_passes is None:
@@ -275,7 +279,7 @@ class AdaptedLayer(nn.Module):
         dtype: torch.dtype | None = None,
         restore: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """Runs the forward function on x: see `forms.adapted_product`."""
+        """Runs the forward function on x: see `product.adapted_product`."""
         spec = self.adaptation.spec
         options = Options(
             op,
@@ -287,7 +291,7 @@ class AdaptedLayer(nn.Module):
             restore=restore,
         )
         bias = self.bias if use_bias else None
-        return self.adaptation.function(x, self.matrix, bias, self.adapters(), options)
+        return self.adaptation.forward(x, self.matrix, bias, self.adapters(), options)
 
     def end_fixed(self, *, base: bool = False) -> None:
         """Discards what `fixed_parameters` keeps of the adapters and, with `base`, of the base weight."""
@@ -297,13 +301,21 @@ class AdaptedLayer(nn.Module):
 
     # --- merging ---
 
-    def check_can_merge(self) -> None:
+    def check_not_merged(self) -> None:
         """Raises ValueError where the layer is merged already."""
         if self.adaptation.merged:
             raise ValueError(f"the adapter of {self.adaptation.path} is merged: call unmerge first")
 
-    def check_can_replace_weight(self, *, shared: bool) -> None:
-        """Raises ValueError where the weight cannot be replaced. `shared`: whether another module uses it too."""
+    def check_can_merge(self) -> None:
+        """Raises ValueError where the layer is merged already, or its weight cannot be replaced."""
+        self.check_not_merged()
+        self.check_plain()
+
+    def check_plain(self) -> None:
+        """Raises ValueError where A, B, m or the weight are no longer parameters of the layer."""
+        for name in self.parameter_names:
+            if name not in self._parameters:
+                raise ValueError(f"{name} of {self.adaptation.path} is parametrized: remove the parametrization first")
 
     def merge(self, *, keep_base: bool) -> tuple[float, float]:
         """Replaces the weight by W(t), stochastically rounded in half precision.
@@ -316,7 +328,7 @@ class AdaptedLayer(nn.Module):
             that the stored weight contains; zeros where nothing was rounded.
 
         Raises:
-            ValueError: The layer is merged already.
+            ValueError: See `check_can_merge`.
         """
         self.check_can_merge()
         W0, state = whole(self.matrix), self.adaptation
@@ -326,8 +338,8 @@ class AdaptedLayer(nn.Module):
         if W.dtype != W0.dtype:
             merged = round_stochastically(W, W0.dtype, seeded_generator(state.seed, f"merge:{state.path}"))
             sums = shares(merged, W, W0)
-        elif not adapters:
-            merged = W0.clone()
+        elif W.data_ptr() == W0.data_ptr():  # nothing was added: strength 0, or method full
+            merged = W.clone()
         base = self.weight.detach().clone() if is_sharded(self.weight) else self.weight
         state.base_weight = base if keep_base else None
         self.store(merged)
@@ -380,6 +392,7 @@ class AdaptedLayer(nn.Module):
     def _apply(self, fn, recurse=True):
         """What `.to`, `.half` and `.cuda` call: A, B and m keep their precision, and a fresh adapter stays a no-op."""
         own = [t for p in self.adapter_tensors().values() if p is not self.weight for t in (p, p.grad)]
+        redraw = any(t is not None and t.is_meta for t in own)
 
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -389,23 +402,27 @@ class AdaptedLayer(nn.Module):
         super()._apply(lambda t: keep_precision(t) if any(t is o for o in own) else fn(t), recurse)
         for stacked in self.adaptation.stacked.values():
             stacked.tensors = {name: keep_precision(tensor) for name, tensor in stacked.tensors.items()}
-        self.follow_weight()
+        self.follow_weight(redraw=redraw)
         return self
 
-    def follow_weight(self) -> None:
+    def follow_weight(self, *, redraw: bool = False) -> None:
         """Keeps a fresh adapter a no-op where the weight was moved or cast, by this layer or by one that shares it.
 
-        The norms of a rounded weight, or of another device, differ in the last bits. An adapter that was on `meta` is
-        drawn when its weight gets memory.
+        The norms of a rounded weight, or of another device, differ in the last bits.
+
+        Args:
+            redraw: Whether A, B or m were on `meta`: they are drawn, if the weight has memory now.
         """
         state, made_for = self.adaptation, (self.weight.device, self.weight.dtype)
         self.end_fixed(base=True)
-        if state.made_for in (None, made_for) or state.merged or state.spec.method == "full":
+        if state.made_for == made_for or state.merged or state.spec.method == "full":
             return
-        if state.made_for[0].type == "meta":
-            self.reset_adapter()
-        elif self.weight.is_meta:
+        if self.weight.is_meta:
             state.made_for = made_for
+        elif redraw:
+            self.reset_adapter()
+        elif state.made_for[0].type == "meta":
+            self.remember_norms()
         elif self.is_fresh():
             self.reset_magnitude()
 
@@ -435,12 +452,21 @@ class AdaptedLayer(nn.Module):
 
     def after_load(self, *, bare: bool) -> None:
         """Makes the adapter one of the loaded weight; `bare` as in `why_not_load`."""
-        state = self.adaptation
-        if bare:
-            self.follow_weight()
+        if self.weight.is_meta or self.adaptation.spec.method == "full":
+            return
+        if bare and any(t.is_meta for t in self.adapter_tensors().values()):
+            self.reset_adapter()
+        elif bare or self.is_fresh():  # or A, B and m came from this model, and the weight of another: torch's DCP
             self.reset_magnitude()
-        elif state.made_for is not None and state.made_for[0].type == "meta" and not self.weight.is_meta:
-            state.made_for, state.first_magnitude = (self.weight.device, self.weight.dtype), row_norm(self.matrix)
+        else:
+            self.remember_norms()
+
+    def remember_norms(self) -> None:
+        """Makes the norms of the weight as it is now those of a fresh adapter."""
+        state = self.adaptation
+        state.made_for = self.weight.device, self.weight.dtype
+        if self.magnitude is not None:
+            state.first_magnitude = row_norm(whole(self.matrix))
 
     def why_not_load(self, *, bare: bool) -> str | None:
         """Why a state dict cannot be loaded, or None.
@@ -450,7 +476,7 @@ class AdaptedLayer(nn.Module):
         """
         if self.adaptation.merged:
             return f"{self.adaptation.path} is merged: call unmerge before loading a state dict"
-        if bare and not self.weight.is_meta and not self.is_fresh():
+        if bare and not self.weight.is_meta and (self.adaptation.stacked or not self.is_fresh()):
             return f"{self.adaptation.path} has a trained adapter but the state dict has none: call remove first"
         return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer
 from dora_mm.core.ops import LINEAR
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -59,20 +59,17 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
     """An adapted projection: A (R, E), B (E, R), magnitude (E,)."""
 
     matrix = PackedProjection.matrix
+    parameter_names = ADAPTER_NAMES  # the weight is the attention's
 
     def forward(self, x: Tensor) -> Tensor:
         return PackedProjection.forward(self, x) if self.is_base() else self.adapted_product(x, LINEAR)
 
-    def check_can_replace_weight(self, *, shared: bool) -> None:
-        if shared:
-            raise ValueError(
-                f"{self.adaptation.path} cannot be merged: it is a part of a weight that another module shares"
-            )
-
     def merge(self, *, keep_base: bool) -> tuple[float, float]:
-        base = self.matrix.detach().clone()
+        attention, base, weight = self.attention[0], self.matrix.detach().clone(), self.weight
         sums = super().merge(keep_base=keep_base)
         self.adaptation.base_weight = base if keep_base else None  # its own rows: others may be merged as well
+        if isinstance(attention, PackedAttention) and attention.unmerged_weight is None and keep_base:
+            attention.unmerged_weight = (weight,)
         return sums
 
     def store(self, matrix: Tensor) -> None:
@@ -82,6 +79,13 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
 
     def put_back(self, base: Tensor) -> None:
         self.store(base)
+        attention = self.attention[0]
+        assert isinstance(attention, PackedAttention)
+        others = (p for p in attention.adapted_projections() if p is not self)
+        if attention.unmerged_weight is not None and not any(p.adaptation.merged for p in others):
+            (weight,), attention.unmerged_weight = attention.unmerged_weight, None
+            weight.data = attention.in_proj_weight.data  # the same bits, unless it was moved or cast
+            attention.in_proj_weight = weight
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Loads the adapter if the state dict has it. The rows of the weight were loaded by the attention."""
@@ -95,6 +99,7 @@ class PackedAttention(nn.MultiheadAttention):
     q_proj: PackedProjection
     k_proj: PackedProjection
     v_proj: PackedProjection
+    unmerged_weight: tuple[nn.Parameter] | None  # the Parameter from before the first merge; hidden from the parameters
 
     def forward(
         self,
@@ -136,7 +141,7 @@ class PackedAttention(nn.MultiheadAttention):
         else:
             inner, weights = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), None
         length, batch, width = query.shape
-        inner = inner.permute(2, 0, 1, 3).reshape(length * batch, width)  # a matrix, whose bias the product adds
+        inner = inner.permute(2, 0, 1, 3).reshape(length * batch, width)  # 2-D, as in torch's attention: the same bits
         y = self.out_proj(inner).view(length, batch, width)
         if not sequence_first:
             y = y.transpose(0, 1)
@@ -154,9 +159,11 @@ class PackedAttention(nn.MultiheadAttention):
         return [projection for projection in projections if isinstance(projection, DoRAPackedProjection)]
 
     def _apply(self, fn, recurse=True):
+        projections = self.adapted_projections()  # they are moved before the weight is
+        redraw = [any(t.is_meta for t in p.adapter_tensors().values()) for p in projections]
         super()._apply(fn, recurse)
-        for projection in self.adapted_projections():  # they were moved before the weight was
-            projection.follow_weight()
+        for projection, was_meta in zip(projections, redraw, strict=True):
+            projection.follow_weight(redraw=was_meta)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -250,6 +257,7 @@ def separate_projections(attention: nn.MultiheadAttention, projections: Mapping[
     """
     object.__setattr__(attention, "__class__", PackedAttention)
     assert isinstance(attention, PackedAttention)
+    attention.unmerged_weight = None
     for name in PROJECTIONS:
         attention.add_module(name, projections[name])
 
@@ -258,6 +266,6 @@ def restore_attention(attention: PackedAttention) -> None:
     """Makes it an nn.MultiheadAttention again, in place, where nothing in it is adapted any longer."""
     parts: Any = (attention.out_proj, *(getattr(attention, name) for name in PROJECTIONS))
     if not any(isinstance(part, AdaptedLayer) for part in parts):
-        for name in PROJECTIONS:
+        for name in (*PROJECTIONS, "unmerged_weight"):
             delattr(attention, name)
         object.__setattr__(attention, "__class__", nn.MultiheadAttention)

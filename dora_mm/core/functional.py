@@ -19,16 +19,17 @@ autocast.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 CANCELLED = 1 / 4  # where n^2 is below this fraction of n0^2, the sum n0^2 + D has lost digits
 SMALL_GAIN = 2.0**-6  # below it, dividing by g or m amplifies rounding
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 256  # of a weight in half precision, cast to fp32 in blocks that fit into a processor's cache
 
 
 class Adapter(NamedTuple):
@@ -77,10 +78,32 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which the base layer multiplies: autocast's, except for a float64 weight."""
-    device = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if weight.dtype != torch.float64 and autocasts(weight.device):
+        return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device; torch raises an error for `meta`."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the backward method of an autograd.Function run without autocast, as its forward method does."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dY: Tensor) -> Any:
+        if not autocasts(dY.device):
+            return backward(ctx, dY)
+        with torch.autocast(dY.device.type, enabled=False):
+            return backward(ctx, dY)
+
+    return run
+
+
+def can_read(t: Tensor) -> bool:
+    """Whether the program may branch on the values of a tensor: a compiled graph cannot, and `meta` has none."""
+    return not torch.compiler.is_compiling() and not t.is_meta
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
@@ -124,9 +147,9 @@ def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor) -
     else:
         inner = torch.addmm(reduced_weight(W0, A), sB, A @ A.T, beta=2)
     D = inner.mul_(sB).sum(1)
-    ratio = (D / n0).div_(n0).add_(1)  # of the squares; NaN where n0 is 0
+    ratio = (D / n0).div_(n0).add_(1)  # n^2 / n0^2 (n0^2 may overflow); NaN where n0 is 0
     norm = ratio.sqrt().mul_(n0)
-    if torch.compiler.is_compiling():  # a compiled graph cannot branch on values
+    if not can_read(ratio):
         return torch.where(is_lost(ratio), torch.linalg.vector_norm(torch.addmm(W0.to(A.dtype), sB, A), dim=1), norm)
     if not lies_between(ratio, CANCELLED, math.inf):
         rows = is_lost(ratio).nonzero()[:, 0]
@@ -156,7 +179,7 @@ def reduced_weight(W0: Tensor, A: Tensor) -> Tensor:
 def with_gain(magnitude: Tensor, norm: Tensor) -> RowGains:
     """Returns n and g = m / n. g is 1 where n is 0: published weights have hundreds of zero rows."""
     gain = magnitude / norm
-    if gain.device.type == "cpu" and not torch.compiler.is_compiling() and lies_between(gain, SMALL_GAIN, math.inf):
+    if gain.device.type == "cpu" and can_read(gain) and lies_between(gain, SMALL_GAIN, math.inf):
         return RowGains(norm, gain, regular=True)
     return RowGains(norm, gain.masked_fill_(norm == 0, 1))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_mm.core.adapted import AdaptedLayer, Fixed
+from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer, Fixed
 from dora_mm.core.attention import (
     PROJECTIONS,
     PackedAttention,
@@ -22,8 +22,8 @@ from dora_mm.core.attention import (
     with_projections,
 )
 from dora_mm.core.fast_path import set_fast_paths
-from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.layer import adapt_layer, restore_layer
+from dora_mm.core.product import TORCH, Forward
 from dora_mm.core.quantized import is_quantized, why_not_quantized
 from dora_mm.core.sharded import check_not_sharded, reshard
 from dora_mm.core.spec import DoRASpec, finite_number
@@ -153,7 +153,7 @@ def inject_paths(
             if type(attention := modules.get(above)) is nn.MultiheadAttention:
                 separate_projections(attention, {name: modules[inside(above, name)] for name in PROJECTIONS})
             before = trained.get(id(modules[path].weight))
-            settings = {"path": path, "function": forward, "seed": seed, "name": name, "trainable_before": before}
+            settings = {"path": path, "forward": forward, "seed": seed, "name": name, "trainable_before": before}
             done.append(adapt_layer(modules[path], spec, **settings))
     except BaseException:  # no memory, say
         for layer in done:
@@ -196,6 +196,8 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
             f"the weight of {path} is computed from other parameters (weight_norm, spectral_norm, prune or another "
             "parametrization): remove that first"
         )
+    if taken := next((name for name in (*ADAPTER_NAMES, "adaptation") if hasattr(layer, name)), None):
+        raise ValueError(f"{path} has an attribute {taken} of its own, which its adapter needs")
     if layer.get_parameter("weight").numel() == 0:
         raise ValueError(f"the weight of {path} is empty, so there is nothing to adapt")
     attention = modules.get(path.rpartition(".")[0])
@@ -263,9 +265,12 @@ def remove(model: nn.Module) -> None:
         model: The adapted model.
 
     Raises:
-        ValueError: The model has no adapted layer.
+        ValueError: The model has no adapted layer, or a parametrization on one. It is then unchanged.
     """
-    for layer in adapted_layers(model).values():
+    layers = adapted_layers(model).values()
+    for layer in layers:
+        layer.check_plain()
+    for layer in layers:
         restore_layer(layer)
     _restore_attentions(model)
     set_fast_paths(model)
@@ -291,7 +296,7 @@ def set_strength(model: nn.Module, strength: float, *, name: str | None = None) 
         raise ValueError(f"the model has no adapter {name!r}, only {', '.join(sorted(names))}")
     for layer in layers:
         layer.check_has_strength()
-        layer.check_can_merge()
+        layer.check_not_merged()
     for layer in layers:
         layer.set_strength(strength, name)
 
@@ -324,15 +329,13 @@ def merge(model: nn.Module, *, keep_base: bool = True) -> MergeReport:
         The number of merged modules, and the fraction of the update that survived rounding.
 
     Raises:
-        ValueError: The model has no adapted layer, is merged already, or has a weight that cannot be replaced (a
-            quantised one, or a packed attention weight that another module shares). The model is then unchanged.
+        ValueError: The model has no adapted layer, is merged already, or has a weight that cannot be replaced (it is
+            quantised or parametrized). The model is then unchanged.
     """
     reshard(model)
     layers = adapted_layers(model)
-    users = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for layer in layers.values():
         layer.check_can_merge()
-        layer.check_can_replace_weight(shared=users[id(layer.weight)] > 1)
     stored = update = 0.0
     for layer in layers.values():
         part_stored, part_update = layer.merge(keep_base=keep_base)
@@ -361,13 +364,14 @@ def unmerge(model: nn.Module) -> None:
 def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_only: bool = False) -> Iterator[None]:
     """A context in which base weights and adapters do not change, so that what depends only on them is computed once.
 
-    The caller guarantees this: writing to a parameter inside is not detected. A change through the interface of the
+    The caller guarantees this: writing to a parameter inside is not detected. Backward passes of checkpointed forward
+    passes belong inside, since they repeat those. A change through the interface of the
     layer (strength, merge, load_state_dict, `.to`) is detected, and ends the guarantee for that layer.
 
     Args:
         model: The model. Its layers need not be adapted.
-        num_passes: How many forward passes are made inside. A layer with few tokens builds W(t) only where it pays for
-            that many.
+        num_passes: How many forward passes are made inside, repetitions of checkpointed ones included. A layer with few
+            tokens builds W(t) only where it pays for that many.
         base_only: Whether only the base weights are constant, as during training. The adapters may then change.
 
     Yields:

@@ -8,8 +8,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from dora_mm.core.adapted import ADAPTER_NAMES, Adaptation, AdaptedLayer
 from dora_mm.core.attention import DoRAPackedProjection, PackedProjection
-from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.ops import LINEAR, ConvOp, EmbeddingOp
+from dora_mm.core.product import TORCH, Forward
 from dora_mm.core.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.subclasses import class_for_subclass, subclass
@@ -126,8 +126,12 @@ def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
     known = next((kind for kind in ADAPTED_CLASSES if isinstance(layer, kind)), None)
     if known is None or base is known:
         return ADAPTED_CLASSES.get(base)
+    if "weight" not in layer._parameters:
+        return ADAPTED_CLASSES[known]  # a weight_norm, say, which inject refuses with its reason
+    if getattr(base, "_conv_forward", None) is not getattr(known, "_conv_forward", None):
+        return None  # what a convolution calls with its weight
     if base.forward is known.forward:
-        return subclass(base, ADAPTED_CLASSES[known])
+        return subclass(ADAPTED_CLASSES[known], base)
     last = DoRABiasLast if known is nn.Linear else None
     return class_for_subclass(layer, known, ADAPTED_CLASSES[known], last)
 
@@ -154,7 +158,7 @@ def adapt_layer(
     spec: DoRASpec,
     *,
     path: str = "",
-    function: Forward = TORCH,
+    forward: Forward = TORCH,
     seed: int = 0,
     name: str = "default",
     trainable_before: bool | None = None,
@@ -165,7 +169,7 @@ def adapt_layer(
         layer: A layer for which `adapted_class` has a class.
         spec: The settings of the adapter.
         path: The path of the layer in its model, from which A is drawn and which error messages name.
-        function: The forward function, see `backend.select`.
+        forward: The implementation of the layer, see `backend.select`.
         seed: A is drawn from it and the path.
         name: The name of the adapter.
         trainable_before: What `requires_grad` of the weight will be set to by `restore_layer`; None: what it is now.
@@ -179,11 +183,15 @@ def adapt_layer(
     before = weight.requires_grad if trainable_before is None else trainable_before
     object.__setattr__(layer, "__class__", adapted)
     assert isinstance(layer, AdaptedLayer)
-    layer.adaptation = Adaptation(base, spec, path, seed, name, function, before)
+    layer.adaptation = Adaptation(base, spec, path, seed, name, forward, before)
     weight.requires_grad_(spec.method == "full")
     for parameter in ADAPTER_NAMES:
         layer.register_parameter(parameter, None)
-    layer.reset_adapter()
+    try:
+        layer.reset_adapter()
+    except BaseException:  # no memory, say
+        restore_layer(layer)
+        raise
     return layer
 
 

@@ -29,7 +29,7 @@ class DoRAQuantized(AdaptedLayer):
             return self.adaptation.base_class.forward(self, x)
         return self.adapted_product(x, LINEAR, dtype=x.dtype, restore=lambda: self.matrix).to(x.dtype)
 
-    def check_can_replace_weight(self, *, shared: bool) -> None:
+    def check_can_merge(self) -> None:
         raise ValueError(
             f"{self.adaptation.path} is quantised, and merging would lose the update: merge into a dense model"
         )

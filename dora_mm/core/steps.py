@@ -5,25 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dora_mm.core.functional import SMALL_GAIN, Adapter, RowGains, adapter_dtype, as_matrix, directions, row_gains
+from dora_mm.core.functional import (
+    SMALL_GAIN,
+    Adapter,
+    RowGains,
+    adapter_dtype,
+    as_matrix,
+    can_read,
+    directions,
+    row_gains,
+)
 from dora_mm.core.ops import Op, per_row, row_sums
 
 LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
 LARGE_BIAS_HALF = 4.0
 
 
-class Kernels:
+class Steps:
     """The steps of the layer in plain torch; a subclass has them in another implementation.
 
     Attributes:
-        rounds_once: Whether `unmerged` adds the branch before it rounds to half precision: later, small updates are
-            lost.
+        rounds_once: Whether `unmerged` adds the branch before it rounds to half precision. Added afterwards, small
+            updates would be lost.
     """
 
     rounds_once: bool = False
 
     def reads_output(self) -> bool:
-        """Whether `magnitude_grad` works here. It reads values back, which a compiled graph cannot do."""
+        """Whether `magnitude_grad` works here: it reads values."""
         return not torch.compiler.is_compiling()
 
     def row_gains(self, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> RowGains:
@@ -36,33 +45,33 @@ class Kernels:
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        gain: Tensor | None,
+        base_gain: Tensor | None,
         h: Tensor | None,
         B: Tensor | None,
     ) -> Tensor:
-        """Returns y = e x W0^T + h B^T + b, contiguous and in new memory.
+        """Returns y = e x W0^T + h B^T + b, in new memory.
 
         Args:
             op: The operation of the layer.
             x: Input of the layer.
             weight: W0.
             bias: b (O,), or None.
-            gain: e (O,), or None for 1.
+            base_gain: e (O,), or None for 1.
             h: x A^T of all adapters, or None.
             B: What h is multiplied by (O, R), scaled by s, t and g, in the adapter's dtype.
         """
         # The bias is part of the product, as b / e, so that a fresh adapter (e = 1, B = 0) changes no bit.
         outside = None
-        if gain is not None and bias is not None:
-            if torch.compiler.is_compiling() or bool((gain.abs() <= SMALL_GAIN).any()):
-                bias, outside = None, bias
+        if base_gain is not None and bias is not None:
+            if can_read(base_gain) and not (base_gain.abs() <= SMALL_GAIN).any():
+                bias = bias / base_gain
             else:
-                bias = bias / gain
+                bias, outside = None, bias
         y = op(x, weight, bias)
         dtype = y.dtype
-        y = y.to(adapter_dtype(dtype))  # of an embedding in half precision: rounded once, at the end
-        if gain is not None:
-            y = y.mul_(per_row(op, gain, y))
+        y = y.to(adapter_dtype(dtype))  # fp32 for an embedding in half precision, which is rounded once, at the end
+        if base_gain is not None:
+            y = y.mul_(per_row(op, base_gain, y))
         if h is not None and B is not None:
             y = op.add_expanded(y, h, B)
         if outside is not None:
@@ -70,10 +79,17 @@ class Kernels:
         return y.to(dtype)
 
     def unmerged_grad_input(
-        self, op: Op, dY: Tensor, x: Tensor, weight: Tensor, gain: Tensor | None, u: Tensor | None, A: Tensor | None
+        self,
+        op: Op,
+        dY: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        base_gain: Tensor | None,
+        u: Tensor | None,
+        A: Tensor | None,
     ) -> Tensor:
         """Returns dX = (e dY) W0 + u A. Of x only the shape is read."""
-        dX = op.grad_input(dY if gain is None else dY * per_row(op, gain, dY), x, weight)
+        dX = op.grad_input(dY if base_gain is None else dY * per_row(op, base_gain, dY), x, weight)
         return dX if u is None or A is None else op.add_grad_reduced(dX, u, x, A)
 
     def magnitude_grad(
@@ -85,31 +101,31 @@ class Kernels:
         weight: Tensor,
         bias: Tensor | None,
         adapter: Adapter,
-        rows: RowGains,
+        gains: RowGains,
     ) -> Tensor:
         """Returns dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
 
-        It is rowsum(dY (y - b)) / m where that is safe. Rows with a small gain, or with a bias much larger than y - b,
-        use `inner_dots`.
+        It is the sum over tokens of dY (y - b), / m, where that is safe. Rows with a small gain, or with a bias much
+        larger than y - b, use `inner_dots`.
         """
         assert adapter.magnitude is not None
-        assert rows.norm is not None
-        assert rows.gain is not None
+        assert gains.norm is not None
+        assert gains.gain is not None
         dots, squares = row_sums(op, dY, y, bias)
         dm = dots / adapter.magnitude
-        if rows.regular and bias is None:
+        if gains.regular and bias is None:
             return dm
-        is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
+        is_zero, unsafe = gains.norm == 0, gains.gain.abs() <= SMALL_GAIN
         if bias is not None and squares is not None:
             rms = (squares / max(op.num_tokens(x, weight), 1)).sqrt()
             unsafe = unsafe | (bias.abs() > large_bias(y.dtype) * rms)
         chosen = unsafe & ~is_zero
         if chosen.any():
-            dm = torch.where(chosen, inner_dots(op, dY, x, weight, adapter, chosen) / rows.norm, dm)
+            dm = torch.where(chosen, inner_dots(op, dY, x, weight, adapter, chosen) / gains.norm, dm)
         return dm.masked_fill_(is_zero, 0)
 
 
-PLAIN = Kernels()
+TORCH_STEPS = Steps()
 
 
 def large_bias(dtype: torch.dtype) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,14 +35,19 @@ def new_layer(first: type[nn.Module], second: type[nn.Module]) -> AdaptedLayer:
     return kind.__new__(kind)
 
 
+# What trials have found, by class and dtype of the layer: they take time, and run code of others.
+_FOUND: dict[tuple[type[nn.Module], torch.dtype], type[AdaptedLayer] | None] = {}
+
+
 def class_for_subclass(
     layer: nn.Module, known: type[nn.Module], adapted: type[AdaptedLayer], bias_last: type[AdaptedLayer] | None
 ) -> type[AdaptedLayer] | None:
     """The adapted class for a subclass of a known class that has a `forward` of its own; None where none computes it.
 
-    An adapted layer computes what the known class does with another weight. So the layer is tried with another weight:
-    its `forward` must return the same bits when it has that weight, and when it has its own and the known class is
-    replaced by one that takes the other. (Without memory only whether the known class is called can be seen.)
+    An adapted layer computes what the known class does with another weight. So a copy of the layer is tried: (a) it has
+    another weight; (b) it has its own, and the known class is replaced by one that takes the other. The same bits mean
+    that all that `forward` does with the weight goes through the known class. (Without memory, only whether it raises
+    can be seen.)
 
     Args:
         layer: A layer whose class is a subclass of `known`.
@@ -48,10 +55,23 @@ def class_for_subclass(
         adapted: Its adapted class.
         bias_last: An adapted class that adds the bias after x W^T, where there is one.
     """
+    weight = layer.get_parameter("weight")
+    if weight.is_meta:
+        return _find(layer, known, adapted, bias_last)
+    key = type(layer), weight.dtype
+    if key not in _FOUND:
+        _FOUND[key] = _find(layer, known, adapted, bias_last)
+    return _FOUND[key]
+
+
+def _find(
+    layer: nn.Module, known: type[nn.Module], adapted: type[AdaptedLayer], bias_last: type[AdaptedLayer] | None
+) -> type[AdaptedLayer] | None:
     base = type(layer)
-    trials: list[tuple[type[AdaptedLayer], bool, bool]] = [(adapted, True, False), (adapted, False, False)]
-    if bias_last is not None:
-        trials.append((bias_last, False, True))
+    trials: list[tuple[type[AdaptedLayer], bool, bool]] = [(adapted, True, False)]
+    if list(inspect.signature(base.forward).parameters) == list(inspect.signature(known.forward).parameters):
+        trials.append((adapted, False, False))  # the adapted class is called instead
+        trials += [] if bias_last is None else [(bias_last, False, True)]
     for kind, calls_super, adds_bias in trials:
         stand_in = with_other_weight(known, adds_bias=adds_bias)
         trial = type("Trial", (base, stand_in) if calls_super else (stand_in, base), {})
@@ -76,21 +96,26 @@ def with_other_weight(known: Any, *, adds_bias: bool) -> type[nn.Module]:
 
 @torch.no_grad()
 def computes_the_same(layer: nn.Module, trial: type[nn.Module], training: bool, calls_super: bool) -> bool:
-    """Whether `forward` of a layer with another weight returns what it does in its trial class."""
-    base, mode, weight = type(layer), layer.training, layer._parameters["weight"]
+    """Whether `forward` of a layer with another weight returns what it does in its trial class, and keeps no tensor."""
+    layer = copy.deepcopy(layer)
+    base, weight, before = type(layer), layer._parameters["weight"], set(map(id, vars(layer).values()))
     assert weight is not None
-    layer.training = training
+    layer.train(training)
     try:
         x = trial_input(layer)
-        with parameters(layer, weight=other_weight(weight)):
+        with torch.random.fork_rng(), parameters(layer, weight=other_weight(weight)):
+            torch.manual_seed(0)
             expected = layer.forward(x)
         object.__setattr__(layer, "__class__", trial)
-        found = layer.forward(x)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            found = layer.forward(x)
     except Exception:  # whatever a foreign layer raises on this input: it is not adapted
         return False
     finally:
         object.__setattr__(layer, "__class__", base)
-        layer.training = mode
+    if any(isinstance(value, Tensor) and id(value) not in before for value in vars(layer).values()):
+        return False  # it keeps something that it has computed, from the weight perhaps
     return calls_super if weight.is_meta else torch.equal(found, expected)
 
 

@@ -148,12 +148,13 @@ def _check_counts(modules: Mapping[str, nn.Module], taken: Mapping[str, str], ta
         if not paths and targets.counts(block):
             raise ValueError(f"target map {targets.name} expects blocks of class {block}, and the model has none")
         for path in paths:
-            inside = [(p, part) for p, part in taken.items() if p.startswith(path + ".")]
+            start = f"{path}." if path else ""
+            inside = [(p, part) for p, part in taken.items() if p.startswith(start)]
             for part, expected in targets.counts(block).items():
-                allowed = expected if isinstance(expected, tuple) else (expected,)
+                allowed = (expected,) if isinstance(expected, int) else tuple(expected)
                 found = [p for p, of in inside if of == part]
                 if len(found) not in allowed:
                     raise ValueError(
                         f"target map {targets.name} expects {' or '.join(map(str, allowed))} modules of part {part} in "
-                        f"each {block}, and {path} has {len(found)}: {', '.join(found) or 'none'}"
+                        f"each {block}, and {path or 'the model'} has {len(found)}: {', '.join(found) or 'none'}"
                     )

@@ -48,7 +48,7 @@ def our_layer(base: nn.Linear, rank: int, method: str, path: str = "") -> nn.Mod
     """Our layer, over the weight of `base`."""
     layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     layer.weight, layer.bias = base.weight, base.bias
-    return adapt_layer(layer, DoRASpec(rank, method=method), path=path, function=backend.select())
+    return adapt_layer(layer, DoRASpec(rank, method=method), path=path, forward=backend.select())
 
 
 class DenseDoRA(nn.Module):

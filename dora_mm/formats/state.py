@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.attention import with_projections
-from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
 from dora_mm.core.layer import TransposedLayer, adapted_class, matrix_shape
+from dora_mm.core.product import TORCH, Forward
 from dora_mm.core.sharded import reshard, whole, write
 from dora_mm.core.spec import DoRASpec
 
@@ -247,7 +247,7 @@ def _check_component(
     present = layers_of(model)
     same = {path: layer for path, layer in present.items() if layer.adaptation.name == name}
     for path, layer in present.items():
-        layer.check_can_merge()
+        layer.check_not_merged()
         if path in layers and path not in same:
             layer.check_can_stack(name, layers[path].spec)
     if same:

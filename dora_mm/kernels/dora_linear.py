@@ -1,4 +1,4 @@
-"""The layer on a GPU: the forms of core/forms.py, with norms, products and the sums for dm in Triton."""
+"""The layer on a GPU: the steps of core/steps.py, with norms, products and the sums for dm in Triton."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,11 @@ import torch
 import triton
 from torch import Tensor
 
-from dora_mm.core.forms import Forward, Options, adapted_product, has_norm
 from dora_mm.core.functional import SMALL_GAIN, Adapter, RowGains, row_gains
 from dora_mm.core.ops import LINEAR, as_rows
-from dora_mm.core.steps import Kernels, large_bias
+from dora_mm.core.passes import Options
+from dora_mm.core.product import Forward, adapted_product, has_magnitude
+from dora_mm.core.steps import Steps, large_bias
 from dora_mm.kernels.choice import vendor_is_faster, vendor_product
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
@@ -18,7 +19,7 @@ from dora_mm.kernels.row_norm import _row_norm, row_norm
 from dora_mm.kernels.row_sums import row_sums
 
 
-class TritonKernels(Kernels):
+class TritonSteps(Steps):
     """The steps of a Linear in Triton. The branch is added in fp32, and the sum is rounded once."""
 
     rounds_once = True
@@ -34,31 +35,31 @@ class TritonKernels(Kernels):
         A, B = adapter.A.contiguous(), adapter.B.contiguous()
         return RowGains(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
 
-    def unmerged(self, op, x, weight, bias, gain, h, B):
+    def unmerged(self, op, x, weight, bias, base_gain, h, B):
         if vendor_is_faster(weight.shape[1], x.dtype):
-            y = low_rank_add(vendor_product(as_rows(x), weight.T), bias, gain, h, B, x.dtype)
+            y = low_rank_add(vendor_product(as_rows(x), weight.T), bias, base_gain, h, B, x.dtype)
         else:
-            y = low_rank_linear(as_rows(x), weight, bias, gain, h, B)
+            y = low_rank_linear(as_rows(x), weight, bias, base_gain, h, B)
         return y.view(*x.shape[:-1], weight.shape[0])
 
-    def unmerged_grad_input(self, op, dY, x, weight, gain, u, A):
+    def unmerged_grad_input(self, op, dY, x, weight, base_gain, u, A):
         rows = as_rows(dY)
         if vendor_is_faster(weight.shape[0], dY.dtype, back=True):
-            scaled = rows if gain is None else low_rank_add(rows, None, gain, None, None, dY.dtype)
+            scaled = rows if base_gain is None else low_rank_add(rows, None, base_gain, None, None, dY.dtype)
             dX = low_rank_add(vendor_product(scaled, weight), None, None, u, None if A is None else A.T, dY.dtype)
         else:
-            dX = low_rank_grad_input(rows, weight, gain, u, A)
+            dX = low_rank_grad_input(rows, weight, base_gain, u, A)
         return dX.view(*dY.shape[:-1], weight.shape[1])
 
-    def magnitude_grad(self, op, dY, x, y, weight, bias, adapter, rows):
+    def magnitude_grad(self, op, dY, x, y, weight, bias, adapter, gains):
         dY, x, y = as_rows(dY), as_rows(x), as_rows(y)
         A, B = (None if t is None else t.contiguous() for t in (adapter.A, adapter.B))
         options = adapter.scaling, SMALL_GAIN, large_bias(y.dtype)
-        per_row = *row_sums(dY, y, bias), adapter.magnitude, rows.norm, rows.gain, bias
+        per_row = *row_sums(dY, y, bias), adapter.magnitude, gains.norm, gains.gain, bias
         return magnitude_grad(*per_row, dY, x, weight.detach(), A, B, *options)
 
 
-TRITON_KERNELS = TritonKernels()
+TRITON_STEPS = TritonSteps()
 INTERPRETED = not isinstance(_row_norm, triton.JITFunction)  # then the kernels run on a CPU
 
 
@@ -69,14 +70,14 @@ def runs_in_triton(weight: Tensor, adapters: Sequence[Adapter], options: Options
     not.
     """
     has_kernel = options.op is LINEAR and weight.dim() == 2 and weight.dtype.itemsize <= 4
-    is_thin = not options.dropout or not has_norm(adapters)
+    is_thin = not options.dropout or not has_magnitude(adapters)
     return has_kernel and is_thin and (weight.is_cuda or INTERPRETED)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], options: Options) -> Tensor:
-    """`core.forms.adapted_product` in Triton, where `runs_in_triton`."""
+    """`core.product.adapted_product` in Triton, where `runs_in_triton`."""
     if runs_in_triton(weight, adapters, options):
-        return adapted_product(x, weight, bias, adapters, options, TRITON_KERNELS)
+        return adapted_product(x, weight, bias, adapters, options, TRITON_STEPS)
     return adapted_product(x, weight, bias, adapters, options)
 
 

@@ -272,15 +272,21 @@ def test_an_attention_that_is_the_model_itself(tmp_path):
     assert torch.equal(base.q_proj.lora_B, attention.q_proj.lora_B)
 
 
-def test_a_shared_weight_is_refused_before_anything_is_merged():
-    model = nn.ModuleDict(
-        {"first": nn.Linear(4, 4), "a": nn.MultiheadAttention(4, 2), "b": nn.MultiheadAttention(4, 2)}
-    )
-    model["b"].in_proj_weight = model["a"].in_proj_weight
-    inject(model, ["first", "a.q_proj"], DoRASpec(rank=2))
-    with pytest.raises(ValueError, match="^a.q_proj cannot be merged: .*shares"):
-        merge(model)
-    assert not model["first"].adaptation.merged
+def test_a_shared_weight_is_cloned_by_merge_and_shared_again_after_unmerge():
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "b": nn.MultiheadAttention(4, 2)})
+    model["b"].in_proj_weight = shared = model["a"].in_proj_weight
+    before = shared.detach().clone()
+    inject(model, ["a.q_proj", "a.v_proj"], DoRASpec(rank=2))
+    for seed, name in enumerate(("q_proj", "v_proj")):
+        reference.randomize(model["a"].get_submodule(name), seed=seed)
+    x = torch.randn(3, 2, 4)
+    expected = model["a"](x, x, x)[0]
+    merge(model)
+    assert torch.equal(model["b"].in_proj_weight, before)
+    torch.testing.assert_close(model["a"](x, x, x)[0], expected)
+    unmerge(model)
+    assert model["a"].in_proj_weight is model["b"].in_proj_weight is shared
+    assert torch.equal(shared, before)
 
 
 def test_remove_does_not_unfreeze_what_was_not_adapted():

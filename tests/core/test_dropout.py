@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dora_mm.core import DoRASpec, adapt_layer
-from dora_mm.core.forms import Options, adapted_product
 from dora_mm.core.layer import restore_layer
+from dora_mm.core.passes import Options
+from dora_mm.core.product import adapted_product
 from tests.core import reference
 from tests.core.reference import make
 
@@ -81,3 +82,23 @@ def test_dropout_without_a_magnitude_never_builds_the_update():
     assert x.grad.isfinite().all()
     assert (64, 48) in allocated.shapes
     assert (48, 32) not in allocated.shapes
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_dropout_of_an_input_that_is_not_contiguous(method):
+    """What a (batch, length, features) attention gives its projections."""
+    _, layer = reference.linear(16, 8, method=method, dropout=0.5)
+    reference.randomize(layer)
+    x, dY = torch.randn(4, 3, 16), torch.randn(4, 3, 8)
+
+    def dX(x):
+        torch.manual_seed(1)
+        x = x.requires_grad_()
+        mask = F.dropout(torch.ones(4, 3, 16), 0.5)
+        with pytest.MonkeyPatch.context() as patch:  # the same mask for every layout
+            patch.setattr(F, "dropout", lambda t, p: t * mask)
+            return torch.autograd.grad(layer(x), x, dY)[0]
+
+    transposed = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(transposed, x)
+    torch.testing.assert_close(dX(transposed), dX(x))

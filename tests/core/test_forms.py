@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.core import functional as dora
-from dora_mm.core.forms import Kept, Options, adapted_product, choose_form
+from dora_mm.core.forms import choose_form
+from dora_mm.core.passes import Kept, Options
+from dora_mm.core.product import adapted_product
 from tests.core import reference
 from tests.core.reference import make, variants
 
@@ -123,8 +125,8 @@ def test_half_precision_runs_in_the_form_that_rounds_once():
 
 def test_dropout_builds_the_update_only_for_a_magnitude():
     assert choose_form(1, 64, 64, 4, dropout=True) == "merged"
-    assert choose_form(10_000, 64, 64, 4, dropout=True, norm=False) == "unmerged"
-    assert choose_form(10_000, 64, 64, 4, dropout=True, norm=False, half=True) == "merged"
+    assert choose_form(10_000, 64, 64, 4, dropout=True, has_magnitude=False) == "unmerged"
+    assert choose_form(10_000, 64, 64, 4, dropout=True, has_magnitude=False, half=True) == "merged"
 
 
 # --- what is kept for the backward pass ---

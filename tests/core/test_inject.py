@@ -6,6 +6,7 @@ from torch import nn
 
 from dora_mm.core import (
     DoRASpec,
+    TargetMap,
     adapter_parameters,
     fixed_parameters,
     inject,
@@ -146,3 +147,42 @@ def test_checkpointing_gives_the_same_gradients():
 
     for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize("targets", [["one", "two"], ["one", "attn.q_proj", "attn.v_proj"]])
+def test_an_injection_that_fails_half_way_is_undone(targets):
+    net = nn.ModuleDict({"one": nn.Linear(4, 4), "two": nn.Linear(4, 4), "attn": nn.MultiheadAttention(4, 2)})
+    before = {path: (type(module), set(vars(module))) for path, module in net.named_modules()}
+    trained = {name: p.requires_grad for name, p in net.named_parameters()}
+
+    class NoMemory(torch.overrides.TorchFunctionMode):
+        calls = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.linalg.vector_norm:
+                NoMemory.calls += 1
+                if NoMemory.calls == 2:
+                    raise MemoryError
+            return function(*args, **(kwargs or {}))
+
+    with NoMemory(), pytest.raises(MemoryError):
+        inject(net, targets, DoRASpec(rank=2))
+    assert {path: (type(module), set(vars(module))) for path, module in net.named_modules()} == before
+    assert {name: p.requires_grad for name, p in net.named_parameters()} == trained
+
+
+def test_an_attribute_that_the_adapter_needs():
+    net = nn.Sequential(nn.Linear(4, 4))
+    net[0].magnitude = 3.0
+    with pytest.raises(ValueError, match="0 has an attribute magnitude"):
+        inject(net, ["0"], DoRASpec(rank=2))
+
+
+def test_a_block_that_is_the_model_itself():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+
+    targets = TargetMap("one", {"all": ["q"]}, {"Block": 1})
+    assert inject(Block(), targets, DoRASpec(rank=2)).num_modules == 1

@@ -98,3 +98,14 @@ def test_stochastic_rounding():
         tiny = torch.full((100_000,), torch.finfo(dtype).tiny * torch.finfo(dtype).eps * 0.25)
         assert abs(round_stochastically(tiny, dtype, generator).double().mean() / tiny[0].double() - 1) < 0.05
     assert round_stochastically(torch.tensor([1e6]), torch.float16, generator).isfinite()
+
+
+def test_merging_method_full_keeps_a_copy():
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject(model, ["0"], DoRASpec(method="full"))
+    before = model[0].weight.detach().clone()
+    merge(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    unmerge(model)
+    assert torch.equal(model[0].weight, before)

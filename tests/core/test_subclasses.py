@@ -226,3 +226,71 @@ def test_a_subclass_is_adapted_rightly_or_refused(kind, training):
     base.train(training)
     x = torch.randn(5, 16)
     assert reference.relative_error(model(x), with_weight(base, reference.weight_of(model[0]), x)) < 1e-6
+
+
+class Assigned(nn.Linear):
+    forward = nn.Linear.forward
+
+
+def test_a_forward_that_is_assigned_is_that_of_the_known_class():
+    model, x = nn.Sequential(Assigned(16, 12)), torch.randn(5, 16)
+    before = model(x)
+    inject(model, ["0"], DoRASpec(rank=4), backend="torch")
+    assert torch.equal(model(x), before)
+    reference.randomize(model[0])
+    assert not torch.allclose(model(x), before)
+
+
+class ConvNorm(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+
+    def forward(self, input):
+        return self.norm(super().forward(input))
+
+
+def test_a_trial_leaves_no_trace():
+    model, x = nn.Sequential(ConvNorm(3, 4, 3)), torch.randn(2, 3, 8, 8)
+    model(x)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="matches no module"):
+        inject(model, ["nothing"], DoRASpec(rank=2))
+    inject(model, ["0"], DoRASpec(rank=2))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert model.training
+    assert model[0].norm.training
+
+
+class StandardizedConv(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+class KeepsItsWeight(nn.Linear):
+    turned: torch.Tensor | None = None
+
+    def forward(self, input):
+        if self.turned is None:
+            self.turned = self.weight.detach().t().clone()
+        return input @ self.turned + self.bias
+
+
+@pytest.mark.parametrize("layer", [StandardizedConv(3, 4, 3), KeepsItsWeight(8, 6)])
+def test_a_layer_that_uses_its_weight_elsewhere_is_refused(layer):
+    with pytest.raises(ValueError, match=type(layer).__name__):
+        inject(nn.Sequential(layer), ["0"], DoRASpec(rank=2))
+
+
+class NamedInput(nn.Linear):
+    def forward(self, hidden):
+        return hidden @ self.weight.T + self.bias
+
+
+def test_a_forward_that_would_be_replaced_must_take_the_same_arguments():
+    with pytest.raises(ValueError, match="NamedInput"):
+        inject(nn.Sequential(NamedInput(8, 6)), ["0"], DoRASpec(rank=2))

@@ -275,3 +275,97 @@ def test_training_after_inference_mode_inside_fixed_parameters(tokens, dtype, pr
     assert reference.relative_error(inputs[0].grad, inputs[1].grad) < tolerance
     for name, parameter in adapter_parameters(twin).items():
         assert reference.relative_error(adapter_parameters(model)[name].grad, parameter.grad) < tolerance, name
+
+
+# --- autocast, compilers ---
+
+
+@pytest.mark.parametrize("spec", [{}, {"norm_grad": "exact", "cache": "norms"}, {"method": "lora"}])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_backward_pass_inside_autocast(spec, tokens):
+    model, x = linear(**spec), torch.randn(tokens, 32)
+    parameters = list(adapter_parameters(model).values())
+    expected = torch.autograd.grad(model(x).square().sum(), parameters)
+    y = model(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, parameters)
+    for a, b in zip(found, expected, strict=True):
+        assert reference.relative_error(a, b) < 1e-5
+
+
+def test_autocast_does_not_reach_the_norms_of_an_embedding():
+    model = trained(nn.Sequential(nn.Embedding(30, 16)), ["0"], norm_grad="exact")
+    x = torch.arange(30)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_compiled_model_inside_fixed_parameters(tokens):
+    model, x = linear(), torch.randn(tokens, 32)
+    expected = model(x)
+    with fixed_parameters(model):
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_model_on_meta_computes_shapes():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 6), nn.Embedding(5, 6))
+        inject(model, ["0", "1"], DoRASpec(rank=2))
+        assert model[0](torch.empty(3, 8)).shape == (3, 6)
+        assert model[1](torch.zeros(3, dtype=torch.int64)).shape == (3, 6)
+
+
+# --- weights that arrive in other ways than load_state_dict of the whole model ---
+
+
+def test_trained_values_that_are_set_one_by_one_stay_after_a_move():
+    """As accelerate's load_checkpoint_and_dispatch does."""
+    source, x = linear(), torch.randn(5, 32)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(32, 24))
+        inject(model, ["0"], DoRASpec(rank=4))
+    for name, value in source.named_parameters():
+        setattr(model[0], name.removeprefix("0."), nn.Parameter(value.detach().clone()))
+    model.to("cpu")
+    assert torch.equal(model(x), source(x))
+
+
+def test_a_base_loaded_by_the_distributed_checkpoint_keeps_a_fresh_adapter_a_no_op():
+    """It fills the keys that the state dict lacks with the model's own values."""
+    from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+    base, model, x = nn.Sequential(nn.Linear(32, 24)), nn.Sequential(nn.Linear(32, 24)), torch.randn(5, 32)
+    inject(model, ["0"], DoRASpec(rank=4), backend="torch")
+    state = {**model.state_dict(), **base.state_dict()}
+    set_model_state_dict(model, state)
+    assert torch.equal(model(x), base(x))
+
+
+def test_a_fresh_adapter_that_was_loaded_is_still_fresh():
+    first, second, x = nn.Sequential(nn.Linear(32, 24)), nn.Sequential(nn.Linear(32, 24)), torch.randn(5, 32)
+    for model in (first, second):
+        inject(model, ["0"], DoRASpec(rank=4), backend="torch")
+    second.load_state_dict(first.state_dict())
+    bare = nn.Sequential(nn.Linear(32, 24)).bfloat16()
+    bare.load_state_dict({k: v for k, v in first.state_dict().items() if k in ("0.weight", "0.bias")})
+    assert torch.equal(second.bfloat16()(x.bfloat16()), bare(x.bfloat16()))
+
+
+def test_a_tied_weight_that_is_loaded_by_its_other_name():
+    model = nn.ModuleDict({"embed": nn.Embedding(24, 32), "head": nn.Linear(32, 24, bias=False)})
+    model["head"].weight = model["embed"].weight
+    inject(model, ["head"], DoRASpec(rank=4), backend="torch")
+    weight, x = torch.randn(24, 32), torch.randn(5, 32)
+    model.load_state_dict({"embed.weight": weight}, strict=False)
+    assert torch.equal(model["head"](x), nn.functional.linear(x, weight))
+
+
+def test_a_parametrization_has_to_go_before_the_adapter_does():
+    model = trained(nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 8)), ["0", "1"])
+    parametrize.register_parametrization(model[1], "lora_B", Twice())
+    with pytest.raises(ValueError, match="lora_B of 1 is parametrized"):
+        remove(model)
+    assert type(model[0]).__name__ == "DoRALinear"

@@ -11,9 +11,9 @@ from torch import nn
 triton = pytest.importorskip("triton")
 
 from dora_mm.core import Adapter, DoRASpec, adapt_layer  # noqa: E402
-from dora_mm.core.forms import Options  # noqa: E402
 from dora_mm.core.functional import SMALL_GAIN, updated_norm  # noqa: E402
 from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
+from dora_mm.core.passes import Options  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
 from dora_mm.kernels.choice import vendor_product  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
@@ -186,7 +186,7 @@ def layers(dtype, *, bias=True, **spec):
     reference.randomize(plain.to(DEVICE))
     twin = nn.Linear(40, 24, bias=bias, dtype=dtype, device=DEVICE)
     twin.load_state_dict({k: v for k, v in plain.state_dict().items() if k in ("weight", "bias")})
-    fast = adapt_layer(twin, plain.adaptation.spec, function=TRITON)
+    fast = adapt_layer(twin, plain.adaptation.spec, forward=TRITON)
     fast.load_state_dict(plain.state_dict())
     return fast, plain
 
@@ -291,9 +291,9 @@ def test_what_has_no_kernel_runs_in_plain_torch():
     ):
         plain = reference.randomize(adapt_layer(layer, DoRASpec(2)))
         expected = plain(x)
-        plain.adaptation.function = TRITON
+        plain.adaptation.forward = TRITON
         assert torch.equal(plain(x), expected)
-    dropping = reference.randomize(adapt_layer(nn.Linear(8, 6), DoRASpec(2, dropout=0.5), function=TRITON))
+    dropping = reference.randomize(adapt_layer(nn.Linear(8, 6), DoRASpec(2, dropout=0.5), forward=TRITON))
     assert dropping(torch.randn(3, 8)).shape == (3, 6)
 
 
@@ -303,6 +303,21 @@ def test_compiled_without_graph_breaks(layer_dtype):
     x = random(6, 40, dtype=layer_dtype)
     found = torch.compile(fast, backend="aot_eager", fullgraph=True)(x)
     assert reference.relative_error(found, fast(x)) <= torch.finfo(layer_dtype).eps
+
+
+def test_a_compiled_layer_whose_output_is_overwritten():
+    fast, plain = layers(torch.float32)
+    x = random(6, 40)
+
+    def run(layer):
+        return layer(x).mul_(3).square().sum()
+
+    found = torch.compile(run, backend="aot_eager")(fast)
+    names = list(fast.adapter_tensors())
+    expected = torch.autograd.grad(run(plain), list(plain.adapter_tensors().values()))
+    gradients = torch.autograd.grad(found, list(fast.adapter_tensors().values()))
+    for name, a, b in zip(names, gradients, expected, strict=True):
+        assert reference.relative_error(a, b) < 1e-5, name
 
 
 def test_small_updates_survive_half_precision():
