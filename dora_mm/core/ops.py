@@ -219,15 +219,15 @@ def row_sums(op: Op, dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor
     Returns:
         The sums of dY (y - b) and of (y - b)^2, (O,) each, in at least fp32. The second is None without a bias.
     """
-    dots: list[Tensor] = []
-    squares: list[Tensor] = []
+    dots = squares = None
     for some_dY, some_y in zip(_blocks(op, dY), _blocks(op, y), strict=True):
         inner = some_y.to(torch.promote_types(some_y.dtype, torch.float32))
         if bias is not None:
             inner = inner - per_row(op, bias, inner)
-            squares.append(sum_tokens(op, inner * inner))
-        dots.append(sum_tokens(op, some_dY * inner))
-    return _total(dots), _total(squares) if squares else None
+            squares = _added(squares, inner, inner)
+        dots = _added(dots, some_dY, inner)
+    assert dots is not None
+    return sum_tokens(op, dots), None if squares is None else sum_tokens(op, squares)
 
 
 def _blocks(op: Op, y: Tensor) -> Sequence[Tensor]:
@@ -237,5 +237,9 @@ def _blocks(op: Op, y: Tensor) -> Sequence[Tensor]:
     return rows.split(TOKENS_AT_ONCE) if rows.device.type == "cpu" and len(rows) > TOKENS_AT_ONCE else (rows,)
 
 
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.stack(tuple(parts)).sum(0)
+def _added(sums: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Returns sums + a b, in place. `sums` (None at first) has the size of the first, longest block."""
+    if sums is None:
+        return a * b
+    sums[: len(a)].addcmul_(a, b)
+    return sums
