@@ -136,20 +136,6 @@ def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
     return class_for_subclass(layer, known, ADAPTED_CLASSES[known], last)
 
 
-def matrix_shape(layer: nn.Module) -> tuple[int, ...] | None:
-    """The shape of the weight of a layer, (O, I) or (O, I / groups, *K); None where it has no weight.
-
-    It is the shape of a projection's own rows in a packed weight, and of the dequantised weight in a quantised layer.
-    Transposed weights (Conv1D, embeddings) have the shape in which they are stored.
-    """
-    if isinstance(layer, PackedProjection):
-        return tuple(layer.matrix.shape)
-    if isinstance(layer, DoRAQuantized) or is_quantized(layer):
-        return int(layer.out_features), int(layer.in_features)  # pyright: ignore[reportArgumentType]
-    weight = getattr(layer, "weight", None)
-    return tuple(weight.shape) if isinstance(weight, Tensor) else None
-
-
 # --- adapting and restoring ------------------------------------------------------------------------------------------
 
 

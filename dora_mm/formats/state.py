@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.attention import with_projections
+from dora_mm.core.attention import PackedProjection, with_projections
 from dora_mm.core.inject import InjectReport, describe, inject_paths
-from dora_mm.core.layer import TransposedLayer, adapted_class, matrix_shape
+from dora_mm.core.layer import TransposedLayer, adapted_class
 from dora_mm.core.product import TORCH, Forward
+from dora_mm.core.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.sharded import reshard, whole, write
 from dora_mm.core.spec import DoRASpec
 
@@ -279,16 +280,29 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
 
+def stored_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the weight of a module as it is stored; None where it has no weight.
+
+    Of a packed projection it is that of its own rows, of a quantised layer that of the dequantised weight.
+    """
+    if isinstance(module, PackedProjection):
+        return tuple(module.matrix.shape)
+    if isinstance(module, DoRAQuantized) or is_quantized(module):
+        return int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else None
+
+
 def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     """The shape of the weight of a module with O first, (O, I) or (O, I / groups, *K); None where it has no weight."""
-    shape = matrix_shape(module)
+    shape = stored_shape(module)
     kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
     return shape[::-1] if shape and kind and issubclass(kind, TransposedLayer) else shape
 
 
 def _misfit(state: LayerState, module: nn.Module) -> str:
     """Why the tensors do not fit a module; empty when they do."""
-    shape, stored = weight_shape(module), matrix_shape(module)
+    shape, stored = weight_shape(module), stored_shape(module)
     if shape is None or stored is None:
         return f"the model has a {type(module).__name__}"
     out_features, *inner = shape
