@@ -1,4 +1,4 @@
-"""Which product runs in the unmerged form: our single kernel (low_rank_matmul), or the vendor's product and a second pass.
+"""Which product runs in the unmerged form: our kernel (low_rank_matmul), or the vendor's product and a second pass.
 
 The vendor's library (cuBLAS) multiplies faster than Triton does, but its result has to stay in fp32 until gain, branch
 and bias are applied, and low_rank_add then reads it again: 10 bytes of traffic per entry of y, where our kernel writes
