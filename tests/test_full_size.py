@@ -1,4 +1,7 @@
-"""The full-size SDXL UNet on this machine: random bf16 weights, two DoRA training steps at 256 px."""
+"""The full-size SDXL UNet on this machine: random weights, two DoRA training steps at 256 px.
+
+In float32: a processor without bf16 products takes half a minute for a single convolution in bf16.
+"""
 
 import json
 import math
@@ -15,7 +18,7 @@ from dora_mm import DoRASpec, adapter_parameters, inject
 from tests.targets.test_maps import full_size_unet
 
 STEPS, SIDE = 2, 256 // 8
-LIMIT_GB = 8
+LIMIT_GB = 16  # the weights take 10.3
 
 
 @pytest.mark.slow
@@ -36,7 +39,7 @@ def test_two_training_steps_of_the_full_size_unet():
 
 def main() -> None:
     torch.manual_seed(0)
-    unet = full_size_unet().to(torch.bfloat16).to_empty(device="cpu").requires_grad_(False)
+    unet = full_size_unet().to_empty(device="cpu").requires_grad_(False)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if parameter.dim() == 1:
@@ -68,13 +71,10 @@ def main() -> None:
 
 
 def training_step(unet, optimizer) -> float:
-    def random(*shape):
-        return torch.randn(*shape).to(torch.bfloat16)
-
-    latents, noise = random(1, 4, SIDE, SIDE), random(1, 4, SIDE, SIDE)
-    conditions = {"text_embeds": random(1, 1280), "time_ids": torch.tensor([[256.0, 256, 0, 0, 256, 256]])}
-    predicted = unet(latents, torch.tensor([500]), random(1, 77, 2048), added_cond_kwargs=conditions).sample
-    loss = (predicted.float() - noise.float()).square().mean()
+    latents, noise = torch.randn(1, 4, SIDE, SIDE), torch.randn(1, 4, SIDE, SIDE)
+    conditions = {"text_embeds": torch.randn(1, 1280), "time_ids": torch.tensor([[256.0, 256, 0, 0, 256, 256]])}
+    predicted = unet(latents, torch.tensor([500]), torch.randn(1, 77, 2048), added_cond_kwargs=conditions).sample
+    loss = (predicted - noise).square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
