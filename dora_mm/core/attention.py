@@ -30,6 +30,7 @@ class PackedProjection(nn.Module):
 
     def __init__(self, attention: nn.MultiheadAttention, index: int):
         super().__init__()
+        self.train(attention.training)
         self.attention = (attention,)  # the tuple hides it from the module's children
         self.index = index
 

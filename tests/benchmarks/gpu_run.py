@@ -91,7 +91,8 @@ class Run:
 
 def many_compiled() -> contextlib.AbstractContextManager[object]:
     """Contenders share the code of nn.Module, which torch.compile counts as one function and compiles eight times."""
-    return torch._dynamo.config.patch(recompile_limit=64)
+    config = torch._dynamo.config
+    return config.patch({"recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit": 64})
 
 
 def installed(package: str) -> str:

@@ -297,6 +297,14 @@ def test_remove_does_not_unfreeze_what_was_not_adapted():
     assert not model.attn.in_proj_weight.requires_grad
 
 
+def test_adapters_of_an_attention_in_eval_mode_drop_nothing():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}).eval()
+    inject(model, ["attn.q_proj"], DoRASpec(rank=2, dropout=0.9))
+    reference.randomize(model["attn"].q_proj, size=1.0)
+    x = torch.randn(3, 2, 8)
+    assert torch.equal(model["attn"](x, x, x)[0], model["attn"](x, x, x)[0])
+
+
 def test_dropout_of_the_attention_is_kept():
     base, model = build(train=True, dropout=0.5, batch_first=True)
     for need_weights in (False, True):

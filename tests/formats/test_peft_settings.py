@@ -145,6 +145,8 @@ SAME: dict[str, Any] = {
 @pytest.mark.parametrize("use_dora", [True, False])
 @pytest.mark.parametrize("key", SAME)
 def test_settings_that_change_nothing_are_loaded(tmp_path, key, use_dora):
+    if key == "layers_to_transform" and peft.__version__.startswith("0.20"):
+        pytest.skip("PEFT 0.20 does not find layers at the root of a model")
     settings = {key: SAME[key]} | ({"layers_pattern": "layers"} if key == "layers_to_transform" else {})
     theirs = peft_folder(tmp_path, **settings, use_dora=use_dora)
     ours = base()
