@@ -15,8 +15,8 @@ import logging
 
 import torch
 
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.passes import Options
-from dora_mm.core.product import TORCH, Forward
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
@@ -30,7 +30,7 @@ def select(backend: str = "auto") -> Forward:
         backend: "auto", "torch" or "triton". "auto" logs once which implementation runs on this machine.
 
     Returns:
-        The function, with the signature of `core.product.adapted_product`.
+        The function, with the signature of `core.forms.adapted_product`.
 
     Raises:
         ValueError: There is no such backend, or "triton" was requested and does not work on this machine.
@@ -49,7 +49,7 @@ def select(backend: str = "auto") -> Forward:
 
 
 def auto(x, weight, bias, adapters, options):
-    """`core.product.adapted_product` in the implementation chosen for the device that holds `weight`."""
+    """`core.forms.adapted_product` in the implementation chosen for the device that holds `weight`."""
     return CHOSEN[weight.is_cuda](x, weight, bias, adapters, options)
 
 

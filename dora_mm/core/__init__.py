@@ -1,6 +1,7 @@
 """The adapted layers, the target maps and the injection. Imports only torch."""
 
 from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.functional import Adapter
 from dora_mm.core.inject import (
     InjectReport,
@@ -15,7 +16,6 @@ from dora_mm.core.inject import (
     unmerge,
 )
 from dora_mm.core.layer import DoRAConv, DoRAEmbedding, DoRALinear, adapt_layer, restore_layer
-from dora_mm.core.product import TORCH, Forward
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.targets import TargetMap
 

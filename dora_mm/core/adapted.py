@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_mm.core.forms import Forward
 from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, rescaled, row_norm
 from dora_mm.core.ops import Op
 from dora_mm.core.passes import Kept, Options
-from dora_mm.core.product import Forward
 from dora_mm.core.sharded import is_sharded, whole, write
 from dora_mm.core.spec import DoRASpec, finite_number
 
@@ -279,7 +279,7 @@ class AdaptedLayer(nn.Module):
         dtype: torch.dtype | None = None,
         restore: Callable[[], Tensor] | None = None,
     ) -> Tensor:
-        """Runs the forward function on x: see `product.adapted_product`."""
+        """Runs the forward function on x: see `forms.adapted_product`."""
         spec = self.adaptation.spec
         options = Options(
             op,

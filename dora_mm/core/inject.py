@@ -18,12 +18,12 @@ from dora_mm.core.attention import (
     inside,
     restore_attention,
     separate_projections,
+    set_fast_paths,
     why_not_separable,
     with_projections,
 )
-from dora_mm.core.fast_path import set_fast_paths
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.layer import adapt_layer, restore_layer
-from dora_mm.core.product import TORCH, Forward
 from dora_mm.core.quantized import is_quantized, why_not_quantized
 from dora_mm.core.sharded import check_not_sharded, reshard
 from dora_mm.core.spec import DoRASpec, finite_number

@@ -8,8 +8,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from dora_mm.core.adapted import ADAPTER_NAMES, Adaptation, AdaptedLayer
 from dora_mm.core.attention import DoRAPackedProjection, PackedProjection
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.ops import LINEAR, ConvOp, EmbeddingOp
-from dora_mm.core.product import TORCH, Forward
 from dora_mm.core.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.subclasses import class_for_subclass, subclass

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from torch import distributed, nn
 
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
-from dora_mm.core.product import TORCH, Forward
 from dora_mm.core.sharded import is_sharded
 from dora_mm.formats import diffusers, native, peft
 from dora_mm.formats.components import components_to_load, components_to_save

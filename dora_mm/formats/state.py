@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.attention import PackedProjection, with_projections
+from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
 from dora_mm.core.layer import TransposedLayer, adapted_class
-from dora_mm.core.product import TORCH, Forward
 from dora_mm.core.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.sharded import reshard, whole, write
 from dora_mm.core.spec import DoRASpec

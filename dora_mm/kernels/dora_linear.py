@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
+from dora_mm.core.forms import Forward, adapted_product, has_magnitude
 from dora_mm.core.functional import SMALL_GAIN, Adapter, RowGains, row_gains
 from dora_mm.core.ops import LINEAR, as_rows
 from dora_mm.core.passes import Options
-from dora_mm.core.product import Forward, adapted_product, has_magnitude
 from dora_mm.core.steps import Steps, large_bias
 from dora_mm.kernels.choice import vendor_is_faster, vendor_product
 from dora_mm.kernels.low_rank_add import low_rank_add
@@ -75,7 +75,7 @@ def runs_in_triton(weight: Tensor, adapters: Sequence[Adapter], options: Options
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], options: Options) -> Tensor:
-    """`core.product.adapted_product` in Triton, where `runs_in_triton`."""
+    """`core.forms.adapted_product` in Triton, where `runs_in_triton`."""
     if runs_in_triton(weight, adapters, options):
         return adapted_product(x, weight, bias, adapters, options, TRITON_STEPS)
     return adapted_product(x, weight, bias, adapters, options)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from dora_mm.core import DoRASpec, adapt_layer
+from dora_mm.core.forms import adapted_product
 from dora_mm.core.layer import restore_layer
 from dora_mm.core.passes import Options
-from dora_mm.core.product import adapted_product
 from tests.core import reference
 from tests.core.reference import make
 

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.core import functional as dora
-from dora_mm.core.forms import choose_form
+from dora_mm.core.forms import adapted_product, choose_form
 from dora_mm.core.passes import Kept, Options
-from dora_mm.core.product import adapted_product
 from tests.core import reference
 from tests.core.reference import make, variants
 
