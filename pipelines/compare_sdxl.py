@@ -27,7 +27,7 @@ from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.sdxl import sample
+from dora_mm.sampling.pictures import sample
 from dora_mm.train.campaign import Chosen, Training, Trainings, candidate_rates, open_campaign
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest

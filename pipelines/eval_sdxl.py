@@ -23,7 +23,7 @@ from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.sdxl import sample
+from dora_mm.sampling.pictures import sample
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest

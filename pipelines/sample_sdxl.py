@@ -19,7 +19,7 @@ from dora_mm.models.sdxl.encoding import truncated_prompts
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.sdxl import sample
+from dora_mm.sampling.pictures import sample
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.utils.devices import default_device
 

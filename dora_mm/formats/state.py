@@ -106,6 +106,12 @@ def read_keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Returns the metadata of a safetensors file; raises ValueError where it cannot be read."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Reads a safetensors file.
 

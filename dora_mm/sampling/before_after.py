@@ -11,7 +11,7 @@ from dora_mm.config.sdxl import SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.sdxl import sample
+from dora_mm.sampling.pictures import sample
 
 
 @contextmanager

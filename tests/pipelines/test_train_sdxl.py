@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.recipes import PIPELINES
-from dora_mm.sampling.sdxl import sample
+from dora_mm.sampling.pictures import sample
 from dora_mm.train.checkpoint import checkpoints
 
 PROMPT = "a TOK icon of a bus"

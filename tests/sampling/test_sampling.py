@@ -12,7 +12,7 @@ from dora_mm.config.sdxl import SampleConfig
 from dora_mm.core import adapted_layers
 from dora_mm.sampling.before_after import at_strength, before_after_sheet
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.sdxl import sample
+from dora_mm.sampling.pictures import sample
 
 
 def pixels(picture):

@@ -24,7 +24,7 @@ from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_tokens, time_ids, tokenize
 from dora_mm.models.sdxl.loading import SDXL, config_of, load_sdxl, load_vae
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.sdxl import sample
+from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, build_schedule

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_mm.eval.images.prompts import with_article
-from dora_mm.sampling.sdxl import sample
+from dora_mm.sampling.pictures import sample
 from samples.build.__main__ import main
 from samples.build.pretraining.icons import ALL_STYLES, DEFAULT_STYLE, STYLE_WORDS, caption, read_icons
 from samples.build.recipes import pretrain_tiny

@@ -1,0 +1,233 @@
+"""Draws the pictures of a job into a run directory, and goes on where an earlier process has stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+from dora_mm.core import remove
+from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.models.sdxl.schedulers import display_name
+from dora_mm.sampling.before_after import weights_computed_once
+from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
+from dora_mm.sampling.manifest import Entry, write_manifest
+from dora_mm.sampling.pictures import PictureSampler, Progress, UnusablePictureError
+from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
+from dora_mm.utils.digest import file_digest
+
+log = logging.getLogger(__name__)
+SAMPLES = "samples"
+SECONDS_BETWEEN_MANIFESTS = 5.0
+MOST_NAMED = 5  # files in one message
+
+LoadAdapter = Callable[[str, float, str], object]  # loads the adapter of a path, at a strength, under a name
+
+
+@dataclass
+class Job:
+    """The pictures of a job, and what has become of them.
+
+    Attributes:
+        folder: The run directory.
+        pictures: The pictures.
+        names: The name of each one's file.
+        batches: The indices of the pictures of each batch.
+        descriptions: What each is drawn with.
+        done: The digests of the files that are there, by the index of the picture.
+        failed: Why others could not be drawn, by index.
+    """
+
+    folder: Path
+    pictures: Sequence[Picture]
+    names: Sequence[str]
+    batches: Sequence[Sequence[int]]
+    descriptions: Sequence[Description]
+    done: dict[int, str] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def file(self, index: int) -> Path:
+        """The file of a picture."""
+        return self.folder / SAMPLES / self.names[index]
+
+    def entries(self) -> list[Entry]:
+        """The entries of the manifest, in the order of the pictures."""
+        batch_of = {index: number for number, batch in enumerate(self.batches, 1) for index in batch}
+        return [
+            Entry(
+                row=picture.row,
+                file=f"{SAMPLES}/{self.names[index]}",
+                status="done" if index in self.done else "failed" if index in self.failed else "missing",
+                batch=batch_of[index],
+                settings=self._settings(index),
+                digest=self.done.get(index),
+                reason=self.failed.get(index),
+            )
+            for index, picture in enumerate(self.pictures)
+        ]
+
+    def _settings(self, index: int) -> dict[str, Any]:
+        picture = self.pictures[index]
+        settings = {name: value for name, value in vars(picture).items() if name not in ("row", "adapters")}
+        adapter = adapters_text(picture.adapters)
+        return {**settings, "adapter": adapter, "model": self.descriptions[index].model.path}
+
+
+def plan(
+    folder: Path,
+    pictures: Sequence[Picture],
+    sampler: PictureSampler,
+    *,
+    batch_size: int,
+    model: BaseModel,
+    adapters: Mapping[str, tuple[str, str]],
+    environment: Mapping[str, Any],
+    software: Mapping[str, str | None],
+) -> Job:
+    """Plans the batches of a job, and describes every picture.
+
+    Args:
+        folder: The run directory.
+        pictures: The pictures.
+        sampler: Draws them later; tells the length of their prompts.
+        batch_size: The largest number of pictures in a batch.
+        model: The base model.
+        adapters: The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that the pictures have.
+        environment: See `png.Description`.
+        software: See `png.Description`.
+    """
+    groups = batches(pictures, batch_size, lambda p: sampler.num_chunks((p.prompt, p.negative_prompt)))
+    descriptions = {
+        index: Description(
+            model,
+            tuple(UsedAdapter(path, strength, *adapters[path]) for path, strength in pictures[index].weights),
+            dict(zip(("steps", "guidance", "width", "height", "scheduler"), pictures[index].drawn_with, strict=True)),
+            tuple((pictures[i].prompt, pictures[i].negative_prompt, pictures[i].seed) for i in group),
+            position,
+            environment,
+            software,
+        )
+        for group in groups
+        for position, index in enumerate(group)
+    }
+    return Job(folder, pictures, file_names(pictures), groups, [descriptions[i] for i in range(len(pictures))])
+
+
+def check_what_is_there(job: Job) -> None:
+    """Finds the pictures of a job that were drawn already, and verifies their files.
+
+    Files that are damaged, or that an earlier version of the job drew with other settings, are removed and named in the
+    log. Files that do not belong to the job are named, and stay.
+    """
+    stale, damaged = [], []
+    for index, name in enumerate(job.names):
+        file = job.file(index)
+        if not file.exists():
+            continue
+        try:
+            same = read_description(file).is_drawn_like(job.descriptions[index])
+        except ValueError:
+            same = None
+        if same:
+            job.done[index] = file_digest(file)
+        else:
+            (damaged if same is None else stale).append(name)
+            file.unlink()
+    samples = job.folder / SAMPLES
+    known = set(job.names)
+    others = sorted(file.name for file in samples.glob("*.png") if file.name not in known) if samples.is_dir() else []
+    for names, what in (
+        (stale, "were drawn with other settings, and are drawn again"),
+        (damaged, "are damaged or no pictures of a job, and are drawn again"),
+        (others, "do not belong to the job, and stay as they are"),
+    ):
+        if names:
+            shown = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+            log.warning("%d files in %s %s: %s", len(names), samples, what, shown)
+    if job.done:
+        log.info("%d of %d pictures are there already.", len(job.done), len(job.pictures))
+
+
+def draw(job: Job, sampler: PictureSampler, networks: Iterable[nn.Module], load: LoadAdapter) -> None:
+    """Draws the pictures that are missing, and writes the manifest.
+
+    A batch with a missing picture is drawn as a whole, since rounding depends on the batch. Every picture is saved the
+    moment it exists. Pictures that cannot be used, or have no room in memory, are noted in `job.failed`.
+
+    Args:
+        job: The job, after `check_what_is_there`.
+        sampler: Draws the batches.
+        networks: The networks of the model that adapters may adapt.
+        load: Loads an adapter into them.
+    """
+    networks = list(networks)
+    open_batches = [batch for batch in job.batches if any(index not in job.done for index in batch)]
+    last_manifest = time.monotonic()
+    with Progress(sum(map(len, open_batches)), "pictures") as progress:
+        for weights, same_weights in groupby(open_batches, key=lambda batch: job.pictures[batch[0]].weights):
+            with adapted(networks, weights, load):
+                sampler.forget_prompts()
+                for batch in same_weights:
+                    draw_batch(job, batch, sampler)
+                    progress.advance(len(batch))
+                    if time.monotonic() - last_manifest > SECONDS_BETWEEN_MANIFESTS:
+                        write_manifest(job.folder, job.entries())
+                        last_manifest = time.monotonic()
+    write_manifest(job.folder, job.entries())
+
+
+@contextmanager
+def adapted(networks: Sequence[nn.Module], weights: Weights, load: LoadAdapter) -> Iterator[None]:
+    """A context in which networks have adapters, merged; afterwards they are as they were.
+
+    Args:
+        networks: The networks, not adapted.
+        weights: The adapters by path, each with its strength.
+        load: Loads one into the networks.
+    """
+    try:
+        for number, (path, strength) in enumerate(weights):
+            load(path, strength, f"adapter {number}")
+        with weights_computed_once(networks):
+            yield
+    finally:
+        for network in networks:
+            if any(isinstance(module, AdaptedLayer) for module in network.modules()):
+                remove(network)
+
+
+def draw_batch(job: Job, batch: Sequence[int], sampler: PictureSampler) -> None:
+    """Draws one batch, and saves the pictures of it that are missing."""
+    pictures = [job.pictures[index] for index in batch]
+    first = pictures[0]
+    try:
+        drawn = sampler.draw(
+            [(picture.prompt, picture.negative_prompt) for picture in pictures],
+            [picture.seed for picture in pictures],
+            steps=first.steps,
+            guidance=first.guidance,
+            width=first.width,
+            height=first.height,
+            scheduler=first.scheduler,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        size = f"{len(batch)} of {first.width} x {first.height} pixels"
+        job.failed |= dict.fromkeys(batch, f"has no room in memory, in a batch of {size}: lower batch_size or the size")
+        return
+    for index, picture in zip(batch, drawn, strict=True):
+        if isinstance(picture, UnusablePictureError):
+            job.failed[index] = str(picture)
+        elif index not in job.done:
+            description = job.descriptions[index]
+            save_picture(job.file(index), picture, description, display_name(first.scheduler, sampler.scheduler))
+            job.done[index] = file_digest(job.file(index))

@@ -1,0 +1,171 @@
+"""What a job draws with: the base model, its adapters, and how both are found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_mm import backend, formats
+from dora_mm.config.loader import find_path, resolve_path
+from dora_mm.config.sdxl import ModelConfig, PicturesConfig
+from dora_mm.formats.state import read_metadata
+from dora_mm.models.sdxl.loading import SDXL, load_configured, save_memory
+from dora_mm.sampling.drawing import Job, adapted, check_what_is_there, draw, plan
+from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.pictures import PictureSampler
+from dora_mm.sampling.png import BaseModel, adapter_hashes
+from dora_mm.utils.devices import default_device
+from dora_mm.utils.digest import module_digest
+
+log = logging.getLogger(__name__)
+EMBEDDED = ModelConfig(path="samples/tiny-sdxl")
+SOFTWARE = ("dora_mm", "torch", "diffusers", "transformers")
+
+
+@dataclass
+class LoadedModel:
+    """A base model that draws jobs, with or without adapters.
+
+    Attributes:
+        model: The model, not adapted.
+        sampler: Draws with it.
+        base: What pictures say about it.
+        adapters: The files of the adapters, by the path that jobs name.
+        environment: What else pictures depend on (see `png.Description`).
+        forward: The implementation of adapted layers.
+    """
+
+    model: SDXL
+    sampler: PictureSampler
+    base: BaseModel
+    adapters: Mapping[str, Path]
+    environment: Mapping[str, Any]
+    forward: Any
+
+    @property
+    def size(self) -> int:
+        """The side of the model's own pictures, in pixels."""
+        return self.model.resolution
+
+    def load_adapter(self, path: str, strength: float, name: str) -> None:
+        """Loads an adapter into the model.
+
+        Raises:
+            ValueError: It does not fit the model.
+        """
+        networks = self.model.adaptable
+        try:
+            formats.load(networks, self.adapters[path], strength=strength, name=name, forward=self.forward)
+        except ValueError as error:
+            trained_on = read_metadata(self.adapters[path]).get("base_model")
+            if trained_on in (None, self.base.path):
+                raise
+            raise ValueError(f"{path} was trained on {trained_on}, not on {self.base.path}: {error}") from error
+
+    def check_adapters(self, pictures: Sequence[Picture]) -> None:
+        """Loads every adapter once.
+
+        Raises:
+            ValueError: An adapter does not fit the model; or it replaces weights of the base (method `full`), and a job
+                has pictures without it, or at another strength.
+        """
+        combinations = {picture.weights for picture in pictures}
+        for path in self.adapters:
+            if not replaces_weights(self.adapters[path]):
+                with adapted(list(self.model.adaptable.values()), [(path, 1.0)], self.load_adapter):
+                    continue
+            if combinations != {((path, 1.0),)}:
+                raise ValueError(
+                    f"{path} holds weights of method full, which replace the base: it cannot be drawn at another "
+                    "strength than 1, nor beside other adapters or pictures without it"
+                )
+
+    def draw(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> Job:
+        """Draws the pictures of a job that are not in its run directory yet; returns what became of all."""
+        hashes = {path: adapter_hashes(file) for path, file in self.adapters.items()}
+        job = plan(
+            folder,
+            pictures,
+            self.sampler,
+            batch_size=batch_size,
+            model=self.base,
+            adapters=hashes,
+            environment=self.environment,
+            software={name: version(name) for name in SOFTWARE},
+        )
+        check_what_is_there(job)
+        draw(job, self.sampler, self.model.adaptable.values(), self.load_adapter)
+        return job
+
+
+def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
+    """Finds adapters and loads the base model.
+
+    Args:
+        config: The config. Where it names no model, that is the one that the adapters were trained on.
+        adapters: The adapters that a job names: files, their folders, or run directories.
+
+    Raises:
+        ValueError: An adapter or the model cannot be found or loaded, or the adapters were trained on several models.
+    """
+    files = find_adapters(adapters)
+    chosen = config.model or model_of(files)
+    warn_of_other_bases(files, chosen)
+    model = load_configured(chosen).freeze()
+    digest = module_digest(nn.ModuleDict(model.networks))
+    pipe = model.pipeline()
+    save_memory(pipe, config.memory, default_device())
+    base = BaseModel(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest)
+    environment = {"backend": config.backend, "memory": config.memory.model_dump()}
+    return LoadedModel(model, PictureSampler(pipe), base, files, environment, backend.select(config.backend))
+
+
+def find_adapters(paths: Iterable[str]) -> dict[str, Path]:
+    """Finds the adapter file of each path: a file, its folder, or a run directory.
+
+    Raises:
+        ValueError: A path does not exist, or holds no adapter file or several.
+    """
+    return {
+        path: formats.find_file(formats.adapter_folder(resolve_path(path, "adapter"))) for path in sorted(set(paths))
+    }
+
+
+def model_of(files: Mapping[str, Path]) -> ModelConfig:
+    """The base model that the headers of adapter files name, or the embedded one without adapters.
+
+    Raises:
+        ValueError: A header names no model, or one that is not there; or they name several.
+    """
+    found: dict[ModelConfig, str] = {}
+    for path, file in files.items():
+        header = read_metadata(file)
+        if not header.get("base_model"):
+            raise ValueError(f"{path} does not say which model it was trained on: set model.path")
+        values = {"path": header["base_model"], "revision": header.get("base_revision"), "vae": header.get("base_vae")}
+        found.setdefault(ModelConfig(**values, dtype=header.get("base_dtype") or "float32"), path)
+    if len(found) > 1:
+        (one, first), (other, second), *_ = found.items()
+        raise ValueError(f"{first} was trained on {one.path}, and {second} on {other.path}: set model.path")
+    return next(iter(found), EMBEDDED)
+
+
+def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
+    """Names adapters that were trained on another model than the one that draws."""
+    for path, file in files.items():
+        trained_on = read_metadata(file).get("base_model")
+        if trained_on and trained_on != model.path:
+            log.warning("%s was trained on %s, and is used with %s.", path, trained_on, model.path)
+
+
+def replaces_weights(file: Path) -> bool:
+    """Whether an adapter file has weights of method `full`."""
+    state, _ = formats.read(file)
+    return any(layer.spec.method == "full" for layers in state.layers.values() for layer in layers.values())

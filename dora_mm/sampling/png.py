@@ -1,0 +1,188 @@
+"""What a PNG file says about its picture: our JSON, from which it can be drawn again, and the text that A1111 writes.
+
+Nothing in it depends on when or where the picture was saved, so that the same job gives the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+from PIL import Image, PngImagePlugin
+
+from dora_mm.utils.atomic import write_atomically
+
+JSON_CHUNK, A1111_CHUNK = "dora_mm", "parameters"
+VERSION = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The base model of a picture.
+
+    Attributes:
+        path: A folder, a file or a hub name, as it was given.
+        revision: The revision on the hub.
+        vae: A VAE that replaces the model's own.
+        dtype: The dtype of its weights.
+        digest: SHA-256 of its weights, in hex.
+    """
+
+    path: str
+    revision: str | None
+    vae: str | None
+    dtype: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class UsedAdapter:
+    """An adapter of a picture.
+
+    Attributes:
+        path: Its file or folder, as it was given.
+        strength: Its strength.
+        digest: SHA-256 of the file, in hex.
+        hash: The hash by which Civitai finds it (AutoV3): the first digits of SHA-256 of the file without its header.
+    """
+
+    path: str
+    strength: float
+    digest: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """All that a picture was drawn with.
+
+    Attributes:
+        model: The base model.
+        adapters: The adapters.
+        settings: Steps, guidance, width, height and scheduler.
+        batch: Prompt, negative prompt and seed of all pictures of its batch: rounding depends on them.
+        position: Which of them it is, from 0.
+        environment: How the products were computed: backend, and the settings that save memory.
+        software: The versions of the packages that affect pictures.
+    """
+
+    model: BaseModel
+    adapters: tuple[UsedAdapter, ...]
+    settings: Mapping[str, Any]
+    batch: tuple[tuple[str, str | None, int], ...]
+    position: int
+    environment: Mapping[str, Any]
+    software: Mapping[str, str | None]
+
+    def is_drawn_like(self, other: Description) -> bool:
+        """Whether the pictures are the same, whatever the versions of the software."""
+        return {**asdict(self), "software": None} == {**asdict(other), "software": None}
+
+
+def save_picture(path: Path, picture: Image.Image, description: Description, scheduler: str) -> None:
+    """Saves a PNG file atomically, with what it was drawn with.
+
+    Args:
+        path: The file; it is replaced where it exists.
+        picture: The picture.
+        description: What it was drawn with.
+        scheduler: The scheduler's name in A1111, such as "DPM++ 2M Karras".
+    """
+    info = PngImagePlugin.PngInfo()
+    info.add_text(A1111_CHUNK, parameters_text(description, scheduler))
+    info.add_itxt(JSON_CHUNK, json.dumps({"version": VERSION, **asdict(description)}, ensure_ascii=False))
+    write_atomically(path, lambda partial: picture.save(partial, "PNG", pnginfo=info))
+
+
+def read_description(path: Path) -> Description:
+    """Reads what a picture was drawn with. The whole file is checked.
+
+    Raises:
+        ValueError: It is not a PNG file, is damaged, or was not saved by `save_picture`.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            picture.load()
+            text = getattr(picture, "text", {}).get(JSON_CHUNK)
+    except (OSError, SyntaxError, ValueError, PIL.UnidentifiedImageError) as error:
+        raise ValueError(f"{path} is not a PNG picture, or is damaged ({error})") from None
+    if text is None:
+        raise ValueError(f"{path} was not drawn by dora-mm sample: it has no text chunk {JSON_CHUNK}")
+    try:
+        values = json.loads(text)
+        if values.pop("version") != VERSION:
+            raise ValueError("another version")
+        return Description(
+            **{
+                **values,
+                "model": BaseModel(**values["model"]),
+                "adapters": tuple(UsedAdapter(**adapter) for adapter in values["adapters"]),
+                "batch": tuple((prompt, negative, seed) for prompt, negative, seed in values["batch"]),
+            }
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read ({error})") from None
+
+
+# --- as A1111 and Civitai read it ------------------------------------------------------------------------------------
+
+
+def parameters_text(description: Description, scheduler: str) -> str:
+    """The text that A1111 writes as `parameters`, and that Civitai and others read.
+
+    Args:
+        description: What the picture was drawn with.
+        scheduler: The scheduler's name in A1111.
+    """
+    prompt, negative_prompt, seed = description.batch[description.position]
+    settings, model = description.settings, description.model
+    name, kind = _schedule(scheduler)
+    entries: dict[str, Any] = {
+        "Steps": settings["steps"],
+        "Sampler": name,
+        **({"Schedule type": kind} if kind else {}),
+        "CFG scale": f"{settings['guidance']:g}",
+        "Seed": seed,
+        "Size": f"{settings['width']}x{settings['height']}",
+        "Model hash": model.digest[:10],
+        "Model": Path(model.path).stem,
+    }
+    if description.adapters:
+        named = [(_name(adapter.path), adapter) for adapter in description.adapters]
+        entries["Lora hashes"] = ", ".join(f"{name}: {adapter.hash}" for name, adapter in named)
+        entries["Lora strengths"] = ", ".join(f"{name}: {adapter.strength:g}" for name, adapter in named)
+    entries["Version"] = f"dora_mm {description.software.get('dora_mm')}"
+    lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
+    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items())])
+
+
+def _schedule(scheduler: str) -> tuple[str, str | None]:
+    """A1111 writes the spacing of the noise levels apart since its version 1.9."""
+    name, _, last = scheduler.rpartition(" ")
+    return (name, last) if last == "Karras" else (scheduler, None)
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text
+
+
+def _name(path: str) -> str:
+    """A short name of an adapter: that of its file, or the run directory around `adapter/`."""
+    parts = [part for part in Path(path).with_suffix("").parts if part not in ("adapter", "pytorch_lora_weights", "/")]
+    return "-".join(parts[-2:]) or "adapter"
+
+
+# --- digests ---------------------------------------------------------------------------------------------------------
+
+
+def adapter_hashes(file: Path) -> tuple[str, str]:
+    """SHA-256 of an adapter file, and its hash at Civitai (see `UsedAdapter`)."""
+    content = file.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    return hashlib.sha256(content).hexdigest(), hashlib.sha256(content[8 + header :]).hexdigest()[:12]
