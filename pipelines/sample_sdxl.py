@@ -15,7 +15,6 @@ import dora_mm
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import SampleSDXLConfig
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.models.sdxl.encoding import truncated_prompts
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.grids import sheet
@@ -45,8 +44,6 @@ def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
     model = load_configured(config.model)
     adapted = load_adapter(config, model)
     model.freeze().to(default_device())
-    for prompt, count in truncated_prompts(model, prompts).items():
-        log.warning("A prompt of %d tokens is truncated to %d: %s", count, model.tokenizer.model_max_length, prompt)
     run = open_run(config)
 
     jobs = list(product(prompts, config.seeds))

@@ -15,8 +15,7 @@ from dora_mm import formats
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.sdxl import TrainSDXLConfig
 from dora_mm.core import InjectReport
-from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images
-from dora_mm.models.sdxl.encoding import truncated_prompts
+from dora_mm.data.images.folder import digest_of, read_captioned_images
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.tasks.sdxl import DiffusionTask
@@ -52,7 +51,6 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[distributed])
     model = load_configured(config.model).to(accelerator.device)
     adapted = adapt(model, config)
-    warn_of_truncated_captions(model, images)
     parameters = {
         f"{component}.{name}": parameter
         for component, network in adapted.items()
@@ -133,11 +131,6 @@ def one_line(name: str, report: InjectReport) -> str:
     parts = Counter(module.part for module in report.modules)
     counts = ", ".join(f"{part} {count}" for part, count in parts.items())
     return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
-
-
-def warn_of_truncated_captions(model: SDXL, images: list[CaptionedImage]) -> None:
-    for caption, count in truncated_prompts(model, [image.caption for image in images]).items():
-        log.warning("A caption of %d tokens is truncated to %d: %s", count, model.tokenizer.model_max_length, caption)
 
 
 def move_text_encoders_to_cpu(model: SDXL) -> None:

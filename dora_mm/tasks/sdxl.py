@@ -21,6 +21,7 @@ class ConditionedLatents:
     prompt: torch.Tensor  # prompt embeddings (B, L, D)
     pooled: torch.Tensor  # pooled prompt embeddings (B, P)
     time_ids: torch.Tensor  # micro-conditioning (B, 6)
+    mask: torch.Tensor | None = None  # (B, L), False where a shorter prompt is padded; None: no prompt is padded
 
 
 class DiffusionTask:
@@ -88,6 +89,7 @@ class DiffusionTask:
             noised,
             times,
             encoder_hidden_states=batch.prompt,
+            encoder_attention_mask=batch.mask,
             added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
         ).sample
 

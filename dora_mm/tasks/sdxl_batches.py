@@ -1,8 +1,10 @@
 """Batches of captioned images for SDXL: latents, prompt embeddings and sizes."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dora_mm.config.sdxl import DataConfig
@@ -10,7 +12,7 @@ from dora_mm.data.images.buckets import Framing, choose_bucket, frame
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.data.images.latents import LatentCache, Latents, latent_key
 from dora_mm.data.images.pixels import load_rgb, render
-from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_prompts, time_ids
+from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_prompts, num_chunks, time_ids
 from dora_mm.models.sdxl.loading import SDXL
 from dora_mm.tasks.sdxl import ConditionedLatents
 from dora_mm.utils.digest import module_digest
@@ -32,19 +34,39 @@ class PromptEncoder:
     def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
         """Encodes captions ahead of training, so that the text encoders can be moved off the device."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
-        for start in range(0, len(new), batch_size):
-            part = new[start : start + batch_size]
+        for part in self._of_one_length(new, batch_size):
             with torch.no_grad():
                 prompt, pooled = encode_prompts(self.model, part)
             self._cache.update(zip(part, zip(prompt, pooled, strict=True), strict=True))
 
-    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt embeddings (B, L, D) and pooled embeddings (B, P), L the tokenizer's length: 77 in SDXL."""
+    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Encodes captions of any length.
+
+        Args:
+            captions: B captions.
+
+        Returns:
+            Prompt embeddings (B, L, D), L the length of the longest caption (77 in SDXL for up to 75 tokens); pooled
+            embeddings (B, P); and a mask (B, L) that is False where a caption is padded, or None if none is. With the
+            mask, a caption conditions the UNet as it does alone.
+        """
         if self.trained:
-            return encode_prompts(self.model, captions)
+            chunks = [num_chunks(self.model, caption) for caption in captions]
+            prompt, pooled = encode_prompts(self.model, captions)
+            lengths = [each * self.model.tokenizer.model_max_length for each in chunks]
+            return prompt, pooled, _mask(lengths, prompt.device)
         self.keep(captions)
-        prompt, pooled = zip(*(self._cache[caption] for caption in captions), strict=True)
-        return torch.stack(prompt), torch.stack(pooled)
+        each_prompt, each_pooled = zip(*(self._cache[caption] for caption in captions), strict=True)
+        prompt = pad_sequence(each_prompt, batch_first=True)
+        return prompt, torch.stack(each_pooled), _mask([len(each) for each in each_prompt], prompt.device)
+
+    def _of_one_length(self, captions: Sequence[str], batch_size: int) -> Iterator[list[str]]:
+        """Batches of captions with equally many chunks, so that none is padded."""
+        groups = defaultdict(list)
+        for caption in captions:
+            groups[num_chunks(self.model, caption)].append(caption)
+        for group in groups.values():
+            yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
 
 class CaptionedBatches:
@@ -99,12 +121,12 @@ class CaptionedBatches:
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
         mean, logvar = (torch.stack(each) for each in zip(*latents, strict=True))
         device = self.model.device
-        prompt, pooled = self._text(
+        prompt, pooled, mask = self._text(
             [self.images[row].caption for row in rows], generator(self.seed, number, "captions")
         )
         sizes = [time_ids(f.original_size, f.crop_top_left, f.target_size) for f in framings]
         drawn = draw_latents(self.model.vae, mean, logvar, generator(self.seed, number, "latents"))
-        return ConditionedLatents(drawn.to(device), prompt, pooled, torch.stack(sizes).to(device))
+        return ConditionedLatents(drawn.to(device), prompt, pooled, torch.stack(sizes).to(device), mask)
 
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
         return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)
@@ -125,11 +147,20 @@ class CaptionedBatches:
         key = latent_key(image.digest, framing, self.config.background, self.vae_identity)
         return self.cache.get(key, compute, image.path)
 
-    def _text(self, captions: list[str], stream: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _text(
+        self, captions: list[str], stream: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         dropped = torch.rand(len(captions), generator=stream) < self.config.caption_dropout
         if self.config.unconditional == "empty":
             captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
             return self.prompts(captions)
-        prompt, pooled = self.prompts(captions)
+        prompt, pooled, mask = self.prompts(captions)
         kept = (~dropped).to(prompt.device, prompt.dtype)
-        return prompt * kept.view(-1, 1, 1), pooled * kept.view(-1, 1)
+        return prompt * kept.view(-1, 1, 1), pooled * kept.view(-1, 1), mask
+
+
+def _mask(lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return None
+    return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]

@@ -1,63 +1,151 @@
-"""Encodes what SDXL reads: prompts, sizes (micro-conditioning) and images. No other file does this."""
+"""Encodes what SDXL reads: prompts, sizes (micro-conditioning) and images. No other file does this.
+
+A prompt of any length is cut into chunks that fit the text encoders: 75 tokens in SDXL, with one token before and one
+after them. The chunks are encoded separately and their embeddings joined, as A1111, ComfyUI and kohya do.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
+from transformers import CLIPTokenizer
 
 from dora_mm.models.sdxl.loading import SDXL, config_of
 
+COMMA_TOKENS = 20  # a chunk ends after a comma among its last 20 tokens, as in A1111; kohya cuts at the 75th token
 
-def tokenize(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+
+def num_chunks(model: SDXL | StableDiffusionXLPipeline, prompt: str) -> int:
+    """The number of chunks that a prompt takes; one for up to 75 tokens, and for the empty prompt."""
+    return max(len(_chunks(tokenizer, prompt)) for tokenizer in (model.tokenizer, model.tokenizer_2))
+
+
+def tokenize(
+    model: SDXL | StableDiffusionXLPipeline, prompts: Sequence[str], num_chunks: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenizes prompts for both text encoders; the two tokenizers pad differently.
 
+    A chunk ends after the last comma of its last 20 tokens, or else between two words.
+
     Args:
-        model: The model whose tokenizers are used.
-        prompts: B prompts; what does not fit is truncated (see `truncated_prompts`).
+        model: The model, or its pipeline, whose tokenizers are used.
+        prompts: B prompts of any length.
+        num_chunks: The number of chunks N; shorter prompts are filled up with chunks of the empty prompt, as in A1111.
+            None takes that of the longest prompt.
 
     Returns:
-        Token ids (B, L) for text encoder 1 and for text encoder 2; L is the tokenizer's maximum length, 77 in SDXL.
+        Token ids (B, N L) for text encoder 1 and for text encoder 2; L is the tokenizer's maximum length, 77 in SDXL.
+
+    Raises:
+        ValueError: A prompt has more than `num_chunks` chunks.
     """
+    tokenizers = (model.tokenizer, model.tokenizer_2)
+    chunks = [[_chunks(tokenizer, prompt) for prompt in prompts] for tokenizer in tokenizers]
+    longest = max(len(each) for of_one in chunks for each in of_one)
+    if num_chunks is not None and longest > num_chunks:
+        raise ValueError(f"A prompt has {longest} chunks of tokens, and only {num_chunks} are asked for.")
+    count = num_chunks or longest
     ids, ids_2 = (
-        tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        for tokenizer in (model.tokenizer, model.tokenizer_2)
+        torch.tensor([_padded(tokenizer, each, count) for each in of_one])
+        for tokenizer, of_one in zip(tokenizers, chunks, strict=True)
     )
     return ids, ids_2
 
 
-def truncated_prompts(model: SDXL, prompts: Sequence[str]) -> dict[str, int]:
-    """Maps each prompt that is too long for the text encoders, and so will be truncated, to its number of tokens."""
-    counts = {prompt: len(model.tokenizer(prompt).input_ids) for prompt in prompts}
-    return {prompt: count for prompt, count in counts.items() if count > model.tokenizer.model_max_length}
+def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[list[int]]:
+    """The token ids of a prompt in chunks, without the tokens before and after each; one empty chunk for no tokens."""
+    encoded: Any = tokenizer(prompt, add_special_tokens=False, verbose=False)
+    ids, words, size = encoded.input_ids, encoded.word_ids(), tokenizer.model_max_length - 2
+    comma = tokenizer.convert_tokens_to_ids(",</w>")
+    chunks = []
+    while len(ids) > size:
+        end = _end_of_chunk(ids, words, size, comma)
+        chunks.append(ids[:end])
+        ids, words = ids[end:], words[end:]
+    return [*chunks, ids]
 
 
-def encode_tokens(model: SDXL, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encodes token ids with both text encoders.
+def _end_of_chunk(ids: list[int], words: list[int], size: int, comma: int) -> int:
+    """Where to cut: after a comma close to the end, else between words, else (in a word without end) at `size`."""
+    commas = (end for end in range(size, max(size - COMMA_TOKENS, 0), -1) if ids[end - 1] == comma)
+    gaps = (end for end in range(size, 0, -1) if words[end] != words[end - 1])
+    return next(commas, 0) or next(gaps, size)
+
+
+def _padded(tokenizer: CLIPTokenizer, chunks: list[list[int]], count: int) -> list[int]:
+    """The ids of `count` chunks, each with the tokens before and after it, and padded to the maximum length."""
+    size, padding = tokenizer.model_max_length - 2, tokenizer.pad_token_id
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    filled = [*chunks, *([[]] * (count - len(chunks)))]
+    return [i for chunk in filled for i in (start, *chunk, end, *[padding] * (size - len(chunk)))]
+
+
+def encode_tokens(
+    model: SDXL | StableDiffusionXLPipeline, ids: torch.Tensor, ids_2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encodes token ids with both text encoders, one chunk after the other.
 
     Args:
-        model: The model whose text encoders are used.
-        ids: Token ids for text encoder 1 (B, L).
-        ids_2: Token ids for text encoder 2 (B, L).
+        model: The model, or its pipeline, whose text encoders are used.
+        ids: Token ids for text encoder 1 (B, N L): N chunks of the tokenizer's maximum length, or one that is shorter.
+        ids_2: Token ids for text encoder 2 (B, N L).
 
     Returns:
-        The prompt embeddings (B, L, D1 + D2), which are the penultimate hidden states of both encoders concatenated,
-        and the pooled embedding (B, P), which is that of encoder 2 alone.
+        The prompt embeddings (B, N L, D1 + D2), which are the penultimate hidden states of both encoders concatenated,
+        and the pooled embedding (B, P), which is that of encoder 2 for the first chunk.
     """
-    output = model.text_encoder(ids.to(model.device), output_hidden_states=True)
-    output_2 = model.text_encoder_2(ids_2.to(model.device), output_hidden_states=True)
-    return torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1), output_2.text_embeds
+    encoder, encoder_2 = model.text_encoder, model.text_encoder_2
+    device, device_2 = get_module_execution_device(encoder), get_module_execution_device(encoder_2)
+    embeddings, pooled = [], []
+    length = model.tokenizer.model_max_length
+    for chunk, chunk_2 in zip(ids.split(length, dim=1), ids_2.split(length, dim=1), strict=True):
+        output = encoder(chunk.to(device), output_hidden_states=True)
+        output_2 = encoder_2(chunk_2.to(device_2), output_hidden_states=True)
+        embeddings.append(torch.cat([output.hidden_states[-2], output_2.hidden_states[-2]], dim=-1))
+        pooled.append(output_2.text_embeds)
+    return torch.cat(embeddings, dim=1), pooled[0]
 
 
-def encode_prompts(model: SDXL, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokenizes and encodes prompts; returns what `encode_tokens` returns."""
-    return encode_tokens(model, *tokenize(model, prompts))
+def encode_prompts(
+    model: SDXL | StableDiffusionXLPipeline, prompts: Sequence[str], num_chunks: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokenizes and encodes prompts; takes what `tokenize` takes, and returns what `encode_tokens` returns."""
+    return encode_tokens(model, *tokenize(model, prompts, num_chunks))
+
+
+@torch.no_grad()
+def encode_for_pipeline(
+    model: SDXL | StableDiffusionXLPipeline, prompt: str, negative_prompt: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Encodes one picture's prompts as StableDiffusionXLPipeline takes them: `pipe(**encode_for_pipeline(...))`.
+
+    The embeddings of a prompt and of a negative prompt are equally long: the shorter one is filled up with chunks of
+    the empty prompt.
+
+    Args:
+        model: The model, or its pipeline.
+        prompt: A prompt of any length.
+        negative_prompt: None is SDXL's zero embedding (`force_zeros_for_empty_prompt`); "" is the encoded empty text.
+
+    Returns:
+        `prompt_embeds` and `negative_prompt_embeds` (1, N L, D), `pooled_prompt_embeds` and
+        `negative_pooled_prompt_embeds` (1, P). What other pictures of a batch have, with the same N, is concatenated.
+    """
+    given = [prompt] if negative_prompt is None else [prompt, negative_prompt]
+    count = max(num_chunks(model, text) for text in given)
+    encoded = [encode_prompts(model, [text], count) for text in given]
+    embeddings, pooled = encoded[0]
+    if negative_prompt is None:
+        encoded.append((torch.zeros_like(embeddings), torch.zeros_like(pooled)))
+    negative, negative_pooled = encoded[1]
+    return {
+        "prompt_embeds": embeddings,
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": negative,
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
 
 
 def time_ids(

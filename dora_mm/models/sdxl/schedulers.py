@@ -1,0 +1,88 @@
+"""Schedulers by their usual names: which class of diffusers, and which settings beside the model's own.
+
+Importing this module does not import diffusers, so that names can be checked early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dora_mm.config.report import nearest
+
+PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+KARRAS = {**PLAIN, "use_karras_sigmas": True}
+DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
+DPM_SDE = {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
+# The defaults of diffusers are for pixels in [-1, 1]. Latents are larger, and the last step ends at the first timestep.
+LATENTS = {"clip_sample": False, "set_alpha_to_one": False}
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A class of diffusers with the settings that make it the scheduler of this name.
+
+    Attributes:
+        kind: The name of the class.
+        title: What A1111 and Civitai call it.
+        settings: They replace those of the model's scheduler; all others (betas, prediction type, spacing) stay.
+    """
+
+    kind: str
+    title: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+# As in diffusers' table of A1111's names: https://huggingface.co/docs/diffusers/api/schedulers/overview
+SCHEDULERS = {
+    "euler": Scheduler("EulerDiscreteScheduler", "Euler", PLAIN),
+    "euler_a": Scheduler("EulerAncestralDiscreteScheduler", "Euler a"),
+    "dpmpp_2m": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M", {**DPM, **PLAIN}),
+    "dpmpp_2m_karras": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M Karras", {**DPM, **KARRAS}),
+    "dpmpp_2m_sde": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M SDE", {**DPM_SDE, **PLAIN}),
+    "dpmpp_2m_sde_karras": Scheduler("DPMSolverMultistepScheduler", "DPM++ 2M SDE Karras", {**DPM_SDE, **KARRAS}),
+    "unipc": Scheduler("UniPCMultistepScheduler", "UniPC", PLAIN),
+    "ddim": Scheduler("DDIMScheduler", "DDIM", LATENTS),
+    "lcm": Scheduler("LCMScheduler", "LCM", LATENTS),  # for models distilled to a few steps, and at most 50
+}
+
+
+def find_scheduler(name: str) -> Scheduler:
+    """Returns the entry of SCHEDULERS.
+
+    Raises:
+        ValueError: There is no scheduler of this name.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"There is no scheduler {name!r}{nearest(name, SCHEDULERS)}; there are {', '.join(SCHEDULERS)}.")
+    return SCHEDULERS[name]
+
+
+def make_scheduler(name: str, own: Any) -> Any:
+    """Builds a scheduler for a model.
+
+    Args:
+        name: A name in SCHEDULERS.
+        own: The model's own scheduler, of diffusers. Its config says what the model predicts and on which noise levels
+            it was trained.
+
+    Returns:
+        A new scheduler of diffusers.
+
+    Raises:
+        ValueError: There is no scheduler of this name.
+    """
+    import diffusers
+
+    found = find_scheduler(name)
+    return getattr(diffusers, found.kind).from_config(own.config, **found.settings)
+
+
+def scheduler_name(scheduler: Any) -> str | None:
+    """The name in SCHEDULERS of a scheduler of diffusers, such as a model's own; None if it is none of them."""
+    for name, known in SCHEDULERS.items():
+        same_kind = type(scheduler).__name__ == known.kind
+        if same_kind and all(scheduler.config.get(key) == value for key, value in known.settings.items()):
+            return name
+    return None
