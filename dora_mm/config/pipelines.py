@@ -6,6 +6,7 @@ from dora_mm.config.schema import PipelineConfig
 SCHEMAS: dict[str, type[PipelineConfig]] = {
     "train_sdxl": sdxl.TrainSDXLConfig,
     "sample_sdxl": sdxl.SampleSDXLConfig,
+    "grid_sdxl": sdxl.GridSDXLConfig,
     "eval_sdxl": sdxl.EvalSDXLConfig,
     "compare_sdxl": sdxl.CompareSDXLConfig,
     "extract_features": vl.ExtractFeaturesConfig,

@@ -150,35 +150,89 @@ class TrainSDXLConfig(PipelineConfig):
         return raise_problems(self, problems)
 
 
-class SampleSDXLConfig(PipelineConfig):
-    command: ClassVar[str] = "sample"
-    pipeline: Literal["sample_sdxl"]
-    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+SchedulerName = Literal[
+    "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "dpmpp_2m_sde_karras", "unipc", "ddim", "lcm"
+]  # the names in models/sdxl/schedulers.py
+
+
+class MemoryConfig(Section):
+    """What saves memory while pictures are drawn, for GPUs of 8 GB."""
+
+    vae_tiling: bool = False  # decode images in tiles
+    offload: Literal["none", "model", "layers"] = "none"  # keep on the GPU: all; the network in use; the layer in use
+    attention_slicing: bool = False  # compute attention in parts
+
+
+class PicturesConfig(PipelineConfig):
+    """What all pipelines share that draw pictures for prompts."""
+
+    output: Text | None = None  # the run directory; one of the same pipeline goes on; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
-    model: ModelConfig
+    model: ModelConfig | None = None  # null: the model that the adapter's file names; without adapter the embedded one
+    memory: MemoryConfig = MemoryConfig()
     adapter: AdapterFile | None = None  # null: the base model
-    prompts: Items[Text] = ()  # empty: prompts_file is set
-    prompts_file: Text | None = None  # .txt (one prompt per line), .jsonl or .csv (a key or column `prompt`)
     negative_prompt: str | None = None  # null: none
-    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
+    scheduler: SchedulerName | None = None  # null: the model's own
     height: PixelSize | None = None  # pixels; null: the model's native size
     width: PixelSize | None = None  # pixels; null: the model's native size
     batch_size: PositiveInt = 1  # images per batch
-    strengths: Items[float] = ()  # columns of the sheet, multiplied by adapter.strength; empty: 1
-    images: bool = True  # whether to save every image as a PNG file
-    sheet: bool = True  # whether to save one labelled sheet of all images, with a column "no adapter"
+
+
+class SampleSDXLConfig(PicturesConfig):
+    command: ClassVar[str] = "sample"
+    pipeline: Literal["sample_sdxl"]
+    prompts: Items[Text] = ()
+    prompts_file: Text | None = None  # .csv, .tsv, .jsonl or .txt, with a column per setting; it replaces `prompts`
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
+    strengths: Annotated[Items[float], Field(min_length=1)] = (1.0,)  # one image for each; they multiply the adapter's
+    sheet: bool = True  # whether to save labelled sheets of all images
 
     @model_validator(mode="after")
     def _says_what_to_draw(self) -> "SampleSDXLConfig":
         problems = []
-        if bool(self.prompts) == (self.prompts_file is not None):
-            problems.append("give either prompts or prompts_file")
-        if self.strengths and not self.adapter:
+        if not self.prompts and self.prompts_file is None:
+            problems.append("give prompts or prompts_file")
+        if self.strengths != (1.0,) and not self.adapter and self.prompts_file is None:
             problems.append("strengths needs an adapter")
-        if not (self.images or self.sheet):
-            problems.append("images and sheet are both false, so nothing would be saved")
+        return raise_problems(self, problems)
+
+
+AxisName = Literal["prompt", "seed", "strength", "adapter", "checkpoint", "scheduler", "steps", "guidance", "size"]
+
+
+class Axis(Section):
+    """What differs from one row or column of a grid to the next."""
+
+    name: AxisName  # size: 1024 or 832x1216; checkpoint: a step of the run that adapter.path names
+    values: Items[str | int | float] = ()  # empty, for checkpoint alone: all that the run has kept
+
+
+class GridSDXLConfig(PicturesConfig):
+    command: ClassVar[str] = "grid"
+    pipeline: Literal["grid_sdxl"]
+    prompt: Text | None = None  # null: an axis has the prompts
+    seed: Seed = 0
+    rows: Axis | None = None  # null: one row
+    columns: Axis
+    without_adapter: bool = True  # whether the first column is drawn without adapter
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> "GridSDXLConfig":
+        names = [axis.name for axis in (self.rows, self.columns) if axis]
+        problems = []
+        if len(set(names)) < len(names):
+            problems.append(f"rows and columns are both {names[0]}")
+        if ("prompt" in names) == (self.prompt is not None):
+            problems.append("give either prompt or an axis of prompts")
+        if "adapter" in names and (self.adapter or "checkpoint" in names):
+            problems.append("an axis of adapters needs no adapter and no axis of checkpoints")
+        if {"strength", "checkpoint"} & set(names) and not self.adapter and "adapter" not in names:
+            problems.append("an axis of strengths or checkpoints needs an adapter")
+        for key, axis in (("rows", self.rows), ("columns", self.columns)):
+            if axis and not axis.values and axis.name != "checkpoint":
+                problems.append(f"{key}.values is empty")
         return raise_problems(self, problems)
 
 

@@ -16,10 +16,9 @@ from torch import nn
 
 from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.models.sdxl.schedulers import display_name
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
-from dora_mm.sampling.manifest import Entry, write_manifest
+from dora_mm.sampling.manifest import MANIFEST, Entry, write_manifest
 from dora_mm.sampling.pictures import PictureSampler, Progress, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.utils.digest import file_digest
@@ -73,6 +72,18 @@ class Job:
             )
             for index, picture in enumerate(self.pictures)
         ]
+
+    def raise_failures(self) -> None:
+        """Raises ValueError where pictures could not be drawn; the message names the first of them."""
+        if not self.failed:
+            return
+        reasons = [f"row {self.pictures[i].row} ({self.names[i]}) {reason}" for i, reason in self.failed.items()]
+        more = f", and {len(reasons) - MOST_NAMED} more" if len(reasons) > MOST_NAMED else ""
+        raise ValueError(
+            f"{len(reasons)} of {len(self.pictures)} pictures could not be drawn, see {self.folder / MANIFEST}: "
+            + "; ".join(reasons[:MOST_NAMED])
+            + more
+        )
 
     def _settings(self, index: int) -> dict[str, Any]:
         picture = self.pictures[index]
@@ -228,6 +239,6 @@ def draw_batch(job: Job, batch: Sequence[int], sampler: PictureSampler) -> None:
         if isinstance(picture, UnusablePictureError):
             job.failed[index] = str(picture)
         elif index not in job.done:
-            description = job.descriptions[index]
-            save_picture(job.file(index), picture, description, display_name(first.scheduler, sampler.scheduler))
+            title = sampler.scheduler_title(first.scheduler)
+            save_picture(job.file(index), picture, job.descriptions[index], title)
             job.done[index] = file_digest(job.file(index))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, Valida
 
 from dora_mm.config.report import nearest
 from dora_mm.config.schema import NonNegative, Seed, Text
-from dora_mm.config.sdxl import PixelSize
+from dora_mm.config.sdxl import PixelSize, SchedulerName
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 DELIMITERS = ",;\t|"
@@ -36,8 +36,8 @@ class Picture:
         seed: The seed of its noise.
         steps: The number of denoising steps.
         guidance: The scale of classifier-free guidance.
-        width: In pixels.
-        height: In pixels.
+        width: In pixels; None is the model's own.
+        height: In pixels; None is the model's own.
         scheduler: The name of the scheduler; None is the model's own.
         adapters: The adapters by path, each with its strength.
         strength: The strength of all of them, by which theirs are multiplied; 0 is the base model.
@@ -49,8 +49,8 @@ class Picture:
     seed: int
     steps: int
     guidance: float
-    width: int
-    height: int
+    width: int | None
+    height: int | None
     scheduler: str | None
     adapters: Weights
     strength: float
@@ -129,7 +129,7 @@ class Row(BaseModel):
     guidance: NonNegative | None = None
     width: PixelSize | None = None
     height: PixelSize | None = None
-    scheduler: Text | None = None
+    scheduler: SchedulerName | None = None
     adapter: Annotated[tuple[tuple[Text, float], ...], BeforeValidator(parse_adapters)] | None = None
     strength: float | None = None
 
@@ -231,6 +231,18 @@ def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> Row | Non
             column = str(item["loc"][0])
             problems.append(f"line {line}: {_problem(column, item)}")
     return None
+
+
+def parse_setting(column: str, value: Any) -> Any:
+    """Reads one value of a column, such as of an axis of a grid.
+
+    Raises:
+        ValueError: The value cannot be used.
+    """
+    try:
+        return getattr(Row.model_validate({"prompt": "a", column: value}), column)
+    except ValidationError as error:
+        raise ValueError(_problem(column, error.errors(include_url=False)[0])) from None
 
 
 def _problem(column: str, item: Any) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from dora_mm import backend, formats
@@ -87,19 +86,27 @@ class LoadedModel:
                     "strength than 1, nor beside other adapters or pictures without it"
                 )
 
-    def draw(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> Job:
-        """Draws the pictures of a job that are not in its run directory yet; returns what became of all."""
-        hashes = {path: adapter_hashes(file) for path, file in self.adapters.items()}
-        job = plan(
+    def adapter_hashes(self) -> dict[str, tuple[str, str]]:
+        """The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that jobs name."""
+        return {path: adapter_hashes(file) for path, file in self.adapters.items()}
+
+    def plan(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> Job:
+        """Plans the batches of a job: see `drawing.plan`. Pictures without a size get the model's own."""
+        sized = [replace(p, width=p.width or self.size, height=p.height or self.size) for p in pictures]
+        return plan(
             folder,
-            pictures,
+            sized,
             self.sampler,
             batch_size=batch_size,
             model=self.base,
-            adapters=hashes,
+            adapters=self.adapter_hashes(),
             environment=self.environment,
             software={name: version(name) for name in SOFTWARE},
         )
+
+    def draw(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> Job:
+        """Draws the pictures of a job that are not in its run directory yet; returns what became of all."""
+        job = self.plan(folder, pictures, batch_size)
         check_what_is_there(job)
         draw(job, self.sampler, self.model.adaptable.values(), self.load_adapter)
         return job

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.models.sdxl.encoding import encode_for_pipeline, num_chunks
-from dora_mm.models.sdxl.schedulers import scheduler_named
+from dora_mm.models.sdxl.schedulers import SCHEDULERS, make_scheduler, scheduler_name
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0  # of logged progress, without a terminal that shows a bar
@@ -50,6 +50,11 @@ class PictureSampler:
         """The number of chunks of tokens in the longer one of a picture's prompts."""
         return max(num_chunks(self.pipe, text) for text in prompts if text is not None)
 
+    def scheduler_title(self, name: str | None) -> str:
+        """What A1111 calls a scheduler; `None` is the model's own."""
+        name = name or scheduler_name(self.scheduler)
+        return SCHEDULERS[name].title if name else type(self.scheduler).__name__
+
     @torch.no_grad()
     def draw(
         self,
@@ -76,7 +81,7 @@ class PictureSampler:
         Returns:
             The pictures, with an error in the place of each that cannot be used.
         """
-        self.pipe.scheduler = self.scheduler if scheduler is None else scheduler_named(scheduler, self.scheduler)
+        self.pipe.scheduler = self.scheduler if scheduler is None else make_scheduler(scheduler, self.scheduler)
         encoded = [self._encode(each) for each in prompts]
         try:
             drawn: Any = self.pipe(

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from dora_mm.config import yaml12
 from dora_mm.config.loader import dump_config
 from dora_mm.config.schema import AnyAdapterConfig, PipelineConfig
 from dora_mm.train.metrics import read_metrics
@@ -61,7 +62,7 @@ class RunDirectory:
         Raises:
             ValueError: `output` exists already, or its parent is a file.
         """
-        path = _claim(Path(output).expanduser()) if output is not None else _claim_number(root / name)
+        path = new_folder(name, output, root)
         write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
         write_text(path / INPUTS, json.dumps(dict(inputs or {}), indent=2) + "\n")
         write_text(path / "config.yaml", config_text)  # last, because this file marks the folder as a run directory
@@ -129,6 +130,43 @@ def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) ->
         ValueError: `output` exists already, or its parent is a file.
     """
     return RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)
+
+
+def continue_run(config: PipelineConfig, resume: Path | None = None) -> RunDirectory:
+    """Opens the run directory of a job that goes on: the one to resume, or the config's `output` where it exists.
+
+    Where the config has changed since, its resolved text replaces the one in the directory.
+
+    Args:
+        config: The config.
+        resume: The run directory to go on with; None: `output`, or a new directory.
+
+    Raises:
+        ValueError: The directory holds something else than a run of this pipeline.
+    """
+    path = resume or Path(getattr(config, "output", None) or "").expanduser()
+    if path == Path() or not path.exists():
+        return open_run(config)
+    saved, text = path / "config.yaml", dump_config(config)
+    if saved.is_file():
+        pipeline = yaml12.read(saved.read_text(encoding="utf-8")).value["pipeline"]
+        if pipeline != config.pipeline:
+            raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
+    elif any(entry.name not in ("versions.json", INPUTS) for entry in path.iterdir()):
+        raise ValueError(f"output {path} exists already and is not a run directory: choose another folder")
+    write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    write_text(path / INPUTS, "{}\n")
+    write_text(saved, text)
+    return RunDirectory(path)
+
+
+def new_folder(name: str, output: str | None = None, root: Path = Path("runs")) -> Path:
+    """Creates a folder: `output`, or the next number in `root`/`name`.
+
+    Raises:
+        ValueError: `output` exists already, or its parent is a file.
+    """
+    return _claim(Path(output).expanduser()) if output is not None else _claim_number(root / name)
 
 
 def training_summary(

@@ -55,7 +55,9 @@ def find_scheduler(name: str) -> Scheduler:
         ValueError: There is no scheduler of this name.
     """
     if name not in SCHEDULERS:
-        raise ValueError(f"There is no scheduler {name!r}{nearest(name, SCHEDULERS)}; there are {', '.join(SCHEDULERS)}.")
+        raise ValueError(
+            f"There is no scheduler {name!r}{nearest(name, SCHEDULERS)}; there are {', '.join(SCHEDULERS)}."
+        )
     return SCHEDULERS[name]
 
 

@@ -1,0 +1,95 @@
+"""Draws a picture again from what its PNG file says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dora_mm.config.sdxl import MemoryConfig, ModelConfig, PicturesConfig
+from dora_mm.sampling.drawing import Job, draw
+from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.loaded import LoadedModel, load_model
+from dora_mm.sampling.png import Description, read_description
+
+
+def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, str | None]:
+    """Draws a picture again, in the batch that it was drawn in, since rounding depends on the batch.
+
+    Args:
+        file: A PNG file of a job.
+        new_folder: Creates the folder to write to; it is called when the model and the adapters are loaded.
+
+    Returns:
+        The new file; and how its pixels differ from the old ones, or None where they are the same.
+
+    Raises:
+        ValueError: The file does not say how it was drawn, the model or an adapter has changed since, or the picture
+            cannot be drawn.
+    """
+    description = read_description(file)
+    loaded = load_model(config_of(description), [adapter.path for adapter in description.adapters])
+    check_unchanged(description, loaded)
+    job = job_of(description, loaded, new_folder(), file.name)
+    draw(job, loaded.sampler, loaded.model.adaptable.values(), loaded.load_adapter)
+    job.raise_failures()
+    drawn = job.file(description.position)
+    return drawn, difference(file, drawn)
+
+
+def config_of(description: Description) -> PicturesConfig:
+    """The config of the model that a picture was drawn with."""
+    model = description.model
+    return PicturesConfig(
+        pipeline="sample_sdxl",
+        name="replay",
+        backend=description.environment["backend"],
+        model=ModelConfig(path=model.path, revision=model.revision, vae=model.vae, dtype=model.dtype),
+        memory=MemoryConfig(**description.environment["memory"]),
+    )
+
+
+def check_unchanged(description: Description, loaded: LoadedModel) -> None:
+    """Compares the weights that were loaded with those that a picture was drawn with.
+
+    Raises:
+        ValueError: The base model or an adapter is another one now.
+    """
+    if loaded.base.digest != description.model.digest:
+        raise ValueError(f"the model {loaded.base.path} has changed since the picture was drawn")
+    hashes = loaded.adapter_hashes()
+    for adapter in description.adapters:
+        if hashes[adapter.path][0] != adapter.digest:
+            raise ValueError(f"the adapter {adapter.path} has changed since the picture was drawn")
+
+
+def job_of(description: Description, loaded: LoadedModel, folder: Path, name: str) -> Job:
+    """A job of the batch of a picture, of which only this picture is missing."""
+    adapters = tuple((adapter.path, adapter.strength) for adapter in description.adapters)
+    pictures = [
+        Picture(
+            row=1,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            adapters=adapters,
+            strength=1.0,
+            **description.settings,
+        )
+        for prompt, negative_prompt, seed in description.batch
+    ]
+    job = loaded.plan(folder, pictures, len(pictures))
+    job.names = [name if index == description.position else f"{index}-{name}" for index in range(len(pictures))]
+    job.done = dict.fromkeys((index for index in range(len(pictures)) if index != description.position), "")
+    return job
+
+
+def difference(one: Path, other: Path) -> str | None:
+    """How the pixels of two pictures differ, or None."""
+    first, second = (np.asarray(Image.open(path).convert("RGB"), dtype=np.int16) for path in (one, other))
+    if first.shape != second.shape:
+        return "in its size"
+    largest = int(np.abs(first - second).max())
+    return f"by up to {largest} of 255" if largest else None
