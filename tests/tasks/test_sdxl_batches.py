@@ -1,5 +1,6 @@
 """Batches: every image with its own caption and sizes, as a function of the batch number."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.config.sdxl import DataConfig
+from dora_mm.config.sdxl import DataConfig, LossConfig
 from dora_mm.data.images.folder import read_captioned_images
 from dora_mm.models.sdxl.encoding import encode_images, encode_prompts
+from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
 from dora_mm.utils.randomness import batch_indices, batch_of_groups, generator
 
@@ -85,6 +87,59 @@ def test_dropped_captions_become_zeros_or_the_empty_text(tiny, image_folder):
         batch = all_batches(0)
         assert torch.allclose(batch.prompt[0], prompt[0], atol=1e-5)
         assert torch.allclose(batch.pooled[0], pooled[0], atol=1e-5)
+
+
+LONG = ", ".join(["a TOK icon of a flying saucer"] * 6)
+
+
+@pytest.fixture
+def long_captions(image_folder):
+    """Every second caption is longer than the text encoders take at once."""
+    file = image_folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[::2]:
+        row["text"] = f"{row['text']}, {LONG}"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return image_folder
+
+
+def select(batch, rows, length=None):
+    """Rows of a batch; with a length, without its padding."""
+    mask = batch.mask[rows] if length is None else None
+    return ConditionedLatents(
+        batch.latents[rows], batch.prompt[rows][:, :length], batch.pooled[rows], batch.time_ids[rows], mask
+    )
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("unconditional", ["zeros", "empty"])
+def test_captions_of_different_lengths_train_as_they_do_alone(tiny, long_captions, trained, unconditional):
+    """Padding is masked: what the UNet predicts for an image does not depend on the captions of the others."""
+    all_batches = batches(
+        tiny, long_captions, trained=trained, batch_size=3, caption_dropout=0.3, unconditional=unconditional
+    )
+    task = DiffusionTask(tiny.unet, dict(tiny.scheduler.config), LossConfig())
+    masked = 0
+    with torch.no_grad():
+        for number in range(8):
+            batch = all_batches(number)
+            if batch.mask is None:
+                continue
+            masked += 1
+            for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
+                others = [other for other in range(len(batch.latents)) if other != row]
+                together, alone = select(batch, [row, *others]), select(batch, [row], length)
+                one, two = (
+                    task.denoised(each, torch.full((len(each.latents),), 500), torch.Generator().manual_seed(0))[0]
+                    for each in (together, alone)  # the first image of a batch gets the first noise
+                )
+                torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    assert masked >= 2
+
+
+def test_captions_of_one_length_have_no_mask(tiny, image_folder):
+    all_batches = batches(tiny, image_folder)
+    assert all(all_batches(number).mask is None for number in range(4))
 
 
 def test_dropout_has_its_rate(tiny, image_folder):

@@ -5,12 +5,14 @@ Importing this module does not import diffusers, so that names can be checked ea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from dora_mm.config.report import nearest
 
+log = logging.getLogger(__name__)
 PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 KARRAS = {**PLAIN, "use_karras_sigmas": True}
 DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
@@ -78,6 +80,12 @@ def make_scheduler(name: str, own: Any) -> Any:
     import diffusers
 
     found = find_scheduler(name)
+    if found.settings.get("use_karras_sigmas") and own.config.get("rescale_betas_zero_snr"):
+        log.warning(
+            "%s spends most steps on noise alone with this model, whose last noise level has no signal; %s does not.",
+            name,
+            name.removesuffix("_karras"),
+        )
     return getattr(diffusers, found.kind).from_config(own.config, **found.settings)
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -9,12 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm.models.sdxl.encoding import (
     draw_latents,
+    encode_for_pipeline,
     encode_images,
     encode_prompts,
     normalize_latents,
+    num_chunks,
     time_ids,
     tokenize,
-    truncated_prompts,
 )
 from dora_mm.models.sdxl.loading import load_sdxl
 from samples.build.pretraining.tiny_sdxl import shift_latents
@@ -68,9 +70,88 @@ def test_micro_conditioning_table(tiny, original, crop, target):
     assert torch.equal(time_ids(original, crop, target)[None], theirs)
 
 
-def test_long_prompts_are_reported(tiny):
-    long = " ".join(["word"] * 90)
-    assert truncated_prompts(tiny, ["a bus", long]) == {long: len(tiny.tokenizer(long).input_ids)}
+def test_no_token_of_a_long_prompt_is_lost(tiny):
+    """Each chunk begins and ends as a prompt does, and is padded as the tokenizers pad."""
+    size = tiny.tokenizer.model_max_length
+    prompts = [" ".join(f"word{i}" for i in range(40)), "a bus", "x" * 150, ""]
+    all_ids = tokenize(tiny, prompts)
+    for tokenizer, ids in zip((tiny.tokenizer, tiny.tokenizer_2), all_ids, strict=True):
+        assert ids.shape == (4, max(num_chunks(tiny, prompt) for prompt in prompts) * size)
+        for prompt, row in zip(prompts, ids, strict=True):
+            found = []
+            for chunk in row.split(size):
+                assert chunk[0] == tokenizer.bos_token_id
+                end = int((chunk == tokenizer.eos_token_id).nonzero()[0])
+                assert set(chunk[end + 1 :].tolist()) <= {tokenizer.pad_token_id}
+                found += chunk[1:end].tolist()
+            assert found == tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    assert [num_chunks(tiny, prompt) for prompt in prompts[1:]] == [1, 4, 1]
+
+
+def test_a_chunk_ends_after_a_comma_or_between_words(tiny):
+    size = tiny.tokenizer.model_max_length
+
+    def chunks(prompt):
+        return [
+            tiny.tokenizer.decode(chunk, skip_special_tokens=True)
+            for chunk in tokenize(tiny, [prompt])[0][0].split(size)
+        ]
+
+    near, far = ["a bus "] * 8, ["a bus "] * 4
+    assert chunks("".join([*near, ", ", *near]))[0].endswith("a bus ,")
+    assert len(chunks("".join([*far, ", ", *near, *near]))[0]) > len(chunks("".join([*near, ", ", *near]))[0])
+    for chunk in chunks(" ".join(["flying saucer"] * 20)):
+        assert set(chunk.split()) <= {"flying", "saucer"}
+
+
+def test_chunks_are_encoded_alone_and_joined(tiny):
+    size = tiny.tokenizer.model_max_length
+    short, long = "a bus", ", ".join(f"a TOK icon of flying saucer {i}" for i in range(6))
+    ids, ids_2 = tokenize(tiny, [long])
+    embeddings, pooled = encode_prompts(tiny, [long])
+    assert embeddings.shape[1] == ids.shape[1] == num_chunks(tiny, long) * size
+    for index, (one, two) in enumerate(zip(ids.split(size, 1), ids_2.split(size, 1), strict=True)):
+        first = tiny.text_encoder(one, output_hidden_states=True).hidden_states[-2]
+        second = tiny.text_encoder_2(two, output_hidden_states=True)
+        assert torch.equal(embeddings[:, index * size : (index + 1) * size, : first.shape[-1]], first)
+        assert torch.equal(
+            embeddings[:, index * size : (index + 1) * size, first.shape[-1] :], second.hidden_states[-2]
+        )
+        assert torch.equal(pooled, second.text_embeds) == (index == 0)
+    padded, padded_pooled = encode_prompts(tiny, [short], 2)
+    alone, alone_pooled = encode_prompts(tiny, [short])
+    assert torch.equal(padded, torch.cat([alone, encode_prompts(tiny, [""])[0]], dim=1))
+    assert torch.equal(padded_pooled, alone_pooled)
+    with pytest.raises(ValueError, match="chunks"):
+        encode_prompts(tiny, [short, long], 1)
+
+
+@pytest.mark.parametrize("negative", [None, "", "red"])
+def test_embeddings_for_the_pipeline_are_its_own(tiny, negative):
+    pipe = tiny.pipeline()
+    theirs = pipe.encode_prompt("a flat icon of a bus", negative_prompt=negative)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    for ours in (
+        encode_for_pipeline(tiny, "a flat icon of a bus", negative),
+        encode_for_pipeline(pipe, "a flat icon of a bus", negative),
+    ):
+        assert ours.keys() == set(names)
+        assert all(torch.equal(ours[name], each) for name, each in zip(names, theirs, strict=True))
+
+
+def test_the_end_of_a_long_prompt_is_drawn(tiny):
+    pipe = tiny.pipeline()
+    start = ", ".join(["a TOK icon of a flying saucer"] * 6)
+
+    def draw(prompt, negative):
+        embeddings = encode_for_pipeline(pipe, prompt, negative)
+        stream = torch.Generator().manual_seed(0)
+        drawn = pipe(**embeddings, generator=stream, num_inference_steps=2, height=64, width=64, output_type="np")
+        return drawn.images[0]
+
+    for negative in (None, "red", f"{start}, red"):
+        assert np.abs(draw(f"{start}, a bus", negative) - draw(f"{start}, a cat", negative)).max() > 1e-3
+    assert np.abs(draw("a bus", f"{start}, red") - draw("a bus", f"{start}, blue")).max() > 1e-3
 
 
 def test_any_word_encodes_without_unknown_tokens(tiny):
