@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import inspect
+import json
 import logging
 import signal
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dora_mm.recipes import Recipes
 
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
+DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
 # Errors that a user can fix: a full or read-only disk, an exceeded quota, missing permissions.
@@ -84,12 +86,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, what in (
         ("train", "train an adapter, or a small base model"),
-        ("sample", "generate images from prompts"),
+        ("sample", "draw images for the prompts of a job"),
+        ("grid", "draw a labelled grid of what two settings do"),
         ("eval", "evaluate a model and its adapter, or compare methods"),
         ("features", "compute the features of a vision tower once, for later trainings"),
     ):
         command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, according to a config.")
-        command.add_argument("config", metavar="CONFIG", nargs="?" if name == "train" else None, help="a YAML file")
+        goes_on = name in ("train", "sample", "grid")
+        metavar, kinds = ("JOBS|CONFIG", ", or a job: .csv, .tsv, .jsonl, .txt") if name == "sample" else ("CONFIG", "")
+        command.add_argument("config", metavar=metavar, nargs="?" if goes_on else None, help=f"a YAML file{kinds}")
         command.add_argument(
             "--set",
             metavar="KEY=VALUE",
@@ -99,12 +104,19 @@ def _parser() -> argparse.ArgumentParser:
             dest="overrides",
             help="override values of the config, such as train.steps=100; repeatable",
         )
+        if goes_on:
+            command.add_argument("--resume", metavar="RUN_DIR", type=Path, help="go on with a run that was stopped")
+        if name == "sample":
+            command.add_argument(
+                "--config", metavar="CONFIG", dest="job_config", help="the settings that JOBS leaves out"
+            )
+            command.add_argument("--replay", metavar="PNG", type=Path, help="draw an image again as its file says")
         if name == "train":
-            command.add_argument("--resume", metavar="RUN_DIR", type=Path, help="resume a run from its last checkpoint")
             command.add_argument(
                 "--dry-run", action="store_true", help="only print what would be trained, and what data would be read"
             )
-        command.set_defaults(run=_run_pipeline, command=name, resume=None, dry_run=False)
+        defaults = {"resume": None, "dry_run": False, "job_config": None, "replay": None}
+        command.set_defaults(run=_run_sample if name == "sample" else _run_pipeline, command=name, **defaults)
     command = commands.add_parser(
         "inspect", help="list the contents of an adapter file, or the modules of a model that a target map selects"
     )
@@ -125,6 +137,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_sample(arguments: argparse.Namespace) -> None:
+    """Runs a job file over a config, or a config alone, or draws an image again."""
+    from dora_mm.config import run_name
+    from dora_mm.recipes import PIPELINES
+
+    if arguments.replay is not None:
+        if arguments.config or arguments.resume or any(not text.startswith("output=") for text in arguments.overrides):
+            raise ValueError("--replay takes nothing but --set output=FOLDER: the image says all else")
+        output = arguments.overrides[-1].partition("=")[2] if arguments.overrides else None
+        return PIPELINES.load("sample_sdxl").replay(arguments.replay, output=output)
+    if arguments.config is not None and Path(arguments.config).suffix.lower() not in (".yaml", ".yml"):
+        job = arguments.config
+        arguments.config = arguments.job_config or DEFAULTS_OF_JOBS
+        given = [f"prompts_file={json.dumps(job)}", f"name={json.dumps(run_name(job))}"]
+        arguments.overrides = [*given, *arguments.overrides]
+    elif arguments.job_config is not None:
+        raise ValueError("--config belongs to a job file: dora-mm sample JOBS.csv --config CONFIG")
+    _run_pipeline(arguments)
+
+
 def _run_pipeline(arguments: argparse.Namespace) -> None:
     from dora_mm.config import load_config
     from dora_mm.recipes import PIPELINES
@@ -133,7 +165,7 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
     if arguments.resume is not None:
         config = _config_of_run(arguments.resume, arguments.config, arguments.overrides, recipes)
     elif arguments.config is None:
-        raise ValueError("train needs a CONFIG before --set, or --resume RUN_DIR")
+        raise ValueError(f"{arguments.command} needs a CONFIG before --set, or --resume RUN_DIR")
     else:
         config = load_config(arguments.config, arguments.overrides, recipes.schemas)
     if config.command != arguments.command:

@@ -3,11 +3,8 @@
 import logging
 from pathlib import Path
 
-from PIL import Image
-
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import SampleSDXLConfig
-from dora_mm.sampling.drawing import Job
 from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.replay import replay_picture

@@ -8,6 +8,16 @@ from dora_mm.config.loader import (
     load_config,
     resolve_model,
     resolve_path,
+    run_name,
 )
 
-__all__ = ["ConfigError", "differing_keys", "dump_config", "find_path", "load_config", "resolve_model", "resolve_path"]
+__all__ = [
+    "ConfigError",
+    "differing_keys",
+    "dump_config",
+    "find_path",
+    "load_config",
+    "resolve_model",
+    "resolve_path",
+    "run_name",
+]

@@ -59,7 +59,7 @@ def load_config(
     problems = [Problem(origins[key], _dotted(key), "is given twice") for key in document.duplicates]
     for override in overrides:
         problems += _override(values, origins, override)
-    values.setdefault("name", re.sub(r"[^\w.+-]+", "-", file.stem).lstrip("-.+") or "run")
+    values.setdefault("name", run_name(file))
 
     name = values.get("pipeline")
     schema = schemas.get(name) if isinstance(name, str) else None
@@ -73,6 +73,11 @@ def load_config(
     if problems:
         raise ConfigError(file, problems)
     return config
+
+
+def run_name(file: str | Path) -> str:
+    """The name of the runs of a config or job file: that of the file, as far as a folder can have it."""
+    return re.sub(r"[^\w.+-]+", "-", Path(file).stem).lstrip("-.+") or "run"
 
 
 def dump_config(config: PipelineConfig) -> str:

@@ -101,7 +101,8 @@ def parse_adapters(value: Any) -> Any:
         return value
     if value.strip() == NO_ADAPTER:
         return ()
-    parts = [value] if Path(value).expanduser().exists() else value.split("+")
+    is_one = Path(_with_strength(value)[0]).expanduser().exists()
+    parts = [value] if is_one else value.split("+")
     return tuple(_with_strength(part.strip()) for part in parts)
 
 

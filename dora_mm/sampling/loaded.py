@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from dora_mm import backend, formats
-from dora_mm.config.loader import find_path, resolve_path
+from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import ModelConfig, PicturesConfig
 from dora_mm.formats.state import read_metadata
 from dora_mm.models.sdxl.loading import SDXL, load_configured, save_memory
