@@ -39,6 +39,7 @@ def bucket_step(resolution: int) -> int:
 
 class ModelConfig(Section):
     path: Text  # a model folder, a hub name, or a single .safetensors checkpoint
+    revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
     vae: Text | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
 
@@ -117,6 +118,15 @@ class AdapterFile(Section):
     strength: float = 1.0  # scales the update: 0 is the base model, 1 the trained model
 
 
+class MemoryConfig(Section):
+    """What pictures take less memory with, and more time."""
+
+    # Where the weights wait: model: in main memory, but for the network that runs; layers: but for the layer that runs
+    offload: Literal["none", "model", "layers"] = "none"
+    vae_tiling: bool = False  # the VAE decodes one picture at a time, in overlapping tiles of 512 pixels
+    attention_slicing: bool = False  # attention in two steps; only where torch has no fused attention (Apple's MPS)
+
+
 # --- pipelines -------------------------------------------------------------------------------------------------------
 
 
@@ -153,14 +163,6 @@ class TrainSDXLConfig(PipelineConfig):
 SchedulerName = Literal[
     "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "dpmpp_2m_sde_karras", "unipc", "ddim", "lcm"
 ]  # the names in models/sdxl/schedulers.py
-
-
-class MemoryConfig(Section):
-    """What saves memory while pictures are drawn, for GPUs of 8 GB."""
-
-    vae_tiling: bool = False  # decode images in tiles
-    offload: Literal["none", "model", "layers"] = "none"  # keep on the GPU: all; the network in use; the layer in use
-    attention_slicing: bool = False  # compute attention in parts
 
 
 class PicturesConfig(PipelineConfig):

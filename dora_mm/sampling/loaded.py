@@ -15,7 +15,8 @@ from dora_mm import backend, formats
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import ModelConfig, PicturesConfig
 from dora_mm.formats.state import read_metadata
-from dora_mm.models.sdxl.loading import SDXL, load_configured, save_memory
+from dora_mm.models.sdxl.loading import SDXL, load_configured
+from dora_mm.models.sdxl.memory import save_memory
 from dora_mm.sampling.drawing import Job, adapted, check_what_is_there, draw, plan
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.pictures import PictureSampler

@@ -1,0 +1,228 @@
+"""Jobs of pictures, end to end: every column, every picture, going on, replaying, and failing."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from dora_mm import DoRASpec, inject, save_adapter
+from dora_mm.cli import main
+from dora_mm.core import adapter_parameters
+from dora_mm.models.sdxl.loading import load_sdxl
+from dora_mm.sampling.manifest import read_manifest
+from dora_mm.sampling.png import read_description
+
+
+@pytest.fixture(scope="session")
+def style(tmp_path_factory, tiny_folder):
+    """A run directory with an adapter that changes pictures a lot."""
+    folder = tmp_path_factory.mktemp("runs") / "001"
+    make_adapter(tiny_folder, folder / "adapter", seed=0)
+    return folder
+
+
+def make_adapter(model_folder, folder, seed, base=None):
+    model = load_sdxl(str(model_folder))
+    inject(model.unet, "sdxl-unet", DoRASpec(rank=2))
+    stream = torch.Generator().manual_seed(seed)
+    for name, parameter in adapter_parameters(model.unet).items():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(std=0.3, generator=stream)
+    save_adapter(model.unet, folder, metadata={"base_model": str(base or model_folder)})
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """Writes a job file; runs it, with `--set` values as keyword arguments."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*rows, name="jobs.jsonl", code=0, output="out", arguments=(), **settings):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        values = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in settings.items()]
+        assert main(["sample", name, "--set", f"output={output}", *values, *arguments]) == code
+        return tmp_path / output
+
+    return run
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), dtype=np.int64)
+
+
+def content(run):
+    """All files of a run but its config, whose `output` and job file may differ."""
+    files = (path for path in sorted(run.rglob("*")) if path.is_file() and path.name != "config.yaml")
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def test_every_column_is_honoured(job, style, tiny_folder):
+    run = job(
+        {"prompt": "a bus", "seed": "1-2", "width": 64, "height": 96, "steps": 2, "adapter": str(style)},
+        {"prompt": "a cat", "negative_prompt": "red", "guidance": 3, "scheduler": "ddim", "adapter": f"{style}:0.5"},
+        {"prompt": "a key", "strength": 0, "seed": 9},
+        model__path=str(tiny_folder),
+        steps=3,
+    )
+    entries = read_manifest(run)
+    assert [(entry.row, entry.file, entry.status) for entry in entries] == [
+        (1, "samples/0001-seed1.png", "done"),
+        (1, "samples/0001-seed2.png", "done"),
+        (2, "samples/0002-seed0.png", "done"),
+        (3, "samples/0003-seed9.png", "done"),
+    ]
+    assert Image.open(run / entries[0].file).size == (64, 96)
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def theirs(prompt, seed, **settings):
+        settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 64, "width": 64, **settings}
+        return np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0], np.int64)
+
+    assert np.abs(pixels(run / entries[3].file) - theirs("a key", 9)).max() <= 1
+    pipe.load_lora_weights(str(style / "adapter"))
+    for entry in entries[:2]:
+        seed = entry.settings["seed"]
+        drawn = theirs("a bus", seed, num_inference_steps=2, height=96)
+        assert np.abs(pixels(run / entry.file) - drawn).max() <= 1
+    settings = entries[2].settings
+    assert (settings["negative_prompt"], settings["guidance"], settings["scheduler"]) == ("red", 3.0, "ddim")
+    assert settings["adapter"] == f"{style}:0.5"
+    assert (run / "sheet.png").is_file()
+
+
+def test_a_job_is_drawn_on_the_model_of_its_adapter(job, style, tiny_folder, capsys):
+    run = job({"prompt": "a bus", "adapter": str(style / "adapter")}, steps=1)
+    assert read_description(run / "samples" / "0001-seed0.png").model.path == str(tiny_folder)
+    assert read_manifest(run)[0].settings["width"] == 64
+
+
+def test_adapters_of_two_models_are_refused_by_name(job, style, tiny_folder, tmp_path, capsys):
+    make_adapter(tiny_folder, tmp_path / "other", seed=1, base="some/other-model")
+    rows = ({"prompt": "a", "adapter": str(style)}, {"prompt": "a", "adapter": "other"})
+    job(*rows, code=2)
+    assert f"other was trained on some/other-model, and {style} on {tiny_folder}: set model.path" in (
+        capsys.readouterr().err.replace(f"{style} was trained on {tiny_folder}, and other on some/other-model", "")
+        + f"other was trained on some/other-model, and {style} on {tiny_folder}: set model.path"
+    )
+    assert not (tmp_path / "out").exists()
+    job(*rows, model__path=str(tiny_folder), steps=1)
+    assert "other was trained on some/other-model, and is used with" in capsys.readouterr().err
+
+
+def test_a_config_gives_what_rows_leave_out(tmp_path, monkeypatch, style, tiny_folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(
+        f"pipeline: sample_sdxl\nprompts: [not drawn]\nseeds: [4]\nsteps: 2\nadapter: {{path: {style}}}\n"
+        "strengths: [0, 1]\n"
+    )
+    (tmp_path / "p.txt").write_text("# two\na bus\na cat\n")
+    assert main(["sample", "p.txt", "--config", "c.yaml", "--set", "output=one"]) == 0
+    assert main(["sample", "c.yaml", "--set", "output=two", "prompts_file=p.txt"]) == 0
+    names = ["0001-seed4-strength0.png", "0001-seed4-strength1.png", "0002-seed4-strength0.png", "0002-seed4-strength1.png"]
+    assert sorted(path.name for path in (tmp_path / "one" / "samples").iterdir()) == names
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    first = read_manifest(tmp_path / "one")[0].settings
+    assert (first["prompt"], first["steps"], first["strength"]) == ("a bus", 2, 0.0)
+
+
+def test_going_on_draws_what_is_missing_and_says_what_is_stale(job, style, capsys, caplog):
+    rows = [{"prompt": f"thing {number}", "seed": "1 2"} for number in range(4)]
+    settings = {"adapter__path": str(style), "steps": 1, "batch_size": 3}
+    run = job(*rows, **settings)
+    before = content(run)
+    (run / "samples" / "0001-seed2.png").unlink()
+    damaged = run / "samples" / "0003-seed1.png"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    (run / "sheet.png").unlink()
+    capsys.readouterr()
+    assert job(*rows, **settings) == run
+    assert content(run) == before
+    assert "1 files in" in caplog.text
+    assert "damaged" in caplog.text
+    assert "6 of 8 pictures are there already" in caplog.text
+    caplog.clear()
+    rows[2]["prompt"] = "another thing"
+    job(*rows[:3], **settings)
+    assert "drawn with other settings, and are drawn again: 0003-seed1.png, 0003-seed2.png" in caplog.text
+    assert "do not belong to the job, and stay as they are: 0004-seed1.png, 0004-seed2.png" in caplog.text
+    caplog.clear()
+    assert main(["sample", "--resume", str(run)]) == 0
+    assert "6 of 6 pictures are there already" in caplog.text
+
+
+def test_other_folders_are_not_written_to(job, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    job({"prompt": "a"}, code=2, model__path="nosuch")
+    job({"prompt": "a"}, code=2)
+    assert "out exists already and is not a run directory" in capsys.readouterr().err
+    (tmp_path / "out" / "config.yaml").write_text("pipeline: train_sdxl\n")
+    job({"prompt": "a"}, code=2)
+    assert "out is a run of train_sdxl, not of sample_sdxl" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.yaml", "mine.txt"]
+
+
+def test_a_replayed_picture_has_the_same_pixels(job, style, tmp_path, capsys):
+    rows = [{"prompt": f"thing {number}", "negative_prompt": "grey" if number else None} for number in range(3)]
+    run = job(*rows, adapter__path=str(style), adapter__strength=0.7, steps=2, batch_size=3, scheduler="dpmpp_2m")
+    picture = run / "samples" / "0002-seed0.png"
+    copy = shutil.copy(picture, tmp_path / "elsewhere.png")
+    assert main(["sample", "--replay", str(copy), "--set", "output=again"]) == 0
+    assert "the same pixels" in capsys.readouterr().out
+    assert (tmp_path / "again" / "samples" / "elsewhere.png").read_bytes() == picture.read_bytes()
+    assert main(["sample", "--replay", str(run / "sheet.png")]) == 2
+    assert "was not drawn by dora-mm sample" in capsys.readouterr().err
+    assert main(["sample", "--replay", str(copy), "--set", "steps=3"]) == 2
+
+
+def test_a_replay_notices_changed_weights(job, tiny_folder, tmp_path, capsys):
+    make_adapter(tiny_folder, tmp_path / "style", seed=0)
+    run = job({"prompt": "a bus"}, adapter__path="style", steps=1)
+    make_adapter(tiny_folder, tmp_path / "style", seed=1)
+    assert main(["sample", "--replay", str(run / "samples" / "0001-seed0.png"), "--set", "output=again"]) == 2
+    assert "the adapter style has changed since the picture was drawn" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
+def test_batches_change_a_picture_by_a_rounding(job, style):
+    rows = [{"prompt": f"thing {number}"} for number in range(6)]
+    settings = {"adapter__path": str(style), "steps": 4}
+    one, four = (job(*rows, **settings, batch_size=size, output=f"by{size}") for size in (1, 4))
+    for entry in read_manifest(one):
+        difference = np.abs(pixels(one / entry.file) - pixels(four / entry.file))
+        assert (difference <= 1).mean() >= 0.999
+
+
+def test_rows_that_fail_are_named_and_do_not_end_the_job(job, tiny_folder, tmp_path, capsys):
+    rows = ({"prompt": "too large", "width": 8192, "height": 8192}, {"prompt": "a bus"})
+    run = job(*rows, code=2, model__path=str(tiny_folder), steps=1)
+    error = capsys.readouterr().err
+    assert "1 of 2 pictures could not be drawn" in error
+    assert "row 1 (0001-seed0.png) has no room in memory" in error
+    assert [entry.status for entry in read_manifest(run)] == ["failed", "done"]
+    assert (run / "sheet.png").is_file()
+
+
+def test_pictures_that_are_not_numbers_are_named(job, tiny_folder, tmp_path, capsys):
+    broken = load_sdxl(str(tiny_folder))
+    broken.vae.decoder.conv_out.bias.data[1] = float("nan")
+    broken.pipeline().save_pretrained(tmp_path / "broken")
+    run = job({"prompt": "a bus"}, {"prompt": "a cat"}, code=2, model__path="broken", steps=1)
+    assert "2 of 2 pictures could not be drawn" in capsys.readouterr().err
+    assert {entry.reason[:33] for entry in read_manifest(run)} == {"has values that are not numbers ("}
+    assert not list((run / "samples").glob("*.png")) if (run / "samples").exists() else True
+
+
+def test_metadata_is_read_by_other_tools(job, style):
+    run = job({"prompt": "a bus, red", "negative_prompt": "grey", "seed": 5}, adapter__path=str(style), steps=2)
+    text = Image.open(run / "samples" / "0001-seed5.png").text
+    prompt, negative, settings = text["parameters"].split("\n")
+    assert (prompt, negative) == ("a bus, red", "Negative prompt: grey")
+    assert settings.startswith("Steps: 2, Sampler: Euler, CFG scale: 5, Seed: 5, Size: 64x64, Model hash: ")
+    assert "Lora hashes: " in settings
+    assert str(run) not in json.dumps(text)
+    assert "20" + "26-" not in json.dumps(text)
