@@ -39,6 +39,7 @@ def bucket_step(resolution: int) -> int:
 
 class ModelConfig(Section):
     path: Text  # a model folder, a hub name, or a single .safetensors checkpoint
+    revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
     vae: Text | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
 
@@ -115,6 +116,15 @@ class SampleConfig(SheetConfig):
 class AdapterFile(Section):
     path: Text  # the adapter file or its folder
     strength: float = 1.0  # scales the update: 0 is the base model, 1 the trained model
+
+
+class MemoryConfig(Section):
+    """What pictures take less memory with, and more time."""
+
+    # Where the weights wait: model: in main memory, but for the network that runs; layers: but for the layer that runs
+    offload: Literal["none", "model", "layers"] = "none"
+    vae_tiling: bool = False  # the VAE decodes one picture at a time, in overlapping tiles of 512 pixels
+    attention_slicing: bool = False  # attention in two steps; only where torch has no fused attention (Apple's MPS)
 
 
 # --- pipelines -------------------------------------------------------------------------------------------------------
