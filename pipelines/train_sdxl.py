@@ -16,7 +16,7 @@ from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.sdxl import TrainSDXLConfig
 from dora_mm.core import InjectReport
 from dora_mm.data.images.folder import digest_of, read_captioned_images
-from dora_mm.models.sdxl.loading import SDXL, load_configured
+from dora_mm.models.sdxl.loading import SDXL, commit_of, load_configured
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.tasks.sdxl import DiffusionTask
 from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
@@ -73,7 +73,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
         batches.encode_all()
         if not prompts.trained:
             prompts.keep([*(image.caption for image in images), ""])
-            move_text_encoders_to_cpu(model)
+    move_idle_networks_to_cpu(model, config)
     inputs = {"the pictures and captions": digest_of(images)}
     run = start_run(accelerator, config, inputs, resume)
 
@@ -133,9 +133,11 @@ def one_line(name: str, report: InjectReport) -> str:
     return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
 
 
-def move_text_encoders_to_cpu(model: SDXL) -> None:
-    """Frees device memory while the text encoders are not needed: 1.6 GB for SDXL in half precision."""
-    for name in TEXT_ENCODERS:
+def move_idle_networks_to_cpu(model: SDXL, config: TrainSDXLConfig) -> None:
+    """Frees device memory of networks whose results are cached: in half precision 1.6 GB, and 0.2 GB for the VAE."""
+    text_encoders = () if config.adapter.text_encoders else TEXT_ENCODERS
+    vae = ("vae",) if config.data.crop == "center" else ()
+    for name in (*text_encoders, *vae):
         getattr(model, name).to("cpu")
 
 
@@ -150,21 +152,23 @@ def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: dict[str, nn.Modul
     if not config.sample.prompts:
         return
     set_training(adapted, False)
-    device = model.device
-    for name in TEXT_ENCODERS:
-        getattr(model, name).to(device)
+    model.to(model.device)  # where the UNet is
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": config.adapter.method == "full"}
     sheet = before_after_sheet(model.pipeline(), adapted, config.sample, **settings)
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
-    if not config.adapter.text_encoders:
-        move_text_encoders_to_cpu(model)
+    move_idle_networks_to_cpu(model, config)
     set_training(adapted, True)
 
 
 def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirectory) -> None:
+    origin = {
+        "base_revision": commit_of(config.model.path, config.model.revision),
+        "base_vae": config.model.vae,
+    }
     metadata = {
         "base_model": config.model.path,
+        **{key: value for key, value in origin.items() if value},
         "placeholder": config.data.placeholder or "",
         "unconditional": config.data.unconditional,  # the empty prompt in training: the zero embedding, or ""
         "config": dump_config(config),

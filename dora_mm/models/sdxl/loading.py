@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -87,14 +88,19 @@ def load_configured(config: ModelConfig) -> SDXL:
     """Loads the model that a config's `model` section names: frozen, in the configured dtype, on the CPU.
 
     Raises:
-        ValueError: The model or its VAE does not exist or is incomplete; the message names the key.
+        ValueError: The model or its VAE does not exist or is incomplete, or a local model has a revision; the message
+            names the key.
     """
     path = resolve_model(config.path)
+    if config.revision and Path(path).exists():
+        raise ValueError(f"model.revision: {path} is not a model of the hub, so it has no revisions: leave it out.")
     vae = resolve_model(config.vae, "model.vae") if config.vae else None
-    return load_sdxl(path, dtype=getattr(torch, config.dtype), vae=vae).freeze()
+    return load_sdxl(path, dtype=getattr(torch, config.dtype), vae=vae, revision=config.revision).freeze()
 
 
-def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None = None) -> SDXL:
+def load_sdxl(
+    path: str, *, dtype: torch.dtype = torch.float32, vae: str | None = None, revision: str | None = None
+) -> SDXL:
     """Loads SDXL from a diffusers folder, a single `.safetensors` checkpoint, or a hub name.
 
     Args:
@@ -102,6 +108,7 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
             holds no configs and no tokenizers: diffusers downloads them from the hub once.
         dtype: The dtype of all networks.
         vae: Another VAE (folder or hub name) that replaces the model's own, such as the fp16-fix one.
+        revision: A commit, branch or tag of a hub model; None is its main branch.
 
     Returns:
         The model on the CPU, not frozen.
@@ -121,7 +128,7 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
             pipe = StableDiffusionXLPipeline.from_single_file(str(local), dtype=dtype, add_watermarker=False)
         else:
             pipe = StableDiffusionXLPipeline.from_pretrained(
-                path, dtype=dtype, add_watermarker=False, use_safetensors=True
+                path, revision=revision, dtype=dtype, add_watermarker=False, use_safetensors=True
             )
         if vae is not None:
             pipe.vae = load_vae(vae, dtype)
@@ -129,6 +136,22 @@ def load_sdxl(path: str, *, dtype: torch.dtype = torch.float32, vae: str | None 
         reason = " ".join(str(error).split())
         raise ValueError(f"The model {path} cannot be loaded: {reason}") from error
     return SDXL(**{field.name: getattr(pipe, field.name) for field in fields(SDXL)})
+
+
+def commit_of(path: str, revision: str | None = None) -> str | None:
+    """The commit of a hub model as it was loaded, from the hub's cache on this machine.
+
+    Args:
+        path: What `load_sdxl` loaded.
+        revision: The revision that it loaded.
+
+    Returns:
+        The commit's hash; None for a local folder or file, and for a model that is not in the cache.
+    """
+    if Path(path).exists() or not _is_hub_name(path):
+        return None
+    file = try_to_load_from_cache(path, "model_index.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

@@ -1,0 +1,92 @@
+"""Settings that save memory change no picture beyond rounding."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import SlicedAttnProcessor
+
+from dora_mm import DoRASpec, inject
+from dora_mm.config.sdxl import MemoryConfig
+from dora_mm.models.sdxl.encoding import encode_for_pipeline
+from dora_mm.models.sdxl.memory import decode_in_tiles, offload, save_memory
+from dora_mm.sampling.before_after import at_strength
+from dora_mm.sampling.sdxl import sample
+
+CPU = torch.device("cpu")
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(picture, dtype=np.int64) for picture in pictures])
+
+
+def draw(pipe, **settings):
+    return pixels(sample(pipe, ["a bus", "a cat"], [1, 2], steps=2, batch_size=2, **settings))
+
+
+def test_the_vae_decodes_in_tiles(tiny, monkeypatch):
+    whole = draw(tiny.pipeline(), height=160, width=160)
+    pipe, sizes = tiny.pipeline(), []
+    decoder = pipe.vae.decoder.forward
+    monkeypatch.setattr(pipe.vae.decoder, "forward", lambda z: sizes.append(tuple(z.shape)) or decoder(z))
+    save_memory(pipe, MemoryConfig(vae_tiling=True), CPU)
+    tiled = draw(pipe, height=160, width=160)
+    assert {size[0] for size in sizes} == {1}  # one picture at a time
+    assert max(size[-1] for size in sizes) == 8  # the model's own 64 pixels
+    assert len(sizes) > 2
+    assert tiled.shape == whole.shape
+    # each tile is normalized on its own, so colours shift a little
+    assert np.corrcoef(tiled.ravel(), whole.ravel())[0, 1] > 0.7 > np.corrcoef(whole[0].ravel(), whole[1].ravel())[0, 1]
+
+
+def test_tiles_are_smaller_than_a_picture_of_full_sdxl():
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(32, 32, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            sample_size=1024,
+        )
+    decode_in_tiles(vae)
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (512, 64)
+
+
+def test_attention_in_slices_draws_the_same(tiny):
+    whole, pipe = draw(tiny.pipeline()), tiny.pipeline()
+    save_memory(pipe, MemoryConfig(attention_slicing=True), CPU)
+    assert any(isinstance(each, SlicedAttnProcessor) for each in pipe.unet.attn_processors.values())
+    assert np.abs(draw(pipe) - whole).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["model", "layers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
+    """On a processor the hooks move nothing, but they run: adapters are merged and unmerged under them."""
+    inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
+    for name, parameter in tiny.unet.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    for network in tiny.networks.values():
+        network.to(dtype)
+    settings = {"steps": 2, "batch_size": 2}
+
+    def draw_at(pipe):
+        return [
+            pixels(at_strength(pipe, {"unet": tiny.unet}, strength, ["a bus", "a cat"], [1, 2], **settings))
+            for strength in (0.0, 1.0, 0.0)
+        ]
+
+    before, pipe = draw_at(tiny.pipeline()), tiny.pipeline()
+    embeddings = encode_for_pipeline(pipe, "a bus", "red")
+    offload(pipe, kind, CPU)
+    assert all(torch.equal(t, embeddings[name]) for name, t in encode_for_pipeline(pipe, "a bus", "red").items())
+    after = draw_at(pipe)
+    for one, two in zip(before, after, strict=True):
+        assert np.abs(one - two).max() <= 1
+    assert np.abs(after[0] - after[1]).max() > 5
+
+
+@pytest.mark.parametrize("kind", ["model", "layers"])
+def test_offloading_needs_a_gpu(tiny, kind):
+    with pytest.raises(ValueError, match=f"memory.offload: {kind} needs a GPU"):
+        save_memory(tiny.pipeline(), MemoryConfig(offload=kind), CPU)
