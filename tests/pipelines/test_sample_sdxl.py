@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
 from dora_mm import DoRASpec, inject, save_adapter
@@ -100,17 +100,15 @@ def test_a_job_is_drawn_on_the_model_of_its_adapter(job, style, tiny_folder, cap
     assert read_manifest(run)[0].settings["width"] == 64
 
 
-def test_adapters_of_two_models_are_refused_by_name(job, style, tiny_folder, tmp_path, capsys):
+def test_adapters_of_two_models_are_refused_by_name(job, style, tiny_folder, tmp_path, capsys, caplog):
     make_adapter(tiny_folder, tmp_path / "other", seed=1, base="some/other-model")
     rows = ({"prompt": "a", "adapter": str(style)}, {"prompt": "a", "adapter": "other"})
     job(*rows, code=2)
-    assert f"other was trained on some/other-model, and {style} on {tiny_folder}: set model.path" in (
-        capsys.readouterr().err.replace(f"{style} was trained on {tiny_folder}, and other on some/other-model", "")
-        + f"other was trained on some/other-model, and {style} on {tiny_folder}: set model.path"
-    )
+    expected = f"{style} was trained on {tiny_folder}, and other on some/other-model: set model.path"
+    assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     job(*rows, model__path=str(tiny_folder), steps=1)
-    assert "other was trained on some/other-model, and is used with" in capsys.readouterr().err
+    assert "other was trained on some/other-model, and is used with" in caplog.text
 
 
 def test_a_config_gives_what_rows_leave_out(tmp_path, monkeypatch, style, tiny_folder):
@@ -197,8 +195,15 @@ def test_batches_change_a_picture_by_a_rounding(job, style):
         assert (difference <= 1).mean() >= 0.999
 
 
-def test_rows_that_fail_are_named_and_do_not_end_the_job(job, tiny_folder, tmp_path, capsys):
-    rows = ({"prompt": "too large", "width": 8192, "height": 8192}, {"prompt": "a bus"})
+def test_rows_that_fail_are_named_and_do_not_end_the_job(job, tiny_folder, monkeypatch, capsys):
+    decode = AutoencoderKL.decode
+
+    def in_a_small_memory(vae, latents, **options):
+        torch.empty(1 << 50 if latents.shape[-1] > 8 else 0)  # torch's own error
+        return decode(vae, latents, **options)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", in_a_small_memory)
+    rows = ({"prompt": "too large", "width": 128, "height": 128}, {"prompt": "a bus"})
     run = job(*rows, code=2, model__path=str(tiny_folder), steps=1)
     error = capsys.readouterr().err
     assert "1 of 2 pictures could not be drawn" in error
@@ -214,7 +219,7 @@ def test_pictures_that_are_not_numbers_are_named(job, tiny_folder, tmp_path, cap
     run = job({"prompt": "a bus"}, {"prompt": "a cat"}, code=2, model__path="broken", steps=1)
     assert "2 of 2 pictures could not be drawn" in capsys.readouterr().err
     assert {entry.reason[:33] for entry in read_manifest(run)} == {"has values that are not numbers ("}
-    assert not list((run / "samples").glob("*.png")) if (run / "samples").exists() else True
+    assert not list(run.rglob("samples/*.png"))
 
 
 def test_metadata_is_read_by_other_tools(job, style):
