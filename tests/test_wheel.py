@@ -50,6 +50,7 @@ def test_the_wheel_carries_the_package_the_recipes_and_the_configs_and_nothing_e
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     files = [*(ROOT / "dora_mm").rglob("*.py"), ROOT / "dora_mm" / "py.typed"]
+    files += [path for path in (ROOT / "dora_mm" / "sampling" / "fonts").iterdir() if path.is_file()]
     moved = [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "pipelines").glob("*.py")]
     expected = {path.relative_to(ROOT) for path in files} | {"dora_mm" / path.relative_to(ROOT) for path in moved}
     assert names == {path.as_posix() for path in expected}

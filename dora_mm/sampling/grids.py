@@ -1,16 +1,25 @@
-"""Labelled sheets of pictures."""
+"""Labelled sheets of pictures: a table with labels at its sides, and pictures in reading order."""
 
-import textwrap
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, LABEL_WIDTH = 8, 150
-INK, PAPER = "#222222", "white"
+from dora_mm.sampling.labels import drawn_labels, font_of, wrap
+
+MARGIN = 8  # pixels around everything
+SMALLEST = 128  # pixels: pictures of which no side is longer are enlarged, so that labels fit
+LONGEST = 16_000  # pixels: many pictures are made smaller, for sheets that programs open
+MAX_LINES = 8  # of a label; the whole text is in the manifest and in the gallery
+INK, LINE, PAPER = "#222222", "#888888", "white"
+
+Lines = list[str]
 
 
 def sheet(
-    rows: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str],
     column_labels: Sequence[str],
     *,
@@ -18,12 +27,15 @@ def sheet(
 ) -> Image.Image:
     """Arranges pictures in rows and columns, with labels at the left and at the top.
 
+    All pictures are scaled by one factor. A column is as wide as its widest picture, a row as high as its highest. A
+    label that the font cannot draw is shown as a number: see `numbered_labels`.
+
     Args:
-        rows: The pictures, equally many in each row.
+        rows: The pictures, equally many in each row; None is shown as failed.
         row_labels: A label per row.
         column_labels: A label per column.
-        cell: Side of a cell in pixels, to which pictures are scaled; None takes the largest side of all pictures, at
-            least 128.
+        cell: The longest side of the largest picture on the sheet, in pixels; None takes its own length, at least 128,
+            and less where many pictures would make a side of the sheet longer than 16,000.
 
     Returns:
         The sheet, RGB.
@@ -32,39 +44,125 @@ def sheet(
         ValueError: The numbers of rows, columns and labels do not agree.
     """
     columns = len(column_labels)
-    if not rows or len(rows) != len(row_labels) or any(len(row) != columns for row in rows):
+    if not rows or not columns or len(rows) != len(row_labels) or any(len(row) != columns for row in rows):
         raise ValueError("A sheet needs one label per row and per column, and equally many pictures in each row.")
-    cell = cell or max(128, *(max(picture.size) for row in rows for picture in row))
-    font = ImageFont.load_default(size=max(11, cell // 11))
-    left = _wrap(row_labels, LABEL_WIDTH - MARGIN, font)
-    top = _wrap(column_labels, cell, font)
-    line = int(font.getbbox("Ag")[3]) + 2
-    head = MARGIN + line * max(label.count("\n") + 1 for label in top)
-    step = cell + MARGIN
-    page = Image.new("RGB", (LABEL_WIDTH + columns * step, head + len(rows) * step + MARGIN), PAPER)
+    table = _Table.of(rows, cell)
+    left = [table.wrapped(label, max(SMALLEST, *table.widths)) for label in drawn_labels(row_labels)]
+    top = [table.wrapped(label, width) for label, width in zip(drawn_labels(column_labels), table.widths, strict=True)]
+    heights = [max(height, table.text_height(label)) for height, label in zip(table.heights, left, strict=True)]
+    label_width = math.ceil(max((table.font.getlength(line) for line in chain(*left)), default=0))
+    xs = _starts(table.widths, MARGIN + (label_width + MARGIN if label_width else 0))
+    head = max(table.text_height(label) for label in top)
+    ys = _starts(heights, MARGIN + (head + MARGIN // 2 if head else 0))
+    page = Image.new("RGB", (xs[-1], ys[-1]), PAPER)
     draw = ImageDraw.Draw(page)
-    for column, label in enumerate(top):
-        draw.multiline_text(
-            (LABEL_WIDTH + column * step + cell / 2, head - 2), label, INK, font, anchor="md", align="center", spacing=2
-        )
-    for index, (row, label) in enumerate(zip(rows, left, strict=True)):
-        y = head + MARGIN // 2 + index * step
-        draw.multiline_text((MARGIN, y + cell / 2), label, INK, font, anchor="lm", spacing=2)
-        for column, picture in enumerate(row):
-            page.paste(_fit(picture, cell), (LABEL_WIDTH + column * step, y))
+    for x, width, label in zip(xs, table.widths, top, strict=False):
+        table.write(draw, label, x + width / 2, MARGIN + head - table.text_height(label), "ma")
+    for y, height, label, row in zip(ys, heights, left, rows, strict=False):
+        table.write(draw, label, MARGIN, y + (height - table.text_height(label)) / 2, "la")
+        for x, width, picture in zip(xs, table.widths, row, strict=False):
+            table.place(page, picture, (x, y, width, height))
     return page
 
 
-def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    """The picture scaled to the cell, its aspect ratio kept, centred on the background."""
-    scale = cell / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    resized = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    framed = Image.new("RGB", (cell, cell), PAPER)
-    framed.paste(resized, ((cell - size[0]) // 2, (cell - size[1]) // 2))
-    return framed
+def contact_sheet(
+    pictures: Sequence[Image.Image | None],
+    labels: Sequence[str],
+    *,
+    columns: int | None = None,
+    cell: int | None = None,
+) -> Image.Image:
+    """Arranges pictures in reading order, with a label under each.
+
+    Args:
+        pictures: The pictures; None is shown as failed.
+        labels: A label per picture; one that the font cannot draw is shown as a number, as in `sheet`.
+        columns: Pictures per row; None takes as many as make the sheet about square, at most 8.
+        cell: As in `sheet`.
+
+    Returns:
+        The sheet, RGB.
+
+    Raises:
+        ValueError: There are no pictures, or not as many labels.
+    """
+    if not pictures or len(pictures) != len(labels):
+        raise ValueError("A contact sheet needs pictures, and one label for each.")
+    columns = min(columns or min(8, math.ceil(math.sqrt(len(pictures)))), len(pictures))
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    table = _Table.of(rows, cell)
+    texts = [table.wrapped(text, table.widths[i % columns]) for i, text in enumerate(drawn_labels(labels))]
+    under = [texts[start : start + columns] for start in range(0, len(texts), columns)]
+    heights = [h + max(map(table.text_height, row)) + MARGIN // 2 for h, row in zip(table.heights, under, strict=True)]
+    xs, ys = _starts(table.widths, MARGIN), _starts(heights, MARGIN)
+    page = Image.new("RGB", (xs[-1], ys[-1]), PAPER)
+    draw = ImageDraw.Draw(page)
+    for y, height, row, row_texts in zip(ys, table.heights, rows, under, strict=False):
+        for x, width, picture, text in zip(xs, table.widths, row, row_texts, strict=False):
+            table.place(page, picture, (x, y, width, height))
+            table.write(draw, text, x + width / 2, y + height + MARGIN // 2, "ma")
+    return page
 
 
-def _wrap(labels: Sequence[str], width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    characters = max(4, int(width / (font.getlength("abcdefghij") / 10)))
-    return ["\n".join(textwrap.wrap(label, characters)) for label in labels]
+@dataclass(frozen=True)
+class _Table:
+    """The sizes of a table of pictures, in pixels, and its font."""
+
+    cell: int  # the longest side of the largest picture
+    scale: float
+    widths: list[int]
+    heights: list[int]
+    font: ImageFont.FreeTypeFont
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Image.Image | None]], cell: int | None) -> "_Table":
+        longest = max((max(picture.size) for row in rows for picture in row if picture), default=SMALLEST)
+        cell = cell or min(max(SMALLEST, longest), max(SMALLEST // 2, LONGEST // max(len(rows), len(rows[0]))))
+        scale = cell / longest
+        columns = [[row[i] for row in rows if i < len(row)] for i in range(len(rows[0]))]
+        widths = [max((_scaled(picture.width, scale) for picture in each if picture), default=0) for each in columns]
+        heights = [max((_scaled(picture.height, scale) for picture in row if picture), default=0) for row in rows]
+        return cls(cell, scale, _filled(widths, cell), _filled(heights, cell), font_of(max(12, cell // 16)))
+
+    @property
+    def line_height(self) -> int:
+        return sum(self.font.getmetrics())
+
+    def wrapped(self, label: str, width: float) -> Lines:
+        return wrap(label, width, self.font, MAX_LINES)
+
+    def text_height(self, lines: Lines) -> int:
+        return self.line_height * len(lines)
+
+    def write(self, draw: ImageDraw.ImageDraw, lines: Lines, x: float, y: float, anchor: str) -> None:
+        for number, line in enumerate(lines):
+            draw.text((x, y + number * self.line_height), line, INK, self.font, anchor=anchor)
+
+    def place(self, page: Image.Image, picture: Image.Image | None, box: tuple[int, int, int, int]) -> None:
+        """Puts a picture into the middle of a cell (x, y, width, height), or says that it failed."""
+        x, y, width, height = box
+        if picture is None:
+            draw = ImageDraw.Draw(page)
+            draw.rectangle((x, y, x + width - 1, y + height - 1), outline=LINE)
+            draw.text((x + width / 2, y + height / 2), "failed", LINE, self.font, anchor="mm")
+            return
+        size = _scaled(picture.width, self.scale), _scaled(picture.height, self.scale)
+        resized = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        page.paste(resized, (x + (width - size[0]) // 2, y + (height - size[1]) // 2))
+
+
+def _scaled(length: int, scale: float) -> int:
+    return max(1, round(length * scale))
+
+
+def _filled(lengths: list[int], default: int) -> list[int]:
+    """Rows or columns without any picture are as large as the largest other one."""
+    return [length or max(lengths) or default for length in lengths]
+
+
+def _starts(lengths: Sequence[int], first: int) -> list[int]:
+    """Where cells of these lengths start, with margins between them, and at last the length of the page."""
+    starts = [first]
+    for length in lengths:
+        starts.append(starts[-1] + length + MARGIN)
+    return starts

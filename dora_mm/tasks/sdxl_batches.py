@@ -57,7 +57,7 @@ class PromptEncoder:
             return prompt, pooled, _mask(lengths, prompt.device)
         self.keep(captions)
         each_prompt, each_pooled = zip(*(self._cache[caption] for caption in captions), strict=True)
-        prompt = pad_sequence(each_prompt, batch_first=True)
+        prompt = pad_sequence(list(each_prompt), batch_first=True)
         return prompt, torch.stack(each_pooled), _mask([len(each) for each in each_prompt], prompt.device)
 
     def _of_one_length(self, captions: Sequence[str], batch_size: int) -> Iterator[list[str]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -179,6 +180,39 @@ def test_images_are_encoded_outside_autocast(config, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoencoderKL, "encode", recorded)
     assert main(["train", str(config(data__crop="random", train__mixed_precision="bf16", sample__prompts=[]))]) == 0
     assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({}, {"text_encoder", "text_encoder_2", "vae"}),
+        ({"adapter__text_encoders": True}, {"vae"}),
+        ({"data__crop": "random"}, {"text_encoder", "text_encoder_2"}),
+    ],
+)
+def test_networks_whose_results_are_cached_leave_the_device(config, changes, idle):
+    moved = set()
+
+    class Recorder:
+        def __init__(self, name):
+            self.to = lambda device: moved.add((name, device))
+
+    model = SimpleNamespace(**{name: Recorder(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")})
+    PIPELINES.load("train_sdxl").move_idle_networks_to_cpu(model, load_config(config(**changes)))
+    assert moved == {(name, "cpu") for name in idle}
+
+
+def test_long_captions_of_different_lengths_train(config, image_folder, tmp_path):
+    """In one batch, with frozen and with trained text encoders; nothing is truncated, and nothing is warned of."""
+    captions = image_folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    rows[0]["text"] += ", a flying saucer" * 9
+    captions.write_text("\n".join(json.dumps(row) for row in rows))
+    for trained in (False, True):
+        run = tmp_path / f"run-{trained}"
+        path = config(output=str(run), adapter__text_encoders=trained, data__repeats=3, sample__prompts=[])
+        assert main(["train", str(path)]) == 0
+        assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_gradient_checkpointing_changes_nothing(config, tmp_path):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
-from transformers import CLIPTokenizer
 
 from dora_mm.models.sdxl.loading import SDXL, config_of
 
@@ -54,9 +53,9 @@ def tokenize(
     return ids, ids_2
 
 
-def _chunks(tokenizer: CLIPTokenizer, prompt: str) -> list[list[int]]:
+def _chunks(tokenizer: Any, prompt: str) -> list[list[int]]:
     """The token ids of a prompt in chunks, without the tokens before and after each; one empty chunk for no tokens."""
-    encoded: Any = tokenizer(prompt, add_special_tokens=False, verbose=False)
+    encoded = tokenizer(prompt, add_special_tokens=False, verbose=False)
     ids, words, size = encoded.input_ids, encoded.word_ids(), tokenizer.model_max_length - 2
     comma = tokenizer.convert_tokens_to_ids(",</w>")
     chunks = []
@@ -74,7 +73,7 @@ def _end_of_chunk(ids: list[int], words: list[int], size: int, comma: int) -> in
     return next(commas, 0) or next(gaps, size)
 
 
-def _padded(tokenizer: CLIPTokenizer, chunks: list[list[int]], count: int) -> list[int]:
+def _padded(tokenizer: Any, chunks: list[list[int]], count: int) -> list[int]:
     """The ids of `count` chunks, each with the tokens before and after it, and padded to the maximum length."""
     size, padding = tokenizer.model_max_length - 2, tokenizer.pad_token_id
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
