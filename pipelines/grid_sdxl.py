@@ -11,7 +11,7 @@ from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.train.checkpoint import checkpoints
-from dora_mm.train.run import RunDirectory, continue_run
+from dora_mm.train.run import RunDirectory, continue_run, existing_run
 
 
 def main(config: GridSDXLConfig, *, resume: Path | None = None) -> None:
@@ -27,6 +27,7 @@ def main(config: GridSDXLConfig, *, resume: Path | None = None) -> None:
         ValueError: The model or an adapter cannot be used, or a value does not fit its axis; the run directory is
             created only after these checks. Or some images could not be drawn; all others are then.
     """
+    found = existing_run(config, resume)
     folders = checkpoint_folders(config)
     rows, columns = cells_of(config.rows, folders), cells_of(config.columns, folders)
     if config.without_adapter and (
@@ -37,7 +38,7 @@ def main(config: GridSDXLConfig, *, resume: Path | None = None) -> None:
     pictures = [replace(template(config), row=number, **cell) for number, cell in enumerate(cells, 1)]
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
     loaded.check_adapters(pictures)
-    run = continue_run(config, resume)
+    run = continue_run(config, found)
     print(f"run       {run.path}  (go on: dora-mm grid --resume {run.path})")
     job = loaded.draw(run.path, pictures, config.batch_size)
     save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])

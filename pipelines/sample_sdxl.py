@@ -9,7 +9,7 @@ from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.replay import replay_picture
 from dora_mm.sampling.sheets import save_sheets
-from dora_mm.train.run import continue_run, new_folder
+from dora_mm.train.run import continue_run, existing_run, new_folder
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,12 @@ def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
         ValueError: The job file, the model or an adapter cannot be used; the run directory is created only after these
             checks. Or some images could not be drawn; all others are then.
     """
+    found = existing_run(config, resume)
     rows = read_rows(config)
     pictures = expand(rows, template(config), config.seeds, config.strengths)
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
     loaded.check_adapters(pictures)
-    run = continue_run(config, resume)
+    run = continue_run(config, found)
     print(f"run       {run.path}  (go on: dora-mm sample --resume {run.path})")
     job = loaded.draw(run.path, pictures, config.batch_size)
     print(f"images    {run.samples}")

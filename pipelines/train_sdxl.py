@@ -168,6 +168,7 @@ def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirecto
     }
     metadata = {
         "base_model": config.model.path,
+        "base_dtype": config.model.dtype,
         **{key: value for key, value in origin.items() if value},
         "placeholder": config.data.placeholder or "",
         "unconditional": config.data.unconditional,  # the empty prompt in training: the zero embedding, or ""

@@ -21,6 +21,7 @@ from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file
 from dora_mm.sampling.manifest import MANIFEST, Entry, write_manifest
 from dora_mm.sampling.pictures import PictureSampler, Progress, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
+from dora_mm.utils.atomic import remove_partial_files
 from dora_mm.utils.digest import file_digest
 
 log = logging.getLogger(__name__)
@@ -153,8 +154,9 @@ def check_what_is_there(job: Job) -> None:
             (damaged if same is None else stale).append(name)
             file.unlink()
     samples = job.folder / SAMPLES
+    remove_partial_files(samples)
     known = set(job.names)
-    others = sorted(file.name for file in samples.glob("*.png") if file.name not in known) if samples.is_dir() else []
+    others = sorted(file.name for file in samples.glob("*.png") if file.name not in known)
     for names, what in (
         (stale, "were drawn with other settings, and are drawn again"),
         (damaged, "are damaged or no pictures of a job, and are drawn again"),

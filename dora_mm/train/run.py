@@ -15,7 +15,7 @@ from dora_mm.config import yaml12
 from dora_mm.config.loader import dump_config
 from dora_mm.config.schema import AnyAdapterConfig, PipelineConfig
 from dora_mm.train.metrics import read_metrics
-from dora_mm.utils.atomic import write_text
+from dora_mm.utils.atomic import PARTIAL, remove_partial_files, write_text
 
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
@@ -63,9 +63,7 @@ class RunDirectory:
             ValueError: `output` exists already, or its parent is a file.
         """
         path = new_folder(name, output, root)
-        write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
-        write_text(path / INPUTS, json.dumps(dict(inputs or {}), indent=2) + "\n")
-        write_text(path / "config.yaml", config_text)  # last, because this file marks the folder as a run directory
+        _write_about(path, config_text, dict(inputs or {}))
         return cls(path)
 
     @classmethod
@@ -132,31 +130,43 @@ def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) ->
     return RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)
 
 
-def continue_run(config: PipelineConfig, resume: Path | None = None) -> RunDirectory:
-    """Opens the run directory of a job that goes on: the one to resume, or the config's `output` where it exists.
-
-    Where the config has changed since, its resolved text replaces the one in the directory.
+def existing_run(config: PipelineConfig, resume: Path | None = None) -> Path | None:
+    """Finds the run directory that a job goes on in: the one to resume, or the config's `output` where it exists.
 
     Args:
         config: The config.
         resume: The run directory to go on with; None: `output`, or a new directory.
+
+    Returns:
+        The directory; None where a new one is needed.
 
     Raises:
         ValueError: The directory holds something else than a run of this pipeline.
     """
     path = resume or Path(getattr(config, "output", None) or "").expanduser()
     if path == Path() or not path.exists():
-        return open_run(config)
-    saved, text = path / "config.yaml", dump_config(config)
+        return None
+    saved = path / "config.yaml"
     if saved.is_file():
         pipeline = yaml12.read(saved.read_text(encoding="utf-8")).value["pipeline"]
         if pipeline != config.pipeline:
             raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
-    elif any(entry.name not in ("versions.json", INPUTS) for entry in path.iterdir()):
+    elif not path.is_dir() or any(
+        entry.name not in ("versions.json", INPUTS) and entry.suffix != PARTIAL for entry in path.iterdir()
+    ):
         raise ValueError(f"output {path} exists already and is not a run directory: choose another folder")
-    write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
-    write_text(path / INPUTS, "{}\n")
-    write_text(saved, text)
+    return path
+
+
+def continue_run(config: PipelineConfig, path: Path | None) -> RunDirectory:
+    """Opens the run directory that `existing_run` has found, or creates one.
+
+    Where the config has changed since, its resolved text replaces the one in the directory.
+    """
+    if path is None:
+        return open_run(config)
+    remove_partial_files(path)
+    _write_about(path, dump_config(config), {})
     return RunDirectory(path)
 
 
@@ -199,6 +209,12 @@ def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
     width = max(map(len, summary))
     for name, value in summary.items():
         print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
+
+
+def _write_about(path: Path, config_text: str, inputs: Mapping[str, str]) -> None:
+    write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    write_text(path / INPUTS, json.dumps(inputs, indent=2) + "\n")
+    write_text(path / "config.yaml", config_text)  # last, because this file marks the folder as a run directory
 
 
 def _claim(path: Path) -> Path:

@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+PARTIAL = ".partial"  # how temporary names end
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file under a temporary name in the same folder, flushes it to disk and renames it to `path`.
@@ -23,7 +25,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         OSError: The file cannot be written, for example because the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         partial.touch()
         permissions = (
@@ -36,6 +38,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Removes the temporary files that a killed process has left in a folder, in which no other process writes."""
+    for file in folder.glob(f".*{PARTIAL}"):
+        file.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

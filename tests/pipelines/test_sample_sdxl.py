@@ -1,7 +1,11 @@
 """Jobs of pictures, end to end: every column, every picture, going on, replaying, and failing."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,8 @@ from dora_mm.core import adapter_parameters
 from dora_mm.models.sdxl.loading import load_sdxl
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.sampling.png import read_description
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +126,7 @@ def test_a_config_gives_what_rows_leave_out(tmp_path, monkeypatch, style, tiny_f
     (tmp_path / "p.txt").write_text("# two\na bus\na cat\n")
     assert main(["sample", "p.txt", "--config", "c.yaml", "--set", "output=one"]) == 0
     assert main(["sample", "c.yaml", "--set", "output=two", "prompts_file=p.txt"]) == 0
-    names = ["0001-seed4-strength0.png", "0001-seed4-strength1.png", "0002-seed4-strength0.png", "0002-seed4-strength1.png"]
+    names = [f"000{row}-seed4-strength{strength}.png" for row in (1, 2) for strength in (0, 1)]
     assert sorted(path.name for path in (tmp_path / "one" / "samples").iterdir()) == names
     assert content(tmp_path / "one") == content(tmp_path / "two")
     first = read_manifest(tmp_path / "one")[0].settings
@@ -129,7 +135,7 @@ def test_a_config_gives_what_rows_leave_out(tmp_path, monkeypatch, style, tiny_f
 
 def test_going_on_draws_what_is_missing_and_says_what_is_stale(job, style, capsys, caplog):
     rows = [{"prompt": f"thing {number}", "seed": "1 2"} for number in range(4)]
-    settings = {"adapter__path": str(style), "steps": 1, "batch_size": 3}
+    settings = {"adapter__path": str(style), "steps": 1, "batch_size": 2}
     run = job(*rows, **settings)
     before = content(run)
     (run / "samples" / "0001-seed2.png").unlink()
@@ -141,7 +147,7 @@ def test_going_on_draws_what_is_missing_and_says_what_is_stale(job, style, capsy
     assert content(run) == before
     assert "1 files in" in caplog.text
     assert "damaged" in caplog.text
-    assert "6 of 8 pictures are there already" in caplog.text
+    assert "6 of 8 pictures are there already" in caplog.text  # the other one of either batch was verified
     caplog.clear()
     rows[2]["prompt"] = "another thing"
     job(*rows[:3], **settings)
@@ -155,7 +161,6 @@ def test_going_on_draws_what_is_missing_and_says_what_is_stale(job, style, capsy
 def test_other_folders_are_not_written_to(job, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    job({"prompt": "a"}, code=2, model__path="nosuch")
     job({"prompt": "a"}, code=2)
     assert "out exists already and is not a run directory" in capsys.readouterr().err
     (tmp_path / "out" / "config.yaml").write_text("pipeline: train_sdxl\n")
@@ -231,3 +236,30 @@ def test_metadata_is_read_by_other_tools(job, style):
     assert "Lora hashes: " in settings
     assert str(run) not in json.dumps(text)
     assert "20" + "26-" not in json.dumps(text)
+
+
+def test_a_job_that_is_killed_ten_times_ends_with_the_same_files(style, tmp_path):
+    (tmp_path / "jobs.csv").write_text(
+        "prompt,seed,strength\n" + "".join(f"thing {number},1-4,{number % 3 / 2}\n" for number in range(10))
+    )
+    settings = ["--set", f"adapter.path={style}", "steps=2", "batch_size=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.pipelines.killed_job", "jobs.csv", *settings, "output=killed"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert killed.stdout.splitlines()[-1] == str([-9] * 10 + [0]), killed.stderr
+    whole = subprocess.run(
+        [sys.executable, "-m", "dora_mm", "sample", "jobs.csv", *settings, "output=whole"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert whole.returncode == 0, whole.stderr
+    found = content(tmp_path / "killed")
+    assert len([name for name in found if name.endswith(".png")]) == 41
+    assert found == content(tmp_path / "whole")

@@ -83,14 +83,15 @@ def test_plain_diffusers_draws_our_image(config, tmp_path, tiny_folder, kind):
                 "prompts": [PROMPT],
                 "seeds": [7],
                 "steps": 3,
+                "strengths": [0, 1],
             },
             sort_keys=False,
         )
     )
     assert main(["sample", str(prompts)]) == 0
-    ours = Image.open(tmp_path / "drawn" / "samples" / "strength-1" / "000-seed7.png")
-    bare = Image.open(tmp_path / "drawn" / "samples" / "no-adapter" / "000-seed7.png")
-    assert json.loads(ours.text["dora_mm"])["prompt"] == PROMPT
+    ours = Image.open(tmp_path / "drawn" / "samples" / "0001-seed7-strength1.png")
+    bare = Image.open(tmp_path / "drawn" / "samples" / "0001-seed7-strength0.png")
+    assert ours.text["parameters"].startswith(PROMPT)
 
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
     pipe.set_progress_bar_config(disable=True)
@@ -149,11 +150,11 @@ def test_full_weights_are_saved_and_drawn(config, tmp_path, tiny_folder, capsys)
     }
     drawing.write_text(yaml.safe_dump({**values, "strengths": [0.5, 1.0]}))
     assert main(["sample", str(drawing)]) == 2
-    assert "adapter.path: " in capsys.readouterr().err
+    assert "method full, which replace the base" in capsys.readouterr().err
     assert not (tmp_path / "drawn").exists()
     drawing.write_text(yaml.safe_dump(values))
     assert main(["sample", str(drawing)]) == 0
-    assert [path.name for path in (tmp_path / "drawn" / "samples").iterdir()] == ["adapter"]
+    assert [path.name for path in (tmp_path / "drawn" / "samples").iterdir()] == ["0001-seed0.png"]
 
 
 def test_an_initial_adapter_keeps_its_scaling(config, tmp_path, capsys):
@@ -292,26 +293,3 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(config, tmp_path, name,
     assert error.startswith("dora-mm: ")
     assert message in error
     assert sorted(tmp_path.rglob("*")) == sorted({*before, Path(path)})
-
-
-def test_prompt_files(tmp_path):
-    read_prompts = PIPELINES.load("sample_sdxl").read_prompts
-
-    (tmp_path / "a.txt").write_text("a bus\n\n  a cat \n")
-    (tmp_path / "a.csv").write_text('prompt,other\n"a bus, red",1\na cat,2\n')
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a bus"}\n\n{"prompt": "a cat"}\n')
-    assert read_prompts(tmp_path / "a.txt") == ["a bus", "a cat"]
-    assert read_prompts(tmp_path / "a.csv") == ["a bus, red", "a cat"]
-    assert read_prompts(tmp_path / "a.jsonl") == ["a bus", "a cat"]
-    (tmp_path / "b.jsonl").write_text('{"prompt": "a bus"}\n{"promt": "a cat"}\n')
-    with pytest.raises(ValueError, match="line 2 has no prompt"):
-        read_prompts(tmp_path / "b.jsonl")
-    (tmp_path / "b.txt").write_text("\n")
-    with pytest.raises(ValueError, match="b.txt contains no prompts"):
-        read_prompts(tmp_path / "b.txt")
-    (tmp_path / "excel.csv").write_text("prompt\na bus\n", encoding="utf-8-sig")
-    (tmp_path / "excel.txt").write_text("a bus\n", encoding="utf-8-sig")
-    assert read_prompts(tmp_path / "excel.csv") == read_prompts(tmp_path / "excel.txt") == ["a bus"]
-    (tmp_path / "latin.txt").write_text("une vache à lait\n", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
-        read_prompts(tmp_path / "latin.txt")

@@ -1,6 +1,8 @@
 """Job files: every column is honoured, and what cannot be is named."""
 
 import json
+import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -93,15 +95,13 @@ def test_json_lines(tmp_path):
 )
 def test_a_table_that_cannot_be_used_says_where(tmp_path, text, message):
     path = write(tmp_path, text)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}.*{re.escape(message)}"):
         read_job(path)
-    assert str(path) in str(caught.value)
-    assert message in str(caught.value)
 
 
 def test_all_problems_of_a_file_are_reported_at_once(tmp_path):
     path = write(tmp_path, '{"prompt": "a", "steps": -1}\n[1]\n{"sed": 3, "prompt": "b"}\nnot JSON\n', "jobs.jsonl")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="problems") as caught:
         read_job(path)
     first, *problems = str(caught.value).split("\n  ")
     assert first.endswith("4 problems")
@@ -162,5 +162,5 @@ def test_batches_hold_every_picture_once_and_share_their_settings(rows, size):
         assert len(batch) <= size
         assert len({(pictures[i].weights, pictures[i].drawn_with, len(pictures[i].prompt) // 75) for i in batch}) == 1
     weights = [pictures[batch[0]].weights for batch in found]
-    changes = sum(one != other for one, other in zip(weights, weights[1:], strict=False))
+    changes = sum(one != other for one, other in pairwise(weights))
     assert changes == len(set(weights)) - 1
