@@ -17,8 +17,9 @@ from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoi
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, build_schedule
+from dora_mm.train.optim import build_optimizer
 from dora_mm.train.run import RunDirectory
+from dora_mm.train.schedule import build_schedule
 
 
 def small_training(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, dropout=0.0, **train):
