@@ -234,7 +234,7 @@ WRONG = {  # by the command line: what the one sentence contains
     'train CONFIG --set output="a\\0b"': "output: contains a NUL character",
     'train CONFIG --set sample.prompts=["a\\0b"]': "sample.prompts: contains a NUL character",
     'train CONFIG --set sample.prompts=["\\ud800"]': "sample.prompts[0]",
-    'train CONFIG --set data.folder="\\ud800"': "data.folder: ",
+    'train CONFIG --set data.folder="\\ud800"': "data.folder: must be text in Unicode",
     "train CONFIG --set data.folder=\udcff": "'data.folder=\\udcff' is not valid UTF-8",
     "train \udcff.yaml": "is not valid UTF-8",
     "train --resume \udcff": "is not valid UTF-8",
@@ -265,6 +265,14 @@ def words(line, config, tmp_path):
     for name, path in files.items():
         line = line.replace(name, str(path))
     return line.split(" ")
+
+
+def test_the_folder_of_runs_is_a_file(config, tmp_path, capsys, monkeypatch, pipeline):
+    monkeypatch.chdir(tmp_path)
+    pipeline()
+    (tmp_path / "runs").touch()
+    assert cli.main(["train", str(config)]) == 2
+    assert "the run directory runs/mine is inside a file" in capsys.readouterr().err
 
 
 def test_such_mistakes_are_found_before_anything_large_is_imported(config, tmp_path):

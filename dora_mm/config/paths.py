@@ -26,6 +26,8 @@ def check_paths(config: PipelineConfig, *, new_run: bool) -> None:
             resolve_model(path, key)
         elif new_run:
             check_folder(path, key, must_be_new=kind is PathKind.NEW_FOLDER)
+    if new_run and getattr(config, "output", "") is None:
+        check_folder(f"runs/{config.name}", "the run directory", must_be_new=False)
 
 
 def check_folder(path: str, key: str, *, must_be_new: bool) -> None:

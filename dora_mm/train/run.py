@@ -259,6 +259,8 @@ def _claim(path: Path) -> Path:
         ) from None
     except NotADirectoryError:
         raise ValueError(f"output {path} is inside a file, not a folder: choose another folder.") from None
+    except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
+        raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
     return path
 
 
