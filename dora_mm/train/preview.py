@@ -105,11 +105,12 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def optimizer_values(config: OptimizerConfig) -> int:
     """How many numbers the optimizer keeps per trained parameter, found by one step of it on a small one."""
-    probe = nn.Parameter(torch.zeros(3, 3))
+    probe = nn.Parameter(torch.ones(3, 3))
     optimizer = build_optimizer({"probe": probe}, config)
     probe.grad = torch.ones(3, 3)
     optimizer.step()
-    return sum(torch.is_tensor(value) and value.shape == probe.shape for value in optimizer.state[probe].values())
+    kept = optimizer.state[probe].values()
+    return sum(torch.is_tensor(value) and value.numel() == probe.numel() for value in kept)
 
 
 def memory_table(

@@ -297,7 +297,7 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
         log.warning("%s not used, because in subfolders: data.subfolders=true reads these, too", _counted(deeper))
     repeated = Counter((image.path.parent.name, image.repeats) for image in images if image.repeats != 1)
     for (name, repeats), count in sorted(repeated.items()):
-        log.info("%s: %d images, each %d times in an epoch", name, count, repeats)
+        log.info("%s: %d image%s, %d times in an epoch", name, count, "s" if count > 1 else "", repeats)
     with_prompt = [image.path for image in images if image.source == "data.instance_prompt"]
     if len(with_prompt) < len(images) and with_prompt:
         log.warning("%s without a caption: data.instance_prompt is used", _counted(with_prompt))
