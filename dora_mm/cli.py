@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from dora_mm import __version__
+
 if TYPE_CHECKING:
     from dora_mm.recipes import Recipes
 
@@ -22,8 +24,8 @@ OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
-# Errors that a user can fix: a full or read-only disk, an exceeded quota, missing permissions.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# Errors that a user can fix: a full or read-only disk, an exceeded quota, missing permissions, a path too long.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class Terminated(KeyboardInterrupt):
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
+        _check_encoding(argv)
         with _sigterm_raises():
             arguments.run(arguments)
     except KeyboardInterrupt as interruption:
@@ -59,6 +62,14 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
         print(f"dora-mm: {message}", file=sys.stderr)
         return USER_ERROR
     return DONE
+
+
+def _check_encoding(argv: Sequence[str] | None) -> None:
+    for argument in sys.argv[1:] if argv is None else argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates, which no file of ours can hold
+            raise ValueError(f"the argument {argument!r} is not valid UTF-8") from None
 
 
 def user_message(error: Exception) -> str | None:
@@ -83,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A config's first key, `pipeline:`, names the recipe. Exit codes: 0 done, 2 a user's mistake (one "
         "message on standard error), 130 and 143 interrupted with the state saved, 1 a bug.",
     )
+    parser.add_argument("--version", action="version", version=f"dora_mm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, what in (
         ("train", "train an adapter, or a small base model"),
@@ -159,6 +171,7 @@ def _run_sample(arguments: argparse.Namespace) -> None:
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:
     from dora_mm.config import load_config
+    from dora_mm.config.paths import check_paths
     from dora_mm.recipes import PIPELINES
 
     recipes = arguments.recipes or PIPELINES
@@ -174,6 +187,8 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
                 f"--resume {arguments.resume}: the run is one of dora-mm {config.command}, which cannot be resumed"
             )
         raise ValueError(f"{arguments.config} needs another command: dora-mm {config.command} {arguments.config}")
+    if not (arguments.dry_run and config.dry_run_lists_missing):
+        check_paths(config, new_run=arguments.resume is None)
     pipeline = recipes.load(config.pipeline).main
     if not arguments.dry_run:
         pipeline(config, resume=arguments.resume)
@@ -184,27 +199,23 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
 
 
 def _config_of_run(run: Path, given: str | None, overrides: list[str], recipes: "Recipes"):
-    """The config that a run was started with; a config that is also given must be equal to it."""
-    from dora_mm.config import differing_keys, load_config
+    """The config that a run goes on with: its own or the given one, with the overrides as far as they are allowed."""
+    from dora_mm.config import load_config
+    from dora_mm.config.resuming import check_changes
 
     saved = run / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"--resume {run} is not a run directory: it has no config.yaml")
-    config = load_config(saved, schemas=recipes.schemas)
-    if given is None and overrides:
-        raise ValueError("--set cannot be used with --resume: a resumed run keeps its config")
-    if given is not None:
-        differing = differing_keys(config, load_config(given, overrides, recipes.schemas))
-        if differing:
-            raise ValueError(
-                f"--resume {run}: its config has different values of {', '.join(differing)}; leave CONFIG out"
-            )
+    config = load_config(given or saved, overrides, recipes.schemas)
+    check_changes(run, load_config(saved, schemas=recipes.schemas), config)
     return config
 
 
 def _run_inspect(arguments: argparse.Namespace) -> None:
+    from dora_mm.config import resolve_model
     from dora_mm.recipes import PIPELINES
 
+    resolve_model(arguments.path, "PATH|MODEL")  # before anything large is imported
     PIPELINES.load("inspect_model").main(arguments.path, targets=arguments.targets)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 import dora_mm
 from dora_mm.config.loader import dump_config, load_config, resolve_path
 from dora_mm.config.sdxl import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
-from dora_mm.data.images.folder import digest_of, read_captioned_images
+from dora_mm.data.images.folder import digest_of, read_training_images
 from dora_mm.eval.comparison import Variant, table_rows, variants
 from dora_mm.eval.images.comparison import Result, contrasts_table, results_csv, results_table
 from dora_mm.eval.images.encoder import Encoder
@@ -101,8 +101,7 @@ class Campaign:
 
     def inputs(self, model: SDXL) -> dict[str, str]:
         """The identity of what the config names: the base config, its images, the model's weights and the judge."""
-        judge, data = resolve_path(self.config.judge, "judge"), self.base.data
-        images = read_captioned_images(data.folder, instance_prompt=data.instance_prompt, placeholder=data.placeholder)
+        judge, images = resolve_path(self.config.judge, "judge"), read_training_images(self.base.data)
         return {
             "base": dump_config(self.base),
             "the pictures and captions": digest_of(images),

@@ -8,6 +8,7 @@ from dora_mm import DoRASpec, formats, inject
 from dora_mm.config import find_path, resolve_model
 from dora_mm.formats.diffusers import PEFT_METADATA
 from dora_mm.formats.peft_layers import OUR_METADATA
+from dora_mm.models.hub import unreachable
 from dora_mm.targets import find
 from dora_mm.utils.tables import aligned_columns
 
@@ -116,7 +117,9 @@ def network(model: str, component: str) -> Any:
             return kind(CLIPTextConfig.from_pretrained(model, subfolder=component))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{model} has no config of an SDXL model's {component}: {reason}") from error
+        raise ValueError(
+            unreachable(model, error) or f"{model} has no config of an SDXL model's {component}: {reason}"
+        ) from error
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

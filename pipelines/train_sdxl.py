@@ -1,7 +1,6 @@
 """Trains a style adapter for SDXL on a folder of captioned images, and draws images without and with it."""
 
 import logging
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,24 @@ from dora_mm import formats
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.sdxl import TrainSDXLConfig
 from dora_mm.core import InjectReport
-from dora_mm.data.images.folder import digest_of, read_captioned_images
+from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.models.sdxl.loading import SDXL, commit_of, load_configured
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.tasks.sdxl import DiffusionTask
 from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
-from dora_mm.train.adapters import load_initial_adapter, make_spec
+from dora_mm.tasks.sdxl_preview import describe_data, load_if_local, remark_on_length
+from dora_mm.train.adapters import adapter_parameters, load_initial_adapter, make_spec, one_line
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import build_optimizer, build_schedule
-from dora_mm.train.run import RunDirectory, start_run, training_summary, write_summary
+from dora_mm.train.optim import build_optimizer
+from dora_mm.train.preview import describe_training, slow_hardware
+from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
+from dora_mm.train.schedule import build_schedule
 
 log = logging.getLogger(__name__)
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
-def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
+def main(config: TrainSDXLConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
     """Trains the adapter.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the final adapter in adapter/, summary.json, sheet.png
@@ -38,99 +40,107 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None) -> None:
     Args:
         config: The config.
         resume: The run directory to resume from its last checkpoint; None starts a new run.
+        dry_run: Only print what would be trained and what it would cost; nothing is written.
 
     Raises:
         ValueError: The images, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
-    images = read_captioned_images(
-        config.data.folder, instance_prompt=config.data.instance_prompt, placeholder=config.data.placeholder
-    )
+    images = read_training_images(config.data)
     # SDXL does not use the last layer of its first text encoder: that layer's adapters get no gradients.
     distributed = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.text_encoders)
     accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[distributed])
+    if dry_run:
+        print(describe(config, images, accelerator))
+        return
     model = load_configured(config.model).to(accelerator.device)
-    adapted = adapt(model, config)
-    parameters = {
-        f"{component}.{name}": parameter
-        for component, network in adapted.items()
-        for name, parameter in dora_mm.adapter_parameters(network).items()
-    }
-    optimizer = build_optimizer(parameters, config.optimizer)
-    schedule = build_schedule(optimizer, config.schedule, config.train.steps)
-    task = DiffusionTask(model.unet, dict(model.scheduler.config), config.loss)
-    prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
-    batches = CaptionedBatches(
-        model,
-        images,
-        prompts,
-        config.data,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        process=(accelerator.process_index, accelerator.num_processes),
-    )
+    remarks = slow_hardware(accelerator, model.networks.values())
+    for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
+        log.warning("%s", remark)
+    adapted, reports = adapt(model, config)
+    for name, report in reports.items():
+        log.info("%s", one_line(name, report))
+    training = build(config, model, images, adapted, accelerator)
     with torch.no_grad():
-        batches.encode_all()
-        if not prompts.trained:
-            prompts.keep([*(image.caption for image in images), ""])
+        training["batch_at"].encode_all()
     move_idle_networks_to_cpu(model, config)
-    inputs = {"the pictures and captions": digest_of(images)}
-    run = start_run(accelerator, config, inputs, resume)
+    draw = partial(draw_sheet, config, model, adapted) if accelerator.is_main_process else None
 
-    optimizer = accelerator.prepare(optimizer)
+    inputs = {"the pictures and captions": digest_of(images)}
+    with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
+
+        def observe(step: int) -> None:
+            if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
+                draw(run.samples / f"step-{step:06d}.png")
+
+        fit(run=run, **training, observe=observe)
+        if draw:
+            save(config, adapted, run)
+            draw(run.sheet)
+            write_results(config, run, training["parameters"])
+
+
+def build(
+    config: TrainSDXLConfig,
+    model: SDXL,
+    images: list[CaptionedImage],
+    adapted: dict[str, nn.Module],
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What a training consists of: the arguments of `fit`, and of `measure_step`, by name."""
+    parameters = adapter_parameters(adapted)
+    optimizer = build_optimizer(parameters, config.optimizer)
+    prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
+    process = (accelerator.process_index, accelerator.num_processes)
+    size = config.train.batch_size
+    batches = CaptionedBatches(model, images, prompts, config.data, batch_size=size, seed=config.seed, process=process)
+    if not prompts.trained:
+        prompts.keep([*(image.caption for image in images), ""])
     if config.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    draw = partial(draw_sheet, config, model, adapted) if accelerator.is_main_process else None
     set_training(adapted, True)
-
-    def observe(step: int) -> None:
-        if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
-            draw(run.samples / f"step-{step:06d}.png")
-
-    fit(
-        accelerator=accelerator,
-        run=run,
-        config=config.train,
-        seed=config.seed,
-        networks=adapted,
-        parameters=parameters,
-        optimizer=optimizer,
-        schedule=schedule,
-        batch_at=batches,
-        loss=task.loss,
-        observe=observe,
-    )
-    if draw:
-        save(config, adapted, run)
-        draw(run.sheet)
-        write_results(config, run, parameters)
+    return {
+        "accelerator": accelerator,
+        "config": config.train,
+        "seed": config.seed,
+        "networks": adapted,
+        "parameters": parameters,
+        "optimizer": accelerator.prepare(optimizer),
+        "schedule": build_schedule(optimizer, config.schedule, config.train.steps),
+        "batch_at": batches,
+        "loss": DiffusionTask(model.unet, dict(model.scheduler.config), config.loss).loss,
+    }
 
 
-def adapt(model: SDXL, config: TrainSDXLConfig) -> dict[str, nn.Module]:
+def describe(config: TrainSDXLConfig, images: list[CaptionedImage], accelerator: Accelerator) -> str:
+    """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
+    config = config.model_copy(update={"data": config.data.model_copy(update={"latent_cache": None})})  # writes nothing
+    model = load_if_local(config.model)
+    data = describe_data(images, config, model, accelerator.num_processes)
+    if model is None:
+        missing = f"{config.model.path} is not on this machine: modules, memory and time are left out"
+        return "\n\n".join([data, missing, *slow_hardware(accelerator, None)])
+    adapted, reports = adapt(model.to(accelerator.device), config)
+    training = build(config, model, images, adapted, accelerator)
+    return f"{data}\n\n{describe_training(model.networks, reports, config.optimizer, training)}"
+
+
+def adapt(model: SDXL, config: TrainSDXLConfig) -> tuple[dict[str, nn.Module], dict[str, InjectReport]]:
     """Injects adapters into the UNet and, with `adapter.text_encoders`, the text encoders, and loads `init_from`.
 
     Returns:
-        The adapted networks by component.
+        The adapted networks and the reports of the injection, both by component.
     """
     spec = make_spec(config.adapter)
     settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
-    report = dora_mm.inject(model.unet, "sdxl-unet", spec, parts=config.adapter.parts, **settings)
     adapted: dict[str, nn.Module] = {"unet": model.unet}
-    log.info("%s", one_line("unet", report))
-    if config.adapter.text_encoders:
-        for name in TEXT_ENCODERS:
-            adapted[name] = getattr(model, name)
-            log.info("%s", one_line(name, dora_mm.inject(adapted[name], "clip-text", spec, **settings)))
+    reports = {"unet": dora_mm.inject(model.unet, "sdxl-unet", spec, parts=config.adapter.parts, **settings)}
+    for name in TEXT_ENCODERS if config.adapter.text_encoders else ():
+        adapted[name] = getattr(model, name)
+        reports[name] = dora_mm.inject(adapted[name], "clip-text", spec, **settings)
     if config.adapter.init_from:
         load_initial_adapter(resolve_path(config.adapter.init_from, "adapter.init_from"), adapted, spec)
-    return adapted
-
-
-def one_line(name: str, report: InjectReport) -> str:
-    """One line about the adapted modules; `dora-mm inspect` prints the complete table."""
-    parts = Counter(module.part for module in report.modules)
-    counts = ", ".join(f"{part} {count}" for part, count in parts.items())
-    return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
+    return adapted, reports
 
 
 def move_idle_networks_to_cpu(model: SDXL, config: TrainSDXLConfig) -> None:

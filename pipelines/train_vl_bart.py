@@ -32,8 +32,10 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, build_schedule, with_steps
-from dora_mm.train.run import RunDirectory, start_run, training_summary, write_summary
+from dora_mm.train.optim import build_optimizer, with_steps
+from dora_mm.train.preview import slow_hardware
+from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
+from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
 from dora_mm.utils.digest import module_digest
 
@@ -67,6 +69,8 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
     training = open_training(config.data, config.train.batch_size, vision)
     splits = open_validation(config.data, config.evaluate, vision, answered=True)
     model, tokenizer = load_vl_bart(config.model, feature_dim(config, vision), config.seed)
+    for remark in slow_hardware(accelerator, [model, vision]):
+        log.warning("%s", remark)
     identity = {"base_digest": module_digest(model), "vision_digest": vision.identity}
     task = VLBartTask(model.to(accelerator.device), tokenizer, vision)
     task.check(training)
@@ -86,38 +90,38 @@ def main(config: TrainVLBartConfig, *, resume: Path | None = None, dry_run: bool
     optimizer = build_optimizer(parameters, config.optimizer)
     schedule = build_schedule(optimizer, config.schedule, train.steps)
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
-    run = start_run(accelerator, config, inputs, resume)
     optimizer = accelerator.prepare(optimizer)
     if train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     write = partial(save, config, adapted, extra, identity)
-    validate = None
-    if accelerator.is_main_process:
-        evaluate = partial(score_split, task, splits, config)
-        validate = Validation(run, evaluate, write, last_step(run.checkpoints))
     for network in adapted.values():
         network.train()
+    with training_run(accelerator, config, inputs, resume, train.steps) as run:
+        validate = None
+        if accelerator.is_main_process:
+            evaluate = partial(score_split, task, splits, config)
+            validate = Validation(run, evaluate, write, last_step(run.checkpoints))
 
-    def observe(step: int) -> None:
-        if validate and config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
-            log_scores(step, main_values(validate(step)))
+        def observe(step: int) -> None:
+            if validate and config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
+                log_scores(step, main_values(validate(step)))
 
-    fit(
-        accelerator=accelerator,
-        run=run,
-        config=train,
-        seed=config.seed,
-        networks=adapted,
-        parameters=parameters,
-        optimizer=optimizer,
-        schedule=schedule,
-        batch_at=batches,
-        loss=task.loss,
-        observe=observe,
-    )
-    if validate:
-        write(run.adapter)
-        finish(config, run, adapted, parameters, validate, train.steps)
+        fit(
+            accelerator=accelerator,
+            run=run,
+            config=train,
+            seed=config.seed,
+            networks=adapted,
+            parameters=parameters,
+            optimizer=optimizer,
+            schedule=schedule,
+            batch_at=batches,
+            loss=task.loss,
+            observe=observe,
+        )
+        if validate:
+            write(run.adapter)
+            finish(config, run, adapted, parameters, validate, train.steps)
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------

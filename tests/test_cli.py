@@ -18,7 +18,7 @@ CONFIG = """\
 pipeline: train_sdxl
 model: {path: some/model}
 adapter: {rank: 4}
-data: {folder: pictures, resolution: 128}
+data: {folder: PICTURES, resolution: 128}
 optimizer: {lr: 1e-4}
 train: {steps: 10, batch_size: 2}
 """
@@ -26,8 +26,10 @@ train: {steps: 10, batch_size: 2}
 
 @pytest.fixture
 def config(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
     path = tmp_path / "mine.yaml"
-    path.write_text(CONFIG)
+    path.write_text(CONFIG.replace("PICTURES", str(pictures)))
     return path
 
 
@@ -132,24 +134,158 @@ def test_a_resumed_run_takes_its_own_config(run, config, pipeline):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "setting",
     [
-        (["CONFIG"], "different values of seed; leave CONFIG out"),
-        (["CONFIG", "--set", "seed=5", "--set", "train.steps=11"], "different values of train.steps"),
-        (["--set", "train.steps=11"], "--set cannot be used with --resume"),
+        "train.steps=11",
+        "train.checkpoint_every=5",
+        "train.keep_checkpoints=5",
+        "train.log_every=1",
+        "train.gradient_checkpointing=true",
+        "data.latent_cache=latents",
+        "adapter.strength=1.5",
+        "sample.prompts=[a bus]",
     ],
 )
-def test_a_resumed_run_is_not_changed(run, config, pipeline, capsys, arguments, message):
+def test_a_resumed_run_may_change_what_its_finished_steps_do_not_depend_on(run, config, pipeline, setting):
     recipe = pipeline()
-    arguments = [str(config) if argument == "CONFIG" else argument for argument in arguments]
-    assert cli.main(["train", *arguments, "--resume", str(run)]) == 2
-    assert message in capsys.readouterr().err
+    assert cli.main(["train", "--resume", str(run), "--set", setting]) == 0
+    assert cli.main(["train", str(config), "--resume", str(run), "--set", "seed=5", setting]) == 0
+    assert recipe.calls == [(load_config(config, ["seed=5", setting]), run)] * 2
+
+
+REFUSED = {
+    "seed=6": "seed cannot change from 5 to 6: order and noise",
+    "name=other": "name cannot change from 'mine' to 'other': it names the folder",
+    "output=elsewhere": "output cannot change from None to 'elsewhere'",
+    "backend=torch": "backend cannot change",
+    "model.path=other/model": "model.path cannot change from 'some/model' to 'other/model': the checkpoints belong",
+    "adapter.rank=8": "adapter.rank cannot change",
+    "data.flip=true": "data.flip cannot change",
+    "loss.type=l1": "loss.type cannot change",
+    "optimizer.lr=1e-3": "optimizer.lr cannot change from 0.0001 to 0.001: the finished steps",
+    "schedule.name=cosine": "schedule.name cannot change",
+    "train.batch_size=3": "train.batch_size cannot change from 2 to 3",
+    "train.mixed_precision=bf16": "train.mixed_precision cannot change",
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_a_resumed_run_names_what_may_not_change_and_what_may(run, pipeline, capsys, setting):
+    recipe = pipeline()
+    assert cli.main(["train", "--resume", str(run), "--set", setting]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert REFUSED[setting] in line
+    assert "--resume may change train.steps, " in line
     assert recipe.calls == []
+
+
+def test_each_refused_change_has_a_sentence(run, config, pipeline, capsys):
+    recipe = pipeline()
+    assert cli.main(["train", str(config), "--resume", str(run), "--set", "adapter.alpha=2", "train.steps=20"]) == 2
+    printed = capsys.readouterr().err
+    assert "2 keys cannot change" in printed
+    assert "  seed cannot change from 5 to 0" in printed
+    assert "  adapter.alpha cannot change from 4.0 to 2.0" in printed
+    assert "train.steps cannot" not in printed
+    assert recipe.calls == []
+
+
+def test_every_section_of_a_training_config_has_a_reason_why_it_may_not_change():
+    from dora_mm.config.pipelines import SCHEMAS
+    from dora_mm.config.report import all_keys
+    from dora_mm.config.resuming import REASONS
+
+    for schema in SCHEMAS.values():
+        if schema.command == "train":
+            assert set(schema.changeable) - {"train.epochs"} <= set(all_keys(schema))
+            assert {key.partition(".")[0] for key in all_keys(schema)} - set(schema.changeable) <= set(REASONS)
 
 
 def test_resuming_names_a_folder_that_is_not_a_run_directory(tmp_path, capsys):
     assert cli.main(["train", "--resume", str(tmp_path / "nothing")]) == 2
     assert "nothing is not a run directory" in capsys.readouterr().err
+
+
+# --- mistakes that are found before anything large is imported -------------------------------------------------------
+
+
+def test_the_version():
+    import dora_mm
+
+    done = subprocess.run([sys.executable, "-m", "dora_mm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"dora_mm {dora_mm.__version__}\n"
+
+
+WRONG = {  # by the command line: what the one sentence contains
+    "train nosuch.yaml": "nosuch.yaml does not exist",
+    "train --resume nosuch": "nosuch is not a run directory",
+    "train CONFIG --set data.folder=nosuch": "data.folder: nosuch does not exist",
+    "train CONFIG --dry-run --set data.folder=nosuch": "data.folder: nosuch does not exist",
+    "train CONFIG --set model.path=./nosuch": "model.path: ./nosuch does not exist",
+    "train CONFIG --set adapter.init_from=nosuch": "adapter.init_from: nosuch does not exist",
+    "train CONFIG --set output=FOLDER": "exists already: choose another folder",
+    "train CONFIG --set output=FILE/run": "is inside a file",
+    "train CONFIG --set output=LONG": "File name too long",
+    "train CONFIG --set data.folder=LONG": "does not exist",
+    "train CONFIG --set name=LONG": "name: must have at most 200 characters",
+    "train LONG": "does not exist",
+    "train --resume LONG": "File name too long",
+    'train CONFIG --set data.folder="a\\0b"': "data.folder: contains a NUL character: 'a\\x00b'",
+    'train CONFIG --set output="a\\0b"': "output: contains a NUL character",
+    'train CONFIG --set sample.prompts=["a\\0b"]': "sample.prompts: contains a NUL character",
+    'train CONFIG --set sample.prompts=["\\ud800"]': "sample.prompts[0]",
+    'train CONFIG --set data.folder="\\ud800"': "data.folder: must be text in Unicode",
+    "train CONFIG --set data.folder=\udcff": "'data.folder=\\udcff' is not valid UTF-8",
+    "train \udcff.yaml": "is not valid UTF-8",
+    "train --resume \udcff": "is not valid UTF-8",
+    "eval EVAL": "judge: nosuch does not exist",
+    "sample SAMPLE --set adapter.path=nosuch": "adapter.path: nosuch does not exist",
+    "inspect nosuch.safetensors": "nosuch.safetensors does not exist",
+}
+
+SAMPLE = "pipeline: sample_sdxl\nmodel: {path: some/model}\nprompts: [a bus]\n"
+EVAL = "pipeline: eval_sdxl\nmodel: {path: some/model}\njudge: nosuch\nstyle: 3d\nprompt: '{thing}'\n"
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "PIL.Image")
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_mistake_in_the_command_line_gives_one_sentence(config, tmp_path, capsys, line):
+    assert cli.main(words(line, config, tmp_path)) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("dora-mm: ")
+    assert WRONG[line] in message
+
+
+def words(line, config, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "sample.yaml").write_text(SAMPLE)
+    (tmp_path / "eval.yaml").write_text(EVAL)
+    files = {"CONFIG": config, "FOLDER": tmp_path, "FILE": tmp_path / "file", "LONG": "a" * 300}
+    files |= {"SAMPLE": tmp_path / "sample.yaml", "EVAL": tmp_path / "eval.yaml"}
+    for name, path in files.items():
+        line = line.replace(name, str(path))
+    return line.split(" ")
+
+
+def test_the_folder_of_runs_is_a_file(config, tmp_path, capsys, monkeypatch, pipeline):
+    monkeypatch.chdir(tmp_path)
+    pipeline()
+    (tmp_path / "runs").touch()
+    assert cli.main(["train", str(config)]) == 2
+    assert "the run directory runs/mine is inside a file" in capsys.readouterr().err
+
+
+def test_such_mistakes_are_found_before_anything_large_is_imported(config, tmp_path):
+    lines = [words(line, config, tmp_path) for line in WRONG]
+    code = (
+        "import sys; from dora_mm.cli import main\n"
+        f"codes = [main(line) for line in {lines!r}]\n"
+        "assert set(codes) == {2}, codes\n"
+        f"heavy = set({HEAVY!r}) & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # --- how a command ends ----------------------------------------------------------------------------------------------

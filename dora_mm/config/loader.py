@@ -100,12 +100,13 @@ def find_path(path: str | Path) -> Path | None:
     if str(path).startswith(INSTALLED):
         return _in_package(str(path).removeprefix(INSTALLED))
     wanted = Path(path).expanduser()
-    if wanted.exists():
-        return wanted
-    if wanted.is_absolute():
+    try:
+        if wanted.exists():
+            return wanted
+        packaged = _packaged(wanted)
+        return packaged if not wanted.is_absolute() and packaged.exists() else None
+    except OSError:  # too long, or in a folder that may not be entered
         return None
-    packaged = _packaged(wanted)
-    return packaged if packaged.exists() else None
 
 
 def resolve_path(path: str | Path, key: str | None = None) -> Path:
@@ -166,7 +167,10 @@ def _packaged(path: Path) -> Path:
 
 def _sibling_names(path: Path) -> list[str]:
     folders = [path.parent, _packaged(path).parent] if not path.is_absolute() else [path.parent]
-    return [entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()]
+    try:
+        return [entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def _read(file: Path) -> yaml12.Document:

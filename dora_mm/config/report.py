@@ -77,6 +77,8 @@ def _message(item: Any, path: KeyPath, schema: type[BaseModel]) -> str:
         return str(context["error"])
     if kind == "literal_error":
         return f"must be {context['expected']}, got {given!r}{nearest(str(given), _quoted(context['expected']))}"
+    if kind == "string_unicode":
+        return f"must be text in Unicode, without half a surrogate pair, got {given!r}"
     if kind in _WANTED:
         return f"must be {_WANTED[kind]}, got {given!r}"
     text = (

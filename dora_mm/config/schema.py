@@ -5,6 +5,7 @@ Types are strict (no "8" for 8, no true for 1), unknown keys are errors, and ins
 defined in these modules and nowhere else. In the comments, null is YAML's null, Python's None.
 """
 
+from enum import Enum
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -13,6 +14,21 @@ T = TypeVar("T")
 # YAML has only lists, which a strict tuple field would reject; the items remain strict.
 Items = Annotated[tuple[T, ...], Field(strict=False)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+class PathKind(Enum):
+    """What a key that holds a path is for; `dora_mm.config.paths` checks them."""
+
+    INPUT = "a file or folder that must exist"
+    MODEL = "a file or folder that must exist, or the name of a hub repository"
+    FOLDER = "a folder that is written to"
+    NEW_FOLDER = "a folder that is written to, and must not exist yet"
+
+
+InputPath = Annotated[Text, PathKind.INPUT]
+ModelPath = Annotated[Text, PathKind.MODEL]
+OutputFolder = Annotated[Text, PathKind.FOLDER]
+NewFolder = Annotated[Text, PathKind.NEW_FOLDER]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -25,6 +41,15 @@ class Section(BaseModel):
     """Base of every section and pipeline config."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _text_has_no_nul(cls, value: T) -> T:
+        """No file has a NUL character in its name, and no prompt needs one."""
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and "\0" in text:
+                raise ValueError(f"contains a NUL character: {text!r}")
+        return value
 
 
 class OptimizerConfig(Section):
@@ -54,6 +79,12 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
 
 
+# A longer training has the same first steps; checkpointing computes the same activations again.
+CHANGEABLE = tuple(
+    f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "gradient_checkpointing")
+)
+
+
 class EpochTrainConfig(TrainConfig):
     """Training settings whose length is given either in optimizer steps or in epochs."""
 
@@ -70,7 +101,7 @@ class AnyAdapterConfig(Section):
     dropout: Share = 0.0  # probability, on the input of A
     norm_grad: Literal["detached", "exact"] = "detached"  # detached: no gradient through the row norm, as in the paper
     cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of caching it, to save memory
-    init_from: Text | None = None  # the adapter file, or its folder, to start from; null: a fresh adapter
+    init_from: InputPath | None = None  # the adapter file, or its folder, to start from; null: a fresh adapter
 
     @model_validator(mode="before")
     @classmethod
@@ -106,8 +137,12 @@ class PipelineConfig(Section):
     """Base of the config of every pipeline."""
 
     command: ClassVar[str]  # the dora-mm command that runs this pipeline
+    changeable: ClassVar[tuple[str, ...]] = ()  # keys and sections on which the finished steps of a run do not depend
+    dry_run_lists_missing: ClassVar[bool] = False  # a dry run reports missing files itself, and so may lack any of them
     pipeline: Text  # the recipe that reads this config
-    name: Annotated[str, Field(pattern=r"^[\w][\w.+-]*$")]  # runs/<name>/<NNN>; left out: the file name without .yaml
+    name: Annotated[
+        str, Field(pattern=r"^[\w][\w.+-]*$", max_length=200)
+    ]  # runs/<name>/<NNN>; left out: the file name without .yaml
 
 
 # --- checks across sections ------------------------------------------------------------------------------------------

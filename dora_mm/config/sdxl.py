@@ -6,13 +6,18 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.schema import (
+    CHANGEABLE,
     AnyAdapterConfig,
     Backend,
     Count,
+    InputPath,
     Items,
     LearningRates,
+    ModelPath,
+    NewFolder,
     NonNegative,
     OptimizerConfig,
+    OutputFolder,
     PipelineConfig,
     Positive,
     ScheduleConfig,
@@ -38,9 +43,9 @@ def bucket_step(resolution: int) -> int:
 
 
 class ModelConfig(Section):
-    path: Text  # a model folder, a hub name, or a single .safetensors checkpoint
+    path: ModelPath  # a model folder, a hub name, or a single .safetensors checkpoint
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
-    vae: Text | None = None  # a folder or hub name of another VAE; null: the model's own
+    vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
 
 
@@ -52,7 +57,8 @@ class AdapterConfig(AnyAdapterConfig):
 
 
 class DataConfig(Section):
-    folder: Text  # images, with captions in metadata.jsonl or <name>.txt files, or without captions
+    folder: InputPath  # images, with captions in metadata.jsonl or <name>.txt files, or without captions
+    subfolders: bool = False  # whether images in subfolders count; those in 10_name then occur 10 times in an epoch
     resolution: PixelSize  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
     instance_prompt: Text | None = None  # the caption of images without one; null: every image needs a caption
     placeholder: Text | None = None  # a word that must occur in a caption, such as TOK; null: no check
@@ -114,7 +120,7 @@ class SampleConfig(SheetConfig):
 
 
 class AdapterFile(Section):
-    path: Text  # the adapter file or its folder
+    path: InputPath  # the adapter file or its folder
     strength: float = 1.0  # scales the update: 0 is the base model, 1 the trained model
 
 
@@ -132,9 +138,10 @@ class MemoryConfig(Section):
 
 class TrainSDXLConfig(PipelineConfig):
     command: ClassVar[str] = "train"
+    changeable: ClassVar[tuple[str, ...]] = (*CHANGEABLE, "adapter.strength", "data.latent_cache", "sample")
     pipeline: Literal["train_sdxl"]
     seed: Seed = 0  # seed of everything random in the run
-    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig
     adapter: AdapterConfig
@@ -186,7 +193,9 @@ class SampleSDXLConfig(PicturesConfig):
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample_sdxl"]
     prompts: Items[Text] = ()
-    prompts_file: Text | None = None  # .csv, .tsv, .jsonl or .txt, with a column per setting; it replaces `prompts`
+    prompts_file: InputPath | None = (
+        None  # .csv, .tsv, .jsonl or .txt, with a column per setting; it replaces `prompts`
+    )
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     strengths: Annotated[Items[float], Field(min_length=1)] = (1.0,)  # one image for each; they multiply the adapter's
     sheet: bool = True  # whether to save labelled sheets of all images
@@ -263,7 +272,7 @@ class ClipConfig(Section):
 
     path: Text  # a folder with an open_clip config and weights, or a hub name
     text: Text = "a picture of {thing}"  # the text that an image is compared with
-    images: Text | None = None  # a folder of images in the target style; null: no image similarity
+    images: InputPath | None = None  # a folder of images in the target style; null: no image similarity
 
 
 JudgedStyle = Literal["flat", "3d", "brick"]
@@ -272,10 +281,10 @@ JudgedStyle = Literal["flat", "3d", "brick"]
 class EvalSDXLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_sdxl"]
-    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
     model: ModelConfig
     adapter: AdapterFile | None = None  # null: only the base model
-    judge: Text  # the folder of a fitted judge
+    judge: InputPath  # the folder of a fitted judge
     style: JudgedStyle  # the target style
     prompt: Text  # asks for the target style; {thing} is replaced by the concept
     flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows
@@ -294,14 +303,14 @@ class CompareSDXLConfig(PipelineConfig):
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["compare_sdxl"]
-    output: Text  # the campaign's folder; one that exists is resumed
-    base: Text  # a config of train_sdxl, with the settings that all trainings share
+    output: OutputFolder  # the campaign's folder; one that exists is resumed
+    base: InputPath  # a config of train_sdxl, with the settings that all trainings share
     steps: PositiveInt = 250  # optimizer steps of every training
     ranks: Annotated[Items[PositiveInt], Field(min_length=1)] = (1, 4, 8)  # of LoRA and DoRA; DoRA also at their halves
     learning_rates: LearningRates
     extra_rates: Count = 1  # more candidates to try, a factor apart, while the best one is the lowest or the highest
     workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
-    judge: Text  # the folder of a fitted judge
+    judge: InputPath  # the folder of a fitted judge
     style: JudgedStyle  # the target style
     prompt: Text  # asks for the target style; {thing} is replaced by the concept
     flat_prompt: Text = "a flat icon of {thing}"  # asks for the style that the base model knows

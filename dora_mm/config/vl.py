@@ -5,13 +5,18 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from dora_mm.config.schema import (
+    CHANGEABLE,
     AnyAdapterConfig,
     Backend,
     Count,
     EpochTrainConfig,
+    InputPath,
     Items,
     LearningRates,
+    ModelPath,
+    NewFolder,
     OptimizerConfig,
+    OutputFolder,
     PipelineConfig,
     Positive,
     ScheduleConfig,
@@ -57,10 +62,10 @@ class SourceConfig(Section):
         "video_qa",
         "video_captions",
     ]
-    file: Text  # the questions, sentences or captions
-    annotations: Text | None = None  # vqa_v2 only: the file of answers; null: a test split, which has none
-    images: Text | None = None  # the folder of images; null: only vision.features are used
-    subtitles: Text | None = None  # video formats only: a JSONL file; null: no subtitles
+    file: InputPath  # the questions, sentences or captions
+    annotations: InputPath | None = None  # vqa_v2 only: the file of answers; null: a test split, which has none
+    images: InputPath | None = None  # the folder of images; null: only vision.features are used
+    subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
     split: Text | None = None  # coco_karpathy only: train (includes restval), val or test
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
@@ -109,13 +114,13 @@ class VisionConfig(Section):
     tower: Text = "RN101"  # a model of open_clip; timm/<name>: a model of timm
     pretrained: Text | None = "openai"  # a pretrained tag of the library, or a local file; null: random weights
     layers: Items[Text] = ()  # modules whose maps are concatenated on the coarsest grid; empty: the last
-    features: Items[Text] = ()  # feature folders of dora-mm, .h5 files or .npz folders; empty: computed on the fly
+    features: Items[InputPath] = ()  # feature folders of dora-mm, .h5 files or .npz folders; empty: computed on the fly
 
 
 class VLModelConfig(Section):
     """The language model: VL-BART, or a plain BART that is extended to one."""
 
-    path: Text = "facebook/bart-base"  # a folder of save_pretrained (VL-BART or BART), or a hub name
+    path: ModelPath = "facebook/bart-base"  # a folder of save_pretrained (VL-BART or BART), or a hub name
     random: bool = False  # read only the config from `path`, and initialize the weights from the seed
     # The kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match if this is set.
     visual: Literal["image", "video"] | None = None
@@ -166,9 +171,11 @@ class EvaluateConfig(DecodeConfig):
 
 class TrainVLBartConfig(PipelineConfig):
     command: ClassVar[str] = "train"
+    changeable: ClassVar[tuple[str, ...]] = (*CHANGEABLE, "train.epochs", "data.tables", "evaluate.every")
+    dry_run_lists_missing: ClassVar[bool] = True
     pipeline: Literal["train_vl_bart"]
     seed: Seed = 0  # seed of everything random in the run
-    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: VLModelConfig
     vision: VisionConfig = VisionConfig()
@@ -195,11 +202,11 @@ class TrainVLBartConfig(PipelineConfig):
 class EvalVLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_vl"]
-    output: Text | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: VLModelConfig
     vision: VisionConfig = VisionConfig()
-    adapter: Text | None = None  # an adapter file, its folder or its run directory; null: the base model
+    adapter: InputPath | None = None  # an adapter file, its folder or its run directory; null: the base model
     data: VLDataConfig
     decode: DecodeConfig = DecodeConfig()
     vqa_mode: Literal["official", "lavis"] = "official"  # how VQA answers are normalized and scored
@@ -216,8 +223,8 @@ class CompareVLConfig(PipelineConfig):
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["compare_vl"]
-    output: Text  # the campaign's folder; one that exists is resumed
-    base: Text  # a config of train_vl_bart, shared by all trainings; learning rates are chosen on its valid splits
+    output: OutputFolder  # the campaign's folder; one that exists is resumed
+    base: InputPath  # a config of train_vl_bart, shared by all trainings; learning rates are chosen on its valid splits
     steps: PositiveInt = 600  # optimizer steps of every training
     rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA; DoRA also at half of it
     learning_rates: LearningRates
@@ -225,7 +232,7 @@ class CompareVLConfig(PipelineConfig):
     seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; the first also for rates
     workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
     report: VLDataConfig  # the reported scores are on its valid splits
-    features: Items[Text] = ()  # vision.features of the reported images; empty: those of base
+    features: Items[InputPath] = ()  # vision.features of the reported images; empty: those of base
     decode: DecodeConfig = DecodeConfig()
 
     @model_validator(mode="after")
@@ -242,9 +249,9 @@ class CompareVLConfig(PipelineConfig):
 class ExtractFeaturesConfig(PipelineConfig):
     command: ClassVar[str] = "features"
     pipeline: Literal["extract_features"]
-    output: Text  # the folder of features; those already in it are not computed again
+    output: OutputFolder  # the folder of features; those already in it are not computed again
     vision: VisionConfig
-    images: Annotated[Items[Text], Field(min_length=1)]  # folders of images
+    images: Annotated[Items[InputPath], Field(min_length=1)]  # folders of images
     batch_size: PositiveInt = 32  # images per batch
     dtype: Literal["float32", "float16"] = "float16"  # dtype of the saved features
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed

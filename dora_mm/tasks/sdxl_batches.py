@@ -72,8 +72,9 @@ class PromptEncoder:
 class CaptionedBatches:
     """Maps a batch number to a batch, which depends only on (seed, number, process).
 
-    All images of a batch have one shape; every epoch contains every image `repeats` times. Latents are drawn from the
-    VAE's posterior again each time; the posterior of an image with a fixed crop is computed once.
+    All images of a batch have one shape; every epoch contains every image `data.repeats` times, and with
+    `data.subfolders` that many times the number in the name of its folder. Latents are drawn from the VAE's posterior
+    again each time; the posterior of an image with a fixed crop is computed once.
 
     Args:
         model: The model whose VAE encodes the images.
@@ -101,7 +102,7 @@ class CaptionedBatches:
         self.cache = LatentCache(config.latent_cache)
         self.vae_identity = module_digest(model.vae)
         self.buckets = [choose_bucket(image.size, config.resolution) for image in images]
-        items = [index for index in range(len(images)) for _ in range(config.repeats)]
+        items = [index for index, image in enumerate(images) for _ in range(config.repeats * image.repeats)]
         self.groups = [[i for i in items if self.buckets[i] == bucket] for bucket in sorted(set(self.buckets))]
 
     def encode_all(self) -> None:

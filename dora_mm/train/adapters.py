@@ -1,5 +1,6 @@
 """Translates the `adapter` section of a training config into calls of the library."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,12 +8,28 @@ from torch import nn
 
 import dora_mm
 from dora_mm.config.schema import AnyAdapterConfig
-from dora_mm.core import DoRASpec, adapted_layers
+from dora_mm.core import DoRASpec, InjectReport, adapted_layers
 
 
 def make_spec(config: AnyAdapterConfig) -> DoRASpec:
     """The DoRASpec of a config's `adapter` section."""
     return DoRASpec(config.rank, config.alpha, config.dropout, config.method, config.norm_grad, config.cache)
+
+
+def adapter_parameters(adapted: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The trained parameters of adapted networks, by component and name."""
+    return {
+        f"{component}.{name}": parameter
+        for component, network in adapted.items()
+        for name, parameter in dora_mm.adapter_parameters(network).items()
+    }
+
+
+def one_line(name: str, report: InjectReport) -> str:
+    """One line about the adapted modules of a network; `print(report)` shows the complete table."""
+    parts = Counter(module.part for module in report.modules)
+    counts = ", ".join(f"{part} {count}" for part, count in parts.items())
+    return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
 
 
 def load_initial_adapter(file: Path, adapted: Mapping[str, nn.Module], spec: DoRASpec) -> None:

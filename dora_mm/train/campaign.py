@@ -18,11 +18,10 @@ from dora_mm.config.loader import differing_keys, load_config
 from dora_mm.config.schema import LearningRates, PipelineConfig
 from dora_mm.eval.comparison import Variant
 from dora_mm.train.jobs import Job, run_jobs, start_job
-from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.train.run import SUMMARY, RunDirectory, open_run
 from dora_mm.utils.atomic import write_text
 
 log = logging.getLogger(__name__)
-SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
 DELETED_WHEN_FINISHED = ("checkpoints", "best")  # only the final adapter is needed
 
 

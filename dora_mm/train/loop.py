@@ -69,17 +69,19 @@ def fit(
     Raises:
         ValueError: The loss is not finite, or the newest checkpoint cannot be loaded.
     """
-    trained = _LossModule(networks, loss)
+    trained = LossModule(networks, loss)
     modules = trained.networks
     if accelerator.num_processes > 1:
         trained = accelerator.prepare_model(trained)
     pending = _PendingHook()
-    parts: dict[str, Stateful] = {"optimizer": optimizer, "schedule": schedule, "hook": pending, **(state or {})}
+    progress = Progress(config.steps, config.log_every, shown=accelerator.is_main_process)
+    parts: dict[str, Stateful] = {"optimizer": optimizer, "schedule": schedule, "hook": pending, "progress": progress}
+    parts |= state or {}
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     step = first = _resume(run, parameters, parts)
     log = MetricsLog(run.path, first) if accelerator.is_main_process else None
-    progress = Progress(first, config.steps, config.log_every, shown=accelerator.is_main_process)
+    progress.start(first)
 
     def save() -> None:
         accelerator.wait_for_everyone()
@@ -95,18 +97,15 @@ def fit(
                 rate = float(schedule.get_last_lr()[0])
                 with interrupt:
                     with fixed_parameters(modules, num_passes=config.gradient_accumulation_steps):
-                        value = _accumulate(accelerator, trained, config, seed, step, batch_at)
-                    norm = _update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
+                        value = accumulate(accelerator, trained, config, seed, step, batch_at)
+                    norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                     step += 1
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"The loss is {value} at step {step}: lower optimizer.lr, or train in float32 or bf16."
-                    )
-                progress.advance(value, rate)
-                if log is not None and (step % config.log_every == 0 or step == config.steps):
-                    log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
-                if after_step is not None:
-                    after_step(step)
+                    _check_finite(value, step)
+                    progress.advance(value, rate)
+                    if log is not None and (step % config.log_every == 0 or step == config.steps):
+                        log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
+                    if after_step is not None:
+                        after_step(step)
                 pending.run(observe, step)
                 if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
                     save()
@@ -119,6 +118,14 @@ def fit(
         if log is not None:
             log.close()
     return step - first
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"The loss is {loss} at step {step}, and would be again in a resumed run: start a new run with a lower "
+            "optimizer.lr, or in float32 or bf16."
+        )
 
 
 class _PendingHook:
@@ -146,7 +153,7 @@ def _resume(run: RunDirectory, parameters: Mapping[str, nn.Parameter], parts: Ma
     return load_checkpoint(found[-1], parameters, parts) if found else 0
 
 
-class _LossModule(nn.Module):
+class LossModule(nn.Module):
     """The loss as a module that contains the trained networks, because accelerate synchronises gradients by module."""
 
     def __init__(self, networks: Mapping[str, nn.Module], loss: Callable[[Any, torch.Generator], torch.Tensor]):
@@ -158,8 +165,27 @@ class _LossModule(nn.Module):
         return self.loss(batch, stream)
 
 
-def _accumulate(accelerator, trained, config, seed, step, batch_at) -> float:
-    """Accumulates the gradients of one optimizer step's micro-batches and returns their mean loss."""
+def accumulate(
+    accelerator: Accelerator,
+    trained: nn.Module,
+    config: TrainConfig,
+    seed: int,
+    step: int,
+    batch_at: Callable[[int], Any],
+) -> float:
+    """Accumulates the gradients of one optimizer step's micro-batches.
+
+    Args:
+        accelerator: As in `fit`, like all others that are not listed here.
+        trained: The LossModule, prepared by `accelerator` if there are several processes.
+        config: The training settings.
+        seed: Seed of the loss and of dropout.
+        step: The number of finished steps.
+        batch_at: Maps the number of a micro-batch to this process's share of it.
+
+    Returns:
+        The mean loss of the micro-batches.
+    """
     total = torch.zeros((), device=accelerator.device)
     for micro in range(config.gradient_accumulation_steps):
         number = step * config.gradient_accumulation_steps + micro
@@ -183,7 +209,14 @@ def seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _update(accelerator, parameters, optimizer, schedule, max_grad_norm) -> float:
+def update(
+    accelerator: Accelerator,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    max_grad_norm: float | None,
+) -> float:
+    """Clips the accumulated gradients, takes one step of optimizer and schedule, and returns the gradients' norm."""
     members = list(parameters.values())
     if max_grad_norm is None:
         accelerator.unscale_gradients()
@@ -198,27 +231,34 @@ def _update(accelerator, parameters, optimizer, schedule, max_grad_norm) -> floa
 
 
 class Progress:
-    """A progress bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
+    """The running mean of the loss and the seconds of training, both over all parts of a resumed run.
+
+    Shows a bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
 
     Args:
-        first: The step that training starts from.
-        total: The step that it ends at.
+        total: The step that training ends at.
         every: Steps between two plain lines.
         shown: Whether to print anything.
     """
 
-    def __init__(self, first: int, total: int, every: int, *, shown: bool):
+    def __init__(self, total: int, every: int, *, shown: bool):
         self.mean_loss = math.nan
+        self._total, self._every, self._shown = total, every, shown
+        self._seconds_before, self._started = 0.0, time.monotonic()
+
+    def start(self, first: int) -> None:
+        """Starts the clock of this process and the display, after `first` finished steps."""
         self._started = time.monotonic()
-        self._step, self._first, self._total, self._every = first, first, total, every
+        self._step = self._first = first
         terminal = sys.stderr.isatty()
-        self._lines = shown and not terminal
-        self._bar = tqdm(total=total, initial=first, unit="step", disable=not (shown and terminal), dynamic_ncols=True)
+        self._lines = self._shown and not terminal
+        hidden = not (self._shown and terminal)
+        self._bar = tqdm(total=self._total, initial=first, unit="step", disable=hidden, dynamic_ncols=True)
 
     @property
     def seconds(self) -> float:
-        """Seconds since training started in this process."""
-        return time.monotonic() - self._started
+        """Seconds of training, those of earlier processes up to their last checkpoint included."""
+        return self._seconds_before + time.monotonic() - self._started
 
     def advance(self, loss: float, rate: float) -> None:
         """Records one finished step with its loss and learning rate."""
@@ -228,7 +268,7 @@ class Progress:
         self._bar.set_postfix(loss=f"{self.mean_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
         self._bar.update()
         if self._lines and (self._step % self._every == 0 or self._step == self._total):
-            per_step = self.seconds / (self._step - self._first)
+            per_step = (time.monotonic() - self._started) / (self._step - self._first)
             left = per_step * (self._total - self._step)
             print(
                 f"step {self._step}/{self._total}  loss {self.mean_loss:.4f}  lr {rate:.2e}"
@@ -236,6 +276,12 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def state_dict(self) -> dict[str, float]:
+        return {"mean_loss": self.mean_loss, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.mean_loss, self._seconds_before = state_dict["mean_loss"], state_dict["seconds"]
 
     def close(self) -> None:
         self._bar.close()

@@ -1,9 +1,8 @@
-"""Builds the optimiser and the learning-rate schedule that a config names."""
+"""Builds the optimiser that a config names."""
 
 from collections.abc import Iterable, Mapping
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import nn
 
 from dora_mm.config.schema import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -81,15 +80,6 @@ def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, batches_per_ep
             f"schedule.warmup_steps ({schedule.warmup_steps}) must be below the {steps} steps of train.epochs"
         )
     return train.model_copy(update={"steps": steps})
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: ScheduleConfig, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Builds the learning-rate schedule over `steps` optimizer steps, from the `schedule` section."""
-    name = "constant_with_warmup" if config.name == "constant" else config.name
-    warmup = config.warmup_steps or round(config.warmup_ratio * steps)
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """Run directories: runs/<name>/<NNN>, numbered and never overwritten."""
 
+import contextlib
 import json
+import logging
 import platform
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm.config import yaml12
-from dora_mm.config.loader import dump_config
+from dora_mm.config.loader import dump_config, load_config
+from dora_mm.config.resuming import changed_values
 from dora_mm.config.schema import AnyAdapterConfig, PipelineConfig
+from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.atomic import PARTIAL, remove_partial_files, write_text
 
+log = logging.getLogger(__name__)
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
-INPUTS = "inputs.json"
+CONFIG, INPUTS = "config.yaml", "inputs.json"
+CHANGES = "changes.jsonl"  # what a resumed run changed of its config, and after which step
+SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
 
 
 class RunDirectory:
@@ -77,8 +85,8 @@ class RunDirectory:
         Raises:
             ValueError: `path` is not a run directory, or the run was started with different `inputs`.
         """
-        if not (path / "config.yaml").is_file():
-            raise ValueError(f"{path} is not a run directory: it has no config.yaml.")
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"{path} is not a run directory: it has no {CONFIG}.")
         run = cls(path)
         if changed := run.changed_inputs(inputs or {}):
             raise ValueError(f"{path} cannot be resumed: {' and '.join(changed)} have changed since it was started.")
@@ -93,6 +101,85 @@ class RunDirectory:
         """Creates a subfolder, with separate checkpoints and metrics, for one stage of a run that has several."""
         (self.path / name).mkdir(exist_ok=True)
         return RunDirectory(self.path / name)
+
+
+@contextlib.contextmanager
+def training_run(
+    accelerator: Accelerator, config: PipelineConfig, inputs: Mapping[str, str], resume: Path | None, steps: int
+) -> Iterator[RunDirectory]:
+    """Opens the run directory of a training, and says where it is and how to go on: at the start and at every stop.
+
+    Args:
+        accelerator: As in `start_run`; the main process speaks.
+        config: The config; in a resumed run it may differ from the saved one, which it then replaces.
+        inputs: Digests of the data and models that the config refers to, by a description of each.
+        resume: The run directory to resume; None starts a new run.
+        steps: The length of the training in optimizer steps.
+
+    Raises:
+        ValueError: See `start_run`; or the run to resume has more than `steps` finished steps.
+    """
+    run = start_run(accelerator, config, inputs, resume)
+    done = last_step(run.checkpoints)
+    if steps < done:
+        raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
+    say = log.info if accelerator.is_main_process else log.debug
+    if accelerator.is_main_process and resume is not None:
+        change_config(run, config, steps)
+    say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
+    try:
+        yield run
+    except BaseException:
+        done = last_step(run.checkpoints)
+        kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
+        say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, resuming(run))
+        raise
+    say("\nRun %s is finished. To train longer: %s --set %s", run.path, resuming(run), twice_as_long(config, steps))
+
+
+def twice_as_long(config: PipelineConfig, steps: int) -> str:
+    """The override that doubles the length of a training."""
+    epochs = getattr(getattr(config, "train", None), "epochs", None)
+    return f"train.epochs={2 * epochs}" if epochs else f"train.steps={2 * steps}"
+
+
+def resuming(run: RunDirectory) -> str:
+    """The command that resumes a run."""
+    return f"dora-mm train --resume {shlex.quote(str(run.path))}"
+
+
+def change_config(run: RunDirectory, config: PipelineConfig, steps: int) -> None:
+    """Saves the config of a resumed run where it differs from that of its start.
+
+    The changes are recorded in changes.jsonl. If they extend a finished run, its results (adapter, sheet and summary)
+    move to the subfolder step-NNNNNN.
+
+    Args:
+        run: The run directory.
+        config: The config that it goes on with; see `dora_mm.config.resuming` for what may differ.
+        steps: The length of the training in optimizer steps.
+    """
+    before = load_config(run.path / CONFIG, schemas={config.pipeline: type(config)})
+    changes = changed_values(before, config)
+    if not changes:
+        return
+    done = last_step(run.checkpoints)
+    if (run.path / SUMMARY).exists() and steps > done:
+        _keep_results(run, run.path / f"step-{done:06d}")
+    rows = [{"step": done, "key": key, "before": old, "after": new} for key, (old, new) in changes.items()]
+    with (run.path / CHANGES).open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    write_text(run.path / CONFIG, dump_config(config))
+    for key, (old, new) in changes.items():
+        log.info("%s changes from %s to %s", key, old, new)
+
+
+def _keep_results(run: RunDirectory, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for result in (run.path / SUMMARY, run.adapter, run.sheet):  # the summary first: it says that the run is finished
+        if result.exists():
+            result.rename(folder / result.name)
+    log.info("The results so far are in %s", folder)
 
 
 def start_run(
@@ -205,7 +292,7 @@ def training_summary(
 
 def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
     """Writes summary.json and prints the same values as a table."""
-    write_text(run.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(run.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
     width = max(map(len, summary))
     for name, value in summary.items():
         print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
@@ -226,6 +313,8 @@ def _claim(path: Path) -> Path:
         ) from None
     except NotADirectoryError:
         raise ValueError(f"output {path} is inside a file, not a folder: choose another folder.") from None
+    except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
+        raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
     return path
 
 

@@ -22,8 +22,10 @@ from dora_mm.config import load_config
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.pictures import sample
 from dora_mm.train.checkpoint import checkpoints
+from dora_mm.train.metrics import read_metrics
 
 PROMPT = "a TOK icon of a bus"
+ADAPTER = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
@@ -255,6 +257,75 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, kill):
     ]
     one, two = (state["optimizer"]["state"] for state in states)
     assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
+    one, two = (read_metrics(r / "metrics.jsonl") for r in (tmp_path / "uninterrupted", run))
+    assert [row["seconds"] for row in two] == sorted(row["seconds"] for row in two)
+    for row in (*one, *two):
+        del row["seconds"]
+    assert one == two
+
+
+def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
+    """With a constant rate it ends as a run that was longer from the start."""
+    caplog.set_level("INFO")
+    run, settings = tmp_path / "run", {"sample__prompts": [], "adapter__parts": ["attn"]}
+    assert main(["train", str(config(**settings, train__steps=1))]) == 0
+    assert f"dora-mm train --resume {run} --set train.steps=2" in caplog.text
+    assert main(["train", "--resume", str(run), "--set", "train.steps=2", "adapter.strength=0.5"]) == 0
+    assert load_config(run / "config.yaml").train.steps == 2
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert json.loads((run / "step-000001" / "summary.json").read_text())["steps"] == 1
+    longer = config("longer", output=str(tmp_path / "longer"), train__steps=2, **settings)
+    assert main(["train", str(longer), "--set", "adapter.strength=0.5"]) == 0
+    one, two = (load_file(tmp_path / each / "adapter" / ADAPTER) for each in ("run", "longer"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert main(["train", "--resume", str(run), "--set", "optimizer.lr=1.0"]) == 2
+    assert "optimizer.lr cannot change from 0.01 to 1.0" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = config(output=None, data__latent_cache="latents")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", str(path), "--dry-run"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().out
+    for words in (
+        "buckets   64 x 64: 3, 128 x 32: 2 (h x w)",
+        "captions  5 from metadata.jsonl",
+        "without TOK  0",
+        "4 steps x batch 2 / 5 pictures = each is seen 2 times",
+        "Each picture is seen 2 times (the paper's recipes: 3d_icon 130, lego 49), which is little",
+        "unet attn",
+        "frozen in float32",
+        "optimizer state (adamw, 2 numbers each)",
+        "activations (an estimate",
+        "s a step (measured)",
+    ):
+        assert words in printed
+
+
+def test_a_dry_run_with_a_hub_model_that_is_not_here_describes_the_data(config, capsys):
+    assert main(["train", str(config(model__path="owner/nothing")), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "captions  5 from metadata.jsonl" in printed
+    assert "21 characters: a TOK icon of thing" in printed
+    assert "owner/nothing is not on this machine: modules, memory and time are left out" in printed
+
+
+def test_warnings_before_a_long_training(config, caplog, monkeypatch):
+    from dora_mm.train import preview
+
+    monkeypatch.setattr(preview, "half_precision_slowdown", lambda dtype: 16.0)
+    changes = {"model__dtype": "bfloat16", "train__mixed_precision": "bf16", "train__steps": 1, "sample__prompts": []}
+    assert main(["train", str(config(**changes))]) == 0
+    assert "Each picture is seen 0 times" in caplog.text
+    assert ("emulates bf16, 16 times slower" in caplog.text) == (not torch.cuda.is_available())
+
+
+def test_a_hub_that_cannot_be_reached(config, capsys):
+    assert main(["train", str(config(model__path="owner/nothing"))]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("dora-mm: owner/nothing is not on this machine, and the hub (huggingface.co) cannot be")
 
 
 def test_a_run_is_resumed_with_the_same_images_only(config, tmp_path, image_folder, capsys):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_mm.config.sdxl import DataConfig, LossConfig
-from dora_mm.data.images.folder import read_captioned_images
+from dora_mm.data.images.folder import read_training_images
 from dora_mm.models.sdxl.encoding import encode_images, encode_prompts
 from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
@@ -19,8 +19,18 @@ from dora_mm.utils.randomness import batch_indices, batch_of_groups, generator
 def batches(tiny, folder, *, trained=False, batch_size=2, process=(0, 1), **data):
     config = DataConfig(folder=str(folder), resolution=64, **data)
     prompts = PromptEncoder(tiny, trained=trained)
-    images = read_captioned_images(folder)
+    images = read_training_images(config)
     return CaptionedBatches(tiny, images, prompts, config, batch_size=batch_size, seed=1, process=process)
+
+
+def test_an_epoch_repeats_images_by_the_name_of_their_folder(tiny, image_folder):
+    (image_folder / "metadata.jsonl").unlink()
+    for index, name in enumerate(("3_cats", "3_cats", "dogs", "2_birds", "2_birds")):
+        (image_folder / name).mkdir(exist_ok=True)
+        (image_folder / f"{index}.png").rename(image_folder / name / f"{index}.png")
+    config = {"subfolders": True, "instance_prompt": "a thing", "repeats": 2}
+    groups = batches(tiny, image_folder, **config).groups
+    assert Counter(index for group in groups for index in group) == {0: 4, 1: 4, 2: 6, 3: 6, 4: 2}
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])

@@ -3,71 +3,22 @@
 import errno
 import json
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from dora_mm.cli import user_message
-from dora_mm.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.config.schema import OptimizerConfig
 from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
-from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, build_schedule
+from dora_mm.train.optim import build_optimizer
 from dora_mm.train.run import RunDirectory
-
-
-def small_training(run, *, optimizer=None, schedule="cosine", after_step=None, loss=None, dropout=0.0, **train):
-    """A small regression training whose data and noise depend on the step; `.fit()` runs it."""
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
-    parameters = dict(network.named_parameters())
-    config = TrainConfig(**{"steps": 12, "batch_size": 4, "log_every": 3, **train})
-    built_optimizer = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
-    built_schedule = build_schedule(built_optimizer, ScheduleConfig(name=schedule), config.steps)
-    accelerator = Accelerator(cpu=True)
-    prepared = accelerator.prepare(built_optimizer)
-
-    def batch_at(number):
-        return torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
-
-    def noisy_loss(x, generator):
-        return (network(x) - torch.randn(4, 3, generator=generator)).square().mean()
-
-    return SimpleNamespace(
-        network=network,
-        optimizer=prepared,
-        fit=lambda: fit(
-            accelerator=accelerator,
-            run=run,
-            config=config,
-            seed=0,
-            networks={"network": network},
-            parameters=parameters,
-            optimizer=prepared,
-            schedule=built_schedule,
-            batch_at=batch_at,
-            loss=loss or noisy_loss,
-            after_step=after_step,
-        ),
-    )
-
-
-def new_run(path):
-    return RunDirectory.create("test", "", output=str(path))
-
-
-def interrupt_at(step):
-    def after_step(done):
-        if done == step:
-            raise KeyboardInterrupt
-
-    return after_step
-
+from tests.train.small import but_for_seconds, interrupt_at, metrics, new_run, small_training
 
 OPTIMIZERS = {
     "adamw": {"name": "adamw", "lr": 0.05},
@@ -95,6 +46,54 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, name, stop):
     states = [part.optimizer.optimizer.state_dict()["state"] for part in (uninterrupted, second)]
     for one, two in zip(states[0].values(), states[1].values(), strict=True):
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 6, 11])
+def test_the_curves_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path, stop):
+    uninterrupted, parts = new_run(tmp_path / "uninterrupted"), new_run(tmp_path / "parts")
+    small_training(uninterrupted).fit()
+    with pytest.raises(KeyboardInterrupt):
+        small_training(parts, after_step=interrupt_at(stop)).fit()
+    time.sleep(0.2)  # the pause is no training
+    small_training(parts).fit()
+    assert but_for_seconds(metrics(parts)) == but_for_seconds(metrics(uninterrupted))
+    seconds = [row["seconds"] for row in metrics(parts)]
+    assert seconds == sorted(seconds)
+
+
+def test_the_curves_go_on_from_the_last_checkpoint_after_a_kill(tmp_path):
+    uninterrupted, parts = new_run(tmp_path / "uninterrupted"), new_run(tmp_path / "parts")
+    small_training(uninterrupted, checkpoint_every=4).fit()
+
+    def killed(step):
+        if step == 7:
+            raise RuntimeError  # saves nothing, as a kill
+
+    with pytest.raises(RuntimeError):
+        small_training(parts, checkpoint_every=4, after_step=killed).fit()
+    before = metrics(parts)
+    small_training(parts, checkpoint_every=4).fit()
+    after = metrics(parts)
+    assert [row["step"] for row in before] == [3, 6]
+    assert after[0] == before[0]
+    assert but_for_seconds(after) == but_for_seconds(metrics(uninterrupted))
+    assert [row["seconds"] for row in after] == sorted(row["seconds"] for row in after)
+
+
+def test_a_signal_during_a_step_loses_no_row(tmp_path, set_handler):
+    set_handler(signal.SIGINT, signal.default_int_handler)
+    run, seen = new_run(tmp_path / "run"), []
+
+    def loss(x, generator):
+        seen.append(x)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return training.network(x).square().mean()
+
+    training = small_training(run, loss=loss)
+    with pytest.raises(KeyboardInterrupt):
+        training.fit()
+    assert [row["step"] for row in metrics(run)] == [3]
 
 
 def test_dropout_repeats_and_resumes(tmp_path):

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dora_mm.models.hub import unreachable
+
 
 class ClipSimilarity:
     """Cosine similarities by an open_clip model.
@@ -17,7 +19,7 @@ class ClipSimilarity:
         device: Where the model runs.
 
     Raises:
-        ValueError: The folder contains no open_clip model.
+        ValueError: The folder contains no open_clip model, or the hub cannot be reached.
     """
 
     def __init__(self, path: str, device: str | torch.device = "cpu"):
@@ -27,7 +29,12 @@ class ClipSimilarity:
             _check_folder(Path(path))
         name = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
         self.device = torch.device(device)
-        created: Any = open_clip.create_model_from_pretrained(name, device=self.device)
+        try:
+            created: Any = open_clip.create_model_from_pretrained(name, device=self.device)
+        except Exception as error:  # from huggingface_hub, its connection, or open_clip
+            if message := unreachable(path, error):
+                raise ValueError(f"clip.path: {message}") from error
+            raise
         self.model, self.preprocess = created
         self.tokenize: Any = open_clip.get_tokenizer(name)
         self.model.eval()

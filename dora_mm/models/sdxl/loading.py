@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.sdxl import ModelConfig
+from dora_mm.models.hub import unreachable
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 # What diffusers raises for files that are missing, damaged or belong to another kind of model.
@@ -130,11 +131,11 @@ def load_sdxl(
             pipe = StableDiffusionXLPipeline.from_pretrained(
                 path, revision=revision, dtype=dtype, add_watermarker=False, use_safetensors=True
             )
-        if vae is not None:
-            pipe.vae = load_vae(vae, dtype)
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"The model {path} cannot be loaded: {reason}") from error
+        raise ValueError(unreachable(path, error) or f"The model {path} cannot be loaded: {reason}") from error
+    if vae is not None:
+        pipe.vae = load_vae(vae, dtype)
     return SDXL(**{field.name: getattr(pipe, field.name) for field in fields(SDXL)})
 
 
@@ -163,7 +164,8 @@ def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Autoencode
     try:
         vae = AutoencoderKL.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
     except LOADING_ERRORS as error:
-        raise ValueError(f"The VAE {path} cannot be loaded: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(unreachable(str(path), error) or f"The VAE {path} cannot be loaded: {reason}") from error
     return vae.requires_grad_(False).eval()
 
 

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import VLModelConfig
+from dora_mm.models.hub import unreachable
 from dora_mm.models.vl_bart.model import SENTINELS, VLBart, VLBartConfig, special_tokens
 from dora_mm.models.vl_bart.text import load_tokenizer
 
@@ -233,7 +234,8 @@ def as_value_error(path: str, what: str) -> Iterator[None]:
     try:
         yield
     except LOADING_ERRORS as error:
-        raise ValueError(f"model.path: {path} {what}: {' '.join(str(error).split())}") from error
+        reason = unreachable(path, error) or f"{path} {what}: {' '.join(str(error).split())}"
+        raise ValueError(f"model.path: {reason}") from error
 
 
 def save_vl_bart(model: VLBart, tokenizer: BartTokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:

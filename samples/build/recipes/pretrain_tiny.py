@@ -27,8 +27,9 @@ from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import build_optimizer, build_schedule
+from dora_mm.train.optim import build_optimizer
 from dora_mm.train.run import RunDirectory
+from dora_mm.train.schedule import build_schedule
 from dora_mm.utils.randomness import batch_indices, generator
 from samples.build.pretraining.icons import ALL_STYLES, STYLE_WORDS, Icon, caption, load_pixels, read_icons, to_signed
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl, shift_latents

@@ -32,8 +32,9 @@ from dora_mm.tasks.vision import VisionEncoder
 from dora_mm.tasks.vl_bart import VLBartTask, VLBatch, draw_answer
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import build_optimizer, build_schedule, with_steps
+from dora_mm.train.optim import build_optimizer, with_steps
 from dora_mm.train.run import start_run
+from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
 from dora_mm.utils.randomness import generator
 from samples.build.pretraining.tokenizer import train_tokenizer

@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from dora_mm.data.images.folder import read_captioned_images
+from dora_mm.data.images.folder import digest_of, read_captioned_images
 
 
 @pytest.fixture
@@ -208,3 +208,79 @@ def test_duplicates_and_other_files_are_reported(folder, caplog):
         read_captioned_images(folder, instance_prompt="x")
     assert "1 image (copy.png) is identical to another image" in caplog.text
     assert "1 file (SOURCES.md) is ignored" in caplog.text
+
+
+# --- subfolders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nested(tmp_path):
+    """Pictures in the layout of kohya's trainers: 10_cat/a.png and b.png, 3_dog/c.png, plain/deeper/d.png."""
+    root = tmp_path / "images"
+    for value, name in enumerate(("10_cat/a.png", "10_cat/b.png", "3_dog/c.png", "plain/deeper/d.png")):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (60 * value, 0, 0)).save(path)
+        path.with_suffix(".txt").write_text(f"thing {value}")
+    return root
+
+
+def test_a_folder_with_images_in_subfolders_only_names_the_option(nested):
+    message = message_of(nested)
+    assert "has no images itself, but 4 in subfolders, such as 10_cat/a.png" in message
+    assert "data.subfolders=true" in message
+
+
+def test_images_in_both_places_are_counted_in_a_warning(nested, caplog):
+    Image.new("RGB", (8, 6)).save(nested / "z.png")
+    assert captions(nested, instance_prompt="x") == {"z.png": "x"}
+    assert "4 images (a.png, b.png, c.png, d.png) are not used, because in subfolders" in caplog.text
+    assert "data.subfolders=true" in caplog.text
+
+
+def test_subfolders_are_read_with_their_captions_and_repeats(nested, caplog):
+    (nested / ".cache").mkdir()
+    Image.new("RGB", (8, 6)).save(nested / ".cache" / "hidden.png")
+    with caplog.at_level(logging.INFO):
+        images = read_captioned_images(nested, subfolders=True)
+    assert [(image.path.name, image.caption, image.repeats) for image in images] == [
+        ("a.png", "thing 0", 10),
+        ("b.png", "thing 1", 10),
+        ("c.png", "thing 2", 3),
+        ("d.png", "thing 3", 1),
+    ]
+    assert "10_cat: 2 images, 10 times in an epoch" in caplog.text
+    assert "1 file (.cache) is ignored" in caplog.text
+
+
+def test_each_subfolder_may_have_its_metadata(nested):
+    write_rows(nested / "10_cat", {"file_name": "a.png", "text": "a cat"})
+    write_rows(nested, {"file_name": "3_dog/c.png", "text": "a dog"})
+    found = captions(nested, subfolders=True)
+    assert (found["a.png"], found["b.png"], found["c.png"]) == ("a cat", "thing 1", "a dog")
+    write_rows(nested, {"file_name": "10_cat/a.png", "text": "again"})
+    message = message_of(nested, subfolders=True)
+    assert "10_cat/metadata.jsonl names a.png, which an outer metadata.jsonl names already" in message
+
+
+def test_a_folder_with_0_repeats_is_refused(nested):
+    (nested / "3_dog").rename(nested / "0_dog")
+    assert "the folder 0_dog asks for 0 repeats: rename it" in message_of(nested, subfolders=True)
+
+
+def test_repeats_identify_a_data_set(nested):
+    before = digest_of(read_captioned_images(nested, subfolders=True))
+    (nested / "10_cat").rename(nested / "11_cat")
+    assert digest_of(read_captioned_images(nested, subfolders=True)) != before
+
+
+def test_the_source_of_each_caption(folder):
+    write_rows(folder, {"file_name": "a.png", "text": "a"})
+    (folder / "b.txt").write_text("b")
+    sources = [image.source for image in read_captioned_images(folder, instance_prompt="x")]
+    assert sources == ["metadata.jsonl", ".txt", "data.instance_prompt"]
+
+
+def test_a_caption_with_half_a_surrogate_pair_is_not_text(folder):
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "\\ud800"}\n')
+    assert "line 1 has a caption that is not text" in message_of(folder, instance_prompt="x")

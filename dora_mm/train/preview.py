@@ -1,0 +1,239 @@
+"""What a training will cost, before it starts: memory by part, the time of a measured step, and slow hardware."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dora_mm.config.schema import OptimizerConfig, TrainConfig
+from dora_mm.core import InjectReport, fixed_parameters
+from dora_mm.train.loop import LossModule, accumulate, update
+from dora_mm.train.optim import build_optimizer
+from dora_mm.utils.tables import aligned_columns
+
+LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
+SLOWER = 4.0  # half precision that is this much slower than float32 is emulated: 16 times slower where it was measured
+BUDGET = 20.0  # seconds after which no further step is measured
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepCost(NamedTuple):
+    """What one optimizer step costs.
+
+    Attributes:
+        seconds: Of the fastest of up to three steps.
+        activations: Bytes beyond weights, gradients and optimizer state.
+        measured: `activations` is measured, on a GPU; else it is what autograd keeps, without temporary buffers.
+    """
+
+    seconds: float
+    activations: int
+    measured: bool
+
+
+def measure_step(
+    *,
+    accelerator: Accelerator,
+    config: TrainConfig,
+    seed: int,
+    networks: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batch_at: Callable[[int], Any],
+    loss: Callable[[Any, torch.Generator], torch.Tensor],
+) -> StepCost:
+    """Trains for up to three steps, all on the first batch, and measures them; the arguments are those of `fit`."""
+    trained = LossModule(networks, loss)
+    kept = _kept_for_backward(accelerator, trained, config, seed, batch_at)
+    device, times = accelerator.device, []
+    while len(times) < 3 and sum(times) < BUDGET:
+        before = _peak_memory(device)
+        started = time.monotonic()
+        with fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps):
+            accumulate(accelerator, trained, config, seed, 0, lambda number: batch_at(0))
+        update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
+        after = _peak_memory(device)  # waits for the GPU
+        times.append(time.monotonic() - started)
+    if device.type != "cuda":
+        return StepCost(min(times), kept, measured=False)
+    gradients = num_bytes(parameters.values())
+    return StepCost(min(times), max(0, after.peak - before.allocated - gradients), measured=True)
+
+
+class _Memory(NamedTuple):
+    allocated: int
+    peak: int
+
+
+def _peak_memory(device: torch.device) -> _Memory:
+    """The allocated GPU memory and its peak since the last call, in bytes; zeros on a processor."""
+    if device.type != "cuda":
+        return _Memory(0, 0)
+    torch.cuda.synchronize(device)
+    found = _Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def _kept_for_backward(accelerator, trained, config, seed, batch_at) -> int:
+    """The bytes that the forward pass of one micro-batch keeps for its backward pass, parameters not counted."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in trained.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    single = config.model_copy(update={"gradient_accumulation_steps": 1})
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), fixed_parameters(trained.networks):
+        accumulate(accelerator, trained, single, seed, 0, batch_at)
+    for parameter in trained.parameters():
+        parameter.grad = None
+    return sum(kept.values())
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The memory that these tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def optimizer_values(config: OptimizerConfig) -> int:
+    """How many numbers the optimizer keeps per trained parameter, found by one step of it on a small one."""
+    probe = nn.Parameter(torch.ones(3, 3))
+    optimizer = build_optimizer({"probe": probe}, config)
+    probe.grad = torch.ones(3, 3)
+    optimizer.step()
+    kept = optimizer.state[probe].values()
+    return sum(torch.is_tensor(value) and value.numel() == probe.numel() for value in kept)
+
+
+def memory_table(
+    networks: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: OptimizerConfig,
+    cost: StepCost | None,
+) -> str:
+    """A text table of the memory of a training by part, where each part is, and the sum for the training's device.
+
+    Args:
+        networks: All networks of the model, by name.
+        parameters: The trained parameters, by name.
+        optimizer: The `optimizer` section of the config.
+        cost: The cost of a step; None: the activations are left out.
+    """
+    trained = {id(parameter) for parameter in parameters.values()}
+    values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
+    place = next(iter(parameters.values())).device.type
+    state = optimizer_values(optimizer)
+    rows: list[tuple[str, str, int]] = []
+    for name, network in networks.items():
+        frozen = [p for p in (*network.parameters(), *network.buffers()) if id(p) not in trained]
+        place_of = frozen[0].device.type if frozen else place
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()}))
+        num_values = sum(p.numel() for p in frozen)
+        rows.append((f"{name}, {num_values:,} frozen in {dtypes}", place_of, num_bytes(frozen)))
+    rows.append((f"{values:,} trained", place, size))
+    rows.append(("gradients", place, size))
+    rows.append((f"optimizer state ({optimizer.name}, {state} numbers each)", place, state * 4 * values))
+    if cost is not None:
+        how = "measured" if cost.measured else "an estimate: what a step keeps for its backward pass"
+        rows.append((f"activations ({how})", place, cost.activations))
+    total = sum(size for _, where, size in rows if where == place)
+    rows.append(("together" if cost else "together, without activations", place, total))
+    return aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
+
+
+def describe_training(
+    networks: Mapping[str, nn.Module],
+    reports: Mapping[str, InjectReport],
+    optimizer: OptimizerConfig,
+    training: Mapping[str, Any],
+) -> str:
+    """Tables of the adapted modules and of the memory, and the time that a measured step leads to expect.
+
+    Nothing is measured where a step would take minutes: a large model without a GPU.
+
+    Args:
+        networks: All networks of the model, by name.
+        reports: What was adapted, by network.
+        optimizer: The `optimizer` section of the config.
+        training: The arguments of `measure_step`, by name.
+    """
+    slow = training["accelerator"].device.type == "cpu" and count(networks.values()) >= LARGE
+    cost = None if slow else measure_step(**training)
+    memory = memory_table(networks, training["parameters"], optimizer, cost)
+    time_line = _time_line(cost, training["config"].steps)
+    remarks = slow_hardware(training["accelerator"], networks.values())
+    return "\n\n".join([module_table(reports), memory, time_line, *remarks])
+
+
+def module_table(reports: Mapping[str, InjectReport]) -> str:
+    """A text table of the adapted modules and their parameters by network and part."""
+    rows = []
+    for name, report in reports.items():
+        for part in dict.fromkeys(module.part for module in report.modules):
+            sizes = [module.num_parameters for module in report.modules if module.part == part]
+            rows.append((f"{name} {part}", f"{len(sizes):,}", f"{sum(sizes):,}"))
+    count, total = (
+        sum(getattr(report, key) for report in reports.values()) for key in ("num_modules", "num_parameters")
+    )
+    return aligned_columns(
+        [("adapted", "modules", "parameters"), *rows, ("all", f"{count:,}", f"{total:,}")], num_text=1
+    )
+
+
+def _time_line(cost: StepCost | None, steps: int) -> str:
+    if cost is None:
+        return "time      not measured: a step of this model takes minutes to hours without a GPU"
+    whole = f"{cost.seconds * steps / 60:.1f} min for {steps} steps"
+    return f"time      {cost.seconds:.2f} s a step (measured), {whole}, drawing pictures not included"
+
+
+def count(networks: Iterable[nn.Module]) -> int:
+    """The number of parameters of these networks."""
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None) -> list[str]:
+    """Warnings about a training that will take far longer than its user may expect; usually none.
+
+    Args:
+        accelerator: Knows the device and the mixed precision of the training.
+        networks: All networks of the model; None: they are not on this machine, as is usual for large ones.
+    """
+    if accelerator.device.type != "cpu":
+        return []
+    found, mixed_precision = [], accelerator.mixed_precision
+    if networks is None:
+        found.append("There is no GPU: a step of a model of full size takes minutes to hours here.")
+    elif (num_parameters := count(networks)) >= LARGE:
+        found.append(
+            f"There is no GPU, and the model has {num_parameters / 1e9:.1f} billion parameters: a step takes minutes "
+            "to hours here."
+        )
+    if mixed_precision in PRECISIONS and (ratio := half_precision_slowdown(PRECISIONS[mixed_precision])) > SLOWER:
+        found.append(
+            f"This processor emulates {mixed_precision}, {ratio:.0f} times slower than float32: train in float32 "
+            "instead (train.mixed_precision=no)."
+        )
+    return found
+
+
+def half_precision_slowdown(dtype: torch.dtype) -> float:
+    """How many times longer a small product takes in this dtype than in float32 on the processor; a few ms."""
+    return _product_seconds(dtype) / _product_seconds(torch.float32)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    matrix, times = torch.ones(256, 256, dtype=dtype), []
+    for _ in range(4):  # the first one is a warm-up
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    return min(times)

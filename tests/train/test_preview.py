@@ -1,0 +1,76 @@
+"""What a training will cost: the memory by part, a measured step, and warnings about slow hardware."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dora_mm.config.schema import OptimizerConfig
+from dora_mm.train import preview
+from dora_mm.train.preview import describe_training, measure_step, memory_table, optimizer_values, slow_hardware
+from tests.train.small import small_training
+
+
+def test_a_step_is_measured_with_what_it_keeps_for_the_backward_pass():
+    cost = measure_step(**small_training().parts)
+    assert 0 < cost.seconds < 5
+    inputs, hidden, tanh = 4 * 6, 4 * 8, 4 * 8  # at least the input of each Linear, and the output of Tanh
+    assert 4 * (inputs + hidden) <= cost.activations <= 4 * 4 * (inputs + hidden + tanh)
+    assert not cost.measured
+    with_batches_of_16 = small_training()
+    with_batches_of_16.parts["batch_at"] = lambda number: torch.zeros(16, 6)
+    with_batches_of_16.parts["loss"] = lambda x, generator: with_batches_of_16.network(x).square().mean()
+    assert measure_step(**with_batches_of_16.parts).activations > 2 * cost.activations
+
+
+@pytest.mark.parametrize(("name", "number"), [("adamw", 2), ("prodigy", 4)])
+def test_the_numbers_that_an_optimizer_keeps(name, number):
+    assert optimizer_values(OptimizerConfig(name=name, lr=1.0)) == number
+
+
+def test_the_memory_by_part():
+    network = nn.Linear(1000, 500, bias=False)
+    network.requires_grad_(False)
+    half = nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16)
+    trained = nn.Parameter(torch.zeros(250_000))
+    network.extra = trained
+    table = memory_table({"one": network, "half": half}, {"extra": trained}, OptimizerConfig(lr=1.0), None)
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["one,", "500,000", "frozen", "in", "float32", "cpu", "2.0"],
+        ["half,", "1,000,000", "frozen", "in", "bfloat16", "cpu", "2.0"],
+        ["250,000", "trained", "cpu", "1.0"],
+        ["gradients", "cpu", "1.0"],
+        ["optimizer", "state", "(adamw,", "2", "numbers", "each)", "cpu", "2.0"],
+        ["together,", "without", "activations", "cpu", "8.0"],
+    ]
+
+
+def accelerator(precision="no", device="cpu"):
+    return SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+
+
+def test_emulated_half_precision_is_warned_of(monkeypatch):
+    monkeypatch.setattr(preview, "half_precision_slowdown", lambda dtype: 16.0)
+    (warning,) = slow_hardware(accelerator("bf16"), [])
+    assert "emulates bf16, 16 times slower than float32" in warning
+    assert slow_hardware(accelerator("no"), []) == []
+    assert slow_hardware(accelerator("bf16", "cuda"), []) == []
+    monkeypatch.setattr(preview, "half_precision_slowdown", lambda dtype: 0.6)
+    assert slow_hardware(accelerator("bf16"), []) == []
+
+
+def test_the_slowdown_is_measured():
+    assert 0 < preview.half_precision_slowdown(torch.bfloat16) < 10_000
+    assert preview.half_precision_slowdown(torch.float32) < 4
+
+
+def test_a_large_model_without_a_gpu_is_warned_of_and_not_measured():
+    with torch.device("meta"):
+        large = nn.Linear(30_000, 20_000)
+    assert "no GPU, and the model has 0.6 billion parameters" in slow_hardware(accelerator(), [large])[0]
+    assert "There is no GPU" in slow_hardware(accelerator(), None)[0]
+    assert slow_hardware(accelerator(device="cuda"), [large]) == []
+    parts = {**small_training().parts, "loss": None}  # a step would fail
+    text = describe_training({"large": large}, {}, OptimizerConfig(lr=1.0), parts)
+    assert "not measured: a step of this model takes minutes to hours" in text

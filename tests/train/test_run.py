@@ -1,0 +1,114 @@
+"""What a run says of itself, and what changes in its directory when it is extended."""
+
+import json
+import logging
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dora_mm.config import load_config
+from dora_mm.train.run import training_run
+from tests.train.small import interrupt_at, metrics, small_training
+
+CONFIG = """\
+pipeline: train_sdxl
+model: {path: some/model}
+adapter: {rank: 4}
+data: {folder: pictures, resolution: 128}
+optimizer: {lr: 1e-4}
+train: {steps: 12, batch_size: 4}
+"""
+
+
+@pytest.fixture
+def train(tmp_path, caplog):
+    """Runs the small training in a run directory; returns the directory and what was said."""
+    caplog.set_level(logging.INFO)
+    file = tmp_path / "mine.yaml"
+    file.write_text(CONFIG)
+
+    def run(*overrides, resume=None, **settings):
+        caplog.clear()
+        config = load_config(resume / "config.yaml" if resume else file, [f"output={tmp_path / 'run'}", *overrides])
+        steps = config.train.steps
+        with training_run(Accelerator(cpu=True), config, {}, resume, steps) as directory:
+            small_training(directory, steps=steps, schedule="constant", **settings).fit()
+            for name in ("adapter", "samples"):
+                (directory.path / name).mkdir(exist_ok=True)
+            (directory.path / "summary.json").write_text("{}")
+        return directory
+
+    return run
+
+
+def said(caplog):
+    return [line for line in caplog.messages if "Run " in line]
+
+
+def test_a_run_says_where_it_is_and_how_to_go_on_at_its_start_and_end(train, tmp_path, caplog):
+    train()
+    how = f"dora-mm train --resume {tmp_path / 'run'}"
+    assert said(caplog) == [
+        f"Run {tmp_path / 'run'}. After a stop: {how}",
+        f"\nRun {tmp_path / 'run'} is finished. To train longer: {how} --set train.steps=24",
+    ]
+
+
+STOPS = {
+    "Ctrl-C": ({"after_step": interrupt_at(7)}, KeyboardInterrupt, "saved at step 7 of 12"),
+    "a loss that is not finite": (
+        {"loss": lambda x, generator: torch.tensor(float("nan"), requires_grad=True)},
+        ValueError,
+        "nothing saved yet",
+    ),
+    "a full disk": ({"after_step": None, "checkpoint_every": 5}, OSError, "saved at step 5 of 12"),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_run_says_how_to_go_on_when_it_stops(train, tmp_path, caplog, stop):
+    settings, error, kept = STOPS[stop]
+    if stop == "a full disk":
+
+        def full(step):
+            if step == 8:
+                raise OSError(28, "No space left on device")
+
+        settings = {**settings, "after_step": full}
+    with pytest.raises(error):
+        train(**settings)
+    run = tmp_path / "run"
+    assert said(caplog)[-1] == f"\nRun {run} has stopped, {kept}. To go on: dora-mm train --resume {run}"
+    assert len(said(caplog)) == 2
+
+
+def test_a_path_with_a_blank_is_quoted(train, tmp_path, caplog):
+    train(f"output={tmp_path / 'a b'}")
+    assert f"dora-mm train --resume '{tmp_path / 'a b'}'" in said(caplog)[0]
+
+
+def test_an_extended_run_saves_its_config_what_changed_and_the_earlier_results(train, tmp_path, caplog):
+    run = train()
+    resumed = train("train.steps=20", "sample.steps=3", resume=run.path)
+    assert load_config(resumed.path / "config.yaml").train.steps == 20
+    rows = [json.loads(line) for line in (run.path / "changes.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": 12, "key": "train.steps", "before": 12, "after": 20},
+        {"step": 12, "key": "sample.steps", "before": 25, "after": 3},
+    ]
+    assert "train.steps changes from 12 to 20" in caplog.messages
+    assert said(caplog)[0].startswith(f"Run {run.path}, at step 12 of 20. After a stop: ")
+    assert sorted(path.name for path in (run.path / "step-000012").iterdir()) == ["adapter", "summary.json"]
+    assert (run.path / "adapter").is_dir()
+    assert [row["step"] for row in metrics(run)] == [3, 6, 9, 12, 15, 18, 20]
+    train(resume=run.path)  # a plain resumption changes nothing
+    assert len((run.path / "changes.jsonl").read_text().splitlines()) == 2
+    assert not (run.path / "step-000020").exists()
+
+
+def test_a_run_cannot_end_before_its_last_checkpoint(train, tmp_path):
+    run = train()
+    with pytest.raises(ValueError, match=r"train.steps: .* has finished 12 steps, so it cannot end at 5"):
+        train("train.steps=5", resume=run.path)
+    assert load_config(run.path / "config.yaml").train.steps == 12
