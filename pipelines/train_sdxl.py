@@ -73,7 +73,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None, dry_run: bool =
             if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
                 draw(run.samples / f"step-{step:06d}.png")
 
-        fit(run=run, **training, observe=observe)
+        fit(run=run, **training, observe=observe, metadata=about_adapter(config))
         if draw:
             save(config, adapted, run)
             draw(run.sheet)
@@ -171,21 +171,25 @@ def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: dict[str, nn.Modul
     set_training(adapted, True)
 
 
-def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirectory) -> None:
-    origin = {
+def about_adapter(config: TrainSDXLConfig) -> dict[str, str]:
+    """What the headers of adapter files say: the base model, and how the adapter was trained."""
+    base = {
+        "base_model": config.model.path,
         "base_revision": commit_of(config.model.path, config.model.revision),
         "base_vae": config.model.vae,
-    }
-    metadata = {
-        "base_model": config.model.path,
         "base_dtype": config.model.dtype,
-        **{key: value for key, value in origin.items() if value},
+    }
+    return {
+        **{key: value for key, value in base.items() if value},
         "placeholder": config.data.placeholder or "",
         "unconditional": config.data.unconditional,  # the empty prompt in training: the zero embedding, or ""
         "config": dump_config(config),
     }
-    format = formats.format_for(adapted, preferred="diffusers")
-    dora_mm.save_adapter(adapted, run.adapter, format=format, metadata=metadata, strength=config.adapter.strength)
+
+
+def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirectory) -> None:
+    settings = {"metadata": about_adapter(config), "strength": config.adapter.strength}
+    dora_mm.save_adapter(adapted, run.adapter, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
 
 def write_results(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[str, nn.Parameter]) -> None:

@@ -193,9 +193,7 @@ class SampleSDXLConfig(PicturesConfig):
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample_sdxl"]
     prompts: Items[Text] = ()
-    prompts_file: InputPath | None = (
-        None  # .csv, .tsv, .jsonl or .txt, with a column per setting; it replaces `prompts`
-    )
+    prompts_file: InputPath | None = None  # .csv, .tsv, .jsonl or .txt, a column per setting; replaces `prompts`
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     strengths: Annotated[Items[float], Field(min_length=1)] = (1.0,)  # one image for each; they multiply the adapter's
     sheet: bool = True  # whether to save labelled sheets of all images

@@ -13,14 +13,14 @@ layer and the names of the extra parameters.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.state import AdapterState, LayerState, joined, json_header, read_tensors
+from dora_mm.formats.state import AdapterState, LayerState, joined, json_header, layers_of, read_tensors
 from dora_mm.utils.atomic import save_tensors
 
 FILE_NAME = "trained_weights.safetensors"
@@ -44,19 +44,43 @@ def why_not(components: Mapping[str, nn.Module]) -> str | None:
     return None
 
 
+def header_of(components: Mapping[str, nn.Module], names: Iterable[str]) -> dict[str, str]:
+    """The header of a file of trained parameters, with which `read` reads it as an adapter.
+
+    Args:
+        components: The adapted models by component.
+        names: The names of all trained parameters, each with its component in front.
+    """
+    layers = {component: layers_of(model) for component, model in components.items()}
+    specs = {c: {path: layer.adaptation.spec for path, layer in found.items()} for c, found in layers.items() if found}
+    own = {
+        joined(component, path, name)
+        for component, found in layers.items()
+        for path, layer in found.items()
+        for name in layer.adapter_tensors()
+    }
+    return _header(specs, [name for name in names if name not in own])
+
+
+def _header(specs: Mapping[str, Mapping[str, DoRASpec]], extra: Sequence[str]) -> dict[str, str]:
+    plain = {
+        component: {path: {key: getattr(spec, key) for key in _SETTINGS} for path, spec in layers.items()}
+        for component, layers in specs.items()
+    }
+    return {FORMAT_KEY: FORMAT, SPECS_KEY: json.dumps(plain), EXTRA_KEY: json.dumps(list(extra))}
+
+
 def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]) -> Path:
     """Writes trained_weights.safetensors: see `Format.save`."""
     tensors: dict[str, Tensor] = {}
-    specs: dict[str, dict[str, Any]] = {}
     for component, layers in state.layers.items():
-        specs[component] = {
-            path: {key: getattr(layer.spec, key) for key in _SETTINGS} for path, layer in layers.items()
-        }
         for path, layer in layers.items():
             tensors |= {joined(component, path, name): tensor for name, tensor in layer.tensors.items()}
     extra = {joined(c, name): p for c, found in state.parameters.items() for name, p in found.items()}
-    header = {FORMAT_KEY: FORMAT, SPECS_KEY: json.dumps(specs), EXTRA_KEY: json.dumps(list(extra))}
-    save_tensors(folder / FILE_NAME, {**tensors, **extra}, {**metadata, **header})
+    specs = {
+        component: {path: layer.spec for path, layer in layers.items()} for component, layers in state.layers.items()
+    }
+    save_tensors(folder / FILE_NAME, {**tensors, **extra}, {**metadata, **_header(specs, list(extra))})
     return folder / FILE_NAME
 
 

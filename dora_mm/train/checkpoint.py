@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dora_mm.formats.native import FILE_NAME
 from dora_mm.utils.atomic import flush
 
-WEIGHTS, STATE, ABOUT = "weights.safetensors", "state.pt", "checkpoint.json"
+WEIGHTS, STATE, ABOUT = FILE_NAME, "state.pt", "checkpoint.json"  # the weights are also an adapter file
 
 
 class Stateful(Protocol):
@@ -31,7 +32,12 @@ class Stateful(Protocol):
 
 
 def save_checkpoint(
-    folder: Path, step: int, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful], keep: int
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Stateful],
+    keep: int,
+    header: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes the checkpoint `folder`/step-NNNNNN, then deletes all but the newest `keep` checkpoints.
 
@@ -41,6 +47,7 @@ def save_checkpoint(
         parameters: The trained parameters by name.
         parts: Everything else that has a state, such as the optimizer, by name.
         keep: How many checkpoints remain, this one included.
+        header: Metadata of the weights file.
 
     Returns:
         The folder of the new checkpoint.
@@ -55,7 +62,7 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
     try:
-        save_file(weights, partial / WEIGHTS)
+        save_file(weights, partial / WEIGHTS, metadata=dict(header or {}))
         with (partial / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full
             torch.save({name: part.state_dict() for name, part in parts.items()}, file)
         (partial / ABOUT).write_text(json.dumps({"step": step}))

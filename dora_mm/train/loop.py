@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dora_mm.config.schema import TrainConfig
 from dora_mm.core import fixed_parameters
+from dora_mm.formats import native
 from dora_mm.train.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
@@ -39,6 +40,7 @@ def fit(
     state: Mapping[str, Stateful] | None = None,
     after_step: Hook | None = None,
     observe: Hook | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Trains until `config.steps` optimizer steps are done.
 
@@ -62,6 +64,7 @@ def fit(
         after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
         observe: Called after `after_step` with the same number; for work that does not affect training, such as
             validation. A call that was interrupted is repeated by the resumed run.
+        metadata: What the headers of adapter files have, for the checkpoints, whose weights are adapter files as well.
 
     Returns:
         The number of optimizer steps that this call performed.
@@ -79,6 +82,7 @@ def fit(
     parts |= state or {}
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
+    header = {**(metadata or {}), **native.header_of(networks, parameters)}
     step = first = _resume(run, parameters, parts)
     log = MetricsLog(run.path, first) if accelerator.is_main_process else None
     progress.start(first)
@@ -86,7 +90,7 @@ def fit(
     def save() -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints)
+            save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints, header)
         accelerator.wait_for_everyone()
 
     interrupt = DeferredInterrupt()

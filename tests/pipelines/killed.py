@@ -26,6 +26,8 @@ def kill_after(checkpoint: str, config: Path, run: Path, program: str = "dora_mm
 
 def assert_same_weights(checkpoint: str, first: Path, second: Path) -> None:
     """Bit for bit, in the same checkpoint of two runs."""
-    one, other = (load_file(run / "checkpoints" / checkpoint / "weights.safetensors") for run in (first, second))
+    one, other = (
+        load_file(run / "checkpoints" / checkpoint / "trained_weights.safetensors") for run in (first, second)
+    )
     assert one.keys() == other.keys()
     assert {name: torch.equal(tensor, other[name]) for name, tensor in one.items()} == dict.fromkeys(one, True)

@@ -133,7 +133,7 @@ def test_a_run_directory_is_complete(config, tmp_path, capsys):
 def test_adapters_stay_float32_over_a_bf16_model(config, tmp_path):
     assert main(["train", str(config(model__dtype="bfloat16", train__mixed_precision="bf16"))]) == 0
     for folder in checkpoints(tmp_path / "run" / "checkpoints"):
-        assert {t.dtype for t in load_file(folder / "weights.safetensors").values()} == {torch.float32}
+        assert {t.dtype for t in load_file(folder / "trained_weights.safetensors").values()} == {torch.float32}
     tensors = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
@@ -247,7 +247,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path, kill):
     stopped_at = json.loads((checkpoints(run / "checkpoints")[-1] / "checkpoint.json").read_text())["step"]
     assert 6 <= stopped_at < 30
     assert main(["train", "--resume", str(run)]) == 0
-    for name in ("weights.safetensors",):
+    for name in ("trained_weights.safetensors",):
         one, two = (load_file(r / "checkpoints" / "step-000030" / name) for r in (tmp_path / "uninterrupted", run))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)

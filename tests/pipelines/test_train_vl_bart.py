@@ -96,7 +96,7 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_f
     assert [row["step"] for row in read_metrics(run / "validation" / "metrics.jsonl")] == [3, 6]
     assert (run / "best" / "overall" / "adapter_model.safetensors").is_file()
 
-    trained = load_file(run / "checkpoints" / "step-000006" / "weights.safetensors")
+    trained = load_file(run / "checkpoints" / "step-000006" / "trained_weights.safetensors")
     model, _ = load_vl_bart(VLModelConfig(path=str(model_folder)), DIM, 0)
     load_adapter({"model": model}, run / "adapter")
     ours = {f"model.{name}": parameter for name, parameter in model.named_parameters()}

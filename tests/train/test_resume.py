@@ -145,7 +145,7 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
     run = new_run(tmp_path / "run")
     partial = run.checkpoints / ".step-000005.partial"
     partial.mkdir(parents=True)
-    (partial / "weights.safetensors").write_bytes(b"half")
+    (partial / "trained_weights.safetensors").write_bytes(b"half")
     assert small_training(run, steps=3).fit() == 3
 
 
@@ -153,7 +153,7 @@ def test_the_error_of_a_damaged_checkpoint_names_it(tmp_path):
     run = new_run(tmp_path / "run")
     small_training(run, steps=3).fit()
     (checkpoint,) = checkpoints(run.checkpoints)
-    for name in ("state.pt", "weights.safetensors"):
+    for name in ("state.pt", "trained_weights.safetensors"):
         (checkpoint / name).write_bytes(b"half")
         with pytest.raises(ValueError, match="step-000003 is not a readable checkpoint"):
             small_training(run, steps=5).fit()
