@@ -132,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "inspect", help="list the contents of an adapter file, or the modules of a model that a target map selects"
     )
-    command.add_argument("path", metavar="PATH|MODEL", help="an adapter file or its folder; a model folder or hub name")
+    command.add_argument(
+        "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
+    )
     command.add_argument("--targets", metavar="NAME", help="a target map, such as sdxl-unet")
     command.set_defaults(run=_run_inspect)
     command = commands.add_parser(

@@ -1,4 +1,4 @@
-"""dora-mm inspect: what an adapter file holds, or which modules of a model a target map selects."""
+"""dora-mm inspect: what an adapter file or a picture says, or which modules of a model a target map selects."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,6 +9,7 @@ from dora_mm.config import find_path, resolve_model
 from dora_mm.formats.diffusers import PEFT_METADATA
 from dora_mm.formats.peft_layers import OUR_METADATA
 from dora_mm.models.hub import unreachable
+from dora_mm.sampling.png import read_description
 from dora_mm.targets import find
 from dora_mm.utils.tables import aligned_columns
 
@@ -19,16 +20,21 @@ RANK = 8  # parameter counts of target maps are stated at this rank
 
 
 def main(path: str, *, targets: str | None = None) -> None:
-    """Prints the content of an adapter file, or what the target maps select in an SDXL model.
+    """Prints what an adapter file holds, how a picture was drawn, or what the target maps select in an SDXL model.
 
     Args:
-        path: An adapter file, its folder or its run directory; or an SDXL model, as a folder or a hub name.
+        path: An adapter file, its folder or its run directory; a PNG file that `dora-mm sample` drew; or an SDXL model,
+            as a folder or a hub name.
         targets: The only target map to show, for a model.
 
     Raises:
-        ValueError: The file is not an adapter, the path is not an SDXL model, or there is no such target map.
+        ValueError: The file is not an adapter or such a picture, the path is not an SDXL model, or there is no such
+            target map.
     """
     file = adapter_file(path)
+    if file is not None and file.suffix.lower() == ".png":
+        print(describe_picture(file))
+        return
     if file is None:
         print(describe_model(resolve_model(path, "MODEL"), targets))
     elif targets is not None:
@@ -44,6 +50,22 @@ def adapter_file(path: str) -> Path | None:
         return found
     files = (folder / name for folder in (found, found / "adapter") for name in ADAPTERS)
     return next((file for file in files if file.is_file()), None)
+
+
+def describe_picture(file: Path) -> str:
+    """How a picture was drawn, with a line per setting."""
+    description = read_description(file)
+    prompt, negative_prompt, seed = description.batch[description.position]
+    model = {f"model {name}": value for name, value in vars(description.model).items() if value is not None}
+    adapters = {
+        f"adapter {number}": f"{adapter.path} at strength {adapter.strength:g}, SHA-256 {adapter.digest}"
+        for number, adapter in enumerate(description.adapters, 1)
+    }
+    first = {"prompt": prompt, "negative prompt": negative_prompt, "seed": seed}
+    batch = {"batch": f"picture {description.position + 1} of {len(description.batch)}"}
+    software = {f"version of {name}": value for name, value in description.software.items()}
+    lines = {**first, **description.settings, **adapters, **model, **batch, **description.environment, **software}
+    return aligned_columns([(name, str(value)) for name, value in lines.items() if value is not None], num_text=2)
 
 
 # --- adapter files ---------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def plan(
         index: Description(
             model,
             tuple(UsedAdapter(path, strength, *adapters[path]) for path, strength in pictures[index].weights),
-            dict(zip(("steps", "guidance", "width", "height", "scheduler"), pictures[index].drawn_with, strict=True)),
+            pictures[index].settings,
             tuple((pictures[i].prompt, pictures[i].negative_prompt, pictures[i].seed) for i in group),
             position,
             environment,
@@ -220,27 +220,20 @@ def adapted(networks: Sequence[nn.Module], weights: Weights, load: LoadAdapter) 
 def draw_batch(job: Job, batch: Sequence[int], sampler: PictureSampler) -> None:
     """Draws one batch, and saves the pictures of it that are missing."""
     pictures = [job.pictures[index] for index in batch]
-    first = pictures[0]
+    settings = job.descriptions[batch[0]].settings
+    prompts = [(picture.prompt, picture.negative_prompt) for picture in pictures]
     try:
-        drawn = sampler.draw(
-            [(picture.prompt, picture.negative_prompt) for picture in pictures],
-            [picture.seed for picture in pictures],
-            steps=first.steps,
-            guidance=first.guidance,
-            width=first.width,
-            height=first.height,
-            scheduler=first.scheduler,
-        )
+        drawn = sampler.draw(prompts, [picture.seed for picture in pictures], **settings)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise
-        size = f"{len(batch)} of {first.width} x {first.height} pixels"
+        size = f"{len(batch)} of {settings['width']} x {settings['height']} pixels"
         job.failed |= dict.fromkeys(batch, f"has no room in memory, in a batch of {size}: lower batch_size or the size")
         return
     for index, picture in zip(batch, drawn, strict=True):
         if isinstance(picture, UnusablePictureError):
             job.failed[index] = str(picture)
         elif index not in job.done:
-            title = sampler.scheduler_title(first.scheduler)
+            title = sampler.scheduler_title(settings["scheduler"])
             save_picture(job.file(index), picture, job.descriptions[index], title)
             job.done[index] = file_digest(job.file(index))

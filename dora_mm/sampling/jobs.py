@@ -62,9 +62,9 @@ class Picture:
         return tuple((path, strength) for path, strength in scaled if strength)
 
     @property
-    def drawn_with(self) -> Hashable:
-        """The settings that all pictures of a batch share, besides the weights."""
-        return self.steps, self.guidance, self.width, self.height, self.scheduler
+    def settings(self) -> dict[str, Any]:
+        """What all pictures of a batch share besides the weights, as `PictureSampler.draw` takes it."""
+        return {name: getattr(self, name) for name in ("steps", "guidance", "width", "height", "scheduler")}
 
 
 # --- reading a job file ----------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def batches(pictures: Sequence[Picture], size: int, num_chunks: Callable[[Pictur
     """
     groups: dict[Hashable, dict[Hashable, list[int]]] = {}
     for index, picture in enumerate(pictures):
-        key = picture.drawn_with, num_chunks(picture)
+        key = *picture.settings.values(), num_chunks(picture)
         groups.setdefault(picture.weights, {}).setdefault(key, []).append(index)
     return [
         group[start : start + size]

@@ -79,7 +79,7 @@ class LoadedModel:
         combinations = {picture.weights for picture in pictures}
         for path in self.adapters:
             if not replaces_weights(self.adapters[path]):
-                with adapted(list(self.model.adaptable.values()), [(path, 1.0)], self.load_adapter):
+                with adapted(list(self.model.adaptable.values()), ((path, 1.0),), self.load_adapter):
                     continue
             if combinations != {((path, 1.0),)}:
                 raise ValueError(
@@ -157,8 +157,9 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
         header = read_metadata(file)
         if not header.get("base_model"):
             raise ValueError(f"{path} does not say which model it was trained on: set model.path")
-        values = {"path": header["base_model"], "revision": header.get("base_revision"), "vae": header.get("base_vae")}
-        found.setdefault(ModelConfig(**values, dtype=header.get("base_dtype") or "float32"), path)
+        keys = {"path": "base_model", "revision": "base_revision", "vae": "base_vae", "dtype": "base_dtype"}
+        values = {name: header[key] for name, key in keys.items() if key in header}
+        found.setdefault(ModelConfig.model_validate(values), path)
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
         raise ValueError(f"{first} was trained on {one.path}, and {second} on {other.path}: set model.path")

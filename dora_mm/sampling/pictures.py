@@ -83,9 +83,10 @@ class PictureSampler:
         """
         self.pipe.scheduler = self.scheduler if scheduler is None else make_scheduler(scheduler, self.scheduler)
         encoded = [self._encode(each) for each in prompts]
+        embeddings: dict[str, Any] = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
         try:
             drawn: Any = self.pipe(
-                **{name: torch.cat([each[name] for each in encoded]) for name in encoded[0]},
+                **embeddings,
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                 num_inference_steps=steps,
                 guidance_scale=guidance,
@@ -106,7 +107,8 @@ class PictureSampler:
         return self._encoded[prompts]
 
     def _picture(self, pixels: Tensor) -> Image.Image:
-        return self.pipe.image_processor.postprocess(pixels[None], "pil", [False])[0]
+        processor: Any = self.pipe.image_processor
+        return processor.postprocess(pixels[None], "pil", [False])[0]
 
 
 def problem_of(pixels: Tensor) -> UnusablePictureError | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def config_of(description: Description) -> PicturesConfig:
         pipeline="sample_sdxl",
         name="replay",
         backend=description.environment["backend"],
-        model=ModelConfig(path=model.path, revision=model.revision, vae=model.vae, dtype=model.dtype),
+        model=ModelConfig.model_validate({key: value for key, value in asdict(model).items() if key != "digest"}),
         memory=MemoryConfig(**description.environment["memory"]),
     )
 

@@ -227,7 +227,7 @@ def test_pictures_that_are_not_numbers_are_named(job, tiny_folder, tmp_path, cap
     assert not list(run.rglob("samples/*.png"))
 
 
-def test_metadata_is_read_by_other_tools(job, style):
+def test_a_picture_says_how_it_was_drawn(job, style, capsys):
     run = job({"prompt": "a bus, red", "negative_prompt": "grey", "seed": 5}, adapter__path=str(style), steps=2)
     text = Image.open(run / "samples" / "0001-seed5.png").text
     prompt, negative, settings = text["parameters"].split("\n")
@@ -235,7 +235,11 @@ def test_metadata_is_read_by_other_tools(job, style):
     assert settings.startswith("Steps: 2, Sampler: Euler, CFG scale: 5, Seed: 5, Size: 64x64, Model hash: ")
     assert "Lora hashes: " in settings
     assert str(run) not in json.dumps(text)
-    assert "20" + "26-" not in json.dumps(text)
+    capsys.readouterr()
+    assert main(["inspect", str(run / "samples" / "0001-seed5.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "prompt             a bus, red" in shown
+    assert f"{style} at strength 1, SHA-256" in shown
 
 
 def test_a_job_that_is_killed_ten_times_ends_with_the_same_files(style, tmp_path):

@@ -160,7 +160,10 @@ def test_batches_hold_every_picture_once_and_share_their_settings(rows, size):
     assert sorted(index for batch in found for index in batch) == list(range(len(pictures)))
     for batch in found:
         assert len(batch) <= size
-        assert len({(pictures[i].weights, pictures[i].drawn_with, len(pictures[i].prompt) // 75) for i in batch}) == 1
+        assert (
+            len({(pictures[i].weights, *pictures[i].settings.values(), len(pictures[i].prompt) // 75) for i in batch})
+            == 1
+        )
     weights = [pictures[batch[0]].weights for batch in found]
     changes = sum(one != other for one, other in pairwise(weights))
     assert changes == len(set(weights)) - 1
