@@ -274,4 +274,5 @@ def describe(config: TrainVLBartConfig) -> str:
     parameters = trained_parameters(adapted, extra_trainable_parameters(model, config.adapter.extra_trainable))
     tables = [f"{name}\n{injected}" for name, injected in reports.items()]
     needed = data_needed(config.data, config.vision, config.model.path)
-    return "\n\n".join([trainable_share(parameters, adapted), *tables, needed])
+    remarks = slow_hardware(Accelerator(mixed_precision=config.train.mixed_precision), adapted.values())
+    return "\n\n".join([trainable_share(parameters, adapted), *tables, needed, *remarks])

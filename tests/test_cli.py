@@ -115,6 +115,13 @@ def test_malformed_command_lines_exit_with_2(arguments, capsys):
     assert "usage: dora-mm" in capsys.readouterr().err
 
 
+def test_recipes_without_a_dry_run_refuse_it(config, pipeline, capsys):
+    recipe = pipeline()
+    assert cli.main(["train", str(config), "--dry-run"]) == 2
+    assert "--dry-run: the recipe train_sdxl does not support it" in capsys.readouterr().err
+    assert recipe.calls == []
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 

@@ -219,7 +219,7 @@ def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None
         )
     if mixed_precision in PRECISIONS and (ratio := half_precision_slowdown(PRECISIONS[mixed_precision])) > SLOWER:
         found.append(
-            f"This processor emulates {mixed_precision}, {ratio:.0f} times slower than float32: train in float32 "
+            f"This processor emulates {mixed_precision}, some {ratio:.0f} times slower than float32: train in float32 "
             "instead (train.mixed_precision=no)."
         )
     return found
@@ -227,12 +227,17 @@ def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None
 
 def half_precision_slowdown(dtype: torch.dtype) -> float:
     """How many times longer a small product takes in this dtype than in float32 on the processor; a few ms."""
-    return _product_seconds(dtype) / _product_seconds(torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, starting a second one takes longer than the product
+    try:
+        return _product_seconds(dtype) / _product_seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    matrix, times = torch.ones(256, 256, dtype=dtype), []
-    for _ in range(4):  # the first one is a warm-up
+    matrix, times = torch.ones(128, 128, dtype=dtype), []
+    for _ in range(5):  # the first one is a warm-up
         started = time.perf_counter()
         matrix @ matrix
         times.append(time.perf_counter() - started)

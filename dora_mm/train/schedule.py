@@ -53,7 +53,7 @@ class Schedule(LRScheduler):
         self._last_lr = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = rate
-        if before != steps and self.name != "constant":
+        if before != steps and self.name != "constant" and self.last_epoch > self.warmup:
             log.warning(
                 "schedule.name %s now ends at step %d: the rate goes on at %.2e, but the %d finished steps had the "
                 "rates of a run of %d, so the result is not that of %d steps from the start.",

@@ -233,11 +233,6 @@ def test_every_full_size_run_has_a_dry_run(name, capsys):
     assert expected.get(name, "trainable") in trained
 
 
-def test_recipes_without_a_dry_run_refuse_it(capsys):
-    assert main(["train", "configs/sdxl/demo.yaml", "--dry-run"]) == 2
-    assert "--dry-run: the recipe train_sdxl" in capsys.readouterr().err
-
-
 def test_an_adapted_tower_gives_the_same_answers_in_eval(config, tmp_path, capsys):
     """Whether eval is given the run, the folder or the file, it loads the tower's adapter."""
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from dora_mm.train.schedule import build_schedule
 
 
 def small_training(
-    run=None, *, optimizer=None, schedule="cosine", warmup_ratio=0.0, after_step=None, loss=None, dropout=0.0, **train
+    run=None, *, optimizer=None, schedule="cosine", warmup=None, after_step=None, loss=None, dropout=0.0, **train
 ):
     """A small regression training whose data and noise depend on the step; `.fit()` runs it."""
     torch.manual_seed(0)
@@ -23,7 +23,7 @@ def small_training(
     parameters = dict(network.named_parameters())
     config = TrainConfig(**{"steps": 12, "batch_size": 4, "log_every": 3, **train})
     built_optimizer = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
-    shape = ScheduleConfig(name=schedule, warmup_ratio=warmup_ratio)
+    shape = ScheduleConfig(name=schedule, **(warmup or {}))
     built_schedule = build_schedule(built_optimizer, shape, config.steps)
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(built_optimizer)

@@ -40,8 +40,13 @@ def test_other_rates_go_on_as_in_a_run_of_the_new_length_with_a_warning(tmp_path
     assert "the 4 finished steps had the rates of a run of 4" in caplog.text
 
 
+def test_no_warning_while_the_rate_still_rises(tmp_path, caplog):
+    extended(tmp_path / "run", 4, 8, schedule="cosine", warmup={"warmup_steps": 4})
+    assert caplog.text == ""
+
+
 def test_an_extended_run_is_not_warmed_up_again(tmp_path):
-    _, run = extended(tmp_path / "run", 4, 20, schedule="constant", warmup_ratio=0.5, log_every=1)
+    _, run = extended(tmp_path / "run", 4, 20, schedule="constant", warmup={"warmup_ratio": 0.5}, log_every=1)
     assert [row["lr"] for row in metrics(run)] == pytest.approx([0, 0.025, *[0.05] * 18])
 
 
