@@ -16,6 +16,7 @@ from dora_mm.config.loader import dump_config
 from dora_mm.config.schema import AnyAdapterConfig, PipelineConfig
 from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.folders import claim_number
 
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
@@ -166,7 +167,7 @@ def new_folder(name: str, output: str | None = None, root: Path = Path("runs")) 
     Raises:
         ValueError: `output` exists already, or its parent is a file.
     """
-    return _claim(Path(output).expanduser()) if output is not None else _claim_number(root / name)
+    return _claim(Path(output).expanduser()) if output is not None else claim_number(root / name)
 
 
 def training_summary(
@@ -211,19 +212,6 @@ def _claim(path: Path) -> Path:
     except NotADirectoryError:
         raise ValueError(f"output {path} is inside a file, not a folder: choose another folder.") from None
     return path
-
-
-def _claim_number(parent: Path) -> Path:
-    """Claims the next number by creating its folder, so that two runs that start together get different numbers."""
-    parent.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0) + 1
-    while True:
-        path = parent / f"{number:03d}"
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:
-            number += 1
 
 
 def versions() -> dict[str, Any]:
