@@ -4,7 +4,6 @@ A fitted judge (`fit_judge`) scores images of things that no adapter was trained
 prompts that it knows, and with the adapter's prompts) and by the adapter. The table has 95 % intervals over things.
 """
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from itertools import product
@@ -32,7 +31,7 @@ from dora_mm.sampling.pictures import sample
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import module_digest
+from dora_mm.utils.digest import file_digest, module_digest
 from dora_mm.utils.tables import markdown_table
 
 log = logging.getLogger(__name__)
@@ -157,10 +156,11 @@ def save_images(
         for index, ((code, settings), image, scores) in enumerate(rows):
             file = f"samples/{file_name(name)}/{code}-seed{settings['seed']}.png"
             write_atomically(run.path / file, lambda partial, image=image: image.save(partial, "PNG"))
-            digest = hashlib.sha256((run.path / file).read_bytes()).hexdigest()
             batch = first_batch + index // config.draw.batch_size
             settings |= {"width": image.width, "height": image.height}
-            entries.append(Entry(len(entries) + 1, file, "done", batch, settings, digest, scores=scores))
+            entries.append(
+                Entry(len(entries) + 1, file, "done", batch, settings, file_digest(run.path / file), scores=scores)
+            )
     write_manifest(run.path, entries)
 
 

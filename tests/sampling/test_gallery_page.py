@@ -79,7 +79,8 @@ def test_all_pictures_and_failures_are_shown(one):
     assert one.evaluate(PROMPTS) == ["a bus", "a bus", "a cat", "a cat", "a key", "a key", "a hat"]
     assert one.evaluate("document.querySelector('.missing').innerText") == "failed\nthe picture is black"
     assert one.evaluate("document.querySelector('#count').textContent") == "7 pictures, 1 not drawn"
-    assert one.evaluate("[...document.images].filter((image) => image.naturalWidth).length") >= 6
+    decoded = "Promise.all([...document.querySelectorAll('.card img')].map((image) => image.decode().then(() => 1)))"
+    assert one.evaluate(decoded) == [1] * 6
     assert one.problems == []
 
 

@@ -21,6 +21,7 @@ INDEX, PICTURES, THUMBNAILS = "index.html", "pictures", "thumbnails"
 OWN = {INDEX, PICTURES, THUMBNAILS}
 LEFT_BY_DESKTOPS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # in every folder that was looked at
 FORMATS = {"PNG": (".png",), "WEBP": (".webp",), "JPEG": (".jpg", ".jpeg")}  # a browser shows all of them
+NOT_A_PICTURE = "its file is not a whole PNG, WebP or JPEG picture"
 SIDE = 512  # pixels of a thumbnail's longer side: sharp on a screen of twice the density; some 25 kB
 
 
@@ -42,11 +43,7 @@ def write_gallery(runs: Mapping[Path, Sequence[Entry]], folder: Path) -> Path:
     for run, entries in runs.items():
         _check_files(run, entries)
     with _replacing(folder) as partial:
-        jobs = [(run, number, entry) for number, (run, entries) in enumerate(runs.items(), 1) for entry in entries]
-        with ThreadPoolExecutor() as threads:  # Pillow lets others run while it decodes, scales and encodes
-            shown = threads.map(lambda job: _add(*job, partial), jobs)
-            pictures = list(tqdm(shown, total=len(jobs), desc="gallery", unit="picture", leave=False, delay=2))
-        write_text(partial / INDEX, page(gallery_data(pictures)))
+        write_text(partial / INDEX, page(gallery_data(_add_all(runs, partial))))
     return folder / INDEX
 
 
@@ -61,28 +58,49 @@ def _check_files(run: Path, entries: Sequence[Entry]) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
+def _add_all(runs: Mapping[Path, Sequence[Entry]], folder: Path) -> list[Picture]:
+    with ThreadPoolExecutor() as threads:  # Pillow lets others run while it decodes, scales and encodes
+        added = [
+            threads.submit(_add, run, number, entry, folder)
+            for number, (run, entries) in enumerate(runs.items(), 1)
+            for entry in entries
+        ]
+        try:
+            bar = tqdm(added, desc="gallery", unit="picture", leave=False, delay=2, disable=None)
+            return [future.result() for future in bar]
+        except BaseException:  # Ctrl-C, a full disk: do not wait for the rest
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
 def _add(run: Path, number: int, entry: Entry, folder: Path) -> Picture:
     """Puts the picture of an entry into the folder, with a thumbnail if it is large."""
     if entry.status != "done":
         return Picture(str(run), entry)
     source = (run / entry.file).resolve()
     name = Path(str(number), source.relative_to(run.resolve()))
-    try:
-        with Image.open(source, formats=tuple(FORMATS)) as image:
-            if source.suffix.lower() not in FORMATS[str(image.format)]:
-                raise OSError(f"its name should end in {FORMATS[str(image.format)][0]}")
-            image.load()
-            _link(source, folder / PICTURES / name)
-            file = thumbnail = _address(PICTURES, name)
-            if max(image.size) > SIDE:
-                small = name.with_name(f"{name.name}.webp")
-                _save_thumbnail(image, folder / THUMBNAILS / small)
-                thumbnail = _address(THUMBNAILS, small)
-            return Picture(str(run), entry, file, thumbnail, image.size)
-    except FileNotFoundError:
+    if not source.is_file():
         return Picture(str(run), replace(entry, status="missing", reason="its file is not there any more"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever Pillow raises
-        return Picture(str(run), replace(entry, status="failed", reason=f"its file cannot be read: {error}"))
+    image = _read(source)
+    if image is None:
+        return Picture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
+    _link(source, folder / PICTURES / name)
+    file = thumbnail = _address(PICTURES, name)
+    if max(image.size) > SIDE:
+        small = name.with_name(f"{name.name}.webp")
+        _save_thumbnail(image, folder / THUMBNAILS / small)
+        thumbnail = _address(THUMBNAILS, small)
+    return Picture(str(run), entry, file, thumbnail, image.size)
+
+
+def _read(path: Path) -> Image.Image | None:
+    """The decoded picture; None where there is none, or where a browser would take the file for something else."""
+    try:
+        with Image.open(path, formats=tuple(FORMATS)) as image:
+            image.load()
+            return image if path.suffix.lower() in FORMATS[str(image.format)] else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # whatever Pillow raises
+        return None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -44,8 +44,9 @@ const distinct = columns.map((_, index) => {
 });
 
 function pathEnd(text) {
-  const parts = text.replace(/\/adapter$/, "").split("/"); // as the folder in a run is called
-  return parts.length > 2 && !/\s/.test(text) ? parts.slice(-2).join("/") : text;
+  if (/\s/.test(text)) return text; // no path, but a sentence
+  const paths = text.replace(/\/adapter(?=$|[:+])/g, "").split("+"); // "adapter": the folder in a run
+  return paths.map((path) => path.split("/").slice(-2).join("/")).join("+");
 }
 
 const shortOf = (picture, index) => distinct[index].get(JSON.stringify(picture.values[index]));
