@@ -11,9 +11,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $(READY)
 
-demo: $(READY)  ## train a style adapter on the embedded model, score it, and show before and after
+demo: $(READY)  ## train a style adapter on the embedded model, score it, and show before and after on a sheet and a page
 	$(BIN)/dora-mm train configs/sdxl/demo.yaml
 	$(BIN)/dora-mm eval configs/sdxl/eval_demo.yaml --set adapter.path=$$(ls -d runs/demo/*/adapter | tail -n 1)
+	$(BIN)/dora-mm gallery $$(ls -d runs/eval_demo/* | tail -n 1)
 
 demo-vl: $(READY)  ## the embedded VL-BART learns to answer questions about scenes, and shows what it answers
 	$(BIN)/dora-mm train configs/vl_bart/demo.yaml

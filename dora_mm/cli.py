@@ -129,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
             )
         defaults = {"resume": None, "dry_run": False, "job_config": None, "replay": None}
         command.set_defaults(run=_run_sample if name == "sample" else _run_pipeline, command=name, **defaults)
+    command = commands.add_parser("gallery", help="make one page of all pictures of runs, to look at in a browser")
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory with pictures")
+    command.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        help="default: gallery in the run, or for several runs a numbered folder in runs/gallery",
+    )
+    command.set_defaults(run=_run_gallery)
     command = commands.add_parser(
         "inspect", help="list the contents of an adapter file, or the modules of a model that a target map selects"
     )
@@ -211,6 +220,12 @@ def _config_of_run(run: Path, given: str | None, overrides: list[str], recipes: 
     config = load_config(given or saved, overrides, recipes.schemas)
     check_changes(run, load_config(saved, schemas=recipes.schemas), config)
     return config
+
+
+def _run_gallery(arguments: argparse.Namespace) -> None:
+    from dora_mm.recipes import PIPELINES
+
+    PIPELINES.load("gallery").main(arguments.runs, output=arguments.output)
 
 
 def _run_inspect(arguments: argparse.Namespace) -> None:

@@ -5,28 +5,33 @@ prompts that it knows, and with the adapter's prompts) and by the adapter. The t
 """
 
 import logging
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 import dora_mm
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.config.sdxl import AdapterFile, ClipConfig, EvalSDXLConfig
-from dora_mm.data.images.folder import load_rgb
-from dora_mm.eval.images.clip import ClipSimilarity
+from dora_mm.config.sdxl import AdapterFile, EvalSDXLConfig
+from dora_mm.eval.images.clip import ClipSimilarity, read_references
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
-from dora_mm.eval.images.scores import format_interval, metrics_table, summarize, write_json
+from dora_mm.eval.images.scores import format_interval, image_scores, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.manifest import Entry, write_manifest
 from dora_mm.sampling.pictures import sample
 from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import module_digest
+from dora_mm.utils.digest import file_digest, module_digest
 from dora_mm.utils.tables import markdown_table
 
 log = logging.getLogger(__name__)
@@ -37,7 +42,8 @@ BARE_FLAT, BARE, ADAPTER = "bare model, flat prompts", "bare model", "adapter"
 def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     """Draws the images, scores them and prints the table.
 
-    Writes to the run directory: table.md, metrics.json, the scores of single images in scores/, and sheet.png.
+    Writes to the run directory: table.md, metrics.json, the scores of single images in scores/, the images in samples/
+    with manifest.jsonl, which a gallery shows, and sheet.png.
 
     Args:
         config: The config; without `adapter` only the bare model is scored.
@@ -55,19 +61,22 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
     if config.adapter:
         load_adapter(model, config.adapter)
     encoder = Encoder(device)
-    references = read_references(config.clip) if config.clip else []
+    references = read_references(config.clip.images) if config.clip and config.clip.images else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
     run = open_run(config)
 
     images = draw_all(config, model, concepts)
     seeds = config.concepts.seeds
-    metrics = {}
+    cosines = clip_similarity(config, clip, references, images, concepts) if clip else {}
+    metrics, scored = {}, {}
     for name, drawn in images.items():
         scores = judge.scores(encoder(drawn), concepts, seeds)
-        scores.save(run.path / "scores" / f"{name.replace(' ', '_').replace(',', '')}.json")
+        scores.save(run.path / "scores" / f"{file_name(name)}.json")
         # Also for the bare model on flat prompts, which should be flat: how much of the style the judge sees in it.
         metrics[name] = summarize(scores, config.style, judge.style_space, over_seeds=False)
-    similarity = clip_similarity(config, clip, references, images, concepts) if clip and config.clip else {}
+        scored[name] = image_scores(scores.cells(config.style) | cosines.get(name, {}))
+    save_images(config, run, images, concepts, scored)
+    similarity = {name: {key: bootstrap(values) for key, values in row.items()} for name, row in cosines.items()}
     report(config, run, judge, metrics, similarity)
     save_sheet(run, images, concepts, len(seeds))
 
@@ -120,31 +129,53 @@ def clip_similarity(
     references: list[Image.Image],
     images: dict[str, list[Image.Image]],
     concepts: list[Concept],
-) -> dict[str, dict[str, Interval]]:
-    """Cosine similarity with the text of each concept, and with the reference images if there are any."""
+) -> dict[str, dict[str, np.ndarray]]:
+    """Cosine similarity with the text of each concept, and with the reference images if there are any, (K, S) each."""
     assert config.clip is not None
-    seeds = config.concepts.seeds
-    texts = [fill(config.clip.text, concept) for concept in concepts for _ in seeds]
-    similarity: dict[str, dict[str, Interval]] = {}
+    shape = (len(concepts), len(config.concepts.seeds))
+    texts = [fill(config.clip.text, concept) for concept in concepts for _ in config.concepts.seeds]
+    cosines = {name: {"CLIP text similarity": clip.to_texts(drawn, texts)} for name, drawn in images.items()}
+    if references:
+        for name, drawn in images.items():
+            cosines[name]["CLIP image similarity"] = clip.to_images(drawn, references)
+    return {name: {key: values.reshape(shape) for key, values in row.items()} for name, row in cosines.items()}
+
+
+def save_images(
+    config: EvalSDXLConfig,
+    run: RunDirectory,
+    images: dict[str, list[Image.Image]],
+    concepts: list[Concept],
+    scored: dict[str, list[dict[str, float]]],
+) -> None:
+    """Saves samples/<row of the table>/<concept>-seed<seed>.png, and the manifest with the scores of each."""
+    entries = []
     for name, drawn in images.items():
-        values = {"CLIP text similarity": clip.to_texts(drawn, texts)}
-        if references:
-            values["CLIP image similarity"] = clip.to_images(drawn, references)
-        similarity[name] = {
-            key: bootstrap(cosines.reshape(len(concepts), len(seeds))) for key, cosines in values.items()
-        }
-    return similarity
+        first_batch = entries[-1].batch + 1 if entries else 1
+        rows = zip(image_settings(config, name, concepts), drawn, scored[name], strict=True)
+        for index, ((code, settings), image, scores) in enumerate(rows):
+            file = f"samples/{file_name(name)}/{code}-seed{settings['seed']}.png"
+            write_atomically(run.path / file, lambda partial, image=image: image.save(partial, "PNG"))
+            batch = first_batch + index // config.draw.batch_size
+            settings |= {"width": image.width, "height": image.height}
+            entries.append(
+                Entry(len(entries) + 1, file, "done", batch, settings, file_digest(run.path / file), scores=scores)
+            )
+    write_manifest(run.path, entries)
 
 
-def read_references(config: ClipConfig) -> list[Image.Image]:
-    if config.images is None:
-        return []
-    folder = resolve_path(config.images, "clip.images")
-    suffixes = {".webp", ".png", ".jpg", ".jpeg"}
-    images = [load_rgb(path, "white") for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
-    if not images:
-        raise ValueError(f"clip.images: {folder} contains no images (.webp, .png, .jpg): name a folder that does")
-    return images
+def image_settings(config: EvalSDXLConfig, row: str, concepts: list[Concept]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The code of the concept and the settings of each image, in the order in which they are drawn."""
+    template = config.flat_prompt if row == BARE_FLAT else config.prompt
+    adapter = config.adapter.model_dump() if config.adapter and row == ADAPTER else {}
+    common = {"adapter": adapter.get("path"), "strength": adapter.get("strength"), "model": config.model.path}
+    common |= config.draw.model_dump(exclude={"batch_size"})
+    for concept, seed in product(concepts, config.concepts.seeds):
+        yield concept.code, {"prompt": fill(template, concept), "thing": concept.name, "seed": seed, **common}
+
+
+def file_name(row: str) -> str:
+    return row.replace(" ", "_").replace(",", "")
 
 
 def report(

@@ -69,7 +69,7 @@ def test_help_is_quick_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "sample", "eval", "features", "inspect"):
+    for command in ("train", "sample", "eval", "features", "gallery", "inspect"):
         assert command in done.stdout
 
 

@@ -21,6 +21,7 @@ from dora_mm.config.schema import AnyAdapterConfig, PipelineConfig
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.atomic import PARTIAL, remove_partial_files, write_text
+from dora_mm.utils.folders import claim_number
 
 log = logging.getLogger(__name__)
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -263,7 +264,7 @@ def new_folder(name: str, output: str | None = None, root: Path = Path("runs")) 
     Raises:
         ValueError: `output` exists already, or its parent is a file.
     """
-    return _claim(Path(output).expanduser()) if output is not None else _claim_number(root / name)
+    return _claim(Path(output).expanduser()) if output is not None else claim_number(root / name)
 
 
 def training_summary(
@@ -316,19 +317,6 @@ def _claim(path: Path) -> Path:
     except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
         raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
     return path
-
-
-def _claim_number(parent: Path) -> Path:
-    """Claims the next number by creating its folder, so that two runs that start together get different numbers."""
-    parent.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0) + 1
-    while True:
-        path = parent / f"{number:03d}"
-        try:
-            path.mkdir()
-            return path
-        except FileExistsError:
-            number += 1
 
 
 def versions() -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Atomic file writes, content digests, seeded generators, devices and text tables."""
+"""Atomic file writes, numbered folders, content digests, seeded generators, devices and text tables."""

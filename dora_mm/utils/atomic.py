@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"  # how temporary names end
 
@@ -71,5 +72,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         OSError: The file cannot be written.
     """
+    from safetensors.torch import save_file  # here, so that commands which only write text need not load torch
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda partial: save_file(contiguous, partial, metadata=dict(metadata)))

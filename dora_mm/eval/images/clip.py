@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dora_mm.config.loader import resolve_path
+from dora_mm.data.images.folder import load_rgb
 from dora_mm.models.hub import unreachable
 
 
@@ -60,6 +62,23 @@ class ClipSimilarity:
     def to_images(self, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> np.ndarray:
         """Returns the mean cosine of each image with all references, (N,), as CLIP-I in the DreamBooth paper."""
         return (self.embed_images(images) @ self.embed_images(references).T).mean(axis=1)
+
+
+def read_references(images: str) -> list[Image.Image]:
+    """Reads the images of a folder, in the order of their names.
+
+    Args:
+        images: The folder, relative as paths in configs are.
+
+    Raises:
+        ValueError: The folder does not exist or contains no images.
+    """
+    folder = resolve_path(images, "clip.images")
+    suffixes = {".webp", ".png", ".jpg", ".jpeg"}
+    found = [load_rgb(path, "white") for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes]
+    if not found:
+        raise ValueError(f"clip.images: {folder} contains no images (.webp, .png, .jpg): name a folder that does")
+    return found
 
 
 def _check_folder(folder: Path) -> None:

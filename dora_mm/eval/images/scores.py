@@ -4,7 +4,7 @@ Shapes: K concepts, S seeds, C classes, D principal components of the style spac
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,16 @@ class Scores:
         It is `both` with fewer ties, for choosing settings.
         """
         return np.exp(self.log_probabilities[..., list(CLASSES).index(name)]) / self.ranks
+
+    def cells(self, name: str) -> dict[str, np.ndarray]:
+        """Returns all scores of single images by their names in a gallery, (K, S) each."""
+        return {
+            "log-odds of the style": self.log_odds(name),
+            "in the style": self.in_style(name),
+            "right thing": self.recognised(),
+            "rank of the thing": self.ranks,
+            "style and thing": self.both(name),
+        }
 
     def save(self, path: Path) -> None:
         """Writes a JSON file."""
@@ -145,6 +155,12 @@ def metric_cells(scores: Scores, name: str) -> dict[str, np.ndarray]:
         "concept": scores.recognised(),
         "both": scores.both(name),
     }
+
+
+def image_scores(cells: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
+    """Returns the scores of each image by name, seeds varying fastest, from arrays (K, S) of each score."""
+    columns = [np.round(values, 4).reshape(-1).tolist() for values in cells.values()]
+    return [dict(zip(cells, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _flat(x_KSD: np.ndarray) -> np.ndarray:

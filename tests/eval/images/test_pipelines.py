@@ -14,10 +14,14 @@ from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.eval.comparison import Variant, contrasts, variants
 from dora_mm.eval.images.judge import Judge
+from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
 from dora_mm.recipes import PIPELINES
+from dora_mm.sampling.gallery.data import Picture, befores
+from dora_mm.sampling.manifest import Entry, read_manifest
 from dora_mm.train import campaign
 from dora_mm.train.jobs import Job
+from dora_mm.utils.digest import file_digest
 from samples.build.__main__ import main as build
 
 compare_sdxl = PIPELINES.load("compare_sdxl")
@@ -123,6 +127,32 @@ def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, c
     assert "| adapter |" in printed
     assert "concepts that it has not seen" in printed
     assert (folder / "table.md").read_text().strip() in printed
+    check_manifest(folder, Scores.load(folder / "scores" / "adapter.json"))
+
+
+def check_manifest(folder: Path, scores: Scores) -> None:
+    """Every image is kept, with its settings and its scores; the gallery finds the one before each of the adapter's."""
+    entries = read_manifest(folder)
+    assert len({entry.file for entry in entries}) == len(entries) == 3 * 3 * 2
+    assert [entry.row for entry in entries] == list(range(1, 19))
+    assert [entry.batch for entry in entries] == [1] * 6 + [2] * 6 + [3] * 6
+    assert all(file_digest(folder / entry.file) == entry.digest for entry in entries)
+    flat, bare, adapted = entries[:6], entries[6:12], entries[12:]
+    assert {entry.settings["prompt"] for entry in flat} == {f"a flat icon of {thing(entry)}" for entry in flat}
+    assert [entry.settings["adapter"] is None for entry in entries] == [True] * 12 + [False] * 6
+    assert [entry.settings["seed"] for entry in adapted] == [0, 1] * 3
+    assert {entry.settings["width"] for entry in entries} == {64}
+    assert [entry.scores["rank of the thing"] for entry in adapted] == scores.ranks.flatten().tolist()
+    assert [entry.scores["right thing"] for entry in adapted] == scores.recognised().flatten().tolist()
+    found = [entry.scores["log-odds of the style"] for entry in adapted]
+    assert found == pytest.approx(scores.log_odds("3d").flatten().tolist(), abs=1e-3)
+    pictures = [Picture("run", entry, file=entry.file) for entry in entries]
+    assert befores(pictures) == [None] * 12 + list(range(6, 12))
+    assert [entry.settings["prompt"] for entry in bare] == [entry.settings["prompt"] for entry in adapted]
+
+
+def thing(entry: Entry) -> str:
+    return with_article(entry.settings["thing"])
 
 
 def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, image_folder, clip_folder, capsys):
@@ -132,6 +162,9 @@ def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, image_folde
     assert list(rows) == ["bare model, flat prompts", "bare model"]
     assert -1 <= rows["bare model"]["CLIP text similarity"]["mean"] <= 1
     assert "CLIP image similarity" in capsys.readouterr().out
+    entries = read_manifest(tmp_path / "scores")
+    mean = sum(entry.scores["CLIP text similarity"] for entry in entries[6:]) / 6
+    assert mean == pytest.approx(rows["bare model"]["CLIP text similarity"]["mean"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

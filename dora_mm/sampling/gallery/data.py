@@ -1,0 +1,152 @@
+"""What the page of a gallery knows: its columns, its pictures, and which of them belong together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dora_mm.sampling.manifest import Entry
+
+# Pictures that are compared with each other agree in all of these, and in further settings as far as they can: what
+# each run has of its own, such as the name of a checkpoint, does not count.
+ALWAYS_EQUAL = ("prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler")
+LARGEST_INTEGER = 2**53  # JavaScript rounds larger ones: seeds may be
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a gallery.
+
+    Attributes:
+        run: The name of its run.
+        entry: Its line of the manifest.
+        file: Its address, relative to the page; None where there is no picture.
+        thumbnail: The address of a small version; the same as `file` where that is small itself.
+        size: Width and height in pixels.
+    """
+
+    run: str
+    entry: Entry
+    file: str | None = None
+    thumbnail: str | None = None
+    size: tuple[int, int] | None = None
+
+
+def gallery_data(pictures: Sequence[Picture]) -> dict[str, Any]:
+    """Returns all that the page knows, as plain values that JSON and JavaScript hold exactly.
+
+    Every picture has its `values` in the order of `columns`; `before` is the number of the same picture without an
+    adapter, and pictures of several runs that have the same `group` differ in nothing but the run.
+    """
+    settings = dict.fromkeys(name for picture in pictures for name in picture.entry.settings)
+    scores = dict.fromkeys(name for picture in pictures for name in picture.entry.scores)
+    columns: list[tuple[str, str, Callable[[Picture], Any]]] = [
+        ("run", "run", lambda picture: picture.run),
+        ("status", "status", lambda picture: picture.entry.status),
+        *((name, "setting", lambda picture, name=name: picture.entry.settings.get(name)) for name in settings),
+        *((name, "score", lambda picture, name=name: picture.entry.scores.get(name)) for name in scores),
+    ]
+    values = [[_plain(value(picture)) for _, _, value in columns] for picture in pictures]
+    kept = zip(pictures, values, befores(pictures), groups(pictures), strict=True)
+    return {
+        "columns": [
+            {"name": name, "kind": kind, "varies": len({_text(row[index]) for row in values}) > 1}
+            for index, (name, kind, _) in enumerate(columns)
+        ],
+        "pictures": [_picture(picture, row, before, group) for picture, row, before, group in kept],
+    }
+
+
+def _picture(picture: Picture, values: list[Any], before: int | None, group: int) -> dict[str, Any]:
+    return {
+        "values": values,
+        "path": picture.entry.file,
+        "file": picture.file,
+        "thumbnail": picture.thumbnail,
+        "size": picture.size,
+        "reason": picture.entry.reason,
+        "before": before,
+        "group": group,
+    }
+
+
+# --- pictures that belong together ------------------------------------------------------------------------------------
+
+
+def befores(pictures: Sequence[Picture]) -> list[int | None]:
+    """Finds, for every picture with an adapter, the number of the same picture without one.
+
+    One of the same run is preferred. Without an adapter means that `adapter` is None or that `strength` is 0.
+    """
+    key = matching(
+        pictures, lambda picture: _is_bare(picture.entry), ("adapter", "strength"), always=(*ALWAYS_EQUAL, "model")
+    )
+    bare: dict[tuple[str, str | None], int] = {}
+    for number, picture in enumerate(pictures):
+        if picture.file and _is_bare(picture.entry):
+            for run in (picture.run, None):
+                bare.setdefault((key(picture), run), number)
+
+    def before(picture: Picture) -> int | None:
+        if not picture.file or _is_bare(picture.entry):
+            return None
+        return bare.get((key(picture), picture.run), bare.get((key(picture), None)))
+
+    return [before(picture) for picture in pictures]
+
+
+def groups(pictures: Sequence[Picture]) -> list[int]:
+    """Numbers the pictures so that those of several runs with the same settings have the same number."""
+    key = matching(pictures, lambda picture: picture.run)
+    numbers: dict[tuple[str, bool], int] = {}
+    return [numbers.setdefault((key(picture), _is_bare(picture.entry)), len(numbers)) for picture in pictures]
+
+
+def matching(
+    pictures: Sequence[Picture],
+    side: Callable[[Picture], Hashable],
+    apart: tuple[str, ...] = (),
+    always: Sequence[str] = ALWAYS_EQUAL,
+) -> Callable[[Picture], str]:
+    """Returns a function whose value is equal for pictures of different sides that should be compared.
+
+    Args:
+        pictures: All pictures.
+        side: What tells the sides apart, such as the run.
+        apart: What the names of settings that may differ begin with.
+        always: Settings that are compared in any case. Another one is left out where no two sides share a value of it,
+            as when every run has an adapter of its own.
+    """
+    names = dict.fromkeys(name for picture in pictures for name in picture.entry.settings if not name.startswith(apart))
+    compared = [name for name in names if name in always or not _is_tied(name, pictures, side)]
+    return lambda picture: _text([picture.entry.settings.get(name) for name in compared])
+
+
+def _is_tied(name: str, pictures: Sequence[Picture], side: Callable[[Picture], Hashable]) -> bool:
+    sides: dict[str, Hashable] = {}
+    for picture in pictures:
+        value = picture.entry.settings.get(name)
+        if value is not None and sides.setdefault(_text(value), side(picture)) != side(picture):
+            return False
+    return True
+
+
+def _is_bare(entry: Entry) -> bool:
+    return entry.settings.get("adapter") is None or entry.settings.get("strength") == 0
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON and JavaScript hold it: NaN, infinities and large integers become text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    return value if abs(value) <= LARGEST_INTEGER else str(value)

@@ -1,0 +1,165 @@
+"""The folder of a gallery: the page, the pictures, and small versions of large ones."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+from PIL import Image
+from tqdm import tqdm
+
+from dora_mm.sampling.gallery.data import Picture, gallery_data
+from dora_mm.sampling.gallery.page import GENERATOR, page
+from dora_mm.sampling.manifest import MANIFEST, Entry
+from dora_mm.utils.atomic import write_text
+
+INDEX, PICTURES, THUMBNAILS = "index.html", "pictures", "thumbnails"
+OWN = {INDEX, PICTURES, THUMBNAILS}
+LEFT_BY_DESKTOPS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # in every folder that was looked at
+FORMATS = {"PNG": (".png",), "WEBP": (".webp",), "JPEG": (".jpg", ".jpeg")}  # a browser shows all of them
+NOT_A_PICTURE = "its file is not a whole PNG, WebP or JPEG picture"
+SIDE = 512  # pixels of a thumbnail's longer side: sharp on a screen of twice the density; some 25 kB
+
+
+def write_gallery(runs: Mapping[Path, Sequence[Entry]], folder: Path) -> Path:
+    """Writes a gallery, completely or not at all; an earlier gallery in the same folder is replaced.
+
+    A picture that is in a manifest but cannot be read is listed with the reason.
+
+    Args:
+        runs: The entries of each run directory, as `read_manifest` returns them.
+        folder: Where to write: a folder that does not exist, is empty, or holds an earlier gallery.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: The folder holds something else, or a manifest names a file outside of its run.
+    """
+    for run, entries in runs.items():
+        _check_files(run, entries)
+    with _replacing(folder) as partial:
+        write_text(partial / INDEX, page(gallery_data(_add_all(runs, partial))))
+    return folder / INDEX
+
+
+def _check_files(run: Path, entries: Sequence[Entry]) -> None:
+    """Metadata must not lead out of its folder: a gallery may be sent to others."""
+    root = run.resolve()
+    for entry in entries:
+        if entry.status == "done" and not (root / entry.file).resolve().is_relative_to(root):
+            raise ValueError(f"{run / MANIFEST} names a file outside of the run: {entry.file}")
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _add_all(runs: Mapping[Path, Sequence[Entry]], folder: Path) -> list[Picture]:
+    with ThreadPoolExecutor() as threads:  # Pillow lets others run while it decodes, scales and encodes
+        added = [
+            threads.submit(_add, run, number, entry, folder)
+            for number, (run, entries) in enumerate(runs.items(), 1)
+            for entry in entries
+        ]
+        try:
+            bar = tqdm(added, desc="gallery", unit="picture", leave=False, delay=2, disable=None)
+            return [future.result() for future in bar]
+        except BaseException:  # Ctrl-C, a full disk: do not wait for the rest
+            threads.shutdown(cancel_futures=True)
+            raise
+
+
+def _add(run: Path, number: int, entry: Entry, folder: Path) -> Picture:
+    """Puts the picture of an entry into the folder, with a thumbnail if it is large."""
+    if entry.status != "done":
+        return Picture(str(run), entry)
+    source = (run / entry.file).resolve()
+    name = Path(str(number), source.relative_to(run.resolve()))
+    if not source.is_file():
+        return Picture(str(run), replace(entry, status="missing", reason="its file is not there any more"))
+    image = _read(source)
+    if image is None:
+        return Picture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
+    _link(source, folder / PICTURES / name)
+    file = thumbnail = _address(PICTURES, name)
+    if max(image.size) > SIDE:
+        small = name.with_name(f"{name.name}.webp")
+        _save_thumbnail(image, folder / THUMBNAILS / small)
+        thumbnail = _address(THUMBNAILS, small)
+    return Picture(str(run), entry, file, thumbnail, image.size)
+
+
+def _read(path: Path) -> Image.Image | None:
+    """The decoded picture; None where there is none, or where a browser would take the file for something else."""
+    try:
+        with Image.open(path, formats=tuple(FORMATS)) as image:
+            image.load()
+            return image if path.suffix.lower() in FORMATS[str(image.format)] else None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # whatever Pillow raises
+        return None
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, which takes no room; a copy where the file system has none, or is another one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass  # two entries name the same file
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _save_thumbnail(image: Image.Image, path: Path) -> None:
+    small = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small.save(path, "WEBP", quality=82, method=2)
+
+
+def _address(folder: str, name: Path) -> str:
+    return quote(os.fsencode(Path(folder, name).as_posix()))
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Yields a folder beside `folder`, which takes its place when the context ends without an error."""
+    _check_folder(folder)
+    folder = folder.resolve()
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    for left in (partial, old):  # by a command that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_folder(folder: Path) -> None:
+    parent = next(path for path in folder.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"output {folder} is inside of a file, {parent}: choose another folder")
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir()} - LEFT_BY_DESKTOPS
+        if not names or (INDEX in names and names <= OWN and GENERATOR in _head(folder / INDEX)):
+            return
+    elif not folder.exists():
+        return
+    raise ValueError(f"output {folder} holds something else than a gallery: choose another folder")
+
+
+def _head(file: Path) -> str:
+    with file.open("rb") as stream:
+        return stream.read(4096).decode("utf-8", "replace")

@@ -1,0 +1,27 @@
+"""dora-mm gallery: the pictures of finished runs on one page, to filter, sort and compare them in a browser."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dora_mm.sampling.gallery import write_gallery
+from dora_mm.sampling.manifest import read_manifest
+from dora_mm.utils.folders import claim_number
+
+
+def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
+    """Writes the gallery and prints the path of its page.
+
+    Args:
+        runs: Run directories, each with a manifest.
+        output: The folder; None is `gallery` in the run, or for several runs a numbered folder in runs/gallery.
+
+    Raises:
+        ValueError: A run has no manifest or a damaged one, or the folder holds something else than a gallery.
+    """
+    entries = {run: read_manifest(run) for run in runs}
+    page = write_gallery(entries, output or default_folder(list(entries)))
+    print(f"gallery  {page}")
+
+
+def default_folder(runs: Sequence[Path]) -> Path:
+    return runs[0] / "gallery" if len(runs) == 1 else claim_number(Path("runs", "gallery"))

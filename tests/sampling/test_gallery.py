@@ -1,0 +1,279 @@
+"""Galleries: what belongs together, what hostile texts can do (nothing), and which folders are replaced."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+from PIL import Image
+
+from dora_mm.cli import main
+from dora_mm.sampling.gallery import write_gallery
+from dora_mm.sampling.gallery.data import Picture, befores, gallery_data, groups
+from dora_mm.sampling.manifest import MANIFEST, Entry, read_manifest, write_manifest
+
+HOSTILE = [
+    "</script><script>document.title = 'broken'</script>",
+    "<!-- <script>",
+    "<img src=x onerror=\"document.title = 'broken'\">",
+    "javascript:document.title='broken'",
+    "\u2028\u2029 \ud83d a half \udc00",
+    "'\"`${document.title = 'broken'}",
+    "$data $policy {{style}}",
+    "é Ω Ж 漢字 \u202e reversed",
+]
+
+
+def entry(row=1, file="1.png", status="done", reason=None, scores=(), **settings) -> Entry:
+    settings = {"prompt": "a bus", "seed": 0, "model": "tiny", "adapter": None, "strength": None, **settings}
+    return Entry(row, file, status, 1, settings, reason=reason, scores=dict(scores))
+
+
+def make_run(folder: Path, entries: list[Entry], size: tuple[int, int] = (48, 32)) -> Path:
+    """A run with a picture for every entry that is done, in a colour of its own."""
+    for number, made in enumerate(entries):
+        if made.status == "done":
+            (folder / made.file).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", size, (40 * number % 256, 90, 160)).save(folder / made.file)
+    lines = [json.dumps(dataclasses.asdict(made)) + "\n" for made in entries]  # halves of surrogate pairs, too
+    (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def data_of(page: Path) -> dict:
+    """The data of a page, read as a browser does: up to the end of the element."""
+    found: list[str] = []
+
+    class Reader(HTMLParser):
+        inside = False
+
+        def handle_starttag(self, tag, attrs):
+            self.inside = dict(attrs).get("id") == "data"
+
+        def handle_data(self, data):
+            if self.inside:
+                found.append(data)
+                self.inside = False
+
+    Reader().feed(page.read_text(encoding="utf-8"))
+    return json.loads(found[0])
+
+
+def shown(run: str, **settings) -> Picture:
+    return Picture(run, entry(**settings), file="1.png", thumbnail="1.png", size=(8, 8))
+
+
+# --- what belongs together --------------------------------------------------------------------------------------------
+
+
+def test_before_is_the_same_picture_without_an_adapter():
+    pictures = [
+        shown("a"),
+        shown("a", adapter="x", strength=1.0, adapter_digest="d1", label="adapted"),
+        shown("a", adapter="x", strength=0.5, adapter_digest="d1"),
+        shown("a", adapter="x", strength=1.0, adapter_digest="d1", seed=7),
+        shown("a", adapter="x", strength=1.0, adapter_digest="d1", model="another"),
+        shown("b", adapter="y", strength=0.0, adapter_digest="d2", seed=1),
+        shown("b", adapter="y", strength=1.0, adapter_digest="d2", seed=1),
+        shown("b", adapter="y", strength=1.0, adapter_digest="d2"),
+    ]
+    # digests do not count, a setting that only pictures with an adapter have neither; the last is in the other run
+    assert befores(pictures) == [None, 0, 0, None, None, None, 5, 0]
+
+
+def test_before_is_taken_from_the_same_run_where_it_can_be():
+    pictures = [shown("a"), shown("b"), shown("b", adapter="x", strength=1.0)]
+    assert befores(pictures) == [None, None, 1]
+
+
+def test_other_settings_tell_befores_apart_if_both_sides_have_them():
+    pictures = [shown("a", style="3d"), shown("a", style="flat"), shown("a", style="flat", adapter="x", strength=1.0)]
+    assert befores(pictures) == [None, None, 1]
+
+
+def test_a_picture_that_was_not_drawn_is_no_before():
+    missing = Picture("a", entry(status="failed", reason="black"))
+    assert befores([missing, shown("a", adapter="x", strength=1.0)]) == [None, None]
+
+
+def test_pictures_of_runs_with_an_adapter_each_are_side_by_side():
+    settings = [{}, {"adapter": "ADAPTER", "strength": 1.0}, {"adapter": "ADAPTER", "strength": 1.0, "seed": 1}]
+    pictures = [
+        shown(run, **{name: run if value == "ADAPTER" else value for name, value in row.items()})
+        for run in ("one", "two")
+        for row in settings
+    ]
+    assert groups(pictures) == [0, 1, 2, 0, 1, 2]
+
+
+def test_pictures_of_runs_that_share_adapters_are_told_apart_by_them():
+    pictures = [shown(run, adapter=name, strength=1.0) for run in ("one", "two") for name in ("x", "y")]
+    assert groups(pictures) == [0, 1, 0, 1]
+
+
+def test_columns_and_exact_values():
+    large = 2**63 + 1
+    pictures = [
+        Picture("a", entry(seed=large, scores={"log-odds": 1.5}, sizes=[1, {"a": 2}])),
+        Picture("a", entry(2, seed=3, scores={"log-odds": float("nan")})),
+    ]
+    data = gallery_data(pictures)
+    columns = {column["name"]: column for column in data["columns"]}
+    assert [name for name, column in columns.items() if column["varies"]] == ["seed", "sizes", "log-odds"]
+    assert columns["log-odds"]["kind"] == "score"
+    rows = [dict(zip(columns, picture["values"], strict=True)) for picture in data["pictures"]]
+    assert [row["seed"] for row in rows] == [str(large), 3]  # JavaScript would round it
+    assert [row["log-odds"] for row in rows] == [1.5, "nan"]
+    assert [row["sizes"] for row in rows] == [[1, {"a": 2}], None]
+
+
+# --- hostile texts ----------------------------------------------------------------------------------------------------
+
+
+def test_hostile_texts_stay_data(tmp_path):
+    entries = [entry(number, f"{number}.png", prompt=text, **{text: text}) for number, text in enumerate(HOSTILE)]
+    run = make_run(tmp_path / "run", entries)
+    page = write_gallery({run: read_manifest(run)}, tmp_path / "gallery")
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<script") == text.count("</script>") == 2
+    assert "<!--" not in text
+    data = data_of(page)
+    names = [column["name"] for column in data["columns"]]
+    assert [picture["values"][names.index("prompt")] for picture in data["pictures"]] == HOSTILE
+    assert set(HOSTILE) <= set(names)
+
+
+def test_the_policy_admits_the_script_and_the_style_of_the_page_and_nothing_else(tmp_path):
+    run = make_run(tmp_path / "run", [entry()])
+    text = write_gallery({run: read_manifest(run)}, tmp_path / "gallery").read_text(encoding="utf-8")
+    policy = dict(part.split(" ", 1) for part in re.search(r'Policy" content="([^"]*)"', text)[1].split("; "))
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    for kind, tag in (("script-src", "<script>"), ("style-src", "<style>")):
+        ((content),) = re.findall(f"{tag}(.*?)</{tag[1:]}", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy[kind] == f"'sha256-{digest}'"
+    assert not re.search(r"https?:|//cdn|@import|url\(|\son\w+=|\sstyle=", text)
+    assert "innerHTML" not in text
+
+
+def test_a_manifest_cannot_lead_out_of_its_run(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "run").mkdir()
+    os.symlink(tmp_path / "secret.png", tmp_path / "run" / "link.png")
+    for file in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
+        write_manifest(tmp_path / "run", [entry(file=file)])
+        assert main(["gallery", str(tmp_path / "run")]) == 2
+        assert f"names a file outside of the run: {file}" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "gallery").exists()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_entry_is_listed_and_what_cannot_be_shown_has_its_reason(tmp_path):
+    names = ("1.png", "gone.png", "broken.png", "page.html", "5.png", "6.png")
+    entries = [entry(number, name, prompt=name) for number, name in enumerate(names, 1)]
+    entries[4] = entry(5, "5.png", "failed", "out of memory at 4096 x 4096")
+    entries[5] = entry(6, "6.png", "missing")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("1.png", "page.html"):
+        Image.new("RGB", (8, 8)).save(run / name, "PNG")
+    (run / "broken.png").write_bytes((run / "1.png").read_bytes()[:40])
+    write_manifest(run, entries)
+    data = data_of(write_gallery({run: read_manifest(run)}, tmp_path / "gallery"))
+    status = [column["kind"] for column in data["columns"]].index("status")
+    found = [(picture["values"][status], picture["reason"], picture["file"]) for picture in data["pictures"]]
+    assert found[0] == ("done", None, "pictures/1/1.png")
+    assert found[1] == ("missing", "its file is not there any more", None)
+    assert found[2] == found[3] == ("failed", "its file is not a whole PNG, WebP or JPEG picture", None)
+    assert found[4] == ("failed", "out of memory at 4096 x 4096", None)
+    assert found[5] == ("missing", None, None)
+    assert [path.name for path in (tmp_path / "gallery" / "pictures").rglob("*.*")] == ["1.png"]
+
+
+def test_large_pictures_have_thumbnails_and_the_originals_stay_whole(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    Image.new("RGB", (1024, 640), "red").save(run / "1.png")
+    Image.new("RGBA", (300, 200), (0, 0, 255, 120)).save(run / "a b%20#?.png")
+    write_manifest(run, [entry(), entry(2, "a b%20#?.png")])
+    folder = write_gallery({run: read_manifest(run)}, tmp_path / "gallery").parent
+    large, small = data_of(folder / "index.html")["pictures"]
+    assert (large["file"], large["size"]) == ("pictures/1/1.png", [1024, 640])
+    assert (folder / large["file"]).read_bytes() == (run / "1.png").read_bytes()
+    with Image.open(folder / large["thumbnail"]) as thumbnail:
+        assert (thumbnail.format, thumbnail.size) == ("WEBP", (512, 320))
+    assert small["file"] == small["thumbnail"] == "pictures/1/a%20b%2520%23%3F.png"
+    assert (folder / "pictures" / "1" / "a b%20#?.png").is_file()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_gallery_of_one_run_lies_in_it_and_is_replaced(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = make_run(Path("runs/mine/001"), [entry(), entry(2, "2.png", seed=1)])
+    assert main(["gallery", "runs/mine/001"]) == 0
+    page = run / "gallery" / "index.html"
+    assert capsys.readouterr().out.split() == ["gallery", str(page)]
+    (run / "gallery" / ".DS_Store").touch()  # macOS leaves it in folders that were looked at
+    make_run(run, [entry()])
+    assert main(["gallery", "runs/mine/001"]) == 0
+    assert len(data_of(page)["pictures"]) == 1
+    assert sorted(path.name for path in page.parent.iterdir()) == ["index.html", "pictures"]
+    assert not list(run.glob(".*"))
+
+
+def test_the_gallery_of_several_runs_is_numbered(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(make_run(Path("runs", name), [entry()])) for name in ("a", "b")]
+    for number in ("001", "002"):
+        assert main(["gallery", *runs, runs[0]]) == 0
+        page = Path("runs/gallery", number, "index.html")
+        assert str(page) in capsys.readouterr().out
+        assert [picture["values"][0] for picture in data_of(page)["pictures"]] == runs
+    assert main(["gallery", *runs, "--output", "here/there"]) == 0
+    assert Path("here/there/index.html").is_file()
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys):
+    run = make_run(tmp_path / "run", [entry()])
+    (tmp_path / "file").touch()
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text("<title>mine</title>")
+    assert main(["gallery", str(run), "--output", str(tmp_path / "added")]) == 0
+    (tmp_path / "added" / "notes.txt").touch()
+    for name in ("run", "file", "file/inside", "page", "added"):
+        before = sorted(tmp_path.rglob("*"))
+        assert main(["gallery", str(run), "--output", str(tmp_path / name)]) == 2
+        assert f"output {tmp_path / name}" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_without_pictures_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("run"), [entry()])
+    Path("other").mkdir()
+    for name in ("other", "nowhere"):
+        assert main(["gallery", "run", name]) == 2
+        assert f"{name} is not a run that drew pictures" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_it_loads_neither_torch_nor_diffusers(tmp_path):
+    run = make_run(tmp_path / "run", [entry()])
+    code = f"""
+import sys
+from dora_mm.cli import main
+assert main(["gallery", {str(run)!r}]) == 0
+print(*sorted({{"torch", "diffusers", "transformers", "numpy"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1:] == [""]

@@ -1,0 +1,260 @@
+"""The page of a gallery in Chromium, opened from the disk: filters, sorting, large view, slider, keyboard."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dora_mm.sampling.gallery import write_gallery
+from dora_mm.sampling.manifest import read_manifest, write_manifest
+from tests import browser
+from tests.sampling.test_gallery import HOSTILE, entry, make_run
+
+pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
+
+BARE, ADAPTED = (40, 90, 200), (220, 120, 30)
+PROMPTS = "[...document.querySelectorAll('.card .caption')].map((node) => node.textContent)"
+FOCUSED = "document.activeElement.querySelector('.caption')?.textContent ?? document.activeElement.id"
+CHOOSE = """(() => {{
+  const pill = [...document.querySelectorAll('.pill')].find((node) => node.querySelector('span').textContent === {0});
+  const select = pill.querySelector('select');
+  select.value = [...select.options].find((option) => option.textContent === {1}).value;
+  select.dispatchEvent(new Event('change', {{ bubbles: true }}));
+}})()"""
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
+    with browser.opened(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+def save(path: Path, colour: tuple[int, int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), colour).save(path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs, each of a bus, a cat and a key without and with an adapter of its own; a fourth thing failed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, factor in (("one", 1.0), ("two", -1.0)):
+        entries = []
+        for number, thing in enumerate(("a bus", "a cat", "a key"), 1):
+            bare, file = f"bare/{number}.png", f"adapter/{number}.png"
+            settings = {"prompt": thing, "seed": number}
+            scores = {"log-odds": factor * number, "right": number % 2}
+            save(folder / name / bare, BARE)
+            save(folder / name / file, ADAPTED)
+            entries.append(entry(number, bare, scores={"log-odds": -5.0, "right": 1}, **settings))
+            adapter = f"runs/{name}/001/adapter"
+            entries.append(entry(number, file, adapter=adapter, strength=1.0, scores=scores, **settings))
+        entries.append(entry(4, "4.png", "failed", "the picture is black", prompt="a hat"))
+        write_manifest(folder / name, entries)
+    return [folder / "one", folder / "two"]
+
+
+@pytest.fixture
+def one(chromium, runs, tmp_path) -> browser.Page:
+    """The gallery of the first run, opened."""
+    chromium.problems.clear()
+    chromium.open(write_gallery({runs[0]: read_manifest(runs[0])}, tmp_path / "gallery"))
+    return chromium
+
+
+@pytest.fixture
+def both(chromium, runs, tmp_path) -> browser.Page:
+    chromium.problems.clear()
+    chromium.open(write_gallery({run: read_manifest(run) for run in runs}, tmp_path / "gallery"))
+    return chromium
+
+
+def choose(page: browser.Page, name: str, value: str) -> None:
+    page.evaluate(CHOOSE.format(json.dumps(name), json.dumps(value)))
+
+
+def test_all_pictures_and_failures_are_shown(one):
+    assert one.evaluate(PROMPTS) == ["a bus", "a bus", "a cat", "a cat", "a key", "a key", "a hat"]
+    assert one.evaluate("document.querySelector('.missing').innerText") == "failed\nthe picture is black"
+    assert one.evaluate("document.querySelector('#count').textContent") == "7 pictures, 1 not drawn"
+    decoded = "Promise.all([...document.querySelectorAll('.card img')].map((image) => image.decode().then(() => 1)))"
+    assert one.evaluate(decoded) == [1] * 6
+    assert one.problems == []
+
+
+def test_search_filters_and_clearing(one):
+    one.click("#search")
+    one.press(*"A CAT")
+    assert one.evaluate(PROMPTS) == ["a cat", "a cat"]
+    choose(one, "adapter", "none")
+    assert one.evaluate(PROMPTS) == ["a cat"]
+    assert one.evaluate("document.querySelector('#count').textContent") == "1 of 7 pictures"
+    choose(one, "adapter", "one/001")
+    one.click("#clear")
+    assert len(one.evaluate(PROMPTS)) == 7
+    choose(one, "right", "0")  # a score of two values is a choice, one of many is not
+    assert one.evaluate(PROMPTS) == ["a cat"]
+    assert "log-odds" not in one.evaluate("document.querySelector('#filters').innerText")
+    choose(one, "strength", "none")
+    assert one.evaluate("document.querySelector('main').innerText") == "No picture matches."
+    assert one.problems == []
+
+
+def test_sorting_by_scores_and_settings(one):
+    choose(one, "adapter", "one/001")
+    choose(one, "sort by", "log-odds")  # the best first
+    assert one.evaluate(PROMPTS) == ["a key", "a cat", "a bus"]
+    assert one.evaluate("[...document.querySelectorAll('.badge')].map((b) => b.textContent)") == ["3", "2", "1"]
+    one.click("#direction")
+    assert one.evaluate(PROMPTS) == ["a bus", "a cat", "a key"]
+    one.click("#clear")
+    one.click("#direction")
+    assert one.evaluate(PROMPTS)[-1] == "a hat"  # without a score: at the end in both directions
+    choose(one, "sort by", "prompt")
+    assert one.evaluate(PROMPTS)[2:6] == ["a cat", "a cat", "a hat", "a key"]
+
+
+def test_the_large_view_by_keyboard(one):
+    one.evaluate("document.querySelector('.card').focus()")
+    one.press("ArrowRight", "Enter")
+    assert one.evaluate("document.querySelector('#viewer').open")
+    assert one.evaluate("document.querySelector('#position').textContent") == "2 of 7"
+    assert one.evaluate("document.querySelector('#after').alt") == "a bus"
+    one.press("ArrowRight", "ArrowRight", "ArrowLeft")
+    assert one.evaluate("document.querySelector('#prompt').textContent") == "a cat"
+    one.press("End")
+    assert one.evaluate("document.querySelector('#failure').innerText") == "the picture is black"
+    assert one.evaluate("document.querySelector('#stage').offsetParent") is None
+    one.press("ArrowRight", "Home", "ArrowRight", "ArrowRight", "Escape")
+    assert not one.evaluate("document.querySelector('#viewer').open")
+    assert one.evaluate(FOCUSED) == "a cat"  # the focus is on the picture that was looked at last
+    assert one.problems == []
+
+
+def test_the_large_view_shows_all_settings_and_copies_them(one):
+    one.click(".grid li:nth-child(4) .card")
+    words = one.evaluate("document.querySelector('.words').innerText").split("\n")
+    for text in ("a cat", "seed", "2", "adapter", "runs/one/001/adapter", "log-odds", "model", "tiny"):
+        assert text in words
+    one.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    one.click("#copy")
+    one.evaluate("new Promise((done) => setTimeout(done, 50))")
+    assert one.evaluate("document.querySelector('#copy').textContent") == "Copied"
+    assert json.loads(one.evaluate("navigator.clipboard.readText()")) == {
+        "prompt": "a cat", "seed": 2, "model": "tiny", "adapter": "runs/one/001/adapter", "strength": 1,
+    }  # fmt: skip
+    one.click("#close")
+    assert not one.evaluate("document.querySelector('#viewer').open")
+
+
+def test_the_slider_shows_before_and_after(one, tmp_path):
+    def left_and_right() -> list[str]:
+        one.evaluate("document.querySelector('#before').decode()")
+        one.screenshot(tmp_path / "shot.png")
+        x, y, width, height = one.evaluate(
+            "(() => { const b = document.querySelector('#stage').getBoundingClientRect();"
+            "return [b.x, b.y, b.width, b.height]; })()"
+        )
+        with Image.open(tmp_path / "shot.png") as shot:
+            colours = [shot.convert("RGB").getpixel((x + part * width, y + height / 3)) for part in (0.25, 0.75)]
+        names = {BARE: "before", ADAPTED: "after"}
+        return [names[min(names, key=lambda c: sum(abs(a - b) for a, b in zip(c, found, strict=True)))]
+                for found in colours]  # fmt: skip
+
+    one.click(".grid li:nth-child(2) .card")
+    assert left_and_right() == ["before", "after"]
+    one.press(*["Shift+Tab"] * 8)
+    while one.evaluate(FOCUSED) != "split":
+        one.press("Tab")
+    one.press("ArrowRight", "ArrowLeft", "ArrowRight")  # these move the slider and nothing else
+    assert one.evaluate("document.querySelector('#split').value") == "51"
+    assert one.evaluate("document.querySelector('#position').textContent") == "2 of 7"
+    assert "51 % before" in one.evaluate("document.querySelector('#split').getAttribute('aria-valuetext')")
+    one.press("Home")
+    assert left_and_right() == ["after", "after"]
+    one.press("End")
+    assert left_and_right() == ["before", "before"]
+    one.click("#split")  # in its middle; then arrow keys go through the pictures again
+    assert left_and_right() == ["before", "after"]
+    one.press("ArrowLeft")
+    assert one.evaluate("document.querySelector('#position').textContent") == "1 of 7"
+    assert one.evaluate("document.querySelector('#compare').offsetParent") is None  # it has no adapter
+    assert one.problems == []
+
+
+def test_everything_is_reached_by_tab(one):
+    reached = []
+    for _ in range(30):
+        one.press("Tab")
+        reached.append(one.evaluate(FOCUSED) or one.evaluate("document.activeElement.parentNode.innerText"))
+    assert [name for name in ("search", "sort", "direction", "a bus", "a hat") if name not in reached] == []
+    names = one.evaluate(
+        "[...document.querySelectorAll('button, input, select, a')].filter((node) => "
+        "!(node.ariaLabel || node.innerText || node.closest('label') || node.textContent)).map((node) => node.id)"
+    )
+    assert names == []  # each has a name for screen readers
+
+
+def test_runs_side_by_side(both):
+    both.click("#view-runs")
+    rows = both.evaluate(
+        "[...document.querySelectorAll('.group')].map((group) => [group.querySelector('h2').textContent,"
+        "[...group.querySelectorAll('h3')].map((node) => node.textContent.split('/').at(-1)),"
+        "group.querySelectorAll('.card img').length])"
+    )
+    assert rows[1] == ["a bus", ["one", "two"], 2]
+    assert len(rows) == 7
+    choose(both, "adapter", "one/001")
+    assert both.evaluate("document.querySelectorAll('.group .hole').length") == 3
+    both.click("#view-grid")
+    assert len(both.evaluate(PROMPTS)) == 3
+    assert both.problems == []
+
+
+def test_hostile_texts_do_nothing(chromium, tmp_path):
+    entries = [
+        entry(number, f"{number}.png", prompt=text, adapter=text, scores={text: number}, **{text: text})
+        for number, text in enumerate(HOSTILE)
+    ]
+    entries += [entry(99, "99.png", "failed", HOSTILE[2], prompt=HOSTILE[0], __proto__="x", constructor="y")]
+    run = make_run(tmp_path / "run", entries)
+    chromium.problems.clear()
+    chromium.open(write_gallery({run: read_manifest(run)}, tmp_path / "gallery"))
+    shown = [text.replace("\ud83d", "\ufffd").replace("\udc00", "\ufffd") for text in HOSTILE]
+    prompts = chromium.evaluate(f"{PROMPTS}.map((text) => text.toWellFormed())")
+    assert prompts == [*shown, HOSTILE[0]]
+    chromium.click(".card")
+    for text in [*shown, HOSTILE[0]]:
+        assert chromium.evaluate("document.querySelector('#prompt').textContent.toWellFormed()") == text
+        chromium.press("ArrowRight")
+    chromium.click("#close")
+    for name in chromium.evaluate("[...document.querySelectorAll('#sort option')].map((o) => o.textContent)"):
+        choose(chromium, "sort by", name)
+    assert chromium.evaluate("document.title").endswith("run")
+    assert chromium.evaluate("document.querySelectorAll('script, img[src=x]').length") == 2
+    assert chromium.problems == []
+    script = "Object.assign(document.createElement('script'), {textContent: 'window.ran = 1'})"
+    chromium.evaluate(f"document.body.append({script})")
+    assert chromium.evaluate("window.ran") is None  # what the policy is for
+    chromium.problems.clear()
+
+
+def test_on_a_phone_and_in_the_dark(chromium, runs, tmp_path):
+    page = write_gallery({run: read_manifest(run) for run in runs}, tmp_path / "gallery")
+    for dark in (False, True):
+        chromium.open(page, 360, 740, dark)
+        wide = "[...document.querySelectorAll('main *')].filter((n) => n.getBoundingClientRect().right > 360.5).length"
+        assert chromium.evaluate(wide) == 0
+        assert chromium.evaluate("document.documentElement.scrollWidth") == 360
+        first, second = chromium.evaluate(
+            "[...document.querySelectorAll('.card')].slice(0, 2).map((card) => card.getBoundingClientRect().top)"
+        )
+        assert first == second  # two in a row
+        chromium.click(".grid li:nth-child(2) .card")
+        chromium.screenshot(tmp_path / "shot.png")
+        with Image.open(tmp_path / "shot.png") as shot:
+            brightness = sum(shot.convert("RGB").getpixel((180, 735))) / 3
+        assert brightness < 60 if dark else brightness > 220
+        assert chromium.evaluate("document.querySelector('#copy').getBoundingClientRect().bottom") <= 740
