@@ -23,8 +23,8 @@ POINTS = (
     (UNet2DConditionModel, "forward", 4),  # in the middle of a batch
     (Image.Image, "save", 1),  # in the middle of writing a picture
     (Image.Image, "save", 6),
-    (atomic.os, "replace", 12),  # a picture is written, and has not got its name
-    (UNet2DConditionModel, "forward", 9),
+    (atomic.os, "replace", 9),  # a picture is written, and has not got its name
+    (UNet2DConditionModel, "forward", 3),
     (Image.Image, "save", 7),
     (Image.Image, "save", "sheet"),
 )

@@ -238,7 +238,7 @@ def test_a_picture_says_how_it_was_drawn(job, style, capsys):
     capsys.readouterr()
     assert main(["inspect", str(run / "samples" / "0001-seed5.png")]) == 0
     shown = capsys.readouterr().out
-    assert "prompt             a bus, red" in shown
+    assert shown.split("\n")[0].split(maxsplit=1) == ["prompt", "a bus, red"]
     assert f"{style} at strength 1, SHA-256" in shown
 
 
