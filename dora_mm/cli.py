@@ -189,7 +189,8 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
     if arguments.resume is not None:
         config = _config_of_run(arguments.resume, arguments.config, arguments.overrides, recipes)
     elif arguments.config is None:
-        raise ValueError(f"{arguments.command} needs a CONFIG before --set, or --resume RUN_DIR")
+        what = "JOBS or a CONFIG" if arguments.command == "sample" else "a CONFIG"
+        raise ValueError(f"{arguments.command} needs {what} before --set, or --resume RUN_DIR")
     else:
         config = load_config(arguments.config, arguments.overrides, recipes.schemas)
     if config.command != arguments.command:

@@ -40,22 +40,22 @@ def check_changes(run: Path, before: PipelineConfig, after: PipelineConfig) -> N
     Raises:
         ValueError: A key differs that may not; the message has a sentence for each.
     """
-    refused = {key: values for key, values in changed_values(before, after).items() if not _may_change(before, key)}
+    changeable = before.changeable
+    if changeable is None:
+        return
+    changed = changed_values(before, after).items()
+    refused = {key: v for key, v in changed if not any(f"{key}.".startswith(f"{name}.") for name in changeable)}
     if not refused:
         return
     sentences = [
         f"{key} cannot change from {old!r} to {new!r}: {REASONS[key.partition('.')[0]]}"
         for key, (old, new) in refused.items()
     ]
-    allowed = f"--resume may change {', '.join(before.changeable)}" if before.changeable else "--resume changes no key"
+    allowed = f"--resume may change {', '.join(changeable)}" if changeable else "--resume changes no key"
     advice = f"{allowed}; for anything else start a new run"
     if len(sentences) == 1:
         raise ValueError(f"--resume {run}: {sentences[0]} ({advice})")
     raise ValueError("\n  ".join([f"--resume {run}: {len(sentences)} keys cannot change ({advice})", *sentences]))
-
-
-def _may_change(config: PipelineConfig, key: str) -> bool:
-    return any(f"{key}.".startswith(f"{allowed}.") for allowed in config.changeable)
 
 
 def _value(config: PipelineConfig, key: str) -> Any:

@@ -137,7 +137,8 @@ class PipelineConfig(Section):
     """Base of the config of every pipeline."""
 
     command: ClassVar[str]  # the dora-mm command that runs this pipeline
-    changeable: ClassVar[tuple[str, ...]] = ()  # keys and sections on which the finished steps of a run do not depend
+    # Keys and sections on which the finished steps of a run do not depend; None: a resumed run finds out by itself
+    changeable: ClassVar[tuple[str, ...] | None] = ()
     dry_run_lists_missing: ClassVar[bool] = False  # a dry run reports missing files itself, and so may lack any of them
     pipeline: Text  # the recipe that reads this config
     name: Annotated[

@@ -10,16 +10,16 @@ from torch import nn
 from dora_mm.config.sdxl import SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
 from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.quantized import DoRAQuantized
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
 
 
 @contextmanager
 def weights_computed_once(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Computes the adapted weights once for the time of the context, so that sampling costs as much as without them.
+    """Merges the adapters for the time of the context, so that sampling costs what it does without them.
 
-    Half-precision weights are merged, and unmerged at the end: unmerged, a product that includes the full update takes
-    twice as long.
+    Quantised weights cannot be merged: theirs are computed once.
 
     Args:
         networks: Networks, adapted or not.
@@ -27,11 +27,11 @@ def weights_computed_once(networks: Iterable[nn.Module]) -> Iterator[None]:
     with ExitStack() as stack:
         for network in networks:
             active = [m for m in network.modules() if isinstance(m, AdaptedLayer) and not m.is_base()]
-            if any(layer.weight.element_size() < 4 for layer in active):
+            if any(isinstance(layer, DoRAQuantized) for layer in active):
+                stack.enter_context(fixed_parameters(network))
+            elif active:
                 merge(network)
                 stack.callback(unmerge, network)
-            else:
-                stack.enter_context(fixed_parameters(network))
         yield
 
 
