@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 import dora_mm
@@ -67,7 +66,10 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
 
     images = draw_all(config, model, concepts)
     seeds = config.concepts.seeds
-    cosines = clip_similarity(config, clip, references, images, concepts) if clip else {}
+    cosines = {}
+    if clip and config.clip:
+        texts = [fill(config.clip.text, concept) for concept in concepts for _ in seeds]
+        cosines = {name: clip.cosines(drawn, texts, references) for name, drawn in images.items()}
     metrics, scored = {}, {}
     for name, drawn in images.items():
         scores = judge.scores(encoder(drawn), concepts, seeds)
@@ -76,7 +78,10 @@ def main(config: EvalSDXLConfig, *, resume: Path | None = None) -> None:
         metrics[name] = summarize(scores, config.style, judge.style_space, over_seeds=False)
         scored[name] = image_scores(scores.cells(config.style) | cosines.get(name, {}))
     save_images(config, run, images, concepts, scored)
-    similarity = {name: {key: bootstrap(values) for key, values in row.items()} for name, row in cosines.items()}
+    similarity = {
+        name: {key: bootstrap(values.reshape(-1, len(seeds))) for key, values in row.items()}
+        for name, row in cosines.items()
+    }
     report(config, run, judge, metrics, similarity)
     save_sheet(run, images, concepts, len(seeds))
 
@@ -121,24 +126,6 @@ def load_adapter(model: SDXL, adapter: AdapterFile) -> None:
     file = resolve_path(adapter.path, "adapter.path")
     report = dora_mm.load_adapter(model.adaptable, file, strength=adapter.strength)
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
-
-
-def clip_similarity(
-    config: EvalSDXLConfig,
-    clip: ClipSimilarity,
-    references: list[Image.Image],
-    images: dict[str, list[Image.Image]],
-    concepts: list[Concept],
-) -> dict[str, dict[str, np.ndarray]]:
-    """Cosine similarity with the text of each concept, and with the reference images if there are any, (K, S) each."""
-    assert config.clip is not None
-    shape = (len(concepts), len(config.concepts.seeds))
-    texts = [fill(config.clip.text, concept) for concept in concepts for _ in config.concepts.seeds]
-    cosines = {name: {"CLIP text similarity": clip.to_texts(drawn, texts)} for name, drawn in images.items()}
-    if references:
-        for name, drawn in images.items():
-            cosines[name]["CLIP image similarity"] = clip.to_images(drawn, references)
-    return {name: {key: values.reshape(shape) for key, values in row.items()} for name, row in cosines.items()}
 
 
 def save_images(

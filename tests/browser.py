@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,13 @@ class Page:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def wait_for(self, expression: str) -> None:
+        """Waits until an expression in the page is true: some events come a moment later."""
+        end = time.monotonic() + TIMEOUT
+        while not self.evaluate(expression):
+            assert time.monotonic() < end, f"never true: {expression}"
+            time.sleep(0.01)
 
     def press(self, *keys: str) -> None:
         """Presses keys by name, such as ArrowLeft, a or Shift+Tab."""

@@ -225,10 +225,26 @@ def test_the_gallery_of_one_run_lies_in_it_and_is_replaced(tmp_path, capsys, mon
     assert capsys.readouterr().out.split() == ["gallery", str(page)]
     (run / "gallery" / ".DS_Store").touch()  # macOS leaves it in folders that were looked at
     make_run(run, [entry()])
+    for left in (".gallery.partial", ".gallery.old"):  # by a command that was killed
+        (run / left).mkdir()
+        (run / left / "index.html").touch()
     assert main(["gallery", "runs/mine/001"]) == 0
     assert len(data_of(page)["pictures"]) == 1
     assert sorted(path.name for path in page.parent.iterdir()) == ["index.html", "pictures"]
     assert not list(run.glob(".*"))
+
+
+def test_a_gallery_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    run = make_run(tmp_path / "run", [entry()])
+    assert main(["gallery", str(run)]) == 0
+    before = data_of(run / "gallery" / "index.html")
+    monkeypatch.setattr("dora_mm.sampling.gallery.folder._link", full)
+    assert main(["gallery", str(run)]) == 2
+    assert data_of(run / "gallery" / "index.html") == before
+    assert sorted(path.name for path in run.iterdir()) == ["1.png", "gallery", "manifest.jsonl"]
 
 
 def test_the_gallery_of_several_runs_is_numbered(tmp_path, capsys, monkeypatch):

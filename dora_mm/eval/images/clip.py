@@ -63,6 +63,21 @@ class ClipSimilarity:
         """Returns the mean cosine of each image with all references, (N,), as CLIP-I in the DreamBooth paper."""
         return (self.embed_images(images) @ self.embed_images(references).T).mean(axis=1)
 
+    def cosines(
+        self, images: Sequence[Image.Image], texts: Sequence[str], references: Sequence[Image.Image] = ()
+    ) -> dict[str, np.ndarray]:
+        """Returns the similarities of each image by their names, (N,) each.
+
+        Args:
+            images: The N images.
+            texts: The text of each.
+            references: Images that they should resemble; empty: no similarity with images.
+        """
+        found = {"CLIP text similarity": self.to_texts(images, texts)}
+        if references:
+            found["CLIP image similarity"] = self.to_images(images, references)
+        return found
+
 
 def read_references(images: str) -> list[Image.Image]:
     """Reads the images of a folder, in the order of their names.

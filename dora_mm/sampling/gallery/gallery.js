@@ -77,7 +77,7 @@ function render() {
   if (state.sideBySide) {
     const groups = Map.groupBy(shown, (picture) => picture.group);
     shown = [...groups.values()].flat();
-    main.replaceChildren(...[...groups.values()].map(groupOf));
+    main.replaceChildren(make("div", { className: "groups" }, ...[...groups.values()].map(groupOf)));
   } else {
     main.replaceChildren(make("ol", { className: "grid" }, ...shown.map((picture) => make("li", {}, cardOf(picture)))));
   }
@@ -115,22 +115,26 @@ function makeCard(picture) {
     const status = textOf(picture.values[columns.findIndex((column) => column.kind === "status")]);
     tile.prepend(make("b", { textContent: status }), make("span", { textContent: picture.reason ?? "" }));
   }
-  const facts = make("span", { className: "facts" });
-  for (const text of factsOf(picture)) facts.append(facts.hasChildNodes() ? " · " : "", make("bdi", { textContent: text }));
+  const facts = make("span", { className: "facts" }, ...factsOf(picture));
   card.append(tile, make("span", { className: "caption", dir: "auto", textContent: promptOf(picture) }), facts);
   card.addEventListener("click", () => openViewer(picture));
   return card;
 }
 
+// What tells a picture from others, in few words: settings that differ between pictures, unless the prompt says them.
 function factsOf(picture) {
-  const told = columns.map((column, index) => {
-    if (!column.varies || index === PROMPT || column.kind === "score" || column.kind === "status") return null;
-    if (column.kind === "run") return shortOf(picture, index);
-    const value = picture.values[index];
-    if (value === null) return column.name === "adapter" ? "no adapter" : null;
-    return typeof value === "number" ? `${heading(column)} ${textOf(value)}` : shortOf(picture, index);
+  const prompt = promptOf(picture).toLowerCase();
+  return columns.flatMap((column, index) => {
+    if (!column.varies || index === PROMPT || column.kind === "score" || column.kind === "status") return [];
+    const text = factOf(column, picture.values[index], shortOf(picture, index));
+    if (text === null || prompt.includes(text.toLowerCase())) return [];
+    return [make("bdi", { className: column.kind, textContent: text })];
   });
-  return told.filter((text) => text !== null);
+}
+
+function factOf(column, value, short) {
+  if (value === null) return column.name === "adapter" ? "no adapter" : null;
+  return typeof value === "number" ? `${heading(column)} ${textOf(value)}` : short;
 }
 
 function groupOf(members) {
@@ -209,7 +213,8 @@ function showWords(picture) {
   const rows = (kinds, written) =>
     columns.flatMap((column, index) => {
       const value = picture.values[index];
-      if (!kinds.includes(column.kind) || index === PROMPT || value === null) return [];
+      const asExpected = column.kind === "status" && value === "done";
+      if (!kinds.includes(column.kind) || index === PROMPT || value === null || asExpected) return [];
       return [make("dt", { textContent: heading(column) }), make("dd", { dir: "auto", textContent: written(value) })];
     });
   const file = [make("dt", { textContent: "file" }), make("dd", { textContent: picture.path })];
@@ -302,7 +307,7 @@ function setView(sideBySide) {
 
 function start() {
   const runs = [...distinct[RUN].values()];
-  const title = runs.length === 1 ? runs[0] : `${runs.length} runs`;
+  const title = runs.length <= 3 ? runs.join(", ") : `${runs.length} runs`;
   find("title").textContent = document.title = title;
   find("views").hidden = runs.length < 2;
   main.style.setProperty("--runs", runs.length);
