@@ -161,23 +161,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:
-    """Runs a job file over a config, or a config alone, or draws an image again."""
-    from dora_mm.config import run_name
     from dora_mm.recipes import PIPELINES
 
-    if arguments.replay is not None:
-        if arguments.config or arguments.resume or any(not text.startswith("output=") for text in arguments.overrides):
-            raise ValueError("--replay takes nothing but --set output=FOLDER: the image says all else")
-        output = arguments.overrides[-1].partition("=")[2] if arguments.overrides else None
-        return PIPELINES.load("sample_sdxl").replay(arguments.replay, output=output)
-    if arguments.config is not None and Path(arguments.config).suffix.lower() not in (".yaml", ".yml"):
-        job = arguments.config
+    if arguments.replay is None:
+        take_job(arguments)
+        _run_pipeline(arguments)
+        return
+    if arguments.config or arguments.resume or any(not text.startswith("output=") for text in arguments.overrides):
+        raise ValueError("--replay takes nothing but --set output=FOLDER: the image says all else")
+    output = arguments.overrides[-1].partition("=")[2] if arguments.overrides else None
+    PIPELINES.load("sample_sdxl").replay(arguments.replay, output=output)
+
+
+def take_job(arguments: argparse.Namespace) -> None:
+    """Puts the config of a job file in its place, and the file into the overrides; a config stays as it is.
+
+    Args:
+        arguments: The parsed arguments of `sample`; they are changed.
+
+    Raises:
+        ValueError: A config is given twice.
+    """
+    from dora_mm.config import run_name
+
+    job = arguments.config
+    if job is not None and Path(job).suffix.lower() not in (".yaml", ".yml"):
         arguments.config = arguments.job_config or DEFAULTS_OF_JOBS
         given = [f"prompts_file={json.dumps(job)}", f"name={json.dumps(run_name(job))}"]
         arguments.overrides = [*given, *arguments.overrides]
     elif arguments.job_config is not None:
         raise ValueError("--config belongs to a job file: dora-mm sample JOBS.csv --config CONFIG")
-    _run_pipeline(arguments)
 
 
 def _run_pipeline(arguments: argparse.Namespace) -> None:

@@ -101,12 +101,14 @@ def test_a_config_of_another_command_is_refused(config, pipeline, capsys, comman
 
 
 def test_train_needs_a_config_or_a_run(capsys):
+    assert cli.main(["sample"]) == 2
+    assert "sample needs JOBS or a CONFIG before --set, or --resume RUN_DIR" in capsys.readouterr().err
     assert cli.main(["train"]) == 2
     assert "train needs a CONFIG before --set, or --resume RUN_DIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["sample"], ["train", "a.yaml", "--steps", "3"], ["features", "a", "--resume", "b"]]
+    "arguments", [[], ["trian"], ["eval"], ["train", "a.yaml", "--steps", "3"], ["features", "a", "--resume", "b"]]
 )
 def test_malformed_command_lines_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as end:

@@ -92,6 +92,8 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
         ValueError: There is no such config, or it does not accept an override.
     """
     parsed = cli._parser().parse_args(arguments)
+    if getattr(parsed, "command", None) == "sample":
+        cli.take_job(parsed)
     if config := getattr(parsed, "config", None):
         given = {"schemas": schemas} if schemas else {}
         loaded = load_config(ROOT / config, parsed.overrides, **given)

@@ -176,7 +176,7 @@ class PicturesConfig(PipelineConfig):
     """What all pipelines share that draw pictures for prompts."""
 
     changeable: ClassVar[tuple[str, ...] | None] = None  # every picture is compared with what it should be
-    output: Text | None = None  # the run directory; one of the same pipeline goes on; null: runs/<name>/<NNN>
+    output: OutputFolder | None = None  # the run directory; one of the same pipeline goes on; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig | None = None  # null: the model that the adapter's file names; without adapter the embedded one
     memory: MemoryConfig = MemoryConfig()

@@ -41,7 +41,7 @@ class Entry:
 
 def write_manifest(run: Path, entries: Iterable[Entry]) -> None:
     """Writes the manifest of a run directory, atomically."""
-    write_text(run / MANIFEST, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries))
+    write_text(run / MANIFEST, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
 
 
 def read_manifest(run: Path) -> list[Entry]:

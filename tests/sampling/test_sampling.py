@@ -100,7 +100,7 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
 
 
 def test_without_a_terminal_progress_is_logged(tiny, monkeypatch, caplog):
-    monkeypatch.setattr("dora_mm.sampling.sdxl.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("dora_mm.sampling.pictures.SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", logger="dora_mm"):
         sample(tiny.pipeline(), ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
     assert caplog.messages == ["bare model: 2 of 3 pictures", "bare model: 3 of 3 pictures"]
