@@ -133,7 +133,8 @@ def load_sdxl(
             )
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())
-        raise ValueError(unreachable(path, error) or f"The model {path} cannot be loaded: {reason}") from error
+        name = f"{path} (revision {revision})" if revision else path
+        raise ValueError(unreachable(name, error) or f"The model {name} cannot be loaded: {reason}") from error
     if vae is not None:
         pipe.vae = load_vae(vae, dtype)
     return SDXL(**{field.name: getattr(pipe, field.name) for field in fields(SDXL)})
