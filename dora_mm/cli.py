@@ -226,11 +226,11 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
 def _config_of_run(run: Path, given: str | None, overrides: list[str], recipes: "Recipes"):
     """The config that a run goes on with: its own or the given one, with the overrides as far as they are allowed."""
     from dora_mm.config import load_config
-    from dora_mm.config.resuming import check_changes
+    from dora_mm.config.resuming import check_changes, nearest_run
 
     saved = run / "config.yaml"
     if not saved.is_file():
-        raise ValueError(f"--resume {run} is not a run directory: it has no config.yaml")
+        raise ValueError(f"--resume {run} is not a run directory: it has no config.yaml{nearest_run(run)}")
     config = load_config(given or saved, overrides, recipes.schemas)
     check_changes(run, load_config(saved, schemas=recipes.schemas), config)
     return config

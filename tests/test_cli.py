@@ -215,6 +215,15 @@ def test_resuming_names_a_folder_that_is_not_a_run_directory(tmp_path, capsys):
     assert "nothing is not a run directory" in capsys.readouterr().err
 
 
+def test_a_run_directory_that_is_nearly_right_is_proposed(run, capsys):
+    (run / "checkpoints").mkdir()
+    for wrong in (run.parent, run / "checkpoints"):
+        assert cli.main(["train", "--resume", str(wrong)]) == 2
+        assert f"did you mean '{run}'?" in capsys.readouterr().err
+    assert cli.main(["train", str(run)]) == 2
+    assert f"{run} is a run directory: dora-mm train --resume {run} goes on" in capsys.readouterr().err
+
+
 # --- mistakes that are found before anything large is imported -------------------------------------------------------
 
 

@@ -174,6 +174,8 @@ def _sibling_names(path: Path) -> list[str]:
 
 
 def _read(file: Path) -> yaml12.Document:
+    if (file / "config.yaml").is_file():
+        raise ValueError(f"{file} is a run directory: dora-mm train --resume {file} goes on with a training")
     if not file.is_file():
         raise ValueError(f"{file} is a folder: name a config file in it")
     try:

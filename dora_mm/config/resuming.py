@@ -58,6 +58,14 @@ def check_changes(run: Path, before: PipelineConfig, after: PipelineConfig) -> N
     raise ValueError("\n  ".join([f"--resume {run}: {len(sentences)} keys cannot change ({advice})", *sentences]))
 
 
+def nearest_run(path: Path) -> str:
+    """The text ", did you mean ...?" with the run directory around a path or the last one in it; empty if none is."""
+    inside = sorted(file.parent for file in path.glob("*/config.yaml")) if path.is_dir() else []
+    around = [folder for folder in path.parents if (folder / "config.yaml").is_file()]
+    found = [*around[:1], *inside[-1:]]
+    return f", did you mean {str(found[0])!r}?" if found else ""
+
+
 def _value(config: PipelineConfig, key: str) -> Any:
     value: Any = config
     for part in key.split("."):

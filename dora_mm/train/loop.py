@@ -202,7 +202,8 @@ def accumulate(
                 value = trained(batch_at(number), stream)
             accelerator.backward(value / config.gradient_accumulation_steps)
         total += value.detach().float()
-    return (accelerator.reduce(total, "mean") / config.gradient_accumulation_steps).item()
+    mean: Any = accelerator.reduce(total, "mean")  # annotated as whatever accelerate can reduce
+    return (mean / config.gradient_accumulation_steps).item()
 
 
 @contextlib.contextmanager
@@ -224,7 +225,7 @@ def update(
     members = list(parameters.values())
     if max_grad_norm is None:
         accelerator.unscale_gradients()
-        norm = gradient_norm(members)
+        norm: Any = gradient_norm(members)
     else:
         norm = accelerator.clip_grad_norm_(members, max_grad_norm)
     optimizer.step()

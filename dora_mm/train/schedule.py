@@ -41,7 +41,7 @@ class Schedule(LRScheduler):
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[Any]:
         """The learning rates of the next step, one per parameter group."""
         return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
 

@@ -125,6 +125,27 @@ def test_a_killed_run_is_resumed_to_the_same_bits(config, tmp_path):
     assert_same_weights("step-000006", tmp_path / "uninterrupted", tmp_path / "run")
     logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("uninterrupted", "run")]
     assert logs[0] == logs[1]
+    curves = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("uninterrupted", "run")]
+    for row in curves[0] + curves[1]:
+        del row["seconds"]
+    assert curves[0] == curves[1]
+
+
+def test_a_finished_run_is_extended_by_epochs_and_checkpoints_activations(config, tmp_path, caplog, capsys):
+    """Checkpointing activations changes no bit, so it may be switched on in the middle of a run."""
+    caplog.set_level("INFO")
+    tasks = [{"task": "vqa", "train": vqa("train", 8), "valid": vqa("val", 4)}]
+    changes = {"data": {"tables": str(tmp_path / "tables"), "tasks": tasks}, "schedule": {"name": "constant"}}
+    run = tmp_path / "run"
+    assert main(["train", str(config(**changes, train={"epochs": 1, "batch_size": 4}))]) == 0
+    assert f"dora-mm train --resume {run} --set train.epochs=2" in caplog.text
+    overrides = ["train.epochs=2", "train.gradient_checkpointing=true"]
+    assert main(["train", "--resume", str(run), "--set", *overrides]) == 0
+    longer = config(**changes, train={"epochs": 2, "batch_size": 4}, output=str(tmp_path / "longer"))
+    assert main(["train", str(longer)]) == 0
+    assert_same_weights("step-000004", tmp_path / "longer", run)
+    assert main(["train", "--resume", str(run), "--set", "evaluate.limit=2"]) == 2
+    assert "evaluate.limit cannot change" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -243,7 +243,7 @@ def train_stage(
     batch_at: Callable[[int], Any],
     run: RunDirectory,
     state: dict[str, Any] | None = None,
-    **hooks: Callable[[int], None],
+    **hooks: Any,
 ) -> None:
     """Trains all parameters of some networks.
 
