@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dora_mm.train.run import RunDirectory, training_run, training_summary, writ
 from dora_mm.train.schedule import build_schedule
 
 log = logging.getLogger(__name__)
+Networks = dict[str, nn.Module]  # by component
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
@@ -58,8 +60,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None, dry_run: bool =
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     adapted, reports = adapt(model, config)
-    for name, report in reports.items():
-        log.info("%s", one_line(name, report))
+    log.info("%s", "\n".join(starmap(one_line, reports.items())))
     training = build(config, model, images, adapted, accelerator)
     with torch.no_grad():
         training["batch_at"].encode_all()
@@ -81,19 +82,15 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None, dry_run: bool =
 
 
 def build(
-    config: TrainSDXLConfig,
-    model: SDXL,
-    images: list[CaptionedImage],
-    adapted: dict[str, nn.Module],
-    accelerator: Accelerator,
+    config: TrainSDXLConfig, model: SDXL, images: list[CaptionedImage], adapted: Networks, accelerator: Accelerator
 ) -> dict[str, Any]:
     """What a training consists of: the arguments of `fit`, and of `measure_step`, by name."""
     parameters = adapter_parameters(adapted)
     optimizer = build_optimizer(parameters, config.optimizer)
     prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
     process = (accelerator.process_index, accelerator.num_processes)
-    size = config.train.batch_size
-    batches = CaptionedBatches(model, images, prompts, config.data, batch_size=size, seed=config.seed, process=process)
+    settings: dict[str, Any] = {"batch_size": config.train.batch_size, "seed": config.seed, "process": process}
+    batches = CaptionedBatches(model, images, prompts, config.data, **settings)
     if not prompts.trained:
         prompts.keep([*(image.caption for image in images), ""])
     if config.train.gradient_checkpointing:
@@ -118,22 +115,20 @@ def describe(config: TrainSDXLConfig, images: list[CaptionedImage], accelerator:
     model = load_if_local(config.model)
     data = describe_data(images, config, model, accelerator.num_processes)
     if model is None:
-        missing = f"{config.model.path} is not on this machine: modules, memory and time are left out"
-        return "\n\n".join([data, missing, *slow_hardware(accelerator, None)])
+        return "\n\n".join([data, *slow_hardware(accelerator, None)])
     adapted, reports = adapt(model.to(accelerator.device), config)
     training = build(config, model, images, adapted, accelerator)
+    with torch.no_grad():
+        training["batch_at"](0)  # the only batch that is measured
+    move_idle_networks_to_cpu(model, config)
     return f"{data}\n\n{describe_training(model.networks, reports, config.optimizer, training)}"
 
 
-def adapt(model: SDXL, config: TrainSDXLConfig) -> tuple[dict[str, nn.Module], dict[str, InjectReport]]:
-    """Injects adapters into the UNet and, with `adapter.text_encoders`, the text encoders, and loads `init_from`.
-
-    Returns:
-        The adapted networks and the reports of the injection, both by component.
-    """
+def adapt(model: SDXL, config: TrainSDXLConfig) -> tuple[Networks, dict[str, InjectReport]]:
+    """Injects adapters into the UNet and, with `adapter.text_encoders`, the text encoders, and loads `init_from`."""
     spec = make_spec(config.adapter)
     settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
-    adapted: dict[str, nn.Module] = {"unet": model.unet}
+    adapted: Networks = {"unet": model.unet}
     reports = {"unet": dora_mm.inject(model.unet, "sdxl-unet", spec, parts=config.adapter.parts, **settings)}
     for name in TEXT_ENCODERS if config.adapter.text_encoders else ():
         adapted[name] = getattr(model, name)
@@ -151,13 +146,13 @@ def move_idle_networks_to_cpu(model: SDXL, config: TrainSDXLConfig) -> None:
         getattr(model, name).to("cpu")
 
 
-def set_training(adapted: dict[str, nn.Module], training: bool) -> None:
+def set_training(adapted: Networks, training: bool) -> None:
     """Switches training mode, without which adapter dropout and gradient checkpointing have no effect."""
     for network in adapted.values():
         network.train(training)
 
 
-def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: dict[str, nn.Module], path: Path) -> None:
+def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: Networks, path: Path) -> None:
     """Draws the prompts of the config without and with the adapter, with the same seeds, and saves the sheet."""
     if not config.sample.prompts:
         return
@@ -187,7 +182,7 @@ def about_adapter(config: TrainSDXLConfig) -> dict[str, str]:
     }
 
 
-def save(config: TrainSDXLConfig, adapted: dict[str, nn.Module], run: RunDirectory) -> None:
+def save(config: TrainSDXLConfig, adapted: Networks, run: RunDirectory) -> None:
     settings = {"metadata": about_adapter(config), "strength": config.adapter.strength}
     dora_mm.save_adapter(adapted, run.adapter, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
@@ -196,10 +191,8 @@ def write_results(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[s
     """Writes summary.json, and prints it with the paths of the adapter and the sheet."""
     num_parameters = sum(parameter.numel() for parameter in parameters.values())
     size = sum(file.stat().st_size for file in run.adapter.iterdir())
-    write_summary(
-        run,
-        training_summary(run, config.adapter, num_parameters, config.train.steps, adapter_mb=round(size / 1e6, 2)),
-    )
+    details = {"adapter_mb": round(size / 1e6, 2)}
+    write_summary(run, training_summary(run, config.adapter, num_parameters, config.train.steps, **details))
     print(f"\nadapter  {run.adapter}")
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")

@@ -23,11 +23,12 @@ def unreachable(name: str, error: BaseException) -> str | None:
     )
 
 
-def local_copy(path: str) -> Path | None:
+def local_copy(path: str, revision: str | None = None) -> Path | None:
     """A local path as it is, or the folder of a hub repository in the cache; None if it was never downloaded.
 
     Args:
         path: A local folder or file, or the name of a repository, `owner/name`.
+        revision: A commit, branch or tag of the repository; None: its main branch.
     """
     if Path(path).exists():
         return Path(path)
@@ -35,7 +36,7 @@ def local_copy(path: str) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, local_files_only=True))
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.schema import TrainConfig
@@ -22,11 +23,15 @@ def load_if_local(config: ModelConfig) -> SDXL | None:
     Raises:
         ValueError: A local model does not exist or is incomplete; the message names the key.
     """
-    given = {key: name for key in ("path", "vae") if (name := getattr(config, key)) is not None}
-    found = {key: local_copy(resolve_model(name, f"model.{key}")) for key, name in given.items()}
+    given = resolve_model(config.path)
+    found = {"path": local_copy(given, config.revision)}
+    if config.vae:
+        found["vae"] = local_copy(resolve_model(config.vae, "model.vae"))
     if None in found.values():
         return None
-    return load_configured(config.model_copy(update={key: str(path) for key, path in found.items()}))
+    revision = config.revision if Path(given).exists() else None  # the copy is of this revision
+    changes = {"revision": revision, **{key: str(path) for key, path in found.items()}}
+    return load_configured(config.model_copy(update=changes))
 
 
 def describe_data(
@@ -47,6 +52,7 @@ def describe_data(
             describe_captions(images, config.data, num_tokens),
             describe_length(len(images), config.train, num_processes),
             *remark_on_length(len(images), config.train, num_processes),
+            *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
         ]
     )
 
