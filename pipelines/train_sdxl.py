@@ -24,7 +24,7 @@ from dora_mm.tasks.sdxl_preview import describe_data, load_if_local, remark_on_l
 from dora_mm.train.adapters import adapter_parameters, load_initial_adapter, make_spec, one_line
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.preview import describe_training, slow_hardware
+from dora_mm.train.preview import describe_training, is_measured, slow_hardware
 from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 
@@ -91,8 +91,6 @@ def build(
     process = (accelerator.process_index, accelerator.num_processes)
     settings: dict[str, Any] = {"batch_size": config.train.batch_size, "seed": config.seed, "process": process}
     batches = CaptionedBatches(model, images, prompts, config.data, **settings)
-    if not prompts.trained:
-        prompts.keep([*(image.caption for image in images), ""])
     if config.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     set_training(adapted, True)
@@ -118,9 +116,10 @@ def describe(config: TrainSDXLConfig, images: list[CaptionedImage], accelerator:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
     adapted, reports = adapt(model.to(accelerator.device), config)
     training = build(config, model, images, adapted, accelerator)
-    with torch.no_grad():
-        training["batch_at"](0)  # the only batch that is measured
-    move_idle_networks_to_cpu(model, config)
+    if is_measured(accelerator, model.networks.values()):
+        with torch.no_grad():
+            training["batch_at"](0)  # the only batch that is measured
+        move_idle_networks_to_cpu(model, config)
     return f"{data}\n\n{describe_training(model.networks, reports, config.optimizer, training)}"
 
 

@@ -106,7 +106,9 @@ class CaptionedBatches:
         self.groups = [[i for i in items if self.buckets[i] == bucket] for bucket in sorted(set(self.buckets))]
 
     def encode_all(self) -> None:
-        """Fills the latent cache ahead of training, if crops are fixed."""
+        """Encodes ahead of training what stays the same: captions, and images if crops are fixed."""
+        if not self.prompts.trained:
+            self.prompts.keep([*(image.caption for image in self.images), ""])
         if self.config.crop == "center":
             for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
                 for flip in (False, True) if self.config.flip else (False,):

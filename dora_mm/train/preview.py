@@ -1,7 +1,7 @@
 """What a training will cost, before it starts: memory by part, the time of a measured step, and slow hardware."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -127,26 +127,31 @@ def memory_table(
         optimizer: The `optimizer` section of the config.
         cost: The cost of a step; None: the activations are left out.
     """
-    trained = {id(parameter) for parameter in parameters.values()}
     values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
-    place = next(iter(parameters.values())).device.type
+    device = next(iter(parameters.values())).device.type
     state = optimizer_values(optimizer)
-    rows: list[tuple[str, str, int]] = []
-    for name, network in networks.items():
-        frozen = [p for p in (*network.parameters(), *network.buffers()) if id(p) not in trained]
-        place_of = frozen[0].device.type if frozen else place
-        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()}))
-        num_values = sum(p.numel() for p in frozen)
-        rows.append((f"{name}, {num_values:,} frozen in {dtypes}", place_of, num_bytes(frozen)))
-    rows.append((f"{values:,} trained", place, size))
-    rows.append(("gradients", place, size))
-    rows.append((f"optimizer state ({optimizer.name}, {state} numbers each)", place, state * 4 * values))
+    rows = _frozen(networks, {id(parameter) for parameter in parameters.values()})
+    rows.append((f"{values:,} trained", device, size))
+    rows.append(("gradients", device, size))
+    rows.append((f"optimizer state ({optimizer.name}, {state} numbers each)", device, state * 4 * values))
     if cost is not None:
         how = "measured" if cost.measured else "an estimate: what a step keeps for its backward pass"
-        rows.append((f"activations ({how})", place, cost.activations))
-    total = sum(size for _, where, size in rows if where == place)
-    rows.append(("together" if cost else "together, without activations", place, total))
+        rows.append((f"activations ({how})", device, cost.activations))
+    total = sum(size for _, where, size in rows if where == device)
+    rows.append(("together" if cost else "together, without activations", device, total))
     return aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
+
+
+def _frozen(networks: Mapping[str, nn.Module], trained: Collection[int]) -> list[tuple[str, str, int]]:
+    """The frozen tensors of each network that has some: a description, their device and their bytes."""
+    rows = []
+    for name, network in networks.items():
+        frozen = [p for p in (*network.parameters(), *network.buffers()) if id(p) not in trained]
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()}))
+        if dtypes:
+            values = sum(p.numel() for p in frozen)
+            rows.append((f"{name}, {values:,} frozen in {dtypes}", frozen[0].device.type, num_bytes(frozen)))
+    return rows
 
 
 def describe_training(
@@ -165,8 +170,8 @@ def describe_training(
         optimizer: The `optimizer` section of the config.
         training: The arguments of `measure_step`, by name.
     """
-    slow = training["accelerator"].device.type == "cpu" and count(networks.values()) >= LARGE
-    cost = None if slow else measure_step(**training)
+    measured = is_measured(training["accelerator"], networks.values())
+    cost = measure_step(**training) if measured else None
     memory = memory_table(networks, training["parameters"], optimizer, cost)
     time_line = _time_line(cost, training["config"].steps)
     remarks = slow_hardware(training["accelerator"], networks.values())
@@ -180,12 +185,10 @@ def module_table(reports: Mapping[str, InjectReport]) -> str:
         for part in dict.fromkeys(module.part for module in report.modules):
             sizes = [module.num_parameters for module in report.modules if module.part == part]
             rows.append((f"{name} {part}", f"{len(sizes):,}", f"{sum(sizes):,}"))
-    count, total = (
-        sum(getattr(report, key) for report in reports.values()) for key in ("num_modules", "num_parameters")
-    )
-    return aligned_columns(
-        [("adapted", "modules", "parameters"), *rows, ("all", f"{count:,}", f"{total:,}")], num_text=1
-    )
+    modules = sum(report.num_modules for report in reports.values())
+    total = sum(report.num_parameters for report in reports.values())
+    rows = [("adapted", "modules", "parameters"), *rows, ("all", f"{modules:,}", f"{total:,}")]
+    return aligned_columns(rows, num_text=1)
 
 
 def _time_line(cost: StepCost | None, steps: int) -> str:
@@ -195,8 +198,12 @@ def _time_line(cost: StepCost | None, steps: int) -> str:
     return f"time      {cost.seconds:.2f} s a step (measured), {whole}, drawing pictures not included"
 
 
-def count(networks: Iterable[nn.Module]) -> int:
-    """The number of parameters of these networks."""
+def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module]) -> bool:
+    """Whether a step of these networks is short enough to be measured ahead of a training."""
+    return accelerator.device.type != "cpu" or _num_parameters(networks) < LARGE
+
+
+def _num_parameters(networks: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
@@ -212,7 +219,7 @@ def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None
     found, mixed_precision = [], accelerator.mixed_precision
     if networks is None:
         found.append("There is no GPU: a step of a model of full size takes minutes to hours here.")
-    elif (num_parameters := count(networks)) >= LARGE:
+    elif (num_parameters := _num_parameters(networks)) >= LARGE:
         found.append(
             f"There is no GPU, and the model has {num_parameters / 1e9:.1f} billion parameters: a step takes minutes "
             "to hours here."

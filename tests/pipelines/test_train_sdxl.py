@@ -304,6 +304,19 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
         assert words in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a large model is measured")
+def test_a_dry_run_computes_nothing_with_a_large_model_on_a_processor(config, capsys, monkeypatch):
+    from dora_mm.train import preview
+
+    monkeypatch.setattr(preview, "LARGE", 1000)
+    monkeypatch.setattr(AutoencoderKL, "encode", None)
+    assert main(["train", str(config()), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "together, without activations" in printed
+    assert "time      not measured: a step of this model takes minutes to hours without a GPU" in printed
+    assert "There is no GPU, and the model has" in printed
+
+
 def test_a_dry_run_with_a_hub_model_that_is_not_here_describes_the_data(config, capsys):
     assert main(["train", str(config(model__path="owner/nothing")), "--dry-run"]) == 0
     printed = capsys.readouterr().out
