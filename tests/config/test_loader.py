@@ -238,14 +238,14 @@ SAMPLE = "pipeline: sample_sdxl\nmodel: {path: some/model}\n"
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("", "either prompts or prompts_file"),
-        ("prompts: [a]\nprompts_file: b.txt\n", "either prompts or prompts_file"),
-        ("prompts: [a]\nstrengths: [1.0]\n", "strengths needs an adapter"),
-        ("prompts: [a]\nimages: false\nsheet: false\n", "images and sheet are both false"),
+        ("", "give prompts or prompts_file"),
+        ("prompts: [a]\nstrengths: [0.5]\n", "strengths needs an adapter"),
+        ("prompts: [a]\nstrengths: []\n", "strengths: "),
+        ("prompts: [a]\nscheduler: eulr\n", "scheduler: "),
         ("prompts: [a]\nadapter: {pth: x}\n", "adapter.pth: unknown key, did you mean 'path'?"),
     ],
 )
-def test_sampling_needs_prompts_and_an_output(write, keys, message):
+def test_sampling_needs_prompts_and_an_adapter_for_strengths(write, keys, message):
     assert any(message in problem for problem in problems(write(SAMPLE + keys)))
 
 
@@ -308,5 +308,6 @@ def test_models_are_local_paths_or_hub_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted(resolve_path("configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_load_and_start_with_their_command(path):
     config = load_config(path)
-    assert path.read_text().startswith(f"# dora-mm {config.command} configs/{path.parent.name}/{path.name}")
+    start = f"# dora-mm {config.command} {'jobs.csv --config ' if 'jobs.csv' in path.read_text()[:40] else ''}"
+    assert path.read_text().startswith(f"{start}configs/{path.parent.name}/{path.name}")
     assert config.pipeline in SCHEMAS
