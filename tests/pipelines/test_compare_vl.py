@@ -273,7 +273,7 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
         assert message in refused(config)
     base()
     adapted = {"vision": {"tower": "timm/vit_tiny_patch16_224"}, "adapter": {"rank": 2, "vision_parts": ["attn"]}}
-    config = comparison(features=["some"], report=fewer)
+    config = comparison(features=[str(tmp_path)], report=fewer)
     seen = {split: {**vqa(split), "images": str(SAMPLES / "images")} for split in ("train", "val")}
     task = {"task": "vqa", "train": seen["train"], "valid": seen["val"]}
     base(**adapted, data={**base.values["data"], "tasks": [task]})

@@ -163,7 +163,7 @@ def test_folders_that_cannot_be_used(config, images, tmp_path, capsys, prepare, 
 
 def test_a_folder_that_is_missing(config, capsys):
     assert run(config, "images=[nowhere]") == 2
-    assert "images: nowhere does not exist" in capsys.readouterr().err
+    assert "images[0]: nowhere does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "dim"), [("features", 2048), ("features_tiny", 472)])
