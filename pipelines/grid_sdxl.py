@@ -11,7 +11,7 @@ from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.train.checkpoint import checkpoints
-from dora_mm.train.run import RunDirectory, continue_run, existing_run
+from dora_mm.train.run import RunDirectory, existing_run, picture_run
 
 
 def main(config: GridSDXLConfig, *, resume: Path | None = None) -> None:
@@ -38,12 +38,11 @@ def main(config: GridSDXLConfig, *, resume: Path | None = None) -> None:
     pictures = [replace(template(config), row=number, **cell) for number, cell in enumerate(cells, 1)]
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
     loaded.check_adapters(pictures)
-    run = continue_run(config, found)
-    print(f"run       {run.path}  (go on: dora-mm grid --resume {run.path})")
-    job = loaded.draw(run.path, pictures, config.batch_size)
-    save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
-    print(f"images    {run.samples}\nsheet     {run.sheet}")
-    job.raise_failures()
+    with picture_run(config, found) as run:
+        job = loaded.draw(run.path, pictures, config.batch_size)
+        save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
+        print(f"images    {run.samples}\nsheet     {run.sheet}")
+        job.raise_failures()
 
 
 def template(config: GridSDXLConfig) -> Picture:

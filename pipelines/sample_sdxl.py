@@ -9,9 +9,13 @@ from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.replay import replay_picture
 from dora_mm.sampling.sheets import save_sheets
-from dora_mm.train.run import continue_run, existing_run, new_folder
+from dora_mm.train.run import existing_run, new_folder, picture_run
 
 log = logging.getLogger(__name__)
+STRENGTHS = (
+    "Strengths are linear here: W0 + t (W' - W0). diffusers' set_adapters and PEFT scale only the low-rank part of DoRA, "
+    "so between 0 and 1 the same number draws another picture there (docs/sdxl.md)."
+)
 
 
 def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
@@ -33,14 +37,14 @@ def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
     pictures = expand(rows, template(config), config.seeds, config.strengths)
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
     loaded.check_adapters(pictures)
-    run = continue_run(config, found)
-    print(f"run       {run.path}  (go on: dora-mm sample --resume {run.path})")
-    job = loaded.draw(run.path, pictures, config.batch_size)
-    print(f"images    {run.samples}")
-    if config.sheet:
-        for file in save_sheets(job):
+    if any(strength != 1 for picture in pictures for _, strength in picture.weights):
+        log.info(STRENGTHS)
+    with picture_run(config, found) as run:
+        job = loaded.draw(run.path, pictures, config.batch_size)
+        print(f"images    {run.samples}")
+        for file in save_sheets(job) if config.sheet else ():
             print(f"sheet     {file}")
-    job.raise_failures()
+        job.raise_failures()
 
 
 def read_rows(config: SampleSDXLConfig) -> list[Row]:

@@ -246,16 +246,27 @@ def existing_run(config: PipelineConfig, resume: Path | None = None) -> Path | N
     return path
 
 
-def continue_run(config: PipelineConfig, path: Path | None) -> RunDirectory:
-    """Opens the run directory that `existing_run` has found, or creates one.
+@contextlib.contextmanager
+def picture_run(config: PipelineConfig, path: Path | None) -> Iterator[RunDirectory]:
+    """Opens the run directory of a job of pictures, and says how to go on: at the start and at every stop.
 
-    Where the config has changed since, its resolved text replaces the one in the directory.
+    Args:
+        config: The config. Where it differs from the one in the directory, it replaces that.
+        path: The directory that `existing_run` has found; None creates one.
     """
     if path is None:
-        return open_run(config)
-    remove_partial_files(path)
-    _write_about(path, dump_config(config), {})
-    return RunDirectory(path)
+        run = open_run(config)
+    else:
+        run = RunDirectory(path)
+        remove_partial_files(path)
+        _write_about(path, dump_config(config), {})
+    go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
+    log.info("Run %s. After a stop: %s", run.path, go_on)
+    try:
+        yield run
+    except BaseException:
+        log.info("\nRun %s has stopped. To go on: %s", run.path, go_on)
+        raise
 
 
 def new_folder(name: str, output: str | None = None, root: Path = Path("runs")) -> Path:
