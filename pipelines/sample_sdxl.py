@@ -13,8 +13,8 @@ from dora_mm.train.run import existing_run, new_folder, picture_run
 
 log = logging.getLogger(__name__)
 STRENGTHS = (
-    "Strengths are linear here: W0 + t (W' - W0). diffusers' set_adapters and PEFT scale only the low-rank part of DoRA, "
-    "so between 0 and 1 the same number draws another picture there (docs/sdxl.md)."
+    "Strengths are linear here: W0 + t (W' - W0). diffusers' set_adapters and PEFT scale only the low-rank part of "
+    "DoRA, so between 0 and 1 the same number draws another picture there (docs/sdxl.md)."
 )
 
 
