@@ -51,8 +51,10 @@ def strength_columns(pictures: Sequence[Picture]) -> list[float]:
 def draw_sheet(job: Job, indices: Sequence[int], strengths: Sequence[float]) -> Image.Image:
     """Draws a sheet of some pictures of a job, in rows of `strengths`, or in reading order where there are none."""
     pictures = [thumbnail(job.file(index)) if index in job.done else None for index in indices]
-    with_seed = any(job.pictures[index].seed != job.pictures[0].seed for index in range(len(job.pictures)))
-    labels = [label(job.pictures[index], with_seed) for index in indices]
+    shown = [name for name in ("seed", "strength") if len({getattr(p, name) for p in job.pictures}) > 1]
+    if strengths:  # they are the columns
+        shown = [name for name in shown if name != "strength"]
+    labels = [label(job.pictures[index], shown) for index in indices]
     if not strengths:
         return contact_sheet(pictures, labels, columns=min(CONTACT_COLUMNS, len(pictures)))
     width = len(strengths)
@@ -68,9 +70,10 @@ def thumbnail(file: Path) -> Image.Image:
     return small
 
 
-def label(picture: Picture, with_seed: bool) -> str:
-    """The label of a picture: its prompt, and its seed where a job has several."""
-    return f"{picture.prompt}, seed {picture.seed}" if with_seed else picture.prompt
+def label(picture: Picture, shown: Sequence[str]) -> str:
+    """The label of a picture: its prompt, with its seed and its strength where they are shown."""
+    texts = {"seed": f"seed {picture.seed}", "strength": strength_label(picture.strength)}
+    return ", ".join([picture.prompt, *(texts[name] for name in shown)])
 
 
 def strength_label(strength: float) -> str:
