@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from dora_mm import backend, formats
@@ -73,8 +74,8 @@ class LoadedModel:
         """Loads every adapter once.
 
         Raises:
-            ValueError: An adapter does not fit the model; or it replaces weights of the base (method `full`), and a job
-                has pictures without it, or at another strength.
+            ValueError: An adapter does not fit the model; or it replaces weights of the base, and a job has pictures
+                without it, or at another strength.
         """
         combinations = {picture.weights for picture in pictures}
         for path in self.adapters:
@@ -83,9 +84,20 @@ class LoadedModel:
                     continue
             if combinations != {((path, 1.0),)}:
                 raise ValueError(
-                    f"{path} holds weights of method full, which replace the base: it cannot be drawn at another "
-                    "strength than 1, nor beside other adapters or pictures without it"
+                    f"{path} holds weights that replace those of the base (method full, biases or norms): it cannot be "
+                    "drawn at another strength than 1, nor beside other adapters or pictures without it"
                 )
+
+    def check_schedulers(self, pictures: Sequence[Picture]) -> None:
+        """Checks that the schedulers can take as many steps as are asked of them.
+
+        Raises:
+            ValueError: One cannot: LCM's takes at most 50, and others as many as the model has noise levels.
+        """
+        rows = {(picture.scheduler, picture.steps): picture.row for picture in reversed(pictures)}
+        for (scheduler, steps), row in rows.items():
+            if problem := self.sampler.why_not(scheduler, steps):
+                raise ValueError(f"row {row}: the scheduler cannot take {steps} steps: {problem}")
 
     def adapter_hashes(self) -> dict[str, tuple[str, str]]:
         """The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that jobs name."""
@@ -141,9 +153,7 @@ def find_adapters(paths: Iterable[str]) -> dict[str, Path]:
     Raises:
         ValueError: A path does not exist, or holds no adapter file or several.
     """
-    return {
-        path: formats.find_file(formats.adapter_folder(resolve_path(path, "adapter"))) for path in sorted(set(paths))
-    }
+    return {path: formats.find_file(resolve_path(path, "adapter")) for path in sorted(set(paths))}
 
 
 def model_of(files: Mapping[str, Path]) -> ModelConfig:
@@ -159,7 +169,12 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
             raise ValueError(f"{path} does not say which model it was trained on: set model.path")
         keys = {"path": "base_model", "revision": "base_revision", "vae": "base_vae", "dtype": "base_dtype"}
         values = {name: header[key] for name, key in keys.items() if key in header}
-        found.setdefault(ModelConfig.model_validate(values), path)
+        try:
+            found.setdefault(ModelConfig.model_validate(values), path)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            key, message = keys[str(problem["loc"][0])], problem["msg"]
+            raise ValueError(f"the header of {path} cannot be used ({key}: {message}): set model.path") from None
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
         raise ValueError(f"{first} was trained on {one.path}, and {second} on {other.path}: set model.path")
@@ -175,6 +190,8 @@ def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
 
 
 def replaces_weights(file: Path) -> bool:
-    """Whether an adapter file has weights of method `full`."""
+    """Whether an adapter file has weights of method `full` or other parameters of the base, such as biases."""
     state, _ = formats.read(file)
-    return any(layer.spec.method == "full" for layers in state.layers.values() for layer in layers.values())
+    return bool(state.parameters) or any(
+        layer.spec.method == "full" for layers in state.layers.values() for layer in layers.values()
+    )
