@@ -7,6 +7,7 @@ from dora_mm.config import load_config
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import GridSDXLConfig
 from dora_mm.sampling.axes import cells_of, with_base_model
+from dora_mm.sampling.drawing import tells_how_to_go_on
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.sheets import save_grid
@@ -37,11 +38,12 @@ def main(config: GridSDXLConfig, *, resume: Path | None = None) -> None:
     cells = [{**row, **column} for _, row in rows for _, column in columns]
     pictures = [replace(template(config), row=number, **cell) for number, cell in enumerate(cells, 1)]
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
+    loaded.check_schedulers(pictures)
     loaded.check_adapters(pictures)
     run = continue_run(config, found)
-    print(f"run       {run.path}  (go on: dora-mm grid --resume {run.path})")
-    job = loaded.draw(run.path, pictures, config.batch_size)
-    save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
+    with tells_how_to_go_on(run.path, config.command):
+        job = loaded.draw(run.path, pictures, config.batch_size)
+        save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
     print(f"images    {run.samples}\nsheet     {run.sheet}")
     job.raise_failures()
 
@@ -69,4 +71,4 @@ def checkpoint_folders(config: GridSDXLConfig) -> dict[str, str]:
         raise ValueError(f"adapter.path: {run} is not a run directory with checkpoints")
     trained = load_config(run / "config.yaml")
     strength = config.adapter.strength * getattr(getattr(trained, "adapter", None), "strength", 1.0)
-    return {str(int(folder.name.removeprefix("step-"))): f"{folder}:{strength:g}" for folder in found}
+    return {str(int(folder.name.removeprefix("step-"))): f"{folder}:{strength:.12g}" for folder in found}

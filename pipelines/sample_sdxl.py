@@ -3,8 +3,10 @@
 import logging
 from pathlib import Path
 
+from dora_mm.config import yaml12
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import SampleSDXLConfig
+from dora_mm.sampling.drawing import tells_how_to_go_on
 from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.replay import replay_picture
@@ -29,18 +31,37 @@ def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
             checks. Or some images could not be drawn; all others are then.
     """
     found = existing_run(config, resume)
+    if found and resume is None:
+        check_same_job(config, found)
     rows = read_rows(config)
     pictures = expand(rows, template(config), config.seeds, config.strengths)
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
+    loaded.check_schedulers(pictures)
     loaded.check_adapters(pictures)
     run = continue_run(config, found)
-    print(f"run       {run.path}  (go on: dora-mm sample --resume {run.path})")
-    job = loaded.draw(run.path, pictures, config.batch_size)
-    print(f"images    {run.samples}")
-    if config.sheet:
-        for file in save_sheets(job):
-            print(f"sheet     {file}")
+    with tells_how_to_go_on(run.path, config.command):
+        job = loaded.draw(run.path, pictures, config.batch_size)
+        print(f"images    {run.samples}")
+        if config.sheet:
+            for file in save_sheets(job):
+                print(f"sheet     {file}")
     job.raise_failures()
+
+
+def check_same_job(config: SampleSDXLConfig, run: Path) -> None:
+    """Checks that a run directory that `output` names belongs to the same job file: another one has other pictures.
+
+    Raises:
+        ValueError: It belongs to another one.
+    """
+    saved = run / "config.yaml"
+    before = yaml12.read(saved.read_text(encoding="utf-8")).value.get("prompts_file") if saved.is_file() else None
+    after = config.prompts_file
+    if before and after and Path(before).name != Path(after).name:
+        raise ValueError(
+            f"output {run} has the pictures of {before}, and those of {after} would replace them: choose another "
+            f"folder, or, if it is the same job under a new name: dora-mm sample {after} --resume {run}"
+        )
 
 
 def read_rows(config: SampleSDXLConfig) -> list[Row]:
