@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
+GOES_ON = ("train", "sample", "grid")  # the commands that can be resumed
 DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
 # Errors that a user can fix: a full or read-only disk, an exceeded quota, missing permissions, a path too long.
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         ("features", "compute the features of a vision tower once, for later trainings"),
     ):
         command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, according to a config.")
-        goes_on = name in ("train", "sample", "grid")
+        goes_on = name in GOES_ON
         metavar, kinds = ("JOBS|CONFIG", ", or a job: .csv, .tsv, .jsonl, .txt") if name == "sample" else ("CONFIG", "")
         command.add_argument("config", metavar=metavar, nargs="?" if goes_on else None, help=f"a YAML file{kinds}")
         command.add_argument(
@@ -186,9 +187,14 @@ def take_job(arguments: argparse.Namespace) -> None:
 
     job = arguments.config
     if job is not None and Path(job).suffix.lower() not in (".yaml", ".yml"):
+        given = {"prompts_file": job, "name": run_name(job)}
         arguments.config = arguments.job_config or DEFAULTS_OF_JOBS
-        given = [f"prompts_file={json.dumps(job)}", f"name={json.dumps(run_name(job))}"]
-        arguments.overrides = [*given, *arguments.overrides]
+        if arguments.resume is not None and arguments.job_config is None:
+            arguments.config = None  # the run's own
+            del given["name"]
+        # not as ASCII: YAML reads the two escapes of an emoji as two characters
+        texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+        arguments.overrides = [*texts, *arguments.overrides]
     elif arguments.job_config is not None:
         raise ValueError("--config belongs to a job file: dora-mm sample JOBS.csv --config CONFIG")
 
@@ -208,9 +214,9 @@ def _run_pipeline(arguments: argparse.Namespace) -> None:
         config = load_config(arguments.config, arguments.overrides, recipes.schemas)
     if config.command != arguments.command:
         if arguments.config is None:
-            raise ValueError(
-                f"--resume {arguments.resume}: the run is one of dora-mm {config.command}, which cannot be resumed"
-            )
+            command = f"dora-mm {config.command}"
+            advice = f"{command} --resume {arguments.resume}" if config.command in GOES_ON else "it cannot be resumed"
+            raise ValueError(f"--resume {arguments.resume}: the run is one of {command}: {advice}")
         raise ValueError(f"{arguments.config} needs another command: dora-mm {config.command} {arguments.config}")
     if not (arguments.dry_run and config.dry_run_lists_missing):
         check_paths(config, new_run=arguments.resume is None)

@@ -37,6 +37,7 @@ def main(config: GridSDXLConfig, *, resume: Path | None = None) -> None:
     cells = [{**row, **column} for _, row in rows for _, column in columns]
     pictures = [replace(template(config), row=number, **cell) for number, cell in enumerate(cells, 1)]
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
+    loaded.check_schedulers(pictures)
     loaded.check_adapters(pictures)
     with picture_run(config, found) as run:
         job = loaded.draw(run.path, pictures, config.batch_size)
@@ -68,4 +69,4 @@ def checkpoint_folders(config: GridSDXLConfig) -> dict[str, str]:
         raise ValueError(f"adapter.path: {run} is not a run directory with checkpoints")
     trained = load_config(run / "config.yaml")
     strength = config.adapter.strength * getattr(getattr(trained, "adapter", None), "strength", 1.0)
-    return {str(int(folder.name.removeprefix("step-"))): f"{folder}:{strength:g}" for folder in found}
+    return {str(int(folder.name.removeprefix("step-"))): f"{folder}:{strength:.12g}" for folder in found}

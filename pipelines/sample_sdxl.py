@@ -3,13 +3,10 @@
 import logging
 from pathlib import Path
 
+from dora_mm.config import yaml12
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import SampleSDXLConfig
 from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
-from dora_mm.sampling.loaded import load_model
-from dora_mm.sampling.replay import replay_picture
-from dora_mm.sampling.sheets import save_sheets
-from dora_mm.train.run import existing_run, new_folder, picture_run
 
 log = logging.getLogger(__name__)
 STRENGTHS = (
@@ -32,10 +29,21 @@ def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
         ValueError: The job file, the model or an adapter cannot be used; the run directory is created only after these
             checks. Or some images could not be drawn; all others are then.
     """
+    pictures = expand(read_rows(config), template(config), config.seeds, config.strengths)
+    adapters = {path for picture in pictures for path, _ in picture.adapters}
+    for path in sorted(adapters):
+        resolve_path(path, "adapter")
+
+    # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
+    from dora_mm.sampling.loaded import load_model
+    from dora_mm.sampling.sheets import save_sheets
+    from dora_mm.train.run import existing_run, picture_run
+
     found = existing_run(config, resume)
-    rows = read_rows(config)
-    pictures = expand(rows, template(config), config.seeds, config.strengths)
-    loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
+    if found and resume is None:
+        check_same_job(config, found)
+    loaded = load_model(config, adapters)
+    loaded.check_schedulers(pictures)
     loaded.check_adapters(pictures)
     if any(strength != 1 for picture in pictures for _, strength in picture.weights):
         log.info(STRENGTHS)
@@ -45,6 +53,22 @@ def main(config: SampleSDXLConfig, *, resume: Path | None = None) -> None:
         for file in save_sheets(job) if config.sheet else ():
             print(f"sheet     {file}")
         job.raise_failures()
+
+
+def check_same_job(config: SampleSDXLConfig, run: Path) -> None:
+    """Checks that a run directory that `output` names belongs to the same job file: another one has other pictures.
+
+    Raises:
+        ValueError: It belongs to another one.
+    """
+    saved = run / "config.yaml"
+    before = yaml12.read(saved.read_text(encoding="utf-8")).value.get("prompts_file") if saved.is_file() else None
+    after = config.prompts_file
+    if before and after and Path(before).name != Path(after).name:
+        raise ValueError(
+            f"output {run} has the pictures of {before}, and those of {after} would replace them: choose another "
+            f"folder, or, if it is the same job under a new name: dora-mm sample {after} --resume {run}"
+        )
 
 
 def read_rows(config: SampleSDXLConfig) -> list[Row]:
@@ -71,6 +95,9 @@ def replay(picture: Path, *, output: str | None = None) -> None:
     Raises:
         ValueError: The file does not say how it was drawn, or the model or an adapter has changed since.
     """
+    from dora_mm.sampling.replay import replay_picture
+    from dora_mm.train.run import new_folder
+
     drawn, difference = replay_picture(picture, lambda: new_folder("replay", output))
     print(f"picture   {drawn}")
     print("          " + (f"differs from {picture} {difference}" if difference else f"the same pixels as {picture}"))

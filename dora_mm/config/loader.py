@@ -99,13 +99,13 @@ def find_path(path: str | Path) -> Path | None:
     """
     if str(path).startswith(INSTALLED):
         return _in_package(str(path).removeprefix(INSTALLED))
-    wanted = Path(path).expanduser()
     try:
+        wanted = Path(path).expanduser()
         if wanted.exists():
             return wanted
         packaged = _packaged(wanted)
         return packaged if not wanted.is_absolute() and packaged.exists() else None
-    except OSError:  # too long, or in a folder that may not be entered
+    except (OSError, RuntimeError):  # too long, or in a folder that may not be entered; or ~name of nobody
         return None
 
 

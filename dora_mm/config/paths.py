@@ -41,12 +41,14 @@ def check_folder(path: str, key: str, *, must_be_new: bool) -> None:
     Raises:
         ValueError: It exists although it must not, a part of its path is a file, too long or not writable.
     """
-    folder = Path(path).expanduser()
     try:
+        folder = Path(path).expanduser()
         exists = folder.exists()
         parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     except OSError as error:
         raise ValueError(f"{key} {path} cannot be made: {error.strerror}") from None
+    except RuntimeError:
+        raise ValueError(f"{key} {path} cannot be made: there is no user {Path(path).parts[0][1:]}") from None
     if exists and must_be_new:
         raise ValueError(
             f"{key} {path} exists already: choose another folder, or leave {key} out to get a numbered one."

@@ -188,7 +188,7 @@ def find_file(path: Path) -> Path:
     """Finds the adapter file.
 
     Args:
-        path: The file itself, or the folder that contains it.
+        path: The file itself, the folder that contains it, or a run directory, in which that is the folder `adapter`.
 
     Raises:
         ValueError: `path` does not exist, or is a folder with no adapter file or with several.
@@ -197,6 +197,7 @@ def find_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise ValueError(f"there is no adapter at {path}: give an adapter file or its folder")
+    path = adapter_folder(path)
     found = [path / module.FILE_NAME for module in FORMATS.values() if (path / module.FILE_NAME).is_file()]
     if len(found) != 1:
         names = " or ".join(module.FILE_NAME for module in FORMATS.values())

@@ -18,7 +18,7 @@ from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
-from dora_mm.sampling.manifest import MANIFEST, Entry, write_manifest
+from dora_mm.sampling.manifest import MANIFEST, Entry, read_manifest, write_manifest
 from dora_mm.sampling.pictures import PictureSampler, Progress, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.utils.atomic import remove_partial_files
@@ -136,10 +136,10 @@ def plan(
 def check_what_is_there(job: Job) -> None:
     """Finds the pictures of a job that were drawn already, and verifies their files.
 
-    Files that are damaged, or that an earlier version of the job drew with other settings, are removed and named in the
-    log. Files that do not belong to the job are named, and stay.
+    Files that are damaged, or that an earlier version of the job drew with other settings, are named in the log; they
+    stay until their picture is drawn again. Files that do not belong to the job are named, and stay.
     """
-    stale, damaged = [], []
+    stale, damaged, digests = [], [], recorded_digests(job.folder)
     for index, name in enumerate(job.names):
         file = job.file(index)
         if not file.exists():
@@ -147,19 +147,22 @@ def check_what_is_there(job: Job) -> None:
         try:
             same = read_description(file).is_drawn_like(job.descriptions[index])
         except ValueError:
-            same = None
-        if same:
-            job.done[index] = file_digest(file)
+            damaged.append(name)
+            continue
+        digest = file_digest(file)
+        if not same:
+            stale.append(name)
+        elif digests.get(f"{SAMPLES}/{name}", digest) != digest:
+            damaged.append(name)
         else:
-            (damaged if same is None else stale).append(name)
-            file.unlink()
+            job.done[index] = digest
     samples = job.folder / SAMPLES
     remove_partial_files(samples)
     known = set(job.names)
     others = sorted(file.name for file in samples.glob("*.png") if file.name not in known)
     for names, what in (
         (stale, "were drawn with other settings, and are drawn again"),
-        (damaged, "are damaged or no pictures of a job, and are drawn again"),
+        (damaged, "are damaged, changed or no pictures of a job, and are drawn again"),
         (others, "do not belong to the job, and stay as they are"),
     ):
         if names:
@@ -167,6 +170,14 @@ def check_what_is_there(job: Job) -> None:
             log.warning("%d files in %s %s: %s", len(names), samples, what, shown)
     if job.done:
         log.info("%d of %d pictures are there already.", len(job.done), len(job.pictures))
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """The digests of the files that the manifest in a run directory has, by their paths in it."""
+    try:
+        return {entry.file: entry.digest for entry in read_manifest(folder) if entry.digest}
+    except ValueError:
+        return {}
 
 
 def draw(job: Job, sampler: PictureSampler, networks: Iterable[nn.Module], load: LoadAdapter) -> None:
@@ -183,18 +194,22 @@ def draw(job: Job, sampler: PictureSampler, networks: Iterable[nn.Module], load:
     """
     networks = list(networks)
     open_batches = [batch for batch in job.batches if any(index not in job.done for index in batch)]
-    last_manifest = time.monotonic()
-    with Progress(sum(map(len, open_batches)), "pictures") as progress:
-        for weights, same_weights in groupby(open_batches, key=lambda batch: job.pictures[batch[0]].weights):
-            with adapted(networks, weights, load):
-                sampler.forget_prompts()
-                for batch in same_weights:
-                    draw_batch(job, batch, sampler)
-                    progress.advance(len(batch))
-                    if time.monotonic() - last_manifest > SECONDS_BETWEEN_MANIFESTS:
-                        write_manifest(job.folder, job.entries())
-                        last_manifest = time.monotonic()
     write_manifest(job.folder, job.entries())
+    next_manifest = time.monotonic() + SECONDS_BETWEEN_MANIFESTS
+    try:
+        with Progress(sum(map(len, open_batches)), "pictures") as progress:
+            for weights, same_weights in groupby(open_batches, key=lambda batch: job.pictures[batch[0]].weights):
+                with adapted(networks, weights, load):
+                    sampler.forget_prompts()
+                    for batch in same_weights:
+                        draw_batch(job, batch, sampler)
+                        progress.advance(len(batch))
+                        if (started := time.monotonic()) > next_manifest:
+                            write_manifest(job.folder, job.entries())
+                            seconds = time.monotonic() - started  # half a second for 10,000 pictures
+                            next_manifest = started + max(SECONDS_BETWEEN_MANIFESTS, 100 * seconds)
+    finally:  # after Ctrl-C, too
+        write_manifest(job.folder, job.entries())
 
 
 @contextmanager
@@ -212,9 +227,14 @@ def adapted(networks: Sequence[nn.Module], weights: Weights, load: LoadAdapter) 
         with weights_computed_once(networks):
             yield
     finally:
-        for network in networks:
-            if any(isinstance(module, AdaptedLayer) for module in network.modules()):
-                remove(network)
+        remove_adapters(networks)
+
+
+def remove_adapters(networks: Iterable[nn.Module]) -> None:
+    """Removes the adapters of all networks that have some."""
+    for network in networks:
+        if any(isinstance(module, AdaptedLayer) for module in network.modules()):
+            remove(network)
 
 
 def draw_batch(job: Job, batch: Sequence[int], sampler: PictureSampler) -> None:
@@ -228,12 +248,15 @@ def draw_batch(job: Job, batch: Sequence[int], sampler: PictureSampler) -> None:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise
         size = f"{len(batch)} of {settings['width']} x {settings['height']} pixels"
-        job.failed |= dict.fromkeys(batch, f"has no room in memory, in a batch of {size}: lower batch_size or the size")
-        return
+        drawn = [UnusablePictureError(f"has no room in memory, in a batch of {size}: lower batch_size or the size")]
+        drawn *= len(batch)
     for index, picture in zip(batch, drawn, strict=True):
+        if index in job.done:
+            continue
         if isinstance(picture, UnusablePictureError):
             job.failed[index] = str(picture)
-        elif index not in job.done:
+            job.file(index).unlink(missing_ok=True)  # of an earlier version of the job
+        else:
             title = sampler.scheduler_title(settings["scheduler"])
             save_picture(job.file(index), picture, job.descriptions[index], title)
             job.done[index] = file_digest(job.file(index))

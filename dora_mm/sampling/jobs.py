@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
+from pydantic import BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
+from dora_mm.config.loader import find_path
 from dora_mm.config.report import nearest
-from dora_mm.config.schema import NonNegative, Seed, Text
+from dora_mm.config.schema import NonNegative, Section, Seed, Text
 from dora_mm.config.sdxl import PixelSize, SchedulerName
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
@@ -101,27 +102,27 @@ def parse_adapters(value: Any) -> Any:
         return value
     if value.strip() == NO_ADAPTER:
         return ()
-    is_one = Path(_with_strength(value)[0]).expanduser().exists()
+    is_one = find_path(_with_strength(value)[0]) is not None
     parts = [value] if is_one else value.split("+")
     return tuple(_with_strength(part.strip()) for part in parts)
 
 
 def _with_strength(text: str) -> tuple[str, float]:
     path, colon, strength = text.rpartition(":")
-    if colon and not Path(text).expanduser().exists() and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", strength):
+    if colon and find_path(text) is None and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", strength, re.I):
         return path, float(strength)
     return text, 1.0
 
 
 def adapters_text(adapters: Weights) -> str | None:
     """The adapters as `parse_adapters` reads them; None where there are none."""
-    return "+".join(path if strength == 1 else f"{path}:{strength:g}" for path, strength in adapters) or None
+    return "+".join(path if strength == 1 else f"{path}:{strength:.12g}" for path, strength in adapters) or None
 
 
-class Row(BaseModel):
+class Row(Section):
     """A row of a job file. What it leaves out, or leaves empty, is as in the config."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_strip_whitespace=True)
+    model_config = ConfigDict(strict=False, str_strip_whitespace=True)
 
     prompt: Text
     negative_prompt: str | None = None
@@ -146,8 +147,12 @@ def read_job(path: Path) -> list[Row]:
         ValueError: Lists all problems of the file: it has another suffix, is not UTF-8 or has no rows; a column is
             unknown; a row has no prompt, or a value that cannot be used.
     """
+    if (path / "config.yaml").is_file():
+        raise ValueError(f"{path} is a run directory: dora-mm sample --resume {path} goes on with it")
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise ValueError(f"{path} is a folder: name a job file in it")
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without the byte order mark that Excel writes
     except UnicodeDecodeError as error:

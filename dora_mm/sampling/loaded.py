@@ -9,20 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 
 from dora_mm import backend, formats
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.loader import find_path, resolve_model, resolve_path
 from dora_mm.config.sdxl import ModelConfig, PicturesConfig
 from dora_mm.formats.state import read_metadata
 from dora_mm.models.sdxl.loading import SDXL, load_configured
-from dora_mm.models.sdxl.memory import save_memory
-from dora_mm.sampling.drawing import Job, adapted, check_what_is_there, draw, plan
+from dora_mm.models.sdxl.memory import check_offload, save_memory
+from dora_mm.sampling.drawing import Job, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.png import BaseModel, adapter_hashes
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import module_digest
+from dora_mm.utils.digest import file_digest, module_digest
 
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path="samples/tiny-sdxl")
@@ -73,19 +74,32 @@ class LoadedModel:
         """Loads every adapter once.
 
         Raises:
-            ValueError: An adapter does not fit the model; or it replaces weights of the base (method `full`), and a job
-                has pictures without it, or at another strength.
+            ValueError: An adapter does not fit the model; or it replaces weights of the base, and a job has pictures
+                without it, or at another strength.
         """
         combinations = {picture.weights for picture in pictures}
         for path in self.adapters:
             if not replaces_weights(self.adapters[path]):
-                with adapted(list(self.model.adaptable.values()), ((path, 1.0),), self.load_adapter):
-                    continue
-            if combinations != {((path, 1.0),)}:
+                try:
+                    self.load_adapter(path, 1.0, "checked")
+                finally:
+                    remove_adapters(self.model.adaptable.values())
+            elif combinations != {((path, 1.0),)}:
                 raise ValueError(
-                    f"{path} holds weights of method full, which replace the base: it cannot be drawn at another "
-                    "strength than 1, nor beside other adapters or pictures without it"
+                    f"{path} holds weights that replace those of the base (method full, biases or norms): it cannot be "
+                    "drawn at another strength than 1, nor beside other adapters or pictures without it"
                 )
+
+    def check_schedulers(self, pictures: Sequence[Picture]) -> None:
+        """Checks that the schedulers can take as many steps as are asked of them.
+
+        Raises:
+            ValueError: One cannot: LCM's takes at most 50, and others as many as the model has noise levels.
+        """
+        rows = {(picture.scheduler, picture.steps): picture.row for picture in reversed(pictures)}
+        for (scheduler, steps), row in rows.items():
+            if problem := self.sampler.why_not(scheduler, steps):
+                raise ValueError(f"row {row}: the scheduler cannot take {steps} steps: {problem}")
 
     def adapter_hashes(self) -> dict[str, tuple[str, str]]:
         """The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that jobs name."""
@@ -123,14 +137,17 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     Raises:
         ValueError: An adapter or the model cannot be found or loaded, or the adapters were trained on several models.
     """
-    files = find_adapters(adapters)
+    files, device = find_adapters(adapters), default_device()
+    check_offload(config.memory, device)
     chosen = config.model or model_of(files)
     warn_of_other_bases(files, chosen)
     model = load_configured(chosen).freeze()
     digest = module_digest(nn.ModuleDict(model.networks))
     pipe = model.pipeline()
-    save_memory(pipe, config.memory, default_device())
-    base = BaseModel(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest)
+    save_memory(pipe, config.memory, device)
+    found = find_path(chosen.path)
+    file_hash = file_digest(found) if found is not None and found.is_file() else None
+    base = BaseModel(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash)
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
     return LoadedModel(model, PictureSampler(pipe), base, files, environment, backend.select(config.backend))
 
@@ -141,9 +158,7 @@ def find_adapters(paths: Iterable[str]) -> dict[str, Path]:
     Raises:
         ValueError: A path does not exist, or holds no adapter file or several.
     """
-    return {
-        path: formats.find_file(formats.adapter_folder(resolve_path(path, "adapter"))) for path in sorted(set(paths))
-    }
+    return {path: formats.find_file(resolve_path(path, "adapter")) for path in sorted(set(paths))}
 
 
 def model_of(files: Mapping[str, Path]) -> ModelConfig:
@@ -159,10 +174,20 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
             raise ValueError(f"{path} does not say which model it was trained on: set model.path")
         keys = {"path": "base_model", "revision": "base_revision", "vae": "base_vae", "dtype": "base_dtype"}
         values = {name: header[key] for name, key in keys.items() if key in header}
-        found.setdefault(ModelConfig.model_validate(values), path)
+        try:
+            found.setdefault(ModelConfig.model_validate(values), path)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            key, message = keys[str(problem["loc"][0])], problem["msg"]
+            raise ValueError(f"the header of {path} cannot be used ({key}: {message}): set model.path") from None
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
         raise ValueError(f"{first} was trained on {one.path}, and {second} on {other.path}: set model.path")
+    for model, path in found.items():
+        try:
+            resolve_model(model.path)
+        except ValueError:
+            raise ValueError(f"{path} was trained on {model.path}, which is not here: set model.path") from None
     return next(iter(found), EMBEDDED)
 
 
@@ -170,11 +195,13 @@ def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
     """Names adapters that were trained on another model than the one that draws."""
     for path, file in files.items():
         trained_on = read_metadata(file).get("base_model")
-        if trained_on and trained_on != model.path:
+        if trained_on and (find_path(trained_on) or trained_on) != (find_path(model.path) or model.path):
             log.warning("%s was trained on %s, and is used with %s.", path, trained_on, model.path)
 
 
 def replaces_weights(file: Path) -> bool:
-    """Whether an adapter file has weights of method `full`."""
+    """Whether an adapter file has weights of method `full` or other parameters of the base, such as biases."""
     state, _ = formats.read(file)
-    return any(layer.spec.method == "full" for layers in state.layers.values() for layer in layers.values())
+    return bool(state.parameters) or any(
+        layer.spec.method == "full" for layers in state.layers.values() for layer in layers.values()
+    )

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class PictureSampler:
     def __init__(self, pipe: StableDiffusionXLPipeline):
         self.pipe = pipe
         self.scheduler: Any = pipe.scheduler
+        self._schedulers: dict[str, Any] = {}
         self._encoded: dict[Prompts, dict[str, Tensor]] = {}
 
     def forget_prompts(self) -> None:
@@ -54,6 +56,15 @@ class PictureSampler:
         """What A1111 calls a scheduler; `None` is the model's own."""
         name = name or scheduler_name(self.scheduler)
         return SCHEDULERS[name].title if name else type(self.scheduler).__name__
+
+    def why_not(self, scheduler: str | None, steps: int) -> str | None:
+        """Why a scheduler (None: the model's own) cannot take this number of steps; None if it can."""
+        made = self._scheduler(scheduler) if scheduler else deepcopy(self.scheduler)
+        try:
+            made.set_timesteps(steps)
+        except ValueError as error:
+            return str(error)
+        return None
 
     @torch.no_grad()
     def draw(
@@ -81,7 +92,7 @@ class PictureSampler:
         Returns:
             The pictures, with an error in the place of each that cannot be used.
         """
-        self.pipe.scheduler = self.scheduler if scheduler is None else make_scheduler(scheduler, self.scheduler)
+        self.pipe.scheduler = self._scheduler(scheduler)
         encoded = [self._encode(each) for each in prompts]
         embeddings: dict[str, Any] = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
         try:
@@ -97,6 +108,14 @@ class PictureSampler:
         finally:
             self.pipe.scheduler = self.scheduler
         return [problem_of(pixels) or self._picture(pixels) for pixels in drawn.images]
+
+    def _scheduler(self, name: str | None) -> Any:
+        """The scheduler of a name, made once: it warns where it does not suit the model."""
+        if name is None:
+            return self.scheduler
+        if name not in self._schedulers:
+            self._schedulers[name] = make_scheduler(name, self.scheduler)
+        return self._schedulers[name]
 
     def _encode(self, prompts: Prompts) -> dict[str, Tensor]:
         """Encodes the prompts of one picture alone, so that they do not depend on the batch in the last bits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class BaseModel:
         vae: A VAE that replaces the model's own.
         dtype: The dtype of its weights.
         digest: SHA-256 of its weights, in hex.
+        file_digest: SHA-256 of a single file, by which A1111 and Civitai find it; None for a folder or hub name.
     """
 
     path: str
@@ -38,6 +39,7 @@ class BaseModel:
     vae: str | None
     dtype: str
     digest: str
+    file_digest: str | None
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,14 @@ class Description:
     software: Mapping[str, str | None]
 
     def is_drawn_like(self, other: Description) -> bool:
-        """Whether the pictures are the same, whatever the versions of the software."""
-        return {**asdict(self), "software": None} == {**asdict(other), "software": None}
+        """Whether the pictures are the same, whatever the versions of the software and the paths of the weights."""
+        return self._without_paths() == other._without_paths()
+
+    def _without_paths(self) -> Description:
+        """The weights by their digests alone: a path may be written in several ways, and files may move."""
+        model = replace(self.model, path="", revision=None, vae=None)
+        adapters = tuple(replace(adapter, path="") for adapter in self.adapters)
+        return replace(self, model=model, adapters=adapters, software={})
 
 
 def save_picture(path: Path, picture: Image.Image, description: Description, scheduler: str) -> None:
@@ -125,7 +133,7 @@ def read_description(path: Path) -> Description:
                 "batch": tuple((prompt, negative, seed) for prompt, negative, seed in values["batch"]),
             }
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read ({error})") from None
 
 
@@ -149,8 +157,8 @@ def parameters_text(description: Description, scheduler: str) -> str:
         "CFG scale": f"{settings['guidance']:g}",
         "Seed": seed,
         "Size": f"{settings['width']}x{settings['height']}",
-        "Model hash": model.digest[:10],
-        "Model": Path(model.path).stem,
+        **({"Model hash": model.file_digest[:10]} if model.file_digest else {}),
+        "Model": _stem(Path(model.path).name),
     }
     if description.adapters:
         named = [(_name(adapter.path), adapter) for adapter in description.adapters]
@@ -172,9 +180,15 @@ def _quoted(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ",:\n") else text
 
 
+def _stem(name: str) -> str:
+    """The name without the suffix of a weights file; the .0 of stable-diffusion-xl-base-1.0 is none."""
+    return name.removesuffix(".safetensors")
+
+
 def _name(path: str) -> str:
     """A short name of an adapter: that of its file, or the run directory around `adapter/`."""
-    parts = [part for part in Path(path).with_suffix("").parts if part not in ("adapter", "pytorch_lora_weights", "/")]
+    parts = [_stem(part) for part in Path(path).parts]
+    parts = [part for part in parts if part not in ("adapter", "pytorch_lora_weights", "/", "..")]
     return "-".join(parts[-2:]) or "adapter"
 
 

@@ -13,6 +13,7 @@ from dora_mm.config.sdxl import MemoryConfig, ModelConfig, PicturesConfig
 from dora_mm.sampling.drawing import Job, draw
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import LoadedModel, load_model
+from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.png import Description, read_description
 
 
@@ -35,6 +36,7 @@ def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, st
     check_unchanged(description, loaded)
     job = job_of(description, loaded, new_folder(), file.name)
     draw(job, loaded.sampler, loaded.model.adaptable.values(), loaded.load_adapter)
+    write_manifest(job.folder, [job.entries()[description.position]])
     job.raise_failures()
     drawn = job.file(description.position)
     return drawn, difference(file, drawn)
@@ -47,7 +49,7 @@ def config_of(description: Description) -> PicturesConfig:
         pipeline="sample_sdxl",
         name="replay",
         backend=description.environment["backend"],
-        model=ModelConfig.model_validate({key: value for key, value in asdict(model).items() if key != "digest"}),
+        model=ModelConfig.model_validate({key: value for key, value in asdict(model).items() if "digest" not in key}),
         memory=MemoryConfig(**description.environment["memory"]),
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dora_mm.sampling.axes import WITHOUT
 from dora_mm.sampling.drawing import Job
 from dora_mm.sampling.grids import contact_sheet, sheet
 from dora_mm.sampling.jobs import Picture
@@ -15,7 +16,6 @@ from dora_mm.utils.atomic import write_atomically
 LARGEST_CELL = 384  # pixels: a sheet is for looking at all of them, not at one
 PICTURES_PER_SHEET = 60
 CONTACT_COLUMNS = 6
-WITHOUT = "no adapter"
 
 
 def save_sheets(job: Job) -> list[Path]:
@@ -36,6 +36,8 @@ def save_sheets(job: Job) -> list[Path]:
         name = "sheet.png" if len(starts) == 1 else f"sheet-{number:0{max(2, len(str(len(starts))))}d}.png"
         files.append(job.folder / name)
         save_atomically(files[-1], draw_sheet(job, indices, columns))
+    for file in set(job.folder.glob("sheet*.png")) - set(files):  # of an earlier, larger version of the job
+        file.unlink()
     return files
 
 

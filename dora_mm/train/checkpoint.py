@@ -82,13 +82,18 @@ def save_checkpoint(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / ABOUT).is_file())
+    return sorted((path for path in folder.glob("step-*") if (path / ABOUT).is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of finished steps of a checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def last_step(folder: Path) -> int:
     """The number of finished steps in the newest checkpoint, or 0 if there is none."""
     found = checkpoints(folder)
-    return int(found[-1].name.removeprefix("step-")) if found else 0
+    return step_of(found[-1]) if found else 0
 
 
 def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:

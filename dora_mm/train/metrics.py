@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dora_mm.utils.atomic import write_text
+
 
 class MetricsLog:
     """Appends to metrics.jsonl and tensorboard/ in one folder.
@@ -50,7 +52,7 @@ def _keep_rows_before(path: Path, resumed_step: int) -> None:
                 break
             if row["step"] <= resumed_step:
                 kept.append(line + "\n")
-        path.write_text("".join(kept))
+        write_text(path, "".join(kept))
 
 
 def _tensorboard(folder: Path, resumed_step: int) -> Any:

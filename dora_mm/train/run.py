@@ -126,7 +126,7 @@ def training_run(
         raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
     say = log.info if accelerator.is_main_process else log.debug
     if accelerator.is_main_process and resume is not None:
-        change_config(run, config, steps)
+        change_config(run, config)
     say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
     try:
         yield run
@@ -149,24 +149,23 @@ def resuming(run: RunDirectory) -> str:
     return f"dora-mm train --resume {shlex.quote(str(run.path))}"
 
 
-def change_config(run: RunDirectory, config: PipelineConfig, steps: int) -> None:
+def change_config(run: RunDirectory, config: PipelineConfig) -> None:
     """Saves the config of a resumed run where it differs from that of its start.
 
-    The changes are recorded in changes.jsonl. If they extend a finished run, its results (adapter, sheet and summary)
-    move to the subfolder step-NNNNNN.
+    The changes are recorded in changes.jsonl. The results of a finished run (adapter, sheet and summary) move to the
+    subfolder step-NNNNNN.
 
     Args:
         run: The run directory.
         config: The config that it goes on with; see `dora_mm.config.resuming` for what may differ.
-        steps: The length of the training in optimizer steps.
     """
     before = load_config(run.path / CONFIG, schemas={config.pipeline: type(config)})
     changes = changed_values(before, config)
     if not changes:
         return
     done = last_step(run.checkpoints)
-    if (run.path / SUMMARY).exists() and steps > done:
-        _keep_results(run, run.path / f"step-{done:06d}")
+    if (run.path / SUMMARY).exists():
+        _keep_results(run, f"step-{done:06d}")
     rows = [{"step": done, "key": key, "before": old, "after": new} for key, (old, new) in changes.items()]
     with (run.path / CHANGES).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -175,9 +174,12 @@ def change_config(run: RunDirectory, config: PipelineConfig, steps: int) -> None
         log.info("%s changes from %s to %s", key, old, new)
 
 
-def _keep_results(run: RunDirectory, folder: Path) -> None:
+def _keep_results(run: RunDirectory, name: str) -> None:
+    """Moves the results of a finished run to a subfolder; one that a kill has left unfinished goes on being filled."""
+    numbers = (f"{name}-{number}" for number in range(2, 10_000))
+    folder = next(f for f in map(run.path.joinpath, (name, *numbers)) if not (f / SUMMARY).exists())
     folder.mkdir(exist_ok=True)
-    for result in (run.path / SUMMARY, run.adapter, run.sheet):  # the summary first: it says that the run is finished
+    for result in (run.adapter, run.sheet, run.path / SUMMARY):  # the summary last: it says that the run is finished
         if result.exists():
             result.rename(folder / result.name)
     log.info("The results so far are in %s", folder)
@@ -265,7 +267,7 @@ def picture_run(config: PipelineConfig, path: Path | None) -> Iterator[RunDirect
     try:
         yield run
     except BaseException:
-        log.info("\nRun %s has stopped. To go on: %s", run.path, go_on)
+        log.info("\nRun %s has stopped; its pictures so far are kept. To go on: %s", run.path, go_on)
         raise
 
 

@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from dora_mm import DoRASpec, inject, save_adapter
+from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.cli import main
 from dora_mm.core import adapter_parameters
 from dora_mm.models.sdxl.loading import load_sdxl
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.sampling.png import read_description
+from dora_mm.utils.digest import file_digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +41,13 @@ def make_adapter(model_folder, folder, seed, base=None):
         if name.endswith("lora_B"):
             parameter.data.normal_(std=0.3, generator=stream)
     save_adapter(model.unet, folder, metadata={"base_model": str(base or model_folder)})
+
+
+def pipeline_with(model_folder, style, strength):
+    """A pipeline of diffusers with an adapter at our strength; its own strengths mean something else."""
+    model = load_sdxl(str(model_folder))
+    load_adapter(model.adaptable, style / "adapter", strength=strength)
+    return model.pipeline()
 
 
 @pytest.fixture
@@ -94,6 +103,12 @@ def test_every_column_is_honoured(job, style, tiny_folder):
         seed = entry.settings["seed"]
         drawn = theirs("a bus", seed, num_inference_steps=2, height=96)
         assert np.abs(pixels(run / entry.file) - drawn).max() <= 1
+    weak = pipeline_with(tiny_folder, style, strength=0.5)
+    weak.scheduler = DDIMScheduler.from_config(weak.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 64, "width": 64}
+    drawn = weak("a cat", negative_prompt="red", generator=generator, **sizes).images[0]
+    assert np.abs(pixels(run / entries[2].file) - np.asarray(drawn, np.int64)).max() <= 1
     settings = entries[2].settings
     assert (settings["negative_prompt"], settings["guidance"], settings["scheduler"]) == ("red", 3.0, "ddim")
     assert settings["adapter"] == f"{style}:0.5"
@@ -232,7 +247,7 @@ def test_a_picture_says_how_it_was_drawn(job, style, capsys):
     text = Image.open(run / "samples" / "0001-seed5.png").text
     prompt, negative, settings = text["parameters"].split("\n")
     assert (prompt, negative) == ("a bus, red", "Negative prompt: grey")
-    assert settings.startswith("Steps: 2, Sampler: Euler, CFG scale: 5, Seed: 5, Size: 64x64, Model hash: ")
+    assert settings.startswith("Steps: 2, Sampler: Euler, CFG scale: 5, Seed: 5, Size: 64x64, Model: tiny-sdxl, ")
     assert "Lora hashes: " in settings
     assert str(run) not in json.dumps(text)
     capsys.readouterr()
@@ -240,6 +255,163 @@ def test_a_picture_says_how_it_was_drawn(job, style, capsys):
     shown = capsys.readouterr().out
     assert shown.split("\n")[0].split(maxsplit=1) == ["prompt", "a bus, red"]
     assert f"{style} at strength 1, SHA-256" in shown
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Makes Ctrl-C come at a call of the pipeline, by its number."""
+
+    def at(call):
+        original, calls = StableDiffusionXLPipeline.__call__, []
+
+        def drawing(pipe, *args, **options):
+            calls.append(args)
+            if len(calls) == call:
+                raise KeyboardInterrupt
+            return original(pipe, *args, **options)
+
+        monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", drawing)
+
+    return at
+
+
+def test_an_interrupted_job_says_how_to_go_on(job, tiny_folder, interrupted, caplog):
+    interrupted(3)
+    rows = [{"prompt": f"thing {number}"} for number in range(4)]
+    run = job(*rows, code=130, output="my run", model__path=str(tiny_folder), steps=1, batch_size=1)
+    assert caplog.messages[-1].endswith("To go on: dora-mm sample --resume 'my run'")
+    assert [entry.status for entry in read_manifest(run)] == ["done", "done", "missing", "missing"]
+
+
+def test_pictures_with_other_settings_stay_until_they_are_drawn_again(job, tiny_folder, interrupted):
+    rows = [{"prompt": f"thing {number}"} for number in range(3)]
+    run = job(*rows, model__path=str(tiny_folder), steps=1, batch_size=1)
+    before = {path: path.read_bytes() for path in (run / "samples").iterdir()}
+    interrupted(2)
+    job(*rows, code=130, model__path=str(tiny_folder), steps=2, batch_size=1)
+    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+    assert changed == ["0001-seed0.png"]
+    assert [entry.status for entry in read_manifest(run)] == ["done", "missing", "missing"]
+
+
+def test_another_job_does_not_replace_the_pictures_of_a_run(job, tiny_folder, capsys):
+    run = job({"prompt": "a bus"}, model__path=str(tiny_folder), steps=1)
+    before = content(run)
+    job({"prompt": "a cat"}, name="others.jsonl", code=2, model__path=str(tiny_folder), steps=1)
+    assert "out has the pictures of jobs.jsonl, and those of others.jsonl would replace them" in capsys.readouterr().err
+    assert content(run) == before
+
+
+def test_a_resumed_job_keeps_the_settings_of_its_run(job, tiny_folder, tmp_path, caplog):
+    run = job({"prompt": "a bus"}, model__path=str(tiny_folder), steps=1)
+    (tmp_path / "jobs.jsonl").rename(tmp_path / "renamed.jsonl")
+    assert main(["sample", "renamed.jsonl", "--resume", str(run)]) == 0
+    assert "1 of 1 pictures are there already" in caplog.text
+    assert read_manifest(run)[0].settings["steps"] == 1
+
+
+def test_weights_may_be_named_in_another_way(job, style, tmp_path, caplog):
+    run = job({"prompt": "a bus"}, adapter__path=str(style), steps=1)
+    (tmp_path / "link").symlink_to(style)
+    job({"prompt": "a bus"}, adapter__path="link", steps=1)
+    assert "1 of 1 pictures are there already" in caplog.text
+    assert read_description(run / "samples" / "0001-seed0.png").adapters[0].path == str(style)
+
+
+def test_a_picture_that_was_changed_is_drawn_again(job, tiny_folder, caplog):
+    run = job({"prompt": "a bus"}, model__path=str(tiny_folder), steps=1)
+    file = run / "samples" / "0001-seed0.png"
+    before, picture = file.read_bytes(), Image.open(file)
+    information = PngInfo()
+    for name, text in picture.text.items():
+        information.add_itxt(name, text)
+    Image.new("RGB", picture.size, "red").save(file, pnginfo=information)
+    job({"prompt": "a bus"}, model__path=str(tiny_folder), steps=1)
+    assert "1 files in out/samples are damaged, changed" in caplog.text
+    assert file.read_bytes() == before
+
+
+def test_pictures_that_are_there_do_not_fail_with_their_batch(job, tiny_folder, monkeypatch, capsys):
+    rows = [{"prompt": f"thing {number}"} for number in range(3)]
+    run = job(*rows, model__path=str(tiny_folder), steps=1, batch_size=3)
+    (run / "samples" / "0002-seed0.png").unlink()
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda *args, **options: torch.empty(1 << 50))
+    job(*rows, code=2, model__path=str(tiny_folder), steps=1, batch_size=3)
+    assert "1 of 3 pictures could not be drawn" in capsys.readouterr().err
+
+
+def test_a_replay_lists_only_its_picture(job, tiny_folder):
+    rows = [{"prompt": f"thing {number}"} for number in range(3)]
+    run = job(*rows, model__path=str(tiny_folder), steps=1, batch_size=3)
+    assert main(["sample", "--replay", str(run / "samples" / "0002-seed0.png"), "--set", "output=again"]) == 0
+    assert [entry.file for entry in read_manifest(run.parent / "again")] == ["samples/0002-seed0.png"]
+
+
+def test_an_adapter_is_a_file_of_any_name(job, style, tiny_folder, tmp_path):
+    make_adapter(tiny_folder, tmp_path / "many", seed=1)  # another adapter in the same folder
+    shutil.copy(style / "adapter" / "pytorch_lora_weights.safetensors", tmp_path / "many" / "mine.safetensors")
+    run = job({"prompt": "a bus"}, adapter__path="many/mine.safetensors", steps=1)
+    (used,) = read_description(run / "samples" / "0001-seed0.png").adapters
+    assert used.digest == file_digest(tmp_path / "many" / "mine.safetensors")
+
+
+def test_an_adapter_that_replaces_biases_is_not_drawn_beside_others(job, tiny_folder, tmp_path, capsys):
+    model = load_sdxl(str(tiny_folder))
+    inject(model.unet, "sdxl-unet", DoRASpec(rank=2))
+    model.unet.conv_out.bias.data += 1.0
+    metadata = {"base_model": str(tiny_folder)}
+    save_adapter(
+        model.unet, tmp_path / "biases", format="native", metadata=metadata, extra_parameters=["conv_out.bias"]
+    )
+    job({"prompt": "a bus"}, {"prompt": "a bus", "adapter": "biases"}, code=2, steps=1)
+    assert "biases holds weights that replace those of the base" in capsys.readouterr().err
+    run = job({"prompt": "a bus", "adapter": "biases"}, steps=1)
+    assert read_manifest(run)[0].status == "done"
+
+
+@pytest.mark.parametrize(("scheduler", "steps"), [("lcm", 51), ("ddim", 1001)])
+def test_a_scheduler_that_cannot_take_the_steps_is_named(job, tiny_folder, capsys, scheduler, steps):
+    rows = ({"prompt": "a"}, {"prompt": "a", "scheduler": scheduler, "steps": steps})
+    run = job(*rows, code=2, model__path=str(tiny_folder), steps=1)
+    assert f"row 2: the scheduler cannot take {steps} steps" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_a_header_that_cannot_be_used_is_named(job, tiny_folder, tmp_path, capsys):
+    model = load_sdxl(str(tiny_folder))
+    inject(model.unet, "sdxl-unet", DoRASpec(rank=2))
+    metadata = {"base_model": str(tiny_folder), "base_dtype": "float8"}
+    save_adapter(model.unet, tmp_path / "odd", format="diffusers", metadata=metadata)
+    job({"prompt": "a", "adapter": "odd"}, code=2)
+    assert "the header of odd cannot be used (base_dtype: " in capsys.readouterr().err
+
+
+def test_a_job_file_may_have_any_name(job, tiny_folder):
+    run = job({"prompt": "a bus"}, name="\U0001f600 é.jsonl", model__path=str(tiny_folder), steps=1)
+    assert read_manifest(run)[0].status == "done"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["out"], "out is a run directory: dora-mm sample --resume out goes on with it"),
+        (["folder.csv"], "folder.csv is a folder: name a job file in it"),
+        (
+            ["--resume", "training"],
+            "--resume training: the run is one of dora-mm train: dora-mm train --resume training",
+        ),
+        (["out", "--set", "output=~nobody-at-all/x"], "output ~nobody-at-all/x cannot be made: there is no user"),
+        (["out", "--set", "adapter.path=~nobody-at-all/x"], "adapter.path: ~nobody-at-all/x does not exist"),
+    ],
+)
+def test_paths_that_are_no_jobs(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out", "folder.csv", "training"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("pipeline: sample_sdxl\nprompts: [a]\n")
+    shutil.copy(ROOT / "configs" / "sdxl" / "demo.yaml", tmp_path / "training" / "config.yaml")
+    assert main(["sample", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_job_that_is_killed_ten_times_ends_with_the_same_files(style, tmp_path):
@@ -267,3 +439,12 @@ def test_a_job_that_is_killed_ten_times_ends_with_the_same_files(style, tmp_path
     found = content(tmp_path / "killed")
     assert len([name for name in found if name.endswith(".png")]) == 41
     assert found == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("content", ["prompt,sed\na,1\n", "prompt,adapter\na,nosuch\n", "prompt,steps\na,x\n"])
+def test_mistakes_in_a_job_file_are_found_before_torch_is_imported(tmp_path, content):
+    (tmp_path / "jobs.csv").write_text(content)
+    code = "import sys; from dora_mm.cli import main; print(main(['sample', 'jobs.csv']), 'torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == ["2", "False"], found.stderr

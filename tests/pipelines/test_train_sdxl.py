@@ -152,7 +152,7 @@ def test_full_weights_are_saved_and_drawn(config, tmp_path, tiny_folder, capsys)
     }
     drawing.write_text(yaml.safe_dump({**values, "strengths": [0.5, 1.0]}))
     assert main(["sample", str(drawing)]) == 2
-    assert "method full, which replace the base" in capsys.readouterr().err
+    assert "cannot be drawn at another strength than 1" in capsys.readouterr().err
     assert not (tmp_path / "drawn").exists()
     drawing.write_text(yaml.safe_dump(values))
     assert main(["sample", str(drawing)]) == 0

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.sampling.jobs import Picture, Row, batches, expand, file_names, parse_adapters, read_job
+from dora_mm.sampling.jobs import Picture, Row, adapters_text, batches, expand, file_names, parse_adapters, read_job
 
 TEMPLATE = Picture(0, "", None, 0, 25, 5.0, None, None, None, (("a.safetensors", 0.8),), 1.0)
 
@@ -123,6 +123,8 @@ def test_other_files_are_refused(tmp_path):
     surrogate = write(tmp_path, '{"prompt": "\\ud800"}', "jobs.jsonl")
     with pytest.raises(ValueError, match="line 1: prompt"):
         read_job(surrogate)
+    with pytest.raises(ValueError, match="line 1: prompt contains a NUL character"):
+        read_job(write(tmp_path, '{"prompt": "a\\u0000b"}', "jobs.jsonl"))
 
 
 def test_adapters_and_their_strengths(tmp_path):
@@ -131,6 +133,10 @@ def test_adapters_and_their_strengths(tmp_path):
     assert parse_adapters("a:0.7 + b:-.3") == (("a", 0.7), ("b", -0.3))
     assert parse_adapters("C:\\loras\\a.safetensors") == (("C:\\loras\\a.safetensors", 1.0),)
     assert parse_adapters("none") == ()
+    assert parse_adapters("a:1e-05") == (("a", 1e-05),)
+    assert parse_adapters("~nobody-at-all/a:0.5") == (("~nobody-at-all/a", 0.5),)
+    for strength in (1e-05, 0.123456789):
+        assert parse_adapters(adapters_text((("a", strength),))) == (("a", strength),)
     odd = tmp_path / "a+b:2"
     odd.mkdir()
     assert parse_adapters(str(odd)) == ((str(odd), 1.0),)

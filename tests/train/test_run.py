@@ -107,6 +107,24 @@ def test_an_extended_run_saves_its_config_what_changed_and_the_earlier_results(t
     assert not (run.path / "step-000020").exists()
 
 
+def test_results_are_kept_whenever_a_finished_run_goes_on_with_another_config(train, tmp_path):
+    run = train()
+    with pytest.raises(ValueError, match="loss is nan"):  # stopped before the first new checkpoint
+        train("train.steps=14", resume=run.path, **STOPS["a loss that is not finite"][0])
+    train("train.steps=12", resume=run.path)
+    train("train.steps=14", resume=run.path)
+    kept = {folder.name: sorted(path.name for path in folder.iterdir()) for folder in run.path.glob("step-*")}
+    assert kept == dict.fromkeys(("step-000012", "step-000012-2"), ["adapter", "summary.json"])
+
+
+def test_a_kill_while_results_are_moved_loses_none(train, tmp_path):
+    run = train()
+    (run.path / "step-000012").mkdir()
+    (run.path / "adapter").rename(run.path / "step-000012" / "adapter")  # as far as it had come
+    train("train.steps=14", resume=run.path)
+    assert sorted(path.name for path in (run.path / "step-000012").iterdir()) == ["adapter", "summary.json"]
+
+
 def test_a_run_cannot_end_before_its_last_checkpoint(train, tmp_path):
     run = train()
     with pytest.raises(ValueError, match=r"train.steps: .* has finished 12 steps, so it cannot end at 5"):

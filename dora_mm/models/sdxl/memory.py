@@ -23,16 +23,25 @@ def save_memory(pipe: StableDiffusionXLPipeline, config: MemoryConfig, device: t
     Raises:
         ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway.
     """
-    if config.offload != "none" and device.type == "cpu":
-        raise ValueError(
-            f"memory.offload: {config.offload} needs a GPU, and there is none here: set it to none, which draws on the "
-            "processor."
-        )
+    check_offload(config, device)
     if config.vae_tiling:
         decode_in_tiles(pipe.vae)
     if config.attention_slicing:
         pipe.enable_attention_slicing()
     offload(pipe, config.offload, device)
+
+
+def check_offload(config: MemoryConfig, device: torch.device) -> None:
+    """Checks that networks can wait in main memory.
+
+    Raises:
+        ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway.
+    """
+    if config.offload != "none" and device.type == "cpu":
+        raise ValueError(
+            f"memory.offload: {config.offload} needs a GPU, and there is none here: set it to none, which draws on the "
+            "processor."
+        )
 
 
 def offload(pipe: StableDiffusionXLPipeline, kind: str, device: torch.device) -> None:
