@@ -10,7 +10,7 @@ from dora_mm.sampling.axes import cells_of, with_base_model
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.sheets import save_grid
-from dora_mm.train.checkpoint import checkpoints
+from dora_mm.train.checkpoint import checkpoints, step_of
 from dora_mm.train.run import RunDirectory, existing_run, picture_run
 
 
@@ -69,4 +69,4 @@ def checkpoint_folders(config: GridSDXLConfig) -> dict[str, str]:
         raise ValueError(f"adapter.path: {run} is not a run directory with checkpoints")
     trained = load_config(run / "config.yaml")
     strength = config.adapter.strength * getattr(getattr(trained, "adapter", None), "strength", 1.0)
-    return {str(int(folder.name.removeprefix("step-"))): f"{folder}:{strength:.12g}" for folder in found}
+    return {str(step_of(folder)): f"{folder}:{strength:.12g}" for folder in found}

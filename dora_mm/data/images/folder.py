@@ -21,6 +21,7 @@ from dora_mm.config import resolve_path
 from dora_mm.config.sdxl import DataConfig
 from dora_mm.data.images.buckets import Size
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
+from dora_mm.utils.digest import file_digest
 
 log = logging.getLogger(__name__)
 METADATA = "metadata.jsonl"
@@ -84,7 +85,7 @@ def read_captioned_images(
             uncaptioned.append(path)
         try:
             repeats = _repeats(root, path) if subfolders else 1
-            images.append(CaptionedImage(path, caption, measure(path), _digest(path), source, repeats))
+            images.append(CaptionedImage(path, caption, measure(path), file_digest(path), source, repeats))
         except ValueError as error:
             problems.append(str(error))
     if uncaptioned:
@@ -269,14 +270,6 @@ def _check_placeholder(images: list[CaptionedImage], placeholder: str) -> list[s
         return []
     example = images[0].caption
     return [f"no caption contains the placeholder {placeholder} as a word (data.placeholder); the first is {example!r}"]
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _report(root: Path, problems: list[str]) -> str:

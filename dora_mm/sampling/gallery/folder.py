@@ -105,11 +105,11 @@ def _read(path: Path) -> Image.Image | None:
 
 def _link(source: Path, target: Path) -> None:
     """A hard link, which takes no room; a copy where the file system has none, or is another one."""
+    if target.exists():  # two entries name the same file
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
-    except FileExistsError:
-        pass  # two entries name the same file
     except OSError:
         shutil.copyfile(source, target)
 
