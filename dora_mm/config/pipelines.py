@@ -10,7 +10,7 @@ SCHEMAS: dict[str, type[PipelineConfig]] = {
     "eval_sdxl": sdxl.EvalSDXLConfig,
     "compare_sdxl": sdxl.CompareSDXLConfig,
     "extract_features": vl.ExtractFeaturesConfig,
-    "train_vl_bart": vl.TrainVLBartConfig,
+    "train_vl": vl.TrainVLConfig,
     "eval_vl": vl.EvalVLConfig,
     "compare_vl": vl.CompareVLConfig,
 }

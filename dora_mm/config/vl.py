@@ -1,9 +1,10 @@
 """The config schemas of the vision-language pipelines. See schema.py for the rules."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from dora_mm.config.report import nearest
 from dora_mm.config.schema import (
     CHANGEABLE,
     AnyAdapterConfig,
@@ -117,25 +118,101 @@ class VisionConfig(Section):
     features: Items[InputPath] = ()  # feature folders of dora-mm, .h5 files or .npz folders; empty: computed on the fly
 
 
+Family = Literal["vlm", "vl_bart"]
+OF_FAMILY: dict[str, Family] = {  # keys of the model section that only one family reads
+    "random": "vl_bart",
+    "visual": "vl_bart",
+    "feature_dim": "vl_bart",
+    "revision": "vlm",
+    "dtype": "vlm",
+    "attn_implementation": "vlm",
+    "quantization": "vlm",
+    "min_pixels": "vlm",
+    "max_pixels": "vlm",
+    "image_size": "vlm",
+    "max_length": "vlm",
+    "prompts": "vlm",
+}
+
+
 class VLModelConfig(Section):
-    """The language model: VL-BART, or a plain BART that is extended to one."""
+    """The vision-language model: any of transformers' (family vlm), or VL-BART, which is made of a BART and a tower."""
 
-    path: ModelPath = "facebook/bart-base"  # a folder of save_pretrained (VL-BART or BART), or a hub name
-    random: bool = False  # read only the config from `path`, and initialize the weights from the seed
-    # The kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match if this is set.
+    family: Family = "vlm"
+    path: ModelPath  # a folder of save_pretrained, or a hub name; of vl_bart: a saved VL-BART or a plain BART
+    revision: Text | None = None  # vlm: a commit, branch or tag of a hub model; null: the main branch
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # vlm: of the frozen weights
+    attn_implementation: Text | None = None  # vlm: such as sdpa or flash_attention_2; null: what transformers chooses
+    # vlm: the frozen weights in 8 or 4 bits, by bitsandbytes or torchao; null: not quantised
+    quantization: Literal["int8", "nf4", "fp4", "torchao_int8"] | None = None
+    min_pixels: PositiveInt | None = None  # vlm: of an image, where the processor keeps its shape (Qwen-VL)
+    max_pixels: PositiveInt | None = None  # vlm: as min_pixels; more pixels are more tokens
+    image_size: PositiveInt | None = None  # vlm: side in pixels, for processors that resize to a fixed size
+    max_length: PositiveInt | None = None  # vlm: tokens per row; text beyond is cut; null: the model's positions
+    prompts: dict[VLTask, Text] = {}  # vlm: the prompt of a task, with {text} in place of the question
+    random: bool = False  # vl_bart: read only the config from `path`, and initialize the weights from the seed
+    # vl_bart: the kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match.
     visual: Literal["image", "video"] | None = None
-    feature_dim: PositiveInt | None = None  # channels of the visual features; null: taken from the vision section
+    feature_dim: PositiveInt | None = None  # vl_bart: channels of the visual features; null: from the vision section
+
+    @model_validator(mode="after")
+    def _keys_are_of_the_family(self) -> "VLModelConfig":
+        wrong = [key for key in self.model_fields_set if OF_FAMILY.get(key, self.family) != self.family]
+        changed = [key for key in sorted(wrong) if getattr(self, key) != type(self).model_fields[key].default]
+        if changed:
+            raise ValueError("; ".join(f"{key} is for family {OF_FAMILY[key]}, not {self.family}" for key in changed))
+        return self
 
 
-VLPart = Literal["text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko"]
-Trained = Literal["visual_embedding", "biases", "norms", "embeddings"]
+PARTS = (  # of all target maps of vision-language models
+    *("text.attn", "text.mlp", "vision.attn", "vision.mlp", "connector", "cross"),
+    *("text.qv", "text.ko", "cross.qv", "cross.ko"),  # of vl_bart, instead of text.attn and cross
+)
+
+
+class PartConfig(Section):
+    """The settings of one part of the model; those left out are the adapter's and the optimizer's."""
+
+    # full: its weights and biases themselves; frozen: nothing; null: adapter.method
+    method: Literal["dora", "lora", "magnitude", "full", "frozen"] | None = None
+    rank: PositiveInt | None = None  # null: adapter.rank
+    alpha: Positive | None = None  # null: the same alpha / rank as the adapter's
+    lr: Positive | None = None  # learning rate; null: optimizer.lr
 
 
 class VLAdapterConfig(AnyAdapterConfig):
-    # The adapted parts of BART: query and value, key and output, or feed-forward layers; cross: cross-attention.
-    parts: Annotated[Items[VLPart], Field(min_length=1)] = ("text.qv", "cross.qv")
-    vision_parts: Items[Literal["attn", "ff"]] = ()  # adapted parts of the vision tower, which then runs in every step
-    extra_trainable: Items[Trained] = ("visual_embedding", "biases", "norms")  # trained in addition to the adapters
+    # The adapted parts of the model, as a list of names or with settings of their own: {text.attn: {rank: 4}}
+    parts: Annotated[dict[str, PartConfig], Field(min_length=1)]
+    # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
+    extra_trainable: Items[Text] = ()
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _named_parts(cls, parts: Any) -> Any:
+        if isinstance(parts, list | tuple):
+            if len(set(map(str, parts))) < len(parts):
+                raise ValueError("names a part twice")
+            parts = dict.fromkeys(parts, {})
+        for name in parts if isinstance(parts, dict) else ():
+            if name not in PARTS:
+                raise ValueError(f"there is no part {name!r}{nearest(str(name), PARTS)}; parts are {', '.join(PARTS)}")
+        return (
+            {name: {} if value is None else value for name, value in parts.items()}
+            if isinstance(parts, dict)
+            else parts
+        )
+
+    def trained_parts(self) -> dict[str, PartConfig]:
+        """The settings of every part that is not frozen, complete."""
+        scaling = self.alpha / self.rank
+        found = {}
+        for name, part in self.parts.items():
+            rank = part.rank or self.rank
+            method = part.method or self.method
+            alpha = part.alpha or rank * scaling
+            if method != "frozen":
+                found[name] = part.model_copy(update={"method": method, "rank": rank, "alpha": alpha})
+        return found
 
 
 class VLDataConfig(Section):
@@ -169,11 +246,11 @@ class EvaluateConfig(DecodeConfig):
     limit: PositiveInt | None = None  # number of rows of each task; null: all
 
 
-class TrainVLBartConfig(PipelineConfig):
+class TrainVLConfig(PipelineConfig):
     command: ClassVar[str] = "train"
     changeable: ClassVar[tuple[str, ...]] = (*CHANGEABLE, "train.epochs", "data.tables", "evaluate.every")
     dry_run_lists_missing: ClassVar[bool] = True
-    pipeline: Literal["train_vl_bart"]
+    pipeline: Literal["train_vl"]
     seed: Seed = 0  # seed of everything random in the run
     output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
@@ -187,15 +264,19 @@ class TrainVLBartConfig(PipelineConfig):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> "TrainVLBartConfig":
-        problems = check_vl_training(self.optimizer, self.schedule, self.train)
+    def _sections_agree(self) -> "TrainVLConfig":
+        dtype = "float32" if self.model.quantization else self.model.dtype
+        problems = check_vl_training(self.optimizer, self.schedule, self.train, dtype)
         problems += check_adapter(self.adapter, self.optimizer)
-        problems += check_visual_inputs(self.data, self.vision, ("train", "valid"))
+        problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
         problems += [f"data.tasks: {task.task} has no train split" for task in self.data.tasks if task.train is None]
         if self.evaluate.every and not any(task.valid for task in self.data.tasks):
             problems.append("evaluate.every has no effect: no task has a valid split")
-        if self.adapter.vision_parts and self.vision.features:
-            problems.append("adapter.vision_parts trains the tower, but vision.features was computed before that")
+        trained = [part for part in self.adapter.trained_parts() if part.startswith("vision.")]
+        if trained and self.vision.features:
+            problems.append(
+                f"adapter.parts: {trained[0]} trains the tower, but vision.features was computed before that"
+            )
         return raise_problems(self, problems)
 
 
@@ -215,7 +296,7 @@ class EvalVLConfig(PipelineConfig):
     @model_validator(mode="after")
     def _sections_agree(self) -> "EvalVLConfig":
         problems = [f"data.tasks: {task.task} has no valid split" for task in self.data.tasks if task.valid is None]
-        return raise_problems(self, problems + check_visual_inputs(self.data, self.vision, ("valid",)))
+        return raise_problems(self, problems + check_visual_inputs(self.model, self.data, self.vision, ("valid",)))
 
 
 class CompareVLConfig(PipelineConfig):
@@ -224,7 +305,7 @@ class CompareVLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["compare_vl"]
     output: OutputFolder  # the campaign's folder; one that exists is resumed
-    base: InputPath  # a config of train_vl_bart, shared by all trainings; learning rates are chosen on its valid splits
+    base: InputPath  # a config of train_vl, shared by all trainings; learning rates are chosen on its valid splits
     steps: PositiveInt = 600  # optimizer steps of every training
     rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA; DoRA also at half of it
     learning_rates: LearningRates
@@ -257,17 +338,23 @@ class ExtractFeaturesConfig(PipelineConfig):
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed
 
 
-def check_vl_training(optimizer: OptimizerConfig, schedule: ScheduleConfig, train: EpochTrainConfig) -> list[str]:
+def check_vl_training(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, train: EpochTrainConfig, dtype: str = "float32"
+) -> list[str]:
     """As `check_training`, for a length in steps or epochs; one message per problem, each naming the keys."""
     problems = []
     if (train.steps is None) == (train.epochs is None):
         problems.append("give either train.steps or train.epochs")
     known = train if train.steps is not None else train.model_copy(update={"steps": schedule.warmup_steps + 1})
-    return problems + check_training(optimizer, schedule, known)
+    return problems + check_training(optimizer, schedule, known, dtype)
 
 
-def check_visual_inputs(data: VLDataConfig, vision: VisionConfig, splits: tuple[str, ...]) -> list[str]:
+def check_visual_inputs(
+    model: VLModelConfig, data: VLDataConfig, vision: VisionConfig, splits: tuple[str, ...]
+) -> list[str]:
     """Finds tasks that have neither images nor features in these splits; returns at most one message."""
+    if model.family == "vlm":
+        return _check_images(data, vision, splits)
     clips = [task.task for task in data.tasks if task.task in VIDEO_TASKS]
     if clips and len(clips) < len(data.tasks):
         return ["data.tasks mixes image tasks and video tasks: a model handles only one kind"]
@@ -278,3 +365,13 @@ def check_visual_inputs(data: VLDataConfig, vision: VisionConfig, splits: tuple[
     if missing and not vision.features:
         return [f"data.tasks: {missing[0]} has a source without images, and vision.features is empty"]
     return []
+
+
+def _check_images(data: VLDataConfig, vision: VisionConfig, splits: tuple[str, ...]) -> list[str]:
+    """As `check_visual_inputs`, for models that bring their own vision tower."""
+    if vision != VisionConfig():
+        return ["vision is for model.family vl_bart: the other models bring their own tower"]
+    if clips := [task.task for task in data.tasks if task.task in VIDEO_TASKS]:
+        return [f"data: {clips[0]} has clips, which only model.family vl_bart reads"]
+    missing = [task.task for task in data.tasks for split in splits if (s := getattr(task, split)) and s.images is None]
+    return [f"data: {missing[0]} has a source without images"] if missing else []

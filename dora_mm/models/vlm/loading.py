@@ -1,0 +1,198 @@
+"""Load any vision-language model of transformers with its processor, or build it without weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
+
+from dora_mm.config.loader import resolve_model
+from dora_mm.config.vl import VLModelConfig
+from dora_mm.models.hub import unreachable
+
+# What transformers raises for files that are missing, damaged or belong to another kind of model.
+LOADING_ERRORS = (
+    OSError,
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    StrictDataclassError,
+)
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+
+def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
+    """Reads the config of a model of transformers.
+
+    Args:
+        path: A folder of `save_pretrained`, or a hub name.
+        revision: A commit, branch or tag of a hub model; None is its main branch.
+
+    Returns:
+        The config; its `_commit_hash` is the commit of a hub model.
+
+    Raises:
+        ValueError: There is no config, or it is none of transformers' architectures.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise ValueError(
+            unreachable(path, error) or f"{path} is not a model of transformers: {_line(error)}"
+        ) from error
+
+
+def model_class(config: PretrainedConfig, path: str) -> Any:
+    """The class that saved a model, from `architectures` of its config.
+
+    transformers' auto classes choose by the type of the config alone, so that AutoModelForImageTextToText loads a
+    BlipForQuestionAnswering as a captioner without a word.
+
+    Args:
+        config: The model's config.
+        path: Its folder or name, for messages.
+
+    Raises:
+        ValueError: The config names no class, or one that transformers lacks.
+    """
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise ValueError(f"{path} does not name its class: its config.json has no architectures")
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise ValueError(
+            f"{path} is a {names[0]}, a class that transformers {transformers.__version__} does not have: use the "
+            "version of the model that was converted for transformers (often named -hf)"
+        )
+    return found
+
+
+def empty_model(path: str, revision: str | None = None) -> nn.Module:
+    """Builds the model from its config alone, on the meta device: for its structure and numbers of parameters.
+
+    Raises:
+        ValueError: As `read_config` and `model_class`; or the config does not fit the class.
+    """
+    config = read_config(path, revision)
+    kind = model_class(config, path)
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except LOADING_ERRORS as error:
+        raise ValueError(f"the {kind.__name__} of {path} cannot be built: {_line(error)}") from error
+
+
+def load_processor(config: VLModelConfig) -> ProcessorMixin:
+    """Loads the processor of a model: its tokenizer and image processor.
+
+    Raises:
+        ValueError: There is none, it takes no images or lacks a package, or an image size does not fit it.
+    """
+    path = resolve_model(config.path)
+    sizes = {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(config, key)) is not None}
+    try:
+        processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False, **sizes)
+    except ImportError as error:
+        raise ValueError(f"model.path: the processor of {path} needs a package: {_line(error)}") from error
+    except LOADING_ERRORS as error:
+        raise ValueError(unreachable(path, error) or f"model.path: {path} has no processor: {_line(error)}") from error
+    images = getattr(processor, "image_processor", None)
+    if images is None or getattr(processor, "tokenizer", None) is None:
+        raise ValueError(f"model.path: {path} is not a vision-language model: its processor takes no images and text")
+    if sizes and "min_pixels" not in getattr(images.valid_kwargs, "__annotations__", {}):
+        raise ValueError(
+            f"model.{next(iter(sizes))}: the images of {path} have a fixed size; its processor, a "
+            f"{type(images).__name__}, takes model.image_size instead"
+        )
+    if config.image_size is not None:
+        _resize(images, config.image_size)
+    return processor
+
+
+def load_vlm(config: VLModelConfig) -> Any:
+    """Loads a vision-language model: frozen, in eval mode, on the CPU, in the configured dtype.
+
+    Raises:
+        ValueError: There is no model, it is damaged, incomplete or of another kind, or it needs a package; the message
+            names the key.
+    """
+    path = resolve_model(config.path)
+    kind = model_class(found := read_config(path, config.revision), path)
+    settings = {"attn_implementation": config.attn_implementation, "quantization_config": quantization(config)}
+    try:
+        model, report = kind.from_pretrained(
+            path,
+            config=found,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{key: value for key, value in settings.items() if value is not None},
+        )
+    except LOADING_ERRORS as error:
+        raise ValueError(unreachable(path, error) or f"model.path: {path} cannot be loaded: {_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"model.path: {path} is incomplete: it lacks {missing[0]} and {len(missing) - 1} more weights")
+    model.generation_config = special_tokens(model)
+    return model.requires_grad_(False).eval()
+
+
+def quantization(config: VLModelConfig) -> Any:
+    """The quantisation of the base weights that `model.quantization` names, as transformers' config; None for none.
+
+    Raises:
+        ValueError: The package that does it is not installed.
+    """
+    name = config.quantization
+    if name is None:
+        return None
+    package = "torchao" if name.startswith("torchao") else "bitsandbytes"
+    try:
+        if package == "torchao":
+            from torchao.quantization import Int8WeightOnlyConfig
+
+            return transformers.TorchAoConfig(Int8WeightOnlyConfig())
+        if name == "int8":
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        dtype = getattr(torch, config.dtype)
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+        )
+    except ImportError as error:
+        raise ValueError(f"model.quantization {name} needs {package}: pip install 'dora_mm[quant]'") from error
+
+
+def special_tokens(model: Any) -> GenerationConfig:
+    """A generation config with nothing but the model's special tokens.
+
+    A model's own one has settings of its authors (sampling, penalties), which would apply to all that is not set.
+    """
+    own = copy.deepcopy(model.generation_config)
+    return GenerationConfig(**{name: getattr(own, name, None) for name in SPECIAL_TOKENS})
+
+
+def _resize(images: Any, side: int) -> None:
+    """Makes an image processor resize to squares of this side, in pixels."""
+    if "height" in images.size:
+        images.size = {"height": side, "width": side}
+    else:
+        key = "longest_edge" if "longest_edge" in images.size else "shortest_edge"
+        images.size = {key: side}
+    if getattr(images, "crop_size", None):
+        images.crop_size = {"height": side, "width": side}
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
