@@ -99,7 +99,7 @@ def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
 
 def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:
     try:
-        found = [path for path in modules if _matches(pattern, path)]
+        found = [path for path in modules if matches(pattern, path)]
     except re.error as error:
         raise ValueError(
             f"pattern {pattern!r} of target map {map_name} is not a valid regular expression: {error}"
@@ -118,7 +118,7 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> 
 NOT_ADAPTABLE = f"which cannot be adapted ({ADAPTABLE} can)"
 
 
-def _matches(pattern: str, path: str) -> bool:
+def matches(pattern: str, path: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
     return path == pattern or path.endswith("." + pattern)

@@ -9,9 +9,9 @@ from dora_mm.core.targets import TargetMap
 VISUAL = TargetMap(
     "open-clip-visual",
     parts={
-        "attn": (r"re:(.*\.)?trunk\.transformer\.resblocks\.\d+\.attn\.(q|k|v|out)_proj",),
-        "ff": (r"re:(.*\.)?trunk\.transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)",),
+        "vision.attn": (r"re:(.*\.)?trunk\.transformer\.resblocks\.\d+\.attn\.(q|k|v|out)_proj",),
+        "vision.mlp": (r"re:(.*\.)?trunk\.transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)",),
     },
-    expect={"ResidualAttentionBlock": {"attn": 4, "ff": 2}},
-    default=("attn",),
+    expect={"ResidualAttentionBlock": {"vision.attn": 4, "vision.mlp": 2}},
+    default=("vision.attn",),
 )

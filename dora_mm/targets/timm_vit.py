@@ -8,9 +8,9 @@ from dora_mm.core.targets import TargetMap
 VIT = TargetMap(
     "timm-vit",
     parts={
-        "attn": (r"re:(.*\.)?trunk\.blocks\.\d+\.attn\.(qkv|proj)",),
-        "ff": (r"re:(.*\.)?trunk\.blocks\.\d+\.mlp\.fc[12]",),
+        "vision.attn": (r"re:(.*\.)?trunk\.blocks\.\d+\.attn\.(qkv|proj)",),
+        "vision.mlp": (r"re:(.*\.)?trunk\.blocks\.\d+\.mlp\.fc[12]",),
     },
-    expect={"Block": {"attn": 2, "ff": 2}},
-    default=("attn",),
+    expect={"Block": {"vision.attn": 2, "vision.mlp": 2}},
+    default=("vision.attn",),
 )

@@ -71,7 +71,7 @@ class VisionEncoder(nn.Module):
         assert source is not None
         return source.identity
 
-    def check(self, table: ExampleTable) -> ExampleTable:
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
         """Keeps the rows of a table whose images have precomputed features; all rows if a tower encodes them.
 
         Raises:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BartTokenizer
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from dora_mm.config.vl import VIDEO_TASKS
+from dora_mm.config.vl import VIDEO_TASKS, DecodeConfig, VisionConfig, VLModelConfig
+from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.readers.video import split_subtitles
-from dora_mm.data.vl.splits import TrainingSet
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.towers.tower import tower_map
+from dora_mm.models.vl_bart.answering import Answerer
+from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
-from dora_mm.models.vl_bart.text import encode_inputs, encode_targets
+from dora_mm.models.vl_bart.text import TEXTS, encode_inputs, encode_targets
+from dora_mm.targets import find
 from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.utils.randomness import generator
+from dora_mm.tasks.vl import Answer, draw_answer
+from dora_mm.utils.digest import module_digest
+
+VISION = "vision"  # the component of the tower
 
 
 @dataclass(frozen=True)
@@ -32,16 +41,90 @@ class VLBatch:
 
 
 class VLBartTask:
-    """Turns examples into the model's inputs, and batches into a loss.
+    """A VL-BART with its tokenizer and vision encoder; implements `VLModel`.
 
     Args:
         model: The VL-BART.
         tokenizer: Its tokenizer.
         vision: Encodes the images, or reads their features.
+        config: The sections of the config that they were loaded from; without them there is no `fresh`.
     """
 
-    def __init__(self, model: VLBart, tokenizer: BartTokenizer, vision: VisionEncoder):
-        self.model, self.tokenizer, self.vision = model, tokenizer, vision
+    prepares_batches = False  # the vision tower encodes the images of a batch
+
+    def __init__(
+        self,
+        model: VLBart,
+        tokenizer: BartTokenizer,
+        vision: VisionEncoder,
+        config: tuple[VLModelConfig, VisionConfig] | None = None,
+    ):
+        self.model, self.tokenizer, self.vision, self.config = model, tokenizer, vision, config
+
+    @classmethod
+    def load(
+        cls,
+        config: VLModelConfig,
+        vision_config: VisionConfig,
+        *,
+        seed: int,
+        trained_tower: bool = False,
+        device: torch.device | str = "cpu",
+        vision: VisionEncoder | None = None,
+    ) -> VLBartTask:
+        """Loads the model and its vision encoder.
+
+        Args:
+            config: The `model` section.
+            vision_config: The `vision` section.
+            seed: Seed of the weights that no file holds.
+            trained_tower: The tower is adapted, so its outputs must not be kept from one step to the next.
+            device: Where they compute.
+            vision: The vision encoder, if it is loaded already.
+
+        Raises:
+            ValueError: One of them cannot be loaded, or they do not fit; the message names the key.
+        """
+        vision = vision or VisionEncoder(vision_config, seed=seed, trained=trained_tower)
+        if config.feature_dim not in (None, vision.feature_dim):
+            raise ValueError(
+                f"model.feature_dim is {config.feature_dim}, but vision gives {vision.feature_dim} channels"
+            )
+        model: Any
+        model, tokenizer = load_vl_bart(config, vision.feature_dim, seed)
+        return cls(model.to(device), tokenizer, vision.to(device), (config, vision_config))
+
+    def fresh(self, seed: int) -> VLBartTask:
+        assert self.config is not None
+        config, vision = self.config
+        depends_on_seed = self.vision.trained or (vision.pretrained is None and not vision.features)
+        return VLBartTask.load(
+            config,
+            vision,
+            seed=seed,
+            trained_tower=self.vision.trained,
+            device=self.model.device,
+            vision=None if depends_on_seed else self.vision,
+        )
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"model": self.model} | ({VISION: self.vision.tower} if self.vision.tower is not None else {})
+
+    @property
+    def target_maps(self) -> dict[str, TargetMap]:
+        return vl_bart_maps(self.vision.tower)
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        return {"base_digest": module_digest(self.model), "vision_digest": self.vision.identity}
+
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
+        return self.vision.check(table)
+
+    def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
+        answer = Answerer(self.model, self.tokenizer, task, config, candidates)
+        return lambda examples, images: answer(self.inputs(task, examples, images))
 
     def check(self, tasks: Iterable[str]) -> None:
         """Checks that the model was built for the visual input of these tasks.
@@ -51,6 +134,8 @@ class VLBartTask:
         """
         reads_clips = self.model.config.pooled_side is None
         for task in tasks:
+            if task not in TEXTS:
+                raise ValueError(f"data: the task {task} needs a model of transformers (model.family vlm), not VL-BART")
             if (task in VIDEO_TASKS) != reads_clips:
                 read, needed = ("clips", "images") if reads_clips else ("images", "clips")
                 raise ValueError(f"model.path: this VL-BART reads {read}, and the task {task} needs {needed}")
@@ -130,45 +215,7 @@ class VLBartTask:
         return (losses.sum(-1) * kept).sum() / (counts * kept).sum().clamp(min=1)
 
 
-def draw_answer(example: Example, stream: torch.Generator) -> tuple[str, float]:
-    """Draws an answer in proportion to the scores; returns it with its score, or ("", 0.0) if all scores are 0."""
-    if not sum(example.scores):
-        return "", 0.0
-    index = int(torch.multinomial(torch.tensor(example.scores), 1, generator=stream))
-    return example.answers[index], float(example.scores[index])
-
-
-class VLBatches:
-    """Maps a batch number to a batch of one task, which depends only on (seed, number, process).
-
-    Args:
-        task: Builds the batches.
-        sets: The training sets by task name.
-        seed: Seed of the order and of drawn answers.
-        process: (index, count) if several processes share the work.
-    """
-
-    def __init__(
-        self, task: VLBartTask, sets: Mapping[str, TrainingSet], *, seed: int, process: tuple[int, int] = (0, 1)
-    ):
-        self.task, self.sets, self.seed, self.process = task, sets, seed, process
-        self.order = TaskBatches(
-            {name: len(training_set.table) for name, training_set in sets.items()},
-            {name: training_set.batch_size for name, training_set in sets.items()},
-            weights={name: training_set.weight for name, training_set in sets.items()},
-            seed=seed,
-        )
-
-    @property
-    def per_epoch(self) -> int:
-        """This process's number of batches in one pass over the rows of all tasks."""
-        return -(-self.order.batches_per_epoch // self.process[1])
-
-    def __call__(self, number: int) -> VLBatch:
-        """This process's batch of this number, on the model's device."""
-        index, count = self.process
-        number = number * count + index
-        name, rows = self.order(number)
-        training_set = self.sets[name]
-        stream = generator(self.seed, number, "answers")
-        return self.task.batch(name, [training_set.table[row] for row in rows], training_set.images, stream)
+def vl_bart_maps(tower: nn.Module | None) -> dict[str, TargetMap]:
+    """The target maps of a VL-BART and, where its tower is a vision transformer, of the tower."""
+    name = tower_map(tower) if tower is not None else None
+    return {"model": find("bart")} | ({VISION: find(name)} if name else {})

@@ -13,14 +13,14 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import ExampleTable, open_table
 
 
-class ImageCheck(Protocol):
-    """An object that knows which images can be encoded, such as a VisionEncoder."""
+class RowCheck(Protocol):
+    """An object that knows which rows can be read, such as a model."""
 
-    def check(self, table: ExampleTable) -> ExampleTable:
-        """A table of the rows whose images can all be encoded.
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
+        """A table of the rows that can be read.
 
         Raises:
-            ValueError: An image cannot be encoded and the table's `on_bad_data` is "stop", or none can.
+            ValueError: A row cannot be read and the table's `on_bad_data` is "stop", or none can.
         """
         ...
 
@@ -57,18 +57,18 @@ class ValidationSet:
     candidates: tuple[str, ...] = ()
 
 
-def open_source(source: SourceConfig, data: VLDataConfig, vision: ImageCheck) -> ExampleTable:
-    """The rows of a split whose images can be encoded.
+def open_source(source: SourceConfig, data: VLDataConfig, model: RowCheck) -> ExampleTable:
+    """The rows of a split that the model can read.
 
     Args:
         source: The split.
         data: The `data` section of a config.
-        vision: Checks the images.
+        model: Checks the rows.
 
     Raises:
-        ValueError: As in `open_table` and `ImageCheck.check`.
+        ValueError: As in `open_table` and `RowCheck.check_rows`.
     """
-    return vision.check(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
+    return model.check_rows(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
 
 
 def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
@@ -81,13 +81,13 @@ def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
     return open_table(without_images, Path(data.tables), on_bad_data=data.on_bad_data)
 
 
-def open_training(data: VLDataConfig, batch_size: int, vision: ImageCheck) -> dict[str, TrainingSet]:
+def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[str, TrainingSet]:
     """The training split of every task, restricted to rows with an answer.
 
     Args:
         data: The `data` section of a config.
         batch_size: Rows per batch for tasks that do not set their own.
-        vision: Checks the images.
+        model: Checks the rows.
 
     Returns:
         The training sets by task name, in the order of the config.
@@ -98,7 +98,7 @@ def open_training(data: VLDataConfig, batch_size: int, vision: ImageCheck) -> di
     found = {}
     for task in data.tasks:
         assert task.train is not None
-        table = open_source(task.train, data, vision).answered()
+        table = open_source(task.train, data, model).answered()
         if not len(table):
             raise ValueError(f"{task.train.file} has no answers to learn: it is a test split")
         found[task.task] = TrainingSet(table, task.train.images, task.batch_size or batch_size, task.weight)
@@ -106,14 +106,14 @@ def open_training(data: VLDataConfig, batch_size: int, vision: ImageCheck) -> di
 
 
 def open_validation(
-    data: VLDataConfig, decode: DecodeConfig, vision: ImageCheck, *, answered: bool = False
+    data: VLDataConfig, decode: DecodeConfig, model: RowCheck, *, answered: bool = False
 ) -> dict[str, ValidationSet]:
     """The `valid` split of every task that has one, with candidate answers from its `train` split where needed.
 
     Args:
         data: The `data` section of a config.
         decode: The `decode` section, which says whether a task chooses from candidates.
-        vision: Checks the images.
+        model: Checks the rows.
         answered: Whether every split must have reference answers.
 
     Returns:
@@ -133,7 +133,7 @@ def open_validation(
                     raise ValueError(
                         f"min_answer_count: no answer occurs {decode.min_answer_count} times in {task.train.file}"
                     )
-            table = open_source(task.valid, data, vision)
+            table = open_source(task.valid, data, model)
             if answered and not len(table.answered()):
                 raise ValueError(f"{task.valid.file} has no answers to compare with: it is a test split")
             found[task.task] = ValidationSet(table, task.valid.images, candidates)

@@ -44,20 +44,10 @@ def load_tower(config: VisionConfig) -> "VisionTower":
     return tower
 
 
-def tower_map(tower: "VisionTower") -> str:
-    """The name of the target map for a tower; its parts are attention (`attn`) and MLP (`ff`).
-
-    Raises:
-        ValueError: The tower is not a plain vision transformer of open_clip or timm.
-    """
-    kinds = {(type(module).__module__, type(module).__name__) for module in tower.trunk.modules()}
-    matching = [MAPS[kind] for kind in MAPS if kind in kinds]
-    if not matching:
-        raise ValueError(
-            f"vision.tower: there is no target map for {tower.name}, only for vision transformers of open_clip "
-            "(ViT-B-32) and timm (timm/vit_base_patch16_224): use one of these, or adapt the language model only"
-        )
-    return matching[0]
+def tower_map(tower: nn.Module) -> str | None:
+    """The name of the target map for a tower; None if it is not a plain vision transformer of open_clip or timm."""
+    kinds = {(type(module).__module__, type(module).__name__) for module in tower.modules()}
+    return next((MAPS[kind] for kind in MAPS if kind in kinds), None)
 
 
 class VisionTower(nn.Module):

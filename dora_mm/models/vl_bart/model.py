@@ -296,31 +296,3 @@ def token_log_likelihood(logits_BTV: Tensor, targets_BT: Tensor, pad: int) -> Te
     """
     losses = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=pad, reduction="none")
     return -losses.view(targets_BT.shape)
-
-
-# --- which parameters train in addition to the adapters --------------------------------------------------------------
-
-
-def extra_trainable_parameters(model: VLBart, groups: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters that train in addition to the adapters.
-
-    Args:
-        model: The model.
-        groups: Any of "visual_embedding", "biases" and "norms" (their scales) of BART itself, and "embeddings" (tokens,
-            which lm_head shares, and positions).
-
-    Returns:
-        The parameters of these groups, by name.
-    """
-    norms = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
-
-    def group(name: str) -> str | None:
-        if ".visual_embedding." in name:
-            return "visual_embedding"
-        if name.endswith(".bias"):
-            return "biases"
-        if name in norms:
-            return "norms"
-        return "embeddings" if name == "model.shared.weight" or ".embed_positions." in name else None
-
-    return {name: parameter for name, parameter in model.named_parameters() if group(name) in groups}

@@ -120,8 +120,12 @@ def load_processor(config: VLModelConfig) -> ProcessorMixin:
     return processor
 
 
-def load_vlm(config: VLModelConfig) -> Any:
-    """Loads a vision-language model: frozen, in eval mode, on the CPU, in the configured dtype.
+def load_vlm(config: VLModelConfig, device: torch.device) -> Any:
+    """Loads a vision-language model: frozen, in eval mode, in the configured dtype.
+
+    Args:
+        config: The `model` section.
+        device: Where to put it. Weights are read straight to it, since quantised ones cannot move.
 
     Raises:
         ValueError: There is no model, it is damaged, incomplete or of another kind, or it needs a package; the message
@@ -139,6 +143,7 @@ def load_vlm(config: VLModelConfig) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            device_map={"": device},
             **{key: value for key, value in settings.items() if value is not None},
         )
     except LOADING_ERRORS as error:

@@ -1,0 +1,103 @@
+"""Conversations as text: a model's chat template, and the places of the answers in what it renders."""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+IMAGE = "<image>"  # marks the place of an image in the text of a turn; templates put their own token there
+
+
+class Said(NamedTuple):
+    """One turn of a conversation.
+
+    Attributes:
+        role: "system", "user" or "assistant".
+        text: What is said, with IMAGE in the place of each image.
+        loss: Whether the model learns to say it.
+    """
+
+    role: str
+    text: str
+    loss: bool = False
+
+
+class Rendered(NamedTuple):
+    """A conversation as text.
+
+    Attributes:
+        text: What the model reads, with the processor's image token in the place of each image.
+        spans: Where in `text` the learned answers are, as (start, end), the token that ends each turn included.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def render(processor: Any, turns: Sequence[Said]) -> Rendered:
+    """Renders a conversation for training.
+
+    An answer begins where the prompt that asks for it ends. Where the template puts no special token behind an
+    answer (LLaVA 1.5), the end-of-sequence token is inserted there: without it, the model would never learn to stop.
+
+    Args:
+        processor: A processor with a chat template.
+        turns: The conversation.
+
+    Raises:
+        ValueError: The template does not render an answer as it was given.
+    """
+    whole, spans, shift = apply_template(processor, turns), [], 0
+    text, end_token = whole, processor.tokenizer.eos_token
+    ends = tuple(processor.tokenizer.all_special_tokens) + tuple(processor.tokenizer.get_added_vocab())
+    for number, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        start = _shared(apply_template(processor, turns[:number], ask=True), whole)
+        end = start + len(whole[start : _shared(apply_template(processor, turns[: number + 1]), whole)].rstrip())
+        if turn.text.strip() not in whole[start:end]:
+            raise ValueError(f"the chat template does not render this answer as it is: {turn.text[:80]!r}")
+        inserted = "" if whole[start:end].endswith(ends) else end_token
+        text = text[: end + shift] + inserted + text[end + shift :]
+        if turn.loss:
+            spans.append((start + shift, end + shift + len(inserted)))
+        shift += len(inserted)
+    return Rendered(text, tuple(spans))
+
+
+def render_prompt(processor: Any, turns: Sequence[Said]) -> str:
+    """Renders a conversation up to the place where the model answers."""
+    return apply_template(processor, turns, ask=True)
+
+
+def apply_template(processor: Any, turns: Sequence[Said], *, ask: bool = False) -> str:
+    """Applies the chat template; with `ask`, what begins the model's next turn follows.
+
+    Raises:
+        ValueError: The template refuses the conversation, for example its order of roles.
+    """
+    messages = [{"role": turn.role, "content": _content(turn.text)} for turn in turns]
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
+    except Exception as error:  # templates raise jinja2's errors, and whatever their filters do
+        raise ValueError(f"the chat template refuses a conversation: {' '.join(str(error).split())[:300]}") from error
+
+
+def _content(text: str) -> list[dict[str, str]]:
+    """The items of a message. Templates set images apart by themselves, so line breaks beside them go."""
+    items: list[dict[str, str]] = []
+    pieces = text.split(IMAGE)
+    for number, piece in enumerate(pieces):
+        if number:
+            items.append({"type": "image"})
+            piece = piece.removeprefix("\n")
+        piece = piece.removesuffix("\n") if number + 1 < len(pieces) else piece
+        if piece:
+            items.append({"type": "text", "text": piece})
+    return items or [{"type": "text", "text": ""}]
+
+
+def _shared(one: str, other: str) -> int:
+    """The length of the common beginning of two texts."""
+    return len(os.path.commonprefix([one, other]))

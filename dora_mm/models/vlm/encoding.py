@@ -1,0 +1,212 @@
+"""Rows of text and images as the inputs of a vision-language model, and batches of such rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_mm.models.vlm.chat import IMAGE, Rendered
+
+IGNORED = -100  # label of a token without loss, as in all of transformers
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as the inputs of a model.
+
+    Attributes:
+        inputs: The model's inputs by name: of the text (TEXT_INPUTS), with a token per column (1, L, ...); and of the
+            images, of which there may be none.
+        labels: Token ids with IGNORED where there is no loss: (L,), those of `input_ids`; or (T,), the target of a
+            decoder.
+        num_image_tokens: How many of the L tokens stand for images.
+        num_cut: How many tokens of text were cut.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    num_image_tokens: int = 0
+    num_cut: int = 0
+
+    @property
+    def length(self) -> int:
+        """L, the number of tokens."""
+        return self.inputs["input_ids"].shape[1]
+
+
+class RowEncoder:
+    """Turns texts and images into rows, one at a time, so that images cannot end up in another row.
+
+    Args:
+        processor: The model's processor.
+        max_length: The number of tokens that a row may have. Text beyond it is cut, image tokens never are.
+    """
+
+    def __init__(self, processor: Any, max_length: int):
+        self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+        ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
+        self.image_ids = torch.tensor(sorted({i for i in ids if i is not None}), dtype=torch.long)
+
+    def conversation(self, rendered: Rendered, images: Sequence[Any]) -> Row:
+        """A rendered conversation as a row whose answers have loss.
+
+        Args:
+            rendered: The conversation.
+            images: Its images, PIL, in the order of the text.
+
+        Raises:
+            ValueError: The numbers of images and of places for them differ, or the image tokens alone are too many.
+        """
+        inputs, expanded = self._process(rendered.text, images)
+        offsets = inputs.pop("offset_mapping")[0]
+        spans = [(_moved(start, expanded), _moved(end, expanded)) for start, end in rendered.spans]
+        learned = torch.zeros(len(offsets), dtype=torch.bool)
+        for start, end in spans:
+            learned |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
+        inside = torch.zeros_like(learned)
+        for _, _, start, end in expanded:
+            inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        return self._row(inputs, learned, inside)
+
+    def question(
+        self, text: str, images: Sequence[Any], answer: str | None = None, *, ends: bool = False
+    ) -> Row:
+        """A prompt, with its answer behind it where one is given, which then has loss.
+
+        Args:
+            text: The prompt, with the processor's image token where it has one.
+            images: Its images, PIL.
+            answer: The answer.
+            ends: The text ends with the prompt, since another part of the model answers. Else the separator with which
+                BERT's tokenizers end a text is left out, since the answer continues it.
+
+        Raises:
+            ValueError: As `conversation`.
+        """
+        inputs, _ = self._process(text, images)
+        inputs.pop("offset_mapping", None)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        separator = self.tokenizer.sep_token_id
+        if not ends and separator is not None and inputs["input_ids"][0, -1] == separator:
+            inputs = _columns(inputs, slice(0, -1))
+        start = inputs["input_ids"].shape[1]
+        if answer is not None:
+            inputs = _continued(inputs, self.target(answer))
+        learned = torch.arange(inputs["input_ids"].shape[1]) >= start
+        return self._row(inputs, learned, torch.zeros_like(learned))
+
+    def target(self, answer: str) -> Tensor:
+        """The token ids (T,) of an answer that continues a text, with the end token."""
+        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
+        return torch.tensor([*ids, end])
+
+    def decoder_target(self, answer: str, start: int | None = None) -> Tensor:
+        """The token ids (T,) of an answer that a decoder writes, as its tokenizer makes a text; `start` is the first."""
+        ids = self.tokenizer(answer)["input_ids"]
+        return torch.tensor(ids if start is None else [start, *ids[1:]])
+
+    def _process(self, text: str, images: Sequence[Any]) -> tuple[dict[str, Tensor], list[tuple[int, int, int, int]]]:
+        """The processor's inputs, and where it put image tokens: (start, end) before and after, in characters."""
+        token, bos = getattr(self.processor, "image_token", None), self.tokenizer.bos_token
+        places = text.count(token) if isinstance(token, str) else None
+        if places not in (None, 0, len(images)) or (images and places == 0 and self.processor.chat_template):
+            raise ValueError(f"the text has {places} places for images, and the row has {len(images)} images")
+        if bos is not None and text.startswith(bos):
+            settings = {"add_special_tokens": False}
+        else:
+            settings = {}
+        found = self.processor(
+            text=[text],
+            images=[list(images)] if images else None,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+            **settings,
+        )
+        replaced = found.pop("text_replacement_offsets", None) or [[]]
+        return dict(found), [(*part["span"], *part["new_span"]) for part in replaced[0]]
+
+    def _row(self, inputs: dict[str, Tensor], learned: Tensor, inside: Tensor) -> Row:
+        is_image = inside | torch.isin(inputs["input_ids"][0], self.image_ids)
+        learned = learned & ~is_image
+        labels = inputs["input_ids"][0].masked_fill(~learned, IGNORED)
+        num_images = int(is_image.sum())
+        excess = len(labels) - self.max_length
+        if excess <= 0:
+            return Row(inputs, labels, num_images)
+        if num_images >= self.max_length:
+            raise ValueError(
+                f"the images alone are {num_images} tokens, and a row has at most {self.max_length}: raise "
+                "model.max_length, or make the images smaller (model.max_pixels, model.image_size)"
+            )
+        kept = torch.ones(len(labels), dtype=torch.bool)
+        kept[torch.nonzero(~is_image)[-excess:]] = False
+        return Row(_columns(inputs, kept), labels[kept], num_images, excess)
+
+
+def _moved(position: int, expanded: Sequence[tuple[int, int, int, int]]) -> int:
+    """A position in the text, after images were expanded to their tokens."""
+    before = [new_end - end for _, end, _, new_end in expanded if end <= position]
+    return position + (before[-1] if before else 0)
+
+
+def _columns(inputs: dict[str, Tensor], kept: Any) -> dict[str, Tensor]:
+    """Selects tokens of the text inputs."""
+    return {name: value[:, kept] if name in TEXT_INPUTS else value for name, value in inputs.items()}
+
+
+def _continued(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+    """Appends tokens: they are attended to, and of type 1 where types tell a prompt from its answer."""
+    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.ones_like(ids)}
+    found = dict(inputs)
+    for name in TEXT_INPUTS:
+        if name in inputs:
+            more = values.get(name, torch.zeros_like(ids))
+            found[name] = torch.cat([inputs[name], more[None].to(inputs[name].dtype)], dim=1)
+    return found
+
+
+def collate(rows: Sequence[Row], *, pad: int, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows as one batch.
+
+    Args:
+        rows: B rows.
+        pad: The id of the padding token.
+        left: Pad at the left, for generation; else at the right.
+
+    Returns:
+        The inputs by name, and the labels (B, T). Images of all rows follow each other, and those of different shapes
+        are padded with zeros at the right and bottom, as the processors do.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.inputs))
+    longest = max(row.length for row in rows)
+    inputs = {}
+    for name in names:
+        if name in TEXT_INPUTS:  # a row of text alone may lack the types of its tokens, which are then all 0
+            values = [row.inputs.get(name, torch.zeros_like(row.inputs["input_ids"])) for row in rows]
+            values = [_padded(value, longest, pad if name == "input_ids" else 0, left) for value in values]
+        else:
+            values = [row.inputs[name] for row in rows if name in row.inputs]
+        inputs[name] = torch.cat(_same_shape(values))
+    targets = max(len(row.labels) for row in rows)
+    labels = torch.cat([_padded(row.labels[None], targets, IGNORED, left) for row in rows])
+    return inputs, labels
+
+
+def _padded(value: Tensor, length: int, fill: int, left: bool) -> Tensor:
+    missing = length - value.shape[1]
+    return F.pad(value, [0, 0] * (value.dim() - 2) + ([missing, 0] if left else [0, missing]), value=fill)
+
+
+def _same_shape(values: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors padded with zeros so that all dimensions but the first agree."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padding = [[n for have, want in zip(v.shape[:0:-1], shape[::-1], strict=True) for n in (0, want - have)] for v in values]
+    return [F.pad(value, pad) if any(pad) else value for value, pad in zip(values, padding, strict=True)]

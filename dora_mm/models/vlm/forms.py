@@ -1,0 +1,137 @@
+"""How models compute answers: as the continuation of a text, by a decoder of their own, or as BLIP does for questions.
+
+A form has the losses of target tokens and generates answers. All take the inputs that encoding.py makes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutput
+
+from dora_mm.models.vlm.encoding import IGNORED
+
+Inputs = Mapping[str, Tensor]
+
+
+class Form(Protocol):
+    """What the forms have in common."""
+
+    continues: bool  # the answer is part of the text that the model reads
+
+    def token_losses(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+        """The cross-entropy of each target token, without reduction.
+
+        Args:
+            model: The model.
+            inputs: A batch of B rows.
+            labels: Token ids (B, T), IGNORED where there is no loss.
+
+        Returns:
+            (B, K) in float32: a row's sum is the loss of its targets. Tokens without loss are 0 or left out.
+        """
+        ...
+
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
+        """The token ids (B, T) of the generated answers, without what was read."""
+        ...
+
+
+class Continuation:
+    """Answers are the continuation of the text: decoder-only language models."""
+
+    continues = True
+
+    def token_losses(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+        """See `Form.token_losses`: only the logits at columns with loss are computed, where the class can do so."""
+        targets = labels[:, 1:]
+        columns = torch.nonzero((targets != IGNORED).any(0)).flatten()
+        selects = "logits_to_keep" in inspect.signature(model.forward).parameters and model.config.model_type != "git"
+        if selects:
+            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        else:  # GIT has logits for its image tokens, too, in front
+            logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :][:, columns]
+        return cross_entropy(logits, targets[:, columns])
+
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
+        ids = model.generate(**inputs, generation_config=settings)
+        return ids[:, inputs["input_ids"].shape[1] :]
+
+
+class OwnDecoder:
+    """The text is read by an encoder, and a decoder answers: Florence-2, BLIP-2 with a T5."""
+
+    continues = False
+
+    def token_losses(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+        """See `Form.token_losses`: the model shifts the labels itself."""
+        return cross_entropy(model(**inputs, labels=labels, use_cache=False).logits, labels)
+
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
+        return model.generate(**inputs, generation_config=settings)
+
+
+class BlipQuestions:
+    """BlipForQuestionAnswering, whose own output has neither logits nor losses by row.
+
+    Its own `generate` also attends to the padding of the questions, so that answers would depend on the batch.
+    """
+
+    continues = False
+
+    def token_losses(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
+        """See `Form.token_losses`: the first target, the decoder's start token, has no loss."""
+        ids = labels.masked_fill(labels == IGNORED, model.decoder_pad_token_id)
+        output = model.text_decoder(
+            input_ids=ids,
+            encoder_hidden_states=self._read(model, inputs),
+            encoder_attention_mask=inputs["attention_mask"],
+            use_cache=False,
+        )
+        return cross_entropy(output.logits[:, :-1], labels[:, 1:])
+
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
+        hidden = self._read(model, inputs)
+        start = torch.full((len(hidden), 1), model.decoder_start_token_id, device=hidden.device)
+        ids = model.text_decoder.generate(
+            input_ids=start,
+            encoder_hidden_states=hidden,
+            encoder_attention_mask=inputs["attention_mask"],
+            generation_config=settings,
+        )
+        return ids[:, 1:]
+
+    def _read(self, model: Any, inputs: Inputs) -> Tensor:
+        images: BaseModelOutput = model.vision_model(pixel_values=inputs["pixel_values"])
+        hidden = images.last_hidden_state
+        return model.text_encoder(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            encoder_hidden_states=hidden,
+            encoder_attention_mask=torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device),
+        ).last_hidden_state
+
+
+def form_of(model: Any) -> Form:
+    """The form of a model."""
+    if type(model).__name__ == "BlipForQuestionAnswering":
+        return BlipQuestions()
+    config = model.config
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if config.is_encoder_decoder or getattr(inner, "is_encoder_decoder", False):
+        return OwnDecoder()
+    return Continuation()
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """The cross-entropy of each target (B, T), float32; 0 where the target is IGNORED."""
+    losses = F.cross_entropy(
+        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets_BT.shape)

@@ -1,0 +1,51 @@
+"""What a model is asked in each task, and what the classes without a chat template can read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+PROMPTS = {
+    "vqa": "{text}\nAnswer with a word or a short phrase.",
+    "gqa": "{text}\nAnswer with a word or a short phrase.",
+    "nlvr2": "{text}\nIs this true of the two images? Answer true or false.",
+    "caption": "Describe the image in one sentence.",
+    "choice": "{text}\nAnswer with the letter of the right option.",
+    "chat": "{text}",
+}
+ANSWER_TOKENS = {"caption": 40, "chat": 256}  # the longest generated answer; 16 in all other tasks
+DECIDED = {"nlvr2": ("true", "false")}  # tasks whose answer is the likeliest of these
+
+
+class Plain(NamedTuple):
+    """A class without a chat template.
+
+    Attributes:
+        prompts: Its prompts where they differ from a bare question.
+        image_token: Its image token has to be in the text, once per image; else the processor adds it.
+        images: The number of images that a row may have: exactly one, or (None) one or more.
+    """
+
+    prompts: Mapping[str, str]
+    image_token: bool = False
+    images: int | None = 1
+
+
+QUESTION = {task: "{text}" for task in PROMPTS}
+BLIP_2 = QUESTION | {task: "Question: {text} Answer:" for task in ("vqa", "gqa", "choice")} | {"caption": "a photo of"}
+PLAIN = {  # by model_type
+    "paligemma": Plain(
+        QUESTION | {task: "answer en {text}" for task in ("vqa", "gqa", "nlvr2", "choice")} | {"caption": "caption en"},
+        image_token=True,
+        images=None,
+    ),
+    "blip": Plain(QUESTION),
+    "blip-2": Plain(BLIP_2),
+    "instructblip": Plain(BLIP_2),
+    "git": Plain(QUESTION),
+    "florence2": Plain(QUESTION | {"caption": "What does the image describe?"}),
+}
+# Classes that raise on a batch of rows with different numbers of images: such rows are computed apart.
+SAME_IMAGES = ("mllama",)
+# Classes whose positions count padding, so that only rows of the same length generate together.
+SAME_LENGTH = ("git",)

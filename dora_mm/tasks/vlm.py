@@ -1,0 +1,296 @@
+"""The vision-language models of transformers: examples as rows, their losses, and answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.vl import DecodeConfig, VLModelConfig
+from dora_mm.core import TargetMap
+from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.vlm.chat import IMAGE, Said, render, render_prompt
+from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
+from dora_mm.models.vlm.forms import Form, form_of
+from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, read_config
+from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH
+from dora_mm.targets import map_of
+from dora_mm.tasks.vl import Answer, draw_answer, mean_over_processes
+from dora_mm.utils.digest import module_digest
+
+LONGEST = 1 << 20  # tokens per row of a model whose config has no limit
+ROW_MEANS = ("vqa", "gqa")  # tasks whose loss is a mean over rows; in the others it is a mean over tokens
+
+
+@dataclass(frozen=True)
+class VLMBatch:
+    """Rows of one task.
+
+    Attributes:
+        task: Name of the task.
+        groups: The rows in groups that are computed together, each as (inputs, labels (B, T), row weights (B,)).
+    """
+
+    task: str
+    groups: tuple[tuple[Mapping[str, Tensor], Tensor, Tensor], ...]
+
+
+class VLM:
+    """A vision-language model of transformers with its processor; implements `VLModel`.
+
+    Args:
+        config: The `model` section.
+        device: Where the model computes.
+
+    Attributes:
+        processor: Its processor.
+        plain: What a class without a chat template can read; None for those that have one.
+        num_cut: How often a row of training or answering lost text to `model.max_length`.
+
+    Raises:
+        ValueError: The model or its processor cannot be loaded; or its class has neither a chat template nor a plain
+            prompt that is known here.
+    """
+
+    prepares_batches = True
+
+    def __init__(self, config: VLModelConfig, device: torch.device | str = "cpu"):
+        self.config, self.device = config, torch.device(device)
+        self.path = resolve_model(config.path)
+        self.model_config: Any = read_config(self.path, config.revision)
+        self.name = model_class(self.model_config, self.path).__name__  # for messages
+        self.processor: Any = load_processor(config)
+        self.plain = None if self.processor.chat_template else PLAIN.get(self.model_config.model_type)
+        if self.plain is None and not self.processor.chat_template:
+            raise ValueError(f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(PLAIN)}")
+        positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LONGEST
+        self.encoder = RowEncoder(self.processor, min(config.max_length or positions, positions))
+        self.num_cut = 0
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, loaded on first use, since data can be checked without it."""
+        return load_vlm(self.config, self.device)
+
+    @cached_property
+    def form(self) -> Form:
+        return form_of(self.model)
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"model": self.model}
+
+    @property
+    def target_maps(self) -> dict[str, TargetMap]:
+        return {"model": map_of(self.model)}
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """The commit of a hub model, which is its identity; else a digest of the weights."""
+        commit = getattr(self.model.config, "_commit_hash", None)
+        return {"base_revision": commit} if commit else {"base_digest": module_digest(self.model)}
+
+    def fresh(self, seed: int) -> VLM:
+        return VLM(self.config, self.device)
+
+    def check(self, tasks: Iterable[str]) -> None:
+        for task in tasks:
+            if task not in PROMPTS:
+                raise ValueError(f"data: the task {task} needs model.family vl_bart, not a model of transformers")
+            if task == "nlvr2" and self.plain and self.plain.images == 1:
+                raise ValueError(f"data: {self.name} reads one image per row, and nlvr2 has two")
+
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
+        if self.plain is None:
+            return table
+        counts, turns = table.num_images(), table.num_turns()
+        table = table.without(counts == 0, f"has no image, and {self.name} needs one")
+        if self.plain.images == 1:
+            table = table.without(table.num_images() > 1, f"has several images, and {self.name} reads one")
+        if turns.max(initial=0) > 2:
+            reason = f"has several questions, and {self.name} has no chat template: it reads one"
+            table = table.without(table.num_turns() > 2, reason)
+        return table
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def batch(self, task: str, examples: Sequence[Example], images: str | None, stream: torch.Generator) -> VLMBatch:
+        rows, weights = [], []
+        for example in examples:
+            answer, weight = draw_answer(example, stream)
+            rows.append(self.row(task, example, images, answer))
+            weights.append(weight)
+        groups = self._groups(rows, SAME_IMAGES)
+        batches = [(*self._collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group])) for group in groups]
+        return VLMBatch(task, tuple(batches))
+
+    def row(self, task: str, example: Example, images: str | None, answer: str | None) -> Row:
+        """One example as the model reads it.
+
+        Args:
+            task: Name of the task.
+            example: The example.
+            images: The folder of its images.
+            answer: The answer with loss; None: only what the model reads before it answers.
+
+        Raises:
+            ValueError: An image cannot be read, or the row cannot be encoded; the message names the row.
+        """
+        pictures = [self.load_image(images, name) for name in example.images]
+        try:
+            return self._encoded(task, example, pictures, answer)
+        except ValueError as error:
+            raise ValueError(f"row {example.id} of {task}: {error}") from error
+
+    def _encoded(self, task: str, example: Example, pictures: list[Any], answer: str | None) -> Row:
+        if self.plain is not None:
+            token = self.processor.image_token * len(pictures) if self.plain.image_token else ""
+            return self._plain_row(token + self.prompt(task, example.text), pictures, answer)
+        turns = self.turns(task, example, answer)
+        if answer is None:
+            return self.encoder.question(render_prompt(self.processor, turns), pictures)
+        row = self.encoder.conversation(render(self.processor, turns), pictures)
+        self.num_cut += row.num_cut > 0
+        return row
+
+    def _plain_row(self, text: str, pictures: list[Any], answer: str | None) -> Row:
+        if self.form.continues:
+            return self.encoder.question(text, pictures, answer)
+        row = self.encoder.question(text, pictures, ends=True)
+        start = getattr(self.model, "decoder_start_token_id", None)  # BLIP's own, in place of [CLS]
+        target = self.encoder.decoder_target(answer or "", start)
+        return Row(row.inputs, target, row.num_image_tokens, row.num_cut)
+
+    def turns(self, task: str, example: Example, answer: str | None) -> list[Said]:
+        """The conversation of an example: its own, or the task's prompt with the images in front."""
+        if example.turns:
+            turns = [Said(turn.role, turn.text, turn.loss) for turn in example.turns]
+            return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
+        asked = "\n".join([*[IMAGE] * len(example.images), self.prompt(task, example.text)])
+        return [Said("user", asked), *([] if answer is None else [Said("assistant", answer, True)])]
+
+    def prompt(self, task: str, text: str) -> str:
+        """What the model is asked about an example with this text."""
+        known = self.plain.prompts if self.plain else PROMPTS
+        return self.config.prompts.get(task, known[task]).replace("{text}", text)
+
+    def load_image(self, folder: str | None, name: str) -> Any:
+        return load_rgb(resolve_path(folder or "", "images") / name if folder else resolve_path(name), "white")
+
+    def _groups(self, rows: Sequence[Row], by_images: Sequence[str], by_length: Sequence[str] = ()) -> list[list[int]]:
+        """The rows, by index, that this class can compute in one batch."""
+        kind, groups = self.model_config.model_type, defaultdict(list)
+        for index, row in enumerate(rows):
+            images = tuple(row.inputs.keys()) + tuple(row.inputs.get("aspect_ratio_ids", torch.empty(0)).shape)
+            key = (images if kind in by_images else None, row.length if kind in by_length else None)
+            groups[key].append(index)
+        return list(groups.values())
+
+    def _collate(self, rows: Sequence[Row], *, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return collate(rows, pad=pad, left=left)
+
+    # --- losses ------------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: VLMBatch, generator: torch.Generator) -> Tensor:
+        """The loss of a batch.
+
+        VQA and GQA: the mean over rows of score times the row's mean over tokens. Others: the mean over the tokens of
+        the answers, over those of all processes. A row without an answer, whose weight is 0, adds nothing to either.
+
+        Args:
+            batch: A batch of one task.
+            generator: Not used: this loss draws nothing.
+
+        Returns:
+            A scalar, float32.
+        """
+        total, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for inputs, labels, weights in batch.groups:
+            sums, counts = self.row_losses(inputs, labels)
+            weights = weights.to(self.device)
+            if batch.task in ROW_MEANS:
+                total = total + (sums / counts.clamp(min=1) * weights).sum()
+                count = count + len(weights)
+            else:
+                total = total + (sums * (weights > 0)).sum()
+                count = count + (counts * (weights > 0)).sum()
+        return mean_over_processes(total, count)
+
+    def row_losses(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each row, summed over its target tokens, and their number: (B,) each."""
+        labels = labels.to(self.device)
+        losses = self.form.token_losses(self.model, self._moved(inputs), labels)
+        return losses.sum(-1), (labels != IGNORED).sum(-1)
+
+    def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs on the model's device; pixels in its dtype."""
+        dtype = self.model.dtype
+        return {k: v.to(self.device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
+        if config.answers == "trie" and config.takes_candidates(task):
+            raise ValueError("answers: trie needs model.family vl_bart: use generate or rank")
+        if task in DECIDED or task == "choice":
+            return partial(self._ranked, task, DECIDED.get(task))
+        if config.takes_candidates(task):
+            if not candidates:
+                raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
+            return partial(self._ranked, task, sorted(set(candidates)))
+        settings = self._settings(config.max_new_tokens or ANSWER_TOKENS.get(task, 16), config.beams if task == "caption" else 1)
+        return partial(self._generated, task, settings)
+
+    def _settings(self, max_new_tokens: int, beams: int) -> GenerationConfig:
+        settings = GenerationConfig(**self.model.generation_config.to_diff_dict())
+        tokenizer = self.processor.tokenizer
+        known = {tokenizer.eos_token_id, *np.atleast_1d(settings.eos_token_id or []).tolist(), *self._turn_end}
+        settings.eos_token_id = sorted(known - {None})
+        settings.pad_token_id = settings.pad_token_id or tokenizer.pad_token_id or settings.eos_token_id[0]
+        settings.update(max_new_tokens=max_new_tokens, num_beams=beams, do_sample=False, early_stopping=beams > 1)
+        return settings
+
+    @cached_property
+    def _turn_end(self) -> list[int]:
+        """The token that ends a turn of the model in its chat template."""
+        if self.plain is not None:
+            return [] if self.processor.tokenizer.sep_token_id is None else [self.processor.tokenizer.sep_token_id]
+        turns = [Said("user", "?"), Said("assistant", "!", True)]
+        text, ((start, end),) = render(self.processor, turns)
+        ids = self.processor.tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+        return ids[-1:]
+
+    @torch.no_grad()
+    def _generated(self, task: str, settings: GenerationConfig, examples: Sequence[Example], images: str | None) -> list[str]:
+        rows = [self.row(task, example, images, None) for example in examples]
+        answers = [""] * len(rows)
+        for group in self._groups(rows, SAME_IMAGES, SAME_LENGTH):
+            inputs, _ = self._collate([rows[i] for i in group], left=self.form.continues)
+            ids = self.form.generate(self.model, self._moved(inputs), settings)
+            texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for index, text in zip(group, texts, strict=True):
+                answers[index] = text.strip()
+        return answers
+
+    @torch.no_grad()
+    def _ranked(self, task: str, known: Sequence[str] | None, examples: Sequence[Example], images: str | None) -> list[str]:
+        """The likeliest candidate of each example: of those known for the task, or the letters of its options."""
+        answers = []
+        for example in examples:
+            candidates = known or [chr(ord("A") + i) for i in range(len(example.options))]
+            rows = [self.row(task, example, images, candidate) for candidate in candidates]
+            sums, _ = self.row_losses(*self._collate(rows))
+            answers.append(candidates[int(sums.argmin())])
+        return answers
