@@ -133,7 +133,7 @@ def adapt(model: SDXL, config: TrainSDXLConfig) -> tuple[Networks, dict[str, Inj
         adapted[name] = getattr(model, name)
         reports[name] = dora_mm.inject(adapted[name], "clip-text", spec, **settings)
     if config.adapter.init_from:
-        load_initial_adapter(resolve_path(config.adapter.init_from, "adapter.init_from"), adapted, spec)
+        load_initial_adapter(resolve_path(config.adapter.init_from, "adapter.init_from"), adapted)
     return adapted, reports
 
 

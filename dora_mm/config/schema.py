@@ -53,11 +53,12 @@ class Section(BaseModel):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "prodigy"] = "adamw"
+    name: Literal["adamw", "prodigy", "adamw_8bit", "paged_adamw_8bit"] = "adamw"  # 8 bit: of bitsandbytes, on a GPU
     lr: Positive  # learning rate; prodigy finds its own, so set 1.0
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)  # decay rates of both moments
     eps: Positive = 1e-8  # added to the denominator of the update
     weight_decay: NonNegative = 0.01  # decoupled from the gradient, as in AdamW
+    decay_biases: bool = False  # weight decay of biases, too, where those are trained
     magnitude_lr: Positive | None = None  # learning rate of the magnitudes (adamw only); null: same as lr
 
 

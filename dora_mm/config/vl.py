@@ -202,6 +202,11 @@ class VLAdapterConfig(AnyAdapterConfig):
             else parts
         )
 
+    @property
+    def vision_parts(self) -> tuple[str, ...]:
+        """The trained parts of the vision tower."""
+        return tuple(part for part in self.trained_parts() if part.startswith("vision."))
+
     def trained_parts(self) -> dict[str, PartConfig]:
         """The settings of every part that is not frozen, complete."""
         scaling = self.alpha / self.rank
@@ -233,6 +238,7 @@ class DecodeConfig(Section):
     answers: Literal["generate", "trie", "rank"] = "generate"  # trie, rank: only answers in the training data
     min_answer_count: PositiveInt = 1  # trie, rank: how often an answer must occur in the training data
     beams: PositiveInt = 5  # beam search of captions; answers are decoded greedily
+    max_new_tokens: PositiveInt | None = None  # longest answer in tokens; null: what suits the task
 
     def takes_candidates(self, task: str) -> bool:
         """Whether the answers of this task are chosen from a list of candidates."""
@@ -272,7 +278,7 @@ class TrainVLConfig(PipelineConfig):
         problems += [f"data.tasks: {task.task} has no train split" for task in self.data.tasks if task.train is None]
         if self.evaluate.every and not any(task.valid for task in self.data.tasks):
             problems.append("evaluate.every has no effect: no task has a valid split")
-        trained = [part for part in self.adapter.trained_parts() if part.startswith("vision.")]
+        trained = self.adapter.vision_parts
         if trained and self.vision.features:
             problems.append(
                 f"adapter.parts: {trained[0]} trains the tower, but vision.features was computed before that"

@@ -24,8 +24,9 @@ class TargetMap:
         name: The name of the map, for error messages.
         parts: The patterns of each part. A plain pattern is a dotted suffix of the module's path (`to_out.0`); `re:`
             marks a regular expression that matches the full path.
-        expect: How many modules of each part a block holds, by class name of the block, then by part. It is checked in
-            every block of a model, whatever the model's size. A map with a single part may give the number directly.
+        expect: How many modules of each part a block holds, by block, then by part. A block is named by its class, or by
+            `re:` and a regular expression that matches its full path. It is checked in every block of a model, whatever
+            the model's size. A map with a single part may give the number directly.
         default: The parts that are selected when none are named; all parts if empty.
 
     Raises:
@@ -62,7 +63,7 @@ class TargetMap:
         return TargetMap(self.name, {part: self.parts[part] for part in chosen}, expect)
 
     def counts(self, block: str) -> Mapping[str, Counts]:
-        """The expected number of modules of each part in a block of this class."""
+        """The expected number of modules of each part in a block, a key of `expect`."""
         counts = self.expect[block]
         return counts if isinstance(counts, Mapping) else {next(iter(self.parts)): counts}
 
@@ -98,12 +99,7 @@ def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
 
 
 def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:
-    try:
-        found = [path for path in modules if matches(pattern, path)]
-    except re.error as error:
-        raise ValueError(
-            f"pattern {pattern!r} of target map {map_name} is not a valid regular expression: {error}"
-        ) from error
+    found = [path for path in modules if matches(pattern, path, f"target map {map_name}")]
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
         where, kind = wrong or "the model itself", type(modules[wrong]).__name__
@@ -118,10 +114,16 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> 
 NOT_ADAPTABLE = f"which cannot be adapted ({ADAPTABLE} can)"
 
 
-def matches(pattern: str, path: str) -> bool:
-    if pattern.startswith("re:"):
+def matches(pattern: str, path: str, where: str) -> bool:
+    """Whether a pattern, a dotted suffix or `re:` with a regular expression, matches a path; `where` is for the error."""
+    if not pattern.startswith("re:"):
+        return path == pattern or path.endswith("." + pattern)
+    try:
         return re.fullmatch(pattern[3:], path) is not None
-    return path == pattern or path.endswith("." + pattern)
+    except re.error as error:
+        raise ValueError(
+            f"pattern {pattern!r} of {where} is not a valid regular expression: {error}"
+        ) from error
 
 
 def adaptable(module: nn.Module) -> bool:
@@ -138,23 +140,51 @@ def _nearest(pattern: str, modules: Mapping[str, nn.Module], limit: int = 3) -> 
             pieces = path.split(".")
             for length in (1, 2, 3, len(pieces)):
                 names.setdefault(".".join(pieces[-length:]), path)
-    close = difflib.get_close_matches(wanted, names, n=limit, cutoff=0.3) or list(names)[:limit]
-    return ", ".join(close) or "none (the model has no module that can be adapted)"
+    close = difflib.get_close_matches(wanted, names, n=limit, cutoff=0.3) or _nearest_words(pattern, names)[:limit]
+    return ", ".join(close) or "none (there is no other module that can be adapted)"
+
+
+def _nearest_words(pattern: str, names: Mapping[str, str]) -> list[str]:
+    """The single names, most similar first to any word of a pattern that lists many alternatives."""
+    words = set(re.findall(r"[A-Za-z]\w+", pattern)) or {pattern}
+
+    def ratio(name: str) -> float:
+        return max(difflib.SequenceMatcher(None, name, word).ratio() for word in words)
+
+    return sorted((name for name in names if "." not in name), key=ratio, reverse=True)
 
 
 def _check_counts(modules: Mapping[str, nn.Module], taken: Mapping[str, str], targets: TargetMap) -> None:
     for block in targets.expect:
-        paths = [path for path, module in modules.items() if type(module).__name__ == block]
+        paths = _blocks(block, modules, targets.name)
         if not paths and targets.counts(block):
-            raise ValueError(f"target map {targets.name} expects blocks of class {block}, and the model has none")
+            raise ValueError(
+                f"target map {targets.name} expects blocks {block}, and the model has none; nearest: "
+                f"{_nearest_blocks(block, modules)}"
+            )
         for path in paths:
             start = f"{path}." if path else ""
-            inside = [(p, part) for p, part in taken.items() if p.startswith(start)]
+            inside = {p: module for p, module in modules.items() if p.startswith(start)}
             for part, expected in targets.counts(block).items():
                 allowed = (expected,) if isinstance(expected, int) else tuple(expected)
-                found = [p for p, of in inside if of == part]
+                found = [p for p in inside if taken.get(p) == part]
                 if len(found) not in allowed:
+                    others = {p: module for p, module in inside.items() if p not in taken}
                     raise ValueError(
                         f"target map {targets.name} expects {' or '.join(map(str, allowed))} modules of part {part} in "
-                        f"each {block}, and {path or 'the model'} has {len(found)}: {', '.join(found) or 'none'}"
+                        f"each {block}, and {path or 'the model'} has {len(found)}: {', '.join(found) or 'none'}; "
+                        f"nearest of the others: {_nearest(targets.parts[part][0], others)}"
                     )
+
+
+def _blocks(block: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:
+    """The paths of the blocks that a key of `expect` names."""
+    if block.startswith("re:"):
+        return [path for path in modules if matches(block, path, f"target map {map_name}")]
+    return [path for path, module in modules.items() if type(module).__name__ == block]
+
+
+def _nearest_blocks(block: str, modules: Mapping[str, nn.Module], limit: int = 3) -> str:
+    names = [path if block.startswith("re:") else type(module).__name__ for path, module in modules.items()]
+    distinct = list(dict.fromkeys(names))
+    return ", ".join(difflib.get_close_matches(block, distinct, n=limit, cutoff=0.0))

@@ -32,23 +32,30 @@ def one_line(name: str, report: InjectReport) -> str:
     return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
 
 
-def load_initial_adapter(file: Path, adapted: Mapping[str, nn.Module], spec: DoRASpec) -> None:
+def load_initial_adapter(file: Path, adapted: Mapping[str, nn.Module]) -> None:
     """Loads the adapter file of `adapter.init_from` into freshly injected networks.
 
     Args:
         file: The adapter file or its folder.
         adapted: The adapted networks by component name.
-        spec: The spec that they were injected with.
 
     Raises:
         ValueError: The file does not fit the networks, or its alpha differs from the config's.
     """
+    before = _alphas(adapted)
     dora_mm.load_adapter(adapted, file)
-    if spec.method not in ("dora", "lora"):
-        return
-    alphas = {
-        layer.adaptation.spec.alpha or 0.0 for network in adapted.values() for layer in adapted_layers(network).values()
+    for path, alpha in _alphas(adapted).items():
+        if alpha != before[path]:
+            raise ValueError(
+                f"adapter.init_from: {file} has alpha {alpha:g}, and adapter.alpha is {before[path]:g} ({path})"
+            )
+
+
+def _alphas(adapted: Mapping[str, nn.Module]) -> dict[str, float]:
+    """The alpha of every adapted layer that has one, by component and path."""
+    return {
+        f"{component}.{path}": layer.adaptation.spec.alpha or 0.0
+        for component, network in adapted.items()
+        for path, layer in adapted_layers(network).items()
+        if layer.adaptation.spec.method in ("dora", "lora")
     }
-    if alphas != {spec.alpha}:
-        found = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
-        raise ValueError(f"adapter.init_from: {file} has alpha {found}, and adapter.alpha is {spec.alpha:g}")

@@ -1,6 +1,8 @@
 """Builds the optimiser that a config names."""
 
+import importlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,59 +10,53 @@ from torch import nn
 from dora_mm.config.schema import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Builds the optimiser; magnitudes form a separate parameter group if `optimizer.magnitude_lr` is set.
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, rates: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """Builds the optimiser. Parameters of different learning rates or weight decay form groups.
 
     Args:
         parameters: The trained parameters by name.
         config: The `optimizer` section.
+        rates: The learning rates that differ from the config's, by the names of their parameters.
 
     Raises:
         ValueError: There is nothing to train, or the optimiser's package is not installed.
     """
     if not parameters:
         raise ValueError("There is nothing to train: the config selects no parameters.")
-    groups = _groups(parameters, config)
+    groups = _groups(parameters, config, rates or {})
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw":
-        return torch.optim.AdamW(
-            groups,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,  # one kernel for hundreds of small tensors
+        return torch.optim.AdamW(groups, fused=True, **settings)  # one kernel for hundreds of small tensors
+    if config.name == "prodigy":
+        # Its authors recommend bias correction and the warm-up safeguard for diffusion models.
+        return _imported("prodigyopt", "Prodigy", "optim")(
+            groups, use_bias_correction=True, safeguard_warmup=True, **settings
         )
+    name = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}[config.name]
+    return _imported("bitsandbytes.optim", name, "quant")(groups, **settings)
+
+
+def _imported(module: str, name: str, extra: str) -> Any:
     try:
-        from prodigyopt import Prodigy
+        return getattr(importlib.import_module(module), name)
     except ImportError:
-        raise ValueError(
-            "optimizer.name prodigy needs the package prodigyopt: run pip install 'dora_mm[optim]'."
-        ) from None
-    # Its authors recommend bias correction and the warm-up safeguard for diffusion models.
-    return Prodigy(
-        groups,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,  # type: ignore[arg-type]  # annotated as int
-        use_bias_correction=True,
-        safeguard_warmup=True,
-    )
+        package = module.partition(".")[0]
+        raise ValueError(f"this optimizer.name needs the package {package}: pip install 'dora_mm[{extra}]'") from None
 
 
-def _groups(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> list[dict]:
-    def is_magnitude(name: str) -> bool:
-        return name.endswith("magnitude")
-
-    if config.magnitude_lr is None:
-        return [{"params": list(parameters.values())}]
-    split = {
-        config.lr: [p for name, p in parameters.items() if not is_magnitude(name)],
-        config.magnitude_lr: [p for name, p in parameters.items() if is_magnitude(name)],
-    }
-    if config.lr == config.magnitude_lr:
-        return [{"params": list(parameters.values())}]
-    return [{"params": members, "lr": lr} for lr, members in split.items() if members]
+def _groups(
+    parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = rates.get(name, config.lr)
+        if name.endswith("magnitude") and config.magnitude_lr is not None:
+            rate = config.magnitude_lr
+        decay = config.weight_decay if config.decay_biases or not name.endswith(".bias") else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
 
 
 def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, batches_per_epoch: int) -> TrainConfig:

@@ -43,7 +43,6 @@ class Trained:
         parameters: All trained parameters, by component and name.
         extra: The names of those that are the model's own, by component.
         rates: The learning rates that differ from `optimizer.lr`, by component and name.
-        whole: The modules of each part that is trained itself (method full, beside adapters), with their parameters.
     """
 
     networks: dict[str, nn.Module] = field(default_factory=dict)
@@ -86,13 +85,15 @@ def adapt(model: VLModel | Structure, config: VLAdapterConfig, *, seed: int, bac
     known = [part for targets in model.target_maps.values() for part in targets.parts]
     if unknown := [part for part in parts if part not in known]:
         raise ValueError(f"adapter.parts: this model has no part {unknown[0]}; it has {', '.join(known)}")
-    found = Trained()
+    found = Trained({MODEL: model.networks[MODEL]})
+    _train_itself(found, MODEL, list(parameters_by_name(found.networks[MODEL], config.extra_trainable)), None)
     for component, targets in model.target_maps.items():
         chosen = {part: settings for part, settings in parts.items() if part in targets.parts}
-        if chosen or component == MODEL:
+        if chosen:
             found.networks[component] = model.networks[component]
             _adapt_network(found, component, targets, chosen, config, seed, backend)
-    _add_extra(found, MODEL, config.extra_trainable)
+    if frozen := [name for name, parameter in found.parameters.items() if not parameter.requires_grad]:
+        raise ValueError(f"adapter.extra_trainable: {frozen[0]} is adapted, so it cannot be trained itself, too")
     for component, report in found.reports.items():
         names = dora_mm.adapter_parameters(found.networks[component])
         found.parameters |= {f"{component}.{name}": parameter for name, parameter in names.items()}
@@ -143,10 +144,6 @@ def _own_parameters(network: nn.Module, targets: TargetMap) -> Iterator[tuple[st
             yield f"{path}.{name}", parameter
 
 
-def _add_extra(found: Trained, component: str, wanted: Sequence[str]) -> None:
-    _train_itself(found, component, list(parameters_by_name(found.networks[component], wanted)), None)
-
-
 def _train_itself(found: Trained, component: str, names: Sequence[str], rate: float | None) -> None:
     """Makes parameters of a network trainable, in float32: half precision loses small steps."""
     network = found.networks[component]
@@ -185,13 +182,17 @@ def parameters_by_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.P
     }
     parameters, chosen = dict(model.named_parameters()), set()
     for name in names:
-        found = {parameter for parameter in parameters if tests.get(name, partial(matches, name))(parameter)}
+        found = {parameter for parameter in parameters if tests.get(name, partial(_matches, name))(parameter)}
         if not found:
             raise ValueError(
                 f"adapter.extra_trainable: {name!r} matches no parameter of this model, and is none of {', '.join(tests)}"
             )
         chosen |= found
     return {name: parameter for name, parameter in parameters.items() if name in chosen}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return matches(pattern, name, "adapter.extra_trainable")
 
 
 # --- on disk ---------------------------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def load_initial(trained: Trained, config: TrainVLConfig, identity: Mapping[str,
         )
     for component, network in trained.networks.items():
         path = folder if component == MODEL else folder / component
-        load_initial_adapter(path, {component: network}, {s.alpha / s.rank for s in trained.specs(component)})
+        load_initial_adapter(path, {component: network})
 
 
 def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str, str]) -> None:

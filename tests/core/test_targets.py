@@ -56,8 +56,25 @@ def test_counts_per_block():
         match_modules(model(Block(True), Block()), counted)
     either = patterns("to_q", "to_out.0", "re:.*to_k", expect={"Block": (2, 3)})
     assert len(match_modules(model(Block(True), Block()), either)) == 5
-    with pytest.raises(ValueError, match="has none"):
+    with pytest.raises(ValueError, match="expects blocks Block, and the model has none; nearest: .*ModuleDict"):
         match_modules(nn.ModuleDict({"to_q": nn.Linear(4, 4)}), patterns("to_q", expect={"Block": 1}))
+
+
+def test_counts_per_block_by_path():
+    by_path = {r"re:blocks\.\d+": {"given": 2}}
+    assert len(match_modules(model(Block(), Block()), patterns("to_q", "to_out.0", expect=by_path))) == 4
+    with pytest.raises(ValueError, match=r"in each re:blocks\\\.\\d\+, and blocks.0 has 1: .*to_q; nearest .*: to_out.0"):
+        match_modules(model(Block()), patterns("to_q", expect=by_path))
+    with pytest.raises(ValueError, match=r"expects blocks re:block\\\.0, and the model has none; nearest: blocks.0"):
+        match_modules(model(Block()), patterns("to_q", expect={r"re:block\.0": 1}))
+    with pytest.raises(ValueError, match=r"'re:\(' of target map given is not a valid regular expression"):
+        match_modules(model(Block()), patterns("to_q", expect={"re:(": 1}))
+
+
+def test_the_nearest_names_of_a_pattern_with_many_alternatives():
+    many = "|".join(f"(encoder|decoder)_{i}.self_attention_{i}.projection_{i}" for i in range(9))
+    with pytest.raises(ValueError, match="nearest: to_q, "):
+        match_modules(model(Block()), patterns(f"re:{many}|to_qq"))
 
 
 def test_parts():

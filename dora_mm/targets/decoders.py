@@ -1,0 +1,69 @@
+"""Decoder language models of transformers: one map for all, from a table of their names.
+
+A mixture of experts keeps its experts in 3-D parameters, which no adapter reaches: only its attention is adapted.
+"""
+
+from typing import NamedTuple
+
+from dora_mm.targets.blocks import Block, compose, either
+
+
+class Row(NamedTuple):
+    """How a family of models names its layers."""
+
+    types: str  # the model types of transformers that have these names
+    blocks: str  # where the blocks are, in the model without its head
+    attention: str
+    num_attention: int  # layers of a block
+    mlp: str
+    num_mlp: int
+
+
+QKVO = r"self_attn\.(q|k|v|o)_proj"
+FUSED = r"(query_key_value|dense)"  # q, k and v are one layer: norms are per row, so it is the same as three that share A
+UP4 = r"mlp\.dense_(h_to_4h|4h_to_h)"
+LLAMAS = """
+    cohere cohere2 cwm diffllama ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium llama ministral ministral3
+    mistral olmo olmo2 olmo3 qwen2 qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_vl_text seed_oss smollm3 stablelm vaultgemma
+"""
+TABLE = (
+    Row(LLAMAS, "layers", QKVO, 4, r"mlp\.(gate|up|down)_proj", 3),
+    Row("apertus arcee jais2 nemotron", "layers", QKVO, 4, r"mlp\.(up|down)_proj", 2),
+    Row("glm glm4", "layers", QKVO, 4, r"mlp\.(gate_up|down)_proj", 2),
+    Row("phi3", "layers", r"self_attn\.(qkv|o)_proj", 2, r"mlp\.(gate_up|down)_proj", 2),
+    Row("phi", "layers", r"self_attn\.((q|k|v)_proj|dense)", 4, r"mlp\.fc[12]", 2),
+    Row("nanochat", "layers", QKVO, 4, r"mlp\.fc[12]", 2),
+    Row("starcoder2", "layers", QKVO, 4, r"mlp\.c_(fc|proj)", 2),
+    Row("persimmon", "layers", rf"self_attn\.{FUSED}", 2, UP4, 2),
+    Row("gpt_neox gpt_neox_japanese", "layers", rf"attention\.{FUSED}", 2, UP4, 2),
+    Row("bloom falcon", "h", rf"self_attention\.{FUSED}", 2, UP4, 2),
+    Row("gpt2 gpt_bigcode openai-gpt", "h", r"attn\.c_(attn|proj)", 2, r"mlp\.c_(fc|proj)", 2),
+    Row("gpt_neo", "h", r"attn\.attention\.(q|k|v|out)_proj", 4, r"mlp\.c_(fc|proj)", 2),
+    Row("gptj", "h", r"attn\.(q|k|v|out)_proj", 4, r"mlp\.fc_(in|out)", 2),
+    Row("codegen", "h", r"attn\.(qkv|out)_proj", 2, r"mlp\.fc_(in|out)", 2),
+    Row("mpt", "blocks", r"attn\.(Wqkv|out_proj)", 2, r"ffn\.(up|down)_proj", 2),
+    Row("biogpt xglm", "layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
+    Row("opt", r"decoder\.layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
+)
+MODEL_TYPES = tuple(name for row in TABLE for name in row.types.split())
+MIXTURES = "cohere2_moe flex_olmo gpt_oss granitemoe minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe".split()
+
+
+def decoder(prefix: str) -> Block:
+    """The blocks of a decoder language model, whichever of the table it is.
+
+    Args:
+        prefix: A regular expression for the path of the model without its head, up to and with the last dot.
+    """
+    return either(*(block_of(row, prefix) for row in TABLE))
+
+
+def block_of(row: Row, prefix: str) -> Block:
+    """The blocks of the models of one row."""
+    parts = {"text.attn": (row.attention, row.num_attention), "text.mlp": (row.mlp, row.num_mlp)}
+    return Block(rf"{prefix}{row.blocks}\.\d+", parts)
+
+
+WITH_HEAD = r"(\w+\.)?"  # `model.` or `transformer.`; a model without its head has no prefix
+DECODER = compose("llm", decoder(WITH_HEAD))
+MIXTURE = compose("llm-moe", Block(rf"{WITH_HEAD}layers\.\d+", {"text.attn": (QKVO, 4)}), default=("text.attn",))
