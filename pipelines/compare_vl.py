@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 
-from dora_mm import formats
 from dora_mm.config.loader import dump_config, load_config, resolve_path
-from dora_mm.config.vl import CompareVLConfig, Trained, TrainVLBartConfig, VLDataConfig, VLPart
+from dora_mm.config.vl import CompareVLConfig, TrainVLConfig, VLDataConfig
 from dora_mm.data.vl.example import Example, Predictions, stem
 from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
 from dora_mm.data.vl.tables import open_table
@@ -37,16 +36,14 @@ from dora_mm.eval.vl.comparison import (
 )
 from dora_mm.eval.vl.metrics import CAPTION_TASKS, QUESTION_TASKS
 from dora_mm.eval.vl.question_only import question_only_answers
-from dora_mm.models.vl_bart.adapters import check_identity, load_adapters
-from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.sampling.answers import answer_all, answerers
-from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.tasks.vl_bart import VLBartTask
+from dora_mm.tasks.families import load_family, structure_of
+from dora_mm.tasks.vl import VLModel
+from dora_mm.train import vl_adapters
 from dora_mm.train.campaign import Chosen, Training, Trainings, candidate_rates, open_campaign
 from dora_mm.train.validation import overall
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import module_digest
 
 log = logging.getLogger(__name__)
 BARE, QUESTION_ONLY = "untrained base", "questions alone"
@@ -95,48 +92,34 @@ class Campaign:
     def __init__(self, config: CompareVLConfig):
         self.config = config
         self.base = load_base(config)
-        self.device = default_device()
         self.data = reported_data(config, self.base)
-        self.vision = self.load_vision(config.seeds[0])  # keeps the visual tokens, which all trainings share
-        self.sets = open_validation(self.data, config.decode, self.vision, answered=True)
+        self.model = load_bare(config, self.base)  # keeps the visual tokens, which all trainings share
+        self.sets = open_validation(self.data, config.decode, self.model, answered=True)
         check_reported(config, self.base, self.sets)
         self.folder = open_campaign(config, config.output, self.inputs(), FREE_KEYS)
-        self.trainings = Trainings(self.folder, config.base, config.workers, partial(overrides, config, self.base))
-
-    def load_vision(self, seed: int) -> VisionEncoder:
-        vision = self.base.vision
-        if self.config.features:
-            vision = vision.model_copy(update={"features": self.config.features})
-        return VisionEncoder(vision, seed=seed).to(self.device)
-
-    def load_task(self, seed: int) -> tuple[VLBartTask, dict[str, str]]:
-        """The bare model and vision encoder as a training with this seed starts from, and the digests of both."""
-        configured = self.base.vision
-        depends_on_seed = self.base.adapter.vision_parts or (configured.pretrained is None and not configured.features)
-        vision = self.load_vision(seed) if depends_on_seed else self.vision
-        model: Any
-        model, tokenizer = load_vl_bart(self.base.model, vision.feature_dim, seed)
-        identity = {"base_digest": module_digest(model), "vision_digest": vision.identity}
-        return VLBartTask(model.to(self.device), tokenizer, vision), identity
+        self.trainings = Trainings(
+            self.folder,
+            config.base,
+            config.workers,
+            partial(overrides, config, self.base, full_parts=all_parts(self.base)),
+        )
 
     def inputs(self) -> dict[str, str]:
         """The identity of what the config names: the base config, the model, the vision tower and all examples."""
-        task, identity = self.load_task(self.config.seeds[0])
-        answerers(task, self.sets, self.config.decode)  # reports mistakes before the folder exists
+        answerers(self.model, self.sets, self.config.decode)  # reports mistakes before the folder exists
         rows = {
             f"the {split} of {task.task}": open_texts(source, self.base.data).identity
-            for task in self.base.data.tasks
+            for task in self.base.data.all_tasks
             for split, source in (("train", task.train), ("valid", task.valid))
             if source is not None
         }
         reported = {f"the reported split of {name}": found.table.identity for name, found in self.sets.items()}
-        known = {"the model": identity["base_digest"], "the vision tower": identity["vision_digest"]}
-        return {"base": dump_config(self.base), **known, **rows, **reported}
+        return {"base": dump_config(self.base), **self.model.identity, **rows, **reported}
 
     def tuned(self, training: Training) -> float:
         """The value of a learning rate: the geometric mean of the tasks' main metrics on the validation splits."""
         summary = self.trainings.summary(training)
-        values = {task.task: summary[task.task] for task in self.base.data.tasks if task.task in summary}
+        values = {task.task: summary[task.task] for task in self.base.data.all_tasks if task.task in summary}
         if not values:
             raise ValueError(f"{training.name}: no task can be scored on its valid split, so no rate can be chosen")
         return overall(values)
@@ -162,17 +145,15 @@ class Campaign:
         return {name: list(found.table) for name, found in self.sets.items()}
 
     def answer(self, training: Training | None) -> dict[str, Predictions]:
-        task, identity = self.load_task(training.seed if training else self.config.seeds[0])
+        model = self.model.fresh(training.seed if training else self.config.seeds[0])
         if training:
-            folder = self.trainings.adapter(training)
-            check_identity(folder, formats.read(folder)[1], identity)
-            load_adapters(folder, task.model, task.vision.tower, self.base.backend)
-        return answer_all(task, self.sets, self.config.decode)
+            vl_adapters.load(model, self.trainings.adapter(training), backend=self.base.backend)
+        return answer_all(model, self.sets, self.config.decode)
 
     def question_only(self) -> dict[str, AnswerScores]:
         """The scores, by task, of answers guessed from the question without the image; not for captions."""
         found = {}
-        for task in self.data.tasks:
+        for task in self.data.all_tasks:
             if task.task in QUESTION_TASKS and task.train is not None:
                 rows = self.examples[task.task]
                 answers = question_only_answers(open_texts(task.train, self.base.data), rows)
@@ -189,20 +170,27 @@ class Campaign:
 # --- what is trained, and what is reported ---------------------------------------------------------------------------
 
 
-def load_base(config: CompareVLConfig) -> TrainVLBartConfig:
+def load_bare(config: CompareVLConfig, base: TrainVLConfig) -> VLModel:
+    """The bare model as the first training starts from, with the features of the reported images."""
+    vision = base.vision.model_copy(update={"features": config.features}) if config.features else base.vision
+    trained_tower = bool(base.adapter.vision_parts)
+    return load_family(base.model, vision, seed=config.seeds[0], trained_tower=trained_tower, device=default_device())
+
+
+def load_base(config: CompareVLConfig) -> TrainVLConfig:
     """Loads the base config.
 
     Raises:
         ValueError: The base config, or one of the trainings derived from it, is invalid or does not fit the comparison.
     """
     base = load_config(config.base)
-    if not isinstance(base, TrainVLBartConfig):
-        raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_vl_bart")
+    if not isinstance(base, TrainVLConfig):
+        raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_vl")
     if base.adapter.init_from is not None:
         raise ValueError(f"base: {config.base} has adapter.init_from, which other methods cannot load: leave it out")
-    if missing := [task.task for task in base.data.tasks if task.valid is None]:
+    if missing := [task.task for task in base.data.all_tasks if task.valid is None]:
         raise ValueError(f"base: {config.base} has no valid for {', '.join(missing)}, which choosing a rate needs")
-    trained, reported = ({task.task for task in data.tasks} for data in (base.data, config.report))
+    trained, reported = ({task.task for task in data.all_tasks} for data in (base.data, config.report))
     if trained != reported:
         raise ValueError(f"report.tasks: must be the tasks of {config.base}: {', '.join(sorted(trained))}")
     if config.features and base.adapter.vision_parts:
@@ -210,17 +198,25 @@ def load_base(config: CompareVLConfig) -> TrainVLBartConfig:
             f"features: {config.base} adapts the vision tower, which then has to encode the images: leave features out"
         )
     for variant in variants([config.rank]):
-        load_config(config.base, overrides(config, base, Training(variant, 1e-3, 0)))
+        load_config(config.base, overrides(config, base, Training(variant, 1e-3, 0), all_parts(base)))
     return base
 
 
-def overrides(config: CompareVLConfig, base: TrainVLBartConfig, training: Training) -> list[str]:
+def all_parts(base: TrainVLConfig) -> list[str]:
+    """The parts of the base model that full fine-tuning trains: all but those of the vision tower."""
+    maps = structure_of(base.model, base.vision).target_maps
+    return [part for part in maps["model"].parts if not part.startswith("vision.")]
+
+
+def overrides(config: CompareVLConfig, base: TrainVLConfig, training: Training, full_parts: Sequence[str]) -> list[str]:
     """The overrides of the base config for one training; every update has the scaling of the base's."""
     variant, adapter = training.variant, base.adapter
+    own = base.model.family == "vl_bart"  # of other models, full fine-tuning trains the linear layers
+    everything = ["biases", "norms", "embeddings", "visual_embedding"] if own else adapter.extra_trainable
     rank = variant.rank or 1  # full fine-tuning ignores it
     full = [
-        f"adapter.parts=[{', '.join(get_args(VLPart))}]",
-        f"adapter.extra_trainable=[{', '.join(get_args(Trained))}]",
+        f"adapter.parts=[{', '.join(full_parts)}]",
+        f"adapter.extra_trainable=[{', '.join(everything)}]",
         "adapter.dropout=0.0",  # it acts on the input of A
     ]
     return [
@@ -238,14 +234,14 @@ def overrides(config: CompareVLConfig, base: TrainVLBartConfig, training: Traini
     ]
 
 
-def reported_data(config: CompareVLConfig, base: TrainVLBartConfig) -> VLDataConfig:
+def reported_data(config: CompareVLConfig, base: TrainVLConfig) -> VLDataConfig:
     """The reported data with each task's train split, from which `decode.answers` and guesses take their answers."""
-    train = {task.task: task.train for task in base.data.tasks}
-    tasks = tuple(task.model_copy(update={"train": train[task.task]}) for task in config.report.tasks)
+    train = {task.task: task.train for task in base.data.all_tasks}
+    tasks = tuple(task.model_copy(update={"train": train[task.task]}) for task in config.report.all_tasks)
     return config.report.model_copy(update={"tasks": tasks})
 
 
-def check_reported(config: CompareVLConfig, base: TrainVLBartConfig, sets: Mapping[str, ValidationSet]) -> None:
+def check_reported(config: CompareVLConfig, base: TrainVLConfig, sets: Mapping[str, ValidationSet]) -> None:
     """Checks that the reported splits can be scored fairly.
 
     Args:
@@ -260,7 +256,7 @@ def check_reported(config: CompareVLConfig, base: TrainVLBartConfig, sets: Mappi
     for name, found in sets.items():
         if len({group_of(name, example) for example in found.table}) < 2:
             raise ValueError(f"report.tasks: {name} has only one image, and intervals need two or more")
-    for task in base.data.tasks:
+    for task in base.data.all_tasks:
         for split, source in (("train", task.train), ("valid", task.valid)):
             assert source is not None
             table = open_table(source, Path(base.data.tables), on_bad_data=base.data.on_bad_data)

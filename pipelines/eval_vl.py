@@ -1,4 +1,4 @@
-"""Scores a VL-BART, bare or with an adapter, on validation or test splits, and shows examples of its answers."""
+"""Scores a vision-language model, bare or with an adapter, on validation or test splits, and shows examples of its answers."""
 
 import json
 import logging
@@ -18,16 +18,13 @@ from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import question_only_accuracy
 from dora_mm.eval.vl.scores import is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
-from dora_mm.models.vl_bart.adapters import check_identity, load_adapters, seed_of
-from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.sampling.answers import answer_all, answerers
-from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.tasks.vl_bart import VLBartTask
+from dora_mm.tasks.families import load_family
+from dora_mm.train import vl_adapters
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import module_digest
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +44,15 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
             another base model or vision tower. The run directory is created only after these checks.
     """
     folder = formats.adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
-    metadata = formats.read(folder)[1] if folder else {}
-    seed = seed_of(folder, metadata) if folder else 0
-    vision: Any = VisionEncoder(config.vision, seed=seed)
-    splits = open_validation(config.data, config.decode, vision)
-    loaded, tokenizer = load_vl_bart(config.model, vision.feature_dim, seed)
-    model: Any = loaded
+    seed = vl_adapters.seed_of(folder) if folder else 0
+    model = load_family(config.model, config.vision, seed=seed, device=default_device())
+    model.check(task.task for task in config.data.all_tasks)
+    splits = open_validation(config.data, config.decode, model)
     if folder:
-        check_identity(folder, metadata, {"base_digest": module_digest(model), "vision_digest": vision.identity})
-        load_adapters(folder, model, vision.tower, config.backend)
-    device = default_device()
-    task = VLBartTask(model.to(device), tokenizer, vision.to(device))
-    answerers(task, splits, config.decode)
+        vl_adapters.load(model, folder, backend=config.backend)
+    answerers(model, splits, config.decode)
     run = open_run(config)
-    answered = answer_all(task, splits, config.decode)
+    answered = answer_all(model, splits, config.decode)
     for name, rows in answered.items():
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
     # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
@@ -78,7 +70,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
 
     The scores of tasks without questions, or whose training split is not in the config, stay as they are.
     """
-    (task,) = (task for task in config.data.tasks if task.task == name)
+    (task,) = (task for task in config.data.all_tasks if task.task == name)
     if task.train is None or name not in QUESTION_TASKS:
         return scores
     training = open_texts(task.train, config.data).answered()

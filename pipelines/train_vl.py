@@ -81,7 +81,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
     optimizer = accelerator.prepare(optimizer)
     if train.gradient_checkpointing:
-        model.enable_checkpointing()
+        trained.networks["model"].activation_checkpointing_enable()
     write = partial(vl_adapters.save, trained, config, identity)
     for network in trained.networks.values():
         network.train()

@@ -1,5 +1,6 @@
 """The config schemas of the vision-language pipelines. See schema.py for the rules."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -149,7 +150,7 @@ class VLModelConfig(Section):
     max_pixels: PositiveInt | None = None  # vlm: as min_pixels; more pixels are more tokens
     image_size: PositiveInt | None = None  # vlm: side in pixels, for processors that resize to a fixed size
     max_length: PositiveInt | None = None  # vlm: tokens per row; text beyond is cut; null: the model's positions
-    prompts: dict[VLTask, Text] = {}  # vlm: the prompt of a task, with {text} in place of the question
+    prompts: dict[VLTask, Text] = Field(default_factory=dict)  # vlm: of a task, with {text} for the question
     random: bool = False  # vl_bart: read only the config from `path`, and initialize the weights from the seed
     # vl_bart: the kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match.
     visual: Literal["image", "video"] | None = None
@@ -158,8 +159,7 @@ class VLModelConfig(Section):
     @model_validator(mode="after")
     def _keys_are_of_the_family(self) -> "VLModelConfig":
         wrong = [key for key in self.model_fields_set if OF_FAMILY.get(key, self.family) != self.family]
-        changed = [key for key in sorted(wrong) if getattr(self, key) != type(self).model_fields[key].default]
-        if changed:
+        if changed := [key for key in sorted(wrong) if getattr(self, key) not in (None, False, "float32", {})]:
             raise ValueError("; ".join(f"{key} is for family {OF_FAMILY[key]}, not {self.family}" for key in changed))
         return self
 
@@ -181,18 +181,21 @@ class PartConfig(Section):
 
 
 class VLAdapterConfig(AnyAdapterConfig):
-    # The adapted parts of the model, as a list of names or with settings of their own: {text.attn: {rank: 4}}
-    parts: Annotated[dict[str, PartConfig], Field(min_length=1)]
+    # The parts of the model: a list of names, or names with settings ({text.attn: {rank: 4}}); null: those that its
+    # target map has as the default
+    parts: dict[str, PartConfig] = Field(default_factory=dict)
     # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
     extra_trainable: Items[Text] = ()
 
     @field_validator("parts", mode="before")
     @classmethod
     def _named_parts(cls, parts: Any) -> Any:
+        if parts is None:
+            return {}
         if isinstance(parts, list | tuple):
             if len(set(map(str, parts))) < len(parts):
                 raise ValueError("names a part twice")
-            parts = dict.fromkeys(parts, {})
+            parts = {name: {} for name in parts}
         for name in parts if isinstance(parts, dict) else ():
             if name not in PARTS:
                 raise ValueError(f"there is no part {name!r}{nearest(str(name), PARTS)}; parts are {', '.join(PARTS)}")
@@ -207,11 +210,11 @@ class VLAdapterConfig(AnyAdapterConfig):
         """The trained parts of the vision tower."""
         return tuple(part for part in self.trained_parts() if part.startswith("vision."))
 
-    def trained_parts(self) -> dict[str, PartConfig]:
-        """The settings of every part that is not frozen, complete."""
+    def trained_parts(self, default: Sequence[str] = ()) -> dict[str, PartConfig]:
+        """The complete settings of every part that is not frozen; `default`: the parts where none is configured."""
         scaling = self.alpha / self.rank
         found = {}
-        for name, part in self.parts.items():
+        for name, part in (self.parts or dict.fromkeys(default, PartConfig())).items():
             rank = part.rank or self.rank
             method = part.method or self.method
             alpha = part.alpha or rank * scaling
@@ -224,6 +227,10 @@ class VLDataConfig(Section):
     tasks: Annotated[Items[VLTaskConfig], Field(min_length=1)]  # trained jointly; a batch is from one task
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
     tables: Text = "build/tables"  # a cache folder of the files as tables on disk, named by their content
+
+    @property
+    def all_tasks(self) -> tuple[VLTaskConfig, ...]:
+        return self.tasks
 
     @model_validator(mode="after")
     def _tasks_are_distinct(self) -> "VLDataConfig":

@@ -24,8 +24,8 @@ class TargetMap:
         name: The name of the map, for error messages.
         parts: The patterns of each part. A plain pattern is a dotted suffix of the module's path (`to_out.0`); `re:`
             marks a regular expression that matches the full path.
-        expect: How many modules of each part a block holds, by block, then by part. A block is named by its class, or by
-            `re:` and a regular expression that matches its full path. It is checked in every block of a model, whatever
+        expect: How many modules of each part a block holds, by block, then by part. A block is named by its class, or
+            by `re:` and a regular expression that matches its full path. It is checked in every block of a model, whatever
             the model's size. A map with a single part may give the number directly.
         default: The parts that are selected when none are named; all parts if empty.
 
@@ -115,15 +115,13 @@ NOT_ADAPTABLE = f"which cannot be adapted ({ADAPTABLE} can)"
 
 
 def matches(pattern: str, path: str, where: str) -> bool:
-    """Whether a pattern, a dotted suffix or `re:` with a regular expression, matches a path; `where` is for the error."""
+    """Whether a path matches a pattern: a dotted suffix, or `re:` and a regular expression; `where` is for errors."""
     if not pattern.startswith("re:"):
         return path == pattern or path.endswith("." + pattern)
     try:
         return re.fullmatch(pattern[3:], path) is not None
     except re.error as error:
-        raise ValueError(
-            f"pattern {pattern!r} of {where} is not a valid regular expression: {error}"
-        ) from error
+        raise ValueError(f"pattern {pattern!r} of {where} is not a valid regular expression: {error}") from error
 
 
 def adaptable(module: nn.Module) -> bool:

@@ -120,7 +120,7 @@ class VLBartTask:
         return {"base_digest": module_digest(self.model), "vision_digest": self.vision.identity}
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
-        return self.vision.check(table)
+        return self.vision.check_rows(table)
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         answer = Answerer(self.model, self.tokenizer, task, config, candidates)

@@ -72,7 +72,9 @@ class VLM:
         self.processor: Any = load_processor(config)
         self.plain = None if self.processor.chat_template else PLAIN.get(self.model_config.model_type)
         if self.plain is None and not self.processor.chat_template:
-            raise ValueError(f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(PLAIN)}")
+            raise ValueError(
+                f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(PLAIN)}"
+            )
         positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LONGEST
         self.encoder = RowEncoder(self.processor, min(config.max_length or positions, positions))
         self.num_cut = 0
@@ -131,7 +133,9 @@ class VLM:
             rows.append(self.row(task, example, images, answer))
             weights.append(weight)
         groups = self._groups(rows, SAME_IMAGES)
-        batches = [(*self._collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group])) for group in groups]
+        batches = [
+            (*self._collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group])) for group in groups
+        ]
         return VLMBatch(task, tuple(batches))
 
     def row(self, task: str, example: Example, images: str | None, answer: str | None) -> Row:
@@ -250,7 +254,9 @@ class VLM:
             if not candidates:
                 raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
             return partial(self._ranked, task, sorted(set(candidates)))
-        settings = self._settings(config.max_new_tokens or ANSWER_TOKENS.get(task, 16), config.beams if task == "caption" else 1)
+        settings = self._settings(
+            config.max_new_tokens or ANSWER_TOKENS.get(task, 16), config.beams if task == "caption" else 1
+        )
         return partial(self._generated, task, settings)
 
     def _settings(self, max_new_tokens: int, beams: int) -> GenerationConfig:
@@ -273,7 +279,9 @@ class VLM:
         return ids[-1:]
 
     @torch.no_grad()
-    def _generated(self, task: str, settings: GenerationConfig, examples: Sequence[Example], images: str | None) -> list[str]:
+    def _generated(
+        self, task: str, settings: GenerationConfig, examples: Sequence[Example], images: str | None
+    ) -> list[str]:
         rows = [self.row(task, example, images, None) for example in examples]
         answers = [""] * len(rows)
         for group in self._groups(rows, SAME_IMAGES, SAME_LENGTH):
@@ -285,7 +293,9 @@ class VLM:
         return answers
 
     @torch.no_grad()
-    def _ranked(self, task: str, known: Sequence[str] | None, examples: Sequence[Example], images: str | None) -> list[str]:
+    def _ranked(
+        self, task: str, known: Sequence[str] | None, examples: Sequence[Example], images: str | None
+    ) -> list[str]:
         """The likeliest candidate of each example: of those known for the task, or the letters of its options."""
         answers = []
         for example in examples:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import dora_mm
@@ -81,7 +80,7 @@ def adapt(model: VLModel | Structure, config: VLAdapterConfig, *, seed: int, bac
     Raises:
         ValueError: The model has no such part; or a part cannot be adapted like this.
     """
-    parts = config.trained_parts()
+    parts = config.trained_parts(model.target_maps[MODEL].select().parts)
     known = [part for targets in model.target_maps.values() for part in targets.parts]
     if unknown := [part for part in parts if part not in known]:
         raise ValueError(f"adapter.parts: this model has no part {unknown[0]}; it has {', '.join(known)}")
@@ -255,12 +254,8 @@ def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str,
             raise ValueError(f"{what} than the one that the adapter {folder} was trained with")
 
 
-def seed_of(folder: Path, metadata: Mapping[str, str]) -> int:
-    """The seed of the weights that a plain BART lacks (visual embedding, sentinel rows), from an adapter's header.
-
-    Args:
-        folder: The adapter's folder, for the message.
-        metadata: The header of the adapter file.
+def seed_of(folder: Path) -> int:
+    """The seed of the weights that no file of the base model holds (VL-BART's), from an adapter's header.
 
     Returns:
         The seed; 0 if the header names none.
@@ -268,7 +263,7 @@ def seed_of(folder: Path, metadata: Mapping[str, str]) -> int:
     Raises:
         ValueError: The header's seed is not a number.
     """
-    text = metadata.get("seed", "0")
+    text = formats.read(folder)[1].get("seed", "0")
     if not text.isdecimal():
         raise ValueError(f"{formats.find_file(folder)} has a header key seed that is not a number: {text!r}")
     return int(text)
@@ -294,5 +289,7 @@ def load(model: VLModel, path: Path, *, backend: str) -> None:
         )
     for component in (MODEL, *sorted(subfolders)):
         dora_mm.load_adapter(
-            {component: model.networks[component]}, folder if component == MODEL else folder / component, backend=backend
+            {component: model.networks[component]},
+            folder if component == MODEL else folder / component,
+            backend=backend,
         )

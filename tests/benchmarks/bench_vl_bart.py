@@ -40,7 +40,7 @@ def base() -> VLBart:
 
 def embedded() -> VLBart:
     path = "samples/tiny-vl"
-    return load_vl_bart(VLModelConfig(path=path), config_of(path).feature_dim, 0)[0]
+    return load_vl_bart(VLModelConfig(family="vl_bart", path=path), config_of(path).feature_dim, 0)[0]
 
 
 def ours(model: VLBart):

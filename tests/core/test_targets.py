@@ -63,7 +63,9 @@ def test_counts_per_block():
 def test_counts_per_block_by_path():
     by_path = {r"re:blocks\.\d+": {"given": 2}}
     assert len(match_modules(model(Block(), Block()), patterns("to_q", "to_out.0", expect=by_path))) == 4
-    with pytest.raises(ValueError, match=r"in each re:blocks\\\.\\d\+, and blocks.0 has 1: .*to_q; nearest .*: to_out.0"):
+    with pytest.raises(
+        ValueError, match=r"in each re:blocks\\\.\\d\+, and blocks.0 has 1: .*to_q; nearest .*: to_out.0"
+    ):
         match_modules(model(Block()), patterns("to_q", expect=by_path))
     with pytest.raises(ValueError, match=r"expects blocks re:block\\\.0, and the model has none; nearest: blocks.0"):
         match_modules(model(Block()), patterns("to_q", expect={r"re:block\.0": 1}))

@@ -20,7 +20,7 @@ def test_an_sdxl_model(tiny_folder):
 
 def test_a_bart():
     with pytest.raises(ValueError, match=f"^model.path: {SENTENCE}"):
-        load_vl_bart(VLModelConfig(path="owner/nothing"), 8, 0)
+        load_vl_bart(VLModelConfig(family="vl_bart", path="owner/nothing"), 8, 0)
 
 
 def test_other_errors_have_other_messages(tmp_path):

@@ -71,7 +71,7 @@ def base(tmp_path, model_folder, features):
         {"task": "nlvr2", "train": nlvr2("train"), "valid": nlvr2("dev")},
     ]
     values = {
-        "pipeline": "train_vl_bart",
+        "pipeline": "train_vl",
         "model": {"path": str(model_folder)},
         "vision": {"features": [str(features)]},
         "adapter": {"rank": 2, "alpha": 6.0, "dropout": 0.1},
@@ -262,7 +262,7 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
     fewer = {**report, "tasks": report["tasks"][:1]}
     assert "report.tasks: must be the tasks of" in refused(comparison(report=fewer))
 
-    assert "is a config of compare_vl, not of train_vl_bart" in refused(comparison(base=str(tmp_path / "compare.yaml")))
+    assert "is a config of compare_vl, not of train_vl" in refused(comparison(base=str(tmp_path / "compare.yaml")))
     untuned = {**base.values["data"], "tasks": [{**base.values["data"]["tasks"][0], "valid": None}]}
     for changes, message in (
         ({"data": untuned, "evaluate": {}}, "has no valid for vqa"),

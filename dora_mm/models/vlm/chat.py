@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -100,4 +99,5 @@ def _content(text: str) -> list[dict[str, str]]:
 
 def _shared(one: str, other: str) -> int:
     """The length of the common beginning of two texts."""
-    return len(os.path.commonprefix([one, other]))
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_mm.models.vlm.chat import IMAGE, Rendered
+from dora_mm.models.vlm.chat import Rendered
 
 IGNORED = -100  # label of a token without loss, as in all of transformers
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
@@ -74,9 +74,7 @@ class RowEncoder:
             inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
         return self._row(inputs, learned, inside)
 
-    def question(
-        self, text: str, images: Sequence[Any], answer: str | None = None, *, ends: bool = False
-    ) -> Row:
+    def question(self, text: str, images: Sequence[Any], answer: str | None = None, *, ends: bool = False) -> Row:
         """A prompt, with its answer behind it where one is given, which then has loss.
 
         Args:
@@ -208,5 +206,7 @@ def _padded(value: Tensor, length: int, fill: int, left: bool) -> Tensor:
 def _same_shape(values: Sequence[Tensor]) -> Sequence[Tensor]:
     """Tensors padded with zeros so that all dimensions but the first agree."""
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-    padding = [[n for have, want in zip(v.shape[:0:-1], shape[::-1], strict=True) for n in (0, want - have)] for v in values]
+    padding = [
+        [n for have, want in zip(v.shape[:0:-1], shape[::-1], strict=True) for n in (0, want - have)] for v in values
+    ]
     return [F.pad(value, pad) if any(pad) else value for value, pad in zip(values, padding, strict=True)]

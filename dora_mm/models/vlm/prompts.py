@@ -31,11 +31,11 @@ class Plain(NamedTuple):
     images: int | None = 1
 
 
-QUESTION = {task: "{text}" for task in PROMPTS}
-BLIP_2 = QUESTION | {task: "Question: {text} Answer:" for task in ("vqa", "gqa", "choice")} | {"caption": "a photo of"}
+QUESTION = dict.fromkeys(PROMPTS, "{text}")
+BLIP_2 = QUESTION | dict.fromkeys(("vqa", "gqa", "choice"), "Question: {text} Answer:") | {"caption": "a photo of"}
 PLAIN = {  # by model_type
     "paligemma": Plain(
-        QUESTION | {task: "answer en {text}" for task in ("vqa", "gqa", "nlvr2", "choice")} | {"caption": "caption en"},
+        QUESTION | dict.fromkeys(("vqa", "gqa", "nlvr2", "choice"), "answer en {text}") | {"caption": "caption en"},
         image_token=True,
         images=None,
     ),

@@ -29,7 +29,8 @@ from dora_mm.models.vl_bart.loading import save_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLBartConfig
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.tasks.vl_bart import VLBartTask, VLBatch, draw_answer
+from dora_mm.tasks.vl import draw_answer
+from dora_mm.tasks.vl_bart import VLBartTask, VLBatch
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, with_steps

@@ -15,7 +15,7 @@ from dora_mm.tasks.vl_bart import VLBartTask
 from samples.build.__main__ import main
 from samples.build.recipes.pretrain_tiny_vl import mask_words
 from tests.pipelines.killed import assert_same_weights, kill_after
-from tests.pipelines.test_train_vl_bart import ROOT, SAMPLES, VISION, captions, vqa
+from tests.pipelines.test_train_vl import ROOT, SAMPLES, VISION, captions, vqa
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def config(tmp_path):
 
 def test_the_saved_folder_can_be_loaded(config, tmp_path):
     assert main(["train", str(config())]) == 0
-    model, tokenizer = load_vl_bart(VLModelConfig(path=str(tmp_path / "run" / "model")), 472, seed=0)
+    model, tokenizer = load_vl_bart(VLModelConfig(family="vl_bart", path=str(tmp_path / "run" / "model")), 472, seed=0)
     assert model.config.d_model == 16
     assert tokenizer.decode(tokenizer("What color is the cat?")["input_ids"], skip_special_tokens=True)
 
@@ -88,7 +88,7 @@ def test_the_embedded_model_uses_the_image(tmp_path):
     folder = ROOT / "samples" / "tiny-vl"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 15e6
     vision = VisionEncoder(VisionConfig(**VISION))
-    model, tokenizer = load_vl_bart(VLModelConfig(path=str(folder)), vision.feature_dim, seed=0)
+    model, tokenizer = load_vl_bart(VLModelConfig(family="vl_bart", path=str(folder)), vision.feature_dim, seed=0)
     source = SourceConfig(**captions("val", 24))
     table = open_table(source, tmp_path, on_bad_data="stop")
     task = VLBartTask(model.eval(), tokenizer, vision)

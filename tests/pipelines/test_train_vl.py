@@ -26,6 +26,7 @@ VISION = {
     "layers": ["blocks.2", "blocks.4", "blocks.6"],
 }
 DIM = 472
+EXTRA = ["visual_embedding", "biases", "norms"]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +56,11 @@ def captions(split: str, limit: int) -> dict:
 def config(tmp_path, model_folder):
     """Writes the config; keyword arguments replace sections. Its attribute `values` has the sections."""
     values = {
-        "pipeline": "train_vl_bart",
+        "pipeline": "train_vl",
         "output": str(tmp_path / "run"),
-        "model": {"path": str(model_folder)},
+        "model": {"family": "vl_bart", "path": str(model_folder)},
         "vision": VISION,
-        "adapter": {"method": "dora", "rank": 2},
+        "adapter": {"method": "dora", "rank": 2, "extra_trainable": EXTRA},
         "data": {
             "tables": str(tmp_path / "tables"),
             "tasks": [
@@ -97,7 +98,7 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_f
     assert (run / "best" / "overall" / "adapter_model.safetensors").is_file()
 
     trained = load_file(run / "checkpoints" / "step-000006" / "trained_weights.safetensors")
-    model, _ = load_vl_bart(VLModelConfig(path=str(model_folder)), DIM, 0)
+    model, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(model_folder)), DIM, 0)
     load_adapter({"model": model}, run / "adapter")
     ours = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     assert {name: torch.equal(ours[name], tensor) for name, tensor in trained.items()} == dict.fromkeys(trained, True)
@@ -171,9 +172,9 @@ def test_the_tower_can_be_adapted_too(config, tmp_path, model_folder):
     bart = from_bart(small_bart(), len(small_tokenizer()), 192, "image")
     save_vl_bart(bart, small_tokenizer(), tmp_path / "model")
     path = config(
-        model={"path": str(tmp_path / "model")},
+        model={"family": "vl_bart", "path": str(tmp_path / "model")},
         vision={"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
-        adapter={"method": "dora", "rank": 2, "vision_parts": ["attn"]},
+        adapter={"method": "dora", "rank": 2, "parts": ["text.qv", "cross.qv", "vision.attn"]},
         data={"tables": str(tmp_path / "tables"), "tasks": [{"task": "vqa", "train": vqa("train", 4)}]},
         train={"steps": 1, "batch_size": 2},
         evaluate={},
@@ -199,14 +200,14 @@ def test_an_adapted_tower_that_peft_cannot_hold(config, tmp_path, open_clip_towe
     torch.manual_seed(0)
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 24, "image"), small_tokenizer(), tmp_path / "model")
     shared = {
-        "model": {"path": str(tmp_path / "model")},
+        "model": {"family": "vl_bart", "path": str(tmp_path / "model")},
         "vision": {"tower": open_clip_tower, "pretrained": None},
         "data": {
             "tables": str(tmp_path / "tables"),
             "tasks": [{"task": "vqa", "train": vqa("train", 4), "valid": vqa("val", 4)}],
         },
     }
-    adapter = {"method": "dora", "rank": 2, "vision_parts": ["attn", "ff"]}
+    adapter = {"method": "dora", "rank": 2, "parts": ["text.qv", "vision.attn", "vision.mlp"]}
     train = {"steps": 2, "batch_size": 2}
     assert main(["train", str(config(**shared, adapter=adapter, train=train, evaluate={}))]) == 0
     run = tmp_path / "run"
@@ -260,14 +261,14 @@ def test_an_adapted_tower_gives_the_same_answers_in_eval(config, tmp_path, capsy
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 192, "image"), small_tokenizer(), tmp_path / "model")
     task = {"task": "vqa", "train": vqa("train", 6), "valid": vqa("val", 6)}
     shared = {
-        "model": {"path": str(tmp_path / "model")},
+        "model": {"family": "vl_bart", "path": str(tmp_path / "model")},
         "vision": {"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
         "data": {
             "tables": str(tmp_path / "tables"),
             "tasks": [task],
         },
     }
-    adapter = {"method": "dora", "rank": 2, "vision_parts": ["attn"], "dropout": 0.5}
+    adapter = {"method": "dora", "rank": 2, "parts": ["text.qv", "cross.qv", "vision.attn"], "dropout": 0.5}
     path = config(**shared, adapter=adapter, optimizer={"lr": 0.3}, train={"steps": 3, "batch_size": 2}, evaluate={})
     assert main(["train", str(path)]) == 0
     answers = []
@@ -285,7 +286,7 @@ def test_an_adapted_tower_gives_the_same_answers_in_eval(config, tmp_path, capsy
 
 def test_it_continues_from_an_adapter_of_the_same_base_only(config, tmp_path, model_folder, capsys):
     assert main(["train", str(config(output=str(tmp_path / "first")))]) == 0
-    again = {"method": "dora", "rank": 2, "init_from": str(tmp_path / "first")}
+    again = {"method": "dora", "rank": 2, "extra_trainable": EXTRA, "init_from": str(tmp_path / "first")}
     assert main(["train", str(config(adapter=again, train={"steps": 1, "batch_size": 2}, evaluate={}))]) == 0
 
     assert (
@@ -295,14 +296,16 @@ def test_it_continues_from_an_adapter_of_the_same_base_only(config, tmp_path, mo
     assert "which adapter.extra_trainable does not include" in capsys.readouterr().err
     torch.manual_seed(5)
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), DIM, "image"), small_tokenizer(), tmp_path / "model")
-    other = config(adapter=again, model={"path": str(tmp_path / "model")}, output=str(tmp_path / "other"))
+    other = config(
+        adapter=again, model={"family": "vl_bart", "path": str(tmp_path / "model")}, output=str(tmp_path / "other")
+    )
     assert main(["train", str(other)]) == 2
     assert "another base model" in capsys.readouterr().err
     other.write_text(
         yaml.safe_dump(
             {
                 **{key: config.values[key] for key in ("vision", "data")},
-                "model": {"path": str(tmp_path / "model")},
+                "model": {"family": "vl_bart", "path": str(tmp_path / "model")},
                 "pipeline": "eval_vl",
                 "adapter": str(tmp_path / "first"),
                 "output": str(tmp_path / "other"),
@@ -316,7 +319,7 @@ def test_it_continues_from_an_adapter_of_the_same_base_only(config, tmp_path, mo
 
 def test_an_interrupted_validation_is_repeated(config, tmp_path, monkeypatch):
     assert main(["train", str(config(output=str(tmp_path / "uninterrupted")))]) == 0
-    recipe = PIPELINES.load("train_vl_bart")
+    recipe = PIPELINES.load("train_vl")
     real = recipe.score_all
     calls = []
 
@@ -353,8 +356,8 @@ def test_resuming_a_finished_run_gives_the_same_summary(config, tmp_path):
             "below the 5 steps of train.epochs",
         ),
         ({"adapter": {"method": "full", "rank": 1, "dropout": 0.1}}, "full has no A and B"),
-        ({"model": {"path": "nowhere"}}, "nowhere does not exist"),
-        ({"model": {"path": "MODEL", "feature_dim": 9}}, "vision gives 472 channels"),
+        ({"model": {"family": "vl_bart", "path": "nowhere"}}, "nowhere does not exist"),
+        ({"model": {"family": "vl_bart", "path": "MODEL", "feature_dim": 9}}, "vision gives 472 channels"),
         ({"vision": {"tower": "timm/no_such"}}, "no_such"),
         ({"train": {"batch_size": 4}}, "give either train.steps or train.epochs"),
     ],
