@@ -103,7 +103,11 @@ def fast_vlm() -> tuple[PreTrainedModel, ProcessorMixin]:
         image_token_index=processor.image_token_id,
         image_seq_length=4,
     )
-    return FastVlmForConditionalGeneration(config), processor
+    model = FastVlmForConditionalGeneration(config)
+    for module in model.model.vision_tower.modules():
+        if isinstance(module, torch.nn.Conv2d):  # transformers expects a trained tower; its small weights end in zeros
+            torch.nn.init.kaiming_normal_(module.weight)
+    return model, processor
 
 
 def smolvlm() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -158,6 +162,7 @@ def gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
         image_token_index=tokenizer.image_token_id,
     )
     model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)  # zeros when made
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
     return model, processor
 
@@ -203,13 +208,7 @@ def mllama() -> tuple[PreTrainedModel, ProcessorMixin]:
         image_token_index=processor.image_token_id,
     )
     model = MllamaForConditionalGeneration(config)
-    _open_gates(model)
-    return model, processor
-
-
-@torch.no_grad()
-def _open_gates(model: PreTrainedModel) -> None:
-    """Gates are born closed, and no image would reach the text."""
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2].endswith(("gate", "gate_attn", "gate_ffn")):
-            parameter.fill_(0.5)
+        if "gate" in name.rpartition(".")[2]:
+            torch.nn.init.constant_(parameter, 0.5)  # closed when made: no image would reach the text
+    return model, processor

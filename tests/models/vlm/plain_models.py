@@ -25,9 +25,8 @@ from transformers import (
 )
 
 from tests.models.vlm import vocabularies
-from tests.models.vlm.sizes import LAYERS, square, text_config, tower
+from tests.models.vlm.sizes import LAYERS, SPREAD, square, text_config, tower
 
-SEEN = {"initializer_range": 0.02}  # the default of BLIP's towers, 1e-10, would make every image look the same
 BART_SIZES = {"layers": 2, "attention_heads": 2, "ffn_dim": 48}
 
 
@@ -36,7 +35,7 @@ def blip_vqa() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
     ends = {"eos_token_id": tokenizer.sep_token_id, "sep_token_id": tokenizer.sep_token_id}
     text = text_config(tokenizer, "blip_text_model", projection_dim=32, **ends)
-    config = BlipConfig(text_config=text, vision_config=tower("blip_vision_model", **SEEN))
+    config = BlipConfig(text_config=text, vision_config=tower("blip_vision_model"))
     return BlipForQuestionAnswering(config), BlipProcessor(BlipImageProcessor(size=square(28)), tokenizer)
 
 
@@ -49,7 +48,7 @@ def blip2() -> tuple[PreTrainedModel, ProcessorMixin]:
     processor = Blip2Processor(BlipImageProcessor(size=square(28)), tokenizer, num_query_tokens=4)
     config = Blip2Config(
         text_config=text_config(tokenizer, "opt", ffn_dim=48, word_embed_proj_dim=32),
-        vision_config=tower("blip_2_vision_model", **SEEN),
+        vision_config=tower("blip_2_vision_model"),
         qformer_config=LAYERS,
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -70,8 +69,14 @@ def florence2() -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = vocabularies.bart(extra_special_tokens={"image_token": "<image>"})
     images = CLIPImageProcessor(size=square(32), do_center_crop=False, image_seq_length=17)
     text = {f"{part}_{size}": value for part in ("encoder", "decoder") for size, value in BART_SIZES.items()}
-    text |= {"model_type": "bart", "d_model": 32, "max_position_embeddings": 256, "vocab_size": len(tokenizer)}
-    vision = {
+    text |= {
+        "model_type": "bart",
+        "init_std": 0.1,
+        "d_model": 32,
+        "max_position_embeddings": 256,
+        "vocab_size": len(tokenizer),
+    }
+    vision = SPREAD | {
         "depths": [1, 1],
         "patch_size": [7, 3],
         "patch_stride": [4, 2],  # 32 pixels become 4 x 4 features; their mean is one more
@@ -83,7 +88,9 @@ def florence2() -> tuple[PreTrainedModel, ProcessorMixin]:
         "window_size": 4,
         "projection_dim": 32,
     }
-    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id)
+    config = Florence2Config(
+        text_config=text | {"init_std": 0.1}, vision_config=vision, image_token_id=tokenizer.image_token_id
+    )
     model = Florence2ForConditionalGeneration(config)
     model.generation_config.update(num_beams=3, no_repeat_ngram_size=3, early_stopping=True, forced_bos_token_id=0)
     return model, Florence2Processor(images, tokenizer)

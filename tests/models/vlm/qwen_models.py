@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from tests.models.vlm import vocabularies
-from tests.models.vlm.sizes import text_config
+from tests.models.vlm.sizes import SPREAD, text_config
 from tests.models.vlm.templates import chatml
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "You are a helpful assistant."
-TOWER = {"depth": 2, "hidden_size": 32, "num_heads": 2}
+TOWER = SPREAD | {"depth": 2, "hidden_size": 32, "num_heads": 2}
 SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}  # of the 16 / 2 pairs of a head
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SPREAD = {"initializer_range": 0.1}  # 0.02, made for layers of a thousand, would hide the image behind the rounding
+LAYERS = SPREAD | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = LAYERS | {"num_key_value_heads": 1, "max_position_embeddings": 1024}
 
 

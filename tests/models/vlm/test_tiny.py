@@ -1,6 +1,7 @@
 """Each tiny model loads as a published one would, sees its image and answers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,11 +54,6 @@ WRITTEN = {  # a question about an image and its answer
 }
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: tiny.build(name, tmp_path_factory.mktemp("tiny") / name) for name in tiny.NAMES}
-
-
 def load(folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
     return getattr(transformers, architecture).from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -95,8 +91,8 @@ def scores(name: str, model: PreTrainedModel, processor: ProcessorMixin, image: 
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_its_classes_are_those_of_the_published_model(folders: dict[str, Path], name: str) -> None:
-    model, processor = load(folders[name])
+def test_its_classes_are_those_of_the_published_model(tiny_vlm: Callable[[str], Path], name: str) -> None:
+    model, processor = load(tiny_vlm(name))
     assert (type(model).__name__, type(processor).__name__) == CLASSES[name]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert bool(processor.chat_template) == (name in tiny.CHAT)
@@ -104,27 +100,27 @@ def test_its_classes_are_those_of_the_published_model(folders: dict[str, Path], 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_it_sees_its_image_and_answers(folders: dict[str, Path], name: str) -> None:
-    model, processor = load(folders[name])
+def test_it_sees_its_image_and_answers(tiny_vlm: Callable[[str], Path], name: str) -> None:
+    model, processor = load(tiny_vlm(name))
     first, second = (scores(name, model, processor, noise(seed)) for seed in (0, 1))
     assert first.isfinite().all()
-    assert (first - second).abs().max() > 1e-6
+    assert (first - second).abs().max() > 1e-2
     answer = model.generate(**inputs(name, processor, noise(0)), max_new_tokens=4, do_sample=False)
     assert isinstance(processor.decode(answer[0], skip_special_tokens=True), str)
 
 
 @pytest.mark.parametrize("name", tiny.CHAT)
-def test_turns_are_written_as_the_published_template_writes_them(folders: dict[str, Path], name: str) -> None:
-    processor = AutoProcessor.from_pretrained(folders[name])
+def test_turns_are_written_as_the_published_template_writes_them(tiny_vlm: Callable[[str], Path], name: str) -> None:
+    processor = AutoProcessor.from_pretrained(tiny_vlm(name))
     messages = [turn("user", noise(0), "What?"), turn("assistant", "red")]
     assert processor.apply_chat_template(messages) == WRITTEN[name]
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_it_is_the_same_every_time(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
+def test_it_is_the_same_every_time(tiny_vlm: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
     again = tiny.build(name, tmp_path / name)
     files = sorted(path.name for path in again.iterdir())
-    assert files == sorted(path.name for path in folders[name].iterdir())
+    assert files == sorted(path.name for path in tiny_vlm(name).iterdir())
     for file in files:
-        assert file_digest(again / file) == file_digest(folders[name] / file), file
+        assert file_digest(again / file) == file_digest(tiny_vlm(name) / file), file
