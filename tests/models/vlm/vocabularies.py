@@ -1,6 +1,7 @@
 """Tokenizers of transformers' own classes with some 600 tokens, trained on a few sentences within milliseconds."""
 
 import json
+import re
 import string
 from functools import cache
 from typing import Any
@@ -25,14 +26,14 @@ SENTENCES = [
     "user assistant system USER: ASSISTANT: User: Assistant: You are a helpful assistant.",
 ]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # what the BPE of Llama and Gemma falls back to
-NUM_MERGES = 200
 
 Merges = tuple[tuple[str, str], ...]
 
 
-def _train(tokenizer: Tokenizer, trainer: Any) -> dict[str, Any]:
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return json.loads(tokenizer.to_str())["model"]
+def _trained(tokenizer: Tokenizer, **options: Any) -> tuple[tuple[str, ...], Merges]:
+    tokenizer.train_from_iterator(SENTENCES, trainers.BpeTrainer(show_progress=False, **options))
+    model = json.loads(tokenizer.to_str())["model"]
+    return tuple(model["vocab"]), tuple((left, right) for left, right in model["merges"])
 
 
 @cache
@@ -40,11 +41,7 @@ def _byte_level_pieces() -> tuple[tuple[str, ...], Merges]:
     """Pieces and merges of a byte-level BPE."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained = _train(
-        tokenizer, trainers.BpeTrainer(vocab_size=256 + NUM_MERGES, initial_alphabet=alphabet, show_progress=False)
-    )
-    return tuple(trained["vocab"]), tuple(tuple(pair) for pair in trained["merges"])
+    return _trained(tokenizer, vocab_size=450, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
 @cache
@@ -52,19 +49,14 @@ def _metaspace_pieces() -> tuple[tuple[str, ...], Merges]:
     """Pieces and merges of a BPE over characters in which a space is written as ▁."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    trained = _train(tokenizer, trainers.BpeTrainer(vocab_size=NUM_MERGES, show_progress=False))
-    return tuple(trained["vocab"]), tuple(tuple(pair) for pair in trained["merges"])
+    return _trained(tokenizer, vocab_size=250)
 
 
-@cache
-def _word_pieces() -> tuple[str, ...]:
-    """Pieces of a lower-case WordPiece that can write every printable character."""
-    tokenizer = Tokenizer(models.WordPiece())
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trained = _train(tokenizer, trainers.WordPieceTrainer(vocab_size=2 * NUM_MERGES, show_progress=False))
+def _word_pieces() -> list[str]:
+    """The words of the sentences and all characters: the trainer of WordPiece is not the same from run to run."""
     characters = [c for c in string.printable if not c.isspace() and not c.isupper()]
-    words = [piece for piece in trained["vocab"] if piece == piece.lower()]
-    return tuple(dict.fromkeys([*characters, *(f"##{c}" for c in characters), *words]))
+    words = re.findall(r"\w+", " ".join(SENTENCES).lower())
+    return [*characters, *(f"##{c}" for c in characters), *words]
 
 
 def _numbered(*groups: tuple[str, ...] | list[str]) -> dict[str, int]:
