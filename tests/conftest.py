@@ -1,4 +1,4 @@
-"""A complete SDXL with random weights, small enough to build in a second."""
+"""Tiny models with random weights that whole pipelines run on, and pictures."""
 
 import os
 
@@ -7,6 +7,8 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, kernels run in the interpreter; read when imported
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,18 @@ def tiny() -> SDXL:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     build_tiny_sdxl(**SIZES).pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model of tests/models/vlm/tiny.py by its name, built when first asked for; not to be changed."""
+    from tests.models.vlm import tiny  # loads 16 classes of transformers
+
+    @cache
+    def folder(name: str) -> Path:
+        return tiny.build(name, tmp_path_factory.mktemp(name))
+
     return folder
 
 

@@ -1,0 +1,139 @@
+"""Chat templates that write, for text and images, what the templates of the published models write."""
+
+CONTENT = """\
+{%- macro content(message, image) -%}
+{%- if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if item['type'] == 'image' -%}{{ image }}{%- elif item['type'] == 'text' -%}{{ item['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+"""
+
+# Images stand before all text of a turn, content is a list, and no end of sequence follows an answer.
+LLAVA = """\
+{%- for message in messages -%}
+{%- if message['role'] != 'system' -%}{{ message['role'].upper() + ': ' }}{%- endif -%}
+{%- for item in message['content'] if item['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for item in message['content'] if item['type'] == 'text' -%}
+{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ item['text'] + ' ' }}{%- endgeneration -%}
+{%- else -%}{{ item['text'] + ' ' }}{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+# A space and a line break follow the role in a turn, the line break alone where an answer is asked for.
+LLAVA_ONEVISION = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + ' ' }}
+{%- for item in message['content'] if item['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}
+{%- for item in message['content'] if item['type'] == 'text' -%}
+{%- if message['role'] == 'assistant' -%}{%- generation -%}{{ '\\n' + item['text'] }}{%- endgeneration -%}
+{%- else -%}{{ '\\n' + item['text'] }}{%- endif -%}
+{%- endfor -%}
+{{ '<|im_end|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+FAST_VLM = """\
+{%- if messages[0]['role'] != 'system' -%}
+{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- for item in message['content'] if item['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}
+{%- for item in message['content'] if item['type'] == 'text' -%}{{ '\\n' + item['text'] }}{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+# Turns alternate, a system turn goes into the first question, and the assistant is called model.
+GEMMA3 = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system = messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] -%}
+{%- set prefix, turns = system + '\\n\\n', messages[1:] -%}
+{%- else -%}
+{%- set prefix, turns = '', messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+{%- endif -%}
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}
+{{- prefix if loop.first else '' }}
+{%- if message['content'] is string -%}{{ message['content'] | trim }}
+{%- else -%}
+{%- for item in message['content'] -%}
+{%- if item['type'] == 'image' -%}{{ '<start_of_image>' }}{%- else -%}{{ item['text'] | trim }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}
+"""
+
+# A conversation without images gets a system turn, one with images must not have any.
+MLLAMA = """\
+{%- set pictures = namespace(any=false) -%}
+{%- for message in messages -%}
+{%- for item in message['content'] -%}
+{%- if item['type'] == 'image' -%}{%- set pictures.any = true -%}{%- endif -%}
+{%- endfor -%}
+{%- endfor -%}
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system, turns = messages[0]['content'], messages[1:] -%}
+{%- else -%}
+{%- set system, turns = '', messages -%}
+{%- endif -%}
+{%- if pictures.any and system -%}
+{{ raise_exception('Prompting with images is incompatible with system messages.') }}
+{%- endif -%}
+{%- if not pictures.any -%}
+{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: 26 Jul 2024\\n\\n' + system + '<|eot_id|>' }}
+{%- endif -%}
+{%- for message in turns -%}
+{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{{- content(message, '<|image|>') + '<|eot_id|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
+"""
+MLLAMA = CONTENT + MLLAMA
+
+
+def chatml(image: str, system: str | None = None) -> str:
+    """ChatML as Qwen and InternVL write it.
+
+    Args:
+        image: What stands for an image.
+        system: The system turn of conversations that start without one; None: they get none.
+    """
+    default = f"<|im_start|>system\\n{system}<|im_end|>\\n"
+    first = "" if system is None else "{%- if messages[0]['role'] != 'system' -%}{{ '" + default + "' }}{%- endif -%}"
+    return (
+        CONTENT
+        + first
+        + "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        + "{{ content(message, '"
+        + image
+        + "') + '<|im_end|>\\n' }}{%- endfor -%}"
+        + "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    )
+
+
+def idefics(begin: str) -> str:
+    """Idefics3's and SmolVLM's: a space follows the colon of a turn, unless an image does or an answer is asked for."""
+    return (
+        CONTENT
+        + "{{ '"
+        + begin
+        + "' }}{%- for message in messages -%}{{ message['role'] | capitalize }}"
+        + "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
+        + "{{ content(message, '<image>') + '<end_of_utterance>\\n' }}{%- endfor -%}"
+        + "{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+    )

@@ -1,0 +1,48 @@
+"""One tiny model of random weights per vision-language class of transformers, with its real processor."""
+
+from pathlib import Path
+
+import torch
+
+from tests.models.vlm import chat_models, plain_models, qwen_models
+
+CHAT = {  # with a chat template
+    "llava": chat_models.llava,
+    "llava_onevision": chat_models.llava_onevision,
+    "qwen2_vl": qwen_models.qwen2_vl,
+    "qwen2_5_vl": qwen_models.qwen2_5_vl,
+    "qwen3_vl": qwen_models.qwen3_vl,
+    "smolvlm": chat_models.smolvlm,
+    "idefics3": chat_models.idefics3,
+    "gemma3": chat_models.gemma3,
+    "internvl": chat_models.internvl,
+    "mllama": chat_models.mllama,
+    "fast_vlm": chat_models.fast_vlm,
+}
+PLAIN = {  # without
+    "paligemma": plain_models.paligemma,
+    "florence2": plain_models.florence2,
+    "blip_vqa": plain_models.blip_vqa,
+    "blip2": plain_models.blip2,
+    "git": plain_models.git,
+}
+BUILDERS = CHAT | PLAIN
+NAMES = tuple(BUILDERS)
+
+
+def build(name: str, folder: Path) -> Path:
+    """Write a tiny model in float32 and its processor; the same weights every time.
+
+    Args:
+        name: One of NAMES.
+        folder: Where to write; made if missing.
+
+    Returns:
+        The folder.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, processor = BUILDERS[name]()
+    model.eval().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
