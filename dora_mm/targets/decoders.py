@@ -20,7 +20,9 @@ class Row(NamedTuple):
 
 
 QKVO = r"self_attn\.(q|k|v|o)_proj"
-FUSED = r"(query_key_value|dense)"  # q, k and v are one layer: norms are per row, so it is the same as three that share A
+FUSED = (
+    r"(query_key_value|dense)"  # q, k and v are one layer: norms are per row, so it is the same as three that share A
+)
 UP4 = r"mlp\.dense_(h_to_4h|4h_to_h)"
 LLAMAS = """
     cohere cohere2 cwm diffllama ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium llama ministral ministral3
