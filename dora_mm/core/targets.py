@@ -24,9 +24,9 @@ class TargetMap:
         name: The name of the map, for error messages.
         parts: The patterns of each part. A plain pattern is a dotted suffix of the module's path (`to_out.0`); `re:`
             marks a regular expression that matches the full path.
-        expect: How many modules of each part a block holds, by block, then by part. A block is named by its class, or by
-            `re:` and a regular expression that matches its full path. It is checked in every block of a model, whatever
-            the model's size. A map with a single part may give the number directly.
+        expect: How many modules of each part a block holds, by block, then by part. A block is named by its class, or
+            by `re:` and a regular expression that matches its full path. It is checked in every block of a model,
+            whatever the model's size. A map with a single part may give the number directly.
         default: The parts that are selected when none are named; all parts if empty.
 
     Raises:

@@ -1,5 +1,6 @@
 """The maps of decoder language models on a tiny model of every type: counts, what is left out, and gradients."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -44,9 +45,7 @@ HEADS = {"lm_head", "embed_out", "output_projection"}
 
 def tiny(model_type: str):
     kind = CONFIG_MAPPING[model_type]
-    known = {name for base in kind.__mro__ for name in base.__dict__.get("__annotations__", {})} | set(
-        kind.attribute_map
-    )
+    known = {field.name for field in dataclasses.fields(kind)} | set(kind.attribute_map)
     config = kind(**{name: size for name, size in SIZES.items() if name in known} | MORE_SIZES.get(model_type, {}))
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config)

@@ -18,6 +18,7 @@ from dora_mm.core.targets import adaptable, match_modules, parts_in
 
 PATCHES = {"model.vision_tower.embeddings.patch_embedding"}
 HEAD = {"lm_head"}
+OPT_HEAD = {"language_model.lm_head"}
 BLIP_HEAD = {"text_decoder.cls.predictions.transform.dense", "text_decoder.cls.predictions.decoder"}
 BLIP_PATCHES = {"vision_model.embeddings.patch_embedding"}
 SIGLIP_HEAD = {f"model.vision_tower.head.{layer}" for layer in ("attention.out_proj", "mlp.fc1", "mlp.fc2")}
@@ -60,11 +61,11 @@ CASES = {
     "Florence2ForConditionalGeneration": ("florence2", (96, 48, 48, 48, 1, 48), HEAD | DAVIT),
     "BlipForQuestionAnswering": ("blip", (96, 48, 24, 24, 0, 96), BLIP_HEAD | BLIP_PATCHES),
     "BlipForConditionalGeneration": ("blip", (48, 24, 24, 24, 0, 48), BLIP_HEAD | BLIP_PATCHES),
-    "Blip2ForConditionalGeneration": ("blip-2", (48, 24, 78, 78, 97), {"language_model.lm_head"} | BLIP_PATCHES),
+    "Blip2ForConditionalGeneration": ("blip-2", (48, 24, 78, 78, 97), OPT_HEAD | BLIP_PATCHES),
     "InstructBlipForConditionalGeneration": (
         "blip-2",
         (48, 24, 78, 78, 121),
-        {"language_model.lm_head"} | BLIP_PATCHES,
+        OPT_HEAD | BLIP_PATCHES,
     ),
     "GitForCausalLM": (
         "git",
