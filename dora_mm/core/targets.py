@@ -25,8 +25,8 @@ class TargetMap:
         parts: The patterns of each part. A plain pattern is a dotted suffix of the module's path (`to_out.0`); `re:`
             marks a regular expression that matches the full path.
         expect: How many modules of each part a block holds, by block, then by part. A block is named by its class, or
-            by `re:` and a regular expression that matches its full path. It is checked in every block of a model, whatever
-            the model's size. A map with a single part may give the number directly.
+            by `re:` and a regular expression that matches its full path. It is checked in every block of a model,
+            whatever the model's size. A map with a single part may give the number directly.
         default: The parts that are selected when none are named; all parts if empty.
 
     Raises:
@@ -98,17 +98,34 @@ def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
     return {path: taken[path] for path in modules if path in taken}
 
 
+def parts_in(model: nn.Module, targets: TargetMap) -> list[str]:
+    """The parts of a target map of which a model has any module: a map may be for models that lack some.
+
+    Raises:
+        ValueError: A pattern is not a valid regular expression.
+    """
+    paths = with_projections(dict(model.named_modules()))
+    return [
+        part
+        for part, patterns in targets.parts.items()
+        if any(matches(pattern, path, f"target map {targets.name}") for pattern in patterns for path in paths)
+    ]
+
+
 def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:
     found = [path for path in modules if matches(pattern, path, f"target map {map_name}")]
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
         where, kind = wrong or "the model itself", type(modules[wrong]).__name__
-        raise ValueError(f"pattern {pattern!r} of target map {map_name} matches {where}, a {kind}, {NOT_ADAPTABLE}")
+        raise ValueError(f"{_described(pattern, map_name)} matches {where}, a {kind}, {NOT_ADAPTABLE}")
     if not found:
-        raise ValueError(
-            f"pattern {pattern!r} of target map {map_name} matches no module; nearest: {_nearest(pattern, modules)}"
-        )
+        raise ValueError(f"{_described(pattern, map_name)} matches no module; nearest: {_nearest(pattern, modules)}")
     return found
+
+
+def _described(pattern: str, map_name: str, limit: int = 60) -> str:
+    shown = pattern if len(pattern) <= limit else f"{pattern[:limit]}..."
+    return f"pattern {shown!r} of target map {map_name}"
 
 
 NOT_ADAPTABLE = f"which cannot be adapted ({ADAPTABLE} can)"
@@ -161,18 +178,24 @@ def _check_counts(modules: Mapping[str, nn.Module], taken: Mapping[str, str], ta
                 f"{_nearest_blocks(block, modules)}"
             )
         for path in paths:
-            start = f"{path}." if path else ""
-            inside = {p: module for p, module in modules.items() if p.startswith(start)}
-            for part, expected in targets.counts(block).items():
-                allowed = (expected,) if isinstance(expected, int) else tuple(expected)
-                found = [p for p in inside if taken.get(p) == part]
-                if len(found) not in allowed:
-                    others = {p: module for p, module in inside.items() if p not in taken}
-                    raise ValueError(
-                        f"target map {targets.name} expects {' or '.join(map(str, allowed))} modules of part {part} in "
-                        f"each {block}, and {path or 'the model'} has {len(found)}: {', '.join(found) or 'none'}; "
-                        f"nearest of the others: {_nearest(targets.parts[part][0], others)}"
-                    )
+            _check_block(path, block, modules, taken, targets)
+
+
+def _check_block(
+    path: str, block: str, modules: Mapping[str, nn.Module], taken: Mapping[str, str], targets: TargetMap
+) -> None:
+    start = f"{path}." if path else ""
+    inside = {p: module for p, module in modules.items() if p.startswith(start)}
+    for part, expected in targets.counts(block).items():
+        allowed = (expected,) if isinstance(expected, int) else tuple(expected)
+        found = [p for p in inside if taken.get(p) == part]
+        if len(found) not in allowed:
+            others = {p: module for p, module in inside.items() if p not in taken}
+            raise ValueError(
+                f"target map {targets.name} expects {' or '.join(map(str, allowed))} modules of part {part} in each "
+                f"{'block' if block.startswith('re:') else block}, and {path or 'the model'} has {len(found)}: "
+                f"{', '.join(found) or 'none'}; nearest of the others: {_nearest(targets.parts[part][0], others)}"
+            )
 
 
 def _blocks(block: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:

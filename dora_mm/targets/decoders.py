@@ -20,13 +20,12 @@ class Row(NamedTuple):
 
 
 QKVO = r"self_attn\.(q|k|v|o)_proj"
-FUSED = (
-    r"(query_key_value|dense)"  # q, k and v are one layer: norms are per row, so it is the same as three that share A
-)
+FUSED = r"(query_key_value|dense)"  # q, k and v are rows of one layer: the same as three that share A
 UP4 = r"mlp\.dense_(h_to_4h|4h_to_h)"
 LLAMAS = """
-    cohere cohere2 cwm diffllama ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium llama ministral ministral3
-    mistral olmo olmo2 olmo3 qwen2 qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_vl_text seed_oss smollm3 stablelm vaultgemma
+    cohere cohere2 cwm diffllama ernie4_5 exaone4 gemma gemma2 gemma3_text granite helium llama ministral
+    ministral3 mistral olmo olmo2 olmo3 qwen2 qwen2_vl_text qwen2_5_vl_text qwen3 qwen3_vl_text seed_oss
+    smollm3 stablelm vaultgemma
 """
 TABLE = (
     Row(LLAMAS, "layers", QKVO, 4, r"mlp\.(gate|up|down)_proj", 3),
@@ -48,7 +47,7 @@ TABLE = (
     Row("opt", r"decoder\.layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
 )
 MODEL_TYPES = tuple(name for row in TABLE for name in row.types.split())
-MIXTURES = [
+MIXTURES = (
     "cohere2_moe",
     "flex_olmo",
     "gpt_oss",
@@ -59,7 +58,7 @@ MIXTURES = [
     "phimoe",
     "qwen2_moe",
     "qwen3_moe",
-]
+)
 
 
 def decoder(prefix: str) -> Block:
