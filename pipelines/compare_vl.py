@@ -125,7 +125,7 @@ class Campaign:
         answerers(task, self.sets, self.config.decode)  # reports mistakes before the folder exists
         rows = {
             f"the {split} of {task.task}": open_texts(source, self.base.data).identity
-            for task in self.base.data.tasks
+            for task in self.base.data.all_tasks
             for split, source in (("train", task.train), ("valid", task.valid))
             if source is not None
         }
@@ -136,7 +136,7 @@ class Campaign:
     def tuned(self, training: Training) -> float:
         """The value of a learning rate: the geometric mean of the tasks' main metrics on the validation splits."""
         summary = self.trainings.summary(training)
-        values = {task.task: summary[task.task] for task in self.base.data.tasks if task.task in summary}
+        values = {task.task: summary[task.task] for task in self.base.data.all_tasks if task.task in summary}
         if not values:
             raise ValueError(f"{training.name}: no task can be scored on its valid split, so no rate can be chosen")
         return overall(values)
@@ -172,7 +172,7 @@ class Campaign:
     def question_only(self) -> dict[str, AnswerScores]:
         """The scores, by task, of answers guessed from the question without the image; not for captions."""
         found = {}
-        for task in self.data.tasks:
+        for task in self.data.all_tasks:
             if task.task in QUESTION_TASKS and task.train is not None:
                 rows = self.examples[task.task]
                 answers = question_only_answers(open_texts(task.train, self.base.data), rows)
@@ -200,11 +200,12 @@ def load_base(config: CompareVLConfig) -> TrainVLBartConfig:
         raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_vl_bart")
     if base.adapter.init_from is not None:
         raise ValueError(f"base: {config.base} has adapter.init_from, which other methods cannot load: leave it out")
-    if missing := [task.task for task in base.data.tasks if task.valid is None]:
+    if missing := [task.task for task in base.data.all_tasks if task.valid is None]:
         raise ValueError(f"base: {config.base} has no valid for {', '.join(missing)}, which choosing a rate needs")
-    trained, reported = ({task.task for task in data.tasks} for data in (base.data, config.report))
+    trained, reported = ({task.task for task in data.all_tasks} for data in (base.data, config.report))
     if trained != reported:
-        raise ValueError(f"report.tasks: must be the tasks of {config.base}: {', '.join(sorted(trained))}")
+        key = "report.tasks" if config.report.tasks else "report.task"
+        raise ValueError(f"{key}: must be the tasks of {config.base}: {', '.join(sorted(trained))}")
     if config.features and base.adapter.vision_parts:
         raise ValueError(
             f"features: {config.base} adapts the vision tower, which then has to encode the images: leave features out"
@@ -240,9 +241,9 @@ def overrides(config: CompareVLConfig, base: TrainVLBartConfig, training: Traini
 
 def reported_data(config: CompareVLConfig, base: TrainVLBartConfig) -> VLDataConfig:
     """The reported data with each task's train split, from which `decode.answers` and guesses take their answers."""
-    train = {task.task: task.train for task in base.data.tasks}
-    tasks = tuple(task.model_copy(update={"train": train[task.task]}) for task in config.report.tasks)
-    return config.report.model_copy(update={"tasks": tasks})
+    train = {task.task: task.train for task in base.data.all_tasks}
+    tasks = tuple(task.model_copy(update={"train": train[task.task]}) for task in config.report.all_tasks)
+    return config.report.with_tasks(tasks)
 
 
 def check_reported(config: CompareVLConfig, base: TrainVLBartConfig, sets: Mapping[str, ValidationSet]) -> None:
@@ -259,8 +260,9 @@ def check_reported(config: CompareVLConfig, base: TrainVLBartConfig, sets: Mappi
     """
     for name, found in sets.items():
         if len({group_of(name, example) for example in found.table}) < 2:
-            raise ValueError(f"report.tasks: {name} has only one image, and intervals need two or more")
-    for task in base.data.tasks:
+            place = config.report.place(name, "report")
+            raise ValueError(f"{place} has only one image, and intervals need two or more")
+    for task in base.data.all_tasks:
         for split, source in (("train", task.train), ("valid", task.valid)):
             assert source is not None
             table = open_table(source, Path(base.data.tables), on_bad_data=base.data.on_bad_data)
@@ -268,7 +270,7 @@ def check_reported(config: CompareVLConfig, base: TrainVLBartConfig, sets: Mappi
             for name, found in sets.items():
                 if shared := sorted(shared_images(found, used)):
                     raise ValueError(
-                        f"report.tasks: {len(shared)} images of {name} are also in the {split} of {task.task} in "
+                        f"report: {len(shared)} images of {name} are also in the {split} of {task.task} in "
                         f"{config.base} (such as {shared[0]}): report on others, for example with skip and limit"
                     )
 

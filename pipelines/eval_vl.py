@@ -78,7 +78,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
 
     The scores of tasks without questions, or whose training split is not in the config, stay as they are.
     """
-    (task,) = (task for task in config.data.tasks if task.task == name)
+    (task,) = (task for task in config.data.all_tasks if task.task == name)
     if task.train is None or name not in QUESTION_TASKS:
         return scores
     training = open_texts(task.train, config.data).answered()
