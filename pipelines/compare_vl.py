@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from dora_mm.config.loader import dump_config, load_config, resolve_path
 from dora_mm.config.vl import CompareVLConfig, TrainVLConfig, VLDataConfig
@@ -192,7 +191,8 @@ def load_base(config: CompareVLConfig) -> TrainVLConfig:
         raise ValueError(f"base: {config.base} has no valid for {', '.join(missing)}, which choosing a rate needs")
     trained, reported = ({task.task for task in data.all_tasks} for data in (base.data, config.report))
     if trained != reported:
-        raise ValueError(f"report.tasks: must be the tasks of {config.base}: {', '.join(sorted(trained))}")
+        key = "report.tasks" if config.report.tasks else "report.task"
+        raise ValueError(f"{key}: must be the tasks of {config.base}: {', '.join(sorted(trained))}")
     if config.features and base.adapter.vision_parts:
         raise ValueError(
             f"features: {config.base} adapts the vision tower, which then has to encode the images: leave features out"
@@ -238,7 +238,7 @@ def reported_data(config: CompareVLConfig, base: TrainVLConfig) -> VLDataConfig:
     """The reported data with each task's train split, from which `decode.answers` and guesses take their answers."""
     train = {task.task: task.train for task in base.data.all_tasks}
     tasks = tuple(task.model_copy(update={"train": train[task.task]}) for task in config.report.all_tasks)
-    return config.report.model_copy(update={"tasks": tasks})
+    return config.report.with_tasks(tasks)
 
 
 def check_reported(config: CompareVLConfig, base: TrainVLConfig, sets: Mapping[str, ValidationSet]) -> None:
@@ -255,7 +255,8 @@ def check_reported(config: CompareVLConfig, base: TrainVLConfig, sets: Mapping[s
     """
     for name, found in sets.items():
         if len({group_of(name, example) for example in found.table}) < 2:
-            raise ValueError(f"report.tasks: {name} has only one image, and intervals need two or more")
+            place = config.report.place(name, "report")
+            raise ValueError(f"{place} has only one image, and intervals need two or more")
     for task in base.data.all_tasks:
         for split, source in (("train", task.train), ("valid", task.valid)):
             assert source is not None
@@ -264,7 +265,7 @@ def check_reported(config: CompareVLConfig, base: TrainVLConfig, sets: Mapping[s
             for name, found in sets.items():
                 if shared := sorted(shared_images(found, used)):
                     raise ValueError(
-                        f"report.tasks: {len(shared)} images of {name} are also in the {split} of {task.task} in "
+                        f"report: {len(shared)} images of {name} are also in the {split} of {task.task} in "
                         f"{config.base} (such as {shared[0]}): report on others, for example with skip and limit"
                     )
 

@@ -30,7 +30,7 @@ from dora_mm.config.schema import (
     raise_problems,
 )
 
-VLTask = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c"]
+VLTask = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c", "chat", "choice"]
 VIDEO_TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
 
 FORMATS: dict[str, tuple[str, ...]] = {  # the formats of data files, and the tasks that each is for
@@ -45,11 +45,14 @@ FORMATS: dict[str, tuple[str, ...]] = {  # the formats of data files, and the ta
     "coco_karpathy": ("caption",),
     "video_qa": ("tvqa", "how2qa"),
     "video_captions": ("tvc", "yc2c"),
+    "chat": ("chat",),
+    "choices": ("choice",),
 }
+OWN_IMAGES = ("chat", "choices")  # formats whose rows may contain their images, or name them by absolute paths
 
 
 class SourceConfig(Section):
-    """One split of a data set, in a format in which it is published (dora_mm/data describes each)."""
+    """One split of a data set, in a format in which it is published, or of conversations (docs/vl.md lists all)."""
 
     format: Literal[
         "vqa_v2",
@@ -63,12 +66,16 @@ class SourceConfig(Section):
         "coco_karpathy",
         "video_qa",
         "video_captions",
+        "chat",
+        "choices",
     ]
-    file: InputPath  # the questions, sentences or captions
+    file: InputPath  # the questions, sentences, captions or conversations
     annotations: InputPath | None = None  # vqa_v2 only: the file of answers; null: a test split, which has none
-    images: InputPath | None = None  # the folder of images; null: only vision.features are used
+    # The folder of images; null: only vision.features are used, or (chat, choices) rows contain or fully name them.
+    images: InputPath | None = None
     subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
-    split: Text | None = None  # coco_karpathy only: train (includes restval), val or test
+    # coco_karpathy: train (includes restval), val or test; choices: a value of the column split, null: all rows
+    split: Text | None = None
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
 
@@ -77,7 +84,7 @@ class SourceConfig(Section):
         allowed = {
             "annotations": ("vqa_v2",),
             "subtitles": ("video_qa", "video_captions"),
-            "split": ("coco_karpathy",),
+            "split": ("coco_karpathy", "choices"),
         }
         problems = [
             f"{key} is only for format {' and '.join(formats)}, not for {self.format}"
@@ -100,14 +107,7 @@ class VLTaskConfig(Section):
 
     @model_validator(mode="after")
     def _formats_are_of_the_task(self) -> "VLTaskConfig":
-        problems = [
-            f"{name}.format {source.format} is only for {' and '.join(FORMATS[source.format])}, not for {self.task}"
-            for name, source in (("train", self.train), ("valid", self.valid))
-            if source is not None and self.task not in FORMATS[source.format]
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+        return raise_problems(self, check_formats(self.task, self.train, self.valid))
 
 
 class VisionConfig(Section):
@@ -224,20 +224,42 @@ class VLAdapterConfig(AnyAdapterConfig):
 
 
 class VLDataConfig(Section):
-    tasks: Annotated[Items[VLTaskConfig], Field(min_length=1)]  # trained jointly; a batch is from one task
+    """One task (`train`, `valid` and its name), or a list of tasks that are trained jointly."""
+
+    task: VLTask = "chat"  # what train and valid are for
+    train: SourceConfig | None = None  # the training split; null: none
+    valid: SourceConfig | None = None  # the validation split; null: none
+    tasks: Items[VLTaskConfig] = ()  # instead of train and valid; a batch is from one task
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
     tables: Text = "build/tables"  # a cache folder of the files as tables on disk, named by their content
 
+    @model_validator(mode="after")
+    def _one_form_is_given(self) -> "VLDataConfig":
+        names = [task.task for task in self.tasks]
+        short = [key for key in ("train", "valid") if getattr(self, key) is not None]
+        problems = check_formats(self.task, self.train, self.valid)
+        if len(set(names)) < len(names):
+            problems.append("tasks names a task twice")
+        if self.tasks and short:
+            problems.append(f"{' and '.join(short)} cannot be given beside tasks: move them into tasks, or leave it out")
+        if self.tasks and self.task != "chat":
+            problems.append("task has no effect beside tasks, each of which has its own")
+        if not self.tasks and not short:
+            problems.append("has no data: give train or valid, or a list of tasks")
+        return raise_problems(self, problems)
+
     @property
     def all_tasks(self) -> tuple[VLTaskConfig, ...]:
-        return self.tasks
+        """The tasks, in whichever form they are given."""
+        return self.tasks or (VLTaskConfig(task=self.task, train=self.train, valid=self.valid),)
 
-    @model_validator(mode="after")
-    def _tasks_are_distinct(self) -> "VLDataConfig":
-        names = [task.task for task in self.tasks]
-        if len(set(names)) < len(names):
-            raise ValueError("tasks names a task twice")
-        return self
+    def with_tasks(self, tasks: tuple[VLTaskConfig, ...]) -> "VLDataConfig":
+        """These settings with other tasks."""
+        return self.model_copy(update={"tasks": tasks, "task": "chat", "train": None, "valid": None})
+
+    def place(self, task: str, section: str = "data") -> str:
+        """How the config names a task, for messages: "data.tasks: vqa", or "data" for the only one."""
+        return f"{section}.tasks: {task}" if self.tasks else section
 
 
 class DecodeConfig(Section):
@@ -282,8 +304,8 @@ class TrainVLConfig(PipelineConfig):
         problems = check_vl_training(self.optimizer, self.schedule, self.train, dtype)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
-        problems += [f"data.tasks: {task.task} has no train split" for task in self.data.tasks if task.train is None]
-        if self.evaluate.every and not any(task.valid for task in self.data.tasks):
+        problems += missing_splits(self.data, "train")
+        if self.evaluate.every and not any(task.valid for task in self.data.all_tasks):
             problems.append("evaluate.every has no effect: no task has a valid split")
         trained = self.adapter.vision_parts
         if trained and self.vision.features:
@@ -308,7 +330,7 @@ class EvalVLConfig(PipelineConfig):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "EvalVLConfig":
-        problems = [f"data.tasks: {task.task} has no valid split" for task in self.data.tasks if task.valid is None]
+        problems = missing_splits(self.data, "valid")
         return raise_problems(self, problems + check_visual_inputs(self.model, self.data, self.vision, ("valid",)))
 
 
@@ -332,11 +354,11 @@ class CompareVLConfig(PipelineConfig):
     @model_validator(mode="after")
     def _sections_agree(self) -> "CompareVLConfig":
         problems = ["seeds names a seed twice"] if len(set(self.seeds)) < len(self.seeds) else []
-        for task in self.report.tasks:
-            if task.valid is None:
-                problems.append(f"report.tasks: {task.task} has no valid split")
+        problems += missing_splits(self.report, "valid", "report")
+        for task in self.report.all_tasks:
             if task.train is not None or task.batch_size is not None or task.weight != 1.0:
-                problems.append(f"report.tasks: {task.task} may only have valid: base configures its training")
+                place = self.report.place(task.task, "report")
+                problems.append(f"{place} may only have valid: base configures its training")
         return raise_problems(self, problems)
 
 
@@ -362,21 +384,38 @@ def check_vl_training(
     return problems + check_training(optimizer, schedule, known, dtype)
 
 
+def check_formats(task: str, train: SourceConfig | None, valid: SourceConfig | None) -> list[str]:
+    """Finds sources whose format is not for the task; one message per problem, each naming the key."""
+    return [
+        f"{name}.format {source.format} is only for {' and '.join(FORMATS[source.format])}, not for {task}"
+        for name, source in (("train", train), ("valid", valid))
+        if source is not None and task not in FORMATS[source.format]
+    ]
+
+
+def missing_splits(data: VLDataConfig, split: Literal["train", "valid"], section: str = "data") -> list[str]:
+    """Finds tasks without this split; one message per problem, each naming the key as the config has it."""
+    missing = [task.task for task in data.all_tasks if getattr(task, split) is None]
+    return [f"{data.place(task, section)} has no {split} split" for task in missing]
+
+
 def check_visual_inputs(
     model: VLModelConfig, data: VLDataConfig, vision: VisionConfig, splits: tuple[str, ...]
 ) -> list[str]:
     """Finds tasks that have neither images nor features in these splits; returns at most one message."""
     if model.family == "vlm":
         return _check_images(data, vision, splits)
-    clips = [task.task for task in data.tasks if task.task in VIDEO_TASKS]
-    if clips and len(clips) < len(data.tasks):
+    clips = [task.task for task in data.all_tasks if task.task in VIDEO_TASKS]
+    if clips and len(clips) < len(data.all_tasks):
         return ["data.tasks mixes image tasks and video tasks: a model handles only one kind"]
     if clips and not vision.features:
         return [f"vision.features is missing: {clips[0]} reads video clips as features"]
-    sources = [(task.task, getattr(task, split)) for task in data.tasks for split in splits]
-    missing = [name for name, source in sources if source and source.images is None]
+    sources = [(task.task, getattr(task, split)) for task in data.all_tasks for split in splits]
+    missing = [
+        task for task, source in sources if source and source.images is None and source.format not in OWN_IMAGES
+    ]
     if missing and not vision.features:
-        return [f"data.tasks: {missing[0]} has a source without images, and vision.features is empty"]
+        return [f"{data.place(missing[0])} has a source without images, and vision.features is empty"]
     return []
 
 
@@ -384,7 +423,8 @@ def _check_images(data: VLDataConfig, vision: VisionConfig, splits: tuple[str, .
     """As `check_visual_inputs`, for models that bring their own vision tower."""
     if vision != VisionConfig():
         return ["vision is for model.family vl_bart: the other models bring their own tower"]
-    if clips := [task.task for task in data.tasks if task.task in VIDEO_TASKS]:
-        return [f"data: {clips[0]} has clips, which only model.family vl_bart reads"]
-    missing = [task.task for task in data.tasks for split in splits if (s := getattr(task, split)) and s.images is None]
-    return [f"data: {missing[0]} has a source without images"] if missing else []
+    if clips := [task.task for task in data.all_tasks if task.task in VIDEO_TASKS]:
+        return [f"{data.place(clips[0])} has clips, which only model.family vl_bart reads"]
+    sources = [(task.task, getattr(task, split)) for task in data.all_tasks for split in splits]
+    missing = [name for name, s in sources if s and s.images is None and s.format not in OWN_IMAGES]
+    return [f"{data.place(missing[0])} has a source without images"] if missing else []

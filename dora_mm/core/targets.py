@@ -113,19 +113,21 @@ def parts_in(model: nn.Module, targets: TargetMap) -> list[str]:
 
 
 def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:
-    found = [path for path in modules if matches(pattern, path, f"target map {map_name}")]
+    of_map = f"target map {map_name}"
+    found = [path for path in modules if matches(pattern, path, of_map)]
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
         where, kind = wrong or "the model itself", type(modules[wrong]).__name__
-        raise ValueError(f"{_described(pattern, map_name)} matches {where}, a {kind}, {NOT_ADAPTABLE}")
+        raise ValueError(f"{described(pattern, of_map)} matches {where}, a {kind}, {NOT_ADAPTABLE}")
     if not found:
-        raise ValueError(f"{_described(pattern, map_name)} matches no module; nearest: {_nearest(pattern, modules)}")
+        raise ValueError(f"{described(pattern, of_map)} matches no module; nearest: {_nearest(pattern, modules)}")
     return found
 
 
-def _described(pattern: str, map_name: str, limit: int = 60) -> str:
+def described(pattern: str, where: str, limit: int = 60) -> str:
+    """A pattern for a message, cut if it is long; `where` says where it is from."""
     shown = pattern if len(pattern) <= limit else f"{pattern[:limit]}..."
-    return f"pattern {shown!r} of target map {map_name}"
+    return f"pattern {shown!r} of {where}"
 
 
 NOT_ADAPTABLE = f"which cannot be adapted ({ADAPTABLE} can)"
@@ -138,7 +140,7 @@ def matches(pattern: str, path: str, where: str) -> bool:
     try:
         return re.fullmatch(pattern[3:], path) is not None
     except re.error as error:
-        raise ValueError(f"pattern {pattern!r} of {where} is not a valid regular expression: {error}") from error
+        raise ValueError(f"{described(pattern, where)} is not a valid regular expression: {error}") from error
 
 
 def adaptable(module: nn.Module) -> bool:

@@ -17,14 +17,14 @@ from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.vlm.chat import IMAGE, Said, render, render_prompt
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
 from dora_mm.models.vlm.forms import Form, form_of
 from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, read_config
 from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH
 from dora_mm.targets import map_of
+from dora_mm.tasks.chat import render, render_prompt
 from dora_mm.tasks.vl import Answer, draw_answer, mean_over_processes
 from dora_mm.utils.digest import module_digest
 
@@ -163,7 +163,7 @@ class VLM:
         turns = self.turns(task, example, answer)
         if answer is None:
             return self.encoder.question(render_prompt(self.processor, turns), pictures)
-        row = self.encoder.conversation(render(self.processor, turns), pictures)
+        row = self.encoder.conversation(*render(self.processor, turns), pictures)
         self.num_cut += row.num_cut > 0
         return row
 
@@ -175,13 +175,13 @@ class VLM:
         target = self.encoder.decoder_target(answer or "", start)
         return Row(row.inputs, target, row.num_image_tokens, row.num_cut)
 
-    def turns(self, task: str, example: Example, answer: str | None) -> list[Said]:
+    def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
         if example.turns:
-            turns = [Said(turn.role, turn.text, turn.loss) for turn in example.turns]
+            turns = list(example.turns)
             return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
         asked = "\n".join([*[IMAGE] * len(example.images), self.prompt(task, example.text)])
-        return [Said("user", asked), *([] if answer is None else [Said("assistant", answer, True)])]
+        return [Turn("user", asked, False), *([] if answer is None else [Turn("assistant", answer, True)])]
 
     def prompt(self, task: str, text: str) -> str:
         """What the model is asked about an example with this text."""
@@ -273,8 +273,8 @@ class VLM:
         """The token that ends a turn of the model in its chat template."""
         if self.plain is not None:
             return [] if self.processor.tokenizer.sep_token_id is None else [self.processor.tokenizer.sep_token_id]
-        turns = [Said("user", "?"), Said("assistant", "!", True)]
-        text, ((start, end),) = render(self.processor, turns)
+        turns = [Turn("user", "?", False), Turn("assistant", "!", True)]
+        text, [(start, end)] = render(self.processor, turns)
         ids = self.processor.tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
         return ids[-1:]
 

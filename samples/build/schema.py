@@ -124,7 +124,7 @@ class PretrainTinyVLConfig(PipelineConfig):
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyVLConfig":
         problems = check_vl_training(self.optimizer, self.schedule, self.train)
-        if not any(task.task == "caption" and task.train and task.valid for task in self.data.tasks):
+        if not any(task.task == "caption" and task.train and task.valid for task in self.data.all_tasks):
             problems.append("data.tasks: the task caption is missing, with train and valid: the model is trained on it")
         if self.model.width % self.model.heads:
             problems.append(f"model.width ({self.model.width}) must be a multiple of model.heads ({self.model.heads})")

@@ -1,7 +1,25 @@
-"""What the readers of all vision-language data sets yield: one Example per question, sentence or captioned image."""
+"""What the readers of all data sets yield: one Example per question, sentence, captioned image or conversation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+IMAGE = "<image>"  # inside the text of a user's or system turn: the place of the next image
+Role = Literal["system", "user", "assistant"]
+
+
+class Turn(NamedTuple):
+    """One message of a conversation.
+
+    Attributes:
+        role: Whose message it is.
+        text: The text as the file has it, with an IMAGE marker at the place of each image.
+        loss: Whether the model is trained to write this text.
+    """
+
+    role: Role
+    text: str
+    loss: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,18 +29,23 @@ class Example:
     Attributes:
         id: The data set's own id (question_id, identifier, image id, qid), as text.
         images: File names relative to the folder of images (`COCO_val2014_000000000042.jpg`, or `val2014/...` for a
-            file in a subfolder): two for NLVR2, one otherwise. For videos the name of the clip. Features are looked up
-            by `stem` of this name.
+            file in a subfolder), or absolute paths: two for NLVR2, any number for conversations, one otherwise. For
+            videos the name of the clip. Features are looked up by `stem` of this name.
         text: The question or sentence as the file has it, without the prompt of the task; "" for captions. For videos
-            everything that the model reads before the prompt, see readers/video.py.
+            everything that the model reads before the prompt, see readers/video.py; for multiple choice also the hint
+            and the options with their letters; for conversations the user's last turn without markers.
         answers: The accepted answers: for VQA every normalised answer, for GQA and NLVR2 ("true", "false") the only
-            one, for captions every reference. Empty where the file has no answers (a test split, or an empty label of
-            the Karpathy form).
+            one, for captions every reference, for multiple choice the letter, for conversations the last turn, if it is
+            the assistant's. Empty where the file has no answers (a test split, or an empty label of the Karpathy form).
         scores: The training score of each of `answers`, from 0 to 1: min(1, 0.3 n) for a VQA answer that n people gave,
             1 in all other data sets.
         raw_answers: The ten answers of VQA as the file has them; empty for formats that do not contain them.
         kinds: The categories by which tables of scores are grouped: (answer_type, question_type) for VQA, (structural,
-            semantic) for GQA, the type of each reference for video captions; empty where the file has none.
+            semantic) for GQA, the type of each reference for video captions, (category,) for multiple choice; empty
+            where the file has none.
+        turns: All turns of a conversation: the user's and the assistant's alternate, after at most one system turn.
+            They have as many markers as there are `images`. Empty for all other data sets.
+        options: The options of a multiple choice question, A, B, ... by position; empty for all other data sets.
     """
 
     id: str
@@ -32,6 +55,8 @@ class Example:
     scores: tuple[float, ...] = ()
     raw_answers: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 Predictions = Sequence[tuple[Example, str]]  # each example with the model's answer

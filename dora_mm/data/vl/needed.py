@@ -5,7 +5,7 @@ from pathlib import Path
 from dora_mm.config.loader import find_path
 from dora_mm.config.vl import VisionConfig, VLDataConfig
 
-PUBLISHED = {  # data format -> where its files are published
+PUBLISHED = {  # data format -> where its files are published; "" where they are not
     "vqa_v2": "visualqa.org",
     "vqa_karpathy": "the data of VL-T5 (github.com/j-min/VL-T5)",
     "easy_vqa": "the package easy-vqa",
@@ -17,6 +17,8 @@ PUBLISHED = {  # data format -> where its files are published
     "coco_karpathy": "Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent)",
     "video_qa": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
     "video_captions": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
+    "chat": "",  # the user's own files
+    "choices": "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
 }
 
 
@@ -32,9 +34,9 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
         (
             f"{task.task} {split} {key}",
             path,
-            "found" if find_path(path) else f"missing, get it from: {PUBLISHED[source.format]}",
+            "found" if find_path(path) else _missing(source.format),
         )
-        for task in data.tasks
+        for task in data.all_tasks
         for split, source in (("train", task.train), ("valid", task.valid))
         if source is not None
         for key in ("file", "annotations", "subtitles", "images")
@@ -51,6 +53,11 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
     rows.append(("model", model, "a local folder, or downloaded from the hub"))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(["data", *(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)])
+
+
+def _missing(form: str) -> str:
+    published = PUBLISHED[form]
+    return f"missing, get it from: {published}" if published else "missing: a file or folder of your own"
 
 
 def found_features(vision: VisionConfig) -> list[Path]:

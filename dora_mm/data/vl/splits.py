@@ -77,8 +77,7 @@ def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
     Raises:
         ValueError: As in `open_table`.
     """
-    without_images = source.model_copy(update={"images": None})
-    return open_table(without_images, Path(data.tables), on_bad_data=data.on_bad_data)
+    return open_table(source, Path(data.tables), on_bad_data=data.on_bad_data, check_images=False)
 
 
 def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[str, TrainingSet]:
@@ -96,7 +95,7 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         ValueError: A split has no answers; also as in `open_source`.
     """
     found = {}
-    for task in data.tasks:
+    for task in data.all_tasks:
         assert task.train is not None
         table = open_source(task.train, data, model).answered()
         if not len(table):
@@ -124,7 +123,7 @@ def open_validation(
             `answered` is set; also as in `open_source`.
     """
     found = {}
-    for task in data.tasks:
+    for task in data.all_tasks:
         if task.valid is not None:
             candidates: tuple[str, ...] = ()
             if decode.takes_candidates(task.task) and task.train is not None:

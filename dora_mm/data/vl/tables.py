@@ -8,8 +8,9 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,7 +18,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl import OWN_IMAGES, SourceConfig
+from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batch
+from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.readers import FILES, READERS, resolved
@@ -25,23 +28,9 @@ from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 
 log = logging.getLogger(__name__)
-LAYOUT = "1"  # increase it when a reader makes different rows from the same files
+LAYOUT = "2"  # increase it when a reader makes different rows from the same files
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
-
-TEXTS = pa.list_(pa.string())
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "images": TEXTS,
-        "text": pa.string(),
-        "answers": TEXTS,
-        "scores": pa.list_(pa.float64()),
-        "raw_answers": TEXTS,
-        "kinds": TEXTS,
-    }
-)
-assert SCHEMA.names == [column.name for column in fields(Example)]
-
+STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ExampleTable(Sequence[Example]):
@@ -76,11 +65,10 @@ class ExampleTable(Sequence[Example]):
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
         batch, row = divmod(int(self.rows[index]), BATCH_ROWS)
-        values: dict[str, Any] = self.batches[batch].slice(row, 1).to_pylist()[0]
-        values["images"] = [self.places.get(name, name) for name in values["images"]]
-        for key in values.keys() - {"id", "text"}:
-            values[key] = tuple(values[key])
-        return Example(**values)
+        example = example_at(self.batches[batch], row)
+        if not self.places:
+            return example
+        return replace(example, images=tuple(self.places.get(name, name) for name in example.images))
 
     def select(self, indices: Iterable[int]) -> "ExampleTable":
         """A table of the rows at these indices, in the order given."""
@@ -139,21 +127,25 @@ class ExampleTable(Sequence[Example]):
         return chunks.combine_chunks().take(pa.array(self.rows))
 
 
-def open_table(source: SourceConfig, folder: Path, *, on_bad_data: OnBadData) -> ExampleTable:
+def open_table(
+    source: SourceConfig, folder: Path, *, on_bad_data: OnBadData, check_images: bool = True
+) -> ExampleTable:
     """Opens the table of a source, which is first written to `folder` if needed (10 s for 440,000 questions).
 
-    If the source names a folder of images, the images of every row must be in it. A warning lists the skipped rows.
+    If the source names a folder of images, or its rows may name absolute paths, the images of every row must exist. A
+    warning lists the skipped rows.
 
     Args:
         source: The source, with relative or absolute paths.
-        folder: Where tables are kept.
+        folder: Where tables are kept, and images that are embedded in data files: in its subfolder `images`.
         on_bad_data: "stop" raises at the first bad row, "skip" omits bad rows.
+        check_images: Whether the images must exist; False where only the texts are used.
 
     Raises:
         ValueError: A file or folder is missing, damaged or empty; or a row is bad (see the readers and
             `ExampleTable.with_images`) and `on_bad_data` is "stop".
     """
-    source = resolved(source)
+    source = resolved(source if check_images else source.model_copy(update={"images": None}))
     path = folder / f"{source.format}-{_digest(source)}.arrow"
     table = _open(path, source, on_bad_data)
     if table is None:
@@ -163,30 +155,34 @@ def open_table(source: SourceConfig, folder: Path, *, on_bad_data: OnBadData) ->
     for reason, places in table.skipped.items():
         if on_bad_data == "stop":  # the file was written with on_bad_data "skip"
             raise ValueError(f"{places[0]}: {reason}")
-    if source.images is not None:
+    if check_images and source.images is not None:
         where = f"{source.images}, or in several of its subfolders"
         table = table.with_images(ImageFolder(Path(source.images)).find, where)
+    elif check_images and source.format in OWN_IMAGES:
+        where = "the file system (relative names need `images`, the folder that they are in)"
+        table = table.with_images(ImageFolder(None).find, where)
     warn_skipped(table.skipped)
     return table
 
 
 def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadData) -> None:
     """Writes the Arrow file to its temporary path, and a JSON file with row count and skipped rows next to `path`."""
-    bad = BadRows(on_bad_data)
+    bad, store = BadRows(on_bad_data), ImageStore(path.parent / STORED_IMAGES)
     end = None if source.limit is None else source.skip + source.limit
     examples = itertools.islice(READERS[source.format](source, bad), source.skip, end)
     progress = tqdm(examples, desc=f"reading {Path(source.file).name}", unit="row", delay=2, disable=None)
     num_rows = 0
     with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
         for rows in _in_batches(progress):
-            columns = [pa.array([getattr(row, column.name) for row in rows], column.type) for column in SCHEMA]
-            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            writer.write_batch(record_batch([store.stored(row) for row in rows]))
             num_rows += len(rows)
+    store.flush()
     if not num_rows:
         warn_skipped(bad.found)
         after = f" after the first {source.skip}" if source.skip else ""
         raise ValueError(f"{source.file} has no usable row{after}")
-    write_text(path.with_suffix(".json"), json.dumps({"num_rows": num_rows, "skipped": bad.found}, indent=1))
+    summary = {"num_rows": num_rows, "num_stored_images": len(store.names), "skipped": bad.found}
+    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1))
 
 
 def _open(path: Path, source: SourceConfig, on_bad_data: OnBadData) -> ExampleTable | None:
@@ -197,6 +193,8 @@ def _open(path: Path, source: SourceConfig, on_bad_data: OnBadData) -> ExampleTa
         summary = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         batches = list(pa.ipc.open_stream(pa.memory_map(str(path))))
         intact = sum(batch.num_rows for batch in batches) == summary["num_rows"]
+        if num_stored := summary["num_stored_images"]:
+            intact = intact and _count_stored(batches, path.parent / STORED_IMAGES) == num_stored
     except (OSError, ValueError) as error:
         summary, batches, intact = {}, [], False
         log.debug("%s: %s", path, error)
@@ -204,6 +202,14 @@ def _open(path: Path, source: SourceConfig, on_bad_data: OnBadData) -> ExampleTa
         log.warning("%s is damaged: the table is read again from its source", path)
         return None
     return ExampleTable(path, source.file, batches, np.arange(summary["num_rows"]), on_bad_data, summary["skipped"])
+
+
+def _count_stored(batches: Sequence[pa.RecordBatch], folder: Path) -> int:
+    """How many different images of the rows are files of this folder: fewer than were stored if it was moved."""
+    files = set(os.listdir(folder)) if folder.is_dir() else set()
+    prefix = f"{folder.absolute()}{os.sep}"
+    names = pa.chunked_array([batch["images"].flatten() for batch in batches]).unique().to_pylist()
+    return sum(name.startswith(prefix) and name.removeprefix(prefix) in files for name in names)
 
 
 def _digest(source: SourceConfig) -> str:

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_mm.models.vlm.chat import Rendered
-
 IGNORED = -100  # label of a token without loss, as in all of transformers
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 
@@ -53,19 +51,20 @@ class RowEncoder:
         ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
         self.image_ids = torch.tensor(sorted({i for i in ids if i is not None}), dtype=torch.long)
 
-    def conversation(self, rendered: Rendered, images: Sequence[Any]) -> Row:
+    def conversation(self, text: str, answers: Sequence[tuple[int, int]], images: Sequence[Any]) -> Row:
         """A rendered conversation as a row whose answers have loss.
 
         Args:
-            rendered: The conversation.
+            text: The conversation, with the processor's image token in the place of each image.
+            answers: Where the learned answers are in it, as (start, end).
             images: Its images, PIL, in the order of the text.
 
         Raises:
             ValueError: The numbers of images and of places for them differ, or the image tokens alone are too many.
         """
-        inputs, expanded = self._process(rendered.text, images)
+        inputs, expanded = self._process(text, images)
         offsets = inputs.pop("offset_mapping")[0]
-        spans = [(_moved(start, expanded), _moved(end, expanded)) for start, end in rendered.spans]
+        spans = [(_moved(start, expanded), _moved(end, expanded)) for start, end in answers]
         learned = torch.zeros(len(offsets), dtype=torch.bool)
         for start, end in spans:
             learned |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
@@ -106,7 +105,7 @@ class RowEncoder:
         return torch.tensor([*ids, end])
 
     def decoder_target(self, answer: str, start: int | None = None) -> Tensor:
-        """The token ids (T,) of an answer that a decoder writes, as its tokenizer makes a text; `start` is the first."""
+        """The token ids (T,) of an answer that a decoder writes, as the tokenizer ends a text; `start` is the first."""
         ids = self.tokenizer(answer)["input_ids"]
         return torch.tensor(ids if start is None else [start, *ids[1:]])
 
@@ -116,10 +115,7 @@ class RowEncoder:
         places = text.count(token) if isinstance(token, str) else None
         if places not in (None, 0, len(images)) or (images and places == 0 and self.processor.chat_template):
             raise ValueError(f"the text has {places} places for images, and the row has {len(images)} images")
-        if bos is not None and text.startswith(bos):
-            settings = {"add_special_tokens": False}
-        else:
-            settings = {}
+        settings = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
         found = self.processor(
             text=[text],
             images=[list(images)] if images else None,

@@ -113,12 +113,12 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
 
 def captions_of(config: PretrainTinyVLConfig) -> VLTaskConfig:
     """The task `caption` of the config."""
-    return next(task for task in config.data.tasks if task.task == "caption")
+    return next(task for task in config.data.all_tasks if task.task == "caption")
 
 
 def all_texts(config: PretrainTinyVLConfig) -> Iterator[str]:
     """The training data of the tokenizer: texts and answers of every task's training split."""
-    for task in config.data.tasks:
+    for task in config.data.all_tasks:
         if task.train is not None:
             for example in open_texts(task.train, config.data):
                 yield from (example.text, *example.answers)

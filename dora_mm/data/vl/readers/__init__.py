@@ -5,11 +5,13 @@ It reads `source.file` and, where the format has them, `source.annotations`, `so
 `skip`, `limit` and `images` are handled by tables.py. It passes every row that it cannot use to `bad`, normally through
 `good_rows`, and raises ValueError for a file that cannot be parsed. Its rows must depend only on the content of these
 files, the name of `source.file` and the split, since tables are cached by them; if a reader changes, increase LAYOUT in
-tables.py.
+tables.py. An image that is inside a file is yielded as a data URL (embedded.py); tables.py makes a file of it.
 
 To add a format: write its reader in this folder; add the format to READERS below, to `SourceConfig.format` and FORMATS
-in dora_mm/config/vl.py (with the tasks that it serves), and to PUBLISHED in dora_mm/data/vl/needed.py (where its files
-can be obtained); and add its file layout to tests/data/vl.
+in dora_mm/config/vl.py (with the tasks that it serves; also to OWN_IMAGES, if its rows may contain images or name them
+by absolute paths), and to PUBLISHED in dora_mm/data/vl/needed.py (where its files can be obtained); and add its file
+layout to tests/data/vl and a row to the table of docs/vl.md. One more shape of `chat` is an entry of SHAPES in
+chat_shapes.py, with its types and a function that takes a row apart.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ from collections.abc import Callable, Iterator
 from dora_mm.config import resolve_path
 from dora_mm.config.vl import SourceConfig
 from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.readers.chat import read_chat
+from dora_mm.data.vl.readers.choices import read_choices
 from dora_mm.data.vl.readers.coco_captions import read_coco_captions, read_coco_karpathy
 from dora_mm.data.vl.readers.gqa import read_gqa, read_gqa_vlt5
 from dora_mm.data.vl.readers.nlvr2 import read_nlvr2, read_nlvr2_vlt5
@@ -36,6 +40,8 @@ READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example]]] = {
     "coco_karpathy": read_coco_karpathy,
     "video_qa": read_video_qa,
     "video_captions": read_video_captions,
+    "chat": read_chat,
+    "choices": read_choices,
 }
 FILES = ("file", "annotations", "subtitles")  # the keys of a source that name files with row content
 

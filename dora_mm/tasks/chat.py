@@ -5,21 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-IMAGE = "<image>"  # marks the place of an image in the text of a turn; templates put their own token there
-
-
-class Said(NamedTuple):
-    """One turn of a conversation.
-
-    Attributes:
-        role: "system", "user" or "assistant".
-        text: What is said, with IMAGE in the place of each image.
-        loss: Whether the model learns to say it.
-    """
-
-    role: str
-    text: str
-    loss: bool = False
+from dora_mm.data.vl.example import IMAGE, Turn
 
 
 class Rendered(NamedTuple):
@@ -34,7 +20,7 @@ class Rendered(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-def render(processor: Any, turns: Sequence[Said]) -> Rendered:
+def render(processor: Any, turns: Sequence[Turn]) -> Rendered:
     """Renders a conversation for training.
 
     An answer begins where the prompt that asks for it ends. Where the template puts no special token behind an
@@ -65,12 +51,12 @@ def render(processor: Any, turns: Sequence[Said]) -> Rendered:
     return Rendered(text, tuple(spans))
 
 
-def render_prompt(processor: Any, turns: Sequence[Said]) -> str:
+def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:
     """Renders a conversation up to the place where the model answers."""
     return apply_template(processor, turns, ask=True)
 
 
-def apply_template(processor: Any, turns: Sequence[Said], *, ask: bool = False) -> str:
+def apply_template(processor: Any, turns: Sequence[Turn], *, ask: bool = False) -> str:
     """Applies the chat template; with `ask`, what begins the model's next turn follows.
 
     Raises:

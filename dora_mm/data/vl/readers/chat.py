@@ -1,0 +1,166 @@
+"""Conversations about images, in the files of LLaVA, LLaMA-Factory, ms-swift, Hugging Face (TRL) and axolotl.
+
+A file is a JSON list, JSON lines or Parquet; its content says which. All its rows have one shape, see chat_shapes.py.
+"""
+
+import json
+import logging
+from collections.abc import Hashable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dora_mm.config.vl import SourceConfig
+from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.json_items import Item, json_lines, list_items, place
+from dora_mm.data.vl.readers.chat_shapes import SHAPES, Parts, Shape, shape_of
+from dora_mm.data.vl.rows import BadRows, RowError, checked
+
+log = logging.getLogger(__name__)
+PEEKED = 20  # rows that are searched for one of a known shape: the first may be damaged
+PARQUET_ROWS = 64  # of a Parquet file in memory at a time, with their images
+
+
+def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
+    """Reads every conversation of a file.
+
+    A row has as many IMAGE markers, or image items, as images, and keeps them where they are. (LLaVA's own loader moves
+    each to the start of its turn.) Only where a row has images and no marker at all, all markers come first in the
+    user's first turn, as ms-swift and TRL do; LLaVA's loader would leave such images unused.
+
+    A row that ends with the user's turn has no answer. Rows without `id` are named by their number in the file, and an
+    id that occurs again, as in LLaVA's own files, by its place as well.
+
+    Raises:
+        ValueError: The file cannot be read or has no known shape, or a row is bad and `bad` is set to "stop".
+    """
+    path = Path(source.file)
+    shape = find_shape(path)
+    log.info("%s: %s", path, shape.name)
+    seen: set[Hashable] = set()
+    for where, item in _items(path):
+        try:
+            row = checked(shape.schema, item)
+            example = _example(shape.read(row), _new_id(row.get("id"), where, seen))
+        except RowError as error:
+            bad.add(place(path, where, item), str(error))
+        else:
+            seen.add(example.id)
+            yield example
+
+
+def find_shape(path: Path) -> Shape:
+    """The shape of a file's rows.
+
+    Raises:
+        ValueError: The file cannot be read, or its first rows have none of the known shapes.
+    """
+    rows = [_parsed(item) for _, item in islice(_items(path), PEEKED)]
+    found = next((shape for row in rows if (shape := shape_of(row))), None)
+    if found is None:
+        keys = f"has the keys {', '.join(map(repr, rows[0]))}" if isinstance(rows[0], dict) else "is not an object"
+        known = ", ".join(shape.name for shape in SHAPES)
+        raise ValueError(f"{path} has no known shape of conversations: its first row {keys}; known are {known}")
+    return found
+
+
+def _items(path: Path) -> Iterator[Item]:
+    """The rows of the file with their places; those of JSON lines are not parsed yet."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(1 << 16).lstrip(b" \t\r\n\xef\xbb\xbf")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if start.startswith(b"PAR1"):
+        return _parquet_rows(path)
+    return list_items(path) if start.startswith(b"[") else json_lines(path)
+
+
+def _parquet_rows(path: Path) -> Iterator[Item]:
+    """The rows of a Parquet file, a few at a time.
+
+    Raises:
+        ValueError: While iterating: the file is damaged or has no rows.
+    """
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(PARQUET_ROWS):
+                for number, row in enumerate(batch.to_pylist(), number + 1):
+                    yield f"row {number}", row
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        after = f" after row {number}, the last complete row" if number else ""
+        raise ValueError(f"{path} is truncated or not a valid Parquet file{after} ({str(error).splitlines()[0]})") from None
+    if not number:
+        raise ValueError(f"{path} has no rows")
+
+
+def _parsed(item: Any) -> Any:
+    if not isinstance(item, bytes):
+        return item
+    try:
+        return json.loads(item)
+    except ValueError:  # reported when the row is read
+        return None
+
+
+def _new_id(given: int | str | None, where: str, seen: set[Hashable]) -> str:
+    number = where.rpartition(" ")[2]
+    name = number if given in (None, "") else str(given)
+    name = f"{name} ({where})" if name in seen else name
+    if name in seen:
+        raise RowError("has a duplicate id")
+    return name
+
+
+def _example(parts: Parts, name: str) -> Example:
+    _check_order(parts.turns)
+    turns, images = _with_images(parts)
+    _check_texts(turns)
+    question = next(turn.text for turn in reversed(turns) if turn.role == "user")
+    answers = (turns[-1].text,) if turns[-1].role == "assistant" else ()
+    text = question.replace(IMAGE, "").strip()
+    return Example(name, tuple(images), text, answers, (1.0,) * len(answers), turns=tuple(turns))
+
+
+def _check_order(turns: list[Turn]) -> None:
+    """Checks that the user's and the assistant's turns alternate, after at most one system turn."""
+    said = turns[1:] if turns and turns[0].role == "system" else turns
+    if not said:
+        raise RowError("has no turns")
+    if said[0].role == "assistant":
+        raise RowError("begins with the assistant")
+    for before, turn in zip([None, *said], said, strict=False):
+        if turn.role == "system":
+            raise RowError("has a system turn that is not the first")
+        if before and before.role == turn.role:
+            raise RowError(f"has two turns of the {turn.role} in a row")
+
+
+def _check_texts(turns: list[Turn]) -> None:
+    for turn in turns:
+        if not turn.text or turn.text.isspace():
+            raise RowError("has an empty answer" if turn.role == "assistant" else f"has an empty turn of the {turn.role}")
+    if turns[-1].role == "assistant" and not any(turn.loss for turn in turns):
+        raise RowError("has `loss: false` for every answer")
+
+
+def _with_images(parts: Parts) -> tuple[list[Turn], list[str]]:
+    """The turns and the images in the order of their markers."""
+    turns, places, images = parts.turns, parts.places, parts.images
+    if images and not places:
+        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
+        marked = turns[first]._replace(text=IMAGE * len(images) + turns[first].text)
+        return [*turns[:first], marked, *turns[first + 1 :]], images
+    num_own = len(places) - places.count(None)
+    if len(images) + num_own != len(places):
+        raise RowError(f"has {_count(len(images) + num_own, 'image')}, but {_count(len(places), f'{IMAGE} marker')}")
+    remaining = iter(images)
+    return turns, [next(remaining) if name is None else name for name in places]
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
