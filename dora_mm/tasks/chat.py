@@ -23,32 +23,37 @@ class Rendered(NamedTuple):
 def render(processor: Any, turns: Sequence[Turn]) -> Rendered:
     """Renders a conversation for training.
 
-    An answer begins where the prompt that asks for it ends. Where the template puts no special token behind an
-    answer (LLaVA 1.5), the end-of-sequence token is inserted there: without it, the model would never learn to stop.
+    An answer follows the very text that asks for it when the model answers, also where the template renders an answered
+    turn in another way (LLaVA-OneVision). Where the template puts no special token behind an answer (LLaVA 1.5), the
+    end-of-sequence token is inserted: without it, the model would never learn to stop.
 
     Args:
         processor: A processor with a chat template.
         turns: The conversation.
 
     Raises:
-        ValueError: The template does not render an answer as it was given.
+        ValueError: The template refuses the conversation, or does not render an answer as it was given.
     """
-    whole, spans, shift = apply_template(processor, turns), [], 0
-    text, end_token = whole, processor.tokenizer.eos_token
-    ends = tuple(processor.tokenizer.all_special_tokens) + tuple(processor.tokenizer.get_added_vocab())
+    whole = apply_template(processor, turns)
+    tokenizer = processor.tokenizer
+    ends = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+    text, spans, done = "", [], 0  # the text up to `done` in `whole`
     for number, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        start = _shared(apply_template(processor, turns[:number], ask=True), whole)
+        prompt = apply_template(processor, turns[:number], ask=True)
+        start = _shared(prompt, whole)
         end = start + len(whole[start : _shared(apply_template(processor, turns[: number + 1]), whole)].rstrip())
-        if turn.text.strip() not in whole[start:end]:
+        place = whole.find(turn.text.strip(), start, end)
+        if place < 0:
             raise ValueError(f"the chat template does not render this answer as it is: {turn.text[:80]!r}")
-        inserted = "" if whole[start:end].endswith(ends) else end_token
-        text = text[: end + shift] + inserted + text[end + shift :]
+        text += whole[done:start] + prompt[start:]
+        said = whole[start if start == len(prompt) else place : end]
+        said += "" if said.endswith(ends) else tokenizer.eos_token
         if turn.loss:
-            spans.append((start + shift, end + shift + len(inserted)))
-        shift += len(inserted)
-    return Rendered(text, tuple(spans))
+            spans.append((len(text), len(text) + len(said)))
+        text, done = text + said, end
+    return Rendered(text + whole[done:], tuple(spans))
 
 
 def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:

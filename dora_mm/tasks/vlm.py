@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -132,7 +132,7 @@ class VLM:
             answer, weight = draw_answer(example, stream)
             rows.append(self.row(task, example, images, answer))
             weights.append(weight)
-        groups = self._groups(rows, SAME_IMAGES)
+        groups = self._groups(rows)
         batches = [
             (*self._collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group])) for group in groups
         ]
@@ -173,7 +173,7 @@ class VLM:
         row = self.encoder.question(text, pictures, ends=True)
         start = getattr(self.model, "decoder_start_token_id", None)  # BLIP's own, in place of [CLS]
         target = self.encoder.decoder_target(answer or "", start)
-        return Row(row.inputs, target, row.num_image_tokens, row.num_cut)
+        return replace(row, labels=target)
 
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
@@ -191,13 +191,12 @@ class VLM:
     def load_image(self, folder: str | None, name: str) -> Any:
         return load_rgb(resolve_path(folder or "", "images") / name if folder else resolve_path(name), "white")
 
-    def _groups(self, rows: Sequence[Row], by_images: Sequence[str], by_length: Sequence[str] = ()) -> list[list[int]]:
+    def _groups(self, rows: Sequence[Row]) -> list[list[int]]:
         """The rows, by index, that this class can compute in one batch."""
         kind, groups = self.model_config.model_type, defaultdict(list)
         for index, row in enumerate(rows):
-            images = tuple(row.inputs.keys()) + tuple(row.inputs.get("aspect_ratio_ids", torch.empty(0)).shape)
-            key = (images if kind in by_images else None, row.length if kind in by_length else None)
-            groups[key].append(index)
+            images = row.num_images if kind in SAME_IMAGES else None
+            groups[images, row.length if kind in SAME_LENGTH else None].append(index)
         return list(groups.values())
 
     def _collate(self, rows: Sequence[Row], *, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:
@@ -284,7 +283,7 @@ class VLM:
     ) -> list[str]:
         rows = [self.row(task, example, images, None) for example in examples]
         answers = [""] * len(rows)
-        for group in self._groups(rows, SAME_IMAGES, SAME_LENGTH):
+        for group in self._groups(rows):
             inputs, _ = self._collate([rows[i] for i in group], left=self.form.continues)
             ids = self.form.generate(self.model, self._moved(inputs), settings)
             texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -23,12 +23,14 @@ class Row:
             images, of which there may be none.
         labels: Token ids with IGNORED where there is no loss: (L,), those of `input_ids`; or (T,), the target of a
             decoder.
+        num_images: The number of its images.
         num_image_tokens: How many of the L tokens stand for images.
         num_cut: How many tokens of text were cut.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    num_images: int = 0
     num_image_tokens: int = 0
     num_cut: int = 0
 
@@ -71,7 +73,7 @@ class RowEncoder:
         inside = torch.zeros_like(learned)
         for _, _, start, end in expanded:
             inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-        return self._row(inputs, learned, inside)
+        return self._row(inputs, learned, inside, len(images))
 
     def question(self, text: str, images: Sequence[Any], answer: str | None = None, *, ends: bool = False) -> Row:
         """A prompt, with its answer behind it where one is given, which then has loss.
@@ -96,7 +98,7 @@ class RowEncoder:
         if answer is not None:
             inputs = _continued(inputs, self.target(answer))
         learned = torch.arange(inputs["input_ids"].shape[1]) >= start
-        return self._row(inputs, learned, torch.zeros_like(learned))
+        return self._row(inputs, learned, torch.zeros_like(learned), len(images))
 
     def target(self, answer: str) -> Tensor:
         """The token ids (T,) of an answer that continues a text, with the end token."""
@@ -127,22 +129,22 @@ class RowEncoder:
         replaced = found.pop("text_replacement_offsets", None) or [[]]
         return dict(found), [(*part["span"], *part["new_span"]) for part in replaced[0]]
 
-    def _row(self, inputs: dict[str, Tensor], learned: Tensor, inside: Tensor) -> Row:
+    def _row(self, inputs: dict[str, Tensor], learned: Tensor, inside: Tensor, num_images: int) -> Row:
         is_image = inside | torch.isin(inputs["input_ids"][0], self.image_ids)
         learned = learned & ~is_image
         labels = inputs["input_ids"][0].masked_fill(~learned, IGNORED)
-        num_images = int(is_image.sum())
+        num_tokens = int(is_image.sum())
         excess = len(labels) - self.max_length
         if excess <= 0:
-            return Row(inputs, labels, num_images)
-        if num_images >= self.max_length:
+            return Row(inputs, labels, num_images, num_tokens)
+        if num_tokens >= self.max_length:
             raise ValueError(
-                f"the images alone are {num_images} tokens, and a row has at most {self.max_length}: raise "
+                f"the images alone are {num_tokens} tokens, and a row has at most {self.max_length}: raise "
                 "model.max_length, or make the images smaller (model.max_pixels, model.image_size)"
             )
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[torch.nonzero(~is_image)[-excess:]] = False
-        return Row(_columns(inputs, kept), labels[kept], num_images, excess)
+        return Row(_columns(inputs, kept), labels[kept], num_images, num_tokens, excess)
 
 
 def _moved(position: int, expanded: Sequence[tuple[int, int, int, int]]) -> int:

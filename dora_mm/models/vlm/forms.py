@@ -78,10 +78,7 @@ class OwnDecoder:
 
 
 class BlipQuestions:
-    """BlipForQuestionAnswering, whose own output has neither logits nor losses by row.
-
-    Its own `generate` also attends to the padding of the questions, so that answers would depend on the batch.
-    """
+    """BlipForQuestionAnswering, whose own output has neither logits nor losses by row."""
 
     continues = False
 
@@ -101,6 +98,7 @@ class BlipQuestions:
         start = torch.full((len(hidden), 1), model.decoder_start_token_id, device=hidden.device)
         ids = model.text_decoder.generate(
             input_ids=start,
+            attention_mask=torch.ones_like(start),
             encoder_hidden_states=hidden,
             encoder_attention_mask=inputs["attention_mask"],
             generation_config=settings,
