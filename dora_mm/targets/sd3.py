@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5 (diffusers).
 
-The last block returns no text, and lacks the layers for it; the first ones of 3.5-medium have a second attention.
+The last block returns no text: it lacks the layers for that, and the queries of its text get no gradient. The first
+ones of 3.5-medium have a second attention.
 """
 
 from dora_mm.targets.blocks import Block, compose
