@@ -1,4 +1,4 @@
-"""Scores a vision-language model, bare or with an adapter, on validation or test splits, and shows examples of its answers."""
+"""Scores a vision-language model, bare or with an adapter, on validation or test splits, and shows what it answers."""
 
 import json
 import logging

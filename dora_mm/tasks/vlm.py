@@ -115,14 +115,11 @@ class VLM:
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         if self.plain is None:
             return table
-        counts, turns = table.num_images(), table.num_turns()
-        table = table.without(counts == 0, f"has no image, and {self.name} needs one")
+        table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
         if self.plain.images == 1:
-            table = table.without(table.num_images() > 1, f"has several images, and {self.name} reads one")
-        if turns.max(initial=0) > 2:
-            reason = f"has several questions, and {self.name} has no chat template: it reads one"
-            table = table.without(table.num_turns() > 2, reason)
-        return table
+            table = table.without(table.lengths("images") > 1, f"has several images, and {self.name} reads one")
+        reason = f"has several questions, and {self.name} reads one: it has no chat template"
+        return table.without(table.lengths("turns") > 2, reason)
 
     # --- rows --------------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,8 @@ def _groups(
             rate = config.magnitude_lr
         decay = config.weight_decay if config.decay_biases or not name.endswith(".bias") else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in groups.items()]
+    shown_first = sorted(groups.items(), key=lambda group: group[0][0] != config.lr)  # the rate that metrics have
+    return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in shown_first]
 
 
 def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, batches_per_epoch: int) -> TrainConfig:

@@ -62,7 +62,8 @@ class Trained:
 
     @property
     def share(self) -> str:
-        return f"trainable {self.num_trained:,} of {self.num_all:,} parameters ({100 * self.num_trained / self.num_all:.3f} %)"
+        percent = 100 * self.num_trained / self.num_all
+        return f"trainable {self.num_trained:,} of {self.num_all:,} parameters ({percent:.3f} %)"
 
 
 def adapt(model: VLModel | Structure, config: VLAdapterConfig, *, seed: int, backend: str) -> Trained:
@@ -163,8 +164,8 @@ def parameters_by_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.P
     Args:
         model: The model.
         names: "biases", "norms" (their scales), "embeddings" (of tokens, positions and images), "visual_embedding" (of
-            VL-BART), or patterns: a plain one is a dotted suffix of a parameter's name, `re:` marks a regular expression
-            that matches all of it.
+            VL-BART), or patterns: a plain one is a dotted suffix of a parameter's name, `re:` marks a regular
+            expression that matches all of it.
 
     Returns:
         The parameters by name, in the order of the model.
@@ -184,7 +185,8 @@ def parameters_by_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.P
         found = {parameter for parameter in parameters if tests.get(name, partial(_matches, name))(parameter)}
         if not found:
             raise ValueError(
-                f"adapter.extra_trainable: {name!r} matches no parameter of this model, and is none of {', '.join(tests)}"
+                f"adapter.extra_trainable: {name!r} matches no parameter of this model, and is none of "
+                f"{', '.join(tests)}"
             )
         chosen |= found
     return {name: parameter for name, parameter in parameters.items() if name in chosen}
@@ -230,8 +232,8 @@ def load_initial(trained: Trained, config: TrainVLConfig, identity: Mapping[str,
     subfolders = {file.parent.name for file in folder.glob("*/*.safetensors")}
     if different := sorted(subfolders ^ (set(trained.networks) - {MODEL})):
         raise ValueError(
-            f"adapter.init_from: only one of {folder} and adapter.parts adapts the {different[0]} tower: either both or "
-            "neither must do so"
+            f"adapter.init_from: only one of {folder} and adapter.parts adapts the {different[0]} tower: either both "
+            "or neither must do so"
         )
     for component, network in trained.networks.items():
         path = folder if component == MODEL else folder / component

@@ -32,6 +32,7 @@ LAYOUT = "2"  # increase it when a reader makes different rows from the same fil
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
 
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ExampleTable(Sequence[Example]):
     """The examples of one source, read from a memory-mapped Arrow file on access.
@@ -104,6 +105,30 @@ class ExampleTable(Sequence[Example]):
         places = {name: path for name, path in found.items() if path is not None and path != name}
         rows, skipped = self._without(missing, where) if missing else (self.rows, self.skipped)
         return replace(self, rows=rows, skipped=skipped, places=self.places | places)
+
+    def lengths(self, column: str) -> np.ndarray:
+        """How many entries each row has in a column of lists, such as "images" or "turns"."""
+        return self._column(column).value_lengths().to_numpy()
+
+    def without(self, bad: np.ndarray, reason: str) -> "ExampleTable":
+        """A table without the rows that are bad for the given reason.
+
+        Args:
+            bad: Whether each row is bad.
+            reason: Why, to follow a row's place in a message.
+
+        Raises:
+            ValueError: A row is bad and `on_bad_data` is "stop", or all are.
+        """
+        affected = np.flatnonzero(bad)
+        if len(affected) and len(affected) == len(self):
+            raise ValueError(f"{self.file}: every row {reason}")
+        found, ids = BadRows(self.on_bad_data), self._column("id")
+        for row in affected:
+            found.add(f"{self.file}, id {ids[row]}", reason)
+        warn_skipped(found.found)
+        skipped = {**self.skipped, **found.found}
+        return replace(self, rows=np.delete(self.rows, affected), skipped=skipped)
 
     def _without(self, missing: set[str], where: object) -> tuple[np.ndarray, dict[str, list[str]]]:
         """The rows with none of these images, and the skipped places extended by those of the other rows."""

@@ -47,6 +47,6 @@ PLAIN = {  # by model_type
 }
 # Classes that raise on a batch of rows with different numbers of images: such rows are computed apart.
 SAME_IMAGES = ("mllama",)
-# Classes that compute something else for a padded row, so that only rows of the same length are computed together: GIT's
-# positions count the padding at the left, and the answers of BLIP's decoder attend to that of the questions.
+# Classes that compute something else for a padded row, so that only rows of the same length are computed together:
+# GIT's positions count the padding at the left, and BLIP's decoder attends to that of the questions.
 SAME_LENGTH = ("git", "blip")

@@ -93,7 +93,9 @@ def _parquet_rows(path: Path) -> Iterator[Item]:
                     yield f"row {number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         after = f" after row {number}, the last complete row" if number else ""
-        raise ValueError(f"{path} is truncated or not a valid Parquet file{after} ({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"{path} is truncated or not a valid Parquet file{after} ({str(error).splitlines()[0]})"
+        ) from None
     if not number:
         raise ValueError(f"{path} has no rows")
 
@@ -143,7 +145,9 @@ def _check_order(turns: list[Turn]) -> None:
 def _check_texts(turns: list[Turn]) -> None:
     for turn in turns:
         if not turn.text or turn.text.isspace():
-            raise RowError("has an empty answer" if turn.role == "assistant" else f"has an empty turn of the {turn.role}")
+            raise RowError(
+                "has an empty answer" if turn.role == "assistant" else f"has an empty turn of the {turn.role}"
+            )
     if turns[-1].role == "assistant" and not any(turn.loss for turn in turns):
         raise RowError("has `loss: false` for every answer")
 

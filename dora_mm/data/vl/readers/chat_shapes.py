@@ -51,6 +51,8 @@ LOCATIONS = ("image", "path", "url", "base64", "image_url")  # keys of a content
 class _Stored(TypedDict):
     bytes: NotRequired[str | bytes | None]
     path: NotRequired[str | None]
+
+
 _Image = str | bytes | _Stored
 
 
@@ -224,7 +226,9 @@ def _start(row: _Row) -> Parts:
 def _add_message(parts: Parts, message: _Message, loss: bool | None) -> None:
     for key in UNREAD_IN_MESSAGES.keys() & message.keys():
         if message[key] not in (None, [], {}, ""):
-            raise RowError(f"has {UNREAD_IN_MESSAGES[key]} in a message: use `loss`, true or false, for what is learned")
+            raise RowError(
+                f"has {UNREAD_IN_MESSAGES[key]} in a message: use `loss`, true or false, for what is learned"
+            )
     content = message["content"]
     if isinstance(content, list):
         texts, places = zip(*map(_item, content), strict=True) if content else ((), ())
