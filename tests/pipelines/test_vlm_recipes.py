@@ -1,0 +1,92 @@
+"""Each recipe of configs/vlm takes two steps on a tiny model of its class, with its own settings."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from dora_mm.cli import main
+from dora_mm.config import load_config
+from dora_mm.config.loader import resolve_path
+from dora_mm.train.metrics import read_metrics
+from tests.data.vl.files import vqa_annotation, vqa_question, write_json
+
+MODELS = {  # the class of each recipe's model
+    "llava_1_5_7b": "llava",
+    "llava_onevision_7b": "llava_onevision",
+    "qwen2_5_vl_7b": "qwen2_5_vl",
+    "qwen3_vl_8b": "qwen3_vl",
+    "internvl3_8b": "internvl",
+    "gemma3_4b": "gemma3",
+    "smolvlm_256m": "idefics3",
+    "paligemma2_3b": "paligemma",
+    "florence2_base": "florence2",
+    "blip_vqa_base": "blip_vqa",
+}
+COLOURS = ("red", "green", "blue", "yellow")
+
+
+def save_image(path: Path, seed: int) -> None:
+    noise = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+def chat(folder: Path) -> dict[str, Path]:
+    """Conversations in LLaVA's shape, and their images."""
+    rows = []
+    for number, colour in enumerate(COLOURS):
+        save_image(folder / f"{number}.png", number)
+        turns = [("human", "<image>\nWhat colour is the ball?"), ("gpt", f"The ball is {colour}.")]
+        said = [{"from": who, "value": text} for who, text in turns]
+        rows.append({"id": str(number), "image": f"{number}.png", "conversations": said})
+    return {"file": write_json(folder / "chat.json", rows), "images": folder}
+
+
+def vqa_v2(folder: Path) -> dict[str, Path]:
+    """Questions and answers in the official files of VQA v2, and their images."""
+    numbers = range(len(COLOURS))
+    questions = [vqa_question(number, question="What colour is the ball?") for number in numbers]
+    annotations = [vqa_annotation(number, [COLOURS[number]] * 10) for number in numbers]
+    for image in {question["image_id"] for question in questions}:
+        save_image(folder / f"COCO_val2014_{image:012d}.jpg", image)
+    about = {"data_type": "mscoco", "data_subtype": "val2014"}
+    return {
+        "file": write_json(folder / "v2_OpenEnded_mscoco_val2014_questions.json", about | {"questions": questions}),
+        "annotations": write_json(folder / "v2_mscoco_val2014_annotations.json", {"annotations": annotations}),
+        "images": folder,
+    }
+
+
+def test_there_is_a_model_for_every_recipe() -> None:
+    assert {path.stem for path in resolve_path("configs/vlm").glob("*.yaml")} >= set(MODELS)
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+def test_it_trains_two_steps(recipe: str, tiny_vlm: Callable[[str], Path], tmp_path: Path) -> None:
+    path = f"configs/vlm/{recipe}.yaml"
+    config = load_config(path)
+    source = chat(tmp_path) if config.data.task == "chat" else vqa_v2(tmp_path)
+    settings = {
+        "model.path": tiny_vlm(MODELS[recipe]),
+        "model.dtype": "float32",
+        "train.mixed_precision": '"no"',
+        "train.steps": 2,
+        "train.epochs": "null",
+        "train.log_every": 1,
+        "evaluate.max_new_tokens": 4,  # random weights do not stop
+        "output": tmp_path / "run",
+        "data.tables": tmp_path / "tables",
+    }
+    settings |= {f"data.{split}.{key}": value for split in ("train", "valid") for key, value in source.items()}
+    assert main(["train", path, "--set", *(f"{key}={value}" for key, value in settings.items())]) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
+    (adapter,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
+    updates = {name: tensor for name, tensor in load_file(adapter).items() if "lora_B" in name}
+    assert updates
+    assert all(tensor.any() for tensor in updates.values())
