@@ -1,6 +1,7 @@
 """The training loop that every pipeline runs."""
 
 import contextlib
+import logging
 import math
 import sys
 import time
@@ -22,6 +23,7 @@ from dora_mm.train.optim import gradient_norm
 from dora_mm.train.run import RunDirectory
 from dora_mm.utils.randomness import generator
 
+log = logging.getLogger(__name__)
 Hook = Callable[[int], None]
 
 
@@ -102,6 +104,8 @@ def fit(
                 with interrupt:
                     with fixed_parameters(modules, num_passes=config.gradient_accumulation_steps):
                         value = accumulate(accelerator, trained, config, seed, step, batch_at)
+                    if step == first:
+                        _warn_of_unreached(parameters)
                     norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                     step += 1
                     _check_finite(value, step)
@@ -130,6 +134,15 @@ def _check_finite(loss: float, step: int) -> None:
             f"The loss is {loss} at step {step}, and would be again in a resumed run: start a new run with a lower "
             "optimizer.lr, or in float32 or bf16."
         )
+
+
+def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Warns of parameters without a gradient: the loss does not depend on them, so they stay as they are."""
+    unreached = [name for name, parameter in parameters.items() if parameter.requires_grad and parameter.grad is None]
+    if unreached:
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in unreached))
+        shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
+        log.warning("No gradient reaches %d of the trained layers, which this batch does not use: %s", len(layers), shown)
 
 
 class _PendingHook:

@@ -1,6 +1,7 @@
 """Tiny models of the classes whose published models have no chat template."""
 
 from tokenizers import processors
+from torch import nn
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -53,7 +54,9 @@ def blip2() -> tuple[PreTrainedModel, ProcessorMixin]:
         num_query_tokens=4,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
-    return Blip2ForConditionalGeneration(config), processor
+    model = Blip2ForConditionalGeneration(config)
+    nn.init.normal_(model.query_tokens)  # fresh ones are all the same, and attention among them changes nothing
+    return model, processor
 
 
 def git() -> tuple[PreTrainedModel, ProcessorMixin]:

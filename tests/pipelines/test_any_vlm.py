@@ -1,0 +1,128 @@
+"""Every class of vision-language models, from data files to an adapter that PEFT loads and a merged model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+
+import dora_mm
+from dora_mm.cli import main
+from dora_mm.config.vl import DecodeConfig, VLAdapterConfig, VLModelConfig
+from dora_mm.core.targets import parts_in
+from dora_mm.data.vl.example import Example
+from dora_mm.tasks.vlm import VLM
+from dora_mm.train import vl_adapters
+from tests.models.vlm import tiny
+from tests.pipelines.killed import assert_same_weights
+from tests.tasks.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
+
+# Gates that are 0 at first keep gradients from what is behind them.
+CLOSED = {"mllama": (".cross_attn.", ".vision_model.", "multi_modal_projector")}
+# LLaVA reads the last block but one of its tower.
+UNUSED = {"llava": (".vision_tower.encoder.layers.1.",)}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def vlm(tiny_vlm, request):
+    return VLM(VLModelConfig(path=str(tiny_vlm(request.param))))
+
+
+def examples(count: int = 2) -> list[Example]:
+    texts = ("What colour is it?", "Is there a dog in the picture?", "How many?")
+    answers = (("red", "blue"), ("no",), ("two",))
+    rows = zip(texts, answers, SHAPES, strict=True)
+    return [Example(n, (n,), text, found, (1.0, 0.3)[: len(found)]) for text, found, n in rows][:count]
+
+
+def batch_of(vlm: VLM, folder) -> object:
+    return vlm.batch("vqa", examples(), str(folder), torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def losses(vlm: VLM, batch) -> torch.Tensor:
+    return torch.cat([vlm.row_losses(inputs, labels)[0] for inputs, labels, _ in batch.groups])
+
+
+@pytest.mark.parametrize("vlm", tiny.NAMES, indirect=True)
+def test_a_fresh_adapter_changes_no_bit_and_all_of_it_learns(vlm, pictures, request):
+    name = request.node.callspec.params["vlm"]
+    batch = batch_of(vlm, pictures)
+    before = losses(vlm, batch)
+    parts = parts_in(vlm.model, vlm.target_maps["model"])
+    config = VLAdapterConfig.model_validate({"rank": 2, "parts": list(parts)})
+    trained = vl_adapters.adapt(vlm, config, seed=0, backend="torch")
+    assert torch.equal(losses(vlm, batch), before)
+
+    optimizer = torch.optim.AdamW(trained.parameters.values(), lr=0.02)
+    stream = torch.Generator()
+    for step in range(2):
+        vlm.loss(batch, stream).backward()
+        if step == 1:  # A has no gradient before B is different from 0
+            dead = [n for n, p in trained.parameters.items() if p.grad is None or not p.grad.any()]
+            excused = CLOSED.get(name, ()) + UNUSED.get(name, ())
+            assert [n for n in dead if not any(part in n for part in excused)] == []
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(losses(vlm, batch), before)
+
+
+@pytest.mark.parametrize("vlm", tiny.NAMES, indirect=True)
+def test_answers_do_not_depend_on_the_batch(vlm, pictures):
+    answer = vlm.answerer("vqa", DecodeConfig(max_new_tokens=5), ())
+    rows = examples(3)
+    assert answer(rows, str(pictures)) == [answer([row], str(pictures))[0] for row in rows]
+    rank = vlm.answerer("choice", DecodeConfig(), ())
+    assert rank([Example("c", ("wide.png",), "q", options=("x", "y"))], str(pictures))[0] in ("A", "B")
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, tmp_path):
+    """What a kill after the second step leaves behind is that of a whole run without its later files."""
+    base = tiny_vlm(name)
+    chat = name in tiny.CHAT
+    data = write_conversations(tmp_path, pictures) if chat else write_questions(tmp_path, pictures)
+    config = {
+        "pipeline": "train_vl",
+        "model": {"path": str(base)},
+        "adapter": {"rank": 2, "extra_trainable": ["norms"]},
+        "data": {**data, "tables": str(tmp_path / "tables")},
+        "optimizer": {"lr": 0.02},
+        "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "log_every": 1},
+        "evaluate": {"max_new_tokens": 3},
+        "output": str(tmp_path / "whole"),
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["train", str(tmp_path / "config.yaml")]) == 0
+    killed = shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    for left in ("checkpoints/step-000004", "adapter", "validation", "best"):
+        shutil.rmtree(killed / left)
+    (killed / "summary.json").unlink()
+    assert main(["train", "--resume", str(killed)]) == 0
+    assert_same_weights("step-000004", tmp_path / "whole", killed)
+    before, after = (json.loads((run / "summary.json").read_text()) for run in (tmp_path / "whole", killed))
+    assert {**before, "seconds": 0, "seconds_per_step": 0, "peak_memory_mb": 0} == {
+        **after, "seconds": 0, "seconds_per_step": 0, "peak_memory_mb": 0,
+    }  # fmt: skip
+
+    vlm = VLM(VLModelConfig(path=str(base)))
+    batch = batch_of(vlm, pictures)
+    bare = losses(vlm, batch)
+    adapter = tmp_path / "whole" / "adapter"
+    vl_adapters.load(vlm, adapter, backend="torch")
+    ours = losses(vlm, batch)
+    assert (ours - bare).abs().max() > 1e-3
+    dora_mm.merge(vlm.model)
+    torch.testing.assert_close(losses(vlm, batch), ours, rtol=1e-5, atol=1e-5)
+
+    theirs = VLM(VLModelConfig(path=str(base)))
+    model = PeftModel.from_pretrained(theirs.model, adapter)
+    assert model is not None
+    torch.testing.assert_close(losses(theirs, batch), ours, rtol=1e-5, atol=1e-5)
