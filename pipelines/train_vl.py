@@ -81,7 +81,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
     optimizer = accelerator.prepare(optimizer)
     if train.gradient_checkpointing:
-        trained.networks["model"].activation_checkpointing_enable()
+        network = trained.networks["model"]
+        network.activation_checkpointing_enable()
+        network.disable_input_require_grads()  # would send gradients through a frozen tower, and BLIP adds to its inputs
     write = partial(vl_adapters.save, trained, config, identity)
     for network in trained.networks.values():
         network.train()
