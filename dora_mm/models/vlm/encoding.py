@@ -126,8 +126,9 @@ class RowEncoder:
             return_text_replacement_offsets=True,
             **settings,
         )
-        replaced = found.pop("text_replacement_offsets", None) or [[]]
-        return dict(found), [(*part["span"], *part["new_span"]) for part in replaced[0]]
+        replaced = found.pop("text_replacement_offsets", ())  # of each text; none without images
+        parts = replaced[0] if len(replaced) else ()
+        return dict(found), [(*part["span"], *part["new_span"]) for part in parts]
 
     def _row(self, inputs: dict[str, Tensor], learned: Tensor, inside: Tensor, num_images: int) -> Row:
         is_image = inside | torch.isin(inputs["input_ids"][0], self.image_ids)

@@ -1,0 +1,146 @@
+"""Rows, batches, losses and answers of transformers' vision-language models."""
+
+import re
+
+import pytest
+import torch
+
+from dora_mm.config.vl import DecodeConfig, VLModelConfig
+from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.models.vlm.encoding import IGNORED
+from dora_mm.tasks.vlm import VLM
+from tests.models.vlm import tiny
+from tests.tasks.vlm_rows import write_pictures
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return str(write_pictures(tmp_path_factory.mktemp("pictures")))
+
+
+@pytest.fixture
+def vlm(tiny_vlm, request):
+    return VLM(VLModelConfig(path=str(tiny_vlm(request.param))))
+
+
+def conversation(number: int, images: tuple[str, ...], answer: str = "It is grey.") -> Example:
+    asked = "\n".join([IMAGE] * len(images) + ["What is it, and how many are there?"[: 18 + 6 * number]])
+    turns = (Turn("user", asked, False), Turn("assistant", answer, True))
+    return Example(str(number), images, asked, (answer,), (1.0,), turns=turns)
+
+
+ROWS = [
+    conversation(0, ()),
+    conversation(1, ("wide.png",)),
+    conversation(2, ("tall.png", "square.png"), "No."),
+    conversation(3, ("square.png",), "Yes, two of them."),
+]
+
+
+def batch_of(vlm: VLM, rows, pictures, task="chat"):
+    return vlm.batch(task, rows, pictures, torch.Generator().manual_seed(0))
+
+
+def sums_and_counts(vlm: VLM, batch):
+    found = [vlm.row_losses(inputs, labels) for inputs, labels, _ in batch.groups]
+    return torch.cat([sums for sums, _ in found]), torch.cat([counts for _, counts in found])
+
+
+@pytest.mark.parametrize("vlm", tiny.CHAT, indirect=True)
+def test_a_mixed_batch_has_the_losses_of_its_rows_alone(vlm, pictures):
+    """With no, one and two images, of several sizes."""
+    stream = torch.Generator()
+    with torch.no_grad():
+        together = vlm.loss(batch_of(vlm, ROWS, pictures), stream)
+        alone = [sums_and_counts(vlm, batch_of(vlm, [row], pictures)) for row in ROWS]
+    sums, counts = (torch.cat(values) for values in zip(*alone, strict=True))
+    torch.testing.assert_close(together, sums.sum() / counts.sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vlm", ["llava", "florence2", "blip_vqa", "paligemma"], indirect=True)
+def test_vqa_answers_are_weighted_by_their_scores(vlm, pictures):
+    rows = [
+        Example("1", ("wide.png",), "What colour?", ("red",), (1.0,)),
+        Example("2", ("tall.png",), "How many balls?", ("two",), (0.3,)),
+    ]
+    with torch.no_grad():
+        loss = vlm.loss(batch_of(vlm, rows, pictures, "vqa"), torch.Generator())
+        alone = [sums_and_counts(vlm, batch_of(vlm, [row], pictures, "vqa")) for row in rows]
+    means = [float(sums / counts) for sums, counts in alone]
+    assert float(loss) == pytest.approx((means[0] + 0.3 * means[1]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("vlm", ["llava", "qwen2_5_vl", "gemma3", "mllama"], indirect=True)
+def test_losses_are_those_of_the_models_own_output(vlm, pictures):
+    """Which has logits at all positions, and no weights."""
+    batch = batch_of(vlm, [ROWS[1]], pictures)
+    ((inputs, labels, _),) = batch.groups
+    with torch.no_grad():
+        own = vlm.model(**vlm._moved(inputs), labels=labels).loss
+        ours = vlm.loss(batch, torch.Generator())
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "mllama"])
+def test_text_is_cut_and_image_tokens_never(name, tiny_vlm, pictures):
+    long = conversation(1, ("wide.png", "tall.png"), "very " * 60 + "long")
+    whole = VLM(VLModelConfig(path=str(tiny_vlm(name)))).row("chat", long, pictures, "")
+    room = whole.length - 40
+    cut = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=room))
+    row = cut.row("chat", long, pictures, "")
+    assert row.length == room
+    assert row.num_cut == 40
+    assert cut.num_cut == 1
+    assert row.num_image_tokens == whole.num_image_tokens
+    image = torch.isin(whole.inputs["input_ids"], cut.encoder.image_ids).sum()
+    assert torch.isin(row.inputs["input_ids"], cut.encoder.image_ids).sum() == image
+    kept = (whole.labels != IGNORED).sum() - (row.labels != IGNORED).sum()
+    assert 0 < kept <= 40
+    with torch.no_grad():
+        assert torch.isfinite(cut.loss(batch_of(cut, [long], pictures), torch.Generator()))
+    short = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=max(1, whole.num_image_tokens - 1)))
+    with pytest.raises(ValueError, match=r"row 1 of chat: the images alone are \d+ tokens"):
+        short.row("chat", long, pictures, "")
+
+
+@pytest.mark.parametrize("vlm", ["llava"], indirect=True)
+def test_images_and_their_places_must_agree(vlm, pictures):
+    turns = (Turn("user", f"{IMAGE} {IMAGE} q", False), Turn("assistant", "a", True))
+    with pytest.raises(ValueError, match="row 7 of chat: the text has 2 places for images, and the row has 1 images"):
+        vlm.row("chat", Example("7", ("wide.png",), "q", ("a",), (1.0,), turns=turns), pictures, "a")
+
+
+@pytest.mark.parametrize("vlm", ["llava"], indirect=True)
+def test_prompts_can_be_configured(vlm, tiny_vlm, pictures):
+    example = Example("1", ("wide.png",), "Is {it} red?", ("yes",), (1.0,))
+    usual = vlm.processor.tokenizer.decode(vlm.row("vqa", example, pictures, None).inputs["input_ids"][0])
+    assert re.search(r"Is \{it\} red\?\nAnswer with a word or a short phrase\.", usual)
+    other = VLM(VLModelConfig(path=str(tiny_vlm("llava")), prompts={"vqa": "Q: {text} A:"}))
+    text = other.processor.tokenizer.decode(other.row("vqa", example, pictures, None).inputs["input_ids"][0])
+    assert "Q: Is {it} red? A:" in text
+
+
+@pytest.mark.parametrize("vlm", ["llava", "blip_vqa", "git"], indirect=True)
+def test_the_likeliest_candidate_is_chosen(vlm, pictures):
+    example = Example("1", ("wide.png",), "What colour?", ("red",), (1.0,))
+    candidates = ("red", "blue", "a dark green")
+    config = DecodeConfig(answers="rank")
+    (chosen,) = vlm.answerer("vqa", config, candidates)([example], pictures)
+    with torch.no_grad():
+        losses = {
+            answer: float(vlm.row_losses(*vlm._collate([vlm.row("vqa", example, pictures, answer)]))[0])
+            for answer in candidates
+        }
+    assert chosen == min(losses, key=losses.__getitem__)
+
+
+def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
+    llava = VLM(VLModelConfig(path=str(tiny_vlm("llava"))))
+    with pytest.raises(ValueError, match="answers: trie needs model.family vl_bart"):
+        llava.answerer("vqa", DecodeConfig(answers="trie"), ("a",))
+    with pytest.raises(ValueError, match="set the task's train"):
+        llava.answerer("vqa", DecodeConfig(answers="rank"), ())
+    with pytest.raises(ValueError, match="the task tvqa needs model.family vl_bart"):
+        llava.check(["tvqa"])
+    with pytest.raises(ValueError, match="BlipForQuestionAnswering reads one image per row, and nlvr2 has two"):
+        VLM(VLModelConfig(path=str(tiny_vlm("blip_vqa")))).check(["nlvr2"])
