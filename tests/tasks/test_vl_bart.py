@@ -12,7 +12,8 @@ from dora_mm.data.vl.readers.video import SUBTITLES_END
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.models.vl_bart.text import decode
 from dora_mm.tasks.vision import VisionEncoder, resize_frames
-from dora_mm.tasks.vl_bart import VLBartTask, VLBatches, draw_answer
+from dora_mm.tasks.vl import VLBatches, draw_answer
+from dora_mm.tasks.vl_bart import VLBartTask
 from tests.models.vl_bart.small import DIM, small_tokenizer, small_vl_bart
 
 NAMES = ("a.png", "b.png", "c.png")

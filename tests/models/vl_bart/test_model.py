@@ -7,8 +7,9 @@ from transformers import BartConfig
 
 from dora_mm import DoRASpec, adapter_parameters, inject
 from dora_mm.models.vl_bart.loading import BART_BASE, from_bart
-from dora_mm.models.vl_bart.model import SENTINELS, VLInputs, extra_trainable_parameters
+from dora_mm.models.vl_bart.model import SENTINELS, VLInputs
 from dora_mm.models.vl_bart.text import encode_targets
+from dora_mm.train.vl_adapters import parameters_by_name
 from tests.models.vl_bart.small import DIM, small_bart, small_inputs, small_tokenizer, small_vl_bart
 
 QUESTIONS = ["is there a red cat?", "what color is the bus?"]
@@ -26,9 +27,10 @@ QUESTIONS = ["is there a red cat?", "what color is the bus?"]
 def test_parameter_counts_are_those_of_the_paper(visual, feature_dim, method, extra_trainable, trained, total):
     with torch.device("meta"):
         model = from_bart(BartConfig(**BART_BASE), 50_465, feature_dim, visual).requires_grad_(False)
+        extra = parameters_by_name(model, extra_trainable)
         report = inject(model, "bart", DoRASpec(rank=128, alpha=128, method=method))
     assert report.num_modules == 36
-    selected = {**adapter_parameters(model), **extra_trainable_parameters(model, extra_trainable)}
+    selected = {**adapter_parameters(model), **extra}
     assert sum(p.numel() for p in selected.values()) == trained
     assert sum(p.numel() for p in model.parameters()) == total
 
@@ -172,7 +174,7 @@ def test_features_that_are_not_a_square_grid_are_refused():
 def test_gradients_reach_everything_that_trains():
     model = small_vl_bart().requires_grad_(False).train()
     inject(model, "bart", DoRASpec(rank=2), parts=("text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko"))
-    trained = extra_trainable_parameters(model, ("visual_embedding", "biases", "norms"))
+    trained = parameters_by_name(model, ("visual_embedding", "biases", "norms"))
     for parameter in trained.values():
         parameter.requires_grad_()
     trained |= adapter_parameters(model)
