@@ -35,10 +35,10 @@ from dora_mm.eval.vl.comparison import (
 )
 from dora_mm.eval.vl.metrics import CAPTION_TASKS, QUESTION_TASKS
 from dora_mm.eval.vl.question_only import question_only_answers
-from dora_mm.sampling.answers import answer_all, answerers
+from dora_mm.sampling.answers import answer_all
+from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.families import load_family, structure_of
-from dora_mm.tasks.vl import VLModel
-from dora_mm.train import vl_adapters
+from dora_mm.tasks.vl import VLModel, answerers
 from dora_mm.train.campaign import Chosen, Training, Trainings, candidate_rates, open_campaign
 from dora_mm.train.validation import overall
 from dora_mm.utils.atomic import write_text
@@ -147,7 +147,8 @@ class Campaign:
         model = self.model.fresh(training.seed if training else self.config.seeds[0])
         if training:
             vl_adapters.load(model, self.trainings.adapter(training), backend=self.base.backend)
-        return answer_all(model, self.sets, self.config.decode)
+        answers = answerers(model, self.sets, self.config.decode)
+        return answer_all(answers, model.networks.values(), self.sets, self.config.decode.batch_size)
 
     def question_only(self) -> dict[str, AnswerScores]:
         """The scores, by task, of answers guessed from the question without the image; not for captions."""

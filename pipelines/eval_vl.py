@@ -18,9 +18,10 @@ from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import question_only_accuracy
 from dora_mm.eval.vl.scores import is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
-from dora_mm.sampling.answers import answer_all, answerers
+from dora_mm.sampling.answers import answer_all
+from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.families import load_family
-from dora_mm.train import vl_adapters
+from dora_mm.tasks.vl import answerers
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
@@ -50,9 +51,9 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     splits = open_validation(config.data, config.decode, model)
     if folder:
         vl_adapters.load(model, folder, backend=config.backend)
-    answerers(model, splits, config.decode)
+    answers = answerers(model, splits, config.decode)
     run = open_run(config)
-    answered = answer_all(model, splits, config.decode)
+    answered = answer_all(answers, model.networks.values(), splits, config.decode.batch_size)
     for name, rows in answered.items():
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
     # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.

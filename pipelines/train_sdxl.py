@@ -18,10 +18,10 @@ from dora_mm.core import InjectReport
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.models.sdxl.loading import SDXL, commit_of, load_configured
 from dora_mm.sampling.before_after import before_after_sheet
+from dora_mm.tasks.adapters import adapter_parameters, load_initial_adapter, make_spec, one_line
 from dora_mm.tasks.sdxl import DiffusionTask
 from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
 from dora_mm.tasks.sdxl_preview import describe_data, load_if_local, remark_on_length
-from dora_mm.train.adapters import adapter_parameters, load_initial_adapter, make_spec, one_line
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.preview import describe_training, is_measured, slow_hardware

@@ -1,20 +1,25 @@
 """Fine-tunes a vision-language model on one or several tasks: with DoRA, LoRA or all weights, part by part."""
 
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import nn
 
 from dora_mm.config.vl import TrainVLConfig
+from dora_mm.data.vl.example import Answer
+from dora_mm.data.vl.needed import data_needed
 from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
-from dora_mm.sampling.answers import answer_all, answerers
-from dora_mm.tasks.families import load_family
-from dora_mm.tasks.vl import VLBatches, VLModel
-from dora_mm.train import vl_adapters
+from dora_mm.sampling.answers import answer_all
+from dora_mm.tasks import vl_adapters
+from dora_mm.tasks.families import load_family, structure_of
+from dora_mm.tasks.vl import VLBatches, answerers
+from dora_mm.tasks.vl_adapters import Trained
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
@@ -25,8 +30,6 @@ from dora_mm.train.preview import slow_hardware
 from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
-from dora_mm.train.vl_adapters import Trained
-from dora_mm.train.vl_preview import describe
 
 log = logging.getLogger(__name__)
 LONGEST_VALIDATION = timedelta(hours=12)  # the other processes wait for the main process this long
@@ -65,7 +68,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     for remark in slow_hardware(accelerator, model.networks.values()):
         log.warning("%s", remark)
     identity = dict(model.identity)
-    answerers(model, splits, config.evaluate)
+    answers = answerers(model, splits, config.evaluate)
     trained = vl_adapters.adapt(model, config.adapter, seed=config.seed, backend=config.backend)
     if config.adapter.init_from:
         vl_adapters.load_initial(trained, config, identity)
@@ -83,14 +86,14 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     if train.gradient_checkpointing:
         network = trained.networks["model"]
         network.activation_checkpointing_enable()
-        network.disable_input_require_grads()  # would send gradients through a frozen tower, and BLIP adds to its inputs
+        network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
     write = partial(vl_adapters.save, trained, config, identity)
     for network in trained.networks.values():
         network.train()
     with training_run(accelerator, config, inputs, resume, train.steps) as run:
         validate = None
         if accelerator.is_main_process:
-            evaluate = partial(score_splits, model, splits, config)
+            evaluate = partial(score_splits, answers, model.networks, splits, config)
             validate = Validation(run, evaluate, write, last_step(run.checkpoints))
 
         def observe(step: int) -> None:
@@ -116,9 +119,16 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
             finish(config, run, trained, validate, train.steps)
 
 
-def score_splits(model: VLModel, splits: dict[str, ValidationSet], config: TrainVLConfig) -> dict[str, VLScores]:
+def score_splits(
+    answers: Mapping[str, Answer],
+    networks: Mapping[str, nn.Module],
+    splits: Mapping[str, ValidationSet],
+    config: TrainVLConfig,
+) -> dict[str, VLScores]:
     """The current scores of the model by task."""
-    return score_all(answer_all(model, splits, config.evaluate, config.evaluate.limit), meteor=False)
+    settings = config.evaluate
+    found = answer_all(answers, networks.values(), splits, settings.batch_size, settings.limit)
+    return score_all(found, meteor=False)
 
 
 def log_scores(step: int, values: dict[str, float]) -> None:
@@ -144,3 +154,16 @@ def finish(config: TrainVLConfig, run: RunDirectory, trained: Trained, validate:
     for found in scores.values():
         print(f"\n{report(found)}")
     print(f"\nadapter  {run.adapter}")
+
+
+# --- dry run ---------------------------------------------------------------------------------------------------------
+
+
+def describe(config: TrainVLConfig) -> str:
+    """The parameters that would be trained, counted without loading weights, and the data, present and missing."""
+    structure = structure_of(config.model, config.vision, tower=bool(config.adapter.vision_parts))
+    trained = vl_adapters.adapt(structure, config.adapter, seed=config.seed, backend=config.backend)
+    tables = [f"{name}\n{injected}" for name, injected in trained.reports.items()]
+    needed = data_needed(config.data, config.vision, config.model.path)
+    remarks = slow_hardware(Accelerator(mixed_precision=config.train.mixed_precision), trained.networks.values())
+    return "\n\n".join([trained.share, *tables, needed, *remarks])

@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import fixed_parameters
-from dora_mm.data.vl.example import Predictions
+from dora_mm.data.vl.example import Answer, Predictions
 from dora_mm.data.vl.splits import ValidationSet
-from dora_mm.tasks.vl import Answer, VLModel
-
-
-def answerers(model: VLModel, sets: Mapping[str, ValidationSet], config: DecodeConfig) -> dict[str, Answer]:
-    """The functions that answer the examples of each split.
-
-    Args:
-        model: The model with its preprocessing.
-        sets: The splits by task name.
-        config: The decoding settings.
-
-    Raises:
-        ValueError: The model cannot do a task, or a task needs candidates and its split has none.
-    """
-    model.check(sets)
-    return {name: model.answerer(name, config, split.candidates) for name, split in sets.items()}
 
 
 def answer_all(
-    model: VLModel, sets: Mapping[str, ValidationSet], config: DecodeConfig, limit: int | None = None
+    answers: Mapping[str, Answer],
+    networks: Iterable[nn.Module],
+    sets: Mapping[str, ValidationSet],
+    batch_size: int,
+    limit: int | None = None,
 ) -> dict[str, Predictions]:
     """Answers the rows of every split.
 
     All networks run in eval mode, and adapted weights are computed once for all rows.
 
     Args:
-        model: The model with its preprocessing.
+        answers: The function that answers the examples of a task, by task name.
+        networks: The networks that compute the answers.
         sets: The splits by task name.
-        config: The decoding settings.
+        batch_size: Examples per batch.
         limit: Answers only this many rows of each split; None means all.
 
     Returns:
         The examples with their answers, by task name, in the order of the splits.
 
     Raises:
-        ValueError: As `answerers`; or a row cannot be read.
+        ValueError: A row cannot be read.
     """
-    by_task = answerers(model, sets, config)
-    networks = torch.nn.ModuleList(model.networks.values())
-    before = [network.training for network in networks]
+    together = nn.ModuleList(networks)
+    before = [network.training for network in together]
     try:
-        networks.eval()
-        with fixed_parameters(networks):
-            return {name: predict(by_task[name], split, config.batch_size, limit, name) for name, split in sets.items()}
+        together.eval()
+        with fixed_parameters(together):
+            return {name: predict(answers[name], split, batch_size, limit, name) for name, split in sets.items()}
     finally:
-        for network, training in zip(networks, before, strict=True):
+        for network, training in zip(together, before, strict=True):
             network.train(training)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,13 +10,11 @@ from torch import Tensor, distributed, nn
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.mixing import TaskBatches
-from dora_mm.data.vl.splits import TrainingSet
+from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.utils.randomness import generator
-
-Answer = Callable[[Sequence[Example], str | None], list[str]]  # examples and the folder of their images -> answers
 
 
 class VLModel(Protocol):
@@ -95,6 +93,21 @@ class VLModel(Protocol):
             ValueError: The model cannot decode like this, or candidates are needed and there are none.
         """
         ...
+
+
+def answerers(model: VLModel, sets: Mapping[str, ValidationSet], config: DecodeConfig) -> dict[str, Answer]:
+    """The functions that answer the examples of each split, by task name.
+
+    Args:
+        model: The model.
+        sets: The splits by task name.
+        config: The decoding settings.
+
+    Raises:
+        ValueError: The model cannot do a task, or a task needs candidates and its split has none.
+    """
+    model.check(sets)
+    return {name: model.answerer(name, config, split.candidates) for name, split in sets.items()}
 
 
 class VLBatches:

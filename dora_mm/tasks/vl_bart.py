@@ -14,7 +14,7 @@ from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from dora_mm.config.vl import VIDEO_TASKS, DecodeConfig, VisionConfig, VLModelConfig
 from dora_mm.core import TargetMap
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.towers.tower import tower_map
@@ -24,7 +24,7 @@ from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
 from dora_mm.models.vl_bart.text import TEXTS, encode_inputs, encode_targets
 from dora_mm.targets import find
 from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.tasks.vl import Answer, draw_answer
+from dora_mm.tasks.vl import draw_answer
 from dora_mm.utils.digest import module_digest
 
 VISION = "vision"  # the component of the tower

@@ -17,7 +17,7 @@ from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.example import IMAGE, Answer, Example, Turn
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
 from dora_mm.models.vlm.forms import Form, form_of
@@ -25,7 +25,7 @@ from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, re
 from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH
 from dora_mm.targets import map_of
 from dora_mm.tasks.chat import render, render_prompt
-from dora_mm.tasks.vl import Answer, draw_answer, mean_over_processes
+from dora_mm.tasks.vl import draw_answer, mean_over_processes
 from dora_mm.utils.digest import module_digest
 
 LONGEST = 1 << 20  # tokens per row of a model whose config has no limit

@@ -142,7 +142,9 @@ def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:
     if unreached:
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in unreached))
         shown = ", ".join(layers[:3]) + (", ..." if len(layers) > 3 else "")
-        log.warning("No gradient reaches %d of the trained layers, which this batch does not use: %s", len(layers), shown)
+        log.warning(
+            "No gradient reaches %d of the trained layers, which this batch does not use: %s", len(layers), shown
+        )
 
 
 class _PendingHook:

@@ -13,8 +13,8 @@ from dora_mm.cli import main
 from dora_mm.config.vl import DecodeConfig, VLAdapterConfig, VLModelConfig
 from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
+from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.vlm import VLM
-from dora_mm.train import vl_adapters
 from tests.models.vlm import tiny
 from tests.pipelines.killed import assert_same_weights
 from tests.tasks.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions

@@ -1,6 +1,6 @@
 """What the readers of all data sets yield: one Example per question, sentence, captioned image or conversation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -60,6 +60,7 @@ class Example:
 
 
 Predictions = Sequence[tuple[Example, str]]  # each example with the model's answer
+Answer = Callable[[Sequence[Example], str | None], list[str]]  # examples and the folder of their images -> answers
 
 
 def stem(image: str) -> str:

@@ -100,7 +100,8 @@ def load_processor(config: VLModelConfig) -> ProcessorMixin:
         ValueError: There is none, it takes no images or lacks a package, or an image size does not fit it.
     """
     path = resolve_model(config.path)
-    sizes = {key: value for key in ("min_pixels", "max_pixels") if (value := getattr(config, key)) is not None}
+    given = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    sizes = {key: value for key, value in given.items() if value is not None}
     try:
         processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False, **sizes)
     except ImportError as error:

@@ -29,7 +29,7 @@ from dora_mm.models.vl_bart.loading import save_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLBartConfig
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.tasks.vl import draw_answer
+from dora_mm.tasks.vl import answerers, draw_answer
 from dora_mm.tasks.vl_bart import VLBartTask, VLBatch
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
@@ -83,8 +83,13 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
         model.activation_checkpointing_enable()
     write = partial(save_vl_bart, model, tokenizer, dtype=torch.float16)
 
+    answers = answerers(task, splits, config.evaluate)
+
     def evaluate() -> dict[str, VLScores]:
-        return score_all(answer_all(task, splits, config.evaluate, config.evaluate.limit), meteor=False)
+        return score_all(
+            answer_all(answers, task.networks.values(), splits, config.evaluate.batch_size, config.evaluate.limit),
+            meteor=False,
+        )
 
     validate = Validation(run, evaluate, write, last_step(run.checkpoints))
 

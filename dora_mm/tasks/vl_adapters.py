@@ -20,9 +20,9 @@ from dora_mm.config.vl import PartConfig, TrainVLConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap
 from dora_mm.core.quantized import is_quantized
 from dora_mm.core.targets import match_modules, matches
+from dora_mm.tasks.adapters import load_initial_adapter
 from dora_mm.tasks.families import Structure
 from dora_mm.tasks.vl import VLModel
-from dora_mm.train.adapters import load_initial_adapter
 
 MODEL = "model"
 IDENTITIES = {  # keys of an adapter's header
