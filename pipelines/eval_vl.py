@@ -58,7 +58,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
     # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
     scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
-    scores = {name: score(name, rows, vqa_mode=config.vqa_mode) for name, rows in scored.items()}
+    scores = {name: score(name, rows) for name, rows in scored.items()}
     scores = {
         name: with_question_only_accuracy(config, name, found, splits[name].table) for name, found in scores.items()
     }
@@ -106,7 +106,7 @@ def write_page(
             PageExample.from_example(
                 example,
                 prediction,
-                score_row(name, example, prediction, vqa_mode=config.vqa_mode),
+                score_row(name, example, prediction),
                 load_images(name, example, splits[name].images),
             )
             for example, prediction in chosen

@@ -70,7 +70,8 @@ class SourceConfig(Section):
         "choices",
     ]
     file: InputPath  # the questions, sentences, captions or conversations
-    annotations: InputPath | None = None  # vqa_v2 only: the file of answers; null: a test split, which has none
+    # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
+    annotations: InputPath | None = None
     # The folder of images; null: only vision.features are used, or (chat, choices) rows contain or fully name them.
     images: InputPath | None = None
     subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
@@ -82,7 +83,7 @@ class SourceConfig(Section):
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> "SourceConfig":
         allowed = {
-            "annotations": ("vqa_v2",),
+            "annotations": ("vqa_v2", "vqa_karpathy"),
             "subtitles": ("video_qa", "video_captions"),
             "split": ("coco_karpathy", "choices"),
         }
@@ -327,7 +328,6 @@ class EvalVLConfig(PipelineConfig):
     adapter: InputPath | None = None  # an adapter file, its folder or its run directory; null: the base model
     data: VLDataConfig
     decode: DecodeConfig = DecodeConfig()
-    vqa_mode: Literal["official", "lavis"] = "official"  # how VQA answers are normalized and scored
     examples: Count = 48  # examples of each task on the HTML page
 
     @model_validator(mode="after")

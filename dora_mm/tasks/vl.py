@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
 
-from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl import VIDEO_TASKS, DecodeConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.utils.randomness import generator
+
+Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
+# Tasks whose loss is a mean over rows of the means over their tokens; in the others it is a mean over all tokens.
+ROW_MEANS = ("vqa", "gqa", *VIDEO_TASKS)
 
 
 class VLModel(Protocol):
@@ -63,14 +69,14 @@ class VLModel(Protocol):
         """
         ...
 
-    def batch(self, task: str, examples: Sequence[Example], images: str | None, stream: torch.Generator) -> Any:
+    def batch(self, task: str, examples: Sequence[Example], images: str | None, targets: Sequence[Target]) -> Any:
         """Builds a training batch.
 
         Args:
             task: Name of the task.
-            examples: B examples. One answer of each is drawn in proportion to the scores.
+            examples: B examples.
             images: The folder of the images; None where there are none, or features are read.
-            stream: Source of the draws.
+            targets: The answer to learn of each.
 
         Raises:
             ValueError: An image cannot be read, or a row cannot be encoded.
@@ -111,7 +117,11 @@ def answerers(model: VLModel, sets: Mapping[str, ValidationSet], config: DecodeC
 
 
 class VLBatches:
-    """Maps a batch number to a batch of one task, which depends only on (seed, number, process).
+    """Maps a batch number to this process's share of a batch of one task; depends only on (seed, number, process).
+
+    Several processes take consecutive slices of the batch that one process would take whose batches are as large as
+    theirs together. So in every step all have the same task, and the same rows and answers are learned, however many
+    processes there are.
 
     Args:
         model: Builds the batches.
@@ -123,34 +133,46 @@ class VLBatches:
     def __init__(
         self, model: VLModel, sets: Mapping[str, TrainingSet], *, seed: int, process: tuple[int, int] = (0, 1)
     ):
-        self.model, self.sets, self.seed, self.process = model, sets, seed, process
+        self.model, self.sets, self.seed = model, sets, seed
+        self.index, num_processes = process
         self.order = TaskBatches(
             {name: len(training_set.table) for name, training_set in sets.items()},
-            {name: training_set.batch_size for name, training_set in sets.items()},
+            {name: training_set.batch_size * num_processes for name, training_set in sets.items()},
             weights={name: training_set.weight for name, training_set in sets.items()},
             seed=seed,
         )
 
     @property
     def per_epoch(self) -> int:
-        """This process's number of batches in one pass over the rows of all tasks."""
-        return -(-self.order.batches_per_epoch // self.process[1])
+        """The number of batches in one pass over the rows of all tasks."""
+        return self.order.batches_per_epoch
 
     def __call__(self, number: int) -> Any:
-        """This process's batch of this number."""
-        index, count = self.process
-        number = number * count + index
+        """This process's share of the batch of this number."""
         name, rows = self.order(number)
         training_set = self.sets[name]
-        stream = generator(self.seed, number, "answers")
-        return self.model.batch(name, [training_set.table[row] for row in rows], training_set.images, stream)
+        draws = torch.rand(len(rows), generator=generator(self.seed, number, "answers")).tolist()
+        start = self.index * training_set.batch_size
+        share = slice(start, start + training_set.batch_size)
+        examples = [training_set.table[row] for row in rows[share]]
+        targets = [draw_answer(example, draw) for example, draw in zip(examples, draws[share], strict=True)]
+        return self.model.batch(name, examples, training_set.images, targets)
 
 
-def draw_answer(example: Example, stream: torch.Generator) -> tuple[str, float]:
-    """Draws an answer in proportion to the scores; returns it with its score, or ("", 0.0) if all scores are 0."""
-    if not sum(example.scores):
+def draw_answer(example: Example, draw: float) -> Target:
+    """Draws an answer in proportion to the scores.
+
+    Args:
+        example: The example.
+        draw: A random number, from 0 to below 1.
+
+    Returns:
+        The answer with its score, or ("", 0.0) if all scores are 0.
+    """
+    totals = list(accumulate(example.scores))
+    if not totals or not totals[-1]:
         return "", 0.0
-    index = int(torch.multinomial(torch.tensor(example.scores), 1, generator=stream))
+    index = bisect_right(totals, draw * totals[-1])
     return example.answers[index], float(example.scores[index])
 
 

@@ -24,7 +24,7 @@ from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
 from dora_mm.models.vl_bart.text import TEXTS, encode_inputs, encode_targets
 from dora_mm.targets import find
 from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.tasks.vl import draw_answer
+from dora_mm.tasks.vl import ROW_MEANS, Target, mean_over_processes
 from dora_mm.utils.digest import module_digest
 
 VISION = "vision"  # the component of the tower
@@ -170,31 +170,30 @@ class VLBartTask:
         side = self.model.config.pooled_side
         return visual_BNSD.shape[1] * (visual_BNSD.shape[2] if side is None else side * side)
 
-    def batch(self, task: str, examples: Sequence[Example], images: str | None, stream: torch.Generator) -> VLBatch:
+    def batch(self, task: str, examples: Sequence[Example], images: str | None, targets: Sequence[Target]) -> VLBatch:
         """Builds a training batch.
 
         Args:
             task: Name of the task.
-            examples: B examples. One answer of each is drawn in proportion to the scores; an example without answers
-                gets weight 0.
+            examples: B examples.
             images: The folder of the images; not used if precomputed features are read.
-            stream: Source of the draws.
+            targets: The answer to learn of each.
 
         Raises:
             ValueError: As `inputs`.
         """
-        drawn = [draw_answer(example, stream) for example in examples]
-        answers, weights = zip(*drawn, strict=True)
+        answers, weights = zip(*targets, strict=True)
         device = self.model.device
         max_positions = self.model.config.max_position_embeddings
-        targets = encode_targets(self.tokenizer, task, answers, max_positions=max_positions).to(device)
-        return VLBatch(task, self.inputs(task, examples, images), targets, torch.tensor(weights, device=device))
+        ids = encode_targets(self.tokenizer, task, answers, max_positions=max_positions).to(device)
+        return VLBatch(task, self.inputs(task, examples, images), ids, torch.tensor(weights, device=device))
 
     def loss(self, batch: VLBatch, generator: torch.Generator) -> Tensor:
         """The loss of a batch.
 
-        VQA and GQA: the mean over rows of score times the row's mean over tokens. Captions, NLVR2 and video tasks: the
-        mean over all tokens. A row without an answer, whose weight is 0, adds nothing to either.
+        VQA, GQA and video tasks: the mean over rows of weight times the row's mean over tokens. Captions and NLVR2: the
+        mean over all tokens. A row without an answer, whose weight is 0, adds nothing to either. Rows and tokens are
+        those of all processes.
 
         Args:
             batch: A batch of one task.
@@ -207,12 +206,12 @@ class VLBartTask:
         pad = config.pad_token_id
         shifted = shift_tokens_right(batch.targets, pad, config.decoder_start_token_id)
         logits = self.model(*batch.inputs, decoder_input_ids=shifted, use_cache=False).logits
-        losses = -token_log_likelihood(logits, batch.targets, pad)
+        sums = -token_log_likelihood(logits, batch.targets, pad).sum(-1)
         counts = (batch.targets != pad).sum(-1)
-        if batch.task in ("vqa", "gqa"):
-            return (losses.sum(-1) / counts * batch.weights).mean()
-        kept = (batch.weights > 0).to(losses.dtype)
-        return (losses.sum(-1) * kept).sum() / (counts * kept).sum().clamp(min=1)
+        if batch.task in ROW_MEANS:
+            return mean_over_processes((sums / counts * batch.weights).sum(), torch.ones_like(sums).sum())
+        kept = (batch.weights > 0).to(sums.dtype)
+        return mean_over_processes((sums * kept).sum(), (counts * kept).sum())
 
 
 def vl_bart_maps(tower: nn.Module | None) -> dict[str, TargetMap]:

@@ -25,11 +25,10 @@ from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, re
 from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH
 from dora_mm.targets import map_of
 from dora_mm.tasks.chat import render, render_prompt
-from dora_mm.tasks.vl import draw_answer, mean_over_processes
+from dora_mm.tasks.vl import ROW_MEANS, Target, mean_over_processes
 from dora_mm.utils.digest import module_digest
 
 LONGEST = 1 << 20  # tokens per row of a model whose config has no limit
-ROW_MEANS = ("vqa", "gqa")  # tasks whose loss is a mean over rows; in the others it is a mean over tokens
 
 
 @dataclass(frozen=True)
@@ -123,15 +122,13 @@ class VLM:
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
-    def batch(self, task: str, examples: Sequence[Example], images: str | None, stream: torch.Generator) -> VLMBatch:
-        rows, weights = [], []
-        for example in examples:
-            answer, weight = draw_answer(example, stream)
-            rows.append(self.row(task, example, images, answer))
-            weights.append(weight)
-        groups = self._groups(rows)
+    def batch(self, task: str, examples: Sequence[Example], images: str | None, targets: Sequence[Target]) -> VLMBatch:
+        rows = [
+            self.row(task, example, images, answer) for example, (answer, _) in zip(examples, targets, strict=True)
+        ]
         batches = [
-            (*self._collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group])) for group in groups
+            (*self._collate([rows[i] for i in group]), torch.tensor([targets[i][1] for i in group]))
+            for group in self._groups(rows)
         ]
         return VLMBatch(task, tuple(batches))
 

@@ -17,6 +17,16 @@ class Scored(Protocol):
     """The scores of one task."""
 
     @property
+    def main(self) -> str:
+        """The name of the main metric."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """All metrics by name, without those that could not be computed."""
+        ...
+
+    @property
     def value(self) -> float | None:
         """The main metric, higher is better; None if it could not be computed."""
         ...
@@ -26,7 +36,7 @@ ScoresT = TypeVar("ScoresT", bound=Scored)
 
 
 class Validation(Generic[ScoresT]):
-    """Scores every task, logs the main metrics, and saves the best adapter so far, per task and overall.
+    """Scores every task, logs all metrics, and saves the best adapter so far by the main one, per task and overall.
 
     The best values so far are read from the log, whose rows after the resumed step are dropped, so that a resumed run
     makes the same decisions as an uninterrupted one.
@@ -58,7 +68,7 @@ class Validation(Generic[ScoresT]):
                 self.save(self.run.path / "best" / name)
         # Resuming a finished run validates its last step again, which is logged already.
         if not any(row["step"] == step for row in read_metrics(self.log.path)):
-            self.log.write(step, **values)
+            self.log.write(step, **values, **other_values(scores))
         return scores
 
     def close(self) -> None:
@@ -78,3 +88,13 @@ def main_values(scores: Mapping[str, Scored]) -> dict[str, float]:
     """The main metric of each task that has one, and `overall`; empty if no task has one."""
     values = {name: found.value for name, found in scores.items() if found.value is not None}
     return {**values, OVERALL: overall(values)} if values else {}
+
+
+def other_values(scores: Mapping[str, Scored]) -> dict[str, float]:
+    """The metrics beside the main one of each task, as "vqa/accuracy (lavis)"."""
+    return {
+        f"{name}/{metric}": value
+        for name, found in scores.items()
+        for metric, value in found.metrics.items()
+        if metric != found.main
+    }

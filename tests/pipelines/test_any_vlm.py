@@ -14,6 +14,7 @@ from dora_mm.config.vl import DecodeConfig, VLAdapterConfig, VLModelConfig
 from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
 from dora_mm.tasks import vl_adapters
+from dora_mm.tasks.vl import draw_answer
 from dora_mm.tasks.vlm import VLM
 from tests.models.vlm import tiny
 from tests.pipelines.killed import assert_same_weights
@@ -43,7 +44,7 @@ def examples(count: int = 2) -> list[Example]:
 
 
 def batch_of(vlm: VLM, folder) -> object:
-    return vlm.batch("vqa", examples(), str(folder), torch.Generator().manual_seed(0))
+    return vlm.batch("vqa", examples(), str(folder), [draw_answer(example, 0.5) for example in examples()])
 
 
 @torch.no_grad()

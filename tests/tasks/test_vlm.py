@@ -8,6 +8,7 @@ import torch
 from dora_mm.config.vl import DecodeConfig, VLModelConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.models.vlm.encoding import IGNORED
+from dora_mm.tasks.vl import draw_answer
 from dora_mm.tasks.vlm import VLM
 from tests.models.vlm import tiny
 from tests.tasks.vlm_rows import write_pictures
@@ -38,7 +39,7 @@ ROWS = [
 
 
 def batch_of(vlm: VLM, rows, pictures, task="chat"):
-    return vlm.batch(task, rows, pictures, torch.Generator().manual_seed(0))
+    return vlm.batch(task, rows, pictures, [draw_answer(row, 0.5) for row in rows])
 
 
 def sums_and_counts(vlm: VLM, batch):

@@ -19,20 +19,19 @@ def main_metric(task: str) -> str:
     return "CIDEr" if task in CAPTION_TASKS else "accuracy"
 
 
-def score(task: str, predictions: Predictions, *, vqa_mode: vqa.Mode = "official", meteor: bool = True) -> VLScores:
+def score(task: str, predictions: Predictions, *, meteor: bool = True) -> VLScores:
     """Computes all metrics of one task, x 100.
 
     Args:
         task: One of CAPTION_TASKS or QUESTION_TASKS.
         predictions: Examples with predictions.
-        vqa_mode: See `vqa_accuracy`.
         meteor: Whether to compute METEOR, a caption metric that takes 5 seconds to load.
 
     Raises:
         ValueError: There are no predictions, or an example has no answers or answers that do not fit the task.
     """
     scorers: dict[str, Callable[[Predictions], VLScores]] = {
-        "vqa": partial(vqa.score_vqa, mode=vqa_mode),
+        "vqa": vqa.score_vqa,
         "gqa": gqa.score_gqa,
         "nlvr2": nlvr2.score_nlvr2,
         "caption": partial(score_captions, meteor=meteor),
@@ -55,8 +54,8 @@ def score_all(predictions: Mapping[str, Predictions], *, meteor: bool = True) ->
     return {task: score(task, found, meteor=meteor) for task, found in predictions.items()}
 
 
-def score_row(task: str, example: Example, prediction: str, *, vqa_mode: vqa.Mode = "official") -> float | None:
-    """Returns the accuracy of one prediction, 0 to 1.
+def score_row(task: str, example: Example, prediction: str) -> float | None:
+    """Returns the accuracy of one prediction, 0 to 1; for VQA the official one.
 
     Returns:
         None for captions, which are only scored together, and for examples without answers.
@@ -66,9 +65,7 @@ def score_row(task: str, example: Example, prediction: str, *, vqa_mode: vqa.Mod
     """
     if task in CAPTION_TASKS or not is_answered(example):
         return None
-    if task == "vqa":
-        return vqa.row_accuracy(example, prediction, vqa_mode)
-    return {"gqa": gqa, "nlvr2": nlvr2, "tvqa": video, "how2qa": video}[task].row_accuracy(example, prediction)
+    return {"vqa": vqa, "gqa": gqa, "nlvr2": nlvr2, "tvqa": video, "how2qa": video}[task].row_accuracy(example, prediction)
 
 
 def report(scores: VLScores) -> str:

@@ -1,4 +1,8 @@
-"""VQA accuracy, equal to that of the official evaluation script of VQA v2, including its bugs."""
+"""VQA accuracy, equal to that of two evaluation scripts, including their bugs.
+
+The official one of VQA v2, and the copy of an older one in LAVIS (BLIP) and VL-T5, from which the published scores of
+VL-BART come, in the DoRA paper too.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,6 +13,7 @@ from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, is_answere
 
 Mode = Literal["official", "lavis"]
 NUM_ANSWERS = 10
+LAVIS = "accuracy (lavis)"  # the name of the metric
 
 
 def vqa_accuracy(prediction: str, raw_answers: Sequence[str], mode: Mode = "official") -> float:
@@ -20,9 +25,8 @@ def vqa_accuracy(prediction: str, raw_answers: Sequence[str], mode: Mode = "offi
         prediction: The predicted answer.
         raw_answers: The ten answers, unchanged from the annotations.
         mode: "official" normalises prediction and answers, but neither where all ten agree: then "Yes" does not match
-            "yes". "lavis" is the copy of an older script that LAVIS (and with it BLIP) uses: predictions are always
-            normalised, answers only lose punctuation, so that ten times "none", or "dont know" among other answers, is
-            never matched.
+            "yes". "lavis" is the older script: predictions are always normalised, answers only lose punctuation, so
+            that ten times "none", or "dont know" among other answers, is never matched.
 
     Raises:
         ValueError: There are not ten answers.
@@ -70,31 +74,36 @@ def row_accuracy(example: Example, prediction: str, mode: Mode = "official") -> 
         raise ValueError(f"question {example.id}: {error}") from error
 
 
-def score_vqa(predictions: Predictions, mode: Mode = "official") -> VLScores:
-    """Computes `accuracy`, with tables by `answer_type` and `question_type`.
+def score_vqa(predictions: Predictions) -> VLScores:
+    """Computes `accuracy`, which is the official one, and `accuracy (lavis)`, where any question has ten answers.
+
+    The tables by `answer_type` and `question_type` are of the official one.
 
     Args:
         predictions: Examples with their predicted answers.
-        mode: See `vqa_accuracy`.
 
     Raises:
         ValueError: There are no predictions, no example has answers, or one has raw answers, but not ten.
     """
     check_answered(predictions, every=False)
-    values = [row_accuracy(example, prediction, mode) for example, prediction in predictions]
+    values = [row_accuracy(example, prediction) for example, prediction in predictions]
+    metrics = {"accuracy": percent(values)}
+    if any(example.raw_answers for example, _ in predictions):
+        metrics[LAVIS] = percent([row_accuracy(example, prediction, "lavis") for example, prediction in predictions])
     tables = by_kind(("answer_type", "question_type"), predictions, values)
-    return VLScores("vqa", "accuracy", {"accuracy": percent(values)}, tables, _notes(predictions, mode))
+    return VLScores("vqa", "accuracy", metrics, tables, _notes(predictions))
 
 
-def _notes(predictions: Predictions, mode: Mode) -> tuple[str, ...]:
+def _notes(predictions: Predictions) -> tuple[str, ...]:
     by_labels = sum(not example.raw_answers for example, _ in predictions)
     empty = sum(not is_answered(example) for example, _ in predictions)
     notes = []
     if by_labels < len(predictions):
-        notes.append(f"answers compared as {'the official script' if mode == 'official' else 'LAVIS'} does")
+        notes.append(f"accuracy: as the official script; {LAVIS}: as the published scores of VL-BART and BLIP")
     if by_labels:
         notes.append(
-            f"{by_labels} of {len(predictions)} questions scored by their labels: the file does not contain ten answers"
+            f"{by_labels} of {len(predictions)} questions scored by their labels: the file does not contain ten answers "
+            "(for vqa_karpathy, `annotations` names one that does)"
         )
     if empty:  # labels of the Karpathy format omit answers that are rare in training; VL-T5 scores such rows too
         notes.append(f"{empty} of {len(predictions)} questions have an empty label, and count as wrong")

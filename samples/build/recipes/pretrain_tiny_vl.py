@@ -29,7 +29,7 @@ from dora_mm.models.vl_bart.loading import save_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLBartConfig
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.tasks.vl import answerers, draw_answer
+from dora_mm.tasks.vl import Target, answerers, draw_answer
 from dora_mm.tasks.vl_bart import VLBartTask, VLBatch
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
@@ -156,14 +156,15 @@ def caption_batch(
     """The batch of a number; it depends only on (seed, number), so that a resumed run gets the same batches."""
     stream = generator(config.seed, number, "captions")
     _, indices = order(number)
-    return task.batch("caption", [draw_example(rows.table[i], config, stream) for i in indices], rows.images, stream)
+    examples, targets = zip(*(draw_example(rows.table[i], config, stream) for i in indices), strict=True)
+    return task.batch("caption", examples, rows.images, targets)
 
 
-def draw_example(example: Example, config: PretrainTinyVLConfig, stream: torch.Generator) -> Example:
-    """An example whose answer is one caption of the image, or the words that are masked in that caption."""
-    caption, _ = draw_answer(example, stream)
+def draw_example(example: Example, config: PretrainTinyVLConfig, stream: torch.Generator) -> tuple[Example, Target]:
+    """An example with what to learn of it: one caption of the image, or the words that are masked in that caption."""
+    caption, _ = draw_answer(example, draw(stream))
     text, target = mask_words(caption, stream) if draw(stream) < config.fill_share else ("", caption)
-    return replace(example, text=text, answers=(target,), scores=(1.0,))
+    return replace(example, text=text), (target, 1.0)
 
 
 def mask_words(caption: str, stream: torch.Generator) -> tuple[str, str]:

@@ -140,6 +140,23 @@ def test_an_annotation_of_another_image(tmp_path):
     assert "has another image_id than its annotation" in message_of(source)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"img_id": "COCO_val2014_000000000041"}, "has another image_id than its annotation"),
+        ({"img_id": "x"}, "has an img_id without a number"),
+        ({"question_id": 7}, "has no usable annotation"),
+    ],
+)
+def test_a_karpathy_row_that_does_not_fit_its_annotation(tmp_path, changes, reason):
+    row = {"img_id": "COCO_val2014_000000000042", "question_id": 42000, "sent": "Why?", "label": {}} | changes
+    annotations = files.write_json(tmp_path / "annotations.json", {"annotations": [files.vqa_annotation(0)]})
+    file = files.write_json(tmp_path / "karpathy_val.json", [row])
+    source = SourceConfig(format="vqa_karpathy", file=str(file), annotations=str(annotations))
+    assert message_of(source).startswith(f"{file}, item 1")
+    assert reason in message_of(source)
+
+
 def test_duplicate_ids(tmp_path):
     duplicate = files.vqa_v2(tmp_path, [files.vqa_question(0)] * 2, [files.vqa_annotation(0), files.vqa_annotation(1)])
     assert "has no usable annotation" in message_of(duplicate)

@@ -85,6 +85,27 @@ def test_vqa_karpathy(tmp_path):
     ]
 
 
+def test_vqa_karpathy_with_the_official_annotations(tmp_path):
+    """Which have more questions, in another order, and those without a label."""
+    label = {"net": 1, "mesh": 0.3}
+    names = ("COCO_val2014_000000000042", "COCO_val2014_000000000043.jpg")
+    rows = [
+        {"img_id": names[0], "question_id": 42001, "sent": "Why?", "label": label, "question_type": "why"},
+        {"img_id": names[1], "question_id": 42002, "sent": "Who?", "label": {}},
+    ]
+    annotations = [files.vqa_annotation(number, (f"a{number}",) * 10) for number in (3, 2, 0, 1)]
+    source = SourceConfig(
+        format="vqa_karpathy",
+        file=str(files.write_json(tmp_path / "karpathy_val.json", rows)),
+        annotations=str(files.write_json(tmp_path / "annotations.json", {"annotations": annotations})),
+    )
+    kinds = ("other", "what is")
+    assert read(source) == [
+        Example("42001", (f"{names[0]}.jpg",), "Why?", ("net", "mesh"), (1.0, 0.3), ("a1",) * 10, kinds),
+        Example("42002", (names[1],), "Who?", (), (), ("a2",) * 10, kinds),
+    ]
+
+
 @pytest.mark.parametrize(("split", "count"), [("train", 38575), ("test", 9673)])
 def test_easy_vqa_from_its_package(split, count):
     folder = Path(easy_vqa.__file__).parent / "data"

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +81,17 @@ def read_vqa_v2(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     def example(row: _Question) -> Example:
         image = f"COCO_{split}_{row['image_id']:012d}.jpg"
         unanswered = Example(str(row["question_id"]), (image,), row["question"])
-        return annotations.answer(unanswered, row) if annotations else unanswered
+        if annotations is None:
+            return unanswered
+        found = annotations.of(row["question_id"], row["image_id"])
+        scores = soft_scores(found.raw_answers)
+        return replace(
+            unanswered,
+            answers=tuple(scores),
+            scores=tuple(scores.values()),
+            raw_answers=found.raw_answers,
+            kinds=found.kinds,
+        )
 
     yield from good_rows(path, list_items(path, "questions"), QUESTION, example, bad)
     if annotations:
@@ -95,27 +106,18 @@ class _Annotations:
         self._unread = good_rows(path, list_items(path, "annotations"), ANNOTATION, _compact, bad)
         self._pending: dict[Id, Labels] = {}  # read, but not matched with a question yet
 
-    def answer(self, unanswered: Example, row: _Question) -> Example:
-        """The example with the answers from its annotation.
+    def of(self, question_id: Id, image_id: int) -> Labels:
+        """The annotation of a question about this image.
 
         Raises:
             RowError: There is no usable annotation, or it is for another image.
         """
-        found = self._take(row["question_id"])
+        found = self._take(question_id)
         if found is None:
             raise RowError(f"has no usable annotation in {self._path}")
-        if found.image_id != row["image_id"]:
+        if found.image_id != image_id:
             raise RowError(f"has another image_id than its annotation in {self._path}")
-        scores = soft_scores(found.raw_answers)
-        return Example(
-            unanswered.id,
-            unanswered.images,
-            unanswered.text,
-            tuple(scores),
-            tuple(scores.values()),
-            found.raw_answers,
-            found.kinds,
-        )
+        return found
 
     def _take(self, question_id: Id) -> Labels | None:
         while question_id not in self._pending:
@@ -156,19 +158,25 @@ def _coco_split(path: Path) -> str:
 
 
 def read_vqa_karpathy(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
-    """Reads every question of `karpathy_{train,val,test}.json`, with its label and, if present, its ten answers.
+    """Reads every question of `karpathy_{train,val,test}.json`, with its label.
 
-    A label may be empty: no answer to that question was frequent enough for the format's list of answers.
+    A label may be empty: no answer to that question was frequent enough for the format's list of answers. The ten
+    answers, by which questions are scored, come from the official file if the source names it, or from the row itself.
+    Training uses the label.
 
     Raises:
         ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
     path = Path(source.file)
+    annotations = _Annotations(Path(source.annotations), bad) if source.annotations else None
 
     def example(row: _Karpathy) -> Example:
         label = positive_scores(row.get("label", {}))
         raw_answers = _ten(row["answers"]) if "answers" in row else ()
         kinds = (row.get("answer_type", ""), row.get("question_type", ""))
+        if annotations is not None:
+            found = annotations.of(row["question_id"], _image_number(row["img_id"]))
+            raw_answers, kinds = found.raw_answers, found.kinds
         return Example(
             str(row["question_id"]),
             (with_suffix(row["img_id"]),),
@@ -199,6 +207,14 @@ def read_easy_vqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
             yield where, {"number": number, "row": tuple(row) if isinstance(row, list) else row}
 
     return good_rows(path, numbered(), EASY, example, bad)
+
+
+def _image_number(image_id: str) -> int:
+    """42 for "COCO_val2014_000000000042"."""
+    number = re.fullmatch(r"(?:.*_)?(\d+)", Path(image_id).stem)
+    if number is None:
+        raise RowError("has an img_id without a number, which annotations have")
+    return int(number[1])
 
 
 def positive_scores(label: dict[str, float]) -> dict[str, float]:
