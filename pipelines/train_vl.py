@@ -4,6 +4,7 @@ import logging
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -81,9 +82,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
     optimizer = accelerator.prepare(optimizer)
     if train.gradient_checkpointing:
-        network = trained.networks["model"]
-        network.activation_checkpointing_enable()
-        network.disable_input_require_grads()  # would send gradients through a frozen tower, and BLIP adds to its inputs
+        base: Any = trained.networks["model"]
+        base.activation_checkpointing_enable()
+        base.disable_input_require_grads()  # would send gradients through a frozen tower, and BLIP adds to its inputs
     write = partial(vl_adapters.save, trained, config, identity)
     for network in trained.networks.values():
         network.train()
