@@ -228,8 +228,14 @@ class VLM:
     def row_losses(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of each row, summed over its target tokens, and their number: (B,) each."""
         labels = labels.to(self.device)
-        losses = self.form.token_losses(self.model, self._moved(inputs), labels)
+        with self._precision():
+            losses = self.form.token_losses(self.model, self._moved(inputs), labels)
         return losses.sum(-1), (labels != IGNORED).sum(-1)
+
+    def _precision(self) -> torch.autocast:
+        """Autocast where the frozen weights are in half precision: those that are trained themselves are float32."""
+        dtype = getattr(torch, self.config.dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype.itemsize < 4)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs on the model's device; pixels in its dtype."""
@@ -279,7 +285,8 @@ class VLM:
         answers = [""] * len(rows)
         for group in self._groups(rows):
             inputs, _ = self._collate([rows[i] for i in group], left=self.form.continues)
-            ids = self.form.generate(self.model, self._moved(inputs), settings)
+            with self._precision():
+                ids = self.form.generate(self.model, self._moved(inputs), settings)
             texts = self.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
             for index, text in zip(group, texts, strict=True):
                 answers[index] = text.strip()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -65,28 +66,42 @@ def test_there_is_a_model_for_every_recipe() -> None:
     assert {path.stem for path in resolve_path("configs/vlm").glob("*.yaml")} >= set(MODELS)
 
 
-@pytest.mark.parametrize("recipe", MODELS)
-def test_it_trains_two_steps(recipe: str, tiny_vlm: Callable[[str], Path], tmp_path: Path) -> None:
+def train(recipe: str, model: Path, folder: Path, precision: dict[str, str]) -> Path:
+    """Two steps of a recipe on a model, with data made for it; returns the run directory."""
     path = f"configs/vlm/{recipe}.yaml"
-    config = load_config(path)
-    source = chat(tmp_path) if config.data.task == "chat" else vqa_v2(tmp_path)
+    source = chat(folder) if load_config(path).data.task == "chat" else vqa_v2(folder)
     settings = {
-        "model.path": tiny_vlm(MODELS[recipe]),
-        "model.dtype": "float32",
-        "train.mixed_precision": '"no"',
+        "model.path": model,
         "train.steps": 2,
         "train.epochs": "null",
         "train.log_every": 1,
         "evaluate.max_new_tokens": 4,  # random weights do not stop
-        "output": tmp_path / "run",
-        "data.tables": tmp_path / "tables",
+        "output": folder / "run",
+        "data.tables": folder / "tables",
     }
     settings |= {f"data.{split}.{key}": value for split in ("train", "valid") for key, value in source.items()}
-    assert main(["train", path, "--set", *(f"{key}={value}" for key, value in settings.items())]) == 0
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert main(["train", path, "--set", *(f"{key}={value}" for key, value in (settings | precision).items())]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("recipe", MODELS)
+def test_it_trains_two_steps(recipe: str, tiny_vlm: Callable[[str], Path], tmp_path: Path) -> None:
+    exact = {"model.dtype": "float32", "train.mixed_precision": '"no"'}
+    run = train(recipe, tiny_vlm(MODELS[recipe]), tmp_path, exact)
+    rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(math.isfinite(row["loss"]) and row["loss"] > 0 for row in rows)
-    (adapter,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
+    (adapter,) = (run / "adapter").glob("*.safetensors")
     updates = {name: tensor for name, tensor in load_file(adapter).items() if "lora_B" in name}
     assert updates
     assert all(tensor.any() for tensor in updates.values())
+
+
+def test_a_part_trained_itself_is_float32_beside_half_precision(
+    tiny_vlm: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = train("llava_1_5_7b", tiny_vlm("llava"), tmp_path, {"train.gradient_accumulation_steps": "1"})
+    (adapter,) = (run / "adapter").glob("*.safetensors")
+    projector = {name: tensor for name, tensor in load_file(adapter).items() if "multi_modal_projector" in name}
+    assert len(projector) == 4
+    assert {tensor.dtype for tensor in projector.values()} == {torch.float32}
