@@ -1,35 +1,36 @@
 """dora-mm inspect: what an adapter file or a picture says, or which modules of a model a target map selects."""
 
+import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from dora_mm import DoRASpec, formats, inject
+from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
+from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
+from dora_mm.core.targets import parts_in
 from dora_mm.formats.diffusers import PEFT_METADATA
 from dora_mm.formats.peft_layers import OUR_METADATA
-from dora_mm.models.hub import unreachable
+from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
-from dora_mm.targets import find
+from dora_mm.targets import find, map_of
 from dora_mm.utils.tables import aligned_columns
 
 ADAPTERS = [module.FILE_NAME for module in formats.FORMATS.values()]
 HIDDEN = ("format", PEFT_METADATA, OUR_METADATA)  # the table shows what is in them
-MAP_OF = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
 RANK = 8  # parameter counts of target maps are stated at this rank
 
 
 def main(path: str, *, targets: str | None = None) -> None:
-    """Prints what an adapter file holds, how a picture was drawn, or what the target maps select in an SDXL model.
+    """Prints what an adapter file holds, how a picture was drawn, or what the target maps select in a model.
 
     Args:
-        path: An adapter file, its folder or its run directory; a PNG file that `dora-mm sample` drew; or an SDXL model,
-            as a folder or a hub name.
-        targets: The only target map to show, for a model.
+        path: An adapter file, its folder or its run directory; a PNG file that `dora-mm sample` drew; or a model of
+            transformers or diffusers, as a folder or a hub name.
+        targets: For a model, the target map to show; for a pipeline of diffusers, the only one.
 
     Raises:
-        ValueError: The file is not an adapter or such a picture, the path is not an SDXL model, or there is no such
-            target map.
+        ValueError: The file is not an adapter or such a picture, the path is not a model, or there is no such target
+            map, or none for it.
     """
     file = adapter_file(path)
     if file is not None and file.suffix.lower() == ".png":
@@ -98,50 +99,70 @@ def method_rank_alpha(spec: DoRASpec) -> tuple[str, str, str]:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def describe_model(model: str, only: str | None) -> str:
-    """One table per network, with all parts of its target map; with `only`, just the networks of this map.
+def describe_model(path: str, only: str | None) -> str:
+    """A section for each network of a model that has a target map, and the names of those that have none.
+
+    Args:
+        path: The folder or hub name of the model.
+        only: The only target map to show, in the networks of a pipeline that it is for; None shows all.
 
     Raises:
-        ValueError: There is no map `only`, it is not for an SDXL model, or `model` is not one.
+        ValueError: There is no map `only`, or it is for no network; or `path` is no model, or one without a map.
     """
-    requested = find(only).name if only else None
-    chosen = {component: name for component, name in MAP_OF.items() if requested in (None, name)}
-    if not chosen:
-        raise ValueError(f"--targets: the target map {requested} is not for a network of an SDXL model")
-    return "\n\n".join(table_of(model, component, name) for component, name in chosen.items())
-
-
-def table_of(model: str, component: str, name: str) -> str:
-    targets = find(name)
-    spec = DoRASpec(rank=RANK, alpha=RANK)
-    report = inject(network(model, component), targets, spec, parts=tuple(targets.parts))
-    default = targets.select().parts
-    selected = [module for module in report.modules if module.part in default]
-    total = sum(module.num_parameters for module in selected)
-    return (
-        f"{model} {component}: {name} at rank {RANK}\n{report}\n"
-        f"by default ({', '.join(default)}): {len(selected)} modules, {total:,} parameters"
-    )
-
-
-def network(model: str, component: str) -> Any:
-    """A network of an SDXL model, built from its config on the meta device, without weights."""
-    import torch
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    try:
-        with torch.device("meta"):
-            if component == "unet":
-                config: Any = UNet2DConditionModel.load_config(model, subfolder=component)
-                return UNet2DConditionModel.from_config(config)
-            kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
-            return kind(CLIPTextConfig.from_pretrained(model, subfolder=component))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    requested = find(only) if only else None
+    networks = networks_of(path)
+    if "" in networks:
+        return describe_network(path, networks[""], requested or map_of_network(networks[""]))
+    sections, without = [], []
+    for name, network in networks.items():
+        try:
+            targets = map_of(network.config)
+        except ValueError:
+            without.append(f"{name} ({network.kind})")
+            continue
+        if requested in (None, targets):
+            sections.append(describe_network(f"{path} {name}", network, targets))
+    if not sections:
+        wanted = f"the target map {only}" if only else "a target map"
         raise ValueError(
-            unreachable(model, error) or f"{model} has no config of an SDXL model's {component}: {reason}"
+            f"no network of {path} with a config.json has {wanted}: it has {', '.join(networks) or 'none'}"
+        )
+    if without and not only:
+        sections.append(f"without a target map: {', '.join(without)}")
+    return "\n\n".join(sections)
+
+
+def map_of_network(network: Network) -> TargetMap:
+    try:
+        return map_of(network.config)
+    except ValueError as error:
+        raise ValueError(
+            f"{network.path} is a {network.kind}: {error}; to try a map, name it with --targets"
         ) from error
+
+
+def describe_network(title: str, network: Network, targets: TargetMap) -> str:
+    """The modules that all parts of a map take together, the parts, and what the default ones would train."""
+    model = network.build()
+    num_base = sum(parameter.numel() for parameter in model.parameters())
+    report = inject(model, targets.select(parts_in(model, targets) or None), DoRASpec(rank=RANK, alpha=RANK))
+    default = tuple(targets.select().parts)
+    trainable = sum(module.num_parameters for module in report.modules if module.part in default)
+    total = num_base + trainable
+    share = f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)"
+    head = f"{title}: {network.kind}, target map {targets.name} at rank {RANK}"
+    return f"{head}\n{report}\n\n{table_of_parts(report, targets)}\nby default ({', '.join(default)}): {share}"
+
+
+def table_of_parts(report: InjectReport, targets: TargetMap) -> str:
+    """A row for each part of a map: whether it is a default one, its modules, their weights, and what they train."""
+    table: list[tuple[str, ...]] = [("part", "default", "modules", "weights", "trainable")]
+    for part in targets.parts:
+        modules = [module for module in report.modules if module.part == part]
+        numbers = len(modules), sum(math.prod(m.shape) for m in modules), sum(m.num_parameters for m in modules)
+        default = "yes" if part in targets.select().parts else "no"
+        table.append((part, default, *(f"{number:,}" for number in numbers)))
+    return aligned_columns(table, num_text=2)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from dora_mm.core.targets import TargetMap
 BART = TargetMap(
     "bart",
     parts={
-        "text.qv": (r"re:model\.(encoder|decoder)\.layers\.\d+\.self_attn\.(q|v)_proj",),
-        "text.ko": (r"re:model\.(encoder|decoder)\.layers\.\d+\.self_attn\.(k|out)_proj",),
-        "text.mlp": (r"re:model\.(encoder|decoder)\.layers\.\d+\.fc[12]",),
-        "cross.qv": (r"re:model\.decoder\.layers\.\d+\.encoder_attn\.(q|v)_proj",),
-        "cross.ko": (r"re:model\.decoder\.layers\.\d+\.encoder_attn\.(k|out)_proj",),
+        "text.qv": (r"re:(model\.)?(encoder|decoder)\.layers\.\d+\.self_attn\.(q|v)_proj",),
+        "text.ko": (r"re:(model\.)?(encoder|decoder)\.layers\.\d+\.self_attn\.(k|out)_proj",),
+        "text.mlp": (r"re:(model\.)?(encoder|decoder)\.layers\.\d+\.fc[12]",),
+        "cross.qv": (r"re:(model\.)?decoder\.layers\.\d+\.encoder_attn\.(q|v)_proj",),
+        "cross.ko": (r"re:(model\.)?decoder\.layers\.\d+\.encoder_attn\.(k|out)_proj",),
     },
     expect={
         "BartEncoderLayer": {"text.qv": 2, "text.ko": 2, "text.mlp": 2},

@@ -20,5 +20,5 @@ BLIP2 = compose(
     either(decoder(rf"language_model\.{WITH_HEAD}"), t5(r"language_model\.")),
     blip_vision(r"vision_model\."),
     QFORMER,
-    connector="language_projection",
+    layers={"connector": "language_projection"},
 )

@@ -5,6 +5,7 @@ Paths are those of `named_modules()`; the keys of a saved model may differ.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from dora_mm.core.targets import Counts, TargetMap
 
@@ -24,14 +25,16 @@ class Block:
     parts: Mapping[str, tuple[str, Counts]]
 
 
-def compose(name: str, *blocks: Block, default: tuple[str, ...] = TEXT, **layers: str) -> TargetMap:
+def compose(
+    name: str, *blocks: Block, layers: Mapping[str, str] = MappingProxyType({}), default: tuple[str, ...] = TEXT
+) -> TargetMap:
     """A target map of blocks, whose counts it checks, and of single layers.
 
     Args:
         name: The name of the map.
         blocks: The blocks. A part may be in several of them.
-        default: The parts that are adapted unless others are named.
         layers: For a part, a regular expression for the full path of layers outside of blocks.
+        default: The parts that are adapted unless others are named.
     """
     patterns: dict[str, list[str]] = {}
     for block in blocks:

@@ -12,9 +12,9 @@ TIMM = r"model\.vision_tower\.timm_model\.(stages\.\d+\.)?blocks(\.\d+)+\."
 FASTVLM = compose(
     "fastvlm",
     decoder(r"model\.language_model\."),
-    connector=PROJECTOR,
-    **{
+    layers={
         "vision.attn": rf"{TIMM}token_mixer\.(qkv|proj)",
         "vision.mlp": rf"{TIMM}(mlp\.fc[12]|conv_pwl?)",
+        "connector": PROJECTOR,
     },
 )

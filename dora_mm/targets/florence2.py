@@ -13,5 +13,5 @@ FLORENCE2 = compose(
     "florence2",
     *bart(r"model\.language_model\."),
     VISION,
-    connector=r"model\.multi_modal_projector\.image_projection",
+    layers={"connector": r"model\.multi_modal_projector\.image_projection"},
 )

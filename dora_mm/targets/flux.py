@@ -33,5 +33,5 @@ FLUX2 = compose(
     ),
     Block(r"single_transformer_blocks\.\d+", {"attn": (r"attn\.(to_qkv_mlp_proj|to_out)", 2)}),
     default=DEFAULT,
-    mod=r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear",
+    layers={"mod": r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.linear"},
 )

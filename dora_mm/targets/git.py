@@ -6,5 +6,5 @@ GIT = compose(
     "git",
     bert(r"git\.", cross=False),
     clip_vision(r"git\.image_encoder\.vision_model\."),
-    connector=r"git\.visual_projection\.visual_projection\.0",
+    layers={"connector": r"git\.visual_projection\.visual_projection\.0"},
 )

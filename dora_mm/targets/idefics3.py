@@ -7,5 +7,5 @@ IDEFICS3 = compose(
     "idefics3",
     decoder(r"model\.text_model\."),
     clip_vision(r"model\.vision_model\."),
-    connector=r"model\.connector\.modality_projection\.proj",
+    layers={"connector": r"model\.connector\.modality_projection\.proj"},
 )

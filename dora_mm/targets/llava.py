@@ -22,7 +22,7 @@ INTERNVL_VISION = Block(
 )
 PROJECTOR = r"model\.multi_modal_projector\.linear_[12]"
 
-LLAVA = compose("llava", TEXT, either(CLIP, PIXTRAL), connector=PROJECTOR)
-PALIGEMMA = compose("paligemma", TEXT, CLIP, connector=r"model\.multi_modal_projector\.linear")
+LLAVA = compose("llava", TEXT, either(CLIP, PIXTRAL), layers={"connector": PROJECTOR})
+PALIGEMMA = compose("paligemma", TEXT, CLIP, layers={"connector": r"model\.multi_modal_projector\.linear"})
 GEMMA3 = compose("gemma3", TEXT, CLIP)
-INTERNVL = compose("internvl", TEXT, INTERNVL_VISION, connector=PROJECTOR)
+INTERNVL = compose("internvl", TEXT, INTERNVL_VISION, layers={"connector": PROJECTOR})

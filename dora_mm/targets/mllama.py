@@ -17,4 +17,4 @@ VISION = Block(
     r"model\.vision_model\.(global_)?transformer\.layers\.\d+",
     {"vision.attn": (r"self_attn\.(q|k|v|o)_proj", 4), "vision.mlp": (r"mlp\.fc[12]", 2)},
 )
-MLLAMA = compose("mllama", TEXT, VISION, connector=r"model\.multi_modal_projector")
+MLLAMA = compose("mllama", TEXT, VISION, layers={"connector": r"model\.multi_modal_projector"})

@@ -13,5 +13,5 @@ VISION = Block(
 )
 MERGERS = r"model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc[12]"
 
-QWEN2_VL = compose("qwen2-vl", TEXT, VISION, connector=r"model\.visual\.merger\.mlp\.[02]")
-QWEN3_VL = compose("qwen3-vl", TEXT, VISION, connector=MERGERS)
+QWEN2_VL = compose("qwen2-vl", TEXT, VISION, layers={"connector": r"model\.visual\.merger\.mlp\.[02]"})
+QWEN3_VL = compose("qwen3-vl", TEXT, VISION, layers={"connector": MERGERS})

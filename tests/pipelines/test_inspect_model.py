@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import BertConfig, CLIPTextConfig, LlamaConfig, LlavaConfig, T5Config
 
 from dora_mm import DoRASpec, cli, inject, save_adapter
 
@@ -23,16 +23,27 @@ UNET = {
 }
 
 
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The configs of an SDXL model and nothing else: inspecting reads no weights."""
     folder = tmp_path_factory.mktemp("model")
     with torch.device("meta"):
         UNet2DConditionModel(**UNET).save_config(folder / "unet")
-    for name, width, layers in (("text_encoder", 16, 3), ("text_encoder_2", 32, 4)):
-        CLIPTextConfig(
+    for name, width, layers in zip(ENCODERS, (16, 32), (3, 4), strict=True):
+        config = CLIPTextConfig(
             hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=2
-        ).save_pretrained(folder / name)
+        )
+        config.architectures = ["CLIPTextModelWithProjection" if name.endswith("2") else "CLIPTextModel"]
+        config.save_pretrained(folder / name)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=8).save_config(folder / "vae")
+    components = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    components |= {"text_encoder": ["transformers", "CLIPTextModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    components |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "image_encoder": [None, None]}
+    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True, **components}
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -42,24 +53,100 @@ def inspect(capsys, *arguments):
     return code, printed.out, printed.err
 
 
-def test_a_model_is_shown_through_its_target_maps(model, capsys):
+def rows(output):
+    """The rows of the table of parts: part -> default, modules, weights, trained parameters at rank 8."""
+    lines = [line.split() for line in output.splitlines()]
+    start = lines.index(["part", "default", "modules", "weights", "trainable"]) + 1
+    end = next(i for i, line in enumerate(lines[start:], start) if line[:2] == ["by", "default"])
+    return {line[0]: tuple(line[1:]) for line in lines[start:end]}
+
+
+def test_a_pipeline_is_shown_network_by_network(model, capsys):
     code, output, _ = inspect(capsys, model)
     assert code == 0
-    unet, one, two = output.split("\n\n")
-    assert unet.startswith(f"{model} unet: sdxl-unet at rank 8\n")
-    assert "by default (attn, cross): 136 modules" in unet
-    assert "by default (attn): 12 modules" in one  # 3 layers of 4 projections
-    assert "by default (attn): 16 modules" in two
+    sections = output.split(f"{model} ")
+    unet, one, two = (next(s for s in sections if s.startswith(f"{n}: ")) for n in ("unet", *ENCODERS))
+    assert unet.startswith("unet: UNet2DConditionModel, target map sdxl-unet at rank 8\n")
+    assert {part: row[:2] for part, row in rows(unet).items()} == {
+        "attn": ("yes", "68"),
+        "cross": ("yes", "68"),
+        "ff": ("no", "34"),
+        "conv": ("no", "49"),
+    }
+    assert rows(one)["attn"] == ("yes", "12", f"{12 * 16 * 16:,}", f"{12 * (8 * 32 + 16):,}")  # 3 layers of 4
+    assert rows(two)["attn"] == ("yes", "16", f"{16 * 32 * 32:,}", f"{16 * (8 * 64 + 32):,}")
+    assert output.endswith("\nwithout a target map: vae (AutoencoderKL)\n")
 
 
-def test_a_single_target_map(model, capsys):
+def test_a_single_target_map_of_a_pipeline(model, capsys):
     code, output, _ = inspect(capsys, model, "--targets", "clip-text")
     assert code == 0
     assert "sdxl-unet" not in output
-    assert output.count("clip-text at rank 8") == 2
+    assert output.count("target map clip-text at rank 8") == 2
     code, _, errors = inspect(capsys, model, "--targets", "clip-txt")
-    assert code == 2
-    assert "clip-text" in errors
+    assert (code, "there is no target map 'clip-txt'; there are sdxl-unet, clip-text" in errors) == (2, True)
+    code, _, errors = inspect(capsys, model, "--targets", "flux")
+    assert (code, "no network of" in errors, "has the target map flux" in errors) == (2, True, True)
+
+
+def test_a_network_of_a_pipeline_by_itself(model, capsys):
+    code, output, _ = inspect(capsys, model / "unet")
+    assert code == 0
+    assert output.startswith(f"{model / 'unet'}: UNet2DConditionModel, target map sdxl-unet at rank 8\n")
+
+
+def test_a_vision_language_model_from_its_config_alone(tmp_path, capsys):
+    """LLaVA-1.5-7B: what is trained by default of 7.06 billion parameters."""
+    config = LlavaConfig(text_config=LlamaConfig(vocab_size=32_064))
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    code, output, _ = inspect(capsys, tmp_path)
+    assert code == 0
+    found = rows(output)
+    assert list(found) == ["text.attn", "text.mlp", "vision.attn", "vision.mlp", "connector"]
+    attention, mlp = 128 * (8 * 8192 + 4096), 32 * (3 * 8 * (4096 + 11_008) + 2 * 11_008 + 4096)
+    assert found["text.attn"] == ("yes", "128", f"{128 * 4096**2:,}", f"{attention:,}")
+    assert found["text.mlp"] == ("yes", "96", f"{96 * 4096 * 11_008:,}", f"{mlp:,}")
+    assert found["connector"] == ("no", "2", f"{4096 * (1024 + 4096):,}", f"{8 * (1024 + 3 * 4096) + 2 * 4096:,}")
+    trained, total = attention + mlp, attention + mlp + 7_063_427_072
+    assert output.splitlines()[-1] == (
+        f"by default (text.attn, text.mlp): trainable {trained:,} of {total:,} parameters "
+        f"({100 * trained / total:.3f} %)"
+    )
+
+
+def test_the_vl_bart_of_the_samples(capsys):
+    code, output, _ = inspect(capsys, "samples/tiny-vl")
+    assert code == 0
+    assert output.startswith("samples/tiny-vl: VLBart, target map bart at rank 8\n")
+    assert {part: row[:2] for part, row in rows(output).items()} == {
+        "text.qv": ("yes", "12"),
+        "text.ko": ("no", "12"),
+        "text.mlp": ("no", "12"),
+        "cross.qv": ("yes", "6"),
+        "cross.ko": ("no", "6"),
+    }
+
+
+def test_parts_that_a_model_lacks_have_no_modules(tmp_path, capsys):
+    config = T5Config(num_layers=2, d_model=32, d_ff=48, d_kv=8, num_heads=4)
+    config.architectures = ["T5EncoderModel"]
+    config.save_pretrained(tmp_path)
+    code, output, _ = inspect(capsys, tmp_path)
+    assert code == 0
+    assert rows(output)["cross"] == ("no", "0", "0", "0")
+    assert rows(output)["text.attn"][:2] == ("yes", "8")
+
+
+def test_models_without_a_map(tmp_path, capsys):
+    config = BertConfig(num_hidden_layers=1)
+    config.architectures = ["BertForMaskedLM"]
+    config.save_pretrained(tmp_path)
+    code, _, errors = inspect(capsys, tmp_path)
+    assert (code, len(errors.splitlines())) == (2, 1)
+    assert f"{tmp_path} is a BertForMaskedLM: there is no target map for bert; nearest: bart, " in errors
+    code, _, errors = inspect(capsys, tmp_path, "--targets", "llm")
+    assert (code, "of target map llm matches no module; nearest: " in errors) == (2, True)
 
 
 @pytest.fixture
@@ -112,6 +199,6 @@ def test_contradicting_arguments_are_refused(unet, model, tmp_path, capsys):
     assert (code, "--targets is for models" in errors) == (2, True)
     (tmp_path / "empty").mkdir()
     code, _, errors = inspect(capsys, tmp_path / "empty")
-    assert (code, "has no config of an SDXL model's unet" in errors) == (2, True)
+    assert (code, "is no model, and holds no adapter" in errors) == (2, True)
     code, _, errors = inspect(capsys, tmp_path / "missing")
     assert (code, "does not exist" in errors) == (2, True)

@@ -129,6 +129,16 @@ def test_the_language_model_inside():
     assert len(taken_by(model, "llm")) == 560
 
 
+def test_a_bart_with_and_without_its_head():
+    """facebook/bart-base names BartModel as its class."""
+    config = transformers.BartConfig(encoder_layers=2, decoder_layers=3)
+    for kind in (transformers.BartModel, transformers.BartForConditionalGeneration):
+        model = on_meta(kind, config)
+        assert targets.map_of(model) is targets.find("bart")
+        found = Counter(taken_by(model, "bart").values())
+        assert found == {"text.qv": 10, "text.ko": 10, "text.mlp": 10, "cross.qv": 6, "cross.ko": 6}
+
+
 def test_blip_2_with_t5():
     config = transformers.Blip2Config(text_config=transformers.T5Config(num_layers=2, num_decoder_layers=3))
     found = Counter(taken_by(on_meta(transformers.Blip2ForConditionalGeneration, config), "blip-2").values())

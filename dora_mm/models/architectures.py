@@ -1,0 +1,141 @@
+"""The networks of any model of transformers or diffusers as its configs describe them, without reading weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dora_mm.models.hub import unreachable
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONFIG, PIPELINE = "config.json", "model_index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of a model.
+
+    Attributes:
+        path: Its local folder.
+        config: What its config.json contains.
+    """
+
+    path: str
+    config: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The name of its class, or else its model type."""
+        saved = self.config.get("architectures")
+        named = saved if isinstance(saved, list) else []
+        return str(self.config.get("_class_name") or next(iter(named), None) or self.config.get("model_type"))
+
+    def build(self) -> nn.Module:
+        """Builds the network on the meta device.
+
+        Raises:
+            ValueError: Its class is in none of the libraries, or cannot be built from the config.
+        """
+        if "_class_name" in self.config:
+            return _from_diffusers(self)
+        if self.config.get("model_type") == "vl_bart":
+            return _vl_bart(self)
+        from dora_mm.models.vlm.loading import empty_model
+
+        return empty_model(self.path)
+
+
+def networks_of(path: str) -> dict[str, Network]:
+    """Finds the networks of a model.
+
+    Args:
+        path: A folder or hub name: of a model of transformers, of a network of diffusers, or of a pipeline.
+
+    Returns:
+        The networks by component of the pipeline, or the only one by an empty name.
+
+    Raises:
+        ValueError: It is no model, a config is damaged, or the hub cannot be reached.
+    """
+    folder = _folder(path)
+    if (folder / PIPELINE).is_file():
+        components = [name for name, value in _json(folder / PIPELINE).items() if _is_pair(value)]
+        files = {name: folder / name / CONFIG for name in components}
+        return {name: Network(str(file.parent), _json(file)) for name, file in files.items() if file.is_file()}
+    if not (folder / CONFIG).is_file():
+        raise ValueError(_why_no_model(path, folder))
+    config = _json(folder / CONFIG)
+    if "_class_name" not in config and "model_type" not in config:
+        raise ValueError(f"{path} is no model of transformers or diffusers: its {CONFIG} has no model_type")
+    return {"": Network(str(folder), config)}
+
+
+def _folder(path: str) -> Path:
+    """A local folder as it is, or the configs of a hub repository."""
+    if Path(path).exists():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=[CONFIG, PIPELINE, f"*/{CONFIG}"]))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(unreachable(path, error) or f"{path} cannot be read from the hub: {reason}") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or UTF-8
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is not the config of a model")
+    return found
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a value of a pipeline's index is the library and class of a component that is there."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
+
+
+def _why_no_model(path: str, folder: Path) -> str:
+    weights = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHTS)
+    if weights:
+        return f"{path} has weights ({weights[0]}) and no {CONFIG}: put the model's own beside them"
+    return f"{path} is no model, and holds no adapter: it has neither {CONFIG} nor {PIPELINE}"
+
+
+def _from_diffusers(network: Network) -> nn.Module:
+    import diffusers
+    from torch import nn
+
+    kind: Any = getattr(diffusers, network.kind, None)
+    is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
+    if not is_network:
+        raise ValueError(f"{network.path} is a {network.kind}, no network of diffusers {diffusers.__version__}")
+    return _built(network, lambda: kind.from_config(dict(network.config)))
+
+
+def _vl_bart(network: Network) -> nn.Module:
+    from dora_mm.models.vl_bart.model import VLBart, VLBartConfig
+
+    return _built(network, lambda: VLBart(VLBartConfig.from_dict(dict(network.config))))
+
+
+def _built(network: Network, build: Callable[[], nn.Module]) -> nn.Module:
+    import torch
+
+    from dora_mm.models.vlm.loading import LOADING_ERRORS
+
+    try:
+        with torch.device("meta"):
+            return build()
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the {network.kind} of {network.path} cannot be built from its {CONFIG}: {reason}") from error
