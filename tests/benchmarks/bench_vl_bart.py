@@ -26,7 +26,8 @@ from transformers import BartConfig
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
 from dora_mm.config.vl import VLModelConfig
 from dora_mm.models.vl_bart.loading import BART_BASE, config_of, from_bart, load_vl_bart
-from dora_mm.models.vl_bart.model import VLBart, VLInputs, extra_trainable_parameters
+from dora_mm.models.vl_bart.model import VLBart, VLInputs
+from dora_mm.tasks.vl_adapters import parameters_by_name
 
 ROUNDS = {1: 15, 4: 7}  # number of rounds, by the number of passes per step
 TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
@@ -44,12 +45,13 @@ def embedded() -> VLBart:
 
 
 def ours(model: VLBart):
+    extra = parameters_by_name(model, EXTRA_TRAINABLE)
     inject(model, "bart", DoRASpec(rank=128, alpha=128))
-    return model, [*extra_trainable_parameters(model, EXTRA_TRAINABLE).values(), *adapter_parameters(model).values()]
+    return model, [*extra.values(), *adapter_parameters(model).values()]
 
 
 def peers(model: VLBart, *, use_dora: bool):
-    extra = list(extra_trainable_parameters(model, EXTRA_TRAINABLE).values())
+    extra = list(parameters_by_name(model, EXTRA_TRAINABLE).values())
     config = peft.LoraConfig(r=128, lora_alpha=128, target_modules=TARGETS, use_dora=use_dora)
     wrapped = peft.get_peft_model(model, config)
     return wrapped, [*extra, *(p for p in wrapped.parameters() if p.requires_grad)]
@@ -57,7 +59,7 @@ def peers(model: VLBart, *, use_dora: bool):
 
 def frozen(model: VLBart):
     """No adapters, only the extra trainable parameters."""
-    return model, list(extra_trainable_parameters(model, EXTRA_TRAINABLE).values())
+    return model, list(parameters_by_name(model, EXTRA_TRAINABLE).values())
 
 
 def inputs(batch: int, num_words: int = 50_000, feature_dim: int = 2048) -> VLInputs:

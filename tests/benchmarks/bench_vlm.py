@@ -1,0 +1,152 @@
+"""Times a training step of a vision-language model against PEFT's in a bare loop, and batched answers.
+
+    python -m samples.build tiny-vlm
+    python tests/benchmarks/bench_vlm.py build/tiny-vlm [results/<machine>]
+
+All linear layers of the language model are adapted at rank 8. A step is a batch of 8 questions of VQA on one picture each,
+with its forward and backward pass and AdamW; the contenders take turns in one process. PEFT's loop is the shortest one
+that trains this model: `model(**batch).loss.backward()`, which computes the logits of all tokens.
+"""
+
+import copy
+import csv
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import peft
+import torch
+
+from dora_mm import fixed_parameters
+from dora_mm.config.vl import SourceConfig, VLAdapterConfig, VLModelConfig
+from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.tables import open_table
+from dora_mm.models.vlm.encoding import IGNORED
+from dora_mm.tasks import vl_adapters
+from dora_mm.tasks.vlm import VLM, VLMBatch
+
+ROUNDS, BATCH, NEW_TOKENS = 9, 8, 16
+LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+VQA = SourceConfig(
+    format="vqa_v2",
+    file="samples/vl/vqa/v2_OpenEnded_mscoco_val2014_questions.json",
+    annotations="samples/vl/vqa/v2_mscoco_val2014_annotations.json",
+    images="samples/vl/images",
+    limit=32,
+)
+
+
+class Ours:
+    """Trains with the code of train_vl."""
+
+    def __init__(self, folder: str):
+        self.vlm = VLM(VLModelConfig(path=folder))
+        config = VLAdapterConfig.model_validate({"rank": 8, "parts": ["text.attn", "text.mlp"]})
+        self.parameters = list(vl_adapters.adapt(self.vlm, config, seed=0, backend="torch").parameters.values())
+        self.model = self.vlm.model.train()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+
+    def loss(self, batch: VLMBatch) -> torch.Tensor:
+        return self.vlm.loss(batch, torch.Generator())
+
+    def step(self, batch: VLMBatch) -> float:
+        started = time.perf_counter()
+        with fixed_parameters(self.model, num_passes=1):
+            self.loss(batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
+
+
+class Theirs(Ours):
+    """Trains PEFT's layers with the model's own loss."""
+
+    def __init__(self, folder: str, *, use_dora: bool):
+        self.vlm = VLM(VLModelConfig(path=folder))
+        config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR, use_dora=use_dora)
+        self.model = peft.get_peft_model(self.vlm.model, config).train()
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
+
+    def loss(self, batch: VLMBatch) -> torch.Tensor:
+        ((inputs, labels, _),) = batch.groups
+        return self.model(**inputs, labels=labels).loss
+
+
+def time_steps(folder: str, examples: list[Example]) -> dict[str, list[float]]:
+    contenders = {
+        "PEFT LoRA": Theirs(folder, use_dora=False),
+        "PEFT DoRA": Theirs(folder, use_dora=True),
+        "our DoRA": Ours(folder),
+    }
+    targets = [(example.answers[0], 1.0) for example in examples[:BATCH]]
+    batch = contenders["our DoRA"].vlm.batch("vqa", examples[:BATCH], VQA.images, targets)
+    ((inputs, labels, _),) = batch.groups
+    shape = f"{tuple(inputs['input_ids'].shape)} tokens, {int((labels != IGNORED).sum())} with loss"
+    print(f"a step has {shape}")
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(ROUNDS + 2):
+        for name in contenders if turn % 2 else reversed(contenders):
+            seconds = contenders[name].step(copy.copy(batch))
+            if turn >= 2:
+                times[name].append(seconds)
+    return times
+
+
+def time_answers(folder: str, examples: list[Example], max_new_tokens: int) -> dict[str, list[float]]:
+    """Until all have max_new_tokens (no answer ends before), which is what batches of long answers cost."""
+    vlm = VLM(VLModelConfig(path=folder))
+    settings = vlm._settings(max_new_tokens, 1)
+    settings.min_new_tokens = max_new_tokens
+    times: dict[str, list[float]] = {f"{max_new_tokens} tokens, {how}": [] for how in ("batches of 8", "one by one")}
+    for _ in range(3):
+        for name, size in zip(times, (8, 1), strict=True):
+            started = time.perf_counter()
+            for start in range(0, 16, size):
+                vlm._generated("vqa", settings, examples[start : start + size], VQA.images)
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def main(folder: str, results: Path | None) -> None:
+    examples = list(open_table(VQA, Path("build/tables"), on_bad_data="stop"))
+    times = time_steps(folder, examples)
+    for max_new_tokens in (2, 4, NEW_TOKENS):
+        times |= time_answers(folder, examples, max_new_tokens)
+    rows = [
+        {
+            "name": name,
+            "median_s": round(statistics.median(found), 4),
+            "min_s": round(min(found), 4),
+            "max_s": round(max(found), 4),
+            "rounds": len(found),
+        }
+        for name, found in times.items()
+    ]
+    for row in rows:
+        print("{name:<28} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
+    for peer in ("PEFT LoRA", "PEFT DoRA"):
+        ratios = [theirs / ours for theirs, ours in zip(times[peer], times["our DoRA"], strict=True)]
+        print(f"{peer} / our DoRA: {statistics.median(ratios):.3f} (by round {min(ratios):.3f} to {max(ratios):.3f})")
+    for tokens in (2, 4, NEW_TOKENS):
+        batched, single = (
+            statistics.median(times[f"{tokens} tokens, {how}"]) for how in ("batches of 8", "one by one")
+        )
+        print(f"{tokens} tokens: one by one / batched {single / batched:.2f}")
+    if results is not None:
+        results.mkdir(parents=True, exist_ok=True)
+        with (results / "vlm.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        machine |= {"peft": peft.__version__, "cores": os.cpu_count()}
+        (results / "vlm.json").write_text(json.dumps(machine, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)
