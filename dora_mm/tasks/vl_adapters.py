@@ -5,7 +5,7 @@ The adapter of the network "model" is in the folder itself, those of other netwo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -117,8 +117,9 @@ def _adapt_network(
     modules: list[Any] = []
     for part, settings in parts.items():
         if settings.method == "full":
-            names = [name for name, p in _own_parameters(network, targets.select([part])) if adapted or p.dim() == 1]
-            _train_itself(found, component, names, settings.lr)
+            own = dict(_own_parameters(network, targets.select([part])))
+            _to_float32(own.values())
+            _train_itself(found, component, [n for n, p in own.items() if adapted or p.dim() == 1], settings.lr)
         if part in adapted or not adapted:
             spec = spec_of(config, settings)
             modules += dora_mm.inject(network, targets, spec, parts=[part], seed=seed, backend=backend).modules
@@ -145,17 +146,22 @@ def _own_parameters(network: nn.Module, targets: TargetMap) -> Iterator[tuple[st
 
 
 def _train_itself(found: Trained, component: str, names: Sequence[str], rate: float | None) -> None:
-    """Makes parameters of a network trainable, in float32: half precision loses small steps."""
-    network = found.networks[component]
-    for name in names:
-        parameter = network.get_parameter(name)
-        if parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
+    """Makes parameters of a network trainable, and gives them a learning rate of their own."""
+    parameters = {name: found.networks[component].get_parameter(name) for name in names}
+    _to_float32(parameters.values())
+    for name, parameter in parameters.items():
         found.parameters[f"{component}.{name}"] = parameter.requires_grad_()
         if rate:
             found.rates[f"{component}.{name}"] = rate
     known = found.extra.setdefault(component, [])
     known += [name for name in names if name not in known]
+
+
+def _to_float32(parameters: Iterable[nn.Parameter]) -> None:
+    """Half precision loses the small steps of a training."""
+    for parameter in parameters:
+        if parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
 
 
 def parameters_by_name(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -83,6 +83,11 @@ class VLM:
         """The model, loaded on first use, since data can be checked without it."""
         return load_vlm(self.config, self.device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen weights; those that are trained themselves are float32."""
+        return getattr(torch, self.config.dtype)
+
     @cached_property
     def form(self) -> Form:
         return form_of(self.model)
@@ -234,13 +239,11 @@ class VLM:
 
     def _precision(self) -> torch.autocast:
         """Autocast where the frozen weights are in half precision: those that are trained themselves are float32."""
-        dtype = getattr(torch, self.config.dtype)
-        return torch.autocast(self.device.type, dtype, enabled=dtype.itemsize < 4)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize < 4)
 
     def _moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs on the model's device; pixels in its dtype."""
-        dtype = self.model.dtype
-        return {k: v.to(self.device, dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        return {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
