@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dora_mm.config.vl import DecodeConfig, SourceConfig, VLDataConfig
+from dora_mm.config.vl import VIDEO_TASKS, DecodeConfig, SourceConfig, VLDataConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import ExampleTable, open_table
 
@@ -30,7 +30,7 @@ class TrainingSet:
     """The training split of one task.
 
     Attributes:
-        table: The rows, all with an answer.
+        table: The rows, all with an answer; of video captions one for each description of a clip.
         images: The folder of their images, None where only features are read.
         batch_size: Rows per batch.
         weight: Factor on the number of batches per epoch, see `TaskBatches`.
@@ -83,6 +83,8 @@ def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
 def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[str, TrainingSet]:
     """The training split of every task, restricted to rows with an answer.
 
+    In the video tasks each description of a clip is a row, so that a clip with two is learned twice in an epoch.
+
     Args:
         data: The `data` section of a config.
         batch_size: Rows per batch for tasks that do not set their own.
@@ -100,6 +102,8 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         table = open_source(task.train, data, model).answered()
         if not len(table):
             raise ValueError(f"{task.train.file} has no answers to learn: it is a test split")
+        if task.task in VIDEO_TASKS:
+            table = table.per_answer()
         found[task.task] = TrainingSet(table, task.train.images, task.batch_size or batch_size, task.weight)
     return found
 

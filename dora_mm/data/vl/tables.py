@@ -28,7 +28,7 @@ from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 
 log = logging.getLogger(__name__)
-LAYOUT = "2"  # increase it when a reader makes different rows from the same files
+LAYOUT = "3"  # increase it when a reader makes different rows from the same files
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
 
@@ -45,6 +45,7 @@ class ExampleTable(Sequence[Example]):
         on_bad_data: What `with_images` does with rows whose images are missing.
         skipped: The places of skipped rows, by reason.
         places: The path of an image by its name, for images in subfolders.
+        picked: For each row, which of its answers is the only one here; None: all of them.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class ExampleTable(Sequence[Example]):
     on_bad_data: OnBadData
     skipped: dict[str, list[str]] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
+    picked: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,22 +69,36 @@ class ExampleTable(Sequence[Example]):
             return self.select(range(*index.indices(len(self))))
         batch, row = divmod(int(self.rows[index]), BATCH_ROWS)
         example = example_at(self.batches[batch], row)
+        if self.picked is not None:
+            answer = self.picked[index]
+            example = replace(example, answers=(example.answers[answer],), scores=(example.scores[answer],))
         if not self.places:
             return example
         return replace(example, images=tuple(self.places.get(name, name) for name in example.images))
 
     def select(self, indices: Iterable[int]) -> "ExampleTable":
         """A table of the rows at these indices, in the order given."""
-        return replace(self, rows=self.rows[np.fromiter(indices, np.int64)])
+        return self._at(np.fromiter(indices, np.int64))
+
+    def _at(self, chosen: np.ndarray) -> "ExampleTable":
+        """A table of the rows at these indices, or where this is true."""
+        return replace(self, rows=self.rows[chosen], picked=None if self.picked is None else self.picked[chosen])
 
     def answered(self) -> "ExampleTable":
         """A table of the rows that have at least one answer, and so can be trained on."""
-        return replace(self, rows=self.rows[self._column("answers").value_lengths().to_numpy() > 0])
+        return self._at(self.lengths("answers") > 0)
+
+    def per_answer(self) -> "ExampleTable":
+        """A table with one row for each answer of each row."""
+        counts = self.lengths("answers")
+        picked = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, 0, 0, 1, 2, ...
+        return replace(self, rows=np.repeat(self.rows, counts), picked=picked)
 
     @property
     def identity(self) -> str:
         """Changes with the content of the source files and with the selection of rows."""
-        return f"{self.path.name} {hashlib.blake2b(self.rows.tobytes(), digest_size=8).hexdigest()}"
+        selection = self.rows.tobytes() + (b"" if self.picked is None else self.picked.tobytes())
+        return f"{self.path.name} {hashlib.blake2b(selection, digest_size=8).hexdigest()}"
 
     def images(self) -> list[str]:
         """The distinct names of all images, sorted."""
@@ -103,8 +119,8 @@ class ExampleTable(Sequence[Example]):
         if found and len(missing) == len(found):
             raise ValueError(f"{self.file}: none of its {len(missing)} images is in {where} (one is {min(missing)})")
         places = {name: path for name, path in found.items() if path is not None and path != name}
-        rows, skipped = self._without(missing, where) if missing else (self.rows, self.skipped)
-        return replace(self, rows=rows, skipped=skipped, places=self.places | places)
+        kept, skipped = self._without(missing, where) if missing else (np.arange(len(self)), self.skipped)
+        return replace(self._at(kept), skipped=skipped, places=self.places | places)
 
     def lengths(self, column: str) -> np.ndarray:
         """How many entries each row has in a column of lists, such as "images" or "turns"."""
@@ -128,10 +144,10 @@ class ExampleTable(Sequence[Example]):
             found.add(f"{self.file}, id {ids[row]}", reason)
         warn_skipped(found.found)
         skipped = {**self.skipped, **found.found}
-        return replace(self, rows=np.delete(self.rows, affected), skipped=skipped)
+        return replace(self._at(~bad), skipped=skipped)
 
     def _without(self, missing: set[str], where: object) -> tuple[np.ndarray, dict[str, list[str]]]:
-        """The rows with none of these images, and the skipped places extended by those of the other rows."""
+        """The indices of the rows with none of these images, and the skipped places, those of the others added."""
         names = self._column("images")
         encoded = names.flatten().dictionary_encode()
         is_missing = np.array([name in missing for name in encoded.dictionary.to_pylist()])[encoded.indices.to_numpy()]
@@ -141,7 +157,7 @@ class ExampleTable(Sequence[Example]):
         for row in affected:
             image = next(name for name in names[row].as_py() if name in missing)
             bad.add(f"{self.file}, id {ids[row]}, image {image}", f"is not in {where}")
-        return np.delete(self.rows, affected), bad.found
+        return np.delete(np.arange(len(self)), affected), bad.found
 
     def _names(self) -> list[str]:
         """The distinct image names as the rows have them."""

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from dora_mm.config.vl import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers import READERS
+from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.rows import BadRows
+from dora_mm.data.vl.tables import open_table
 from tests.data.vl import files
 
 TEN = ("net",) * 10
@@ -192,9 +194,25 @@ def test_a_clip_without_subtitles(tmp_path):
     subtitles = files.write_lines(tmp_path / "subtitles.jsonl", [*files.SUBTITLES[:1], "not an object"])
     source = SourceConfig(format="video_captions", file=str(path), subtitles=str(subtitles))
     assert message_of(source).startswith(f"{subtitles}, line 2: does not have the structure of this format's rows")
-    ids, found = skipped_rows(source)
-    assert ids == ["87613"]
-    assert found["has a clip without a usable line in the subtitles file"] == ["tvc.jsonl, line 2"]
+    assert skipped_rows(source)[0] == ["87613", "87614"]
+
+
+def test_a_clip_without_subtitles_has_empty_ones_and_is_counted(tmp_path, caplog):
+    """As some clips of How2QA have none; but none at all is a wrong file."""
+    rows = [files.TVQA[0] | {"qid": number, "vid_name": f"clip{number}"} for number in range(3)]
+    path = files.write_lines(tmp_path / "how2qa.jsonl", rows)
+    subtitles = files.write_lines(tmp_path / "subtitles.jsonl", [files.SUBTITLES[0] | {"vid_name": "clip1"}])
+    source = SourceConfig(format="video_qa", file=str(path), subtitles=str(subtitles))
+    texts = [split_subtitles(row.text)[0] for row in READERS["video_qa"](source, BadRows("stop"))]
+    assert texts == ["[Subs]", "[Subs] Monica : Hi, you. Joey: Hey!", "[Subs]"]
+    assert f"{path}: 2 of 3 clips have no subtitles in {subtitles}, so theirs are empty (one is clip0)" in caplog.text
+
+    caplog.clear()
+    assert len(open_table(source.model_copy(update={"limit": 1}), tmp_path / "tables", on_bad_data="stop")) == 1
+    assert "1 of 1 clips have no subtitles" in caplog.text
+
+    files.write_lines(subtitles, files.SUBTITLES)
+    assert message_of(source).startswith(f"{subtitles} has no subtitles of any clip in {path}")
 
 
 def test_choices_with_a_gap(tmp_path):

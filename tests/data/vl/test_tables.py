@@ -3,16 +3,19 @@
 import json
 import logging
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import easy_vqa
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl import DecodeConfig, SourceConfig, VLDataConfig
 from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.readers import READERS
 from dora_mm.data.vl.rows import BadRows
+from dora_mm.data.vl.splits import open_training, open_validation
 from dora_mm.data.vl.tables import BATCH_ROWS, open_table
 from tests.data.vl import files
 
@@ -45,6 +48,53 @@ def test_a_table_contains_the_examples_of_the_reader(tmp_path):
     assert table.skipped == {}
     with pytest.raises(IndexError):
         table[len(rows)]
+
+
+def clips_with_descriptions(folder: Path, counts: list[int]) -> SourceConfig:
+    """A clip with each of these numbers of descriptions; none: a row of a test split."""
+    rows = [
+        {"clip_id": clip, "vid_name": f"clip{clip}", "ts": "1-2"}
+        | ({"descs": [{"desc": f"{clip}.{number}"} for number in range(count)]} if count else {})
+        for clip, count in enumerate(counts)
+    ]
+    return SourceConfig(format="video_captions", file=str(files.write_lines(folder / "tvc_train.jsonl", rows)))
+
+
+def test_a_table_has_a_row_for_each_answer_where_that_is_wanted(tmp_path):
+    table = open_table(clips_with_descriptions(tmp_path, [2, 0, 1, 3]), tmp_path / "tables", on_bad_data="stop")
+    split = table.per_answer()
+    rows = [("0", "0.0"), ("0", "0.1"), ("2", "2.0"), ("3", "3.0"), ("3", "3.1"), ("3", "3.2")]
+    assert [(row.id, *row.answers) for row in split] == rows
+    assert [(row.id, *row.answers) for row in split.select([5, 1, 1])] == [rows[5], rows[1], rows[1]]
+    assert [(row.id, *row.answers) for row in split[-2:]] == rows[-2:]
+    assert {row.scores for row in split} == {(1.0,)}
+    assert split.identity not in (table.identity, split.select([0, 0, 2, 3, 4, 5]).identity)
+    assert len(table.select([1]).per_answer()) == 0
+    assert list(split.answered()) == list(split)
+    bad = np.array([row.id == "0" for row in split])
+    skipping = replace(split, on_bad_data="skip").without(bad, "has no features")
+    assert [(row.id, *row.answers) for row in skipping] == rows[2:]
+
+
+class AllReadable:
+    def check_rows(self, table):
+        return table
+
+
+@pytest.mark.parametrize(("task", "trained"), [("tvc", 6), ("yc2c", 6)])
+def test_each_description_of_a_clip_is_trained_and_references_stay_together(tmp_path, task, trained):
+    source = clips_with_descriptions(tmp_path, [2, 1, 3])
+    data = VLDataConfig(task=task, train=source, valid=source, tables=str(tmp_path / "tables"))
+    assert len(open_training(data, 4, AllReadable())[task].table) == trained
+    valid = open_validation(data, DecodeConfig(), AllReadable())[task].table
+    assert [len(row.answers) for row in valid] == [2, 1, 3]
+
+
+def test_a_captioned_image_is_one_row(tmp_path):
+    captions = files.write_json(tmp_path / "captions_train2014.json", files.CAPTIONS)
+    source = SourceConfig(format="coco_captions", file=str(captions))
+    data = VLDataConfig(task="caption", train=source, tables=str(tmp_path / "tables"))
+    assert sorted(len(row.answers) for row in open_training(data, 4, AllReadable())["caption"].table) == [1, 2]
 
 
 @pytest.mark.parametrize("form", sorted(set(READERS) - {"vqa_v2"}))

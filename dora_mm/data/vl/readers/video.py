@@ -3,10 +3,12 @@
 The text of an example, which the model reads before the prompt, has two parts:
     [Subs] the subtitles of the clip
     [Q] the question [TS] (12.1-20.5) [Choices] a0: first. a1: second.
-The line break allows them to be separated again: subtitles are long, and only they may be truncated to fit.
+The line break allows them to be separated again: subtitles are long, and only they may be truncated to fit. A clip that
+the file of subtitles lacks, as some of How2QA do, has empty ones.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -18,6 +20,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import json_lines
 from dora_mm.data.vl.rows import BadRows, Id, Index, Line, RowError, Text, good_rows
 
+log = logging.getLogger(__name__)
 SUBTITLES_END = "\n"  # occurs in neither part: their white space is normalised to single spaces
 CHOICES = ("a0", "a1", "a2", "a3", "a4")  # How2QA has four
 Times = Text | list[int | float]  # "12.1-20.5" or [12.1, 20.5], in seconds
@@ -27,7 +30,7 @@ class _SubtitleLine(TypedDict):
     text: str
 
 
-class _Subtitles(TypedDict):
+class _SubtitleLines(TypedDict):
     vid_name: Text
     sub: list[_SubtitleLine]
 
@@ -57,7 +60,7 @@ class _Clip(TypedDict):
     descs: NotRequired[Annotated[list[_Description], Field(min_length=1)]]
 
 
-QUESTION, CLIP, SUBTITLES = TypeAdapter(_Question), TypeAdapter(_Clip), TypeAdapter(_Subtitles)
+QUESTION, CLIP, SUBTITLES = TypeAdapter(_Question), TypeAdapter(_Clip), TypeAdapter(_SubtitleLines)
 
 
 class ClipSubtitles(NamedTuple):
@@ -88,10 +91,11 @@ def read_video_qa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     """Reads every question of `{tvqa,how2qa}_{split}.jsonl`; the answer is "a" and the index of the correct choice.
 
     Raises:
-        ValueError: A file cannot be read, or `bad` is set to "stop" and a line is bad or its clip has no subtitles.
+        ValueError: A file cannot be read; `bad` is set to "stop" and a line is bad; or no clip has subtitles although
+            the source names a file of them.
     """
     path = Path(source.file)
-    subtitles = _read_subtitles(source, bad)
+    subtitles = _Subtitles(source, bad)
 
     def example(row: _Question) -> Example:
         names = [name for name in CHOICES if name in row]
@@ -103,10 +107,10 @@ def read_video_qa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         listed = " ".join(f"{name}: {row[name].strip('. ')}." for name in names)
         rest = f"[Q] {row['q']} [TS] ({row['ts']}) [Choices] {listed}"
         answers = () if correct is None else (f"a{correct}",)
-        text = video_text(_clip_subtitles(subtitles, row["vid_name"]), rest)
+        text = video_text(subtitles.of(row["vid_name"]), rest)
         return Example(str(row["qid"]), (row["vid_name"],), text, answers, (1.0,) * len(answers))
 
-    return good_rows(path, json_lines(path), QUESTION, example, bad)
+    return subtitles.reported(good_rows(path, json_lines(path), QUESTION, example, bad))
 
 
 def read_video_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
@@ -116,33 +120,62 @@ def read_video_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]
         ValueError: As in `read_video_qa`.
     """
     path = Path(source.file)
-    subtitles = _read_subtitles(source, bad)
+    subtitles = _Subtitles(source, bad)
 
     def example(row: _Clip) -> Example:
         descriptions = row.get("descs", [])
         answers = tuple(description["desc"] for description in descriptions)
         kinds = tuple(description["type"] for description in descriptions if "type" in description)
-        text = video_text(_clip_subtitles(subtitles, row["vid_name"]), f"[TS] ({row['ts']})" if "ts" in row else "")
+        text = video_text(subtitles.of(row["vid_name"]), f"[TS] ({row['ts']})" if "ts" in row else "")
         return Example(str(row["clip_id"]), (row["vid_name"],), text, answers, (1.0,) * len(answers), kinds=kinds)
 
-    return good_rows(path, json_lines(path), CLIP, example, bad)
+    return subtitles.reported(good_rows(path, json_lines(path), CLIP, example, bad))
 
 
-def _read_subtitles(source: SourceConfig, bad: BadRows) -> dict[str, str] | None:
-    """The subtitles by clip name, all in memory (50 MB for TVQA's 22,000 clips), since questions come in any order."""
-    if source.subtitles is None:
-        return None
-    path = Path(source.subtitles)
+class _Subtitles:
+    """The subtitles of a source, all in memory (50 MB for TVQA's 22,000 clips), since questions come in any order."""
 
-    def joined(row: _Subtitles) -> ClipSubtitles:
-        return ClipSubtitles(row["vid_name"], " ".join(line["text"].strip() for line in row["sub"]))
+    def __init__(self, source: SourceConfig, bad: BadRows) -> None:
+        self._source, self._texts = source, None
+        self._clips: set[str] = set()  # of the rows so far
+        if source.subtitles is not None:
+            path = Path(source.subtitles)
+            clips = good_rows(path, json_lines(path), SUBTITLES, _joined, bad)
+            self._texts = {clip.id: clip.text for clip in clips}
 
-    return {clip.id: clip.text for clip in good_rows(path, json_lines(path), SUBTITLES, joined, bad)}
+    def of(self, clip: str) -> str | None:
+        """The subtitles of a clip, "" if the file has none for it; None if the source has no file."""
+        if self._texts is None:
+            return None
+        self._clips.add(clip)
+        return self._texts.get(clip, "")
+
+    def reported(self, rows: Iterable[Example]) -> Iterator[Example]:
+        """The rows; after the last that is taken, a warning if clips have no subtitles.
+
+        Raises:
+            ValueError: No clip has any.
+        """
+        complete = False
+        try:
+            yield from rows
+            complete = True
+        finally:
+            self._report(complete)
+
+    def _report(self, complete: bool) -> None:
+        missing = sorted(self._clips - set(self._texts or ()))
+        if complete and missing and len(missing) == len(self._clips):
+            raise ValueError(
+                f"{self._source.subtitles} has no subtitles of any clip in {self._source.file}: give the file that "
+                "belongs to it, or leave subtitles out"
+            )
+        if missing:
+            log.warning(
+                "%s: %d of %d clips have no subtitles in %s, so theirs are empty (one is %s)",
+                *(self._source.file, len(missing), len(self._clips), self._source.subtitles, missing[0]),
+            )
 
 
-def _clip_subtitles(subtitles: dict[str, str] | None, clip: str) -> str | None:
-    if subtitles is None:
-        return None
-    if clip not in subtitles:
-        raise RowError("has a clip without a usable line in the subtitles file")
-    return subtitles[clip]
+def _joined(row: _SubtitleLines) -> ClipSubtitles:
+    return ClipSubtitles(row["vid_name"], " ".join(line["text"].strip() for line in row["sub"]))
