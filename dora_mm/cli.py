@@ -147,6 +147,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--targets", metavar="NAME", help="a target map, such as sdxl-unet")
     command.set_defaults(run=_run_inspect)
+    command = commands.add_parser("merge", help="merge an adapter into its model, and save that for other programs")
+    _add_model(command)
+    command.add_argument("adapter", metavar="ADAPTER", help="a run directory, an adapter's folder or its file")
+    command.add_argument("out", metavar="OUT", help="the new folder")
+    command.set_defaults(run=_run_merge)
+    command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
+    _add_model(command)
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
+    command.add_argument("question", metavar="QUESTION", help="asked as it is")
+    command.add_argument("--adapter", metavar="FOLDER", help="a run directory or an adapter's folder")
+    command.add_argument("--max-new-tokens", metavar="N", type=_positive, help="the longest answer; default: 256")
+    command.set_defaults(run=_run_ask)
     command = commands.add_parser(
         "bench", help="compare the speed and memory of DoRA with other implementations on this machine"
     )
@@ -159,6 +171,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_run_bench, extent="default")
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a folder of save_pretrained or a hub name")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    command.add_argument("--revision", metavar="R", help="a commit, branch or tag of a hub model; default: main")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
 
 
 def _run_sample(arguments: argparse.Namespace) -> None:
@@ -254,6 +278,39 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
 
     resolve_model(arguments.path, "PATH|MODEL")  # before anything large is imported
     PIPELINES.load("inspect_model").main(arguments.path, targets=arguments.targets)
+
+
+def _run_merge(arguments: argparse.Namespace) -> None:
+    from dora_mm.config import resolve_path
+    from dora_mm.recipes import PIPELINES
+
+    _check_model(arguments)
+    resolve_path(arguments.adapter, "ADAPTER")
+    settings = {"dtype": arguments.dtype, "revision": arguments.revision}
+    PIPELINES.load("merge").main(arguments.model, arguments.adapter, arguments.out, **settings)
+
+
+def _run_ask(arguments: argparse.Namespace) -> None:
+    from dora_mm.config import resolve_path
+    from dora_mm.recipes import PIPELINES
+
+    _check_model(arguments)
+    for image in arguments.images:
+        resolve_path(image, "IMAGE")
+    if arguments.adapter is not None:
+        resolve_path(arguments.adapter, "--adapter")
+    names = ("adapter", "max_new_tokens", "dtype", "revision")
+    settings = {name: getattr(arguments, name) for name in names}
+    PIPELINES.load("ask").main(arguments.model, arguments.images, arguments.question, **settings)
+
+
+def _check_model(arguments: argparse.Namespace) -> None:
+    """Checks MODEL and --revision before anything large is imported."""
+    from dora_mm.config import find_path, resolve_model
+
+    resolve_model(arguments.model, "MODEL")
+    if arguments.revision is not None and (find_path(arguments.model) or not arguments.revision):
+        raise ValueError(f"--revision is a commit, branch or tag of a hub model: leave it out for {arguments.model}")
 
 
 def _run_bench(arguments: argparse.Namespace) -> None:

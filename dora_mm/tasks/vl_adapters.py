@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
+from yaml import YAMLError
 
 import dora_mm
 from dora_mm import formats
+from dora_mm.config import yaml12
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.vl import PartConfig, TrainVLConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap
@@ -275,6 +278,21 @@ def seed_of(folder: Path) -> int:
     if not text.isdecimal():
         raise ValueError(f"{formats.find_file(folder)} has a header key seed that is not a number: {text!r}")
     return int(text)
+
+
+def saved_config(path: Path) -> TrainVLConfig | None:
+    """The config of the training that saved an adapter, from the header of its file; None: no such training saved it.
+
+    Args:
+        path: The adapter's file or folder.
+
+    Raises:
+        ValueError: There is no adapter.
+    """
+    try:
+        return TrainVLConfig.model_validate(yaml12.read(formats.read(path)[1]["config"]).value)
+    except (KeyError, YAMLError, ValidationError):
+        return None
 
 
 def load(model: VLModel, path: Path, *, backend: str) -> None:

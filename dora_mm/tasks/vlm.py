@@ -20,13 +20,13 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import IMAGE, Answer, Example, Turn
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
-from dora_mm.models.vlm.forms import Form, form_of
+from dora_mm.models.vlm.folders import identity_of
+from dora_mm.models.vlm.forms import Form, cross_entropy, form_of
 from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, read_config
 from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH
 from dora_mm.targets import map_of
 from dora_mm.tasks.chat import render, render_prompt
 from dora_mm.tasks.vl import ROW_MEANS, Target, mean_over_processes
-from dora_mm.utils.digest import module_digest
 
 LONGEST = 1 << 20  # tokens per row of a model whose config has no limit
 
@@ -102,9 +102,7 @@ class VLM:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """The commit of a hub model, which is its identity; else a digest of the weights."""
-        commit = getattr(self.model.config, "_commit_hash", None)
-        return {"base_revision": commit} if commit else {"base_digest": module_digest(self.model)}
+        return identity_of(self.path, self.model_config)
 
     def fresh(self, seed: int) -> VLM:
         return VLM(self.config, self.device)
@@ -234,7 +232,7 @@ class VLM:
         """The loss of each row, summed over its target tokens, and their number: (B,) each."""
         labels = labels.to(self.device)
         with self._precision():
-            losses = self.form.token_losses(self.model, self._moved(inputs), labels)
+            losses = cross_entropy(*self.form.target_logits(self.model, self._moved(inputs), labels))
         return losses.sum(-1), (labels != IGNORED).sum(-1)
 
     def _precision(self) -> torch.autocast:

@@ -1,6 +1,12 @@
-"""Numbered folders, as runs have them."""
+"""Numbered folders, as runs have them, and folders that appear complete or not at all."""
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from dora_mm.utils.atomic import PARTIAL, flush
 
 
 def claim_number(parent: Path) -> Path:
@@ -21,3 +27,34 @@ def claim_number(parent: Path) -> Path:
             return path
         except FileExistsError:
             number += 1
+
+
+@contextmanager
+def written_at_once(path: Path) -> Iterator[Path]:
+    """A context in which a folder is filled under a temporary name beside `path`, and at whose end it is renamed.
+
+    After an error the temporary folder is removed.
+
+    Args:
+        path: The final folder, which must not exist. Missing parents are created.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        OSError: The folder cannot be written, or exists by now.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial.mkdir()
+    try:
+        yield partial
+        permissions = partial.stat().st_mode & 0o666  # as the umask sets them; safetensors lets only the owner read
+        for file in (file for file in partial.rglob("*") if file.is_file()):
+            file.chmod(permissions)
+            flush(file)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    flush(path.parent)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,6 +134,15 @@ def check_features(config: VLBartConfig, feature_dim: int, path: str) -> None:
             f"model.path: {path} reads features of {config.feature_dim} channels, and vision gives {feature_dim}: "
             "set vision (tower, layers or features) as the model was trained"
         )
+
+
+def is_vl_bart(path: str) -> bool:
+    """Whether a path is the folder of a saved VL-BART."""
+    try:
+        values = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == VLBartConfig.model_type
 
 
 def config_of(path: str) -> BartConfig:

@@ -1,6 +1,6 @@
 """How models compute answers: as the continuation of a text, by a decoder of their own, or as BLIP does for questions.
 
-A form has the losses of target tokens and generates answers. All take the inputs that encoding.py makes.
+A form has the logits of target tokens and generates answers. All take the inputs that encoding.py makes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Form(Protocol):
 
     continues: bool  # the answer is part of the text that the model reads
 
-    def token_losses(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
-        """The cross-entropy of each target token, without reduction.
+    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of the target tokens.
 
         Args:
             model: The model.
@@ -34,7 +34,7 @@ class Form(Protocol):
             labels: Token ids (B, T), IGNORED where there is no loss.
 
         Returns:
-            (B, K) in float32: a row's sum is the loss of its targets. Tokens without loss are 0 or left out.
+            Logits (B, K, V), and the target (B, K) that each predicts. Columns without a target may be left out.
         """
         ...
 
@@ -48,8 +48,8 @@ class Continuation:
 
     continues = True
 
-    def token_losses(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
-        """See `Form.token_losses`: only the logits at columns with loss are computed, where the class can do so."""
+    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Form.target_logits`: only columns with a target are computed, where the class can do so."""
         targets = labels[:, 1:]
         columns = torch.nonzero((targets != IGNORED).any(0)).flatten()
         selects = "logits_to_keep" in inspect.signature(model.forward).parameters and model.config.model_type != "git"
@@ -57,7 +57,7 @@ class Continuation:
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
         else:  # GIT has logits for its image tokens, too, in front
             logits = model(**inputs, use_cache=False).logits[:, -labels.shape[1] :][:, columns]
-        return cross_entropy(logits, targets[:, columns])
+        return logits, targets[:, columns]
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
         ids = model.generate(**inputs, generation_config=settings)
@@ -69,9 +69,9 @@ class OwnDecoder:
 
     continues = False
 
-    def token_losses(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
-        """See `Form.token_losses`: the model shifts the labels itself."""
-        return cross_entropy(model(**inputs, labels=labels, use_cache=False).logits, labels)
+    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Form.target_logits`: the model shifts the labels itself."""
+        return model(**inputs, labels=labels, use_cache=False).logits, labels
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
         return model.generate(**inputs, generation_config=settings)
@@ -82,8 +82,8 @@ class BlipQuestions:
 
     continues = False
 
-    def token_losses(self, model: Any, inputs: Inputs, labels: Tensor) -> Tensor:
-        """See `Form.token_losses`: the first target, the decoder's start token, has no loss."""
+    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Form.target_logits`: the first label, the decoder's start token, is no target."""
         ids = labels.masked_fill(labels == IGNORED, model.decoder_pad_token_id)
         output = model.text_decoder(
             input_ids=ids,
@@ -91,7 +91,7 @@ class BlipQuestions:
             encoder_attention_mask=inputs["attention_mask"],
             use_cache=False,
         )
-        return cross_entropy(output.logits[:, :-1], labels[:, 1:])
+        return output.logits[:, :-1], labels[:, 1:]
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
         hidden = self._read(model, inputs)

@@ -1,0 +1,132 @@
+"""The folder of a model of transformers: what identifies its weights, and a copy of it with other weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from dora_mm.models.hub import local_copy
+from dora_mm.utils.digest import weights_digest
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json, by version of transformers
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files from which transformers loads the weights of a model in a local folder."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+
+
+def identity_of(path: str, config: PretrainedConfig) -> dict[str, str]:
+    """What identifies the weights of a model that could be loaded, by a key of an adapter's header.
+
+    Args:
+        path: Its local folder or hub name.
+        config: Its config.
+
+    Returns:
+        The commit of a hub model; else a digest of the weights as the folder has them, which does not depend on the
+        dtype or quantisation in which they are loaded.
+    """
+    commit = getattr(config, "_commit_hash", None)
+    return {"base_revision": commit} if commit else {"base_digest": weights_digest(weight_files(Path(path)))}
+
+
+def saved_dtype(path: str, config: PretrainedConfig) -> str:
+    """The dtype of a model's weights, as its config says.
+
+    Raises:
+        ValueError: It says none, or one that is not loaded here.
+    """
+    name = str(config.dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"the config.json of {path} has no dtype of {', '.join(DTYPES)}: choose one by --dtype")
+    return name
+
+
+def write_copy(model: Any, path: str, folder: Path) -> None:
+    """Writes a model with the files of the folder that it was loaded from: the same but for the weights.
+
+    Every file but the weights is copied, since transformers writes configs and processors that its earlier versions
+    cannot read, or read as other models. `config.json` is only changed where the dtype is another one, or weights that
+    were tied are different now.
+
+    Args:
+        model: The model, loaded by `from_pretrained`, without adapters.
+        path: The local folder or hub name that it was loaded from.
+        folder: An empty folder.
+
+    Raises:
+        ValueError: Only some of the weights that were tied are different now.
+    """
+    source = local_copy(path, getattr(model.config, "_commit_hash", None))
+    assert source is not None
+    untied = _is_untied(model)
+    files = weight_files(source)
+    shards = {"max_shard_size": max(file.stat().st_size for file in files)} if len(files) > 1 else {}
+    model.save_pretrained(folder, **shards)
+    for file in folder.iterdir():
+        if not _is_weights(file):
+            file.unlink()
+    _copy_others(source, folder)
+    _edit_config(folder / "config.json", str(model.dtype).removeprefix("torch."), untied)
+
+
+def _is_untied(model: Any) -> bool:
+    """Whether the only two weights that the config ties are different now."""
+    pairs = list(model.all_tied_weights_keys.items())
+    different = [(a, b) for a, b in pairs if model.get_parameter(a) is not model.get_parameter(b)]
+    if different and len(pairs) > 1:
+        raise ValueError(
+            f"the adapter changes only one of {' and '.join(different[0])}, which this model ties, and it ties others, "
+            "too: config.json has one key for all of them, so no folder can hold that"
+        )
+    return bool(different)
+
+
+def _is_weights(file: Path) -> bool:
+    return file.suffix in WEIGHTS or file.name.endswith(".index.json")
+
+
+def _copy_others(source: Path, folder: Path) -> None:
+    """Copies all files but weights and adapters, and the subfolders without weights (of templates, tokenizers)."""
+    for entry in source.iterdir():
+        if entry.name.startswith((".", "adapter_")):
+            continue
+        if entry.is_file() and not _is_weights(entry):
+            shutil.copyfile(entry, folder / entry.name)
+        elif entry.is_dir() and not any(map(_is_weights, entry.rglob("*"))):
+            shutil.copytree(entry, folder / entry.name, copy_function=shutil.copyfile)
+
+
+def _edit_config(file: Path, dtype: str, untied: bool) -> None:
+    old = json.loads(file.read_text(encoding="utf-8"))
+    new = _with_dtype(old, dtype)
+    if untied:
+        for part in (new, new.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+    if new != old:
+        file.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(values: Any, dtype: str) -> Any:
+    """A config with another dtype, of all its parts that name one."""
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return [_with_dtype(value, dtype) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: dtype if key in DTYPE_KEYS and value in DTYPES else _with_dtype(value, dtype)
+        for key, value in values.items()
+    }

@@ -1,0 +1,137 @@
+"""dora-mm merge: an adapter and its base model as one plain folder, for all programs that can load the base model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import dora_mm
+from dora_mm import formats
+from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.paths import check_folder
+from dora_mm.models.vl_bart.loading import is_vl_bart
+from dora_mm.models.vlm.folders import saved_dtype, write_copy
+from dora_mm.models.vlm.loading import read_config
+from dora_mm.tasks.probe import Probe, largest_difference, load_probe
+from dora_mm.train import vl_adapters
+from dora_mm.utils.digest import module_digest
+from dora_mm.utils.folders import written_at_once
+
+BOUND = 1e-4  # of the largest logit: how far merging in float32 may move any of them
+SIZES = ("min_pixels", "max_pixels", "image_size")  # of the images, which a processor's files set
+
+
+def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revision: str | None = None) -> None:
+    """Merges an adapter into a vision-language or language model of transformers, and writes a new folder.
+
+    The logits of a small input are compared: those of the merged model with those of the adapted one before anything is
+    written, and those of the written model, loaded again, before its folder gets its name. All runs on the CPU.
+
+    Args:
+        model: A folder of `save_pretrained`, or a hub name.
+        adapter: A run directory, or an adapter's folder or file.
+        out: The new folder.
+        dtype: The dtype of the new weights; None: that of the model's config.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
+
+    Raises:
+        ValueError: The model or the adapter cannot be used, they do not belong together, the folder exists, or merging
+            would change what the model computes. Nothing is written then.
+    """
+    path, file = resolve_model(model, "MODEL"), formats.find_file(resolve_path(adapter, "ADAPTER"))
+    folder = new_folder(out)
+    config = checked_config(path, revision)
+    dtype = dtype or saved_dtype(path, config)
+    base = load_probe(path, revision, dtype)
+    logits = merge(base, file, dtype)
+    with written_at_once(folder) as partial:
+        write_copy(base.model, path, partial)
+        digest = module_digest(base.model)
+        del base  # the memory may not hold two models
+        check_written(partial, dtype, digest, logits)
+    print(f"written  {folder}, and loaded again: its logits are those of the merged model")
+    if sizes := trained_sizes(file):
+        print(
+            f"note     trained with {sizes}, which the processor's files of {folder} do not say: set it where you ask"
+        )
+
+
+def new_folder(out: str) -> Path:
+    """The new folder.
+
+    Raises:
+        ValueError: It exists, or cannot be made.
+    """
+    check_folder(out, "OUT", must_be_new=False)
+    folder = Path(out).expanduser()
+    if folder.exists():
+        raise ValueError(f"OUT {folder} exists already: name a new folder")
+    return folder
+
+
+def checked_config(path: str, revision: str | None) -> Any:
+    """The config of a model into which adapters can be merged.
+
+    Raises:
+        ValueError: It is not a model of transformers, or a quantised one.
+    """
+    if is_vl_bart(path):
+        raise ValueError(f"MODEL {path} is a VL-BART, which transformers and vLLM cannot load, merged or not")
+    config = read_config(path, revision)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"MODEL {path} is quantised, and merging would lose the update: merge into the model that is not quantised"
+        )
+    return config
+
+
+def merge(base: Probe, file: Path, dtype: str) -> Tensor:
+    """Merges an adapter file into a model, and leaves no adapter in it.
+
+    Returns:
+        The logits of the merged model.
+
+    Raises:
+        ValueError: The file belongs to another model, or the merged model computes something else.
+    """
+    state, metadata = formats.read(file)
+    vl_adapters.check_identity(file.parent, metadata, base.identity)
+    dora_mm.load_adapter(base.model, file, backend="torch")
+    adapted = base.logits()
+    report = dora_mm.merge(base.model, keep_base=False)
+    dora_mm.remove(base.model)
+    merged = base.logits()
+    difference = largest_difference(adapted, merged)
+    check_merged(file, difference, dtype)
+    num_extra = sum(map(len, state.parameters.values()))
+    print(f"merged   {report.num_modules} modules and {num_extra} other parameters of {file} in {dtype}")
+    print(f"logits   differ from the adapter's by at most {difference:.1e} of the largest one")
+    if dtype != "float32":
+        print(f"rounding keeps {report.surviving_share:.2%} of the update")
+    return merged
+
+
+def check_merged(file: Path, difference: float, dtype: str) -> None:
+    """Raises ValueError where merging changed what a model computes by more than rounding can."""
+    if not math.isfinite(difference):
+        raise ValueError(f"{file}: logits are not finite in {dtype}, so nothing was written: try --dtype float32")
+    if dtype == "float32" and difference > BOUND:
+        raise ValueError(
+            f"{file}: merging changes the logits by {difference:.1e} of the largest one, and rounding explains no more "
+            f"than {BOUND:.0e}, so nothing was written: an adapted module computes in another way than by its weight"
+        )
+
+
+def check_written(folder: Path, dtype: str, digest: str, logits: Tensor) -> None:
+    """Raises RuntimeError where a folder does not hold the merged weights, or gives other logits."""
+    found = load_probe(str(folder), None, dtype)
+    if module_digest(found.model) != digest or not found.logits().equal(logits):
+        raise RuntimeError(f"the {type(found.model).__name__} that was written is not the one that was merged")
+
+
+def trained_sizes(file: Path) -> str:
+    """The sizes of images with which an adapter was trained, where they were not those of the processor's files."""
+    run = vl_adapters.saved_config(file)
+    sizes = {key: getattr(run.model, key) for key in SIZES} if run else {}
+    return ", ".join(f"{key} {value}" for key, value in sizes.items() if value is not None)
