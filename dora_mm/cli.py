@@ -140,12 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_run_gallery)
     command = commands.add_parser(
-        "inspect", help="list the contents of an adapter file, or the modules of a model that a target map selects"
+        "inspect", help="list the contents of an adapter file, or the parts of a model that can be adapted"
     )
     command.add_argument(
         "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
     )
-    command.add_argument("--targets", metavar="NAME", help="a target map, such as sdxl-unet")
+    command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
     command.set_defaults(run=_run_inspect)
     command = commands.add_parser("merge", help="merge an adapter into its model, and save that for other programs")
     _add_model(command)

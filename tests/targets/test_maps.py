@@ -1,6 +1,7 @@
 """The maps against models of their architectures, including the full-size SDXL UNet (on the meta device)."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,14 @@ def test_clip_text_encoders(model_class):
     encoder = model_class(config)
     assert len(match_modules(encoder, targets.find("clip-text").select())) == 12
     assert len(match_modules(encoder, targets.find("clip-text").select(["attn", "ff"]))) == 18
+
+
+def test_every_model_has_a_map_and_the_document_lists_all_maps():
+    assert set(targets.MODELS.values()) <= set(targets.MAPS)
+    assert {name: found.name for name, found in targets.MAPS.items()} == {name: name for name in targets.MAPS}
+    table = Path("docs/targets.md").read_text(encoding="utf-8").partition("## Which there are")[2]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`([^`]+)`", " ".join(rows))) == sorted(targets.MAPS)
 
 
 def test_a_map_for_another_architecture():
