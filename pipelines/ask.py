@@ -10,10 +10,10 @@ from dora_mm.data.vl.example import Example
 from dora_mm.models.vl_bart.loading import is_vl_bart
 from dora_mm.models.vlm.folders import saved_dtype
 from dora_mm.models.vlm.loading import read_config
+from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.families import load_family
 from dora_mm.tasks.vl import VLModel
 from dora_mm.tasks.vlm import VLM
-from dora_mm.train import vl_adapters
 from dora_mm.utils.devices import default_device
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn

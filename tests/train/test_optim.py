@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dora_mm.train.vl_adapters import adapt
+from dora_mm.tasks.vl_adapters import adapt
 from torch import nn
 
 from dora_mm import DoRASpec, adapter_parameters, inject
