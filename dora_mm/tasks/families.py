@@ -15,7 +15,7 @@ from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features
 from dora_mm.models.towers.tower import load_tower
-from dora_mm.models.vl_bart.loading import empty_vl_bart
+from dora_mm.models.vl_bart.loading import empty_vl_bart, is_vl_bart
 from dora_mm.models.vlm.loading import empty_model
 from dora_mm.targets import map_of
 from dora_mm.tasks.vl import VLModel
@@ -45,6 +45,8 @@ def load_family(
     """
     if model.family == "vl_bart":
         return VLBartTask.load(model, vision, seed=seed, trained_tower=trained_tower, device=device)
+    if is_vl_bart(path := resolve_model(model.path)):
+        raise ValueError(f"model.path: {path} is a VL-BART: set model.family to vl_bart")
     return VLM(model, device)
 
 
