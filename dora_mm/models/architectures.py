@@ -112,14 +112,18 @@ def _why_no_model(path: str, folder: Path) -> str:
 
 
 def _from_diffusers(network: Network) -> nn.Module:
+    kind = _class_of_diffusers(network)
+    return _built(network, lambda: kind.from_config(dict(network.config)))
+
+
+def _class_of_diffusers(network: Network) -> Any:
     import diffusers
     from torch import nn
 
-    kind: Any = getattr(diffusers, network.kind, None)
-    is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
-    if not is_network:
-        raise ValueError(f"{network.path} is a {network.kind}, no network of diffusers {diffusers.__version__}")
-    return _built(network, lambda: kind.from_config(dict(network.config)))
+    kind = getattr(diffusers, network.kind, None)
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return kind
+    raise ValueError(f"{network.path} is a {network.kind}, no network of diffusers {diffusers.__version__}")
 
 
 def _vl_bart(network: Network) -> nn.Module:
