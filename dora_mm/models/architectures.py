@@ -65,7 +65,7 @@ def networks_of(path: str) -> dict[str, Network]:
     """
     folder = _folder(path)
     if (folder / PIPELINE).is_file():
-        components = [name for name, value in _json(folder / PIPELINE).items() if _is_pair(value)]
+        components = [name for name, value in _json(folder / PIPELINE).items() if _is_component(name, value)]
         files = {name: folder / name / CONFIG for name in components}
         return {name: Network(str(file.parent), _json(file)) for name, file in files.items() if file.is_file()}
     if not (folder / CONFIG).is_file():
@@ -99,9 +99,10 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _is_pair(value: Any) -> bool:
-    """Whether a value of a pipeline's index is the library and class of a component that is there."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
+def _is_component(name: str, value: Any) -> bool:
+    """Whether an entry of a pipeline's index names a folder in it, and a library and a class."""
+    pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    return pair and name.isidentifier()
 
 
 def _why_no_model(path: str, folder: Path) -> str:
