@@ -65,7 +65,7 @@ def networks_of(path: str) -> dict[str, Network]:
     """
     folder = _folder(path)
     if (folder / PIPELINE).is_file():
-        components = [name for name, value in _json(folder / PIPELINE).items() if _is_pair(value)]
+        components = [name for name, value in _json(folder / PIPELINE).items() if _is_component(name, value)]
         files = {name: folder / name / CONFIG for name in components}
         return {name: Network(str(file.parent), _json(file)) for name, file in files.items() if file.is_file()}
     if not (folder / CONFIG).is_file():
@@ -99,9 +99,10 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _is_pair(value: Any) -> bool:
-    """Whether a value of a pipeline's index is the library and class of a component that is there."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
+def _is_component(name: str, value: Any) -> bool:
+    """Whether an entry of a pipeline's index names a folder in it, and a library and a class."""
+    pair = isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    return pair and name.isidentifier()
 
 
 def _why_no_model(path: str, folder: Path) -> str:
@@ -112,14 +113,18 @@ def _why_no_model(path: str, folder: Path) -> str:
 
 
 def _from_diffusers(network: Network) -> nn.Module:
+    kind = _class_of_diffusers(network)
+    return _built(network, lambda: kind.from_config(dict(network.config)))
+
+
+def _class_of_diffusers(network: Network) -> Any:
     import diffusers
     from torch import nn
 
-    kind: Any = getattr(diffusers, network.kind, None)
-    is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
-    if not is_network:
-        raise ValueError(f"{network.path} is a {network.kind}, no network of diffusers {diffusers.__version__}")
-    return _built(network, lambda: kind.from_config(dict(network.config)))
+    kind = getattr(diffusers, network.kind, None)
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return kind
+    raise ValueError(f"{network.path} is a {network.kind}, no network of diffusers {diffusers.__version__}")
 
 
 def _vl_bart(network: Network) -> nn.Module:

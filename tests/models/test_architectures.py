@@ -51,6 +51,12 @@ def test_the_components_of_a_pipeline(tiny_folder):
     assert {name: type(network.build()).__name__ for name, network in networks.items()} == kinds
 
 
+def test_components_stay_in_their_folder(tmp_path):
+    write(tmp_path / "outside", _class_name="UNet2DConditionModel")
+    index = {"../outside": ["diffusers", "UNet2DConditionModel"], "unet": [None, None]}
+    assert networks_of(str(write(tmp_path / "model", "model_index.json", **index))) == {}
+
+
 def test_vl_bart():
     (network,) = networks_of("samples/tiny-vl").values()
     assert type(network.build()).__name__ == network.kind == "VLBart"
