@@ -80,6 +80,7 @@ def load_vl_bart(config: VLModelConfig, feature_dim: int, seed: int) -> tuple[VL
         torch.manual_seed(seed)
         if not config.random:
             base = _load_complete(VLBart if isinstance(base, VLBartConfig) else BartForConditionalGeneration, path)
+        inherited = decoding_of(base)
         model = _build_checked(base, config, len(tokenizer), feature_dim, path)
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(
@@ -87,8 +88,22 @@ def load_vl_bart(config: VLModelConfig, feature_dim: int, seed: int) -> tuple[VL
             f"{len(tokenizer)} tokens"
         )
     # The folder's own generation config would override every setting that `answer_ids` leaves at its default.
-    model.generation_config = GenerationConfig(**special_tokens(model.config))
+    model.generation_config = GenerationConfig(**special_tokens(model.config), **inherited)
     return model, tokenizer
+
+
+def decoding_of(base: Any) -> dict[str, Any]:
+    """What a VL-BART inherits of the generation config of the model that it is loaded from.
+
+    facebook/bart-base never writes three tokens in a row twice (`no_repeat_ngram_size` 3), and so neither did the models
+    whose scores are published: their code inherits it. Beams and lengths are those of the task, there and here.
+
+    Args:
+        base: A BART or VL-BART, or the config alone, which has no such settings.
+    """
+    settings = getattr(base, "generation_config", None)
+    size = settings.no_repeat_ngram_size if settings is not None else None
+    return {"no_repeat_ngram_size": size} if size else {}
 
 
 def empty_vl_bart(config: VLModelConfig, feature_dim: int) -> VLBart:

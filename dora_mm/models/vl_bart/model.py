@@ -213,6 +213,9 @@ class VLBart(BartForConditionalGeneration):
     ) -> Tensor:
         """Decodes answers greedily or with beam search.
 
+        Where the model's generation config has a `no_repeat_ngram_size`, that many tokens in a row occur once in an
+        answer, unless only some answers are permitted.
+
         Args:
             inputs: A batch.
             beams: Number of beams; 1 is greedy.
@@ -228,6 +231,7 @@ class VLBart(BartForConditionalGeneration):
             max_length=min(max_length, self.config.max_position_embeddings),
             do_sample=False,
             early_stopping=beams > 1,
+            no_repeat_ngram_size=0 if allowed else cast(Any, self.generation_config).no_repeat_ngram_size,
             **special_tokens(self.config),
         )
         ids = cast(Any, self).generate(  # from GenerationMixin, which the annotations hide

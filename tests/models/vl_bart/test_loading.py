@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_mm.config.vl import VLModelConfig
+from dora_mm.models.vl_bart.answering import restricted_to
 from dora_mm.models.vl_bart.loading import empty_vl_bart, load_vl_bart, save_vl_bart
+from dora_mm.models.vl_bart.text import decode, encode_targets
 from tests.models.vl_bart.small import DIM, small_bart, small_inputs, small_tokenizer, small_vl_bart
 
 
@@ -48,6 +50,40 @@ def test_a_plain_bart_keeps_its_weights_and_the_rest_is_drawn_from_the_seed(bart
     assert torch.equal(one.model.shared.weight[:known], other.model.shared.weight[:known])
     assert not torch.equal(one.model.shared.weight[known:], other.model.shared.weight[known:])
     assert one.model.shared.weight[known:].std() > 0
+
+
+def repeats(ids: torch.Tensor) -> bool:
+    """Whether three tokens in a row occur twice in an answer."""
+    rows = [[token for token in row if token != 1] for row in ids.tolist()]
+    return any(len(set(triples)) < len(triples) for row in rows for triples in [list(zip(row, row[1:], row[2:]))])
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_a_barts_rule_against_repetitions_is_inherited(bart_folder, tmp_path, file):
+    """facebook/bart-base has it in its config.json, in the old way; its beams and lengths are not inherited."""
+    config = VLModelConfig(family="vl_bart", path=str(bart_folder))
+    inputs = small_inputs(["is there a red cat?", "what color is the bus?", "two dogs?"])
+    for settings in ({"beams": 1}, {"beams": 3}):
+        assert repeats(load_vl_bart(config, DIM, seed=0)[0].eval().answer_ids(inputs, max_length=40, **settings))
+
+    saved = json.loads((bart_folder / file).read_text())
+    (bart_folder / "generation_config.json").unlink()
+    inherited = {"no_repeat_ngram_size": 3, "num_beams": 4, "early_stopping": True, "max_length": 30}
+    (bart_folder / file).write_text(json.dumps(saved | inherited))
+    model, tokenizer = load_vl_bart(config, DIM, seed=0)
+    assert model.generation_config.num_beams is None
+    save_vl_bart(model, tokenizer, tmp_path / "saved")
+    again, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(tmp_path / "saved")), DIM, seed=0)
+    for settings in ({"beams": 1}, {"beams": 3}):
+        ids = model.eval().answer_ids(inputs, max_length=40, **settings)
+        assert ids.shape[1] > 30
+        assert not repeats(ids)
+        assert torch.equal(again.eval().answer_ids(inputs, max_length=40, **settings), ids)
+    only = encode_targets(tokenizer, "tvc", ["two dogs two dogs two dogs two dogs"], max_positions=1024)
+    assert repeats(only)
+    assert decode(tokenizer, model.answer_ids(inputs, max_length=40, allowed=restricted_to(only, model.config))) == [
+        "two dogs two dogs two dogs two dogs"
+    ] * len(inputs.input_ids)
 
 
 def test_random_weights_need_only_the_config(bart_folder):
@@ -147,13 +183,13 @@ def test_weights_that_are_not_finite_are_refused(saved, value):
 
 @pytest.mark.parametrize("kind", ["bart_folder", "saved"])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
-def test_generation_settings_of_the_folder_change_no_answer(request, kind, file):
+def test_other_generation_settings_of_the_folder_change_no_answer(request, kind, file):
     folder = request.getfixturevalue(kind)
     config = VLModelConfig(family="vl_bart", path=str(folder))
     inputs = small_inputs(["is there a red cat?", "two dogs?"])
     expected = load_vl_bart(config, DIM, seed=0)[0].eval().answer_ids(inputs)
     settings = json.loads((folder / file).read_text())
-    settings |= {"no_repeat_ngram_size": 1, "forced_bos_token_id": 0, "min_length": 15, "num_beams": 3}
+    settings |= {"forced_bos_token_id": 0, "min_length": 15, "num_beams": 3}
     (folder / file).write_text(json.dumps(settings))
     assert torch.equal(load_vl_bart(config, DIM, seed=0)[0].eval().answer_ids(inputs), expected)
 
