@@ -156,7 +156,9 @@ class VLDataConfig(Section):
         if len(set(names)) < len(names):
             problems.append("tasks names a task twice")
         if self.tasks and short:
-            problems.append(f"{' and '.join(short)} cannot be given beside tasks: move them into tasks, or leave it out")
+            problems.append(
+                f"{' and '.join(short)} cannot be given beside tasks: move them into tasks, or leave it out"
+            )
         if self.tasks and self.task != "chat":
             problems.append("task has no effect beside tasks, each of which has its own")
         if not self.tasks and not short:
@@ -315,9 +317,7 @@ def check_visual_inputs(data: VLDataConfig, vision: VisionConfig, splits: tuple[
     if clips and not vision.features:
         return [f"vision.features is missing: {clips[0]} reads video clips as features"]
     sources = [(task.task, getattr(task, split)) for task in data.all_tasks for split in splits]
-    missing = [
-        task for task, source in sources if source and source.images is None and source.format not in OWN_IMAGES
-    ]
+    missing = [task for task, source in sources if source and source.images is None and source.format not in OWN_IMAGES]
     if missing and not vision.features:
         return [f"{data.place(missing[0])} has a source without images, and vision.features is empty"]
     return []
