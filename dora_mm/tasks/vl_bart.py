@@ -16,7 +16,7 @@ from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
-from dora_mm.models.vl_bart.text import encode_inputs, encode_targets
+from dora_mm.models.vl_bart.text import TEXTS, encode_inputs, encode_targets
 from dora_mm.tasks.vision import VisionEncoder
 from dora_mm.utils.randomness import generator
 
@@ -44,13 +44,15 @@ class VLBartTask:
         self.model, self.tokenizer, self.vision = model, tokenizer, vision
 
     def check(self, tasks: Iterable[str]) -> None:
-        """Checks that the model was built for the visual input of these tasks.
+        """Checks that the model was built for these tasks and their visual input.
 
         Raises:
-            ValueError: The model reads clips and a task has images, or the other way round.
+            ValueError: VL-BART has no prompt for a task, or reads clips and a task has images, or the other way round.
         """
         reads_clips = self.model.config.pooled_side is None
         for task in tasks:
+            if task not in TEXTS:
+                raise ValueError(f"data: VL-BART cannot do the task {task}: its tasks are {', '.join(TEXTS)}")
             if (task in VIDEO_TASKS) != reads_clips:
                 read, needed = ("clips", "images") if reads_clips else ("images", "clips")
                 raise ValueError(f"model.path: this VL-BART reads {read}, and the task {task} needs {needed}")
