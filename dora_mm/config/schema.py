@@ -189,18 +189,18 @@ def check_adapter(adapter: AnyAdapterConfig, optimizer: OptimizerConfig) -> list
     return problems
 
 
-ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
-def raise_problems(config: ConfigT, problems: list[str]) -> ConfigT:
+def raise_problems(section: SectionT, problems: list[str]) -> SectionT:
     """Ends a model validator of mode "after".
 
     Returns:
-        The config, if there are no problems.
+        The section or config, if there are no problems.
 
     Raises:
         ValueError: There are problems; the message contains all of them.
     """
     if problems:
         raise ValueError("; ".join(problems))
-    return config
+    return section

@@ -127,10 +127,10 @@ class VLBartTask:
         return lambda examples, images: answer(self.inputs(task, examples, images))
 
     def check(self, tasks: Iterable[str]) -> None:
-        """Checks that the model was built for the visual input of these tasks.
+        """Checks that the model was built for these tasks and their visual input.
 
         Raises:
-            ValueError: The model reads clips and a task has images, or the other way round.
+            ValueError: VL-BART has no prompt for a task, or reads clips and a task has images, or the other way round.
         """
         reads_clips = self.model.config.pooled_side is None
         for task in tasks:

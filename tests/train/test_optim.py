@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from dora_mm.tasks.vl_adapters import adapt
 from torch import nn
 
 from dora_mm import DoRASpec, adapter_parameters, inject
@@ -10,6 +9,7 @@ from dora_mm.config.schema import OptimizerConfig
 from dora_mm.config.vl import VLAdapterConfig
 from dora_mm.targets import find
 from dora_mm.tasks.families import Structure
+from dora_mm.tasks.vl_adapters import adapt
 from dora_mm.train.optim import build_optimizer
 from tests.models.vl_bart.small import small_vl_bart
 

@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+from functools import cached_property
 from pathlib import Path
 
 from dora_mm.data.vl.example import stem
@@ -18,17 +19,15 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self._paths: dict[str, list[str]] = {}  # by file name, and by stem, because clips are named without extension
+        self._files: list[str] = []  # relative to the folder; top-down: files of the folder itself come first
         self._listed: dict[str, set[str]] = {}  # the files of other folders, which absolute paths name
         if folder is None:
             return
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder of images")
-        for root, _, names in os.walk(folder, followlinks=True):  # top-down: files of the folder itself come first
+        for root, _, names in os.walk(folder, followlinks=True):
             subfolder = Path(root).relative_to(folder).as_posix()
-            for name in names:
-                for key in {name, stem(name)}:
-                    self._paths.setdefault(key, []).append(name if subfolder == "." else f"{subfolder}/{name}")
+            self._files += names if subfolder == "." else [f"{subfolder}/{name}" for name in names]
 
     def find(self, name: str) -> str | None:
         """The path of a file, by its file name or stem, its path relative to the folder, or its absolute path.
@@ -39,19 +38,31 @@ class ImageFolder:
             The path, relative to the folder unless `name` is absolute; None if there is no such file, or if several
             files in subfolders have a name that is given without folders.
         """
-        if "/" in name:
-            return self._find_path(name)
-        paths = self._paths.get(name, ())
-        return paths[0] if paths and (len(paths) == 1 or "/" not in paths[0]) else None
-
-    def _find_path(self, name: str) -> str | None:
+        if name in self._paths:
+            return name
+        if "/" not in name:
+            paths = self._by_name.get(name, ())
+            return paths[0] if paths and (len(paths) == 1 or "/" not in paths[0]) else None
         if os.path.isabs(name):
             folder, _, file = name.rpartition("/")
-            return name if file in self._files(folder or "/") else None
+            return name if file in self._files_of(folder or "/") else None
         path = posixpath.normpath(name)
-        return path if path in self._paths.get(path.rpartition("/")[2], ()) else None
+        return path if path in self._paths else None
 
-    def _files(self, folder: str) -> set[str]:
+    @cached_property
+    def _paths(self) -> frozenset[str]:
+        return frozenset(self._files)
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """The paths by file name, and by stem, because clips are named without extension."""
+        found: dict[str, list[str]] = {}
+        for path in self._files:
+            for key in {path.rpartition("/")[2], stem(path)}:
+                found.setdefault(key, []).append(path)
+        return found
+
+    def _files_of(self, folder: str) -> set[str]:
         if folder not in self._listed:
             try:
                 with os.scandir(folder) as entries:

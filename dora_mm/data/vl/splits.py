@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Protocol
 from dora_mm.config.vl import VIDEO_TASKS, DecodeConfig, SourceConfig, VLDataConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import ExampleTable, open_table
+
+log = logging.getLogger(__name__)
 
 
 class RowCheck(Protocol):
@@ -99,12 +102,16 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
     found = {}
     for task in data.all_tasks:
         assert task.train is not None
-        table = open_source(task.train, data, model).answered()
-        if not len(table):
+        table = open_source(task.train, data, model)
+        answered = table.answered()
+        if not len(answered):
             raise ValueError(f"{task.train.file} has no answers to learn: it is a test split")
+        if len(answered) < len(table):
+            unanswered = len(table) - len(answered)
+            log.info("%s: %d of %d rows have no answer to learn", task.train.file, unanswered, len(table))
         if task.task in VIDEO_TASKS:
-            table = table.per_answer()
-        found[task.task] = TrainingSet(table, task.train.images, task.batch_size or batch_size, task.weight)
+            answered = answered.per_answer()
+        found[task.task] = TrainingSet(answered, task.train.images, task.batch_size or batch_size, task.weight)
     return found
 
 

@@ -27,6 +27,8 @@ HEADINGS = {
     "how2qa": "How2QA",
     "tvc": "TVC CIDEr",
     "yc2c": "YC2C CIDEr",
+    "chat": "chat",
+    "choice": "choice",
     "mean": "mean",
 }
 MEAN = "mean"
@@ -78,10 +80,13 @@ def row_values(task: str, predictions: Predictions) -> np.ndarray:
 
 
 def group_of(task: str, example: Example) -> str:
-    """Returns the image or clip; for NLVR2 the set, whose sentences are about the same pairs of images."""
+    """Returns the image or clip; for NLVR2 the set, whose sentences are about the same pairs of images.
+
+    A row without images is a group of its own.
+    """
     if task == "nlvr2" and len(fields := example.id.split("-")) == 4:
         return "-".join(fields[:2])
-    return " ".join(example.images)
+    return " ".join(example.images) or f"row {example.id}"
 
 
 def group_cells(tasks: Sequence[AnswerScores]) -> np.ndarray:

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl import gqa, nlvr2, video, vqa
+from dora_mm.eval.vl import chat, choice, gqa, nlvr2, video, vqa
 from dora_mm.eval.vl.captions import score_captions
 from dora_mm.eval.vl.scores import VLScores, is_answered
 from dora_mm.utils.tables import markdown_table
 
 CAPTION_TASKS = ("caption", "tvc", "yc2c")
-QUESTION_TASKS = ("vqa", "gqa", "nlvr2", "tvqa", "how2qa")
+QUESTION_TASKS = ("vqa", "gqa", "nlvr2", "tvqa", "how2qa", "chat", "choice")
 
 
 def main_metric(task: str) -> str:
@@ -35,6 +35,8 @@ def score(task: str, predictions: Predictions, *, meteor: bool = True) -> VLScor
         "gqa": gqa.score_gqa,
         "nlvr2": nlvr2.score_nlvr2,
         "caption": partial(score_captions, meteor=meteor),
+        "chat": chat.score_chat,
+        "choice": choice.score_choice,
         **{task: partial(video.score_video_questions, task) for task in ("tvqa", "how2qa")},
         **{task: partial(video.score_video_captions, task, meteor=meteor) for task in ("tvc", "yc2c")},
     }
@@ -65,7 +67,8 @@ def score_row(task: str, example: Example, prediction: str) -> float | None:
     """
     if task in CAPTION_TASKS or not is_answered(example):
         return None
-    return {"vqa": vqa, "gqa": gqa, "nlvr2": nlvr2, "tvqa": video, "how2qa": video}[task].row_accuracy(example, prediction)
+    scorers: dict[str, Any] = {"vqa": vqa, "gqa": gqa, "nlvr2": nlvr2, "chat": chat, "choice": choice}
+    return scorers.get(task, video).row_accuracy(example, prediction)
 
 
 def report(scores: VLScores) -> str:

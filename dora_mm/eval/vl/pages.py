@@ -46,9 +46,11 @@ class PageExample:
     def from_example(
         cls, example: Example, prediction: str, score: float | None, images: Sequence[Image.Image] = ()
     ) -> "PageExample":
-        """Takes name, question and answers from `example`."""
+        """Takes name, question and answers from `example`; the question of a conversation is all of it."""
         answers = tuple(zip(example.answers, example.scores, strict=True))
-        return cls(example.id, example.text, prediction, answers, score, tuple(images))
+        asked = example.turns[: len(example.turns) - len(answers)]
+        question = "\n".join(f"{turn.role}: {turn.text}" for turn in asked) if len(asked) > 1 else example.text
+        return cls(example.id, question, prediction, answers, score, tuple(images))
 
     @property
     def verdict(self) -> str | None:
@@ -211,7 +213,7 @@ section { scroll-margin-top: 3.5rem; }
 .pictures.none { padding: 1.5rem; justify-content: center; color: var(--pale); }
 .words { padding: .7rem .9rem; display: flex; flex-direction: column; flex: 1; gap: .4rem; }
 .words p, ul { margin: 0; }
-.question { color: var(--pale); max-height: 12rem; overflow: auto; }  /* of a video: all its subtitles */
+.question { color: var(--pale); max-height: 12rem; overflow: auto; white-space: pre-line; }  /* may be long */
 .said { display: flex; gap: .6rem; justify-content: space-between; align-items: baseline; }
 .mark { flex: none; font-size: .85rem; font-weight: 600; }
 .right .mark { color: var(--right); }

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 from dora_mm.data.vl.example import Example
+from dora_mm.eval.vl import chat
 from dora_mm.eval.vl.scores import percent
 from dora_mm.eval.vl.vqa import vqa_accuracy
 
@@ -64,4 +65,6 @@ def question_only_accuracy(train: Iterable[Example], valid: Iterable[Example]) -
 
 def accuracy(answer: str, example: Example) -> float:
     """Returns the official VQA accuracy where an example has ten answers, otherwise whether the answer is right."""
+    if example.turns:
+        return chat.row_accuracy(example, answer)
     return vqa_accuracy(answer, example.raw_answers) if example.raw_answers else float(answer in example.answers)

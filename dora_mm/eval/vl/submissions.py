@@ -1,4 +1,4 @@
-"""Predictions in the formats that the official evaluation scripts and servers read.
+"""Predictions in the formats that the official evaluation scripts and servers read; for others as JSON lines.
 
 vqa            JSON    [{"question_id": 1, "answer": "yes"}]
 gqa            JSON    [{"questionId": "1", "prediction": "yes"}]
@@ -6,6 +6,7 @@ nlvr2          CSV     dev-850-0-0,True
 caption        JSON    [{"image_id": 1, "caption": "a dog"}]
 tvqa, how2qa   JSON    {"1": 3}
 tvc, yc2c      JSONL   {"vid_name": "a_clip", "clip_id": 1, "descs": [{"desc": "She sits down."}]}
+chat, choice   JSONL   {"id": "1", "answer": "B"}
 """
 
 import json
@@ -22,7 +23,7 @@ NO_CHOICE = -1  # the scripts need a number for each question, and this one is n
 
 def suffix(task: str) -> str:
     """Returns the suffix of a task's file: .json, .jsonl or .csv."""
-    return {"nlvr2": ".csv", "tvc": ".jsonl", "yc2c": ".jsonl"}.get(task, ".json")
+    return {"nlvr2": ".csv"}.get(task, ".jsonl" if task in ("tvc", "yc2c", "chat", "choice") else ".json")
 
 
 def write_predictions(task: str, predictions: Predictions, path: Path) -> None:
@@ -43,10 +44,10 @@ def write_predictions(task: str, predictions: Predictions, path: Path) -> None:
 
 
 def _by_id(task: str, predictions: Predictions) -> list[tuple[Example, str]]:
-    """Returns one row per id, with single spaces between the words of its prediction."""
+    """Returns one row per id, with single spaces between the words of its prediction, but for chat as it is."""
     kept: dict[str, tuple[Example, str]] = {}
     for example, prediction in predictions:
-        row = (example, " ".join(prediction.split()))
+        row = (example, prediction if task == "chat" else " ".join(prediction.split()))
         if kept.setdefault(example.id, row)[1] != row[1]:
             first = kept[example.id][1]
             raise ValueError(
@@ -84,6 +85,10 @@ def _choices(predictions: Predictions) -> str:
     return json.dumps({key: NO_CHOICE if index is None else index for key, index in indices.items()})
 
 
+def _answers(predictions: Predictions) -> str:
+    return _json_lines([{"id": example.id, "answer": answer} for example, answer in predictions])
+
+
 def _clips(video_key: str) -> Callable[[Predictions], str]:
     """Returns the format of a video caption task; `video_key` is its key of the clip's name."""
     return lambda predictions: _json_lines(
@@ -103,4 +108,6 @@ FORMATS: dict[str, Callable[[Predictions], str]] = {
     "how2qa": _choices,
     "tvc": _clips("vid_name"),
     "yc2c": _clips("video_id"),
+    "chat": _answers,
+    "choice": _answers,
 }

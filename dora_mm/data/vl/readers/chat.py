@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dora_mm.config.vl import SourceConfig
-from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, json_lines, list_items, place
-from dora_mm.data.vl.readers.chat_shapes import SHAPES, Parts, Shape, shape_of
+from dora_mm.data.vl.readers.chat_shapes import SHAPES, Shape, shape_of
+from dora_mm.data.vl.readers.conversation import conversation
 from dora_mm.data.vl.rows import BadRows, RowError, checked
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     for where, item in _items(path):
         try:
             row = checked(shape.schema, item)
-            example = _example(shape.read(row), _new_id(row.get("id"), where, seen))
+            example = conversation(shape.read(row), _new_id(row.get("id"), where, seen))
         except RowError as error:
             bad.add(place(path, where, item), str(error))
         else:
@@ -88,9 +89,9 @@ def _parquet_rows(path: Path) -> Iterator[Item]:
     number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(PARQUET_ROWS):
-                for number, row in enumerate(batch.to_pylist(), number + 1):
-                    yield f"row {number}", row
+            rows = (row for batch in file.iter_batches(PARQUET_ROWS) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"row {number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         after = f" after row {number}, the last complete row" if number else ""
         raise ValueError(
@@ -116,55 +117,3 @@ def _new_id(given: int | str | None, where: str, seen: set[Hashable]) -> str:
     if name in seen:
         raise RowError("has a duplicate id")
     return name
-
-
-def _example(parts: Parts, name: str) -> Example:
-    _check_order(parts.turns)
-    turns, images = _with_images(parts)
-    _check_texts(turns)
-    question = next(turn.text for turn in reversed(turns) if turn.role == "user")
-    answers = (turns[-1].text,) if turns[-1].role == "assistant" else ()
-    text = question.replace(IMAGE, "").strip()
-    return Example(name, tuple(images), text, answers, (1.0,) * len(answers), turns=tuple(turns))
-
-
-def _check_order(turns: list[Turn]) -> None:
-    """Checks that the user's and the assistant's turns alternate, after at most one system turn."""
-    said = turns[1:] if turns and turns[0].role == "system" else turns
-    if not said:
-        raise RowError("has no turns")
-    if said[0].role == "assistant":
-        raise RowError("begins with the assistant")
-    for before, turn in zip([None, *said], said, strict=False):
-        if turn.role == "system":
-            raise RowError("has a system turn that is not the first")
-        if before and before.role == turn.role:
-            raise RowError(f"has two turns of the {turn.role} in a row")
-
-
-def _check_texts(turns: list[Turn]) -> None:
-    for turn in turns:
-        if not turn.text or turn.text.isspace():
-            raise RowError(
-                "has an empty answer" if turn.role == "assistant" else f"has an empty turn of the {turn.role}"
-            )
-    if turns[-1].role == "assistant" and not any(turn.loss for turn in turns):
-        raise RowError("has `loss: false` for every answer")
-
-
-def _with_images(parts: Parts) -> tuple[list[Turn], list[str]]:
-    """The turns and the images in the order of their markers."""
-    turns, places, images = parts.turns, parts.places, parts.images
-    if images and not places:
-        first = next(index for index, turn in enumerate(turns) if turn.role == "user")
-        marked = turns[first]._replace(text=IMAGE * len(images) + turns[first].text)
-        return [*turns[:first], marked, *turns[first + 1 :]], images
-    num_own = len(places) - places.count(None)
-    if len(images) + num_own != len(places):
-        raise RowError(f"has {_count(len(images) + num_own, 'image')}, but {_count(len(places), f'{IMAGE} marker')}")
-    remaining = iter(images)
-    return turns, [next(remaining) if name is None else name for name in places]
-
-
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"

@@ -1,34 +1,27 @@
-"""The shapes of rows of conversations: what the files of each trainer look like, and one function for each that reads it.
+"""The shapes of rows of conversations, as the trainers have them, and one function for each that takes a row apart.
 
-    LLaVA                {"conversations": [{"from": "human", "value": "<image>\nQ"}, ...], "image": "a.jpg" | [...]}
-    LLaMA-Factory        {"conversations" or "messages": [...], "images": ["a.jpg"]}
-    ms-swift             {"messages": [{"role": "user", "content": "<image>Q"}, ...], "images": [...], "objects": {}, ...}
-    Hugging Face, TRL    {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}]},
-                         or "prompt" and "completion"; with "image" or "images"
-    axolotl              content items that name their images: {"type": "image", "path" | "image" | "url" | "base64": ...}
+    LLaVA              {"conversations": [{"from": "human", "value": "<image> Q"}, ...], "image": "a.jpg" or ["a.jpg"]}
+    LLaMA-Factory      {"conversations" or "messages": [...], "images": ["a.jpg"]}
+    ms-swift           {"messages": [{"role": "user", "content": "<image>Q"}, ...], "images": ["a.jpg"], "objects": {}}
+    Hugging Face, TRL  {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}],
+                       "images": [...]}, or "prompt" and "completion" instead of "messages", or "image"
+    axolotl            content items that name their images: {"type": "image", "path", "image", "url" or "base64": ...}
 
-A file is taken for one shape by the keys of its first row. `system` may be a key of any row, and `loss` of any of the
-assistant's messages, as ms-swift has it. What no image-text model can be trained on is refused by the name of its key.
+A file has the shape that the keys of its first row say. `system` may be a key of any row, and `loss` of any message of
+the assistant, as in ms-swift. What cannot be trained on is refused by the name of its key.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
 from dora_mm.data.vl.embedded import data_url, decoded, image_name
-from dora_mm.data.vl.example import IMAGE, Role, Turn
+from dora_mm.data.vl.example import IMAGE
+from dora_mm.data.vl.readers.conversation import Said
 from dora_mm.data.vl.rows import RowError
 
-ROLES: dict[str, Role] = {  # in lower case
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
 UNREAD = {  # keys of a row that must be empty, and what they hold
     "video": "videos",
     "videos": "videos",
@@ -114,20 +107,6 @@ class _Prompt(_Row):
     completion: NotRequired[str | list[_Message] | None]
 
 
-class Parts(NamedTuple):
-    """What a row consists of.
-
-    Attributes:
-        turns: The turns, with an IMAGE marker at the place of each image.
-        places: One for each marker, in order: the image, or None for the next one of `images`.
-        images: The images of the row's own key, as paths or data URLs.
-    """
-
-    turns: list[Turn]
-    places: list[str | None]
-    images: list[str]
-
-
 class Shape(NamedTuple):
     """One shape of rows.
 
@@ -139,37 +118,39 @@ class Shape(NamedTuple):
 
     name: str
     schema: TypeAdapter[Any]
-    read: Callable[[Any], Parts]
+    read: Callable[[Any], Said]
 
 
-def read_conversations(row: _Conversations) -> Parts:
+def read_conversations(row: _Conversations) -> Said:
     """Reads a row of LLaVA or LLaMA-Factory with turns that say `from` whom they are."""
-    parts = _start(row)
-    for said in row["conversations"]:
-        _add(parts, said["from"], said["value"], said.get("loss"))
-    return parts
+    said = row["conversations"]
+    names, texts = [turn["from"] for turn in said], [turn["value"] for turn in said]
+    return _with_keys(row, Said(names, texts, [turn.get("loss") for turn in said], None, []))
 
 
-def read_messages(row: _Messages) -> Parts:
+def read_messages(row: _Messages) -> Said:
     """Reads a row of LLaMA-Factory, ms-swift, Hugging Face or axolotl with `messages`."""
-    parts = _start(row)
-    for message in row["messages"]:
-        _add_message(parts, message, message.get("loss"))
-    return parts
+    return _with_keys(row, _said(row["messages"]))
 
 
-def read_prompt(row: _Prompt) -> Parts:
+def read_prompt(row: _Prompt) -> Said:
     """Reads a row of TRL with `prompt` and `completion`: as there, the answers inside the prompt carry no loss."""
-    parts = _start(row)
-    for key, role in (("prompt", "user"), ("completion", "assistant")):
-        given = row.get(key) or []
-        messages = [_Message(role=role, content=given)] if isinstance(given, str) else given
-        for message in messages:
-            loss = message.get("loss")
-            if loss is None and key == "prompt":
-                loss = False
-            _add_message(parts, message, loss)
-    return parts
+    prompt, completion = (
+        _said([_Message(role=role, content=given)] if isinstance(given, str) else given or [])
+        for given, role in ((row["prompt"], "user"), (row.get("completion"), "assistant"))
+    )
+    losses = [False if loss is None else loss for loss in prompt.losses]
+    places = [*(prompt.places or []), *(completion.places or [])]
+    return _with_keys(
+        row,
+        Said(
+            prompt.names + completion.names,
+            prompt.texts + completion.texts,
+            losses + completion.losses,
+            places,
+            [],
+        ),
+    )
 
 
 CONVERSATIONS, MESSAGES, PROMPT = TypeAdapter(_Conversations), TypeAdapter(_Messages), TypeAdapter(_Prompt)
@@ -208,58 +189,59 @@ def _shape_of_messages(row: dict[str, Any]) -> Shape:
     return LLAMA_FACTORY_MESSAGES if "images" in row else HUGGING_FACE
 
 
-def _start(row: _Row) -> Parts:
-    """The images and the system turn that are keys of a row."""
-    for key in UNREAD.keys() & row.keys():
-        if not _is_empty(row[key]):
-            raise RowError(f"has {key}, but {UNREAD[key]} are not read: leave it out")
-    if row.get("image") and row.get("images"):
-        raise RowError("has both image and images")
-    given = row.get("image") or row.get("images") or []
-    images = [_name(image) for image in (given if isinstance(given, list) else [given])]
-    parts = Parts([], [], images)
+def _with_keys(row: _Row, said: Said) -> Said:
+    """What a row says, with the images and the system turn that are keys of the row."""
+    if not UNREAD.keys().isdisjoint(row):
+        _check_unread(row)
+    images = row.get("images") or []
+    if image := row.get("image"):
+        if images:
+            raise RowError("has both image and images")
+        images = image
+    said.images.extend(map(_name, images if isinstance(images, list) else [images]))
     if system := row.get("system"):
-        _add(parts, "system", system, None)
-    return parts
+        said.names.insert(0, "system")
+        said.texts.insert(0, system)
+        said.losses.insert(0, None)
+        if said.places is not None:
+            said.places.insert(0, [None] * system.count(IMAGE))
+    return said
 
 
-def _add_message(parts: Parts, message: _Message, loss: bool | None) -> None:
-    for key in UNREAD_IN_MESSAGES.keys() & message.keys():
-        if message[key] not in (None, [], {}, ""):
-            raise RowError(
-                f"has {UNREAD_IN_MESSAGES[key]} in a message: use `loss`, true or false, for what is learned"
-            )
-    content = message["content"]
-    if isinstance(content, list):
-        texts, places = zip(*map(_item, content), strict=True) if content else ((), ())
-        _add(parts, message["role"], "".join(texts), loss, [place for found in places for place in found])
-    else:
-        _add(parts, message["role"], content or "", loss)
+def _check_unread(row: _Row) -> None:
+    for key, what in UNREAD.items():
+        if not _is_empty(row.get(key)):
+            raise RowError(f"has {key}, but {what} are not read: leave it out")
 
 
-def _add(parts: Parts, role: str, text: str, loss: bool | None, places: Sequence[str | None] | None = None) -> None:
-    """Adds a turn; `places` are the images of its markers, None: all are keys of the row."""
-    known = ROLES.get(role) or ROLES.get(role.lower())
-    if known is None:
-        raise RowError(f"has a turn of {role[:20]!r}: the roles are {', '.join(ROLES)}")
-    places = [None] * text.count(IMAGE) if places is None else places
-    if known == "assistant":
-        if places:
-            raise RowError("has an image in a turn of the assistant, which can only have text")
-        parts.turns.append(Turn(known, text, loss is not False))
-        return
-    if loss:
-        raise RowError("asks for loss on a turn that is not the assistant's")
-    parts.turns.append(Turn(known, text, False))
-    parts.places.extend(places)
+def _said(messages: list[_Message]) -> Said:
+    """What messages say."""
+    all_places: list[list[str | None]] = []
+    said = Said([], [], [], all_places, [])
+    for message in messages:
+        for key in UNREAD_IN_MESSAGES.keys() & message.keys():
+            if message[key] not in (None, [], {}, ""):
+                what = UNREAD_IN_MESSAGES[key]
+                raise RowError(f"has {what} in a message: only `loss`, true or false, says what is learned")
+        content = message["content"] or ""
+        items = [_item(item) for item in content] if isinstance(content, list) else [_text(content)]
+        said.names.append(message["role"])
+        said.texts.append("".join(text for text, _ in items))
+        said.losses.append(message.get("loss"))
+        all_places.append([place for _, places in items for place in places])
+    return said
+
+
+def _text(text: str) -> tuple[str, list[str | None]]:
+    """A text and the images of its markers."""
+    return text, [None] * text.count(IMAGE)
 
 
 def _item(item: _Item) -> tuple[str, list[str | None]]:
     """A content item as text with markers, and the images of these."""
     kind = item["type"]
     if kind == "text":
-        text = item.get("text") or ""
-        return text, [None] * text.count(IMAGE)
+        return _text(item.get("text") or "")
     if kind not in ("image", "image_url"):
         raise RowError(f"has content of the type {kind[:20]!r}: only text and images are read")
     given = [key for key in LOCATIONS if item.get(key) is not None]

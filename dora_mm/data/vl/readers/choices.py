@@ -22,8 +22,8 @@ LONGEST_CELL = 2**31 - 1
 def read_choices(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     """Reads every question of a file, or those of one `split`.
 
-    The columns are `index`, `question`, options `A`, `B`, ... without gaps, and where the file has them `image` (base64,
-    or the index of the row whose image it is), `image_path`, `hint`, `answer`, `category` and `split`. The text of an
+    The columns are `index`, `question`, options `A`, `B`, ... without gaps, and where the file has them `image` (base64
+    or the index of a row with the same image), `image_path`, `hint`, `answer`, `category` and `split`. The text of an
     example is hint, question and options, a line each. An image cell may hold several images as a Python list.
 
     Raises:

@@ -1,0 +1,125 @@
+"""Checks the turns of a conversation, as all shapes of chat files have them, and makes an example of them."""
+
+from collections.abc import Sequence
+from itertools import chain, pairwise
+from typing import NamedTuple
+
+from dora_mm.data.vl.example import IMAGE, Example, Role, Turn
+from dora_mm.data.vl.rows import RowError
+
+ROLES: dict[str, Role] = {  # in lower case
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+
+
+class Said(NamedTuple):
+    """What a row says, by turn, before it is checked.
+
+    Attributes:
+        names: Who says it, in the words of the file.
+        texts: With an IMAGE marker at the place of each image.
+        losses: Whether it is learned; None where the file does not say so.
+        places: The images of the turn's markers, None for the next one of `images`; None if all are of `images`.
+        images: The images that are keys of the row, as paths or data URLs.
+    """
+
+    names: list[str]
+    texts: list[str]
+    losses: list[bool | None]
+    places: list[list[str | None]] | None
+    images: list[str]
+
+
+def conversation(said: Said, name: str) -> Example:
+    """A conversation as an example. Only the assistant's turns carry loss: all, or those of which the file says so.
+
+    Where a row has images and no marker, the markers come first in the user's first turn.
+
+    Args:
+        said: Its turns and images.
+        name: Its id.
+
+    Raises:
+        RowError: The turns do not alternate, one is empty, an image or loss is where none can be, or there are not as
+            many images as markers.
+    """
+    roles: list[Role] = [ROLES.get(speaker) or _role(speaker) for speaker in said.names]
+    first = 1 if roles[:1] == ["system"] else 0
+    _check_order(roles[first:])
+    texts = said.texts
+    if not all(texts) or any(map(str.isspace, texts)):
+        raise RowError(_first_empty(roles, texts))
+    if said.places is None:
+        counts = [text.count(IMAGE) if IMAGE in text else 0 for text in texts]  # `in` alone takes half the time
+    else:
+        counts = [*map(len, said.places)]
+    if any(counts[first + 1 :: 2]):
+        raise RowError("has an image in a turn of the assistant, which can only have text")
+    places = [None] * sum(counts) if said.places is None else [*chain.from_iterable(said.places)]
+    images = _in_order(said.images, places)
+    if len(images) > len(places):
+        texts = [*texts[:first], IMAGE * len(images) + texts[first], *texts[first + 1 :]]
+    learned = _learned(roles, said.losses)
+    answers = (texts[-1],) if roles[-1] == "assistant" else ()
+    question = texts[-2 if answers else -1].replace(IMAGE, "").strip()
+    turns = tuple(map(Turn._make, zip(roles, texts, learned, strict=True)))  # faster than by calling Turn
+    return Example(name, tuple(images), question, answers, (1.0,) * len(answers), turns=turns)
+
+
+def _role(speaker: str) -> Role:
+    role = ROLES.get(speaker.lower())
+    if role is None:
+        raise RowError(f"has a turn of {speaker[:20]!r}: the roles are {', '.join(ROLES)}")
+    return role
+
+
+def _check_order(roles: list[Role]) -> None:
+    """Checks that turns after a system turn alternate, beginning with the user's."""
+    if roles and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
+        return
+    if not roles:
+        raise RowError("has no turns")
+    if "system" in roles:
+        raise RowError("has a system turn that is not the first")
+    if roles[0] == "assistant":
+        raise RowError("begins with the assistant")
+    twice = next(role for role, following in pairwise(roles) if role == following)
+    raise RowError(f"has two turns of the {twice} in a row")
+
+
+def _first_empty(roles: list[Role], texts: list[str]) -> str:
+    role = next(role for role, text in zip(roles, texts, strict=True) if not text or text.isspace())
+    return "has an empty answer" if role == "assistant" else f"has an empty turn of the {role}"
+
+
+def _in_order(images: list[str], places: Sequence[str | None]) -> list[str]:
+    """The images in the order of their markers."""
+    if not places or places.count(None) == len(places) == len(images):
+        return images
+    num_own = len(places) - places.count(None)
+    if len(images) + num_own != len(places):
+        raise RowError(f"has {_count(len(images) + num_own, 'image')}, but {_count(len(places), f'{IMAGE} marker')}")
+    remaining = iter(images)
+    return [next(remaining) if place is None else place for place in places]
+
+
+def _learned(roles: list[Role], losses: list[bool | None]) -> list[bool]:
+    """Which turns carry loss."""
+    learned = [role == "assistant" for role in roles]
+    if losses.count(None) == len(losses):
+        return learned
+    learned = [answer and loss is not False for answer, loss in zip(learned, losses, strict=True)]
+    if True in losses and any(loss and not learns for loss, learns in zip(losses, learned, strict=True)):
+        raise RowError("asks for loss on a turn that is not the assistant's")
+    if roles[-1] == "assistant" and True not in learned:
+        raise RowError("has `loss: false` for every answer")
+    return learned
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"

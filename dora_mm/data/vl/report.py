@@ -1,0 +1,94 @@
+"""A report of data sets before they are trained on: what was found, how long it is, and what was skipped."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dora_mm.config.vl import SourceConfig
+from dora_mm.data.vl.readers import resolved
+from dora_mm.data.vl.readers.chat import find_shape
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.utils.tables import aligned_columns
+
+QUANTILES = (0.05, 0.5, 0.95, 1.0)
+SKIPPED = "skipped: "
+
+
+def data_report(figures: Mapping[str, Mapping[str, str]]) -> str:
+    """A text table with a column per data set and a row per figure.
+
+    Args:
+        figures: By the name of the data set, as "chat train": the figures by their labels. A set may lack some, or have
+            others than those of `table_figures`, such as lengths in tokens.
+    """
+    labels = dict.fromkeys(label for found in figures.values() for label in found)
+    rows = [[label, *(found.get(label, "") for found in figures.values())] for label in labels]
+    return aligned_columns([["data", *figures], *rows], num_text=1)
+
+
+def table_figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:
+    """The figures of a table by their labels, without a look at any image.
+
+    Args:
+        source: The source of the table.
+        table: All its rows that are used.
+
+    Returns:
+        Format, rows, images, turns and characters per row, and the number of skipped rows by reason.
+    """
+    images, turns = (per_row(table, lambda batch, key=key: _lengths(batch[key])) for key in ("images", "turns"))
+    answers = per_row(table, lambda batch: _lengths(batch["answers"]))
+    found = {
+        "format": _format(source),
+        "rows": f"{len(table):,}",
+        "rows without an answer": f"{np.sum(answers == 0):,}",
+        "rows without an image": f"{np.sum(images == 0):,}",
+        "images per row (lowest / median / highest)": _range(images),
+    }
+    if turns.any():
+        found["turns per row (lowest / median / highest)"] = _range(turns)
+    shares = " / ".join(f"{share:.0%}" for share in QUANTILES)
+    found[f"characters per row ({shares})"] = quantiles(per_row(table, _characters))
+    return found | {f"{SKIPPED}{reason}": f"{len(places):,}" for reason, places in table.skipped.items()}
+
+
+def per_row(table: ExampleTable, values: Callable[[pa.RecordBatch], np.ndarray]) -> np.ndarray:
+    """A number for each row of a table, from the columns of its record batches."""
+    return np.concatenate([values(batch) for batch in table.batches])[table.rows]
+
+
+def quantiles(values: np.ndarray) -> str:
+    """QUANTILES of the values, rounded up to values that occur; empty if there are none."""
+    if not len(values):
+        return ""
+    return " / ".join(f"{value:,.0f}" for value in np.quantile(values, QUANTILES, method="higher"))
+
+
+def _range(values: np.ndarray) -> str:
+    return f"{values.min():,} / {np.median(values):,.0f} / {values.max():,}" if len(values) else ""
+
+
+def _lengths(column: Any) -> np.ndarray:  # a pyarrow.ListArray, which its stubs do not know
+    return column.value_lengths().to_numpy()
+
+
+def _characters(batch: pa.RecordBatch) -> np.ndarray:
+    """The characters of all turns, or of the text where there are none."""
+    turns: Any = batch["turns"]
+    rows, lengths = turns.value_parent_indices().to_numpy(), _text_lengths(turns.flatten().field("text"))
+    of_turns = np.bincount(rows, weights=lengths, minlength=len(turns)).astype(np.int64)
+    return np.where(_lengths(turns) > 0, of_turns, _text_lengths(batch["text"]))
+
+
+def _text_lengths(texts: pa.Array) -> np.ndarray:
+    return pc.call_function("utf8_length", [texts]).to_numpy()
+
+
+def _format(source: SourceConfig) -> str:
+    if source.format != "chat":
+        return source.format
+    return f"chat, {find_shape(Path(resolved(source).file)).name}"
