@@ -126,9 +126,7 @@ class VLM:
     # --- rows --------------------------------------------------------------------------------------------------------
 
     def batch(self, task: str, examples: Sequence[Example], images: str | None, targets: Sequence[Target]) -> VLMBatch:
-        rows = [
-            self.row(task, example, images, answer) for example, (answer, _) in zip(examples, targets, strict=True)
-        ]
+        rows = [self.row(task, example, images, answer) for example, (answer, _) in zip(examples, targets, strict=True)]
         batches = [
             (*self._collate([rows[i] for i in group]), torch.tensor([targets[i][1] for i in group]))
             for group in self._groups(rows)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl import chat, choice, gqa, nlvr2, video, vqa

@@ -102,8 +102,8 @@ def _notes(predictions: Predictions) -> tuple[str, ...]:
         notes.append(f"accuracy: as the official script; {LAVIS}: as the published scores of VL-BART and BLIP")
     if by_labels:
         notes.append(
-            f"{by_labels} of {len(predictions)} questions scored by their labels: the file does not contain ten answers "
-            "(for vqa_karpathy, `annotations` names one that does)"
+            f"{by_labels} of {len(predictions)} questions scored by their labels: the file does not contain ten "
+            "answers (for vqa_karpathy, `annotations` names one that does)"
         )
     if empty:  # labels of the Karpathy format omit answers that are rare in training; VL-T5 scores such rows too
         notes.append(f"{empty} of {len(predictions)} questions have an empty label, and count as wrong")

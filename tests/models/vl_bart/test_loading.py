@@ -55,7 +55,9 @@ def test_a_plain_bart_keeps_its_weights_and_the_rest_is_drawn_from_the_seed(bart
 def repeats(ids: torch.Tensor) -> bool:
     """Whether three tokens in a row occur twice in an answer."""
     rows = [[token for token in row if token != 1] for row in ids.tolist()]
-    return any(len(set(triples)) < len(triples) for row in rows for triples in [list(zip(row, row[1:], row[2:]))])
+    return any(
+        len(set(triples)) < len(triples) for row in rows for triples in [list(zip(row, row[1:], row[2:], strict=False))]
+    )
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
