@@ -88,8 +88,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         network.activation_checkpointing_enable()
         network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
     write = partial(vl_adapters.save, trained, config, identity)
-    for network in trained.networks.values():
-        network.train()
+    vl_adapters.train_mode(trained.networks.values())
     with training_run(accelerator, config, inputs, resume, train.steps) as run:
         validate = None
         if accelerator.is_main_process:

@@ -38,14 +38,14 @@ def answer_all(
         ValueError: A row cannot be read.
     """
     together = nn.ModuleList(networks)
-    before = [network.training for network in together]
+    before = {module: module.training for module in together.modules()}  # parts of a network may differ
     try:
         together.eval()
         with fixed_parameters(together):
             return {name: predict(answers[name], split, batch_size, limit, name) for name, split in sets.items()}
     finally:
-        for network, training in zip(together, before, strict=True):
-            network.train(training)
+        for module, training in before.items():
+            module.training = training
 
 
 @torch.no_grad()

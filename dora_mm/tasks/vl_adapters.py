@@ -130,6 +130,15 @@ def _adapt_network(
         found.reports[component] = InjectReport(tuple(modules))
 
 
+def train_mode(networks: Iterable[nn.Module]) -> None:
+    """Puts networks in training mode, except batch normalization: an adapter file has no running statistics."""
+    for network in networks:
+        network.train()
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
 def spec_of(config: VLAdapterConfig, part: PartConfig) -> DoRASpec:
     """The DoRASpec of a part with complete settings."""
     assert part.method is not None
