@@ -43,7 +43,9 @@ def render(processor: Any, turns: Sequence[Turn]) -> Rendered:
             continue
         prompt = apply_template(processor, turns[:number], ask=True)
         start = _shared(prompt, whole)
-        end = start + len(whole[start : _shared(apply_template(processor, turns[: number + 1]), whole)].rstrip())
+        last = number + 1 == len(turns)
+        so_far = len(whole) if last else _shared(apply_template(processor, turns[: number + 1]), whole)
+        end = start + len(whole[start:so_far].rstrip())
         place = whole.find(turn.text.strip(), start, end)
         if place < 0:
             raise ValueError(f"the chat template does not render this answer as it is: {turn.text[:80]!r}")

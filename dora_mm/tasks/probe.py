@@ -48,7 +48,9 @@ class Probe:
         inputs, labels = collate([self.row], pad=0)
         dtype = self.model.dtype
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-        return form_of(self.model).target_logits(self.model, inputs, labels)[0].float()
+        return (
+            form_of(type(self.model).__name__, self.model.config).target_logits(self.model, inputs, labels)[0].float()
+        )
 
 
 def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
@@ -88,7 +90,12 @@ def _picture_row(vlm: VLM) -> Row:
 
 def _text_row(tokenizer: Any) -> Row:
     ids = tokenizer(ANSWER, return_tensors="pt")["input_ids"]
-    return Row({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids[0])
+    return Row(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        ids[0],
+        0,
+        torch.zeros_like(ids[0], dtype=torch.bool),
+    )
 
 
 def _load_tokenizer(path: str, revision: str | None) -> Any:

@@ -16,6 +16,8 @@ from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.tasks.lengths import RowLengths
+from dora_mm.tasks.shown import ShownRow
 from dora_mm.utils.randomness import generator
 
 Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
@@ -43,6 +45,14 @@ class VLModel(Protocol):
     def identity(self) -> Mapping[str, str]:
         """Digests of the base weights, and of all else on which an adapter depends, by keys of an adapter's header."""
         ...
+
+    @property
+    def num_cut(self) -> int:
+        """How many rows whose loss was computed lost text, because they were too long; a training sets it."""
+        ...
+
+    @num_cut.setter
+    def num_cut(self, number: int) -> None: ...
 
     @property
     def prepares_batches(self) -> bool:
@@ -85,6 +95,29 @@ class VLModel(Protocol):
 
     def loss(self, batch: Any, generator: torch.Generator) -> Tensor:
         """The loss of a batch: a scalar, float32."""
+        ...
+
+    def lengths(self, task: str, table: ExampleTable, images: str | None, *, texts: bool = True) -> RowLengths | None:
+        """The lengths of rows in tokens, as `batch` would encode them; no weights are needed.
+
+        Args:
+            task: Name of the task.
+            table: The rows.
+            images: The folder of their images.
+            texts: Whether to count the texts as well; False counts the images alone, which takes less time.
+
+        Returns:
+            The lengths, each row with its likeliest answer; None for a family whose images have a fixed number of
+            tokens, and its texts a length of their own.
+        """
+        ...
+
+    def shown(self, task: str, example: Example, images: str | None) -> ShownRow:
+        """A row as the model sees it, with its likeliest answer; no weights are needed.
+
+        Raises:
+            ValueError: As `batch`.
+        """
         ...
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
@@ -174,6 +207,12 @@ def draw_answer(example: Example, draw: float) -> Target:
         return "", 0.0
     index = bisect_right(totals, draw * totals[-1])
     return example.answers[index], float(example.scores[index])
+
+
+def likeliest_answer(example: Example) -> str:
+    """The answer that is drawn most often; "" if all scores are 0."""
+    best = max(example.scores, default=0.0)
+    return example.answers[example.scores.index(best)] if best else ""
 
 
 def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:

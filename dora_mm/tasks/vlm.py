@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,12 @@ from dora_mm.models.vlm.forms import Form, cross_entropy, form_of
 from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, read_config
 from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH
 from dora_mm.targets import map_of
-from dora_mm.tasks.chat import render, render_prompt
+from dora_mm.tasks.chat import Rendered, render, render_prompt
+from dora_mm.tasks.lengths import RowLengths
+from dora_mm.tasks.shown import ShownRow
 from dora_mm.tasks.vl import ROW_MEANS, Target, mean_over_processes
+from dora_mm.tasks.vlm_lengths import row_lengths
+from dora_mm.tasks.vlm_shown import shown_row
 
 LONGEST = 1 << 20  # tokens per row of a model whose config has no limit
 
@@ -38,10 +43,12 @@ class VLMBatch:
     Attributes:
         task: Name of the task.
         groups: The rows in groups that are computed together, each as (inputs, labels (B, T), row weights (B,)).
+        num_cut: How many of the rows lost text to `model.max_length`.
     """
 
     task: str
     groups: tuple[tuple[Mapping[str, Tensor], Tensor, Tensor], ...]
+    num_cut: int = 0
 
 
 class VLM:
@@ -54,7 +61,8 @@ class VLM:
     Attributes:
         processor: Its processor.
         plain: What a class without a chat template can read; None for those that have one.
-        num_cut: How often a row of training or answering lost text to `model.max_length`.
+        limit_from: What sets the number of tokens that a row may have: a key of the config, or the model.
+        num_cut: See `VLModel.num_cut`.
 
     Raises:
         ValueError: The model or its processor cannot be loaded; or its class has neither a chat template nor a plain
@@ -76,6 +84,9 @@ class VLM:
             )
         positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LONGEST
         self.encoder = RowEncoder(self.processor, min(config.max_length or positions, positions))
+        self.limit_from = (
+            "model.max_length" if self.encoder.max_length == config.max_length else "the model's positions"
+        )
         self.num_cut = 0
 
     @cached_property
@@ -90,7 +101,7 @@ class VLM:
 
     @cached_property
     def form(self) -> Form:
-        return form_of(self.model)
+        return form_of(self.name, self.model_config)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -131,7 +142,7 @@ class VLM:
             (*self._collate([rows[i] for i in group]), torch.tensor([targets[i][1] for i in group]))
             for group in self._groups(rows)
         ]
-        return VLMBatch(task, tuple(batches))
+        return VLMBatch(task, tuple(batches), sum(row.num_cut > 0 for row in rows))
 
     def row(self, task: str, example: Example, images: str | None, answer: str | None) -> Row:
         """One example as the model reads it.
@@ -152,23 +163,35 @@ class VLM:
             raise ValueError(f"row {example.id} of {task}: {error}") from error
 
     def _encoded(self, task: str, example: Example, pictures: list[Any], answer: str | None) -> Row:
+        rendered = self.rendered(task, example, answer)
         if self.plain is not None:
-            token = self.processor.image_token * len(pictures) if self.plain.image_token else ""
-            return self._plain_row(token + self.prompt(task, example.text), pictures, answer)
-        turns = self.turns(task, example, answer)
+            return self._plain_row(rendered.text, pictures, answer)
         if answer is None:
-            return self.encoder.question(render_prompt(self.processor, turns), pictures)
-        row = self.encoder.conversation(*render(self.processor, turns), pictures)
-        self.num_cut += row.num_cut > 0
-        return row
+            return self.encoder.question(rendered.text, pictures)
+        return self.encoder.conversation(*rendered, pictures)
+
+    def rendered(self, task: str, example: Example, answer: str | None) -> Rendered:
+        """The text that the processor reads, with the places of the answers: none where they are no part of it.
+
+        Args:
+            task: Name of the task.
+            example: The example.
+            answer: As in `row`.
+
+        Raises:
+            ValueError: As `render`.
+        """
+        if self.plain is not None:
+            token = self.processor.image_token * len(example.images) if self.plain.image_token else ""
+            return Rendered(token + self.prompt(task, example.text), ())
+        turns = self.turns(task, example, answer)
+        return Rendered(render_prompt(self.processor, turns), ()) if answer is None else render(self.processor, turns)
 
     def _plain_row(self, text: str, pictures: list[Any], answer: str | None) -> Row:
         if self.form.continues:
             return self.encoder.question(text, pictures, answer)
         row = self.encoder.question(text, pictures, ends=True)
-        start = getattr(self.model, "decoder_start_token_id", None)  # BLIP's own, in place of [CLS]
-        target = self.encoder.decoder_target(answer or "", start)
-        return replace(row, labels=target)
+        return replace(row, labels=self.encoder.decoder_target(answer or "", self.form.start))
 
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
@@ -183,8 +206,18 @@ class VLM:
         known = self.plain.prompts if self.plain else PROMPTS
         return self.config.prompts.get(task, known[task]).replace("{text}", text)
 
+    def image_path(self, folder: str | None, name: str) -> Path:
+        """The file of an image, given the folder of a table's images, if it has one."""
+        return resolve_path(folder, "images") / name if folder else resolve_path(name)
+
     def load_image(self, folder: str | None, name: str) -> Any:
-        return load_rgb(resolve_path(folder or "", "images") / name if folder else resolve_path(name), "white")
+        return load_rgb(self.image_path(folder, name), "white")
+
+    def lengths(self, task: str, table: ExampleTable, images: str | None, *, texts: bool = True) -> RowLengths:
+        return row_lengths(self, task, table, images, texts=texts)
+
+    def shown(self, task: str, example: Example, images: str | None) -> ShownRow:
+        return shown_row(self, task, example, images)
 
     def _groups(self, rows: Sequence[Row]) -> list[list[int]]:
         """The rows, by index, that this class can compute in one batch."""
@@ -214,6 +247,7 @@ class VLM:
         Returns:
             A scalar, float32.
         """
+        self.num_cut += batch.num_cut
         total, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for inputs, labels, weights in batch.groups:
             sums, counts = self.row_losses(inputs, labels)

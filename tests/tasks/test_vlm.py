@@ -91,14 +91,14 @@ def test_text_is_cut_and_image_tokens_never(name, tiny_vlm, pictures):
     row = cut.row("chat", long, pictures, "")
     assert row.length == room
     assert row.num_cut == 40
-    assert cut.num_cut == 1
     assert row.num_image_tokens == whole.num_image_tokens
     image = torch.isin(whole.inputs["input_ids"], cut.encoder.image_ids).sum()
     assert torch.isin(row.inputs["input_ids"], cut.encoder.image_ids).sum() == image
     kept = (whole.labels != IGNORED).sum() - (row.labels != IGNORED).sum()
     assert 0 < kept <= 40
     with torch.no_grad():
-        assert torch.isfinite(cut.loss(batch_of(cut, [long], pictures), torch.Generator()))
+        assert torch.isfinite(cut.loss(batch_of(cut, [long, ROWS[0]], pictures), torch.Generator()))
+    assert cut.num_cut == 1
     short = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=max(1, whole.num_image_tokens - 1)))
     with pytest.raises(ValueError, match=r"row 1 of chat: the images alone are \d+ tokens"):
         short.row("chat", long, pictures, "")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
 
 from dora_mm.data.images.buckets import Framing
 
@@ -36,6 +36,19 @@ def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
         elif upright.mode in ("I", "F"):
             raise ValueError(f"has 32-bit pixels ({upright.mode}) of unknown range: save it with 8 or 16 bits")
         return _composed(upright, image.info.get("icc_profile"), background)
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """(h, w) of an image as `load_rgb` returns it, read from its header: the pixels are not decoded.
+
+    Raises:
+        ValueError: The file is missing, empty, too large or no image.
+    """
+    with opened(Path(path)) as image:
+        # Pillow decodes a whole PNG to look for its orientation behind the pixels.
+        known = image.format != "PNG" or "exif" in image.info
+        turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def render(image: Image.Image, framing: Framing) -> torch.Tensor:

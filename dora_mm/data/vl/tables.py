@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -107,6 +107,11 @@ class ExampleTable(Sequence[Example]):
         """The distinct names of all images, sorted."""
         return sorted(self.places.get(name, name) for name in self._names())
 
+    def image_lists(self) -> list[list[str]]:
+        """The names of the images of each row."""
+        rows = self._column("images").to_pylist()
+        return [[self.places.get(name, name) for name in names] for names in rows] if self.places else rows
+
     def with_images(self, find: Callable[[str], str | None], where: object) -> "ExampleTable":
         """A table of the rows all of whose images exist, with the paths of the images; other rows are bad.
 
@@ -139,15 +144,27 @@ class ExampleTable(Sequence[Example]):
         Raises:
             ValueError: A row is bad and `on_bad_data` is "stop", or all are.
         """
-        affected = np.flatnonzero(bad)
-        if len(affected) and len(affected) == len(self):
-            raise ValueError(f"{self.file}: every row {reason}")
+        return self.without_rows(dict.fromkeys(np.flatnonzero(bad).tolist(), reason))
+
+    def without_rows(self, bad: Mapping[int, str]) -> "ExampleTable":
+        """A table without bad rows.
+
+        Args:
+            bad: Why rows are bad, by index, to follow a row's place in a message.
+
+        Raises:
+            ValueError: A row is bad and `on_bad_data` is "stop", or all are.
+        """
+        if not bad:
+            return self
+        if len(bad) == len(self):
+            raise ValueError(f"{self.file}: every row {bad[0]}")
         found, ids = BadRows(self.on_bad_data), self._column("id")
-        for row in affected:
-            found.add(f"{self.file}, id {ids[row]}", reason)
+        for row in sorted(bad):
+            found.add(f"{self.file}, id {ids[row]}", bad[row])
         warn_skipped(found.found)
-        skipped = {**self.skipped, **found.found}
-        return replace(self._at(~bad), skipped=skipped)
+        kept = np.delete(np.arange(len(self)), sorted(bad))
+        return replace(self._at(kept), skipped={**self.skipped, **found.found})
 
     def _without(self, missing: set[str], where: object) -> tuple[np.ndarray, dict[str, list[str]]]:
         """The indices of the rows with none of these images, and the skipped places, those of the others added."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +24,35 @@ class Row:
         labels: Token ids with IGNORED where there is no loss: (L,), those of `input_ids`; or (T,), the target of a
             decoder.
         num_images: The number of its images.
-        num_image_tokens: How many of the L tokens stand for images.
+        is_image: Whether each token of `input_ids` stands for an image (L,), bool.
         num_cut: How many tokens of text were cut.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    num_images: int = 0
-    num_image_tokens: int = 0
+    num_images: int
+    is_image: Tensor
     num_cut: int = 0
 
     @property
     def length(self) -> int:
         """L, the number of tokens."""
         return self.inputs["input_ids"].shape[1]
+
+    @property
+    def num_image_tokens(self) -> int:
+        """How many of the L tokens stand for images."""
+        return int(self.is_image.sum())
+
+
+class Replaced(NamedTuple):
+    """What a processor put in the place of an image: the places in characters before and after, and the text."""
+
+    start: int
+    end: int
+    new_start: int
+    new_end: int
+    text: str
 
 
 class RowEncoder:
@@ -50,8 +65,7 @@ class RowEncoder:
 
     def __init__(self, processor: Any, max_length: int):
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
-        self.image_ids = torch.tensor(sorted({i for i in ids if i is not None}), dtype=torch.long)
+        self.image_ids = torch.tensor(image_ids(processor), dtype=torch.long)
 
     def conversation(self, text: str, answers: Sequence[tuple[int, int]], images: Sequence[Any]) -> Row:
         """A rendered conversation as a row whose answers have loss.
@@ -64,16 +78,12 @@ class RowEncoder:
         Raises:
             ValueError: The numbers of images and of places for them differ, or the image tokens alone are too many.
         """
-        inputs, expanded = self._process(text, images)
+        inputs, replaced = self.process(text, images)
         offsets = inputs.pop("offset_mapping")[0]
-        spans = [(_moved(start, expanded), _moved(end, expanded)) for start, end in answers]
         learned = torch.zeros(len(offsets), dtype=torch.bool)
-        for start, end in spans:
-            learned |= (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
-        inside = torch.zeros_like(learned)
-        for _, _, start, end in expanded:
-            inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-        return self._row(inputs, learned, inside, len(images))
+        for start, end in answers:
+            learned |= _overlap(offsets, _moved(start, replaced), _moved(end, replaced))
+        return self._row(inputs, learned, _inside(offsets, replaced), len(images))
 
     def question(self, text: str, images: Sequence[Any], answer: str | None = None, *, ends: bool = False) -> Row:
         """A prompt, with its answer behind it where one is given, which then has loss.
@@ -88,8 +98,8 @@ class RowEncoder:
         Raises:
             ValueError: As `conversation`.
         """
-        inputs, _ = self._process(text, images)
-        inputs.pop("offset_mapping", None)
+        inputs, replaced = self.process(text, images)
+        inside = _inside(inputs.pop("offset_mapping")[0], replaced)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         separator = self.tokenizer.sep_token_id
         if not ends and separator is not None and inputs["input_ids"][0, -1] == separator:
@@ -98,7 +108,7 @@ class RowEncoder:
         if answer is not None:
             inputs = _continued(inputs, self.target(answer))
         learned = torch.arange(inputs["input_ids"].shape[1]) >= start
-        return self._row(inputs, learned, torch.zeros_like(learned), len(images))
+        return self._row(inputs, learned, F.pad(inside[:start], (0, len(learned) - start)), len(images))
 
     def target(self, answer: str) -> Tensor:
         """The token ids (T,) of an answer that continues a text, with the end token."""
@@ -111,24 +121,32 @@ class RowEncoder:
         ids = self.tokenizer(answer)["input_ids"]
         return torch.tensor(ids if start is None else [start, *ids[1:]])
 
-    def _process(self, text: str, images: Sequence[Any]) -> tuple[dict[str, Tensor], list[tuple[int, int, int, int]]]:
-        """The processor's inputs, and where it put image tokens: (start, end) before and after, in characters."""
-        token, bos = getattr(self.processor, "image_token", None), self.tokenizer.bos_token
+    def process(self, text: str, images: Sequence[Any]) -> tuple[dict[str, Tensor], list[Replaced]]:
+        """The processor's inputs, with `offset_mapping`, and what it put in the place of each image.
+
+        Raises:
+            ValueError: The numbers of images and of places for them differ, or the processor refuses an image.
+        """
+        token = getattr(self.processor, "image_token", None)
         places = text.count(token) if isinstance(token, str) else None
         if places not in (None, 0, len(images)) or (images and places == 0 and self.processor.chat_template):
             raise ValueError(f"the text has {places} places for images, and the row has {len(images)} images")
-        settings = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
         found = self.processor(
             text=[text],
             images=[list(images)] if images else None,
             return_tensors="pt",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
-            **settings,
+            **self.settings(text),
         )
         replaced = found.pop("text_replacement_offsets", ())  # of each text; none without images
         parts = replaced[0] if len(replaced) else ()
-        return dict(found), [(*part["span"], *part["new_span"]) for part in parts]
+        return dict(found), [Replaced(*part["span"], *part["new_span"], part["replacement"]) for part in parts]
+
+    def settings(self, text: str) -> dict[str, bool]:
+        """The tokenizer's settings for a text: one that begins as a sequence does gets no special tokens once more."""
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
 
     def _row(self, inputs: dict[str, Tensor], learned: Tensor, inside: Tensor, num_images: int) -> Row:
         is_image = inside | torch.isin(inputs["input_ids"][0], self.image_ids)
@@ -137,7 +155,7 @@ class RowEncoder:
         num_tokens = int(is_image.sum())
         excess = len(labels) - self.max_length
         if excess <= 0:
-            return Row(inputs, labels, num_images, num_tokens)
+            return Row(inputs, labels, num_images, is_image)
         if num_tokens >= self.max_length:
             raise ValueError(
                 f"the images alone are {num_tokens} tokens, and a row has at most {self.max_length}: raise "
@@ -145,12 +163,34 @@ class RowEncoder:
             )
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[torch.nonzero(~is_image)[-excess:]] = False
-        return Row(_columns(inputs, kept), labels[kept], num_images, num_tokens, excess)
+        return Row(_columns(inputs, kept), labels[kept], num_images, is_image[kept], excess)
 
 
-def _moved(position: int, expanded: Sequence[tuple[int, int, int, int]]) -> int:
+def image_ids(processor: Any) -> list[int]:
+    """The ids of the tokens that stand for images, sorted; none where images are not part of the text."""
+    ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
+    token = getattr(processor, "image_token", None)
+    if ids == [None] and token is not None:  # BLIP-2 has a token without its id
+        ids = [processor.tokenizer.convert_tokens_to_ids(str(token))]
+    return sorted({i for i in ids if i is not None})
+
+
+def _overlap(offsets: Tensor, start: int, end: int) -> Tensor:
+    """Whether each token, at `offsets` (L, 2), has a character between two positions of the text: (L,), bool."""
+    return (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
+
+
+def _inside(offsets: Tensor, replaced: Sequence[Replaced]) -> Tensor:
+    """Whether each token, at `offsets` (L, 2), is part of what stands for an image: (L,), bool."""
+    inside = torch.zeros(len(offsets), dtype=torch.bool)
+    for image in replaced:
+        inside |= _overlap(offsets, image.new_start, image.new_end)
+    return inside
+
+
+def _moved(position: int, replaced: Sequence[Replaced]) -> int:
     """A position in the text, after images were expanded to their tokens."""
-    before = [new_end - end for _, end, _, new_end in expanded if end <= position]
+    before = [image.new_end - image.end for image in replaced if image.end <= position]
     return position + (before[-1] if before else 0)
 
 

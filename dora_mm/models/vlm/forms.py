@@ -24,6 +24,7 @@ class Form(Protocol):
     """What the forms have in common."""
 
     continues: bool  # the answer is part of the text that the model reads
+    start: int | None  # the token that a decoder's target begins with, where the tokenizer's own does not
 
     def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of the target tokens.
@@ -47,6 +48,7 @@ class Continuation:
     """Answers are the continuation of the text: decoder-only language models."""
 
     continues = True
+    start = None
 
     def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Form.target_logits`: only columns with a target are computed, where the class can do so."""
@@ -68,6 +70,7 @@ class OwnDecoder:
     """The text is read by an encoder, and a decoder answers: Florence-2, BLIP-2 with a T5."""
 
     continues = False
+    start = None
 
     def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Form.target_logits`: the model shifts the labels itself."""
@@ -78,9 +81,16 @@ class OwnDecoder:
 
 
 class BlipQuestions:
-    """BlipForQuestionAnswering, whose own output has neither logits nor losses by row."""
+    """BlipForQuestionAnswering, whose own output has neither logits nor losses by row.
+
+    Args:
+        start: Its decoder's start token, which is not the first one of its tokenizer.
+    """
 
     continues = False
+
+    def __init__(self, start: int):
+        self.start = start
 
     def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Form.target_logits`: the first label, the decoder's start token, is no target."""
@@ -95,7 +105,7 @@ class BlipQuestions:
 
     def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
         hidden = self._read(model, inputs)
-        start = torch.full((len(hidden), 1), model.decoder_start_token_id, device=hidden.device)
+        start = torch.full((len(hidden), 1), self.start, device=hidden.device)
         ids = model.text_decoder.generate(
             input_ids=start,
             attention_mask=torch.ones_like(start),
@@ -116,13 +126,11 @@ class BlipQuestions:
         ).last_hidden_state
 
 
-def form_of(model: Any) -> Form:
-    """The form of a model."""
-    if type(model).__name__ == "BlipForQuestionAnswering":
-        return BlipQuestions()
-    config = model.config
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if config.is_encoder_decoder or getattr(inner, "is_encoder_decoder", False):
+def form_of(name: str, config: Any) -> Form:
+    """The form of a model, by the name of its class and its config."""
+    if name == "BlipForQuestionAnswering":
+        return BlipQuestions(config.text_config.bos_token_id)
+    if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         return OwnDecoder()
     return Continuation()
 
