@@ -58,7 +58,7 @@ def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
         for name, template in ((BARE_FLAT, config.flat_prompt), (BARE, config.prompt))
     }
     chosen = campaign.trainings.choose_rates(
-        candidate_rates(config.learning_rates, variants(config.ranks)),
+        candidate_rates(config.learning_rates, compared(config)),
         campaign.tuned,
         seed=config.report.seeds[0],
         extra_rates=config.extra_rates,
@@ -69,6 +69,11 @@ def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
         for variant, trainings in reported.items()
     }
     write_report(campaign, bare, scores, chosen)
+
+
+def compared(config: CompareSDXLConfig) -> list[Variant]:
+    """What is trained: full fine-tuning only where it has learning rates."""
+    return variants(config.ranks, full=config.learning_rates.full is not None)
 
 
 class Campaign:
@@ -84,7 +89,7 @@ class Campaign:
         if not isinstance(base, TrainSDXLConfig):
             raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_sdxl")
         self.base = base
-        for variant in variants(config.ranks):
+        for variant in compared(config):
             load_config(config.base, overrides(config, Training(variant, 1e-3, 0)))  # reports mistakes now
         self.judge = Judge.load(resolve_path(config.judge, "judge"))
         self.concepts = {choice.role: self.judge.choose(choice.role, choice.count) for choice in self.choices}
@@ -211,7 +216,7 @@ def write_report(
         Result(name, None, "", summarize(found, config.style, judge.style_space, over_seeds=False))
         for name, found in bare.items()
     ]
-    for label, variant in table_rows(config.ranks):
+    for label, variant in table_rows(config.ranks, chosen):
         rate = chosen[variant].rate
         metrics = summarize(scores[variant], config.style, judge.style_space, over_seeds=True)
         parameters = campaign.trainings.summary(Training(variant, rate, config.report.seeds[0]))["parameters"]
@@ -241,7 +246,7 @@ def save_sheet(campaign: Campaign, chosen: dict[Variant, Chosen]) -> None:
     columns = evenly_spaced(concepts, min(config.columns, len(concepts)))
     seed = config.report.seeds[0]
     stems = {name: campaign.stem(name, config.report) for name in (BARE_FLAT, BARE)}
-    for label, variant in table_rows(config.ranks):
+    for label, variant in table_rows(config.ranks, chosen):
         stems[label] = campaign.stem(Training(variant, chosen[variant].rate, seed).name, config.report)
     rows = [
         [Image.open(campaign.folder / "pictures" / stem / f"{concept.code}-seed{seed}.png") for concept in columns]

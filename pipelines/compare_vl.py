@@ -68,7 +68,7 @@ def main(config: CompareVLConfig, *, resume: Path | None = None) -> None:
     campaign = Campaign(config)
     bare = campaign.scores([campaign.answers("bare")])
     chosen = campaign.trainings.choose_rates(
-        candidate_rates(config.learning_rates, variants([config.rank])),
+        candidate_rates(config.learning_rates, compared(config)),
         campaign.tuned,
         seed=config.seeds[0],
         extra_rates=config.extra_rates,
@@ -79,6 +79,11 @@ def main(config: CompareVLConfig, *, resume: Path | None = None) -> None:
         for variant, trainings in reported.items()
     }
     write_report(campaign, bare, scores, chosen)
+
+
+def compared(config: CompareVLConfig) -> list[Variant]:
+    """What is trained: full fine-tuning only where it has learning rates."""
+    return variants([config.rank], full=config.learning_rates.full is not None)
 
 
 class Campaign:
@@ -198,7 +203,7 @@ def load_base(config: CompareVLConfig) -> TrainVLConfig:
         raise ValueError(
             f"features: {config.base} adapts the vision tower, which then has to encode the images: leave features out"
         )
-    for variant in variants([config.rank]):
+    for variant in compared(config):
         load_config(config.base, overrides(config, base, Training(variant, 1e-3, 0), all_parts(base)))
     return base
 
@@ -301,7 +306,7 @@ def write_report(
                 {task: found for task, found in intervals(question_only).items() if task in question_only},
             )
         )
-    for label, variant in table_rows([config.rank]):
+    for label, variant in table_rows([config.rank], scores):
         results.append(result(campaign, label, variant, scores[variant], chosen[variant]))
     dora = Variant("dora", config.rank)
     texts = [
@@ -342,7 +347,7 @@ def about(campaign: Campaign, scores: Mapping[str, AnswerScores]) -> str:
         f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
         f"Reported: {describe_sizes(scores)}.",
         f"In brackets: 95 % intervals over trainings and over images or videos; {groups}.",
-        "Full fine-tuning trains every weight of the language model. Learning rates: each method's best on the "
+        "Full fine-tuning trains the language model itself. Learning rates: each method's best on the "
         "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the "
         "peak of a training, in 2^20 bytes.",
     ]

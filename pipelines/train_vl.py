@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import nn
@@ -84,7 +85,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
     optimizer = accelerator.prepare(optimizer)
     if train.gradient_checkpointing:
-        network = trained.networks["model"]
+        network: Any = trained.networks["model"]
         network.activation_checkpointing_enable()
         network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
     write = partial(vl_adapters.save, trained, config, identity)

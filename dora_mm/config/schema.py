@@ -122,14 +122,15 @@ class AnyAdapterConfig(Section):
 class LearningRates(Section):
     """The candidate learning rates of each method; at least three, so that every method gets a suitable one."""
 
-    full: Annotated[Items[Positive], Field(min_length=3)]  # full fine-tuning
+    # of full fine-tuning; null: it is not compared
+    full: Annotated[Items[Positive], Field(min_length=3)] | None = None
     lora: Annotated[Items[Positive], Field(min_length=3)]  # LoRA, at every rank
     dora: Annotated[Items[Positive], Field(min_length=3)]  # DoRA, at every rank
 
     @field_validator("full", "lora", "dora")
     @classmethod
-    def _rates_are_distinct(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(rates)) < len(rates):
+    def _rates_are_distinct(cls, rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if rates is not None and len(set(rates)) < len(rates):
             raise ValueError("names a rate twice")
         return rates
 

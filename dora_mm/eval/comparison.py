@@ -1,6 +1,6 @@
 """Comparison of methods: which variants are compared, the rows of the table, and the table of paired differences."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from dora_mm.eval.statistics import Interval
@@ -27,14 +27,20 @@ class Variant:
 FULL = Variant("full", None)
 
 
-def variants(ranks: Sequence[int]) -> list[Variant]:
-    """Returns all that a comparison at these ranks trains, including DoRA at half of each rank (except rank 1)."""
+def variants(ranks: Sequence[int], *, full: bool = True) -> list[Variant]:
+    """Returns all that a comparison at these ranks trains.
+
+    Args:
+        ranks: The ranks of LoRA and DoRA. DoRA is trained at half of each rank, too (except rank 1).
+        full: Whether full fine-tuning is among them.
+    """
     dora = sorted({*ranks, *(rank // 2 for rank in ranks if rank > 1)})
-    return [FULL, *(Variant("lora", rank) for rank in sorted(ranks)), *(Variant("dora", rank) for rank in dora)]
+    adapters = [*(Variant("lora", rank) for rank in sorted(ranks)), *(Variant("dora", rank) for rank in dora)]
+    return [FULL, *adapters] if full else adapters
 
 
-def contrasts(ranks: Sequence[int]) -> list[tuple[Variant, Variant]]:
-    """Returns the pairs (first, second) whose difference first - second is reported."""
+def contrasts(ranks: Sequence[int], trained: Container[Variant]) -> list[tuple[Variant, Variant]]:
+    """Returns the pairs (first, second) of trained variants whose difference first - second is reported."""
     pairs = []
     for rank in sorted(ranks):
         lora, dora = Variant("lora", rank), Variant("dora", rank)
@@ -42,17 +48,17 @@ def contrasts(ranks: Sequence[int]) -> list[tuple[Variant, Variant]]:
         if rank > 1:
             pairs.append((Variant("dora", rank // 2), lora))
         pairs += [(dora, FULL), (lora, FULL)]
-    return pairs
+    return [(first, second) for first, second in pairs if first in trained and second in trained]
 
 
-def table_rows(ranks: Sequence[int]) -> list[tuple[str, Variant]]:
-    """Returns (name in the table, variant) in the order of the table."""
+def table_rows(ranks: Sequence[int], trained: Container[Variant]) -> list[tuple[str, Variant]]:
+    """Returns (name in the table, variant) of the trained variants, in the order of the table."""
     rows = [(str(FULL), FULL)]
     for rank in sorted(ranks):
         rows += [(str(Variant(method, rank)), Variant(method, rank)) for method in ("lora", "dora")]
         if rank > 1:
             rows.append((f"DoRA, half of rank {rank}", Variant("dora", rank // 2)))
-    return rows
+    return [(name, variant) for name, variant in rows if variant in trained]
 
 
 def differences_table(

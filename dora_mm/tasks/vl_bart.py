@@ -109,7 +109,8 @@ class VLBartTask:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return {"model": self.model} | ({VISION: self.vision.tower} if self.vision.tower is not None else {})
+        found: dict[str, nn.Module] = {"model": self.model}
+        return found if self.vision.tower is None else {**found, VISION: self.vision.tower}
 
     @property
     def target_maps(self) -> dict[str, TargetMap]:

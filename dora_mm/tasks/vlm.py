@@ -204,7 +204,7 @@ class VLM:
     def prompt(self, task: str, text: str) -> str:
         """What the model is asked about an example with this text."""
         known = self.plain.prompts if self.plain else PROMPTS
-        return self.config.prompts.get(task, known[task]).replace("{text}", text)
+        return {**known, **self.config.prompts}[task].replace("{text}", text)
 
     def image_path(self, folder: str | None, name: str) -> Path:
         """The file of an image, given the folder of a table's images, if it has one."""

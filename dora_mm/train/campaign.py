@@ -191,7 +191,7 @@ class Trainings:
 
 def candidate_rates(rates: LearningRates, wanted: Iterable[Variant]) -> dict[Variant, tuple[float, ...]]:
     """The candidate learning rates of each wanted variant, which are those of its method."""
-    candidates = {"full": rates.full, "lora": rates.lora, "dora": rates.dora}
+    candidates = {"full": rates.full or (), "lora": rates.lora, "dora": rates.dora}
     return {variant: candidates[variant.method] for variant in wanted}
 
 

@@ -4,8 +4,8 @@
     python tests/benchmarks/bench_vlm.py build/tiny-vlm [results/<machine>]
 
 All linear layers of the language model are adapted at rank 8. A step is a batch of 8 questions of VQA on one picture
-each, with its forward and backward pass and AdamW; the contenders take turns in one process. PEFT's loop is the shortest
-one that trains this model: `model(**batch).loss.backward()`, which computes the logits of all tokens.
+each, with its forward and backward pass and AdamW; the contenders take turns in one process. PEFT's loop is the
+shortest one that trains this model: `model(**batch).loss.backward()`, which computes the logits of all tokens.
 """
 
 import copy

@@ -57,7 +57,7 @@ def contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Scores], styl
         style: The wanted class.
     """
     differences = {}
-    for first, second in contrasts(ranks):
+    for first, second in contrasts(ranks, scores):
         ours, theirs = metric_cells(scores[first], style), metric_cells(scores[second], style)
         differences[f"{first} - {second}"] = {key: paired_difference(ours[key], theirs[key]) for key in ours}
     headings = {key: heading for key, (heading, _) in METRICS.items() if key != "frechet"}

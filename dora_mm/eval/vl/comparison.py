@@ -194,7 +194,7 @@ def vl_contrasts_table(rank: int, scores: Mapping[Variant, Mapping[str, AnswerSc
     """
     differences = {
         f"{first} - {second}": intervals(minus(scores[first], scores[second]), differences=True)
-        for first, second in contrasts([rank])
+        for first, second in contrasts([rank], scores)
     }
     keys = _keys(list(differences.values()))
     return differences_table({key: HEADINGS[key] for key in keys}, differences, lambda _, interval: points(interval))

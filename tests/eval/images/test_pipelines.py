@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
-from dora_mm.eval.comparison import Variant, contrasts, variants
+from dora_mm.eval.comparison import Variant, contrasts, table_rows, variants
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
@@ -280,7 +280,14 @@ def test_variants_and_contrasts():
         "dora-r4",
         "dora-r8",
     ]
-    pairs = contrasts((1, 8))
+    pairs = contrasts((1, 8), variants((1, 8)))
     assert (Variant("dora", 4), Variant("lora", 8)) in pairs
     assert all(variant in variants((1, 8)) for pair in pairs for variant in pair)
     assert not any(first.rank == 0 for first, _ in pairs)
+
+
+def test_full_fine_tuning_can_be_left_out():
+    found = variants((8,), full=False)
+    assert [str(variant) for variant in found] == ["LoRA, rank 8", "DoRA, rank 4", "DoRA, rank 8"]
+    assert [name for name, _ in table_rows((8,), found)] == ["LoRA, rank 8", "DoRA, rank 8", "DoRA, half of rank 8"]
+    assert all(variant in found for pair in contrasts((8,), found) for variant in pair)
