@@ -242,9 +242,7 @@ class VLDataConfig(Section):
         if len(set(names)) < len(names):
             problems.append("tasks names a task twice")
         if self.tasks and short:
-            problems.append(
-                f"{' and '.join(short)} cannot be given beside tasks: move them into tasks, or leave it out"
-            )
+            problems.append(f"give either {' and '.join(short)}, or tasks")
         if self.tasks and self.task != "chat":
             problems.append("task has no effect beside tasks, each of which has its own")
         if not self.tasks and not short:

@@ -114,7 +114,8 @@ def checked(schema: TypeAdapter[T], item: Any) -> T:
 
 
 def _reason(problem: Any) -> str:
-    keys = [part for part in problem["loc"] if isinstance(part, str) and part != "value"]  # "value": see object_items
+    path = problem["loc"][problem["loc"][:1] == ("value",) :]  # see object_items
+    keys = [part for part in path if isinstance(part, str)]
     if problem["type"] == "json_invalid":
         return "is truncated or not valid JSON"
     if not keys:

@@ -18,6 +18,11 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def vqa_question(number: int, **changes: Any) -> dict[str, Any]:
     return {"image_id": 42 + number // 2, "question": f"What is {number}?", "question_id": 42000 + number} | changes
 

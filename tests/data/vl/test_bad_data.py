@@ -14,7 +14,7 @@ from dora_mm.data.vl.readers import READERS
 from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
-from tests.data.vl import files
+from tests.data.vl import chats, files
 
 TEN = ("net",) * 10
 
@@ -237,6 +237,10 @@ CONTENTS = {
     "coco_karpathy": files.KARPATHY,
     "video_qa": files.TVQA,
     "video_captions": files.TVC,
+    "chat": [
+        {"id": 1, "image": "a.jpg", "conversations": chats.said("<image>Q", "A")},
+        {"conversations": chats.said("Q", "A", loss=None), "images": [chats.packed(chats.picture())]},
+    ],
 }
 INTACT = {
     form: b"".join(json.dumps(row).encode() + b"\n" for row in content)
@@ -244,6 +248,9 @@ INTACT = {
     else json.dumps(content).encode()
     for form, content in CONTENTS.items()
 }
+INTACT["choices"] = b'index\tquestion\tA\tB\tanswer\timage\n1\t"Q\nq"\ta\tb\tA\t2\n2\tQ\ta\tb\t\t' + (
+    chats.packed(chats.picture()).encode() + b"\n"
+)
 INSERTIONS = (
     st.binary(max_size=3)
     | st.sampled_from([c.encode() for c in string.punctuation + string.digits])
@@ -292,4 +299,5 @@ def test_a_damaged_file_gives_examples_or_one_sentence(folder, case):
     if not stop_error:
         assert skip_rows == stop_rows
     for row in skip_rows:
-        " ".join((row.id, row.text, *row.images, *row.answers, *row.kinds)).encode()  # no lone surrogates
+        texts = (row.text, *row.answers, *row.kinds, *row.options, *(turn.text for turn in row.turns))
+        " ".join((row.id, *row.images, *texts)).encode()  # no lone surrogates

@@ -17,7 +17,7 @@ from dora_mm.data.vl.readers import READERS
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.splits import open_training, open_validation
 from dora_mm.data.vl.tables import BATCH_ROWS, open_table
-from tests.data.vl import files
+from tests.data.vl import chats, files
 
 
 def many(folder: Path, count: int) -> SourceConfig:
@@ -113,6 +113,8 @@ def test_every_format_is_read_back_from_disk(tmp_path, form):
         "coco_karpathy": lambda: files.write_json(tmp_path / "file.json", files.KARPATHY),
         "video_qa": lambda: files.write_lines(tmp_path / "file.json", files.TVQA),
         "video_captions": lambda: files.write_lines(tmp_path / "file.json", files.TVC),
+        "chat": lambda: files.write_lines(tmp_path / "file.json", [{"conversations": chats.said("Q", "A")}]),
+        "choices": lambda: files.write_text(tmp_path / "file.tsv", "index\tquestion\tA\tB\n1\tQ\ta\tb\n"),
     }[form]()
     source = SourceConfig(format=form, file=str(path), split="train" if form == "coco_karpathy" else None)
     table = open_table(source, tmp_path / "tables", on_bad_data="stop")
@@ -275,3 +277,14 @@ def test_images_are_found_by_name_or_stem(tmp_path):
     folder = ImageFolder(tmp_path)
     names = ("a.jpg", "b.jpg", "c.jpg", "d.jpg", "clip_1")
     assert [folder.find(name) for name in names] == ["a.jpg", None, "y/c.jpg", None, "clip_1.mp4"]
+
+
+def test_images_are_found_by_path(tmp_path):
+    for name in ("in/x/a.jpg", "in/y/a.jpg", "out/b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    folder, outside = ImageFolder(tmp_path / "in"), str(tmp_path / "out/b.jpg")
+    names = ("x/a.jpg", "./y//a.jpg", "z/a.jpg", "../out/b.jpg", "y", outside, f"{outside}x", "/no/b.jpg", "/\0/b")
+    found = ["x/a.jpg", "y/a.jpg", None, None, None, outside, None, None, None]
+    assert [folder.find(name) for name in names] == found
+    assert [ImageFolder(None).find(name) for name in ("a.jpg", "x/a.jpg", outside)] == [None, None, outside]

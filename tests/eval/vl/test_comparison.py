@@ -74,6 +74,7 @@ def test_captions_that_cannot_be_scored_have_no_answer_scores(monkeypatch):
 
 def test_group_of():
     assert group_of("vqa", example(1, image="b.jpg")) == "b.jpg"
+    assert group_of("chat", example(1, images=())) != group_of("chat", example(2, images=()))
     pair = {"images": ("dev-850-2-img0.png", "dev-850-2-img1.png")}
     assert group_of("nlvr2", example(0, id="dev-850-2-1", **pair)) == "dev-850"
     assert group_of("nlvr2", example(0, id="17", **pair)) == "dev-850-2-img0.png dev-850-2-img1.png"

@@ -1,10 +1,12 @@
-"""GQA, NLVR2 and the video questions."""
+"""GQA, NLVR2, the video questions, conversations and multiple choice."""
 
 import pytest
 
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import Example, Turn
+from dora_mm.eval.vl.choice import chosen_letter
 from dora_mm.eval.vl.metrics import VLScores, main_metric, report, score, score_row
 from dora_mm.eval.vl.nlvr2 import sentence_of
+from dora_mm.eval.vl.question_only import question_only_accuracy
 
 
 def row(key: str, right: str, prediction: str, *kinds: str) -> tuple[Example, str]:
@@ -58,7 +60,7 @@ def test_video_questions(task):
     assert score(task, rows[:2]).notes == ()
 
 
-@pytest.mark.parametrize("task", ["vqa", "gqa", "nlvr2", "tvqa", "how2qa"])
+@pytest.mark.parametrize("task", ["vqa", "gqa", "nlvr2", "tvqa", "how2qa", "chat"])
 def test_the_main_metric_is_the_mean_over_rows(task):
     rows = [row("d-1-0-0", "true", "true"), row("d-1-1-0", "false", "true"), row("d-2-0-0", "true", "true")]
     scores = score(task, rows)
@@ -66,7 +68,7 @@ def test_the_main_metric_is_the_mean_over_rows(task):
     assert scores.value == pytest.approx(100 * sum(score_row(task, *pair) or 0.0 for pair in rows) / 3)
 
 
-@pytest.mark.parametrize("task", ["gqa", "nlvr2", "tvqa", "caption", "tvc"])
+@pytest.mark.parametrize("task", ["gqa", "nlvr2", "tvqa", "caption", "tvc", "chat", "choice"])
 def test_rows_without_answers_are_not_scored(task):
     with pytest.raises(ValueError, match="dev-1-0-0 has no answers"):
         score(task, [(Example("dev-1-0-0", ("a.jpg",), "?"), "yes")])
@@ -82,3 +84,64 @@ def test_report_is_markdown():
     empty = VLScores("caption", "CIDEr", {}, {}, ("skipped: no Java",))
     assert empty.value is None
     assert report(empty) == "| caption | x 100 |\n| --- | --- |\n\n- skipped: no Java"
+
+
+def chat(answer: str, prediction: str) -> tuple[Example, str]:
+    turns = (Turn("user", "<image>?", False), Turn("assistant", answer, True))
+    return Example(answer, ("a.jpg",), "?", (answer,), (1.0,), turns=turns), prediction
+
+
+def test_chat_is_exact_match_of_the_last_answer():
+    rows = [
+        chat("A red car.", "A red car.\n"),
+        chat("A red car.", " a  RED\ncar"),
+        chat("Yes", "yes!"),
+        chat("-5", "5"),
+        chat("?", "!"),
+        chat("no", "yes"),
+    ]
+    scores = score("chat", rows)
+    assert scores.metrics == {"accuracy": 50.0, "exact": pytest.approx(100 / 6)}
+    assert [score_row("chat", *row) for row in rows] == [1, 1, 1, 0, 0, 0]
+    assert question_only_accuracy([chat("Yes.", "")[0]], [rows[2][0]]) == 100.0
+
+
+def choice(right: str, prediction: str, *kinds: str) -> tuple[Example, str]:
+    options = ("a red car", "a dog", "A")
+    return Example(prediction + right, ("a.jpg",), "?", (right,), (1.0,), (), kinds, options=options), prediction
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("B", "B"),
+        (" (B)\n", "B"),
+        ("B.", "B"),
+        ("B: a dog", "B"),
+        ("A dog", "B"),
+        ("a dog.", "B"),
+        ("A red car", "A"),
+        ("A", "A"),
+        ("D", None),
+        ("Both", None),
+        ("b", None),
+        ("", None),
+    ],
+)
+def test_the_letter_of_a_choice(prediction, letter):
+    assert chosen_letter(choice("B", prediction)[0], prediction) == letter
+
+
+def test_choices_are_scored_by_category():
+    rows = [
+        choice("B", "B", "animals"),
+        choice("B", "a dog", "cars"),
+        choice("A", "C.", "cars"),
+        choice("C", "hm", "x"),
+    ]
+    scores = score("choice", rows)
+    assert scores.metrics == {"accuracy": 50.0}
+    assert scores.tables["category"] == {"animals": (100.0, 1), "cars": (50.0, 2), "x": (0.0, 1)}
+    assert scores.tables["answer"] == {"A": (0.0, 1), "B": (100.0, 2), "C": (0.0, 1)}
+    assert scores.notes == ("1 of 4 predictions name no option and count as wrong",)
+    assert [score_row("choice", *row) for row in rows] == [1, 1, 0, 0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import Example, Turn
 from dora_mm.eval.vl.pages import PageExample, PageSection, data_uri, write_examples_page
 from tests import browser
 
@@ -95,6 +95,17 @@ def test_from_example():
     assert [PageExample.from_example(example, "", score).verdict for score in (None, 0.0, 0.3, 0.9, 1.0)] == [
         None, "wrong", "part", "part", "right",
     ]  # fmt: skip
+
+
+def test_the_question_of_a_conversation_is_all_of_it():
+    turns = (Turn("user", "<image>Q", False), Turn("assistant", "A", True), Turn("user", "Q2", False))
+    unanswered = Example("7", ("a.jpg",), "Q2", turns=turns)
+    answered = Example("7", ("a.jpg",), "Q2", ("A2",), (1.0,), turns=(*turns, Turn("assistant", "A2", True)))
+    for example in (unanswered, answered):
+        shown = PageExample.from_example(example, "x", None)
+        assert shown.question == "user: <image>Q\nassistant: A\nuser: Q2"
+    single = Example("7", ("a.jpg",), "Q", ("A",), (1.0,), turns=turns[:2])
+    assert PageExample.from_example(single, "x", 0.0).question == "Q"
 
 
 def test_a_page_without_scores_has_no_filter_and_one_without_answers_no_list(tmp_path):

@@ -81,6 +81,15 @@ def test_video_captions(tmp_path, task, name):
     assert {line[name] for line in lines} == {"friends_s08_clip_00"}
 
 
+def test_conversations_and_choices_are_json_lines(tmp_path):
+    path = write(tmp_path, "chat", {"7 (item 2)": "One.\n\nTwo \u2028 é", "8": ""})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"id": "7 (item 2)", "answer": "One.\n\nTwo \u2028 é"}, {"id": "8", "answer": ""}]
+    (line,) = write(tmp_path, "choice", {"3": " B "}).read_text().splitlines()
+    assert json.loads(line) == {"id": "3", "answer": "B"}
+    assert path.suffix == suffix("choice") == ".jsonl"
+
+
 def test_ids_of_other_data_sets_stay_text(tmp_path):
     results = json.loads(write(tmp_path, "vqa", {"train-12": "yes", "²": "no", "007": "x"}).read_text())
     assert [result["question_id"] for result in results] == ["train-12", "²", 7]

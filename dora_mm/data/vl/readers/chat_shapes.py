@@ -25,8 +25,8 @@ from dora_mm.data.vl.rows import RowError
 UNREAD = {  # keys of a row that must be empty, and what they hold
     "video": "videos",
     "videos": "videos",
-    "audio": "audio",
-    "audios": "audio",
+    "audio": "sounds",
+    "audios": "sounds",
     "objects": "boxes",
     "bbox": "boxes",
     "tools": "tools",

@@ -1,0 +1,86 @@
+"""The data section of vision-language configs: one task, or a list of tasks."""
+
+from pathlib import Path
+
+import pytest
+
+from dora_mm.config.loader import ConfigError, dump_config, load_config
+from dora_mm.config.paths import check_paths
+from dora_mm.config.vl import EvalVLConfig, VLDataConfig
+from dora_mm.data.vl.needed import data_needed
+
+HEAD = "pipeline: eval_vl\nmodel: {path: facebook/bart-base}\n"
+GQA = "{format: gqa, file: questions.json, images: images}"
+
+
+def load(folder: Path, data: str, head: str = HEAD) -> EvalVLConfig:
+    path = folder / "config.yaml"
+    path.write_text(f"{head}data:\n  {data}\n")
+    config = load_config(path)
+    assert isinstance(config, EvalVLConfig)
+    return config
+
+
+def problem(folder: Path, data: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(folder, data)
+    return str(caught.value).partition(": ")[2]
+
+
+def test_one_task_needs_no_list(tmp_path):
+    short = load(tmp_path, f"task: gqa\n  valid: {GQA}")
+    listed = load(tmp_path, f"tasks: [{{task: gqa, valid: {GQA}}}]")
+    assert short.data.all_tasks == listed.data.all_tasks == listed.data.tasks
+    assert short.data.tasks == ()
+    assert [short.data.place("gqa"), listed.data.place("gqa")] == ["data", "data.tasks: gqa"]
+    tasks = listed.data.tasks
+    assert short.data.with_tasks(tasks).all_tasks == tasks
+    for config in (short, listed):
+        (tmp_path / "again.yaml").write_text(dump_config(config))
+        assert load_config(tmp_path / "again.yaml") == config
+
+
+def test_the_one_task_is_chat_unless_it_is_named(tmp_path):
+    config = load(tmp_path, "valid: {format: chat, file: rows.json}")
+    (task,) = config.data.all_tasks
+    assert (task.task, task.valid.file) == ("chat", "rows.json")
+    needed = data_needed(config.data, config.vision, config.model.path)
+    assert "chat valid file" in needed
+    assert "missing: a file or folder of your own" in needed
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (f"valid: {GQA}", "data: valid.format gqa is only for gqa, not for chat"),
+        ("on_bad_data: skip", "data: has no data: give train or valid, or a list of tasks"),
+        ("tasks: []", "data: has no data"),
+        (f"tasks: [{{task: gqa, valid: {GQA}}}]\n  train: {GQA}\n  task: gqa", "data: give either train, or tasks"),
+        (f"tasks: [{{task: gqa, valid: {GQA}}}]\n  task: gqa", "data: task has no effect beside tasks"),
+        (f"tasks: [{{task: gqa, train: {GQA}}}]", "data.tasks: gqa has no valid split"),
+        (f"task: gqa\n  train: {GQA}", "data has no valid split"),
+        (f"tasks: [{', '.join(f'{{task: gqa, valid: {GQA}}}' for _ in 'ab')}]", "data: tasks names a task twice"),
+        ("valid: {format: chat, file: a, split: dev}", "split is only for format coco_karpathy and choices, not for"),
+        ("valid: {format: chats, file: a}", "data.valid.format: must be 'vqa_v2', "),
+        (
+            "task: gqa\n  valid: {format: gqa, file: a}",
+            "data has a source without images, and vision.features is empty",
+        ),
+    ],
+)
+def test_mistakes_are_named_as_the_config_has_the_keys(tmp_path, data, message):
+    assert message in problem(tmp_path, data)
+
+
+def test_the_paths_of_both_forms_are_checked(tmp_path):
+    for data, key in (
+        ("valid: {format: chat, file: none.json}", "data.valid.file"),
+        (f"tasks: [{{task: gqa, valid: {GQA}}}]", "data.tasks[0].valid.file"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{key.replace('[', '.').replace(']', '.')}: .* does not exist"):
+            check_paths(load(tmp_path, data), new_run=False)
+
+
+def test_rows_of_conversations_may_contain_their_images(tmp_path):
+    assert load(tmp_path, "task: choice\n  valid: {format: choices, file: a.tsv, split: dev}").data.task == "choice"
+    assert VLDataConfig.model_validate({"valid": {"format": "chat", "file": "a.json"}}).all_tasks[0].train is None

@@ -1,0 +1,445 @@
+"""Conversations: the shapes of all trainers become the same examples, and each bad row is named."""
+
+import json
+import logging
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dora_mm.config.vl import SourceConfig
+from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.readers.chat import find_shape, read_chat
+from dora_mm.data.vl.report import data_report, quantiles, table_figures
+from dora_mm.data.vl.rows import BadRows
+from dora_mm.data.vl.tables import open_table
+from tests.data.vl import chats
+from tests.data.vl.chats import as_json, as_lines, as_parquet, items, messages, said, turns
+
+QA = ("<image>\nWhat is it?", "A dog.")
+
+
+def read(source: SourceConfig) -> list[Example]:
+    return list(read_chat(source, BadRows("stop")))
+
+
+def only(source: SourceConfig) -> Example:
+    (row,) = read(source)
+    return row
+
+
+def refusal(source: SourceConfig) -> str:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        read(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(source.file)
+    return message.removeprefix(source.file)
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+SHAPES = {
+    "LLaVA": {"id": "x", "image": "a.jpg", "conversations": said(*QA)},
+    "LLaMA-Factory (conv": {"id": "x", "conversations": said(*QA), "images": ["a.jpg"]},
+    "LLaMA-Factory (mess": {"id": "x", "messages": messages(*QA), "images": ["a.jpg"]},
+    "ms-swift": {"id": "x", "messages": messages(*QA), "images": ["a.jpg"], "videos": [], "objects": {"bbox": []}},
+    "Hugging Face": {"id": "x", "images": ["a.jpg"], "messages": messages(items({}, "\nWhat is it?"), items("A dog."))},
+    "TRL": {
+        "id": "x",
+        "image": "a.jpg",
+        "prompt": messages(items({}, "\nWhat is it?")),
+        "completion": messages("", items("A dog."))[1:],
+    },
+    "axolotl": {"id": "x", "messages": messages(items({"path": "a.jpg"}, "\nWhat is it?"), items("A dog."))},
+}
+
+
+@pytest.mark.parametrize("write", [as_json, as_lines, as_parquet])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_in_every_kind_of_file_gives_the_same_example(tmp_path, shape, write, caplog):
+    row = SHAPES[shape]
+    if write is as_parquet and shape == "ms-swift":
+        row = row | {"objects": None}  # Parquet has no empty structs
+    source = write(tmp_path, [row])
+    with caplog.at_level(logging.INFO):
+        example = only(source)
+    assert example == Example("x", ("a.jpg",), "What is it?", ("A dog.",), (1.0,), turns=turns(*QA))
+    assert find_shape(tmp_path / source.file).name.startswith(shape)
+    (record,) = caplog.records
+    assert record.message == f"{source.file}: {find_shape(tmp_path / source.file).name}"
+
+
+@pytest.mark.parametrize("names", [("user", "assistant"), ("Human", "GPT"), ("USER", "ASSISTANT"), ("user", "model")])
+def test_roles_have_other_names(tmp_path, names):
+    row = {"conversations": [{"from": name, "value": "x"} for name in names]}
+    assert [turn.role for turn in only(as_json(tmp_path, [row])).turns] == ["user", "assistant"]
+
+
+def test_several_turns_and_images_stay_where_they_are(tmp_path):
+    texts = ("First <image>, then <image>?", "A dog.", "And this?\n<image>", "A cat.", "Why?", "So.")
+    row = {"image": ["a.jpg", "b.jpg", "c.jpg"], "conversations": said(*texts)}
+    example = only(as_json(tmp_path, [row]))
+    assert example.turns == turns(*texts)
+    assert example.images == ("a.jpg", "b.jpg", "c.jpg")
+    assert (example.text, example.answers) == ("Why?", ("So.",))
+
+
+def test_items_with_and_without_their_own_image_keep_their_order(tmp_path):
+    content = items({}, "one", {"path": "own.jpg"}, "two <image>", {"url": "file:///data/b c.jpg"})
+    row = {"messages": messages(content, "x"), "images": ["a.jpg", "b.jpg"]}
+    example = only(as_lines(tmp_path, [row]))
+    assert example.images == ("a.jpg", "own.jpg", "b.jpg", "/data/b c.jpg")
+    assert example.turns[0].text == "<image>one<image>two <image><image>"
+    openai = {"type": "image_url", "image_url": {"url": "o.jpg"}}
+    assert only(as_lines(tmp_path, [{"messages": messages([openai, *items("x")], "y")}])).images == ("o.jpg",)
+
+
+def test_images_without_any_marker_come_first_in_the_users_first_turn(tmp_path):
+    row = {"system": "Be brief.", "images": ["a.jpg", "b.jpg"], "messages": messages("Q", "A", "Q2", "A2")}
+    assert only(as_lines(tmp_path, [row])).turns == turns("<image><image>Q", "A", "Q2", "A2", system="Be brief.")
+
+
+def test_a_system_turn_is_a_key_or_a_message(tmp_path):
+    rows = [
+        {"system": "Be brief.", "conversations": said("Q", "A")},
+        {"conversations": [{"from": "system", "value": "Be brief."}, *said("Q", "A")]},
+    ]
+    assert [row.turns for row in read(as_json(tmp_path, rows))] == [turns("Q", "A", system="Be brief.")] * 2
+
+
+def test_rows_without_images_and_rows_without_an_answer(tmp_path):
+    rows = [{"conversations": said("Q", "A", "Q2")}, {"conversations": said("Q"), "image": None}]
+    first, second = read(as_json(tmp_path, rows))
+    assert (first.images, first.text, first.answers, first.scores) == ((), "Q2", (), ())
+    assert first.turns == turns("Q", "A", "Q2")
+    assert (second.text, second.answers) == ("Q", ())
+
+
+def test_the_file_says_which_answers_are_learned(tmp_path):
+    row = {"messages": messages("Q", "A", "Q2", "A2", "Q3", "A3")}
+    for index, loss in ((1, False), (3, True), (5, None)):
+        row["messages"][index]["loss"] = loss
+    assert [turn.loss for turn in only(as_lines(tmp_path, [row])).turns] == [False, False, False, True, False, True]
+
+
+def test_answers_inside_a_prompt_are_not_learned(tmp_path):
+    row = {"prompt": messages("Q", "A", "Q2"), "completion": messages("", "A2")[1:]}
+    assert [turn.loss for turn in only(as_lines(tmp_path, [row])).turns] == [False, False, False, True]
+    row = {"prompt": "Q", "completion": "A", "image": "a.jpg"}
+    assert only(as_lines(tmp_path, [row])).turns == turns("<image>Q", "A")
+    assert only(as_lines(tmp_path, [{"prompt": messages("Q")}])).answers == ()
+
+
+def test_ids_are_those_of_the_file_made_unique_by_their_place(tmp_path):
+    rows = [{"id": name, "conversations": said("Q", "A")} for name in ("7", 7, "a", "7", None)]
+    assert [row.id for row in read(as_json(tmp_path, rows))] == ["7", "7 (item 2)", "a", "7 (item 4)", "5"]
+    lines = [{"messages": messages("Q", "A")}] * 2
+    assert [row.id for row in read(as_lines(tmp_path, lines))] == ["1", "2"]
+    assert [row.id for row in read(as_parquet(tmp_path, lines))] == ["1", "2"]
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+    lambda text: text.strip() and IMAGE not in text
+)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_any_text_survives_every_shape_and_kind_of_file(tmp_path_factory, data):
+    texts = data.draw(st.lists(TEXT, min_size=1, max_size=5))
+    images = [f"{n}.jpg" for n in range(data.draw(st.integers(0, 3)))]
+    marked = [IMAGE * len(images) + texts[0], *texts[1:]]
+    contents = [items(*({} for _ in images), texts[0]), *map(items, texts[1:])]
+    row = data.draw(
+        st.sampled_from(
+            [
+                {"conversations": said(*marked), "images": images},
+                {"messages": messages(*marked), "images": images},
+                {"messages": messages(*contents), "images": images},
+                {"messages": messages(items(*({"path": name} for name in images), texts[0]), *contents[1:])},
+                {"prompt": messages(*contents[:1]), "completion": messages(*contents)[1:], "images": images},
+            ]
+        )
+    )
+    if "prompt" in row:
+        row["completion"] = row["completion"][:1]
+        marked = marked[:2]
+    writers = [as_json, as_lines] if "\0" in "".join(texts) else [as_json, as_lines, as_parquet]
+    source = data.draw(st.sampled_from(writers))(tmp_path_factory.mktemp("chat"), [row])
+    example = only(source)
+    assert example.turns == turns(*marked)
+    assert example.images == tuple(images)
+    assert example.answers == ((marked[-1],) if len(marked) % 2 == 0 else ())
+
+
+# --- embedded images -------------------------------------------------------------------------------------------------
+
+
+def test_embedded_images_become_files_named_by_their_content(tmp_path):
+    red, blue = chats.picture(), chats.picture("blue", "JPEG")
+    given = [
+        chats.packed(red),
+        chats.data_url(blue, "jpeg"),
+        {"bytes": chats.packed(red), "path": "lost.png"},
+        "\n".join((chats.packed(blue)[:60], chats.packed(blue)[60:].rstrip("="))),  # folded, without padding
+    ]
+    rows = [{"images": [image], "messages": messages("<image>Q", "A")} for image in given]
+    rows.append({"messages": messages(items({"base64": chats.packed(red)}, "Q"), "A"), "images": []})
+    source = as_lines(tmp_path, rows)
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    folder = tmp_path / "tables" / "images"
+    names = [row.images[0] for row in table]
+    assert len(set(names)) == 2
+    assert names[0] == names[2] == names[4]
+    assert names[1] == names[3]
+    assert {path.read_bytes() for path in folder.iterdir()} == {red, blue}
+    assert {path.suffix for path in folder.iterdir()} == {".png", ".jpeg"}
+    assert all(Image.open(name).size == (3, 2) for name in names)
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    open_table(source.model_copy(update={"limit": 2}), tmp_path / "tables", on_bad_data="stop")
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+
+
+def test_parquet_with_the_bytes_of_images(tmp_path):
+    red, blue = chats.picture(), chats.picture("blue")
+    stored = [{"bytes": red, "path": None}, {"bytes": None, "path": "a.jpg"}, {"bytes": blue, "path": "b.png"}]
+    rows = [{"images": [image], "messages": messages(items({}, "Q"), items("A"))} for image in stored]
+    rows.append({"images": [], "messages": messages(items("Q"), items("A"))})
+    source = as_parquet(tmp_path, rows)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    source = source.model_copy(update={"images": str(tmp_path / "images")})
+    first, second, third, fourth = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert [Path(row.images[0]).read_bytes() for row in (first, third)] == [red, blue]
+    assert (second.images, fourth.images) == (("a.jpg",), ())
+    raw = as_parquet(tmp_path, [{"image": red, "messages": messages("<image>Q", "A")}])
+    (row,) = open_table(raw, tmp_path / "tables", on_bad_data="stop")
+    assert row.images == first.images
+
+
+def test_embedded_images_that_are_gone_are_written_again(tmp_path, caplog):
+    source = as_lines(tmp_path, [{"image": chats.packed(chats.picture()), "messages": messages("<image>Q", "A")}])
+    (row,) = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    (stored,) = (tmp_path / "tables" / "images").iterdir()
+    stored.unlink()
+    assert list(open_table(source, tmp_path / "tables", on_bad_data="stop")) == [row]
+    assert stored.is_file()
+    assert "is damaged" in caplog.text
+    (tmp_path / "tables").rename(tmp_path / "moved")
+    (moved,) = open_table(source, tmp_path / "moved", on_bad_data="stop")
+    assert moved.images == (str(tmp_path / "moved" / "images" / stored.name),)
+
+
+# --- images by path --------------------------------------------------------------------------------------------------
+
+
+def test_images_are_found_by_relative_and_by_absolute_path(tmp_path):
+    for name in ("images/x/a.jpg", "images/y/a.jpg", "images/b.jpg", "else/c.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    outside = str(tmp_path / "else" / "c.jpg")
+    rows = [{"image": name, "conversations": said("Q", "A")} for name in ("x/a.jpg", "y/a.jpg", "./b.jpg", outside)]
+    source = as_json(tmp_path, rows, images=str(tmp_path / "images"))
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert [row.images for row in table] == [("x/a.jpg",), ("y/a.jpg",), ("b.jpg",), (outside,)]
+    bad = [*rows, {"id": 9, "image": "z/a.jpg", "conversations": said("Q", "A")}]
+    source = as_json(tmp_path, bad, images=str(tmp_path / "images"))
+    with pytest.raises(ValueError, match=r"rows\.json, id 9, image z/a\.jpg: is not in .*images"):
+        open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert len(open_table(source, tmp_path / "tables", on_bad_data="skip")) == 4
+
+
+def test_without_a_folder_only_absolute_paths_are_images(tmp_path):
+    (tmp_path / "c.jpg").touch()
+    rows = [{"image": str(tmp_path / "c.jpg"), "conversations": said("Q", "A")}]
+    assert len(open_table(as_json(tmp_path, rows), tmp_path / "tables", on_bad_data="stop")) == 1
+    rows.append({"image": "c.jpg", "conversations": said("Q", "A")})
+    source = as_json(tmp_path, rows)
+    with pytest.raises(
+        ValueError, match=r"id 2, image c\.jpg: is not in the file system \(relative names need `images`"
+    ):
+        open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert len(open_table(source, tmp_path / "tables", on_bad_data="stop", check_images=False)) == 2
+
+
+# --- bad rows --------------------------------------------------------------------------------------------------------
+
+
+def llava(*texts: str, **keys) -> dict:
+    return {"id": 17, "conversations": said(*texts)} | keys
+
+
+BAD = [
+    (llava("<image>Q", "A", image=["a.jpg", "b.jpg"]), "has 2 images, but 1 <image> marker"),
+    (llava("<image> <image>", "A", image="a.jpg"), "has 1 image, but 2 <image> markers"),
+    (llava("<image>Q", "A"), "has 0 images, but 1 <image> marker"),
+    (llava("<image>Q", "A <image>", image=["a.jpg", "b.jpg"]), "has an image in a turn of the assistant"),
+    (llava("Q", " \n"), "has an empty answer"),
+    (llava("Q", ""), "has an empty answer"),
+    (llava(" ", "A"), "has an empty turn of the user"),
+    (llava(), "has no turns"),
+    (llava(system="S"), "has no turns"),
+    (llava("Q", "A") | {"conversations": said("Q", "A")[1:]}, "begins with the assistant"),
+    (llava() | {"conversations": said("Q", "A") + said("Q", "B")[1:]}, "has two turns of the assistant in a row"),
+    (llava() | {"conversations": said("Q") * 2}, "has two turns of the user in a row"),
+    (
+        llava() | {"conversations": [*said("Q", "A"), {"from": "system", "value": "S"}]},
+        "has a system turn that is",
+    ),
+    (llava() | {"conversations": [{"from": "tool", "value": "x"}]}, "has a turn of 'tool': the roles are user, human"),
+    (llava() | {"conversations": [{"from": "human"}]}, "value is missing"),
+    (llava() | {"conversations": [{"from": "human", "value": None}]}, "conversations is not valid in this format"),
+    (llava() | {"conversations": "Q"}, "conversations is not valid in this format"),
+    ("a text", "does not have the structure of this format's rows"),
+    (llava("Q", "A", id=1.5), "id is not valid in this format"),
+    (llava("Q", "A", image=3), "image is not valid in this format"),
+    (llava("Q", "A", image=[""]), "has an image with an empty name"),
+    (llava("Q", "A", image="https://x.org/a.jpg"), "names an image by its address on the network: download"),
+    (llava("Q", "A", image="data:image/png,abc"), "has an image as a data URL that is not base64"),
+    (llava("Q", "A", image="data:image/png;base64,???"), "has an image that is not valid base64"),
+    (llava("Q", "A", image="AAAA" * 30), "has an embedded image that cannot be read"),
+    (llava("Q", "A", image={"bytes": None, "path": None}), "has an image with an empty name"),
+    (llava("Q", "A", image="a.jpg", images=["b.jpg"]), "has both image and images"),
+    (llava("Q", "A", videos=["a.mp4"]), "has videos, but videos are not read"),
+    (llava("Q", "A", video="a.mp4"), "has video, but videos are not read"),
+    (llava("Q", "A", audios=["a.wav"]), "has audios, but sounds are not read"),
+    (llava("Q", "A", objects={"ref": [], "bbox": [[1, 2, 3, 4]]}), "has objects, but boxes are not read"),
+    (llava("Q", "A", bbox=[[1, 2, 3, 4]]), "has bbox, but boxes are not read"),
+    (llava("Q", "A", tools=[{"name": "f"}]), "has tools, but tools are not read"),
+    (llava("Q", "A", rejected_response="B"), "has rejected_response, but preferences are not read"),
+    (llava() | {"conversations": said("Q", "A", loss=True)}, "asks for loss on a turn that is not the assistant's"),
+    (llava() | {"conversations": said("Q", "A", loss=False)}, "has `loss: false` for every answer"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD, ids=[reason for _, reason in BAD])
+def test_a_bad_row_is_named_and_can_be_skipped(tmp_path, row, reason):
+    source = as_json(tmp_path, [llava("Q", "A", id="good"), row, llava("Q", "A", id="fine")])
+    name = "" if not isinstance(row, dict) else f" (id {row['id']!r})"
+    assert refusal(source).startswith(f", item 2{name}: {reason}")
+    bad = BadRows("skip")
+    assert [example.id for example in read_chat(source, bad)] == ["good", "fine"]
+    ((found, places),) = bad.found.items()
+    assert found.startswith(reason)
+    assert places == [f"{source.file}, item 2{name}"]
+
+
+BAD_MESSAGES = [
+    (messages(items({"type": "video"}), "A"), "has content of the type 'video': only text and images are read"),
+    (messages(items({"path": "a.jpg", "url": "b.jpg"}), "A"), "has an image with both path and url"),
+    (messages([{"text": "Q"}], "A"), "messages is not valid in this format"),
+    (messages("Q", items("A", {"path": "a.jpg"})), "has an image in a turn of the assistant"),
+    (messages("Q", None), "has an empty answer"),
+    ([*messages("Q"), {"role": "assistant", "content": None, "tool_calls": [{"f": 1}]}], "has tool calls in a message"),
+    ([*messages("Q"), {"role": "assistant", "content": "A", "weight": 0}], "has `weight` in a message: only `loss`"),
+    ([*messages("Q"), {"role": "assistant", "content": "A", "train": False}], "has `train` in a message: only `loss`"),
+    ([*messages("Q"), {"role": "assistant", "content": "A", "loss": 0.5}], "messages is not valid in this format"),
+]
+
+
+@pytest.mark.parametrize(("content", "reason"), BAD_MESSAGES, ids=[reason for _, reason in BAD_MESSAGES])
+def test_a_bad_message_is_named_by_its_line(tmp_path, content, reason):
+    source = as_lines(tmp_path, [{"messages": messages("Q", "A")}, {"messages": content}])
+    assert refusal(source).startswith(f", line 2: {reason}")
+
+
+def test_skipped_rows_are_counted_in_the_table_and_its_report(tmp_path, caplog):
+    rows = [llava("Q", "A", id=n) for n in range(3)]
+    rows += [llava("Q", "A", id=n, videos=["v"]) for n in (7, 8)] + [llava("Q", "", id=9)]
+    source = as_json(tmp_path, rows)
+    table = open_table(source, tmp_path / "tables", on_bad_data="skip")
+    assert "2 x has videos, but videos are not read" in caplog.text
+    assert f"{source.file}, item 5 (id 8)" in caplog.text
+    figures = table_figures(source, table)
+    assert figures["skipped: has videos, but videos are not read: leave it out"] == "2"
+    assert figures["skipped: has an empty answer"] == "1"
+    with pytest.raises(ValueError, match=r"rows\.json, item 4 \(id 7\): has videos"):
+        open_table(source, tmp_path / "tables", on_bad_data="stop")
+
+
+@pytest.mark.parametrize("rows", [[{"instruction": "Q", "output": "A"}], [{"prompt": "Q", "response": "A"}], [7], [{}]])
+def test_a_file_of_an_unknown_shape_is_refused_with_the_known_ones(tmp_path, rows):
+    message = refusal(as_json(tmp_path, rows))
+    assert message.startswith(" has no known shape of conversations: its first row ")
+    for word in (*rows[0],) if isinstance(rows[0], dict) else ("not an object",):
+        assert word in message
+    for name in ("LLaVA", "LLaMA-Factory", "ms-swift", "Hugging Face", "TRL", "axolotl"):
+        assert name in message
+
+
+def test_a_damaged_first_row_does_not_hide_the_shape(tmp_path):
+    source = as_lines(tmp_path, [{"messages": messages("Q", "A")}])
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{\n\n" + path.read_text())
+    assert refusal(source) == ", line 1: is truncated or not valid JSON"
+    assert [row.id for row in read_chat(source, BadRows("skip"))] == ["3"]
+
+
+def test_files_that_cannot_be_parsed(tmp_path):
+    source = as_json(tmp_path, [llava("Q", "A")] * 3)
+    content = (tmp_path / "rows.json").read_text()
+    (tmp_path / "rows.json").write_text(content[:-40])
+    assert refusal(source).startswith(" is truncated or not valid JSON after item 2 (id 17), the last complete item")
+    source = as_parquet(tmp_path, [{"messages": messages("Q", "A")}] * 3)
+    (tmp_path / "rows.parquet").write_bytes((tmp_path / "rows.parquet").read_bytes()[:-40])
+    assert refusal(source).startswith(" is truncated or not a valid Parquet file")
+    for name, content in (("a.jsonl", ""), ("b.json", "[]")):
+        (tmp_path / name).write_text(content)
+        assert "has no rows" in refusal(SourceConfig(format="chat", file=str(tmp_path / name)))
+    assert "cannot be read" in refusal(SourceConfig(format="chat", file=str(tmp_path)))
+    pq.write_table(
+        pq.read_table(as_parquet(tmp_path, [{"messages": messages("Q")}]).file)[:0], tmp_path / "rows.parquet"
+    )
+    assert refusal(source) == " has no rows"
+
+
+# --- tables and reports ----------------------------------------------------------------------------------------------
+
+
+def test_a_table_keeps_turns_and_options_are_empty(tmp_path):
+    rows = [llava(*["Q", "A"] * (n % 4 + 1), id=n, system="S" if n % 3 else None) for n in range(2500)]
+    source = as_json(tmp_path, rows)
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert list(table) == read(source)
+    assert isinstance(table[1].turns[0], Turn)
+    assert all(one.turns[-1] == Turn("assistant", "A", True) for one, _ in pairwise(table))
+
+
+def test_the_report_counts_images_turns_and_characters(tmp_path):
+    rows = [
+        llava("<image>Q", "A", id=1, image="a.jpg"),
+        llava("<image><image>", "AA", "BB", "CC", id=2, image=["a.jpg", "b.jpg"]),
+        llava("four", id=3),
+    ]
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).touch()
+    source = as_json(tmp_path, rows, images=str(tmp_path))
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    figures = table_figures(source, table)
+    assert figures == {
+        "format": "chat, LLaVA (conversations, image)",
+        "rows": "3",
+        "rows without an answer": "1",
+        "rows without an image": "1",
+        "images per row (lowest / median / highest)": "0 / 1 / 2",
+        "turns per row (lowest / median / highest)": "1 / 2 / 4",
+        "characters per row (5% / 50% / 95% / 100%)": "9 / 9 / 20 / 20",
+    }
+    assert table_figures(source, table.select([2]))["characters per row (5% / 50% / 95% / 100%)"] == "4 / 4 / 4 / 4"
+    assert quantiles(table.rows[:0]) == ""
+    lines = data_report({"chat train": figures, "chat valid": {"rows": "1", "tokens per row": "5"}}).splitlines()
+    assert lines[0].split() == ["data", "chat", "train", "chat", "valid"]
+    assert next(line.split()[1:] for line in lines if line.startswith("rows ")) == ["3", "1"]
+    assert lines[-1].split() == ["tokens", "per", "row", "5"]
+
+
+def test_a_row_is_one_line_of_json_with_any_key_beside(tmp_path):
+    """Keys that no shape has are not read, such as LLaVA's `model`."""
+    row = llava("Q", "A", model="", source="x", meta={"deep": [1]})
+    assert only(as_lines(tmp_path, [row])) == only(as_json(tmp_path, [json.loads(json.dumps(row))]))
