@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from torch import nn
 
 import dora_mm
@@ -25,6 +25,7 @@ from dora_mm.tasks.sdxl_preview import describe_data, load_if_local, remark_on_l
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.preview import describe_training, is_measured, slow_hardware
+from dora_mm.train.processes import join_processes
 from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 
@@ -50,8 +51,8 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None, dry_run: bool =
     """
     images = read_training_images(config.data)
     # SDXL does not use the last layer of its first text encoder: that layer's adapters get no gradients.
-    distributed = DistributedDataParallelKwargs(find_unused_parameters=config.adapter.text_encoders)
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[distributed])
+    unused = config.adapter.text_encoders
+    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     if dry_run:
         print(describe(config, images, accelerator))
         return

@@ -2,12 +2,11 @@
 
 import logging
 from collections.abc import Mapping
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import nn
 
 from dora_mm.config.vl import TrainVLConfig
@@ -28,12 +27,12 @@ from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, with_steps
 from dora_mm.train.prefetch import Prefetched
 from dora_mm.train.preview import slow_hardware
+from dora_mm.train.processes import join_processes, main_process_first
 from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
 
 log = logging.getLogger(__name__)
-LONGEST_VALIDATION = timedelta(hours=12)  # the other processes wait for the main process this long
 
 
 def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
@@ -54,8 +53,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     if dry_run:
         print(describe(config))
         return
-    timeout = InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)
-    accelerator = Accelerator(mixed_precision=config.train.mixed_precision, kwargs_handlers=[timeout])
+    # A batch without images leaves the vision parts without gradients, and some classes never use a tower's last layer.
+    unused = config.model.family == "vlm"
+    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     model = load_family(
         config.model,
         config.vision,
@@ -64,8 +64,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         device=accelerator.device,
     )
     model.check(task.task for task in config.data.all_tasks)
-    training = open_training(config.data, config.train.batch_size, model)
-    splits = open_validation(config.data, config.evaluate, model, answered=True)
+    with main_process_first(accelerator):  # it writes the tables that the others open
+        training = open_training(config.data, config.train.batch_size, model)
+        splits = open_validation(config.data, config.evaluate, model, answered=True)
     for remark in slow_hardware(accelerator, model.networks.values()):
         log.warning("%s", remark)
     identity = dict(model.identity)

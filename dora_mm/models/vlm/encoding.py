@@ -231,7 +231,7 @@ def collate(rows: Sequence[Row], *, pad: int, left: bool = False) -> tuple[dict[
             values = [_padded(value, longest, pad if name == "input_ids" else 0, left) for value in values]
         else:
             values = [row.inputs[name] for row in rows if name in row.inputs]
-        inputs[name] = torch.cat(_same_shape(values))
+        inputs[name] = torch.cat(list(_same_shape(values)))
     targets = max(len(row.labels) for row in rows)
     labels = torch.cat([_padded(row.labels[None], targets, IGNORED, left) for row in rows])
     return inputs, labels

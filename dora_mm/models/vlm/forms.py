@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.modeling_outputs import BaseModelOutput
 
 from dora_mm.models.vlm.encoding import IGNORED
 
@@ -23,8 +22,15 @@ Inputs = Mapping[str, Tensor]
 class Form(Protocol):
     """What the forms have in common."""
 
-    continues: bool  # the answer is part of the text that the model reads
-    start: int | None  # the token that a decoder's target begins with, where the tokenizer's own does not
+    @property
+    def continues(self) -> bool:
+        """Whether the answer is part of the text that the model reads."""
+        ...
+
+    @property
+    def start(self) -> int | None:
+        """The token that a decoder's target begins with, where that is not the tokenizer's own."""
+        ...
 
     def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The logits of the target tokens.
@@ -116,7 +122,7 @@ class BlipQuestions:
         return ids[:, 1:]
 
     def _read(self, model: Any, inputs: Inputs) -> Tensor:
-        images: BaseModelOutput = model.vision_model(pixel_values=inputs["pixel_values"])
+        images: Any = model.vision_model(pixel_values=inputs["pixel_values"])
         hidden = images.last_hidden_state
         return model.text_encoder(
             input_ids=inputs["input_ids"],
