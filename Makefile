@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: demo demo-vl test test-slow test-oldest bench gpu lint format samples clean
+.PHONY: demo demo-vl demo-vlm test test-slow test-oldest bench gpu lint format samples clean
 
 $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,6 +19,11 @@ demo: $(READY)  ## train a style adapter on the embedded model, score it, and sh
 demo-vl: $(READY)  ## the embedded VL-BART learns to answer questions about scenes, and shows what it answers
 	$(BIN)/dora-mm train configs/vl_bart/demo.yaml
 	$(BIN)/dora-mm eval configs/vl_bart/eval_demo.yaml --set adapter=$$(ls -d runs/demo_vl/* | tail -n 1)
+
+demo-vlm: $(READY)  ## the same with a language model: EfficientNet-Lite0 and SmolLM2-135M, joined in transformers' FastVLM
+	$(BIN)/python -m samples.build tiny-vlm
+	$(BIN)/dora-mm train configs/vlm/demo.yaml
+	$(BIN)/dora-mm eval configs/vlm/eval_demo.yaml --set adapter=$$(ls -d runs/demo_vlm/* | tail -n 1)
 
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10

@@ -131,8 +131,30 @@ class PretrainTinyVLConfig(PipelineConfig):
         return raise_problems(self, problems)
 
 
+class PretrainTinyVLMConfig(PipelineConfig):
+    """Trains the projector and the tower's last stage of the embedded vision-language model."""
+
+    command: ClassVar[str] = "train"
+    pipeline: Literal["pretrain_tiny_vlm"]
+    seed: Seed = 0
+    output: Text | None = None
+    scenes: Annotated[int, Field(ge=2)] = 20_000  # drawn for it, whose features are kept in build/features
+    held_out: PositiveInt = 500  # of these, which are only scored
+    words: PretrainStage  # tokens resemble the words for what they show
+    sentences: PretrainStage  # captions and questions through the frozen language model
+    row_length: PositiveInt = 224  # tokens of a row of sentences: an image and some eight turns
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "PretrainTinyVLMConfig":
+        problems = [] if self.held_out < self.scenes else ["held_out must be less than scenes"]
+        for stage in (self.words, self.sentences):
+            problems += check_training(stage.optimizer, stage.schedule, stage.train)
+        return raise_problems(self, problems)
+
+
 SCHEMAS: dict[str, type[PipelineConfig]] = {
     "pretrain_tiny": PretrainTinyConfig,
     "pretrain_tiny_vl": PretrainTinyVLConfig,
+    "pretrain_tiny_vlm": PretrainTinyVLMConfig,
     "fit_judge": FitJudgeConfig,
 }

@@ -8,13 +8,11 @@ import copy
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,12 +24,10 @@ from dora_mm.models.sdxl.loading import SDXL, config_of, load_sdxl, load_vae
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
-from dora_mm.train.loop import fit
-from dora_mm.train.optim import build_optimizer
 from dora_mm.train.run import RunDirectory
-from dora_mm.train.schedule import build_schedule
 from dora_mm.utils.randomness import batch_indices, generator
 from samples.build.pretraining.icons import ALL_STYLES, STYLE_WORDS, Icon, caption, load_pixels, read_icons, to_signed
+from samples.build.pretraining.stages import train_stage
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl, shift_latents
 from samples.build.pretraining.vae import DecodingTask, ReconstructionTask, psnr
 from samples.build.schema import DecoderStage, PretrainStage, PretrainTinyConfig
@@ -127,7 +123,7 @@ def train_vae(config: PretrainTinyConfig, vae: AutoencoderKL, icons: list[Icon],
         return to_signed(pixels[batch_indices(len(pixels), stage.train.batch_size, number, config.seed)])
 
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a fifth faster on a CPU
-    train_stage(config, stage, {"vae": vae}, ReconstructionTask(vae).loss, batch_at, run)
+    train_stage(config.seed, stage, {"vae": vae}, ReconstructionTask(vae).loss, batch_at, run)
     vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     vae.requires_grad_(False).eval()
     normalise(vae, pixels)
@@ -196,7 +192,7 @@ def train_unet(
                 average.restore(parameters)
 
     hooks = {"after_step": after_step, "observe": observe}
-    train_stage(config, stage, trained, loss, batch_at, run.stage("unet"), {"ema": average}, **hooks)
+    train_stage(config.seed, stage, trained, loss, batch_at, run.stage("unet"), {"ema": average}, **hooks)
     average.copy_to([p for network in trained.values() for p in network.parameters()])
     model.freeze()
 
@@ -221,7 +217,7 @@ def train_decoder(
     task = DecodingTask(model.vae, DiffusionTask(model.unet, model.scheduler.config, config.loss), stage.max_time)
     model.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = {"decoder": model.vae.decoder, "post_quant_conv": model.vae.post_quant_conv}
-    train_stage(config, stage, trained, task.loss, batch_at, run)
+    train_stage(config.seed, stage, trained, task.loss, batch_at, run)
     model.vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.freeze()
 
@@ -233,56 +229,6 @@ def encode_icons(model: SDXL, icons: list[Icon]) -> tuple[torch.Tensor, torch.Te
     parts = [encode_images(model, to_signed(part)) for part in tqdm(pixels.split(32), desc="latents", leave=False)]
     mean, logvar = (torch.cat(each) for each in zip(*parts, strict=True))
     return mean, logvar
-
-
-def train_stage(
-    config: PretrainTinyConfig,
-    stage: PretrainStage,
-    networks: dict[str, Any],
-    loss: Callable[[Any, torch.Generator], torch.Tensor],
-    batch_at: Callable[[int], Any],
-    run: RunDirectory,
-    state: dict[str, Any] | None = None,
-    **hooks: Any,
-) -> None:
-    """Trains all parameters of some networks.
-
-    Args:
-        config: The config.
-        stage: Its section for this stage.
-        networks: The networks by name.
-        loss: A batch and a random generator -> the loss.
-        batch_at: Number of a micro-batch -> the batch.
-        run: The directory of the stage.
-        state: Further objects with a state dict, for the checkpoints.
-        **hooks: `after_step` and `observe` of `fit`.
-    """
-    accelerator = Accelerator(mixed_precision=stage.train.mixed_precision)
-    parameters = {
-        f"{part}.{name}": parameter
-        for part, network in networks.items()
-        for name, parameter in network.train().requires_grad_(True).named_parameters()
-    }
-    for name in ("vae", "unet"):
-        if name in networks and stage.train.gradient_checkpointing:
-            networks[name].enable_gradient_checkpointing()
-    optimizer = build_optimizer(parameters, stage.optimizer)
-    schedule = build_schedule(optimizer, stage.schedule, stage.train.steps)
-    optimizer = accelerator.prepare(optimizer)
-    fit(
-        accelerator=accelerator,
-        run=run,
-        config=stage.train,
-        seed=config.seed,
-        networks=networks,
-        parameters=parameters,
-        optimizer=optimizer,
-        schedule=schedule,
-        batch_at=lambda number: send_to_device(batch_at(number), accelerator.device),
-        loss=loss,
-        state=state,
-        **hooks,
-    )
 
 
 def show(config: PretrainTinyConfig, model: SDXL, run: RunDirectory, step: int | None = None) -> None:

@@ -21,7 +21,7 @@ from samples.build.packages import PACKAGE_3D, ROOT, SAMPLES, SVG_PACKAGES, prog
 from samples.build.scenes.clips import write_clips
 from samples.build.scenes.files import SEED, Sizes, write_sets
 from samples.build.scenes.pictures import Artist, describe_thing, load_photos
-from samples.build.scenes.things import dump_things
+from samples.build.scenes.things import Thing, dump_things
 
 TOOLS = ("npm", "resvg_py")
 SCENE_ICON = 144  # pixels; in a scene, objects have up to 104
@@ -47,24 +47,37 @@ def main() -> None:
     Raises:
         ValueError: A tool is missing, a package cannot be fetched or is damaged, or a concept is invalid.
     """
+    build_scenes(prepare())
+
+
+def prepare() -> list[Concept]:
+    """Downloads the packages of icons that are missing, and reads the concepts.
+
+    Raises:
+        ValueError: As `main`.
+    """
     concepts = read_concepts(SAMPLES / "concepts.jsonl")
     packages.check_tools(TOOLS)
     packages.fetch_missing()
-    build_scenes(concepts)
+    return concepts
 
 
 def build_scenes(concepts: list[Concept]) -> None:
     """Makes build/vl and samples/vl: scenes of icons with questions, sentences and captions."""
-    rows = [json.loads(line) for line in (SAMPLES / "things.jsonl").read_text().splitlines()]
-    codes = {concept.name: concept.code for concept in concepts}
-    rows = [{**row, "code": codes[row.pop("icon", row["name"])]} for row in rows]
-    icons = read_scene_icons({row["name"]: row["code"] for row in rows}, concepts)
-    things = [describe_thing(row, icons) for row in progress(rows, "colours")]
-    artist = Artist(icons, load_photos())
+    things, artist = load_artist(concepts)
     for folder, sizes in SETS.items():
         write_changed(folder / "things.jsonl", dump_things(things).encode())
         write_sets(folder, things, artist, sizes)
     write_clips(SAMPLES / "vl" / "video", things, artist, CLIPS, SEED)
+
+
+def load_artist(concepts: list[Concept]) -> tuple[list[Thing], Artist]:
+    """The objects of scenes, and what draws them."""
+    rows = [json.loads(line) for line in (SAMPLES / "things.jsonl").read_text().splitlines()]
+    codes = {concept.name: concept.code for concept in concepts}
+    rows = [{**row, "code": codes[row.pop("icon", row["name"])]} for row in rows]
+    icons = read_scene_icons({row["name"]: row["code"] for row in rows}, concepts)
+    return [describe_thing(row, icons) for row in progress(rows, "colours")], Artist(icons, load_photos())
 
 
 def read_scene_icons(codes: dict[str, str], concepts: list[Concept]) -> dict[tuple[str, str], Image.Image]:
