@@ -8,6 +8,10 @@ from pathlib import Path
 _CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
 
 
+class Unreachable(ValueError):
+    """A repository is not on this machine, and the hub cannot be reached."""
+
+
 def unreachable(name: str, error: BaseException) -> str | None:
     """The message for a repository that cannot be downloaded; None if the error has another reason.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,10 @@ from dora_mm.config.vl import VisionConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features
+from dora_mm.models.hub import Unreachable, local_copy
 from dora_mm.models.towers.tower import load_tower
 from dora_mm.models.vl_bart.loading import empty_vl_bart, is_vl_bart
+from dora_mm.models.vlm.folders import has_weights
 from dora_mm.models.vlm.loading import empty_model
 from dora_mm.targets import map_of
 from dora_mm.tasks.vl import VLModel
@@ -50,6 +53,33 @@ def load_family(
     return VLM(model, device)
 
 
+def load_if_here(
+    model: VLModelConfig,
+    vision: VisionConfig,
+    *,
+    seed: int,
+    trained_tower: bool = False,
+    device: torch.device | str = "cpu",
+) -> tuple[VLModel | None, bool]:
+    """As `load_family`, for a model that is on this machine.
+
+    Returns:
+        The model, None where a file of it is missing that is needed to read rows; and whether its weights are here.
+
+    Raises:
+        ValueError: As there, but not because the hub cannot be reached.
+    """
+    path = resolve_model(model.path)
+    if model.family == "vl_bart":
+        here = local_copy(path) is not None and len(found_features(vision)) == len(vision.features)
+    else:
+        here = has_weights(path, model.revision)
+        with suppress(Unreachable):
+            return load_family(model, vision, seed=seed, trained_tower=trained_tower, device=device), here
+    found = load_family(model, vision, seed=seed, trained_tower=trained_tower, device=device) if here else None
+    return found, here
+
+
 @dataclass(frozen=True)
 class Structure:
     """The networks of a model without their weights, on the meta device, and their target maps, by component."""
@@ -71,7 +101,7 @@ def structure_of(model: VLModelConfig, vision: VisionConfig, *, tower: bool = Fa
     """
     path = resolve_model(model.path)
     if model.family == "vlm":
-        network = empty_model(path, model.revision)
+        network = empty_model(path, model.revision).to(getattr(torch, model.dtype))
         return Structure({"model": network}, {"model": map_of(network)})
     with torch.device("meta"):
         features = found_features(vision)

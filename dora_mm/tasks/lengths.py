@@ -11,7 +11,6 @@ from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.utils.tables import aligned_columns
 
 QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
-NAMED = 5  # rows that a sentence names; the others are counted
 
 
 @dataclass(frozen=True)
@@ -87,19 +86,23 @@ def length_table(name: str, lengths: RowLengths, total: int) -> str:
     return "\n".join([table, f"counted: {lengths.source}", *remarks(lengths)])
 
 
-def length_line(name: str, lengths: RowLengths, total: int) -> str:
-    """What `length_table` says, in one line without the names of rows."""
-    if not len(lengths.rows):
-        return f"{name}: no row could be counted"
-    middle, high, longest = _quantiles(lengths.tokens)[1], *_quantiles(lengths.tokens)[3:]
-    counted = "" if len(lengths.rows) == total else f" (of {len(lengths.rows):,})"
-    return "; ".join(
-        [
-            f"{name}: {total:,} rows, tokens{counted} 50 % {middle}, 99 % {high}, at most {longest}, "
-            f"{100 * lengths.image_share:.0f} % for images",
-            *remarks(lengths),
-        ]
-    )
+def length_line(name: str, table: ExampleTable, lengths: RowLengths | None) -> str:
+    """One line on a table: its rows, the lengths of those that were counted, and a sentence on those that are cut.
+
+    Args:
+        name: Which rows these are.
+        table: All rows that are used.
+        lengths: The lengths of some of them; None: they have none to tell.
+    """
+    num_skipped = sum(map(len, table.skipped.values()))
+    parts = [f"{name}: {len(table):,} rows" + (f" ({num_skipped:,} skipped)" if num_skipped else "")]
+    if lengths is not None and len(lengths.rows):
+        counted = "" if len(lengths.rows) == len(table) else f" of {len(lengths.rows):,} of them"
+        _, middle, _, high, longest = _quantiles(lengths.tokens)
+        share = f", {100 * lengths.image_share:.0f} % for images" if lengths.image_tokens.any() else ""
+        parts.append(f"tokens{counted}: 50 % {middle}, 99 % {high}, at most {longest}{share}")
+        parts += remarks(lengths)
+    return "; ".join(parts)
 
 
 def remarks(lengths: RowLengths) -> list[str]:
@@ -112,17 +115,6 @@ def remarks(lengths: RowLengths) -> list[str]:
     return [
         f"{num_cut:,} {'row' if one else 'rows'} {share} {'is' if one else 'are'} longer than {lengths.limit:,} tokens "
         f"({lengths.limit_from}) and cut at the end{lost}"
-    ]
-
-
-def bad_rows_table(table: ExampleTable, bad: Mapping[int, str]) -> list[str]:
-    """One line for each reason why rows cannot be trained on, with the number and the first ids."""
-    by_reason: dict[str, list[str]] = {}
-    for row, reason in bad.items():
-        by_reason.setdefault(reason, []).append(table[row].id)
-    return [
-        f"{len(ids):,} x {reason}: id {', '.join(ids[:NAMED])}{', ...' if len(ids) > NAMED else ''}"
-        for reason, ids in by_reason.items()
     ]
 
 

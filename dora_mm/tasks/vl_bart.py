@@ -24,7 +24,8 @@ from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
 from dora_mm.models.vl_bart.text import TEXTS, encode_inputs, encode_targets
 from dora_mm.targets import find
 from dora_mm.tasks.vision import VisionEncoder
-from dora_mm.tasks.vl import ROW_MEANS, Target, mean_over_processes
+from dora_mm.tasks.shown import Piece, ShownRow
+from dora_mm.tasks.vl import ROW_MEANS, Target, likeliest_answer, mean_over_processes
 from dora_mm.utils.digest import module_digest
 
 VISION = "vision"  # the component of the tower
@@ -51,6 +52,7 @@ class VLBartTask:
     """
 
     prepares_batches = False  # the vision tower encodes the images of a batch
+    num_cut = 0  # texts have the lengths of their task, which count as no cut
 
     def __init__(
         self,
@@ -122,6 +124,18 @@ class VLBartTask:
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         return self.vision.check_rows(table)
+
+    def lengths(self, task: str, table: ExampleTable, images: str | None, *, texts: bool = True) -> None:
+        return None
+
+    @torch.no_grad()
+    def shown(self, task: str, example: Example, images: str | None) -> ShownRow:
+        batch = self.batch(task, [example], images, [(likeliest_answer(example), 1.0)])
+        ids, targets = batch.inputs.input_ids[0], batch.targets[0]
+        visual = self.num_visual_tokens(batch.inputs.visual_features)
+        heading = f"{len(ids) + visual:,} tokens, {visual:,} for images, {len(targets):,} with loss"
+        read = [Piece(self.tokenizer.decode(ids)), Piece(f"<visual> x {visual}", is_image=True)]
+        return ShownRow(heading, read, [Piece(self.tokenizer.decode(targets), learned=True)])
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         answer = Answerer(self.model, self.tokenizer, task, config, candidates)

@@ -13,7 +13,7 @@ from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.tasks.vl_adapters import MODEL, Trained, parameters_by_name
 from dora_mm.utils.tables import aligned_columns
 
-HEADING = ("part", "modules", "method", "rank", "alpha", "lr", "number", "parameters")
+HEADING = ("part", "modules", "method", "rank", "alpha", "lr", "count", "parameters")
 MOST_NAMES = 7  # of modules of a part that are listed
 
 

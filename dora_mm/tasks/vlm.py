@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import DecodeConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import IMAGE, Answer, Example, Turn
+from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
 from dora_mm.models.vlm.folders import identity_of
@@ -206,12 +206,8 @@ class VLM:
         known = self.plain.prompts if self.plain else PROMPTS
         return {**known, **self.config.prompts}[task].replace("{text}", text)
 
-    def image_path(self, folder: str | None, name: str) -> Path:
-        """The file of an image, given the folder of a table's images, if it has one."""
-        return resolve_path(folder, "images") / name if folder else resolve_path(name)
-
     def load_image(self, folder: str | None, name: str) -> Any:
-        return load_rgb(self.image_path(folder, name), "white")
+        return load_rgb(image_path(folder, name), "white")
 
     def lengths(self, task: str, table: ExampleTable, images: str | None, *, texts: bool = True) -> RowLengths:
         return row_lengths(self, task, table, images, texts=texts)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dora_mm.data.images.pixels import upright_size
 from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder
 from dora_mm.models.vlm.lengths import Size, TokenCounter
@@ -85,7 +86,7 @@ class RowCounter:
         found: dict[str, Size | str] = {}
         for name in tqdm(sorted(names), "reading the sizes of images", unit="image", delay=2, disable=None):
             try:
-                found[name] = upright_size(self.model.image_path(self.folder, name))
+                found[name] = upright_size(image_path(self.folder, name))
             except ValueError as error:
                 found[name] = f"has an image that cannot be read: {error}"
         return found

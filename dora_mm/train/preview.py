@@ -18,20 +18,24 @@ LARGE = 500_000_000  # parameters; a training step of a model this large takes m
 SLOWER = 4.0  # half precision that is this much slower than float32 is emulated: 16 times slower where it was measured
 BUDGET = 20.0  # seconds after which no further step is measured
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TOO_SLOW = "a step of this model takes minutes to hours without a GPU"
+EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit")  # optimizers
+MEASURED, KEPT = "measured", "an estimate: what a step keeps for its backward pass"
 
 
 class StepCost(NamedTuple):
     """What one optimizer step costs.
 
     Attributes:
-        seconds: Of the fastest of up to three steps.
+        seconds: Of the fastest of up to three steps; None: none was measured.
         activations: Bytes beyond weights, gradients and optimizer state.
-        measured: `activations` is measured, on a GPU; else it is what autograd keeps, without temporary buffers.
+        source: Where `activations` is from: MEASURED, on a GPU; KEPT, what autograd keeps, without temporary buffers;
+            or another estimate, for a person to read.
     """
 
-    seconds: float
+    seconds: float | None
     activations: int
-    measured: bool
+    source: str
 
 
 def measure_step(
@@ -45,23 +49,31 @@ def measure_step(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batch_at: Callable[[int], Any],
     loss: Callable[[Any, torch.Generator], torch.Tensor],
+    largest: Callable[[int], Any] | None = None,
 ) -> StepCost:
-    """Trains for up to three steps, all on the first batch, and measures them; the arguments are those of `fit`."""
-    trained = LossModule(networks, loss)
-    kept = _kept_for_backward(accelerator, trained, config, seed, batch_at)
-    device, times = accelerator.device, []
-    while len(times) < 3 and sum(times) < BUDGET:
-        before = _peak_memory(device)
-        started = time.monotonic()
+    """Trains for up to three steps, all on the first batch, and measures them.
+
+    The arguments are those of `fit`, and `largest`: whose first batch is the one that memory is measured with, instead.
+    """
+    trained, device = LossModule(networks, loss), accelerator.device
+    largest = largest or batch_at
+
+    def step(batches: Callable[[int], Any]) -> tuple[float, int]:
+        """The seconds of a step, and its peak memory beyond what was there before, in bytes."""
+        before, started = _peak_memory(device), time.monotonic()
         with fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps):
-            accumulate(accelerator, trained, config, seed, 0, lambda number: batch_at(0))
+            accumulate(accelerator, trained, config, seed, 0, lambda number: batches(0))
         update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
         after = _peak_memory(device)  # waits for the GPU
-        times.append(time.monotonic() - started)
+        return time.monotonic() - started, after.peak - before.allocated
+
+    times = []
+    while len(times) < 3 and sum(times) < BUDGET:
+        times.append(step(batch_at)[0])
     if device.type != "cuda":
-        return StepCost(min(times), kept, measured=False)
-    gradients = num_bytes(parameters.values())
-    return StepCost(min(times), max(0, after.peak - before.allocated - gradients), measured=True)
+        return StepCost(min(times), _kept_for_backward(accelerator, trained, config, seed, largest), KEPT)
+    _, peak = step(largest)
+    return StepCost(min(times), max(0, peak - num_bytes(parameters.values())), MEASURED)
 
 
 class _Memory(NamedTuple):
@@ -105,6 +117,8 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def optimizer_values(config: OptimizerConfig) -> int:
     """How many numbers the optimizer keeps per trained parameter, found by one step of it on a small one."""
+    if config.name in EIGHT_BITS:  # they run on a GPU only, and keep small parameters in float32
+        return 2
     probe = nn.Parameter(torch.ones(3, 3))
     optimizer = build_optimizer({"probe": probe}, config)
     probe.grad = torch.ones(3, 3)
@@ -118,39 +132,49 @@ def memory_table(
     parameters: Mapping[str, nn.Parameter],
     optimizer: OptimizerConfig,
     cost: StepCost | None,
+    *,
+    stored: Mapping[int, int] | None = None,
+    place: str | None = None,
 ) -> str:
     """A text table of the memory of a training by part, where each part is, and the sum for the training's device.
 
     Args:
-        networks: All networks of the model, by name.
+        networks: All networks of the model, by name; a tensor of several counts for the first.
         parameters: The trained parameters, by name.
         optimizer: The `optimizer` section of the config.
         cost: The cost of a step; None: the activations are left out.
+        stored: The bytes of weights that will be quantised, by `id`.
+        place: The device where a training of networks on the meta device would have them.
     """
     values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
     device = next(iter(parameters.values())).device.type
-    state = optimizer_values(optimizer)
-    rows = _frozen(networks, {id(parameter) for parameter in parameters.values()})
+    state, width = optimizer_values(optimizer), 1 if optimizer.name in EIGHT_BITS else 4
+    kept = f"{state} numbers{' of 8 bits' if width == 1 else ''} each"
+    rows = _frozen(networks, {id(parameter) for parameter in parameters.values()}, stored or {})
     rows.append((f"{values:,} trained", device, size))
     rows.append(("gradients", device, size))
-    rows.append((f"optimizer state ({optimizer.name}, {state} numbers each)", device, state * 4 * values))
+    rows.append((f"optimizer state ({optimizer.name}, {kept})", device, state * width * values))
     if cost is not None:
-        how = "measured" if cost.measured else "an estimate: what a step keeps for its backward pass"
-        rows.append((f"activations ({how})", device, cost.activations))
+        rows.append((f"activations ({cost.source})", device, cost.activations))
     total = sum(size for _, where, size in rows if where == device)
-    rows.append(("together" if cost else "together, without activations", device, total))
+    rows = [(name, place or where, size) for name, where, size in rows]
+    rows.append(("together" if cost else "together, without activations", place or device, total))
     return aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
 
 
-def _frozen(networks: Mapping[str, nn.Module], trained: Collection[int]) -> list[tuple[str, str, int]]:
+def _frozen(
+    networks: Mapping[str, nn.Module], trained: Collection[int], stored: Mapping[int, int]
+) -> list[tuple[str, str, int]]:
     """The frozen tensors of each network that has some: a description, their device and their bytes."""
-    rows = []
+    rows, seen = [], set(trained)
     for name, network in networks.items():
-        frozen = [p for p in (*network.parameters(), *network.buffers()) if id(p) not in trained]
+        frozen = [p for p in (*network.parameters(), *network.buffers()) if id(p) not in seen]
+        seen |= {id(p) for p in frozen}
         dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()}))
         if dtypes:
             values = sum(p.numel() for p in frozen)
-            rows.append((f"{name}, {values:,} frozen in {dtypes}", frozen[0].device.type, num_bytes(frozen)))
+            size = sum(stored.get(id(p), num_bytes([p])) for p in frozen)
+            rows.append((f"{name}, {values:,} frozen in {dtypes}", frozen[0].device.type, size))
     return rows
 
 
@@ -193,9 +217,16 @@ def module_table(reports: Mapping[str, InjectReport]) -> str:
 
 def _time_line(cost: StepCost | None, steps: int) -> str:
     if cost is None:
-        return "time      not measured: a step of this model takes minutes to hours without a GPU"
-    whole = f"{cost.seconds * steps / 60:.1f} min for {steps} steps"
-    return f"time      {cost.seconds:.2f} s a step (measured), {whole}, drawing pictures not included"
+        return f"time      not measured: {TOO_SLOW}"
+    return time_line(cost, steps, "drawing pictures")
+
+
+def time_line(cost: StepCost, steps: int, left_out: str) -> str:
+    """A line with the measured time of a step and that of a whole training, without what is left out of it."""
+    assert cost.seconds is not None
+    whole = cost.seconds * steps
+    shown = f"{whole / 60:.1f} min" if whole < 7200 else f"{whole / 3600:.1f} h"
+    return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
 
 
 def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module]) -> bool:

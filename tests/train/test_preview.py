@@ -17,7 +17,7 @@ def test_a_step_is_measured_with_what_it_keeps_for_the_backward_pass():
     assert 0 < cost.seconds < 5
     inputs, hidden, tanh = 4 * 6, 4 * 8, 4 * 8  # at least the input of each Linear, and the output of Tanh
     assert 4 * (inputs + hidden) <= cost.activations <= 4 * 4 * (inputs + hidden + tanh)
-    assert not cost.measured
+    assert cost.source == preview.KEPT
     with_batches_of_16 = small_training()
     with_batches_of_16.parts["batch_at"] = lambda number: torch.zeros(16, 6)
     with_batches_of_16.parts["loss"] = lambda x, generator: with_batches_of_16.network(x).square().mean()

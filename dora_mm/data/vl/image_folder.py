@@ -5,7 +5,18 @@ import posixpath
 from functools import cached_property
 from pathlib import Path
 
+from dora_mm.config.loader import resolve_path
 from dora_mm.data.vl.example import stem
+
+
+def image_path(folder: str | None, name: str) -> Path:
+    """The file of an image of an example.
+
+    Args:
+        folder: The folder of the images; None where rows name absolute paths.
+        name: The name of the image in the example.
+    """
+    return resolve_path(folder, "images") / name if folder else resolve_path(name)
 
 
 class ImageFolder:

@@ -27,6 +27,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
 
 
+def has_weights(path: str, revision: str | None = None) -> bool:
+    """Whether all weights of a model are on this machine, in its local folder or in the hub's cache."""
+    folder = local_copy(path, revision)
+    return folder is not None and all(file.is_file() for file in weight_files(folder))
+
+
 def identity_of(path: str, config: PretrainedConfig) -> dict[str, str]:
     """What identifies the weights of a model that could be loaded, by a key of an adapter's header.
 
