@@ -97,9 +97,10 @@ class ImageStore:
         Raises:
             OSError: A file cannot be written.
         """
-        if not any(name.startswith(PREFIX) for name in example.images):
-            return example
-        return replace(example, images=tuple(map(self._stored, example.images)))
+        for name in example.images:
+            if name.startswith(PREFIX):
+                return replace(example, images=tuple(map(self._stored, example.images)))
+        return example
 
     def flush(self) -> None:
         """Waits until all new files are on disk: at the end, when it takes less than once for each."""

@@ -111,9 +111,10 @@ def _parsed(item: Any) -> Any:
 
 
 def _new_id(given: int | str | None, where: str, seen: set[Hashable]) -> str:
-    number = where.rpartition(" ")[2]
-    name = number if given in (None, "") else str(given)
-    name = f"{name} ({where})" if name in seen else name
-    if name in seen:
+    """The id of the file, or the number of the row; with its place where the file has the id a second time."""
+    name = where.rpartition(" ")[2] if given is None or given == "" else str(given)
+    if name not in seen:
+        return name
+    if (placed := f"{name} ({where})") in seen:
         raise RowError("has a duplicate id")
-    return name
+    return placed

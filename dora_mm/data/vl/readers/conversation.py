@@ -1,6 +1,7 @@
 """Checks the turns of a conversation, as all shapes of chat files have them, and makes an example of them."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import NamedTuple
 
@@ -48,9 +49,8 @@ def conversation(said: Said, name: str) -> Example:
         RowError: The turns do not alternate, one is empty, an image or loss is where none can be, or there are not as
             many images as markers.
     """
-    roles: list[Role] = [ROLES.get(speaker) or _role(speaker) for speaker in said.names]
-    first = 1 if roles[:1] == ["system"] else 0
-    _check_order(roles[first:])
+    roles = _roles(tuple(said.names))
+    first = roles.index("user")
     texts = said.texts
     if not all(texts) or any(map(str.isspace, texts)):
         raise RowError(_first_empty(roles, texts))
@@ -64,11 +64,27 @@ def conversation(said: Said, name: str) -> Example:
     images = _in_order(said.images, places)
     if len(images) > len(places):
         texts = [*texts[:first], IMAGE * len(images) + texts[first], *texts[first + 1 :]]
-    learned = _learned(roles, said.losses)
+    turns = tuple(map(Turn._make, zip(roles, texts, _learned(roles, said.losses), strict=True)))  # faster than Turn()
     answers = (texts[-1],) if roles[-1] == "assistant" else ()
     question = texts[-2 if answers else -1].replace(IMAGE, "").strip()
-    turns = tuple(map(Turn._make, zip(roles, texts, learned, strict=True)))  # faster than by calling Turn
     return Example(name, tuple(images), question, answers, (1.0,) * len(answers), turns=turns)
+
+
+@lru_cache(maxsize=1000)  # most rows have one of a few sequences
+def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
+    """The roles of turns, which must alternate and begin with the user's, after at most one system turn."""
+    roles = tuple(map(_role, names))
+    said = roles[1:] if roles[:1] == ("system",) else roles
+    if not said:
+        raise RowError("has no turns")
+    if "system" in said:
+        raise RowError("has a system turn that is not the first")
+    if said[0] == "assistant":
+        raise RowError("begins with the assistant")
+    twice = next((role for role, following in pairwise(said) if role == following), None)
+    if twice:
+        raise RowError(f"has two turns of the {twice} in a row")
+    return roles
 
 
 def _role(speaker: str) -> Role:
@@ -78,21 +94,7 @@ def _role(speaker: str) -> Role:
     return role
 
 
-def _check_order(roles: list[Role]) -> None:
-    """Checks that turns after a system turn alternate, beginning with the user's."""
-    if roles and roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
-        return
-    if not roles:
-        raise RowError("has no turns")
-    if "system" in roles:
-        raise RowError("has a system turn that is not the first")
-    if roles[0] == "assistant":
-        raise RowError("begins with the assistant")
-    twice = next(role for role, following in pairwise(roles) if role == following)
-    raise RowError(f"has two turns of the {twice} in a row")
-
-
-def _first_empty(roles: list[Role], texts: list[str]) -> str:
+def _first_empty(roles: Sequence[Role], texts: list[str]) -> str:
     role = next(role for role, text in zip(roles, texts, strict=True) if not text or text.isspace())
     return "has an empty answer" if role == "assistant" else f"has an empty turn of the {role}"
 
@@ -108,12 +110,11 @@ def _in_order(images: list[str], places: Sequence[str | None]) -> list[str]:
     return [next(remaining) if place is None else place for place in places]
 
 
-def _learned(roles: list[Role], losses: list[bool | None]) -> list[bool]:
+def _learned(roles: tuple[Role, ...], losses: list[bool | None]) -> Sequence[bool]:
     """Which turns carry loss."""
-    learned = [role == "assistant" for role in roles]
     if losses.count(None) == len(losses):
-        return learned
-    learned = [answer and loss is not False for answer, loss in zip(learned, losses, strict=True)]
+        return [role == "assistant" for role in roles]
+    learned = [role == "assistant" and loss is not False for role, loss in zip(roles, losses, strict=True)]
     if True in losses and any(loss and not learns for loss, learns in zip(losses, learned, strict=True)):
         raise RowError("asks for loss on a turn that is not the assistant's")
     if roles[-1] == "assistant" and True not in learned:
