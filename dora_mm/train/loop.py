@@ -102,7 +102,7 @@ def fit(
                 with interrupt:
                     with fixed_parameters(modules, num_passes=config.gradient_accumulation_steps):
                         value = accumulate(accelerator, trained, config, seed, step, batch_at)
-                    if step == first:
+                    if step == first and accelerator.is_main_process:
                         _warn_of_unreached(parameters)
                     norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                     step += 1
