@@ -106,7 +106,7 @@ def assert_equal_runs(one, other) -> None:
     assert scores[0] == scores[1]
 
 
-def test_two_processes_equal_one_with_the_double_batch(folder):
+def test_two_processes_equal_one_with_the_double_batch(folder, capsys):
     """VL-BART runs to its end, and resumes from a copy without its later files; LLaVA is killed while it trains."""
     for config in (chat(folder, "chat_one", 2), vl_bart(folder, "bart_one", 2)):
         assert main(["train", config]) == 0
@@ -139,3 +139,5 @@ def test_two_processes_equal_one_with_the_double_batch(folder):
     shown = (folder / "second.log").read_text()
     assert shown.count("parameters (") == 2  # two runs: only the main process informs
     assert json.loads((folder / "chat_two" / "summary.json").read_text())["steps"] == STEPS
+    assert main(["train", "--resume", str(folder / "chat_two"), "--set", f"train.steps={STEPS + 1}"]) == 2
+    assert "cannot be resumed: the number of processes changed" in capsys.readouterr().err
