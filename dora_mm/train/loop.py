@@ -89,7 +89,9 @@ def fit(
     log = MetricsLog(run.path, first) if accelerator.is_main_process else None
     progress.start(first)
 
-    def save() -> None:  # without waiting for the other processes, which may be in the middle of a step when interrupted
+    def save() -> (
+        None
+    ):  # without waiting for the other processes, which may be in the middle of a step when interrupted
         if accelerator.is_main_process:
             save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints, header)
 
@@ -102,7 +104,7 @@ def fit(
                 with interrupt:
                     with fixed_parameters(modules, num_passes=config.gradient_accumulation_steps):
                         value = accumulate(accelerator, trained, config, seed, step, batch_at)
-                    if step == first:
+                    if step == first and accelerator.is_main_process:
                         _warn_of_unreached(parameters)
                     norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                     step += 1

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 CONFIG, INPUTS = "config.yaml", "inputs.json"
+PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
 CHANGES = "changes.jsonl"  # what a resumed run changed of its config, and after which step
 SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
 
@@ -90,7 +91,7 @@ class RunDirectory:
             raise ValueError(f"{path} is not a run directory: it has no {CONFIG}.")
         run = cls(path)
         if changed := run.changed_inputs(inputs or {}):
-            raise ValueError(f"{path} cannot be resumed: {' and '.join(changed)} have changed since it was started.")
+            raise ValueError(f"{path} cannot be resumed: {' and '.join(changed)} changed since it was started.")
         return run
 
     def changed_inputs(self, inputs: Mapping[str, str]) -> list[str]:
@@ -118,8 +119,10 @@ def training_run(
         steps: The length of the training in optimizer steps.
 
     Raises:
-        ValueError: See `start_run`; or the run to resume has more than `steps` finished steps.
+        ValueError: See `start_run`; or the run to resume has more than `steps` finished steps, or was started with
+            another number of processes, and so with other batches.
     """
+    inputs = {**inputs, PROCESSES: str(accelerator.num_processes)}
     run = start_run(accelerator, config, inputs, resume)
     done = last_step(run.checkpoints)
     if steps < done:

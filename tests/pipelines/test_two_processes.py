@@ -1,0 +1,143 @@
+"""Two processes train as one with the double batch, also when both were killed in between."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dora_mm.cli import main
+from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from dora_mm.train.checkpoint import last_step
+from dora_mm.train.metrics import read_metrics
+from tests.data.vl.files import vqa_annotation, vqa_question, vqa_v2, write_json
+from tests.models.vl_bart.small import DIM, TEXTS, small_bart, small_tokenizer
+from tests.models.vlm import tiny
+from tests.pipelines.processes import kill_all, launched, wait_for
+from tests.tasks.vlm_rows import write_conversations, write_pictures
+
+STEPS = 8
+
+
+def write(folder, name: str, **values):
+    """A config, whose run directory has its name."""
+    shared = {"pipeline": "train_vl", "output": str(folder / name)}
+    train = {"steps": STEPS, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1}
+    values = {**shared, **values, "train": {**train, **values["train"]}}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return str(folder / f"{name}.yaml")
+
+
+def chat(folder, name: str, batch_size: int) -> str:
+    """A tiny LLaVA on conversations with no, one and two images, and so steps without gradients for its tower."""
+    return write(
+        folder,
+        name,
+        model={"path": str(folder / "llava")},
+        adapter={"rank": 2, "parts": ["text.attn", "vision.attn", "connector"]},
+        data={"train": write_conversations(folder, folder / "pictures")["train"], "tables": str(folder / "tables")},
+        optimizer={"lr": 0.02},
+        train={"batch_size": batch_size},
+    )
+
+
+def vl_bart(folder, name: str, factor: int) -> str:
+    """Two tasks, with means over rows and over tokens, drawn answers, two batches a step, and validation."""
+    questions = vqa_v2(
+        folder,
+        [vqa_question(n, question=TEXTS[n % 3]) for n in range(13)],
+        [vqa_annotation(n, ["yes"] * 5 + ["no"] * 3 + ["two dogs"] * 2) for n in range(13)],
+    ).model_dump(exclude_none=True)
+    rows = [{"image_id": 42 + n % 5, "id": n, "caption": TEXTS[n % 3]} for n in range(11)]
+    images = [{"id": 42 + n, "file_name": f"COCO_val2014_{42 + n:012d}.jpg"} for n in range(5)]
+    captions = write_json(folder / "captions.json", {"images": images, "annotations": rows})
+    tasks = [
+        {"task": "vqa", "batch_size": 3 * factor, "train": questions, "valid": {**questions}},
+        {"task": "caption", "batch_size": 2 * factor, "train": {"format": "coco_captions", "file": str(captions)}},
+    ]
+    return write(
+        folder,
+        name,
+        model={"family": "vl_bart", "path": str(folder / "vl_bart")},
+        vision={"features": [str(folder / "features")]},
+        adapter={"rank": 2, "extra_trainable": ["visual_embedding", "norms"]},
+        data={"tasks": tasks, "tables": str(folder / "tables")},
+        optimizer={"lr": 0.01, "eps": 1.0e-6},
+        train={"batch_size": 1, "gradient_accumulation_steps": 2},
+        evaluate={"every": 4, "answers": "rank"},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("pictures", "features"):
+        (folder / name).mkdir()
+    write_pictures(folder / "pictures")
+    for number in range(42, 49):
+        cells = np.random.default_rng(number).normal(size=(49, DIM)).astype(np.float32)
+        np.savez(folder / "features" / f"COCO_val2014_{number:012d}.npz", features=cells)
+    tiny.build("llava", folder / "llava")
+    torch.manual_seed(0)
+    # Dropout differs from process to process, so here is none.
+    bart = from_bart(small_bart(dropout=0.0), len(small_tokenizer()), DIM, "image")
+    save_vl_bart(bart, small_tokenizer(), folder / "vl_bart")
+    return folder
+
+
+def assert_equal_runs(one, other) -> None:
+    """The same losses and weights, up to rounding; and the same scores."""
+    rows, others = (read_metrics(run / "metrics.jsonl") for run in (one, other))
+    assert [row["step"] for row in rows] == [row["step"] for row in others] == list(range(1, STEPS + 1))
+    for key in ("loss", "lr", "grad_norm"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in others], rel=1e-5)
+    weights, theirs = (
+        load_file(run / f"checkpoints/step-{STEPS:06d}/trained_weights.safetensors") for run in (one, other)
+    )
+    assert weights.keys() == theirs.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            weight, theirs[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    scores = [read_metrics(run / "validation" / "metrics.jsonl") for run in (one, other)]
+    assert scores[0] == scores[1]
+
+
+def test_two_processes_equal_one_with_the_double_batch(folder, capsys):
+    """VL-BART runs to its end, and resumes from a copy without its later files; LLaVA is killed while it trains."""
+    for config in (chat(folder, "chat_one", 2), vl_bart(folder, "bart_one", 2)):
+        assert main(["train", config]) == 0
+    scores = read_metrics(folder / "bart_one" / "validation" / "metrics.jsonl")
+    assert [row["step"] for row in scores] == [4, 8]
+    assert scores[-1]["vqa"] > 0
+
+    started = (["train", vl_bart(folder, "bart_two", 1)], ["train", chat(folder, "chat_two", 1)])
+    with launched(*started, log=folder / "first.log") as process:
+        wait_for(folder / "chat_two" / "checkpoints" / "step-000002", process)
+        kill_all(process)
+    assert 2 <= last_step(folder / "chat_two" / "checkpoints") < STEPS, (folder / "first.log").read_text()
+    assert_equal_runs(folder / "bart_two", folder / "bart_one")
+    kept = shutil.copytree(folder / "bart_two", folder / "bart_kept")
+    for left in (
+        "checkpoints/step-000004",
+        "checkpoints/step-000006",
+        "checkpoints/step-000008",
+        "validation",
+        "adapter",
+    ):
+        shutil.rmtree(kept / left)
+    (kept / "summary.json").unlink()
+
+    resumed = (["train", "--resume", str(folder / name)] for name in ("chat_two", "bart_kept"))
+    with launched(*resumed, log=folder / "second.log") as process:
+        assert process.wait(timeout=120) == 0, (folder / "second.log").read_text()
+    assert_equal_runs(folder / "chat_two", folder / "chat_one")
+    assert_equal_runs(folder / "bart_kept", folder / "bart_one")
+    shown = (folder / "second.log").read_text()
+    assert shown.count("parameters (") == 2  # two runs: only the main process informs
+    assert json.loads((folder / "chat_two" / "summary.json").read_text())["steps"] == STEPS
+    assert main(["train", "--resume", str(folder / "chat_two"), "--set", f"train.steps={STEPS + 1}"]) == 2
+    assert "cannot be resumed: the number of processes changed" in capsys.readouterr().err
