@@ -1,5 +1,6 @@
 """dora-mm merge: an adapter and its base model as one plain folder, for all programs that can load the base model."""
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revisi
     with written_at_once(folder) as partial:
         write_copy(base.model, path, partial)
         digest = module_digest(base.model)
-        del base  # the memory may not hold two models
+        del base  # the memory may not hold two models, and modules refer to each other
+        gc.collect()
         check_written(partial, dtype, digest, logits)
     print(f"written  {folder}, and loaded again: its logits are those of the merged model")
     if sizes := trained_sizes(file):

@@ -128,7 +128,9 @@ def test_wrong_commands_are_found(wrong):
 
 def test_the_documents_have_commands():
     found = [arguments for document in DOCUMENTS for arguments in commands(text_of(document), "dora-mm ")]
-    assert {"train", "sample", "eval", "features", "inspect", "bench"} <= {arguments[0] for arguments in found}
+    assert {"train", "sample", "eval", "features", "inspect", "bench", "merge", "ask"} <= {
+        arguments[0] for arguments in found
+    }
 
 
 # --- examples --------------------------------------------------------------------------------------------------------
