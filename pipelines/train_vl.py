@@ -1,12 +1,23 @@
 """Fine-tunes a vision-language model on one or several tasks: with DoRA, LoRA or all weights, part by part."""
 
 import logging
+<<<<<<< HEAD
 from collections.abc import Mapping
+=======
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+>>>>>>> preview
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from accelerate import Accelerator
+=======
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+>>>>>>> preview
 from torch import nn
 
 from dora_mm.config.vl import TrainVLConfig
@@ -15,19 +26,37 @@ from dora_mm.data.vl.needed import data_needed
 from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
+from dora_mm.models.hub import Unreachable
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.families import load_family, structure_of
-from dora_mm.tasks.vl import VLBatches, answerers
-from dora_mm.tasks.vl_adapters import Trained
+from dora_mm.tasks.families import Structure, load_family, load_if_here, structure_of
+from dora_mm.tasks.survey import survey_all
+from dora_mm.tasks.vl import RowsCut, VLBatches, VLModel, answerers
+from dora_mm.tasks.vl_adapters import MODEL, Trained
+from dora_mm.tasks.vl_memory import estimated_activations, network_parts, quantized_bytes
+from dora_mm.tasks.vl_parts import parts_table
+from dora_mm.tasks.vl_preview import DataPreview, batch_of, present_splits, preview_data
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, with_steps
 from dora_mm.train.prefetch import Prefetched
+<<<<<<< HEAD
 from dora_mm.train.preview import slow_hardware
 from dora_mm.train.processes import join_processes, main_process_first
+=======
+from dora_mm.train.preview import (
+    TOO_SLOW,
+    StepCost,
+    is_measured,
+    length_line,
+    measure_accumulated,
+    memory_table,
+    slow_hardware,
+    time_line,
+)
+>>>>>>> preview
 from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
@@ -44,14 +73,16 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     Args:
         config: The config.
         resume: The run directory to resume from its last checkpoint; None starts a new run.
-        dry_run: Only print what would be trained, and which data would be read or is missing.
+        dry_run: Only print what would be trained, which data would be read or is missing, how the model sees it, and
+            what it would cost.
 
     Raises:
         ValueError: The data, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
     if dry_run:
-        print(describe(config))
+        for section in describe(config):
+            print(section, end="\n\n", flush=True)
         return
     # A batch without images leaves the vision parts without gradients, and some classes never use a tower's last layer.
     unused = config.model.family == "vlm"
@@ -64,9 +95,14 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         device=accelerator.device,
     )
     model.check(task.task for task in config.data.all_tasks)
+<<<<<<< HEAD
     with main_process_first(accelerator):  # it writes the tables that the others open
         training = open_training(config.data, config.train.batch_size, model)
         splits = open_validation(config.data, config.evaluate, model, answered=True)
+=======
+    training, rows = survey_all(model, open_training(config.data, config.train.batch_size, model))
+    splits = open_validation(config.data, config.evaluate, model, answered=True)
+>>>>>>> preview
     for remark in slow_hardware(accelerator, model.networks.values()):
         log.warning("%s", remark)
     identity = dict(model.identity)
@@ -77,18 +113,22 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     for name, injected in trained.reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
     log.info("%s", trained.share)
+    if accelerator.is_main_process:
+        log.info("%s", rows)
 
     process = (accelerator.process_index, accelerator.num_processes)
     batches = VLBatches(model, training, seed=config.seed, process=process)
-    train = with_steps(config.train, config.schedule, batches.per_epoch)
-    optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
-    schedule = build_schedule(optimizer, config.schedule, train.steps)
+    parts = build(config, model, trained, accelerator, batches.per_epoch)
+    train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
+<<<<<<< HEAD
     optimizer = accelerator.prepare(optimizer)
     if train.gradient_checkpointing:
         network: Any = trained.networks["model"]
         network.activation_checkpointing_enable()
         network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
+=======
+>>>>>>> preview
     write = partial(vl_adapters.save, trained, config, identity)
     vl_adapters.train_mode(trained.networks.values())
     with training_run(accelerator, config, inputs, resume, train.steps) as run:
@@ -102,22 +142,36 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
                 log_scores(step, main_values(validate(step)))
 
         with Prefetched(batches, enabled=model.prepares_batches) as batch_at:
-            fit(
-                accelerator=accelerator,
-                run=run,
-                config=train,
-                seed=config.seed,
-                networks=trained.networks,
-                parameters=trained.parameters,
-                optimizer=optimizer,
-                schedule=schedule,
-                batch_at=batch_at,
-                loss=model.loss,
-                observe=observe,
-            )
+            fit(run=run, **parts, batch_at=batch_at, state={"rows cut": RowsCut(model)}, observe=observe)
+        num_cut = int(accelerator.reduce(torch.tensor(model.num_cut, device=accelerator.device), "sum"))
         if validate:
             write(run.adapter)
-            finish(config, run, trained, validate, train.steps)
+            finish(config, run, trained, validate, train.steps, num_cut)
+
+
+def build(
+    config: TrainVLConfig, model: VLModel, trained: Trained, accelerator: Accelerator, batches_per_epoch: int
+) -> dict[str, Any]:
+    """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
+    train = with_steps(config.train, config.schedule, batches_per_epoch)
+    optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
+    schedule = build_schedule(optimizer, config.schedule, train.steps)
+    if train.gradient_checkpointing:
+        network: Any = trained.networks["model"]
+        network.activation_checkpointing_enable()
+        network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
+    for network in trained.networks.values():
+        network.train()
+    return {
+        "accelerator": accelerator,
+        "config": train,
+        "seed": config.seed,
+        "networks": trained.networks,
+        "parameters": trained.parameters,
+        "optimizer": accelerator.prepare(optimizer),
+        "schedule": schedule,
+        "loss": model.loss,
+    }
 
 
 def score_splits(
@@ -136,9 +190,13 @@ def log_scores(step: int, values: dict[str, float]) -> None:
     log.info("step %d: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
 
-def finish(config: TrainVLConfig, run: RunDirectory, trained: Trained, validate: Validation, steps: int) -> None:
+def finish(
+    config: TrainVLConfig, run: RunDirectory, trained: Trained, validate: Validation, steps: int, num_cut: int
+) -> None:
     """Computes the final scores, writes summary.json, and prints both."""
     memory = peak_memory_mb()  # of the training, so it is read before the last validation
+    if num_cut:
+        log.warning("%d rows of the training's batches were longer than a row may be, and lost text", num_cut)
     scores = validate(steps)
     validate.close()
     summary = training_summary(
@@ -149,6 +207,7 @@ def finish(config: TrainVLConfig, run: RunDirectory, trained: Trained, validate:
         trainable_share=round(100 * trained.num_trained / trained.num_all, 3),
         seconds_per_step=round(seconds_per_step(read_metrics(run.path / "metrics.jsonl")), 4),
         peak_memory_mb=round(memory),
+        rows_cut=num_cut,
         **{name: round(value, 2) for name, value in main_values(scores).items()},
     )
     write_summary(run, summary)
@@ -160,11 +219,78 @@ def finish(config: TrainVLConfig, run: RunDirectory, trained: Trained, validate:
 # --- dry run ---------------------------------------------------------------------------------------------------------
 
 
-def describe(config: TrainVLConfig) -> str:
-    """The parameters that would be trained, counted without loading weights, and the data, present and missing."""
-    structure = structure_of(config.model, config.vision, tower=bool(config.adapter.vision_parts))
+def describe(config: TrainVLConfig) -> Iterator[str]:
+    """Sections of text: what would be trained, the data, rows as the model sees them, memory and time.
+
+    Neither the weights nor the data need be there; what depends on them is then left out.
+
+    Raises:
+        ValueError: After all sections: a training would stop, because of its data.
+    """
+    accelerator = Accelerator(mixed_precision=config.train.mixed_precision)
+    tower, needed = bool(config.adapter.vision_parts), data_needed(config.data, config.vision, config.model.path)
+    try:
+        structure = structure_of(config.model, config.vision, tower=tower)
+    except Unreachable as error:
+        yield from [str(error), needed, *preview_data(config, None).sections, *slow_hardware(accelerator, None)]
+        return
     trained = vl_adapters.adapt(structure, config.adapter, seed=config.seed, backend=config.backend)
-    tables = [f"{name}\n{injected}" for name, injected in trained.reports.items()]
-    needed = data_needed(config.data, config.vision, config.model.path)
-    remarks = slow_hardware(Accelerator(mixed_precision=config.train.mixed_precision), trained.networks.values())
-    return "\n\n".join([trained.share, *tables, needed, *remarks])
+    yield f"{trained.share}\n{parts_table(trained, structure.target_maps, config.adapter, config.optimizer)}"
+    yield needed
+    settings: dict[str, Any] = {"seed": config.seed, "trained_tower": tower, "device": accelerator.device}
+    model, has_weights = None, False
+    if any(present_splits(config)):
+        model, has_weights = load_if_here(config.model, config.vision, **settings)
+    data = preview_data(config, model, colour=sys.stdout.isatty())
+    yield from data.sections
+    why_not = None if is_measured(accelerator, trained.networks.values()) else TOO_SLOW
+    if len(data.sets) < len(config.data.all_tasks):
+        why_not = "not all training data can be read"
+    elif not has_weights:
+        why_not = f"the weights of {config.model.path} are not on this machine"
+    if model and not why_not:
+        try:
+            yield measured_cost(config, accelerator, model, data)
+        except torch.OutOfMemoryError:
+            why_not = "a step does not fit into the memory of this GPU"
+    if why_not:
+        yield f"{estimated_cost(config, accelerator, structure, trained, data)}\ntime      not measured: {why_not}"
+    yield from slow_hardware(accelerator, trained.networks.values())
+    if data.problems:
+        raise ValueError(data.problems[0])
+
+
+def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLModel, data: DataPreview) -> str:
+    """Memory and time of a training, by a short step of it; the memory with the longest rows."""
+    trained = vl_adapters.adapt(model, config.adapter, seed=config.seed, backend=config.backend)
+    batches = VLBatches(model, data.sets, seed=config.seed)
+    parts = build(config, model, trained, accelerator, batches.per_epoch)
+    largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
+    cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
+    memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost)
+    length = length_line(parts["config"], batches.per_epoch)
+    return f"{memory}\n\n{length}\n{time_line(cost, parts['config'].steps, 'validation')}"
+
+
+def estimated_cost(
+    config: TrainVLConfig, accelerator: Accelerator, structure: Structure, trained: Trained, data: DataPreview
+) -> str:
+    """Memory of a training, from the sizes of its networks, and of its longest rows where those are known."""
+    network, targets = structure.networks[MODEL], structure.target_maps[MODEL]
+    cost = None
+    if data.largest:
+        half = config.train.mixed_precision != "no"
+        activations = estimated_activations(
+            network,
+            targets,
+            trained.reports.get(MODEL),
+            data.largest,
+            2 if half else 4,
+            config.train.gradient_checkpointing,
+        )
+        cost = StepCost(None, activations, f"an estimate by the sizes of its layers, for {data.largest}")
+    stored = quantized_bytes(network, config.model.quantization)
+    place = accelerator.device.type
+    return memory_table(
+        network_parts(structure.networks), trained.parameters, config.optimizer, cost, stored=stored, place=place
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -48,6 +48,13 @@ class RowLengths:
         return (self.tokens > self.limit) & ~self.overflow
 
     @property
+    def trained(self) -> RowLengths:
+        """The lengths of the rows that can be trained on."""
+        kept = ~self.overflow
+        arrays = ("rows", "tokens", "image_tokens", "loses_answer")
+        return replace(self, **{name: getattr(self, name)[kept] for name in arrays})
+
+    @property
     def image_share(self) -> float:
         """The share of image tokens in all tokens."""
         return float(self.image_tokens.sum() / max(1, self.tokens.sum()))
@@ -72,9 +79,10 @@ def length_table(name: str, lengths: RowLengths, total: int) -> str:
 
     Args:
         name: Which rows these are.
-        lengths: Their lengths.
-        total: The number of rows of the whole table.
+        lengths: Their lengths; rows whose images alone are too long are left out.
+        total: The number of rows of the whole table that can be trained on.
     """
+    lengths = lengths.trained
     counted = f"all {total:,} rows" if len(lengths.rows) == total else f"{len(lengths.rows):,} of {total:,} rows"
     heading = f"lengths of {name} in tokens, {counted}"
     if not len(lengths.rows):
@@ -96,7 +104,7 @@ def length_line(name: str, table: ExampleTable, lengths: RowLengths | None) -> s
     """
     num_skipped = sum(map(len, table.skipped.values()))
     parts = [f"{name}: {len(table):,} rows" + (f" ({num_skipped:,} skipped)" if num_skipped else "")]
-    if lengths is not None and len(lengths.rows):
+    if lengths is not None and len((lengths := lengths.trained).rows):
         counted = "" if len(lengths.rows) == len(table) else f" of {len(lengths.rows):,} of them"
         _, middle, _, high, longest = _quantiles(lengths.tokens)
         share = f", {100 * lengths.image_share:.0f} % for images" if lengths.image_tokens.any() else ""
@@ -107,15 +115,21 @@ def length_line(name: str, table: ExampleTable, lengths: RowLengths | None) -> s
 
 def remarks(lengths: RowLengths) -> list[str]:
     """One sentence on rows that are cut, if there are any."""
-    num_cut, num_lost = int(lengths.cut.sum()), int(lengths.loses_answer.sum())
-    if not num_cut:
+    cut, lost, total = int(lengths.cut.sum()), int(lengths.loses_answer.sum()), len(lengths.rows)
+    if not cut:
         return []
-    share, one = f"({100 * num_cut / len(lengths.rows):.1f} %)", num_cut == 1
-    lost = f"; of {num_lost:,} nothing of the answers is left, so that nothing is learned from them" if num_lost else ""
-    return [
-        f"{num_cut:,} {'row' if one else 'rows'} {share} {'is' if one else 'are'} longer than {lengths.limit:,} tokens "
-        f"({lengths.limit_from}) and cut at the end{lost}"
-    ]
+    sentence = (
+        f"{_rows(cut)} of {total:,} ({100 * cut / total:.1f} %) {'is' if cut == 1 else 'are'} longer than "
+        f"{lengths.limit:,} tokens ({lengths.limit_from}) and cut at the end"
+    )
+    if lost:
+        whole = "loses its whole answer: nothing is learned from it" if lost == 1 else "lose their whole answers"
+        sentence += f", and {_rows(lost)} {whole}"
+    return [sentence]
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number:,} rows"
 
 
 def _quantiles(values: np.ndarray) -> list[str]:

@@ -192,6 +192,22 @@ class VLBatches:
         return self.model.batch(name, examples, training_set.images, targets)
 
 
+class RowsCut:
+    """The number of rows that a training has cut, as a part of its checkpoints.
+
+    Of several processes the first one writes checkpoints, and each goes on from its number.
+    """
+
+    def __init__(self, model: VLModel):
+        self.model = model
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_cut": self.model.num_cut}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.model.num_cut = state_dict["num_cut"]
+
+
 def draw_answer(example: Example, draw: float) -> Target:
     """Draws an answer in proportion to the scores.
 

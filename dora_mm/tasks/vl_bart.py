@@ -23,8 +23,8 @@ from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
 from dora_mm.models.vl_bart.text import TEXTS, encode_inputs, encode_targets
 from dora_mm.targets import find
-from dora_mm.tasks.vision import VisionEncoder
 from dora_mm.tasks.shown import Piece, ShownRow
+from dora_mm.tasks.vision import VisionEncoder
 from dora_mm.tasks.vl import ROW_MEANS, Target, likeliest_answer, mean_over_processes
 from dora_mm.utils.digest import module_digest
 

@@ -1,4 +1,4 @@
-"""What a training of a vision-language model keeps in memory, by its parts, as far as that can be told without a step."""
+"""What a training of a vision-language model keeps in memory, as far as that can be told without a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from dora_mm.core import InjectReport, TargetMap
 from dora_mm.core.targets import match_modules, parts_in
+from dora_mm.tasks.vl_preview import LargestBatch
 
 TEXT_PARTS = ("text", "cross")  # the parts of the language model are text.* and cross.*
 # Numbers of token size that a layer keeps for its backward pass, per number that its linear layers return: of the
@@ -36,18 +37,15 @@ def network_parts(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def estimated_activations(
-    network: Any, targets: TargetMap, report: InjectReport | None, *, rows: int, length: int, text: int, width: int,
-    checkpointing: bool,
-) -> int:  # fmt: skip
+    network: Any, targets: TargetMap, report: InjectReport | None, batch: LargestBatch, width: int, checkpointing: bool
+) -> int:
     """The bytes that a step keeps for its backward pass in the language model, from the sizes of its layers.
 
     Args:
         network: The model, on any device, adapted or not.
         targets: Its target map.
         report: What was adapted; None: nothing is.
-        rows: Rows of a batch.
-        length: Tokens of its longest row.
-        text: Tokens of text in it, of which any may carry loss.
+        batch: The batch, all of whose tokens of text may carry loss.
         width: Bytes of a number of the computation.
         checkpointing: Layers are computed again in the backward pass.
     """
@@ -60,7 +58,7 @@ def estimated_activations(
     if checkpointing:
         depth = config.num_hidden_layers
         layers = KEPT_BY_CHECKPOINTS * depth * config.hidden_size + layers / depth
-    return math.ceil(rows * (length * layers * width + min(text, length) * config.vocab_size * LOGIT_BYTES))
+    return math.ceil(len(batch.rows) * (batch.length * layers * width + batch.text * config.vocab_size * LOGIT_BYTES))
 
 
 def _out_features(layer: nn.Module) -> int:

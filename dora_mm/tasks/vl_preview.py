@@ -16,7 +16,7 @@ from dora_mm.data.images.pixels import upright_size
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.readers import FILES
-from dora_mm.data.vl.report import data_report, table_figures
+from dora_mm.data.vl.report import SKIPPED, data_report, table_figures
 from dora_mm.data.vl.rows import MAX_PLACES
 from dora_mm.data.vl.splits import TrainingSet, open_source, open_training
 from dora_mm.data.vl.tables import ExampleTable
@@ -67,6 +67,9 @@ class LargestBatch(NamedTuple):
         """The tokens of the batch, padding included."""
         return len(self.rows) * self.length
 
+    def __str__(self) -> str:
+        return f"{len(self.rows):,} rows of {self.length:,} tokens"
+
 
 class AllRows:
     """Takes every row, where the model that would check them is not there."""
@@ -83,25 +86,26 @@ def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool =
         model: The model, whose weights are not needed; None: lengths and rows as it sees them are left out.
         colour: Whether to mark rows with the colours of a terminal.
     """
-    found, figures = DataPreview(), {}
+    found, tables, figures = DataPreview(), {}, {}
     skipping = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_data": "skip"})})
-    tables, lengths = {}, []
     with _quiet():
         for task, split, source in present_splits(config):
             name = f"{task.task} {split}"
             try:
-                table = tables[name] = _open(skipping, task, split, source, model, found)
+                if split == "train":
+                    table = _open_training(skipping, task, model, found)
+                else:
+                    table = open_source(source, skipping.data, model or AllRows())
             except ValueError as error:
                 found.problems.append(str(error))
                 continue
-            figures[name] = table_figures(source, table)
-    lengths = [length_table(task, known, len(known.rows)) for task, known in found.lengths.items()]
-    bad = [line for name, table in tables.items() for line in bad_row_lines(name, table.skipped)]
-    if bad and config.data.on_bad_data == "stop":
-        found.problems.append(f"{bad[0]} (data.on_bad_data: skip leaves bad rows out)")
+            tables[name], figures[name] = table, _figures(source, table)
+    skipped = {name: table.skipped for name, table in tables.items() if table.skipped}
+    if skipped and config.data.on_bad_data == "stop":
+        found.problems.append(first_bad_row(skipped))
     found.sections += [data_report(figures)] if figures else []
-    found.sections += ["\n".join(["bad rows", *(f"  {line}" for line in bad)])] if bad else []
-    found.sections += lengths
+    found.sections += [bad_row_list(skipped)] if skipped else []
+    found.sections += [length_table(task, known, len(found.sets[task].table)) for task, known in found.lengths.items()]
     if model is not None and found.sets:
         found.sections.append(first_rows(model, found.sets, colour=colour))
     return found
@@ -117,13 +121,11 @@ def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, str, S
                     yield task, split, source
 
 
-def _open(
-    config: TrainVLConfig, task: VLTaskConfig, split: str, source: SourceConfig, model: VLModel | None, found: DataPreview
+def _open_training(
+    config: TrainVLConfig, task: VLTaskConfig, model: VLModel | None, found: DataPreview
 ) -> ExampleTable:
-    """The usable rows of a split. Those of a training split, and their lengths, are added to what was found."""
+    """The usable rows of a training split, which are added to what was found, with their lengths."""
     check, name = model or AllRows(), task.task
-    if split == "valid":
-        return open_source(source, config.data, check)
     data = config.data.with_tasks((task.model_copy(update={"valid": None}),))
     rows = open_training(data, config.train.batch_size, check)[name]
     if model is None:
@@ -137,9 +139,7 @@ def _open(
     return found.sets[name].table
 
 
-def largest_batch(
-    task: str, rows: TrainingSet, lengths: RowLengths, bad: Mapping[int, str]
-) -> LargestBatch | None:
+def largest_batch(task: str, rows: TrainingSet, lengths: RowLengths, bad: Mapping[int, str]) -> LargestBatch | None:
     """The batch of the longest rows of a training set; None if no row was counted.
 
     Args:
@@ -159,8 +159,8 @@ def largest_batch(
     return LargestBatch(task, indices, longest, longest - int(lengths.image_tokens[chosen[0]]))
 
 
-def batch_of(model: VLModel, sets: Mapping[str, TrainingSet], batch: LargestBatch) -> Any:
-    """A batch as the model computes it, each row with its likeliest answer."""
+def batch_of(model: VLModel, sets: Mapping[str, TrainingSet], batch: LargestBatch, number: int = 0) -> Any:
+    """A batch as the model computes it, each row with its likeliest answer; the same for every `number`."""
     rows = sets[batch.task]
     examples = [rows.table[row] for row in batch.rows]
     return model.batch(batch.task, examples, rows.images, [(likeliest_answer(example), 1.0) for example in examples])
@@ -178,12 +178,35 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def bad_row_lines(name: str, skipped: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line for each reason why rows of a split are bad, with the number and the first places."""
-    return [
-        f"{name}: {len(places):,} x {reason} ({'; '.join(places[:MAX_PLACES])}{'; ...' if len(places) > MAX_PLACES else ''})"
-        for reason, places in skipped.items()
-    ]
+def _figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:
+    """The figures of a table, with one number for all rows that are bad, since these are listed."""
+    figures = {label: text for label, text in table_figures(source, table).items() if not label.startswith(SKIPPED)}
+    return figures | {"bad rows": f"{sum(map(len, table.skipped.values())):,}"}
+
+
+Skipped = Mapping[str, Mapping[str, Sequence[str]]]  # the places of bad rows by split and reason
+
+
+def bad_row_list(skipped: Skipped) -> str:
+    """The reasons why rows of each split are bad, with their number and the first places."""
+    lines = []
+    for name, reasons in skipped.items():
+        lines.append(f"bad rows of {name}")
+        for reason, places in reasons.items():
+            lines += [f"  {len(places):,} x {reason}", *(f"      {place}" for place in places[:MAX_PLACES])]
+            lines += [f"      and {len(places) - MAX_PLACES:,} more"] if len(places) > MAX_PLACES else []
+    return "\n".join(lines)
+
+
+def first_bad_row(skipped: Skipped) -> str:
+    """A sentence with the row at which a training would stop."""
+    reasons = next(iter(skipped.values()))
+    reason, places = next(iter(reasons.items()))
+    number = sum(len(found) for each in skipped.values() for found in each.values())
+    return (
+        f"{places[0]}: {reason}; a training would stop there, at the first of {number:,} bad rows "
+        "(data.on_bad_data: skip leaves them out)"
+    )
 
 
 # --- rows as the model sees them -------------------------------------------------------------------------------------

@@ -76,6 +76,32 @@ def measure_step(
     return StepCost(min(times), max(0, peak - num_bytes(parameters.values())), MEASURED)
 
 
+def measure_accumulated(
+    training: Mapping[str, Any],
+    batch_at: Callable[[int], Any],
+    *,
+    prepared: bool,
+    largest: Callable[[int], Any] | None = None,
+) -> StepCost:
+    """As `measure_step`, by one micro-batch where a step accumulates the gradients of several.
+
+    Args:
+        training: The arguments of `measure_step` but for the batches.
+        batch_at: Maps the number of a micro-batch to it.
+        prepared: Batches are prepared beside the steps, so that a step takes as long as the slower of both.
+        largest: As in `measure_step`.
+    """
+    count = training["config"].gradient_accumulation_steps
+    single = training["config"].model_copy(update={"gradient_accumulation_steps": 1})
+    started = time.monotonic()
+    first = batch_at(0)
+    preparing = time.monotonic() - started if prepared else 0.0
+    batches = (lambda number: first) if prepared else batch_at
+    cost = measure_step(**{**training, "config": single}, batch_at=batches, largest=largest)
+    assert cost.seconds is not None
+    return cost._replace(seconds=count * max(cost.seconds, preparing))
+
+
 class _Memory(NamedTuple):
     allocated: int
     peak: int
@@ -225,8 +251,22 @@ def time_line(cost: StepCost, steps: int, left_out: str) -> str:
     """A line with the measured time of a step and that of a whole training, without what is left out of it."""
     assert cost.seconds is not None
     whole = cost.seconds * steps
-    shown = f"{whole / 60:.1f} min" if whole < 7200 else f"{whole / 3600:.1f} h"
+    shown = f"{whole / 60:.1f} min" if whole < 2 * 3600 else f"{whole / 3600:.1f} h"
+    shown = f"{whole:.0f} s" if whole < 100 else shown
     return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
+
+
+def length_line(train: TrainConfig, batches_per_epoch: int) -> str:
+    """A line with the length of a training in steps and epochs.
+
+    Args:
+        train: The `train` section, with its number of steps.
+        batches_per_epoch: Micro-batches, of all processes together, in one pass over the data.
+    """
+    count = train.gradient_accumulation_steps
+    of_several = f" of {count} batches" if count > 1 else ""
+    epochs = train.steps * count / batches_per_epoch
+    return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {batches_per_epoch:,} batches"
 
 
 def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module]) -> bool:

@@ -50,9 +50,9 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
         )
         for path in vision.features
     ]
-    rows.append(("model", model, "a local folder, or downloaded from the hub"))
+    rows.append(("model", model, "found" if find_path(model) else "from the hub"))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(["data", *(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)])
+    return "\n".join(["files", *(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)])
 
 
 def _missing(form: str) -> str:
