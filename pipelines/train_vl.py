@@ -1,23 +1,14 @@
 """Fine-tunes a vision-language model on one or several tasks: with DoRA, LoRA or all weights, part by part."""
 
 import logging
-<<<<<<< HEAD
-from collections.abc import Mapping
-=======
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
->>>>>>> preview
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from accelerate import Accelerator
-=======
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
->>>>>>> preview
+from accelerate import Accelerator
 from torch import nn
 
 from dora_mm.config.vl import TrainVLConfig
@@ -26,7 +17,7 @@ from dora_mm.data.vl.needed import data_needed
 from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
-from dora_mm.models.hub import Unreachable
+from dora_mm.models.hub import UnreachableError
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.families import Structure, load_family, load_if_here, structure_of
@@ -42,10 +33,6 @@ from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, with_steps
 from dora_mm.train.prefetch import Prefetched
-<<<<<<< HEAD
-from dora_mm.train.preview import slow_hardware
-from dora_mm.train.processes import join_processes, main_process_first
-=======
 from dora_mm.train.preview import (
     TOO_SLOW,
     StepCost,
@@ -56,7 +43,7 @@ from dora_mm.train.preview import (
     slow_hardware,
     time_line,
 )
->>>>>>> preview
+from dora_mm.train.processes import join_processes, main_process_first
 from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
@@ -95,14 +82,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         device=accelerator.device,
     )
     model.check(task.task for task in config.data.all_tasks)
-<<<<<<< HEAD
     with main_process_first(accelerator):  # it writes the tables that the others open
-        training = open_training(config.data, config.train.batch_size, model)
+        training, rows = survey_all(model, open_training(config.data, config.train.batch_size, model))
         splits = open_validation(config.data, config.evaluate, model, answered=True)
-=======
-    training, rows = survey_all(model, open_training(config.data, config.train.batch_size, model))
-    splits = open_validation(config.data, config.evaluate, model, answered=True)
->>>>>>> preview
     for remark in slow_hardware(accelerator, model.networks.values()):
         log.warning("%s", remark)
     identity = dict(model.identity)
@@ -121,16 +103,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     parts = build(config, model, trained, accelerator, batches.per_epoch)
     train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
-<<<<<<< HEAD
-    optimizer = accelerator.prepare(optimizer)
-    if train.gradient_checkpointing:
-        network: Any = trained.networks["model"]
-        network.activation_checkpointing_enable()
-        network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
-=======
->>>>>>> preview
     write = partial(vl_adapters.save, trained, config, identity)
-    vl_adapters.train_mode(trained.networks.values())
     with training_run(accelerator, config, inputs, resume, train.steps) as run:
         validate = None
         if accelerator.is_main_process:
@@ -160,8 +133,7 @@ def build(
         network: Any = trained.networks["model"]
         network.activation_checkpointing_enable()
         network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
-    for network in trained.networks.values():
-        network.train()
+    vl_adapters.train_mode(trained.networks.values())
     return {
         "accelerator": accelerator,
         "config": train,
@@ -231,7 +203,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
     tower, needed = bool(config.adapter.vision_parts), data_needed(config.data, config.vision, config.model.path)
     try:
         structure = structure_of(config.model, config.vision, tower=tower)
-    except Unreachable as error:
+    except UnreachableError as error:
         yield from [str(error), needed, *preview_data(config, None).sections, *slow_hardware(accelerator, None)]
         return
     trained = vl_adapters.adapt(structure, config.adapter, seed=config.seed, backend=config.backend)

@@ -8,7 +8,7 @@ from pathlib import Path
 _CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
 
 
-class Unreachable(ValueError):
+class UnreachableError(ValueError):
     """A repository is not on this machine, and the hub cannot be reached."""
 
 

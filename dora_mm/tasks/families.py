@@ -15,7 +15,7 @@ from dora_mm.config.vl import VisionConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features
-from dora_mm.models.hub import Unreachable, local_copy
+from dora_mm.models.hub import UnreachableError, local_copy
 from dora_mm.models.towers.tower import load_tower
 from dora_mm.models.vl_bart.loading import empty_vl_bart, is_vl_bart
 from dora_mm.models.vlm.folders import has_weights
@@ -74,7 +74,7 @@ def load_if_here(
         here = local_copy(path) is not None and len(found_features(vision)) == len(vision.features)
     else:
         here = has_weights(path, model.revision)
-        with suppress(Unreachable):
+        with suppress(UnreachableError):
             return load_family(model, vision, seed=seed, trained_tower=trained_tower, device=device), here
     found = load_family(model, vision, seed=seed, trained_tower=trained_tower, device=device) if here else None
     return found, here

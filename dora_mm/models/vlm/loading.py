@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, Pretrained
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import VLModelConfig
-from dora_mm.models.hub import Unreachable, unreachable
+from dora_mm.models.hub import UnreachableError, unreachable
 
 # What transformers raises for files that are missing, damaged or belong to another kind of model.
 LOADING_ERRORS = (
@@ -43,14 +43,14 @@ def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
         The config; its `_commit_hash` is the commit of a hub model.
 
     Raises:
-        Unreachable: It is on the hub, and the hub cannot be reached.
+        UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: There is no config, or it is none of transformers' architectures.
     """
     try:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except LOADING_ERRORS as error:
         if message := unreachable(path, error):
-            raise Unreachable(message) from error
+            raise UnreachableError(message) from error
         raise ValueError(f"{path} is not a model of transformers: {_line(error)}") from error
 
 
@@ -98,7 +98,7 @@ def load_processor(config: VLModelConfig) -> ProcessorMixin:
     """Loads the processor of a model: its tokenizer and image processor.
 
     Raises:
-        Unreachable: It is on the hub, and the hub cannot be reached.
+        UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: There is none, it takes no images or lacks a package, or an image size does not fit it.
     """
     path = resolve_model(config.path)
@@ -110,7 +110,7 @@ def load_processor(config: VLModelConfig) -> ProcessorMixin:
         raise ValueError(f"model.path: the processor of {path} needs a package: {_line(error)}") from error
     except LOADING_ERRORS as error:
         if message := unreachable(path, error):
-            raise Unreachable(message) from error
+            raise UnreachableError(message) from error
         raise ValueError(f"model.path: {path} has no processor: {_line(error)}") from error
     images = getattr(processor, "image_processor", None)
     if images is None or getattr(processor, "tokenizer", None) is None:
