@@ -64,7 +64,7 @@ def test_the_one_task_is_chat_unless_it_is_named(tmp_path):
         ("valid: {format: chats, file: a}", "data.valid.format: must be 'vqa_v2', "),
         (
             "task: gqa\n  valid: {format: gqa, file: a}",
-            "data has a source without images, and vision.features is empty",
+            "data has a source without images",
         ),
     ],
 )
