@@ -47,7 +47,7 @@ def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revisi
     base = load_probe(path, revision, dtype)
     logits = merge(base, file, dtype)
     with written_at_once(folder) as partial:
-        write_copy(base.model, path, partial)
+        write_copy(base.model, base.folder, partial)
         digest = module_digest(base.model)
         del base  # the memory may not hold two models, and modules refer to each other
         gc.collect()

@@ -45,6 +45,25 @@ def local_copy(path: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def commit_of(path: str, file: str, revision: str | None = None) -> str | None:
+    """The commit of a hub repository as it was loaded, from the hub's cache on this machine.
+
+    Args:
+        path: What was loaded.
+        file: A file of it that was loaded.
+        revision: The revision that was loaded; None: the main branch.
+
+    Returns:
+        The commit's hash; None for a local folder, and for a file that is not in the cache.
+    """
+    if Path(path).exists():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, file, revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def _is_connection(error: BaseException) -> bool:
     names = {kind.__name__ for kind in type(error).__mro__}
     return isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or bool(names & _CONNECTION)

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.vl import VLModelConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.models.hub import unreachable
+from dora_mm.models.hub import commit_of, local_copy, unreachable
 from dora_mm.models.vlm.encoding import Row, collate
 from dora_mm.models.vlm.folders import identity_of
 from dora_mm.models.vlm.forms import form_of
@@ -36,11 +37,13 @@ class Probe:
         model: The model, on the CPU.
         row: The input: a generated picture with a question and an answer; of a language model, the answer alone.
         identity: What identifies the base weights, by keys of an adapter's header.
+        folder: The folder of its files; of a hub model, that in the cache.
     """
 
     model: Any
     row: Row
     identity: Mapping[str, str]
+    folder: Path
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -64,20 +67,23 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     Raises:
         ValueError: The model, its processor or its tokenizer cannot be loaded.
     """
-    settings = VLModelConfig.model_validate({"path": path, "revision": revision, "dtype": dtype})
     config = read_config(path, revision)
+    commit = commit_of(path, CONFIG_NAME, revision)
+    settings = VLModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype})
     if hasattr(config, "vision_config"):
         vlm = VLM(settings)
         model, row = vlm.model, _picture_row(vlm)
     else:
-        tokenizer = _load_tokenizer(path, revision)
+        tokenizer = _load_tokenizer(path, commit)
         model = load_vlm(settings, CPU)
         row = _text_row(tokenizer)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = (
             tensor.data.clone()
         )  # aligned: those read from a file are not, which changes last bits of products
-    return Probe(model, row, identity_of(path, config))
+    folder = local_copy(path, commit)
+    assert folder is not None
+    return Probe(model, row, identity_of(path, commit), folder)
 
 
 def _picture_row(vlm: VLM) -> Row:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
+from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import DecodeConfig, VLModelConfig
@@ -20,6 +21,7 @@ from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import IMAGE, Answer, Example, Turn
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.hub import commit_of
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
 from dora_mm.models.vlm.folders import identity_of
 from dora_mm.models.vlm.forms import Form, cross_entropy, form_of
@@ -62,6 +64,7 @@ class VLM:
         processor: Its processor.
         plain: What a class without a chat template can read; None for those that have one.
         limit_from: What sets the number of tokens that a row may have: a key of the config, or the model.
+        commit: The commit of a hub model; None for a local one.
         num_cut: See `VLModel.num_cut`.
 
     Raises:
@@ -72,11 +75,12 @@ class VLM:
     prepares_batches = True
 
     def __init__(self, config: VLModelConfig, device: torch.device | str = "cpu"):
-        self.config, self.device = config, torch.device(device)
-        self.path = resolve_model(config.path)
+        self.device, self.path = torch.device(device), resolve_model(config.path)
         self.model_config: Any = read_config(self.path, config.revision)
+        self.commit = commit_of(self.path, CONFIG_NAME, config.revision)
+        self.config = config.model_copy(update={"revision": self.commit})  # all is read of one commit
         self.name = model_class(self.model_config, self.path).__name__  # for messages
-        self.processor: Any = load_processor(config)
+        self.processor: Any = load_processor(self.config)
         self.plain = None if self.processor.chat_template else PLAIN.get(self.model_config.model_type)
         if self.plain is None and not self.processor.chat_template:
             raise ValueError(
@@ -113,7 +117,7 @@ class VLM:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        return identity_of(self.path, self.model_config)
+        return identity_of(self.path, self.commit)
 
     def fresh(self, seed: int) -> VLM:
         return VLM(self.config, self.device)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 import transformers
@@ -334,3 +335,27 @@ def test_wrong_arguments(tiny_vlm, tmp_path, capsys):
     assert "no adapter files" in refused(capsys, tmp_path / "merged", base, base)
     assert "ADAPTER" in refused(capsys, tmp_path / "merged", base, tmp_path / "missing")
     assert "--revision" in refused(capsys, tmp_path / "merged", base, adapter, "--revision", "main")
+
+
+# --- models of the hub -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tiny_vlm, tmp_path, monkeypatch, capsys):
+    """A cache with two commits of one model, the second of which is `main`, and the first has the tag `v1`."""
+    name, first, second = "someone/tiny", "a" * 40, "b" * 40
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for commit, tag in ((first, "v1"), (second, "main")):
+        shutil.copytree(tiny_vlm("llava"), repository / "snapshots" / commit)
+        (repository / "refs" / tag).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    vlm = VLM(VLModelConfig(path=name, revision="v1"))
+    assert vlm.identity == {"base_revision": first}
+    assert VLM(VLModelConfig(path=name)).identity == {"base_revision": second}
+    dora_mm.inject(vlm.model, vlm.target_maps["model"], DoRASpec(rank=2))
+    adapter = dora_mm.save_adapter({"model": vlm.model}, tmp_path / "adapter", format="peft", metadata=vlm.identity)
+    assert "another commit" in refused(capsys, tmp_path / "merged", name, adapter.parent)
+    assert merge(name, adapter.parent, tmp_path / "merged", "--revision", "v1") == 0
+    assert_same_layout(repository / "snapshots" / first, tmp_path / "merged")
+    assert "cannot be reached" in refused(capsys, tmp_path / "other", "someone/else", adapter.parent)

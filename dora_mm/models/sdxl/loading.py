@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.sdxl import ModelConfig
+from dora_mm.models import hub
 from dora_mm.models.hub import unreachable
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -150,10 +150,7 @@ def commit_of(path: str, revision: str | None = None) -> str | None:
     Returns:
         The commit's hash; None for a local folder or file, and for a model that is not in the cache.
     """
-    if Path(path).exists() or not _is_hub_name(path):
-        return None
-    file = try_to_load_from_cache(path, "model_index.json", revision=revision)
-    return Path(file).parent.name if isinstance(file, str) else None
+    return hub.commit_of(path, "model_index.json", revision) if _is_hub_name(path) else None
 
 
 def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

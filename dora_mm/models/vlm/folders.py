@@ -33,18 +33,17 @@ def has_weights(path: str, revision: str | None = None) -> bool:
     return folder is not None and all(file.is_file() for file in weight_files(folder))
 
 
-def identity_of(path: str, config: PretrainedConfig) -> dict[str, str]:
+def identity_of(path: str, commit: str | None) -> dict[str, str]:
     """What identifies the weights of a model that could be loaded, by a key of an adapter's header.
 
     Args:
         path: Its local folder or hub name.
-        config: Its config.
+        commit: The commit of a hub model; None for a local one.
 
     Returns:
         The commit of a hub model; else a digest of the weights as the folder has them, which does not depend on the
         dtype or quantisation in which they are loaded.
     """
-    commit = getattr(config, "_commit_hash", None)
     return {"base_revision": commit} if commit else {"base_digest": weights_digest(weight_files(Path(path)))}
 
 
@@ -60,7 +59,7 @@ def saved_dtype(path: str, config: PretrainedConfig) -> str:
     return name
 
 
-def write_copy(model: Any, path: str, folder: Path) -> None:
+def write_copy(model: Any, source: Path, folder: Path) -> None:
     """Writes a model with the files of the folder that it was loaded from: the same but for the weights.
 
     Every file but the weights is copied, since transformers writes configs and processors that its earlier versions
@@ -69,14 +68,12 @@ def write_copy(model: Any, path: str, folder: Path) -> None:
 
     Args:
         model: The model, loaded by `from_pretrained`, without adapters.
-        path: The local folder or hub name that it was loaded from.
+        source: The local folder that it was loaded from; of a hub model, that in the cache.
         folder: An empty folder.
 
     Raises:
         ValueError: Only some of the weights that were tied are different now.
     """
-    source = local_copy(path, getattr(model.config, "_commit_hash", None))
-    assert source is not None
     untied = _is_untied(model)
     files = weight_files(source)
     shards = {"max_shard_size": max(file.stat().st_size for file in files)} if len(files) > 1 else {}

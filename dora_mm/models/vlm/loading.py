@@ -40,7 +40,7 @@ def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
         revision: A commit, branch or tag of a hub model; None is its main branch.
 
     Returns:
-        The config; its `_commit_hash` is the commit of a hub model.
+        The config.
 
     Raises:
         UnreachableError: It is on the hub, and the hub cannot be reached.
