@@ -191,20 +191,16 @@ class VLAdapterConfig(AnyAdapterConfig):
     @field_validator("parts", mode="before")
     @classmethod
     def _named_parts(cls, parts: Any) -> Any:
-        if parts is None:
-            return {}
         if isinstance(parts, list | tuple):
             if len(set(map(str, parts))) < len(parts):
                 raise ValueError("names a part twice")
-            parts = {name: {} for name in parts}
-        for name in parts if isinstance(parts, dict) else ():
-            if name not in PARTS:
-                raise ValueError(f"there is no part {name!r}{nearest(str(name), PARTS)}; parts are {', '.join(PARTS)}")
-        return (
-            {name: {} if value is None else value for name, value in parts.items()}
-            if isinstance(parts, dict)
-            else parts
-        )
+            parts = dict.fromkeys(parts)
+        if not isinstance(parts, dict):
+            return {} if parts is None else parts
+        if unknown := [str(name) for name in parts if name not in PARTS]:
+            name, known = unknown[0], ", ".join(PARTS)
+            raise ValueError(f"there is no part {name!r}{nearest(name, PARTS)}; parts are {known}")
+        return {name: {} if settings is None else settings for name, settings in parts.items()}
 
     @property
     def vision_parts(self) -> tuple[str, ...]:
@@ -301,8 +297,7 @@ class TrainVLConfig(PipelineConfig):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainVLConfig":
-        dtype = "float32" if self.model.quantization else self.model.dtype
-        problems = check_vl_training(self.optimizer, self.schedule, self.train, dtype)
+        problems = check_vl_training(self.optimizer, self.schedule, self.train, self.model.dtype)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
         problems += missing_splits(self.data, "train")
