@@ -33,6 +33,7 @@ from dora_mm.utils.atomic import write_atomically, write_text
 log = logging.getLogger(__name__)
 LAYOUT = "3"  # increase it when a reader makes different rows from the same files
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
+HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
 
 
@@ -293,21 +294,30 @@ def _count_stored(batches: Sequence[pa.RecordBatch], folder: Path) -> int:
 
 
 def _digest(source: SourceConfig) -> str:
-    """Digest of all that the rows depend on: file contents (0.5 s for VQA v2), name of the data file, selected rows."""
+    """Digest of all that the rows depend on: file contents (0.3 s for VQA v2), name of the data file, selected rows."""
     digest = hashlib.blake2b(digest_size=16)
     selection = [source.split, source.limit, *([source.skip] if source.skip else [])]
     digest.update(json.dumps([LAYOUT, source.format, Path(source.file).name, *selection]).encode())
     for key in FILES:
         if (path := getattr(source, key)) is not None:
-            content = hashlib.blake2b(digest_size=16)
             try:
-                with open(path, "rb") as file:
-                    while chunk := file.read(1 << 20):
-                        content.update(chunk)
+                digest.update(f"{key} {_content_digest(path)}".encode())
             except OSError as error:
                 raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-            digest.update(f"{key} {content.hexdigest()}".encode())
     return digest.hexdigest()
+
+
+def _content_digest(path: str) -> str:
+    """Digest of the digests of a file's blocks, which all processor cores share."""
+
+    def block_digest(start: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(start)
+            return hashlib.blake2b(file.read(HASHED), digest_size=16).digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        blocks = threads.map(block_digest, range(0, max(1, os.path.getsize(path)), HASHED))
+        return hashlib.blake2b(b"".join(blocks), digest_size=16).hexdigest()
 
 
 def _in_batches(rows: Iterable[Example]) -> Iterator[list[Example]]:

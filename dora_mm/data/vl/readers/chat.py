@@ -3,22 +3,23 @@
 A file is a JSON list, JSON lines or Parquet; its content says which. All its rows have one shape, see chat_shapes.py.
 """
 
-import json
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic_core import from_json
 
 from dora_mm.config.vl import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, json_lines, list_items, place
-from dora_mm.data.vl.readers.chat_shapes import SHAPES, Shape, shape_of
+from dora_mm.data.vl.readers.chat_shapes import SHAPES, Row, Shape, shape_of
 from dora_mm.data.vl.readers.conversation import conversation
-from dora_mm.data.vl.rows import BadRows, RowError, checked
+from dora_mm.data.vl.rows import BadRows, RowError
 
 log = logging.getLogger(__name__)
 PEEKED = 20  # rows that are searched for one of a known shape: the first may be damaged
@@ -41,10 +42,10 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     path = Path(source.file)
     shape = find_shape(path)
     log.info("%s: %s", path, shape.name)
-    seen: set[Hashable] = set()
+    seen: set[str] = set()
     for where, item in _items(path):
         try:
-            row = checked(shape.schema, item)
+            row = _parsed(item)
             example = conversation(shape.read(row), _new_id(row.get("id"), where, seen))
         except RowError as error:
             bad.add(place(path, where, item), str(error))
@@ -59,13 +60,16 @@ def find_shape(path: Path) -> Shape:
     Raises:
         ValueError: The file cannot be read, or its first rows have none of the known shapes.
     """
-    rows = [_parsed(item) for _, item in islice(_items(path), PEEKED)]
-    found = next((shape for row in rows if (shape := shape_of(row))), None)
-    if found is None:
-        keys = f"has the keys {', '.join(map(repr, rows[0]))}" if isinstance(rows[0], dict) else "is not an object"
-        known = ", ".join(shape.name for shape in SHAPES)
-        raise ValueError(f"{path} has no known shape of conversations: its first row {keys}; known are {known}")
-    return found
+    keys = "is damaged or not an object"
+    for number, (_, item) in enumerate(islice(_items(path), PEEKED)):
+        with suppress(RowError):  # reported when the row is read
+            row = _parsed(item)
+            if shape := shape_of(row):
+                return shape
+            if number == 0:
+                keys = f"has the keys {', '.join(map(repr, row))}"
+    known = ", ".join(shape.name for shape in SHAPES)
+    raise ValueError(f"{path} has no known shape of conversations: its first row {keys}; known are {known}")
 
 
 def _items(path: Path) -> Iterator[Item]:
@@ -101,18 +105,26 @@ def _parquet_rows(path: Path) -> Iterator[Item]:
         raise ValueError(f"{path} has no rows")
 
 
-def _parsed(item: Any) -> Any:
-    if not isinstance(item, bytes):
-        return item
-    try:
-        return json.loads(item)
-    except ValueError:  # reported when the row is read
-        return None
+def _parsed(item: Any) -> Row:
+    """The item as an object; lines are parsed."""
+    if isinstance(item, bytes):
+        try:
+            item = from_json(item, allow_inf_nan=False, cache_strings="keys")
+        except ValueError:
+            raise RowError("is truncated or not valid JSON") from None
+    if not isinstance(item, dict):
+        raise RowError("is not an object with keys")
+    return item
 
 
-def _new_id(given: int | str | None, where: str, seen: set[Hashable]) -> str:
+def _new_id(given: Any, where: str, seen: set[str]) -> str:
     """The id of the file, or the number of the row; with its place where the file has the id a second time."""
-    name = where.rpartition(" ")[2] if given is None or given == "" else str(given)
+    if given is None or given == "":
+        name = where.rpartition(" ")[2]
+    elif type(given) in (int, str):
+        name = str(given)
+    else:
+        raise RowError("has an id that is neither a number nor a text")
     if name not in seen:
         return name
     if (placed := f"{name} ({where})") in seen:
