@@ -92,5 +92,7 @@ def _content(text: str) -> list[dict[str, str]]:
 
 def _shared(one: str, other: str) -> int:
     """The length of the common beginning of two texts."""
+    if other.startswith(one):
+        return len(one)
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
