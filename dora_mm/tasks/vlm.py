@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
@@ -73,14 +74,16 @@ class VLM:
         num_cut: See `VLModel.num_cut`.
 
     Raises:
-        ValueError: The model or its processor cannot be loaded; or its class has neither a chat template nor a plain
-            prompt that is known here.
+        ValueError: The model or its processor cannot be loaded; a folder is given with a revision; or its class has
+            neither a chat template nor a plain prompt that is known here.
     """
 
     prepares_batches = True
 
     def __init__(self, config: VLModelConfig, device: torch.device | str = "cpu"):
         self.device, self.path = torch.device(device), resolve_model(config.path)
+        if config.revision and Path(self.path).exists():
+            raise ValueError(f"model.revision is for models of the hub, and {self.path} is a folder: leave it out")
         self.model_config: Any = read_config(self.path, config.revision)
         self.commit = commit_of(self.path, CONFIG_NAME, config.revision)
         self.config = config.model_copy(update={"revision": self.commit})  # all is read of one commit
