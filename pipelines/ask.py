@@ -73,7 +73,8 @@ def load_vlm(path: str, run: TrainVLConfig | None, dtype: str | None, revision: 
     """A model of transformers, with the settings of the run that trained the adapter."""
     given = {key: value for key, value in (("dtype", dtype), ("revision", revision)) if value}
     if run is not None and run.model.family == "vlm":
-        settings = run.model.model_copy(update={"path": path, **given})
+        same = {} if resolve_model(run.model.path) == path else {"revision": None}
+        settings = run.model.model_copy(update={"path": path, **same, **given})
     else:
         given.setdefault("dtype", saved_dtype(path, read_config(path, revision)))
         settings = VLModelConfig.model_validate({"path": path, **given})

@@ -20,7 +20,7 @@ from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.hub import UnreachableError
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.families import Structure, load_family, load_if_here, structure_of
+from dora_mm.tasks.families import Structure, load_family, load_if_here, pinned, structure_of
 from dora_mm.tasks.survey import survey_all
 from dora_mm.tasks.vl import RowsCut, VLBatches, VLModel, answerers
 from dora_mm.tasks.vl_adapters import MODEL, Trained
@@ -74,6 +74,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     # A batch without images leaves the vision parts without gradients, and some classes never use a tower's last layer.
     unused = config.model.family == "vlm"
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
     model = load_family(
         config.model,
         config.vision,

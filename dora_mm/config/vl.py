@@ -150,7 +150,7 @@ class VLModelConfig(Section):
     min_pixels: PositiveInt | None = None  # vlm: of an image, where the processor keeps its shape (Qwen-VL)
     max_pixels: PositiveInt | None = None  # vlm: as min_pixels; more pixels are more tokens
     image_size: PositiveInt | None = None  # vlm: side in pixels, for processors that resize to a fixed size
-    max_length: PositiveInt | None = None  # vlm: tokens per row; text beyond is cut; null: the model's positions
+    max_length: PositiveInt | None = None  # vlm: tokens per row of a training; text beyond is cut; null: positions
     prompts: dict[VLTask, Text] = Field(default_factory=dict)  # vlm: of a task, with {text} for the question
     random: bool = False  # vl_bart: read only the config from `path`, and initialize the weights from the seed
     # vl_bart: the kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match.

@@ -59,7 +59,7 @@ def save(state: AdapterState, components: Mapping[str, nn.Module], folder: Path,
     extra = state.parameters.get(component, {})
     tensors |= {PREFIX + _file_name(name, layers): tensor for name, tensor in extra.items()}
     config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, **lora_config(layers, model)}
-    config["base_model_name_or_path"] = metadata.get("base_model")
+    config |= {"base_model_name_or_path": metadata.get("base_model"), "revision": metadata.get("base_revision")}
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     header = {"format": "pt", OUR_METADATA: json.dumps({**our_config(layers), "parameters": sorted(extra)})}
     save_tensors(folder / FILE_NAME, tensors, {**metadata, **header})

@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import VisionConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features
-from dora_mm.models.hub import UnreachableError, local_copy
+from dora_mm.models.hub import UnreachableError, commit_of, local_copy
 from dora_mm.models.towers.tower import load_tower
 from dora_mm.models.vl_bart.loading import empty_vl_bart, is_vl_bart
 from dora_mm.models.vlm.folders import has_weights
-from dora_mm.models.vlm.loading import empty_model
+from dora_mm.models.vlm.loading import empty_model, read_config
 from dora_mm.targets import map_of
 from dora_mm.tasks.vl import VLModel
 from dora_mm.tasks.vl_bart import VISION, VLBartTask, vl_bart_maps
@@ -51,6 +53,19 @@ def load_family(
     if is_vl_bart(path := resolve_model(model.path)):
         raise ValueError(f"model.path: {path} is a VL-BART: set model.family to vl_bart")
     return VLM(model, device)
+
+
+def pinned(model: VLModelConfig) -> VLModelConfig:
+    """The `model` section with the commit of a hub model as its revision, for all that is read of it later.
+
+    Raises:
+        ValueError: The hub cannot be reached, or the path is no model.
+    """
+    path = resolve_model(model.path)
+    if model.family == "vl_bart" or Path(path).exists():
+        return model
+    read_config(path, model.revision)  # puts it into the hub's cache
+    return model.model_copy(update={"revision": commit_of(path, CONFIG_NAME, model.revision) or model.revision})
 
 
 def load_if_here(

@@ -30,7 +30,6 @@ from dora_mm.tasks.vl import VLModel
 MODEL = "model"
 IDENTITIES = {  # keys of an adapter's header
     "base_digest": "model.path: another base model",
-    "base_revision": "model.revision: another commit of the base model",
     "vision_digest": "vision: another tower or features",
 }
 
@@ -220,6 +219,8 @@ def _matches(pattern: str, name: str) -> bool:
 def save(trained: Trained, config: TrainVLConfig, identity: Mapping[str, str], folder: Path) -> None:
     """Saves what was trained: in PEFT's format where it can hold it, else in our own."""
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
+    if config.model.revision:
+        about["base_revision"] = config.model.revision
     for component, network in trained.networks.items():
         if component in trained.reports:
             format = formats.format_for({component: network}, preferred="peft")
@@ -323,8 +324,7 @@ def load(model: VLModel, path: Path, *, backend: str) -> None:
             f"{folder} adapts the {missing[0]} tower too: remove vision.features, so that the tower encodes the images"
         )
     for component in (MODEL, *sorted(subfolders)):
-        dora_mm.load_adapter(
-            {component: model.networks[component]},
-            folder if component == MODEL else folder / component,
-            backend=backend,
-        )
+        network, path = model.networks[component], folder if component == MODEL else folder / component
+        own = formats.read(path, {component: network})[0].parameters.get(component, {})
+        _to_float32(parameter for name, parameter in network.named_parameters() if name in own)  # as they were trained
+        dora_mm.load_adapter({component: network}, path, backend=backend)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,7 @@ from dora_mm.tasks.vl import ROW_MEANS, Target, mean_over_processes
 from dora_mm.tasks.vlm_lengths import row_lengths
 from dora_mm.tasks.vlm_shown import shown_row
 
+log = logging.getLogger(__name__)
 LONGEST = 1 << 20  # tokens per row of a model whose config has no limit
 
 
@@ -62,20 +66,24 @@ class VLM:
 
     Attributes:
         processor: Its processor.
+        encoder: Encodes the rows of a training, which have at most `model.max_length` tokens.
+        reader: Encodes rows to answer, which are only as short as the model's positions.
         plain: What a class without a chat template can read; None for those that have one.
         limit_from: What sets the number of tokens that a row may have: a key of the config, or the model.
         commit: The commit of a hub model; None for a local one.
         num_cut: See `VLModel.num_cut`.
 
     Raises:
-        ValueError: The model or its processor cannot be loaded; or its class has neither a chat template nor a plain
-            prompt that is known here.
+        ValueError: The model or its processor cannot be loaded; a folder is given with a revision; or its class has
+            neither a chat template nor a plain prompt that is known here.
     """
 
     prepares_batches = True
 
     def __init__(self, config: VLModelConfig, device: torch.device | str = "cpu"):
         self.device, self.path = torch.device(device), resolve_model(config.path)
+        if config.revision and Path(self.path).exists():
+            raise ValueError(f"model.revision is for models of the hub, and {self.path} is a folder: leave it out")
         self.model_config: Any = read_config(self.path, config.revision)
         self.commit = commit_of(self.path, CONFIG_NAME, config.revision)
         self.config = config.model_copy(update={"revision": self.commit})  # all is read of one commit
@@ -88,6 +96,7 @@ class VLM:
             )
         positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None) or LONGEST
         self.encoder = RowEncoder(self.processor, min(config.max_length or positions, positions))
+        self.reader = RowEncoder(self.processor, positions)  # without its end a question asks for something else
         self.limit_from = (
             "model.max_length" if self.encoder.max_length == config.max_length else "the model's positions"
         )
@@ -160,19 +169,24 @@ class VLM:
         Raises:
             ValueError: An image cannot be read, or the row cannot be encoded; the message names the row.
         """
-        pictures = [self.load_image(images, name) for name in example.images]
+        return self._encoded(task, example, self._pictures(example, images), answer, answer is not None)
+
+    def _pictures(self, example: Example, folder: str | None) -> list[Any]:
+        return [self.load_image(folder, name) for name in example.images]
+
+    def _encoded(
+        self, task: str, example: Example, pictures: list[Any], answer: str | None, trained: bool = False
+    ) -> Row:
+        encoder = self.encoder if trained else self.reader
         try:
-            return self._encoded(task, example, pictures, answer)
+            rendered = self.rendered(task, example, answer)
+            if self.plain is not None:
+                return self._plain_row(encoder, rendered.text, pictures, answer)
+            if answer is None:
+                return encoder.question(rendered.text, pictures)
+            return encoder.conversation(*rendered, pictures)
         except ValueError as error:
             raise ValueError(f"row {example.id} of {task}: {error}") from error
-
-    def _encoded(self, task: str, example: Example, pictures: list[Any], answer: str | None) -> Row:
-        rendered = self.rendered(task, example, answer)
-        if self.plain is not None:
-            return self._plain_row(rendered.text, pictures, answer)
-        if answer is None:
-            return self.encoder.question(rendered.text, pictures)
-        return self.encoder.conversation(*rendered, pictures)
 
     def rendered(self, task: str, example: Example, answer: str | None) -> Rendered:
         """The text that the processor reads, with the places of the answers: none where they are no part of it.
@@ -191,11 +205,11 @@ class VLM:
         turns = self.turns(task, example, answer)
         return Rendered(render_prompt(self.processor, turns), ()) if answer is None else render(self.processor, turns)
 
-    def _plain_row(self, text: str, pictures: list[Any], answer: str | None) -> Row:
+    def _plain_row(self, encoder: RowEncoder, text: str, pictures: list[Any], answer: str | None) -> Row:
         if self.form.continues:
-            return self.encoder.question(text, pictures, answer)
-        row = self.encoder.question(text, pictures, ends=True)
-        return replace(row, labels=self.encoder.decoder_target(answer or "", self.form.start))
+            return encoder.question(text, pictures, answer)
+        row = encoder.question(text, pictures, ends=True)
+        return replace(row, labels=encoder.decoder_target(answer or "", self.form.start))
 
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
@@ -281,11 +295,11 @@ class VLM:
         if config.answers == "trie" and config.takes_candidates(task):
             raise ValueError("answers: trie needs model.family vl_bart: use generate or rank")
         if task in DECIDED or task == "choice":
-            return partial(self._ranked, task, DECIDED.get(task))
+            return partial(self._ranked, task, DECIDED.get(task), config.batch_size)
         if config.takes_candidates(task):
             if not candidates:
                 raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
-            return partial(self._ranked, task, sorted(set(candidates)))
+            return partial(self._ranked, task, sorted(set(candidates)), config.batch_size)
         settings = self._settings(
             config.max_new_tokens or ANSWER_TOKENS.get(task, 16), config.beams if task == "caption" else 1
         )
@@ -315,6 +329,10 @@ class VLM:
         self, task: str, settings: GenerationConfig, examples: Sequence[Example], images: str | None
     ) -> list[str]:
         rows = [self.row(task, example, images, None) for example in examples]
+        if num_cut := sum(row.num_cut > 0 for row in rows):
+            log.warning(
+                "%d questions of %s were cut to the model's %d positions", num_cut, task, self.reader.max_length
+            )
         answers = [""] * len(rows)
         for group in self._groups(rows):
             inputs, _ = self._collate([rows[i] for i in group], left=self.form.continues)
@@ -327,13 +345,30 @@ class VLM:
 
     @torch.no_grad()
     def _ranked(
-        self, task: str, known: Sequence[str] | None, examples: Sequence[Example], images: str | None
+        self,
+        task: str,
+        known: Sequence[str] | None,
+        batch_size: int,
+        examples: Sequence[Example],
+        images: str | None,
     ) -> list[str]:
         """The likeliest candidate of each example: of those known for the task, or the letters of its options."""
         answers = []
         for example in examples:
-            candidates = known or [chr(ord("A") + i) for i in range(len(example.options))]
-            rows = [self.row(task, example, images, candidate) for candidate in candidates]
-            sums, _ = self.row_losses(*self._collate(rows))
-            answers.append(candidates[int(sums.argmin())])
+            candidates = known or ascii_uppercase[: len(example.options)]
+            pictures, sums = self._pictures(example, images), []
+            for start in range(0, len(candidates), batch_size):
+                some = candidates[start : start + batch_size]
+                sums.append(self._candidate_losses(task, example, pictures, some))
+            answers.append(candidates[int(torch.cat(sums).argmin())])
         return answers
+
+    def _candidate_losses(self, task: str, example: Example, pictures: list[Any], candidates: Sequence[str]) -> Tensor:
+        """The loss of each candidate as the answer of an example: (C,), summed over its tokens."""
+        rows = [self._encoded(task, example, pictures, candidate) for candidate in candidates]
+        if any(row.num_cut for row in rows):
+            raise ValueError(
+                f"row {example.id} of {task}: with its answers it is longer than the model's "
+                f"{self.reader.max_length} positions: leave it out, or make its images smaller"
+            )
+        return self.row_losses(*self._collate(rows))[0]

@@ -340,22 +340,27 @@ def test_wrong_arguments(tiny_vlm, tmp_path, capsys):
 # --- models of the hub -----------------------------------------------------------------------------------------------
 
 
-def test_a_model_of_the_hub_is_known_by_its_commit(tiny_vlm, tmp_path, monkeypatch, capsys):
-    """A cache with two commits of one model, the second of which is `main`, and the first has the tag `v1`."""
-    name, first, second = "someone/tiny", "a" * 40, "b" * 40
+def test_a_model_of_the_hub_is_known_by_its_weights(tiny_vlm, tmp_path, monkeypatch, capsys):
+    """A cache with three commits of one model: `v1`, `v2` with the same weights, and `main` with others."""
+    name, first = "someone/tiny", "a" * 40
     repository = tmp_path / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
-    for commit, tag in ((first, "v1"), (second, "main")):
+    for commit, tag in ((first, "v1"), ("b" * 40, "v2"), ("c" * 40, "main")):
         shutil.copytree(tiny_vlm("llava"), repository / "snapshots" / commit)
         (repository / "refs" / tag).write_text(commit)
+    other = repository / "snapshots" / ("c" * 40)
+    changed = {key: value + 1 for key, value in load_file(other / "model.safetensors").items()}
+    save_file(changed, other / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     vlm = VLM(VLModelConfig(path=name, revision="v1"))
-    assert vlm.identity == {"base_revision": first}
-    assert VLM(VLModelConfig(path=name)).identity == {"base_revision": second}
+    assert vlm.identity == VLM(VLModelConfig(path=str(tiny_vlm("llava")))).identity
+    assert vlm.identity == VLM(VLModelConfig(path=name, revision="v2")).identity
     dora_mm.inject(vlm.model, vlm.target_maps["model"], DoRASpec(rank=2))
     adapter = dora_mm.save_adapter({"model": vlm.model}, tmp_path / "adapter", format="peft", metadata=vlm.identity)
-    assert "another commit" in refused(capsys, tmp_path / "merged", name, adapter.parent)
+    assert "another base model" in refused(capsys, tmp_path / "merged", name, adapter.parent)
+    assert "another base model" in refused(capsys, tmp_path / "merged", other, adapter.parent)
+    assert merge(tiny_vlm("llava"), adapter.parent, tmp_path / "from_a_folder") == 0
     assert merge(name, adapter.parent, tmp_path / "merged", "--revision", "v1") == 0
     assert_same_layout(repository / "snapshots" / first, tmp_path / "merged")
     assert "cannot be reached" in refused(capsys, tmp_path / "other", "someone/else", adapter.parent)

@@ -135,6 +135,24 @@ def test_the_likeliest_candidate_is_chosen(vlm, pictures):
     assert chosen == min(losses, key=losses.__getitem__)
 
 
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_candidates_are_ranked_by_whole_rows_and_in_batches(name, tiny_vlm, pictures):
+    """Rows that a training cuts before their answers have no loss, which would make the first candidate the best."""
+    example = Example("1", ("wide.png",), "What colour? " * 9)
+    candidates = ("a colour of many words", "blue", "another colour of many words")
+    for max_length, batch_size in ((None, 64), (None, 1), (40, 64)):
+        vlm = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=max_length))
+        answer = vlm.answerer("vqa", DecodeConfig(answers="rank", batch_size=batch_size), candidates)
+        assert answer([example], pictures) == ["blue"]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_questions_to_answer_are_not_cut(name, tiny_vlm, pictures):
+    example = Example("1", ("wide.png",), "What colour? " * 9)
+    whole, cut = (VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=n)) for n in (None, 30))
+    assert cut.row("vqa", example, pictures, None).length == whole.row("vqa", example, pictures, None).length
+
+
 def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
     llava = VLM(VLModelConfig(path=str(tiny_vlm("llava"))))
     with pytest.raises(ValueError, match="answers: trie needs model.family vl_bart"):

@@ -36,15 +36,19 @@ def has_weights(path: str, revision: str | None = None) -> bool:
 def identity_of(path: str, commit: str | None) -> dict[str, str]:
     """What identifies the weights of a model that could be loaded, by a key of an adapter's header.
 
+    A commit would not do: a folder with the same weights has none, and one that edits a README has others.
+
     Args:
         path: Its local folder or hub name.
         commit: The commit of a hub model; None for a local one.
 
     Returns:
-        The commit of a hub model; else a digest of the weights as the folder has them, which does not depend on the
-        dtype or quantisation in which they are loaded.
+        A digest of the weights as its files have them, which does not depend on the dtype or quantisation in which they
+        are loaded.
     """
-    return {"base_revision": commit} if commit else {"base_digest": weights_digest(weight_files(Path(path)))}
+    folder = local_copy(path, commit)
+    assert folder is not None
+    return {"base_digest": weights_digest(weight_files(folder))}
 
 
 def saved_dtype(path: str, config: PretrainedConfig) -> str:
