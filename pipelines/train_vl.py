@@ -216,7 +216,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         model, has_weights = load_if_here(config.model, config.vision, **settings)
     data = preview_data(config, model, colour=sys.stdout.isatty())
     yield from data.sections
-    why_not = None if is_measured(accelerator, trained.networks.values()) else TOO_SLOW
+    num_tokens = data.largest.num_tokens if data.largest else 1
+    why_not = None if is_measured(accelerator, trained.networks.values(), num_tokens) else TOO_SLOW
     if len(data.sets) < len(config.data.all_tasks):
         why_not = "not all training data can be read"
     elif not has_weights:

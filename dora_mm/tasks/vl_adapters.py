@@ -22,7 +22,7 @@ from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.vl import PartConfig, TrainVLConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap
 from dora_mm.core.quantized import is_quantized
-from dora_mm.core.targets import match_modules, matches
+from dora_mm.core.targets import match_modules, matches, parts_in
 from dora_mm.tasks.adapters import load_initial_adapter
 from dora_mm.tasks.families import Structure
 from dora_mm.tasks.vl import VLModel
@@ -84,7 +84,8 @@ def adapt(model: VLModel | Structure, config: VLAdapterConfig, *, seed: int, bac
         ValueError: The model has no such part; or a part cannot be adapted like this.
     """
     parts = config.trained_parts(model.target_maps[MODEL].select().parts)
-    known = [part for targets in model.target_maps.values() for part in targets.parts]
+    maps = model.target_maps.items()
+    known = [part for component, targets in maps for part in parts_in(model.networks[component], targets)]
     if unknown := [part for part in parts if part not in known]:
         raise ValueError(f"adapter.parts: this model has no part {unknown[0]}; it has {', '.join(known)}")
     found = Trained({MODEL: model.networks[MODEL]})

@@ -118,7 +118,9 @@ class RowCounter:
         example = self.table[row]
         answer = likeliest_answer(example)
         try:
-            return _Text(row, answer, self.model.rendered(self.task, example, answer))
+            rendered = self.model.rendered(self.task, example, answer)
+            self.model.encoder.check_places(rendered.text, len(example.images))
+            return _Text(row, answer, rendered)
         except ValueError as error:
             self.unreadable[row] = f"cannot be encoded: {error}"
             return None
@@ -156,14 +158,13 @@ def row_lengths(model: VLM, task: str, table: ExampleTable, images: str | None, 
     if not texts:
         return counter.lengths
     counter.count_texts()
-    found = counter.lengths
-    rows = found.rows[~found.overflow]
-    compared = rows[evenly_spaced(len(rows), COMPARED)]
-    true = encoded_lengths(model, task, table, images, compared)
-    places = np.searchsorted(found.rows, true.rows)
-    if all(np.array_equal(getattr(true, key), getattr(found, key)[places]) for key in ("tokens", "image_tokens")):
-        return replace(found, source=f"{found.source}; as in {len(places)} rows that were encoded")
-    return encoded_lengths(model, task, table, images, evenly_spaced(len(table), ENCODED))
+    rows = counter.lengths.rows[~counter.lengths.overflow]
+    encoded = encoded_lengths(model, task, table, images, rows[evenly_spaced(len(rows), COMPARED)])
+    counter.unreadable |= encoded.unreadable
+    found, same = counter.lengths, np.isin(counter.lengths.rows, encoded.rows)
+    if not all(np.array_equal(getattr(encoded, key), getattr(found, key)[same]) for key in ("tokens", "image_tokens")):
+        return encoded_lengths(model, task, table, images, evenly_spaced(len(table), ENCODED))
+    return replace(found, source=f"{found.source}; as in {len(encoded.rows)} rows that were encoded")
 
 
 def encoded_lengths(model: VLM, task: str, table: ExampleTable, images: str | None, rows: np.ndarray) -> RowLengths:

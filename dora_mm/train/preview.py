@@ -15,6 +15,7 @@ from dora_mm.train.optim import build_optimizer
 from dora_mm.utils.tables import aligned_columns
 
 LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
+LONG = 5e11  # parameters times tokens of a batch; some 3e12 operations, half a minute on two cores
 SLOWER = 4.0  # half precision that is this much slower than float32 is emulated: 16 times slower where it was measured
 BUDGET = 20.0  # seconds after which no further step is measured
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -269,9 +270,16 @@ def length_line(train: TrainConfig, batches_per_epoch: int) -> str:
     return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {batches_per_epoch:,} batches"
 
 
-def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module]) -> bool:
-    """Whether a step of these networks is short enough to be measured ahead of a training."""
-    return accelerator.device.type != "cpu" or _num_parameters(networks) < LARGE
+def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module], num_tokens: int = 1) -> bool:
+    """Whether a step of these networks is short enough to be measured ahead of a training.
+
+    Args:
+        accelerator: Knows the device.
+        networks: The networks.
+        num_tokens: The tokens of a batch, where a step takes longer for more of them.
+    """
+    size = _num_parameters(networks)
+    return accelerator.device.type != "cpu" or (size < LARGE and size * num_tokens < LONG)
 
 
 def _num_parameters(networks: Iterable[nn.Module]) -> int:

@@ -127,10 +127,7 @@ class RowEncoder:
         Raises:
             ValueError: The numbers of images and of places for them differ, or the processor refuses an image.
         """
-        token = getattr(self.processor, "image_token", None)
-        places = text.count(token) if isinstance(token, str) else None
-        if places not in (None, 0, len(images)) or (images and places == 0 and self.processor.chat_template):
-            raise ValueError(f"the text has {places} places for images, and the row has {len(images)} images")
+        self.check_places(text, len(images))
         found = self.processor(
             text=[text],
             images=[list(images)] if images else None,
@@ -142,6 +139,17 @@ class RowEncoder:
         replaced = found.pop("text_replacement_offsets", ())  # of each text; none without images
         parts = replaced[0] if len(replaced) else ()
         return dict(found), [Replaced(*part["span"], *part["new_span"], part["replacement"]) for part in parts]
+
+    def check_places(self, text: str, num_images: int) -> None:
+        """Checks that a text has as many places for images as there are.
+
+        Raises:
+            ValueError: It has more, or fewer.
+        """
+        token = getattr(self.processor, "image_token", None)
+        places = text.count(token) if isinstance(token, str) else None
+        if places not in (None, 0, num_images) or (num_images and places == 0 and self.processor.chat_template):
+            raise ValueError(f"the text has {places} places for images, and the row has {num_images} images")
 
     def settings(self, text: str) -> dict[str, bool]:
         """The tokenizer's settings for a text: one that begins as a sequence does gets no special tokens once more."""
