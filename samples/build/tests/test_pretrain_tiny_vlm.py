@@ -127,9 +127,8 @@ def test_the_committed_weights_are_small_and_of_the_trained_parts():
 
 @pytest.mark.slow
 @needs_parts
-def test_the_model_is_put_together_and_reads_a_scene(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_vlm, "FOLDER", tmp_path / "tiny-vlm")
-    tiny_vlm.main()
+def test_the_model_is_put_together_and_reads_a_scene(tmp_path):
+    tiny_vlm.main(tmp_path / "tiny-vlm")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny-vlm")
     processor = AutoProcessor.from_pretrained(tmp_path / "tiny-vlm")
     assert (type(model).__name__, type(processor).__name__) == ("FastVlmForConditionalGeneration", "LlavaProcessor")
