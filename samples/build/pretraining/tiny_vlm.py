@@ -54,20 +54,23 @@ TOWER = "model.vision_tower.timm_model."
 TRAINED = (f"{TOWER}blocks.6.", f"{TOWER}conv_head.", f"{TOWER}bn2.", "model.multi_modal_projector.")
 
 
-def main() -> None:
-    """Writes the model to build/tiny-vlm; replaces an existing one.
+def main(folder: Path = FOLDER) -> None:
+    """Writes the model to a folder as of `save_pretrained`; replaces an existing one.
+
+    Args:
+        folder: The folder.
 
     Raises:
         ValueError: A package is missing, or cannot be downloaded.
     """
     model, processor = build_tiny_vlm()
-    partial = FOLDER.with_name(f".{FOLDER.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    partial.rename(FOLDER)
-    log.info("%s: %s parameters", FOLDER, f"{model.num_parameters():,}")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    log.info("%s: %s parameters", folder, f"{model.num_parameters():,}")
 
 
 def build_tiny_vlm(weights: Path | None = WEIGHTS) -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:

@@ -13,8 +13,16 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+from samples.build.packages import SAMPLES
 from samples.build.pretraining import tiny_vlm
-from samples.build.pretraining.shared_image import IGNORED, SharedImageBatch, SharedImageTask, row_of, turns_of
+from samples.build.pretraining.shared_image import (
+    ASK_CAPTION,
+    IGNORED,
+    SharedImageBatch,
+    SharedImageTask,
+    row_of,
+    turns_of,
+)
 from samples.build.pretraining.vision_end import VisionEnd, features_before
 from samples.build.pretraining.words import UNKNOWN, Words
 from samples.build.scenes.scenes import Background, Placed, Scene, make_scene
@@ -119,19 +127,18 @@ def test_the_committed_weights_are_small_and_of_the_trained_parts():
 
 @pytest.mark.slow
 @needs_parts
-def test_the_model_is_put_together_and_reads_a_scene(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiny_vlm, "FOLDER", tmp_path / "tiny-vlm")
-    tiny_vlm.main()
+def test_the_model_is_put_together_and_reads_a_scene(tmp_path):
+    tiny_vlm.main(tmp_path / "tiny-vlm")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny-vlm")
     processor = AutoProcessor.from_pretrained(tmp_path / "tiny-vlm")
     assert (type(model).__name__, type(processor).__name__) == ("FastVlmForConditionalGeneration", "LlavaProcessor")
-    content = [{"type": "image"}, {"type": "text", "text": "What color is the background?"}]
+    content = [{"type": "image"}, {"type": "text", "text": ASK_CAPTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    image = Image.new("RGB", (224, 224), (165, 205, 245))
+    image = Image.open(SAMPLES / "vl" / "images" / "COCO_val2014_000000500003.jpg")  # three blue whales
     inputs = processor(text=[text], images=[[image]], return_tensors="pt", add_special_tokens=False)
     assert (inputs["input_ids"] == processor.image_token_id).sum() == tiny_vlm.NUM_FEATURES
-    ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert processor.tokenizer.decode(ids, skip_special_tokens=True) == "blue"
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert processor.tokenizer.decode(ids, skip_special_tokens=True).startswith("A blue whale")
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
