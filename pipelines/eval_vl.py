@@ -12,10 +12,10 @@ from dora_mm.config.vl import VIDEO_TASKS, EvalVLConfig
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
-from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.eval.vl.comparison import answer_scores, gain_over_question_only
 from dora_mm.eval.vl.metrics import QUESTION_TASKS, VLScores, report, score, score_row
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
-from dora_mm.eval.vl.question_only import question_only_accuracy
+from dora_mm.eval.vl.question_only import question_only_accuracy, question_only_answers
 from dora_mm.eval.vl.scores import is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.sampling.answers import answer_all
@@ -60,16 +60,16 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
     scores = {name: score(name, rows) for name, rows in scored.items()}
     scores = {
-        name: with_question_only_accuracy(config, name, found, splits[name].table) for name, found in scores.items()
+        name: with_question_only_accuracy(config, name, found, scored[name]) for name, found in scores.items()
     }
     write_report(config, run, scores, [name for name in answered if name not in scored])
     write_page(config, run, answered, splits)
 
 
-def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScores, table: ExampleTable) -> VLScores:
-    """Adds the question-only accuracy: of answers that are guessed from the training split without any image.
+def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScores, rows: Predictions) -> VLScores:
+    """Adds the question-only accuracy, of answers that are guessed from the training split without any image.
 
-    The scores of tasks without questions, or whose training split is not in the config, stay as they are.
+    A note has the paired difference with its interval. The scores of tasks without questions, or whose training split is not in the config, stay as they are.
     """
     (task,) = (task for task in config.data.all_tasks if task.task == name)
     if task.train is None or name not in QUESTION_TASKS:
@@ -77,8 +77,14 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     training = open_texts(task.train, config.data).answered()
     if not len(training):
         return replace(scores, notes=(*scores.notes, f"no question-only accuracy: {task.train.file} has no answers"))
-    accuracy = question_only_accuracy(training, table)
-    return replace(scores, metrics={**scores.metrics, "question-only accuracy": accuracy})
+    examples = [example for example, _ in rows]
+    guesses = list(zip(examples, question_only_answers(training, examples), strict=True))
+    accuracy = question_only_accuracy(training, examples)
+    notes = list(scores.notes)
+    ours, guessed = answer_scores(name, [rows]), answer_scores(name, [guesses])
+    if ours and guessed and len(set(ours.groups)) > 1:
+        notes.append(gain_over_question_only("These answers", {name: ours}, {name: guessed}))
+    return replace(scores, metrics={**scores.metrics, "question-only accuracy": accuracy}, notes=tuple(notes))
 
 
 def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLScores], unscored: list[str]) -> None:
