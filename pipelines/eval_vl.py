@@ -69,7 +69,8 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
 def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScores, rows: Predictions) -> VLScores:
     """Adds the question-only accuracy, of answers that are guessed from the training split without any image.
 
-    A note has the paired difference with its interval. The scores of tasks without questions, or whose training split is not in the config, stay as they are.
+    A note has the paired difference with its interval. The scores of tasks without questions, or whose training split
+    is not in the config, stay as they are.
     """
     (task,) = (task for task in config.data.all_tasks if task.task == name)
     if task.train is None or name not in QUESTION_TASKS:
