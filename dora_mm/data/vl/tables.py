@@ -6,7 +6,6 @@ it too. Image files are checked every time a table is opened, since they may cha
 
 import gc
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -22,11 +21,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from dora_mm.config.vl import OWN_IMAGES, SourceConfig
-from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batch
+from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches, selected
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import FILES, READERS, resolved
+from dora_mm.data.vl.readers import FILES, PIECE_READERS, READERS, resolved
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 
@@ -238,13 +237,15 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
     """Writes the Arrow file to its temporary path, and a JSON file with row count and skipped rows next to `path`."""
     bad, store = BadRows(on_bad_data), ImageStore(path.parent / STORED_IMAGES)
     end = None if source.limit is None else source.skip + source.limit
-    examples = itertools.islice(READERS[source.format](source, bad), source.skip, end)
-    progress = tqdm(examples, desc=f"reading {Path(source.file).name}", unit="row", delay=2, disable=None)
+    reader = PIECE_READERS.get(source.format, READERS[source.format])
+    pieces = map(store.stored, selected(reader(source, bad), source.skip, end))
+    progress = tqdm(desc=f"reading {Path(source.file).name}", unit="row", delay=2, disable=None)
     num_rows = 0
-    with _no_collection(), pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-        for rows in _in_batches(progress):
-            writer.write_batch(record_batch([store.stored(row) for row in rows]))
-            num_rows += len(rows)
+    with _no_collection(), pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer, progress:
+        for batch in record_batches(pieces, BATCH_ROWS):
+            writer.write_batch(batch)
+            num_rows += batch.num_rows
+            progress.update(batch.num_rows)
     store.flush()
     if not num_rows:
         warn_skipped(bad.found)
@@ -318,9 +319,3 @@ def _content_digest(path: str) -> str:
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         blocks = threads.map(block_digest, range(0, max(1, os.path.getsize(path)), HASHED))
         return hashlib.blake2b(b"".join(blocks), digest_size=16).hexdigest()
-
-
-def _in_batches(rows: Iterable[Example]) -> Iterator[list[Example]]:
-    iterator = iter(rows)
-    while batch := list(itertools.islice(iterator, BATCH_ROWS)):
-        yield batch

@@ -16,10 +16,13 @@ chat_shapes.py, with its types and a function that takes a row apart.
 
 from collections.abc import Callable, Iterator
 
+import pyarrow as pa
+
 from dora_mm.config import resolve_path
 from dora_mm.config.vl import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.chat import read_chat
+from dora_mm.data.vl.readers.chat_pieces import read_chat_in_pieces
 from dora_mm.data.vl.readers.choices import read_choices
 from dora_mm.data.vl.readers.coco_captions import read_coco_captions, read_coco_karpathy
 from dora_mm.data.vl.readers.gqa import read_gqa, read_gqa_vlt5
@@ -42,6 +45,10 @@ READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example]]] = {
     "video_captions": read_video_captions,
     "chat": read_chat,
     "choices": read_choices,
+}
+# Readers of the same rows that also yield record batches of many examples (arrow.py), for large files.
+PIECE_READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example | pa.RecordBatch]]] = {
+    "chat": read_chat_in_pieces,
 }
 FILES = ("file", "annotations", "subtitles")  # the keys of a source that name files with row content
 

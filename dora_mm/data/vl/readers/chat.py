@@ -4,11 +4,11 @@ A file is a JSON list, JSON lines or Parquet; its content says which. All its ro
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,11 +42,26 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     path = Path(source.file)
     shape = find_shape(path)
     log.info("%s: %s", path, shape.name)
-    seen: set[str] = set()
-    for where, item in _items(path):
+    yield from examples(path, shape, file_items(path), set(), bad)
+
+
+def examples(path: Path, shape: Shape, items: Iterable[Item], seen: set[str], bad: BadRows) -> Iterator[Example]:
+    """The examples of rows, one by one.
+
+    Args:
+        path: The file, for messages.
+        shape: The shape of its rows.
+        items: Rows with their places; bytes are parsed.
+        seen: The ids so far, to which those of the examples are added.
+        bad: Receives the bad rows.
+
+    Raises:
+        ValueError: A row is bad and `bad` is set to "stop".
+    """
+    for where, item in items:
         try:
             row = _parsed(item)
-            example = conversation(shape.read(row), _new_id(row.get("id"), where, seen))
+            example = conversation(shape.read(row), new_id(row.get("id"), where, seen))
         except RowError as error:
             bad.add(place(path, where, item), str(error))
         else:
@@ -61,7 +76,7 @@ def find_shape(path: Path) -> Shape:
         ValueError: The file cannot be read, or its first rows have none of the known shapes.
     """
     keys = "is damaged or not an object"
-    for number, (_, item) in enumerate(islice(_items(path), PEEKED)):
+    for number, (_, item) in enumerate(islice(file_items(path), PEEKED)):
         with suppress(RowError):  # reported when the row is read
             row = _parsed(item)
             if shape := shape_of(row):
@@ -72,16 +87,27 @@ def find_shape(path: Path) -> Shape:
     raise ValueError(f"{path} has no known shape of conversations: its first row {keys}; known are {known}")
 
 
-def _items(path: Path) -> Iterator[Item]:
-    """The rows of the file with their places; those of JSON lines are not parsed yet."""
+def file_items(path: Path) -> Iterator[Item]:
+    """The rows of a file with their places; those of JSON lines are not parsed yet.
+
+    Raises:
+        ValueError: The file cannot be read; or, while iterating, it is damaged or has no rows.
+    """
+    return {"list": list_items, "lines": json_lines, "parquet": _parquet_rows}[kind_of_file(path)](path)
+
+
+def kind_of_file(path: Path) -> Literal["list", "lines", "parquet"]:
+    """What a file is by its first bytes.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(1 << 16).lstrip(b" \t\r\n\xef\xbb\xbf")
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if start.startswith(b"PAR1"):
-        return _parquet_rows(path)
-    return list_items(path) if start.startswith(b"[") else json_lines(path)
+    return "parquet" if start.startswith(b"PAR1") else "list" if start.startswith(b"[") else "lines"
 
 
 def _parquet_rows(path: Path) -> Iterator[Item]:
@@ -117,8 +143,12 @@ def _parsed(item: Any) -> Row:
     return item
 
 
-def _new_id(given: Any, where: str, seen: set[str]) -> str:
-    """The id of the file, or the number of the row; with its place where the file has the id a second time."""
+def new_id(given: Any, where: str, seen: Container[str]) -> str:
+    """The id of the file, or the number of the row; with its place where the file has the id a second time.
+
+    Raises:
+        RowError: The id is no id, or this one exists as well.
+    """
     if given is None or given == "":
         name = where.rpartition(" ")[2]
     elif type(given) in (int, str):
