@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.config.vl import VIDEO_TASKS, EvalVLConfig
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
+from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
 from dora_mm.eval.vl.comparison import answer_scores, gain_over_question_only
 from dora_mm.eval.vl.metrics import QUESTION_TASKS, VLScores, report, score, score_row
@@ -124,7 +126,7 @@ def write_page(
 
 
 def load_images(task: str, example: Example, folder: str | None) -> list[Any]:
-    """The images of an example; none for videos and where `folder` is not given, as with precomputed features."""
-    if task in VIDEO_TASKS or folder is None:
+    """The images of an example; none for videos, and where only features of images are known."""
+    if task in VIDEO_TASKS or (folder is None and not all(map(os.path.isabs, example.images))):
         return []
-    return [load_rgb(resolve_path(folder, "images") / name, "white") for name in example.images]
+    return [load_rgb(image_path(folder, name), "white") for name in example.images]

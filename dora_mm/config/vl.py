@@ -158,6 +158,13 @@ class VLModelConfig(Section):
     feature_dim: PositiveInt | None = None  # vl_bart: channels of the visual features; null: from the vision section
 
     @model_validator(mode="after")
+    def _prompts_have_the_question(self) -> "VLModelConfig":
+        for task, prompt in self.prompts.items():
+            if task != "caption" and "{text}" not in prompt:
+                raise ValueError(f"prompts: that of {task} needs {{text}}, the place of the question")
+        return self
+
+    @model_validator(mode="after")
     def _keys_are_of_the_family(self) -> "VLModelConfig":
         wrong = [key for key in self.model_fields_set if OF_FAMILY.get(key, self.family) != self.family]
         if changed := [key for key in sorted(wrong) if getattr(self, key) not in (None, False, "float32", {})]:

@@ -135,6 +135,8 @@ class VLM:
         for task in tasks:
             if task not in PROMPTS:
                 raise ValueError(f"data: the task {task} needs model.family vl_bart, not a model of transformers")
+            if task == "chat" and self.plain is None and task in self.config.prompts:
+                raise ValueError("model.prompts: chat has no effect, since conversations are read as they are")
             if task == "nlvr2" and self.plain and self.plain.images == 1:
                 raise ValueError(f"data: {self.name} reads one image per row, and nlvr2 has two")
 
@@ -144,8 +146,8 @@ class VLM:
         table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
         if self.plain.images == 1:
             table = table.without(table.lengths("images") > 1, f"has several images, and {self.name} reads one")
-        reason = f"has several questions, and {self.name} reads one: it has no chat template"
-        return table.without(table.lengths("turns") > 2, reason)
+        reason = f"has several turns before its answer, and {self.name} reads one: it has no chat template"
+        return table.without(table.lengths("turns") - table.lengths("answers") > 1, reason)
 
     # --- rows --------------------------------------------------------------------------------------------------------
 

@@ -5,11 +5,13 @@ import re
 import pytest
 import torch
 
-from dora_mm.config.vl import DecodeConfig, VLModelConfig
+from dora_mm.config.vl import DecodeConfig, SourceConfig, VLModelConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.tasks.vl import draw_answer
 from dora_mm.tasks.vlm import VLM
+from tests.data.vl.files import write_json
 from tests.models.vlm import tiny
 from tests.tasks.vlm_rows import write_pictures
 
@@ -163,3 +165,19 @@ def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
         llava.check(["tvqa"])
     with pytest.raises(ValueError, match="BlipForQuestionAnswering reads one image per row, and nlvr2 has two"):
         VLM(VLModelConfig(path=str(tiny_vlm("blip_vqa")))).check(["nlvr2"])
+    with pytest.raises(ValueError, match="prompts: that of vqa needs {text}"):
+        VLModelConfig(path="a/b", prompts={"vqa": "Answer briefly."})
+    with pytest.raises(ValueError, match="model.prompts: chat has no effect"):
+        VLM(VLModelConfig(path=str(tiny_vlm("llava")), prompts={"chat": "Q: {text}"})).check(["chat"])
+    with pytest.raises(ValueError, match=r"model.image_size: .* takes model.max_pixels instead"):
+        VLM(VLModelConfig(path=str(tiny_vlm("qwen2_5_vl")), image_size=56))
+
+
+def test_a_class_without_a_chat_template_refuses_system_turns(tiny_vlm, pictures, tmp_path):
+    """Also in rows to answer, which have as many turns as a question with its answer."""
+    turns = [{"from": "system", "value": "Answer in French."}, {"from": "human", "value": "<image>What?"}]
+    file = write_json(tmp_path / "rows.json", [{"image": "wide.png", "conversations": turns}])
+    source = SourceConfig(format="chat", file=str(file), images=pictures)
+    table = open_table(source, tmp_path, on_bad_data="stop")
+    with pytest.raises(ValueError, match="has several turns before its answer, and BlipForQuestionAnswering reads one"):
+        VLM(VLModelConfig(path=str(tiny_vlm("blip_vqa")))).check_rows(table)

@@ -115,12 +115,17 @@ def load_processor(config: VLModelConfig) -> ProcessorMixin:
     images = getattr(processor, "image_processor", None)
     if images is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"model.path: {path} is not a vision-language model: its processor takes no images and text")
-    if sizes and "min_pixels" not in getattr(images.valid_kwargs, "__annotations__", {}):
+    if sizes and not _keeps_shapes(images):
         raise ValueError(
             f"model.{next(iter(sizes))}: the images of {path} have a fixed size; its processor, a "
             f"{type(images).__name__}, takes model.image_size instead"
         )
     if config.image_size is not None:
+        if _keeps_shapes(images):
+            raise ValueError(
+                f"model.image_size: the images of {path} keep their shape; its processor, a {type(images).__name__}, "
+                "takes model.max_pixels instead"
+            )
         _resize(images, config.image_size)
     return processor
 
@@ -191,6 +196,11 @@ def special_tokens(model: Any) -> GenerationConfig:
     """
     own = copy.deepcopy(model.generation_config)
     return GenerationConfig(**{name: getattr(own, name, None) for name in SPECIAL_TOKENS})
+
+
+def _keeps_shapes(images: Any) -> bool:
+    """Whether an image processor only bounds the number of pixels."""
+    return "min_pixels" in getattr(images.valid_kwargs, "__annotations__", {})
 
 
 def _resize(images: Any, side: int) -> None:

@@ -75,6 +75,15 @@ def test_every_shape_in_every_kind_of_file_gives_the_same_example(tmp_path, shap
     assert record.message == f"{source.file}: {find_shape(tmp_path / source.file).name}"
 
 
+@pytest.mark.parametrize("text", ["[{row}]", "[1, {row}]", "{row}\n{row}\n"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, text):
+    """As programs on Windows write it; after a list's first value, reading begins anew with another parser."""
+    row = json.dumps({"conversations": said("What?", "This.")})
+    (tmp_path / "rows.json").write_bytes(b"\xef\xbb\xbf" + text.replace("{row}", row).encode())
+    source = SourceConfig(format="chat", file=str(tmp_path / "rows.json"))
+    assert {example.text for example in read_chat(source, BadRows("skip"))} == {"What?"}
+
+
 @pytest.mark.parametrize("names", [("user", "assistant"), ("Human", "GPT"), ("USER", "ASSISTANT"), ("user", "model")])
 def test_roles_have_other_names(tmp_path, names):
     row = {"conversations": [{"from": name, "value": "x"} for name in names]}
