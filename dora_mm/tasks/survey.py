@@ -48,8 +48,15 @@ def survey(model: VLModel, task: str, rows: TrainingSet, sample: int | None = No
     return Surveyed(found, bad)
 
 
-def survey_all(model: VLModel, sets: Mapping[str, TrainingSet]) -> tuple[dict[str, TrainingSet], str]:
-    """Looks at SAMPLE rows of every task before a training.
+def survey_all(
+    model: VLModel, sets: Mapping[str, TrainingSet], sample: int = SAMPLE
+) -> tuple[dict[str, TrainingSet], str]:
+    """Looks at the rows of every task before a training.
+
+    Args:
+        model: The model.
+        sets: The training sets by task name.
+        sample: How many rows of each are counted, see `survey`.
 
     Returns:
         The training sets without the rows that cannot be trained on, and a line for each task.
@@ -59,7 +66,7 @@ def survey_all(model: VLModel, sets: Mapping[str, TrainingSet]) -> tuple[dict[st
     """
     left, lines = {}, []
     for task, rows in sets.items():
-        found = survey(model, task, rows, SAMPLE)
+        found = survey(model, task, rows, sample)
         left[task] = replace(rows, table=rows.table.without_rows(found.bad))
         lines.append(length_line(task, left[task].table, found.lengths))
     return left, "\n".join(lines)

@@ -1,12 +1,13 @@
 """What a training will cost: the memory by part, a measured step, and warnings about slow hardware."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from dora_mm.config.schema import OptimizerConfig
+from dora_mm.config.schema import OptimizerConfig, TrainConfig
 from dora_mm.train import preview
 from dora_mm.train.preview import describe_training, measure_step, memory_table, optimizer_values, slow_hardware
 from tests.train.small import small_training
@@ -74,3 +75,66 @@ def test_a_large_model_without_a_gpu_is_warned_of_and_not_measured():
     parts = {**small_training().parts, "loss": None}  # a step would fail
     text = describe_training({"large": large}, {}, OptimizerConfig(lr=1.0), parts)
     assert "not measured: a step of this model takes minutes to hours" in text
+
+
+def test_tensors_of_several_networks_count_once_and_quantised_ones_as_they_will_be_stored():
+    inner = nn.Linear(100, 100, bias=False, device="meta").requires_grad_(False)
+    outer = nn.Sequential(inner, nn.Linear(100, 10, bias=False, device="meta").requires_grad_(False))
+    trained = {"t": nn.Parameter(torch.zeros(1000, device="meta"))}
+    optimizer = OptimizerConfig(name="adamw_8bit", lr=1.0)
+    cost = preview.StepCost(None, 5_000_000, "an estimate")
+    stored = {id(inner.weight): 5_000}
+    table = memory_table({"inner": inner, "outer": outer}, trained, optimizer, cost, stored=stored, place="cuda")
+    assert [line.split() for line in table.splitlines()[1:]] == [
+        ["inner,", "10,000", "frozen", "in", "float32", "cuda", "0.0"],
+        ["outer,", "1,000", "frozen", "in", "float32", "cuda", "0.0"],
+        ["1,000", "trained", "cuda", "0.0"],
+        ["gradients", "cuda", "0.0"],
+        ["optimizer", "state", "(adamw_8bit,", "2", "numbers", "of", "8", "bits", "each)", "cuda", "0.0"],
+        ["activations", "(an", "estimate)", "cuda", "5.0"],
+        ["together", "cuda", "5.0"],
+    ]
+
+
+def test_the_memory_is_that_of_the_largest_batch():
+    training = small_training()
+    training.parts["loss"] = lambda x, generator: training.network(x).square().mean()
+    training.parts["batch_at"] = lambda number: torch.zeros(4, 6)
+    small = measure_step(**training.parts)
+    large = measure_step(**training.parts, largest=lambda number: torch.zeros(40, 6))
+    assert large.activations > 5 * small.activations
+
+
+def test_the_batches_of_a_step_count_and_so_does_preparing_them():
+    training = small_training()
+    training.parts["config"] = training.parts["config"].model_copy(update={"gradient_accumulation_steps": 4})
+    training.parts["loss"] = lambda x, generator: training.network(x).square().mean()
+    parts = {key: value for key, value in training.parts.items() if key != "batch_at"}
+
+    def slowly(number: int) -> torch.Tensor:
+        time.sleep(0.2)
+        return torch.zeros(4, 6)
+
+    beside = preview.measure_accumulated(parts, slowly, prepared=True)
+    assert 0.8 <= beside.seconds < 1.6
+    within = preview.measure_accumulated(parts, slowly, prepared=False)
+    assert 0.8 <= within.seconds < 1.6
+    assert preview.measure_accumulated(parts, lambda number: torch.zeros(4, 6), prepared=True).seconds < 0.8
+
+
+def test_lines_on_length_and_time():
+    train = TrainConfig(steps=1500, batch_size=2, gradient_accumulation_steps=4)
+    assert preview.length_line(train, 3000) == "length    1,500 steps of 4 batches, 2 epochs of 3,000 batches"
+    single = train.model_copy(update={"gradient_accumulation_steps": 1})
+    assert preview.length_line(single, 3000) == "length    1,500 steps, 0.5 epochs of 3,000 batches"
+    for seconds, shown in ((0.01, "15 s"), (1.0, "25.0 min"), (10.0, "4.2 h")):
+        line = preview.time_line(preview.StepCost(seconds, 0, ""), 1500, "validation")
+        assert line == f"time      {seconds:.2f} s a step (measured), {shown} for 1,500 steps, validation not included"
+
+
+def test_a_step_of_many_tokens_is_not_measured_on_a_processor():
+    with torch.device("meta"):
+        network = nn.Linear(10_000, 10_000)
+    assert preview.is_measured(accelerator(), [network], 1000)
+    assert not preview.is_measured(accelerator(), [network], 10_000)
+    assert preview.is_measured(accelerator(device="cuda"), [network], 10_000)

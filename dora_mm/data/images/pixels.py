@@ -47,7 +47,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     with opened(Path(path)) as image:
         # Pillow decodes a whole PNG to look for its orientation behind the pixels.
         known = image.format != "PNG" or "exif" in image.info
-        turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        turned = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return (image.width, image.height) if turned else (image.height, image.width)
 
 

@@ -6,10 +6,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from dora_mm.data.images.buckets import choose_bucket, frame
-from dora_mm.data.images.pixels import MAX_PIXELS, load_rgb, render
+from dora_mm.data.images.pixels import MAX_PIXELS, load_rgb, render, upright_size
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -273,3 +275,23 @@ def test_original_size_is_before_resizing_and_after_exif_orientation(tmp_path):
     assert framing.original_size == (300, 200)
     assert framing.crop_top_left == (8, 0)
     assert framing.target_size == (128, 96)
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(["jpg", "png", "webp", "tif", "gif", "bmp"]), st.integers(0, 9), *[st.integers(1, 40)] * 2)
+def test_the_size_in_a_header_is_that_of_the_pixels(tmp_path_factory, suffix, orientation, width, height):
+    """With any value of the orientation, also those that mean nothing."""
+    path = tmp_path_factory.mktemp("size") / f"image.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    kept = {} if suffix in ("gif", "bmp") else {"exif": exif}
+    Image.new("RGB", (width, height)).save(path, **kept)
+    image = load_rgb(path)
+    assert upright_size(path) == (image.height, image.width)
+
+
+def test_the_size_of_what_is_no_image_is_refused(tmp_path):
+    (tmp_path / "empty.png").touch()
+    for name, message in (("none.png", "does not exist"), ("empty.png", "is empty")):
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            upright_size(tmp_path / name)

@@ -1,0 +1,198 @@
+"""What a dry run prints, and what a training says of its rows, on tiny models through the command line."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dora_mm.cli import main
+from dora_mm.config.vl import SourceConfig, VLModelConfig
+from dora_mm.data.vl.tables import open_table
+from dora_mm.tasks.vl import likeliest_answer
+from dora_mm.tasks.vlm import VLM
+from tests.data.vl.files import write_json
+from tests.models.vlm import tiny
+from tests.tasks.vlm_rows import write_conversations, write_pictures, write_questions
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def config(tmp_path, pictures, tiny_vlm):
+    """Writes a config for a tiny model; keyword arguments replace sections."""
+
+    def write(name: str, **changes) -> str:
+        chat = name in tiny.CHAT
+        data = write_conversations(tmp_path, pictures) if chat else write_questions(tmp_path, pictures)
+        values = {
+            "pipeline": "train_vl",
+            "model": {"path": str(tiny_vlm(name))},
+            "adapter": {"rank": 2},
+            "data": {**data, "tables": str(tmp_path / "tables")},
+            "optimizer": {"lr": 0.01},
+            "train": {"steps": 3, "batch_size": 2, "gradient_accumulation_steps": 2, "log_every": 1},
+            "evaluate": {"max_new_tokens": 3},
+            "output": str(tmp_path / "run"),
+        }
+        data = {**values["data"], **changes.pop("data", {})}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**values, "data": data, **changes}))
+        return str(path)
+
+    return write
+
+
+def printed(capsys, path: str, code: int = 0) -> str:
+    assert main(["train", path, "--dry-run"]) == code
+    return capsys.readouterr().out
+
+
+def row_of(text: str, start: str) -> list[str]:
+    """The cells of the line that begins so."""
+    line = next(line for line in text.splitlines() if line.startswith(start))
+    return re.split(r"\s{2,}", line)[1:]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "paligemma", "florence2"])
+def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, tiny_vlm, tmp_path, pictures, capsys):
+    text = printed(capsys, config(name))
+    assert re.match(r"trainable [\d,]+ of [\d,]+ parameters \([\d.]+ %\)\npart +modules +method", text)
+    assert row_of(text, "text.attn")[1] == "dora"
+    assert row_of(text, "vision.mlp")[1] == "frozen"
+
+    task = "chat" if name in tiny.CHAT else "vqa"
+    source = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["train"]
+    table = open_table(SourceConfig(**source), tmp_path / "tables", on_bad_data="stop")
+    assert row_of(text, "rows  ") == ["4", "2"]
+    model = VLM(VLModelConfig(path=str(tiny_vlm(name))))
+    rows = [model.row(task, row, str(pictures), likeliest_answer(row)) for row in table]
+    lengths = sorted(row.length for row in rows)
+    cells = row_of(text, "whole rows")
+    assert (cells[0], cells[-1]) == (str(lengths[0]), str(lengths[-1]))
+    share = 100 * sum(row.num_image_tokens for row in rows) / sum(lengths)
+    assert f"of these for images ({share:.1f} %)" in text
+
+    assert text.count("\nrow ") == 3
+    assert f"row {table[0].id} of {task}; {table[0].images[0]} (" in text
+    first = model.shown(task, table[0], str(pictures)).text()
+    assert f"pixels)\n{first}\n" in text
+    assert "\x1b" not in text
+    assert re.search(r"\nvision_tower|\nvisual|\nvision_model", text)
+    assert re.search(r"activations \(an estimate: what a step keeps for its backward pass\)  cpu +[\d.]+\n", text)
+    assert "length    3 steps of 2 batches, 3 epochs of 2 batches\ntime      " in text
+    assert re.search(r"time      [\d.]+ s a step \(measured\), \d+ s for 3 steps, validation not included", text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_neither_model_nor_data_need_be_there(capsys):
+    text = printed(capsys, "configs/vlm/llava_1_5_7b.yaml")
+    assert "llava-hf/llava-1.5-7b-hf is not on this machine" in text
+    assert re.search(r"chat train file +data/train.json +missing: a file or folder of your own", text)
+
+
+def test_without_data_the_parts_and_their_memory_are_shown(config, tmp_path, capsys):
+    missing = {"format": "chat", "file": str(tmp_path / "none.json"), "images": str(tmp_path)}
+    text = printed(capsys, config("llava", data={"train": missing, "valid": None}))
+    assert re.search(r"chat train file +\S+none.json +missing", text)
+    assert row_of(text, "text.attn")[1] == "dora"
+    assert "together, without activations" in text
+    assert "time      not measured: not all training data can be read" in text
+    assert "lengths of" not in text
+
+
+def test_without_weights_rows_are_shown_and_memory_is_estimated(config, tmp_path, tiny_vlm, capsys):
+    folder = tmp_path / "no-weights"
+    folder.mkdir()
+    for file in tiny_vlm("llava").iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    text = printed(capsys, config("llava", model={"path": str(folder)}))
+    assert "ASSISTANT:⟦ noise</s>⟧" in text
+    assert re.search(r"activations \(an estimate by the sizes of its layers, for 2 rows of \d+ tokens\)", text)
+    assert f"time      not measured: the weights of {folder} are not on this machine" in text
+
+
+@pytest.fixture
+def bad_rows(config, tmp_path, tiny_vlm):
+    """A config whose training file has four good rows, one of them too long, and three bad ones."""
+
+    def write(on_bad_data: str) -> str:
+        model = {"path": str(tiny_vlm("qwen2_5_vl")), "max_length": 50}
+        path = config("qwen2_5_vl", model=model, data={"on_bad_data": on_bad_data, "valid": None})
+        file = Path(yaml.safe_load(Path(path).read_text())["data"]["train"]["file"])
+        (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        rows = json.loads(file.read_text())
+        for number, images, places in (
+            ("4", ["wide.png"] * 2, 1),
+            ("5", [str(tmp_path / "broken.png")], 1),
+            ("6", ["square.png"] * 13, 13),
+        ):
+            said = [{"from": "human", "value": "<image>" * places + "What?"}, {"from": "gpt", "value": "x"}]
+            rows.append({"id": number, "image": images, "conversations": said})
+        write_json(file, rows)
+        return path
+
+    return write
+
+
+def test_a_dry_run_names_all_bad_rows_at_once(bad_rows, capsys):
+    assert main(["train", bad_rows("stop"), "--dry-run"]) == 2
+    text, error = capsys.readouterr()
+    assert row_of(text, "bad rows  ") == ["3"]
+    section = text[text.index("bad rows of chat train") : text.index("lengths of")]
+    assert "1 x has 2 images, but 1 <image> marker\n" in section
+    assert "broken.png is not a complete image" in section
+    assert "1 x has images that leave no room for text in 50 tokens (model.max_length)" in section
+    assert re.search(r"chat\.json, item 5 \(id '4'\)", section)
+    assert re.search(r"chat\.json, id 6\n", section)
+    assert "1 row of 4 (25.0 %) is longer than 50 tokens (model.max_length) and cut at the end" in text
+    assert "a training would stop there, at the first of 3 bad rows (data.on_bad_data: skip leaves them out)" in error
+    assert main(["train", bad_rows("skip"), "--dry-run"]) == 0
+
+
+def test_a_training_stops_at_them_or_leaves_them_out_and_counts(bad_rows, tmp_path, capsys, caplog):
+    assert main(["train", bad_rows("stop")]) == 2
+    assert "item 5 (id '4'): has 2 images, but 1 <image> marker" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    path = bad_rows("skip")
+    assert main(["train", path]) == 0
+    assert "chat: 4 rows (3 skipped); tokens: 50 %" in caplog.text
+    assert "is longer than 50 tokens (model.max_length) and cut at the end" in caplog.text
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rows_cut"] == 3  # 12 rows in 3 steps of 2 batches of 2: each of the 4 rows 3 times
+    assert "3 rows of the training's batches" in caplog.text
+
+
+def test_cut_rows_are_counted_on_in_a_resumed_run(bad_rows, tmp_path):
+    path = bad_rows("skip")
+    assert main(["train", path, "--set", "train.steps=1", "train.gradient_accumulation_steps=4"]) == 0
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())["rows_cut"]
+    assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=3"]) == 0
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())["rows_cut"]
+    assert (before, after) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": ["text.atn"]}, "there is no part 'text.atn', did you mean 'text.attn'?"),
+        ({"parts": ["text.qv"]}, "adapter.parts: this model has no part text.qv; it has text.attn, text.mlp"),
+        ({"parts": ["cross"]}, "this model has no part cross"),
+        ({"extra_trainable": ["no_such"]}, "adapter.extra_trainable: 'no_such' matches no parameter"),
+    ],
+)
+def test_mistakes_in_parts_are_told_in_a_sentence(change, message, config, capsys):
+    assert main(["train", config("llava", adapter={"rank": 2, **change}), "--dry-run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_map_that_does_not_fit_is_told_in_a_sentence(config, tiny_vlm, tmp_path, capsys):
+    """A tower whose blocks lack modules that the map counts."""
+    path = config("fast_vlm", adapter={"rank": 2, "parts": ["vision.attn"]})
+    assert main(["train", path, "--dry-run"]) == 2
+    assert "adapter.parts: this model has no part vision.attn; it has text.attn" in capsys.readouterr().err
