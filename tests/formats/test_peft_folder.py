@@ -14,7 +14,7 @@ from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, merge, s
 from dora_mm.formats.peft import CONFIG_NAME, FILE_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
 from dora_mm.formats.state import read_tensors
-from dora_mm.models.vl_bart.model import extra_trainable_parameters
+from dora_mm.tasks.vl_adapters import parameters_by_name
 from tests.models.vl_bart.small import small_inputs, small_vl_bart
 
 EXTRA_TRAINABLE = ("visual_embedding", "biases", "norms")
@@ -26,7 +26,7 @@ def trained(method: str = "dora", alpha: float = 3.0):
     bare = small_vl_bart().requires_grad_(False)
     model = copy.deepcopy(bare)
     inject(model, "bart", DoRASpec(rank=2, alpha=alpha, method=method))
-    extra = extra_trainable_parameters(model, EXTRA_TRAINABLE)
+    extra = parameters_by_name(model, EXTRA_TRAINABLE)
     with torch.no_grad():
         for parameter in [*extra.values(), *adapter_parameters(model).values()]:
             parameter.add_(0.1 * torch.randn_like(parameter))
