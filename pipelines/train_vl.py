@@ -117,10 +117,10 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
 
         with Prefetched(batches, enabled=model.prepares_batches) as batch_at:
             fit(run=run, **parts, batch_at=batch_at, state={"rows cut": RowsCut(model)}, observe=observe)
-        num_cut = int(accelerator.reduce(torch.tensor(model.num_cut, device=accelerator.device), "sum"))
+        num_cut: Any = accelerator.reduce(torch.tensor(model.num_cut, device=accelerator.device), "sum")
         if validate:
             write(run.adapter)
-            finish(config, run, trained, validate, train.steps, num_cut)
+            finish(config, run, trained, validate, train.steps, int(num_cut))
 
 
 def build(

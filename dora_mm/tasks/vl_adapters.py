@@ -83,7 +83,7 @@ def adapt(model: VLModel | Structure, config: VLAdapterConfig, *, seed: int, bac
     Raises:
         ValueError: The model has no such part; or a part cannot be adapted like this.
     """
-    parts = config.trained_parts(model.target_maps[MODEL].select().parts)
+    parts = config.trained_parts(tuple(model.target_maps[MODEL].select().parts))
     maps = model.target_maps.items()
     known = [part for component, targets in maps for part in parts_in(model.networks[component], targets)]
     if unknown := [part for part in parts if part not in known]:

@@ -134,8 +134,9 @@ class VLBartTask:
         ids, targets = batch.inputs.input_ids[0], batch.targets[0]
         visual = self.num_visual_tokens(batch.inputs.visual_features)
         heading = f"{len(ids) + visual:,} tokens, {visual:,} for images, {len(targets):,} with loss"
-        read = [Piece(self.tokenizer.decode(ids)), Piece(f"<visual> x {visual}", is_image=True)]
-        return ShownRow(heading, read, [Piece(self.tokenizer.decode(targets), learned=True)])
+        read, written = self.tokenizer.batch_decode([ids.tolist(), targets.tolist()])
+        pieces = [Piece(read), Piece(f"<visual> x {visual}", is_image=True)]
+        return ShownRow(heading, pieces, [Piece(written, learned=True)])
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         answer = Answerer(self.model, self.tokenizer, task, config, candidates)

@@ -28,7 +28,7 @@ def parts_table(
         adapter: The `adapter` section.
         optimizer: The `optimizer` section, for the learning rates.
     """
-    settings = adapter.trained_parts(target_maps[MODEL].select().parts)
+    settings = adapter.trained_parts(tuple(target_maps[MODEL].select().parts))
     rows, frozen, counted = [], [], set()
     for component, targets in target_maps.items():
         network = trained.networks.get(component)

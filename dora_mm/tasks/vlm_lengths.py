@@ -61,9 +61,16 @@ class RowCounter:
     def lengths(self) -> RowLengths:
         """What was counted so far."""
         rows = np.setdiff1d(np.arange(len(self.table)), list(self.unreadable))
-        counted = (values[rows] for values in (self.tokens, self.image_tokens, self.loses_answer))
-        limit = (self.model.encoder.max_length, self.model.limit_from)
-        return RowLengths(rows, *counted, *limit, self.source, self.unreadable)
+        return RowLengths(
+            rows=rows,
+            tokens=self.tokens[rows],
+            image_tokens=self.image_tokens[rows],
+            loses_answer=self.loses_answer[rows],
+            limit=self.model.encoder.max_length,
+            limit_from=self.model.limit_from,
+            source=self.source,
+            unreadable=self.unreadable,
+        )
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -180,14 +187,14 @@ def encoded_lengths(model: VLM, task: str, table: ExampleTable, images: str | No
             bad[index] = f"cannot be encoded: {error}"
     limit = model.encoder.max_length
     return RowLengths(
-        np.array([*encoded], np.int64),
-        np.array([row.length for row in encoded.values()], np.int64),
-        np.array([row.num_image_tokens for row in encoded.values()], np.int64),
-        np.array([_loses_labels(row, limit) for row in encoded.values()], bool),
-        limit,
-        model.limit_from,
-        "rows encoded one by one, since this processor's tokens cannot be counted without",
-        bad,
+        rows=np.array([*encoded], np.int64),
+        tokens=np.array([row.length for row in encoded.values()], np.int64),
+        image_tokens=np.array([row.num_image_tokens for row in encoded.values()], np.int64),
+        loses_answer=np.array([_loses_labels(row, limit) for row in encoded.values()], bool),
+        limit=limit,
+        limit_from=model.limit_from,
+        source="rows encoded one by one, since this processor's tokens cannot be counted without",
+        unreadable=bad,
     )
 
 

@@ -39,12 +39,16 @@ def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
-    """(h, w) of an image as `load_rgb` returns it, read from its header: the pixels are not decoded.
+    """(h, w) of an image as `load_rgb` returns it, read from its header: the pixels of TIFF files alone are decoded.
 
     Raises:
         ValueError: The file is missing, empty, too large or no image.
     """
     with opened(Path(path)) as image:
+        if image.format == "TIFF":  # Pillow turns it by itself, in some releases when it reads the header
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return upright.height, upright.width
         # Pillow decodes a whole PNG to look for its orientation behind the pixels.
         known = image.format != "PNG" or "exif" in image.info
         turned = known and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)

@@ -109,8 +109,8 @@ class ExampleTable(Sequence[Example]):
 
     def image_lists(self) -> list[list[str]]:
         """The names of the images of each row."""
-        rows = self._column("images").to_pylist()
-        return [[self.places.get(name, name) for name in names] for names in rows] if self.places else rows
+        rows: list[list[str]] = self._column("images").to_pylist()
+        return [[self.places.get(name, name) for name in names] for names in rows]
 
     def with_images(self, find: Callable[[str], str | None], where: object) -> "ExampleTable":
         """A table of the rows all of whose images exist, with the paths of the images; other rows are bad.

@@ -46,12 +46,10 @@ class Row:
 
 
 class Replaced(NamedTuple):
-    """What a processor put in the place of an image: the places in characters before and after, and the text."""
+    """What a processor put in the place of an image: the places (start, end) before and after, and the text."""
 
-    start: int
-    end: int
-    new_start: int
-    new_end: int
+    before: tuple[int, int]
+    after: tuple[int, int]
     text: str
 
 
@@ -138,7 +136,7 @@ class RowEncoder:
         )
         replaced = found.pop("text_replacement_offsets", ())  # of each text; none without images
         parts = replaced[0] if len(replaced) else ()
-        return dict(found), [Replaced(*part["span"], *part["new_span"], part["replacement"]) for part in parts]
+        return dict(found), [Replaced(part["span"], part["new_span"], part["replacement"]) for part in parts]
 
     def check_places(self, text: str, num_images: int) -> None:
         """Checks that a text has as many places for images as there are.
@@ -192,13 +190,13 @@ def _inside(offsets: Tensor, replaced: Sequence[Replaced]) -> Tensor:
     """Whether each token, at `offsets` (L, 2), is part of what stands for an image: (L,), bool."""
     inside = torch.zeros(len(offsets), dtype=torch.bool)
     for image in replaced:
-        inside |= _overlap(offsets, image.new_start, image.new_end)
+        inside |= _overlap(offsets, *image.after)
     return inside
 
 
 def _moved(position: int, replaced: Sequence[Replaced]) -> int:
     """A position in the text, after images were expanded to their tokens."""
-    before = [image.new_end - image.end for image in replaced if image.end <= position]
+    before = [image.after[1] - image.before[1] for image in replaced if image.before[1] <= position]
     return position + (before[-1] if before else 0)
 
 
