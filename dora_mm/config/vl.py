@@ -307,6 +307,7 @@ class TrainVLConfig(PipelineConfig):
         problems = check_vl_training(self.optimizer, self.schedule, self.train, self.model.dtype)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
+        problems += unused_prompts(self.model, self.data)
         problems += missing_splits(self.data, "train")
         if self.evaluate.every and not any(task.valid for task in self.data.all_tasks):
             problems.append("evaluate.every has no effect: no task has a valid split")
@@ -333,7 +334,8 @@ class EvalVLConfig(PipelineConfig):
     @model_validator(mode="after")
     def _sections_agree(self) -> "EvalVLConfig":
         problems = missing_splits(self.data, "valid")
-        return raise_problems(self, problems + check_visual_inputs(self.model, self.data, self.vision, ("valid",)))
+        problems += check_visual_inputs(self.model, self.data, self.vision, ("valid",))
+        return raise_problems(self, problems + unused_prompts(self.model, self.data))
 
 
 class CompareVLConfig(PipelineConfig):
@@ -399,6 +401,13 @@ def missing_splits(data: VLDataConfig, split: Literal["train", "valid"], section
     """Finds tasks without this split; one message per problem, each naming the key as the config has it."""
     missing = [task.task for task in data.all_tasks if getattr(task, split) is None]
     return [f"{data.place(task, section)} has no {split} split" for task in missing]
+
+
+def unused_prompts(model: VLModelConfig, data: VLDataConfig) -> list[str]:
+    """Finds prompts of tasks that the data does not have; one message for each."""
+    known = [task.task for task in data.all_tasks]
+    unused = [task for task in model.prompts if task not in known]
+    return [f"model.prompts: {task} has no effect, since data has no such task" for task in unused]
 
 
 def check_visual_inputs(

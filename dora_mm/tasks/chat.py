@@ -83,8 +83,8 @@ def _content(text: str) -> list[dict[str, str]]:
     for number, piece in enumerate(pieces):
         if number:
             items.append({"type": "image"})
-            piece = piece.removeprefix("\n")
-        piece = piece.removesuffix("\n") if number + 1 < len(pieces) else piece
+            piece = piece.removeprefix("\r").removeprefix("\n")
+        piece = piece.removesuffix("\n").removesuffix("\r") if number + 1 < len(pieces) else piece
         if piece:
             items.append({"type": "text", "text": piece})
     return items or [{"type": "text", "text": ""}]

@@ -83,6 +83,12 @@ def test_turns_without_loss_are_read_only(processor):
     assert render(processor, turns) == (whole.text, whole.spans[1:])
 
 
+@pytest.mark.parametrize("processor", ["qwen2_5_vl"], indirect=True)
+def test_line_breaks_beside_images_go_on_windows_too(processor):
+    windows = (TURNS[0]._replace(text=f"{IMAGE}\r\nWhat is it?"), *TURNS[1:])
+    assert render(processor, windows) == render(processor, TURNS)
+
+
 def vlm(folder, **settings) -> VLM:
     return VLM(VLModelConfig(path=str(folder), **settings))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -174,19 +176,17 @@ def quantization(config: VLModelConfig) -> Any:
     if name is None:
         return None
     package = "torchao" if name.startswith("torchao") else "bitsandbytes"
-    try:
-        if package == "torchao":
-            from torchao.quantization import Int8WeightOnlyConfig
-
-            return transformers.TorchAoConfig(Int8WeightOnlyConfig())
-        if name == "int8":
-            return transformers.BitsAndBytesConfig(load_in_8bit=True)
-        dtype = getattr(torch, config.dtype)
-        return transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
-        )
-    except ImportError as error:
-        raise ValueError(f"model.quantization {name} needs {package}: pip install 'dora_mm[quant]'") from error
+    if find_spec(package) is None:
+        raise ValueError(f"model.quantization {name} needs {package}: pip install 'dora_mm[quant]'")
+    if package == "torchao":
+        quantizers: Any = import_module("torchao.quantization")
+        return transformers.TorchAoConfig(quantizers.Int8WeightOnlyConfig())
+    if name == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    dtype = getattr(torch, config.dtype)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=name, bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
 
 
 def special_tokens(model: Any) -> GenerationConfig:
