@@ -11,7 +11,8 @@ To add a format: write its reader in this folder; add the format to READERS belo
 in dora_mm/config/vl.py (with the tasks that it serves; also to OWN_IMAGES, if its rows may contain images or name them
 by absolute paths), and to PUBLISHED in dora_mm/data/vl/needed.py (where its files can be obtained); and add its file
 layout to tests/data/vl and a row to the table of docs/vl.md. One more shape of `chat` is an entry of SHAPES in
-chat_shapes.py, with its types and a function that takes a row apart.
+chat_shapes.py, with a function that takes a row apart; if it has turns under keys of their own (Keys), plain rows of it
+are read by column as well. No other format needs a reader in PIECE_READERS: 440,000 rows take 10 s without.
 """
 
 from collections.abc import Callable, Iterator

@@ -135,7 +135,7 @@ def _parsed(item: Any) -> Row:
     """The item as an object; lines are parsed."""
     if isinstance(item, bytes):
         try:
-            item = from_json(item, allow_inf_nan=False, cache_strings="keys")
+            item = from_json(item, cache_strings="keys")
         except ValueError:
             raise RowError("is truncated or not valid JSON") from None
     if not isinstance(item, dict):

@@ -5,16 +5,16 @@ with any other row is left to conversation.py, which takes it row by row and say
 same examples; by column, 600,000 rows take a quarter of the time.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.json
 
 from dora_mm.data.vl.arrow import SCHEMA, TURN
 from dora_mm.data.vl.example import IMAGE
-from dora_mm.data.vl.readers.chat_shapes import UNREAD, UNREAD_IN_MESSAGES
+from dora_mm.data.vl.readers.chat_shapes import UNREAD, UNREAD_IN_MESSAGES, Keys
 from dora_mm.data.vl.readers.conversation import ROLES
 
 BLOCK = 1 << 20  # bytes that a thread parses at a time; a longer row is not plain
@@ -25,26 +25,19 @@ PATH = r"^[^:]*\.[^:/]*$"  # has a dot, unlike base64, and no colon, unlike addr
 VISIBLE = "[!-~]"  # a text with such a character is not blank
 
 
-class Keys(NamedTuple):
-    """Where a shape has its turns, and in these the name of the speaker and the text."""
-
-    turns: str
-    name: str
-    text: str
-
-
-def plain_rows(lines: bytes, keys: Keys) -> tuple[pa.RecordBatch, list[Any]] | None:
-    """The rows of JSON lines by column.
+def plain_rows(rows: bytes, keys: Keys, *, on_lines: bool) -> tuple[pa.RecordBatch, list[Any]] | None:
+    """Rows by column.
 
     Args:
-        lines: One object per line.
+        rows: JSON objects with a line break between them.
         keys: Those of the shape.
+        on_lines: No object has a line break, so that several threads can parse.
 
     Returns:
-        The examples in the columns of SCHEMA, with empty ids, and their ids as the file has them; None if the lines are
-        not valid or a row is not plain.
+        The examples in the columns of SCHEMA, with empty ids, and their ids as the file has them; None if one is not
+        valid or not plain.
     """
-    table = next(filter(None, (_parsed(lines, keys, kind) for kind in (pa.string(), pa.int64()))), None)
+    table = next(filter(None, (_parsed(rows, keys, on_lines, kind) for kind in (pa.string(), pa.int64()))), None)
     if table is None or not table.num_rows:
         return None
     batch = table.combine_chunks().to_batches()[0]
@@ -52,7 +45,7 @@ def plain_rows(lines: bytes, keys: Keys) -> tuple[pa.RecordBatch, list[Any]] | N
     return None if columns is None else (columns, batch["id"].to_pylist())
 
 
-def _parsed(lines: bytes, keys: Keys, id_type: pa.DataType) -> pa.Table | None:
+def _parsed(rows: bytes, keys: Keys, on_lines: bool, id_type: pa.DataType) -> pa.Table | None:
     """The keys that are read, as columns; None where a value has another type, as have those that are refused."""
     unread = {key: pa.list_(pa.null()) if key.endswith("s") else pa.null() for key in UNREAD}
     message = {keys.name: pa.string(), keys.text: pa.string(), "loss": pa.bool_()}
@@ -60,13 +53,13 @@ def _parsed(lines: bytes, keys: Keys, id_type: pa.DataType) -> pa.Table | None:
     row = {"id": id_type, "system": pa.null(), "image": pa.string(), "images": pa.list_(pa.string())}
     schema = pa.schema(row | unread | {keys.turns: pa.list_(pa.struct(message))})
     try:
+        rows.decode("utf-8")  # of which the parser checks nothing
         table = pyarrow.json.read_json(
-            pa.BufferReader(lines),
+            pa.BufferReader(rows),
             read_options=pyarrow.json.ReadOptions(block_size=BLOCK),
-            parse_options=pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            parse_options=pyarrow.json.ParseOptions(schema, not on_lines, "ignore"),
         )
-        table.validate(full=True)  # texts are UTF-8
-    except pa.ArrowInvalid:
+    except (pa.ArrowInvalid, UnicodeDecodeError):
         return None
     lists = (chunk for key in unread if key.endswith("s") for chunk in table[key].chunks)
     return None if any(len(chunk.flatten()) for chunk in lists) else table
@@ -154,4 +147,4 @@ def _lists(counts: np.ndarray, values: pa.Array) -> pa.ListArray:
 
 def _call(function: str, values: pa.Array, **options: Any) -> Any:
     """Calls a function of pyarrow.compute, which are made at run time, unknown to its stubs."""
-    return getattr(pa.compute, function)(values, **options)
+    return getattr(pc, function)(values, **options)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 from pydantic_core import from_json
@@ -19,20 +19,37 @@ from dora_mm.data.vl.arrow import SCHEMA
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item
 from dora_mm.data.vl.readers.chat import examples, file_items, find_shape, kind_of_file, new_id, read_chat
-from dora_mm.data.vl.readers.chat_columns import Keys, plain_rows
-from dora_mm.data.vl.readers.chat_shapes import read_conversations, read_messages
+from dora_mm.data.vl.readers.chat_columns import plain_rows
+from dora_mm.data.vl.readers.chat_shapes import Keys
 from dora_mm.data.vl.rows import BadRows, RowError
 
 log = logging.getLogger(__name__)
-KEYS = {
-    read_conversations: Keys("conversations", "from", "value"),
-    read_messages: Keys("messages", "role", "content"),
-}
 WORDS = {"list": "item", "lines": "line"}
 PIECE = 1 << 22  # bytes that are read at a time
 LONGEST = 1 << 26  # bytes of a row that is waited for
 BLANK = b" \t\r\n"
 FIRST_KEY = re.compile(rb'[ \t\r\n]*\[[ \t\r\n]*(\{[ \t\r\n]*"[^"\\\n]*"[ \t\r\n]*:)')
+
+
+class Rows(NamedTuple):
+    """Many rows of a file.
+
+    Attributes:
+        text: The rows, after a line break each but for the first.
+        start: What each row starts with, "" for lines.
+    """
+
+    text: bytes
+    start: bytes
+
+    @property
+    def number(self) -> int:
+        """How many rows there are; of JSON lines, blank ones count too."""
+        return self.text.count(b"\n" + self.start) + 1
+
+    def split(self) -> list[bytes]:
+        """The single rows."""
+        return [self.start + row for row in self.text.removeprefix(self.start).split(b"\n" + self.start)]
 
 
 def read_chat_in_pieces(source: SourceConfig, bad: BadRows) -> Iterator[Example | pa.RecordBatch]:
@@ -46,30 +63,30 @@ def read_chat_in_pieces(source: SourceConfig, bad: BadRows) -> Iterator[Example 
     """
     path = Path(source.file)
     shape, kind = find_shape(path), kind_of_file(path)
-    if shape.read not in KEYS or kind == "parquet":
+    if shape.keys is None or kind == "parquet":
         yield from read_chat(source, bad)
         return
     log.info("%s: %s", path, shape.name)
     seen: set[str] = set()
-    number = 0  # of rows, or lines, so far
+    number = 0  # of rows so far
     with path.open("rb") as file:
-        for lines in list_pieces(file) if kind == "list" else line_pieces(file):
-            batch = None if lines is None else _batch(lines, KEYS[shape.read], kind, number, seen)
-            items = None if lines is None or batch is not None else _items(lines, kind, number)
+        for rows in list_pieces(file) if kind == "list" else line_pieces(file):
+            batch = None if rows is None else _batch(rows, shape.keys, kind, number, seen)
+            items = None if rows is None or batch is not None else _items(rows, kind, number)
             if batch is not None:
                 yield batch
             elif items is not None:
                 yield from examples(path, shape, items, seen, bad)
-            if lines is None or (batch is None and items is None):  # ijson reads the rest, or says what is wrong
+            if rows is None or (batch is None and items is None):  # ijson reads the rest, or says what is wrong
                 yield from examples(path, shape, islice(file_items(path), number, None), seen, bad)
                 return
-            number += lines.count(b"\n") + 1
+            number += rows.number
 
 
-def _batch(lines: bytes, keys: Keys, kind: str, number: int, seen: set[str]) -> pa.RecordBatch | None:
-    """The lines as examples, if all are plain rows; their ids are added to `seen`."""
-    found = plain_rows(lines, keys)
-    if found is None or found[0].num_rows != lines.count(b"\n") + 1:  # blank lines count, too
+def _batch(rows: Rows, keys: Keys, kind: str, number: int, seen: set[str]) -> pa.RecordBatch | None:
+    """The examples of the rows, if all are plain; their ids are added to `seen`."""
+    found = plain_rows(rows.text, keys, on_lines=rows.text.count(b"\n") < rows.number)
+    if found is None or found[0].num_rows != rows.number:
         return None
     batch, given = found
     names: list[str] = []
@@ -83,30 +100,30 @@ def _batch(lines: bytes, keys: Keys, kind: str, number: int, seen: set[str]) -> 
     return batch.set_column(0, SCHEMA.field(0), pa.array(names, pa.string()))
 
 
-def _items(lines: bytes, kind: str, number: int) -> list[Item] | None:
-    """The lines with their places: parsed if they were a list, and then None if they are no objects."""
-    found = [(f"{WORDS[kind]} {place}", line) for place, line in enumerate(lines.split(b"\n"), number + 1)]
+def _items(rows: Rows, kind: str, number: int) -> list[Item] | None:
+    """The rows with their places: parsed if they were in a list, and then None if one is not valid."""
+    found = [(f"{WORDS[kind]} {place}", row) for place, row in enumerate(rows.split(), number + 1)]
     if kind == "lines":
         return [(where, line) for where, line in found if line.strip()]
     try:
-        return [(where, from_json(line, allow_inf_nan=False, cache_strings="keys")) for where, line in found]
+        return [(where, from_json(row, cache_strings="keys")) for where, row in found]
     except ValueError:
         return None
 
 
-def line_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file, many at a time, without the last line break."""
+def line_pieces(file: BinaryIO) -> Iterator[Rows]:
+    """The lines of a file, many at a time."""
     rest = b""
     while more := file.read(PIECE):
         lines, end, rest = (rest + more).rpartition(b"\n")
         if end:
-            yield lines
+            yield Rows(lines, b"")
     if rest:
-        yield rest
+        yield Rows(rest, b"")
 
 
-def list_pieces(file: BinaryIO) -> Iterator[bytes | None]:
-    """The objects of a list, each on a line, many at a time; None, at the end, if the rest is not such a list."""
+def list_pieces(file: BinaryIO) -> Iterator[Rows | None]:
+    """The objects of a list, many at a time; None, at the end, if the rest is not such a list."""
     buffer = file.read(PIECE)
     match = FIRST_KEY.match(buffer)
     first_key = match.group(1) if match else b""
@@ -121,19 +138,23 @@ def list_pieces(file: BinaryIO) -> Iterator[bytes | None]:
         last = end - len(tail) + len(tail.rstrip(BLANK)) - 1
         if end < 0 or buffer[last : last + 1] != (b"," if more else b"]"):
             break
-        yield _on_lines(buffer[:last], first_key)
+        rows = _without_commas(buffer[:last], first_key)
+        if rows is None:
+            break
+        yield rows
         if not more:
             return
         buffer = buffer[end:] + more
     yield None
 
 
-def _on_lines(piece: bytes, first_key: bytes) -> bytes:
-    """The objects of a piece, each on a line. JSON has line breaks only as white space."""
-    if b"\n" in piece or b"\r" in piece:
-        piece, first_key = (text.replace(b"\n", b" ").replace(b"\r", b" ") for text in (piece, first_key))
-    second = piece.find(first_key, 1)
+def _without_commas(text: bytes, start: bytes) -> Rows | None:
+    """Objects with a line break between them instead of a comma and white space; None if some have one already."""
+    second = text.find(start, 1)
     if second < 0:
-        return piece
-    comma = len(piece[:second].rstrip(BLANK)) - 1
-    return piece.replace(piece[comma:second] + first_key, b"\n" + first_key)
+        return Rows(text, start)
+    between = text[len(text[:second].rstrip(BLANK)) - 1 : second]
+    with_comma = text.count(between + start) if between.endswith(b"\n") else 0
+    if text.count(b"\n" + start) != with_comma:
+        return None
+    return Rows(text.replace(between + start, b"\n" + start), start)

@@ -12,7 +12,7 @@ the assistant, as in ms-swift. What cannot be trained on is refused by the name 
 not by a schema, which would copy every row: a file may have millions of turns.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dora_mm.data.vl.embedded import data_url, decoded, image_name
@@ -39,16 +39,26 @@ UNREAD_IN_MESSAGES = {"tool_calls": "tool calls", "train": "`train`", "training"
 LOCATIONS = ("image", "path", "url", "base64", "image_url")  # keys of a content item that name its image
 
 
+class Keys(NamedTuple):
+    """Where a shape has its turns, and in these the name of the speaker and the text."""
+
+    turns: str
+    name: str
+    text: str
+
+
 class Shape(NamedTuple):
     """One shape of rows.
 
     Attributes:
         name: Whose shape it is, and its keys.
         read: Takes a row apart; raises RowError for what does not fit or is not read.
+        keys: Those of its turns; None if they are in several lists.
     """
 
     name: str
     read: Callable[[Row], Said]
+    keys: Keys | None
 
 
 def read_conversations(row: Row) -> Said:
@@ -69,18 +79,22 @@ def read_prompt(row: Row) -> Said:
         _said([{"role": role, "content": given}] if isinstance(given, str) else given or [])
         for given, role in ((row.get("prompt"), "user"), (row.get("completion"), "assistant"))
     )
-    unlearned = prompt._replace(losses=[False if loss is None else loss for loss in prompt.losses])
-    said = Said(*(first + second for first, second in zip(unlearned, completion, strict=True)))
+    losses = [False if loss is None else loss for loss in prompt.losses]
+    places = [*(prompt.places or ()), *(completion.places or ())]
+    said = Said(
+        prompt.names + completion.names, prompt.texts + completion.texts, losses + completion.losses, places, []
+    )
     return _with_keys(row, said)
 
 
-LLAVA = Shape("LLaVA (conversations, image)", read_conversations)
-LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_conversations)
-LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_messages)
-SWIFT = Shape("ms-swift (messages with loss, or beside objects, videos, audios)", read_messages)
-HUGGING_FACE = Shape("Hugging Face (messages)", read_messages)
-TRL = Shape("TRL (prompt, completion)", read_prompt)
-AXOLOTL = Shape("axolotl (messages whose items name their images)", read_messages)
+FROM, ROLE = Keys("conversations", "from", "value"), Keys("messages", "role", "content")
+LLAVA = Shape("LLaVA (conversations, image)", read_conversations, FROM)
+LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_conversations, FROM)
+LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_messages, ROLE)
+SWIFT = Shape("ms-swift (messages with loss, or beside objects, videos, audios)", read_messages, ROLE)
+HUGGING_FACE = Shape("Hugging Face (messages)", read_messages, ROLE)
+TRL = Shape("TRL (prompt, completion)", read_prompt, None)
+AXOLOTL = Shape("axolotl (messages whose items name their images)", read_messages, ROLE)
 SHAPES = (LLAVA, LLAMA_FACTORY, LLAMA_FACTORY_MESSAGES, SWIFT, HUGGING_FACE, TRL, AXOLOTL)
 
 
@@ -120,7 +134,7 @@ def _texts(turns: Any, key: str) -> list[str]:
     return texts
 
 
-def _losses(turns: Iterable[Row]) -> list[bool | None]:
+def _losses(turns: Any) -> list[bool | None]:
     losses = [turn.get("loss") for turn in turns]
     if losses.count(None) < len(losses) and not {bool, type(None)}.issuperset(map(type, losses)):
         raise RowError("has a `loss` that is neither true nor false")

@@ -73,8 +73,8 @@ def conversation(said: Said, name: str) -> Example:
 @lru_cache(maxsize=1000)  # most rows have one of a few sequences
 def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
     """The roles of turns, which must alternate and begin with the user's, after at most one system turn."""
-    roles = tuple(map(_role, names))
-    said = roles[1:] if roles[:1] == ("system",) else roles
+    roles: list[Role] = [_role(name) for name in names]
+    said = roles[1:] if roles[:1] == ["system"] else roles
     if not said:
         raise RowError("has no turns")
     if "system" in said:
@@ -84,7 +84,7 @@ def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
     twice = next((role for role, following in pairwise(said) if role == following), None)
     if twice:
         raise RowError(f"has two turns of the {twice} in a row")
-    return roles
+    return tuple(roles)
 
 
 def _role(speaker: str) -> Role:
