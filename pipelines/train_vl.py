@@ -214,13 +214,18 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
     model, has_weights = None, False
     if any(present_splits(config)):
         model, has_weights = load_if_here(config.model, config.vision, **settings)
+    if model:
+        model.check(task.task for task in config.data.all_tasks)
     data = preview_data(config, model, colour=sys.stdout.isatty())
     yield from data.sections
     num_tokens = data.largest.num_tokens if data.largest else 1
     why_not = None if is_measured(accelerator, trained.networks.values(), num_tokens) else TOO_SLOW
-    if len(data.sets) < len(config.data.all_tasks):
+    if model is None or len(data.sets) < len(config.data.all_tasks):
         why_not = "not all training data can be read"
-    elif not has_weights:
+    else:
+        batches = VLBatches(model, data.sets, seed=config.seed).per_epoch
+        yield length_line(with_steps(config.train, config.schedule, batches), batches)
+    if not why_not and not has_weights:
         why_not = f"the weights of {config.model.path} are not on this machine"
     if model and not why_not:
         try:
@@ -228,7 +233,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         except torch.OutOfMemoryError:
             why_not = "a step does not fit into the memory of this GPU"
     if why_not:
-        yield f"{estimated_cost(config, accelerator, structure, trained, data)}\ntime      not measured: {why_not}"
+        yield estimated_cost(config, accelerator, structure, trained, data)
+        yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, trained.networks.values())
     if data.problems:
         raise ValueError(data.problems[0])
@@ -242,8 +248,7 @@ def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLMode
     largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
     cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
     memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost)
-    length = length_line(parts["config"], batches.per_epoch)
-    return f"{memory}\n\n{length}\n{time_line(cost, parts['config'].steps, 'validation')}"
+    return f"{memory}\n\n{time_line(cost, parts['config'].steps, 'validation')}"
 
 
 def estimated_cost(
