@@ -44,6 +44,9 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+EXTRA = ["visual_embedding", "biases", "norms"]
+
+
 def first_of_image(number: int) -> int:
     """The row of the first validation question about the image of this number."""
     images = [row["image_id"] for row in json.loads(QUESTIONS.read_text())["questions"]]
@@ -72,9 +75,14 @@ def base(tmp_path, model_folder, features):
     ]
     values = {
         "pipeline": "train_vl",
-        "model": {"path": str(model_folder)},
+        "model": {"family": "vl_bart", "path": str(model_folder)},
         "vision": {"features": [str(features)]},
-        "adapter": {"rank": 2, "alpha": 6.0, "dropout": 0.1},
+        "adapter": {
+            "rank": 2,
+            "alpha": 6.0,
+            "dropout": 0.1,
+            "extra_trainable": ["visual_embedding", "biases", "norms"],
+        },
         "data": {"tables": str(tmp_path / "tables"), "tasks": tasks},
         "optimizer": {"lr": 1.0, "magnitude_lr": 1.0},
         "train": {"epochs": 9, "batch_size": 4, "checkpoint_every": 1, "log_every": 1},
@@ -204,9 +212,9 @@ def test_every_training_that_adapts_the_tower_answers_with_its_own_tower(compari
     images = {"images": str(SAMPLES / "images")}
     task = {"task": "vqa", "train": vqa("train", limit=4, **images), "valid": vqa("val", limit=2, **images)}
     adapted = base(
-        model={"path": str(tmp_path / "model")},
+        model={"family": "vl_bart", "path": str(tmp_path / "model")},
         vision={"tower": "timm/vit_tiny_patch16_224", "pretrained": None},
-        adapter={"rank": 2, "vision_parts": ["attn"]},
+        adapter={"rank": 2, "parts": ["text.qv", "cross.qv", "vision.attn"]},
         data={"tables": str(tmp_path / "tables"), "tasks": [task]},
     )
     valid = vqa("val", skip=first_of_image(2), limit=first_of_image(4) - first_of_image(2), **images)
@@ -215,7 +223,7 @@ def test_every_training_that_adapts_the_tower_answers_with_its_own_tower(compari
     training = Training(Variant("lora", 4), 0.01, 1)
     found.trainings.train([training])
     assert len(found.answers(training.name, training)["vqa"]) == len(found.examples["vqa"])
-    assert not any("lora_A" in name for name, _ in found.vision.named_parameters())
+    assert not any("lora_A" in name for name, _ in found.model.vision.named_parameters())
 
 
 def test_trainings_override_values_of_the_base(comparison, base):
@@ -223,7 +231,8 @@ def test_trainings_override_values_of_the_base(comparison, base):
     loaded = load_config(base())
 
     def trained(variant):
-        return load_config(config.base, compare_vl.overrides(config, loaded, Training(variant, 0.25, 7)))
+        overrides = compare_vl.overrides(config, loaded, Training(variant, 0.25, 7), compare_vl.all_parts(loaded))
+        return load_config(config.base, overrides)
 
     half = trained(Variant("dora", 2))
     assert (half.adapter.method, half.adapter.rank, half.adapter.alpha) == ("dora", 2, 6.0)
@@ -233,8 +242,8 @@ def test_trainings_override_values_of_the_base(comparison, base):
     assert lora.adapter.alpha / lora.adapter.rank == dora.adapter.alpha / dora.adapter.rank == 3.0
     assert lora.adapter.extra_trainable == dora.adapter.extra_trainable == loaded.adapter.extra_trainable
     full = trained(FULL)
-    assert full.adapter.parts == ("text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko")
-    assert full.adapter.extra_trainable == ("visual_embedding", "biases", "norms", "embeddings")
+    assert set(full.adapter.parts) == {"text.qv", "text.ko", "text.mlp", "cross.qv", "cross.ko"}
+    assert set(full.adapter.extra_trainable) == {"visual_embedding", "biases", "norms", "embeddings"}
     assert (full.adapter.dropout, lora.adapter.dropout) == (0.0, 0.1)
 
 
@@ -272,7 +281,10 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
         base(**changes)
         assert message in refused(config)
     base()
-    adapted = {"vision": {"tower": "timm/vit_tiny_patch16_224"}, "adapter": {"rank": 2, "vision_parts": ["attn"]}}
+    adapted = {
+        "vision": {"tower": "timm/vit_tiny_patch16_224"},
+        "adapter": {"rank": 2, "parts": ["text.qv", "cross.qv", "vision.attn"]},
+    }
     config = comparison(features=[str(tmp_path)], report=fewer)
     seen = {split: {**vqa(split), "images": str(SAMPLES / "images")} for split in ("train", "val")}
     task = {"task": "vqa", "train": seen["train"], "valid": seen["val"]}
