@@ -37,15 +37,12 @@ class Rows(NamedTuple):
     Attributes:
         text: The rows, after a line break each but for the first.
         start: What each row starts with, "" for lines.
+        number: How many rows there are; of JSON lines, blank ones count too.
     """
 
     text: bytes
     start: bytes
-
-    @property
-    def number(self) -> int:
-        """How many rows there are; of JSON lines, blank ones count too."""
-        return self.text.count(b"\n" + self.start) + 1
+    number: int
 
     def split(self) -> list[bytes]:
         """The single rows."""
@@ -117,9 +114,9 @@ def line_pieces(file: BinaryIO) -> Iterator[Rows]:
     while more := file.read(PIECE):
         lines, end, rest = (rest + more).rpartition(b"\n")
         if end:
-            yield Rows(lines, b"")
+            yield Rows(lines, b"", lines.count(b"\n") + 1)
     if rest:
-        yield Rows(rest, b"")
+        yield Rows(rest, b"", 1)
 
 
 def list_pieces(file: BinaryIO) -> Iterator[Rows | None]:
@@ -152,9 +149,11 @@ def _without_commas(text: bytes, start: bytes) -> Rows | None:
     """Objects with a line break between them instead of a comma and white space; None if some have one already."""
     second = text.find(start, 1)
     if second < 0:
-        return Rows(text, start)
+        return Rows(text, start, 1)
     between = text[len(text[:second].rstrip(BLANK)) - 1 : second]
-    with_comma = text.count(between + start) if between.endswith(b"\n") else 0
-    if text.count(b"\n" + start) != with_comma:
+    with_break = text.count(b"\n" + start) if b"\n" in text else 0
+    separated = text.replace(between + start, b"\n" + start)
+    number = separated.count(b"\n" + start)
+    if with_break not in (0, number) or (with_break and not between.endswith(b"\n")):
         return None
-    return Rows(text.replace(between + start, b"\n" + start), start)
+    return Rows(separated, start, number + 1)
