@@ -162,7 +162,8 @@ def _train_itself(found: Trained, component: str, names: Sequence[str], rate: fl
     parameters = {name: found.networks[component].get_parameter(name) for name in names}
     _to_float32(parameters.values())
     for name, parameter in parameters.items():
-        found.parameters[f"{component}.{name}"] = parameter.requires_grad_()
+        parameter.requires_grad_()
+        found.parameters[f"{component}.{name}"] = parameter
         if rate:
             found.rates[f"{component}.{name}"] = rate
     known = found.extra.setdefault(component, [])

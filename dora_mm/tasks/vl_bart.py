@@ -118,8 +118,12 @@ class VLBartTask:
     def target_maps(self) -> dict[str, TargetMap]:
         return vl_bart_maps(self.vision.tower)
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, str]:
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
         return {"base_digest": module_digest(self.model), "vision_digest": self.vision.identity}
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:

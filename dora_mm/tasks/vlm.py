@@ -124,8 +124,12 @@ class VLM:
     def target_maps(self) -> dict[str, TargetMap]:
         return {"model": map_of(self.model)}
 
-    @cached_property
+    @property
     def identity(self) -> dict[str, str]:
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
         return identity_of(self.path, self.commit)
 
     def fresh(self, seed: int) -> VLM:
