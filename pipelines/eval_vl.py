@@ -61,9 +61,7 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.
     scored = {name: rows for name, rows in answered.items() if any(is_answered(example) for example, _ in rows)}
     scores = {name: score(name, rows) for name, rows in scored.items()}
-    scores = {
-        name: with_question_only_accuracy(config, name, found, scored[name]) for name, found in scores.items()
-    }
+    scores = {name: with_question_only_accuracy(config, name, found, scored[name]) for name, found in scores.items()}
     write_report(config, run, scores, [name for name in answered if name not in scored])
     write_page(config, run, answered, splits)
 
