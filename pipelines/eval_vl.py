@@ -17,7 +17,7 @@ from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
 from dora_mm.eval.vl.comparison import answer_scores, gain_over_question_only
 from dora_mm.eval.vl.metrics import QUESTION_TASKS, VLScores, report, score, score_row
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
-from dora_mm.eval.vl.question_only import question_only_accuracy, question_only_answers
+from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.scores import is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.sampling.answers import answer_all
@@ -80,12 +80,11 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
         return replace(scores, notes=(*scores.notes, f"no question-only accuracy: {task.train.file} has no answers"))
     examples = [example for example, _ in rows]
     guesses = list(zip(examples, question_only_answers(training, examples), strict=True))
-    accuracy = question_only_accuracy(training, examples)
     notes = list(scores.notes)
     ours, guessed = answer_scores(name, [rows]), answer_scores(name, [guesses])
     if ours and guessed and len(set(ours.groups)) > 1:
         notes.append(gain_over_question_only("These answers", {name: ours}, {name: guessed}))
-    return replace(scores, metrics={**scores.metrics, "question-only accuracy": accuracy}, notes=tuple(notes))
+    return replace(scores, metrics={**scores.metrics, "question-only accuracy": mean_accuracy(guesses)}, notes=tuple(notes))
 
 
 def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLScores], unscored: list[str]) -> None:

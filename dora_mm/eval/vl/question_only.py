@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl import chat
 from dora_mm.eval.vl.scores import percent
 from dora_mm.eval.vl.vqa import vqa_accuracy
@@ -50,17 +50,15 @@ def start(text: str) -> str:
     return " ".join(text.split()[:NUM_WORDS])
 
 
-def question_only_accuracy(train: Iterable[Example], valid: Iterable[Example]) -> float:
-    """Returns the mean accuracy x 100 of `question_only_answers`.
+def mean_accuracy(guesses: Predictions) -> float:
+    """Returns the mean accuracy x 100 of guessed answers.
 
     Raises:
-        ValueError: `train` has no answers, or `valid` has no rows.
+        ValueError: There are none.
     """
-    valid = list(valid)
-    if not valid:
+    if not guesses:
         raise ValueError("there is nothing to score: the split has no rows")
-    answers = question_only_answers(train, valid)
-    return percent([accuracy(answer, example) for answer, example in zip(answers, valid, strict=True)])
+    return percent([accuracy(answer, example) for example, answer in guesses])
 
 
 def accuracy(answer: str, example: Example) -> float:

@@ -6,7 +6,7 @@ from dora_mm.data.vl.example import Example, Turn
 from dora_mm.eval.vl.choice import chosen_letter
 from dora_mm.eval.vl.metrics import VLScores, main_metric, report, score, score_row
 from dora_mm.eval.vl.nlvr2 import sentence_of
-from dora_mm.eval.vl.question_only import question_only_accuracy
+from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 
 
 def row(key: str, right: str, prediction: str, *kinds: str) -> tuple[Example, str]:
@@ -103,7 +103,9 @@ def test_chat_is_exact_match_of_the_last_answer():
     scores = score("chat", rows)
     assert scores.metrics == {"accuracy": 50.0, "exact": pytest.approx(100 / 6)}
     assert [score_row("chat", *row) for row in rows] == [1, 1, 1, 0, 0, 0]
-    assert question_only_accuracy([chat("Yes.", "")[0]], [rows[2][0]]) == 100.0
+    asked = rows[2][0]
+    (guess,) = question_only_answers([chat("Yes.", "")[0]], [asked])
+    assert mean_accuracy([(asked, guess)]) == 100.0
 
 
 def choice(right: str, prediction: str, *kinds: str) -> tuple[Example, str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.vl.question_only import question_only_accuracy, question_only_answers
+from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 
 
 def question(text: str, answer: str, votes: int = 10) -> Example:
@@ -25,6 +25,10 @@ TRAIN = [
 def test_the_same_text_is_preferred_to_two_words_and_those_to_all():
     texts = ["Is the cat red?", "Is the bus red?", "How many dogs?", "What is it?"]
     assert question_only_answers(TRAIN, [question(text, "?") for text in texts]) == ["no", "yes", "2", "2"]
+
+
+def question_only_accuracy(train, valid) -> float:
+    return mean_accuracy(list(zip(valid, question_only_answers(train, valid), strict=True)))
 
 
 def test_accuracy_is_the_official_one_in_per_cent():
