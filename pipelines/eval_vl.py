@@ -84,7 +84,8 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     ours, guessed = answer_scores(name, [rows]), answer_scores(name, [guesses])
     if ours and guessed and len(set(ours.groups)) > 1:
         notes.append(gain_over_question_only("These answers", {name: ours}, {name: guessed}))
-    return replace(scores, metrics={**scores.metrics, "question-only accuracy": mean_accuracy(guesses)}, notes=tuple(notes))
+    metrics = {**scores.metrics, "question-only accuracy": mean_accuracy(guesses)}
+    return replace(scores, metrics=metrics, notes=tuple(notes))
 
 
 def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLScores], unscored: list[str]) -> None:

@@ -1,12 +1,11 @@
 """Accuracy of multiple choice questions, by the letter of the chosen option."""
 
 import re
-from collections import defaultdict
 from string import ascii_uppercase
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.chat import normalized
-from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, percent, table
+from dora_mm.eval.vl.scores import VLScores, by_answer, by_kind, check_answered, percent
 
 LETTER = re.compile(r"\(?([A-Z])(?:[).:]|[).:]\s.*)?", re.DOTALL)  # "B", "B.", "(B)", "B. a red car"; not "A red car"
 
@@ -37,10 +36,7 @@ def score_choice(predictions: Predictions) -> VLScores:
     """
     check_answered(predictions)
     values = [row_accuracy(example, prediction) for example, prediction in predictions]
-    answers = defaultdict(list)
-    for (example, _), value in zip(predictions, values, strict=True):
-        answers[example.answers[0]].append(value)
-    tables = {**by_kind(("category",), predictions, values), "answer": table(answers)}
+    tables = {**by_kind(("category",), predictions, values), "answer": by_answer(predictions, values)}
     invalid = sum(chosen_letter(example, prediction) is None for example, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no option and count as wrong",) if invalid else ()
     return VLScores("choice", "accuracy", {"accuracy": percent(values)}, tables, notes)

@@ -76,6 +76,19 @@ def by_kind(headings: Sequence[str], predictions: Predictions, values: Sequence[
     return {heading: table(groups) for heading, groups in grouped.items() if groups}
 
 
+def by_answer(predictions: Predictions, values: Sequence[float]) -> Table:
+    """Returns a table by the right answer, which shows whether a model prefers one of the choices.
+
+    Args:
+        predictions: Examples with predictions; each has one right answer.
+        values: The value of each prediction, 0 to 1.
+    """
+    groups: dict[str, list[float]] = defaultdict(list)
+    for (example, _), value in zip(predictions, values, strict=True):
+        groups[example.answers[0]].append(value)
+    return table(groups)
+
+
 def table(groups: dict[str, list[float]]) -> Table:
     """Returns the mean x 100 and the number of values of each group, sorted by name."""
     return {name: (percent(values), len(values)) for name, values in sorted(groups.items())}

@@ -1,12 +1,11 @@
 """Scores of the video tasks as the VALUE benchmark's tools compute them."""
 
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.captions import CaptionScores, caption_notes, caption_scores, group_by_id
-from dora_mm.eval.vl.scores import VLScores, check_answered, percent, table
+from dora_mm.eval.vl.scores import VLScores, by_answer, check_answered, percent
 
 CHOICE = re.compile(r"a(\d)")
 
@@ -32,12 +31,9 @@ def score_video_questions(task: str, predictions: Predictions) -> VLScores:
     """
     check_answered(predictions)
     values = [row_accuracy(example, prediction) for example, prediction in predictions]
-    answers = defaultdict(list)
-    for (example, _), value in zip(predictions, values, strict=True):
-        answers[example.answers[0]].append(value)
     invalid = sum(choice(prediction) is None for _, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no choice and count as wrong",) if invalid else ()
-    return VLScores(task, "accuracy", {"accuracy": percent(values)}, {"answer": table(answers)}, notes)
+    return VLScores(task, "accuracy", {"accuracy": percent(values)}, {"answer": by_answer(predictions, values)}, notes)
 
 
 def score_video_captions(task: str, predictions: Predictions, *, meteor: bool = True) -> VLScores:
