@@ -1,11 +1,12 @@
 """Scores of the video tasks as the VALUE benchmark's tools compute them."""
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.captions import CaptionScores, caption_notes, caption_scores, group_by_id
-from dora_mm.eval.vl.scores import VLScores, by_answer, check_answered, percent
+from dora_mm.eval.vl.scores import VLScores, by_answer, check_answered, percent, table
 
 CHOICE = re.compile(r"a(\d)")
 
