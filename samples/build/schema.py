@@ -138,11 +138,11 @@ class PretrainTinyVLMConfig(PipelineConfig):
     pipeline: Literal["pretrain_tiny_vlm"]
     seed: Seed = 0
     output: Text | None = None
-    scenes: Annotated[int, Field(ge=2)] = 20_000  # drawn for it, whose features are kept in build/features
+    scenes: Annotated[int, Field(ge=2)] = 16_000  # drawn for it, whose features are kept in build/features
     held_out: PositiveInt = 500  # of these, which are only scored
     words: PretrainStage  # tokens resemble the words for what they show
-    sentences: PretrainStage  # captions and questions through the frozen language model
-    row_length: PositiveInt = 224  # tokens of a row of sentences: an image and some eight turns
+    sentences: PretrainStage  # captions through the frozen language model
+    row_length: PositiveInt = 160  # tokens of a row of sentences: an image and some five captions
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyVLMConfig":

@@ -1,7 +1,8 @@
 """Trains the projector and the tower's last stage of the embedded vision-language model; all else is frozen.
 
-First the visual tokens learn to resemble the words for what they show, then captions and questions go through the
-frozen language model. The scenes are those of the split `captions/pretrain`, of which samples/vl has none.
+First the visual tokens learn to resemble the words for what they show, then captions go through the frozen language
+model. No question is among them: answering is left to learn. The scenes are those of the split `captions/pretrain`, of
+which samples/vl has none.
 """
 
 import io
@@ -23,7 +24,7 @@ from dora_mm.train.run import RunDirectory
 from dora_mm.utils.atomic import save_tensors, write_atomically
 from dora_mm.utils.randomness import batch_indices
 from samples.build.packages import ROOT
-from samples.build.pretraining.shared_image import SharedImageBatch, SharedImageTask, row_of, turns_of
+from samples.build.pretraining.shared_image import SharedImageBatch, SharedImageTask, row_of
 from samples.build.pretraining.stages import train_stage
 from samples.build.pretraining.tiny_vlm import build_tiny_vlm, trained_parameters
 from samples.build.pretraining.vision_end import VisionEnd, features_before
@@ -32,6 +33,7 @@ from samples.build.scenes.build import load_artist, prepare
 from samples.build.scenes.files import JPEG_QUALITY, SEED, scenes_of
 from samples.build.scenes.pictures import Artist
 from samples.build.scenes.scenes import Scene
+from samples.build.scenes.sentences import captions
 from samples.build.scenes.things import Thing
 from samples.build.schema import PretrainTinyVLMConfig
 
@@ -151,8 +153,8 @@ def learn_sentences(data: Data, model: Any, end: VisionEnd, tokenizer: Tokenizer
     def batch_at(number: int) -> SharedImageBatch:
         indices = data.draw(stage.train.batch_size, number)
         stream = random.Random(f"sentences/{seed}/{number}")
-        turns = [turns_of(data.things, data.scenes[index], SEED, stream) for index in indices]
-        rows = [row_of(each, tokenizer, tokenizer.image_id, data.config.row_length) for each in turns]
+        shuffled = [stream.sample(found, len(found)) for found in (captions(data.scenes[i], SEED) for i in indices)]
+        rows = [row_of(each, tokenizer, tokenizer.image_id, data.config.row_length) for each in shuffled]
         return SharedImageBatch(data.features_at(indices), *torch.stack(rows).unbind(1))
 
     task = SharedImageTask(model, end, tokenizer.image_id)

@@ -1,7 +1,6 @@
 """The parts of the pretraining of the embedded vision-language model, and the model itself."""
 
 import importlib.util
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +20,6 @@ from samples.build.pretraining.shared_image import (
     SharedImageBatch,
     SharedImageTask,
     row_of,
-    turns_of,
 )
 from samples.build.pretraining.vision_end import VisionEnd, features_before
 from samples.build.pretraining.words import UNKNOWN, Words
@@ -67,7 +65,7 @@ def test_tokens_come_to_resemble_the_words():
     assert min(words.accuracy(tokens.detach(), labels)) > 0.95
 
 
-def test_turns_that_share_an_image_give_the_loss_of_rows_of_their_own():
+def test_captions_that_share_an_image_give_the_loss_of_rows_of_their_own():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
@@ -76,31 +74,24 @@ def test_turns_that_share_an_image_give_the_loss_of_rows_of_their_own():
     model = SimpleNamespace(model=SimpleNamespace(language_model=llama.model), lm_head=llama.lm_head)
     task = SharedImageTask(model, nn.Linear(5, 32), IMAGE)
     features = torch.randn(1, 49, 5)
-    turns = [("How many?", "two"), ("What color is it?", "red"), ("Left?", "no")]
 
-    def loss(turns, length):
-        row = row_of(turns, letters, IMAGE, length)
+    def loss(sentences, length):
+        row = row_of(sentences, letters, IMAGE, length)
         batch = SharedImageBatch(features, *row[:, None])
         return task.loss(batch, torch.Generator()), int((row[3] != IGNORED).sum())
 
-    together, count = loss(turns, 360)
-    apart = [loss([turn], 180) for turn in turns]
-    assert count == sum(number for _, number in apart)
+    sentences = ["Two discs.", "A red disc on wood.", "A disc."]
+    together, count = loss(sentences, 260)
+    apart = [loss([sentence], 200) for sentence in sentences]
+    assert count == sum(number for _, number in apart) == sum(len(f"{each}<|im_end|>") for each in sentences)
     torch.testing.assert_close(together, sum(each * number for each, number in apart) / count)
 
 
-def test_turns_that_do_not_fit_are_left_out():
-    row = row_of([("a", "b"), ("a" * 500, "b"), ("c", "d")], letters, IMAGE, 250)
-    expected = row_of([("a", "b"), ("c", "d")], letters, IMAGE, 250)
+def test_captions_that_do_not_fit_are_left_out():
+    row = row_of(["a", "b" * 500, "c"], letters, IMAGE, 250)
+    expected = row_of(["a", "c"], letters, IMAGE, 250)
     assert torch.equal(row[[0, 2, 3]], expected[[0, 2, 3]])
     assert set(row[1].tolist()) == {-1, 0, 1, 3}
-
-
-def test_questions_have_all_answers_equally_often():
-    stream = random.Random(0)
-    scenes = [make_scene(THINGS, 0, "test", index) for index in range(150)]
-    answers = [answer for scene in scenes for _, answer in turns_of(THINGS, scene, 0, stream)]
-    assert 0.7 < answers.count("yes") / answers.count("no") < 1.4
 
 
 def test_the_trained_end_continues_the_frozen_stages():
