@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from dora_mm.config.loader import dump_config, load_config, resolve_path
-from dora_mm.config.vl import CompareVLConfig, TrainVLConfig, VLDataConfig
+from dora_mm.config.vl import CompareVLConfig, TrainVLConfig
+from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.example import Example, Predictions, stem
 from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
 from dora_mm.data.vl.tables import open_table

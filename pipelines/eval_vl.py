@@ -9,7 +9,8 @@ from typing import Any
 
 from dora_mm import formats
 from dora_mm.config.loader import resolve_path
-from dora_mm.config.vl import VIDEO_TASKS, EvalVLConfig
+from dora_mm.config.vl import EvalVLConfig
+from dora_mm.config.vl_data import VIDEO_TASKS
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed, nn
 
-from dora_mm.config.vl import VIDEO_TASKS, DecodeConfig
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_data import VIDEO_TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.mixing import TaskBatches

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import BartTokenizer
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from dora_mm.config.vl import VIDEO_TASKS, DecodeConfig, VisionConfig, VLModelConfig
+from dora_mm.config.vl import DecodeConfig, VisionConfig, VLModelConfig
+from dora_mm.config.vl_data import VIDEO_TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.readers.video import split_subtitles

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dora_mm.config.loader import find_path
-from dora_mm.config.vl import SourceConfig, TrainVLConfig, VLTaskConfig
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.config.vl_data import SourceConfig, VLTaskConfig
 from dora_mm.data.images.pixels import upright_size
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path

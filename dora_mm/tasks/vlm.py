@@ -29,7 +29,7 @@ from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
 from dora_mm.models.vlm.folders import identity_of
 from dora_mm.models.vlm.forms import Form, cross_entropy, form_of
 from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, read_config
-from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH
+from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH, Plain
 from dora_mm.targets import map_of
 from dora_mm.tasks.chat import Rendered, render, render_prompt
 from dora_mm.tasks.lengths import RowLengths
@@ -187,7 +187,7 @@ class VLM:
         try:
             rendered = self.rendered(task, example, answer)
             if self.plain is not None:
-                return self._plain_row(encoder, rendered.text, pictures, answer)
+                return self._plain_row(encoder, rendered.text, pictures, self.plain, answer)
             if answer is None:
                 return encoder.question(rendered.text, pictures)
             return encoder.conversation(*rendered, pictures)
@@ -211,9 +211,9 @@ class VLM:
         turns = self.turns(task, example, answer)
         return Rendered(render_prompt(self.processor, turns), ()) if answer is None else render(self.processor, turns)
 
-    def _plain_row(self, encoder: RowEncoder, text: str, pictures: list[Any], answer: str | None) -> Row:
+    def _plain_row(self, encoder: RowEncoder, text: str, pictures: list[Any], plain: Plain, answer: str | None) -> Row:
         if self.form.continues:
-            return encoder.question(text, pictures, answer)
+            return encoder.question(text, pictures, None if answer is None else plain.separator + answer)
         row = encoder.question(text, pictures, ends=True)
         return replace(row, labels=encoder.decoder_target(answer or "", self.form.start))
 

@@ -51,6 +51,7 @@ class RowCounter:
         probe = model.rendered(task, Example("", ("",), "?", turns=turns), "!").text
         self.counter = TokenCounter(model.encoder, probe)
         self.continues = model.plain is not None and model.form.continues
+        self.separator = model.plain.separator if model.plain is not None else ""
         self.names = table.image_lists()
         self.unreadable: dict[int, str] = {}
         self.source = "texts by the tokenizer"
@@ -136,7 +137,8 @@ class RowCounter:
         """The tokens of the answers that continue a plain prompt, whose separator is left out then."""
         if not self.continues or not rows:
             return [0] * len(rows)
-        ids = self.model.processor.tokenizer([text.answer for text in rows], add_special_tokens=False)["input_ids"]
+        answers = [self.separator + text.answer for text in rows]
+        ids = self.model.processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
         return [len(answer) + 1 - self.counter.ends_with_separator for answer in ids]
 
     def _loses_answer(self, text: _Text, num_images: int, ending: int) -> bool:

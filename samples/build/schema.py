@@ -19,7 +19,8 @@ from dora_mm.config.schema import (
     raise_problems,
 )
 from dora_mm.config.sdxl import LossConfig, ModelConfig, PixelSize, SheetConfig
-from dora_mm.config.vl import EvaluateConfig, VisionConfig, VLDataConfig, check_vl_training
+from dora_mm.config.vl import EvaluateConfig, VisionConfig, check_vl_training
+from dora_mm.config.vl_data import VLDataConfig
 
 
 class PretrainStage(Section):

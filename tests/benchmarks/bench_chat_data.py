@@ -74,7 +74,7 @@ def run_cases(folder: Path, num_rows: int, repeats: int) -> list[dict[str, objec
 def measure(folder: Path) -> None:
     """Reads data up to the first batch, and prints the peak resident memory in MB."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from dora_mm.config.vl import SourceConfig
+    from dora_mm.config.vl_data import SourceConfig
     from dora_mm.data.vl.mixing import TaskBatches
     from dora_mm.data.vl.tables import open_table
 

@@ -22,7 +22,8 @@ import peft
 import torch
 
 from dora_mm import fixed_parameters
-from dora_mm.config.vl import SourceConfig, VLAdapterConfig, VLModelConfig
+from dora_mm.config.vl import VLAdapterConfig, VLModelConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vlm.encoding import IGNORED

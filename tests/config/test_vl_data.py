@@ -84,3 +84,17 @@ def test_the_paths_of_both_forms_are_checked(tmp_path):
 def test_rows_of_conversations_may_contain_their_images(tmp_path):
     assert load(tmp_path, "task: choice\n  valid: {format: choices, file: a.tsv, split: dev}").data.task == "choice"
     assert VLDataConfig.model_validate({"valid": {"format": "chat", "file": "a.json"}}).all_tasks[0].train is None
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        ("beams: 2", "decode.beams has no effect: no task has captions"),
+        ("min_answer_count: 9", "decode.min_answer_count has no effect: no answers are chosen from the training data"),
+    ],
+)
+def test_settings_of_answers_that_the_tasks_do_not_have_are_refused(tmp_path, decode, message):
+    assert message in problem(tmp_path, f"valid: {GQA}\n  task: gqa\ndecode: {{{decode}}}")
+    captions = "{format: coco_captions, file: captions.json, images: images}"
+    tasks = f"tasks: [{{task: caption, valid: {captions}}}, {{task: gqa, valid: {GQA}, train: {GQA}}}]"
+    load(tmp_path, f"{tasks}\ndecode: {{answers: rank, {decode}}}")

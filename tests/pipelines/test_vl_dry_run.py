@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from dora_mm.cli import main
-from dora_mm.config.vl import SourceConfig, VLModelConfig
+from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
 from dora_mm.tasks.vl import likeliest_answer
 from dora_mm.tasks.vlm import VLM

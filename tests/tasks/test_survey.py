@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from dora_mm.config.vl import SourceConfig, VLModelConfig
+from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
 from dora_mm.tasks.lengths import RowLengths, evenly_spaced, length_line, length_table

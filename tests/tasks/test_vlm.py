@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from dora_mm.config.vl import DecodeConfig, SourceConfig, VLModelConfig
+from dora_mm.config.vl import DecodeConfig, VLModelConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vlm.encoding import IGNORED
@@ -171,6 +172,13 @@ def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
         VLM(VLModelConfig(path=str(tiny_vlm("llava")), prompts={"chat": "Q: {text}"})).check(["chat"])
     with pytest.raises(ValueError, match=r"model.image_size: .* takes model.max_pixels instead"):
         VLM(VLModelConfig(path=str(tiny_vlm("qwen2_5_vl")), image_size=56))
+
+
+@pytest.mark.parametrize("vlm", ["blip2"], indirect=True)
+def test_blip_2_learns_an_answer_that_follows_a_space(vlm, pictures):
+    row = vlm.row("vqa", Example("1", ("wide.png",), "What colour?"), pictures, "red")
+    text = vlm.processor.tokenizer.decode(row.inputs["input_ids"][0, row.num_image_tokens :])
+    assert text.endswith("Question: What colour? Answer: red" + vlm.processor.tokenizer.eos_token)
 
 
 def test_a_class_without_a_chat_template_refuses_system_turns(tiny_vlm, pictures, tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_mm.config.vl import SourceConfig, VLModelConfig
+from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.tables import ExampleTable, open_table
 from dora_mm.models.vlm.encoding import IGNORED

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from dora_mm.config.loader import find_path
-from dora_mm.config.vl import VisionConfig, VLDataConfig
+from dora_mm.config.vl import VisionConfig
+from dora_mm.config.vl_data import VLDataConfig
 
 PUBLISHED = {  # data format -> where its files are published; "" where they are not
     "vqa_v2": "visualqa.org",

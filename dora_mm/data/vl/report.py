@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.readers import resolved
 from dora_mm.data.vl.readers.chat import find_shape
 from dora_mm.data.vl.tables import ExampleTable

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dora_mm.config.vl import VIDEO_TASKS, DecodeConfig, SourceConfig, VLDataConfig
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_data import VIDEO_TASKS, SourceConfig, VLDataConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import ExampleTable, open_table
 

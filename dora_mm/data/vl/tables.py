@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from dora_mm.config.vl import OWN_IMAGES, SourceConfig
+from dora_mm.config.vl_data import OWN_IMAGES, SourceConfig
 from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches, selected
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example

@@ -24,11 +24,13 @@ class Plain(NamedTuple):
         prompts: Its prompts where they differ from a bare question.
         image_token: Its image token has to be in the text, once per image; else the processor adds it.
         images: The number of images that a row may have: exactly one, or (None) one or more.
+        separator: What stands between a prompt and the answer that continues it.
     """
 
     prompts: Mapping[str, str]
     image_token: bool = False
     images: int | None = 1
+    separator: str = ""
 
 
 QUESTION = dict.fromkeys(PROMPTS, "{text}")
@@ -40,8 +42,8 @@ PLAIN = {  # by model_type
         images=None,
     ),
     "blip": Plain(QUESTION),
-    "blip-2": Plain(BLIP_2),
-    "instructblip": Plain(BLIP_2),
+    "blip-2": Plain(BLIP_2, separator=" "),
+    "instructblip": Plain(BLIP_2, separator=" "),
     "git": Plain(QUESTION),
     "florence2": Plain(QUESTION | {"caption": "What does the image describe?"}),
 }

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from transformers import BartTokenizer
 
-from dora_mm.config.vl import VLTaskConfig
+from dora_mm.config.vl_data import VLTaskConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.splits import TrainingSet, open_texts, open_training, open_validation

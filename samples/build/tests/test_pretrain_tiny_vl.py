@@ -6,7 +6,8 @@ import pytest
 import torch
 import yaml
 
-from dora_mm.config.vl import SourceConfig, VisionConfig, VLModelConfig
+from dora_mm.config.vl import VisionConfig, VLModelConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl_bart.text import decode

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.readers import READERS
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers

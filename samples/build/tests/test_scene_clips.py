@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.readers.video import read_video_captions, read_video_qa
 from dora_mm.data.vl.rows import BadRows
 from samples.build.scenes.clips import clip_rows, frame_features, frames, make_clip, subtitles, write_clips

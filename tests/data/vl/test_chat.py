@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.readers.chat import find_shape, read_chat
 from dora_mm.data.vl.report import data_report, quantiles, table_figures
@@ -82,6 +82,12 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, text):
     (tmp_path / "rows.json").write_bytes(b"\xef\xbb\xbf" + text.replace("{row}", row).encode())
     source = SourceConfig(format="chat", file=str(tmp_path / "rows.json"))
     assert {example.text for example in read_chat(source, BadRows("skip"))} == {"What?"}
+
+
+def test_utf_16_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a\.jsonl is UTF-16: save it as UTF-8"):
+        find_shape(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("names", [("user", "assistant"), ("Human", "GPT"), ("USER", "ASSISTANT"), ("user", "model")])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.arrow import Piece, example_at, record_batch, record_batches, selected
 from dora_mm.data.vl.example import IMAGE, Example
 from dora_mm.data.vl.readers import chat_pieces

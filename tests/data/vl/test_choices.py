@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.choices import read_choices
 from dora_mm.data.vl.report import table_figures

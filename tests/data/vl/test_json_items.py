@@ -78,12 +78,19 @@ def test_a_file_without_items(path, content):
 def test_files_that_cannot_be_read(path):
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
         list(json_lines(path.parent))
-    path.write_bytes(b"\xff\xfe\x00")
+    path.write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match=r"file\.json is .*not valid JSON"):
         list(list_items(path))
     path.write_bytes(b" \n")
     with pytest.raises(ValueError, match=r"file\.json has no rows: .*JSON object per line"):
         list(json_lines(path))
+
+
+@pytest.mark.parametrize("read", [list_items, object_items, json_lines])
+def test_utf_16_is_named(path, read):
+    path.write_text('[{"id": 1}]', encoding="utf-16")
+    with pytest.raises(ValueError, match=r"file\.json is UTF-16: save it as UTF-8"):
+        list(read(path))
 
 
 def test_place_names_the_id_once(path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import easy_vqa
 import pytest
 
-from dora_mm.config.vl import FORMATS, SourceConfig
+from dora_mm.config.vl_data import FORMATS, SourceConfig
 from dora_mm.data.vl.example import Example, stem
 from dora_mm.data.vl.readers import READERS
 from dora_mm.data.vl.readers.video import split_subtitles, video_text

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dora_mm.config.vl import DecodeConfig, SourceConfig, VLDataConfig
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_data import SourceConfig, VLDataConfig
 from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.readers import READERS
 from dora_mm.data.vl.rows import BadRows

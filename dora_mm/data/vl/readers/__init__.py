@@ -8,9 +8,9 @@ files, the name of `source.file` and the split, since tables are cached by them;
 tables.py. An image that is inside a file is yielded as a data URL (embedded.py); tables.py makes a file of it.
 
 To add a format: write its reader in this folder; add the format to READERS below, to `SourceConfig.format` and FORMATS
-in dora_mm/config/vl.py (with the tasks that it serves; also to OWN_IMAGES, if its rows may contain images or name them
-by absolute paths), and to PUBLISHED in dora_mm/data/vl/needed.py (where its files can be obtained); and add its file
-layout to tests/data/vl and a row to the table of docs/vl.md. One more shape of `chat` is an entry of SHAPES in
+in dora_mm/config/vl_data.py (with the tasks that it serves; also to OWN_IMAGES, if its rows may contain images or name
+them by absolute paths), and to PUBLISHED in dora_mm/data/vl/needed.py (where its files can be obtained); and add its
+file layout to tests/data/vl and a row to the table of docs/vl.md. One more shape of `chat` is an entry of SHAPES in
 chat_shapes.py, with a function that takes a row apart; if it has turns under keys of their own (Keys), plain rows of it
 are read by column as well. No other format needs a reader in PIECE_READERS: 440,000 rows take 10 s without.
 """
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import pyarrow as pa
 
 from dora_mm.config import resolve_path
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.chat import read_chat
 from dora_mm.data.vl.readers.chat_pieces import read_chat_in_pieces

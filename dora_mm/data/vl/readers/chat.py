@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_core import from_json
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import Item, json_lines, list_items, place
+from dora_mm.data.vl.json_items import Item, check_encoding, json_lines, list_items, place
 from dora_mm.data.vl.readers.chat_shapes import SHAPES, Row, Shape, shape_of
 from dora_mm.data.vl.readers.conversation import conversation
 from dora_mm.data.vl.rows import BadRows, RowError
@@ -100,13 +100,15 @@ def kind_of_file(path: Path) -> Literal["list", "lines", "parquet"]:
     """What a file is by its first bytes.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: It cannot be read, or is UTF-16.
     """
     try:
         with path.open("rb") as file:
-            start = file.read(1 << 16).lstrip(b" \t\r\n\xef\xbb\xbf")
+            start = file.read(1 << 16)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    check_encoding(path, start)
+    start = start.lstrip(b" \t\r\n\xef\xbb\xbf")
     return "parquet" if start.startswith(b"PAR1") else "list" if start.startswith(b"[") else "lines"
 
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 from pydantic_core import from_json
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.arrow import SCHEMA
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item

@@ -8,7 +8,7 @@ from string import ascii_uppercase
 
 from pydantic import TypeAdapter
 
-from dora_mm.config.vl import SourceConfig
+from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.embedded import decoded, image_name
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.rows import BadRows, RowError, good_rows

@@ -1,0 +1,142 @@
+"""The config sections that name the data of the vision-language pipelines. See schema.py for the rules."""
+
+from typing import Literal
+
+from pydantic import PositiveInt, model_validator
+
+from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, raise_problems
+
+VLTask = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c", "chat", "choice"]
+VIDEO_TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
+CAPTION_TASKS = ("caption", "tvc", "yc2c")
+
+FORMATS: dict[str, tuple[str, ...]] = {  # the formats of data files, and the tasks that each is for
+    "vqa_v2": ("vqa",),
+    "vqa_karpathy": ("vqa",),
+    "easy_vqa": ("vqa",),
+    "gqa": ("gqa",),
+    "gqa_vlt5": ("gqa",),
+    "nlvr2": ("nlvr2",),
+    "nlvr2_vlt5": ("nlvr2",),
+    "coco_captions": ("caption",),
+    "coco_karpathy": ("caption",),
+    "video_qa": ("tvqa", "how2qa"),
+    "video_captions": ("tvc", "yc2c"),
+    "chat": ("chat",),
+    "choices": ("choice",),
+}
+OWN_IMAGES = ("chat", "choices")  # formats whose rows may contain their images, or name them by absolute paths
+
+
+class SourceConfig(Section):
+    """One split of a data set, in a format in which it is published, or of conversations (docs/vl.md lists all)."""
+
+    format: Literal[
+        "vqa_v2",
+        "vqa_karpathy",
+        "easy_vqa",
+        "gqa",
+        "gqa_vlt5",
+        "nlvr2",
+        "nlvr2_vlt5",
+        "coco_captions",
+        "coco_karpathy",
+        "video_qa",
+        "video_captions",
+        "chat",
+        "choices",
+    ]
+    file: InputPath  # the questions, sentences, captions or conversations
+    # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
+    annotations: InputPath | None = None
+    # The folder of images; null: only vision.features are used, or (chat, choices) rows contain or fully name them.
+    images: InputPath | None = None
+    subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
+    # coco_karpathy: train (includes restval), val or test; choices: a value of the column split, null: all rows
+    split: Text | None = None
+    skip: Count = 0  # number of rows to skip at the start
+    limit: PositiveInt | None = None  # number of rows to use after those; null: all
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> "SourceConfig":
+        allowed = {
+            "annotations": ("vqa_v2", "vqa_karpathy"),
+            "subtitles": ("video_qa", "video_captions"),
+            "split": ("coco_karpathy", "choices"),
+        }
+        problems = [
+            f"{key} is only for format {' and '.join(formats)}, not for {self.format}"
+            for key, formats in allowed.items()
+            if getattr(self, key) is not None and self.format not in formats
+        ]
+        if self.format == "coco_karpathy" and self.split is None:
+            problems.append("split is missing: a coco_karpathy file contains all splits")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class VLTaskConfig(Section):
+    task: VLTask
+    train: SourceConfig | None = None  # the training split; null: none
+    valid: SourceConfig | None = None  # the validation split; null: none
+    batch_size: PositiveInt | None = None  # examples per micro-batch; null: train.batch_size
+    weight: Positive = 1.0  # sampling weight of the task, multiplied by the number of its batches
+
+    @model_validator(mode="after")
+    def _formats_are_of_the_task(self) -> "VLTaskConfig":
+        return raise_problems(self, check_formats(self.task, self.train, self.valid))
+
+
+class VLDataConfig(Section):
+    """One task (`train`, `valid` and its name), or a list of tasks that are trained jointly."""
+
+    task: VLTask = "chat"  # what train and valid are for
+    train: SourceConfig | None = None  # the training split; null: none
+    valid: SourceConfig | None = None  # the validation split; null: none
+    tasks: Items[VLTaskConfig] = ()  # instead of train and valid; a batch is from one task
+    on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
+    tables: Text = "build/tables"  # a cache folder of the files as tables on disk, named by their content
+
+    @model_validator(mode="after")
+    def _one_form_is_given(self) -> "VLDataConfig":
+        names = [task.task for task in self.tasks]
+        short = [key for key in ("train", "valid") if getattr(self, key) is not None]
+        problems = check_formats(self.task, self.train, self.valid)
+        if len(set(names)) < len(names):
+            problems.append("tasks names a task twice")
+        if self.tasks and short:
+            problems.append(f"give either {' and '.join(short)}, or tasks")
+        if self.tasks and self.task != "chat":
+            problems.append("task has no effect beside tasks, each of which has its own")
+        if not self.tasks and not short:
+            problems.append("has no data: give train or valid, or a list of tasks")
+        return raise_problems(self, problems)
+
+    @property
+    def all_tasks(self) -> tuple[VLTaskConfig, ...]:
+        """The tasks, in whichever form they are given."""
+        return self.tasks or (VLTaskConfig(task=self.task, train=self.train, valid=self.valid),)
+
+    def with_tasks(self, tasks: tuple[VLTaskConfig, ...]) -> "VLDataConfig":
+        """These settings with other tasks."""
+        return self.model_copy(update={"tasks": tasks, "task": "chat", "train": None, "valid": None})
+
+    def place(self, task: str, section: str = "data") -> str:
+        """How the config names a task, for messages: "data.tasks: vqa", or "data" for the only one."""
+        return f"{section}.tasks: {task}" if self.tasks else section
+
+
+def check_formats(task: str, train: SourceConfig | None, valid: SourceConfig | None) -> list[str]:
+    """Finds sources whose format is not for the task; one message per problem, each naming the key."""
+    return [
+        f"{name}.format {source.format} is only for {' and '.join(FORMATS[source.format])}, not for {task}"
+        for name, source in (("train", train), ("valid", valid))
+        if source is not None and task not in FORMATS[source.format]
+    ]
+
+
+def missing_splits(data: VLDataConfig, split: Literal["train", "valid"], section: str = "data") -> list[str]:
+    """Finds tasks without this split; one message per problem, each naming the key as the config has it."""
+    missing = [task.task for task in data.all_tasks if getattr(task, split) is None]
+    return [f"{data.place(task, section)} has no {split} split" for task in missing]
