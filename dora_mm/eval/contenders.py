@@ -18,6 +18,7 @@ from dora_mm import backend
 from dora_mm import targets as maps
 from dora_mm.core import DoRASpec, TargetMap, adapt_layer, fixed_parameters
 from dora_mm.core.targets import match_modules
+from dora_mm.utils.messages import first_line
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +110,7 @@ def can_compile(device: torch.device | str = "cpu") -> bool:
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
     except Exception as error:  # whatever is missing on this machine: it runs without compiled peers
-        log.warning(
-            "torch.compile does not work here, so the compiled peers are left out: %s", str(error).splitlines()[0]
-        )
+        log.warning("torch.compile does not work here, so the compiled peers are left out: %s", first_line(error))
         return False
     return True
 

