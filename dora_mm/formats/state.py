@@ -32,10 +32,17 @@ class LayerState:
         tensors: `lora_A` (R, I) or (R, I, *K) for a convolution, `lora_B` (O, R) and `magnitude` (O,), as far as the
             method has them; or `weight` in the shape of the base's, for method `full`. O comes first also where the
             layer stores its weight transposed: of an embedding A is (R, num), B (dim, R) and the magnitude (dim,).
+            Files of other tools may hold `diff`, W' - W0 in the shape of the base's, for method `full`.
+        axis: `out`: the magnitude scales output rows, as in the paper. `in`: it scales input columns, and is (I,).
+        norm: What the magnitude is divided by: the norm of `updated`, W0 + s B A, as in the paper; of `base`, W0; or of
+            `unscaled`, W0 + B A, where the gain g multiplies this sum and s stays outside: g W0 + (s + g - 1) B A.
+            `formats/exact.py` changes one into another.
     """
 
     spec: DoRASpec
     tensors: Mapping[str, Tensor]
+    axis: str = "out"
+    norm: str = "updated"
 
 
 @dataclass(frozen=True)
