@@ -33,7 +33,7 @@ KOHYA_PARTS = {
     "dora_scale": "m",
     "diff": "diff",
 }
-KOHYA_NAMES = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|prior_te)|lycoris|oft|lora)_\w+")
+KOHYA_NAMES = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|prior_te)|lycoris)_")
 
 
 # --- what every loader computes --------------------------------------------------------------------------------------
@@ -165,8 +165,3 @@ def kohya_tensors(layer: LayerState) -> dict[str, Tensor]:
         shape = (-1, 1, *ones) if layer.axis == "out" else (1, -1, *ones)
         found["dora_scale"] = tensors["magnitude"].float().reshape(shape)
     return found
-
-
-def no_alpha(header: Mapping[str, str], module: str, rank: int) -> float | None:
-    """For tools whose headers say nothing about alpha."""
-    return None

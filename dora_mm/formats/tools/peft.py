@@ -1,0 +1,104 @@
+"""PEFT: `base_model.model.<path>.lora_A.weight`, and the settings in adapter_config.json.
+
+The magnitude is (O,), of a convolution (1, O, 1, 1). `scale_layer` scales s inside the norm: t = 0 is not W0.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dora_mm.formats import peft as folder
+from dora_mm.formats.exact import along, in_paper_form, norms
+from dora_mm.formats.peft_layers import alpha_of, check_config, lora_config
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
+from dora_mm.formats.tools.tool import Export, Header, Specs, Tool
+
+NAMES = re.compile(r"base_model\.model\.")
+PARTS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "m",
+    "lora_magnitude_vector.weight": "m",
+}
+
+
+def matches(keys: Collection[str], header: Header) -> bool:
+    return any(NAMES.match(key) for key in keys)
+
+
+def alpha(header: Header, module: str, rank: int) -> float | None:
+    text = header.get(folder.CONFIG_NAME)
+    return alpha_of(_config(text), NAMES.sub("", module), rank) if text else None
+
+
+@functools.lru_cache(maxsize=2)
+def _config(text: str) -> dict[str, Any]:
+    config = json.loads(text)
+    check_config(Path(folder.CONFIG_NAME), config)
+    return config
+
+
+def read(parts: Parts, axis: str | None) -> LayerState:
+    if "m" in parts:
+        parts = {**parts, "m": parts["m"].flatten()}
+    return neutral(parts, "out")
+
+
+def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    """The tensors of a module; without A and B (method `magnitude`) zeros of rank 1 stand for them."""
+    layer = in_paper_form(layer, W0)
+    if layer.spec.method == "full":
+        raise ValueError("it is a difference of weights, which PEFT cannot hold: use the target lora, diff or merged")
+    tensors = {name: tensor.detach().float() for name, tensor in layer.tensors.items()}
+    A = tensors.get("lora_A", W0.new_zeros(1, *W0.shape[1:]))
+    B = tensors.get("lora_B", W0.new_zeros(W0.shape[0], 1))
+    ones = (1,) * (A.dim() - 2)
+    found = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *ones)}
+    if "magnitude" in tensors:
+        m = tensors["magnitude"]
+        found["lora_magnitude_vector"] = m.view(1, -1, *ones) if ones else m
+    return found
+
+
+def header(specs: Specs) -> dict[str, str]:
+    layers = {name.path: LayerState(spec, {}) for name, spec in specs.items()}
+    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, **lora_config(layers, nn.Module())}
+    return {"format": "pt", folder.CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True) + "\n"}
+
+
+def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
+    V = W0 + strength * scaling(parts) * product(parts, W0)
+    if "m" not in parts:
+        return V
+    return along(parts["m"].flatten(), W0, "out") / norms(V, "out") * V
+
+
+TOOL = Tool(
+    title="PEFT",
+    names=NAMES,
+    parts=PARTS,
+    apply=apply,
+    differs="scales the update inside the norm by the strength",
+    axis="out",
+    matches=matches,
+    read=read,
+    alpha=alpha,
+)
+EXPORT = Export(
+    write,
+    spelling="peft",
+    judges=("peft",),
+    header=header,
+    file_name=folder.FILE_NAME,
+    one_method=True,
+)
