@@ -114,26 +114,27 @@ def folded(layer: LayerState) -> LayerState:
     return replace(layer, spec=replace(layer.spec, alpha=float(layer.spec.rank)), tensors=tensors)
 
 
-def in_paper_form(layer: LayerState, weight: Tensor) -> LayerState:
-    """The same adapter with the norm of W0 + s B A; unchanged where it is that already.
-
-    Raises:
-        ValueError: It is not DoRA over output rows.
-    """
-    if layer.axis != "out":
-        raise ValueError(f"its magnitude scales input columns, which has no exact form here: {NO_OUTPUT_FORM}")
-    return layer if layer.norm == "updated" else with_strength(layer, weight, 1.0)
-
-
 @torch.no_grad()
-def as_dora(layer: LayerState, weight: Tensor) -> LayerState:
-    """Plain LoRA as DoRA that computes the same, m = ||W0 + s B A||, for files in which all layers have a magnitude."""
-    if layer.spec.method != "lora":
-        return layer
-    W0 = weight.to(adapter_dtype(weight.dtype))
-    magnitude = norms(torch.add(W0, product(layer, W0), alpha=layer.spec.scaling), "out").flatten()
-    tensors = {**layer.tensors, "magnitude": magnitude}
-    return replace(layer, spec=replace(layer.spec, method="dora"), tensors=tensors)
+def paper_form(layer: LayerState, weight: Tensor, strength: float = 1.0, *, magnitude: bool = False) -> LayerState:
+    """The adapter that computes W(t), as A and B with alpha, and a magnitude over the norm of W0 + s B A if it has one.
+
+    Args:
+        layer: The adapter; one without A and B gets zeros of rank 1. Whole weights become a difference.
+        weight: W0, with O first.
+        strength: The strength that becomes strength 1.
+        magnitude: Whether plain LoRA gets the magnitude with which DoRA computes the same.
+    """
+    if "weight" in layer.tensors or strength != 1 or layer.norm != "updated":
+        layer = with_strength(layer, weight, strength)
+    tensors, spec = dict(layer.tensors), layer.spec
+    if spec.method == "magnitude":
+        tensors["lora_A"], tensors["lora_B"] = torch.zeros(1, *weight.shape[1:]), torch.zeros(weight.shape[0], 1)
+        spec = DoRASpec(rank=1)
+    if magnitude and spec.method == "lora":
+        W0 = weight.to(adapter_dtype(weight.dtype))
+        tensors["magnitude"] = norms(torch.add(W0, product(layer, W0), alpha=spec.scaling), "out").flatten()
+        spec = replace(spec, method="dora")
+    return replace(layer, spec=spec, tensors=tensors)
 
 
 # --- approximations --------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def low_rank(D: Tensor, *, rank: int | None = None, energy: float | None = None)
 
     Args:
         D: (O, I).
-        rank: The rank; where it is far below the full one, a randomised method finds the same in a fraction of the time.
+        rank: The rank; far below the full one, a randomised method finds the same in a fraction of the time.
         energy: The share of ||D||^2 that B A has to have, where `rank` is None.
 
     Returns:
@@ -166,6 +167,13 @@ def low_rank(D: Tensor, *, rank: int | None = None, energy: float | None = None)
     rank = min(rank, full)
     root = S[:rank].sqrt()
     return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+def low_rank_layer(D: Tensor, rank: int | None, energy: float | None) -> LayerState:
+    """Plain LoRA that comes close to a difference (O, I) or (O, I, *K): see `low_rank`."""
+    A, B = low_rank(D.flatten(1), rank=rank, energy=energy)
+    spec = DoRASpec(rank=A.shape[0], method="lora")
+    return LayerState(spec, {"lora_A": A.view(-1, *D.shape[1:]), "lora_B": B})
 
 
 @torch.no_grad()

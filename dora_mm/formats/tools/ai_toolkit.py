@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dora_mm.formats.exact import folded, in_paper_form, norms
+from dora_mm.formats.exact import folded, norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral, product, scaling
 from dora_mm.formats.tools.tool import Export, Header, Tool
@@ -31,9 +31,9 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    tensors = kohya_tensors(folded(in_paper_form(layer, W0)))
-    if len(tensors["lora_down.weight"].shape) > 2:
-        raise ValueError("it is a convolution, for which ai-toolkit has no DoRA")
+    tensors = kohya_tensors(folded(layer))
+    if "diff" in tensors or tensors["lora_down.weight"].dim() > 2:
+        raise ValueError("it is a difference of weights or a convolution, for which ai-toolkit has no DoRA")
     del tensors["alpha"]
     if "dora_scale" in tensors:
         tensors["magnitude"] = tensors.pop("dora_scale").flatten()
@@ -67,4 +67,4 @@ TOOL = Tool(
     matches=matches,
     read=read,
 )
-EXPORT = Export(write, spelling="kohya-diffusers", judges=("ai-toolkit",))
+EXPORT = Export(write, spelling="kohya-diffusers", judges=("ai-toolkit",), axis="out")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.exact import NO_OUTPUT_FORM, folded, gain, in_paper_form, new_weight, norms, product
+from dora_mm.formats.exact import NO_OUTPUT_FORM, folded, gain, new_weight, norms, product
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import parts as roles
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral
@@ -59,8 +59,7 @@ def read_2025(parts: Parts, axis: str | None) -> LayerState:
 
 
 def write_2025(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    """m ||W0|| / ||V||, which is g ||W0||."""
-    layer = layer if layer.axis == "in" else folded(in_paper_form(layer, W0))
+    """With the magnitude m ||W0|| / ||V||, which is g ||W0||."""
     if layer.axis == "out" and "magnitude" in layer.tensors:
         magnitude = (gain(layer, W0, product(layer, W0)) * norms(W0, "out")).flatten()
         layer = replace(layer, tensors={**layer.tensors, "magnitude": magnitude})
@@ -69,11 +68,10 @@ def write_2025(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
 
 def write_rows(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The first file of the pair; nothing for plain LoRA."""
-    if layer.axis != "out" or layer.spec.method == "full":
-        raise ValueError(f"only DoRA over output rows can be written as a pair of files: {NO_OUTPUT_FORM}")
+    if layer.spec.method == "full":
+        raise ValueError(f"it is a difference of weights, which a pair of files cannot hold: {NO_OUTPUT_FORM}")
     if "magnitude" not in layer.tensors:
         return {}
-    layer = in_paper_form(layer, W0)
     magnitude = (gain(layer, W0, product(layer, W0)) * norms(W0, "out")).flatten()
     zeros = {"lora_A": torch.zeros(1, *W0.shape[1:]), "lora_B": torch.zeros(W0.shape[0], 1)}
     return kohya_tensors(LayerState(DoRASpec(rank=1), {**zeros, "magnitude": magnitude}))
@@ -83,7 +81,7 @@ def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The second file of the pair; nothing where there is no A."""
     if "lora_A" not in layer.tensors:
         return {}
-    layer = folded(in_paper_form(layer, W0))
+    layer = folded(layer)
     g = gain(layer, W0, product(layer, W0)).reshape(-1, 1)
     tensors = {"lora_A": layer.tensors["lora_A"], "lora_B": layer.tensors["lora_B"].to(g.dtype) * g}
     return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))
@@ -119,13 +117,13 @@ EXPORT_2025 = Export(
     spelling="kohya-diffusers",
     judges=("comfy-2025",),
     needs_base=True,
-    header=lambda specs: {TARGET_KEY: "comfy-2025"},
+    header=lambda specs, old: {TARGET_KEY: "comfy-2025"},
 )
 EXPORT_15458 = Export(
     write_15458,
     spelling="kohya-diffusers",
     judges=("comfy-15458",),
-    header=lambda specs: {TARGET_KEY: "comfy-15458"},
+    header=lambda specs, old: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     write_diff,
@@ -135,6 +133,6 @@ EXPORT_DIFF = Export(
     dtype="float16",
 )
 PAIR = tuple(
-    Export(write, spelling="kohya-diffusers", judges=("comfy-2025", "comfy-15458"), needs_base=True)
+    Export(write, spelling="kohya-diffusers", judges=("comfy-2025", "comfy-15458"), needs_base=True, axis="out")
     for write in (write_rows, write_low_rank)
 )

@@ -49,7 +49,7 @@ def _configs(text: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def header(specs: Specs) -> dict[str, str]:
+def header(specs: Specs, old: Header) -> dict[str, str]:
     found = {}
     for component in dict.fromkeys(name.component for name in specs):
         layers = {
@@ -80,4 +80,5 @@ EXPORT = Export(
     header=header,
     file_name=FILE_NAME,
     one_method=True,
+    axis="out",
 )

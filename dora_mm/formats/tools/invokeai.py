@@ -1,4 +1,4 @@
-"""InvokeAI: `.dora_scale` scales input columns, whatever its shape, as in AUTOMATIC1111; other magnitudes are not read."""
+"""InvokeAI: `.dora_scale` scales input columns, whatever its shape, as in AUTOMATIC1111."""
 
 from __future__ import annotations
 

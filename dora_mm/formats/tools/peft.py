@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_mm.formats import peft as folder
-from dora_mm.formats.exact import along, in_paper_form, norms
+from dora_mm.formats.exact import along, norms
 from dora_mm.formats.peft_layers import alpha_of, check_config, lora_config
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
@@ -55,24 +55,21 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    """The tensors of a module; without A and B (method `magnitude`) zeros of rank 1 stand for them."""
-    layer = in_paper_form(layer, W0)
     if layer.spec.method == "full":
         raise ValueError("it is a difference of weights, which PEFT cannot hold: use the target lora, diff or merged")
-    tensors = {name: tensor.detach().float() for name, tensor in layer.tensors.items()}
-    A = tensors.get("lora_A", W0.new_zeros(1, *W0.shape[1:]))
-    B = tensors.get("lora_B", W0.new_zeros(W0.shape[0], 1))
+    A, B = (layer.tensors[name].float() for name in ("lora_A", "lora_B"))
     ones = (1,) * (A.dim() - 2)
     found = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *ones)}
-    if "magnitude" in tensors:
-        m = tensors["magnitude"]
-        found["lora_magnitude_vector"] = m.view(1, -1, *ones) if ones else m
+    if (m := layer.tensors.get("magnitude")) is not None:
+        found["lora_magnitude_vector"] = m.float().view(1, -1, *ones) if ones else m.float()
     return found
 
 
-def header(specs: Specs) -> dict[str, str]:
+def header(specs: Specs, old: Header) -> dict[str, str]:
     layers = {name.path: LayerState(spec, {}) for name, spec in specs.items()}
     config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, **lora_config(layers, nn.Module())}
+    before = _config(old[folder.CONFIG_NAME]) if folder.CONFIG_NAME in old else {}
+    config["base_model_name_or_path"] = before.get("base_model_name_or_path", old.get("base_model"))
     return {"format": "pt", folder.CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True) + "\n"}
 
 
@@ -101,4 +98,5 @@ EXPORT = Export(
     header=header,
     file_name=folder.FILE_NAME,
     one_method=True,
+    axis="out",
 )

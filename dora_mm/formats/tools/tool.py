@@ -27,7 +27,7 @@ def no_alpha(header: Header, module: str, rank: int) -> float | None:
     return None
 
 
-def no_header(specs: Specs) -> dict[str, str]:
+def no_header(specs: Specs, old: Header) -> dict[str, str]:
     """For formats that need no header."""
     return {}
 
@@ -78,17 +78,20 @@ class Export:
         spelling: How modules are named: one of `names.SPELLINGS`.
         judges: The tools whose `apply` must give W' from what is written.
         needs_base: Whether `write` needs W0 (it may be None otherwise).
-        header: The entries that the header must have; one that is named like a file is written beside the weights.
+        header: The entries that the header must have, from the settings of the modules and the source's header. One that
+            is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
         dtype: The usual dtype of the tensors.
         one_method: Whether all modules need a magnitude if one has it.
+        axis: `out` where it holds magnitudes of output rows only, else `any`.
     """
 
     write: Callable[[LayerState, Tensor], dict[str, Tensor]]
     spelling: str
     judges: tuple[str, ...]
     needs_base: bool = False
-    header: Callable[[Specs], dict[str, str]] = no_header
+    header: Callable[[Specs, Header], dict[str, str]] = no_header
     file_name: str = ""
     dtype: str = "float32"
     one_method: bool = False
+    axis: str = "any"
