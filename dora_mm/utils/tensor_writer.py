@@ -45,7 +45,7 @@ class TensorWriter:
         begin, self._end = self._end, self._end + flat.numel() * flat.element_size()
         dtype = _DTYPES[str(flat.dtype).removeprefix("torch.")]
         self._entries[name] = {"dtype": dtype, "shape": list(flat.shape), "data_offsets": [begin, self._end]}
-        self._file.write(memoryview(flat.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(flat.reshape(-1).view(torch.uint8).numpy().data)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
         """Writes the header."""

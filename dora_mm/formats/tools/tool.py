@@ -78,8 +78,8 @@ class Export:
         spelling: How modules are named: one of `names.SPELLINGS`.
         judges: The tools whose `apply` must give W' from what is written.
         needs_base: Whether `write` needs W0 (it may be None otherwise).
-        header: The entries that the header must have, from the settings of the modules and the source's header. One that
-            is named like a file is written beside the weights.
+        header: The entries that the header must have, from the settings of the modules and the source's header.
+            One that is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
         dtype: The usual dtype of the tensors.
         one_method: Whether all modules need a magnitude if one has it.
