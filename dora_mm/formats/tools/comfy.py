@@ -114,25 +114,25 @@ TOOL_15458 = Tool(
 )
 EXPORT_2025 = Export(
     write_2025,
-    spelling="kohya-diffusers",
+    spelling="kohya",
     judges=("comfy-2025",),
     needs_base=True,
     header=lambda specs, old: {TARGET_KEY: "comfy-2025"},
 )
 EXPORT_15458 = Export(
     write_15458,
-    spelling="kohya-diffusers",
+    spelling="kohya",
     judges=("comfy-15458",),
     header=lambda specs, old: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     write_diff,
-    spelling="kohya-diffusers",
+    spelling="kohya",
     judges=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
     needs_base=True,
     dtype="float16",
 )
 PAIR = tuple(
-    Export(write, spelling="kohya-diffusers", judges=("comfy-2025", "comfy-15458"), needs_base=True, axis="out")
+    Export(write, spelling="kohya", judges=("comfy-2025", "comfy-15458"), needs_base=True, axis="out")
     for write in (write_rows, write_low_rank)
 )

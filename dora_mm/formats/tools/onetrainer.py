@@ -46,4 +46,4 @@ TOOL = Tool(
     strengths=(),
     matches=matches,
 )
-EXPORT = Export(write, spelling="kohya-diffusers", judges=("onetrainer",))
+EXPORT = Export(write, spelling="onetrainer", judges=("onetrainer",))
