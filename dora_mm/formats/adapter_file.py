@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dora_mm.formats import find_file
@@ -98,12 +97,10 @@ class AdapterFile:
 
     def parts(self, module: str, tool: Tool) -> dict[str, Tensor]:
         """The tensors of a module by role, as a tool reads them; empty where it does not know the module."""
-        parts = {role: self.tensor(key) for role, key in tool.roles(module, self.modules[module]).items()}
-        if "A" in parts and "alpha" not in parts:
-            alpha = tool.alpha(self.header, module, parts["A"].shape[0])
-            if alpha is not None:
-                parts["alpha"] = torch.tensor(float(alpha), dtype=torch.float64)
-        return parts
+        endings = self.modules[module]
+        return tool.parts_of(
+            module, {e: self.tensor(key) for e, key in endings.items() if e in tool.parts}, self.header
+        )
 
     def layer(self, module: str, axis: str | None = None) -> LayerState:
         """The adapter of a module.

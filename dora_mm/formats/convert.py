@@ -18,7 +18,7 @@ from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.names import Name, Target
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, TOOLS, comfy
-from dora_mm.formats.tools.tool import Export
+from dora_mm.formats.tools.tool import Export, Header
 from dora_mm.formats.verify import bound, open_base, relative_error
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
@@ -178,7 +178,8 @@ class _Merged(Mapping[Name, Tensor]):
 
     def __getitem__(self, name: Name) -> Tensor:
         W0, transposed = self._layers.base(name), self._layers.transposed(name)
-        W = exact.new_weight(self._layers.layer(name), W0, self._strength)
+        layer = exact.fitted(self._layers.layer(name), W0)
+        W = exact.new_weight(layer, W0, self._strength)
         return W.T if transposed else W
 
     def __iter__(self) -> Iterator[Name]:
@@ -222,12 +223,12 @@ class _Writer:
                 with located(f"{self.layers.file.path}: {module}"):
                     layer, W0, W = self.prepared(target)
                     written = [self.rounded(e.write(layer, W0)) for e in self.exports]
+                    specs.update(dict.fromkeys(target.names, layer.spec))
                     if judge is not None:
-                        judge.judge(module, written, W0, W, self.dtype)
+                        header = export.header(dict.fromkeys(target.names, layer.spec), {})
+                        judge.judge(module, written, header, W0, W, self.dtype)
                 for ending, tensor in written[number].items():
                     writer.add(f"{module}.{ending}", tensor)
-                for name in target.names:
-                    specs[name] = layer.spec
             for key in self.layers.file.embeddings:
                 writer.add(key, self.layers.file.tensor(key))
             header = export.header(specs, self.layers.file.header)
@@ -281,13 +282,13 @@ class _Judge:
         self.every = max(1, len(layers.names()) // STRENGTHS_ON)
         self.count = 0
 
-    def judge(self, module: str, written: list[dict[str, Tensor]], W0: Tensor, W: Tensor, dtype: torch.dtype) -> None:
+    def judge(
+        self, module: str, written: list[dict[str, Tensor]], header: Header, W0: Tensor, W: Tensor, dtype: torch.dtype
+    ) -> None:
         size = float((W - W0).norm())
         allowed = bound(W0, size, DTYPES[str(dtype).removeprefix("torch.")])
         for name, tool in self.tools.items():
-            files = [
-                {tool.parts[e]: t for e, t in tensors.items() if e in tool.parts} for tensors in written if tensors
-            ]
+            files = [tool.parts_of(module, tensors, header) for tensors in written if tensors]
             error = relative_error(tool, files, W0, W, size)
             if self.strict and error > allowed:
                 raise ValueError(

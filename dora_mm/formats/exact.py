@@ -19,6 +19,32 @@ from dora_mm.formats.state import LayerState
 NO_OUTPUT_FORM = "use dora-mm convert --to merged or --to diff"
 
 
+def fitted(layer: LayerState, W0: Tensor) -> LayerState:
+    """The adapter with A in the shape of its base weight (O, I) or (O, I, *K): some tools write (R, I, 1, 1) for (R, I).
+
+    Raises:
+        ValueError: The adapter has other shapes than the weight needs.
+    """
+    tensors, shape = dict(layer.tensors), tuple(W0.shape)
+    needed = {"magnitude": shape[:1] if layer.axis == "out" else shape[1:2], "diff": shape, "weight": shape}
+    if "lora_A" in tensors:
+        rank = tensors["lora_A"].shape[0]
+        needed |= {"lora_A": (rank, *shape[1:]), "lora_B": (shape[0], rank)}
+    for name, tensor in tensors.items():
+        given = tuple(tensor.shape)
+        if _without_ones(given) != _without_ones(needed[name]):
+            raise ValueError(f"its {name} has shape {given} instead of {needed[name]}: it is for another model")
+        tensors[name] = tensor.reshape(needed[name])
+    return replace(layer, tensors=tensors)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the last dimensions of size 1 after the second."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
 def norms(W: Tensor, axis: str) -> Tensor:
     """The norms of the rows (O, 1, ...) or columns (1, I, ...) of a weight (O, I, *K)."""
     kept = 0 if axis == "out" else 1

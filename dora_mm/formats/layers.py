@@ -78,11 +78,20 @@ class LayerReader:
 
     def fused(self, target: Target) -> tuple[LayerState, Tensor]:
         """The adapter and W0 of a module of a file that stacks the rows of several."""
-        W0s = [self.base(name) for name in target.names]
+        W0s = [self.base(name) if name in self._places else self._untouched(name) for name in target.names]
         if len(target.names) == 1 and not target.modulation:
-            return self.layer(target.names[0]), W0s[0]
-        layers = [self.layer(name) if name in self._places else None for name in target.names]
+            return exact.fitted(self.layer(target.names[0]), W0s[0]), W0s[0]
+        layers = [
+            exact.fitted(self.layer(name), W0) if name in self._places else None
+            for name, W0 in zip(target.names, W0s, strict=True)
+        ]
         return _fuse(target, layers, W0s), fused.stack_rows(target, W0s)
+
+    def _untouched(self, name: Name) -> Tensor:
+        """W0 of a part of a fused projection that the file does not adapt."""
+        if self.weights is None:
+            raise ValueError(f"{name} is part of a fused projection and not adapted: give the model with --base")
+        return self.weights[name].float()
 
 
 def stand_in(layer: LayerState) -> Tensor:

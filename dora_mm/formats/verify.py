@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.base_weights import BaseWeights
-from dora_mm.formats.exact import new_weight
+from dora_mm.formats.exact import fitted, new_weight
 from dora_mm.formats.fused import stack_rows
 from dora_mm.formats.names import Name, Names, Target
 from dora_mm.formats.tools import TOOLS
@@ -106,7 +106,7 @@ def verify(
     for module in adapter.modules:
         W0 = base_weight(adapter, module, names, weights)
         with located(f"{adapter.path}: {module}"):
-            state = adapter.layer(module, axis)
+            state = fitted(adapter.layer(module, axis), W0)
             W = new_weight(state, W0)
         size = float((W - W0).norm())
         total += size**2

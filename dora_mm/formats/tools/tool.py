@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
@@ -66,6 +67,17 @@ class Tool:
         if not self.names.match(module):
             return {}
         return {self.parts[ending]: key for ending, key in endings.items() if ending in self.parts}
+
+    def parts_of(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
+        """The tensors of a module by role, from those by the end of their keys; with the alpha of the header."""
+        parts = {self.parts[ending]: tensor for ending, tensor in tensors.items() if ending in self.parts}
+        if not self.names.match(module):
+            return {}
+        if "A" in parts and "alpha" not in parts:
+            alpha = self.alpha(header, module, parts["A"].shape[0])
+            if alpha is not None:
+                parts["alpha"] = torch.tensor(float(alpha), dtype=torch.float64)
+        return parts
 
 
 @dataclass(frozen=True)
