@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ def overwrite(path: Path, entry: Entry, tensor: Tensor) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _fill(file: Any, view: memoryview) -> None:
@@ -128,7 +128,7 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if length > MAX_HEADER:
             raise _DamagedError(f"its header has {length} bytes, and at most {MAX_HEADER} are read")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length).decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise _DamagedError("its header is not valid JSON") from error
     if not isinstance(header, dict):
@@ -161,8 +161,8 @@ def _span(key: str, found: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]
         raise _DamagedError(f"{key[:200]} has the unknown dtype {str(dtype)[:20]}")
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS or not _naturals(place) or len(place) != 2:
         raise _DamagedError(f"the header does not describe {key[:200]}")
-    return _DTYPES[dtype], tuple(shape), *place
+    return _DTYPES[dtype], tuple(shape), place[0], place[1]
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
