@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.formats.convert import Conversion, ToolErrors, convert
+from dora_mm.formats.convert import Conversion, convert
+from dora_mm.formats.judge import ToolErrors
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
 PAIR = (
-    "use  load both files in ComfyUI, {0} first and {1} after it, with the same strength: in the other order the result "
-    "is wrong"
+    "use      load both files in ComfyUI, {0} first and {1} after it, with the same strength: in the other order the "
+    "result is wrong"
 )
 
 

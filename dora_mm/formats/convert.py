@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,39 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_mm.core.spec import DoRASpec
 from dora_mm.formats import exact
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.base_weights import BaseWeights, write_merged
+from dora_mm.formats.judge import DTYPES, Judge, ToolErrors
 from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.names import Name, Target
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import EXPORTS, TOOLS, comfy
-from dora_mm.formats.tools.tool import Export, Header
-from dora_mm.formats.verify import bound, open_base, relative_error
+from dora_mm.formats.tools import EXPORTS, comfy
+from dora_mm.formats.tools.tool import Export
+from dora_mm.formats.verify import open_base
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
 TARGETS = (*EXPORTS, "comfy", "lora", "merged")
-DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # and the relative error that rounding to each explains
-STRENGTHS_ON = 16  # modules, spread over the file, on which errors at other strengths than 1 are computed
 _DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
-
-
-@dataclass(frozen=True)
-class ToolErrors:
-    """How far off a tool is with a written file.
-
-    Attributes:
-        tool: The tool's name.
-        layers: By the module's name in the file: the relative error of W' - W0 at strength 1.
-        overall: The same over all modules.
-        at: By other strengths that people set: the error of W(t) - W0 relative to W' - W0, over some of the modules.
-    """
-
-    tool: str
-    layers: Mapping[str, float]
-    overall: float
-    at: Mapping[float, float]
 
 
 @dataclass(frozen=True)
@@ -114,7 +96,9 @@ def convert(
     files = _files(Path(target_path), to, exports)
     errors: tuple[ToolErrors, ...] = ()
     for number, file in enumerate(files):
-        judge = None if number else _Judge(exports, to, layers, strict=not allow_lossy and to != "lora")
+        judge = (
+            None if number else Judge(exports[0].judges, len(layers.names()), strict=not allow_lossy and to != "lora")
+        )
         writer.write(number, file, judge)
         errors = judge.result() if judge else errors
     return Conversion(tuple(files), len(layers.names()), errors, weights is not None)
@@ -214,101 +198,71 @@ class _Writer:
         self.targets = layers.namer.write(layers.names(), exports[0].spelling)
         self.one_method = exports[0].one_method and layers.any_magnitude()
 
-    def write(self, number: int, file: Path, judge: _Judge | None) -> None:
-        export = self.exports[number]
-        specs = {}
+    def write(self, number: int, file: Path, judge: Judge | None) -> None:
+        """Writes one of the files; the first one is judged together with those that will follow."""
+        source = self.layers.file
+        if source.embeddings and self.exports[number].spelling in ("peft", "diffusers"):
+            raise ValueError(
+                f"{source.path} holds embeddings of new tokens, for which the files of {self.to} have no place: "
+                "use --to kohya"
+            )
+        header: dict[str, str] = {}
 
         def run(writer: TensorWriter) -> dict[str, str]:
+            specs: dict[Name, DoRASpec] = {}
             for module, target in self.targets.items():
-                with located(f"{self.layers.file.path}: {module}"):
-                    layer, W0, W = self.prepared(target)
-                    written = [self.rounded(e.write(layer, W0)) for e in self.exports]
-                    specs.update(dict.fromkeys(target.names, layer.spec))
-                    if judge is not None:
-                        header = export.header(dict.fromkeys(target.names, layer.spec), {})
-                        judge.judge(module, written, header, W0, W, self.dtype)
-                for ending, tensor in written[number].items():
+                with located(f"{source.path}: {module}"):
+                    tensors, spec = self.tensors(number, module, target, judge)
+                specs |= dict.fromkeys(target.names, spec)
+                for ending, tensor in tensors.items():
                     writer.add(f"{module}.{ending}", tensor)
-            for key in self.layers.file.embeddings:
-                writer.add(key, self.layers.file.tensor(key))
-            header = export.header(specs, self.layers.file.header)
-            for name in [name for name in header if name.endswith(".json")]:
-                write_text(file.with_name(name), header.pop(name))
-            return {**self.old_header(), **header}
+            for key in source.embeddings:
+                writer.add(key, source.tensor(key))
+            header.update(self.exports[number].header(specs, source.header))
+            kept = {key: value for key, value in source.header.items() if not key.startswith(_DROPPED)}
+            return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
 
-        if self.layers.file.embeddings and export.spelling in ("peft", "diffusers"):
-            raise ValueError(
-                f"{self.layers.file.path} holds embeddings of new tokens, for which the files of {self.to} have no "
-                "place: use --to kohya"
-            )
         write_tensors(file, self.room(), run)
+        for name in header:
+            if name.endswith(".json"):
+                write_text(file.with_name(name), header[name])
+
+    def tensors(
+        self, number: int, module: str, target: Target, judge: Judge | None
+    ) -> tuple[dict[str, Tensor], DoRASpec]:
+        """The tensors of a module in one of the files, by the end of their keys, and its settings."""
+        if any(self.layers.transposed(name) for name in target.names):
+            raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
+        original, W0 = self.layers.fused(target)
+        layer = self.prepared(original, W0)
+        if judge is None:
+            return self.rounded(self.exports[number].write(layer, W0)), layer.spec
+        W = exact.new_weight(original, W0, self.strength)
+        written = [self.rounded(export.write(layer, W0)) for export in self.exports]
+        header = self.exports[number].header(dict.fromkeys(target.names, layer.spec), {})
+        judge.judge(module, written, header, W0, W, self.dtype)
+        return written[number], layer.spec
 
     def room(self) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""
         keys = [*self.targets, *self.layers.file.embeddings]
         return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.file.header.values()))
 
-    def old_header(self) -> dict[str, str]:
-        return {key: value for key, value in self.layers.file.header.items() if not key.startswith(_DROPPED)}
-
     def rounded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {ending: t if ending == "alpha" else t.to(self.dtype) for ending, t in tensors.items()}
 
-    def prepared(self, target: Target) -> tuple[LayerState, Tensor, Tensor]:
-        """The adapter of a module of the new file in the form that `Export.write` takes, W0 and W'."""
-        layer, W0 = self.layers.fused(target)
+    def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
+        """The adapter in the form that `Export.write` takes."""
+        refit = layer.axis == "in" and self.exports[0].axis == "out"
+        if refit and (self.lossy is None or self.lossy.rank is None):
+            raise ValueError(
+                "its magnitude scales input columns, which this target cannot hold: use --to merged or --to diff, or "
+                "fit it anew with --rank and --allow-lossy"
+            )
+        if self.to != "lora" and not refit:
+            return exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
+        assert self.lossy is not None
         W = exact.new_weight(layer, W0, self.strength)
-        if self.to == "lora":
-            assert self.lossy is not None
-            return exact.low_rank_layer(W - W0, self.lossy.rank, self.lossy.energy), W0, W
-        if layer.axis == "in" and self.exports[0].axis == "out":
-            if self.lossy is None or self.lossy.rank is None:
-                raise ValueError(
-                    "its magnitude scales input columns, which this target cannot hold: use --to merged or --to diff, "
-                    "or fit it anew with --rank and --allow-lossy"
-                )
-            return exact.refitted(W, W0, self.lossy.rank), W0, W
-        return exact.paper_form(layer, W0, self.strength, magnitude=self.one_method), W0, W
-
-
-class _Judge:
-    """Applies the tools to what is written."""
-
-    def __init__(self, exports: tuple[Export, ...], to: str, layers: LayerReader, strict: bool):
-        self.tools = {name: TOOLS[name] for name in exports[0].judges}
-        self.errors: dict[str, dict[str, float]] = defaultdict(dict)
-        self.squares: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
-        self.strict, self.to = strict, to
-        self.every = max(1, len(layers.names()) // STRENGTHS_ON)
-        self.count = 0
-
-    def judge(
-        self, module: str, written: list[dict[str, Tensor]], header: Header, W0: Tensor, W: Tensor, dtype: torch.dtype
-    ) -> None:
-        size = float((W - W0).norm())
-        allowed = bound(W0, size, DTYPES[str(dtype).removeprefix("torch.")])
-        for name, tool in self.tools.items():
-            files = [tool.parts_of(module, tensors, header) for tensors in written if tensors]
-            error = relative_error(tool, files, W0, W, size)
-            if self.strict and error > allowed:
-                raise ValueError(
-                    f"{tool.title} {tool.differs}, and would be off by {error:.1%} of the update: nothing was written; "
-                    "use --to merged or --to diff, or --allow-lossy"
-                )
-            self.errors[name][module] = error
-            self.squares[name, 1.0].append((error * size, size))
-            for t in tool.strengths if self.count % self.every == 0 else ():
-                error = relative_error(tool, files, W0, W0 + t * (W - W0), size, t)
-                self.squares[name, t].append((error * size, size))
-        self.count += 1
-
-    def result(self) -> tuple[ToolErrors, ...]:
-        def overall(name: str, t: float) -> float:
-            off, size = zip(*self.squares[name, t], strict=True)
-            return math.hypot(*off) / (math.hypot(*size) or 1.0)
-
-        return tuple(
-            ToolErrors(tool.title, self.errors[name], overall(name, 1.0), {t: overall(name, t) for t in tool.strengths})
-            for name, tool in self.tools.items()
-            if self.errors[name]
-        )
+        if self.lossy.rank is not None and refit:
+            return exact.refitted(W, W0, self.lossy.rank)
+        return exact.low_rank_layer(W - W0, self.lossy.rank, self.lossy.energy)

@@ -20,7 +20,7 @@ NO_OUTPUT_FORM = "use dora-mm convert --to merged or --to diff"
 
 
 def fitted(layer: LayerState, W0: Tensor) -> LayerState:
-    """The adapter with A in the shape of its base weight (O, I) or (O, I, *K): some tools write (R, I, 1, 1) for (R, I).
+    """The adapter with A in the shape of its base weight (O, I) or (O, I, *K): some write (R, I, 1, 1).
 
     Raises:
         ValueError: The adapter has other shapes than the weight needs.

@@ -254,6 +254,11 @@ def _check_component(
             raise ValueError(
                 f"{source} does not fit this model: it adapts {joined(component, path)}, which the model does not have"
             )
+        if (state.axis, state.norm) != ("out", "updated") or "diff" in state.tensors:
+            raise ValueError(
+                f"{source} cannot be loaded: at {joined(component, path)}, {_other_form(state)}: convert the file with "
+                "dora-mm convert --to merged or --to diff, or with --to peft where that is possible"
+            )
         if problem := _misfit(state, modules[path]):
             raise ValueError(f"{source} does not fit this model: at {joined(component, path)}, {problem}")
         if state.spec.method == "full" and strength != 1:
@@ -311,6 +316,14 @@ def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     shape = stored_shape(module)
     kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
     return shape[::-1] if shape and kind and issubclass(kind, TransposedLayer) else shape
+
+
+def _other_form(state: LayerState) -> str:
+    if "diff" in state.tensors:
+        return "it holds a difference of weights"
+    if state.axis != "out":
+        return "its magnitude scales input columns"
+    return "its magnitude belongs to another norm than that of the updated weight"
 
 
 def _misfit(state: LayerState, module: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """The weights of a base model without the model, and merged copies, against diffusers and transformers."""
 
-import json
 import os
 import resource
 import shutil

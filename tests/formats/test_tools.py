@@ -1,4 +1,4 @@
-"""What the tools compute from adapter files: against files and weights that the tools themselves wrote, else by hand."""
+"""What the tools compute from adapter files: against files and weights that the tools wrote, else by hand."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_a_method_that_is_not_supported_is_named():
         AdapterFile(path_of("lycoris_loha"))
 
 
-# --- the tools that do not install here: by the formulas of facts/formats.md, written out ------------------------------
+# --- the tools that do not install here: their formulas, written out --------------------------------------------------
 
 
 LINEAR, SQUARE, CONV = toy.UNET[2], toy.UNET[0], toy.UNET[4]

@@ -14,7 +14,6 @@ from dora_mm.formats.names import Name
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.parts import kohya_tensors
-from tests.formats import toy
 
 MODULES = [f"down_blocks.{i}.attentions.{j}.transformer_blocks.0.attn2.to_k" for i in (1, 2) for j in (0, 1)]
 OUT_96, SQUARE = (96, 64), (64, 64)
@@ -114,21 +113,17 @@ def test_a_flat_magnitude(tmp_path):
     assert verdict.error == pytest.approx(0.479, rel=0.15)
 
 
-def test_layers_that_a_tool_does_not_know_are_counted(tmp_path):
-    base = {name: W0 for name, W0 in toy.base().items()}
-    tensors = {}
-    for name in base:
-        layer = toy.layer(name)
-        if name.component == "unet":
-            prefix, names = f"transformer.{name.path}", ("lora_A.weight", "lora_B.weight")
-            prefix = f"lora_unet_{name.path.replace('.', '_')}"
-        found = kohya_tensors(layer)
-        number = {"text_encoder": "1", "text_encoder_2": "2"}.get(name.component)
-        prefix = f"lora_te{number}_{name.path.replace('.', '_')}" if number else prefix
-        tensors |= {f"{prefix}.{end}": t.contiguous() for end, t in found.items()}
-    save_file(tensors, tmp_path / "a.safetensors")
-    (verdict,) = dora_mm.verify(tmp_path / "a.safetensors", "lycoris", base)
-    assert dict(verdict.findings) == {"right": len(base)}
+def test_modules_that_a_tool_does_not_know_are_counted(tmp_path):
+    base = random_base(OUT_96)
+    file = write_kohya(tmp_path / "a.safetensors", base)
+    tensors = load_file(file)
+    old = f"lora_unet_{MODULES[0].replace('.', '_')}"
+    own = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k"
+    save_file({key.replace(old, own): tensor for key, tensor in tensors.items()}, file)
+    found = {verdict.tool: dict(verdict.findings) for verdict in dora_mm.verify(file, "all", base)}
+    assert found["comfy-15458"] == {"right": 4}
+    assert found["lycoris"] == {"right": 3, "ignored": 1}
+    assert found["peft"] == {"ignored": 4}
 
 
 def test_mistakes(tmp_path):
