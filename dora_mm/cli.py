@@ -148,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
     )
     command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
+    command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
+    command.add_argument("--json", action="store_true", help="of an adapter, print JSON")
     command.set_defaults(run=_run_inspect)
     command = commands.add_parser("merge", help="merge an adapter into its model, and save that for other programs")
     _add_model(command)
@@ -303,7 +305,8 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
     from dora_mm.recipes import PIPELINES
 
     resolve_model(arguments.path, "PATH|MODEL")  # before anything large is imported
-    PIPELINES.load("inspect_model").main(arguments.path, targets=arguments.targets)
+    settings = {"targets": arguments.targets, "base": arguments.base, "as_json": arguments.json}
+    PIPELINES.load("inspect_model").main(arguments.path, **settings)
 
 
 def _run_merge(arguments: argparse.Namespace) -> None:

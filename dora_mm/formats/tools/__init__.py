@@ -24,12 +24,12 @@ from dora_mm.formats.tools.tool import Export, Tool
 TOOLS: dict[str, Tool] = {  # files are recognised by the first that matches
     "dora_mm": native.TOOL,
     "nvlabs": nvlabs.TOOL,
+    "onetrainer": onetrainer.TOOL,
     "ai-toolkit": ai_toolkit.TOOL,
     "peft": peft.TOOL,
     "diffusers": diffusers.TOOL,
     "comfy-2025": comfy.TOOL_2025,
     "comfy-15458": comfy.TOOL_15458,
-    "onetrainer": onetrainer.TOOL,
     "lycoris": lycoris.TOOL,
     "a1111": a1111.TOOL,
     "sdnext": sdnext.TOOL,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_mm.formats.exact import folded
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, updated
+from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
 from dora_mm.formats.tools.tool import Export, Header, Tool
 
 
@@ -21,10 +21,19 @@ def matches(keys: Collection[str], header: Header) -> bool:
     return any(key.startswith("ot_") for key in header)
 
 
+def read(parts: Parts, axis: str | None) -> LayerState:
+    return neutral(_with_rows(parts), axis)
+
+
+def _with_rows(parts: Parts) -> Parts:
+    """`.magnitude` and `.lora_magnitude_vector.weight` are flat, and always of output rows."""
+    if "m" not in parts or parts["m"].dim() > 1:
+        return parts
+    return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
+
+
 def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    if "m" in parts and parts["m"].dim() == 1:  # .magnitude and .lora_magnitude_vector.weight are of output rows
-        parts = {**parts, "m": parts["m"].reshape(-1, *(1,) * (W0.dim() - 1))}
-    return updated(parts, W0, strength)
+    return updated(_with_rows(parts), W0, strength)
 
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
@@ -45,5 +54,6 @@ TOOL = Tool(
     differs="takes the norm on the axis that its option says",
     strengths=(),
     matches=matches,
+    read=read,
 )
 EXPORT = Export(write, spelling="onetrainer", judges=("onetrainer",))
