@@ -126,9 +126,8 @@ def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
     held = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
     rank = shapes["A"][0] if "A" in shapes and shapes["A"] and method != "magnitude" else None
     size = sum(torch.Size(shapes[role]).numel() for role in held)
-    return ModuleInfo(
-        module, component, path, method, rank, _alpha(file, module, rank), _axis(tool, endings, shapes), size
-    )
+    alpha, axis = _alpha(file, module, rank), _axis(tool, endings, shapes)
+    return ModuleInfo(module, component, path, method, rank, alpha, axis, size)
 
 
 def _name(namer: Names, module: str) -> tuple[str, str]:
