@@ -15,8 +15,10 @@ from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.core.sharded import is_sharded
 from dora_mm.formats import diffusers, native, peft
+from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.components import components_to_load, components_to_save
-from dora_mm.formats.state import AdapterState, from_models, into_models
+from dora_mm.formats.reading import PICKLES, SAVE_AGAIN
+from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models
 
 
 class Format(Protocol):
@@ -107,7 +109,8 @@ def save(
 
     Raises:
         ValueError: There is no such format, the component of a single model is unknown, no layer is adapted, a layer
-            has several adapters, or the format cannot hold what was trained.
+            has several adapters, a value is NaN or infinite, or the format cannot hold what was trained. Nothing
+            is written then.
     """
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
@@ -116,6 +119,8 @@ def save(
     state = from_models(components, extra_parameters, strength)
     if problem := chosen.why_not(components):
         raise ValueError(problem)
+    if name := first_not_finite(state.tensors()):
+        raise ValueError(f"{name} has values that are NaN or infinite, so the adapter was not saved")
     sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
     try:
         if not sharded or distributed.get_rank() == 0:
@@ -146,11 +151,14 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
         The adapter, and the metadata of the file's header.
 
     Raises:
-        ValueError: There is no such file, or it is damaged, incomplete or not an adapter.
+        ValueError: There is no such file, or it is damaged, incomplete or not an adapter. The values of the tensors are
+            not looked at: `state.check_finite` does that.
     """
     file = find_file(path)
     module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), diffusers)
-    return module.read(file, components)
+    state, metadata = module.read(file, components)
+    check_kinds(state, file)
+    return state, metadata
 
 
 def load(
@@ -201,6 +209,9 @@ def find_file(path: Path) -> Path:
     found = [path / module.FILE_NAME for module in FORMATS.values() if (path / module.FILE_NAME).is_file()]
     if len(found) != 1:
         names = " or ".join(module.FILE_NAME for module in FORMATS.values())
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+        if pickles and not found:
+            raise ValueError(f"{path / pickles[0]} is a pickle, which can run any code when it is opened: {SAVE_AGAIN}")
         raise ValueError(
             f"the folder {path} contains {len(found) or 'no'} adapter files ({names}): give the path of one"
         )
