@@ -14,7 +14,7 @@ from torch import distributed, nn
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.core.sharded import is_sharded
-from dora_mm.formats import diffusers, native, peft
+from dora_mm.formats import card, diffusers, native, peft
 from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.components import components_to_load, components_to_save
 from dora_mm.formats.reading import PICKLES, SAVE_AGAIN
@@ -94,7 +94,9 @@ def save(
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
-    """Saves the adapters of models. Where FSDP2 has sharded them, every process has to call this, and one writes.
+    """Saves the adapters of models, with a model card.
+
+    Where FSDP2 has sharded them, every process has to call this, and one writes.
 
     Args:
         model: The adapted model, or several by component, such as {"unet": ..., "text_encoder": ...}.
@@ -125,10 +127,28 @@ def save(
     try:
         if not sharded or distributed.get_rank() == 0:
             chosen.save(state, components, folder, metadata)
+            card.write_card(folder, format, state, metadata)
     finally:
         if sharded:
             distributed.barrier()  # the others may read the file next, and must not wait forever after an error
     return folder / chosen.FILE_NAME
+
+
+def write_card(folder: Path, *, pictures: card.Pictures = (), scores: card.Scores | None = None) -> None:
+    """Writes the model card of a saved adapter again, with pictures and scores: see `card.write_card`.
+
+    Args:
+        folder: The folder of the adapter.
+        pictures: Prompts, each with the path of a picture in the folder.
+        scores: The name of the metric and its value, by task.
+
+    Raises:
+        ValueError: The folder holds no adapter.
+    """
+    file = find_file(folder)
+    format = next(name for name, module in FORMATS.items() if file.name == module.FILE_NAME)
+    state, metadata = read(file)
+    card.write_card(folder, format, state, metadata, pictures, scores)
 
 
 def remove_other_formats(file: Path) -> None:

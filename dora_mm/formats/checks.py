@@ -30,8 +30,9 @@ def why_unusable(tensors: Mapping[str, Tensor], rank: int) -> str | None:
         return f"lora_A has shape {tuple(A.shape)}, which is not one of rank {rank}"
     if B is not None and (B.dim() != 2 or B.shape[1] != rank):
         return f"lora_B has shape {tuple(B.shape)}, which is not one of rank {rank}"
-    if magnitude is not None and (magnitude.dim() != 1 or (B is not None and B.shape[:1] != magnitude.shape)):
-        return f"magnitude has shape {tuple(magnitude.shape)}, which is not one value per output row"
+    rows = {B.shape[0], A.shape[1]} if A is not None and B is not None else None  # of the output, or of the input axis
+    if magnitude is not None and (magnitude.dim() != 1 or (rows and magnitude.shape[0] not in rows)):
+        return f"magnitude has shape {tuple(magnitude.shape)}, which is not one value per row"
     return None
 
 
