@@ -108,7 +108,9 @@ def save_adapter(
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
-    """Saves the adapter of a model as a safetensors file.
+    """Saves the adapter of a model as a safetensors file, with a model card (README.md) beside it.
+
+    A README.md that a person has written or changed is kept.
 
     Where FSDP2 has sharded the model, every process has to call this, and the first one writes.
 
@@ -119,7 +121,8 @@ def save_adapter(
         folder: The folder to write to; it is created where it does not exist.
         format: "diffusers" (read by diffusers' `load_lora_weights`), "peft" (read by `PeftModel.from_pretrained`, for a
             single model), or "native", our own, which holds any method on any layer.
-        metadata: Additional entries for the header of the file.
+        metadata: Additional entries for the header of the file. The model card has those that are called `base_model`,
+            `base_revision`, `instance_prompt`, `license`, `pipeline_tag` and `config`.
         extra_parameters: Names of parameters that were trained in addition to the adapters (biases, norms), for "peft"
             and "native" and a single model.
         strength: The strength of the adapter that becomes strength 1 in the file, for every tool that reads it. The
