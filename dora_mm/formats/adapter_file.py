@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dora_mm.formats import find_file
+from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.peft import CONFIG_NAME
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tensor_file import TensorFile
@@ -46,7 +47,8 @@ class AdapterFile:
         self.header = dict(self._file.metadata)
         config = self.path.with_name(CONFIG_NAME)
         if config.is_file():
-            self.header[CONFIG_NAME] = config.read_text(encoding="utf-8")
+            with located(str(config)):
+                self.header[CONFIG_NAME] = config.read_text(encoding="utf-8")
         self.tool = self._detect()
         self.modules: dict[str, dict[str, str]] = defaultdict(dict)
         self.embeddings: list[str] = []
@@ -119,7 +121,10 @@ class AdapterFile:
             unread = self.modules[module].keys() - tool.parts.keys()
             if unread:
                 raise ValueError(f"it has {min(unread)}, which {tool.title} does not write")
-            return tool.read(self.parts(module, tool), axis)
+            layer = tool.read(self.parts(module, tool), axis)
+            if name := first_not_finite(layer.tensors.items()):
+                raise ValueError(f"its {name} has values that are NaN or infinite")
+            return layer
 
     def transposed(self, module: str) -> bool:
         """Whether the base stores the weight (I, O): PEFT's adapters of embeddings, and of Conv1D in GPT-2."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from dora_mm.formats.peft import CONFIG_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.methods import other_method
-from dora_mm.formats.tools.parts import axis_of
+from dora_mm.formats.tools.parts import axis_of, json_object
 from dora_mm.formats.tools.tool import Tool
 from dora_mm.formats.verify import open_base, stacked
 
@@ -37,7 +36,7 @@ class ModuleInfo:
         key: Its name in the file.
         component: Its component; empty where the name is not known.
         path: Its path, or `key` where the name is not known.
-        method: dora, lora, magnitude, diff or full, or the name of a method that is not supported.
+        method: dora, lora, magnitude, diff or full; incomplete without A or B; or the name of a method that is not supported.
         rank: The rank of A and B; None where there are none.
         alpha: Alpha; None where the file does not say it.
         axis: `out`, `in`, `?` where the shape does not say it, or empty without a magnitude.
@@ -144,9 +143,12 @@ def _method(header: Mapping[str, str], component: str, module: str, shapes: Mapp
     """Of our own files of method `magnitude` the header says it: they hold zeros for A and B."""
     if "diff" in shapes or "weight" in shapes:
         return "diff" if "diff" in shapes else "full"
-    ours = json.loads(header.get(OUR_METADATA, "{}"))
-    if ours.get(component, ours).get("method") == "magnitude" or "A" not in shapes:
+    ours = json_object(header.get(OUR_METADATA, "{}"), OUR_METADATA)
+    own = ours.get(component, ours)
+    if "m" in shapes and ("A" not in shapes or (isinstance(own, dict) and own.get("method") == "magnitude")):
         return "magnitude"
+    if not {"A", "B"} <= shapes.keys():
+        return "incomplete"
     return "dora" if "m" in shapes else "lora"
 
 
@@ -181,7 +183,7 @@ def _spelling(file: AdapterFile) -> str:
 
 
 def _base_model(header: Mapping[str, str]) -> str | None:
-    config = json.loads(header.get(CONFIG_NAME, "{}"))
+    config = json_object(header.get(CONFIG_NAME, "{}"), CONFIG_NAME)
     found = [config.get("base_model_name_or_path"), *(header.get(key) for key in BASE_KEYS)]
     return ", ".join(dict.fromkeys(str(value) for value in found if value)) or None
 

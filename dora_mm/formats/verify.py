@@ -179,7 +179,7 @@ def relative_error(
             found = tool.apply(parts, found, strength)
         if found.shape != W0.shape:
             return math.inf
-    except RuntimeError:  # torch: shapes do not fit, as in the tool
+    except (RuntimeError, IndexError):  # shapes do not fit, as in the tool
         return math.inf
     error = float((found - W).norm())
     return (error / size if size else error) if math.isfinite(error) else math.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Collection
 from typing import Any
@@ -14,7 +13,7 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.exact import new_weight
 from dora_mm.formats.native import FORMAT_KEY, SPECS_KEY
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import Parts, neutral
+from dora_mm.formats.tools.parts import Parts, json_object, neutral
 from dora_mm.formats.tools.tool import Header, Tool
 
 
@@ -24,12 +23,14 @@ def matches(keys: Collection[str], header: Header) -> bool:
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
     component, _, path = module.partition(".")
-    return _specs(header.get(SPECS_KEY, "{}")).get(component, {}).get(path, {}).get("alpha")
+    specs = _specs(header.get(SPECS_KEY, "{}")).get(component)
+    spec = specs.get(path) if isinstance(specs, dict) else None
+    return spec.get("alpha") if isinstance(spec, dict) else None
 
 
 @functools.lru_cache(maxsize=2)
 def _specs(text: str) -> dict[str, Any]:
-    return json.loads(text)
+    return json_object(text, SPECS_KEY)
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.exact import norms
+from dora_mm.formats.reading import parse_json
 from dora_mm.formats.state import LayerState
 
 Parts = Mapping[str, Tensor]
@@ -54,6 +56,8 @@ def down(parts: Parts) -> Tensor:
     """A (R, I, *K), into which the middle factor of a Tucker decomposition is multiplied."""
     if "mid" not in parts:
         return parts["A"]
+    if parts["mid"].dim() < 3 or parts["mid"].shape[1] != parts["A"].shape[0]:
+        raise ValueError(f"its middle factor has shape {shape(parts['mid'])}, which does not fit A")
     return torch.einsum("mn...,ni->mi...", parts["mid"], parts["A"].flatten(1).to(parts["mid"].dtype))
 
 
@@ -112,6 +116,17 @@ def neutral(parts: Parts, axis: str | None = None, norm: str = "updated") -> Lay
         return LayerState(spec, tensors)
     found = axis_of(parts["m"], B.shape[0], A.shape[1], axis)
     return LayerState(spec, {**tensors, "magnitude": parts["m"].flatten()}, found, norm)
+
+
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """Settings in JSON. Raises ValueError, with what they are, where they are not a table."""
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is not a JSON object")
+    return found
 
 
 def alpha_of(parts: Parts, rank: int) -> float:

@@ -18,7 +18,7 @@ from dora_mm.formats import peft as folder
 from dora_mm.formats.exact import along, norms
 from dora_mm.formats.peft_layers import alpha_of, check_config, lora_config
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
+from dora_mm.formats.tools.parts import Parts, json_object, neutral, product, scaling
 from dora_mm.formats.tools.tool import Export, Header, Specs, Tool
 
 NAMES = re.compile(r"base_model\.model\.")
@@ -37,13 +37,14 @@ def matches(keys: Collection[str], header: Header) -> bool:
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    text = header.get(folder.CONFIG_NAME)
-    return alpha_of(_config(text), NAMES.sub("", module), rank) if text else None
+    if folder.CONFIG_NAME not in header:
+        raise ValueError(f"{folder.CONFIG_NAME}, which says alpha, is missing beside the file")
+    return alpha_of(_config(header[folder.CONFIG_NAME]), NAMES.sub("", module), rank)
 
 
 @functools.lru_cache(maxsize=2)
 def _config(text: str) -> dict[str, Any]:
-    config = json.loads(text)
+    config = json_object(text, folder.CONFIG_NAME)
     check_config(Path(folder.CONFIG_NAME), config)
     return config
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_mm.core.spec import DoRASpec
+from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.names import Name
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import Parts, neutral
@@ -73,10 +73,10 @@ class Tool:
         parts = {self.parts[ending]: tensor for ending, tensor in tensors.items() if ending in self.parts}
         if not self.names.match(module):
             return {}
-        if "A" in parts and "alpha" not in parts:
+        if "A" in parts and parts["A"].dim() and "alpha" not in parts:
             alpha = self.alpha(header, module, parts["A"].shape[0])
             if alpha is not None:
-                parts["alpha"] = torch.tensor(float(alpha), dtype=torch.float64)
+                parts["alpha"] = torch.tensor(finite_number("alpha", alpha), dtype=torch.float64)
         return parts
 
 
