@@ -45,6 +45,7 @@ class Conversion:
     on_base: bool = True
 
 
+@torch.no_grad()
 def convert(
     source: str | Path,
     target_path: str | Path,
