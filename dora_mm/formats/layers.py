@@ -74,7 +74,7 @@ class LayerReader:
 
     def transposed(self, name: Name) -> bool:
         """Whether the base stores the weight (I, O)."""
-        return self.file.transposed(self._places[name][0])
+        return name in self._places and self.file.transposed(self._places[name][0])
 
     def base(self, name: Name) -> Tensor:
         """W0 in fp32, with O first; where no base model is known, a random weight whose rows fit the magnitude."""
@@ -150,18 +150,20 @@ def _split(target: Target, layer: LayerState) -> list[LayerState]:
 
 
 def _fuse(target: Target, layers: list[LayerState | None], W0s: list[Tensor]) -> LayerState:
-    first = next(layer for layer in layers if layer is not None)
-    forms = {(layer.axis, layer.norm, layer.spec.method) for layer in layers if layer is not None}
-    if len(forms) > 1 or first.axis == "in" or "lora_A" not in first.tensors:
-        raise ValueError(f"the parts of the fused projection {target.names[0]} ... cannot be stacked: use --to merged")
+    """The adapter of stacked weights; a difference where the parts have no A, or magnitudes of input columns."""
+    pairs = list(zip(layers, W0s, strict=True))
+    given = [layer for layer in layers if layer is not None]
+    if any(layer.axis == "in" or "lora_A" not in layer.tensors for layer in given):
+        D = [W0.new_zeros(W0.shape) if layer is None else exact.new_weight(layer, W0) - W0 for layer, W0 in pairs]
+        return LayerState(DoRASpec(method="full"), {"diff": fused.stack_rows(target, D)})
+    dora = any("magnitude" in layer.tensors for layer in given)
     parts = []
-    for layer, W0 in zip(layers, W0s, strict=True):
+    for layer, W0 in pairs:
         if layer is not None:
-            parts.append(_factors(layer))
+            parts.append(_factors(exact.paper_form(layer, W0, magnitude=dora)))
         else:
-            magnitude = exact.norms(W0, "out").flatten() if first.spec.method == "dora" else None
-            parts.append(fused.untouched(W0.shape[0], W0.shape[1], magnitude))
-    return _state(fused.fuse(target, parts), first)
+            parts.append(fused.untouched(*W0.shape, exact.norms(W0, "out").flatten() if dora else None))
+    return _state(fused.fuse(target, parts), LayerState(DoRASpec(method="dora" if dora else "lora"), {}))
 
 
 def _factors(layer: LayerState) -> Factors:
