@@ -24,12 +24,15 @@ if TYPE_CHECKING:
         set_strength,
         unmerge,
     )
+    from dora_mm.formats.convert import convert
+    from dora_mm.formats.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
     "DoRASpec",
     "TargetMap",
     "adapter_parameters",
+    "convert",
     "fixed_parameters",
     "inject",
     "load_adapter",
@@ -38,14 +41,16 @@ __all__ = [
     "save_adapter",
     "set_strength",
     "unmerge",
+    "verify",
 ]
-_FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter"}
+_FROM_FORMATS = {"convert": "dora_mm.formats.convert", "verify": "dora_mm.formats.verify"}
+_FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter"} - _FROM_FORMATS.keys()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FROM_CORE:
+    if name not in _FROM_CORE and name not in _FROM_FORMATS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module("dora_mm.core"), name)
+    value = getattr(importlib.import_module(_FROM_FORMATS.get(name, "dora_mm.core")), name)
     globals()[name] = value
     return value
 
@@ -103,7 +108,9 @@ def save_adapter(
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
-    """Saves the adapter of a model as a safetensors file.
+    """Saves the adapter of a model as a safetensors file, with a model card (README.md) beside it.
+
+    A README.md that a person has written or changed is kept.
 
     Where FSDP2 has sharded the model, every process has to call this, and the first one writes.
 
@@ -114,7 +121,8 @@ def save_adapter(
         folder: The folder to write to; it is created where it does not exist.
         format: "diffusers" (read by diffusers' `load_lora_weights`), "peft" (read by `PeftModel.from_pretrained`, for a
             single model), or "native", our own, which holds any method on any layer.
-        metadata: Additional entries for the header of the file.
+        metadata: Additional entries for the header of the file. The model card has those that are called `base_model`,
+            `base_revision`, `instance_prompt`, `license`, `pipeline_tag` and `config`.
         extra_parameters: Names of parameters that were trained in addition to the adapters (biases, norms), for "peft"
             and "native" and a single model.
         strength: The strength of the adapter that becomes strength 1 in the file, for every tool that reads it. The

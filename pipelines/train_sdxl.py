@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 
 import dora_mm
@@ -32,6 +33,7 @@ from dora_mm.train.schedule import build_schedule
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+MOST_SHOWN = 6  # pictures in a model card: of full SDXL, each has 1.5 MB
 
 
 def main(config: TrainSDXLConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
@@ -78,7 +80,7 @@ def main(config: TrainSDXLConfig, *, resume: Path | None = None, dry_run: bool =
         fit(run=run, **training, observe=observe, metadata=about_adapter(config))
         if draw:
             save(config, adapted, run)
-            draw(run.sheet)
+            add_pictures(config, run, draw(run.sheet))
             write_results(config, run, training["parameters"])
 
 
@@ -152,18 +154,23 @@ def set_training(adapted: Networks, training: bool) -> None:
         network.train(training)
 
 
-def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: Networks, path: Path) -> None:
-    """Draws the prompts of the config without and with the adapter, with the same seeds, and saves the sheet."""
+def draw_sheet(config: TrainSDXLConfig, model: SDXL, adapted: Networks, path: Path) -> list[Image.Image]:
+    """Draws the prompts of the config without and with the adapter, with the same seeds, and saves the sheet.
+
+    Returns:
+        The adapter's picture of each prompt.
+    """
     if not config.sample.prompts:
-        return
+        return []
     set_training(adapted, False)
     model.to(model.device)  # where the UNet is
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": config.adapter.method == "full"}
-    sheet = before_after_sheet(model.pipeline(), adapted, config.sample, **settings)
+    sheet, pictures = before_after_sheet(model.pipeline(), adapted, config.sample, **settings)
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
     move_idle_networks_to_cpu(model, config)
     set_training(adapted, True)
+    return pictures
 
 
 def about_adapter(config: TrainSDXLConfig) -> dict[str, str]:
@@ -177,6 +184,7 @@ def about_adapter(config: TrainSDXLConfig) -> dict[str, str]:
     return {
         **{key: value for key, value in base.items() if value},
         "placeholder": config.data.placeholder or "",
+        "instance_prompt": config.data.instance_prompt or config.data.placeholder or "",
         "unconditional": config.data.unconditional,  # the empty prompt in training: the zero embedding, or ""
         "config": dump_config(config),
     }
@@ -187,10 +195,21 @@ def save(config: TrainSDXLConfig, adapted: Networks, run: RunDirectory) -> None:
     dora_mm.save_adapter(adapted, run.adapter, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
 
+def add_pictures(config: TrainSDXLConfig, run: RunDirectory, pictures: list[Image.Image]) -> None:
+    """Saves the first pictures beside the adapter, and shows them in its model card."""
+    shown = []
+    for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
+        shown.append((prompt, f"pictures/{number}.png"))
+        path = run.adapter / shown[-1][1]
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+    formats.write_card(run.adapter, pictures=shown)
+
+
 def write_results(config: TrainSDXLConfig, run: RunDirectory, parameters: dict[str, nn.Parameter]) -> None:
     """Writes summary.json, and prints it with the paths of the adapter and the sheet."""
     num_parameters = sum(parameter.numel() for parameter in parameters.values())
-    size = sum(file.stat().st_size for file in run.adapter.iterdir())
+    size = formats.find_file(run.adapter).stat().st_size
     details = {"adapter_mb": round(size / 1e6, 2)}
     write_summary(run, training_summary(run, config.adapter, num_parameters, config.train.steps, **details))
     print(f"\nadapter  {run.adapter}")

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from dora_mm import formats
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.needed import data_needed
@@ -172,6 +173,9 @@ def finish(
         log.warning("%d rows of the training's batches were longer than a row may be, and lost text", num_cut)
     scores = validate(steps)
     validate.close()
+    if MODEL in trained.reports:
+        main = {name: (found.main, found.value) for name, found in scores.items() if found.value is not None}
+        formats.write_card(run.adapter, scores=main)
     summary = training_summary(
         run,
         config.adapter,

@@ -17,7 +17,7 @@ class DoRASpec:
 
     Attributes:
         rank: The rank R of A (R, I) and B (O, R); at least 1.
-        alpha: The update B A is scaled by alpha / rank. None sets alpha to rank.
+        alpha: The update B A is scaled by alpha / rank; above 0. None sets alpha to rank.
         dropout: Probability of dropping entries of the input in the update only; at least 0 and below 1.
         method: `dora`; `lora` (no magnitude); `magnitude` (no A and B); `full` (trains `weight`, adds nothing).
         norm_grad: `detached` (the paper's default) treats the norm as a constant in the backward pass; `exact` does
@@ -43,12 +43,13 @@ class DoRASpec:
     def __post_init__(self):
         for name, allowed in (("method", METHODS), ("norm_grad", NORM_GRADS), ("cache", CACHES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r:.50}")
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
+            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r:.50}")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        finite_number("alpha", self.alpha)
+        if finite_number("alpha", self.alpha) <= 0:
+            raise ValueError(f"alpha must be above 0, not {self.alpha}")
         if not 0 <= finite_number("dropout", self.dropout) < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
@@ -65,6 +66,10 @@ def finite_number(name: str, value: Any) -> float:
     Raises:
         ValueError: It is not a finite number; the message has its name.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, not {value!r:.50}")
+    return number

@@ -14,9 +14,11 @@ from torch import distributed, nn
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.core.sharded import is_sharded
-from dora_mm.formats import diffusers, native, peft
+from dora_mm.formats import card, diffusers, native, peft
+from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.components import components_to_load, components_to_save
-from dora_mm.formats.state import AdapterState, from_models, into_models
+from dora_mm.formats.reading import PICKLES, SAVE_AGAIN
+from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, read_keys
 
 
 class Format(Protocol):
@@ -92,7 +94,9 @@ def save(
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
 ) -> Path:
-    """Saves the adapters of models. Where FSDP2 has sharded them, every process has to call this, and one writes.
+    """Saves the adapters of models, with a model card.
+
+    Where FSDP2 has sharded them, every process has to call this, and one writes.
 
     Args:
         model: The adapted model, or several by component, such as {"unet": ..., "text_encoder": ...}.
@@ -107,7 +111,8 @@ def save(
 
     Raises:
         ValueError: There is no such format, the component of a single model is unknown, no layer is adapted, a layer
-            has several adapters, or the format cannot hold what was trained.
+            has several adapters, a value is NaN or infinite, or the format cannot hold what was trained. Nothing
+            is written then.
     """
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
@@ -116,14 +121,34 @@ def save(
     state = from_models(components, extra_parameters, strength)
     if problem := chosen.why_not(components):
         raise ValueError(problem)
+    if name := first_not_finite(state.tensors()):
+        raise ValueError(f"{name} has values that are NaN or infinite, so the adapter was not saved")
     sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
     try:
         if not sharded or distributed.get_rank() == 0:
             chosen.save(state, components, folder, metadata)
+            card.write_card(folder, format, state, metadata)
     finally:
         if sharded:
             distributed.barrier()  # the others may read the file next, and must not wait forever after an error
     return folder / chosen.FILE_NAME
+
+
+def write_card(folder: Path, *, pictures: card.Pictures = (), scores: card.Scores | None = None) -> None:
+    """Writes the model card of a saved adapter again, with pictures and scores: see `card.write_card`.
+
+    Args:
+        folder: The folder of the adapter.
+        pictures: Prompts, each with the path of a picture in the folder.
+        scores: The name of the metric and its value, by task.
+
+    Raises:
+        ValueError: The folder holds no adapter.
+    """
+    file = find_file(folder)
+    format = next(name for name, module in FORMATS.items() if file.name == module.FILE_NAME)
+    state, metadata = read(file)
+    card.write_card(folder, format, state, metadata, pictures, scores)
 
 
 def remove_other_formats(file: Path) -> None:
@@ -137,8 +162,8 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
     """Reads an adapter without loading it into a model.
 
     Args:
-        path: The adapter file, or a folder that contains exactly one. A file whose name belongs to no format is read as
-            diffusers' format.
+        path: The adapter file, or a folder that contains exactly one. A file whose name belongs to no format is one of
+            diffusers or of another tool, as its keys say.
         components: The models by component that the adapter is for; component and module names of the result are
             theirs. None keeps the names of the file.
 
@@ -146,11 +171,18 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
         The adapter, and the metadata of the file's header.
 
     Raises:
-        ValueError: There is no such file, or it is damaged, incomplete or not an adapter.
+        ValueError: There is no such file, or it is damaged, incomplete or not an adapter. The values of the tensors are
+            not looked at: `state.check_finite` does that.
     """
+    from dora_mm.formats.layers import read_state  # it imports this module
+
     file = find_file(path)
-    module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), diffusers)
-    return module.read(file, components)
+    module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), None)
+    if module is None and any(map(diffusers.is_key, read_keys(file))):
+        module = diffusers
+    state, metadata = module.read(file, components) if module else read_state(file, components)
+    check_kinds(state, file)
+    return state, metadata
 
 
 def load(
@@ -201,6 +233,9 @@ def find_file(path: Path) -> Path:
     found = [path / module.FILE_NAME for module in FORMATS.values() if (path / module.FILE_NAME).is_file()]
     if len(found) != 1:
         names = " or ".join(module.FILE_NAME for module in FORMATS.values())
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+        if pickles and not found:
+            raise ValueError(f"{path / pickles[0]} is a pickle, which can run any code when it is opened: {SAVE_AGAIN}")
         raise ValueError(
             f"the folder {path} contains {len(found) or 'no'} adapter files ({names}): give the path of one"
         )

@@ -27,6 +27,7 @@ from dora_mm.formats.peft_layers import (
     check_config,
     layer_state,
     lora_config,
+    missing_names,
     our_config,
     tensor_name,
     to_file,
@@ -130,6 +131,8 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
     if not grouped:
         raise ValueError(f"{path} is not an adapter file: it has no tensors")
     peft, ours = (json_header(path, metadata, key) for key in (PEFT_METADATA, OUR_METADATA))
+    if not all(isinstance(value, dict) for value in ours.values()):
+        raise ValueError(f"{path} has a header key {OUR_METADATA} whose values are not JSON objects")
     _check_complete(path, grouped, peft, ours)
     state = AdapterState({})
     for component, layers in grouped.items():
@@ -143,15 +146,19 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
     return state, metadata
 
 
+def is_key(key: str) -> bool:
+    """Whether a key of a file is one of this format."""
+    return _KEY.fullmatch(key) is not None
+
+
 def _check_complete(
     path: Path, found: Mapping[str, Mapping[str, Any]], peft: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> None:
     """Checks that every module in the header of a file of ours is there; the headers of others may list patterns."""
     for component in ours:
         present = {_without_prefix(component, name) for name in found.get(component, {})}
-        for name in peft.get(f"{component}.target_modules", []):
-            if name not in present:
-                raise ValueError(f"{path} is incomplete: {joined(component, name)}, which its header lists, is missing")
+        for name in missing_names(peft.get(f"{component}.target_modules", []), present):
+            raise ValueError(f"{path} is incomplete: {component}.{name}, which its header lists, is missing")
 
 
 def _names_of(model: nn.Module | None):

@@ -118,7 +118,7 @@ def _take_parameters(path: Path, tensors: dict[str, Tensor], names: list[Any]) -
     found: dict[str, dict[str, Tensor]] = {}
     for key in names:
         if not isinstance(key, str) or key not in tensors:
-            raise ValueError(f"{path} is incomplete: {key}, which its header lists, is missing")
+            raise ValueError(f"{path} is incomplete: {key!s:.200}, which its header lists, is missing")
         component, _, name = key.partition(".")
         found.setdefault(component, {})[name] = tensors.pop(key)
     return found

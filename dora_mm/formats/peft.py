@@ -24,11 +24,13 @@ from dora_mm.formats.peft_layers import (
     check_config,
     layer_state,
     lora_config,
+    missing_names,
     our_config,
     tensor_name,
     to_file,
     why_not_held,
 )
+from dora_mm.formats.reading import parse_json
 from dora_mm.formats.state import AdapterState, joined, json_header, layers_of, read_tensors
 from dora_mm.utils.atomic import save_tensors, write_text
 
@@ -106,11 +108,13 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
             f"{path} is missing: PEFT's format is a folder of two files, {CONFIG_NAME} and {FILE_NAME}"
         ) from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -124,13 +128,7 @@ def _check_complete(
     if not layers:
         raise ValueError(f"{path} is not an adapter file: it has no lora_A and lora_B")
     if ours:  # the target_modules of others may be patterns
-        missing = _missing(config.get("target_modules") or [], layers) + _missing(ours.get("parameters", []), extra)
+        missing = missing_names(config.get("target_modules") or [], layers)
+        missing += missing_names(ours.get("parameters", []), extra)
         if missing:
             raise ValueError(f"{path} is incomplete: {missing[0]}, which was saved in it, is missing")
-
-
-def _missing(names: Any, found: Mapping[str, Any]) -> list[Any]:
-    """The names that are not in `found`; a value that is not a list counts as a missing name."""
-    if not isinstance(names, list):
-        return [names]
-    return [name for name in names if not isinstance(name, str) or name not in found]

@@ -9,9 +9,8 @@ and of an embedding lora_embedding_A (R, num), lora_embedding_B (dim, R), lora_m
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.layer import DoRAConv, DoRATransposedLinear
 from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.patterns import matching_key
 from dora_mm.formats.state import LayerState, joined, layers_of, weight_shape
 
 OUR_METADATA = "dora_mm"
@@ -170,6 +170,12 @@ def tensor_name(name: str) -> str:
     return name.removesuffix(".weight").replace("lora_embedding_", "lora_")
 
 
+def missing_names(names: Any, found: Collection[str]) -> list[str]:
+    """The names of a header's list that are not in `found`; a value that is no list counts as a missing name."""
+    listed = names if isinstance(names, list) else [names]
+    return [f"{name!s:.200}" for name in listed if not isinstance(name, str) or name not in found]
+
+
 def check_config(file: Path, config: Mapping[str, Any]) -> None:
     """Checks that the tensors are all there is to an adapter, and that they mean what they mean here.
 
@@ -184,11 +190,11 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_BASE_CHANGED):
         raise ValueError(
-            f"{file} has init_lora_weights {init}, which modifies the base weights: the adapter is valid only with "
+            f"{file} has init_lora_weights {init:.50}, which modifies the base weights: the adapter is valid only with "
             "those. Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)"
         )
     if init not in _BASE_KEPT:
-        raise ValueError(f"{file} has init_lora_weights {init}, which is unknown: it may modify the base weights")
+        raise ValueError(f"{file} has init_lora_weights {init:.50}, which is unknown: it may modify the base weights")
     for key, reason in _NOT_COMPUTED.items():
         if config.get(key):
             raise ValueError(f"{file} has the setting {key} of PEFT, {reason}: this is not supported")
@@ -221,18 +227,20 @@ def layer_state(file: Path, name: str, found: dict[str, Tensor], config: dict[st
     rank = found["lora_A"].shape[0]
     method = ours.get("method", "dora" if use_dora else "lora")
     if method == "full" or bool(use_dora) == (method == "lora"):
-        raise ValueError(f"{file} has a contradictory header for {name}: method {method}, use_dora {use_dora}")
+        raise ValueError(
+            f"{file} has a contradictory header for {name}: method {method!s:.50}, use_dora {use_dora!s:.50}"
+        )
     if method == "magnitude":
         tensors = {"magnitude": tensors["magnitude"]}
     try:
-        alpha = _alpha(config, name.partition(".")[2], rank)
+        alpha = alpha_of(config, name.partition(".")[2], rank)
         spec = DoRASpec(rank, alpha, ours.get("dropout", 0.0), method, ours.get("norm_grad", "detached"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} has an invalid header for {name}: {error}") from error
     return LayerState(spec, tensors)
 
 
-def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
+def alpha_of(config: Mapping[str, Any], path: str, rank: int) -> float:
     """Alpha by PEFT's rules: the first key of `alpha_pattern` that matches the end of the path, else `lora_alpha`.
 
     With rank-stabilised LoRA the update is scaled by alpha / sqrt(rank). Without metadata alpha is the rank.
@@ -241,12 +249,10 @@ def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ValueError("alpha_pattern is not a JSON object")
-    for pattern, value in patterns.items():
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", path)
-        except re.error as error:
-            raise ValueError(f"the alpha_pattern {pattern!r} is not a regular expression: {error}") from error
-        if matches:
-            alpha = value
-            break
+    try:
+        pattern = matching_key(patterns, path)
+    except ValueError as error:
+        raise ValueError(f"alpha_pattern: {error}") from error
+    if pattern is not None:
+        alpha = patterns[pattern]
     return alpha * rank**0.5 if config.get("use_rslora") else alpha

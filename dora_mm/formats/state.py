@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +18,8 @@ from dora_mm.core.layer import TransposedLayer, adapted_class
 from dora_mm.core.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.sharded import reshard, whole, write
 from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.checks import first_not_finite, why_no_parameter, why_unusable
+from dora_mm.formats.reading import opened, parse_json
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,17 @@ class LayerState:
         tensors: `lora_A` (R, I) or (R, I, *K) for a convolution, `lora_B` (O, R) and `magnitude` (O,), as far as the
             method has them; or `weight` in the shape of the base's, for method `full`. O comes first also where the
             layer stores its weight transposed: of an embedding A is (R, num), B (dim, R) and the magnitude (dim,).
+            Files of other tools may hold `diff`, W' - W0 in the shape of the base's, for method `full`.
+        axis: `out`: the magnitude scales output rows, as in the paper. `in`: it scales input columns, and is (I,).
+        norm: What the magnitude is divided by: the norm of `updated`, W0 + s B A, as in the paper; of `base`, W0; or of
+            `unscaled`, W0 + B A, where the gain g multiplies this sum and s stays outside: g W0 + (s + g - 1) B A.
+            `formats/exact.py` changes one into another.
     """
 
     spec: DoRASpec
     tensors: Mapping[str, Tensor]
+    axis: str = "out"
+    norm: str = "updated"
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,36 @@ class AdapterState:
 
     layers: dict[str, dict[str, LayerState]]
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, by component, path and name."""
+        for component, layers in self.layers.items():
+            for path, layer in layers.items():
+                yield from ((joined(component, path, name), tensor) for name, tensor in layer.tensors.items())
+        for component, parameters in self.parameters.items():
+            yield from ((joined(component, name), tensor) for name, tensor in parameters.items())
+
+
+def check_kinds(state: AdapterState, source: Path) -> None:
+    """Checks dtypes, and that the shapes of each layer belong together; the values are not read.
+
+    Raises:
+        ValueError: They do not; the message names the layer or parameter.
+    """
+    for component, layers in state.layers.items():
+        for path, layer in layers.items():
+            if problem := why_unusable(layer.tensors, layer.spec.rank):
+                raise ValueError(f"{source} cannot be used: at {joined(component, path)}, its {problem}")
+    for component, parameters in state.parameters.items():
+        for name, tensor in parameters.items():
+            if problem := why_no_parameter(tensor):
+                raise ValueError(f"{source} cannot be used: its {joined(component, name)} {problem}")
+
+
+def check_finite(state: AdapterState, source: Path) -> None:
+    """Reads all values of an adapter, and raises ValueError where one is NaN or infinite; names the first tensor."""
+    if name := first_not_finite(state.tensors()):
+        raise ValueError(f"{source} cannot be used: its {name} has values that are NaN or infinite")
 
 
 def from_models(
@@ -102,18 +138,18 @@ def joined(*names: str) -> str:
 
 def read_keys(path: Path) -> list[str]:
     """Returns the keys of a safetensors file; raises ValueError where it cannot be read."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return list(file.keys())
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Returns the metadata of a safetensors file; raises ValueError where it cannot be read."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return dict(file.metadata() or {})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a safetensors file.
+    """Reads a safetensors file. The values of a tensor come from the disk when they are used, not before.
 
     Returns:
         The tensors by key, and the metadata of the header.
@@ -121,17 +157,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ValueError: The file cannot be read, or is not a safetensors file.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
 def json_header(path: Path, metadata: Mapping[str, str], key: str, kind: type[dict | list] = dict) -> Any:
@@ -150,8 +177,8 @@ def json_header(path: Path, metadata: Mapping[str, str], key: str, kind: type[di
         ValueError: The entry is not valid JSON, or of another type.
     """
     try:
-        value = json.loads(metadata[key]) if key in metadata else kind()
-    except json.JSONDecodeError as error:
+        value = parse_json(metadata[key]) if key in metadata else kind()
+    except ValueError as error:
         raise ValueError(f"{path} has a header key {key} that is not valid JSON: {error}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} has a header key {key} that is not a JSON {'object' if kind is dict else 'list'}")
@@ -196,6 +223,7 @@ def into_models(
         _check_component(layers, component, components[component], source, strength, name)
     for component, parameters in state.parameters.items():
         _check_parameters(parameters, components[component], source, strength, name)
+    check_finite(state, source)
     for component, layers in state.layers.items():
         adapted = layers_of(components[component])
         fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
@@ -246,6 +274,11 @@ def _check_component(
         if path not in modules:
             raise ValueError(
                 f"{source} does not fit this model: it adapts {joined(component, path)}, which the model does not have"
+            )
+        if (state.axis, state.norm) != ("out", "updated") or "diff" in state.tensors:
+            raise ValueError(
+                f"{source} cannot be loaded: at {joined(component, path)}, {_other_form(state)}: convert the file with "
+                "dora-mm convert --to merged or --to diff, or with --to peft where that is possible"
             )
         if problem := _misfit(state, modules[path]):
             raise ValueError(f"{source} does not fit this model: at {joined(component, path)}, {problem}")
@@ -304,6 +337,14 @@ def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     shape = stored_shape(module)
     kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
     return shape[::-1] if shape and kind and issubclass(kind, TransposedLayer) else shape
+
+
+def _other_form(state: LayerState) -> str:
+    if "diff" in state.tensors:
+        return "it holds a difference of weights"
+    if state.axis != "out":
+        return "its magnitude scales input columns"
+    return "its magnitude belongs to another norm than that of the updated weight"
 
 
 def _misfit(state: LayerState, module: nn.Module) -> str:

@@ -69,7 +69,7 @@ def before_after_sheet(
     *,
     strength: float = 1.0,
     full: bool = False,
-) -> Image.Image:
+) -> tuple[Image.Image, list[Image.Image]]:
     """Draws a sheet with one row per seed and one column per prompt.
 
     If `config.before_after` is set, each seed has two rows: the base model's above the adapter's. Afterwards the
@@ -84,7 +84,7 @@ def before_after_sheet(
             strength.
 
     Returns:
-        The sheet.
+        The sheet, and the adapter's picture of each prompt with the first seed.
     """
     prompts = list(config.prompts)
     jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
@@ -103,4 +103,4 @@ def before_after_sheet(
         for label, pictures in drawn.items():
             rows.append(pictures[index * len(prompts) : (index + 1) * len(prompts)])
             labels.append(label if len(config.seeds) == 1 else f"{label}, seed {seed}")
-    return sheet(rows, labels, prompts)
+    return sheet(rows, labels, prompts), drawn["after"][: len(prompts)]

@@ -221,6 +221,7 @@ def _matches(pattern: str, name: str) -> bool:
 def save(trained: Trained, config: TrainVLConfig, identity: Mapping[str, str], folder: Path) -> None:
     """Saves what was trained: in PEFT's format where it can hold it, else in our own."""
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
+    about["pipeline_tag"] = "image-text-to-text" if config.model.family == "vlm" else "visual-question-answering"
     if config.model.revision:
         about["base_revision"] = config.model.revision
     for component, network in trained.networks.items():

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.native import FILE_NAME
 from dora_mm.utils.atomic import flush
 
@@ -121,6 +122,10 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
     for names, expected in ((weights, parameters), (state, parts)):
         if difference := sorted(set(names) ^ set(expected)):
             raise ValueError(f"{path} belongs to another model or config: {difference[0]} is only in one of them.")
+    if name := first_not_finite(weights.items()):
+        raise ValueError(
+            f"{path}: {name} has values that are NaN or infinite: delete it to resume from the one before."
+        )
     for name, parameter in parameters.items():
         if parameter.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(parameter.shape)}"

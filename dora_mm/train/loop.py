@@ -16,7 +16,8 @@ from tqdm import tqdm
 from dora_mm.config.schema import TrainConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.formats import native
-from dora_mm.train.checkpoint import Stateful, checkpoints, load_checkpoint, save_checkpoint
+from dora_mm.formats.checks import first_not_finite
+from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
@@ -72,7 +73,7 @@ def fit(
         The number of optimizer steps that this call performed.
 
     Raises:
-        ValueError: The loss is not finite, or the newest checkpoint cannot be loaded.
+        ValueError: The loss or a parameter is not finite, or the newest checkpoint cannot be loaded.
     """
     trained = LossModule(networks, loss)
     modules = trained.networks
@@ -114,11 +115,15 @@ def fit(
                         log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
                     if after_step is not None:
                         after_step(step)
+                due = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
+                if due:  # before `observe` scores or draws them
+                    _check_trained(parameters, step, last_step(run.checkpoints))
                 pending.run(observe, step)
-                if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                if due:
                     save()
     except KeyboardInterrupt:
         if step > first:
+            _check_trained(parameters, step, last_step(run.checkpoints))
             save()
         raise
     finally:
@@ -132,6 +137,15 @@ def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise ValueError(
             f"The loss is {loss} at step {step}, and would be again in a resumed run: start a new run with a lower "
+            "optimizer.lr, or in float32 or bf16."
+        )
+
+
+def _check_trained(parameters: Mapping[str, nn.Parameter], step: int, saved: int) -> None:
+    if name := first_not_finite((name, parameter.detach()) for name, parameter in parameters.items()):
+        kept = f"the checkpoint of step {saved} stays as it is" if saved else "nothing was saved"
+        raise ValueError(
+            f"{name} has values that are NaN or infinite after step {step}, and {kept}: start a new run with a lower "
             "optimizer.lr, or in float32 or bf16."
         )
 

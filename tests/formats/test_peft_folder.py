@@ -206,7 +206,7 @@ def test_nothing_is_changed_where_a_module_cannot_be_adapted(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern '(' is not a regular expression"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern: the pattern '(' is not supported"),
         ({"alpha_pattern": [3]}, "alpha_pattern is not a JSON object"),
         ({"lora_alpha": "three"}, "has an invalid header for model.model.decoder"),
         ({"target_modules": "all-linear"}, "all-linear, which was saved in it, is missing"),

@@ -212,7 +212,7 @@ def test_an_adapted_tower_that_peft_cannot_hold(config, tmp_path, open_clip_towe
     assert main(["train", str(config(**shared, adapter=adapter, train=train, evaluate={}))]) == 0
     run = tmp_path / "run"
     for folder in (run / "adapter", run / "best" / "overall"):
-        assert {file.name for file in (folder / "vision").iterdir()} == {"trained_weights.safetensors"}
+        assert {file.name for file in (folder / "vision").iterdir()} == {"trained_weights.safetensors", "README.md"}
         assert (folder / "adapter_model.safetensors").is_file()
         (folder / "vision" / "adapter_model.safetensors").touch()
     saved = load_file(run / "adapter" / "vision" / "trained_weights.safetensors")

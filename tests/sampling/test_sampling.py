@@ -92,7 +92,7 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
     for before_after in (False, True):
         for strength in (0.0, 1.0):
             config = SampleConfig(prompts=["a bus"], steps=2, before_after=before_after)
-            page = before_after_sheet(tiny.pipeline(), {"unet": tiny.unet}, config, strength=strength)
+            page, _ = before_after_sheet(tiny.pipeline(), {"unet": tiny.unet}, config, strength=strength)
             pages[before_after, strength] = page
     assert np.abs(pixels(pages[False, 0.0]) - pixels(pages[False, 1.0])).max() > 5
     assert pages[True, 1.0].height > pages[False, 1.0].height

@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -267,6 +268,47 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     )
     with pytest.raises(ValueError, match="The loss is nan at step 1"):
         training.fit()
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, every):
+    """The loss of a step is that of the weights before it."""
+    run = new_run(tmp_path / "run")
+    training: Any = None
+
+    def break_weights(step):
+        if step == 4:
+            training.network[3].bias.data[1] = torch.inf
+
+    training = small_training(run, after_step=break_weights, steps=4, checkpoint_every=every)
+    kept = "the checkpoint of step 2 stays as it is" if every else "nothing was saved"
+    with pytest.raises(ValueError, match=f"^3.bias has values that are NaN or infinite after step 4, and {kept}"):
+        training.fit()
+    assert [path.name for path in checkpoints(run.checkpoints)] == (["step-000002"] if every else [])
+
+
+def test_an_interruption_saves_no_weights_that_are_not_finite(tmp_path):
+    run = new_run(tmp_path / "run")
+    training: Any = None
+
+    def break_and_interrupt(step):
+        training.network[0].weight.data[0, 0] = torch.nan
+        raise KeyboardInterrupt
+
+    training = small_training(run, after_step=break_and_interrupt)
+    with pytest.raises(ValueError, match="^0.weight has values that are NaN or infinite after step 1, and nothing"):
+        training.fit()
+    assert checkpoints(run.checkpoints) == []
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path):
+    run = new_run(tmp_path / "run")
+    training = small_training(run)
+    training.fit()
+    training.network[0].weight.data[0, 0] = torch.nan
+    path = save_checkpoint(run.checkpoints, 13, training.parts["parameters"], {}, keep=5)
+    with pytest.raises(ValueError, match="0.weight has values that are NaN or infinite: delete it"):
+        load_checkpoint(path, training.parts["parameters"], {})
 
 
 def test_accumulation_equals_the_mean_of_its_batches(tmp_path):
