@@ -146,7 +146,7 @@ def load_adapter(
     model: nn.Module | Mapping[str, nn.Module],
     path: str | Path,
     *,
-    strength: float = 1.0,
+    strength: float | Mapping[str, float] = 1.0,
     name: str = "default",
     backend: str = "auto",
 ) -> InjectReport:
@@ -161,7 +161,10 @@ def load_adapter(
         model: The model, or a mapping of components such as {"unet": ..., "text_encoder": ...}. A single model takes
             the component that its class tells, or else the only one in the file.
         path: The adapter file, or the folder that holds it. The format is detected.
-        strength: The strength of the loaded adapter: 0 is the base model, 1 the adapter as it was saved.
+        strength: The strength of the loaded adapter: 0 is the base model, 1 the adapter as it was saved. Or numbers by
+            part and block, such as {"unet.down": 0.5, "text_encoder": 0}: the first pieces of the modules' names, of
+            which the longest counts; the other modules get 1. `down`, `mid` and `up` stand for `down_blocks`,
+            `mid_block` and `up_blocks`. With a single model the component may be left out.
         name: The name of the adapter, by which `set_strength` selects it.
         backend: "auto", "torch" or "triton": which implementation the adapted layers run.
 
