@@ -90,6 +90,7 @@ _UNDERSCORED = {  # the components that a prefix may stand for
     "lora_te_": ("text_encoder",),
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),  # T5 of SD3 and of Flux.1, which only a base model names
     "lycoris_": (*NETWORKS, "model"),
 }
 _DOTTED = {  # the first that fits
@@ -202,7 +203,7 @@ class Names:
     def _layouts(self, component: str) -> list[str]:
         """The architectures whose tables may hold the names of a component, the likeliest first."""
         if component in NETWORKS and (self._known or self._architecture):
-            mine = self._architecture  # None: a base model without a table, whose names are the same everywhere
+            mine = self._architecture  # None: a base model without a table, of which only its own names are read
             return [mine] if mine and LAYOUTS[mine][0] == component else []
         return _layouts_of(component)
 
@@ -335,7 +336,7 @@ def own_target(layout: str, path: str) -> Target | None:
 def _own(name: Name, layout: str | None) -> tuple[str, Target]:
     """The own path that holds a module, and all that it holds."""
     if layout is None or LAYOUTS[layout][0] != name.component:
-        raise ValueError(f"the names do not tell the architecture of {name}: name the base model")
+        raise ValueError(f"the own name of {name} is unknown, or differs between architectures: name the base model")
     path = _owners(layout).get(name)
     if path is None:
         raise unknown(str(name), name.path, _owners(layout))
