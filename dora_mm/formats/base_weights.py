@@ -1,0 +1,224 @@
+"""The weights W0 of a base model by module, read one at a time, and copies of the model with some of them replaced."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_mm.formats.names import Name, resolve
+from dora_mm.formats.places import STEMS, NoWeightsError, Place, in_file, in_folder
+from dora_mm.formats.tensor_file import PICKLES, TensorFile, overwrite
+from dora_mm.utils.atomic import write_atomically
+from dora_mm.utils.folders import written_at_once
+from dora_mm.utils.messages import first_line
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".xml")
+
+
+class BaseWeights(Mapping[Name, Tensor]):
+    """The weights of the modules of a model that is not loaded: `weights[name]` reads W0 from the file.
+
+    It holds every module that has a `weight`, (O, I) or (O, I / groups, *K), in the dtype and layout of the file.
+    `Names(weights)` knows its modules.
+
+    Attributes:
+        source: The folder or file.
+        files: The files of the weights in it, with the indexes of sharded ones.
+    """
+
+    def __init__(self, source: Path, places: Mapping[Name, Place], files: Iterable[Path]):
+        self.source = source
+        self.files = frozenset(files)
+        self._places = dict(places)
+        self._uses = Counter(self._places.values())
+
+    @classmethod
+    def open(cls, path: str | Path, revision: str | None = None) -> BaseWeights:
+        """Opens a model; only headers are read.
+
+        Args:
+            path: A diffusers pipeline folder; a folder of one network of diffusers or transformers, sharded or not; a
+                single-file checkpoint (`.safetensors`) of SDXL in SGM's names, or of Stable Diffusion 1, Flux, SD3,
+                Z-Image or Qwen-Image in their own; or a hub name, which is downloaded where it is not in the cache.
+            revision: A commit, branch or tag, for a hub name.
+
+        Raises:
+            ValueError: There is no such model, it cannot be downloaded, it is a pickle, or its files are damaged.
+        """
+        local = Path(path)
+        if local.is_dir():
+            return cls(local, *in_folder(local))
+        if local.is_file():
+            return cls(local, in_file(TensorFile(local)), [local])
+        if local.suffix in (*PICKLES, ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+            raise ValueError(f"there is no model at {path}: give a folder, a .safetensors file or a hub name")
+        folder = _from_hub(str(path), revision)
+        return cls(folder, *in_folder(folder))
+
+    def __getitem__(self, name: Name) -> Tensor:
+        """W0, in the dtype of the file.
+
+        Raises:
+            KeyError: There is no such module; `find` has a message for people.
+            ValueError: The weight is quantised, or the file cannot be read.
+        """
+        place = self._places[name]
+        _check_dtype(name, place)
+        pieces = [place.file.read_entry(entry) for entry in place.pieces]
+        weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return weight.T.contiguous() if place.transposed else weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def shape(self, name: Name) -> tuple[int, ...]:
+        """The shape of W0, from the header."""
+        return self._places[name].shape
+
+    def dtype(self, name: Name) -> torch.dtype:
+        """The dtype of W0, from the header."""
+        return self._places[name].entry.dtype
+
+    def find(self, name: Name) -> Name:
+        """The name under which these weights have a module.
+
+        See `names.resolve`: the parts of a path that wrap a network may differ, and component `model` stands for any.
+
+        Raises:
+            ValueError: There is no such module, or there are several; the message has the nearest names.
+        """
+        return resolve(name, self._places)
+
+    def place(self, name: Name) -> Place:
+        """Where a weight is stored that can be replaced.
+
+        Raises:
+            ValueError: There is no such module, it is quantised, or another module shares its weight.
+        """
+        place = self._places[self.find(name)]
+        _check_dtype(name, place)
+        if self._uses[place] > 1:
+            names = " and ".join(str(other) for other, shared in self._places.items() if shared == place)
+            raise ValueError(f"{self.source} cannot be merged: {names} share one weight")
+        return place
+
+
+def _check_dtype(name: Name, place: Place) -> None:
+    if place.entry.dtype not in _FLOATS:
+        raise ValueError(
+            f"{place.file.path} stores {name} as {place.entry.dtype}: use the model in 16 or 32 bits, not quantised"
+        )
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+_WANTED = [f"{folder}{stem}*.safetensors*" for folder in ("", "*/") for stem in STEMS]
+_WANTED += ["*.json", "*.txt", "*.model"]  # configs and tokenizers
+_VARIANTS = ["*model.fp16*", "*model.bf16*", "*model.non_ema*", "*.index.*.json"]
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    """The folder of a hub repository in the cache, downloaded where its weights are missing there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    reason = ""
+    for only_cached, ignored in ((True, None), (False, _VARIANTS), (False, None)):
+        try:
+            folder = snapshot_download(
+                name, revision=revision, allow_patterns=_WANTED, ignore_patterns=ignored, local_files_only=only_cached
+            )
+            in_folder(Path(folder))
+            return Path(folder)
+        except (LocalEntryNotFoundError, NoWeightsError, HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = first_line(error)
+    raise ValueError(
+        f"{name} is neither a local folder or file nor complete in the cache, and cannot be downloaded: {reason}"
+    )
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_merged(base: BaseWeights, target: Path, update: Mapping[Name, Tensor]) -> None:
+    """Writes a copy of a model in which some weights are replaced, atomically; it reads and writes one at a time.
+
+    Everything else is copied: other tensors bit for bit, headers, configs, tokenizers. Weights in another precision or
+    format (`.fp16`, `.bin`) than those that `base` reads are left out, as they would not be updated.
+
+    Args:
+        base: The model.
+        target: A file where `base` is a file, else a folder, which must not exist.
+        update: The new weights by name, in the shape of W0; each is rounded to the dtype of the file. `update[name]` is
+            called once per weight, so a mapping that computes them on demand holds one in memory.
+
+    Raises:
+        ValueError: `target` exists or is of the wrong kind, or a weight is unknown, not finite, has another shape, or
+            is tied to another one that would change with it.
+        OSError: It cannot be written.
+    """
+    _check_target(base, target)
+    changes: dict[Path, list[tuple[Name, Place]]] = defaultdict(list)
+    for name in update:
+        place = base.place(name)
+        changes[place.file.path].append((name, place))
+    if base.source.is_file():
+        write_atomically(target, lambda partial: _copy(base.source, partial, changes[base.source], update))
+        return
+    covered = {base.source, *(file.parent for file in base.files)}
+    with written_at_once(target) as partial:
+        for path in _files_below(base.source):
+            if path in base.files or path.parent not in covered or not _is_weight(path):
+                copy = partial / path.relative_to(base.source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                _copy(path, copy, changes.get(path, []), update)
+
+
+def _check_target(base: BaseWeights, target: Path) -> None:
+    if base.source.is_file() and (target.is_dir() or target.suffix != ".safetensors"):
+        raise ValueError(f"{base.source} is a file, so its merged copy {target} needs a name that ends in .safetensors")
+    if base.source.is_dir() and (target.exists() or target.suffix == ".safetensors"):
+        problem = "exists" if target.exists() else "is the name of a file"
+        raise ValueError(f"{base.source} is a folder, and its merged copy {target} {problem}: name a new folder")
+    if target.resolve().is_relative_to(base.source.resolve()):
+        raise ValueError(f"{target} is the model itself or inside it: name another place")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a folder and its subfolders, except hidden ones."""
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("."):
+            yield from _files_below(path) if path.is_dir() else [path]
+
+
+def _is_weight(path: Path) -> bool:
+    return path.name.endswith(_OTHER_WEIGHTS) or ".safetensors.index." in path.name
+
+
+def _copy(source: Path, target: Path, changes: list[tuple[Name, Place]], update: Mapping[Name, Tensor]) -> None:
+    shutil.copyfile(source, target)
+    for name, place in changes:
+        weight = update[name]
+        if tuple(weight.shape) != place.shape:
+            raise ValueError(f"the new weight of {name} has shape {tuple(weight.shape)} instead of {place.shape}")
+        weight = weight.detach().cpu().to(place.entry.dtype)
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"the new weight of {name} is not finite in {place.entry.dtype}")
+        weight = weight.T if place.transposed else weight
+        parts = [weight] if place.ranges is None else weight.split([piece.shape[0] for piece in place.pieces])
+        for piece, part in zip(place.pieces, parts, strict=True):
+            overwrite(target, piece, part)

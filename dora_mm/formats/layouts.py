@@ -1,0 +1,227 @@
+"""How the authors' own code names the modules of a network that diffusers or transformers name otherwise.
+
+Own path -> path of diffusers or transformers. `#` is the number of a block; braces list the modules whose rows the own
+weight stacks, in this order. SDXL and Stable Diffusion 1 are named by their blocks' places (SGM's code), the second
+text encoder of SDXL as in open_clip.
+"""
+
+from __future__ import annotations
+
+FLUX = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "double_blocks.#.img_mod.lin": "transformer_blocks.#.norm1.linear",
+    "double_blocks.#.txt_mod.lin": "transformer_blocks.#.norm1_context.linear",
+    "double_blocks.#.img_attn.qkv": "transformer_blocks.#.attn.{to_q,to_k,to_v}",
+    "double_blocks.#.txt_attn.qkv": "transformer_blocks.#.attn.{add_q_proj,add_k_proj,add_v_proj}",
+    "double_blocks.#.img_attn.proj": "transformer_blocks.#.attn.to_out.0",
+    "double_blocks.#.txt_attn.proj": "transformer_blocks.#.attn.to_add_out",
+    "double_blocks.#.img_mlp.0": "transformer_blocks.#.ff.net.0.proj",
+    "double_blocks.#.img_mlp.2": "transformer_blocks.#.ff.net.2",
+    "double_blocks.#.txt_mlp.0": "transformer_blocks.#.ff_context.net.0.proj",
+    "double_blocks.#.txt_mlp.2": "transformer_blocks.#.ff_context.net.2",
+    "single_blocks.#.modulation.lin": "single_transformer_blocks.#.norm.linear",
+    "single_blocks.#.linear1": "single_transformer_blocks.#.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}",
+    "single_blocks.#.linear2": "single_transformer_blocks.#.proj_out",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+FLUX2 = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "double_blocks.#.img_attn.qkv": "transformer_blocks.#.attn.{to_q,to_k,to_v}",
+    "double_blocks.#.txt_attn.qkv": "transformer_blocks.#.attn.{add_q_proj,add_k_proj,add_v_proj}",
+    "double_blocks.#.img_attn.proj": "transformer_blocks.#.attn.to_out.0",
+    "double_blocks.#.txt_attn.proj": "transformer_blocks.#.attn.to_add_out",
+    "double_blocks.#.img_mlp.0": "transformer_blocks.#.ff.linear_in",
+    "double_blocks.#.img_mlp.2": "transformer_blocks.#.ff.linear_out",
+    "double_blocks.#.txt_mlp.0": "transformer_blocks.#.ff_context.linear_in",
+    "double_blocks.#.txt_mlp.2": "transformer_blocks.#.ff_context.linear_out",
+    "single_blocks.#.linear1": "single_transformer_blocks.#.attn.to_qkv_mlp_proj",
+    "single_blocks.#.linear2": "single_transformer_blocks.#.attn.to_out",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+SD3 = {
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "joint_blocks.#.x_block.adaLN_modulation.1": "transformer_blocks.#.norm1.linear",
+    "joint_blocks.#.context_block.adaLN_modulation.1": "transformer_blocks.#.norm1_context.linear",
+    "joint_blocks.#.x_block.attn.qkv": "transformer_blocks.#.attn.{to_q,to_k,to_v}",
+    "joint_blocks.#.x_block.attn2.qkv": "transformer_blocks.#.attn2.{to_q,to_k,to_v}",
+    "joint_blocks.#.context_block.attn.qkv": "transformer_blocks.#.attn.{add_q_proj,add_k_proj,add_v_proj}",
+    "joint_blocks.#.x_block.attn.proj": "transformer_blocks.#.attn.to_out.0",
+    "joint_blocks.#.x_block.attn2.proj": "transformer_blocks.#.attn2.to_out.0",
+    "joint_blocks.#.context_block.attn.proj": "transformer_blocks.#.attn.to_add_out",
+    "joint_blocks.#.x_block.mlp.fc1": "transformer_blocks.#.ff.net.0.proj",
+    "joint_blocks.#.x_block.mlp.fc2": "transformer_blocks.#.ff.net.2",
+    "joint_blocks.#.context_block.mlp.fc1": "transformer_blocks.#.ff_context.net.0.proj",
+    "joint_blocks.#.context_block.mlp.fc2": "transformer_blocks.#.ff_context.net.2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+
+
+def _same(*paths: str) -> dict[str, str]:
+    return {path: path for path in paths}
+
+
+_QWEN_LAYERS = (
+    *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+    *(f"{stream}_{name}" for stream in ("img", "txt") for name in ("mlp.net.0.proj", "mlp.net.2", "mod.1")),
+)
+QWEN_IMAGE = _same(
+    "img_in",
+    "txt_in",
+    "time_text_embed.timestep_embedder.linear_1",
+    "time_text_embed.timestep_embedder.linear_2",
+    *(f"transformer_blocks.#.{layer}" for layer in _QWEN_LAYERS),
+    "norm_out.linear",
+    "proj_out",
+)
+
+
+def _z_image_block(block: str) -> dict[str, str]:
+    return {
+        f"{block}.attention.qkv": f"{block}.attention.{{to_q,to_k,to_v}}",
+        f"{block}.attention.out": f"{block}.attention.to_out.0",
+        **_same(*(f"{block}.{name}" for name in ("adaLN_modulation.0", *(f"feed_forward.w{i}" for i in (1, 2, 3))))),
+    }
+
+
+Z_IMAGE = {
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    **_same("cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2"),
+    **_z_image_block("layers.#"),
+    **_z_image_block("noise_refiner.#"),
+    **_z_image_block("context_refiner.#"),
+}
+
+_CLIP_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+CLIP_L = _same(
+    "text_model.embeddings.token_embedding",
+    "text_model.embeddings.position_embedding",
+    *(f"text_model.encoder.layers.#.{name}" for name in (*_CLIP_LAYERS, "layer_norm1", "layer_norm2")),
+    "text_model.final_layer_norm",
+    "text_projection",
+)
+CLIP_G = {
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "positional_embedding": "text_model.embeddings.position_embedding",
+    "transformer.resblocks.#.attn.in_proj": "text_model.encoder.layers.#.self_attn.{q_proj,k_proj,v_proj}",
+    "transformer.resblocks.#.attn.out_proj": "text_model.encoder.layers.#.self_attn.out_proj",
+    "transformer.resblocks.#.mlp.c_fc": "text_model.encoder.layers.#.mlp.fc1",
+    "transformer.resblocks.#.mlp.c_proj": "text_model.encoder.layers.#.mlp.fc2",
+    "transformer.resblocks.#.ln_1": "text_model.encoder.layers.#.layer_norm1",
+    "transformer.resblocks.#.ln_2": "text_model.encoder.layers.#.layer_norm2",
+    "ln_final": "text_model.final_layer_norm",
+    "text_projection": "text_projection",
+}
+
+# --- SGM's UNet ------------------------------------------------------------------------------------------------------
+
+_LAYERS = 2  # resnets per down block; an up block has one more
+_LEVELS = 4  # blocks of different resolution: 3 in SDXL, 4 in Stable Diffusion 1
+_DEPTH = 10  # transformer blocks in the deepest attention of SDXL
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_ATTENTION = (
+    "norm",
+    "proj_in",
+    "proj_out",
+    *(
+        f"transformer_blocks.{block}.{layer}"
+        for block in range(_DEPTH)
+        for layer in (
+            *(
+                f"{attention}.{name}"
+                for attention in ("attn1", "attn2")
+                for name in ("to_q", "to_k", "to_v", "to_out.0")
+            ),
+            *("ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"),
+        )
+    ),
+)
+
+
+def _resnet(own: str, path: str) -> dict[str, str]:
+    return {f"{own}.{name}": f"{path}.{renamed}" for name, renamed in _RESNET.items()}
+
+
+def _attention(own: str, path: str) -> dict[str, str]:
+    return {f"{own}.{name}": f"{path}.{name}" for name in _ATTENTION}
+
+
+def _unet(attention_first: bool) -> dict[str, str]:
+    """The names of a UNet.
+
+    An upsampler comes after the attention of its block, if that has one. The first up block of SDXL has, that of Stable
+    Diffusion 1 has not. Both places are read; of several own names, the first is written.
+    """
+    found = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+        **_resnet("middle_block.0", "mid_block.resnets.0"),
+        **_attention("middle_block.1", "mid_block.attentions.0"),
+        **_resnet("middle_block.2", "mid_block.resnets.1"),
+    }
+    for level in range(_LEVELS):
+        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
+        first = level * (_LAYERS + 1)
+        for layer in range(_LAYERS):
+            found |= _resnet(f"input_blocks.{first + layer + 1}.0", f"{down}.resnets.{layer}")
+            found |= _attention(f"input_blocks.{first + layer + 1}.1", f"{down}.attentions.{layer}")
+        found[f"input_blocks.{first + _LAYERS + 1}.0.op"] = f"{down}.downsamplers.0.conv"
+        for layer in range(_LAYERS + 1):
+            found |= _resnet(f"output_blocks.{first + layer}.0", f"{up}.resnets.{layer}")
+            found |= _attention(f"output_blocks.{first + layer}.1", f"{up}.attentions.{layer}")
+        for place in (1, 2) if level == 0 and not attention_first else (2, 1):
+            found[f"output_blocks.{first + _LAYERS}.{place}.conv"] = f"{up}.upsamplers.0.conv"
+    return found
+
+
+SDXL = _unet(attention_first=True)
+SD1 = {own: path for own, path in _unet(attention_first=False).items() if not own.startswith("label_emb.")}
+
+LAYOUTS: dict[str, tuple[str, dict[str, str]]] = {  # the component, and its names
+    "sdxl": ("unet", SDXL),
+    "sd1": ("unet", SD1),
+    "flux": ("transformer", FLUX),
+    "sd3": ("transformer", SD3),
+    "z-image": ("transformer", Z_IMAGE),
+    "qwen-image": ("transformer", QWEN_IMAGE),
+    "flux2": ("transformer", FLUX2),
+    "clip-l": ("text_encoder", CLIP_L),
+    "clip-g": ("text_encoder_2", CLIP_G),
+}

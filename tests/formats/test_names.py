@@ -1,0 +1,310 @@
+"""Names of modules in the spellings of the tools, against the converters of diffusers."""
+
+import re
+
+import pytest
+import torch
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+from diffusers.loaders import lora_conversion_utils, single_file_utils
+
+from dora_mm.formats.fused import split_rows
+from dora_mm.formats.names import Name, Names, architecture_of, canonical
+
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def names_of(model: torch.nn.Module, component: str) -> list[Name]:
+    return [Name(component, key.removesuffix(".weight")) for key in model.state_dict() if key.endswith(".weight")]
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> UNet2DConditionModel:
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SDXL)
+
+
+@pytest.fixture(scope="module")
+def unet(sdxl) -> list[Name]:
+    return names_of(sdxl, "unet")
+
+
+# --- SDXL at full size -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "kohya-diffusers", "comfy", "onetrainer", "lycoris"])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_every_name_of_sdxl_comes_back(unet, spelling, with_base):
+    names = Names(unet if with_base else ())
+    written = names.write(unet, spelling)
+    assert len(unet) > 1000
+    assert len({name.path.partition(".attn1")[0] for name in unet if ".attn1." in name.path}) == 70
+    assert len(written) == len(unet)  # unique
+    assert [names.read(key).names for key in written] == [(name,) for name in unet]
+
+
+def test_sgm_names_are_those_of_diffusers_single_file_converter(sdxl, unet):
+    written = {
+        key.removeprefix("diffusion_model."): t.names[0].path for key, t in Names(unet).write(unet, "comfy").items()
+    }
+    ends = ("weight", "bias")
+    checkpoint = {f"model.diffusion_model.{own}.{end}": path for own, path in written.items() for end in ends}
+    converted = single_file_utils.convert_ldm_unet_checkpoint(checkpoint, dict(sdxl.config))
+    assert converted == {f"{path}.{end}": path for path in written.values() for end in ends}
+
+
+def test_kohya_names_are_those_of_diffusers_adapter_converter(sdxl, unet):
+    layers = [n for n in unet if re.search(r"attn|\.ff\.|proj_in|proj_out|conv|emb", n.path) and "norm" not in n.path]
+    spelled = Names().write(layers, "kohya")
+    tensor = torch.zeros(1)
+    state = {f"{key}.{part}.weight": tensor for key in spelled for part in ("lora_down", "lora_up")}
+    mapped = lora_conversion_utils._maybe_map_sgm_blocks_to_diffusers(state, sdxl.config)
+    converted, _ = lora_conversion_utils._convert_non_diffusers_lora_to_diffusers(mapped)
+    found = {re.sub(r"\.processor\.(\w+)_lora\..*|\.lora\..*", r".\1", key).rstrip(".") for key in converted}
+    found = {re.sub(r"to_out$", "to_out.0", key) for key in found}
+    assert found == {f"unet.{name.path}" for name in layers}
+
+
+def test_text_encoders():
+    names = Names()
+    path = "text_model.encoder.layers.11.self_attn.q_proj"
+    for number, component in ((1, "text_encoder"), (2, "text_encoder_2")):
+        name = Name(component, path)
+        for spelling in ("diffusers", "kohya", "comfy", "peft"):
+            (key,) = names.write([name], spelling)
+            assert spelling == "peft" or names.read(key).names == (name,)
+        assert names.read(f"lora_te{number}_text_model_encoder_layers_11_self_attn_q_proj").names == (name,)
+        assert names.read(f"{component}.encoder.layers.11.self_attn.q_proj").names == (name,)
+        assert names.read(f"clip_{'lg'[number - 1]}.{path}").names == (name,)  # OneTrainer
+    assert names.read("lora_te_text_model_encoder_layers_0_mlp_fc1").names[0].component == "text_encoder"
+    t5 = Name("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q")
+    for prefix in ("lora_te2_", "lora_te3_"):
+        assert Names([t5]).read(f"{prefix}encoder_block_0_layer_0_SelfAttention_q").names == (t5,)
+    assert canonical("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q").path.startswith("encoder")  # T5
+
+
+def test_stable_diffusion_1_has_its_first_upsampler_at_another_place():
+    config = {
+        "block_out_channels": (8, 16, 16, 16),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 8,
+    }
+    with torch.device("meta"):
+        unet = names_of(UNet2DConditionModel(**config), "unet")
+    assert architecture_of(unet) == "sd1"
+    written = Names(unet).write(unet, "comfy")
+    assert written["diffusion_model.output_blocks.2.1.conv"].names[0].path == "up_blocks.0.upsamplers.0.conv"
+    assert [Names(unet).read(key).names for key in written] == [(name,) for name in unet]
+    assert Names().read("lora_unet_output_blocks_2_1_conv") == Names(unet).read("lora_unet_output_blocks_2_1_conv")
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+class Checkpoint(dict):
+    """A checkpoint in which the converters find empty tensors for what is no weight or bias of a layer."""
+
+    def pop(self, key, *default):
+        return super().pop(key, torch.zeros(0))
+
+
+def numbered(*shape: int) -> torch.Tensor:
+    """A tensor that tells its rows apart, and takes the memory of one column."""
+    rows = (torch.arange(shape[0]) % 251).to(torch.uint8)
+    return rows.view(-1, *(1,) * (len(shape) - 1)).expand(shape)
+
+
+def check_against_diffusers(model, convert):
+    """Writes a model in its own names by our table, and compares what diffusers and we read from it."""
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    known = [
+        n
+        for n in names_of(model, "transformer")
+        if not re.search(r"\.norm_(added_)?[qk]$|_norm|norm[12]$|cap_embedder.0", n.path)
+    ]
+    checkpoint, expected = Checkpoint(), {}
+    names = Names(names_of(model, "transformer"))
+    for key, target in names.write(known, "comfy").items():
+        assert names.read(key) == target
+        assert names.read("lora_unet_" + key.removeprefix("diffusion_model.").replace(".", "_")) == target
+        assert all(
+            Names(architecture=architecture_of(known)).read(f"transformer.{n.path}").names == (n,) for n in target.names
+        )
+        own, inner = key.removeprefix("diffusion_model."), shapes[f"{target.names[0].path}.weight"][1:]
+        weight = numbered(sum(shapes[f"{name.path}.weight"][0] for name in target.names), *inner)
+        checkpoint |= {f"{own}.weight": weight, f"{own}.bias": numbered(weight.shape[0])}
+        for name, part in zip(target.names, split_rows(target, weight) if weight.ndim == 2 else [weight], strict=True):
+            expected[f"{name.path}.weight"] = part
+    assert set(expected) == {f"{name.path}.weight" for name in known}
+    converted = {key: tensor for key, tensor in convert(checkpoint).items() if tensor.ndim > 1}
+    assert converted.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert tensor.shape == shapes[key] == converted[key].shape
+        assert torch.equal(tensor[:, 0], converted[key][:, 0]), key
+
+
+def on_meta(kind, **config):
+    with torch.device("meta"):
+        return kind(**config)
+
+
+def test_flux_against_diffusers():
+    model = on_meta(  # the converter is made for a width of 3072
+        FluxTransformer2DModel, num_layers=1, num_single_layers=1, attention_head_dim=1024, num_attention_heads=3,
+        joint_attention_dim=8, pooled_projection_dim=8, guidance_embeds=True,
+    )  # fmt: skip
+    assert architecture_of(names_of(model, "transformer")) == "flux"
+    check_against_diffusers(model, single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
+
+
+def test_sd3_against_diffusers():
+    model = on_meta(
+        SD3Transformer2DModel, sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        caption_projection_dim=16, joint_attention_dim=8, pooled_projection_dim=8, dual_attention_layers=(0,),
+    )  # fmt: skip
+    assert architecture_of(names_of(model, "transformer")) == "sd3"
+
+    def convert(checkpoint):
+        checkpoint["x_embedder.proj.weight"] = checkpoint["x_embedder.proj.weight"].contiguous()
+        return single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
+
+    check_against_diffusers(model, convert)
+
+
+def test_flux2_against_diffusers():
+    model = on_meta(
+        Flux2Transformer2DModel, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, axes_dims_rope=(2, 2, 2, 2),
+    )  # fmt: skip
+    assert architecture_of(names_of(model, "transformer")) == "flux2"
+    check_against_diffusers(model, single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers)
+
+
+def test_z_image_against_diffusers():
+    model = on_meta(
+        ZImageTransformer2DModel, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8,
+        axes_dims=(4, 2, 2), axes_lens=(8, 8, 8),
+    )  # fmt: skip
+    assert architecture_of(names_of(model, "transformer")) == "z-image"
+    check_against_diffusers(model, single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers)
+
+
+def test_qwen_image_has_one_name_for_each_module():
+    model = on_meta(
+        QwenImageTransformer2DModel, num_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    known = names_of(model, "transformer")
+    linears = [Name("transformer", path) for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert architecture_of(known) == "qwen-image"
+    for key, target in Names(known).write(linears, "kohya").items():
+        assert Names(known).read(key) == Names(architecture="qwen-image").read(key) == target
+        assert len(target.names) == 1
+
+
+def test_an_unknown_transformer_keeps_its_names():
+    known = [Name("transformer", f"blocks.{i}.attn1.{name}") for i in range(2) for name in ("to_q", "to_out.0")]
+    names = Names(known)
+    for key in (
+        "diffusion_model.blocks.1.attn1.to_out.0",
+        "lora_unet_blocks_1_attn1_to_out_0",
+        "transformer.blocks.1.attn1.to_out.0",
+    ):
+        assert names.read(key).names == (known[3],)
+    with pytest.raises(ValueError, match="own name of transformer.blocks.0.attn1.to_q is unknown, or differs between"):
+        Names().write(known, "kohya")
+
+
+def test_own_names_need_an_architecture():
+    shared = [Name("transformer", "transformer_blocks.0.attn.to_q")]
+    assert architecture_of(shared) is None
+    with pytest.raises(ValueError, match="name the base model"):
+        Names().write(shared, "kohya")
+    (key,) = Names(architecture="sd3").write(shared, "kohya")
+    assert key == "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    (key,) = Names().write([*shared, Name("transformer", "single_transformer_blocks.0.proj_mlp")], "kohya").keys() - {
+        "lora_unet_single_blocks_0_linear1"
+    }
+    assert key == "lora_unet_double_blocks_0_img_attn_qkv"
+
+
+def test_one_part_of_a_fused_projection():
+    target = Names().read("transformer.double_blocks.3.img_attn.qkv.1")  # OneTrainer
+    assert target.names == (Name("transformer", "transformer_blocks.3.attn.to_k"),)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_down_blocks_1_attentions_9_transformer_blocks_0_attn1_to_q",
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_p",
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn3.to_q",
+        "lora_te1_text_model_encoder_layers_0_self_attn_p_proj",
+    ],
+)
+def test_unknown_names_are_named_with_the_nearest(unet, key):
+    known = [*unet, Name("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj")]
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(key)} is not the name of a module; nearest: (unet|text_encoder)\."
+    ):
+        Names(known).read(key)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "to_q", "lora_unet_", "lora_unet_x" * 10_000, "lora_te1_\x00", "diffusion_model.", "é"]
+)
+def test_nonsense_is_refused(unet, key):
+    for names in (Names(), Names(unet)):
+        with pytest.raises(ValueError, match="is not the name of a module") as raised:
+            names.read(key)
+        assert len(str(raised.value)) < 600
+
+
+def test_a_name_with_two_meanings_is_refused():
+    known = [Name("model", "a.b_c"), Name("model", "a_b.c"), Name("model", "d.e")]
+    with pytest.raises(ValueError, match=r"lycoris_a_b_c may stand for a.b_c or a_b.c, which are spelled the same"):
+        Names(known).read("lycoris_a_b_c")
+    assert Names(known).read("lycoris_d_e").names == (known[2],)
+    with pytest.raises(ValueError, match="have the same name in lycoris files: lycoris_a_b_c"):
+        Names(known).write(known, "lycoris")
+
+
+def test_a_missing_first_part_is_found():
+    known = [Name("model", "layers.0.q"), Name("model", "layers.1.q")]
+    assert Names(known).read("base_model.model.model.layers.1.q").names == (known[1],)
+    other = [Name("unet", "conv_in"), Name("text_encoder", "text_model.final_layer_norm")]
+    assert Names(other).read("base_model.model.conv_in").names == (other[0],)
+    assert Names(other).read("base_model.model.final_layer_norm").names == (other[1],)
+
+
+def test_what_a_spelling_does_not_have():
+    with pytest.raises(ValueError, match="kohya files have no name for model.x: they hold unet, transformer, text"):
+        Names().write([Name("model", "x")], "kohya")
+    with pytest.raises(ValueError, match="no spelling 'comfyui' of names; there are diffusers"):
+        Names().write([], "comfyui")
+    with pytest.raises(ValueError, match="no architecture 'sdx'"):
+        Names(architecture="sdx")
+    both = [Name("text_encoder", "text_model.x"), Name("text_encoder_2", "text_model.x")]
+    with pytest.raises(ValueError, match="the same name in peft files"):
+        Names().write(both, "peft")

@@ -1,0 +1,153 @@
+"""Files that are read tensor by tensor, against the safetensors library; damaged ones give one sentence."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_mm.formats.tensor_file import TensorFile
+
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=4)), max_size=5))
+def test_it_reads_what_the_library_writes(tmp_path_factory, tensors):
+    path = tmp_path_factory.mktemp("x") / "x.safetensors"
+    written = {f"t{i}": (torch.rand(shape) * 3).to(dtype) for i, (dtype, shape) in enumerate(tensors)}
+    safetensors.torch.save_file(written, path, metadata={"a": "ü"})
+    file = TensorFile(path)
+    assert file.metadata == {"a": "ü"}
+    assert file.entries.keys() == written.keys()
+    for key, tensor in written.items():
+        read = file.read(key)
+        assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+        assert read.view(-1).view(torch.uint8).equal(tensor.view(-1).view(torch.uint8))
+
+
+def test_rows(tmp_path):
+    tensor = torch.randn(6, 2, 3, dtype=torch.float16)
+    safetensors.torch.save_file({"x": torch.zeros(5), "y": tensor}, tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
+    assert file.read_entry(file.entries["y"].rows(1, 4)).equal(tensor[1:4])
+
+
+def write(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{" * 100_000, "not valid JSON"),
+        (b"[" * 1_000_000, "not valid JSON"),
+        (b'{"x": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        ("{}".encode("utf-16"), "not valid JSON"),
+        ([], "not a table"),
+        ({"__metadata__": {"a": 1}}, "not a table of texts"),
+        ({"x": 1}, "unknown dtype None"),
+        ({"x": entry(dtype="F13")}, "x has the unknown dtype F13"),
+        ({"x": entry(dtype=["F32"])}, "unknown dtype"),
+        ({"x": entry(shape=(-2,))}, "does not describe x"),
+        ({"x": entry(shape=(True,))}, "does not describe x"),
+        ({"x": entry(shape=(2.0,))}, "does not describe x"),
+        ({"x": entry(shape=(2**64,))}, "does not describe x"),
+        ({"x": entry(shape=(1,) * 1000)}, "does not describe x"),
+        ({"x": entry(shape=(2**62, 2**62))}, "does not fit its shape"),
+        ({"x": entry(offsets=(0, 4))}, "does not fit its shape"),
+        ({"x": entry(offsets=(4, 12))}, "does not fit its shape"),
+        ({"x": entry(), "y": entry()}, "does not fit its shape"),
+        ({"x": {"dtype": "F32"}}, "does not describe x"),
+        ({}, r"has 18 bytes, and its header describes 10"),
+        ({"x": entry(shape=(8,), offsets=(0, 32))}, "its header describes"),
+        ({"y" * 100_000: entry(dtype="F13")}, "unknown dtype F13"),
+    ],
+)
+def test_damaged_headers(tmp_path, header, message):
+    path = write(tmp_path / "x.safetensors", header, bytes(8))
+    with pytest.raises(ValueError, match=rf"^{path} cannot be read as a safetensors file: .*{message}") as raised:
+        TensorFile(path)
+    assert len(str(raised.value)) < 600
+
+
+def test_lengths_that_are_not_there(tmp_path):
+    for length in (2**63, 2**64 - 1, 100):
+        with pytest.raises(ValueError, match="shorter than its header says"):
+            TensorFile(write(tmp_path / "x.safetensors", {}, bytes(8), length))
+    for content in (b"", b"1234567"):
+        (tmp_path / "y.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="shorter than its header says"):
+            TensorFile(tmp_path / "y.safetensors")
+    with pytest.raises(ValueError, match="No such file"):
+        TensorFile(tmp_path / "none.safetensors")
+    with (tmp_path / "sparse.safetensors").open("wb") as file:
+        file.write((2**33).to_bytes(8, "little"))
+        file.truncate(2**34)
+    with pytest.raises(ValueError, match="its header has 8589934592 bytes, and at most"):
+        TensorFile(tmp_path / "sparse.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.ckpt", "x.pt", "x.pth", "x.pkl"])
+def test_pickles_are_refused(tmp_path, name):
+    torch.save({"x": torch.zeros(2)}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a pickle, which can run code when it is loaded"):
+        TensorFile(tmp_path / name)
+
+
+@given(st.data())
+def test_flipped_bytes_give_a_file_or_a_sentence(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("x") / "x.safetensors"
+    safetensors.torch.save_file({"a": torch.randn(3, 2), "b": torch.randn(4)}, path, metadata={"k": "v"})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.sampled_from([len(content), len(content) - 1, len(content) // 2]))])
+    problem = ""
+    read = []
+    try:
+        file = TensorFile(path)
+        read = [file.read(key) for key in file.entries]
+    except ValueError as error:
+        problem = str(error)
+    assert not problem or problem.startswith(f"{path} cannot be read")
+    assert sum(tensor.nbytes for tensor in read) <= len(content)
+
+
+def test_a_large_file_is_read_lazily(tmp_path):
+    size = 2**32  # a file of 4 GB, most of which does not exist on disk
+    header = {"big": entry("U8", (size,), (0, size)), "small": entry(offsets=(size, size + 8))}
+    path = write(tmp_path / "x.safetensors", header)
+    start = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(start + size + 8)
+    code = f"""
+import resource, torch
+from pathlib import Path
+from dora_mm.formats.tensor_file import TensorFile
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert TensorFile(Path({str(path)!r})).read("small").equal(torch.zeros(2))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 50  # MB
