@@ -24,12 +24,15 @@ if TYPE_CHECKING:
         set_strength,
         unmerge,
     )
+    from dora_mm.formats.convert import convert
+    from dora_mm.formats.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
     "DoRASpec",
     "TargetMap",
     "adapter_parameters",
+    "convert",
     "fixed_parameters",
     "inject",
     "load_adapter",
@@ -38,14 +41,16 @@ __all__ = [
     "save_adapter",
     "set_strength",
     "unmerge",
+    "verify",
 ]
-_FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter"}
+_FROM_FORMATS = {"convert": "dora_mm.formats.convert", "verify": "dora_mm.formats.verify"}
+_FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter"} - _FROM_FORMATS.keys()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FROM_CORE:
+    if name not in _FROM_CORE and name not in _FROM_FORMATS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module("dora_mm.core"), name)
+    value = getattr(importlib.import_module(_FROM_FORMATS.get(name, "dora_mm.core")), name)
     globals()[name] = value
     return value
 

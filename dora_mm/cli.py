@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 GOES_ON = ("train", "sample", "grid")  # the commands that can be resumed
+BASE = "the model: a folder, a single-file checkpoint or a hub name"
+AXIS = "the axis of the magnitudes, where their shape does not say it"
 DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
 # Errors that a user can fix: a full or read-only disk, an exceeded quota, missing permissions, a path too long.
@@ -146,12 +148,22 @@ def _parser() -> argparse.ArgumentParser:
         "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
     )
     command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
+    command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
+    command.add_argument("--json", action="store_true", help="of an adapter, print JSON")
     command.set_defaults(run=_run_inspect)
     command = commands.add_parser("merge", help="merge an adapter into its model, and save that for other programs")
     _add_model(command)
     command.add_argument("adapter", metavar="ADAPTER", help="a run directory, an adapter's folder or its file")
     command.add_argument("out", metavar="OUT", help="the new folder")
     command.set_defaults(run=_run_merge)
+    _add_convert(commands.add_parser("convert", help="write an adapter in the form of another tool"))
+    command = commands.add_parser("verify", help="show what other tools compute from an adapter file")
+    command.add_argument("file", metavar="FILE", help="an adapter file of any tool, its folder or run directory")
+    command.add_argument("--tool", metavar="NAME", default="all", help="a tool, or all; default: all")
+    command.add_argument("--base", metavar="MODEL", required=True, help=BASE)
+    command.add_argument("--axis", choices=("out", "in"), help=AXIS)
+    command.add_argument("--json", action="store_true", help="print JSON, with every module")
+    command.set_defaults(run=_run_verify)
     command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
     _add_model(command)
     command.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
@@ -171,6 +183,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_run_bench, extent="default")
     return parser
+
+
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="IN", help="an adapter file of any tool, its folder or run directory")
+    command.add_argument("out", metavar="OUT", help="a file that ends in .safetensors, or a folder")
+    command.add_argument("--to", metavar="TARGET", required=True, help="peft, diffusers, kohya, comfy, diff, lora, ...")
+    command.add_argument("--base", metavar="MODEL", help=BASE)
+    command.add_argument("--axis", choices=("out", "in"), help=AXIS)
+    command.add_argument("--strength", metavar="T", type=float, default=1.0, help="becomes strength 1 in the new file")
+    command.add_argument("--rank", metavar="R", type=_positive, help="of target lora, or of a new fit")
+    command.add_argument("--energy", metavar="SHARE", type=float, help="of the update to keep in target lora")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the new tensors")
+    command.add_argument(
+        "--allow-lossy", action="store_true", help="write it even where the tool computes something else from it"
+    )
+    command.set_defaults(run=_run_convert)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -277,7 +305,8 @@ def _run_inspect(arguments: argparse.Namespace) -> None:
     from dora_mm.recipes import PIPELINES
 
     resolve_model(arguments.path, "PATH|MODEL")  # before anything large is imported
-    PIPELINES.load("inspect_model").main(arguments.path, targets=arguments.targets)
+    settings = {"targets": arguments.targets, "base": arguments.base, "as_json": arguments.json}
+    PIPELINES.load("inspect_model").main(arguments.path, **settings)
 
 
 def _run_merge(arguments: argparse.Namespace) -> None:
@@ -288,6 +317,21 @@ def _run_merge(arguments: argparse.Namespace) -> None:
     resolve_path(arguments.adapter, "ADAPTER")
     settings = {"dtype": arguments.dtype, "revision": arguments.revision}
     PIPELINES.load("merge").main(arguments.model, arguments.adapter, arguments.out, **settings)
+
+
+def _run_convert(arguments: argparse.Namespace) -> None:
+    from dora_mm.recipes import PIPELINES
+
+    names = ("base", "axis", "strength", "rank", "energy", "dtype", "allow_lossy")
+    settings = {name: getattr(arguments, name) for name in names}
+    PIPELINES.load("convert").main(arguments.source, arguments.out, arguments.to, **settings)
+
+
+def _run_verify(arguments: argparse.Namespace) -> None:
+    from dora_mm.recipes import PIPELINES
+
+    settings = {"axis": arguments.axis, "as_json": arguments.json}
+    PIPELINES.load("verify").main(arguments.file, arguments.tool, arguments.base, **settings)
 
 
 def _run_ask(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """dora-mm inspect: what an adapter file or a picture says, or which modules of a model a target map selects."""
 
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -8,8 +9,7 @@ from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import parts_in
-from dora_mm.formats.diffusers import PEFT_METADATA
-from dora_mm.formats.peft_layers import OUR_METADATA
+from dora_mm.formats.inspection import inspect_file
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
 from dora_mm.sampling.strengths import strength_text
@@ -17,23 +17,27 @@ from dora_mm.targets import find, map_of
 from dora_mm.utils.tables import aligned_columns
 
 ADAPTERS = [module.FILE_NAME for module in formats.FORMATS.values()]
-HIDDEN = ("format", PEFT_METADATA, OUR_METADATA)  # the table shows what is in them
+LONGEST = 200  # characters of a header's entry that are shown
 RANK = 8  # parameter counts of target maps are stated at this rank
 
 
-def main(path: str, *, targets: str | None = None) -> None:
+def main(path: str, *, targets: str | None = None, base: str | None = None, as_json: bool = False) -> None:
     """Prints what an adapter file holds, how a picture was drawn, or what the target maps select in a model.
 
     Args:
         path: An adapter file, its folder or its run directory; a PNG file that `dora-mm sample` drew; or a model of
             transformers or diffusers, as a folder or a hub name.
         targets: For a model, the target map to show; for a pipeline of diffusers, the only one.
+        base: For an adapter, its model: it shows what shapes do not say.
+        as_json: For an adapter, whether to print JSON, with every module.
 
     Raises:
         ValueError: The file is not an adapter or such a picture, the path is not a model, or there is no such target
             map, or none for it.
     """
     file = adapter_file(path)
+    if (base or as_json) and (file is None or file.suffix.lower() == ".png"):
+        raise ValueError(f"--base and --json are for adapter files, and {path} is none: leave them out")
     if file is not None and file.suffix.lower() == ".png":
         print(describe_picture(file))
         return
@@ -41,8 +45,10 @@ def main(path: str, *, targets: str | None = None) -> None:
         print(describe_model(resolve_model(path, "MODEL"), targets))
     elif targets is not None:
         raise ValueError(f"--targets is for models, but {file} is an adapter file: leave it out")
+    elif as_json:
+        print(json.dumps(inspect_file(file, base).as_dict(), indent=2))
     else:
-        print(describe_adapter(file))
+        print(describe_adapter(file, base))
 
 
 def adapter_file(path: str) -> Path | None:
@@ -73,28 +79,32 @@ def describe_picture(file: Path) -> str:
 # --- adapter files ---------------------------------------------------------------------------------------------------
 
 
-def describe_adapter(file: Path) -> str:
-    """A table of the adapted modules, followed by the metadata."""
-    state, metadata = formats.read(file)
+def describe_adapter(file: Path, base: str | None = None) -> str:
+    """What wrote the file, a table of the adapted modules, what the file does not say, and the metadata."""
+    found = inspect_file(file, base)
     rows, parameters = Counter(), Counter()
-    for component, layers in state.layers.items():
-        for path, layer in layers.items():
-            row = (component, leaf(path), *method_rank_alpha(layer.spec))
-            rows[row] += 1
-            parameters[row] += sum(tensor.numel() for tensor in layer.tensors.values())
-    table = [("component", "module", "method", "rank", "alpha", "count", "parameters")]
+    for module in found.modules:
+        numbers = ("-" if value is None else f"{value:g}" for value in (module.rank, module.alpha))
+        row = (module.component or "?", leaf(module.path), module.method, module.axis or "-", *numbers)
+        rows[row] += 1
+        parameters[row] += module.num_parameters
+    table = [("component", "module", "method", "axis", "rank", "alpha", "count", "parameters")]
     table += [(*row, str(count), f"{parameters[row]:,}") for row, count in rows.items()]
-    table += [("all", "", "", "", "", str(rows.total()), f"{parameters.total():,}")]
-    notes = [f"  {key}: {value}" for key, value in metadata.items() if key not in HIDDEN]
-    title = f"{file}: {file.stat().st_size / 1e6:.1f} MB"
-    return "\n".join([title, aligned_columns(table, num_text=3), *(["metadata", *notes] if notes else [])])
+    table += [("all", "", "", "", "", "", str(rows.total()), f"{parameters.total():,}")]
+    lines = [f"{file}: {file.stat().st_size / 1e6:.1f} MB, written by {found.title}, or in its form"]
+    lines += [f"architecture: {found.architecture}, with {found.names} names"] if found.architecture else []
+    lines += [f"base model: {found.base_model}"] if found.base_model else []
+    lines += [aligned_columns(table, num_text=4)]
+    lines += [f"not clear: {point}" for point in found.ambiguous]
+    lines += [f"embedding of a token: {key}" for key in found.tokens]
+    lines += [f"no adapter: {key}" for key in found.others]
+    notes = [f"  {key}: {shortened(value)}" for key, value in found.settings.items()]
+    return "\n".join([*lines, *(["metadata", *notes] if notes else [])])
 
 
-def method_rank_alpha(spec: DoRASpec) -> tuple[str, str, str]:
-    """As text, with `-` for the rank and alpha of methods without A and B."""
-    if spec.method in ("dora", "lora"):
-        return spec.method, str(spec.rank), f"{spec.alpha:g}"
-    return spec.method, "-", "-"
+def shortened(text: str) -> str:
+    """The beginning of a long text; trainers store whole lists of captions."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text)} characters)"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -233,14 +233,14 @@ def layer_state(file: Path, name: str, found: dict[str, Tensor], config: dict[st
     if method == "magnitude":
         tensors = {"magnitude": tensors["magnitude"]}
     try:
-        alpha = _alpha(config, name.partition(".")[2], rank)
+        alpha = alpha_of(config, name.partition(".")[2], rank)
         spec = DoRASpec(rank, alpha, ours.get("dropout", 0.0), method, ours.get("norm_grad", "detached"))
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file} has an invalid header for {name}: {error}") from error
     return LayerState(spec, tensors)
 
 
-def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
+def alpha_of(config: Mapping[str, Any], path: str, rank: int) -> float:
     """Alpha by PEFT's rules: the first key of `alpha_pattern` that matches the end of the path, else `lora_alpha`.
 
     With rank-stabilised LoRA the update is scaled by alpha / sqrt(rank). Without metadata alpha is the rank.

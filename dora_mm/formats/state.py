@@ -32,10 +32,17 @@ class LayerState:
         tensors: `lora_A` (R, I) or (R, I, *K) for a convolution, `lora_B` (O, R) and `magnitude` (O,), as far as the
             method has them; or `weight` in the shape of the base's, for method `full`. O comes first also where the
             layer stores its weight transposed: of an embedding A is (R, num), B (dim, R) and the magnitude (dim,).
+            Files of other tools may hold `diff`, W' - W0 in the shape of the base's, for method `full`.
+        axis: `out`: the magnitude scales output rows, as in the paper. `in`: it scales input columns, and is (I,).
+        norm: What the magnitude is divided by: the norm of `updated`, W0 + s B A, as in the paper; of `base`, W0; or of
+            `unscaled`, W0 + B A, where the gain g multiplies this sum and s stays outside: g W0 + (s + g - 1) B A.
+            `formats/exact.py` changes one into another.
     """
 
     spec: DoRASpec
     tensors: Mapping[str, Tensor]
+    axis: str = "out"
+    norm: str = "updated"
 
 
 @dataclass(frozen=True)
@@ -275,6 +282,11 @@ def _check_component(
             raise ValueError(
                 f"{source} does not fit this model: it adapts {joined(component, path)}, which the model does not have"
             )
+        if (state.axis, state.norm) != ("out", "updated") or "diff" in state.tensors:
+            raise ValueError(
+                f"{source} cannot be loaded: at {joined(component, path)}, {_other_form(state)}: convert the file with "
+                "dora-mm convert --to merged or --to diff, or with --to peft where that is possible"
+            )
         if problem := _misfit(state, modules[path]):
             raise ValueError(f"{source} does not fit this model: at {joined(component, path)}, {problem}")
         if state.spec.method == "full" and strengths[joined(component, path)] != 1:
@@ -332,6 +344,14 @@ def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     shape = stored_shape(module)
     kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
     return shape[::-1] if shape and kind and issubclass(kind, TransposedLayer) else shape
+
+
+def _other_form(state: LayerState) -> str:
+    if "diff" in state.tensors:
+        return "it holds a difference of weights"
+    if state.axis != "out":
+        return "its magnitude scales input columns"
+    return "its magnitude belongs to another norm than that of the updated weight"
 
 
 def _misfit(state: LayerState, module: nn.Module) -> str:

@@ -1,0 +1,268 @@
+"""Adapter files for other tools, written only where the tool computes the same weights from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_mm.core.spec import DoRASpec
+from dora_mm.formats import exact
+from dora_mm.formats.adapter_file import located
+from dora_mm.formats.base_weights import BaseWeights, write_merged
+from dora_mm.formats.judge import DTYPES, Judge, ToolErrors
+from dora_mm.formats.layers import LayerReader
+from dora_mm.formats.names import Name, Target
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import EXPORTS, comfy
+from dora_mm.formats.tools.tool import Export
+from dora_mm.formats.verify import open_base
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
+
+TARGETS = (*EXPORTS, "comfy", "lora", "merged")
+_DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        files: What was written.
+        num_modules: The number of adapted modules.
+        errors: What the tools compute from it.
+        on_base: Whether the errors are those over the base model; else a random weight took its place.
+    """
+
+    files: tuple[Path, ...]
+    num_modules: int
+    errors: tuple[ToolErrors, ...] = ()
+    on_base: bool = True
+
+
+def convert(
+    source: str | Path,
+    target_path: str | Path,
+    *,
+    to: str,
+    base: str | Path | Mapping[Name, Tensor] | None = None,
+    axis: str | None = None,
+    allow_lossy: bool = False,
+    strength: float = 1.0,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+) -> Conversion:
+    """Writes an adapter file in the form of another tool.
+
+    What is written is given to the tool's own formula, and compared with the weight that the adapter means. Modules are
+    read, converted and written one at a time.
+
+    Args:
+        source: The adapter file of any tool, or its folder.
+        target_path: A file where it ends in `.safetensors`, else a folder; for `merged` whatever the base is.
+        to: One of `TARGETS`.
+        base: The model: a folder, a single-file checkpoint, a hub name, or weights by name. The targets comfy,
+            comfy-2025, diff, lora and merged need it, and all others for some adapters; the errors are then those on
+            this model.
+        axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
+        allow_lossy: Whether to write a file from which the tool computes something else at strength 1.
+        strength: The strength of the adapter that becomes strength 1.
+        rank: The rank of target lora; of others the rank at which magnitudes of input columns are fitted anew as
+            magnitudes of output rows, with `allow_lossy`.
+        energy: For target lora, the share of ||W' - W0||^2 to keep in each module, instead of a rank.
+        dtype: float32, float16 or bfloat16; None: float16 for diff, else float32.
+
+    Returns:
+        The files, and what the tools compute from them.
+
+    Raises:
+        ValueError: The adapter, the model or a setting cannot be used, or the target cannot hold the adapter. Nothing
+            is written then.
+    """
+    _check_settings(to, rank, energy, dtype, strength, base)
+    weights = None if base is None else open_base(base)
+    layers = LayerReader(source, weights, axis)
+    if to == "merged":
+        return _merge(layers, Path(target_path), strength)
+    exports = _exports(to, layers)
+    lossy = _LowRank(rank, energy) if to == "lora" or (allow_lossy and rank) else None
+    writer = _Writer(layers, exports, to, strength, dtype, lossy)
+    files = _files(Path(target_path), to, exports)
+    errors: tuple[ToolErrors, ...] = ()
+    for number, file in enumerate(files):
+        judge = (
+            None if number else Judge(exports[0].judges, len(layers.names()), strict=not allow_lossy and to != "lora")
+        )
+        writer.write(number, file, judge)
+        errors = judge.result() if judge else errors
+    return Conversion(tuple(files), len(layers.names()), errors, weights is not None)
+
+
+def _check_settings(to: str, rank, energy, dtype, strength, base) -> None:
+    if to not in TARGETS:
+        raise ValueError(f"there is no target {to!r}: use one of {', '.join(TARGETS)}")
+    if to == "lora" and (rank is None) == (energy is None):
+        raise ValueError("target lora needs the rank, or the share of energy to keep: give --rank or --energy")
+    if rank is not None and rank < 1:
+        raise ValueError(f"the rank must be at least 1, not {rank}")
+    if energy is not None and (to != "lora" or not 0 < energy <= 1):
+        raise ValueError(f"--energy is a share between 0 and 1 for --to lora, not {energy} for {to}")
+    if dtype is not None and (dtype not in DTYPES or to == "merged"):
+        raise ValueError(f"--dtype is {', '.join(DTYPES)}, and merged keeps the dtype of the base, but got {dtype}")
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength must be a finite number, not {strength}")
+    if base is None and (to in ("merged", "lora", "comfy") or EXPORTS[to].needs_base):
+        raise ValueError(f"target {to} needs the base model: give it with --base")
+
+
+def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
+    """The forms of the files; that of target lora is PEFT's for a single model and kohya's for a pipeline."""
+    if to == "comfy":
+        return comfy.PAIR
+    if to != "lora":
+        return (EXPORTS[to],)
+    single = all(name.component == "model" for name in layers.names())
+    form = EXPORTS["peft" if single else "kohya"]
+    return (replace(form, one_method=False, axis="any", judges=form.judges[:1]),)
+
+
+def _files(target: Path, to: str, exports: tuple[Export, ...]) -> list[Path]:
+    if target.suffix == ".safetensors":
+        stem, folder = target.stem, target.parent
+    else:
+        stem, folder = target.name, target
+    if len(exports) == 2:
+        return [folder / f"{stem}-{number}.safetensors" for number in (1, 2)]
+    if target.suffix == ".safetensors":
+        return [target]
+    return [folder / (exports[0].file_name or f"{stem}.safetensors")]
+
+
+def _merge(layers: LayerReader, target: Path, strength: float) -> Conversion:
+    if not isinstance(layers.weights, BaseWeights):
+        raise ValueError("target merged needs the base model as a folder, a file or a hub name: give it with --base")
+    if layers.file.embeddings:
+        raise ValueError(f"{layers.file.path} holds embeddings of new tokens, for which a merged model has no place")
+    names = layers.names()
+    write_merged(layers.weights, target, _Merged(layers, strength))
+    return Conversion((target,), len(names))
+
+
+class _Merged(Mapping[Name, Tensor]):
+    """The merged weights by name, computed when they are asked for."""
+
+    def __init__(self, layers: LayerReader, strength: float):
+        self._layers, self._strength = layers, strength
+
+    def __getitem__(self, name: Name) -> Tensor:
+        W0, transposed = self._layers.base(name), self._layers.transposed(name)
+        layer = exact.fitted(self._layers.layer(name), W0)
+        W = exact.new_weight(layer, W0, self._strength)
+        return W.T if transposed else W
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._layers.names())
+
+    def __len__(self) -> int:
+        return len(self._layers.names())
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """How much of a weight that has no exact form is kept: a rank, or a share of its energy."""
+
+    rank: int | None
+    energy: float | None
+
+
+class _Writer:
+    """Writes the files of a conversion, module by module."""
+
+    def __init__(
+        self,
+        layers: LayerReader,
+        exports: tuple[Export, ...],
+        to: str,
+        strength: float,
+        dtype: str | None,
+        lossy: _LowRank | None,
+    ):
+        self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
+        self.dtype = getattr(torch, dtype or exports[0].dtype)
+        self.targets = layers.namer.write(layers.names(), exports[0].spelling)
+        self.one_method = exports[0].one_method and layers.any_magnitude()
+
+    def write(self, number: int, file: Path, judge: Judge | None) -> None:
+        """Writes one of the files; the first one is judged together with those that will follow."""
+        source = self.layers.file
+        if source.embeddings and self.exports[number].spelling in ("peft", "diffusers"):
+            raise ValueError(
+                f"{source.path} holds embeddings of new tokens, for which the files of {self.to} have no place: "
+                "use --to kohya"
+            )
+        header: dict[str, str] = {}
+
+        def run(writer: TensorWriter) -> dict[str, str]:
+            specs: dict[Name, DoRASpec] = {}
+            for module, target in self.targets.items():
+                with located(f"{source.path}: {module}"):
+                    tensors, spec = self.tensors(number, module, target, judge)
+                specs |= dict.fromkeys(target.names, spec)
+                for ending, tensor in tensors.items():
+                    writer.add(f"{module}.{ending}", tensor)
+            for key in source.embeddings:
+                writer.add(key, source.tensor(key))
+            header.update(self.exports[number].header(specs, source.header))
+            kept = {key: value for key, value in source.header.items() if not key.startswith(_DROPPED)}
+            return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
+
+        write_tensors(file, self.room(), run)
+        for name in header:
+            if name.endswith(".json"):
+                write_text(file.with_name(name), header[name])
+
+    def tensors(
+        self, number: int, module: str, target: Target, judge: Judge | None
+    ) -> tuple[dict[str, Tensor], DoRASpec]:
+        """The tensors of a module in one of the files, by the end of their keys, and its settings."""
+        if any(self.layers.transposed(name) for name in target.names):
+            raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
+        original, W0 = self.layers.fused(target)
+        layer = self.prepared(original, W0)
+        if judge is None:
+            return self.rounded(self.exports[number].write(layer, W0)), layer.spec
+        W = exact.new_weight(original, W0, self.strength)
+        written = [self.rounded(export.write(layer, W0)) for export in self.exports]
+        header = self.exports[number].header(dict.fromkeys(target.names, layer.spec), {})
+        judge.judge(module, written, header, W0, W, self.dtype)
+        return written[number], layer.spec
+
+    def room(self) -> int:
+        """More than the header can need: at most four tensors of a module, and the settings."""
+        keys = [*self.targets, *self.layers.file.embeddings]
+        return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.file.header.values()))
+
+    def rounded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {ending: t if ending == "alpha" else t.to(self.dtype) for ending, t in tensors.items()}
+
+    def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
+        """The adapter in the form that `Export.write` takes."""
+        refit = layer.axis == "in" and self.exports[0].axis == "out"
+        if refit and (self.lossy is None or self.lossy.rank is None):
+            raise ValueError(
+                "its magnitude scales input columns, which this target cannot hold: use --to merged or --to diff, or "
+                "fit it anew with --rank and --allow-lossy"
+            )
+        if self.to != "lora" and not refit:
+            return exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
+        assert self.lossy is not None
+        W = exact.new_weight(layer, W0, self.strength)
+        if self.lossy.rank is not None and refit:
+            return exact.refitted(W, W0, self.lossy.rank)
+        return exact.low_rank_layer(W - W0, self.lossy.rank, self.lossy.energy)

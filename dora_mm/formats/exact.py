@@ -1,0 +1,221 @@
+"""What the adapter of a layer computes from the base weight, and exact changes from one form into another.
+
+W' is g * (W0 + s B A), where g = m / n is constant along the rows (axis `out`) or columns (axis `in`) of the weight,
+and n is the norm that `LayerState.norm` names. For `unscaled`, W' is g W0 + (s + g - 1) B A. All is computed in fp32,
+or float64 for a float64 W0, on the weight as it is: (O, I), or (O, I, *K) for a convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dora_mm.core.functional import adapter_dtype
+from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.state import LayerState
+
+NO_OUTPUT_FORM = "use dora-mm convert --to merged or --to diff"
+
+
+def fitted(layer: LayerState, W0: Tensor) -> LayerState:
+    """The adapter with A in the shape of its base weight (O, I) or (O, I, *K): some write (R, I, 1, 1).
+
+    Raises:
+        ValueError: The adapter has other shapes than the weight needs.
+    """
+    tensors, shape = dict(layer.tensors), tuple(W0.shape)
+    needed = {"magnitude": shape[:1] if layer.axis == "out" else shape[1:2], "diff": shape, "weight": shape}
+    if "lora_A" in tensors:
+        rank = tensors["lora_A"].shape[0]
+        needed |= {"lora_A": (rank, *shape[1:]), "lora_B": (shape[0], rank)}
+    for name, tensor in tensors.items():
+        given = tuple(tensor.shape)
+        if _without_ones(given) != _without_ones(needed[name]):
+            raise ValueError(f"its {name} has shape {given} instead of {needed[name]}: it is for another model")
+        tensors[name] = tensor.reshape(needed[name])
+    return replace(layer, tensors=tensors)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without the last dimensions of size 1 after the second."""
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def norms(W: Tensor, axis: str) -> Tensor:
+    """The norms of the rows (O, 1, ...) or columns (1, I, ...) of a weight (O, I, *K)."""
+    kept = 0 if axis == "out" else 1
+    return torch.linalg.vector_norm(W, dim=[d for d in range(W.dim()) if d != kept], keepdim=True)
+
+
+def along(vector: Tensor, W: Tensor, axis: str) -> Tensor:
+    """A vector (O,) or (I,) in the shape that multiplies rows or columns of a weight."""
+    shape = [1] * W.dim()
+    shape[0 if axis == "out" else 1] = -1
+    return vector.to(W.dtype).reshape(shape)
+
+
+def product(layer: LayerState, W0: Tensor) -> Tensor:
+    """B A in the shape of W0, without s; zeros where the method has no A."""
+    if "lora_A" not in layer.tensors:
+        return torch.zeros_like(W0)
+    A, B = (layer.tensors[name].to(W0.dtype) for name in ("lora_A", "lora_B"))
+    return (B @ A.flatten(1)).view(W0.shape)
+
+
+def gain(layer: LayerState, W0: Tensor, BA: Tensor) -> Tensor:
+    """g, in a shape that broadcasts over W0; 1 where the norm is 0, and for plain LoRA."""
+    if "magnitude" not in layer.tensors:
+        return torch.ones(1, dtype=W0.dtype)
+    divided_by = {"updated": layer.spec.scaling, "base": 0.0, "unscaled": 1.0}[layer.norm]
+    n = norms(torch.add(W0, BA, alpha=divided_by) if divided_by else W0, layer.axis)
+    g = along(layer.tensors["magnitude"], W0, layer.axis) / n
+    return g.masked_fill_(n == 0, 1)
+
+
+@torch.no_grad()
+def new_weight(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tensor:
+    """Computes W0 + t (W' - W0).
+
+    Args:
+        layer: The adapter.
+        weight: W0, with O first.
+        strength: t.
+
+    Returns:
+        A new tensor in the shape of `weight`, fp32, or float64 for a float64 weight.
+    """
+    W0 = weight.to(adapter_dtype(weight.dtype))
+    if "weight" in layer.tensors:
+        W = layer.tensors["weight"].to(W0.dtype)
+    elif "diff" in layer.tensors:
+        W = W0 + layer.tensors["diff"].to(W0.dtype).view_as(W0)
+    else:
+        BA = product(layer, W0)
+        g = gain(layer, W0, BA)
+        s = layer.spec.scaling
+        W = g * W0 + BA * (s + g - 1) if layer.norm == "unscaled" else torch.add(W0, BA, alpha=s).mul_(g)
+    return W if strength == 1 else torch.lerp(W0, W, strength)
+
+
+@torch.no_grad()
+def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerState:
+    """The adapter whose strength 1 is strength t of this one, on the same axis and of the same rank, norm `updated`.
+
+        W0 + t (W' - W0) = e (W0 + B' A)    with e = 1 + t (g - 1) and B' = (t f / e) B, or (t f / e) at A for axis `in`
+
+    where f is the factor of B A in W'. With t = 1 it only changes the norm, and folds alpha into B: s is 1.
+
+    Raises:
+        ValueError: e is 0 in some row, which no adapter can express.
+    """
+    W0 = weight.to(adapter_dtype(weight.dtype))
+    if layer.spec.method == "full":
+        return replace(layer, tensors={"diff": strength * (new_weight(layer, W0) - W0)})
+    BA, s = product(layer, W0), layer.spec.scaling
+    g = gain(layer, W0, BA)
+    e = 1 + strength * (g - 1)
+    if not e.all():
+        raise ValueError(f"at strength {strength:g} a row of the weight has no part of the base: {NO_OUTPUT_FORM}")
+    factor = strength * ((s + g - 1) if layer.norm == "unscaled" else s * g) / e
+    tensors = {name: t.to(W0.dtype) for name, t in layer.tensors.items()}
+    if "lora_A" in tensors and layer.axis == "out":
+        tensors["lora_B"] = tensors["lora_B"] * factor.view(-1, 1)
+    elif "lora_A" in tensors:
+        tensors["lora_A"] = tensors["lora_A"] * factor.view(1, -1, *(1,) * (W0.dim() - 2))
+    if "magnitude" in tensors:
+        tensors["magnitude"] = (e * norms(W0 + BA * factor, layer.axis)).flatten()
+    spec = replace(layer.spec, alpha=float(layer.spec.rank))
+    return replace(layer, spec=spec, tensors=tensors, norm="updated")
+
+
+def folded(layer: LayerState) -> LayerState:
+    """The same adapter with alpha in B, so that alpha is the rank; needs no W0, and keeps the norm."""
+    if layer.norm == "unscaled" or "lora_B" not in layer.tensors or layer.spec.scaling == 1:
+        return layer
+    tensors = {**layer.tensors, "lora_B": layer.tensors["lora_B"].float() * layer.spec.scaling}
+    return replace(layer, spec=replace(layer.spec, alpha=float(layer.spec.rank)), tensors=tensors)
+
+
+@torch.no_grad()
+def paper_form(layer: LayerState, weight: Tensor, strength: float = 1.0, *, magnitude: bool = False) -> LayerState:
+    """The adapter that computes W(t), as A and B with alpha, and a magnitude over the norm of W0 + s B A if it has one.
+
+    Args:
+        layer: The adapter; one without A and B gets zeros of rank 1. Whole weights become a difference.
+        weight: W0, with O first.
+        strength: The strength that becomes strength 1.
+        magnitude: Whether plain LoRA gets the magnitude with which DoRA computes the same.
+    """
+    if "weight" in layer.tensors or strength != 1 or layer.norm != "updated":
+        layer = with_strength(layer, weight, strength)
+    tensors, spec = dict(layer.tensors), layer.spec
+    if spec.method == "magnitude":
+        tensors["lora_A"], tensors["lora_B"] = torch.zeros(1, *weight.shape[1:]), torch.zeros(weight.shape[0], 1)
+        spec = DoRASpec(rank=1)
+    if magnitude and spec.method == "lora":
+        W0 = weight.to(adapter_dtype(weight.dtype))
+        tensors["magnitude"] = norms(torch.add(W0, product(layer, W0), alpha=spec.scaling), "out").flatten()
+        spec = replace(spec, method="dora")
+    return replace(layer, spec=spec, tensors=tensors)
+
+
+# --- approximations --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def low_rank(D: Tensor, *, rank: int | None = None, energy: float | None = None) -> tuple[Tensor, Tensor]:
+    """The best B A for a matrix D by singular values: a rank, or the smallest that keeps a share of the energy.
+
+    Args:
+        D: (O, I).
+        rank: The rank; far below the full one, a randomised method finds the same in a fraction of the time.
+        energy: The share of ||D||^2 that B A has to have, where `rank` is None.
+
+    Returns:
+        A (R, I) and B (O, R).
+    """
+    full = min(D.shape)
+    if rank is not None and rank * 4 < full:
+        with torch.random.fork_rng(devices=[]):  # the method draws from torch's global generator
+            torch.manual_seed(0)
+            U, S, V = torch.svd_lowrank(D, q=min(full, 2 * rank + 8), niter=4)
+        Vh = V.T
+    else:
+        U, S, Vh = torch.linalg.svd(D, full_matrices=False)
+    if rank is None:
+        assert energy is not None
+        kept = S.square().cumsum(0) / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)
+        rank = int((kept < energy).sum()) + 1
+    rank = min(rank, full)
+    root = S[:rank].sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+def low_rank_layer(D: Tensor, rank: int | None, energy: float | None) -> LayerState:
+    """Plain LoRA that comes close to a difference (O, I) or (O, I, *K): see `low_rank`."""
+    A, B = low_rank(D.flatten(1), rank=rank, energy=energy)
+    spec = DoRASpec(rank=A.shape[0], method="lora")
+    return LayerState(spec, {"lora_A": A.view(-1, *D.shape[1:]), "lora_B": B})
+
+
+@torch.no_grad()
+def refitted(W: Tensor, W0: Tensor, rank: int) -> LayerState:
+    """DoRA over output rows of a rank that comes close to a weight W: g fits W0's rows to W's, B A the rest.
+
+    Args:
+        W: (O, I) or (O, I, *K), in fp32 or float64.
+        W0: The base weight, in the shape and dtype of W.
+        rank: R.
+    """
+    rows, base = W.flatten(1), W0.flatten(1)
+    g = (rows * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True)
+    g = torch.where(g.isfinite() & (g != 0), g, torch.ones_like(g))
+    A, B = low_rank(rows - g * base, rank=rank)
+    B = B / g
+    magnitude = (g * norms(base + B @ A, "out")).flatten()
+    tensors = {"lora_A": A.view(-1, *W.shape[1:]), "lora_B": B, "magnitude": magnitude}
+    return LayerState(DoRASpec(rank=A.shape[0]), tensors)

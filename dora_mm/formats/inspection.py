@@ -1,0 +1,211 @@
+"""What an adapter file says about itself: read from the header and the shapes, without the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_mm.formats.adapter_file import AdapterFile, located
+from dora_mm.formats.diffusers import PEFT_METADATA
+from dora_mm.formats.exact import norms
+from dora_mm.formats.names import Name, Names, architecture_of
+from dora_mm.formats.native import SPECS_KEY
+from dora_mm.formats.peft import CONFIG_NAME
+from dora_mm.formats.peft_layers import OUR_METADATA
+from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.methods import other_method
+from dora_mm.formats.tools.parts import axis_of, json_object
+from dora_mm.formats.tools.tool import Tool
+from dora_mm.formats.verify import open_base, stacked
+
+BASE_KEYS = ("base_model", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
+HIDDEN = ("format", PEFT_METADATA, OUR_METADATA, CONFIG_NAME, SPECS_KEY)  # what the modules show already
+SHOWN = 8  # ambiguous modules of which the evidence is computed
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """The adapter of one module.
+
+    Attributes:
+        key: Its name in the file.
+        component: Its component; empty where the name is not known.
+        path: Its path, or `key` where the name is not known.
+        method: dora, lora, magnitude, diff or full; incomplete without A or B; or the name of a method that is not supported.
+        rank: The rank of A and B; None where there are none.
+        alpha: Alpha; None where the file does not say it.
+        axis: `out`, `in`, `?` where the shape does not say it, or empty without a magnitude.
+        num_parameters: The number of trained values.
+    """
+
+    key: str
+    component: str
+    path: str
+    method: str
+    rank: int | None
+    alpha: float | None
+    axis: str
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an adapter file says.
+
+    Attributes:
+        path: The file.
+        tool: The key of the tool that writes this form: see `TOOLS`.
+        title: The tool's name.
+        architecture: The architecture, such as `sdxl`; None where the modules do not tell.
+        names: How modules are named: `SGM`, `diffusers` or `own`.
+        base_model: What the header says about the base model.
+        modules: The adapted modules.
+        ambiguous: What the file does not say, with the evidence.
+        tokens: The keys of embeddings of trained tokens.
+        others: Keys that belong to no adapter.
+        settings: The other entries of the header.
+    """
+
+    path: str
+    tool: str
+    title: str
+    architecture: str | None
+    names: str
+    base_model: str | None
+    modules: tuple[ModuleInfo, ...]
+    ambiguous: tuple[str, ...]
+    tokens: tuple[str, ...]
+    others: tuple[str, ...]
+    settings: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | None = None) -> Inspection:
+    """Reads what an adapter file says.
+
+    Args:
+        path: The file of any tool, or its folder.
+        base: The model, for evidence about what the shapes do not say.
+
+    Raises:
+        ValueError: The file cannot be read, or is no adapter of a known tool.
+    """
+    file = AdapterFile(path)
+    weights = None if base is None else open_base(base)
+    namer = Names(weights or ())
+    modules = tuple(_module(file, module, namer) for module in file.modules)
+    return Inspection(
+        path=str(file.path),
+        tool=file.tool,
+        title=TOOLS[file.tool].title,
+        architecture=architecture_of(Name(m.component, m.path) for m in modules),
+        names=_spelling(file),
+        base_model=_base_model(file.header),
+        modules=modules,
+        ambiguous=tuple(_ambiguous(file, modules, weights, namer)),
+        tokens=tuple(file.embeddings),
+        others=tuple(file.others),
+        settings={key: value for key, value in file.header.items() if key not in HIDDEN},
+    )
+
+
+def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
+    tool, endings = TOOLS[file.tool], file.modules[module]
+    shapes = {role: file.shape(key) for role, key in tool.roles(module, endings).items()}
+    component, path = _name(namer, module)
+    method = other_method(list(endings.values())) or _method(file.header, component, module, shapes)
+    held = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
+    rank = shapes["A"][0] if "A" in shapes and shapes["A"] and method != "magnitude" else None
+    size = sum(torch.Size(shapes[role]).numel() for role in held)
+    alpha, axis = _alpha(file, module, rank), _axis(tool, endings, shapes)
+    return ModuleInfo(module, component, path, method, rank, alpha, axis, size)
+
+
+def _name(namer: Names, module: str) -> tuple[str, str]:
+    """The component and path; empty and the key itself where the name is not known."""
+    try:
+        target = namer.read(module)
+    except ValueError:
+        return "", module
+    first, *more = target.names
+    return first.component, f"{first.path} (+ {len(more)})" if more else first.path
+
+
+def _method(header: Mapping[str, str], component: str, module: str, shapes: Mapping[str, Any]) -> str:
+    """Of our own files of method `magnitude` the header says it: they hold zeros for A and B."""
+    if "diff" in shapes or "weight" in shapes:
+        return "diff" if "diff" in shapes else "full"
+    ours = json_object(header.get(OUR_METADATA, "{}"), OUR_METADATA)
+    own = ours.get(component, ours)
+    if "m" in shapes and ("A" not in shapes or (isinstance(own, dict) and own.get("method") == "magnitude")):
+        return "magnitude"
+    if not {"A", "B"} <= shapes.keys():
+        return "incomplete"
+    return "dora" if "m" in shapes else "lora"
+
+
+def _alpha(file: AdapterFile, module: str, rank: int | None) -> float | None:
+    tool = TOOLS[file.tool]
+    key = tool.roles(module, file.modules[module]).get("alpha")
+    if rank is None:
+        return None
+    if key is None:
+        with located(str(file.path)):
+            return tool.alpha(file.header, module, rank)
+    return float(file.tensor(key)) if torch.Size(file.shape(key)).numel() == 1 else None
+
+
+def _axis(tool: Tool, endings: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if "m" not in shapes:
+        return ""
+    if tool.axis == "out" or "dora_scale" not in endings:  # the other names are those of output rows
+        return "out"
+    if not {"A", "B"} <= shapes.keys() or len(shapes["A"]) < 2 or not shapes["B"]:
+        return "?"
+    try:
+        return axis_of(torch.empty(shapes["m"], device="meta"), shapes["B"][0], shapes["A"][1], None)
+    except ValueError:
+        return "?"
+
+
+def _spelling(file: AdapterFile) -> str:
+    if any("input_blocks" in key or "output_blocks" in key for key in file.modules):
+        return "SGM"
+    return "own" if any(key.startswith("diffusion_model.") for key in file.modules) else "diffusers"
+
+
+def _base_model(header: Mapping[str, str]) -> str | None:
+    config = json_object(header.get(CONFIG_NAME, "{}"), CONFIG_NAME)
+    found = [config.get("base_model_name_or_path"), *(header.get(key) for key in BASE_KEYS)]
+    return ", ".join(dict.fromkeys(str(value) for value in found if value)) or None
+
+
+def _ambiguous(file: AdapterFile, modules: tuple[ModuleInfo, ...], weights: Any, namer: Names) -> list[str]:
+    found = []
+    if any(m.alpha is None and m.rank is not None for m in modules):
+        found.append("alpha is not in the file: that of the rank is taken, as the tool does")
+    unclear = [m for m in modules if m.axis == "?"]
+    if unclear:
+        found.append(f"the axis of {len(unclear)} magnitudes, such as {unclear[0].key}: say it with --axis")
+    if unclear and weights is None:
+        found.append("with --base MODEL the magnitudes are compared with the norms of its rows and columns")
+    for module in unclear[:SHOWN] if weights is not None else ():
+        key = TOOLS[file.tool].roles(module.key, file.modules[module.key])["m"]
+        rows, columns = correlations(file.tensor(key), stacked(namer.read(module.key), weights))
+        found.append(f"{module.key}: correlation with the norms of rows {rows:.3f}, of columns {columns:.3f}")
+    return found
+
+
+def correlations(magnitude: Tensor, W0: Tensor) -> tuple[float, float]:
+    """How magnitudes correlate with the norms of the rows and of the columns of a square weight (N, N)."""
+    both = (torch.stack([magnitude.flatten().float(), norms(W0, axis).flatten()]) for axis in ("out", "in"))
+    rows, columns = (float(torch.corrcoef(pair)[0, 1]) for pair in both)
+    return rows, columns

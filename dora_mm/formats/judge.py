@@ -1,0 +1,99 @@
+"""What tools compute from the tensors that `convert` writes for them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.tool import Header
+from dora_mm.formats.verify import bound, relative_error
+
+DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the relative error that rounding to each explains
+STRENGTHS_ON = 16  # modules, spread over the file, on which errors at other strengths than 1 are computed
+
+
+@dataclass(frozen=True)
+class ToolErrors:
+    """How far off a tool is with a written file.
+
+    Attributes:
+        tool: The tool's name.
+        layers: By the module's name in the file: the relative error of W' - W0 at strength 1.
+        overall: The same over all modules.
+        at: By other strengths that people set: the error of W(t) - W0 relative to W' - W0, over some of the modules.
+    """
+
+    tool: str
+    layers: Mapping[str, float]
+    overall: float
+    at: Mapping[float, float]
+
+
+class Judge:
+    """Applies tools to the tensors that are written for them.
+
+    Args:
+        tools: Their keys in `TOOLS`.
+        num_modules: How many modules there will be.
+        strict: Whether a tool that computes something else at strength 1 is an error.
+    """
+
+    def __init__(self, tools: Sequence[str], num_modules: int, *, strict: bool):
+        self.tools = {name: TOOLS[name] for name in tools}
+        self.errors: dict[str, dict[str, float]] = defaultdict(dict)
+        self.squares: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
+        self.strict = strict
+        self.every = max(1, num_modules // STRENGTHS_ON)
+        self.count = 0
+
+    def judge(
+        self, module: str, written: list[dict[str, Tensor]], header: Header, W0: Tensor, W: Tensor, dtype: torch.dtype
+    ) -> None:
+        """Judges one module.
+
+        Args:
+            module: Its name in the file.
+            written: For each file that the tools load one after the other, the tensors by the end of their keys.
+            header: The header that a file of this module alone would have.
+            W0: The base weight in fp32.
+            W: The weight that the adapter means.
+            dtype: The dtype of the file.
+
+        Raises:
+            ValueError: A tool computes something else, and `strict` is set.
+        """
+        size = float((W - W0).norm())
+        allowed = bound(W0, size, DTYPES[str(dtype).removeprefix("torch.")])
+        for name, tool in self.tools.items():
+            files = [tool.parts_of(module, tensors, header) for tensors in written if tensors]
+            error = relative_error(tool, files, W0, W, size)
+            if self.strict and error > allowed:
+                raise ValueError(
+                    f"{tool.title} {tool.differs}, and would be off by {error:.1%} of the update: nothing was written; "
+                    "use --to merged or --to diff, or --allow-lossy"
+                )
+            self.errors[name][module] = error
+            self.squares[name, 1.0].append((error * size, size))
+            for t in tool.strengths if self.count % self.every == 0 else ():
+                error = relative_error(tool, files, W0, W0 + t * (W - W0), size, t)
+                self.squares[name, t].append((error * size, size))
+        self.count += 1
+
+    def result(self) -> tuple[ToolErrors, ...]:
+        """The errors of every tool."""
+
+        def overall(name: str, t: float) -> float:
+            off, size = zip(*self.squares[name, t], strict=True)
+            return math.hypot(*off) / (math.hypot(*size) or 1.0)
+
+        return tuple(
+            ToolErrors(tool.title, self.errors[name], overall(name, 1.0), {t: overall(name, t) for t in tool.strengths})
+            for name, tool in self.tools.items()
+            if self.errors[name]
+        )

@@ -1,0 +1,147 @@
+"""The adapters of a file by the neutral names of the modules, with the weights that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_mm.core.spec import DoRASpec
+from dora_mm.formats import exact, fused
+from dora_mm.formats.adapter_file import AdapterFile, located
+from dora_mm.formats.fused import Factors
+from dora_mm.formats.names import Name, Names, Target
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import TOOLS
+
+
+class LayerReader:
+    """Reads adapters one at a time.
+
+    Args:
+        source: The adapter file.
+        weights: The base model; None where it is not known.
+        axis: The axis of the magnitudes, where their shape does not say it.
+
+    Raises:
+        ValueError: The file cannot be read, belongs to another model, or holds more than adapters.
+    """
+
+    def __init__(self, source: str | Path, weights: Mapping[Name, Tensor] | None, axis: str | None):
+        self.file = AdapterFile(source)
+        self.weights, self.axis = weights, axis
+        self.namer = Names(weights or ())
+        if self.file.others:
+            raise ValueError(
+                f"{self.file.path} also holds {self.file.others[0]}, which belongs to no adapter, and would be lost"
+            )
+        self._places: dict[Name, tuple[str, Target]] = {}
+        for module in self.file.modules:
+            with located(str(self.file.path)):
+                target = self.namer.read(module)
+            for name in target.names:
+                if name in self._places:
+                    raise ValueError(f"{self.file.path} adapts {name} twice, as {self._places[name][0]} and {module}")
+                self._places[name] = module, target
+        self._last: tuple[str, list[LayerState]] = "", []
+
+    def names(self) -> list[Name]:
+        """The adapted modules, in the order of the file."""
+        return list(self._places)
+
+    def any_magnitude(self) -> bool:
+        """Whether a module has a magnitude, from the keys alone."""
+        tool = TOOLS[self.file.tool]
+        return any("m" in tool.roles(module, endings) for module, endings in self.file.modules.items())
+
+    def layer(self, name: Name) -> LayerState:
+        """The adapter of a module; of a fused one its part."""
+        module, target = self._places[name]
+        if self._last[0] != module:
+            with located(f"{self.file.path}: {module}"):
+                self._last = module, _split(target, self.file.layer(module, self.axis))
+        return self._last[1][target.names.index(name)]
+
+    def transposed(self, name: Name) -> bool:
+        """Whether the base stores the weight (I, O)."""
+        return self.file.transposed(self._places[name][0])
+
+    def base(self, name: Name) -> Tensor:
+        """W0 in fp32, with O first; where no base model is known, a random weight whose rows fit the magnitude."""
+        if self.weights is None:
+            return stand_in(self.layer(name))
+        W0 = self.weights[name].float()
+        return W0.T if self.transposed(name) else W0
+
+    def fused(self, target: Target) -> tuple[LayerState, Tensor]:
+        """The adapter and W0 of a module of a file that stacks the rows of several."""
+        W0s = [self.base(name) if name in self._places else self._untouched(name) for name in target.names]
+        if len(target.names) == 1 and not target.modulation:
+            return exact.fitted(self.layer(target.names[0]), W0s[0]), W0s[0]
+        layers = [
+            exact.fitted(self.layer(name), W0) if name in self._places else None
+            for name, W0 in zip(target.names, W0s, strict=True)
+        ]
+        return _fuse(target, layers, W0s), fused.stack_rows(target, W0s)
+
+    def _untouched(self, name: Name) -> Tensor:
+        """W0 of a part of a fused projection that the file does not adapt."""
+        if self.weights is None:
+            raise ValueError(f"{name} is part of a fused projection and not adapted: give the model with --base")
+        return self.weights[name].float()
+
+
+def stand_in(layer: LayerState) -> Tensor:
+    """A random weight for an adapter whose base is not known, always the same."""
+    if "lora_A" not in layer.tensors:
+        raise ValueError("it has no A and B, so that the shape of the weight is not known: give the model with --base")
+    shape = (layer.tensors["lora_B"].shape[0], *layer.tensors["lora_A"].shape[1:])
+    W0 = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    if "magnitude" not in layer.tensors:
+        return W0
+    return W0 * (exact.along(layer.tensors["magnitude"], W0, layer.axis) / exact.norms(W0, layer.axis))
+
+
+def _split(target: Target, layer: LayerState) -> list[LayerState]:
+    if len(target.names) == 1 and not target.modulation:
+        return [layer]
+    if layer.axis == "in":
+        raise ValueError("its magnitude scales the input columns of a fused projection, which cannot be divided")
+    for name in ("diff", "weight"):
+        if name in layer.tensors:
+            parts = fused.split_rows(target, layer.tensors[name])
+            return [replace(layer, tensors={name: part}) for part in parts]
+    if "lora_A" not in layer.tensors:
+        raise ValueError("it is a fused projection without A and B, which is not supported")
+    return [_state(factors, layer) for factors in fused.split(target, _factors(layer))]
+
+
+def _fuse(target: Target, layers: list[LayerState | None], W0s: list[Tensor]) -> LayerState:
+    first = next(layer for layer in layers if layer is not None)
+    forms = {(layer.axis, layer.norm, layer.spec.method) for layer in layers if layer is not None}
+    if len(forms) > 1 or first.axis == "in" or "lora_A" not in first.tensors:
+        raise ValueError(f"the parts of the fused projection {target.names[0]} ... cannot be stacked: use --to merged")
+    parts = []
+    for layer, W0 in zip(layers, W0s, strict=True):
+        if layer is not None:
+            parts.append(_factors(layer))
+        else:
+            magnitude = exact.norms(W0, "out").flatten() if first.spec.method == "dora" else None
+            parts.append(fused.untouched(W0.shape[0], W0.shape[1], magnitude))
+    return _state(fused.fuse(target, parts), first)
+
+
+def _factors(layer: LayerState) -> Factors:
+    A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+    return Factors(A, B, float(layer.spec.alpha or layer.spec.rank), layer.tensors.get("magnitude"))
+
+
+def _state(factors: Factors, like: LayerState) -> LayerState:
+    tensors = {"lora_A": factors.A, "lora_B": factors.B}
+    if factors.magnitude is not None:
+        tensors["magnitude"] = factors.magnitude
+    spec = DoRASpec(factors.A.shape[0], factors.alpha, method=like.spec.method)
+    return replace(like, spec=spec, tensors=tensors)

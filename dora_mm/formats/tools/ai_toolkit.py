@@ -1,0 +1,70 @@
+"""ai-toolkit: `.magnitude` (O,) and no alpha in the file; the norm is that of W0 + B A, s stays outside of it.
+
+    W(t) = W0 + t s B A + (m / ||W0 + t B A|| - 1) (W0 + t B A)
+
+Its training of transformers forces alpha = rank. That of SDXL does not, and the file does not say: s is 1 here, and an
+`.alpha` that a person adds to the file is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+
+from torch import Tensor
+
+from dora_mm.formats.exact import folded, norms
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral, product, scaling
+from dora_mm.formats.tools.tool import Export, Header, Tool
+
+
+def matches(keys: Collection[str], header: Header) -> bool:
+    return any(key.endswith(".magnitude") for key in keys)
+
+
+def read(parts: Parts, axis: str | None) -> LayerState:
+    """With s = 1 the norm is the paper's."""
+    state = neutral(parts, "out")
+    return state if state.spec.scaling == 1 else replace(state, norm="unscaled")
+
+
+def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    tensors = kohya_tensors(folded(layer))
+    if "diff" in tensors or tensors["lora_down.weight"].dim() > 2:
+        raise ValueError("it is a difference of weights or a convolution, for which ai-toolkit has no DoRA")
+    del tensors["alpha"]
+    if "dora_scale" in tensors:
+        tensors["magnitude"] = tensors.pop("dora_scale").flatten()
+    return tensors
+
+
+def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
+    BA = strength * product(parts, W0)
+    W = W0 + scaling(parts) * BA
+    if "m" not in parts:
+        return W
+    V = W0 + BA
+    g = parts["m"].to(V.dtype)[:, None] / norms(V, "out")
+    return W + (g - 1) * V
+
+
+TOOL = Tool(
+    title="ai-toolkit",
+    names=re.compile(rf"{KOHYA_NAMES.pattern}|transformer\.|diffusion_model\."),
+    parts={
+        "lora_down.weight": "A",
+        "lora_up.weight": "B",
+        "lora_A.weight": "A",
+        "lora_B.weight": "B",
+        "alpha": "alpha",
+        "magnitude": "m",
+    },
+    apply=apply,
+    differs="leaves alpha out of the norm",
+    axis="out",
+    matches=matches,
+    read=read,
+)
+EXPORT = Export(write, spelling="ai-toolkit", judges=("ai-toolkit",), axis="out")

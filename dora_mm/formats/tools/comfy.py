@@ -1,0 +1,138 @@
+"""ComfyUI, Forge and reForge: `.dora_scale`, by the axis that its shape says.
+
+In 2025 they divide by ||W0|| on the output axis and by ||W0 + s B A|| on the input axis; after ComfyUI's pull request
+15458 by the latter on both. Two forms hold for every version:
+
+- a pair of files, one applied after the other: the first scales the rows, with B = 0 and the magnitude g ||W0||, the
+  second is plain LoRA with B' = s g B;
+- `.diff`, W' - W0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.exact import NO_OUTPUT_FORM, folded, gain, new_weight, norms, product
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import parts as roles
+from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral
+from dora_mm.formats.tools.tool import Export, Header, Tool
+
+NAMES = re.compile(rf"{KOHYA_NAMES.pattern}|diffusion_model\.|transformer\.|text_encoders?\.")
+PARTS = {**KOHYA_PARTS, "lora_A.weight": "A", "lora_B.weight": "B", "lora.down.weight": "A", "lora.up.weight": "B"}
+TARGET_KEY = "dora_mm_target"  # says for which version a magnitude was written: the tensors cannot
+
+
+# --- what it computes ------------------------------------------------------------------------------------------------
+
+
+def apply_2025(parts: Parts, W0: Tensor, strength: float) -> Tensor:
+    if "m" not in parts or roles.axis_of_shape(parts["m"], W0) == "in":
+        return roles.updated(parts, W0, strength)
+    V = W0 + roles.scaling(parts) * roles.product(parts, W0)
+    return roles.linear(W0, roles.decomposed(parts["m"], V, norms(W0, "out")), strength)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def matches_2025(keys: Collection[str], header: Header) -> bool:
+    return header.get(TARGET_KEY) == "comfy-2025"
+
+
+def matches_15458(keys: Collection[str], header: Header) -> bool:
+    return header.get(TARGET_KEY) == "comfy-15458" or any(key.startswith("diffusion_model.") for key in keys)
+
+
+def read_2025(parts: Parts, axis: str | None) -> LayerState:
+    state = neutral(parts, axis)
+    return replace(state, norm="base") if state.axis == "out" else state
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_2025(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    """With the magnitude m ||W0|| / ||V||, which is g ||W0||."""
+    if layer.axis == "out" and "magnitude" in layer.tensors:
+        magnitude = (gain(layer, W0, product(layer, W0)) * norms(W0, "out")).flatten()
+        layer = replace(layer, tensors={**layer.tensors, "magnitude": magnitude})
+    return kohya_tensors(folded(layer))
+
+
+def write_rows(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    """The first file of the pair; nothing for plain LoRA."""
+    if layer.spec.method == "full":
+        raise ValueError(f"it is a difference of weights, which a pair of files cannot hold: {NO_OUTPUT_FORM}")
+    if "magnitude" not in layer.tensors:
+        return {}
+    magnitude = (gain(layer, W0, product(layer, W0)) * norms(W0, "out")).flatten()
+    zeros = {"lora_A": torch.zeros(1, *W0.shape[1:]), "lora_B": torch.zeros(W0.shape[0], 1)}
+    return kohya_tensors(LayerState(DoRASpec(rank=1), {**zeros, "magnitude": magnitude}))
+
+
+def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    """The second file of the pair; nothing where there is no A."""
+    if "lora_A" not in layer.tensors:
+        return {}
+    layer = folded(layer)
+    g = gain(layer, W0, product(layer, W0)).reshape(-1, 1)
+    tensors = {"lora_A": layer.tensors["lora_A"], "lora_B": layer.tensors["lora_B"].to(g.dtype) * g}
+    return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))
+
+
+def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    return {"diff": new_weight(layer, W0) - W0}
+
+
+def write_15458(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    return kohya_tensors(folded(layer))
+
+
+TOOL_2025 = Tool(
+    title="ComfyUI of 2025, Forge",
+    names=NAMES,
+    parts=PARTS,
+    apply=apply_2025,
+    differs="divides by the norm of W0 on the output axis",
+    matches=matches_2025,
+    read=read_2025,
+)
+TOOL_15458 = Tool(
+    title="ComfyUI after its pull request 15458",
+    names=NAMES,
+    parts=PARTS,
+    apply=roles.updated,
+    differs="divides by the norm of the updated weight",
+    matches=matches_15458,
+)
+EXPORT_2025 = Export(
+    write_2025,
+    spelling="kohya",
+    judges=("comfy-2025",),
+    needs_base=True,
+    header=lambda specs, old: {TARGET_KEY: "comfy-2025"},
+)
+EXPORT_15458 = Export(
+    write_15458,
+    spelling="kohya",
+    judges=("comfy-15458",),
+    header=lambda specs, old: {TARGET_KEY: "comfy-15458"},
+)
+EXPORT_DIFF = Export(
+    write_diff,
+    spelling="kohya",
+    judges=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
+    needs_base=True,
+    dtype="float16",
+)
+PAIR = tuple(
+    Export(write, spelling="kohya", judges=("comfy-2025", "comfy-15458"), needs_base=True, axis="out")
+    for write in (write_rows, write_low_rank)
+)

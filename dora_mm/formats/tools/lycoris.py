@@ -1,0 +1,53 @@
+"""LyCORIS and kohya's sd-scripts: `lora_unet_<path>.lora_down.weight`, the magnitude as `.dora_scale`.
+
+The magnitude is (O, 1[, 1, 1]), or (1, I[, 1, 1]) with `wd_on_output=False` and before LyCORIS 3.2. Alpha is inside the
+norm. A strength scales the gain and not the update: t = 0 is W0 + s B A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from dora_mm.formats.exact import folded, norms
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools.parts import (
+    KOHYA_NAMES,
+    KOHYA_PARTS,
+    Parts,
+    axis_of_shape,
+    decomposed,
+    kohya_tensors,
+    product,
+    scaling,
+    updated,
+)
+from dora_mm.formats.tools.tool import Export, Header, Tool
+
+
+def matches(keys: Collection[str], header: Header) -> bool:
+    return any(KOHYA_NAMES.match(key) and key.endswith((".lora_down.weight", ".diff")) for key in keys)
+
+
+def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    return kohya_tensors(folded(layer))
+
+
+def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
+    if "m" not in parts:
+        return updated(parts, W0, strength)
+    V = W0 + scaling(parts) * product(parts, W0)
+    W = decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0)))
+    return V + strength * (W - V)
+
+
+TOOL = Tool(
+    title="LyCORIS, sd-scripts",
+    names=KOHYA_NAMES,
+    parts=KOHYA_PARTS,
+    apply=apply,
+    differs="scales the magnitude alone by the strength",
+    matches=matches,
+)
+EXPORT = Export(write, spelling="kohya", judges=("lycoris", "sdnext"))

@@ -1,0 +1,34 @@
+"""Adapters of other methods, which are named and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+METHODS = {  # by the end of a key
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w1_a": "LoKr",
+    "lokr_w2": "LoKr",
+    "lokr_w2_a": "LoKr",
+    "oft_blocks": "OFT or BOFT",
+    "oft_diag": "OFT",
+    "oft_R.weight": "OFT",
+    "a1.weight": "GLoRA",
+    "b1.weight": "GLoRA",
+    "on_input": "IA3",
+    "ia3_l": "IA3",
+    "w_norm": "a trained norm of LyCORIS",
+    "vera_lambda_b": "VeRA",
+    "delora_lambda": "DeLoRA",
+    "hra_u": "HRA",
+    "lora_mid_A.weight": "a Tucker decomposition of another tool",
+}
+
+
+def other_method(keys: Collection[str]) -> str | None:
+    """The method of a file that is neither LoRA nor DoRA, or has modules that are not; None for the two."""
+    for key in keys:
+        for ending, method in METHODS.items():
+            if key.endswith(f".{ending}"):
+                return method
+    return None

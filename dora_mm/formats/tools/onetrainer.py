@@ -1,0 +1,59 @@
+"""OneTrainer: `.dora_scale` and `.alpha`, on the input axis by default, on the output axis with an option.
+
+Its reader takes the axis from its option and not from the file, so that what it computes holds with the option that
+fits the file's shape. It has no strength.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from torch import Tensor
+
+from dora_mm.formats.exact import folded
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
+from dora_mm.formats.tools.tool import Export, Header, Tool
+
+
+def matches(keys: Collection[str], header: Header) -> bool:
+    return any(key.startswith("ot_") for key in header)
+
+
+def read(parts: Parts, axis: str | None) -> LayerState:
+    return neutral(_with_rows(parts), axis)
+
+
+def _with_rows(parts: Parts) -> Parts:
+    """`.magnitude` and `.lora_magnitude_vector.weight` are flat, and always of output rows."""
+    if "m" not in parts or parts["m"].dim() > 1:
+        return parts
+    return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
+
+
+def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
+    return updated(_with_rows(parts), W0, strength)
+
+
+def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+    return kohya_tensors(folded(layer))
+
+
+TOOL = Tool(
+    title="OneTrainer",
+    names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder"),
+    parts={
+        **{ending: role for ending, role in KOHYA_PARTS.items() if role != "diff"},
+        "lora_A.weight": "A",
+        "lora_B.weight": "B",
+        "lora_magnitude_vector.weight": "m",
+        "magnitude": "m",
+    },
+    apply=apply,
+    differs="takes the norm on the axis that its option says",
+    strengths=(),
+    matches=matches,
+    read=read,
+)
+EXPORT = Export(write, spelling="onetrainer", judges=("onetrainer",))

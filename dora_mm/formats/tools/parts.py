@@ -1,0 +1,182 @@
+"""What the tools share: the tensors of one module by their role, and the few operations of every loader.
+
+The roles of the tensors of a module, whatever a tool calls them:
+
+    A       (R, I), of a convolution (R, I, *K)
+    B       (O, R), of a convolution (O, R, 1, ...)
+    mid     (R, R, *K): the middle factor of a Tucker decomposition; A is then (R, I, 1, ...)
+    alpha   one number; B A is scaled by alpha / R, by 1 where there is none
+    m       the magnitude; its shape is part of the format
+    diff    W' - W0
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.exact import norms
+from dora_mm.formats.reading import parse_json
+from dora_mm.formats.state import LayerState
+
+Parts = Mapping[str, Tensor]
+
+KOHYA_PARTS = {
+    "lora_down.weight": "A",
+    "lora_up.weight": "B",
+    "lora_mid.weight": "mid",
+    "alpha": "alpha",
+    "dora_scale": "m",
+    "diff": "diff",
+}
+KOHYA_NAMES = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|prior_te)|lycoris)_")
+
+
+# --- what every loader computes --------------------------------------------------------------------------------------
+
+
+def scaling(parts: Parts) -> float:
+    """Alpha / rank; 1 without alpha."""
+    return float(parts["alpha"]) / parts["A"].shape[0] if "alpha" in parts else 1.0
+
+
+def product(parts: Parts, W0: Tensor) -> Tensor:
+    """B A in the shape and dtype of W0, without alpha."""
+    A, B = down(parts).to(W0.dtype), parts["B"].to(W0.dtype)
+    return (B.flatten(1) @ A.flatten(1)).view(W0.shape)
+
+
+def down(parts: Parts) -> Tensor:
+    """A (R, I, *K), into which the middle factor of a Tucker decomposition is multiplied."""
+    if "mid" not in parts:
+        return parts["A"]
+    if parts["mid"].dim() < 3 or parts["mid"].shape[1] != parts["A"].shape[0]:
+        raise ValueError(f"its middle factor has shape {shape(parts['mid'])}, which does not fit A")
+    return torch.einsum("mn...,ni->mi...", parts["mid"], parts["A"].flatten(1).to(parts["mid"].dtype))
+
+
+def axis_of_shape(m: Tensor, W0: Tensor) -> str:
+    """The axis as loaders decide it: `out` where the first dimension of the magnitude is that of the weight."""
+    return "out" if m.shape[0] == W0.shape[0] else "in"
+
+
+def decomposed(m: Tensor, V: Tensor, divided_by: Tensor) -> Tensor:
+    """V m / norm as loaders compute it: by broadcasting, with fp32's epsilon at the norm."""
+    return V * (m.to(V.dtype) / (divided_by + torch.finfo(torch.float32).eps))
+
+
+def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
+    """W0 + t (W - W0)."""
+    return W if strength == 1 else W0 + strength * (W - W0)
+
+
+def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
+    """DoRA by the axis that the shape says, over the norm of W0 + s B A; linear in the strength. Or LoRA, or a diff."""
+    if "diff" in parts:
+        return W0 + strength * parts["diff"].to(W0.dtype).view_as(W0)
+    update = scaling(parts) * product(parts, W0)
+    if "m" not in parts:
+        return W0 + strength * update
+    V = W0 + update
+    return linear(W0, decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0))), strength)
+
+
+# --- to and from the neutral form ------------------------------------------------------------------------------------
+
+
+def neutral(parts: Parts, axis: str | None = None, norm: str = "updated") -> LayerState:
+    """The adapter of one module.
+
+    Args:
+        parts: Its tensors by role.
+        axis: The axis, where the shape of the magnitude does not say it.
+        norm: What the tool divides the magnitude by.
+
+    Raises:
+        ValueError: Tensors are missing or have shapes that do not fit, alpha is not a positive number, or the shape of
+            the magnitude fits both axes and `axis` is None.
+    """
+    if "diff" in parts:
+        return LayerState(DoRASpec(method="full"), {"diff": parts["diff"]})
+    if missing := {"A", "B"} - parts.keys():
+        raise ValueError(f"its low-rank tensor {' and '.join(sorted(missing))} is missing")
+    if any(parts[name].dim() < 2 for name in "AB") or parts["B"].flatten(1).shape[1] != parts["A"].shape[0]:
+        raise ValueError(f"the shapes {shape(parts['A'])} of A and {shape(parts['B'])} of B do not fit each other")
+    A, B = down(parts), parts["B"].flatten(1)
+    rank = A.shape[0]
+    spec = DoRASpec(rank, alpha_of(parts, rank), method="dora" if "m" in parts else "lora")
+    tensors = {"lora_A": A, "lora_B": B}
+    if "m" not in parts:
+        return LayerState(spec, tensors)
+    found = axis_of(parts["m"], B.shape[0], A.shape[1], axis)
+    return LayerState(spec, {**tensors, "magnitude": parts["m"].flatten()}, found, norm)
+
+
+def json_object(text: str, what: str) -> dict[str, Any]:
+    """Settings in JSON. Raises ValueError, with what they are, where they are not a table."""
+    try:
+        found = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is not a JSON object")
+    return found
+
+
+def alpha_of(parts: Parts, rank: int) -> float:
+    """Alpha; the rank where there is none. Raises ValueError where it is not one positive number."""
+    if "alpha" not in parts:
+        return float(rank)
+    alpha = parts["alpha"]
+    if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()) or alpha.item() <= 0:
+        raise ValueError(f"its alpha is not a positive number, but {alpha.tolist()}")
+    return float(alpha.item())
+
+
+def axis_of(m: Tensor, out: int, inner: int, given: str | None) -> str:
+    """The axis of a magnitude: (out, 1, ...) or (1, in, ...), and of one dimension what fits.
+
+    Raises:
+        ValueError: It fits neither axis, or both and none is given.
+    """
+    fits = [axis for axis, size in (("out", out), ("in", inner)) if m.numel() == size]
+    if m.dim() > 1:
+        fits = [axis for axis in fits if m.shape[0 if axis == "out" else 1] == m.numel()]
+    if given in fits:
+        return str(given)
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise ValueError(
+            f"its magnitude {shape(m)} fits the output rows and the input columns of the weight ({out}, {inner}): "
+            "say which with --axis out or --axis in"
+        )
+    raise ValueError(f"its magnitude {shape(m)} fits neither axis of a weight with {out} rows and {inner} columns")
+
+
+def shape(t: Tensor) -> tuple[int, ...]:
+    """The shape as a plain tuple, for messages."""
+    return tuple(t.shape)
+
+
+def kohya_tensors(layer: LayerState) -> dict[str, Tensor]:
+    """The tensors of a module as kohya's scripts name them, in fp32; the magnitude is (O, 1, ...) or (1, I, ...)."""
+    tensors = {name: tensor.detach() for name, tensor in layer.tensors.items()}
+    if "diff" in tensors:
+        return {"diff": tensors["diff"]}
+    if "lora_A" not in tensors:
+        raise ValueError("it has no A and B, which this format needs: use the target diff or merged")
+    A, B = tensors["lora_A"].float(), tensors["lora_B"].float()
+    ones = (1,) * (A.dim() - 2)
+    found = {"lora_down.weight": A, "lora_up.weight": B.view(*B.shape, *ones)}
+    found["alpha"] = torch.tensor(float(layer.spec.alpha or layer.spec.rank))
+    if "magnitude" in tensors:
+        shape = (-1, 1, *ones) if layer.axis == "out" else (1, -1, *ones)
+        found["dora_scale"] = tensors["magnitude"].float().reshape(shape)
+    return found

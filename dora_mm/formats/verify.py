@@ -1,0 +1,202 @@
+"""What a tool will compute from an adapter file, compared with what the file means."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_mm.formats.adapter_file import AdapterFile, located
+from dora_mm.formats.base_weights import BaseWeights
+from dora_mm.formats.exact import fitted, new_weight
+from dora_mm.formats.fused import stack_rows
+from dora_mm.formats.names import Name, Names, Target
+from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.parts import Parts, axis_of_shape
+from dora_mm.formats.tools.tool import Tool
+
+RIGHT, IGNORED, NO_MAGNITUDE, WRONG_AXIS = "right", "ignored", "loses the magnitude", "wrong axis"
+FAILS, DIFFERS = "fails", "differs"
+BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class LayerVerdict:
+    """What a tool computes for one module.
+
+    Attributes:
+        module: The module's name in the file.
+        finding: `right`, `ignored`, `loses the magnitude`, `wrong axis`, `fails` (the tool raises an error), or
+            `differs`: see `Verdict.differs`.
+        error: ||W_tool - W'|| / ||W' - W0||; infinite where the tool raises an error or the result is not finite.
+    """
+
+    module: str
+    finding: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a tool computes from an adapter file.
+
+    Attributes:
+        tool: A key of `TOOLS`.
+        title: The tool's name.
+        differs: What the tool does in another way than the paper.
+        error: The relative error of W' - W0 over all modules.
+        layers: The modules, in the order of the file.
+    """
+
+    tool: str
+    title: str
+    differs: str
+    error: float
+    layers: tuple[LayerVerdict, ...]
+
+    @property
+    def findings(self) -> Counter[str]:
+        """The number of modules by finding."""
+        return Counter(layer.finding for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON types; an infinite error is None."""
+        return _finite({**asdict(self), "findings": dict(self.findings)})
+
+
+def verify(
+    file: str | Path,
+    tool: str = "all",
+    base: str | Path | Mapping[Name, Tensor] | None = None,
+    *,
+    axis: str | None = None,
+) -> list[Verdict]:
+    """Computes what a tool will compute from an adapter file, and how far that is from what the file means.
+
+    Args:
+        file: The adapter file of any tool, or its folder.
+        tool: A key of `TOOLS`, or "all".
+        base: The model: a folder, a single-file checkpoint, a hub name, or weights by name.
+        axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
+
+    Returns:
+        A verdict for each tool.
+
+    Raises:
+        ValueError: There is no such tool, or the adapter or the model cannot be read or do not belong together.
+    """
+    if tool != "all" and tool not in TOOLS:
+        raise ValueError(f"there is no tool {tool!r}: use all or one of {', '.join(TOOLS)}")
+    if base is None:
+        raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
+    adapter = AdapterFile(file)
+    weights = open_base(base)
+    names = Names(weights)
+    chosen = list(TOOLS) if tool == "all" else [tool]
+    layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
+    squares = dict.fromkeys(chosen, 0.0)
+    total = 0.0
+    for module in adapter.modules:
+        W0 = base_weight(adapter, module, names, weights)
+        with located(f"{adapter.path}: {module}"):
+            state = fitted(adapter.layer(module, axis), W0)
+            W = new_weight(state, W0)
+        size = float((W - W0).norm())
+        total += size**2
+        for name in chosen:
+            verdict = judge_layer(adapter, module, TOOLS[name], state.axis, W0, W, size)
+            layers[name].append(verdict)
+            squares[name] += (verdict.error * size) ** 2
+    return [
+        Verdict(name, TOOLS[name].title, TOOLS[name].differs, _ratio(squares[name], total), tuple(layers[name]))
+        for name in chosen
+    ]
+
+
+def open_base(base: str | Path | Mapping[Name, Tensor]) -> Mapping[Name, Tensor]:
+    """The weights of a model, which are given by path or as they are."""
+    return base if isinstance(base, Mapping) else BaseWeights.open(base)
+
+
+def base_weight(adapter: AdapterFile, module: str, names: Names, weights: Mapping[Name, Tensor]) -> Tensor:
+    """W0 of a module in a file, in fp32 with O first; of a fused module the stacked rows.
+
+    Raises:
+        ValueError: The base has no such module.
+    """
+    with located(str(adapter.path)):
+        W0 = stacked(names.read(module), weights)
+    return W0.T if adapter.transposed(module) else W0
+
+
+def stacked(target: Target, weights: Mapping[Name, Tensor]) -> Tensor:
+    """W0 of a module as a file has it, in fp32."""
+    found = [weights[name].float() for name in target.names]
+    return found[0] if len(found) == 1 and not target.modulation else stack_rows(target, found)
+
+
+def judge_layer(
+    adapter: AdapterFile, module: str, tool: Tool, axis: str, W0: Tensor, W: Tensor, size: float
+) -> LayerVerdict:
+    """What a tool computes for one module, compared with W'."""
+    parts = adapter.parts(module, tool)
+    if not ({"A", "B"} <= parts.keys() or parts.keys() & {"diff", "weight", "m"}):
+        return LayerVerdict(module, IGNORED, 1.0 if size else 0.0)
+    error = relative_error(tool, [parts], W0, W, size)
+    if error <= bound(W0, size):
+        return LayerVerdict(module, RIGHT, error)
+    if not math.isfinite(error):
+        return LayerVerdict(module, FAILS, error)
+    return LayerVerdict(module, _finding(adapter, module, tool, parts, axis, W0), error)
+
+
+def _finding(adapter: AdapterFile, module: str, tool: Tool, parts: Parts, axis: str, W0: Tensor) -> str:
+    has_magnitude = "m" in TOOLS[adapter.tool].roles(module, adapter.modules[module])
+    if has_magnitude and "m" not in parts:
+        return NO_MAGNITUDE
+    if "m" in parts:
+        used = axis_of_shape(parts["m"], W0) if tool.axis == "shape" else tool.axis
+        broadcasts_along = "in" if parts["m"].dim() == 1 and tool.axis != "out" else used
+        if axis not in (used, broadcasts_along) or used != broadcasts_along:
+            return WRONG_AXIS
+    return DIFFERS
+
+
+def relative_error(
+    tool: Tool, files: Sequence[Parts], W0: Tensor, W: Tensor, size: float, strength: float = 1
+) -> float:
+    """||W_tool - W|| / size, where the tool applies one file after the other; infinite where it fails."""
+    try:
+        found = W0
+        for parts in files:
+            found = tool.apply(parts, found, strength)
+        if found.shape != W0.shape:
+            return math.inf
+    except (RuntimeError, IndexError):  # shapes do not fit, as in the tool
+        return math.inf
+    error = float((found - W).norm())
+    return (error / size if size else error) if math.isfinite(error) else math.inf
+
+
+def bound(W0: Tensor, size: float, relative: float = BOUND) -> float:
+    """The relative error of W' - W0 that rounding in fp32 explains."""
+    return relative + (_ROUNDING * float(W0.norm()) / size if size else 0.0)
+
+
+def _ratio(square: float, total: float) -> float:
+    return math.sqrt(square / total) if total else math.sqrt(square)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

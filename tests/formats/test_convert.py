@@ -1,0 +1,282 @@
+"""Adapter files in the form of other tools: round trips, what is refused, and what is written beside the tensors."""
+
+import itertools
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import dora_mm
+from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.convert import convert
+from dora_mm.formats.exact import new_weight
+from dora_mm.formats.layers import LayerReader
+from dora_mm.formats.names import Name, Names
+from dora_mm.formats.tools import EXPORTS, TOOLS
+from dora_mm.formats.tools.parts import kohya_tensors
+from tests.formats import toy
+from tests.formats.test_tools import FIXTURES, path_of
+
+EXACT = [target for target in EXPORTS if target != "diff"]
+BASE = toy.base()
+CONV = toy.UNET[4]
+
+
+def state_of(name, number):
+    """Ranks and alphas differ; every third module is plain LoRA."""
+    method = "lora" if number % 3 == 2 else "dora"
+    return toy.layer(name, rank=2 + number % 3, alpha=1.0 + number, method=method)
+
+
+def textbook(name, state, t=1.0):
+    m = state.tensors.get("magnitude")
+    A, B = state.tensors["lora_A"], state.tensors["lora_B"]
+    return toy.textbook(BASE[name], A, B, m, state.spec.alpha / state.spec.rank, state.axis, t=t)
+
+
+def write_source(path, states):
+    """A file of kohya's form, with names put together by hand."""
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    tensors = {}
+    for name, state in states.items():
+        module = prefixes[name.component] + name.path.replace(".", "_")
+        tensors |= {f"{module}.{end}": t.contiguous() for end, t in kohya_tensors(state).items()}
+    save_file(tensors, path, metadata={"ss_base_model_version": "sdxl_base_v1-0", "sshs_model_hash": "1"})
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_source(tmp_path / "source.safetensors", {n: state_of(n, i) for i, n in enumerate(toy.SHAPES)})
+
+
+def names_for(target):
+    """Of the toy model: PEFT holds one network, ai-toolkit no DoRA of convolutions."""
+    names = toy.UNET if target == "peft" else list(toy.SHAPES)
+    return [name for name in names if target != "ai-toolkit" or name != CONV]
+
+
+def weights_of(path, base=None):
+    reader = LayerReader(path, base or BASE, None)
+    return {name: new_weight(reader.layer(name), (base or BASE)[name]) for name in reader.names()}
+
+
+def check_weights(path, states, strength=1.0, tolerance=1e-6, base=None):
+    found = weights_of(path, base)
+    assert found.keys() == states.keys()
+    for name, W in found.items():
+        wanted = textbook(name, states[name], strength)
+        assert (W - wanted).norm() <= tolerance * wanted.norm(), name
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.product(EXACT, EXACT))
+def test_round_trips(first, second, tmp_path):
+    names = [name for name in names_for(first) if name in names_for(second)]
+    states = {name: state_of(name, number) for number, name in enumerate(names)}
+    base = {name: BASE[name] for name in names}
+    path = write_source(tmp_path / "source.safetensors", states)
+    for number, to in enumerate((first, second)):
+        done = convert(path, tmp_path / f"{number}", to=to, base=base)
+        assert done.on_base
+        assert done.num_modules == len(names)
+        (path,) = done.files
+    assert AdapterFile(path).tool == {"kohya": "lycoris", "onetrainer": "lycoris"}.get(second, second)
+    check_weights(path, states, base=base)
+
+
+@pytest.mark.parametrize("to", [to for to in EXACT if not EXPORTS[to].needs_base and to != "peft"])
+def test_without_a_base(to, tmp_path):
+    """Formulas are checked on random weights, and the result is the same."""
+    states = {name: toy.layer(name, alpha=3.0) for name in names_for(to)}
+    path = write_source(tmp_path / "source.safetensors", states)
+    done = convert(path, tmp_path / "new.safetensors", to=to)
+    assert not done.on_base
+    assert all(errors.overall < 1e-5 for errors in done.errors)
+    check_weights(tmp_path / "new.safetensors", states)
+
+
+@pytest.mark.parametrize("to", EXACT)
+@pytest.mark.parametrize("strength", [0.4, 1.5])
+def test_another_strength_becomes_strength_1(to, strength, tmp_path):
+    names = [name for name in names_for(to) if name in names_for("peft")]
+    states = {name: state_of(name, number) for number, name in enumerate(names)}
+    path = write_source(tmp_path / "source.safetensors", states)
+    base = {name: BASE[name] for name in names}
+    (file,) = convert(path, tmp_path / "new", to=to, base=base, strength=strength).files
+    check_weights(file, states, strength, base=base)
+
+
+def test_the_pair_for_comfy_is_right_in_its_order_at_every_strength(source, tmp_path):
+    done = dora_mm.convert(source, tmp_path / "new.safetensors", to="comfy", base=BASE)
+    first, second = done.files
+    assert [file.name for file in done.files] == ["new-1.safetensors", "new-2.safetensors"]
+    assert {errors.tool for errors in done.errors} == {TOOLS[n].title for n in ("comfy-2025", "comfy-15458")}
+    assert all(max(errors.overall, *errors.at.values()) < 1e-5 for errors in done.errors)
+    rows, low_rank = AdapterFile(first), AdapterFile(second)
+    for number, name in enumerate(toy.SHAPES):
+        state = state_of(name, number)
+        for tool in (TOOLS["comfy-2025"], TOOLS["comfy-15458"]):
+            for t in (0.5, 1.0, 2.0):
+                W0, wanted = BASE[name], textbook(name, state, t)
+                for file in (rows, low_rank):
+                    module = next((m for m in file.modules if Names(BASE).read(m).names == (name,)), None)
+                    W0 = tool.apply(file.parts(module, tool), W0, t) if module else W0
+                assert (W0 - wanted).norm() < 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("float16", 3e-4), ("bfloat16", 3e-3)])
+def test_a_difference_is_right_in_every_tool_that_reads_it(dtype, bound, source, tmp_path):
+    done = convert(source, tmp_path / "new.safetensors", to="diff", base=BASE, dtype=dtype)
+    assert len(done.errors) == 6
+    assert all(max(errors.overall, errors.at[0.5] * 2, errors.at[2.0] / 2) < bound for errors in done.errors)
+    assert all(errors.at[0.0] == 0 for errors in done.errors)
+    assert {t.dtype for t in load_file(tmp_path / "new.safetensors").values()} == {getattr(torch, dtype)}
+
+
+def test_an_input_axis(tmp_path):
+    """It stays exact where a tool takes both axes, and where there is none; the others need a fit."""
+    states = {name: toy.layer(name, axis="in") for name in toy.UNET}
+    base = {name: BASE[name] for name in toy.UNET}
+    path = write_source(tmp_path / "source.safetensors", states)
+    for to in ("kohya", "comfy-2025", "comfy-15458", "onetrainer"):
+        (file,) = convert(path, tmp_path / to, to=to, base=base).files
+        check_weights(file, states, base=base)
+    convert(path, tmp_path / "d.safetensors", to="diff", base=base, dtype="float32")
+    check_weights(tmp_path / "d.safetensors", states, base=base)
+    for to in ("peft", "diffusers", "comfy", "ai-toolkit"):
+        with pytest.raises(ValueError, match="scales input columns.*--to merged or --to diff"):
+            convert(path, tmp_path / "new", to=to, base=base)
+        with pytest.raises(ValueError, match="scales input columns"):
+            convert(path, tmp_path / "new", to=to, base=base, allow_lossy=True)
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").iterdir())
+    low, high = (
+        convert(path, tmp_path / f"{rank}", to="diffusers", base=base, rank=rank, allow_lossy=True).errors[0].overall
+        for rank in (4, 8)
+    )
+    assert 0.01 < high < low < 0.5
+
+
+def test_low_rank_by_rank_and_by_energy(source, tmp_path):
+    errors = {}
+    for rank in (2, 4, 8):
+        done = convert(source, tmp_path / f"{rank}.safetensors", to="lora", base=BASE, rank=rank)
+        (errors[rank],) = (found.overall for found in done.errors)
+        best, total = 0.0, 0.0
+        for number, name in enumerate(toy.SHAPES):
+            D = (textbook(name, state_of(name, number)) - BASE[name]).flatten(1)
+            values = torch.linalg.svdvals(D).square()
+            best, total = best + float(values[rank:].sum()), total + float(values.sum())
+        assert errors[rank] == pytest.approx((best / total) ** 0.5, rel=0.02, abs=1e-5)
+    done = convert(source, tmp_path / "energy.safetensors", to="lora", base=BASE, energy=0.99)
+    assert all(error <= 0.1 + 1e-4 for error in done.errors[0].layers.values())
+    ranks = {t.shape[0] for key, t in load_file(tmp_path / "energy.safetensors").items() if "lora_down" in key}
+    assert len(ranks) > 1
+
+
+def test_low_rank_of_one_model_is_a_peft_folder(tmp_path):
+    """It is what vLLM, SGLang and llama.cpp read."""
+    base = {Name("model", name.path): W0 for name, W0 in peft_base().items()}
+    convert(FIXTURES / "peft_dora", tmp_path / "new", to="lora", base=base, rank=30)
+    config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert (config["use_dora"], config["r"]) == (False, 16)
+    with safe_open(tmp_path / "new" / "adapter_model.safetensors", "pt") as file:
+        assert not any("magnitude" in key for key in file.keys())  # noqa: SIM118
+
+
+def peft_base():
+    return {name: BASE[name] for name in toy.UNET}
+
+
+@pytest.mark.parametrize("name", ["peft_dora", "peft_lora", "peft_rslora", "diffusers", "lycoris_tucker"])
+def test_files_of_tools_become_others(name, tmp_path):
+    base = peft_base() if name.startswith("peft") else BASE
+    before = weights_of(path_of(name), base)
+    for to in ("kohya", "comfy-2025"):
+        (file,) = convert(path_of(name), tmp_path / to, to=to, base=base).files
+        after = weights_of(file, base)
+        assert after.keys() == before.keys()
+        for key, W in after.items():
+            assert (W - before[key]).norm() < 1e-6 * W.norm()
+
+
+def test_the_header(source, tmp_path):
+    convert(source, tmp_path / "new.safetensors", to="diffusers", base=BASE)
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert "sshs_model_hash" not in header
+    assert json.loads(header["lora_adapter_metadata"])["text_encoder_2.use_dora"] is True
+
+
+def test_embeddings_of_new_tokens_travel_along(source, tmp_path):
+    tensors = load_file(source)
+    tensors["bundle_emb.TOK.string_to_param.*"] = torch.ones(1, 12)
+    save_file(tensors, source)
+    convert(source, tmp_path / "new.safetensors", to="comfy-15458", base=BASE)
+    assert load_file(tmp_path / "new.safetensors")["bundle_emb.TOK.string_to_param.*"].sum() == 12
+    with pytest.raises(ValueError, match="embeddings of new tokens, .* --to kohya"):
+        convert(source, tmp_path / "new", to="diffusers", base=BASE)
+
+
+def test_a_norm_without_alpha_is_imported_exactly(tmp_path):
+    """ai-toolkit with alpha != rank, which the file does not say: the key is added by hand."""
+    name = toy.UNET[2]
+    state, W0 = toy.layer(name, alpha=2.0), BASE[name]
+    A, B, m = (state.tensors[n] for n in ("lora_A", "lora_B", "magnitude"))
+    module = "lora_unet_" + name.path.replace(".", "_")
+    tensors = {f"{module}.lora_down.weight": A, f"{module}.lora_up.weight": B, f"{module}.magnitude": m}
+    save_file({**tensors, f"{module}.alpha": torch.tensor(2.0)}, tmp_path / "a.safetensors")
+    (file,) = convert(tmp_path / "a.safetensors", tmp_path / "new", to="kohya", base={name: W0}).files
+    V = W0.double() + B.double() @ A.double()
+    wanted = W0 + 0.5 * B.double() @ A.double() + (m.double()[:, None] / V.norm(dim=1, keepdim=True) - 1) * V
+    (W,) = weights_of(file, {name: W0}).values()
+    assert (W - wanted).norm() < 1e-6 * wanted.norm()
+
+
+def test_a_tool_that_computes_something_else_is_not_written_for(source, tmp_path, monkeypatch):
+    wrong = replace(EXPORTS["kohya"], judges=("a1111",))
+    monkeypatch.setitem(EXPORTS, "kohya", wrong)
+    with pytest.raises(ValueError, match=r"AUTOMATIC1111 takes the norms of input columns.*--allow-lossy"):
+        convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE)
+    assert not (tmp_path / "new.safetensors").exists()
+    done = convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE, allow_lossy=True)
+    assert done.errors[0].overall > 0.1
+
+
+MISTAKES = [
+    ({"to": "comfyui"}, "there is no target 'comfyui': use one of peft"),
+    ({"to": "diff"}, "target diff needs the base model: give it with --base"),
+    ({"to": "lora", "base": BASE}, "target lora needs the rank, or the share of energy"),
+    ({"to": "lora", "base": BASE, "rank": 0}, "the rank must be at least 1"),
+    ({"to": "lora", "base": BASE, "energy": 1.5}, "--energy is a share between 0 and 1"),
+    ({"to": "kohya", "dtype": "float8"}, "--dtype is float32"),
+    ({"to": "kohya", "strength": float("nan")}, "the strength must be a finite number"),
+    ({"to": "merged", "base": BASE}, "target merged needs the base model as a folder"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), MISTAKES, ids=[message[:30] for _, message in MISTAKES])
+def test_mistakes(settings, message, source, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert(source, tmp_path / "new", **settings)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0, -1.0])
+def test_an_alpha_that_is_no_positive_number(alpha, source, tmp_path):
+    tensors = load_file(source)
+    key = next(key for key in tensors if key.endswith(".alpha"))
+    tensors[key] = torch.tensor(alpha)
+    save_file(tensors, source)
+    with pytest.raises(ValueError, match=f"{key.removesuffix('.alpha')}: its alpha is not a positive number"):
+        convert(source, tmp_path / "new", to="kohya", base=BASE)
+
+
+def test_an_unknown_key_is_named(source, tmp_path):
+    save_file({**load_file(source), "unet.bias": torch.zeros(3)}, source)
+    with pytest.raises(ValueError, match=r"source.safetensors also holds unet.bias"):
+        convert(source, tmp_path / "new", to="kohya", base=BASE)

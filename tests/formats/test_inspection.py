@@ -1,0 +1,102 @@
+"""What `inspect` finds in adapter files of all tools."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dora_mm import cli
+from dora_mm.formats.inspection import inspect_file
+from dora_mm.formats.tools.methods import METHODS
+from dora_mm.formats.tools.parts import kohya_tensors
+from tests.formats import toy
+from tests.formats.test_tools import FILES, FIXTURES, path_of
+
+BLOCK = "down_blocks_1_attentions_0_transformer_blocks_0"
+SGM = "input_blocks_4_1_transformer_blocks_0"
+
+
+@pytest.mark.parametrize(("tool", "name"), FILES)
+def test_files_of_tools(tool, name):
+    found = inspect_file(path_of(name))
+    assert found.tool == tool
+    assert found.architecture == (None if tool == "peft" else "sdxl")
+    assert {module.method for module in found.modules} == {"lora" if name == "peft_lora" else "dora"}
+    axes = {"peft_lora": "", "lycoris_in": "in"}
+    assert {module.axis for module in found.modules} == {axes.get(name, "out")}
+    assert not found.ambiguous
+    by_path = {module.path: module for module in found.modules}
+    if name == "peft_dora":
+        assert (by_path[toy.UNET[0].path].rank, by_path[toy.UNET[2].path].alpha) == (2, 6)
+    tensors = load_file(path_of(name) if path_of(name).is_file() else next(path_of(name).glob("*.safetensors")))
+    size = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha"))
+    assert sum(module.num_parameters for module in found.modules) == size
+
+
+def write(path, change=lambda key, tensor: (key, tensor), **header):
+    tensors = {}
+    for name in toy.UNET:
+        prefix = f"lora_unet_{name.path.replace('.', '_')}"
+        for end, tensor in kohya_tensors(toy.layer(name)).items():
+            key, value = change(f"{prefix}.{end}", tensor)
+            tensors[key] = value.contiguous()
+    save_file(tensors, path, metadata=header or None)
+    return path
+
+
+def test_header_names_and_tokens(tmp_path):
+    conv = ("down_blocks_1_resnets_0_conv1", "input_blocks_4_0_in_layers_2")
+    path = write(tmp_path / "a.safetensors", lambda key, t: (key.replace(BLOCK, SGM).replace(*conv), t))
+    tensors = {**load_file(path), "bundle_emb.TOK.string_to_param.*": torch.ones(1, 12), "stray": torch.ones(1)}
+    save_file(tensors, path, metadata={"ss_base_model_version": "sdxl_base_v1-0", "ss_learning_rate": "0.0001"})
+    found = inspect_file(path)
+    assert (found.architecture, found.names, found.base_model) == ("sdxl", "SGM", "sdxl_base_v1-0")
+    assert {module.path for module in found.modules} == {name.path for name in toy.UNET}
+    assert found.tokens == ("bundle_emb.TOK.string_to_param.*",)
+    assert found.others == ("stray",)
+    assert found.settings["ss_learning_rate"] == "0.0001"
+
+
+def test_the_axis_that_a_shape_does_not_say(tmp_path):
+    flat = write(tmp_path / "a.safetensors", lambda key, t: (key, t.flatten() if key.endswith("dora_scale") else t))
+    found = inspect_file(flat)
+    unclear = [module.path for module in found.modules if module.axis == "?"]
+    assert unclear == [toy.UNET[1].path, toy.UNET[0].path]
+    assert any("axis of 2 magnitudes" in point and "--axis" in point for point in found.ambiguous)
+    assert any("--base" in point for point in found.ambiguous)
+    scale = torch.arange(1.0, 17.0)[:, None]
+    weights = {name: W0 * scale if W0.shape == (16, 16) else W0 for name, W0 in toy.base().items()}
+    tensors = {k: t * scale.flatten() if t.shape == (16,) else t for k, t in load_file(flat).items()}
+    save_file(tensors, flat)
+    evidence = [re.findall(r"-?\d\.\d{3}", point) for point in inspect_file(flat, weights).ambiguous[1:]]
+    assert len(evidence) == 2
+    assert all(float(rows) > 0.9 > 0.6 > abs(float(columns)) for rows, columns in evidence)
+
+
+def test_alpha_that_is_not_in_the_file(tmp_path):
+    tensors = {k: t for k, t in load_file(write(tmp_path / "a.safetensors")).items() if not k.endswith(".alpha")}
+    save_file(tensors, tmp_path / "b.safetensors")
+    found = inspect_file(tmp_path / "b.safetensors")
+    assert {module.alpha for module in found.modules} == {None}
+    assert any("alpha is not in the file" in point for point in found.ambiguous)
+
+
+@pytest.mark.parametrize("ending", METHODS)
+def test_other_methods_are_named(ending, tmp_path):
+    save_file({f"lora_unet_{BLOCK}_attn1_to_q.{ending}": torch.ones(2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=f"holds {METHODS[ending]}, and only LoRA and DoRA are supported"):
+        inspect_file(tmp_path / "a.safetensors")
+
+
+def test_the_command(capsys):
+    assert cli.main(["inspect", str(FIXTURES / "lycoris_in.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "LyCORIS" in text
+    assert "architecture: sdxl, with diffusers names" in text
+    assert cli.main(["inspect", str(FIXTURES / "lycoris_in.safetensors"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tool"], len(found["modules"]), found["modules"][0]["axis"]) == ("lycoris", 5, "in")
+    assert cli.main(["inspect", "samples/tiny-sdxl", "--json"]) == 2
+    assert "--base and --json are for adapter files" in capsys.readouterr().err

@@ -1,0 +1,140 @@
+"""What `verify` says of files: the table of measured errors, and what it finds in each layer."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dora_mm
+from dora_mm.core.spec import DoRASpec
+from dora_mm.formats import exact
+from dora_mm.formats.names import Name
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.parts import kohya_tensors
+
+MODULES = [f"down_blocks.{i}.attentions.{j}.transformer_blocks.0.attn2.to_k" for i in (1, 2) for j in (0, 1)]
+OUT_96, SQUARE = (96, 64), (64, 64)
+
+
+def random_base(shape):
+    return {
+        Name("unet", path): torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
+        for seed, path in enumerate(MODULES)
+    }
+
+
+def random_layer(W0, seed):
+    """An adapter of rank 8 and alpha 4, as in facts/formats.md."""
+    g = torch.Generator().manual_seed(100 + seed)
+    out, inner = W0.shape
+    tensors = {
+        "lora_A": (torch.rand(8, inner, generator=g) * 2 - 1) / inner**0.5,
+        "lora_B": 0.52 * torch.randn(out, 8, generator=g),
+        "magnitude": W0.norm(dim=1) * (1 + 0.055 * torch.randn(out, generator=g)),
+    }
+    return LayerState(DoRASpec(8, 4.0), tensors)
+
+
+def write_kohya(path, base, change=lambda layer, W0: layer, flat=False, drop=()):
+    tensors = {}
+    for seed, (name, W0) in enumerate(base.items()):
+        found = kohya_tensors(change(random_layer(W0, seed), W0))
+        if flat:
+            found["dora_scale"] = found["dora_scale"].flatten()
+        prefix = f"lora_unet_{name.path.replace('.', '_')}"
+        tensors |= {f"{prefix}.{end}": t.contiguous() for end, t in found.items() if end not in drop}
+    save_file(tensors, path)
+    return path
+
+
+def for_comfy(layer, W0):
+    g = exact.gain(layer, W0, exact.product(layer, W0)).flatten()
+    return LayerState(layer.spec, {**layer.tensors, "magnitude": g * W0.norm(dim=1)})
+
+
+@pytest.mark.parametrize(
+    ("tool", "finding", "measured"),
+    [  # for 96 x 64 and 64 x 64, as measured with the tools' own loaders
+        ("lycoris", "right", (3e-7, 3e-7)),
+        ("comfy-2025", "differs", (0.277, 0.296)),
+        ("comfy-15458", "right", (2e-8, 2e-8)),
+        ("a1111", "wrong axis", (0.522, 0.331)),
+        ("invokeai", "wrong axis", (0.522, 0.331)),
+        ("sdnext", "differs", (0.228, 0.236)),
+        ("diffusers", "loses the magnitude", (0.295, 0.328)),
+        ("peft", "ignored", (1.0, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("shape", [OUT_96, SQUARE], ids=str)
+def test_the_measured_table(tool, finding, measured, shape, tmp_path):
+    base = random_base(shape)
+    (verdict,) = dora_mm.verify(write_kohya(tmp_path / "a.safetensors", base), tool, base)
+    assert dict(verdict.findings) == {finding: 4}
+    wanted = measured[0 if shape == OUT_96 else 1]
+    if finding == "right":
+        assert verdict.error < 2e-6
+    else:
+        assert verdict.error == pytest.approx(wanted, rel=0.15)
+
+
+def test_alpha_folded_is_right_in_sdnext(tmp_path):
+    base = random_base(OUT_96)
+    file = write_kohya(tmp_path / "a.safetensors", base, lambda layer, W0: exact.folded(layer))
+    assert dora_mm.verify(file, "sdnext", base)[0].error < 1e-6
+
+
+@pytest.mark.parametrize(("shape", "measured"), [(OUT_96, 0.237), (SQUARE, 0.250)], ids=["96x64", "64x64"])
+def test_a_magnitude_for_old_comfy_is_wrong_in_the_new_one(shape, measured, tmp_path):
+    base = random_base(shape)
+    header = {"dora_mm_target": "comfy-2025"}
+    file = write_kohya(tmp_path / "a.safetensors", base, for_comfy)
+    save_file(load_file(file), file, metadata=header)
+    verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(file, "all", base)}
+    assert list(verdicts) == list(TOOLS)
+    assert verdicts["comfy-2025"].error < 1e-6
+    assert verdicts["comfy-15458"].error == pytest.approx(measured, rel=0.15)
+
+
+def test_a_flat_magnitude(tmp_path):
+    base = random_base(OUT_96)
+    (verdict,) = dora_mm.verify(write_kohya(tmp_path / "a.safetensors", base, flat=True), "comfy-2025", base)
+    assert dict(verdict.findings) == {"fails": 4}
+    assert math.isinf(verdict.error)
+    assert json.loads(json.dumps(verdict.as_dict(), allow_nan=False))["error"] is None
+    base = random_base(SQUARE)
+    file = write_kohya(tmp_path / "b.safetensors", base, flat=True)
+    with pytest.raises(ValueError, match="fits the output rows and the input columns .* --axis out or --axis in"):
+        dora_mm.verify(file, "comfy-2025", base)
+    (verdict,) = dora_mm.verify(file, "comfy-2025", base, axis="out")
+    assert dict(verdict.findings) == {"wrong axis": 4}
+    assert verdict.error == pytest.approx(0.479, rel=0.15)
+
+
+def test_modules_that_a_tool_does_not_know_are_counted(tmp_path):
+    base = random_base(OUT_96)
+    file = write_kohya(tmp_path / "a.safetensors", base)
+    tensors = load_file(file)
+    old = f"lora_unet_{MODULES[0].replace('.', '_')}"
+    own = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k"
+    save_file({key.replace(old, own): tensor for key, tensor in tensors.items()}, file)
+    found = {verdict.tool: dict(verdict.findings) for verdict in dora_mm.verify(file, "all", base)}
+    assert found["comfy-15458"] == {"right": 4}
+    assert found["lycoris"] == {"right": 3, "ignored": 1}
+    assert found["peft"] == {"ignored": 4}
+
+
+def test_mistakes(tmp_path):
+    base = random_base(OUT_96)
+    file = write_kohya(tmp_path / "a.safetensors", base)
+    with pytest.raises(ValueError, match="there is no tool 'comfyui': use all or one of"):
+        dora_mm.verify(file, "comfyui", base)
+    with pytest.raises(ValueError, match="verify needs the base model"):
+        dora_mm.verify(file, "lycoris")
+    with pytest.raises(ValueError, match="a.safetensors.*mid_block|a.safetensors.*no .*module|a.safetensors.*attn2"):
+        dora_mm.verify(file, "lycoris", {Name("unet", "mid_block.attentions.0.proj_in"): torch.zeros(4, 4)})
+    write_kohya(file, random_base(SQUARE))
+    with pytest.raises(ValueError, match="a.safetensors: lora_unet_down_blocks.*shape .* for another model"):
+        dora_mm.verify(file, "lycoris", base)
