@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from dora_mm.formats.convert import convert
+    from dora_mm.formats.extract import extract
     from dora_mm.formats.verify import verify
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "TargetMap",
     "adapter_parameters",
     "convert",
+    "extract",
     "fixed_parameters",
     "inject",
     "load_adapter",
@@ -43,7 +45,7 @@ __all__ = [
     "unmerge",
     "verify",
 ]
-_FROM_FORMATS = {"convert": "dora_mm.formats.convert", "verify": "dora_mm.formats.verify"}
+_FROM_FORMATS = {name: f"dora_mm.formats.{name}" for name in ("convert", "extract", "verify")}
 _FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter"} - _FROM_FORMATS.keys()
 
 
