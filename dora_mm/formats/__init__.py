@@ -18,8 +18,9 @@ from dora_mm.core.strength import Strength
 from dora_mm.formats import card, diffusers, native, peft
 from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.components import components_to_load, components_to_save
-from dora_mm.formats.reading import PICKLES, SAVE_AGAIN
+from dora_mm.formats.reading import SAVE_AGAIN
 from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, joined
+from dora_mm.formats.tensor_file import PICKLES
 
 
 class Format(Protocol):
