@@ -84,7 +84,7 @@ def main(config: CompareVLConfig, *, resume: Path | None = None) -> None:
 
 def compared(config: CompareVLConfig) -> list[Variant]:
     """What is trained: full fine-tuning only where it has learning rates."""
-    return variants([config.rank], full=config.learning_rates.full is not None)
+    return variants([config.rank], full=config.learning_rates.full is not None, half=config.half_rank)
 
 
 class Campaign:

@@ -28,8 +28,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     ("name", "measures", "contenders"),
     [
         ("layers", {"forward", "step", "peak"}, {"frozen", "dense B@A", "dense W'", "our DoRA, compiled"}),
-        ("unet", {"step", "peak"}, set()),
-        ("llm", {"step", "peak"}, {"our DoRA, compiled"}),
+        pytest.param("unet", {"step", "peak"}, set(), marks=pytest.mark.slow),
+        pytest.param("llm", {"step", "peak"}, {"our DoRA, compiled"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_dry_run(name, measures, contenders, tmp_path, monkeypatch, capsys):
@@ -45,6 +45,7 @@ def test_a_dry_run(name, measures, contenders, tmp_path, monkeypatch, capsys):
         assert {"card", "torch", "triton", "peft", "repeats"} <= set(row)
 
 
+@pytest.mark.slow
 def test_entries_that_only_start_other_programs(tmp_path):
     """Both in processes of their own, as all entries are when there are several."""
     command = [sys.executable, "-m", "tests.benchmarks.gpu", "tests", "products", "--dry", "--output", str(tmp_path)]

@@ -230,7 +230,8 @@ class CompareVLConfig(PipelineConfig):
     output: OutputFolder  # the campaign's folder; one that exists is resumed
     base: InputPath  # a config of train_vl, shared by all trainings; learning rates are chosen on its valid splits
     steps: PositiveInt = 600  # optimizer steps of every training
-    rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA; DoRA also at half of it
+    rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA
+    half_rank: bool = True  # DoRA is also trained at half the rank
     learning_rates: LearningRates
     extra_rates: Count = 1  # more candidates to try, a factor apart, while the best one is the lowest or the highest
     seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; the first also for rates

@@ -40,10 +40,22 @@ def dequantized(layer: nn.Module) -> Tensor:
     weight: Any = layer.weight
     kind = type(weight).__name__
     if kind == "Params4bit":
+        _restore_layout(layer)
         return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)
     if kind == "Int8Params":
         return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(*_int8_parts(layer))
     return weight.dequantize()
+
+
+def _restore_layout(layer: Any) -> None:
+    """Undoes what bitsandbytes 0.49 does to a 4-bit layer that is evaluated on a CPU with bf16 products.
+
+    It repacks the weight for a kernel of its own, and `dequantize_4bit` does not know that layout. Taking a state dict
+    restores it, with scales that were rounded to bf16.
+    """
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        layer.support_avx512bf16_for_cpu = False  # else the next evaluation at strength 0 repacks it again
+        layer.state_dict()
 
 
 def _int8_parts(layer: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -27,14 +27,15 @@ class Variant:
 FULL = Variant("full", None)
 
 
-def variants(ranks: Sequence[int], *, full: bool = True) -> list[Variant]:
+def variants(ranks: Sequence[int], *, full: bool = True, half: bool = True) -> list[Variant]:
     """Returns all that a comparison at these ranks trains.
 
     Args:
-        ranks: The ranks of LoRA and DoRA. DoRA is trained at half of each rank, too (except rank 1).
+        ranks: The ranks of LoRA and DoRA.
         full: Whether full fine-tuning is among them.
+        half: Whether DoRA is trained at half of each rank, too (except rank 1).
     """
-    dora = sorted({*ranks, *(rank // 2 for rank in ranks if rank > 1)})
+    dora = sorted({*ranks, *(rank // 2 for rank in ranks if half and rank > 1)})
     adapters = [*(Variant("lora", rank) for rank in sorted(ranks)), *(Variant("dora", rank) for rank in dora)]
     return [FULL, *adapters] if full else adapters
 

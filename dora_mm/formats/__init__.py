@@ -19,7 +19,7 @@ from dora_mm.formats import card, diffusers, native, peft
 from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.components import components_to_load, components_to_save
 from dora_mm.formats.reading import SAVE_AGAIN
-from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, joined
+from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, joined, read_keys
 from dora_mm.formats.tensor_file import PICKLES
 
 
@@ -164,8 +164,8 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
     """Reads an adapter without loading it into a model.
 
     Args:
-        path: The adapter file, or a folder that contains exactly one. A file whose name belongs to no format is read as
-            diffusers' format.
+        path: The adapter file, or a folder that contains exactly one. A file whose name belongs to no format is one of
+            diffusers or of another tool, as its keys say.
         components: The models by component that the adapter is for; component and module names of the result are
             theirs. None keeps the names of the file.
 
@@ -176,9 +176,13 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
         ValueError: There is no such file, or it is damaged, incomplete or not an adapter. The values of the tensors are
             not looked at: `state.check_finite` does that.
     """
+    from dora_mm.formats.layers import read_state  # it imports this module
+
     file = find_file(path)
-    module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), diffusers)
-    state, metadata = module.read(file, components)
+    module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), None)
+    if module is None and any(map(diffusers.is_key, read_keys(file))):
+        module = diffusers
+    state, metadata = module.read(file, components) if module else read_state(file, components)
     check_kinds(state, file)
     return state, metadata
 

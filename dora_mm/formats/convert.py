@@ -45,6 +45,7 @@ class Conversion:
     on_base: bool = True
 
 
+@torch.no_grad()
 def convert(
     source: str | Path,
     target_path: str | Path,
@@ -260,7 +261,8 @@ class _Writer:
                 "fit it anew with --rank and --allow-lossy"
             )
         if self.to != "lora" and not refit:
-            return exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
+            layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
+            return layer if self.exports[0].keeps_alpha else exact.folded(layer)
         assert self.lossy is not None
         W = exact.new_weight(layer, W0, self.strength)
         if self.lossy.rank is not None and refit:

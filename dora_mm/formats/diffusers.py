@@ -146,6 +146,11 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
     return state, metadata
 
 
+def is_key(key: str) -> bool:
+    """Whether a key of a file is one of this format."""
+    return _KEY.fullmatch(key) is not None
+
+
 def _check_complete(
     path: Path, found: Mapping[str, Mapping[str, Any]], peft: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> None:

@@ -36,7 +36,7 @@ class ModuleInfo:
         key: Its name in the file.
         component: Its component; empty where the name is not known.
         path: Its path, or `key` where the name is not known.
-        method: dora, lora, magnitude, diff or full; incomplete without A or B; or the name of a method that is not supported.
+        method: dora, lora, magnitude, diff or full; incomplete without A or B; or the name of another method.
         rank: The rank of A and B; None where there are none.
         alpha: Alpha; None where the file does not say it.
         axis: `out`, `in`, `?` where the shape does not say it, or empty without a magnitude.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats import exact, fused
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.fused import Factors
 from dora_mm.formats.names import Name, Names, Target
-from dora_mm.formats.state import LayerState
+from dora_mm.formats.state import AdapterState, LayerState
 from dora_mm.formats.tools import TOOLS
 
 
@@ -25,15 +25,22 @@ class LayerReader:
         source: The adapter file.
         weights: The base model; None where it is not known.
         axis: The axis of the magnitudes, where their shape does not say it.
+        known: The names of the modules of the model, where `weights` is None.
 
     Raises:
         ValueError: The file cannot be read, belongs to another model, or holds more than adapters.
     """
 
-    def __init__(self, source: str | Path, weights: Mapping[Name, Tensor] | None, axis: str | None):
+    def __init__(
+        self,
+        source: str | Path,
+        weights: Mapping[Name, Tensor] | None = None,
+        axis: str | None = None,
+        known: Iterable[Name] = (),
+    ):
         self.file = AdapterFile(source)
         self.weights, self.axis = weights, axis
-        self.namer = Names(weights or ())
+        self.namer = Names(weights or known)
         if self.file.others:
             raise ValueError(
                 f"{self.file.path} also holds {self.file.others[0]}, which belongs to no adapter, and would be lost"
@@ -67,7 +74,7 @@ class LayerReader:
 
     def transposed(self, name: Name) -> bool:
         """Whether the base stores the weight (I, O)."""
-        return self.file.transposed(self._places[name][0])
+        return name in self._places and self.file.transposed(self._places[name][0])
 
     def base(self, name: Name) -> Tensor:
         """W0 in fp32, with O first; where no base model is known, a random weight whose rows fit the magnitude."""
@@ -92,6 +99,29 @@ class LayerReader:
         if self.weights is None:
             raise ValueError(f"{name} is part of a fused projection and not adapted: give the model with --base")
         return self.weights[name].float()
+
+
+def read_state(path: Path, models: Mapping[str, nn.Module] | None) -> tuple[AdapterState, dict[str, str]]:
+    """Reads a file of any tool as a whole.
+
+    Args:
+        path: The file.
+        models: The models by component whose module names the result has; None keeps diffusers' names.
+
+    Raises:
+        ValueError: The file cannot be read, or belongs to another model.
+    """
+    known = [
+        Name(component, name)
+        for component, model in (models or {}).items()
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    ]
+    reader = LayerReader(path, known=known)
+    state = AdapterState({})
+    for name in reader.names():
+        state.layers.setdefault(name.component, {})[name.path] = reader.layer(name)
+    return state, reader.file.header
 
 
 def stand_in(layer: LayerState) -> Tensor:
@@ -120,18 +150,20 @@ def _split(target: Target, layer: LayerState) -> list[LayerState]:
 
 
 def _fuse(target: Target, layers: list[LayerState | None], W0s: list[Tensor]) -> LayerState:
-    first = next(layer for layer in layers if layer is not None)
-    forms = {(layer.axis, layer.norm, layer.spec.method) for layer in layers if layer is not None}
-    if len(forms) > 1 or first.axis == "in" or "lora_A" not in first.tensors:
-        raise ValueError(f"the parts of the fused projection {target.names[0]} ... cannot be stacked: use --to merged")
+    """The adapter of stacked weights; a difference where the parts have no A, or magnitudes of input columns."""
+    pairs = list(zip(layers, W0s, strict=True))
+    given = [layer for layer in layers if layer is not None]
+    if any(layer.axis == "in" or "lora_A" not in layer.tensors for layer in given):
+        D = [W0.new_zeros(W0.shape) if layer is None else exact.new_weight(layer, W0) - W0 for layer, W0 in pairs]
+        return LayerState(DoRASpec(method="full"), {"diff": fused.stack_rows(target, D)})
+    dora = any("magnitude" in layer.tensors for layer in given)
     parts = []
-    for layer, W0 in zip(layers, W0s, strict=True):
+    for layer, W0 in pairs:
         if layer is not None:
-            parts.append(_factors(layer))
+            parts.append(_factors(exact.paper_form(layer, W0, magnitude=dora)))
         else:
-            magnitude = exact.norms(W0, "out").flatten() if first.spec.method == "dora" else None
-            parts.append(fused.untouched(W0.shape[0], W0.shape[1], magnitude))
-    return _state(fused.fuse(target, parts), first)
+            parts.append(fused.untouched(*W0.shape, exact.norms(W0, "out").flatten() if dora else None))
+    return _state(fused.fuse(target, parts), LayerState(DoRASpec(method="dora" if dora else "lora"), {}))
 
 
 def _factors(layer: LayerState) -> Factors:

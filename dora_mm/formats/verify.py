@@ -71,6 +71,7 @@ class Verdict:
         return _finite({**asdict(self), "findings": dict(self.findings)})
 
 
+@torch.no_grad()
 def verify(
     file: str | Path,
     tool: str = "all",

@@ -297,8 +297,10 @@ class Progress:
     def advance(self, loss: float, rate: float) -> None:
         """Records one finished step with its loss and learning rate."""
         self._step += 1
-        # A running mean over some 50 steps: a single diffusion loss mostly reflects which timesteps were drawn.
-        self.mean_loss = loss if math.isnan(self.mean_loss) else 0.98 * self.mean_loss + 0.02 * loss
+        # A running mean over some 50 steps: a single diffusion loss mostly reflects which timesteps were drawn. Until
+        # there are so many it is the plain mean, since the first loss can be many times those that follow.
+        share = max(1 / self._step, 0.02)
+        self.mean_loss = loss if math.isnan(self.mean_loss) else (1 - share) * self.mean_loss + share * loss
         self._bar.set_postfix(loss=f"{self.mean_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
         self._bar.update()
         if self._lines and (self._step % self._every == 0 or self._step == self._total):

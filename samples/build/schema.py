@@ -143,6 +143,7 @@ class PretrainTinyVLMConfig(PipelineConfig):
     held_out: PositiveInt = 500  # of these, which are only scored
     words: PretrainStage  # tokens resemble the words for what they show
     sentences: PretrainStage  # captions through the frozen language model
+    compile: bool = False  # the frozen language model by torch.compile, which needs a C++ compiler: twice as fast
     row_length: PositiveInt = 160  # tokens of a row of sentences: an image and some five captions
 
     @model_validator(mode="after")

@@ -172,3 +172,24 @@ def test_other_kinds_of_weights_are_refused():
     base.weight = nn.Parameter(base.weight.detach().as_subclass(Strange))
     with pytest.raises(ValueError, match="matches 0, a Linear, which cannot be adapted"):
         adapted(base)
+
+
+def test_a_4_bit_layer_that_was_evaluated_is_adapted_as_before():
+    """bitsandbytes repacks such weights where a CPU has bf16 products (on others, this cannot fail)."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(64, 96, quant_type="nf4", compress_statistics=False).to("cpu")
+    net, x = nn.Sequential(layer).requires_grad_(False).eval(), torch.randn(5, 64)
+    net.train()
+    right = adapted(copy.deepcopy(net)[0])
+    net.eval()
+    with torch.no_grad():
+        net(x)
+        found = adapted(net[0])
+        for model in (found, right):
+            model.eval()
+            reference.randomize(model[0])
+            set_strength(model, 0.0)
+            model(x)
+            set_strength(model, 1.0)
+        assert reference.relative_error(found(x), right(x).double()) < 0.01  # its scales were rounded to bf16

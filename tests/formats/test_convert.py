@@ -280,3 +280,73 @@ def test_an_unknown_key_is_named(source, tmp_path):
     save_file({**load_file(source), "unet.bias": torch.zeros(3)}, source)
     with pytest.raises(ValueError, match=r"source.safetensors also holds unet.bias"):
         convert(source, tmp_path / "new", to="kohya", base=BASE)
+
+
+# --- fused projections: Flux in its own names ------------------------------------------------------------------------
+
+FLUX = {
+    Name("transformer", path): shape
+    for path, shape in {
+        "transformer_blocks.0.attn.to_q": (8, 8),
+        "transformer_blocks.0.attn.to_k": (8, 8),
+        "transformer_blocks.0.attn.to_v": (8, 8),
+        "transformer_blocks.0.norm1.linear": (48, 8),
+        "single_transformer_blocks.0.attn.to_q": (8, 8),
+        "single_transformer_blocks.0.attn.to_k": (8, 8),
+        "single_transformer_blocks.0.attn.to_v": (8, 8),
+        "single_transformer_blocks.0.proj_mlp": (32, 8),
+        "norm_out.linear": (16, 8),
+    }.items()
+}
+
+
+def write_flux(path, states):
+    ends = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "magnitude"}
+    tensors = {
+        f"{name}.{end}": state.tensors[key].contiguous()
+        for name, state in states.items()
+        for end, key in ends.items()
+        if key in state.tensors
+    }
+    alphas = {"transformer.alpha_pattern": {name.path: state.spec.alpha for name, state in states.items()}}
+    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 1, **alphas})})
+
+
+def test_fused_projections_of_which_some_are_plain_lora(tmp_path):
+    base = toy.base(FLUX)
+    methods = ["lora" if name.path.endswith("to_v") else "dora" for name in FLUX]
+    states = {name: toy.layer(name, method=m, weights=base) for name, m in zip(FLUX, methods, strict=True)}
+    write_flux(tmp_path / "a.safetensors", states)
+    before = weights_of(tmp_path / "a.safetensors", base)
+    (own,) = convert(tmp_path / "a.safetensors", tmp_path / "own.safetensors", to="kohya", base=base).files
+    for name, W in weights_of(own, base).items():
+        assert (W - before[name]).norm() < 1e-6 * W.norm()
+    (diff,) = convert(own, tmp_path / "diff.safetensors", to="diff", base=base, dtype="float32").files
+    for name, W in weights_of(diff, base).items():
+        assert (W - before[name]).norm() < 1e-6 * W.norm()
+
+
+@pytest.mark.parametrize("left_out", [(), ("to_k",), ("to_k", "proj_mlp", "norm1.linear")])
+def test_fused_projections(left_out, tmp_path):
+    """Split in diffusers' names, stacked in Flux's own ones, with zeros for what is not adapted; and back."""
+    base = toy.base(FLUX)
+    names = [name for name in FLUX if not name.path.endswith(left_out)]
+    states = {name: toy.layer(name, rank=2 + i % 2, alpha=1.0 + i, weights=base) for i, name in enumerate(names)}
+    write_flux(tmp_path / "a.safetensors", states)
+    (own,) = convert(tmp_path / "a.safetensors", tmp_path / "own.safetensors", to="comfy-2025", base=base).files
+    keys = {key.partition(".")[0] for key in load_file(own)}
+    assert "lora_unet_double_blocks_0_img_attn_qkv" in keys
+    assert "lora_unet_single_blocks_0_linear1" in keys
+    (back,) = convert(own, tmp_path / "back", to="diffusers", base=base).files
+    found = weights_of(back, base)
+    assert found.keys() >= states.keys()
+    for name, W in found.items():
+        if name not in states:
+            wanted = base[name].double()
+        else:
+            state = states[name]
+            A, B, m = (state.tensors[key] for key in ("lora_A", "lora_B", "magnitude"))
+            wanted = toy.textbook(base[name], A, B, m, state.spec.alpha / state.spec.rank)
+        assert (W - wanted).norm() < 1e-6 * wanted.norm(), name
+    (verdict,) = dora_mm.verify(own, "comfy-2025", base)
+    assert set(verdict.findings) == {"right"}

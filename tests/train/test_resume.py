@@ -16,6 +16,7 @@ from dora_mm.cli import user_message
 from dora_mm.config.schema import OptimizerConfig
 from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
+from dora_mm.train.loop import Progress
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.run import RunDirectory
@@ -47,6 +48,17 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, name, stop):
     states = [part.optimizer.optimizer.state_dict()["state"] for part in (uninterrupted, second)]
     for one, two in zip(states[0].values(), states[1].values(), strict=True):
         assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(two[key])) for key in one)
+
+
+def test_the_loss_that_is_shown_is_the_mean_of_the_first_steps_and_then_follows_the_last_ones():
+    progress = Progress(500, 10, shown=False)
+    progress.start(0)
+    for loss in (9.0, *[1.0] * 7):
+        progress.advance(loss, 1e-4)
+    assert progress.mean_loss == pytest.approx((9 + 7) / 8)
+    for _ in range(400):
+        progress.advance(0.5, 1e-4)
+    assert progress.mean_loss == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 6, 11])

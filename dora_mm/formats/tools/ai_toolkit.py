@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dora_mm.formats.exact import folded, norms
+from dora_mm.formats.exact import norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral, product, scaling
 from dora_mm.formats.tools.tool import Export, Header, Tool
@@ -31,7 +31,7 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    tensors = kohya_tensors(folded(layer))
+    tensors = kohya_tensors(layer)
     if "diff" in tensors or tensors["lora_down.weight"].dim() > 2:
         raise ValueError("it is a difference of weights or a convolution, for which ai-toolkit has no DoRA")
     del tensors["alpha"]

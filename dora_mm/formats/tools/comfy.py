@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.exact import NO_OUTPUT_FORM, folded, gain, new_weight, norms, product
+from dora_mm.formats.exact import NO_OUTPUT_FORM, gain, new_weight, norms, product
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import parts as roles
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral
@@ -63,7 +63,7 @@ def write_2025(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     if layer.axis == "out" and "magnitude" in layer.tensors:
         magnitude = (gain(layer, W0, product(layer, W0)) * norms(W0, "out")).flatten()
         layer = replace(layer, tensors={**layer.tensors, "magnitude": magnitude})
-    return kohya_tensors(folded(layer))
+    return kohya_tensors(layer)
 
 
 def write_rows(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
@@ -81,7 +81,6 @@ def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The second file of the pair; nothing where there is no A."""
     if "lora_A" not in layer.tensors:
         return {}
-    layer = folded(layer)
     g = gain(layer, W0, product(layer, W0)).reshape(-1, 1)
     tensors = {"lora_A": layer.tensors["lora_A"], "lora_B": layer.tensors["lora_B"].to(g.dtype) * g}
     return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))
@@ -89,10 +88,6 @@ def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
 
 def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return {"diff": new_weight(layer, W0) - W0}
-
-
-def write_15458(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return kohya_tensors(folded(layer))
 
 
 TOOL_2025 = Tool(
@@ -120,7 +115,7 @@ EXPORT_2025 = Export(
     header=lambda specs, old: {TARGET_KEY: "comfy-2025"},
 )
 EXPORT_15458 = Export(
-    write_15458,
+    kohya_tensors,
     spelling="kohya",
     judges=("comfy-15458",),
     header=lambda specs, old: {TARGET_KEY: "comfy-15458"},

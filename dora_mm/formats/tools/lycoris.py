@@ -10,8 +10,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from dora_mm.formats.exact import folded, norms
-from dora_mm.formats.state import LayerState
+from dora_mm.formats.exact import norms
 from dora_mm.formats.tools.parts import (
     KOHYA_NAMES,
     KOHYA_PARTS,
@@ -30,10 +29,6 @@ def matches(keys: Collection[str], header: Header) -> bool:
     return any(KOHYA_NAMES.match(key) and key.endswith((".lora_down.weight", ".diff")) for key in keys)
 
 
-def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return kohya_tensors(folded(layer))
-
-
 def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     if "m" not in parts:
         return updated(parts, W0, strength)
@@ -50,4 +45,4 @@ TOOL = Tool(
     differs="scales the magnitude alone by the strength",
     matches=matches,
 )
-EXPORT = Export(write, spelling="kohya", judges=("lycoris", "sdnext"))
+EXPORT = Export(kohya_tensors, spelling="kohya", judges=("lycoris", "sdnext"))

@@ -11,7 +11,6 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from dora_mm.formats.exact import folded
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
 from dora_mm.formats.tools.tool import Export, Header, Tool
@@ -36,10 +35,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     return updated(_with_rows(parts), W0, strength)
 
 
-def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return kohya_tensors(folded(layer))
-
-
 TOOL = Tool(
     title="OneTrainer",
     names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder"),
@@ -56,4 +51,4 @@ TOOL = Tool(
     matches=matches,
     read=read,
 )
-EXPORT = Export(write, spelling="onetrainer", judges=("onetrainer",))
+EXPORT = Export(kohya_tensors, spelling="onetrainer", judges=("onetrainer",))

@@ -165,8 +165,11 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def kohya_tensors(layer: LayerState) -> dict[str, Tensor]:
-    """The tensors of a module as kohya's scripts name them, in fp32; the magnitude is (O, 1, ...) or (1, I, ...)."""
+def kohya_tensors(layer: LayerState, W0: Tensor | None = None) -> dict[str, Tensor]:
+    """The tensors of a module as kohya's scripts name them, in fp32; the magnitude is (O, 1, ...) or (1, I, ...).
+
+    W0 is not needed: it is there so that this is an `Export.write`.
+    """
     tensors = {name: tensor.detach() for name, tensor in layer.tensors.items()}
     if "diff" in tensors:
         return {"diff": tensors["diff"]}

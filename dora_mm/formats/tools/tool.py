@@ -95,6 +95,8 @@ class Export:
         file_name: The name of the file in a folder; empty for the folder's own name.
         dtype: The usual dtype of the tensors.
         one_method: Whether all modules need a magnitude if one has it.
+        keeps_alpha: Whether alpha stays as it is; else B is scaled so that alpha is the rank, which tools that do not
+            read it take.
         axis: `out` where it holds magnitudes of output rows only, else `any`.
     """
 
@@ -106,4 +108,5 @@ class Export:
     file_name: str = ""
     dtype: str = "float32"
     one_method: bool = False
+    keeps_alpha: bool = False
     axis: str = "any"

@@ -158,4 +158,6 @@ def learn_sentences(data: Data, model: Any, end: VisionEnd, tokenizer: Tokenizer
         return SharedImageBatch(data.features_at(indices), *torch.stack(rows).unbind(1))
 
     task = SharedImageTask(model, end, tokenizer.image_id)
+    if data.config.compile:
+        task.language = torch.compile(task.language)
     train_stage(seed, stage, {"end": end}, task.loss, batch_at, run)

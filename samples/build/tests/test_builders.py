@@ -104,6 +104,7 @@ def test_only_missing_images_are_drawn(folders):
     assert tangerine.read_bytes() == b"kept as it is"
 
 
+@pytest.mark.slow
 def test_vl_writes_things_sets_and_clips(folders, monkeypatch):
     """Packages to data sets, with objects from tiny icon sets."""
     pytest.importorskip("resvg_py", reason="resvg_py is not installed: pip install 'dora_mm[samples]'")

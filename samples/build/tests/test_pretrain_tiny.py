@@ -70,7 +70,7 @@ def weights(run):
     return {part: load_file(next((run / "tiny-sdxl" / part).glob("*.safetensors"))) for part in ("unet", "vae")}
 
 
-@pytest.mark.parametrize("killed", KILLED)
+@pytest.mark.parametrize("killed", [pytest.param("in the unet", marks=pytest.mark.slow), "in the decoder"])
 def test_plain_diffusers_loads_the_model_and_resuming_is_exact(config, tmp_path, killed):
     assert main(["train", str(config("whole"))]) == 0
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole" / "tiny-sdxl")
@@ -92,6 +92,7 @@ def test_plain_diffusers_loads_the_model_and_resuming_is_exact(config, tmp_path,
         assert all(torch.equal(tensor, stored[part][name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_the_encoder_of_vae_from_is_not_trained(config, tmp_path):
     assert main(["train", str(config("first"))]) == 0
     model = tmp_path / "first" / "tiny-sdxl"
@@ -103,6 +104,7 @@ def test_the_encoder_of_vae_from_is_not_trained(config, tmp_path):
     assert not all(torch.equal(tensor, two["unet"][name]) for name, tensor in one["unet"].items())
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_further(config, tmp_path):
     assert main(["train", str(config("first"))]) == 0
     model = tmp_path / "first" / "tiny-sdxl"
@@ -124,6 +126,7 @@ def test_a_model_is_trained_further(config, tmp_path):
     assert not all(torch.equal(tensor, one["unet"][name]) for name, tensor in moved.items())
 
 
+@pytest.mark.slow
 def test_the_decoder_alone_is_trained_further(config, tmp_path):
     assert main(["train", str(config("first"))]) == 0
     model = tmp_path / "first" / "tiny-sdxl"
@@ -144,6 +147,7 @@ def test_training_only_the_decoder_requires_a_unet_and_the_decoder_stage(config,
     assert "unet: null trains only the decoder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interruption_while_sampling_keeps_the_trained_weights(config, tmp_path, monkeypatch):
     assert main(["train", str(config("whole"))]) == 0
     real = pretrain_tiny.sample

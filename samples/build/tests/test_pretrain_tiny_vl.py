@@ -52,6 +52,7 @@ def test_the_saved_folder_can_be_loaded(config, tmp_path):
     assert tokenizer.decode(tokenizer("What color is the cat?")["input_ids"], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_identically(config, tmp_path):
     assert main(["train", str(config(output=str(tmp_path / "whole")))]) == 0
     kill_after("step-000002", config(), tmp_path / "run", program="samples.build")

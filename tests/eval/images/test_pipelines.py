@@ -291,3 +291,9 @@ def test_full_fine_tuning_can_be_left_out():
     assert [str(variant) for variant in found] == ["LoRA, rank 8", "DoRA, rank 4", "DoRA, rank 8"]
     assert [name for name, _ in table_rows((8,), found)] == ["LoRA, rank 8", "DoRA, rank 8", "DoRA, half of rank 8"]
     assert all(variant in found for pair in contrasts((8,), found) for variant in pair)
+
+
+def test_half_ranks_can_be_left_out():
+    found = variants((8,), full=False, half=False)
+    assert [str(variant) for variant in found] == ["LoRA, rank 8", "DoRA, rank 8"]
+    assert contrasts((8,), found) == [(Variant("dora", 8), Variant("lora", 8))]

@@ -1,0 +1,118 @@
+"""`dora-mm convert` and `dora-mm verify` on the embedded SDXL."""
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+
+from dora_mm import DoRASpec, cli, inject, load_adapter, merge, remove, save_adapter
+from dora_mm.core import adapted_layers
+from tests.core import reference
+
+BASE = Path("samples/tiny-sdxl")
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return UNet2DConditionModel.from_pretrained(BASE / "unet")
+
+
+@pytest.fixture(scope="module")
+def adapter(unet, tmp_path_factory):
+    """The file of a trained adapter with attention, feed-forward layers and convolutions."""
+    inject(unet, "sdxl-unet", DoRASpec(rank=2, alpha=3.0), parts=("attn", "cross", "ff", "conv"))
+    for seed, layer in enumerate(adapted_layers(unet).values()):
+        reference.randomize(layer, seed=seed)
+    return save_adapter({"unet": unet}, tmp_path_factory.mktemp("run") / "adapter")
+
+
+def run(capsys, *arguments):
+    code = cli.main([*map(str, arguments)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def merged_unet(path):
+    model = UNet2DConditionModel.from_pretrained(BASE / "unet")
+    load_adapter({"unet": model}, path)
+    merge(model, keep_base=False)
+    remove(model)
+    return model
+
+
+def check_same(one, two, tolerance):
+    for (name, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert (first - second).norm() <= tolerance * first.norm(), name
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfy-2025", "comfy-15458", "onetrainer", "diffusers"])
+def test_there_and_back(to, unet, adapter, tmp_path, capsys):
+    """Out in the form of another tool, back as diffusers', loaded, merged: the weights are those of the original."""
+    out = tmp_path / "out.safetensors"
+    code, output, errors = run(capsys, "convert", adapter.parent, out, "--to", to, "--base", BASE)
+    assert (code, errors) == (0, "")
+    number = len(adapted_layers(unet))
+    assert f"written  {out}, {number} modules" in output
+    assert "strength 0.5" in output or to == "onetrainer"
+    assert run(capsys, "convert", out, tmp_path / "back", "--to", "diffusers", "--base", BASE)[0] == 0
+    check_same(merged_unet(adapter), merged_unet(tmp_path / "back"), 1e-6)
+
+
+def test_merged_is_the_merged_model(adapter, tmp_path, capsys):
+    out = tmp_path / "merged"
+    code, output, _ = run(capsys, "convert", adapter, out, "--to", "merged", "--base", BASE)
+    assert code == 0
+    assert f"written  {out}" in output
+    found = UNet2DConditionModel.from_pretrained(out / "unet")
+    check_same(merged_unet(adapter), found, 3e-4)  # its files hold fp16
+    assert (out / "model_index.json").is_file()
+
+
+def test_the_pair_says_how_to_use_it(adapter, tmp_path, capsys):
+    code, output, _ = run(capsys, "convert", adapter, tmp_path / "new.safetensors", "--to", "comfy", "--base", BASE)
+    assert code == 0
+    assert "new-1.safetensors first and new-2.safetensors after it, with the same strength" in output
+    with safe_open(tmp_path / "new-2.safetensors", "pt") as file:
+        assert not any(key.endswith("dora_scale") for key in file.keys())  # noqa: SIM118
+
+
+def test_verify_shows_every_tool(adapter, tmp_path, capsys):
+    run(capsys, "convert", adapter, tmp_path / "a.safetensors", "--to", "kohya", "--base", BASE)
+    code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--base", BASE)
+    assert code == 0
+    found = {line.split()[0]: line for line in output.splitlines()[2:]}
+    assert " right " in found["lycoris"]
+    assert " right " in found["sdnext"]
+    assert "divides by the norm of W0" in found["comfy-2025"]
+    assert "wrong axis" in found["a1111"]
+    assert "loses the magnitude" in found["diffusers"]
+    assert "ignored" in found["peft"]
+    code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--tool", "a1111", "--base", BASE, "--json")
+    (verdict,) = json.loads(output)
+    assert code == 0
+    assert verdict["findings"] == {"wrong axis": len(verdict["layers"])}
+    code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--tool", "a1111", "--base", BASE)
+    assert (code, "lora_unet_" in output, " more " in output) == (0, True, True)
+
+
+MISTAKES = [
+    (("convert", "{a}", "{out}", "--to", "comfyui"), "there is no target 'comfyui'"),
+    (("convert", "{a}", "{out}", "--to", "diff"), "target diff needs the base model"),
+    (("convert", "missing.safetensors", "{out}", "--to", "kohya"), "missing.safetensors"),
+    (("convert", "{a}", "{out}", "--to", "peft", "--base", "nowhere"), "nowhere"),
+    (("verify", "{a}", "--tool", "comfyui", "--base", "samples/tiny-sdxl"), "there is no tool 'comfyui'"),
+    (("verify", "{a}", "--base", "samples/tiny-vlm"), "{a}"),
+    (("verify", "samples/SOURCES.md", "--base", "samples/tiny-sdxl"), "SOURCES.md"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(m[0][:4])[:40] for m in MISTAKES])
+def test_mistakes(arguments, message, adapter, tmp_path, capsys):
+    places = {"a": adapter, "out": tmp_path / "out"}
+    code, output, errors = run(capsys, *(argument.format(**places) for argument in arguments))
+    assert (code, output) == (2, "")
+    assert message.format(**places) in errors
+    assert len(errors.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
