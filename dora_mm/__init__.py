@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         unmerge,
     )
     from dora_mm.formats.convert import convert
+    from dora_mm.formats.extract import extract
     from dora_mm.formats.verify import verify
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "TargetMap",
     "adapter_parameters",
     "convert",
+    "extract",
     "fixed_parameters",
     "inject",
     "load_adapter",
@@ -43,7 +45,7 @@ __all__ = [
     "unmerge",
     "verify",
 ]
-_FROM_FORMATS = {"convert": "dora_mm.formats.convert", "verify": "dora_mm.formats.verify"}
+_FROM_FORMATS = {name: f"dora_mm.formats.{name}" for name in ("convert", "extract", "verify")}
 _FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter"} - _FROM_FORMATS.keys()
 
 
@@ -151,7 +153,7 @@ def load_adapter(
     model: nn.Module | Mapping[str, nn.Module],
     path: str | Path,
     *,
-    strength: float = 1.0,
+    strength: float | Mapping[str, float] = 1.0,
     name: str = "default",
     backend: str = "auto",
 ) -> InjectReport:
@@ -166,7 +168,10 @@ def load_adapter(
         model: The model, or a mapping of components such as {"unet": ..., "text_encoder": ...}. A single model takes
             the component that its class tells, or else the only one in the file.
         path: The adapter file, or the folder that holds it. The format is detected.
-        strength: The strength of the loaded adapter: 0 is the base model, 1 the adapter as it was saved.
+        strength: The strength of the loaded adapter: 0 is the base model, 1 the adapter as it was saved. Or numbers by
+            part and block, such as {"unet.down": 0.5, "text_encoder": 0}: the first pieces of the modules' names, of
+            which the longest counts; the other modules get 1. `down`, `mid` and `up` stand for `down_blocks`,
+            `mid_block` and `up_blocks`. With a single model the component may be left out.
         name: The name of the adapter, by which `set_strength` selects it.
         backend: "auto", "torch" or "triton": which implementation the adapted layers run.
 

@@ -164,6 +164,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--axis", choices=("out", "in"), help=AXIS)
     command.add_argument("--json", action="store_true", help="print JSON, with every module")
     command.set_defaults(run=_run_verify)
+    command = commands.add_parser("extract", help="make an adapter from a model and its base model")
+    for name, what in (("tuned", "the fine-tuned model"), ("base", "the model that it was fine-tuned from")):
+        command.add_argument(
+            name, metavar=name.upper(), help=f"{what}: a folder, a single-file checkpoint or a hub name"
+        )
+    command.add_argument("out", metavar="OUT", help="a new file that ends in .safetensors, or a new folder")
+    command.add_argument("--rank", metavar="R", type=_positive, required=True, help="of the adapter")
+    command.add_argument("--to", metavar="TARGET", help="as in convert; default: diffusers, or peft for a single model")
+    command.set_defaults(run=_run_extract)
     command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
     _add_model(command)
     command.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
@@ -325,6 +334,13 @@ def _run_convert(arguments: argparse.Namespace) -> None:
     names = ("base", "axis", "strength", "rank", "energy", "dtype", "allow_lossy")
     settings = {name: getattr(arguments, name) for name in names}
     PIPELINES.load("convert").main(arguments.source, arguments.out, arguments.to, **settings)
+
+
+def _run_extract(arguments: argparse.Namespace) -> None:
+    from dora_mm.recipes import PIPELINES
+
+    settings = {"rank": arguments.rank, "to": arguments.to}
+    PIPELINES.load("extract").main(arguments.tuned, arguments.base, arguments.out, **settings)
 
 
 def _run_verify(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from dora_mm.sampling.axes import cells_of, with_base_model
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.sheets import save_grid
+from dora_mm.sampling.strengths import as_strength, scaled, strength_text
 from dora_mm.train.checkpoint import checkpoints, step_of
 from dora_mm.train.run import RunDirectory, existing_run, picture_run
 
@@ -48,7 +49,7 @@ def main(config: GridSDXLConfig, *, resume: Path | None = None) -> None:
 
 def template(config: GridSDXLConfig) -> Picture:
     """The settings that no axis changes."""
-    adapters = ((config.adapter.path, config.adapter.strength),) if config.adapter else ()
+    adapters = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
     settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
     return Picture(row=0, prompt=config.prompt or "", seed=config.seed, adapters=adapters, strength=1.0, **settings)
 
@@ -68,5 +69,6 @@ def checkpoint_folders(config: GridSDXLConfig) -> dict[str, str]:
     if not found or not (run / "config.yaml").is_file():
         raise ValueError(f"adapter.path: {run} is not a run directory with checkpoints")
     trained = load_config(run / "config.yaml")
-    strength = config.adapter.strength * getattr(getattr(trained, "adapter", None), "strength", 1.0)
-    return {str(step_of(folder)): f"{folder}:{strength:.12g}" for folder in found}
+    saved = getattr(getattr(trained, "adapter", None), "strength", 1.0)
+    strength = scaled(as_strength(config.adapter.strength), saved)
+    return {str(step_of(folder)): f"{folder}:{strength_text(strength)}" for folder in found}

@@ -12,6 +12,7 @@ from dora_mm.core.targets import parts_in
 from dora_mm.formats.inspection import inspect_file
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
+from dora_mm.sampling.strengths import strength_text
 from dora_mm.targets import find, map_of
 from dora_mm.utils.tables import aligned_columns
 
@@ -65,7 +66,7 @@ def describe_picture(file: Path) -> str:
     prompt, negative_prompt, seed = description.batch[description.position]
     model = {f"model {name}": value for name, value in vars(description.model).items() if value is not None}
     adapters = {
-        f"adapter {number}": f"{adapter.path} at strength {adapter.strength:g}, SHA-256 {adapter.digest}"
+        f"adapter {number}": f"{adapter.path} at strength {strength_text(adapter.strength)}, SHA-256 {adapter.digest}"
         for number, adapter in enumerate(description.adapters, 1)
     }
     first = {"prompt": prompt, "negative prompt": negative_prompt, "seed": seed}

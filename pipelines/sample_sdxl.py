@@ -7,6 +7,7 @@ from dora_mm.config import yaml12
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.sdxl import SampleSDXLConfig
 from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
+from dora_mm.sampling.strengths import as_strength
 
 log = logging.getLogger(__name__)
 STRENGTHS = (
@@ -80,7 +81,7 @@ def read_rows(config: SampleSDXLConfig) -> list[Row]:
 
 def template(config: SampleSDXLConfig) -> Picture:
     """The settings of rows that leave them out."""
-    adapters: Weights = ((config.adapter.path, config.adapter.strength),) if config.adapter else ()
+    adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
     settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
     return Picture(row=0, prompt="", seed=0, adapters=adapters, strength=1.0, **settings)
 

@@ -121,7 +121,8 @@ class SampleConfig(SheetConfig):
 
 class AdapterFile(Section):
     path: InputPath  # the adapter file or its folder
-    strength: float = 1.0  # scales the update: 0 is the base model, 1 the trained model
+    # Scales the update: 0 is the base model, 1 the trained one. Or by part and block: {unet.down: 0.5, text_encoder: 0}
+    strength: float | dict[str, float] = 1.0
 
 
 class MemoryConfig(Section):

@@ -70,6 +70,8 @@ def read(text: str) -> Document:
         document = Document(loader.construct_document(node), {}, [])
         _collect(node, (), document.lines, document.duplicates)
         return document
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
     finally:
         loader.dispose()
 

@@ -26,7 +26,8 @@ from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.layer import adapt_layer, restore_layer
 from dora_mm.core.quantized import is_quantized, why_not_quantized
 from dora_mm.core.sharded import check_not_sharded, reshard
-from dora_mm.core.spec import DoRASpec, finite_number
+from dora_mm.core.spec import DoRASpec
+from dora_mm.core.strength import Strength, strengths_of
 from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
 
 
@@ -276,29 +277,32 @@ def remove(model: nn.Module) -> None:
     set_fast_paths(model)
 
 
-def set_strength(model: nn.Module, strength: float, *, name: str | None = None) -> None:
+def set_strength(model: nn.Module, strength: Strength, *, name: str | None = None) -> None:
     """Sets the strength t of the adapters: the weight of a layer is then W0 + t (W' - W0).
 
     Args:
         model: The adapted model.
-        strength: t, any finite number: 0 is exactly the base model, 1 the trained one.
+        strength: t, any finite number: 0 is exactly the base model, 1 the trained one. Or numbers by the first pieces
+            of the modules' paths, such as {"down": 0.5, "up.1": 0}; modules that none of them names get 1. See
+            `core.strength.strengths_of`.
         name: The adapter whose strength is set, where several are loaded (see `dora_mm.load_adapter`); None sets the
             strength of all.
 
     Raises:
-        ValueError: The strength is not a finite number; or the model has no adapted layer or no adapter of that name,
-            is merged, or was trained with method `full`, which has no strength. It is then unchanged.
+        ValueError: The strength is not a finite number, or names a part without adapted modules; or the model has no
+            adapted layer or no adapter of that name, is merged, or was trained with method `full`, which has no
+            strength. It is then unchanged.
     """
-    finite_number("strength", strength)
-    layers = adapted_layers(model).values()
+    by_path = adapted_layers(model)
+    strengths, layers = strengths_of(strength, by_path), by_path.values()
     names = {n for layer in layers for n in (layer.adaptation.name, *layer.adaptation.stacked)}
     if name is not None and name not in names:
         raise ValueError(f"the model has no adapter {name!r}, only {', '.join(sorted(names))}")
     for layer in layers:
         layer.check_has_strength()
         layer.check_not_merged()
-    for layer in layers:
-        layer.set_strength(strength, name)
+    for path, layer in by_path.items():
+        layer.set_strength(strengths[path], name)
 
 
 @dataclass(frozen=True)

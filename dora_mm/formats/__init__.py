@@ -14,11 +14,13 @@ from torch import distributed, nn
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.core.sharded import is_sharded
+from dora_mm.core.strength import Strength
 from dora_mm.formats import card, diffusers, native, peft
 from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.components import components_to_load, components_to_save
-from dora_mm.formats.reading import PICKLES, SAVE_AGAIN
-from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, read_keys
+from dora_mm.formats.reading import SAVE_AGAIN
+from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, joined, read_keys
+from dora_mm.formats.tensor_file import PICKLES
 
 
 class Format(Protocol):
@@ -189,7 +191,7 @@ def load(
     model: nn.Module | Mapping[str, nn.Module],
     path: Path,
     *,
-    strength: float = 1.0,
+    strength: Strength = 1.0,
     name: str = "default",
     forward: Forward = TORCH,
 ) -> InjectReport:
@@ -200,7 +202,8 @@ def load(
     Args:
         model: The model, or several by component, such as {"unet": ...}; they are adapted where they are not yet.
         path: The adapter file, or a folder that contains exactly one.
-        strength: The strength of the adapters.
+        strength: The strength of the adapters, or of their parts: see `core.strength.strengths_of`. The names of parts
+            begin with the component; with a single model they need not.
         name: The name of the adapter; another name than that of a loaded adapter stacks this one on top of it.
         forward: The function that runs the adapted layers.
 
@@ -213,7 +216,13 @@ def load(
     file = find_file(path)
     components = components_to_load(model, file, peft.PREFIX.partition(".")[0])
     state, _ = read(file, components)
+    if isinstance(strength, Mapping) and not isinstance(model, Mapping):
+        strength = {_with_component(name, next(iter(components))): value for name, value in strength.items()}
     return into_models(state, components, file, strength=strength, name=name, forward=forward)
+
+
+def _with_component(name: str, component: str) -> str:
+    return name if name.split(".")[0] == component else joined(component, name)
 
 
 def find_file(path: Path) -> Path:

@@ -95,8 +95,7 @@ class BaseWeights(Mapping[Name, Tensor]):
     def find(self, name: Name) -> Name:
         """The name under which these weights have a module.
 
-        The component `model` stands for the only component; the first part of the path, such as `model.`, may be
-        missing on either side, where only one module fits.
+        See `names.resolve`: the parts of a path that wrap a network may differ, and component `model` stands for any.
 
         Raises:
             ValueError: There is no such module, or there are several; the message has the nearest names.

@@ -19,6 +19,7 @@ NETWORKS = ("unet", "transformer")
 TEXT_PREFIX = "text_model."
 _MAX_BLOCKS = 100  # numbers that `#` stands for in a layout
 _CLIP = re.compile(r"(embeddings|encoder\.layers|final_layer_norm)(\.|$)")  # where `text_model.` may be missing
+_WRAPPERS = ("model", "language_model", "text_model", "transformer")  # parts of a path that only wrap a network
 
 
 class Name(NamedTuple):
@@ -89,6 +90,7 @@ _UNDERSCORED = {  # the components that a prefix may stand for
     "lora_te_": ("text_encoder",),
     "lora_te1_": ("text_encoder",),
     "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),  # T5 of SD3 and of Flux.1, which only a base model names
     "lycoris_": (*NETWORKS, "model"),
 }
 _DOTTED = {  # the first that fits
@@ -201,7 +203,7 @@ class Names:
     def _layouts(self, component: str) -> list[str]:
         """The architectures whose tables may hold the names of a component, the likeliest first."""
         if component in NETWORKS and (self._known or self._architecture):
-            mine = self._architecture  # None: a base model without a table, whose names are the same everywhere
+            mine = self._architecture  # None: a base model without a table, of which only its own names are read
             return [mine] if mine and LAYOUTS[mine][0] == component else []
         return _layouts_of(component)
 
@@ -251,8 +253,9 @@ def canonical(component: str, path: str) -> Name:
 def resolve(name: Name, known: Mapping[Name, object], key: str = "") -> Name:
     """The name under which a model has a module.
 
-    The component `model` stands for the only component; the first part of the path, such as `model.`, may be missing
-    on either side, where only one module fits.
+    The component `model` stands for any. What wraps a network, as in `model.language_model.layers`, may be missing on
+    either side or be in another order, since checkpoints of transformers do not name all modules as the models do; so
+    may the first part of the path. Only one module may fit.
 
     Args:
         name: The name to find.
@@ -266,21 +269,20 @@ def resolve(name: Name, known: Mapping[Name, object], key: str = "") -> Name:
         return name
     components = {n.component for n in known} if name.component == "model" else {name.component}
     fits = [exact for component in components if (exact := canonical(component, name.path)) in known]
-    if not fits:
-        shorter = name.path.partition(".")[2]
-        fits = [
-            n
-            for n in known
-            if n.component in components
-            and shorter
-            and name.path != n.path
-            and (n.path == shorter or n.path.partition(".")[2] == name.path)
-        ]
+    if not fits and name.path:
+        bare, shorter = _without_wrappers(name.path), name.path.partition(".")[2]
+        paths = {n: n.path for n in known if n.component in components}
+        fits = [n for n, path in paths.items() if _without_wrappers(path) == bare]
+        fits = fits or [n for n, path in paths.items() if shorter == path or path.partition(".")[2] == name.path]
     if len(fits) > 1:
         raise ValueError(f"{key or name} may stand for {' or '.join(map(str, fits))}")
     if not fits:
         raise unknown(key or str(name), name.path, known)
     return fits[0]
+
+
+def _without_wrappers(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def unknown(key: str, path: str, names: Iterable[Name]) -> ValueError:
@@ -334,7 +336,7 @@ def own_target(layout: str, path: str) -> Target | None:
 def _own(name: Name, layout: str | None) -> tuple[str, Target]:
     """The own path that holds a module, and all that it holds."""
     if layout is None or LAYOUTS[layout][0] != name.component:
-        raise ValueError(f"the names do not tell the architecture of {name}: name the base model")
+        raise ValueError(f"the own name of {name} is unknown, or differs between architectures: name the base model")
     path = _owners(layout).get(name)
     if path is None:
         raise unknown(str(name), name.path, _owners(layout))

@@ -10,9 +10,9 @@ from typing import Any
 
 import safetensors
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from dora_mm.formats.tensor_file import MAX_HEADER, PICKLES
+
 _PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how files of torch.save begin
-MOST_HEADER_BYTES = 32 * 2**20  # 100,000 adapted modules need a third; 60 MB take 5 s to parse
 MOST_DIMENSIONS = 8
 SAVE_AGAIN = "save it as safetensors in the tool that made it"
 
@@ -47,7 +47,7 @@ def check_start(path: Path) -> None:
     with path.open("rb") as file:
         start = file.read(8)
     size = int.from_bytes(start, "little")
-    if size <= MOST_HEADER_BYTES:
+    if size <= MAX_HEADER:
         return
     if start.startswith(_PICKLED) or path.suffix in PICKLES:
         raise ValueError(f"{path} is a pickle, which can run any code when it is opened: {SAVE_AGAIN}")

@@ -18,6 +18,7 @@ from dora_mm.core.layer import TransposedLayer, adapted_class
 from dora_mm.core.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.sharded import reshard, whole, write
 from dora_mm.core.spec import DoRASpec
+from dora_mm.core.strength import Strength, strengths_of
 from dora_mm.formats.checks import first_not_finite, why_no_parameter, why_unusable
 from dora_mm.formats.reading import opened, parse_json
 
@@ -190,7 +191,7 @@ def into_models(
     components: Mapping[str, nn.Module],
     source: Path,
     *,
-    strength: float = 1.0,
+    strength: Strength = 1.0,
     name: str = "default",
     forward: Forward = TORCH,
 ) -> InjectReport:
@@ -204,7 +205,7 @@ def into_models(
         state: The adapters.
         components: The models by component.
         source: The file that the state comes from, for messages.
-        strength: The strength of the adapters.
+        strength: The strength of the adapters; names of parts begin with the component.
         name: The name of the adapter.
         forward: The function that runs newly adapted layers.
 
@@ -219,8 +220,9 @@ def into_models(
         raise ValueError(
             f"{source} also adapts {', '.join(surplus)}, but it is being loaded into {', '.join(components)} only"
         )
+    strengths = strengths_of(strength, [joined(c, path) for c, layers in state.layers.items() for path in layers])
     for component, layers in state.layers.items():
-        _check_component(layers, component, components[component], source, strength, name)
+        _check_component(layers, component, components[component], source, strengths, name)
     for component, parameters in state.parameters.items():
         _check_parameters(parameters, components[component], source, strength, name)
     check_finite(state, source)
@@ -239,9 +241,9 @@ def into_models(
             if path not in layers:
                 continue
             if layer.adaptation.name == name:
-                _fill(layer, layers[path], strength)
+                _fill(layer, layers[path], strengths[joined(component, path)])
             else:
-                layer.stack(name, layers[path].spec, layers[path].tensors, strength)
+                layer.stack(name, layers[path].spec, layers[path].tensors, strengths[joined(component, path)])
             modules.append(describe(layer, component))
     return InjectReport(tuple(modules))
 
@@ -267,7 +269,12 @@ def layers_of(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def _check_component(
-    layers: Mapping[str, LayerState], component: str, model: nn.Module, source: Path, strength: float, name: str
+    layers: Mapping[str, LayerState],
+    component: str,
+    model: nn.Module,
+    source: Path,
+    strengths: Mapping[str, float],
+    name: str,
 ) -> None:
     modules = with_projections(dict(model.named_modules()))
     for path, state in layers.items():
@@ -282,7 +289,7 @@ def _check_component(
             )
         if problem := _misfit(state, modules[path]):
             raise ValueError(f"{source} does not fit this model: at {joined(component, path)}, {problem}")
-        if state.spec.method == "full" and strength != 1:
+        if state.spec.method == "full" and strengths[joined(component, path)] != 1:
             raise ValueError(f"{source} holds weights of method full, which have no strength: load it with strength 1")
     present = layers_of(model)
     same = {path: layer for path, layer in present.items() if layer.adaptation.name == name}
@@ -295,7 +302,7 @@ def _check_component(
 
 
 def _check_parameters(
-    parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: float, name: str
+    parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: Strength, name: str
 ) -> None:
     own = _own_tensors(model)
     others = sorted({layer.adaptation.name for layer in layers_of(model).values()} - {name})

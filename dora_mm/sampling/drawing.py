@@ -21,6 +21,7 @@ from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file
 from dora_mm.sampling.manifest import MANIFEST, Entry, read_manifest, write_manifest
 from dora_mm.sampling.pictures import PictureSampler, Progress, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
+from dora_mm.sampling.strengths import Strength
 from dora_mm.utils.atomic import remove_partial_files
 from dora_mm.utils.digest import file_digest
 
@@ -29,7 +30,7 @@ SAMPLES = "samples"
 SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
-LoadAdapter = Callable[[str, float, str], object]  # loads the adapter of a path, at a strength, under a name
+LoadAdapter = Callable[[str, Strength, str], object]  # loads the adapter of a path, at a strength, under a name
 
 
 @dataclass

@@ -17,13 +17,14 @@ from dora_mm.config.loader import find_path
 from dora_mm.config.report import nearest
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
 from dora_mm.config.sdxl import PixelSize, SchedulerName
+from dora_mm.sampling.strengths import Strength, is_zero, parse_strength, scaled, strength_text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 DELIMITERS = ",;\t|"
 NO_ADAPTER = "none"
 MOST_SEEDS = 10_000  # of a range: a typing error should not fill the disk
 
-Weights = tuple[tuple[str, float], ...]  # adapters by path, each with its strength
+Weights = tuple[tuple[str, Strength], ...]  # adapters by path, each with its strength
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Picture:
     @property
     def weights(self) -> Weights:
         """The adapters at their final strengths; empty for the base model."""
-        scaled = ((path, strength * self.strength) for path, strength in self.adapters)
-        return tuple((path, strength) for path, strength in scaled if strength)
+        final = ((path, scaled(strength, self.strength)) for path, strength in self.adapters)
+        return tuple((path, strength) for path, strength in final if not is_zero(strength))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -94,9 +95,9 @@ def parse_seeds(value: Any) -> Any:
 
 
 def parse_adapters(value: Any) -> Any:
-    """Converts `path`, `path:0.7` and `a:0.7+b:0.3` to adapters with their strengths; `none` is no adapter.
+    """Converts `path`, `path:0.7` and `a:0.7+b:unet.down=0.5,text_encoder=0` to adapters with their strengths.
 
-    A path that exists is taken as it is, whatever characters it has.
+    `none` is no adapter.     A path that exists is taken as it is, whatever characters it has.
     """
     if not isinstance(value, str):
         return value
@@ -107,16 +108,17 @@ def parse_adapters(value: Any) -> Any:
     return tuple(_with_strength(part.strip()) for part in parts)
 
 
-def _with_strength(text: str) -> tuple[str, float]:
-    path, colon, strength = text.rpartition(":")
-    if colon and find_path(text) is None and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", strength, re.I):
-        return path, float(strength)
-    return text, 1.0
+def _with_strength(text: str) -> tuple[str, Strength]:
+    path, colon, end = text.rpartition(":")
+    strength = parse_strength(end) if colon and find_path(text) is None else None
+    return (text, 1.0) if strength is None else (path, strength)
 
 
 def adapters_text(adapters: Weights) -> str | None:
     """The adapters as `parse_adapters` reads them; None where there are none."""
-    return "+".join(path if strength == 1 else f"{path}:{strength:.12g}" for path, strength in adapters) or None
+    return (
+        "+".join(path if strength == 1 else f"{path}:{strength_text(strength)}" for path, strength in adapters) or None
+    )
 
 
 class Row(Section):
@@ -132,7 +134,7 @@ class Row(Section):
     width: PixelSize | None = None
     height: PixelSize | None = None
     scheduler: SchedulerName | None = None
-    adapter: Annotated[tuple[tuple[Text, float], ...], BeforeValidator(parse_adapters)] | None = None
+    adapter: Annotated[tuple[tuple[Text, Strength], ...], BeforeValidator(parse_adapters)] | None = None
     strength: float | None = None
 
 

@@ -22,6 +22,7 @@ from dora_mm.sampling.drawing import Job, check_what_is_there, draw, plan, remov
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.png import BaseModel, adapter_hashes
+from dora_mm.sampling.strengths import Strength, to_load
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import file_digest, module_digest
 
@@ -55,7 +56,7 @@ class LoadedModel:
         """The side of the model's own pictures, in pixels."""
         return self.model.resolution
 
-    def load_adapter(self, path: str, strength: float, name: str) -> None:
+    def load_adapter(self, path: str, strength: Strength, name: str) -> None:
         """Loads an adapter into the model.
 
         Raises:
@@ -63,7 +64,8 @@ class LoadedModel:
         """
         networks = self.model.adaptable
         try:
-            formats.load(networks, self.adapters[path], strength=strength, name=name, forward=self.forward)
+            chosen: Any = to_load(strength)
+            formats.load(networks, self.adapters[path], strength=chosen, name=name, forward=self.forward)
         except ValueError as error:
             trained_on = read_metadata(self.adapters[path]).get("base_model")
             if trained_on in (None, self.base.path):
@@ -71,7 +73,7 @@ class LoadedModel:
             raise ValueError(f"{path} was trained on {trained_on}, not on {self.base.path}: {error}") from error
 
     def check_adapters(self, pictures: Sequence[Picture]) -> None:
-        """Loads every adapter once.
+        """Loads every adapter once, or with each of its strengths by part.
 
         Raises:
             ValueError: An adapter does not fit the model; or it replaces weights of the base, and a job has pictures
@@ -80,10 +82,12 @@ class LoadedModel:
         combinations = {picture.weights for picture in pictures}
         for path in self.adapters:
             if not replaces_weights(self.adapters[path]):
-                try:
-                    self.load_adapter(path, 1.0, "checked")
-                finally:
-                    remove_adapters(self.model.adaptable.values())
+                used = {strength for weights in combinations for name, strength in weights if name == path}
+                for strength in [s for s in used if isinstance(s, tuple)] or [1.0]:  # those by part can be wrong
+                    try:
+                        self.load_adapter(path, strength, "checked")
+                    finally:
+                        remove_adapters(self.model.adaptable.values())
             elif combinations != {((path, 1.0),)}:
                 raise ValueError(
                     f"{path} holds weights that replace those of the base (method full, biases or norms): it cannot be "

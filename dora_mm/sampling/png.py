@@ -15,6 +15,7 @@ from typing import Any
 import PIL
 from PIL import Image, PngImagePlugin
 
+from dora_mm.sampling.strengths import Strength, strength_text
 from dora_mm.utils.atomic import write_atomically
 
 JSON_CHUNK, A1111_CHUNK = "dora_mm", "parameters"
@@ -48,13 +49,13 @@ class UsedAdapter:
 
     Attributes:
         path: Its file or folder, as it was given.
-        strength: Its strength.
+        strength: Its strength, or those of its parts.
         digest: SHA-256 of the file, in hex.
         hash: The hash by which Civitai finds it (AutoV3): the first digits of SHA-256 of the file without its header.
     """
 
     path: str
-    strength: float
+    strength: Strength
     digest: str
     hash: str
 
@@ -129,12 +130,18 @@ def read_description(path: Path) -> Description:
             **{
                 **values,
                 "model": BaseModel(**values["model"]),
-                "adapters": tuple(UsedAdapter(**adapter) for adapter in values["adapters"]),
+                "adapters": tuple(_used(adapter) for adapter in values["adapters"]),
                 "batch": tuple((prompt, negative, seed) for prompt, negative, seed in values["batch"]),
             }
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the text chunk {JSON_CHUNK} of {path} cannot be read ({error})") from None
+
+
+def _used(values: Mapping[str, Any]) -> UsedAdapter:
+    strength = values["strength"]
+    by_part = tuple((name, value) for name, value in strength) if isinstance(strength, list) else strength
+    return UsedAdapter(**{**values, "strength": by_part})
 
 
 # --- as A1111 and Civitai read it ------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ def parameters_text(description: Description, scheduler: str) -> str:
     if description.adapters:
         named = [(_name(adapter.path), adapter) for adapter in description.adapters]
         entries["Lora hashes"] = ", ".join(f"{name}: {adapter.hash}" for name, adapter in named)
-        entries["Lora strengths"] = ", ".join(f"{name}: {adapter.strength:g}" for name, adapter in named)
+        entries["Lora strengths"] = ", ".join(f"{name}: {strength_text(adapter.strength)}" for name, adapter in named)
     entries["Version"] = f"dora_mm {description.software.get('dora_mm')}"
     lines = [prompt, f"Negative prompt: {negative_prompt}"] if negative_prompt else [prompt]
     return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in entries.items())])

@@ -311,3 +311,10 @@ def test_shipped_configs_load_and_start_with_their_command(path):
     start = f"# dora-mm {config.command} {'jobs.csv --config ' if 'jobs.csv' in path.read_text()[:40] else ''}"
     assert path.read_text().startswith(f"{start}configs/{path.parent.name}/{path.name}")
     assert config.pipeline in SCHEMAS
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "{a: " * 3000 + "}" * 3000])
+def test_a_config_that_is_nested_too_deeply(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        load_config(tmp_path / "c.yaml")

@@ -83,6 +83,8 @@ def test_strengths_that_are_not_finite(strength):
         ("rank", "8"),
         ("rank", math.nan),
         ("alpha", "8"),
+        ("alpha", 0),
+        ("alpha", -2.0),
         ("alpha", math.nan),
         ("alpha", math.inf),
         ("dropout", "0.1"),

@@ -94,6 +94,9 @@ def test_text_encoders():
         assert names.read(f"{component}.encoder.layers.11.self_attn.q_proj").names == (name,)
         assert names.read(f"clip_{'lg'[number - 1]}.{path}").names == (name,)  # OneTrainer
     assert names.read("lora_te_text_model_encoder_layers_0_mlp_fc1").names[0].component == "text_encoder"
+    t5 = Name("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q")
+    for prefix in ("lora_te2_", "lora_te3_"):
+        assert Names([t5]).read(f"{prefix}encoder_block_0_layer_0_SelfAttention_q").names == (t5,)
     assert canonical("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q").path.startswith("encoder")  # T5
 
 
@@ -226,7 +229,7 @@ def test_an_unknown_transformer_keeps_its_names():
         "transformer.blocks.1.attn1.to_out.0",
     ):
         assert names.read(key).names == (known[3],)
-    with pytest.raises(ValueError, match="do not tell the architecture of transformer.blocks.0.attn1.to_q: name the"):
+    with pytest.raises(ValueError, match="own name of transformer.blocks.0.attn1.to_q is unknown, or differs between"):
         Names().write(known, "kohya")
 
 

@@ -448,3 +448,33 @@ def test_mistakes_in_a_job_file_are_found_before_torch_is_imported(tmp_path, con
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.stdout.split() == ["2", "False"], found.stderr
+
+
+def test_strengths_by_part(job, style, tiny_folder, capsys):
+    """In a row and in the config; the base bit for bit at 0, and the pictures can be drawn again."""
+    row = {"prompt": "a bus", "steps": 2}
+    places = "unet.down=0,unet.up=0.5,unet.mid=1"
+    run = job(
+        {**row, "adapter": "none"},
+        {**row, "adapter": f"{style}:=0"},
+        {**row, "adapter": f"{style}:{places}+{style / 'adapter'}:unet=0.25"},
+        {**row},
+        model__path=str(tiny_folder),
+        adapter={"path": str(style), "strength": {"unet.down": 0, "unet.up": 0.5}},
+    )
+    files = [run / entry.file for entry in read_manifest(run)]
+    assert np.array_equal(pixels(files[0]), pixels(files[1]))
+    assert len({pixels(file).tobytes() for file in files}) == 3
+    assert read_manifest(run)[2].settings["adapter"].startswith(f"{style}:{places}+")
+    (used,) = read_description(files[3]).adapters
+    assert used.strength == (("", 1.0), ("unet.down", 0.0), ("unet.up", 0.5))
+    assert "=1,unet.down=0,unet.up=0.5" in Image.open(files[3]).text["parameters"]
+    assert main(["inspect", str(files[3])]) == 0
+    assert main(["sample", "--replay", str(files[2]), "--set", f"output={run}-again"]) == 0
+    assert f"the same pixels as {files[2]}" in capsys.readouterr().out
+
+
+def test_a_strength_of_a_part_that_the_adapter_does_not_have(job, style, tiny_folder, tmp_path, capsys):
+    job({"prompt": "a", "adapter": f"{style}:unet.dwn=0.5"}, model__path=str(tiny_folder), code=2)
+    assert "no adapted module is in 'unet.dwn', the nearest names are unet.down_blocks" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -128,6 +129,11 @@ def test_a_run_directory_is_complete(config, tmp_path, capsys):
     assert Image.open(run / "sheet.png").width > 150  # the picture, and the labels at its left
     assert (run / "samples" / "step-000002.png").is_file()
     assert str(run / "sheet.png") in capsys.readouterr().out
+    card = ModelCard.load(run / "adapter" / "README.md")
+    (shown,) = card.data.widget
+    assert shown["text"] == PROMPT
+    assert Image.open(run / "adapter" / shown["output"]["url"]).size == (64, 64)
+    assert "pipeline: train_sdxl" in card.text
 
 
 def test_adapters_stay_float32_over_a_bf16_model(config, tmp_path):

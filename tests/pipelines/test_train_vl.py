@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from dora_mm import load_adapter
@@ -96,6 +97,9 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_f
     assert summary["peak_memory_mb"] > 100
     assert [row["step"] for row in read_metrics(run / "validation" / "metrics.jsonl")] == [3, 6]
     assert (run / "best" / "overall" / "adapter_model.safetensors").is_file()
+    results = ModelCard.load(run / "adapter" / "README.md").data.eval_results
+    assert {result.dataset_name for result in results} == {"vqa", "caption"}
+    assert results[0].metric_value == pytest.approx(summary["vqa"], abs=0.01)
 
     trained = load_file(run / "checkpoints" / "step-000006" / "trained_weights.safetensors")
     model, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(model_folder)), DIM, 0)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_mm.sampling.jobs import Picture, Row, adapters_text, batches, expand, file_names, parse_adapters, read_job
+from dora_mm.sampling.strengths import as_strength
 
 TEMPLATE = Picture(0, "", None, 0, 25, 5.0, None, None, None, (("a.safetensors", 0.8),), 1.0)
 
@@ -173,3 +175,21 @@ def test_batches_hold_every_picture_once_and_share_their_settings(rows, size):
     weights = [pictures[batch[0]].weights for batch in found]
     changes = sum(one != other for one, other in pairwise(weights))
     assert changes == len(set(weights)) - 1
+
+
+NAMES = st.sampled_from(["", "unet", "unet.down", "text_encoder", "unet.up.1"])
+BY_PART = st.dictionaries(NAMES, st.floats(-4, 4).map(lambda value: round(value, 3)), min_size=1)
+
+
+@given(BY_PART)
+def test_strengths_by_part_are_written_as_they_are_read(strength):
+    adapters = (("a/b", as_strength(strength)), ("c", 0.5))
+    assert parse_adapters(adapters_text(adapters)) == adapters
+
+
+def test_the_strength_of_a_picture_multiplies_those_of_parts_and_of_all_else():
+    (picture,) = expand(
+        [Row(prompt="a", adapter=(("x", (("unet.down", 0.5),)),))], TEMPLATE, seeds=(0,), strengths=(0.5,)
+    )
+    assert picture.weights == (("x", (("", 0.5), ("unet.down", 0.25))),)
+    assert replace(picture, strength=0.0).weights == ()

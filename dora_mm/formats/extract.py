@@ -1,0 +1,255 @@
+"""A DoRA from two checkpoints: the adapter that brings a base model closest to a model that was fine-tuned from it."""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_mm import formats
+from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.base_weights import BaseWeights
+from dora_mm.formats.convert import convert
+from dora_mm.formats.exact import new_weight
+from dora_mm.formats.names import Name, Names
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import EXPORTS
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
+
+OVERSAMPLED = 8  # directions beside the R ones, with which the iteration finds those in fewer steps
+FEWEST_STEPS, MOST_STEPS = 2, 200
+ENOUGH = 1e-3  # an iteration ends when a step lowers the error by less than this share of it
+LEAST_GAIN = 1e-2  # B is divided by the gain
+HEADER_BYTES = 4096  # of a module, more than its keys and settings need
+_EMBEDDINGS = re.compile(
+    r"(^|\.)(\w*embed_(tokens|positions)|(token|position)_embedding|shared|wte|wpe|\w+_embeddings)$"
+)
+
+Shown = Callable[[list[Name]], Iterable[Name]]  # shows a bar while the names are walked through
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What `extract` did.
+
+    Attributes:
+        file: The adapter file.
+        errors: By module: ||W_adapter - W'|| / ||W' - W0||.
+        overall: The same over all these modules.
+        num_unchanged: The modules that are the same in both models.
+        left_out: The modules that differ and that an adapter cannot hold: norms and embeddings.
+    """
+
+    file: Path
+    errors: Mapping[Name, float]
+    overall: float
+    num_unchanged: int
+    left_out: tuple[Name, ...]
+
+
+def extract(
+    tuned: str | Path,
+    base: str | Path,
+    target: str | Path,
+    *,
+    rank: int,
+    to: str | None = None,
+    shown: Shown = lambda names: names,
+) -> Extraction:
+    """Writes the DoRA of a rank that comes closest to a fine-tuned model: see `fitted_adapter`.
+
+    Weights are read one at a time. Biases are not looked at.
+
+    Args:
+        tuned: The fine-tuned model: a folder of a pipeline or of one network, a single-file checkpoint, or a hub name.
+        base: The model that it was fine-tuned from, in any of these forms.
+        target: A new file where it ends in `.safetensors`, else a new folder.
+        rank: R; modules with fewer rows or columns get a smaller one.
+        to: A target of `convert`; None: diffusers for the networks of a pipeline, else PEFT.
+        shown: Shows the progress.
+
+    Returns:
+        The file, and how far off the adapter is.
+
+    Raises:
+        ValueError: A model cannot be read, the two have different modules or are the same, the rank is below 1, or
+            the target exists or cannot hold the adapter. Nothing is written then.
+    """
+    if rank < 1:
+        raise ValueError(f"the rank must be at least 1, not {rank}")
+    if to not in (None, *EXPORTS, "comfy"):
+        raise ValueError(f"there is no target {to!r}: use one of {', '.join(EXPORTS)}, comfy")
+    target = Path(target)
+    if target.exists():
+        raise ValueError(f"{target} exists already: name a new file or folder")
+    new, old = BaseWeights.open(tuned), BaseWeights.open(base)
+    check_same_architecture(new, old)
+    changed, left_out = changed_modules(new, old)
+    if not changed:
+        raise ValueError(f"{new.source} and {old.source} have the same weights, so there is nothing to extract")
+    own = "peft" if all(name.component == "model" for name in changed) else "diffusers"
+    about = {"base_model": str(base), "extracted_from": str(tuned)}
+    if to in (None, own):
+        file = target if target.suffix == ".safetensors" else target / EXPORTS[own].file_name
+        errors = _write(file, new, old, shown(changed), own, rank, about)
+        if file.name == formats.FORMATS[own].FILE_NAME:
+            formats.write_card(file.parent)
+    else:
+        with tempfile.TemporaryDirectory(dir=_existing(target), prefix=".extract") as folder:
+            found = Path(folder) / EXPORTS[own].file_name
+            errors = _write(found, new, old, shown(changed), own, rank, about)
+            try:
+                file = convert(found, target, to=to, base=base).files[0]
+            except ValueError as error:  # it names the file, which nobody has seen
+                raise ValueError(str(error).replace(str(found), str(target))) from error
+    overall = math.hypot(*(e * s for e, s in errors.values())) / math.hypot(*(s for _, s in errors.values()))
+    num_unchanged = len(new) - len(changed) - len(left_out)
+    return Extraction(file, {n: e for n, (e, _) in errors.items()}, overall, num_unchanged, tuple(left_out))
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder around a path that exists."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def check_same_architecture(tuned: BaseWeights, base: BaseWeights) -> None:
+    """Checks that a base model has every module of a tuned one, in the same shape, and no other in these networks.
+
+    Raises:
+        ValueError: It does not; the message has the first module.
+    """
+    components = {name.component for name in tuned}
+    for one, other in ((tuned, base), (base, tuned)):
+        missing = [name for name in one if name.component in components and name not in other]
+        if missing:
+            raise ValueError(f"{tuned.source} was not fine-tuned from {base.source}: only one of them has {missing[0]}")
+    for name in tuned:
+        if tuned.shape(name) != base.shape(name):
+            shapes = f"{tuned.shape(name)} and {base.shape(name)}"
+            raise ValueError(f"{tuned.source} was not fine-tuned from {base.source}: {name} has the shapes {shapes}")
+
+
+def changed_modules(tuned: BaseWeights, base: BaseWeights) -> tuple[list[Name], list[Name]]:
+    """The modules whose weights differ: those that an adapter can hold, and the others. Rounding is no difference."""
+    changed, left_out = [], []
+    for name in tuned:
+        W, W0 = tuned[name], base[name]
+        coarser = min(W.dtype, W0.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
+        if not torch.equal(W.to(coarser), W0.to(coarser)):
+            can_hold = W.dim() >= 2 and not _EMBEDDINGS.search(name.path)
+            (changed if can_hold else left_out).append(name)
+    return changed, left_out
+
+
+def _write(
+    file: Path,
+    tuned: BaseWeights,
+    base: BaseWeights,
+    names: Iterable[Name],
+    form: str,
+    rank: int,
+    about: dict[str, str],
+) -> dict[Name, tuple[float, float]]:
+    """Writes the adapter in a form, and returns for each module the error and ||W' - W0||."""
+    export, errors = EXPORTS[form], {}
+    specs: dict[Name, DoRASpec] = {}
+    header: dict[str, str] = {}
+
+    def run(writer: TensorWriter) -> dict[str, str]:
+        for name in names:
+            W, W0 = tuned[name].float(), base[name].float()
+            for path, tensor in (("tuned", W), ("base", W0)):
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"{name} of the {path} model has values that are NaN or infinite")
+            layer = fitted_adapter(W, W0, rank)
+            errors[name] = _error(layer, W, W0)
+            (module,) = Names().write([name], export.spelling)
+            for ending, tensor in export.write(layer, W0).items():
+                writer.add(f"{module}.{ending}", tensor)
+            specs[name] = layer.spec
+        header.update(export.header(specs, about))
+        return {**about, **{key: value for key, value in header.items() if not key.endswith(".json")}}
+
+    write_tensors(file, HEADER_BYTES * (len(base) + 1), run)
+    for key in header:
+        if key.endswith(".json"):
+            write_text(file.parent / key, header[key])
+    return errors
+
+
+def _error(layer: LayerState, W: Tensor, W0: Tensor) -> tuple[float, float]:
+    size = float((W - W0).double().norm())
+    return float((new_weight(layer, W0.double()) - W.double()).norm()) / size, size
+
+
+@torch.no_grad()
+def fitted_adapter(W: Tensor, W0: Tensor, rank: int) -> LayerState:
+    """The DoRA of a rank that comes close to a weight W' over W0.
+
+    A DoRA computes g (W0 + B A) with a gain g per row, which is g W0 + M for a matrix M of rank R. So the smallest
+    ||g W0 + M - W'|| is wanted, over g and M. For a given g, M is the best approximation of W' - g W0 of rank R, by its
+    singular values. For a given row space of M, spanned by the orthonormal columns of Q (I, R), what M can express does
+    not matter, and g fits the rest of each row: with P = 1 - Q Q^T,
+
+        g = (w' P w0) / (w0 P w0)
+
+    The two steps are repeated, and each lowers the error. If W' is a DoRA of rank R of W0, the result is that DoRA up
+    to rounding. Then B A = M / g, and m = <w', v> / ||v|| for the rows v of V = W0 + B A: the norms of the rows of W'
+    where their directions are met, and else the shorter ones that minimise the error.
+
+    Args:
+        W: W' (O, I) or (O, I, *K).
+        W0: The base weight, in the same shape.
+        rank: R; at most as many as W' has rows or columns.
+
+    Returns:
+        The adapter, with alpha = rank; tensors in fp32.
+    """
+    rows, base = W.flatten(1).double(), W0.flatten(1).double()
+    rank = min(rank, *rows.shape)
+    g, Q = _gain_and_row_space(rows, base, rank)
+    A, B = Q.T, ((rows - g[:, None] * base) @ Q) / g[:, None]
+    root = torch.linalg.vector_norm(B, dim=0).sqrt()
+    root = root.masked_fill(root == 0, 1)
+    A, B = (A * root[:, None]).float(), (B / root).float()
+    V = base + B.double() @ A.double()
+    norm = torch.linalg.vector_norm(V, dim=1)
+    magnitude = ((rows * V).sum(1) / norm).masked_fill(norm == 0, 0).clamp(min=0)
+    tensors = {"lora_A": A.view(rank, *W.shape[1:]), "lora_B": B, "magnitude": magnitude.float()}
+    return LayerState(DoRASpec(rank), tensors)
+
+
+def _gain_and_row_space(rows: Tensor, base: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The gain (O,) and Q (I, R) of `fitted_adapter`, from the rows of W' and W0 (O, I) in float64."""
+    squares, dots = base.square().sum(1), (rows * base).sum(1)
+    size, all_rows = (rows - base).square().sum(), rows.square().sum(1)
+    g, before = _quotient(dots, squares, squares), math.inf
+    num_directions = min(rank + OVERSAMPLED, *rows.shape)
+    generator = torch.Generator().manual_seed(0)
+    Z = torch.randn(rows.shape[1], num_directions, dtype=torch.float64, generator=generator)
+    Q, rows_Z, base_Z = Z[:, :rank], rows @ Z, base @ Z
+    for step in range(MOST_STEPS):
+        E_Z = rows_Z - g[:, None] * base_Z  # of E = W' - g W0
+        Z = torch.linalg.qr(rows.T @ E_Z - base.T @ (g[:, None] * E_Z)).Q
+        rows_Z, base_Z = rows @ Z, base @ Z
+        first = torch.linalg.svd(rows_Z - g[:, None] * base_Z, full_matrices=False).Vh.T[:, :rank]
+        Q, rows_Q, base_Q = Z @ first, rows_Z @ first, base_Z @ first
+        dots_P, squares_P = dots - (rows_Q * base_Q).sum(1), squares - base_Q.square().sum(1)
+        g = _quotient(dots_P, squares_P, squares)
+        error = (all_rows - rows_Q.square().sum(1) - 2 * g * dots_P + g * g * squares_P).clamp(min=0).sum()
+        if error < 1e-16 * size or (step >= FEWEST_STEPS and error > (1 - ENOUGH) ** 2 * before):
+            break
+        before = float(error)
+    return g, Q
+
+
+def _quotient(dots: Tensor, squares: Tensor, scale: Tensor) -> Tensor:
+    """The gains; 1 where nothing of a row of W0 is left to fit."""
+    return torch.where(squares > 1e-9 * scale, dots / squares, 1.0).clamp(min=LEAST_GAIN)
