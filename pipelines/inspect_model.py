@@ -97,7 +97,7 @@ def describe_adapter(file: Path, base: str | None = None) -> str:
     lines += [aligned_columns(table, num_text=4)]
     lines += [f"not clear: {point}" for point in found.ambiguous]
     lines += [f"embedding of a token: {key}" for key in found.tokens]
-    lines += [f"no adapter: {key}" for key in found.others]
+    lines += [f"beside adapters: {len(found.others)} tensors, such as {found.others[0]}"] if found.others else []
     notes = [f"  {key}: {shortened(value)}" for key, value in found.settings.items()]
     return "\n".join([*lines, *(["metadata", *notes] if notes else [])])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats import exact
@@ -86,7 +87,7 @@ def convert(
         ValueError: The adapter, the model or a setting cannot be used, or the target cannot hold the adapter. Nothing
             is written then.
     """
-    _check_settings(to, rank, energy, dtype, strength, base)
+    _check_settings(to, rank, energy, dtype, strength, base=base is not None, allow_lossy=allow_lossy)
     weights = None if base is None else open_base(base)
     layers = LayerReader(source, weights, axis)
     if to == "merged":
@@ -94,55 +95,73 @@ def convert(
     exports = _exports(to, layers)
     lossy = _LowRank(rank, energy) if to == "lora" or (allow_lossy and rank) else None
     writer = _Writer(layers, exports, to, strength, dtype, lossy)
-    files = _files(Path(target_path), to, exports)
+    files = _new_files(Path(target_path), exports)
     errors: tuple[ToolErrors, ...] = ()
+    strict = not allow_lossy and to != "lora"
     for number, file in enumerate(files):
-        judge = (
-            None if number else Judge(exports[0].judges, len(layers.names()), strict=not allow_lossy and to != "lora")
-        )
+        judge = None if number else Judge(exports[0].judges, len(layers.names()), strict=strict)
         writer.write(number, file, judge)
         errors = judge.result() if judge else errors
     return Conversion(tuple(files), len(layers.names()), errors, weights is not None)
 
 
-def _check_settings(to: str, rank, energy, dtype, strength, base) -> None:
+def _check_settings(
+    to: str,
+    rank: int | None,
+    energy: float | None,
+    dtype: str | None,
+    strength: float,
+    *,
+    base: bool,
+    allow_lossy: bool,
+) -> None:
     if to not in TARGETS:
         raise ValueError(f"there is no target {to!r}: use one of {', '.join(TARGETS)}")
     if to == "lora" and (rank is None) == (energy is None):
         raise ValueError("target lora needs the rank, or the share of energy to keep: give --rank or --energy")
     if rank is not None and rank < 1:
         raise ValueError(f"the rank must be at least 1, not {rank}")
+    if rank is not None and to != "lora" and not allow_lossy:
+        raise ValueError("--rank belongs to --to lora; with --allow-lossy it is that of a new fit of input columns")
     if energy is not None and (to != "lora" or not 0 < energy <= 1):
         raise ValueError(f"--energy is a share between 0 and 1 for --to lora, not {energy} for {to}")
     if dtype is not None and (dtype not in DTYPES or to == "merged"):
         raise ValueError(f"--dtype is {', '.join(DTYPES)}, and merged keeps the dtype of the base, but got {dtype}")
     if not math.isfinite(strength):
         raise ValueError(f"the strength must be a finite number, not {strength}")
-    if base is None and (to in ("merged", "lora", "comfy") or EXPORTS[to].needs_base):
+    if not base and (to in ("merged", "lora", "comfy") or EXPORTS[to].needs_base):
         raise ValueError(f"target {to} needs the base model: give it with --base")
 
 
 def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
-    """The forms of the files; that of target lora is PEFT's for a single model and kohya's for a pipeline."""
+    """The forms of the files; that of target lora is PEFT's for a single model and kohya's for a pipeline.
+
+    Raises:
+        ValueError: The form holds one network, and the adapter has several.
+    """
+    networks = list(dict.fromkeys(name.component for name in layers.names()))
     if to == "comfy":
         return comfy.PAIR
-    if to != "lora":
-        return (EXPORTS[to],)
-    single = all(name.component == "model" for name in layers.names())
-    form = EXPORTS["peft" if single else "kohya"]
-    return (replace(form, one_method=False, axis="any", judges=form.judges[:1]),)
+    if to == "lora":
+        form = EXPORTS["peft" if networks == ["model"] else "kohya"]
+        return (replace(form, one_method=False, axis="any", judges=form.judges[:1]),)
+    if to == "peft" and len(networks) > 1:
+        found = ", ".join(networks)
+        raise ValueError(f"{layers.file.path} adapts {found}, and a folder of PEFT's holds one: use another target")
+    return (EXPORTS[to],)
 
 
-def _files(target: Path, to: str, exports: tuple[Export, ...]) -> list[Path]:
-    if target.suffix == ".safetensors":
-        stem, folder = target.stem, target.parent
+def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
+    """The files to write. Raises ValueError where one exists."""
+    folder, stem = (target.parent, target.stem) if target.suffix == ".safetensors" else (target, target.name)
+    if len(exports) == 1:
+        own = exports[0].file_name if folder == target else ""
+        files = [folder / (own or f"{stem}.safetensors")]
     else:
-        stem, folder = target.name, target
-    if len(exports) == 2:
-        return [folder / f"{stem}-{number}.safetensors" for number in (1, 2)]
-    if target.suffix == ".safetensors":
-        return [target]
-    return [folder / (exports[0].file_name or f"{stem}.safetensors")]
+        files = [folder / f"{stem}-{number}.safetensors" for number in range(1, len(exports) + 1)]
+    if existing := [file for file in files if file.exists()]:
+        raise ValueError(f"OUT {existing[0]} exists already: name a new file or folder")
+    return files
 
 
 def _merge(layers: LayerReader, target: Path, strength: float) -> Conversion:
@@ -211,7 +230,7 @@ class _Writer:
 
         def run(writer: TensorWriter) -> dict[str, str]:
             specs: dict[Name, DoRASpec] = {}
-            for module, target in self.targets.items():
+            for module, target in tqdm(self.targets.items(), file.name, unit="module", delay=2, disable=None):
                 with located(f"{source.path}: {module}"):
                     tensors, spec = self.tensors(number, module, target, judge)
                 specs |= dict.fromkeys(target.names, spec)
@@ -254,17 +273,16 @@ class _Writer:
 
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
         """The adapter in the form that `Export.write` takes."""
-        refit = layer.axis == "in" and self.exports[0].axis == "out"
-        if refit and (self.lossy is None or self.lossy.rank is None):
+        export, lossy = self.exports[0], self.lossy
+        if self.to == "lora":
+            assert lossy is not None
+            return exact.low_rank_layer(exact.new_weight(layer, W0, self.strength) - W0, lossy.rank, lossy.energy)
+        if layer.axis == "out" or export.axis == "any":
+            layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
+            return layer if export.keeps_alpha else exact.folded(layer)
+        if lossy is None or lossy.rank is None:
             raise ValueError(
                 "its magnitude scales input columns, which this target cannot hold: use --to merged or --to diff, or "
                 "fit it anew with --rank and --allow-lossy"
             )
-        if self.to != "lora" and not refit:
-            layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
-            return layer if self.exports[0].keeps_alpha else exact.folded(layer)
-        assert self.lossy is not None
-        W = exact.new_weight(layer, W0, self.strength)
-        if self.lossy.rank is not None and refit:
-            return exact.refitted(W, W0, self.lossy.rank)
-        return exact.low_rank_layer(W - W0, self.lossy.rank, self.lossy.energy)
+        return exact.refitted(exact.new_weight(layer, W0, self.strength), W0, lossy.rank)

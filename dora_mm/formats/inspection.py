@@ -188,7 +188,9 @@ def _base_model(header: Mapping[str, str]) -> str | None:
     return ", ".join(dict.fromkeys(str(value) for value in found if value)) or None
 
 
-def _ambiguous(file: AdapterFile, modules: tuple[ModuleInfo, ...], weights: Any, namer: Names) -> list[str]:
+def _ambiguous(
+    file: AdapterFile, modules: tuple[ModuleInfo, ...], weights: Mapping[Name, Tensor] | None, namer: Names
+) -> list[str]:
     found = []
     if any(m.alpha is None and m.rank is not None for m in modules):
         found.append("alpha is not in the file: that of the rank is taken, as the tool does")
@@ -197,7 +199,9 @@ def _ambiguous(file: AdapterFile, modules: tuple[ModuleInfo, ...], weights: Any,
         found.append(f"the axis of {len(unclear)} magnitudes, such as {unclear[0].key}: say it with --axis")
     if unclear and weights is None:
         found.append("with --base MODEL the magnitudes are compared with the norms of its rows and columns")
-    for module in unclear[:SHOWN] if weights is not None else ():
+    for module in unclear[:SHOWN]:
+        if weights is None:
+            break
         key = TOOLS[file.tool].roles(module.key, file.modules[module.key])["m"]
         rows, columns = correlations(file.tensor(key), stacked(namer.read(module.key), weights))
         found.append(f"{module.key}: correlation with the norms of rows {rows:.3f}, of columns {columns:.3f}")

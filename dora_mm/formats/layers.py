@@ -162,7 +162,7 @@ def _fuse(target: Target, layers: list[LayerState | None], W0s: list[Tensor]) ->
         if layer is not None:
             parts.append(_factors(exact.paper_form(layer, W0, magnitude=dora)))
         else:
-            parts.append(fused.untouched(*W0.shape, exact.norms(W0, "out").flatten() if dora else None))
+            parts.append(fused.untouched(W0.shape[0], W0.shape[1], exact.norms(W0, "out").flatten() if dora else None))
     return _state(fused.fuse(target, parts), LayerState(DoRASpec(method="dora" if dora else "lora"), {}))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.base_weights import BaseWeights
@@ -104,7 +105,7 @@ def verify(
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
     total = 0.0
-    for module in adapter.modules:
+    for module in tqdm(adapter.modules, "verifying", unit="module", delay=2, disable=None):
         W0 = base_weight(adapter, module, names, weights)
         with located(f"{adapter.path}: {module}"):
             state = fitted(adapter.layer(module, axis), W0)

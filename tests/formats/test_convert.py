@@ -253,6 +253,7 @@ MISTAKES = [
     ({"to": "lora", "base": BASE}, "target lora needs the rank, or the share of energy"),
     ({"to": "lora", "base": BASE, "rank": 0}, "the rank must be at least 1"),
     ({"to": "lora", "base": BASE, "energy": 1.5}, "--energy is a share between 0 and 1"),
+    ({"to": "kohya", "rank": 4}, "--rank belongs to --to lora"),
     ({"to": "kohya", "dtype": "float8"}, "--dtype is float32"),
     ({"to": "kohya", "strength": float("nan")}, "the strength must be a finite number"),
     ({"to": "merged", "base": BASE}, "target merged needs the base model as a folder"),
@@ -274,6 +275,19 @@ def test_an_alpha_that_is_no_positive_number(alpha, source, tmp_path):
     save_file(tensors, source)
     with pytest.raises(ValueError, match=f"{key.removesuffix('.alpha')}: its alpha is not a positive number"):
         convert(source, tmp_path / "new", to="kohya", base=BASE)
+
+
+def test_what_exists_is_not_overwritten(source, tmp_path):
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match=r"OUT .*source\.safetensors exists already: name a new file"):
+        convert(source, source, to="kohya")
+    assert source.read_bytes() == before
+
+
+def test_several_networks_in_pefts_folder(source, tmp_path):
+    with pytest.raises(ValueError, match="source.safetensors"):
+        convert(source, tmp_path / "new", to="peft", base=BASE)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unknown_key_is_named(source, tmp_path):
