@@ -112,6 +112,21 @@ def test_they_draw_the_same_pictures(files, tmp_path):
     assert all((picture == base).all() for picture in (zero_kohya, zero_pair))
 
 
+def test_a_peft_file_belongs_to_the_network_that_has_its_modules(model, tmp_path):
+    """Its keys name no network."""
+    inject(model.unet, "sdxl-unet", DoRASpec(rank=2))
+    for parameter in adapter_parameters(model.unet).values():
+        parameter.data.mul_(1.3).add_(0.02)
+    before = outputs(model)
+    file = save_adapter(model.unet, tmp_path, format="peft")
+    remove(model.unet)
+    try:
+        load_adapter(model.adaptable, file, strength={"unet": 1.0})
+        assert (outputs(model) - before).norm() < 1e-5 * before.norm()
+    finally:
+        remove(model.unet)
+
+
 # --- plain LoRA with kohya's names -----------------------------------------------------------------------------------
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
