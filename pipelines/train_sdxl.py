@@ -19,7 +19,7 @@ from dora_mm.core import InjectReport
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.models.sdxl.loading import SDXL, commit_of, load_configured
 from dora_mm.sampling.before_after import before_after_sheet
-from dora_mm.tasks.adapters import adapter_parameters, load_initial_adapter, make_spec, one_line
+from dora_mm.tasks.adapters import adapt_others, adapter_parameters, load_initial_adapter, make_spec, one_line
 from dora_mm.tasks.sdxl import DiffusionTask
 from dora_mm.tasks.sdxl_batches import CaptionedBatches, PromptEncoder
 from dora_mm.tasks.sdxl_preview import describe_data, load_if_local, remark_on_length
@@ -136,7 +136,10 @@ def adapt(model: SDXL, config: TrainSDXLConfig) -> tuple[Networks, dict[str, Inj
         adapted[name] = getattr(model, name)
         reports[name] = dora_mm.inject(adapted[name], "clip-text", spec, **settings)
     if config.adapter.init_from:
-        load_initial_adapter(resolve_path(config.adapter.init_from, "adapter.init_from"), adapted)
+        file = resolve_path(config.adapter.init_from, "adapter.init_from")
+        for name, others in adapt_others(file, adapted, spec, config.backend).items():
+            reports[name] = InjectReport(reports[name].modules + others.modules)
+        load_initial_adapter(file, adapted)
     return adapted, reports
 
 

@@ -46,23 +46,32 @@ def components_to_save(
 def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: Path, unnamed: str) -> dict[str, nn.Module]:
     """Names the component of a single model that a file will be loaded into.
 
-    It is what its class tells, if the file has that component, or else the only component of the file.
+    It is what its class tells, if the file has that component, or else the only component of the file. Of several
+    models, a file that names none, as those of PEFT, is for the only one that has its modules.
 
     Args:
-        model: The model, or a mapping of components, which is returned as it is.
+        model: The model, or a mapping of components.
         file: The adapter file.
         unnamed: The first part of the keys that belong to no component in particular.
 
     Raises:
         ValueError: The file cannot be read.
     """
+    keys = read_keys(file)
+    held = {key.partition(".")[0] for key in keys} - {unnamed}
     if isinstance(model, Mapping):
-        return dict(model)
-    held = {key.partition(".")[0] for key in read_keys(file)} - {unnamed}
+        fitting = {name: m for name, m in model.items() if not held and _has_module(m, keys)}
+        return fitting if len(fitting) == 1 else dict(model)
     name = component_of(model)
     if name not in held and len(held) == 1:
         return {held.pop(): model}
     return {name or UNNAMED: model}
+
+
+def _has_module(model: nn.Module, keys: Sequence[str]) -> bool:
+    """Whether a model has the module that the first key of a PEFT file adapts."""
+    paths = [path for path, _ in model.named_modules() if path]
+    return bool(keys) and any(f".model.{path}.lora_" in keys[0] for path in paths)
 
 
 def component_of(model: nn.Module) -> str | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dora_mm.core.quantized import DoRAQuantized, dequantized, is_quantized
+from dora_mm.core.sharded import whole
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats import exact, fused
 from dora_mm.formats.adapter_file import AdapterFile, located
@@ -25,7 +27,6 @@ class LayerReader:
         source: The adapter file.
         weights: The base model; None where it is not known.
         axis: The axis of the magnitudes, where their shape does not say it.
-        known: The names of the modules of the model, where `weights` is None.
 
     Raises:
         ValueError: The file cannot be read, belongs to another model, or holds more than adapters.
@@ -36,11 +37,10 @@ class LayerReader:
         source: str | Path,
         weights: Mapping[Name, Tensor] | None = None,
         axis: str | None = None,
-        known: Iterable[Name] = (),
     ):
         self.file = AdapterFile(source)
         self.weights, self.axis = weights, axis
-        self.namer = Names(weights or known)
+        self.namer = Names(weights or ())
         if self.file.others:
             raise ValueError(
                 f"{self.file.path} also holds {self.file.others[0]}, which belongs to no adapter, and would be lost"
@@ -106,22 +106,45 @@ def read_state(path: Path, models: Mapping[str, nn.Module] | None) -> tuple[Adap
 
     Args:
         path: The file.
-        models: The models by component whose module names the result has; None keeps diffusers' names.
+        models: The models by component whose module names the result has. With their weights, magnitudes over another
+            norm than the paper's are converted exactly. None keeps diffusers' names, and the norms.
 
     Raises:
         ValueError: The file cannot be read, or belongs to another model.
     """
-    known = [
-        Name(component, name)
-        for component, model in (models or {}).items()
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
-    ]
-    reader = LayerReader(path, known=known)
+    reader = LayerReader(path, ModelWeights(models or {}))
     state = AdapterState({})
     for name in reader.names():
-        state.layers.setdefault(name.component, {})[name.path] = reader.layer(name)
+        layer = reader.layer(name)
+        if models and layer.norm != "updated":
+            with located(f"{path}: {name}"):
+                W0 = reader.base(name)
+                layer = exact.paper_form(exact.fitted(layer, W0), W0)
+        state.layers.setdefault(name.component, {})[name.path] = layer
     return state, reader.file.header
+
+
+class ModelWeights(Mapping[Name, Tensor]):
+    """The weights of models as they store them, on the CPU, where the tensors of files are; none is quantised."""
+
+    def __init__(self, models: Mapping[str, nn.Module]):
+        self._modules = {
+            Name(component, path): module
+            for component, model in models.items()
+            for path, module in model.named_modules()
+            if isinstance(getattr(module, "weight", None), Tensor)
+        }
+
+    def __getitem__(self, name: Name) -> Tensor:
+        module = self._modules[name]
+        quantized = isinstance(module, DoRAQuantized) or is_quantized(module)
+        return (dequantized(module) if quantized else whole(module.get_parameter("weight"))).cpu()
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
 
 def stand_in(layer: LayerState) -> Tensor:

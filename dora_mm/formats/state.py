@@ -282,11 +282,8 @@ def _check_component(
             raise ValueError(
                 f"{source} does not fit this model: it adapts {joined(component, path)}, which the model does not have"
             )
-        if (state.axis, state.norm) != ("out", "updated") or "diff" in state.tensors:
-            raise ValueError(
-                f"{source} cannot be loaded: at {joined(component, path)}, {_other_form(state)}: convert the file with "
-                "dora-mm convert --to merged or --to diff, or with --to peft where that is possible"
-            )
+        if "diff" in state.tensors or state.axis != "out":
+            raise ValueError(f"{source} cannot be loaded: at {joined(component, path)}, {_other_form(state)}")
         if problem := _misfit(state, modules[path]):
             raise ValueError(f"{source} does not fit this model: at {joined(component, path)}, {problem}")
         if state.spec.method == "full" and strengths[joined(component, path)] != 1:
@@ -348,10 +345,13 @@ def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
 
 def _other_form(state: LayerState) -> str:
     if "diff" in state.tensors:
-        return "it holds a difference of weights"
-    if state.axis != "out":
-        return "its magnitude scales input columns"
-    return "its magnitude belongs to another norm than that of the updated weight"
+        return (
+            "it holds a difference of weights: use dora-mm convert --to merged, or --to lora --rank R for a close one"
+        )
+    return (
+        "its magnitude scales input columns: use dora-mm convert --to merged (or --to diff for other tools), or "
+        "--to diffusers --rank R --allow-lossy for a new fit"
+    )
 
 
 def _misfit(state: LayerState, module: nn.Module) -> str:

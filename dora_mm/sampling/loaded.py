@@ -81,7 +81,7 @@ class LoadedModel:
         """
         combinations = {picture.weights for picture in pictures}
         for path in self.adapters:
-            if not replaces_weights(self.adapters[path]):
+            if not replaces_weights(self.adapters[path], self.model.adaptable):
                 used = {strength for weights in combinations for name, strength in weights if name == path}
                 for strength in [s for s in used if isinstance(s, tuple)] or [1.0]:  # those by part can be wrong
                     try:
@@ -203,9 +203,9 @@ def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
             log.warning("%s was trained on %s, and is used with %s.", path, trained_on, model.path)
 
 
-def replaces_weights(file: Path) -> bool:
+def replaces_weights(file: Path, networks: Mapping[str, nn.Module]) -> bool:
     """Whether an adapter file has weights of method `full` or other parameters of the base, such as biases."""
-    state, _ = formats.read(file)
+    state, _ = formats.read(file, networks)
     return bool(state.parameters) or any(
-        layer.spec.method == "full" for layers in state.layers.values() for layer in layers.values()
+        "weight" in layer.tensors for layers in state.layers.values() for layer in layers.values()
     )

@@ -2,13 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 import dora_mm
+from dora_mm import backend as backends
+from dora_mm import formats
 from dora_mm.config.schema import AnyAdapterConfig
-from dora_mm.core import DoRASpec, InjectReport, adapted_layers
+from dora_mm.core import AdaptedLayer, DoRASpec, InjectReport, adapted_layers
+from dora_mm.core.inject import inject_paths
 
 
 def make_spec(config: AnyAdapterConfig) -> DoRASpec:
@@ -30,6 +34,37 @@ def one_line(name: str, report: InjectReport) -> str:
     parts = Counter(module.part for module in report.modules)
     counts = ", ".join(f"{part} {count}" for part, count in parts.items())
     return f"{name}: {report.num_modules} modules adapted ({counts}), {report.num_parameters:,} parameters"
+
+
+def adapt_others(
+    file: Path, networks: Mapping[str, nn.Module], spec: DoRASpec, backend: str
+) -> dict[str, InjectReport]:
+    """Adapts the modules that the file of `adapter.init_from` has beside those that the config selects.
+
+    Files of other tools adapt modules for which there are no parts, such as `proj_in`, and have other ranks in some.
+
+    Args:
+        file: The adapter file or its folder.
+        networks: The networks by component name, adapted as the config says.
+        spec: The config's; method, rank and alpha are those of each module in the file.
+        backend: The config's.
+
+    Returns:
+        What was adapted here, by component.
+
+    Raises:
+        ValueError: The file cannot be read, or a module cannot be adapted.
+    """
+    state, _ = formats.read(file, networks)
+    reports: dict[str, InjectReport] = {}
+    for component, network in networks.items():
+        modules, wanted = dict(network.named_modules()), {}
+        for path, layer in state.layers.get(component, {}).items():
+            if path in modules and not isinstance(modules[path], AdaptedLayer):  # loading refuses what is not there
+                own = layer.spec
+                wanted[path] = "init_from", replace(spec, method=own.method, rank=own.rank, alpha=own.alpha)
+        reports[component] = inject_paths(network, wanted, forward=backends.select(backend))
+    return reports
 
 
 def load_initial_adapter(file: Path, adapted: Mapping[str, nn.Module]) -> None:

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm import load_adapter, merge, set_strength
 from dora_mm.formats.convert import convert
+from dora_mm.formats.names import Name
 from tests.formats import toy
 from tests.formats.test_tools import path_of
 
@@ -45,10 +46,63 @@ def test_what_the_layer_cannot_compute_is_refused(to, reason, unet, tmp_path):
         load_adapter({"unet": unet}, path)
 
 
-def test_another_norm_is_refused(unet, tmp_path):
+def unscaled(path):
+    """The files of ai-toolkit with an alpha that a person added: the norm is that of W0 + B A."""
+    tensors, expected = {}, {}
+    for name in toy.UNET:
+        state, W0 = toy.layer(name), toy.base()[name]
+        if W0.dim() == 2:
+            A, B, m = state.tensors["lora_A"], state.tensors["lora_B"], state.tensors["magnitude"]
+            module = "lora_unet_" + name.path.replace(".", "_")
+            tensors |= {f"{module}.lora_down.weight": A, f"{module}.lora_up.weight": B, f"{module}.magnitude": m}
+            tensors[f"{module}.alpha"] = torch.tensor(state.spec.alpha)
+            V = (W0 + B @ A).double()
+            change = state.spec.scaling * (B @ A).double()
+            expected[name] = W0 + change + (m[:, None] / V.norm(dim=1, keepdim=True) - 1) * V
+    save_file(tensors, path)
+    return path, expected
+
+
+def over_the_base(path):
+    """A file for ComfyUI of 2025, which divides by the norm of W0."""
     base = {name: W0 for name, W0 in toy.base().items() if name.component == "unet"}
-    (path,) = convert(path_of("lycoris_out"), tmp_path / "a.safetensors", to="comfy-2025", base=base).files
-    with pytest.raises(ValueError, match="another norm than that of the updated weight: .*--to peft"):
+    (file,) = convert(path_of("lycoris_out"), path, to="comfy-2025", base=base).files
+    probes = load_file(path_of("expected"))
+    return file, {name: probes[f"lycoris_out/{name}@1"] for name in toy.UNET}
+
+
+@pytest.mark.parametrize("make", [unscaled, over_the_base])
+def test_magnitudes_over_another_norm_are_converted(make, unet, tmp_path):
+    """Exactly, with the weights of the model: also those of a second adapter, and over a weight that is adapted."""
+    path, expected = make(tmp_path / "a.safetensors")
+    load_adapter({"unet": unet}, path)
+    set_strength(unet, 0.25)
+    load_adapter({"unet": unet}, path, strength=0.75, name="second")
+    merge(unet, keep_base=False)
+    assert len(expected) > 3
+    for name, W in expected.items():
+        found = unet.get_submodule(name.path).weight.detach()
+        found, W = (found, W.float()) if W.dim() == found.dim() else (toy.probe(found).float(), W)
+        torch.testing.assert_close(found, W, rtol=1e-5, atol=1e-5)
+
+
+def test_another_norm_in_a_network_that_is_not_given_is_refused(unet, tmp_path):
+    names = [toy.UNET[0], Name("text_encoder", "text_model.encoder.layers.0.self_attn.q_proj")]
+    tensors = {}
+    for name, module in zip(names, ("lora_unet_" + names[0].path, "lora_te1_" + names[1].path), strict=True):
+        parts = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "dora_scale": "magnitude"}
+        state = toy.layer(name).tensors
+        tensors |= {f"{module.replace('.', '_')}.{end}": state[key].clone() for end, key in parts.items()}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"dora_mm_target": "comfy-2025"})
+    with pytest.raises(ValueError, match=r"a\.safetensors.*text_encoder|a\.safetensors.*te1"):
+        load_adapter({"unet": unet}, tmp_path / "a.safetensors")
+
+
+def test_a_norm_over_weights_of_another_shape_is_refused(tmp_path):
+    path, _ = over_the_base(tmp_path / "a.safetensors")
+    unet = toy.model()
+    unet.get_submodule(toy.UNET[0].path).weight = torch.nn.Parameter(torch.ones(8, 16))
+    with pytest.raises(ValueError, match=r"a\.safetensors: unet\..*to_q: its lora_B has shape .* another model"):
         load_adapter({"unet": unet}, path)
 
 
