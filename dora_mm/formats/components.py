@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dora_mm.formats.state import read_keys
+from dora_mm.formats.tensor_file import TensorFile
 
 UNNAMED = "model"  # where neither the class nor the file says more
 _CLASSES = {
@@ -58,7 +58,7 @@ def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: Path, u
     """
     if isinstance(model, Mapping):
         return dict(model)
-    held = {key.partition(".")[0] for key in read_keys(file)} - {unnamed}
+    held = {key.partition(".")[0] for key in TensorFile(file).entries} - {unnamed}
     name = component_of(model)
     if name not in held and len(held) == 1:
         return {held.pop(): model}

@@ -388,8 +388,8 @@ def test_what_is_no_model(folder, tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("[]", "it is not a table"),
-        ("{", "cannot be read"),
+        ("[]", "is not a JSON object"),
+        ("{", "is not valid JSON"),
         ("{}", "does not list the files"),
         ('{"weight_map": {"a": "../other.safetensors"}}', "does not list the files"),
         ('{"weight_map": {"a": 3}}', "cannot be read as a safetensors file"),

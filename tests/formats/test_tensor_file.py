@@ -63,7 +63,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (b'{"x": ' + b"9" * 10_000 + b"}", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         ("{}".encode("utf-16"), "not valid JSON"),
-        ([], "not a table"),
+        ([], "its header is not a JSON object"),
         ({"__metadata__": {"a": 1}}, "not a table of texts"),
         ({"x": 1}, "unknown dtype None"),
         ({"x": entry(dtype="F13")}, "x has the unknown dtype F13"),
@@ -110,7 +110,7 @@ def test_lengths_that_are_not_there(tmp_path):
 @pytest.mark.parametrize("name", ["x.bin", "x.ckpt", "x.pt", "x.pth", "x.pkl"])
 def test_pickles_are_refused(tmp_path, name):
     torch.save({"x": torch.zeros(2)}, tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name} is a pickle, which can run code when it is loaded"):
+    with pytest.raises(ValueError, match=f"{name} is a pickle, which can run any code when it is opened"):
         TensorFile(tmp_path / name)
 
 
