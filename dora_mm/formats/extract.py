@@ -18,7 +18,8 @@ from dora_mm.formats.base_weights import BaseWeights
 from dora_mm.formats.convert import convert
 from dora_mm.formats.exact import new_weight
 from dora_mm.formats.fit import fitted_adapter
-from dora_mm.formats.names import Name, Names
+from dora_mm.formats.names import Name
+from dora_mm.formats.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS
 from dora_mm.utils.atomic import write_text

@@ -14,10 +14,11 @@ from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.diffusers import PEFT_METADATA
 from dora_mm.formats.exact import norms
 from dora_mm.formats.json_text import parse_json
-from dora_mm.formats.names import Name, Names, architecture_of
+from dora_mm.formats.names import Name, architecture_of
 from dora_mm.formats.native import SPECS_KEY
 from dora_mm.formats.peft import CONFIG_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
+from dora_mm.formats.spellings import Names
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.parts import axis_of

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dora_mm.formats.json_text import read_json
 from dora_mm.formats.layouts import LAYOUTS
-from dora_mm.formats.names import NETWORKS, Name, Target, canonical, own_target
+from dora_mm.formats.names import NETWORKS, Name, Target, canonical, own_table
 from dora_mm.formats.tensor_file import PICKLES, Entry, TensorFile
 
 COMPONENTS = (*NETWORKS, "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -84,7 +84,7 @@ def _placed(file: TensorFile, key: str, own: str, component: str, layout: str) -
     """The weights that a tensor of a single-file checkpoint holds; none if it is not the weight of a known module."""
     path = re.sub(r"[._]weight$", "", own)
     is_weight = path != own or own in ("text_projection", "positional_embedding")  # open_clip has no modules for them
-    target = own_target(layout, path) if is_weight else None
+    target = own_table(layout).get(path) if is_weight else None
     if target is None:
         return {}
     target = Target(tuple(Name(component, name.path) for name in target.names), target.modulation)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from dora_mm.formats.base_weights import BaseWeights, write_merged
-from dora_mm.formats.names import Name, Names, canonical
+from dora_mm.formats.names import Name, canonical
+from dora_mm.formats.spellings import Names
 
 SAMPLE = Path("samples/tiny-sdxl")
 Q = Name("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
