@@ -18,9 +18,8 @@ from dora_mm.core.strength import Strength
 from dora_mm.formats import card, diffusers, native, peft
 from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.components import components_to_load, components_to_save
-from dora_mm.formats.reading import SAVE_AGAIN
-from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, joined, read_keys
-from dora_mm.formats.tensor_file import PICKLES
+from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, joined
+from dora_mm.formats.tensor_file import PICKLES, TensorFile, pickle_error
 
 
 class Format(Protocol):
@@ -180,7 +179,7 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
 
     file = find_file(path)
     module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), None)
-    if module is None and any(map(diffusers.is_key, read_keys(file))):
+    if module is None and any(map(diffusers.is_key, TensorFile(file).entries)):
         module = diffusers
     state, metadata = module.read(file, components) if module else read_state(file, components)
     check_kinds(state, file)
@@ -244,7 +243,7 @@ def find_file(path: Path) -> Path:
         names = " or ".join(module.FILE_NAME for module in FORMATS.values())
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
         if pickles and not found:
-            raise ValueError(f"{path / pickles[0]} is a pickle, which can run any code when it is opened: {SAVE_AGAIN}")
+            raise pickle_error(path / pickles[0])
         raise ValueError(
             f"the folder {path} contains {len(found) or 'no'} adapter files ({names}): give the path of one"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dora_mm.formats.checks import DTYPES
 from dora_mm.formats.names import Name, resolve
 from dora_mm.formats.places import STEMS, NoWeightsError, Place, in_file, in_folder
 from dora_mm.formats.tensor_file import PICKLES, TensorFile, overwrite
@@ -18,7 +19,6 @@ from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.folders import written_at_once
 from dora_mm.utils.messages import first_line
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".xml")
 
 
@@ -117,7 +117,7 @@ class BaseWeights(Mapping[Name, Tensor]):
 
 
 def _check_dtype(name: Name, place: Place) -> None:
-    if place.entry.dtype not in _FLOATS:
+    if place.entry.dtype not in DTYPES:
         raise ValueError(
             f"{place.file.path} stores {name} as {place.entry.dtype}: use the model in 16 or 32 bits, not quantised"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dora_mm.formats.state import read_keys
+from dora_mm.formats.tensor_file import TensorFile
 
 UNNAMED = "model"  # where neither the class nor the file says more
 _CLASSES = {
@@ -57,7 +57,7 @@ def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: Path, u
     Raises:
         ValueError: The file cannot be read.
     """
-    keys = read_keys(file)
+    keys = list(TensorFile(file).entries)
     held = {key.partition(".")[0] for key in keys} - {unnamed}
     if isinstance(model, Mapping):
         fitting = {name: m for name, m in model.items() if not held and _has_module(m, keys)}

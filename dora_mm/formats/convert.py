@@ -15,6 +15,7 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats import exact
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.base_weights import BaseWeights, write_merged
+from dora_mm.formats.fit import fitted_adapter, low_rank
 from dora_mm.formats.judge import DTYPES, Judge, ToolErrors
 from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.names import Name, Target
@@ -276,7 +277,7 @@ class _Writer:
         export, lossy = self.exports[0], self.lossy
         if self.to == "lora":
             assert lossy is not None
-            return exact.low_rank_layer(exact.new_weight(layer, W0, self.strength) - W0, lossy.rank, lossy.energy)
+            return low_rank(exact.new_weight(layer, W0, self.strength) - W0, rank=lossy.rank, energy=lossy.energy)
         if layer.axis == "out" or export.axis == "any":
             layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
             return layer if export.keeps_alpha else exact.folded(layer)
@@ -285,4 +286,4 @@ class _Writer:
                 "its magnitude scales input columns, which this target cannot hold: use --to merged or --to diff, or "
                 "fit it anew with --rank and --allow-lossy"
             )
-        return exact.refitted(exact.new_weight(layer, W0, self.strength), W0, lossy.rank)
+        return fitted_adapter(exact.new_weight(layer, W0, self.strength), W0, lossy.rank)

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dora_mm.formats.json_text import json_header
 from dora_mm.formats.peft_layers import (
     LAYER_KEY,
     OUR_METADATA,
@@ -33,7 +34,8 @@ from dora_mm.formats.peft_layers import (
     to_file,
     why_not_held,
 )
-from dora_mm.formats.state import AdapterState, joined, json_header, layers_of, read_tensors
+from dora_mm.formats.state import AdapterState, joined, layers_of
+from dora_mm.formats.tensor_file import read_tensors
 from dora_mm.utils.atomic import save_tensors
 
 FILE_NAME = "pytorch_lora_weights.safetensors"

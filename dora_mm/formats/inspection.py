@@ -13,13 +13,15 @@ from torch import Tensor
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.diffusers import PEFT_METADATA
 from dora_mm.formats.exact import norms
-from dora_mm.formats.names import Name, Names, architecture_of
+from dora_mm.formats.json_text import parse_json
+from dora_mm.formats.names import Name, architecture_of
 from dora_mm.formats.native import SPECS_KEY
 from dora_mm.formats.peft import CONFIG_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
+from dora_mm.formats.spellings import Names
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.methods import other_method
-from dora_mm.formats.tools.parts import axis_of, json_object
+from dora_mm.formats.tools.parts import axis_of
 from dora_mm.formats.tools.tool import Tool
 from dora_mm.formats.verify import open_base, stacked
 
@@ -143,7 +145,7 @@ def _method(header: Mapping[str, str], component: str, module: str, shapes: Mapp
     """Of our own files of method `magnitude` the header says it: they hold zeros for A and B."""
     if "diff" in shapes or "weight" in shapes:
         return "diff" if "diff" in shapes else "full"
-    ours = json_object(header.get(OUR_METADATA, "{}"), OUR_METADATA)
+    ours = parse_json(header.get(OUR_METADATA, "{}"), OUR_METADATA)
     own = ours.get(component, ours)
     if "m" in shapes and ("A" not in shapes or (isinstance(own, dict) and own.get("method") == "magnitude")):
         return "magnitude"
@@ -183,7 +185,7 @@ def _spelling(file: AdapterFile) -> str:
 
 
 def _base_model(header: Mapping[str, str]) -> str | None:
-    config = json_object(header.get(CONFIG_NAME, "{}"), CONFIG_NAME)
+    config = parse_json(header.get(CONFIG_NAME, "{}"), CONFIG_NAME)
     found = [config.get("base_model_name_or_path"), *(header.get(key) for key in BASE_KEYS)]
     return ", ".join(dict.fromkeys(str(value) for value in found if value)) or None
 

@@ -15,7 +15,8 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats import exact, fused
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.fused import Factors
-from dora_mm.formats.names import Name, Names, Target
+from dora_mm.formats.names import Name, Target
+from dora_mm.formats.spellings import Names
 from dora_mm.formats.state import AdapterState, LayerState
 from dora_mm.formats.tools import TOOLS
 

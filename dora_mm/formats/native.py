@@ -20,7 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.state import AdapterState, LayerState, joined, json_header, layers_of, read_tensors
+from dora_mm.formats.json_text import json_header
+from dora_mm.formats.state import AdapterState, LayerState, joined, layers_of
+from dora_mm.formats.tensor_file import read_tensors
 from dora_mm.utils.atomic import save_tensors
 
 FILE_NAME = "trained_weights.safetensors"

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dora_mm.formats.json_text import json_header, read_json
 from dora_mm.formats.peft_layers import (
     LAYER_KEY,
     OUR_METADATA,
@@ -30,8 +31,8 @@ from dora_mm.formats.peft_layers import (
     to_file,
     why_not_held,
 )
-from dora_mm.formats.reading import parse_json
-from dora_mm.formats.state import AdapterState, joined, json_header, layers_of, read_tensors
+from dora_mm.formats.state import AdapterState, joined, layers_of
+from dora_mm.formats.tensor_file import read_tensors
 from dora_mm.utils.atomic import save_tensors, write_text
 
 FILE_NAME = "adapter_model.safetensors"
@@ -107,17 +108,10 @@ def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing: PEFT's format is a folder of two files, {CONFIG_NAME} and {FILE_NAME}"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    if not path.exists():
+        raise ValueError(f"{path} is missing: PEFT's format is a folder of two files, {CONFIG_NAME} and {FILE_NAME}")
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA or DoRA adapter: its peft_type is not LORA")
     return config
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dora_mm.formats.json_text import read_json
 from dora_mm.formats.layouts import LAYOUTS
-from dora_mm.formats.names import NETWORKS, Name, Target, canonical, own_target
-from dora_mm.formats.tensor_file import MAX_HEADER, PICKLES, Entry, TensorFile
-from dora_mm.utils.messages import first_line
+from dora_mm.formats.names import NETWORKS, Name, Target, canonical, own_table
+from dora_mm.formats.tensor_file import PICKLES, Entry, TensorFile
 
 COMPONENTS = (*NETWORKS, "text_encoder", "text_encoder_2", "text_encoder_3")
 STEMS = ("diffusion_pytorch_model", "model")  # how the names of weight files begin in diffusers and transformers
@@ -85,7 +84,7 @@ def _placed(file: TensorFile, key: str, own: str, component: str, layout: str) -
     """The weights that a tensor of a single-file checkpoint holds; none if it is not the weight of a known module."""
     path = re.sub(r"[._]weight$", "", own)
     is_weight = path != own or own in ("text_projection", "positional_embedding")  # open_clip has no modules for them
-    target = own_target(layout, path) if is_weight else None
+    target = own_table(layout).get(path) if is_weight else None
     if target is None:
         return {}
     target = Target(tuple(Name(component, name.path) for name in target.names), target.modulation)
@@ -112,7 +111,7 @@ def in_folder(folder: Path) -> tuple[dict[Name, Place], list[Path]]:
         ValueError: A file is damaged or missing, or a pickle.
     """
     index = folder / "model_index.json"
-    parts = _json(index) if index.is_file() else {c: True for c in COMPONENTS if (folder / c).is_dir()}
+    parts = read_json(index) if index.is_file() else {c: True for c in COMPONENTS if (folder / c).is_dir()}
     components = [c for c in COMPONENTS if parts.get(c) not in (None, [None, None])]
     if not components:
         tensors, files = _weight_files(folder)
@@ -138,14 +137,14 @@ def _modules(component: str, files: Iterable[TensorFile]) -> dict[Name, Place]:
 def _component_of(folder: Path) -> str:
     """The component of a folder of one network: `unet` or `transformer` of diffusers, else `model`."""
     config = folder / "config.json"
-    kind = str(_json(config).get("_class_name", "")) if config.is_file() else ""
+    kind = str(read_json(config).get("_class_name", "")) if config.is_file() else ""
     return "unet" if kind.startswith("UNet") else "transformer" if "Transformer" in kind else "model"
 
 
 def _with_tied(places: dict[Name, Place], folder: Path) -> dict[Name, Place]:
     """Adds the output layer of a language model that shares the weight of its input embedding, which is stored once."""
     config = folder / "config.json"
-    kinds = str(_json(config).get("architectures", "")) if config.is_file() else ""
+    kinds = str(read_json(config).get("architectures", "")) if config.is_file() else ""
     head = Name("model", "lm_head")
     embeddings = [n for n in places if re.search(r"(^|\.)(embed_tokens|shared|wte|word_embeddings)$", n.path)]
     generative = re.search("ForCausalLM|ForConditionalGeneration|LMHead", kinds)
@@ -170,7 +169,7 @@ def _weight_files(folder: Path) -> tuple[list[TensorFile], list[Path]]:
         raise NoWeightsError(f"{folder} has {reason}: it needs {' or '.join(f'{stem}.safetensors' for stem in STEMS)}")
     if found.suffix != ".json":
         return [TensorFile(found)], [found]
-    listed = _json(found).get("weight_map")
+    listed = read_json(found).get("weight_map")
     shards = {key: str(name) for key, name in listed.items()} if isinstance(listed, dict) else {}
     names = sorted(set(shards.values()))
     if not names or any(Path(name).name != name for name in names):
@@ -185,15 +184,3 @@ def _candidates(folder: Path, stem: str) -> list[Path]:
     plain = [folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"]
     indexes, files = folder.glob(f"{stem}.safetensors.index.*.json"), folder.glob(f"{stem}.*.safetensors")
     return [path for path in plain if path.is_file()] + sorted(indexes) + sorted(files)  # an index before its shards
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_HEADER:
-            raise ValueError(f"it has more than {MAX_HEADER} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} cannot be read: it is not a table")
-    return found

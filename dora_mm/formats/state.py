@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from dora_mm.core.sharded import reshard, whole, write
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
 from dora_mm.formats.checks import first_not_finite, why_no_parameter, why_unusable
-from dora_mm.formats.reading import opened, parse_json
 
 
 @dataclass(frozen=True)
@@ -135,55 +133,6 @@ def _state_of(layer: AdaptedLayer, strength: float) -> LayerState:
 def joined(*names: str) -> str:
     """The names with dots between them; the path of a layer that is the model itself is empty."""
     return ".".join(name for name in names if name)
-
-
-def read_keys(path: Path) -> list[str]:
-    """Returns the keys of a safetensors file; raises ValueError where it cannot be read."""
-    with opened(path) as file:
-        return list(file.keys())
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the metadata of a safetensors file; raises ValueError where it cannot be read."""
-    with opened(path) as file:
-        return dict(file.metadata() or {})
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a safetensors file. The values of a tensor come from the disk when they are used, not before.
-
-    Returns:
-        The tensors by key, and the metadata of the header.
-
-    Raises:
-        ValueError: The file cannot be read, or is not a safetensors file.
-    """
-    with opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-
-
-def json_header(path: Path, metadata: Mapping[str, str], key: str, kind: type[dict | list] = dict) -> Any:
-    """Reads a header entry that holds JSON.
-
-    Args:
-        path: The file, for messages.
-        metadata: The metadata of the file's header.
-        key: The key of the entry.
-        kind: The type that the value must have.
-
-    Returns:
-        The value; an empty one where there is no such key.
-
-    Raises:
-        ValueError: The entry is not valid JSON, or of another type.
-    """
-    try:
-        value = parse_json(metadata[key]) if key in metadata else kind()
-    except ValueError as error:
-        raise ValueError(f"{path} has a header key {key} that is not valid JSON: {error}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} has a header key {key} that is not a JSON {'object' if kind is dict else 'list'}")
-    return value
 
 
 def into_models(

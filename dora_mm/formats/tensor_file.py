@@ -1,23 +1,26 @@
-"""A safetensors file that is read tensor by tensor, so that memory holds one tensor, whatever the size of the file.
+"""Safetensors files that anybody may have written: a header that is checked, and tensors that are read one by one.
 
     8 bytes: the length of the header, little-endian | the header, JSON | the tensors' bytes, without gaps
 
-The safetensors library does not tell where in the file a tensor is, which is needed to replace it in a copy.
+Memory holds one tensor, whatever the size of the file. The safetensors library does not tell where in the file a tensor
+is, which is needed to replace it in a copy, and sets other bounds.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-MAX_HEADER = 32 * 2**20  # bytes; the header of a model of 100,000 tensors has 15 MB
-_MAX_DIMENSIONS = 16
+from dora_mm.formats.json_text import MAX_BYTES, parse_json
+
+_MAX_DIMENSIONS = 8
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how files of torch.save begin
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -66,11 +69,14 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        if path.suffix in PICKLES:
-            raise ValueError(f"{path} is a pickle, which can run code when it is loaded: use a safetensors file")
         self.path = path
         try:
-            self.entries, self.metadata = _read_header(path)
+            with path.open("rb") as file:
+                start = file.read(8)
+                length = int.from_bytes(start, "little")
+                if path.suffix in PICKLES or (start.startswith(_PICKLED) and length > MAX_BYTES):
+                    raise pickle_error(path)
+                self.entries, self.metadata = _read_header(file, length, path.stat().st_size)
         except (_DamagedError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
 
@@ -92,6 +98,36 @@ class TensorFile:
         except (_DamagedError, OSError) as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
         return tensor
+
+    def mapped(self) -> dict[str, Tensor]:
+        """All tensors by key; their values come from the disk when they are used, not before.
+
+        Raises:
+            ValueError: The file cannot be read.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in self.entries}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path} cannot be read as a safetensors file: {error}") from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of the header of a safetensors file; raises ValueError where it cannot be read."""
+    return TensorFile(path).metadata
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by key, as `TensorFile.mapped` gives them, and the metadata of its header."""
+    file = TensorFile(path)
+    return file.mapped(), file.metadata
+
+
+def pickle_error(path: Path) -> ValueError:
+    """The error for a file that must not be opened."""
+    return ValueError(
+        f"{path} is a pickle, which can run any code when it is opened: save it as safetensors in the tool that made it"
+    )
 
 
 def overwrite(path: Path, entry: Entry, tensor: Tensor) -> None:
@@ -119,20 +155,15 @@ class _DamagedError(Exception):
     """What is wrong with a file."""
 
 
-def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise _DamagedError("it is shorter than its header says")
-        if length > MAX_HEADER:
-            raise _DamagedError(f"its header has {length} bytes, and at most {MAX_HEADER} are read")
-        try:
-            header = json.loads(file.read(length).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise _DamagedError("its header is not valid JSON") from error
-    if not isinstance(header, dict):
-        raise _DamagedError("its header is not a table")
+def _read_header(file: BinaryIO, length: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    if size < 8 or length > size - 8:
+        raise _DamagedError("it is shorter than its header says")
+    if length > MAX_BYTES:
+        raise _DamagedError(f"its header has {length} bytes, and at most {MAX_BYTES} are read")
+    try:
+        header = parse_json(file.read(length), "its header")
+    except ValueError as error:
+        raise _DamagedError(error) from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _DamagedError("the metadata of its header is not a table of texts")

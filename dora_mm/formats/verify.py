@@ -17,7 +17,8 @@ from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.base_weights import BaseWeights
 from dora_mm.formats.exact import fitted, new_weight
 from dora_mm.formats.fused import stack_rows
-from dora_mm.formats.names import Name, Names, Target
+from dora_mm.formats.names import Name, Target
+from dora_mm.formats.spellings import Names
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.parts import Parts, axis_of_shape
 from dora_mm.formats.tools.tool import Tool

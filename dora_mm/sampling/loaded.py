@@ -15,7 +15,7 @@ from torch import nn
 from dora_mm import backend, formats
 from dora_mm.config.loader import find_path, resolve_model, resolve_path
 from dora_mm.config.sdxl import ModelConfig, PicturesConfig
-from dora_mm.formats.state import read_metadata
+from dora_mm.formats.tensor_file import read_metadata
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.models.sdxl.memory import check_offload, save_memory
 from dora_mm.sampling.drawing import Job, check_what_is_there, draw, plan, remove_adapters

@@ -15,7 +15,8 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.convert import convert
 from dora_mm.formats.exact import new_weight
 from dora_mm.formats.layers import LayerReader
-from dora_mm.formats.names import Name, Names
+from dora_mm.formats.names import Name
+from dora_mm.formats.spellings import Names
 from dora_mm.formats.tools import EXPORTS, TOOLS
 from dora_mm.formats.tools.parts import kohya_tensors
 from tests.formats import toy

@@ -67,6 +67,12 @@ def saved(tmp_path_factory):
     return model, file, image(model.pipeline())
 
 
+@pytest.fixture(scope="module")
+def models():
+    """An adapted model and one that is not, for files that cannot be loaded."""
+    return adapt(build(), DoRASpec(rank=3)), build()
+
+
 def test_diffusers_gives_our_image(saved):
     _, file, expected = saved
     pipe = build().pipeline()
@@ -265,12 +271,10 @@ FIRST = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
         ({"drop": [""]}, "no tensors"),
     ],
 )
-def test_files_that_do_not_fit(saved, tmp_path, change, words):
+def test_files_that_do_not_fit(saved, models, tmp_path, change, words):
     _, file, _ = saved
     edited(file, tmp_path, **change)
-    adapted = adapt(build(), DoRASpec(rank=3))
-    bare = build()
-    for model in (adapted, bare):
+    for model in models:
         before = {key: p.clone() for key, p in model.unet.state_dict().items()}
         with pytest.raises(ValueError, match=words) as error:
             load_adapter(components(model), tmp_path)

@@ -11,7 +11,7 @@ from dora_mm import extract, formats
 from dora_mm.cli import main
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.convert import convert
-from dora_mm.formats.extract import fitted_adapter
+from dora_mm.formats.fit import fitted_adapter
 from dora_mm.formats.names import Name
 from dora_mm.formats.verify import verify
 from tests.formats import toy

@@ -21,7 +21,7 @@ from dora_mm.core import adapted_layers
 from dora_mm.formats.diffusers import PEFT_METADATA
 from dora_mm.formats.peft import CONFIG_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
-from dora_mm.formats.state import read_tensors
+from dora_mm.formats.tensor_file import read_tensors
 from tests.core import reference
 
 FORMATS = ["diffusers", "peft", "native"]

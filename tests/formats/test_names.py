@@ -15,7 +15,8 @@ from diffusers import (
 from diffusers.loaders import lora_conversion_utils, single_file_utils
 
 from dora_mm.formats.fused import split_rows
-from dora_mm.formats.names import Name, Names, architecture_of, canonical
+from dora_mm.formats.names import Name, architecture_of, canonical
+from dora_mm.formats.spellings import Names
 
 SDXL = {
     "block_out_channels": (320, 640, 1280),

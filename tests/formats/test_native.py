@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter, set_strength
 from dora_mm.core import adapted_layers
-from dora_mm.formats.state import read_tensors
+from dora_mm.formats.tensor_file import read_tensors
 from tests.core import reference
 
 

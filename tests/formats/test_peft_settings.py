@@ -13,7 +13,7 @@ from torch import nn
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.formats.diffusers import FILE_NAME, PEFT_METADATA
 from dora_mm.formats.peft import CONFIG_NAME
-from dora_mm.formats.state import read_tensors
+from dora_mm.formats.tensor_file import read_tensors
 
 
 def base():

@@ -1,8 +1,7 @@
 """Files that are read tensor by tensor, against the safetensors library; damaged ones give one sentence."""
 
 import json
-import subprocess
-import sys
+import resource
 
 import pytest
 import safetensors.torch
@@ -63,7 +62,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         (b'{"x": ' + b"9" * 10_000 + b"}", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         ("{}".encode("utf-16"), "not valid JSON"),
-        ([], "not a table"),
+        ([], "its header is not a JSON object"),
         ({"__metadata__": {"a": 1}}, "not a table of texts"),
         ({"x": 1}, "unknown dtype None"),
         ({"x": entry(dtype="F13")}, "x has the unknown dtype F13"),
@@ -110,7 +109,7 @@ def test_lengths_that_are_not_there(tmp_path):
 @pytest.mark.parametrize("name", ["x.bin", "x.ckpt", "x.pt", "x.pth", "x.pkl"])
 def test_pickles_are_refused(tmp_path, name):
     torch.save({"x": torch.zeros(2)}, tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name} is a pickle, which can run code when it is loaded"):
+    with pytest.raises(ValueError, match=f"{name} is a pickle, which can run any code when it is opened"):
         TensorFile(tmp_path / name)
 
 
@@ -140,14 +139,8 @@ def test_a_large_file_is_read_lazily(tmp_path):
     start = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(start + size + 8)
-    code = f"""
-import resource, torch
-from pathlib import Path
-from dora_mm.formats.tensor_file import TensorFile
-
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert TensorFile(Path({str(path)!r})).read("small").equal(torch.zeros(2))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 50  # MB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    file = TensorFile(path)
+    assert file.read("small").equal(torch.zeros(2))
+    assert file.mapped()["small"].equal(torch.zeros(2))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes

@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from dora_mm.formats.diffusers import PEFT_METADATA, TEXT_PREFIX
+from dora_mm.formats.json_text import parse_json
 from dora_mm.formats.peft_layers import alpha_of, check_config, lora_config
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import peft
-from dora_mm.formats.tools.parts import json_object
 from dora_mm.formats.tools.tool import Export, Header, Specs, Tool
 
 OWN_NAMES = re.compile(r"(unet|transformer|text_encoder(_[23])?)\.")
@@ -42,7 +42,7 @@ def alpha(header: Header, module: str, rank: int) -> float | None:
 def _configs(text: str) -> dict[str, dict[str, Any]]:
     """PEFT's configuration by component."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
-    for key, value in json_object(text, PEFT_METADATA).items():
+    for key, value in parse_json(text, PEFT_METADATA).items():
         component, _, name = key.partition(".")
         found[component][name] = value
     for component, config in found.items():

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.exact import new_weight
+from dora_mm.formats.json_text import parse_json
 from dora_mm.formats.native import FORMAT_KEY, SPECS_KEY
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import Parts, json_object, neutral
+from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Header, Tool
 
 
@@ -30,7 +31,7 @@ def alpha(header: Header, module: str, rank: int) -> float | None:
 
 @functools.lru_cache(maxsize=2)
 def _specs(text: str) -> dict[str, Any]:
-    return json_object(text, SPECS_KEY)
+    return parse_json(text, SPECS_KEY)
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:

@@ -15,14 +15,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.exact import norms
-from dora_mm.formats.reading import parse_json
 from dora_mm.formats.state import LayerState
 
 Parts = Mapping[str, Tensor]
@@ -116,17 +114,6 @@ def neutral(parts: Parts, axis: str | None = None, norm: str = "updated") -> Lay
         return LayerState(spec, tensors)
     found = axis_of(parts["m"], B.shape[0], A.shape[1], axis)
     return LayerState(spec, {**tensors, "magnitude": parts["m"].flatten()}, found, norm)
-
-
-def json_object(text: str, what: str) -> dict[str, Any]:
-    """Settings in JSON. Raises ValueError, with what they are, where they are not a table."""
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{what} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{what} is not a JSON object")
-    return found
 
 
 def alpha_of(parts: Parts, rank: int) -> float:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from dora_mm.formats import peft as folder
 from dora_mm.formats.exact import along, norms
+from dora_mm.formats.json_text import parse_json
 from dora_mm.formats.peft_layers import alpha_of, check_config, lora_config
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import Parts, json_object, neutral, product, scaling
+from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
 from dora_mm.formats.tools.tool import Export, Header, Specs, Tool
 
 NAMES = re.compile(r"base_model\.model\.")
@@ -44,7 +45,7 @@ def alpha(header: Header, module: str, rank: int) -> float | None:
 
 @functools.lru_cache(maxsize=2)
 def _config(text: str) -> dict[str, Any]:
-    config = json_object(text, folder.CONFIG_NAME)
+    config = parse_json(text, folder.CONFIG_NAME)
     check_config(Path(folder.CONFIG_NAME), config)
     return config
 

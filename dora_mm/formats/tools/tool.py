@@ -87,7 +87,7 @@ class Export:
     Attributes:
         write: The tensors of a module by the end of their keys, from the neutral form and W0. Raises ValueError where
             the form cannot hold it.
-        spelling: How modules are named: one of `names.SPELLINGS`.
+        spelling: How modules are named: one of `spellings.SPELLINGS`.
         judges: The tools whose `apply` must give W' from what is written.
         needs_base: Whether `write` needs W0 (it may be None otherwise).
         header: The entries that the header must have, from the settings of the modules and the source's header.

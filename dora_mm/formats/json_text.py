@@ -1,0 +1,65 @@
+"""JSON that anybody may have written, of bounded size and depth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 32 * 2**20  # the header of a model of 100,000 tensors has 15 MB
+
+
+def parse_json(text: str | bytes, what: str, kind: type[dict | list] = dict) -> Any:
+    """Parses a JSON object or list.
+
+    Args:
+        text: The text, in UTF-8.
+        what: What it is, for messages.
+        kind: The type that the value must have.
+
+    Raises:
+        ValueError: It is not valid JSON, is nested too deeply, or has another type.
+    """
+    try:
+        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError(f"{what} is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is not a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that holds a JSON object.
+
+    Raises:
+        ValueError: It cannot be read, is too large, or holds something else.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{path} has {size} bytes, and at most {MAX_BYTES} are read")
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def json_header(path: Path, metadata: Mapping[str, str], key: str, kind: type[dict | list] = dict) -> Any:
+    """Reads an entry of a file's header that holds JSON.
+
+    Args:
+        path: The file, for messages.
+        metadata: The metadata of the file's header.
+        key: The key of the entry.
+        kind: The type that the value must have.
+
+    Returns:
+        The value; an empty one where there is no such key.
+
+    Raises:
+        ValueError: The entry is not valid JSON, or of another type.
+    """
+    return parse_json(metadata[key], f"{path} has a header key {key} that", kind) if key in metadata else kind()

@@ -1,0 +1,202 @@
+"""How each tool spells the names of modules in adapter files.
+
+An underscored name does not say which of its underscores were dots (`to_out_0`, `conv_in`). It is looked up among the
+names of the base model, where they are given, or else among those of the known architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from functools import cache
+from typing import NamedTuple
+
+from dora_mm.formats.layouts import LAYOUTS
+from dora_mm.formats.names import (
+    NETWORKS,
+    Name,
+    Target,
+    architecture_of,
+    canonical,
+    layouts_of,
+    own_table,
+    owners,
+    resolve,
+    underscored,
+    unknown,
+)
+
+_UNDERSCORED = {  # the components that a prefix may stand for
+    "lora_unet_": NETWORKS,
+    "lora_transformer_": ("transformer",),
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+    "lora_te3_": ("text_encoder_3", "text_encoder_2"),  # T5 of SD3 and of Flux.1, which only a base model names
+    "lycoris_": (*NETWORKS, "model"),
+}
+_DOTTED = {  # the first that fits
+    "base_model.model.": ("model",),
+    "model.diffusion_model.": NETWORKS,
+    "diffusion_model.": NETWORKS,
+    "text_encoders.clip_l.transformer.": ("text_encoder",),
+    "text_encoders.clip_g.transformer.": ("text_encoder_2",),
+    "clip_l.": ("text_encoder",),
+    "clip_g.": ("text_encoder_2",),
+    **{f"{component}.": (component,) for component in (*NETWORKS, "text_encoder", "text_encoder_2")},
+}
+_OWN_FIRST = ("model.diffusion_model.", "diffusion_model.")  # after these a path is the own one, if it can be both
+
+
+class _Style(NamedTuple):
+    prefix: str
+    own: bool = False  # the network's own path instead of diffusers'
+
+
+_KOHYA_TEXT = {"text_encoder": _Style("lora_te1_"), "text_encoder_2": _Style("lora_te2_")}
+_STYLES: dict[str, dict[str, _Style]] = {
+    "diffusers": {component: _Style(f"{component}.") for component in (*NETWORKS, "text_encoder", "text_encoder_2")},
+    "peft": {c: _Style("base_model.model.") for c in ("model", *NETWORKS, "text_encoder", "text_encoder_2")},
+    "kohya": {**dict.fromkeys(NETWORKS, _Style("lora_unet_", own=True)), **_KOHYA_TEXT},
+    "kohya-diffusers": {"unet": _Style("lora_unet_"), **_KOHYA_TEXT},
+    "onetrainer": {"unet": _Style("lora_unet_"), "transformer": _Style("lora_transformer_"), **_KOHYA_TEXT},
+    "ai-toolkit": {"unet": _Style("lora_unet_"), "transformer": _Style("transformer."), **_KOHYA_TEXT},
+    "lycoris": dict.fromkeys((*NETWORKS, "model"), _Style("lycoris_")),
+    "comfy": {
+        **dict.fromkeys(NETWORKS, _Style("diffusion_model.", own=True)),
+        "text_encoder": _Style("text_encoders.clip_l.transformer."),
+        "text_encoder_2": _Style("text_encoders.clip_g.transformer."),
+    },
+}
+SPELLINGS: tuple[str, ...] = tuple(_STYLES)
+
+
+class Names:
+    """Translates the module names of one adapter file.
+
+    Args:
+        known: The names of the modules of the base model. They decide where an underscored name has several readings,
+            and a name that is not among them is refused. Without them, tables of the known architectures decide.
+        architecture: `sdxl`, `sd1`, `flux`, `flux2`, `sd3`, `z-image` or `qwen-image`: whose own names are read and
+            written where `known` does not tell. Without both, own names that Flux.1 and Flux.2 share are Flux.1's.
+
+    Raises:
+        ValueError: There is no such architecture.
+    """
+
+    def __init__(self, known: Iterable[Name] = (), architecture: str | None = None):
+        if architecture is not None and architecture not in LAYOUTS:
+            raise ValueError(f"there is no architecture {architecture!r}; there are {', '.join(LAYOUTS)}")
+        self._known = dict.fromkeys(known)
+        self._architecture = architecture or architecture_of(self._known)
+        self._spelled: dict[str, dict[str, list[str]]] = {}  # component -> underscored path -> paths
+        for component, path in self._known:
+            self._spelled.setdefault(component, {}).setdefault(underscored(path), []).append(path)
+
+    def read(self, key: str) -> Target:
+        """The modules that a module name of a file stands for.
+
+        Args:
+            key: The key in the file without the name of the tensor: `lora_unet_input_blocks_4_1_proj_in` of
+                `lora_unet_input_blocks_4_1_proj_in.lora_down.weight`. Any spelling is accepted.
+
+        Raises:
+            ValueError: There is no such module; the message has the nearest known names.
+        """
+        if prefix := next((p for p in _UNDERSCORED if key.startswith(p)), None):
+            found = self._read_underscored(key, key.removeprefix(prefix), _UNDERSCORED[prefix])
+        else:
+            prefix = next((p for p in _DOTTED if key.startswith(p)), "")
+            found = self._read_dotted(key, prefix)
+        if found is None:
+            components = _UNDERSCORED.get(prefix) or _DOTTED.get(prefix, ())
+            raise self._unknown(key, key.removeprefix(prefix), components)
+        if not self._known:
+            return found
+        return Target(tuple(resolve(name, self._known, key) for name in found.names), found.modulation)
+
+    def _read_underscored(self, key: str, rest: str, components: Iterable[str]) -> Target | None:
+        for component in components:
+            paths = self._spelled.get(component, {}).get(rest, [])
+            if len(paths) > 1:
+                raise ValueError(f"the key {key} may stand for {' or '.join(paths)}, which are spelled the same")
+            if paths:
+                return Target((Name(component, paths[0]),))
+            for layout in self._layouts(component):
+                if target := _underscored_table(layout).get(rest):
+                    return target
+        return None
+
+    def _read_dotted(self, key: str, prefix: str) -> Target | None:
+        rest = key.removeprefix(prefix)
+        components = _DOTTED.get(prefix, ("model",))
+        for component in components:
+            name, layouts = canonical(component, rest), self._layouts(component)
+            itself = name in self._known or any(name in owners(layout) for layout in layouts)
+            own = next((table[rest] for layout in layouts if rest in (table := own_table(layout))), None)
+            if itself and (own is None or prefix not in _OWN_FIRST):
+                return Target((name,))
+            if own:
+                return own
+        as_it_is = len(components) == 1 and (prefix or self._known)  # checked against the known names, if there are any
+        return Target((canonical(components[0], rest),)) if as_it_is else None
+
+    def _layouts(self, component: str) -> list[str]:
+        """The architectures whose tables may hold the names of a component, the likeliest first."""
+        if component in NETWORKS and (self._known or self._architecture):
+            mine = self._architecture  # None: a base model without a table, of which only its own names are read
+            return [mine] if mine and LAYOUTS[mine][0] == component else []
+        return layouts_of(component)
+
+    def _unknown(self, key: str, rest: str, components: Iterable[str]) -> ValueError:
+        if self._known:
+            names: Iterable[Name] = self._known
+        else:
+            layouts = [name for component in components for name in self._layouts(component)]
+            names = (name for layout in layouts for target in own_table(layout).values() for name in target.names)
+        return unknown(key, rest, names)
+
+    def write(self, names: Collection[Name], spelling: str) -> dict[str, Target]:
+        """The module names of a file.
+
+        Args:
+            names: The modules to write.
+            spelling: One of `SPELLINGS`.
+
+        Returns:
+            By the name in the file: the modules that it holds. A fused one lists all modules that it consists of, in
+            the order of its rows, also those that are not in `names`: see `fused.untouched`.
+
+        Raises:
+            ValueError: The spelling has no name for a module, or one name for two.
+        """
+        if spelling not in _STYLES:
+            raise ValueError(f"there is no spelling {spelling!r} of names; there are {', '.join(SPELLINGS)}")
+        found: dict[str, Target] = {}
+        layout = self._architecture or architecture_of(names)
+        for name in names:
+            style = _STYLES[spelling].get(name.component)
+            if style is None:
+                raise ValueError(f"{spelling} files have no name for {name}: they hold {', '.join(_STYLES[spelling])}")
+            path, target = _own(name, layout) if style.own else (name.path, Target((name,)))
+            key = style.prefix + (underscored(path) if style.prefix.endswith("_") else path)
+            if found.setdefault(key, target) != target:
+                raise ValueError(f"{name} and {found[key].names[0]} have the same name in {spelling} files: {key}")
+        return found
+
+
+def _own(name: Name, layout: str | None) -> tuple[str, Target]:
+    """The own path that holds a module, and all that it holds."""
+    if layout is None or LAYOUTS[layout][0] != name.component:
+        raise ValueError(f"the own name of {name} is unknown, or differs between architectures: name the base model")
+    path = owners(layout).get(name)
+    if path is None:
+        raise unknown(str(name), name.path, owners(layout))
+    return path, own_table(layout)[path]
+
+
+@cache
+def _underscored_table(layout: str) -> dict[str, Target]:
+    """What each underscored path stands for: own paths, and those of diffusers and transformers."""
+    own = {underscored(path): target for path, target in own_table(layout).items()}
+    names = {underscored(name.path): Target((name,)) for name in owners(layout)}
+    return {**names, **own}
