@@ -72,7 +72,7 @@ def config(tmp_path, model_folder):
         "optimizer": {"lr": 0.01},
         "schedule": {"name": "linear", "warmup_ratio": 0.1},
         "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1},
-        "evaluate": {"every": 3, "batch_size": 8, "beams": 2},
+        "evaluate": {"every": 3, "batch_size": 8},
     }
     path = tmp_path / "config.yaml"
 
