@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
         _check_encoding(argv)
         with _sigterm_raises():
             arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `head`, say, has read enough; at its end Python would write the rest once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interruption:
         terminated = isinstance(interruption, Terminated)
         print(f"dora-mm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)

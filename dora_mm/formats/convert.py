@@ -15,6 +15,7 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats import exact
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.base_weights import BaseWeights, write_merged
+from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.fit import fitted_adapter, low_rank
 from dora_mm.formats.judge import DTYPES, Judge, ToolErrors
 from dora_mm.formats.layers import LayerReader
@@ -162,6 +163,9 @@ def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
         files = [folder / f"{stem}-{number}.safetensors" for number in range(1, len(exports) + 1)]
     if existing := [file for file in files if file.exists()]:
         raise ValueError(f"OUT {existing[0]} exists already: name a new file or folder")
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"OUT {target} cannot be made, since {above} is a file")
     return files
 
 
@@ -270,7 +274,10 @@ class _Writer:
         return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.file.header.values()))
 
     def rounded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {ending: t if ending == "alpha" else t.to(self.dtype) for ending, t in tensors.items()}
+        found = {ending: t if ending == "alpha" else t.to(self.dtype) for ending, t in tensors.items()}
+        if name := first_not_finite(found.items()):
+            raise ValueError(f"its {name} would have values that are NaN or infinite in {self.dtype}")
+        return found
 
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
         """The adapter in the form that `Export.write` takes."""

@@ -99,6 +99,8 @@ def new_weight(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
         g = gain(layer, W0, BA)
         s = layer.spec.scaling
         W = g * W0 + BA * (s + g - 1) if layer.norm == "unscaled" else torch.add(W0, BA, alpha=s).mul_(g)
+    if strength == 0:
+        return W0.clone()  # bit for bit: a sum with 0 turns -0 into 0
     return W if strength == 1 else torch.lerp(W0, W, strength)
 
 

@@ -11,12 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dora_mm
+from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.convert import convert
 from dora_mm.formats.exact import new_weight
 from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.names import Name
 from dora_mm.formats.spellings import Names
+from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, TOOLS
 from dora_mm.formats.tools.parts import kohya_tensors
 from tests.formats import toy
@@ -365,3 +367,31 @@ def test_fused_projections(left_out, tmp_path):
         assert (W - wanted).norm() < 1e-6 * wanted.norm(), name
     (verdict,) = dora_mm.verify(own, "comfy-2025", base)
     assert set(verdict.findings) == {"right"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_small_update_is_written_in_half_precision(dtype, tmp_path):
+    """Rounding a magnitude moves W' by a share of W0, which is much of an update that is small beside it."""
+    small = {name: toy.layer(name, size=0.02, noise=0.002) for name in toy.UNET}
+    source = write_source(tmp_path / "small.safetensors", small)
+    (errors,) = convert(source, tmp_path / "half.safetensors", to="comfy-15458", base=BASE, dtype=dtype).errors
+    assert 1e-3 < errors.overall < 1
+
+
+def test_values_beyond_the_dtype_are_refused_by_name(tmp_path):
+    huge = {name: toy.layer(name, size=1e7) for name in toy.UNET}
+    source = write_source(tmp_path / "huge.safetensors", huge)
+    with pytest.raises(ValueError, match=r"lora_unet_\w+: its \S+ would have values that are NaN or infinite"):
+        convert(source, tmp_path / "half.safetensors", to="kohya", dtype="float16", base=BASE, allow_lossy=True)
+    assert not (tmp_path / "half.safetensors").exists()
+
+
+def test_out_cannot_be_inside_a_file(source):
+    with pytest.raises(ValueError, match=r"cannot be made, since .*source\.safetensors is a file"):
+        convert(source, source / "new.safetensors", to="kohya")
+
+
+def test_strength_0_keeps_the_sign_of_zeros():
+    W0 = torch.tensor([[-0.0, 1.0], [2.0, 0.0]])
+    state = LayerState(DoRASpec(1, method="lora"), {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(2, 1)})
+    assert torch.equal(torch.signbit(new_weight(state, W0, 0.0)), torch.signbit(W0))
