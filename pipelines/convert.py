@@ -14,6 +14,8 @@ PAIR = (
     "result is wrong"
 )
 
+ROWS = "use      the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)"
+
 
 def main(source: str, out: str, to: str, *, base: str | None = None, **settings: Any) -> None:
     """Converts a file, and prints what the tools compute from the result.
@@ -34,6 +36,8 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
         print(f"written  {file}, {done.num_modules} modules")
     if to == "comfy":
         print(PAIR.format(*(file.name for file in done.files)))
+    if to == "onetrainer":
+        print(ROWS)
     if done.errors:
         print(f"\n{table(done)}")
         worst = max(done.errors, key=lambda errors: errors.overall)
@@ -43,7 +47,8 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
 
 def table(done: Conversion) -> str:
     """The errors of every tool, by strength; of several strengths only where a tool has them."""
-    strengths = sorted({1.0, *(t for errors in done.errors for t in errors.at)})
+    others = [t for errors in done.errors for t in errors.at] if done.on_base else []  # they depend on the base
+    strengths = sorted({1.0, *others})
     rows = [("error with", *(f"strength {t:g}" for t in strengths))]
     for errors in done.errors:
         found = {1.0: errors.overall, **errors.at}

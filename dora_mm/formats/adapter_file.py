@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dora_mm.formats import find_file
 from dora_mm.formats.checks import first_not_finite
-from dora_mm.formats.peft import CONFIG_NAME
+from dora_mm.formats.json_text import json_header
+from dora_mm.formats.peft import CONFIG_NAME, FILE_NAME
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tensor_file import TensorFile
 from dora_mm.formats.tools import TOOLS
@@ -46,7 +47,7 @@ class AdapterFile:
         self._file = TensorFile(self.path)
         self.header = dict(self._file.metadata)
         config = self.path.with_name(CONFIG_NAME)
-        if config.is_file():
+        if self.path.name == FILE_NAME and config.is_file():  # beside a file of another name it is another adapter's
             with located(str(config)):
                 self.header[CONFIG_NAME] = config.read_text(encoding="utf-8")
         self.tool = self._detect()
@@ -130,7 +131,7 @@ class AdapterFile:
         """Whether the base stores the weight (I, O): PEFT's adapters of embeddings, and of Conv1D in GPT-2."""
         if any(ending.startswith("lora_embedding") for ending in self.modules[module]):
             return True
-        return '"fan_in_fan_out": true' in self.header.get(CONFIG_NAME, "")
+        return bool(json_header(self.path, self.header, CONFIG_NAME).get("fan_in_fan_out"))
 
 
 def adapter_path(path: Path) -> Path:

@@ -20,6 +20,7 @@ from dora_mm.formats.fit import fitted_adapter, low_rank
 from dora_mm.formats.judge import DTYPES, Judge, ToolErrors
 from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.names import Name, Target
+from dora_mm.formats.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.tool import Export
@@ -161,6 +162,8 @@ def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
         files = [folder / (own or f"{stem}.safetensors")]
     else:
         files = [folder / f"{stem}-{number}.safetensors" for number in range(1, len(exports) + 1)]
+    if exports[0].file_name == PEFT_FILE and files[0].name != PEFT_FILE:
+        raise ValueError(f"OUT {target} is a file, and PEFT's adapters are folders: leave .safetensors out")
     if existing := [file for file in files if file.exists()]:
         raise ValueError(f"OUT {existing[0]} exists already: name a new file or folder")
     above = next(path for path in (folder, *folder.parents) if path.exists())

@@ -395,3 +395,16 @@ def test_strength_0_keeps_the_sign_of_zeros():
     W0 = torch.tensor([[-0.0, 1.0], [2.0, 0.0]])
     state = LayerState(DoRASpec(1, method="lora"), {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(2, 1)})
     assert torch.equal(torch.signbit(new_weight(state, W0, 0.0)), torch.signbit(W0))
+
+
+def test_pefts_form_is_a_folder(tmp_path):
+    source = write_source(tmp_path / "source.safetensors", {name: toy.layer(name) for name in toy.UNET})
+    (tmp_path / "adapter_config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"is a file, and PEFT's adapters are folders"):
+        convert(source, tmp_path / "new.safetensors", to="peft", base=BASE)
+    assert (tmp_path / "adapter_config.json").read_text() == "mine"
+
+
+def test_a_config_beside_a_file_of_another_name_is_not_its_own(source, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"fan_in_fan_out": true}')
+    convert(source, tmp_path / "new.safetensors", to="comfy-15458", base=BASE)
