@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dora_mm import __version__
 
@@ -103,6 +103,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dora_mm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_config_commands(commands)
+    command = commands.add_parser("gallery", help="make one page of all pictures of runs, to look at in a browser")
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory with pictures")
+    command.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        help="default: gallery in the run, or for several runs a numbered folder in runs/gallery",
+    )
+    command.set_defaults(run=_run_gallery)
+    command = commands.add_parser(
+        "inspect", help="list the contents of an adapter file, or the parts of a model that can be adapted"
+    )
+    command.add_argument(
+        "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
+    )
+    command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
+    command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
+    command.add_argument("--json", action="store_true", help="of an adapter, print JSON")
+    command.set_defaults(run=_run_inspect)
+    _add_file_commands(commands)
+    command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
+    _add_model(command)
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
+    command.add_argument("question", metavar="QUESTION", help="asked as it is")
+    command.add_argument("--adapter", metavar="FOLDER", help="a run directory or an adapter's folder")
+    command.add_argument("--max-new-tokens", metavar="N", type=_positive, help="the longest answer; default: 256")
+    command.set_defaults(run=_run_ask)
+    command = commands.add_parser(
+        "bench", help="compare the speed and memory of DoRA with other implementations on this machine"
+    )
+    extent = command.add_mutually_exclusive_group()
+    for name, what in (("quick", "only single layers, in under two minutes"), ("all", "all ranks")):
+        extent.add_argument(f"--{name}", action="store_const", const=name, dest="extent", help=what)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is the default on a GPU")
+    command.add_argument(
+        "--output", metavar="FOLDER", help="the folder of results; default: a numbered folder in runs/bench"
+    )
+    command.set_defaults(run=_run_bench, extent="default")
+    return parser
+
+
+def _add_config_commands(commands: Any) -> None:
+    """The commands whose argument is a config."""
     for name, what in (
         ("train", "train an adapter, or a small base model"),
         ("sample", "draw images for the prompts of a job"),
@@ -136,25 +180,10 @@ def _parser() -> argparse.ArgumentParser:
             )
         defaults = {"resume": None, "dry_run": False, "job_config": None, "replay": None}
         command.set_defaults(run=_run_sample if name == "sample" else _run_pipeline, command=name, **defaults)
-    command = commands.add_parser("gallery", help="make one page of all pictures of runs, to look at in a browser")
-    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory with pictures")
-    command.add_argument(
-        "--output",
-        metavar="FOLDER",
-        type=Path,
-        help="default: gallery in the run, or for several runs a numbered folder in runs/gallery",
-    )
-    command.set_defaults(run=_run_gallery)
-    command = commands.add_parser(
-        "inspect", help="list the contents of an adapter file, or the parts of a model that can be adapted"
-    )
-    command.add_argument(
-        "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
-    )
-    command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
-    command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
-    command.add_argument("--json", action="store_true", help="of an adapter, print JSON")
-    command.set_defaults(run=_run_inspect)
+
+
+def _add_file_commands(commands: Any) -> None:
+    """The commands that make other files from adapters and models, or judge them."""
     command = commands.add_parser("merge", help="merge an adapter into its model, and save that for other programs")
     _add_model(command)
     command.add_argument("adapter", metavar="ADAPTER", help="a run directory, an adapter's folder or its file")
@@ -177,25 +206,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rank", metavar="R", type=_positive, required=True, help="of the adapter")
     command.add_argument("--to", metavar="TARGET", help="as in convert; default: diffusers, or peft for a single model")
     command.set_defaults(run=_run_extract)
-    command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
-    _add_model(command)
-    command.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
-    command.add_argument("question", metavar="QUESTION", help="asked as it is")
-    command.add_argument("--adapter", metavar="FOLDER", help="a run directory or an adapter's folder")
-    command.add_argument("--max-new-tokens", metavar="N", type=_positive, help="the longest answer; default: 256")
-    command.set_defaults(run=_run_ask)
-    command = commands.add_parser(
-        "bench", help="compare the speed and memory of DoRA with other implementations on this machine"
-    )
-    extent = command.add_mutually_exclusive_group()
-    for name, what in (("quick", "only single layers, in under two minutes"), ("all", "all ranks")):
-        extent.add_argument(f"--{name}", action="store_const", const=name, dest="extent", help=what)
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is the default on a GPU")
-    command.add_argument(
-        "--output", metavar="FOLDER", help="the folder of results; default: a numbered folder in runs/bench"
-    )
-    command.set_defaults(run=_run_bench, extent="default")
-    return parser
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
