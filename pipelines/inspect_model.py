@@ -10,6 +10,7 @@ from dora_mm.config import find_path, resolve_model
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import parts_in
 from dora_mm.formats.inspection import inspect_file
+from dora_mm.formats.places import STEMS
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
 from dora_mm.sampling.strengths import strength_text
@@ -57,7 +58,11 @@ def adapter_file(path: str) -> Path | None:
     if found is None or found.is_file():
         return found
     files = (folder / name for folder in (found, found / "adapter") for name in ADAPTERS)
-    return next((file for file in files if file.is_file()), None)
+    if file := next((file for file in files if file.is_file()), None):
+        return file
+    others = [file for file in found.glob("*.safetensors") if not file.name.startswith(STEMS)]
+    has_model = any((found / name).is_file() for name in ("config.json", "model_index.json"))
+    return others[0] if len(others) == 1 and not has_model else None
 
 
 def describe_picture(file: Path) -> str:

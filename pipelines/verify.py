@@ -1,7 +1,8 @@
 """dora-mm verify: what other tools will compute from an adapter file, and how far off that is."""
 
 import json
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 
 from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.formats.verify import RIGHT, Verdict, verify
@@ -30,6 +31,8 @@ def main(file: str, tool: str, base: str, *, axis: str | None = None, as_json: b
         return
     print(f"{path} on {base}: ||W_tool - W'|| / ||W' - W0||, at strength 1\n")
     print(table(verdicts))
+    if verdicts[0].note:
+        print(f"\n{path}: {verdicts[0].note}")
     if len(verdicts) == 1:
         print(f"\n{details(verdicts[0])}")
 
@@ -37,7 +40,7 @@ def main(file: str, tool: str, base: str, *, axis: str | None = None, as_json: b
 def table(verdicts: list[Verdict]) -> str:
     """A row for each tool."""
     rows = [("tool", "finding", "error")]
-    rows += [(verdict.tool, summary(verdict), f"{verdict.error:.1e}") for verdict in verdicts]
+    rows += [(verdict.tool, summary(verdict), number(verdict.error)) for verdict in verdicts]
     return aligned_columns(rows, num_text=2)
 
 
@@ -47,8 +50,8 @@ def summary(verdict: Verdict) -> str:
         return RIGHT
     total = len(verdict.layers)
     parts = [f"{name} ({count} of {total})" for name, count in verdict.findings.most_common()]
-    reason = f": {verdict.differs}" if "differs" in verdict.findings else ""
-    return ", ".join(parts) + reason
+    reasons = Counter(layer.reason for layer in verdict.layers if layer.reason)
+    return ", ".join(parts) + "".join(f": {reason}" for reason, _ in reasons.most_common(1))
 
 
 def details(verdict: Verdict) -> str:
@@ -59,7 +62,12 @@ def details(verdict: Verdict) -> str:
     rows = [("module", "finding", "error")]
     for finding, layers in found.items():
         worst = sorted(layers, key=lambda layer: -layer.error)
-        rows += [(layer.module, finding, f"{layer.error:.1e}") for layer in worst[:SHOWN]]
+        rows += [(layer.module, finding, number(layer.error)) for layer in worst[:SHOWN]]
         if len(worst) > SHOWN:
-            rows.append((f"and {len(worst) - SHOWN} more", finding, f"<= {worst[SHOWN].error:.1e}"))
+            rows.append((f"and {len(worst) - SHOWN} more", finding, f"<= {number(worst[SHOWN].error)}"))
     return aligned_columns(rows, num_text=2)
+
+
+def number(error: float) -> str:
+    """An error with two digits; `-` where there is none."""
+    return "-" if math.isnan(error) else f"{error:.1e}"

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from dora_mm.formats import find_file
+from dora_mm.formats import FORMATS, find_file
 from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.json_text import json_header
+from dora_mm.formats.names import Target
 from dora_mm.formats.peft import CONFIG_NAME, FILE_NAME
+from dora_mm.formats.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tensor_file import TensorFile
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.methods import METHODS, other_method
+from dora_mm.formats.tools.parts import axis_of
 from dora_mm.formats.tools.tool import Tool
 
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
@@ -115,17 +119,65 @@ class AdapterFile:
         Raises:
             ValueError: Tensors are missing, do not fit each other, belong to another method, or the axis is not clear.
         """
-        with located(f"{self.path}: {module}"):
-            tool = TOOLS[self.tool]
-            if method := other_method(list(self.modules[module].values())):
-                raise ValueError(f"it is adapted by {method}, and only LoRA and DoRA are supported")
-            unread = self.modules[module].keys() - tool.parts.keys()
-            if unread:
-                raise ValueError(f"it has {min(unread)}, which {tool.title} does not write")
-            layer = tool.read(self.parts(module, tool), axis)
-            if name := first_not_finite(layer.tensors.items()):
-                raise ValueError(f"its {name} has values that are NaN or infinite")
-            return layer
+        tool = TOOLS[self.tool]
+        if method := other_method(list(self.modules[module].values())):
+            raise ValueError(f"it is adapted by {method}, and only LoRA and DoRA are supported")
+        unread = self.modules[module].keys() - tool.parts.keys()
+        if unread:
+            raise ValueError(f"it has {min(unread)}, which {tool.title} does not write")
+        layer = tool.read(self.parts(module, tool), axis)
+        if name := first_not_finite(layer.tensors.items()):
+            raise ValueError(f"its {name} has values that are NaN or infinite")
+        return layer
+
+    def axis(self, module: str) -> str:
+        """The axis of a magnitude as its shape says it: `out`, `in`, `?` where it does not; empty without one."""
+        tool, endings = TOOLS[self.tool], self.modules[module]
+        shapes = {role: self.shape(key) for role, key in tool.roles(module, endings).items()}
+        if "m" not in shapes:
+            return ""
+        if tool.axis == "out" or "dora_scale" not in endings:  # the other names are those of output rows
+            return "out"
+        if not {"A", "B"} <= shapes.keys() or len(shapes["A"]) < 2 or not shapes["B"]:
+            return "?"
+        try:
+            return axis_of(torch.empty(shapes["m"], device="meta"), shapes["B"][0], shapes["A"][1], None)
+        except ValueError:
+            return "?"
+
+    def check_axis(self, axis: str | None) -> None:
+        """Checks that the axis that a person states has an effect.
+
+        Raises:
+            ValueError: The shapes of all magnitudes say theirs.
+        """
+        if axis is not None and all(self.axis(module) != "?" for module in self.modules):
+            raise ValueError(f"{self.path} has no magnitude whose axis is unclear: leave --axis out")
+
+    def targets(self, names: Names) -> tuple[dict[str, Target], dict[str, str]]:
+        """What the modules of the file stand for, and for modules that are not among the names the reason.
+
+        Raises:
+            ValueError: None is among the names.
+        """
+        found: dict[str, Target] = {}
+        missing: dict[str, str] = {}
+        for module in self.modules:
+            try:
+                found[module] = names.read(module)
+            except ValueError as error:
+                missing[module] = str(error)
+        if missing and not found:
+            raise self.not_found(missing)
+        return found, missing
+
+    def not_found(self, missing: Mapping[str, str]) -> ValueError:
+        """The error for modules that are not among the names, from the second result of `targets`."""
+        total, reason = len(self.modules), next(iter(missing.values()))
+        if len(missing) == 1:
+            return ValueError(f"{self.path}: {reason}")
+        which = " (it is an adapter of another model)" if len(missing) == total else ""
+        return ValueError(f"{self.path}: {len(missing)} of its {total} modules were not found{which}: {reason}")
 
     def transposed(self, module: str) -> bool:
         """Whether the base stores the weight (I, O): PEFT's adapters of embeddings, and of Conv1D in GPT-2."""
@@ -141,9 +193,12 @@ def adapter_path(path: Path) -> Path:
         ValueError: There is none, or several.
     """
     if path.is_dir():
-        files = [file for file in path.glob("*.safetensors") if not file.name.startswith(".")]
+        files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
         if len(files) == 1:
             return files[0]
+        if len(files) > 1 and not any((path / module.FILE_NAME).is_file() for module in FORMATS.values()):
+            names = ", ".join(file.name for file in files[:_TOP])
+            raise ValueError(f"the folder {path} contains {len(files)} files, {names}: give the path of one")
     found = find_file(path)
     if found.suffix != ".safetensors":
         raise ValueError(f"{found} is not a .safetensors file, and nothing else is read")
@@ -152,8 +207,10 @@ def adapter_path(path: Path) -> Path:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Puts the place in front of the message of a ValueError."""
+    """Puts the place in front of the message of a ValueError that does not begin with it."""
     try:
         yield
     except ValueError as error:
+        if str(error).startswith(where):
+            raise
         raise ValueError(f"{where}: {error}") from error

@@ -20,6 +20,7 @@ from dora_mm.utils.folders import written_at_once
 from dora_mm.utils.messages import first_line
 
 _OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".xml")
+_OF_ADAPTERS = re.compile(r"\.(lora_(A|B|down|up|magnitude_vector)|dora_scale|weight_m_wdecomp)\b")
 
 
 class BaseWeights(Mapping[Name, Tensor]):
@@ -56,7 +57,10 @@ class BaseWeights(Mapping[Name, Tensor]):
         if local.is_dir():
             return cls(local, *in_folder(local))
         if local.is_file():
-            return cls(local, in_file(TensorFile(local)), [local])
+            file = TensorFile(local)
+            if key := next(filter(_OF_ADAPTERS.search, file.entries), None):
+                raise ValueError(f"{local} is not a model but an adapter: it has {key}")
+            return cls(local, in_file(file), [local])
         if local.suffix in (*PICKLES, ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise ValueError(f"there is no model at {path}: give a folder, a .safetensors file or a hub name")
         folder = _from_hub(str(path), revision)

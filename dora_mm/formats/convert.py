@@ -15,13 +15,13 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats import exact
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.base_weights import BaseWeights, write_merged
-from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.fit import fitted_adapter, low_rank
-from dora_mm.formats.judge import DTYPES, Judge, ToolErrors
+from dora_mm.formats.judge import DTYPES, Judge, ToolErrors, rounded
 from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.names import Name, Target
 from dora_mm.formats.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.state import LayerState
+from dora_mm.formats.tensor_file import PICKLES
 from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.tool import Export
 from dora_mm.formats.verify import open_base
@@ -93,16 +93,19 @@ def convert(
     _check_settings(to, rank, energy, dtype, strength, base=base is not None, allow_lossy=allow_lossy)
     weights = None if base is None else open_base(base)
     layers = LayerReader(source, weights, axis)
+    if half := comfy.other_half(layers.file.header):
+        raise ValueError(f"{layers.file.path}: {half}: convert the file that both were made from")
     if to == "merged":
         return _merge(layers, Path(target_path), strength)
     exports = _exports(to, layers)
-    lossy = _LowRank(rank, energy) if to == "lora" or (allow_lossy and rank) else None
+    lossy = _LowRank(rank, energy) if rank or energy else None
+    if lossy and to != "lora" and not _needs_fit(layers, exports[0]):
+        raise ValueError(f"target {to} holds {layers.file.path} as it is: leave --rank out")
     writer = _Writer(layers, exports, to, strength, dtype, lossy)
     files = _new_files(Path(target_path), exports)
     errors: tuple[ToolErrors, ...] = ()
-    strict = not allow_lossy and to != "lora"
     for number, file in enumerate(files):
-        judge = None if number else Judge(exports[0].judges, len(layers.names()), strict=strict)
+        judge = None if number else _judge(exports[0], layers, to, allow_lossy=allow_lossy)
         writer.write(number, file, judge)
         errors = judge.result() if judge else errors
     return Conversion(tuple(files), len(layers.names()), errors, weights is not None)
@@ -124,6 +127,8 @@ def _check_settings(
         raise ValueError("target lora needs the rank, or the share of energy to keep: give --rank or --energy")
     if rank is not None and rank < 1:
         raise ValueError(f"the rank must be at least 1, not {rank}")
+    if allow_lossy and to in ("merged", "diff", "lora"):
+        raise ValueError(f"--allow-lossy has no effect on --to {to}: leave it out")
     if rank is not None and to != "lora" and not allow_lossy:
         raise ValueError("--rank belongs to --to lora; with --allow-lossy it is that of a new fit of input columns")
     if energy is not None and (to != "lora" or not 0 < energy <= 1):
@@ -143,19 +148,38 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
         ValueError: The form holds one network, and the adapter has several.
     """
     networks = list(dict.fromkeys(name.component for name in layers.names()))
-    if to == "comfy":
-        return comfy.PAIR
     if to == "lora":
         form = EXPORTS["peft" if networks == ["model"] else "kohya"]
         return (replace(form, one_method=False, axis="any", judges=form.judges[:1]),)
+    if to != "peft" and "model" in networks and layers.weights is None:
+        raise ValueError(
+            f"{layers.file.path} does not say which network it adapts, and the names of {to} begin with that: give the "
+            "pipeline or the network with --base"
+        )
+    if to == "comfy":
+        return comfy.PAIR
     if to == "peft" and len(networks) > 1:
         found = ", ".join(networks)
         raise ValueError(f"{layers.file.path} adapts {found}, and a folder of PEFT's holds one: use another target")
     return (EXPORTS[to],)
 
 
+def _needs_fit(layers: LayerReader, export: Export) -> bool:
+    """Whether the file has magnitudes of input columns, and the form holds only those of output rows."""
+    axes = {layers.file.axis(module) for module in layers.file.modules}
+    return export.axis == "out" and ("in" in axes or ("?" in axes and layers.axis == "in"))
+
+
+def _judge(export: Export, layers: LayerReader, to: str, *, allow_lossy: bool) -> Judge:
+    advice = "use --to merged" if to == "diff" else "use --to merged or --to diff, or --allow-lossy"
+    strict = not allow_lossy and to != "lora"
+    return Judge(export.judges, len(layers.names()), strict=strict, advice=advice)
+
+
 def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
     """The files to write. Raises ValueError where one exists."""
+    if target.suffix in (*PICKLES, ".gguf"):
+        raise ValueError(f"OUT {target} is not a .safetensors file, and nothing else is written")
     folder, stem = (target.parent, target.stem) if target.suffix == ".safetensors" else (target, target.name)
     if len(exports) == 1:
         own = exports[0].file_name if folder == target else ""
@@ -177,22 +201,33 @@ def _merge(layers: LayerReader, target: Path, strength: float) -> Conversion:
         raise ValueError("target merged needs the base model as a folder, a file or a hub name: give it with --base")
     if layers.file.embeddings:
         raise ValueError(f"{layers.file.path} holds embeddings of new tokens, for which a merged model has no place")
-    names = layers.names()
-    write_merged(layers.weights, target, _Merged(layers, strength))
-    return Conversion((target,), len(names))
+    merged = _Merged(layers, layers.weights, strength)
+    write_merged(layers.weights, target, merged)
+    return Conversion((target,), len(merged), (merged.errors(),))
 
 
 class _Merged(Mapping[Name, Tensor]):
-    """The merged weights by name, computed when they are asked for."""
+    """The merged weights by name, computed when they are asked for, in the dtype of the base."""
 
-    def __init__(self, layers: LayerReader, strength: float):
-        self._layers, self._strength = layers, strength
+    def __init__(self, layers: LayerReader, weights: BaseWeights, strength: float):
+        self._layers, self._weights, self._strength = layers, weights, strength
+        self._norms: dict[Name, tuple[float, float]] = {}  # of the rounding error and of the update
 
     def __getitem__(self, name: Name) -> Tensor:
         W0, transposed = self._layers.base(name), self._layers.transposed(name)
         layer = exact.fitted(self._layers.layer(name), W0)
         W = exact.new_weight(layer, W0, self._strength)
-        return W.T if transposed else W
+        rounded = W.to(self._weights.dtype(name))
+        self._norms[name] = float((rounded.float() - W).norm()), float((W - W0).norm())
+        return rounded.T if transposed else rounded
+
+    def errors(self) -> ToolErrors:
+        """What rounding the merged weights to the dtype of the base has changed."""
+        off, size = zip(*self._norms.values(), strict=True)
+        layers = {str(name): e / n if n else e for name, (e, n) in self._norms.items()}
+        dtypes = sorted({str(self._weights.dtype(name)).removeprefix("torch.") for name in self._norms})
+        title = f"rounding to {' and '.join(dtypes)}"
+        return ToolErrors(title, layers, math.hypot(*off) / (math.hypot(*size) or 1.0), {})
 
     def __iter__(self) -> Iterator[Name]:
         return iter(self._layers.names())
@@ -264,23 +299,16 @@ class _Writer:
         original, W0 = self.layers.fused(target)
         layer = self.prepared(original, W0)
         if judge is None:
-            return self.rounded(self.exports[number].write(layer, W0)), layer.spec
+            return rounded(self.exports[number].write(layer, W0), self.dtype), layer.spec
         W = exact.new_weight(original, W0, self.strength)
-        written = [self.rounded(export.write(layer, W0)) for export in self.exports]
+        unrounded = [export.write(layer, W0) for export in self.exports]
         header = self.exports[number].header(dict.fromkeys(target.names, layer.spec), {})
-        judge.judge(module, written, header, W0, W, self.dtype)
-        return written[number], layer.spec
+        return judge.judge(module, unrounded, header, W0, W, self.dtype)[number], layer.spec
 
     def room(self) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""
         keys = [*self.targets, *self.layers.file.embeddings]
         return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.file.header.values()))
-
-    def rounded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {ending: t if ending == "alpha" else t.to(self.dtype) for ending, t in tensors.items()}
-        if name := first_not_finite(found.items()):
-            raise ValueError(f"its {name} would have values that are NaN or infinite in {self.dtype}")
-        return found
 
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
         """The adapter in the form that `Export.write` takes."""

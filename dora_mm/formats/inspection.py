@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from dora_mm.formats.peft import CONFIG_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
 from dora_mm.formats.spellings import Names
 from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.methods import other_method
-from dora_mm.formats.tools.parts import axis_of
-from dora_mm.formats.tools.tool import Tool
 from dora_mm.formats.verify import open_base, stacked
 
 BASE_KEYS = ("base_model", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
@@ -127,7 +126,7 @@ def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
     held = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
     rank = shapes["A"][0] if "A" in shapes and shapes["A"] and method != "magnitude" else None
     size = sum(torch.Size(shapes[role]).numel() for role in held)
-    alpha, axis = _alpha(file, module, rank), _axis(tool, endings, shapes)
+    alpha, axis = _alpha(file, module, rank), file.axis(module)
     return ModuleInfo(module, component, path, method, rank, alpha, axis, size)
 
 
@@ -165,19 +164,6 @@ def _alpha(file: AdapterFile, module: str, rank: int | None) -> float | None:
     return float(file.tensor(key)) if torch.Size(file.shape(key)).numel() == 1 else None
 
 
-def _axis(tool: Tool, endings: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    if "m" not in shapes:
-        return ""
-    if tool.axis == "out" or "dora_scale" not in endings:  # the other names are those of output rows
-        return "out"
-    if not {"A", "B"} <= shapes.keys() or len(shapes["A"]) < 2 or not shapes["B"]:
-        return "?"
-    try:
-        return axis_of(torch.empty(shapes["m"], device="meta"), shapes["B"][0], shapes["A"][1], None)
-    except ValueError:
-        return "?"
-
-
 def _spelling(file: AdapterFile) -> str:
     if any("input_blocks" in key or "output_blocks" in key for key in file.modules):
         return "SGM"
@@ -193,7 +179,8 @@ def _base_model(header: Mapping[str, str]) -> str | None:
 def _ambiguous(
     file: AdapterFile, modules: tuple[ModuleInfo, ...], weights: Mapping[Name, Tensor] | None, namer: Names
 ) -> list[str]:
-    found = []
+    half = other_half(file.header)
+    found = [half] if half else []
     if any(m.alpha is None and m.rank is not None for m in modules):
         found.append("alpha is not in the file: that of the rank is taken, as the tool does")
     unclear = [m for m in modules if m.axis == "?"]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.tools import TOOLS
-from dora_mm.formats.tools.tool import Header
+from dora_mm.formats.tools.tool import Header, Tool
 from dora_mm.formats.verify import bound, relative_error
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the relative error that rounding to each explains
@@ -42,50 +43,55 @@ class Judge:
         tools: Their keys in `TOOLS`.
         num_modules: How many modules there will be.
         strict: Whether a tool that computes something else at strength 1 is an error.
+        advice: What a person can do then.
     """
 
-    def __init__(self, tools: Sequence[str], num_modules: int, *, strict: bool):
+    def __init__(self, tools: Sequence[str], num_modules: int, *, strict: bool, advice: str):
         self.tools = {name: TOOLS[name] for name in tools}
         self.errors: dict[str, dict[str, float]] = defaultdict(dict)
         self.squares: dict[tuple[str, float], list[tuple[float, float]]] = defaultdict(list)
-        self.strict = strict
+        self.strict, self.advice = strict, advice
         self.every = max(1, num_modules // STRENGTHS_ON)
         self.count = 0
 
     def judge(
-        self, module: str, written: list[dict[str, Tensor]], header: Header, W0: Tensor, W: Tensor, dtype: torch.dtype
-    ) -> None:
+        self, module: str, unrounded: list[dict[str, Tensor]], header: Header, W0: Tensor, W: Tensor, dtype: torch.dtype
+    ) -> list[dict[str, Tensor]]:
         """Judges one module.
 
         Args:
             module: Its name in the file.
-            written: For each file that the tools load one after the other, the tensors by the end of their keys.
+            unrounded: For each file that the tools load one after the other, the tensors by the end of their keys.
             header: The header that a file of this module alone would have.
             W0: The base weight in fp32.
             W: The weight that the adapter means.
             dtype: The dtype of the file.
 
+        Returns:
+            The tensors in the dtype of the file.
+
         Raises:
-            ValueError: A tool computes something else, and `strict` is set.
+            ValueError: A tool computes something else, and `strict` is set; or a value is not finite in the dtype.
         """
         size = float((W - W0).norm())
-        allowed = bound(W0, size, DTYPES[str(dtype).removeprefix("torch.")])
-        if size and dtype != torch.float32:  # rounded magnitudes round W' itself
-            allowed += torch.finfo(dtype).eps * float(W0.norm()) / size
+        written = [rounded(tensors, dtype) for tensors in unrounded]
         for name, tool in self.tools.items():
-            files = [tool.parts_of(module, tensors, header) for tensors in written if tensors]
+            files, before = (
+                [tool.parts_of(module, tensors, header) for tensors in given if tensors]
+                for given in (written, unrounded)
+            )
             error = relative_error(tool, files, W0, W, size)
-            if self.strict and error > allowed:
-                raise ValueError(
-                    f"{tool.title} {tool.differs}, and would be off by {error:.1%} of the update: nothing was written; "
-                    "use --to merged or --to diff, or --allow-lossy"
-                )
+            if self.strict and not error <= allowed_error(W0, size, dtype):
+                if relative_error(tool, before, W0, W, size) <= allowed_error(W0, size, torch.float32):
+                    raise ValueError(f"{dtype} would put it off by {error:.1%} of the update: use --dtype float32")
+                raise ValueError(f"{refusal(tool, error)}: nothing was written; {self.advice}")
             self.errors[name][module] = error
             self.squares[name, 1.0].append((error * size, size))
             for t in tool.strengths if self.count % self.every == 0 else ():
                 error = relative_error(tool, files, W0, W0 + t * (W - W0), size, t)
                 self.squares[name, t].append((error * size, size))
         self.count += 1
+        return written
 
     def result(self) -> tuple[ToolErrors, ...]:
         """The errors of every tool."""
@@ -99,3 +105,32 @@ class Judge:
             for name, tool in self.tools.items()
             if self.errors[name]
         )
+
+
+def allowed_error(W0: Tensor, size: float, dtype: torch.dtype) -> float:
+    """The relative error of W' - W0 that rounding to a dtype explains."""
+    allowed = bound(W0, size, DTYPES[str(dtype).removeprefix("torch.")])
+    if size and dtype != torch.float32:  # rounded magnitudes round W' itself
+        allowed += torch.finfo(dtype).eps * float(W0.norm()) / size
+    return allowed
+
+
+def refusal(tool: Tool, error: float) -> str:
+    """Why a file is not written for a tool."""
+    if math.isinf(error):
+        return f"{tool.title} would fail on it"
+    if math.isnan(error):
+        return f"{tool.title} would compute values that are NaN or infinite"
+    return f"{tool.title} {tool.differs}, and would be off by {error:.1%} of the update"
+
+
+def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a module in the dtype of a file; alpha stays as it is.
+
+    Raises:
+        ValueError: A value is not finite in it.
+    """
+    found = {ending: tensor if ending == "alpha" else tensor.to(dtype) for ending, tensor in tensors.items()}
+    if name := first_not_finite(found.items()):
+        raise ValueError(f"its {name} would have values that are NaN or infinite in {dtype}")
+    return found

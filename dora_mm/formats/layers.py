@@ -40,16 +40,18 @@ class LayerReader:
         axis: str | None = None,
     ):
         self.file = AdapterFile(source)
+        self.file.check_axis(axis)
         self.weights, self.axis = weights, axis
         self.namer = Names(weights or ())
         if self.file.others:
             raise ValueError(
                 f"{self.file.path} also holds {self.file.others[0]}, which belongs to no adapter, and would be lost"
             )
+        targets, missing = self.file.targets(self.namer)
+        if missing:
+            raise self.file.not_found(missing)
         self._places: dict[Name, tuple[str, Target]] = {}
-        for module in self.file.modules:
-            with located(str(self.file.path)):
-                target = self.namer.read(module)
+        for module, target in targets.items():
             for name in target.names:
                 if name in self._places:
                     raise ValueError(f"{self.file.path} adapts {name} twice, as {self._places[name][0]} and {module}")

@@ -19,12 +19,14 @@ from dora_mm.formats.exact import fitted, new_weight
 from dora_mm.formats.fused import stack_rows
 from dora_mm.formats.names import Name, Target
 from dora_mm.formats.spellings import Names
+from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.parts import Parts, axis_of_shape
 from dora_mm.formats.tools.tool import Tool
 
 RIGHT, IGNORED, NO_MAGNITUDE, WRONG_AXIS = "right", "ignored", "loses the magnitude", "wrong axis"
-FAILS, DIFFERS = "fails", "differs"
+FAILS, NOT_FINITE, DIFFERS, NOT_FOUND = "fails", "not finite", "differs", "not in the base"
 BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
@@ -35,14 +37,16 @@ class LayerVerdict:
 
     Attributes:
         module: The module's name in the file.
-        finding: `right`, `ignored`, `loses the magnitude`, `wrong axis`, `fails` (the tool raises an error), or
-            `differs`: see `Verdict.differs`.
-        error: ||W_tool - W'|| / ||W' - W0||; infinite where the tool raises an error or the result is not finite.
+        finding: `right`, `ignored`, `loses the magnitude`, `wrong axis`, `fails` (the tool raises an error),
+            `not finite` (W_tool is not), `not in the base` (a tool ignores it or raises an error), or `differs`.
+        error: ||W_tool - W'|| / ||W' - W0||; infinite where the tool raises an error, NaN where there is no number.
+        reason: Why it differs, as the end of a sentence; else empty.
     """
 
     module: str
     finding: str
     error: float
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,16 @@ class Verdict:
     Attributes:
         tool: A key of `TOOLS`.
         title: The tool's name.
-        differs: What the tool does in another way than the paper.
-        error: The relative error of W' - W0 over all modules.
+        error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.
+        note: What a person has to know beside this; empty where there is nothing.
     """
 
     tool: str
     title: str
-    differs: str
     error: float
     layers: tuple[LayerVerdict, ...]
+    note: str = ""
 
     @property
     def findings(self) -> Counter[str]:
@@ -69,7 +73,7 @@ class Verdict:
         return Counter(layer.finding for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON types; an infinite error is None."""
+        """As JSON types; an error that is no finite number is None."""
         return _finite({**asdict(self), "findings": dict(self.findings)})
 
 
@@ -100,26 +104,31 @@ def verify(
     if base is None:
         raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
     adapter = AdapterFile(file)
+    adapter.check_axis(axis)
     weights = open_base(base)
-    names = Names(weights)
+    targets, _ = adapter.targets(Names(weights))
     chosen = list(TOOLS) if tool == "all" else [tool]
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
     total = 0.0
     for module in tqdm(adapter.modules, "verifying", unit="module", delay=2, disable=None):
-        W0 = base_weight(adapter, module, names, weights)
+        if module not in targets:
+            for found in layers.values():
+                found.append(LayerVerdict(module, NOT_FOUND, math.nan))
+            continue
+        W0 = base_weight(adapter, module, targets[module], weights)
         with located(f"{adapter.path}: {module}"):
             state = fitted(adapter.layer(module, axis), W0)
             W = new_weight(state, W0)
         size = float((W - W0).norm())
         total += size**2
         for name in chosen:
-            verdict = judge_layer(adapter, module, TOOLS[name], state.axis, W0, W, size)
+            verdict = judge_layer(adapter, module, TOOLS[name], state, W0, W, size)
             layers[name].append(verdict)
             squares[name] += (verdict.error * size) ** 2
+    note = other_half(adapter.header)
     return [
-        Verdict(name, TOOLS[name].title, TOOLS[name].differs, _ratio(squares[name], total), tuple(layers[name]))
-        for name in chosen
+        Verdict(name, TOOLS[name].title, _ratio(squares[name], total), tuple(layers[name]), note) for name in chosen
     ]
 
 
@@ -128,14 +137,9 @@ def open_base(base: str | Path | Mapping[Name, Tensor]) -> Mapping[Name, Tensor]
     return base if isinstance(base, Mapping) else BaseWeights.open(base)
 
 
-def base_weight(adapter: AdapterFile, module: str, names: Names, weights: Mapping[Name, Tensor]) -> Tensor:
-    """W0 of a module in a file, in fp32 with O first; of a fused module the stacked rows.
-
-    Raises:
-        ValueError: The base has no such module.
-    """
-    with located(str(adapter.path)):
-        W0 = stacked(names.read(module), weights)
+def base_weight(adapter: AdapterFile, module: str, target: Target, weights: Mapping[Name, Tensor]) -> Tensor:
+    """W0 of a module in a file, in fp32 with O first; of a fused module the stacked rows."""
+    W0 = stacked(target, weights)
     return W0.T if adapter.transposed(module) else W0
 
 
@@ -146,7 +150,7 @@ def stacked(target: Target, weights: Mapping[Name, Tensor]) -> Tensor:
 
 
 def judge_layer(
-    adapter: AdapterFile, module: str, tool: Tool, axis: str, W0: Tensor, W: Tensor, size: float
+    adapter: AdapterFile, module: str, tool: Tool, state: LayerState, W0: Tensor, W: Tensor, size: float
 ) -> LayerVerdict:
     """What a tool computes for one module, compared with W'."""
     parts = adapter.parts(module, tool)
@@ -156,26 +160,37 @@ def judge_layer(
     if error <= bound(W0, size):
         return LayerVerdict(module, RIGHT, error)
     if not math.isfinite(error):
-        return LayerVerdict(module, FAILS, error)
-    return LayerVerdict(module, _finding(adapter, module, tool, parts, axis, W0), error)
+        return LayerVerdict(module, FAILS if math.isinf(error) else NOT_FINITE, error)
+    if "magnitude" in state.tensors and "m" not in parts:
+        return LayerVerdict(module, NO_MAGNITUDE, error)
+    if "m" in parts and _other_axis(tool, parts["m"], state.axis, W0):
+        return LayerVerdict(module, WRONG_AXIS, error)
+    return LayerVerdict(module, DIFFERS, error, why(tool, parts, state))
 
 
-def _finding(adapter: AdapterFile, module: str, tool: Tool, parts: Parts, axis: str, W0: Tensor) -> str:
-    has_magnitude = "m" in TOOLS[adapter.tool].roles(module, adapter.modules[module])
-    if has_magnitude and "m" not in parts:
-        return NO_MAGNITUDE
-    if "m" in parts:
-        used = axis_of_shape(parts["m"], W0) if tool.axis == "shape" else tool.axis
-        broadcasts_along = "in" if parts["m"].dim() == 1 and tool.axis != "out" else used
-        if axis not in (used, broadcasts_along) or used != broadcasts_along:
-            return WRONG_AXIS
-    return DIFFERS
+def _other_axis(tool: Tool, m: Tensor, axis: str, W0: Tensor) -> bool:
+    used = axis_of_shape(m, W0) if tool.axis == "shape" else tool.axis
+    broadcasts_along = "in" if m.dim() == 1 and tool.axis != "out" else used
+    return axis not in (used, broadcasts_along) or used != broadcasts_along
+
+
+def why(tool: Tool, parts: Parts, state: LayerState) -> str:
+    """Why a tool computes another weight than an adapter means, as the end of a sentence that begins with its name."""
+    if state.spec.scaling != 1 and "alpha" not in parts:
+        return "does not read alpha"
+    written_for = {"base": "the norm of W0", "unscaled": "the norm of W0 + B A without alpha"}
+    if "magnitude" in state.tensors and state.norm in written_for:
+        return f"divides by another norm than the magnitudes of this file need, {written_for[state.norm]}"
+    return tool.differs
 
 
 def relative_error(
     tool: Tool, files: Sequence[Parts], W0: Tensor, W: Tensor, size: float, strength: float = 1
 ) -> float:
-    """||W_tool - W|| / size, where the tool applies one file after the other; infinite where it fails."""
+    """||W_tool - W|| / size, where the tool applies one file after the other.
+
+    It is infinite where the tool raises an error, and NaN where its result is not finite.
+    """
     try:
         found = W0
         for parts in files:
@@ -185,7 +200,7 @@ def relative_error(
     except (RuntimeError, IndexError):  # shapes do not fit, as in the tool
         return math.inf
     error = float((found - W).norm())
-    return (error / size if size else error) if math.isfinite(error) else math.inf
+    return (error / size if size else error) if math.isfinite(error) else math.nan
 
 
 def bound(W0: Tensor, size: float, relative: float = BOUND) -> float:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from dataclasses import replace
 
 import pytest
@@ -20,7 +19,6 @@ from dora_mm.formats.names import Name
 from dora_mm.formats.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, TOOLS
-from dora_mm.formats.tools.parts import kohya_tensors
 from tests.formats import toy
 from tests.formats.test_tools import FIXTURES, path_of
 
@@ -29,32 +27,10 @@ BASE = toy.base()
 CONV = toy.UNET[4]
 
 
-def state_of(name, number):
-    """Ranks and alphas differ; every third module is plain LoRA."""
-    method = "lora" if number % 3 == 2 else "dora"
-    return toy.layer(name, rank=2 + number % 3, alpha=1.0 + number, method=method)
-
-
 def textbook(name, state, t=1.0):
     m = state.tensors.get("magnitude")
     A, B = state.tensors["lora_A"], state.tensors["lora_B"]
     return toy.textbook(BASE[name], A, B, m, state.spec.alpha / state.spec.rank, state.axis, t=t)
-
-
-def write_source(path, states):
-    """A file of kohya's form, with names put together by hand."""
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    tensors = {}
-    for name, state in states.items():
-        module = prefixes[name.component] + name.path.replace(".", "_")
-        tensors |= {f"{module}.{end}": t.contiguous() for end, t in kohya_tensors(state).items()}
-    save_file(tensors, path, metadata={"ss_base_model_version": "sdxl_base_v1-0", "sshs_model_hash": "1"})
-    return path
-
-
-@pytest.fixture
-def source(tmp_path):
-    return write_source(tmp_path / "source.safetensors", {n: state_of(n, i) for i, n in enumerate(toy.SHAPES)})
 
 
 def names_for(target):
@@ -79,9 +55,9 @@ def check_weights(path, states, strength=1.0, tolerance=1e-6, base=None):
 @pytest.mark.parametrize(("first", "second"), itertools.product(EXACT, EXACT))
 def test_round_trips(first, second, tmp_path):
     names = [name for name in names_for(first) if name in names_for(second)]
-    states = {name: state_of(name, number) for number, name in enumerate(names)}
+    states = {name: toy.state_of(name, number) for number, name in enumerate(names)}
     base = {name: BASE[name] for name in names}
-    path = write_source(tmp_path / "source.safetensors", states)
+    path = toy.write_source(tmp_path / "source.safetensors", states)
     for number, to in enumerate((first, second)):
         done = convert(path, tmp_path / f"{number}", to=to, base=base)
         assert done.on_base
@@ -95,7 +71,7 @@ def test_round_trips(first, second, tmp_path):
 def test_without_a_base(to, tmp_path):
     """Formulas are checked on random weights, and the result is the same."""
     states = {name: toy.layer(name, alpha=3.0) for name in names_for(to)}
-    path = write_source(tmp_path / "source.safetensors", states)
+    path = toy.write_source(tmp_path / "source.safetensors", states)
     done = convert(path, tmp_path / "new.safetensors", to=to)
     assert not done.on_base
     assert all(errors.overall < 1e-5 for errors in done.errors)
@@ -106,8 +82,8 @@ def test_without_a_base(to, tmp_path):
 @pytest.mark.parametrize("strength", [0.4, 1.5])
 def test_another_strength_becomes_strength_1(to, strength, tmp_path):
     names = [name for name in names_for(to) if name in names_for("peft")]
-    states = {name: state_of(name, number) for number, name in enumerate(names)}
-    path = write_source(tmp_path / "source.safetensors", states)
+    states = {name: toy.state_of(name, number) for number, name in enumerate(names)}
+    path = toy.write_source(tmp_path / "source.safetensors", states)
     base = {name: BASE[name] for name in names}
     (file,) = convert(path, tmp_path / "new", to=to, base=base, strength=strength).files
     check_weights(file, states, strength, base=base)
@@ -121,7 +97,7 @@ def test_the_pair_for_comfy_is_right_in_its_order_at_every_strength(source, tmp_
     assert all(max(errors.overall, *errors.at.values()) < 1e-5 for errors in done.errors)
     rows, low_rank = AdapterFile(first), AdapterFile(second)
     for number, name in enumerate(toy.SHAPES):
-        state = state_of(name, number)
+        state = toy.state_of(name, number)
         for tool in (TOOLS["comfy-2025"], TOOLS["comfy-15458"]):
             for t in (0.5, 1.0, 2.0):
                 W0, wanted = BASE[name], textbook(name, state, t)
@@ -144,7 +120,7 @@ def test_an_input_axis(tmp_path):
     """It stays exact where a tool takes both axes, and where there is none; the others need a fit."""
     states = {name: toy.layer(name, axis="in") for name in toy.UNET}
     base = {name: BASE[name] for name in toy.UNET}
-    path = write_source(tmp_path / "source.safetensors", states)
+    path = toy.write_source(tmp_path / "source.safetensors", states)
     for to in ("kohya", "comfy-2025", "comfy-15458", "onetrainer"):
         (file,) = convert(path, tmp_path / to, to=to, base=base).files
         check_weights(file, states, base=base)
@@ -170,7 +146,7 @@ def test_low_rank_by_rank_and_by_energy(source, tmp_path):
         (errors[rank],) = (found.overall for found in done.errors)
         best, total = 0.0, 0.0
         for number, name in enumerate(toy.SHAPES):
-            D = (textbook(name, state_of(name, number)) - BASE[name]).flatten(1)
+            D = (textbook(name, toy.state_of(name, number)) - BASE[name]).flatten(1)
             values = torch.linalg.svdvals(D).square()
             best, total = best + float(values[rank:].sum()), total + float(values.sum())
         assert errors[rank] == pytest.approx((best / total) ** 0.5, rel=0.02, abs=1e-5)
@@ -250,55 +226,6 @@ def test_a_tool_that_computes_something_else_is_not_written_for(source, tmp_path
     assert done.errors[0].overall > 0.1
 
 
-MISTAKES = [
-    ({"to": "comfyui"}, "there is no target 'comfyui': use one of peft"),
-    ({"to": "diff"}, "target diff needs the base model: give it with --base"),
-    ({"to": "lora", "base": BASE}, "target lora needs the rank, or the share of energy"),
-    ({"to": "lora", "base": BASE, "rank": 0}, "the rank must be at least 1"),
-    ({"to": "lora", "base": BASE, "energy": 1.5}, "--energy is a share between 0 and 1"),
-    ({"to": "kohya", "rank": 4}, "--rank belongs to --to lora"),
-    ({"to": "kohya", "dtype": "float8"}, "--dtype is float32"),
-    ({"to": "kohya", "strength": float("nan")}, "the strength must be a finite number"),
-    ({"to": "merged", "base": BASE}, "target merged needs the base model as a folder"),
-]
-
-
-@pytest.mark.parametrize(("settings", "message"), MISTAKES, ids=[message[:30] for _, message in MISTAKES])
-def test_mistakes(settings, message, source, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        convert(source, tmp_path / "new", **settings)
-    assert list(tmp_path.iterdir()) == [source]
-
-
-@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0, -1.0])
-def test_an_alpha_that_is_no_positive_number(alpha, source, tmp_path):
-    tensors = load_file(source)
-    key = next(key for key in tensors if key.endswith(".alpha"))
-    tensors[key] = torch.tensor(alpha)
-    save_file(tensors, source)
-    with pytest.raises(ValueError, match=f"{key.removesuffix('.alpha')}: its alpha is not a positive number"):
-        convert(source, tmp_path / "new", to="kohya", base=BASE)
-
-
-def test_what_exists_is_not_overwritten(source, tmp_path):
-    before = source.read_bytes()
-    with pytest.raises(ValueError, match=r"OUT .*source\.safetensors exists already: name a new file"):
-        convert(source, source, to="kohya")
-    assert source.read_bytes() == before
-
-
-def test_several_networks_in_pefts_folder(source, tmp_path):
-    with pytest.raises(ValueError, match="source.safetensors"):
-        convert(source, tmp_path / "new", to="peft", base=BASE)
-    assert not (tmp_path / "new").exists()
-
-
-def test_an_unknown_key_is_named(source, tmp_path):
-    save_file({**load_file(source), "unet.bias": torch.zeros(3)}, source)
-    with pytest.raises(ValueError, match=r"source.safetensors also holds unet.bias"):
-        convert(source, tmp_path / "new", to="kohya", base=BASE)
-
-
 # --- fused projections: Flux in its own names ------------------------------------------------------------------------
 
 FLUX = {
@@ -373,36 +300,15 @@ def test_fused_projections(left_out, tmp_path):
 def test_a_small_update_is_written_in_half_precision(dtype, tmp_path):
     """Rounding a magnitude moves W' by a share of W0, which is much of an update that is small beside it."""
     small = {name: toy.layer(name, size=0.02, noise=0.002) for name in toy.UNET}
-    source = write_source(tmp_path / "small.safetensors", small)
+    source = toy.write_source(tmp_path / "small.safetensors", small)
     (errors,) = convert(source, tmp_path / "half.safetensors", to="comfy-15458", base=BASE, dtype=dtype).errors
     assert 1e-3 < errors.overall < 1
-
-
-def test_values_beyond_the_dtype_are_refused_by_name(tmp_path):
-    huge = {name: toy.layer(name, size=1e7) for name in toy.UNET}
-    source = write_source(tmp_path / "huge.safetensors", huge)
-    with pytest.raises(ValueError, match=r"lora_unet_\w+: its \S+ would have values that are NaN or infinite"):
-        convert(source, tmp_path / "half.safetensors", to="kohya", dtype="float16", base=BASE, allow_lossy=True)
-    assert not (tmp_path / "half.safetensors").exists()
-
-
-def test_out_cannot_be_inside_a_file(source):
-    with pytest.raises(ValueError, match=r"cannot be made, since .*source\.safetensors is a file"):
-        convert(source, source / "new.safetensors", to="kohya")
 
 
 def test_strength_0_keeps_the_sign_of_zeros():
     W0 = torch.tensor([[-0.0, 1.0], [2.0, 0.0]])
     state = LayerState(DoRASpec(1, method="lora"), {"lora_A": torch.ones(1, 2), "lora_B": torch.ones(2, 1)})
     assert torch.equal(torch.signbit(new_weight(state, W0, 0.0)), torch.signbit(W0))
-
-
-def test_pefts_form_is_a_folder(tmp_path):
-    source = write_source(tmp_path / "source.safetensors", {name: toy.layer(name) for name in toy.UNET})
-    (tmp_path / "adapter_config.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"is a file, and PEFT's adapters are folders"):
-        convert(source, tmp_path / "new.safetensors", to="peft", base=BASE)
-    assert (tmp_path / "adapter_config.json").read_text() == "mine"
 
 
 def test_a_config_beside_a_file_of_another_name_is_not_its_own(source, tmp_path):

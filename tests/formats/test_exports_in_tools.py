@@ -1,4 +1,4 @@
-"""Converted files in the tools themselves: PEFT, diffusers, and LyCORIS where it is installed."""
+"""Converted files in the tools themselves: PEFT, diffusers and LyCORIS."""
 
 import copy
 import re
@@ -8,19 +8,20 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.loaders import PeftAdapterMixin
+from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
 from peft import PeftModel
 
 from dora_mm.formats.convert import convert
 from tests.formats import toy
-from tests.formats.test_convert import BASE, state_of, textbook, write_source
+from tests.formats.test_convert import BASE, textbook
 
 ROOT = Path(__file__).parents[2]
-STATES = {name: state_of(name, number) for number, name in enumerate(toy.UNET)}
+STATES = {name: toy.state_of(name, number) for number, name in enumerate(toy.UNET)}
 
 
 @pytest.fixture
 def source(tmp_path):
-    return write_source(tmp_path / "source.safetensors", STATES)
+    return toy.write_source(tmp_path / "source.safetensors", STATES)
 
 
 def check(weights):
@@ -61,11 +62,10 @@ def test_diffusers_drops_the_magnitude_of_kohyas_files(source, tmp_path):
     assert not any("magnitude" in key or "dora" in key for key in state)
 
 
-def test_lycoris(source, tmp_path):
-    wrapper = pytest.importorskip("lycoris.wrapper")
+def test_lycoris(source, tmp_path, monkeypatch):
     (file,) = convert(source, tmp_path / "new.safetensors", to="onetrainer", base=BASE).files  # diffusers' names
-    wrapper.LycorisNetwork.LORA_PREFIX = "lora_unet"
-    network, _ = wrapper.create_lycoris_from_weights(1.0, str(file), copy.deepcopy(toy.model()))
+    monkeypatch.setattr(LycorisNetwork, "LORA_PREFIX", "lora_unet")
+    network, _ = create_lycoris_from_weights(1.0, str(file), copy.deepcopy(toy.model()))
     names = {name.path.replace(".", "_"): name for name in toy.UNET}
     merged = {names[m.lora_name.removeprefix("lora_unet_")]: m for m in network.loras}
     check({name: m.get_merged_weight(1.0, shape=toy.SHAPES[name])[0].detach() for name, m in merged.items()})

@@ -96,6 +96,9 @@ def test_a_magnitude_for_old_comfy_is_wrong_in_the_new_one(shape, measured, tmp_
     assert list(verdicts) == list(TOOLS)
     assert verdicts["comfy-2025"].error < 1e-6
     assert verdicts["comfy-15458"].error == pytest.approx(measured, rel=0.15)
+    reasons = {layer.reason for layer in verdicts["comfy-15458"].layers}
+    assert reasons == {"divides by another norm than the magnitudes of this file need, the norm of W0"}
+    assert {layer.reason for layer in verdicts["comfy-2025"].layers} == {""}
 
 
 def test_a_flat_magnitude(tmp_path):
@@ -124,6 +127,32 @@ def test_modules_that_a_tool_does_not_know_are_counted(tmp_path):
     assert found["comfy-15458"] == {"right": 4}
     assert found["lycoris"] == {"right": 3, "ignored": 1}
     assert found["peft"] == {"ignored": 4}
+
+
+def test_modules_that_the_base_lacks_are_counted(tmp_path):
+    base = random_base(OUT_96)
+    file = write_kohya(tmp_path / "a.safetensors", base)
+    del base[Name("unet", MODULES[0])]
+    (verdict,) = dora_mm.verify(file, "lycoris", base)
+    assert dict(verdict.findings) == {"not in the base": 1, "right": 3}
+    assert verdict.error < 2e-6
+    assert [layer["error"] is None for layer in verdict.as_dict()["layers"]] == [True, False, False, False]
+
+
+def test_a_result_that_is_not_finite(tmp_path):
+    """A row of zeros has no norm; AUTOMATIC1111 divides by it without an epsilon."""
+    base = random_base(SQUARE)
+    file = write_kohya(tmp_path / "a.safetensors", base)
+    tensors = load_file(file)
+    for key in tensors:
+        if key.endswith("lora_down.weight"):
+            tensors[key][:, 0] = 0
+    save_file(tensors, file)
+    for W0 in base.values():
+        W0[:, 0] = 0
+    (verdict,) = dora_mm.verify(file, "a1111", base)
+    assert dict(verdict.findings) == {"not finite": 4}
+    assert math.isnan(verdict.error)
 
 
 def test_mistakes(tmp_path):

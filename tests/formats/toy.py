@@ -1,11 +1,13 @@
 """A small base model with SDXL's names: weights from a formula, so that fixtures and tests agree on every machine."""
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.names import Name
 from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools.parts import kohya_tensors
 
 BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
 SHAPES = {
@@ -71,6 +73,12 @@ def layer(name, *, rank=4, alpha=2.0, method="dora", size=0.4, noise=0.08, axis=
     return LayerState(DoRASpec(rank, alpha, method=method), tensors, axis)
 
 
+def state_of(name, number):
+    """Ranks and alphas differ; every third module is plain LoRA."""
+    method = "lora" if number % 3 == 2 else "dora"
+    return layer(name, rank=2 + number % 3, alpha=1.0 + number, method=method)
+
+
 def textbook(W0, A, B, m, s, axis="out", divided_by="updated", t=1.0):
     """W0 + t (m V / n - W0) in float64, written out by rows or columns; nothing here is shared with dora_mm."""
     W0, A, B = W0.double(), A.double(), B.double()
@@ -85,6 +93,17 @@ def textbook(W0, A, B, m, s, axis="out", divided_by="updated", t=1.0):
         else:
             V = torch.stack([V[:, i] * (m[i] / over[:, i].square().sum().sqrt()) for i in rows], 1)
     return W0 + t * (V - W0)
+
+
+def write_source(path, states):
+    """A file of kohya's form, with names put together by hand."""
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    tensors = {}
+    for name, state in states.items():
+        module = prefixes[name.component] + name.path.replace(".", "_")
+        tensors |= {f"{module}.{end}": t.contiguous() for end, t in kohya_tensors(state).items()}
+    save_file(tensors, path, metadata={"ss_base_model_version": "sdxl_base_v1-0", "sshs_model_hash": "1"})
+    return path
 
 
 def probe(W):

@@ -27,6 +27,7 @@ from dora_mm.formats.tools.tool import Export, Header, Tool
 NAMES = re.compile(rf"{KOHYA_NAMES.pattern}|diffusion_model\.|transformer\.|text_encoders?\.")
 PARTS = {**KOHYA_PARTS, "lora_A.weight": "A", "lora_B.weight": "B", "lora.down.weight": "A", "lora.up.weight": "B"}
 TARGET_KEY = "dora_mm_target"  # says for which version a magnitude was written: the tensors cannot
+PAIR_TARGETS = ("comfy, file 1 of 2", "comfy, file 2 of 2")
 
 
 # --- what it computes ------------------------------------------------------------------------------------------------
@@ -48,6 +49,14 @@ def matches_2025(keys: Collection[str], header: Header) -> bool:
 
 def matches_15458(keys: Collection[str], header: Header) -> bool:
     return header.get(TARGET_KEY) == "comfy-15458" or any(key.startswith("diffusion_model.") for key in keys)
+
+
+def other_half(header: Header) -> str:
+    """What a person has to know who has one file of a pair; empty for other files."""
+    if header.get(TARGET_KEY) not in PAIR_TARGETS:
+        return ""
+    number = PAIR_TARGETS.index(header[TARGET_KEY]) + 1
+    return f"it is file {number} of a pair, and means the adapter only together with file {3 - number}"
 
 
 def read_2025(parts: Parts, axis: str | None) -> LayerState:
@@ -128,6 +137,13 @@ EXPORT_DIFF = Export(
     dtype="float16",
 )
 PAIR = tuple(
-    Export(write, spelling="kohya", judges=("comfy-2025", "comfy-15458"), needs_base=True, axis="out")
-    for write in (write_rows, write_low_rank)
+    Export(
+        write,
+        spelling="kohya",
+        judges=("comfy-2025", "comfy-15458"),
+        needs_base=True,
+        header=lambda specs, old, target=target: {TARGET_KEY: target},
+        axis="out",
+    )
+    for write, target in zip((write_rows, write_low_rank), PAIR_TARGETS, strict=True)
 )

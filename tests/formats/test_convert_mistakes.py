@@ -1,0 +1,135 @@
+"""What `convert` refuses: each mistake is one sentence, and nothing is written."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dora_mm
+from dora_mm.formats.convert import convert
+from dora_mm.formats.names import Name
+from tests.formats import toy
+from tests.formats.test_convert import BASE, peft_base
+from tests.formats.test_tools import FIXTURES
+
+MISTAKES = [
+    ({"to": "comfyui"}, "there is no target 'comfyui': use one of peft"),
+    ({"to": "diff"}, "target diff needs the base model: give it with --base"),
+    ({"to": "lora", "base": BASE}, "target lora needs the rank, or the share of energy"),
+    ({"to": "lora", "base": BASE, "rank": 0}, "the rank must be at least 1"),
+    ({"to": "lora", "base": BASE, "energy": 1.5}, "--energy is a share between 0 and 1"),
+    ({"to": "kohya", "rank": 4}, "--rank belongs to --to lora"),
+    ({"to": "diffusers", "rank": 4, "allow_lossy": True}, "source.safetensors as it is: leave --rank out"),
+    ({"to": "diff", "base": BASE, "allow_lossy": True}, "--allow-lossy has no effect on --to diff"),
+    ({"to": "kohya", "axis": "in"}, "no magnitude whose axis is unclear: leave --axis out"),
+    ({"to": "kohya", "dtype": "float8"}, "--dtype is float32"),
+    ({"to": "kohya", "strength": float("nan")}, "the strength must be a finite number"),
+    ({"to": "merged", "base": BASE}, "target merged needs the base model as a folder"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), MISTAKES, ids=[message[:30] for _, message in MISTAKES])
+def test_mistakes(settings, message, source, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        convert(source, tmp_path / "new", **settings)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), 0.0, -1.0])
+def test_an_alpha_that_is_no_positive_number(alpha, source, tmp_path):
+    tensors = load_file(source)
+    key = next(key for key in tensors if key.endswith(".alpha"))
+    tensors[key] = torch.tensor(alpha)
+    save_file(tensors, source)
+    with pytest.raises(ValueError, match=f"{key.removesuffix('.alpha')}: its alpha is not a positive number"):
+        convert(source, tmp_path / "new", to="kohya", base=BASE)
+
+
+def test_what_exists_is_not_overwritten(source, tmp_path):
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match=r"OUT .*source\.safetensors exists already: name a new file"):
+        convert(source, source, to="kohya")
+    assert source.read_bytes() == before
+
+
+def test_several_networks_in_pefts_folder(source, tmp_path):
+    with pytest.raises(ValueError, match="source.safetensors"):
+        convert(source, tmp_path / "new", to="peft", base=BASE)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_key_is_named(source, tmp_path):
+    save_file({**load_file(source), "unet.bias": torch.zeros(3)}, source)
+    with pytest.raises(ValueError, match=r"source.safetensors also holds unet.bias"):
+        convert(source, tmp_path / "new", to="kohya", base=BASE)
+
+
+def test_values_beyond_the_dtype_are_refused_by_name(tmp_path):
+    huge = {name: toy.layer(name, size=1e7) for name in toy.UNET}
+    source = toy.write_source(tmp_path / "huge.safetensors", huge)
+    with pytest.raises(ValueError, match=r"lora_unet_\w+: its \S+ would have values that are NaN or infinite"):
+        convert(source, tmp_path / "half.safetensors", to="kohya", dtype="float16", base=BASE, allow_lossy=True)
+    assert not (tmp_path / "half.safetensors").exists()
+
+
+def test_out_cannot_be_inside_a_file(source):
+    with pytest.raises(ValueError, match=r"cannot be made, since .*source\.safetensors is a file"):
+        convert(source, source / "new.safetensors", to="kohya")
+
+
+def test_pefts_form_is_a_folder(tmp_path):
+    source = toy.write_source(tmp_path / "source.safetensors", {name: toy.layer(name) for name in toy.UNET})
+    (tmp_path / "adapter_config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"is a file, and PEFT's adapters are folders"):
+        convert(source, tmp_path / "new.safetensors", to="peft", base=BASE)
+    assert (tmp_path / "adapter_config.json").read_text() == "mine"
+
+
+def test_out_with_the_end_of_a_pickle(source, tmp_path):
+    with pytest.raises(ValueError, match=r"OUT .*new\.pt is not a \.safetensors file"):
+        convert(source, tmp_path / "new.pt", to="kohya")
+
+
+def test_modules_that_the_base_lacks_are_counted(source, tmp_path):
+    base = dict(list(BASE.items())[2:])
+    with pytest.raises(
+        ValueError, match=r"source\.safetensors: 2 of its 7 modules were not found: lora_unet_\w+ is not"
+    ):
+        convert(source, tmp_path / "new", to="kohya", base=base)
+    base = {Name("unet", "mid_block.attentions.0.proj_in"): torch.zeros(4, 4)}
+    with pytest.raises(ValueError, match=r"7 of its 7 modules were not found \(it is an adapter of another model\)"):
+        convert(source, tmp_path / "new", to="kohya", base=base)
+
+
+def test_an_adapter_is_no_base(source, tmp_path):
+    with pytest.raises(ValueError, match=r"source\.safetensors is not a model but an adapter: it has lora_te1_"):
+        convert(source, tmp_path / "new", to="kohya", base=source)
+
+
+def test_a_network_without_a_name(tmp_path):
+    """PEFT's folder does not say which component it is for; the base does."""
+    with pytest.raises(ValueError, match="does not say which network it adapts.*with --base"):
+        convert(FIXTURES / "peft_dora", tmp_path / "new", to="kohya")
+    done = convert(FIXTURES / "peft_dora", tmp_path / "new", to="kohya", base=peft_base())
+    assert all(key.startswith("lora_unet_") for key in load_file(done.files[0]))
+
+
+def test_half_of_a_pair(source, tmp_path):
+    first, second = convert(source, tmp_path / "new.safetensors", to="comfy", base=BASE).files
+    for number, file in enumerate((first, second), 1):
+        with pytest.raises(ValueError, match=f"it is file {number} of a pair.*only together with file {3 - number}"):
+            convert(file, tmp_path / "again", to="kohya", base=BASE)
+        assert f"file {number} of a pair" in dora_mm.verify(file, "comfy-2025", BASE)[0].note
+
+
+def test_rounding_beyond_the_bound_says_which_dtype_helps(source, tmp_path):
+    """B is so small that half precision has no digits for it, and A so large that the update is not."""
+    tensors = load_file(source)
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[key] *= 1e-5
+    tensors[key.replace("lora_up.weight", "lora_down.weight")] *= 1e5
+    save_file(tensors, source)
+    with pytest.raises(ValueError, match="float16 would put it off by .* of the update: use --dtype float32"):
+        convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE, dtype="float16")
+    convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE)
