@@ -165,9 +165,11 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
 
 
 def _needs_fit(layers: LayerReader, export: Export) -> bool:
-    """Whether the file has magnitudes of input columns, and the form holds only those of output rows."""
-    axes = {layers.file.axis(module) for module in layers.file.modules}
-    return export.axis == "out" and ("in" in axes or ("?" in axes and layers.axis == "in"))
+    """Whether the file has magnitudes of input columns or weights as they are, for which the form has no place."""
+    file, fitted = layers.file, {"in", "?"} if layers.axis == "in" else {"in"}
+    return export.axis == "out" and any(
+        file.axis(module) in fitted or endings.keys() & {"diff", "weight"} for module, endings in file.modules.items()
+    )
 
 
 def _judge(export: Export, layers: LayerReader, to: str, *, allow_lossy: bool) -> Judge:
@@ -316,12 +318,13 @@ class _Writer:
         if self.to == "lora":
             assert lossy is not None
             return low_rank(exact.new_weight(layer, W0, self.strength) - W0, rank=lossy.rank, energy=lossy.energy)
-        if layer.axis == "out" or export.axis == "any":
+        if export.axis == "any" or not (layer.axis == "in" or layer.spec.method == "full"):
             layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
             return layer if export.keeps_alpha else exact.folded(layer)
         if lossy is None or lossy.rank is None:
+            what = "its magnitude scales input columns" if layer.axis == "in" else "it is a difference of weights"
             raise ValueError(
-                "its magnitude scales input columns, which this target cannot hold: use --to merged or --to diff, or "
-                "fit it anew with --rank and --allow-lossy"
+                f"{what}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank and "
+                "--allow-lossy"
             )
         return fitted_adapter(exact.new_weight(layer, W0, self.strength), W0, lossy.rank)

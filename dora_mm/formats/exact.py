@@ -16,8 +16,6 @@ from dora_mm.core.functional import adapter_dtype
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.state import LayerState
 
-NO_OUTPUT_FORM = "use dora-mm convert --to merged or --to diff"
-
 
 def fitted(layer: LayerState, W0: Tensor) -> LayerState:
     """The adapter with A in the shape of its base weight (O, I) or (O, I, *K): some write (R, I, 1, 1).
@@ -122,7 +120,10 @@ def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerSt
     g = gain(layer, W0, BA)
     e = 1 + strength * (g - 1)
     if not e.all():
-        raise ValueError(f"at strength {strength:g} a row of the weight has no part of the base: {NO_OUTPUT_FORM}")
+        raise ValueError(
+            f"at strength {strength:g} a row of the weight has no part of the base: use dora-mm convert --to merged or "
+            "--to diff"
+        )
     factor = strength * ((s + g - 1) if layer.norm == "unscaled" else s * g) / e
     tensors = {name: t.to(W0.dtype) for name, t in layer.tensors.items()}
     if "lora_A" in tensors and layer.axis == "out":
@@ -141,6 +142,21 @@ def folded(layer: LayerState) -> LayerState:
         return layer
     tensors = {**layer.tensors, "lora_B": layer.tensors["lora_B"].float() * layer.spec.scaling}
     return replace(layer, spec=replace(layer.spec, alpha=float(layer.spec.rank)), tensors=tensors)
+
+
+@torch.no_grad()
+def full_rank(layer: LayerState, weight: Tensor) -> LayerState:
+    """The plain LoRA of full rank that computes the same as any adapter: D = W' - W0 is I D, or D I.
+
+    It is exact at every strength, and has the size of D and of the smaller of the two identity matrices.
+    """
+    W0 = weight.to(adapter_dtype(weight.dtype))
+    D = new_weight(layer, W0) - W0
+    rows, columns = D.flatten(1).shape
+    rank = min(rows, columns)
+    one = torch.eye(rank, dtype=D.dtype)
+    A, B = (D, one) if rows <= columns else (one.view(rank, *D.shape[1:]), D.flatten(1))
+    return LayerState(DoRASpec(rank, float(rank), method="lora"), {"lora_A": A, "lora_B": B})
 
 
 @torch.no_grad()

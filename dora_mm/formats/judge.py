@@ -13,7 +13,7 @@ from torch import Tensor
 from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.tool import Header, Tool
-from dora_mm.formats.verify import bound, relative_error
+from dora_mm.formats.verify import bound, is_read, relative_error
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the relative error that rounding to each explains
 STRENGTHS_ON = 16  # modules, spread over the file, on which errors at other strengths than 1 are computed
@@ -84,7 +84,8 @@ class Judge:
             if self.strict and not error <= allowed_error(W0, size, dtype):
                 if relative_error(tool, before, W0, W, size) <= allowed_error(W0, size, torch.float32):
                     raise ValueError(f"{dtype} would put it off by {error:.1%} of the update: use --dtype float32")
-                raise ValueError(f"{refusal(tool, error)}: nothing was written; {self.advice}")
+                reason = refusal(tool, error) if any(map(is_read, files)) else f"{tool.title} would ignore it"
+                raise ValueError(f"{reason}: nothing was written; {self.advice}")
             self.errors[name][module] = error
             self.squares[name, 1.0].append((error * size, size))
             for t in tool.strengths if self.count % self.every == 0 else ():

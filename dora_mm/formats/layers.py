@@ -110,7 +110,8 @@ def read_state(path: Path, models: Mapping[str, nn.Module] | None) -> tuple[Adap
     Args:
         path: The file.
         models: The models by component whose module names the result has. With their weights, magnitudes over another
-            norm than the paper's are converted exactly. None keeps diffusers' names, and the norms.
+            norm than the paper's are converted exactly, and what is no DoRA of output rows (differences of weights,
+            magnitudes of input columns) becomes a LoRA of full rank. None keeps diffusers' names, and all forms.
 
     Raises:
         ValueError: The file cannot be read, or belongs to another model.
@@ -119,10 +120,11 @@ def read_state(path: Path, models: Mapping[str, nn.Module] | None) -> tuple[Adap
     state = AdapterState({})
     for name in reader.names():
         layer = reader.layer(name)
-        if models and layer.norm != "updated":
+        has_no_form = "diff" in layer.tensors or layer.axis == "in"  # in our layer
+        if models and (has_no_form or layer.norm != "updated"):
             with located(f"{path}: {name}"):
                 W0 = reader.base(name)
-                layer = exact.paper_form(exact.fitted(layer, W0), W0)
+                layer = (exact.full_rank if has_no_form else exact.paper_form)(exact.fitted(layer, W0), W0)
         state.layers.setdefault(name.component, {})[name.path] = layer
     return state, reader.file.header
 

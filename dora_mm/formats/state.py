@@ -231,8 +231,6 @@ def _check_component(
             raise ValueError(
                 f"{source} does not fit this model: it adapts {joined(component, path)}, which the model does not have"
             )
-        if "diff" in state.tensors or state.axis != "out":
-            raise ValueError(f"{source} cannot be loaded: at {joined(component, path)}, {_other_form(state)}")
         if problem := _misfit(state, modules[path]):
             raise ValueError(f"{source} does not fit this model: at {joined(component, path)}, {problem}")
         if state.spec.method == "full" and strengths[joined(component, path)] != 1:
@@ -290,17 +288,6 @@ def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     shape = stored_shape(module)
     kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
     return shape[::-1] if shape and kind and issubclass(kind, TransposedLayer) else shape
-
-
-def _other_form(state: LayerState) -> str:
-    if "diff" in state.tensors:
-        return (
-            "it holds a difference of weights: use dora-mm convert --to merged, or --to lora --rank R for a close one"
-        )
-    return (
-        "its magnitude scales input columns: use dora-mm convert --to merged (or --to diff for other tools), or "
-        "--to diffusers --rank R --allow-lossy for a new fit"
-    )
 
 
 def _misfit(state: LayerState, module: nn.Module) -> str:

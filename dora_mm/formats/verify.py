@@ -154,7 +154,7 @@ def judge_layer(
 ) -> LayerVerdict:
     """What a tool computes for one module, compared with W'."""
     parts = adapter.parts(module, tool)
-    if not ({"A", "B"} <= parts.keys() or parts.keys() & {"diff", "weight", "m"}):
+    if not is_read(parts):
         return LayerVerdict(module, IGNORED, 1.0 if size else 0.0)
     error = relative_error(tool, [parts], W0, W, size)
     if error <= bound(W0, size):
@@ -166,6 +166,11 @@ def judge_layer(
     if "m" in parts and _other_axis(tool, parts["m"], state.axis, W0):
         return LayerVerdict(module, WRONG_AXIS, error)
     return LayerVerdict(module, DIFFERS, error, why(tool, parts, state))
+
+
+def is_read(parts: Parts) -> bool:
+    """Whether the tensors that a tool reads of a module make up an adapter; else it ignores them."""
+    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight", "m"})
 
 
 def _other_axis(tool: Tool, m: Tensor, axis: str, W0: Tensor) -> bool:
@@ -193,7 +198,7 @@ def relative_error(
     """
     try:
         found = W0
-        for parts in files:
+        for parts in filter(is_read, files):
             found = tool.apply(parts, found, strength)
         if found.shape != W0.shape:
             return math.inf

@@ -13,6 +13,7 @@ from dora_mm import formats
 from dora_mm.config.schema import AnyAdapterConfig
 from dora_mm.core import AdaptedLayer, DoRASpec, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
+from dora_mm.formats.adapter_file import AdapterFile
 
 
 def make_spec(config: AnyAdapterConfig) -> DoRASpec:
@@ -53,8 +54,9 @@ def adapt_others(
         What was adapted here, by component.
 
     Raises:
-        ValueError: The file cannot be read, or a module cannot be adapted.
+        ValueError: The file cannot be read, a module cannot be adapted, or its adapter has no low rank.
     """
+    check_low_rank(formats.find_file(file))
     state, _ = formats.read(file, networks)
     reports: dict[str, InjectReport] = {}
     for component, network in networks.items():
@@ -65,6 +67,21 @@ def adapt_others(
                 wanted[path] = "init_from", replace(spec, method=own.method, rank=own.rank, alpha=own.alpha)
         reports[component] = inject_paths(network, wanted, forward=backends.select(backend))
     return reports
+
+
+def check_low_rank(file: Path) -> None:
+    """Checks that a file can be trained on.
+
+    Raises:
+        ValueError: It holds differences of weights, or magnitudes of input columns: they load as LoRA of full rank.
+    """
+    adapter = AdapterFile(file)
+    for module, endings in adapter.modules.items():
+        if "diff" in endings or adapter.axis(module) == "in":
+            raise ValueError(
+                f"adapter.init_from: {file} has no low rank at {module}, and can be drawn with but not trained on: fit "
+                "it with dora-mm convert --to diffusers --rank R --allow-lossy, or extract"
+            )
 
 
 def load_initial_adapter(file: Path, adapted: Mapping[str, nn.Module]) -> None:

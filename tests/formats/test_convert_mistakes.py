@@ -115,6 +115,20 @@ def test_a_network_without_a_name(tmp_path):
     assert all(key.startswith("lora_unet_") for key in load_file(done.files[0]))
 
 
+@pytest.mark.parametrize("to", ["peft", "diffusers", "comfy", "ai-toolkit", "onetrainer"])
+def test_differences_of_weights(to, tmp_path):
+    """These have no place for them; all but OneTrainer's form hold a new fit."""
+    base = {name: W0 for name, W0 in peft_base().items() if W0.dim() == 2}
+    source = toy.write_source(tmp_path / "source.safetensors", {name: toy.layer(name) for name in base})
+    (diff,) = convert(source, tmp_path / "diff.safetensors", to="diff", base=base, dtype="float32").files
+    reason = "OneTrainer would ignore it" if to == "onetrainer" else "it is a difference of weights"
+    with pytest.raises(ValueError, match=f"{reason}.*--to merged"):
+        convert(diff, tmp_path / "new", to=to, base=base)
+    if to != "onetrainer":
+        done = convert(diff, tmp_path / "new", to=to, base=base, rank=4, allow_lossy=True)
+        assert all(errors.overall < 1e-3 for errors in done.errors)  # a DoRA of rank 4 is found again
+
+
 def test_half_of_a_pair(source, tmp_path):
     first, second = convert(source, tmp_path / "new.safetensors", to="comfy", base=BASE).files
     for number, file in enumerate((first, second), 1):

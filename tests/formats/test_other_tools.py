@@ -36,14 +36,34 @@ def test_strength_0_is_the_base_bit_for_bit(unet):
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize(("to", "reason"), [("in", "scales input columns"), ("diff", "a difference of weights")])
-def test_what_the_layer_cannot_compute_is_refused(to, reason, unet, tmp_path):
-    path = path_of("lycoris_in")
+@pytest.mark.parametrize("strength", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("to", ["in", "diff"])
+def test_what_has_no_low_rank_loads_exactly(to, strength, unet, tmp_path):
+    """Magnitudes of input columns, and differences of weights."""
+    base = {name: W0 for name, W0 in toy.base().items() if name.component == "unet"}
+    path, expected = path_of("lycoris_in"), load_file(path_of("expected"))
     if to == "diff":
-        base = {name: W0 for name, W0 in toy.base().items() if name.component == "unet"}
-        (path,) = convert(path, tmp_path / "a.safetensors", to="diff", base=base).files
-    with pytest.raises(ValueError, match=rf"{path.name} cannot be loaded: at unet\..*{reason}.*dora-mm convert --to"):
-        load_adapter({"unet": unet}, path)
+        (path,) = convert(path, tmp_path / "a.safetensors", to="diff", base=base, dtype="float32").files
+    load_adapter({"unet": unet}, path, strength=strength)
+    merge(unet, keep_base=False)
+    for module in toy.UNET:
+        found = toy.probe(unet.get_submodule(module.path).weight.detach())
+        W0, W = toy.probe(base[module]), expected[f"lycoris_in/{module}@1"].double()
+        torch.testing.assert_close(found, W0 + strength * (W - W0), rtol=1e-5, atol=1e-5)
+
+
+def test_both_files_for_comfy_in_any_order(tmp_path):
+    source = toy.write_source(tmp_path / "a.safetensors", {n: toy.state_of(n, i) for i, n in enumerate(toy.UNET)})
+    pair = convert(source, tmp_path / "pair.safetensors", to="comfy", base=toy.base()).files
+    merged = []
+    for files in ([source], pair, pair[::-1]):
+        model = toy.model()
+        for number, file in enumerate(files):
+            load_adapter({"unet": model}, file, name=str(number))
+        merge(model, keep_base=False)
+        merged.append([model.get_submodule(name.path).weight for name in toy.UNET])
+    for wanted, *others in zip(*merged, strict=True):
+        assert all((W - wanted).norm() < 1e-6 * wanted.norm() for W in others)
 
 
 def unscaled(path):

@@ -32,8 +32,8 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     tensors = kohya_tensors(layer)
-    if "diff" in tensors or tensors["lora_down.weight"].dim() > 2:
-        raise ValueError("it is a difference of weights or a convolution, for which ai-toolkit has no DoRA")
+    if tensors["lora_down.weight"].dim() > 2:
+        raise ValueError("it is a convolution, for which ai-toolkit has no DoRA: use another target")
     del tensors["alpha"]
     if "dora_scale" in tensors:
         tensors["magnitude"] = tensors.pop("dora_scale").flatten()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.exact import NO_OUTPUT_FORM, gain, new_weight, norms, product
+from dora_mm.formats.exact import gain, new_weight, norms, product
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import parts as roles
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral
@@ -77,8 +77,6 @@ def write_2025(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
 
 def write_rows(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The first file of the pair; nothing for plain LoRA."""
-    if layer.spec.method == "full":
-        raise ValueError(f"it is a difference of weights, which a pair of files cannot hold: {NO_OUTPUT_FORM}")
     if "magnitude" not in layer.tensors:
         return {}
     magnitude = (gain(layer, W0, product(layer, W0)) * norms(W0, "out")).flatten()

@@ -57,8 +57,6 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    if layer.spec.method == "full":
-        raise ValueError("it is a difference of weights, which PEFT cannot hold: use the target lora, diff or merged")
     A, B = (layer.tensors[name].float() for name in ("lora_A", "lora_B"))
     ones = (1,) * (A.dim() - 2)
     found = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *ones)}

@@ -97,7 +97,7 @@ class Export:
         one_method: Whether all modules need a magnitude if one has it.
         keeps_alpha: Whether alpha stays as it is; else B is scaled so that alpha is the rank, which tools that do not
             read it take.
-        axis: `out` where it holds magnitudes of output rows only, else `any`.
+        axis: `out` where it holds LoRA and magnitudes of output rows only; else `any`: those of columns and diffs, too.
     """
 
     write: Callable[[LayerState, Tensor], dict[str, Tensor]]
