@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 
-# What the user's machine refuses without naming the file: an exceeded quota, a file too large for the file system, a
-# read-only disk, missing permissions.
-_REFUSED = (errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL = ("No space left on device", "Disk quota exceeded")  # safetensors and torch wrap them in other errors
+_REFUSED = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # also where no file is named
 
 
 def user_message(error: Exception) -> str | None:
     """The message for an error that the user can fix; None for a bug, which keeps its traceback."""
     for cause in _causes(error):
-        if "No space left on device" in str(cause):  # safetensors and torch wrap it in other errors
+        if any(text in str(cause) for text in _FULL):
             return f"the disk is full: free some space, then run again (train: with --resume RUN_DIR) ({cause})"
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _REFUSED):
         return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}"

@@ -84,8 +84,12 @@ def write_adapter():
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
+def exceed_quota():
+    raise SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-@pytest.mark.parametrize("write", [write_plainly, write_tensors, write_adapter])
+@pytest.mark.parametrize("write", [write_plainly, write_tensors, write_adapter, exceed_quota])
 def test_a_full_disk_gives_a_one_line_message(config, pipeline, capsys, write):
     pipeline(write)
     assert cli.main(["train", str(config)]) == 2
