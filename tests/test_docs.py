@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_mm import cli
+from dora_mm.cli.commands import take_job
+from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from samples.build.schema import SCHEMAS as BUILD_SCHEMAS
 
@@ -91,9 +92,9 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
         SystemExit: There is no such command or option.
         ValueError: There is no such config, or it does not accept an override.
     """
-    parsed = cli._parser().parse_args(arguments)
+    parsed = build_parser().parse_args(arguments)
     if getattr(parsed, "command", None) == "sample":
-        cli.take_job(parsed)
+        take_job(parsed)
     if config := getattr(parsed, "config", None):
         given = {"schemas": schemas} if schemas else {}
         loaded = load_config(ROOT / config, parsed.overrides, **given)

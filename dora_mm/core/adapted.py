@@ -1,87 +1,20 @@
-"""The base class of the adapted layers, and the state that adapting adds to a layer."""
+"""The base class of the adapted layers."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.forms import Forward
+from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation, Fixed, StackedAdapter
 from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, rescaled, row_norm
 from dora_mm.core.ops import Op
 from dora_mm.core.passes import Kept, Options
+from dora_mm.core.rounding import round_stochastically, seeded_generator, shares
 from dora_mm.core.sharded import is_sharded, whole, write
 from dora_mm.core.spec import DoRASpec, finite_number
-
-ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
-
-
-@dataclass
-class StackedAdapter:
-    """One more adapter on a layer, for inference: its tensors are not parameters, and not part of a state dict."""
-
-    spec: DoRASpec
-    tensors: dict[str, Tensor]  # by the names of ADAPTER_NAMES
-    strength: float
-
-
-@dataclass
-class Fixed:
-    """What is computed once per `fixed_parameters`, by dtype and device of the product and by inference mode.
-
-    Attributes:
-        num_passes: The number of passes; None where only the base weight is fixed.
-        n0: The row norms of the base weight.
-        kept: What depends on the adapters too.
-    """
-
-    num_passes: float | None = None
-    n0: dict[Hashable, Tensor] = field(default_factory=dict)
-    kept: dict[Hashable, Kept] = field(default_factory=dict)
-
-
-@dataclass
-class Adaptation:
-    """What adapting adds to a layer besides the parameters A, B and m.
-
-    Attributes:
-        base_class: The class that the layer had.
-        spec: How it is adapted.
-        path: Its path in the model; A is drawn from it and `seed`.
-        seed: The seed.
-        name: The name of the adapter that A, B and m belong to.
-        forward: The implementation of the layer.
-        trainable_before: Whether its weight was trained.
-        strength: The strength of A, B and m.
-        stacked: More adapters by name.
-        made_for: Device and dtype of the weight that `first_magnitude` was computed from.
-        first_magnitude: The m of a fresh adapter, the row norms of the weight; None without a magnitude.
-        merged: Whether the weight is W(t).
-        base_weight: While merged, the base weight as stored, unless it was not kept.
-        fixed: Inside `fixed_parameters`, what that keeps.
-    """
-
-    base_class: type[nn.Module]
-    spec: DoRASpec
-    path: str
-    seed: int
-    name: str
-    forward: Forward
-    trainable_before: bool
-    strength: float = 1.0
-    stacked: dict[str, StackedAdapter] = field(default_factory=dict)
-    made_for: tuple[torch.device, torch.dtype] = (torch.device("meta"), torch.float32)
-    first_magnitude: Tensor | None = None
-    merged: bool = False
-    base_weight: Tensor | None = None
-    fixed: Fixed | None = None
-
-    def __getstate__(self):
-        return {**self.__dict__, "fixed": None}
 
 
 class AdaptedLayer(nn.Module):
@@ -484,36 +417,3 @@ class AdaptedLayer(nn.Module):
         spec = self.adaptation.spec
         rank = f", rank={spec.rank}, alpha={spec.alpha:g}" if self.lora_A is not None else ""
         return f"{super().extra_repr()}, method={spec.method}{rank}"
-
-
-def seeded_generator(seed: int, path: str) -> torch.Generator:
-    """A CPU generator that depends only on the seed and the path of the module, not on the order of the layers."""
-    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def round_stochastically(W: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Rounds each entry of W to `dtype`, up or down, with the probabilities that preserve its expectation.
-
-    Entries that `dtype` represents exactly stay. Rounding to nearest would drop every update below half a unit in the
-    last place.
-
-    Args:
-        W: Any shape, in fp32.
-        dtype: The dtype of the result, of half precision.
-        generator: A CPU generator.
-    """
-    info = torch.finfo(dtype)
-    power = (W.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below |W|
-    unit = power.clamp_(min=info.smallest_normal).mul_(info.eps)
-    quotient = W / unit  # exact, as is what follows
-    lower = quotient.floor()
-    noise = torch.rand(W.shape, generator=generator, dtype=torch.float32, device="cpu").to(W.device)
-    lower += noise < quotient.sub_(lower)
-    return lower.mul_(unit).clamp_(info.min, info.max).to(dtype)
-
-
-def shares(merged: Tensor, W: Tensor, W0: Tensor) -> tuple[float, float]:
-    """Returns <merged - W0, W - W0> and <W - W0, W - W0>."""
-    update, stored = W - W0, merged.to(W.dtype) - W0
-    return (stored * update).sum(dtype=torch.float64).item(), (update * update).sum(dtype=torch.float64).item()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer
+from dora_mm.core.adaptation import ADAPTER_NAMES
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.ops import LINEAR
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")

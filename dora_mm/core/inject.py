@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dora_mm.core.adapted import ADAPTER_NAMES, AdaptedLayer, Fixed
+from dora_mm.core.adaptation import ADAPTER_NAMES, Fixed
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.attention import (
     PROJECTIONS,
     PackedAttention,

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from dora_mm.core.adapted import ADAPTER_NAMES, Adaptation, AdaptedLayer
+from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.attention import DoRAPackedProjection, PackedProjection
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.ops import LINEAR, ConvOp, EmbeddingOp

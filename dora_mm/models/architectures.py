@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dora_mm.formats.json_text import read_json
 from dora_mm.models.hub import unreachable
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ def networks_of(path: str) -> dict[str, Network]:
     """
     folder = _folder(path)
     if (folder / PIPELINE).is_file():
-        components = [name for name, value in _json(folder / PIPELINE).items() if _is_component(name, value)]
+        components = [name for name, value in read_json(folder / PIPELINE).items() if _is_component(name, value)]
         files = {name: folder / name / CONFIG for name in components}
-        return {name: Network(str(file.parent), _json(file)) for name, file in files.items() if file.is_file()}
+        return {name: Network(str(file.parent), read_json(file)) for name, file in files.items() if file.is_file()}
     if not (folder / CONFIG).is_file():
         raise ValueError(_why_no_model(path, folder))
-    config = _json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if "_class_name" not in config and "model_type" not in config:
         raise ValueError(f"{path} is no model of transformers or diffusers: its {CONFIG} has no model_type")
     return {"": Network(str(folder), config)}
@@ -87,16 +87,6 @@ def _folder(path: str) -> Path:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(unreachable(path, error) or f"{path} cannot be read from the hub: {reason}") from error
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or UTF-8
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is not the config of a model")
-    return found
 
 
 def _is_component(name: str, value: Any) -> bool:

@@ -90,9 +90,8 @@ def fit(
     log = MetricsLog(run.path, first) if accelerator.is_main_process else None
     progress.start(first)
 
-    def save() -> (
-        None
-    ):  # without waiting for the other processes, which may be in the middle of a step when interrupted
+    def save() -> None:
+        # without waiting for the other processes, which may be in the middle of a step when interrupted
         if accelerator.is_main_process:
             save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints, header)
 

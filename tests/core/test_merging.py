@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dora_mm.core import DoRASpec, inject, merge, remove, unmerge
-from dora_mm.core.adapted import round_stochastically, seeded_generator
+from dora_mm.core.rounding import round_stochastically, seeded_generator
 from tests.core import reference
 
 

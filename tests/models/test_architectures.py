@@ -92,10 +92,10 @@ def test_folders_of_no_model(tmp_path):
     with pytest.raises(ValueError, match=r"has weights \(model.safetensors\) and no config.json"):
         networks_of(str(tmp_path))
     (tmp_path / "config.json").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="config.json is damaged"):
+    with pytest.raises(ValueError, match="config.json is not valid JSON"):
         networks_of(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="is not the config of a model"):
+    with pytest.raises(ValueError, match="config.json is not a JSON object"):
         networks_of(str(tmp_path))
 
 

@@ -1,76 +1,10 @@
-import contextlib
-import errno
-import os
-import signal
-import stat
 import subprocess
 import sys
-import types
 
 import pytest
-import torch
-from safetensors import SafetensorError
 
 from dora_mm import cli
 from dora_mm.config import dump_config, load_config
-
-CONFIG = """\
-pipeline: train_sdxl
-model: {path: some/model}
-adapter: {rank: 4}
-data: {folder: PICTURES, resolution: 128}
-optimizer: {lr: 1e-4}
-train: {steps: 10, batch_size: 2}
-"""
-
-
-@pytest.fixture
-def config(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    path = tmp_path / "mine.yaml"
-    path.write_text(CONFIG.replace("PICTURES", str(pictures)))
-    return path
-
-
-@pytest.fixture
-def pipeline(monkeypatch):
-    """Replaces a recipe by a stub, whose `.calls` lists the arguments of its calls."""
-
-    def replace(action=lambda: None, name="train_sdxl"):
-        module = types.ModuleType(f"dora_mm.pipelines.{name}")
-        module.calls = []
-
-        def main(config, *, resume=None):
-            module.calls.append((config, resume))
-            action()
-
-        module.main = main
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        return module
-
-    return replace
-
-
-def raising(error):
-    def action():
-        raise error
-
-    return action
-
-
-def test_help_is_quick_and_loads_no_torch():
-    code = (
-        "import sys; from dora_mm.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'pydantic', 'yaml', 'numpy', 'PIL'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for command in ("train", "sample", "eval", "features", "gallery", "inspect"):
-        assert command in done.stdout
 
 
 def test_a_config_and_its_overrides_reach_the_recipe(config, pipeline):
@@ -105,16 +39,6 @@ def test_train_needs_a_config_or_a_run(capsys):
     assert "sample needs JOBS or a CONFIG before --set, or --resume RUN_DIR" in capsys.readouterr().err
     assert cli.main(["train"]) == 2
     assert "train needs a CONFIG before --set, or --resume RUN_DIR" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments", [[], ["trian"], ["eval"], ["train", "a.yaml", "--steps", "3"], ["features", "a", "--resume", "b"]]
-)
-def test_malformed_command_lines_exit_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(arguments)
-    assert end.value.code == 2
-    assert "usage: dora-mm" in capsys.readouterr().err
 
 
 def test_recipes_without_a_dry_run_refuse_it(config, pipeline, capsys):
@@ -227,13 +151,6 @@ def test_a_run_directory_that_is_nearly_right_is_proposed(run, capsys):
 # --- mistakes that are found before anything large is imported -------------------------------------------------------
 
 
-def test_the_version():
-    import dora_mm
-
-    done = subprocess.run([sys.executable, "-m", "dora_mm", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"dora_mm {dora_mm.__version__}\n"
-
-
 WRONG = {  # by the command line: what the one sentence contains
     "train nosuch.yaml": "nosuch.yaml does not exist",
     "train --resume nosuch": "nosuch is not a run directory",
@@ -304,91 +221,3 @@ def test_such_mistakes_are_found_before_anything_large_is_imported(config, tmp_p
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-# --- how a command ends ----------------------------------------------------------------------------------------------
-
-
-def test_interruption_and_termination_have_separate_exit_codes(config, pipeline):
-    saved = []
-
-    def training():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            signal.pause()
-        except KeyboardInterrupt:
-            saved.append("state")
-            raise
-
-    before = signal.getsignal(signal.SIGTERM)
-    pipeline(training)
-    assert cli.main(["train", str(config)]) == 143
-    assert saved == ["state"]
-    assert signal.getsignal(signal.SIGTERM) is before
-    pipeline(raising(KeyboardInterrupt()))
-    assert cli.main(["train", str(config)]) == 130
-
-
-def test_a_bug_keeps_its_traceback(config, pipeline):
-    for error in (RuntimeError("shapes"), KeyError("x"), OSError(errno.EIO, "Input/output error")):
-        pipeline(raising(error))
-        with pytest.raises(type(error)):
-            cli.main(["train", str(config)])
-
-
-def test_value_errors_of_libraries_are_bugs_and_ours_are_messages(config, pipeline, capsys):
-    pipeline(lambda: torch.utils.data.DataLoader([], batch_size=-1))
-    with pytest.raises(ValueError, match="batch_size"):
-        cli.main(["train", str(config)])
-    from dora_mm.data.images.buckets import bucket_sizes
-
-    pipeline(lambda: bucket_sizes(1000))
-    assert cli.main(["train", str(config)]) == 2
-    assert capsys.readouterr().err == "dora-mm: data.resolution 1000 must be a multiple of 64\n"
-
-
-@contextlib.contextmanager
-def full_disk():
-    """Opens /dev/full, Linux's always full device, without being able to create or replace it."""
-    with open(os.open("/dev/full", os.O_WRONLY), "wb") as file:
-        assert stat.S_ISCHR(os.fstat(file.fileno()).st_mode)
-        yield file
-
-
-def write_plainly():
-    with full_disk() as file:
-        file.write(b"x")
-
-
-def write_tensors():
-    with full_disk() as file:
-        torch.save(torch.zeros(10), file)
-
-
-def write_adapter():
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-@pytest.mark.parametrize("write", [write_plainly, write_tensors, write_adapter])
-def test_a_full_disk_gives_a_one_line_message(config, pipeline, capsys, write):
-    pipeline(write)
-    assert cli.main(["train", str(config)]) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("dora-mm: the disk is full: free some space")
-    assert len(printed.splitlines()) == 1
-
-
-def test_a_path_without_permissions_is_named(config, pipeline, capsys):
-    pipeline(raising(PermissionError(errno.EACCES, "Permission denied", "runs/mine")))
-    assert cli.main(["train", str(config)]) == 2
-    assert capsys.readouterr().err == "dora-mm: runs/mine cannot be written or read: Permission denied\n"
-
-
-def test_a_missing_extra_is_named_and_a_missing_module_of_ours_is_a_bug(config, pipeline, capsys):
-    pipeline(raising(ModuleNotFoundError("No module named 'timm'", name="timm")))
-    assert cli.main(["train", str(config)]) == 2
-    assert "the package timm is missing: pip install" in capsys.readouterr().err
-    pipeline(raising(ModuleNotFoundError("No module named 'dora_mm.x'", name="dora_mm.x")))
-    with pytest.raises(ModuleNotFoundError):
-        cli.main(["train", str(config)])

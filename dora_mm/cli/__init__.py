@@ -1,0 +1,83 @@
+"""The command line, dora-mm. Only the recipes in `pipelines/`, which its commands run, import large packages."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from dora_mm.cli.errors import OURS, user_message
+from dora_mm.cli.parser import build_parser
+
+if TYPE_CHECKING:
+    from dora_mm.recipes import Recipes
+
+DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised on SIGTERM; a KeyboardInterrupt, so that code which saves its state on Ctrl-C does so here, too."""
+
+
+def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The arguments after the program's name; None: those of the process.
+        recipes: The recipes that configs may name; None: those of `pipelines/`.
+
+    Returns:
+        The exit code: 0 done, 2 a user's mistake (one message on standard error), 130 and 143 interrupted.
+    """
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in OURS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        _check_encoding(argv)
+        with _sigterm_raises():
+            from dora_mm.cli.commands import run  # here, since it imports pydantic
+
+            run(arguments, recipes)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `head`, say, has read enough; at its end Python would write the rest once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt as interruption:
+        terminated = isinstance(interruption, Terminated)
+        print(f"dora-mm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"dora-mm: {message}", file=sys.stderr)
+        return USER_ERROR
+    return DONE
+
+
+def _check_encoding(argv: Sequence[str] | None) -> None:
+    for argument in sys.argv[1:] if argv is None else argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # bytes that are not UTF-8 arrive as lone surrogates, which no file of ours can hold
+            raise ValueError(f"the argument {argument!r} is not valid UTF-8") from None
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,139 @@
+"""What the commands do: they check what needs no large package, and call a recipe."""
+
+import inspect
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from dora_mm.cli.parser import RESUMABLE
+from dora_mm.config import find_path, load_config, resolve_model, resolve_path, run_name
+from dora_mm.config.paths import check_paths
+from dora_mm.config.resuming import check_changes, nearest_run
+from dora_mm.config.schema import PipelineConfig
+from dora_mm.recipes import PIPELINES, Recipes
+
+DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
+
+
+def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
+    """Runs a command.
+
+    Args:
+        arguments: The parsed arguments.
+        recipes: The recipes that configs may name; None: those of `pipelines/`.
+    """
+    match arguments.command:
+        case "sample" if arguments.replay is not None:
+            _replay(arguments)
+        case "sample":
+            take_job(arguments)
+            _run_config(arguments, recipes or PIPELINES)
+        case "train" | "grid" | "eval" | "features":
+            _run_config(arguments, recipes or PIPELINES)
+        case "inspect":
+            resolve_model(arguments.path, "PATH|MODEL")
+            _call("inspect_model", arguments)
+        case "merge":
+            _check_model(arguments)
+            resolve_path(arguments.adapter, "ADAPTER")
+            _call("merge", arguments)
+        case "ask":
+            _check_model(arguments)
+            _check_files(arguments)
+            _call("ask", arguments)
+        case other:
+            _call(other, arguments)
+
+
+def _call(recipe: str, arguments: Namespace) -> None:
+    """Calls a recipe with the arguments, which have the names of its parameters."""
+    given = {name: value for name, value in vars(arguments).items() if name != "command"}
+    PIPELINES.load(recipe).main(**given)
+
+
+def _check_model(arguments: Namespace) -> None:
+    resolve_model(arguments.model, "MODEL")
+    if arguments.revision is not None and (find_path(arguments.model) or not arguments.revision):
+        raise ValueError(f"--revision is a commit, branch or tag of a hub model: leave it out for {arguments.model}")
+
+
+def _check_files(arguments: Namespace) -> None:
+    for image in arguments.images:
+        resolve_path(image, "IMAGE")
+    if arguments.adapter is not None:
+        resolve_path(arguments.adapter, "--adapter")
+
+
+# --- commands with a config ------------------------------------------------------------------------------------------
+
+
+def _replay(arguments: Namespace) -> None:
+    if arguments.config or arguments.resume or any(not text.startswith("output=") for text in arguments.overrides):
+        raise ValueError("--replay takes nothing but --set output=FOLDER: the image says all else")
+    output = arguments.overrides[-1].partition("=")[2] if arguments.overrides else None
+    PIPELINES.load("sample_sdxl").replay(arguments.replay, output=output)
+
+
+def take_job(arguments: Namespace) -> None:
+    """Puts the config of a job file in its place, and the file into the overrides; a config stays as it is.
+
+    Args:
+        arguments: The parsed arguments of `sample`; they are changed.
+
+    Raises:
+        ValueError: A config is given twice.
+    """
+    job = arguments.config
+    if job is not None and Path(job).suffix.lower() not in (".yaml", ".yml"):
+        given = {"prompts_file": job, "name": run_name(job)}
+        arguments.config = arguments.job_config or DEFAULTS_OF_JOBS
+        if arguments.resume is not None and arguments.job_config is None:
+            arguments.config = None  # the run's own
+            del given["name"]
+        # not as ASCII: YAML reads the two escapes of an emoji as two characters
+        texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+        arguments.overrides = [*texts, *arguments.overrides]
+    elif arguments.job_config is not None:
+        raise ValueError("--config belongs to a job file: dora-mm sample JOBS.csv --config CONFIG")
+
+
+def _run_config(arguments: Namespace, recipes: Recipes) -> None:
+    config = _config(arguments, recipes)
+    if config.command != arguments.command:
+        raise ValueError(_needs_command(config.command, arguments))
+    if not (arguments.dry_run and config.dry_run_lists_missing):
+        check_paths(config, new_run=arguments.resume is None)
+    main = recipes.load(config.pipeline).main
+    if not arguments.dry_run:
+        main(config, resume=arguments.resume)
+    elif "dry_run" not in inspect.signature(main).parameters:
+        raise ValueError(f"--dry-run: the recipe {config.pipeline} does not support it")
+    else:
+        main(config, dry_run=True)
+
+
+def _config(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
+    if arguments.resume is not None:
+        return _config_of_run(arguments.resume, arguments.config, arguments.overrides, recipes)
+    if arguments.config is None:
+        what = "JOBS or a CONFIG" if arguments.command == "sample" else "a CONFIG"
+        raise ValueError(f"{arguments.command} needs {what} before --set, or --resume RUN_DIR")
+    return load_config(arguments.config, arguments.overrides, recipes.schemas)
+
+
+def _config_of_run(run: Path, given: str | None, overrides: list[str], recipes: Recipes) -> PipelineConfig:
+    """The config that a run goes on with: its own or the given one, with the overrides as far as they are allowed."""
+    saved = run / "config.yaml"
+    if not saved.is_file():
+        raise ValueError(f"--resume {run} is not a run directory: it has no config.yaml{nearest_run(run)}")
+    config = load_config(given or saved, overrides, recipes.schemas)
+    check_changes(run, load_config(saved, schemas=recipes.schemas), config)
+    return config
+
+
+def _needs_command(name: str, arguments: Namespace) -> str:
+    command = f"dora-mm {name}"
+    if arguments.config is not None:
+        return f"{arguments.config} needs another command: {command} {arguments.config}"
+    advice = f"{command} --resume {arguments.resume}" if name in RESUMABLE else "it cannot be resumed"
+    return f"--resume {arguments.resume}: the run is one of {command}: {advice}"

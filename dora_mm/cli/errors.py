@@ -1,0 +1,42 @@
+"""Which errors a user can fix, and what is said about them."""
+
+import errno
+import traceback
+from collections.abc import Iterator
+
+OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
+
+_FULL = ("No space left on device", "Disk quota exceeded")  # safetensors and torch wrap them in other errors
+_REFUSED = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # also where no file is named
+
+
+def user_message(error: Exception) -> str | None:
+    """The message for an error that the user can fix; None for a bug, which keeps its traceback."""
+    for cause in _causes(error):
+        if any(text in str(cause) for text in _FULL):
+            return f"the disk is full: free some space, then run again (train: with --resume RUN_DIR) ({cause})"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _REFUSED):
+        return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name and not _is_ours(error.name):
+        extras = "eval,optim,track,vl"  # all extras that commands use
+        return f"the package {error.name} is missing: pip install 'dora_mm[{extras}]'"
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        return str(error)
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Only our own code checks for users' mistakes, so a ValueError that a library raises is a bug."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    return _is_ours(frame.f_globals.get("__name__", ""))
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in OURS

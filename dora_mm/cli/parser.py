@@ -1,0 +1,203 @@
+"""The commands and their arguments. All but those that take a config name them as their recipes name parameters."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dora_mm import __version__
+
+RESUMABLE = ("train", "sample", "grid")
+BASE = "the model: a folder, a single-file checkpoint or a hub name"
+AXIS = "the axis of the magnitudes, where their shape does not say it"
+TARGETS = {  # those of formats.convert, which imports torch
+    "peft": "a folder of PEFT",
+    "diffusers": "pytorch_lora_weights.safetensors of diffusers",
+    "kohya": "LyCORIS, sd-scripts and SD.Next",
+    "comfy": "two files for any version of ComfyUI",
+    "comfy-2025": "ComfyUI of 2025, Forge",
+    "comfy-15458": "ComfyUI after its pull request 15458",
+    "diff": "the change of each weight: large, and read by all web UIs",
+    "lora": "plain LoRA, which keeps as much as --rank or --energy says",
+    "merged": "a copy of the model with the new weights",
+    "onetrainer": "to go on with training in OneTrainer",
+    "ai-toolkit": "to go on with training in ai-toolkit",
+}
+TOOLS = {  # those of formats.tools
+    "dora_mm": "this program",
+    "nvlabs": "the code of DoRA's authors",
+    "onetrainer": "OneTrainer",
+    "ai-toolkit": "ai-toolkit",
+    "peft": "PEFT",
+    "diffusers": "diffusers",
+    "comfy-2025": "ComfyUI of 2025, Forge",
+    "comfy-15458": "ComfyUI after its pull request 15458",
+    "lycoris": "LyCORIS, sd-scripts",
+    "a1111": "AUTOMATIC1111",
+    "sdnext": "SD.Next",
+    "invokeai": "InvokeAI",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; it puts the name of the command into `command`."""
+    parser = argparse.ArgumentParser(
+        prog="dora-mm",
+        description="Fine-tune diffusion and vision-language models with DoRA.",
+        epilog="A config's first key, `pipeline:`, names the recipe. Exit codes: 0 done, 2 a user's mistake (one "
+        "message on standard error), 130 and 143 interrupted with the state saved, 1 a bug.",
+    )
+    parser.add_argument("--version", action="version", version=f"dora_mm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
+    for name, what in (
+        ("train", "train an adapter, or a small base model"),
+        ("sample", "draw images for the prompts of a job"),
+        ("grid", "draw a labelled grid of what two settings do"),
+        ("eval", "evaluate a model and its adapter, or compare methods"),
+        ("features", "compute the features of a vision tower once, for later trainings"),
+    ):
+        _add_config_command(commands, name, what)
+    for add in (_add_gallery, _add_inspect, _add_merge, _add_convert, _add_verify, _add_extract, _add_ask, _add_bench):
+        add(commands)
+    return parser
+
+
+def _add_config_command(commands: Any, name: str, what: str) -> None:
+    command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, according to a config.")
+    metavar, kinds = ("JOBS|CONFIG", ", or a job: .csv, .tsv, .jsonl, .txt") if name == "sample" else ("CONFIG", "")
+    nargs = "?" if name in RESUMABLE else None
+    command.add_argument("config", metavar=metavar, nargs=nargs, help=f"a YAML file{kinds}")
+    command.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="extend",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        help="override values of the config, such as train.steps=100; repeatable",
+    )
+    if name in RESUMABLE:
+        command.add_argument("--resume", metavar="RUN_DIR", type=Path, help="go on with a run that was stopped")
+    if name == "sample":
+        command.add_argument("--config", metavar="CONFIG", dest="job_config", help="the settings that JOBS leaves out")
+        command.add_argument("--replay", metavar="PNG", type=Path, help="draw an image again as its file says")
+    if name == "train":
+        command.add_argument(
+            "--dry-run", action="store_true", help="only print what would be trained, and what data would be read"
+        )
+    command.set_defaults(resume=None, dry_run=False)
+
+
+def _add_gallery(commands: Any) -> None:
+    command = commands.add_parser("gallery", help="make one page of all pictures of runs, to look at in a browser")
+    command.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run directory with pictures")
+    command.add_argument(
+        "--output",
+        metavar="FOLDER",
+        type=Path,
+        help="default: gallery in the run, or for several runs a numbered folder in runs/gallery",
+    )
+
+
+def _add_inspect(commands: Any) -> None:
+    command = commands.add_parser(
+        "inspect", help="list the contents of an adapter file, or the parts of a model that can be adapted"
+    )
+    command.add_argument(
+        "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
+    )
+    command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
+    command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
+    command.add_argument("--json", action="store_true", dest="as_json", help="of an adapter, print JSON")
+
+
+def _add_merge(commands: Any) -> None:
+    command = commands.add_parser("merge", help="merge an adapter into its model, and save that for other programs")
+    _add_model(command)
+    command.add_argument("adapter", metavar="ADAPTER", help="a run directory, an adapter's folder or its file")
+    command.add_argument("out", metavar="OUT", help="the new folder")
+
+
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="write an adapter in the form of another tool",
+        epilog=_listed("targets", TARGETS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", metavar="IN", help="an adapter file of any tool, its folder or run directory")
+    command.add_argument("out", metavar="OUT", help="a file that ends in .safetensors, or a folder")
+    command.add_argument("--to", metavar="TARGET", required=True, help="one of those below")
+    command.add_argument("--base", metavar="MODEL", help=BASE)
+    command.add_argument("--axis", choices=("out", "in"), help=AXIS)
+    command.add_argument("--strength", metavar="T", type=float, default=1.0, help="becomes strength 1 in the new file")
+    command.add_argument("--rank", metavar="R", type=_positive, help="of target lora, or of a new fit")
+    command.add_argument("--energy", metavar="SHARE", type=float, help="of the update to keep in target lora")
+    command.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the new tensors")
+    command.add_argument(
+        "--allow-lossy", action="store_true", help="write it even where the tool computes something else from it"
+    )
+
+
+def _add_verify(commands: Any) -> None:
+    command = commands.add_parser(
+        "verify",
+        help="show what other tools compute from an adapter file",
+        epilog=_listed("tools", TOOLS),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("file", metavar="FILE", help="an adapter file of any tool, its folder or run directory")
+    command.add_argument("--tool", metavar="NAME", default="all", help="one of those below, or all; default: all")
+    command.add_argument("--base", metavar="MODEL", required=True, help=BASE)
+    command.add_argument("--axis", choices=("out", "in"), help=AXIS)
+    command.add_argument("--json", action="store_true", dest="as_json", help="print JSON, with every module")
+
+
+def _add_extract(commands: Any) -> None:
+    command = commands.add_parser("extract", help="make an adapter from a model and its base model")
+    for name, what in (("tuned", "the fine-tuned model"), ("base", "the model that it was fine-tuned from")):
+        command.add_argument(
+            name, metavar=name.upper(), help=f"{what}: a folder, a single-file checkpoint or a hub name"
+        )
+    command.add_argument("out", metavar="OUT", help="a new file that ends in .safetensors, or a new folder")
+    command.add_argument("--rank", metavar="R", type=_positive, required=True, help="of the adapter")
+    command.add_argument("--to", metavar="TARGET", help="as in convert; default: diffusers, or peft for a single model")
+
+
+def _add_ask(commands: Any) -> None:
+    command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
+    _add_model(command)
+    command.add_argument("images", metavar="IMAGE", nargs="+", help="an image file")
+    command.add_argument("question", metavar="QUESTION", help="asked as it is")
+    command.add_argument("--adapter", metavar="FOLDER", help="a run directory or an adapter's folder")
+    command.add_argument("--max-new-tokens", metavar="N", type=_positive, help="the longest answer; default: 256")
+
+
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench", help="compare the speed and memory of DoRA with other implementations on this machine"
+    )
+    extent = command.add_mutually_exclusive_group()
+    for name, what in (("quick", "only single layers, in under two minutes"), ("all", "all ranks")):
+        extent.add_argument(f"--{name}", action="store_const", const=name, dest="extent", default="default", help=what)
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is the default on a GPU")
+    command.add_argument(
+        "--output", metavar="FOLDER", help="the folder of results; default: a numbered folder in runs/bench"
+    )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="a folder of save_pretrained or a hub name")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    command.add_argument("--revision", metavar="R", help="a commit, branch or tag of a hub model; default: main")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def _listed(title: str, names: Mapping[str, str]) -> str:
+    width = max(map(len, names))
+    return "\n".join([f"{title}:", *(f"  {name:<{width}}  {what}" for name, what in names.items())])

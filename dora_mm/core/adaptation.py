@@ -1,0 +1,79 @@
+"""What adapting adds to a layer besides the parameters A, B and m."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dora_mm.core.forms import Forward
+from dora_mm.core.passes import Kept
+from dora_mm.core.spec import DoRASpec
+
+ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
+
+
+@dataclass
+class StackedAdapter:
+    """One more adapter on a layer, for inference: its tensors are not parameters, and not part of a state dict."""
+
+    spec: DoRASpec
+    tensors: dict[str, Tensor]  # by the names of ADAPTER_NAMES
+    strength: float
+
+
+@dataclass
+class Fixed:
+    """What is computed once per `fixed_parameters`, by dtype and device of the product and by inference mode.
+
+    Attributes:
+        num_passes: The number of passes; None where only the base weight is fixed.
+        n0: The row norms of the base weight.
+        kept: What depends on the adapters too.
+    """
+
+    num_passes: float | None = None
+    n0: dict[Hashable, Tensor] = field(default_factory=dict)
+    kept: dict[Hashable, Kept] = field(default_factory=dict)
+
+
+@dataclass
+class Adaptation:
+    """What adapting adds to a layer besides the parameters A, B and m.
+
+    Attributes:
+        base_class: The class that the layer had.
+        spec: How it is adapted.
+        path: Its path in the model; A is drawn from it and `seed`.
+        seed: The seed.
+        name: The name of the adapter that A, B and m belong to.
+        forward: The implementation of the layer.
+        trainable_before: Whether its weight was trained.
+        strength: The strength of A, B and m.
+        stacked: More adapters by name.
+        made_for: Device and dtype of the weight that `first_magnitude` was computed from.
+        first_magnitude: The m of a fresh adapter, the row norms of the weight; None without a magnitude.
+        merged: Whether the weight is W(t).
+        base_weight: While merged, the base weight as stored, unless it was not kept.
+        fixed: Inside `fixed_parameters`, what that keeps.
+    """
+
+    base_class: type[nn.Module]
+    spec: DoRASpec
+    path: str
+    seed: int
+    name: str
+    forward: Forward
+    trainable_before: bool
+    strength: float = 1.0
+    stacked: dict[str, StackedAdapter] = field(default_factory=dict)
+    made_for: tuple[torch.device, torch.dtype] = (torch.device("meta"), torch.float32)
+    first_magnitude: Tensor | None = None
+    merged: bool = False
+    base_weight: Tensor | None = None
+    fixed: Fixed | None = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "fixed": None}

@@ -1,0 +1,41 @@
+import sys
+import types
+
+import pytest
+
+CONFIG = """\
+pipeline: train_sdxl
+model: {path: some/model}
+adapter: {rank: 4}
+data: {folder: PICTURES, resolution: 128}
+optimizer: {lr: 1e-4}
+train: {steps: 10, batch_size: 2}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    path = tmp_path / "mine.yaml"
+    path.write_text(CONFIG.replace("PICTURES", str(pictures)))
+    return path
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """Replaces a recipe by a stub, whose `.calls` lists the arguments of its calls."""
+
+    def replace(action=lambda: None, name="train_sdxl"):
+        module = types.ModuleType(f"dora_mm.pipelines.{name}")
+        module.calls = []
+
+        def main(config, *, resume=None):
+            module.calls.append((config, resume))
+            action()
+
+        module.main = main
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return module
+
+    return replace

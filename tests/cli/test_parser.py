@@ -1,0 +1,91 @@
+import subprocess
+import sys
+from unittest.mock import create_autospec
+
+import pytest
+
+from dora_mm import cli
+from dora_mm.formats.convert import TARGETS
+from dora_mm.formats.tools import TOOLS
+from dora_mm.recipes import PIPELINES
+
+COMMANDS = {  # with the recipes of those that take no config
+    "train": None,
+    "sample": None,
+    "grid": None,
+    "eval": None,
+    "features": None,
+    "gallery": "gallery",
+    "inspect": "inspect_model",
+    "merge": "merge",
+    "convert": "convert",
+    "verify": "verify",
+    "extract": "extract",
+    "ask": "ask",
+    "bench": "bench",
+}
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = (
+        "import sys; from dora_mm.cli import main\n"
+        f"for command in ('', *{list(COMMANDS)}):\n"
+        "    try: main([*command.split(), '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'pydantic', 'yaml', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"usage: dora-mm {command} " in done.stdout
+
+
+@pytest.mark.parametrize(("command", "names"), [("convert", TARGETS), ("verify", TOOLS)])
+def test_help_lists_all_targets_and_tools(command, names, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    _, _, listed = capsys.readouterr().out.rpartition(":\n")
+    assert sorted(line.split()[0] for line in listed.splitlines()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "gallery RUN --output OUT",
+        "inspect FILE --targets NAME --base MODEL --json",
+        "merge some/model FILE OUT --dtype float32 --revision main",
+        "convert FILE OUT --to peft --base MODEL --axis in --strength 2 --rank 3 --energy 0.5 --allow-lossy",
+        "verify FILE --tool peft --base MODEL --axis out --json",
+        "extract TUNED BASE OUT --rank 4 --to peft",
+        "ask some/model FILE FILE question --adapter FILE --max-new-tokens 5",
+        "bench --quick --dtype float32 --output OUT",
+        "bench",
+    ],
+)
+def test_arguments_have_the_names_of_the_recipe_s_parameters(line, tmp_path, monkeypatch):
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    command, *_ = words = line.split()
+    recipe = PIPELINES.load(COMMANDS[command])
+    main = create_autospec(recipe.main)
+    monkeypatch.setattr(recipe, "main", main)
+    assert cli.main(words) == 0
+    main.assert_called_once()
+
+
+def test_the_version():
+    import dora_mm
+
+    done = subprocess.run([sys.executable, "-m", "dora_mm", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"dora_mm {dora_mm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["eval"], ["train", "a.yaml", "--steps", "3"], ["features", "a", "--resume", "b"]]
+)
+def test_malformed_command_lines_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert "usage: dora-mm" in capsys.readouterr().err
