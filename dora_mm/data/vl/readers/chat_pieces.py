@@ -94,7 +94,7 @@ def _batch(rows: Rows, keys: Keys, kind: str, number: int, seen: set[str]) -> pa
     except RowError:
         seen.difference_update(names)
         return None
-    return batch.set_column(0, SCHEMA.field(0), pa.array(names, pa.string()))
+    return pa.RecordBatch.from_arrays([pa.array(names, pa.string()), *batch.columns[1:]], schema=SCHEMA)
 
 
 def _items(rows: Rows, kind: str, number: int) -> list[Item] | None:
