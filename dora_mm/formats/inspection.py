@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.diffusers import PEFT_METADATA
 from dora_mm.formats.exact import norms
 from dora_mm.formats.json_text import parse_json
-from dora_mm.formats.names import Name, architecture_of
+from dora_mm.formats.names import NETWORKS, Name, architecture_of
 from dora_mm.formats.native import SPECS_KEY
 from dora_mm.formats.peft import CONFIG_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
@@ -26,6 +27,13 @@ from dora_mm.formats.verify import open_base, stacked
 
 BASE_KEYS = ("base_model", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 HIDDEN = ("format", PEFT_METADATA, OUR_METADATA, CONFIG_NAME, SPECS_KEY)  # what the modules show already
+KINDS = {  # of models without a table of names, by what the paths of their modules have; the first that one has
+    r"vision_(tower|model)\.|visual\.|multi_modal_projector": "vision-language model",
+    r"(^|\.)text_model\.encoder\.layers\.": "CLIP",
+    r"(^|\.)(encoder|decoder)\.layers\.\d": "encoder-decoder (BART)",
+    r"(^|\.)(encoder|decoder)\.block\.\d": "encoder-decoder (T5)",
+    r"(^|\.)(layers\.\d+\.(self_attn|mlp|linear_attn)|h\.\d+\.)": "LLM",
+}
 SHOWN = 8  # ambiguous modules of which the evidence is computed
 
 
@@ -62,8 +70,8 @@ class Inspection:
         path: The file.
         tool: The key of the tool that writes this form: see `TOOLS`.
         title: The tool's name.
-        architecture: The architecture, such as `sdxl`; None where the modules do not tell.
-        names: How modules are named: `SGM`, `diffusers` or `own`.
+        architecture: The architecture, such as `sdxl`, or the kind of model; None where the modules do not tell.
+        names: How modules are named: `SGM`, `diffusers`, `transformers` or `own`.
         base_model: What the header says about the base model.
         modules: The adapted modules.
         ambiguous: What the file does not say, with the evidence.
@@ -103,12 +111,13 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
     weights = None if base is None else open_base(base)
     namer = Names(weights or ())
     modules = tuple(_module(file, module, namer) for module in file.modules)
+    architecture = _architecture(modules)
     return Inspection(
         path=str(file.path),
         tool=file.tool,
         title=TOOLS[file.tool].title,
-        architecture=architecture_of(Name(m.component, m.path) for m in modules),
-        names=_spelling(file),
+        architecture=architecture,
+        names="transformers" if architecture in KINDS.values() else _spelling(file),
         base_model=_base_model(file.header),
         modules=modules,
         ambiguous=tuple(_ambiguous(file, modules, weights, namer)),
@@ -116,6 +125,18 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
         others=tuple(file.others),
         settings={key: value for key, value in file.header.items() if key not in HIDDEN},
     )
+
+
+def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
+    """From the names of the modules; where the file names no component, from those of each network."""
+    for component in (None, *NETWORKS):
+        names = [
+            Name(m.component if component is None or m.component != "model" else component, m.path) for m in modules
+        ]
+        if found := architecture_of(names):
+            return found
+    paths = [module.path for module in modules]
+    return next((kind for part, kind in KINDS.items() if any(re.search(part, path) for path in paths)), None)
 
 
 def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:

@@ -22,7 +22,7 @@ SGM = "input_blocks_4_1_transformer_blocks_0"
 def test_files_of_tools(tool, name):
     found = inspect_file(path_of(name))
     assert found.tool == tool
-    assert found.architecture == (None if tool == "peft" else "sdxl")
+    assert found.architecture == "sdxl"
     assert {module.method for module in found.modules} == {"lora" if name == "peft_lora" else "dora"}
     axes = {"peft_lora": "", "lycoris_in": "in"}
     assert {module.axis for module in found.modules} == {axes.get(name, "out")}
@@ -33,6 +33,26 @@ def test_files_of_tools(tool, name):
     tensors = load_file(path_of(name) if path_of(name).is_file() else next(path_of(name).glob("*.safetensors")))
     size = sum(tensor.numel() for key, tensor in tensors.items() if not key.endswith(".alpha"))
     assert sum(module.num_parameters for module in found.modules) == size
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("model.layers.3.self_attn.q_proj", "LLM"),
+        ("model.language_model.layers.0.mlp.down_proj", "LLM"),
+        ("transformer.h.0.attn.c_attn", "LLM"),
+        ("encoder.block.0.layer.0.SelfAttention.q", "encoder-decoder (T5)"),
+        ("model.decoder.layers.0.encoder_attn.k_proj", "encoder-decoder (BART)"),
+        ("text_model.encoder.layers.0.mlp.fc1", "CLIP"),
+        ("something.else", None),
+    ],
+)
+def test_kinds_of_models_of_transformers(path, kind, tmp_path):
+    tensors = {f"base_model.model.{path}.lora_{end}.weight": torch.ones(2, 2) for end in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    found = inspect_file(tmp_path)
+    assert (found.architecture, found.names) == (kind, "transformers" if kind else "diffusers")
 
 
 def write(path, change=lambda key, tensor: (key, tensor), **header):
