@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.formats.extract import Extraction, extract
+from dora_mm.formats.tools.comfy import how_to_load
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
@@ -40,7 +41,8 @@ def main(tuned: str, base: str, out: str, *, rank: int, to: str | None = None) -
 def report(done: Extraction) -> str:
     """The file, the counts, the error over all modules, and the modules with the largest ones."""
     lines = [
-        f"written    {done.file}, {len(done.errors)} modules",
+        *(f"written    {file}, {len(done.errors)} modules" for file in done.files),
+        *([f"use        {how_to_load(done.files)}"] if len(done.files) > 1 else []),
         f"unchanged  {done.num_unchanged} modules, which are left out",
     ]
     if done.left_out:

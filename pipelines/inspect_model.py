@@ -9,6 +9,7 @@ from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import parts_in
+from dora_mm.formats.adapter_file import adapter_path
 from dora_mm.formats.inspection import inspect_file
 from dora_mm.formats.places import STEMS
 from dora_mm.models.architectures import Network, networks_of
@@ -60,9 +61,9 @@ def adapter_file(path: str) -> Path | None:
     files = (folder / name for folder in (found, found / "adapter") for name in ADAPTERS)
     if file := next((file for file in files if file.is_file()), None):
         return file
-    others = [file for file in found.glob("*.safetensors") if not file.name.startswith(STEMS)]
+    others = any(not file.name.startswith(STEMS) for file in found.glob("*.safetensors"))
     has_model = any((found / name).is_file() for name in ("config.json", "model_index.json"))
-    return others[0] if len(others) == 1 and not has_model else None
+    return adapter_path(found) if others and not has_model else None
 
 
 def describe_picture(file: Path) -> str:

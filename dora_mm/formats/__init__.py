@@ -5,6 +5,7 @@ To add a format, write a module in this folder that has what `Format` lists, and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,9 @@ from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.components import components_to_load, components_to_save
 from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, joined
 from dora_mm.formats.tensor_file import PICKLES, TensorFile, pickle_error
+from dora_mm.formats.tools.comfy import other_half
+
+log = logging.getLogger(__name__)
 
 
 class Format(Protocol):
@@ -214,7 +218,9 @@ def load(
     """
     file = find_file(path)
     components = components_to_load(model, file, peft.PREFIX.partition(".")[0])
-    state, _ = read(file, components)
+    state, header = read(file, components)
+    if half := other_half(header):
+        log.warning("%s: %s.", file, half)
     if isinstance(strength, Mapping) and not isinstance(model, Mapping):
         strength = {_with_component(name, next(iter(components))): value for name, value in strength.items()}
     return into_models(state, components, file, strength=strength, name=name, forward=forward)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.formats import FORMATS, find_file
-from dora_mm.formats.checks import first_not_finite
+from dora_mm.formats.checks import DTYPES, first_not_finite
 from dora_mm.formats.json_text import json_header
 from dora_mm.formats.names import Target
 from dora_mm.formats.peft import CONFIG_NAME, FILE_NAME
@@ -26,6 +26,7 @@ from dora_mm.formats.tools.parts import axis_of
 from dora_mm.formats.tools.tool import Tool
 
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
+_INTEGERS = (torch.int16, torch.int32, torch.int64)
 _TOP = 8  # keys that are shown of a file that is not recognised
 
 
@@ -60,6 +61,8 @@ class AdapterFile:
         self.others: list[str] = []
         for key in self._file.entries:
             self._sort_in(key)
+        if not self.modules and self.tool != "dora_mm":  # ours may hold extra parameters alone
+            raise ValueError(f"{self.path} holds no adapter")
 
     def _detect(self) -> str:
         keys = list(self._file.entries)
@@ -98,8 +101,9 @@ class AdapterFile:
             ValueError: It is not of real numbers, or the file has become shorter.
         """
         found = self._file.read(key)
-        if found.is_complex() or not (found.is_floating_point() or key.endswith(".alpha")):
-            raise ValueError(f"{self.path} is damaged: its {key} has dtype {found.dtype}")
+        if found.dtype not in DTYPES and not (key.endswith(".alpha") and found.dtype in _INTEGERS):
+            kind = str(found.dtype).removeprefix("torch.")
+            raise ValueError(f"{self.path}: {key} has values of type {kind}: save it in float32")
         return found
 
     def parts(self, module: str, tool: Tool) -> dict[str, Tensor]:
@@ -207,10 +211,10 @@ def adapter_path(path: Path) -> Path:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Puts the place in front of the message of a ValueError that does not begin with it."""
+    """Puts the place, `path` or `path: module`, in front of the message of a ValueError that does not name the path."""
     try:
         yield
     except ValueError as error:
-        if str(error).startswith(where):
+        if str(error).startswith(where.partition(": ")[0]):  # it begins with the path
             raise
         raise ValueError(f"{where}: {error}") from error

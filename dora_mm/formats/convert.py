@@ -123,18 +123,20 @@ def _check_settings(
 ) -> None:
     if to not in TARGETS:
         raise ValueError(f"there is no target {to!r}: use one of {', '.join(TARGETS)}")
+    given = {"--rank": rank, "--energy": energy, "--dtype": dtype, "--allow-lossy": allow_lossy or None}
+    unused = {"merged": given, "diff": ("--rank", "--allow-lossy"), "lora": ("--allow-lossy",)}.get(to, ())
+    if useless := [option for option in unused if given[option] is not None]:
+        raise ValueError(f"{useless[0]} has no effect on --to {to}: leave it out")
     if to == "lora" and (rank is None) == (energy is None):
         raise ValueError("target lora needs the rank, or the share of energy to keep: give --rank or --energy")
     if rank is not None and rank < 1:
         raise ValueError(f"the rank must be at least 1, not {rank}")
-    if allow_lossy and to in ("merged", "diff", "lora"):
-        raise ValueError(f"--allow-lossy has no effect on --to {to}: leave it out")
     if rank is not None and to != "lora" and not allow_lossy:
         raise ValueError("--rank belongs to --to lora; with --allow-lossy it is that of a new fit of input columns")
     if energy is not None and (to != "lora" or not 0 < energy <= 1):
         raise ValueError(f"--energy is a share between 0 and 1 for --to lora, not {energy} for {to}")
-    if dtype is not None and (dtype not in DTYPES or to == "merged"):
-        raise ValueError(f"--dtype is {', '.join(DTYPES)}, and merged keeps the dtype of the base, but got {dtype}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}, not {dtype}")
     if not math.isfinite(strength):
         raise ValueError(f"the strength must be a finite number, not {strength}")
     if not base and (to in ("merged", "lora", "comfy") or EXPORTS[to].needs_base):
@@ -150,13 +152,15 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
     networks = list(dict.fromkeys(name.component for name in layers.names()))
     if to == "lora":
         form = EXPORTS["peft" if networks == ["model"] else "kohya"]
-        return (replace(form, one_method=False, axis="any", judges=form.judges[:1]),)
+        return (replace(form, one_method=False, judges=form.judges[:1]),)
     if to != "peft" and "model" in networks and layers.weights is None:
         raise ValueError(
             f"{layers.file.path} does not say which network it adapts, and the names of {to} begin with that: give the "
             "pipeline or the network with --base"
         )
     if to == "comfy":
+        if not layers.any_magnitude():
+            raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
         return comfy.PAIR
     if to == "peft" and len(networks) > 1:
         found = ", ".join(networks)
@@ -166,9 +170,11 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
 
 def _needs_fit(layers: LayerReader, export: Export) -> bool:
     """Whether the file has magnitudes of input columns or weights as they are, for which the form has no place."""
-    file, fitted = layers.file, {"in", "?"} if layers.axis == "in" else {"in"}
-    return export.axis == "out" and any(
-        file.axis(module) in fitted or endings.keys() & {"diff", "weight"} for module, endings in file.modules.items()
+    file, columns = layers.file, {"in", "?"} if layers.axis == "in" else {"in"}
+    return any(
+        (not export.columns and file.axis(module) in columns)
+        or (not export.diffs and bool(endings.keys() & {"diff", "weight"}))
+        for module, endings in file.modules.items()
     )
 
 
@@ -318,13 +324,25 @@ class _Writer:
         if self.to == "lora":
             assert lossy is not None
             return low_rank(exact.new_weight(layer, W0, self.strength) - W0, rank=lossy.rank, energy=lossy.energy)
-        if export.axis == "any" or not (layer.axis == "in" or layer.spec.method == "full"):
+        problem = self.problem(layer)
+        if problem is None:
+            if self.layers.weights is None and exact.depends_on_base(layer, self.strength, magnitude=self.one_method):
+                raise ValueError("what it becomes depends on the weights of the base model: give it with --base")
             layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
             return layer if export.keeps_alpha else exact.folded(layer)
         if lossy is None or lossy.rank is None:
-            what = "its magnitude scales input columns" if layer.axis == "in" else "it is a difference of weights"
             raise ValueError(
-                f"{what}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank and "
+                f"{problem}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank and "
                 "--allow-lossy"
             )
+        if self.layers.weights is None:
+            raise ValueError(f"{problem}, and a new fit depends on the weights of the base model: give it with --base")
         return fitted_adapter(exact.new_weight(layer, W0, self.strength), W0, lossy.rank)
+
+    def problem(self, layer: LayerState) -> str | None:
+        """What the form has no place for."""
+        if layer.axis == "in" and not self.exports[0].columns:
+            return "its magnitude scales input columns"
+        if layer.spec.method == "full" and not self.exports[0].diffs:
+            return "it is a difference of weights"
+        return None

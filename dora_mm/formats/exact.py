@@ -159,6 +159,13 @@ def full_rank(layer: LayerState, weight: Tensor) -> LayerState:
     return LayerState(DoRASpec(rank, float(rank), method="lora"), {"lora_A": A, "lora_B": B})
 
 
+def depends_on_base(layer: LayerState, strength: float = 1.0, *, magnitude: bool = False) -> bool:
+    """Whether `paper_form` computes other tensors over another base weight."""
+    if "magnitude" in layer.tensors:
+        return strength != 1 or layer.norm != "updated"
+    return magnitude or "weight" in layer.tensors
+
+
 @torch.no_grad()
 def paper_form(layer: LayerState, weight: Tensor, strength: float = 1.0, *, magnitude: bool = False) -> LayerState:
     """The adapter that computes W(t), as A and B with alpha, and a magnitude over the norm of W0 + s B A if it has one.

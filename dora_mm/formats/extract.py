@@ -38,14 +38,14 @@ class Extraction:
     """What `extract` did.
 
     Attributes:
-        file: The adapter file.
+        files: The adapter file, or both of ComfyUI's.
         errors: By module: ||W_adapter - W'|| / ||W' - W0||.
         overall: The same over all these modules.
         num_unchanged: The modules that are the same in both models.
         left_out: The modules that differ and that an adapter cannot hold: norms and embeddings.
     """
 
-    file: Path
+    files: tuple[Path, ...]
     errors: Mapping[Name, float]
     overall: float
     num_unchanged: int
@@ -96,6 +96,7 @@ def extract(
     about = {"base_model": str(base), "extracted_from": str(tuned)}
     if to in (None, own):
         file = target if target.suffix == ".safetensors" else target / EXPORTS[own].file_name
+        files = (file,)
         errors = _write(file, new, old, shown(changed), own, rank, about)
         if file.name == formats.FORMATS[own].FILE_NAME:
             formats.write_card(file.parent)
@@ -104,12 +105,12 @@ def extract(
             found = Path(folder) / EXPORTS[own].file_name
             errors = _write(found, new, old, shown(changed), own, rank, about)
             try:
-                file = convert(found, target, to=to, base=base).files[0]
+                files = convert(found, target, to=to, base=base).files
             except ValueError as error:  # it names the file, which nobody has seen
                 raise ValueError(str(error).replace(str(found), str(target))) from error
     overall = math.hypot(*(e * s for e, s in errors.values())) / math.hypot(*(s for _, s in errors.values()))
     num_unchanged = len(new) - len(changed) - len(left_out)
-    return Extraction(file, {n: e for n, (e, _) in errors.items()}, overall, num_unchanged, tuple(left_out))
+    return Extraction(files, {n: e for n, (e, _) in errors.items()}, overall, num_unchanged, tuple(left_out))
 
 
 def _existing(path: Path) -> Path:

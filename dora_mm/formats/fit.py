@@ -36,7 +36,8 @@ def low_rank(D: Tensor, *, rank: int | None = None, energy: float | None = None)
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
         assert energy is not None
-        kept = S.square().cumsum(0) / S.square().sum().clamp_min(torch.finfo(S.dtype).tiny)
+        squares = S.double().square()
+        kept = squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(S.dtype).tiny)
         rank = int((kept < energy).sum()) + 1
     rank = min(rank, full)
     root = S[:rank].sqrt()

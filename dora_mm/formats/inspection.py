@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.diffusers import PEFT_METADATA
 from dora_mm.formats.exact import norms
-from dora_mm.formats.json_text import parse_json
+from dora_mm.formats.json_text import finite, parse_json
 from dora_mm.formats.names import NETWORKS, Name, architecture_of
 from dora_mm.formats.native import SPECS_KEY
 from dora_mm.formats.peft import CONFIG_NAME
@@ -93,8 +93,8 @@ class Inspection:
     settings: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return asdict(self)
+        """As JSON types; a number that is not finite is None."""
+        return finite(asdict(self))
 
 
 def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | None = None) -> Inspection:
@@ -202,7 +202,10 @@ def _ambiguous(
 ) -> list[str]:
     half = other_half(file.header)
     found = [half] if half else []
-    if any(m.alpha is None and m.rank is not None for m in modules):
+    without = [m for m in modules if m.alpha is None and m.rank is not None]
+    if bad := [m for m in without if "alpha" in file.modules[m.key]]:
+        found.append(f"alpha of {bad[0].key} is not one number")
+    elif without:
         found.append("alpha is not in the file: that of the rank is taken, as the tool does")
     unclear = [m for m in modules if m.axis == "?"]
     if unclear:
@@ -212,8 +215,12 @@ def _ambiguous(
     for module in unclear[:SHOWN]:
         if weights is None:
             break
-        key = TOOLS[file.tool].roles(module.key, file.modules[module.key])["m"]
-        rows, columns = correlations(file.tensor(key), stacked(namer.read(module.key), weights))
+        m = file.tensor(TOOLS[file.tool].roles(module.key, file.modules[module.key])["m"])
+        W0 = stacked(namer.read(module.key), weights)
+        if W0.dim() < 2 or (m.numel(),) * 2 != W0.shape[:2]:
+            found.append(f"{module.key}: its magnitude fits neither the rows nor the columns of the weight")
+            continue
+        rows, columns = correlations(m, W0)
         found.append(f"{module.key}: correlation with the norms of rows {rows:.3f}, of columns {columns:.3f}")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,12 @@ def json_header(path: Path, metadata: Mapping[str, str], key: str, kind: type[di
         ValueError: The entry is not valid JSON, or of another type.
     """
     return parse_json(metadata[key], f"{path} has a header key {key} that", kind) if key in metadata else kind()
+
+
+def finite(value: Any) -> Any:
+    """A value of JSON types without NaN and infinity, which JSON does not have: they become None."""
+    if isinstance(value, Mapping):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,9 +13,11 @@ from torch import Tensor
 from dora_mm.formats.checks import first_not_finite
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.tool import Header, Tool
-from dora_mm.formats.verify import bound, is_read, relative_error
+from dora_mm.formats.verify import bound, relative_error
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the relative error that rounding to each explains
+LARGEST = 0.05  # of what is accepted for rounding
+TINY = 1e5  # ||W0|| / ||W' - W0|| of a module above which no half precision of the model itself shows the update
 STRENGTHS_ON = 16  # modules, spread over the file, on which errors at other strengths than 1 are computed
 
 
@@ -74,6 +76,10 @@ class Judge:
             ValueError: A tool computes something else, and `strict` is set; or a value is not finite in the dtype.
         """
         size = float((W - W0).norm())
+        magnitude = any(
+            ending in ("dora_scale", "magnitude", "lora_magnitude_vector") for t in unrounded for ending in t
+        )
+        allowed = allowed_error(W0, size, dtype, magnitude=magnitude)
         written = [rounded(tensors, dtype) for tensors in unrounded]
         for name, tool in self.tools.items():
             files, before = (
@@ -81,11 +87,10 @@ class Judge:
                 for given in (written, unrounded)
             )
             error = relative_error(tool, files, W0, W, size)
-            if self.strict and not error <= allowed_error(W0, size, dtype):
-                if relative_error(tool, before, W0, W, size) <= allowed_error(W0, size, torch.float32):
+            if self.strict and not error <= allowed:
+                if relative_error(tool, before, W0, W, size) <= bound(W0, size):
                     raise ValueError(f"{dtype} would put it off by {error:.1%} of the update: use --dtype float32")
-                reason = refusal(tool, error) if any(map(is_read, files)) else f"{tool.title} would ignore it"
-                raise ValueError(f"{reason}: nothing was written; {self.advice}")
+                raise ValueError(f"{refusal(tool, error)}: nothing was written; {self.advice}")
             self.errors[name][module] = error
             self.squares[name, 1.0].append((error * size, size))
             for t in tool.strengths if self.count % self.every == 0 else ():
@@ -108,12 +113,16 @@ class Judge:
         )
 
 
-def allowed_error(W0: Tensor, size: float, dtype: torch.dtype) -> float:
-    """The relative error of W' - W0 that rounding to a dtype explains."""
-    allowed = bound(W0, size, DTYPES[str(dtype).removeprefix("torch.")])
-    if size and dtype != torch.float32:  # rounded magnitudes round W' itself
-        allowed += torch.finfo(dtype).eps * float(W0.norm()) / size
-    return allowed
+def allowed_error(W0: Tensor, size: float, dtype: torch.dtype, *, magnitude: bool) -> float:
+    """The relative error of W' - W0 that is accepted in a file of a dtype."""
+    allowed = bound(W0, size)
+    if dtype == torch.float32 or not size:
+        return allowed
+    relative = float(W0.norm()) / size
+    if relative > TINY:
+        return math.inf
+    half = DTYPES[str(dtype).removeprefix("torch.")]
+    return allowed + min(half + (torch.finfo(dtype).eps * relative if magnitude else 0), LARGEST)  # m rounds W' itself
 
 
 def refusal(tool: Tool, error: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.quantized import DoRAQuantized, dequantized, is_quantized
 from dora_mm.core.sharded import whole
 from dora_mm.core.spec import DoRASpec
@@ -19,6 +20,8 @@ from dora_mm.formats.names import Name, Target
 from dora_mm.formats.spellings import Names
 from dora_mm.formats.state import AdapterState, LayerState
 from dora_mm.formats.tools import TOOLS
+
+_HOLD_LORA = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, AdaptedLayer)
 
 
 class LayerReader:
@@ -91,6 +94,10 @@ class LayerReader:
         W0s = [self.base(name) if name in self._places else self._untouched(name) for name in target.names]
         if len(target.names) == 1 and not target.modulation:
             return exact.fitted(self.layer(target.names[0]), W0s[0]), W0s[0]
+        if self.weights is None and self.any_magnitude():
+            raise ValueError(
+                "the rows of several modules are stacked, with norms of the base model: give it with --base"
+            )
         layers = [
             exact.fitted(self.layer(name), W0) if name in self._places else None
             for name, W0 in zip(target.names, W0s, strict=True)
@@ -124,6 +131,10 @@ def read_state(path: Path, models: Mapping[str, nn.Module] | None) -> tuple[Adap
         if models and (has_no_form or layer.norm != "updated"):
             with located(f"{path}: {name}"):
                 W0 = reader.base(name)
+                if has_no_form and not isinstance(models[name.component].get_submodule(name.path), _HOLD_LORA):
+                    raise ValueError(
+                        "the difference of a norm or an embedding cannot be loaded: use dora-mm convert --to merged"
+                    )
                 layer = (exact.full_rank if has_no_form else exact.paper_form)(exact.fitted(layer, W0), W0)
         state.layers.setdefault(name.component, {})[name.path] = layer
     return state, reader.file.header

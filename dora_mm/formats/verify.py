@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.base_weights import BaseWeights
 from dora_mm.formats.exact import fitted, new_weight
 from dora_mm.formats.fused import stack_rows
+from dora_mm.formats.json_text import finite
 from dora_mm.formats.names import Name, Target
 from dora_mm.formats.spellings import Names
 from dora_mm.formats.state import LayerState
@@ -27,6 +28,7 @@ from dora_mm.formats.tools.tool import Tool
 
 RIGHT, IGNORED, NO_MAGNITUDE, WRONG_AXIS = "right", "ignored", "loses the magnitude", "wrong axis"
 FAILS, NOT_FINITE, DIFFERS, NOT_FOUND = "fails", "not finite", "differs", "not in the base"
+JUDGED = {name: tool for name, tool in TOOLS.items() if name != "dora_mm"}  # we compute what a file means
 BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
@@ -74,7 +76,7 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON types; an error that is no finite number is None."""
-        return _finite({**asdict(self), "findings": dict(self.findings)})
+        return finite({**asdict(self), "findings": dict(self.findings)})
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def verify(
 
     Args:
         file: The adapter file of any tool, or its folder.
-        tool: A key of `TOOLS`, or "all".
+        tool: A key of `JUDGED`, or "all".
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
 
@@ -99,15 +101,15 @@ def verify(
     Raises:
         ValueError: There is no such tool, or the adapter or the model cannot be read or do not belong together.
     """
-    if tool != "all" and tool not in TOOLS:
-        raise ValueError(f"there is no tool {tool!r}: use all or one of {', '.join(TOOLS)}")
+    if tool != "all" and tool not in JUDGED:
+        raise ValueError(f"there is no tool {tool!r}: use all or one of {', '.join(JUDGED)}")
     if base is None:
         raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
     adapter = AdapterFile(file)
     adapter.check_axis(axis)
     weights = open_base(base)
     targets, _ = adapter.targets(Names(weights))
-    chosen = list(TOOLS) if tool == "all" else [tool]
+    chosen = list(JUDGED) if tool == "all" else [tool]
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
     total = 0.0
@@ -126,10 +128,20 @@ def verify(
             verdict = judge_layer(adapter, module, TOOLS[name], state, W0, W, size)
             layers[name].append(verdict)
             squares[name] += (verdict.error * size) ** 2
-    note = other_half(adapter.header)
+    note = "; ".join(_notes(adapter, targets))
     return [
         Verdict(name, TOOLS[name].title, _ratio(squares[name], total), tuple(layers[name]), note) for name in chosen
     ]
+
+
+def _notes(adapter: AdapterFile, targets: Mapping[str, Target]) -> Iterator[str]:
+    if half := other_half(adapter.header):
+        yield half
+    if adapter.others:
+        yield f"{len(adapter.others)} tensors that belong to no adapter, such as {adapter.others[0]}, are not judged"
+    counts = Counter(name for target in targets.values() for name in target.names)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        yield f"{twice[0]} is adapted twice, and each adapter is judged alone"
 
 
 def open_base(base: str | Path | Mapping[Name, Tensor]) -> Mapping[Name, Tensor]:
@@ -215,11 +227,3 @@ def bound(W0: Tensor, size: float, relative: float = BOUND) -> float:
 
 def _ratio(square: float, total: float) -> float:
     return math.sqrt(square / total) if total else math.sqrt(square)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

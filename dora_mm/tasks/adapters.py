@@ -14,6 +14,7 @@ from dora_mm.config.schema import AnyAdapterConfig
 from dora_mm.core import AdaptedLayer, DoRASpec, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.tools.comfy import other_half
 
 
 def make_spec(config: AnyAdapterConfig) -> DoRASpec:
@@ -73,9 +74,12 @@ def check_low_rank(file: Path) -> None:
     """Checks that a file can be trained on.
 
     Raises:
-        ValueError: It holds differences of weights, or magnitudes of input columns: they load as LoRA of full rank.
+        ValueError: It holds differences of weights, or magnitudes of input columns, which load as LoRA of full rank; or
+            it is one of two files.
     """
     adapter = AdapterFile(file)
+    if half := other_half(adapter.header):
+        raise ValueError(f"adapter.init_from: {file}: {half}")
     for module, endings in adapter.modules.items():
         if "diff" in endings or adapter.axis(module) == "in":
             raise ValueError(

@@ -67,4 +67,4 @@ TOOL = Tool(
     matches=matches,
     read=read,
 )
-EXPORT = Export(write, spelling="ai-toolkit", judges=("ai-toolkit",), axis="out")
+EXPORT = Export(write, spelling="ai-toolkit", judges=("ai-toolkit",), columns=False, diffs=False)

@@ -11,8 +11,9 @@ In 2025 they divide by ||W0|| on the output axis and by ||W0 + s B A|| on the in
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -57,6 +58,15 @@ def other_half(header: Header) -> str:
         return ""
     number = PAIR_TARGETS.index(header[TARGET_KEY]) + 1
     return f"it is file {number} of a pair, and means the adapter only together with file {3 - number}"
+
+
+def how_to_load(files: Sequence[Path]) -> str:
+    """How the files of a pair are used."""
+    first, second = (file.name for file in files)
+    return (
+        f"load both files in ComfyUI, {first} first and {second} after it, with the same strength: in the other order "
+        "the result is wrong"
+    )
 
 
 def read_2025(parts: Parts, axis: str | None) -> LayerState:
@@ -141,7 +151,8 @@ PAIR = tuple(
         judges=("comfy-2025", "comfy-15458"),
         needs_base=True,
         header=lambda specs, old, target=target: {TARGET_KEY: target},
-        axis="out",
+        columns=False,
+        diffs=False,
     )
     for write, target in zip((write_rows, write_low_rank), PAIR_TARGETS, strict=True)
 )

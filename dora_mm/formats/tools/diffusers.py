@@ -81,5 +81,6 @@ EXPORT = Export(
     header=header,
     file_name=FILE_NAME,
     one_method=True,
-    axis="out",
+    columns=False,
+    diffs=False,
 )

@@ -51,4 +51,4 @@ TOOL = Tool(
     matches=matches,
     read=read,
 )
-EXPORT = Export(kohya_tensors, spelling="onetrainer", judges=("onetrainer",))
+EXPORT = Export(kohya_tensors, spelling="onetrainer", judges=("onetrainer",), diffs=False)

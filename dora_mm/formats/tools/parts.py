@@ -100,6 +100,8 @@ def neutral(parts: Parts, axis: str | None = None, norm: str = "updated") -> Lay
         ValueError: Tensors are missing or have shapes that do not fit, alpha is not a positive number, or the shape of
             the magnitude fits both axes and `axis` is None.
     """
+    if "diff" in parts and parts.keys() & {"A", "B", "m"}:
+        raise ValueError("it has a difference of weights and a low-rank adapter, and only one of them is supported")
     if "diff" in parts:
         return LayerState(DoRASpec(method="full"), {"diff": parts["diff"]})
     if missing := {"A", "B"} - parts.keys():
@@ -142,7 +144,7 @@ def axis_of(m: Tensor, out: int, inner: int, given: str | None) -> str:
     if fits:
         raise ValueError(
             f"its magnitude {shape(m)} fits the output rows and the input columns of the weight ({out}, {inner}): "
-            "say which with --axis out or --axis in"
+            "say which with --axis out or --axis in of dora-mm convert"
         )
     raise ValueError(f"its magnitude {shape(m)} fits neither axis of a weight with {out} rows and {inner} columns")
 

@@ -99,5 +99,6 @@ EXPORT = Export(
     file_name=folder.FILE_NAME,
     one_method=True,
     keeps_alpha=True,
-    axis="out",
+    columns=False,
+    diffs=False,
 )

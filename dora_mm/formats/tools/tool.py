@@ -97,7 +97,8 @@ class Export:
         one_method: Whether all modules need a magnitude if one has it.
         keeps_alpha: Whether alpha stays as it is; else B is scaled so that alpha is the rank, which tools that do not
             read it take.
-        axis: `out` where it holds LoRA and magnitudes of output rows only; else `any`: those of columns and diffs, too.
+        columns: Whether it holds magnitudes of input columns, too.
+        diffs: Whether it holds differences of weights, too.
     """
 
     write: Callable[[LayerState, Tensor], dict[str, Tensor]]
@@ -109,4 +110,5 @@ class Export:
     dtype: str = "float32"
     one_method: bool = False
     keeps_alpha: bool = False
-    axis: str = "any"
+    columns: bool = True
+    diffs: bool = True
