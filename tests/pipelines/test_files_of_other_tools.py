@@ -27,6 +27,17 @@ def model():
     return load_sdxl(BASE)
 
 
+def change(networks):
+    """Gives adapters values that change the outputs."""
+    stream = torch.Generator().manual_seed(0)
+    for network in networks:
+        for key, parameter in adapter_parameters(network).items():
+            if key.endswith("lora_B"):
+                parameter.data.normal_(std=0.3, generator=stream)
+            if key.endswith("magnitude"):
+                parameter.data.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=stream))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The files of one DoRA adapter of the UNet and both text encoders in the form of each tool, by target."""
@@ -34,16 +45,25 @@ def files(tmp_path_factory):
     inject(trained.unet, "sdxl-unet", DoRASpec(rank=2, alpha=3.0), parts=LINEAR)
     for name in ("text_encoder", "text_encoder_2"):
         inject(trained.adaptable[name], "clip-text", DoRASpec(rank=2, alpha=3.0), parts=("attn", "ff"))
-    stream = torch.Generator().manual_seed(0)
-    for network in trained.adaptable.values():
-        for key, parameter in adapter_parameters(network).items():
-            if key.endswith("lora_B"):
-                parameter.data.normal_(std=0.3, generator=stream)
-            if key.endswith("magnitude"):
-                parameter.data.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=stream))
+    change(trained.adaptable.values())
     original = save_adapter(trained.adaptable, folder / "original", metadata={"base_model": BASE})
     made = {to: convert(original, folder / f"{to}.safetensors", to=to, base=BASE).files for to in EXACT}
     return {"original": (original,), **made}
+
+
+@pytest.fixture(scope="module")
+def convolutions(model, tmp_path_factory):
+    """The files of a DoRA of the UNet's convolutions, by target."""
+    folder = tmp_path_factory.mktemp("convolutions")
+    inject(model.unet, "sdxl-unet", DoRASpec(rank=2, alpha=3.0), parts=("conv",))
+    change([model.unet])
+    original = save_adapter(model.unet, folder / "original", metadata={"base_model": BASE})
+    remove(model.unet)
+    (file,) = convert(original, folder / "kohya.safetensors", to="kohya", base=BASE).files
+    shapes = {key: tensor.dim() for key, tensor in load_file(file).items() if not key.endswith(".alpha")}
+    assert len(shapes) > 60
+    assert set(shapes.values()) == {4}
+    return {"original": original, "kohya": file}
 
 
 def load(model, paths, strength=1.0):
@@ -93,22 +113,24 @@ def pictures(run):
     return [np.asarray(Image.open(path).convert("RGB"), int) for path in sorted((run / "samples").iterdir())]
 
 
-def test_they_draw_the_same_pictures(files, tmp_path):
-    """The pair for ComfyUI as two adapters at once; also at other strengths by part, and strength 0 is no adapter."""
+def test_they_draw_the_same_pictures(files, convolutions, tmp_path):
+    """The pair for ComfyUI as two adapters at once; also convolutions, other strengths by part, and strength 0."""
     cells = {to: "+".join(map(str, files[to])) for to in DRAWN}
     weak = "unet.down=0.5,text_encoder=0"
     cells |= {"weak original": f"{cells['original']}:{weak}", "weak kohya": f"{cells['kohya']}:{weak}"}
+    cells |= {f"convolutions {to}": str(file) for to, file in convolutions.items()}
     rows = [{"prompt": "a bus", "adapter": cell} for cell in cells.values()]
     rows += [{"prompt": "a bus", "adapter": "none"}]
     rows += [{"prompt": "a bus", "adapter": cells[to], "strength": 0} for to in ("kohya", "comfy")]
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["steps=2", "width=64", "height=64", "batch_size=1", f"output={tmp_path / 'out'}"]
     assert main(["sample", str(tmp_path / "jobs.jsonl"), "--set", *settings]) == 0
-    original, *others, weak_original, weak_kohya, base, zero_kohya, zero_pair = pictures(tmp_path / "out")
-    assert len(others) == 2
-    assert all(np.abs(picture - original).max() <= 1 for picture in others)
-    assert np.abs(weak_kohya - weak_original).max() <= 1
-    assert all(np.abs(one - other).max() > 9 for one, other in combinations([original, weak_original, base], 2))
+    original, kohya, pair, *drawn, base, zero_kohya, zero_pair = pictures(tmp_path / "out")
+    weak_original, weak_kohya, conv_original, conv_kohya = drawn
+    same = [(original, kohya), (original, pair), (weak_original, weak_kohya), (conv_original, conv_kohya)]
+    assert all(np.abs(one - other).max() <= 1 for one, other in same)
+    different = [original, weak_original, conv_original, base]
+    assert all(np.abs(one - other).max() > 9 for one, other in combinations(different, 2))
     assert all((picture == base).all() for picture in (zero_kohya, zero_pair))
 
 
