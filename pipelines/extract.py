@@ -1,9 +1,6 @@
 """dora-mm extract: a DoRA from two checkpoints, a base model and a model that was fine-tuned from it."""
 
-import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.formats.extract import Extraction, extract
@@ -27,15 +24,7 @@ def main(tuned: str, base: str, out: str, *, rank: int, to: str | None = None) -
         ValueError: A model cannot be read, the two do not belong together, or OUT exists or cannot hold the adapter.
     """
     models = (resolve_model(tuned, "TUNED"), resolve_model(base, "BASE"))
-    hidden = not sys.stderr.isatty()
-    done = extract(
-        *models,
-        Path(out).expanduser(),
-        rank=rank,
-        to=to,
-        shown=lambda names: tqdm(names, unit="module", disable=hidden, dynamic_ncols=True),
-    )
-    print(report(done))
+    print(report(extract(*models, Path(out).expanduser(), rank=rank, to=to)))
 
 
 def report(done: Extraction) -> str:

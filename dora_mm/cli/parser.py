@@ -23,8 +23,7 @@ TARGETS = {  # those of formats.convert, which imports torch
     "onetrainer": "to go on with training in OneTrainer",
     "ai-toolkit": "to go on with training in ai-toolkit",
 }
-TOOLS = {  # those of formats.tools
-    "dora_mm": "this program",
+TOOLS = {  # JUDGED of formats.verify
     "nvlabs": "the code of DoRA's authors",
     "onetrainer": "OneTrainer",
     "ai-toolkit": "ai-toolkit",

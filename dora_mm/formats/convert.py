@@ -159,7 +159,7 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
             "pipeline or the network with --base"
         )
     if to == "comfy":
-        if not layers.any_magnitude():
+        if not layers.any_magnitude() and not _needs_fit(layers, comfy.PAIR[0]):
             raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
         return comfy.PAIR
     if to == "peft" and len(networks) > 1:
@@ -332,8 +332,8 @@ class _Writer:
             return layer if export.keeps_alpha else exact.folded(layer)
         if lossy is None or lossy.rank is None:
             raise ValueError(
-                f"{problem}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank and "
-                "--allow-lossy"
+                f"{problem}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank "
+                "and --allow-lossy"
             )
         if self.layers.weights is None:
             raise ValueError(f"{problem}, and a new fit depends on the weights of the base model: give it with --base")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dora_mm import formats
 from dora_mm.core.spec import DoRASpec
@@ -29,8 +30,6 @@ HEADER_BYTES = 4096  # of a module, more than its keys and settings need
 _EMBEDDINGS = re.compile(
     r"(^|\.)(\w*embed_(tokens|positions)|(token|position)_embedding|shared|wte|wpe|\w+_embeddings)$"
 )
-
-Shown = Callable[[list[Name]], Iterable[Name]]  # shows a bar while the names are walked through
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ def extract(
     *,
     rank: int,
     to: str | None = None,
-    shown: Shown = lambda names: names,
 ) -> Extraction:
     """Writes the DoRA of a rank that comes closest to a fine-tuned model: see `fit.fitted_adapter`.
 
@@ -71,7 +69,6 @@ def extract(
         target: A new file where it ends in `.safetensors`, else a new folder.
         rank: R; modules with fewer rows or columns get a smaller one.
         to: A target of `convert`; None: diffusers for the networks of a pipeline, else PEFT.
-        shown: Shows the progress.
 
     Returns:
         The file, and how far off the adapter is.
@@ -85,7 +82,7 @@ def extract(
     if to not in (None, *EXPORTS, "comfy"):
         raise ValueError(f"there is no target {to!r}: use one of {', '.join(EXPORTS)}, comfy")
     target = Path(target)
-    if target.exists():
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target} exists already: name a new file or folder")
     new, old = BaseWeights.open(tuned), BaseWeights.open(base)
     check_same_architecture(new, old)
@@ -97,13 +94,13 @@ def extract(
     if to in (None, own):
         file = target if target.suffix == ".safetensors" else target / EXPORTS[own].file_name
         files = (file,)
-        errors = _write(file, new, old, shown(changed), own, rank, about)
+        errors = _write(file, new, old, changed, own, rank, about)
         if file.name == formats.FORMATS[own].FILE_NAME:
             formats.write_card(file.parent)
     else:
         with tempfile.TemporaryDirectory(dir=_existing(target), prefix=".extract") as folder:
             found = Path(folder) / EXPORTS[own].file_name
-            errors = _write(found, new, old, shown(changed), own, rank, about)
+            errors = _write(found, new, old, changed, own, rank, about)
             try:
                 files = convert(found, target, to=to, base=base).files
             except ValueError as error:  # it names the file, which nobody has seen
@@ -138,7 +135,7 @@ def check_same_architecture(tuned: BaseWeights, base: BaseWeights) -> None:
 def changed_modules(tuned: BaseWeights, base: BaseWeights) -> tuple[list[Name], list[Name]]:
     """The modules whose weights differ: those that an adapter can hold, and the others. Rounding is no difference."""
     changed, left_out = [], []
-    for name in tuned:
+    for name in tqdm(tuned, "comparing", unit="module", delay=2, disable=None):
         W, W0 = tuned[name], base[name]
         coarser = min(W.dtype, W0.dtype, key=lambda dtype: -torch.finfo(dtype).eps)
         if not torch.equal(W.to(coarser), W0.to(coarser)):
@@ -151,7 +148,7 @@ def _write(
     file: Path,
     tuned: BaseWeights,
     base: BaseWeights,
-    names: Iterable[Name],
+    names: list[Name],
     form: str,
     rank: int,
     about: dict[str, str],
@@ -162,10 +159,10 @@ def _write(
     header: dict[str, str] = {}
 
     def run(writer: TensorWriter) -> dict[str, str]:
-        for name in names:
+        for name in tqdm(names, "extracting", unit="module", delay=2, disable=None):
             W, W0 = tuned[name].float(), base[name].float()
             for path, tensor in (("tuned", W), ("base", W0)):
-                if not torch.isfinite(tensor).all():
+                if not (tensor.sum().isfinite() or tensor.isfinite().all()):  # the sum is faster
                     raise ValueError(f"{name} of the {path} model has values that are NaN or infinite")
             layer = fitted_adapter(W, W0, rank)
             errors[name] = _error(layer, W, W0)
@@ -185,4 +182,4 @@ def _write(
 
 def _error(layer: LayerState, W: Tensor, W0: Tensor) -> tuple[float, float]:
     size = float((W - W0).double().norm())
-    return float((new_weight(layer, W0.double()) - W.double()).norm()) / size, size
+    return float(new_weight(layer, W0.double()).sub_(W).norm()) / size, size

@@ -16,6 +16,7 @@ from dora_mm.formats.tools.tool import Header, Tool
 from dora_mm.formats.verify import bound, relative_error
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the relative error that rounding to each explains
+MAGNITUDES = ("dora_scale", "magnitude", "lora_magnitude_vector")  # ends of keys
 LARGEST = 0.05  # of what is accepted for rounding
 TINY = 1e5  # ||W0|| / ||W' - W0|| of a module above which no half precision of the model itself shows the update
 STRENGTHS_ON = 16  # modules, spread over the file, on which errors at other strengths than 1 are computed
@@ -76,9 +77,7 @@ class Judge:
             ValueError: A tool computes something else, and `strict` is set; or a value is not finite in the dtype.
         """
         size = float((W - W0).norm())
-        magnitude = any(
-            ending in ("dora_scale", "magnitude", "lora_magnitude_vector") for t in unrounded for ending in t
-        )
+        magnitude = any(ending in MAGNITUDES for tensors in unrounded for ending in tensors)
         allowed = allowed_error(W0, size, dtype, magnitude=magnitude)
         written = [rounded(tensors, dtype) for tensors in unrounded]
         for name, tool in self.tools.items():

@@ -95,9 +95,7 @@ class LayerReader:
         if len(target.names) == 1 and not target.modulation:
             return exact.fitted(self.layer(target.names[0]), W0s[0]), W0s[0]
         if self.weights is None and self.any_magnitude():
-            raise ValueError(
-                "the rows of several modules are stacked, with norms of the base model: give it with --base"
-            )
+            raise ValueError("it stacks the rows of several modules, with norms of the base model: give it with --base")
         layers = [
             exact.fitted(self.layer(name), W0) if name in self._places else None
             for name, W0 in zip(target.names, W0s, strict=True)

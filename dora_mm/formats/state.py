@@ -315,8 +315,8 @@ def _check_same_layers(
     for path in adapted:
         if path not in layers:
             raise ValueError(
-                f"{source} does not adapt {joined(component, path)}, which is adapted in this model: adapt only what it "
-                "has (adapter.parts), or call remove first"
+                f"{source} does not adapt {joined(component, path)}, which is adapted in this model: adapt only what "
+                "the file has (adapter.parts), or call remove first"
             )
     for path, state in layers.items():
         if path not in adapted:

@@ -6,7 +6,7 @@ import pytest
 
 from dora_mm import cli
 from dora_mm.formats.convert import TARGETS
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.verify import JUDGED
 from dora_mm.recipes import PIPELINES
 
 COMMANDS = {  # with the recipes of those that take no config
@@ -41,7 +41,7 @@ def test_help_is_quick_and_loads_no_torch():
         assert f"usage: dora-mm {command} " in done.stdout
 
 
-@pytest.mark.parametrize(("command", "names"), [("convert", TARGETS), ("verify", TOOLS)])
+@pytest.mark.parametrize(("command", "names"), [("convert", TARGETS), ("verify", JUDGED)])
 def test_help_lists_all_targets_and_tools(command, names, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])

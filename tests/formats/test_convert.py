@@ -296,13 +296,31 @@ def test_fused_projections(left_out, tmp_path):
     assert set(verdict.findings) == {"right"}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_small_update_is_written_in_half_precision(dtype, tmp_path):
+def test_small_updates_in_half_precision(tmp_path):
     """Rounding a magnitude moves W' by a share of W0, which is much of an update that is small beside it."""
     small = {name: toy.layer(name, size=0.02, noise=0.002) for name in toy.UNET}
     source = toy.write_source(tmp_path / "small.safetensors", small)
-    (errors,) = convert(source, tmp_path / "half.safetensors", to="comfy-15458", base=BASE, dtype=dtype).errors
-    assert 1e-3 < errors.overall < 1
+    (errors,) = convert(source, tmp_path / "half.safetensors", to="comfy-15458", base=BASE, dtype="float16").errors
+    assert 1e-3 < errors.overall < 0.05
+    with pytest.raises(ValueError, match="bfloat16 would put it off by .* of the update: use --dtype float32"):
+        convert(source, tmp_path / "new.safetensors", to="comfy-15458", base=BASE, dtype="bfloat16")
+    nothing = {name: toy.layer(name, size=1e-6, noise=1e-6) for name in toy.UNET}  # no model in bfloat16 shows it
+    source = toy.write_source(tmp_path / "nothing.safetensors", nothing)
+    convert(source, tmp_path / "new.safetensors", to="comfy-15458", base=BASE, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_differences_that_half_precision_loses(dtype, tmp_path):
+    tiny = {name: toy.layer(name, size=1e-7, method="lora", weights=BASE) for name in toy.UNET}
+    base = {name: W0 * 1e-3 for name, W0 in BASE.items()}  # the update is 1e-4 of it
+    source = toy.write_source(tmp_path / "tiny.safetensors", tiny)
+    for to in ("diff", "kohya"):
+        if dtype == "float16":
+            with pytest.raises(ValueError, match="float16 would put it off by .*: use --dtype float32"):
+                convert(source, tmp_path / f"{to}.safetensors", to=to, base=base, dtype=dtype)
+        else:
+            (errors, *_) = convert(source, tmp_path / f"{to}.safetensors", to=to, base=base, dtype=dtype).errors
+            assert errors.overall < 0.05
 
 
 def test_strength_0_keeps_the_sign_of_zeros():

@@ -23,7 +23,7 @@ MISTAKES = [
     ({"to": "diffusers", "rank": 4, "allow_lossy": True}, "source.safetensors as it is: leave --rank out"),
     ({"to": "diff", "base": BASE, "allow_lossy": True}, "--allow-lossy has no effect on --to diff"),
     ({"to": "kohya", "axis": "in"}, "no magnitude whose axis is unclear: leave --axis out"),
-    ({"to": "kohya", "dtype": "float8"}, "--dtype is float32"),
+    ({"to": "kohya", "dtype": "float8"}, "--dtype is one of float32"),
     ({"to": "kohya", "strength": float("nan")}, "the strength must be a finite number"),
     ({"to": "merged", "base": BASE}, "target merged needs the base model as a folder"),
 ]
@@ -117,16 +117,14 @@ def test_a_network_without_a_name(tmp_path):
 
 @pytest.mark.parametrize("to", ["peft", "diffusers", "comfy", "ai-toolkit", "onetrainer"])
 def test_differences_of_weights(to, tmp_path):
-    """These have no place for them; all but OneTrainer's form hold a new fit."""
+    """These have no place for them, and hold a new fit."""
     base = {name: W0 for name, W0 in peft_base().items() if W0.dim() == 2}
     source = toy.write_source(tmp_path / "source.safetensors", {name: toy.layer(name) for name in base})
     (diff,) = convert(source, tmp_path / "diff.safetensors", to="diff", base=base, dtype="float32").files
-    reason = "OneTrainer would ignore it" if to == "onetrainer" else "it is a difference of weights"
-    with pytest.raises(ValueError, match=f"{reason}.*--to merged"):
+    with pytest.raises(ValueError, match="it is a difference of weights.*--to merged"):
         convert(diff, tmp_path / "new", to=to, base=base)
-    if to != "onetrainer":
-        done = convert(diff, tmp_path / "new", to=to, base=base, rank=4, allow_lossy=True)
-        assert all(errors.overall < 1e-3 for errors in done.errors)  # a DoRA of rank 4 is found again
+    done = convert(diff, tmp_path / "new", to=to, base=base, rank=4, allow_lossy=True)
+    assert all(errors.overall < 1e-3 for errors in done.errors)  # a DoRA of rank 4 is found again
 
 
 def test_half_of_a_pair(source, tmp_path):
@@ -147,3 +145,73 @@ def test_rounding_beyond_the_bound_says_which_dtype_helps(source, tmp_path):
     with pytest.raises(ValueError, match="float16 would put it off by .* of the update: use --dtype float32"):
         convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE, dtype="float16")
     convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE)
+
+
+def mixed():
+    """DoRA, and one module of plain LoRA, which PEFT's and diffusers' files hold as DoRA with the norms of W0 + B A."""
+    return {name: toy.layer(name, method="lora" if number == 1 else "dora") for number, name in enumerate(toy.UNET)}
+
+
+def columns():
+    return {name: toy.layer(name, axis="in") for name in toy.UNET}
+
+
+DEPEND = [  # what is converted, how, and that it is done with the base
+    (mixed, {"to": "peft"}),
+    (mixed, {"to": "diffusers"}),
+    (columns, {"to": "diffusers", "rank": 8, "allow_lossy": True}),
+    (mixed, {"to": "kohya", "strength": 0.0}),
+    (mixed, {"to": "kohya", "strength": 1.5}),
+    ("comfy-2025", {"to": "kohya"}),
+    ("comfy-2025", {"to": "comfy-15458"}),
+]
+
+
+@pytest.mark.parametrize(("given", "settings"), DEPEND, ids=lambda value: str(getattr(value, "__name__", value)))
+def test_tensors_that_depend_on_the_base_need_it(given, settings, tmp_path):
+    """Otherwise they would be those over random weights."""
+    base = peft_base()
+    states = given() if callable(given) else mixed()
+    source = toy.write_source(tmp_path / "source.safetensors", states)
+    if not callable(given):
+        (source,) = convert(source, tmp_path / "other.safetensors", to=given, base=base).files
+    with pytest.raises(ValueError, match="the base model: give it with --base"):
+        convert(source, tmp_path / "new", **settings)
+    assert not list((tmp_path / "new").glob("*"))
+    assert convert(source, tmp_path / "new", base=base, **settings).on_base
+
+
+def test_plain_lora_has_no_pair(tmp_path):
+    source = toy.write_source(tmp_path / "a.safetensors", {name: toy.layer(name, method="lora") for name in toy.UNET})
+    with pytest.raises(ValueError, match="is plain LoRA, which needs no pair: use --to kohya"):
+        convert(source, tmp_path / "new.safetensors", to="comfy", base=BASE)
+
+
+def test_a_file_without_adapters(tmp_path):
+    save_file({"bundle_emb.TOK.string_to_param.*": torch.ones(1, 12)}, tmp_path / "a.safetensors", {"ot_x": "1"})
+    for action in (
+        lambda path: convert(path, tmp_path / "new", to="kohya"),
+        lambda path: dora_mm.verify(path, base=BASE),
+    ):
+        with pytest.raises(ValueError, match=r"a\.safetensors holds no adapter"):
+            action(tmp_path / "a.safetensors")
+
+
+def test_a_difference_beside_a_low_rank_adapter(source, tmp_path):
+    tensors = load_file(source)
+    key = next(key for key in tensors if key.endswith(".alpha"))
+    tensors[key.replace(".alpha", ".diff")] = torch.zeros(12, 12)
+    save_file(tensors, source)
+    with pytest.raises(ValueError, match="a difference of weights and a low-rank adapter"):
+        convert(source, tmp_path / "new", to="kohya", base=BASE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int32], ids=str)
+def test_dtypes(dtype, source, tmp_path):
+    tensors = load_file(source)
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[key] = tensors[key].to(dtype)
+    save_file(tensors, source)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"source\.safetensors: \S+ has values of type {name}: save it in float32"):
+        convert(source, tmp_path / "new", to="kohya", base=BASE)

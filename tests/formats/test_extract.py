@@ -62,18 +62,18 @@ def weights_of(file, base):
 def test_a_merged_dora_is_found_again(models, tmp_path):
     tuned, base, W, _ = models
     done = extract(tuned, base, tmp_path / "out", rank=4)
-    assert done.file == tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    assert done.files[0] == tmp_path / "out" / "pytorch_lora_weights.safetensors"
     assert done.num_unchanged == 2
     assert done.left_out == ()
     assert set(done.errors) == set(list(toy.SHAPES)[:-2])
     assert done.overall < 1e-5
     assert max(done.errors.values()) < 1e-5
-    for name, found in weights_of(done.file, base).items():
+    for name, found in weights_of(done.files[0], base).items():
         torch.testing.assert_close(found, W[name], rtol=1e-5, atol=1e-6)
-    (verdict,) = verify(done.file, "diffusers", base)
+    (verdict,) = verify(done.files[0], "diffusers", base)
     assert verdict.error < 1e-5
     assert (tmp_path / "out" / "README.md").is_file()
-    state, header = formats.read(done.file)
+    state, header = formats.read(done.files[0])
     assert (header["base_model"], header["extracted_from"]) == (str(base), str(tuned))
     assert {layer.spec for layers in state.layers.values() for layer in layers.values()} == {DoRASpec(4)}
 
@@ -84,7 +84,7 @@ def test_other_formats(to, tmp_path):
     W, _ = merged(W0, toy.UNET)
     tuned, base = save_model(tmp_path / "tuned", W), save_model(tmp_path / "base", W0)
     done = extract(tuned, base, tmp_path / "out", rank=4, to=to)
-    for name, found in weights_of(done.file, base).items():
+    for name, found in weights_of(done.files[0], base).items():
         torch.testing.assert_close(found, W[name], rtol=1e-5, atol=1e-5)
     assert not list(tmp_path.glob(".extract*"))
 
@@ -136,7 +136,7 @@ def test_no_nearby_adapter_is_better():
 
 def test_a_target_that_cannot_hold_it(models, tmp_path):
     tuned, base, _, _ = models
-    with pytest.raises(ValueError, match=f"^{tmp_path}/out.safetensors: .*_conv1: it is .* a convolution"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/out.safetensors: .*_conv1: it is a convolution, for which"):
         extract(tuned, base, tmp_path / "out.safetensors", rank=4, to="ai-toolkit")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
 
@@ -157,7 +157,7 @@ def test_half_precision_is_no_change(tmp_path):
     tuned, base = save_model(tmp_path / "tuned", W, torch.float16), save_model(tmp_path / "base", W0)
     done = extract(tuned, base, tmp_path / "out.safetensors", rank=2)
     assert (list(done.errors), done.num_unchanged) == ([name], len(toy.SHAPES) - 1)
-    assert done.file == tmp_path / "out.safetensors"
+    assert done.files[0] == tmp_path / "out.safetensors"
 
 
 def test_norms_and_embeddings_that_differ_are_counted(tmp_path):
@@ -193,7 +193,8 @@ def test_models_that_do_not_belong_together(models, tmp_path):
     broken = save_model(tmp_path / "broken", {**W, name: W[name] / 0})
     with pytest.raises(ValueError, match=f"{name} of the tuned model has values that are NaN or infinite"):
         extract(broken, base, tmp_path / "out", rank=2)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*"))
+    extract(tuned, base, tmp_path / "out", rank=2)  # a failure does not stand in the way of the next try
 
 
 def test_a_network_of_a_pipeline_alone(models, tmp_path):
@@ -213,6 +214,10 @@ def test_the_command(models, tmp_path, capsys):
     assert "error      0.00% of the change" in shown
     assert main(["extract", str(tuned), str(base), str(out), "--rank", "4"]) == 2
     assert f"{out} exists already: name a new file or folder" in capsys.readouterr().err
+    assert main(["extract", str(tuned), str(base), f"{out}.safetensors", "--rank", "4", "--to", "comfy"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"written    {out}-{number}.safetensors" in shown for number in (1, 2))
+    assert "out-1.safetensors first and out-2.safetensors after it" in shown
     assert main(["extract", str(tuned), str(base), f"{out}2", "--rank", "4", "--to", "nosuch"]) == 2
     assert "there is no target 'nosuch': use one of peft, diffusers, kohya" in capsys.readouterr().err
 
@@ -227,7 +232,7 @@ def test_a_single_model_becomes_a_peft_folder(tmp_path):
         save_file(weights, tmp_path / name / "model.safetensors")
         (tmp_path / name / "config.json").write_text("{}")
     done = extract(tmp_path / "tuned", tmp_path / "base", tmp_path / "out", rank=4)
-    assert done.file.name == "adapter_model.safetensors"
+    assert done.files[0].name == "adapter_model.safetensors"
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (4, 4, True)
     state, _ = formats.read(tmp_path / "out")

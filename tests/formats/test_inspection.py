@@ -120,3 +120,18 @@ def test_the_command(capsys):
     assert (found["tool"], len(found["modules"]), found["modules"][0]["axis"]) == ("lycoris", 5, "in")
     assert cli.main(["inspect", "samples/tiny-sdxl", "--json"]) == 2
     assert "--base and --json are for adapter files" in capsys.readouterr().err
+
+
+def test_a_magnitude_that_fits_neither_axis_and_an_alpha_of_two_values(tmp_path):
+    path = write(tmp_path / "a.safetensors")
+    tensors = load_file(path)
+    scale = next(key for key in tensors if key.endswith("attn1_to_q.dora_scale"))
+    alpha = scale.replace("dora_scale", "alpha")
+    tensors |= {scale: torch.ones(7, 1), alpha: torch.ones(2)}
+    save_file(tensors, path)
+    points = "; ".join(inspect_file(path, toy.base()).ambiguous)
+    assert "its magnitude fits neither the rows nor the columns of the weight" in points
+    assert f"alpha of {alpha.removesuffix('.alpha')} is not one number" in points
+    tensors[alpha] = torch.tensor(float("nan"))
+    save_file(tensors, path)
+    assert json.loads(json.dumps(inspect_file(path).as_dict(), allow_nan=False))

@@ -93,7 +93,7 @@ def test_a_magnitude_for_old_comfy_is_wrong_in_the_new_one(shape, measured, tmp_
     file = write_kohya(tmp_path / "a.safetensors", base, for_comfy)
     save_file(load_file(file), file, metadata=header)
     verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(file, "all", base)}
-    assert list(verdicts) == list(TOOLS)
+    assert list(verdicts) == [name for name in TOOLS if name != "dora_mm"]
     assert verdicts["comfy-2025"].error < 1e-6
     assert verdicts["comfy-15458"].error == pytest.approx(measured, rel=0.15)
     reasons = {layer.reason for layer in verdicts["comfy-15458"].layers}
@@ -153,6 +153,19 @@ def test_a_result_that_is_not_finite(tmp_path):
     (verdict,) = dora_mm.verify(file, "a1111", base)
     assert dict(verdict.findings) == {"not finite": 4}
     assert math.isnan(verdict.error)
+
+
+def test_what_is_not_judged_is_named(tmp_path):
+    base = random_base(OUT_96)
+    file = write_kohya(tmp_path / "a.safetensors", base)
+    tensors = load_file(file)
+    module = f"lora_unet_{MODULES[0].replace('.', '_')}"
+    own = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    again = {key.replace(module, own): tensor.clone() for key, tensor in tensors.items() if key.startswith(module)}
+    save_file({**tensors, **again, "unet.bias": torch.zeros(3)}, file)
+    (verdict,) = dora_mm.verify(file, "lycoris", base)
+    assert "1 tensors that belong to no adapter, such as unet.bias, are not judged" in verdict.note
+    assert f"unet.{MODULES[0]} is adapted twice" in verdict.note
 
 
 def test_mistakes(tmp_path):

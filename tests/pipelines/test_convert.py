@@ -100,6 +100,14 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     assert (code, "lora_unet_" in output, " more " in output) == (0, True, True)
 
 
+def test_onetrainer_says_which_option_fits(adapter, tmp_path, capsys):
+    _, output, _ = run(capsys, "convert", adapter, tmp_path / "a.safetensors", "--to", "onetrainer", "--base", BASE)
+    assert "the magnitudes are those of output rows: set OneTrainer's option" in output
+    columns = Path("tests/formats/fixtures/lycoris_in.safetensors")
+    _, output, _ = run(capsys, "convert", columns, tmp_path / "b.safetensors", "--to", "onetrainer")
+    assert "those of input columns, as OneTrainer's default is" in output
+
+
 MISTAKES = [
     (("convert", "{a}", "{out}", "--to", "comfyui"), "there is no target 'comfyui'"),
     (("convert", "{a}", "{out}", "--to", "diff"), "target diff needs the base model"),

@@ -16,7 +16,7 @@ from dora_mm.cli import main
 from dora_mm.core import adapter_parameters
 from dora_mm.models.sdxl.loading import load_sdxl
 
-EXACT = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit")
+EXACT = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit", "diff")
 DRAWN = ("original", "kohya", "comfy")
 BASE = "samples/tiny-sdxl"
 LINEAR = ("attn", "cross", "ff")  # ai-toolkit has no DoRA of convolutions
@@ -47,7 +47,9 @@ def files(tmp_path_factory):
         inject(trained.adaptable[name], "clip-text", DoRASpec(rank=2, alpha=3.0), parts=("attn", "ff"))
     change(trained.adaptable.values())
     original = save_adapter(trained.adaptable, folder / "original", metadata={"base_model": BASE})
-    made = {to: convert(original, folder / f"{to}.safetensors", to=to, base=BASE).files for to in EXACT}
+    made = {
+        to: convert(original, folder / f"{to}.safetensors", to=to, base=BASE, dtype="float32").files for to in EXACT
+    }
     return {"original": (original,), **made}
 
 
@@ -147,6 +149,22 @@ def test_a_peft_file_belongs_to_the_network_that_has_its_modules(model, tmp_path
         assert (outputs(model) - before).norm() < 1e-5 * before.norm()
     finally:
         remove(model.unet)
+
+
+def test_what_has_no_low_rank_and_halves_are_not_trained_on(files, image_folder, tmp_path, capsys):
+    for file, message in ((files["diff"][0], "has no low rank at"), (files["comfy"][1], "file 2 of a pair")):
+        config = {
+            "pipeline": "train_sdxl",
+            "output": str(tmp_path / "run"),
+            "model": {"path": BASE},
+            "adapter": {"method": "lora", "rank": 2, "init_from": str(file)},
+            "data": {"folder": str(image_folder), "resolution": 64},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1, "batch_size": 1},
+        }
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+        assert main(["train", str(tmp_path / "train.yaml")]) == 2
+        assert message in capsys.readouterr().err
 
 
 # --- plain LoRA with kohya's names -----------------------------------------------------------------------------------
