@@ -116,7 +116,7 @@ def test_the_sheet_shows_the_saved_strength(config, tmp_path, tiny_folder):
     )
     assert main(["train", str(file), "--set", "optimizer.lr=1e-12", "sample.before_after=false"]) == 0
     sheets = [Image.open(tmp_path / run / "sheet.png") for run in ("run", "next")]
-    assert largest_difference(*sheets) <= 1.5 / 255
+    assert largest_difference(*sheets) <= 2.5 / 255  # rounding, of several releases of torch
 
 
 def test_a_run_directory_is_complete(config, tmp_path, capsys):
