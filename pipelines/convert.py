@@ -4,17 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.convert import Conversion, convert
 from dora_mm.formats.judge import ToolErrors
-from dora_mm.formats.tools.comfy import how_to_load
+from dora_mm.formats.usage import how_to_use
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
-ONETRAINER = {
-    "out": "the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)",
-    "in": "the magnitudes are those of input columns, as OneTrainer's default is",
-}
 
 
 def main(source: str, out: str, to: str, *, base: str | None = None, **settings: Any) -> None:
@@ -34,26 +29,13 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     done = convert(resolve_path(source, "IN"), Path(out).expanduser(), to=to, base=model, **settings)
     for file in done.files:
         print(f"written  {file}, {done.num_modules} modules")
-    if sentence := how_to_use(to, done):
+    if sentence := how_to_use(to, done.files):
         print(f"use      {sentence}")
     if done.errors:
         print(f"\n{table(done)}")
         worst = max(done.errors, key=lambda errors: errors.overall)
         if to == "lora" or worst.overall > 1e-2:
             print(f"\n{worst_modules(worst)}")
-
-
-def how_to_use(to: str, done: Conversion) -> str:
-    """What the person who loads the files has to know; empty for most targets."""
-    if to == "comfy":
-        return how_to_load(done.files)
-    if to == "onetrainer":
-        file = AdapterFile(done.files[0])
-        axes = {file.axis(module) for module in file.modules} - {""}
-        if len(axes) > 1:
-            return "some magnitudes are those of output rows and some of input columns, and OneTrainer has one option"
-        return "".join(ONETRAINER[axis] for axis in axes)
-    return ""
 
 
 def table(done: Conversion) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.formats.extract import Extraction, extract
-from dora_mm.formats.tools.comfy import how_to_load
+from dora_mm.formats.usage import how_to_use
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
@@ -24,14 +24,16 @@ def main(tuned: str, base: str, out: str, *, rank: int, to: str | None = None) -
         ValueError: A model cannot be read, the two do not belong together, or OUT exists or cannot hold the adapter.
     """
     models = (resolve_model(tuned, "TUNED"), resolve_model(base, "BASE"))
-    print(report(extract(*models, Path(out).expanduser(), rank=rank, to=to)))
+    done = extract(*models, Path(out).expanduser(), rank=rank, to=to)
+    print(report(done))
+    if sentence := how_to_use(to, done.files):
+        print(f"\nuse  {sentence}")
 
 
 def report(done: Extraction) -> str:
     """The file, the counts, the error over all modules, and the modules with the largest ones."""
     lines = [
         *(f"written    {file}, {len(done.errors)} modules" for file in done.files),
-        *([f"use        {how_to_load(done.files)}"] if len(done.files) > 1 else []),
         f"unchanged  {done.num_unchanged} modules, which are left out",
     ]
     if done.left_out:

@@ -12,6 +12,7 @@ from dora_mm.core.targets import parts_in
 from dora_mm.formats.adapter_file import adapter_path
 from dora_mm.formats.inspection import inspect_file
 from dora_mm.formats.places import STEMS
+from dora_mm.formats.tools.comfy import other_half
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
 from dora_mm.sampling.strengths import strength_text
@@ -101,6 +102,7 @@ def describe_adapter(file: Path, base: str | None = None) -> str:
     lines += [f"architecture: {found.architecture}, with {found.names} names"] if found.architecture else []
     lines += [f"base model: {found.base_model}"] if found.base_model else []
     lines += [aligned_columns(table, num_text=4)]
+    lines += [f"note: {half}"] if (half := other_half(found.settings)) else []
     lines += [f"not clear: {point}" for point in found.ambiguous]
     lines += [f"embedding of a token: {key}" for key in found.tokens]
     lines += [f"beside adapters: {len(found.others)} tensors, such as {found.others[0]}"] if found.others else []

@@ -22,7 +22,7 @@ from dora_mm.formats.state import LayerState
 from dora_mm.formats.tensor_file import TensorFile
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.methods import METHODS, other_method
-from dora_mm.formats.tools.parts import axis_of
+from dora_mm.formats.tools.parts import axes_that_fit
 from dora_mm.formats.tools.tool import Tool
 
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
@@ -61,8 +61,6 @@ class AdapterFile:
         self.others: list[str] = []
         for key in self._file.entries:
             self._sort_in(key)
-        if not self.modules and self.tool != "dora_mm":  # ours may hold extra parameters alone
-            raise ValueError(f"{self.path} holds no adapter")
 
     def _detect(self) -> str:
         keys = list(self._file.entries)
@@ -135,7 +133,7 @@ class AdapterFile:
         return layer
 
     def axis(self, module: str) -> str:
-        """The axis of a magnitude as its shape says it: `out`, `in`, `?` where it does not; empty without one."""
+        """The axis of a magnitude as its shape says it: `out`, `in`, or `?` for both; empty without one that fits."""
         tool, endings = TOOLS[self.tool], self.modules[module]
         shapes = {role: self.shape(key) for role, key in tool.roles(module, endings).items()}
         if "m" not in shapes:
@@ -143,11 +141,9 @@ class AdapterFile:
         if tool.axis == "out" or "dora_scale" not in endings:  # the other names are those of output rows
             return "out"
         if not {"A", "B"} <= shapes.keys() or len(shapes["A"]) < 2 or not shapes["B"]:
-            return "?"
-        try:
-            return axis_of(torch.empty(shapes["m"], device="meta"), shapes["B"][0], shapes["A"][1], None)
-        except ValueError:
-            return "?"
+            return ""
+        fits = axes_that_fit(shapes["m"], shapes["B"][0], shapes["A"][1])
+        return "?" if len(fits) > 1 else "".join(fits)
 
     def check_axis(self, axis: str | None) -> None:
         """Checks that the axis that a person states has an effect.
@@ -162,8 +158,10 @@ class AdapterFile:
         """What the modules of the file stand for, and for modules that are not among the names the reason.
 
         Raises:
-            ValueError: None is among the names.
+            ValueError: None is among the names, or there is none.
         """
+        if not self.modules:
+            raise ValueError(f"{self.path} holds no adapter")
         found: dict[str, Target] = {}
         missing: dict[str, str] = {}
         for module in self.modules:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_mm.formats.checks import DTYPES
 from dora_mm.formats.names import Name, resolve
+from dora_mm.formats.native import FORMAT_KEY
 from dora_mm.formats.places import STEMS, NoWeightsError, Place, in_file, in_folder
 from dora_mm.formats.tensor_file import PICKLES, TensorFile, overwrite
 from dora_mm.utils.atomic import write_atomically
@@ -20,7 +21,7 @@ from dora_mm.utils.folders import written_at_once
 from dora_mm.utils.messages import first_line
 
 _OTHER_WEIGHTS = (*PICKLES, ".safetensors", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf", ".xml")
-_OF_ADAPTERS = re.compile(r"\.(lora_(A|B|down|up|magnitude_vector)|dora_scale|weight_m_wdecomp)\b")
+_OF_ADAPTERS = re.compile(r"\.(lora_(A|B|down|up|mid|magnitude_vector)|dora_scale|magnitude|diff|weight_m_wdecomp)\b")
 
 
 class BaseWeights(Mapping[Name, Tensor]):
@@ -57,10 +58,7 @@ class BaseWeights(Mapping[Name, Tensor]):
         if local.is_dir():
             return cls(local, *in_folder(local))
         if local.is_file():
-            file = TensorFile(local)
-            if key := next(filter(_OF_ADAPTERS.search, file.entries), None):
-                raise ValueError(f"{local} is not a model but an adapter: it has {key}")
-            return cls(local, in_file(file), [local])
+            return cls(local, _of_file(TensorFile(local)), [local])
         if local.suffix in (*PICKLES, ".safetensors") or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
             raise ValueError(f"there is no model at {path}: give a folder, a .safetensors file or a hub name")
         folder = _from_hub(str(path), revision)
@@ -118,6 +116,15 @@ class BaseWeights(Mapping[Name, Tensor]):
             names = " and ".join(str(other) for other, shared in self._places.items() if shared == place)
             raise ValueError(f"{self.source} cannot be merged: {names} share one weight")
         return place
+
+
+def _of_file(file: TensorFile) -> dict[Name, Place]:
+    key = next(filter(_OF_ADAPTERS.search, file.entries), None)
+    if key or FORMAT_KEY in file.metadata:
+        raise ValueError(f"{file.path} is not a model but an adapter: it has {key or FORMAT_KEY}")
+    if not (places := in_file(file)):
+        raise NoWeightsError(f"{file.path} has no weights of a model")
+    return places
 
 
 def _check_dtype(name: Name, place: Place) -> None:

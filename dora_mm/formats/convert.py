@@ -102,6 +102,8 @@ def convert(
     if lossy and to != "lora" and not _needs_fit(layers, exports[0]):
         raise ValueError(f"target {to} holds {layers.file.path} as it is: leave --rank out")
     writer = _Writer(layers, exports, to, strength, dtype, lossy)
+    if to == "comfy" and not layers.any_magnitude() and not _needs_fit(layers, exports[0]):
+        raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
     files = _new_files(Path(target_path), exports)
     errors: tuple[ToolErrors, ...] = ()
     for number, file in enumerate(files):
@@ -159,8 +161,6 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
             "pipeline or the network with --base"
         )
     if to == "comfy":
-        if not layers.any_magnitude() and not _needs_fit(layers, comfy.PAIR[0]):
-            raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
         return comfy.PAIR
     if to == "peft" and len(networks) > 1:
         found = ", ".join(networks)
@@ -287,6 +287,9 @@ class _Writer:
                 specs |= dict.fromkeys(target.names, spec)
                 for ending, tensor in tensors.items():
                     writer.add(f"{module}.{ending}", tensor)
+            if judge is not None:
+                with located(str(source.path)):
+                    judge.check_rounding(self.dtype)
             for key in source.embeddings:
                 writer.add(key, source.tensor(key))
             header.update(self.exports[number].header(specs, source.header))
@@ -323,7 +326,10 @@ class _Writer:
         export, lossy = self.exports[0], self.lossy
         if self.to == "lora":
             assert lossy is not None
-            return low_rank(exact.new_weight(layer, W0, self.strength) - W0, rank=lossy.rank, energy=lossy.energy)
+            D = exact.new_weight(layer, W0, self.strength) - W0
+            if D.norm() <= torch.finfo(D.dtype).eps * W0.norm():
+                D = torch.zeros_like(D)  # rounding has full rank
+            return low_rank(D, rank=lossy.rank, energy=lossy.energy)
         problem = self.problem(layer)
         if problem is None:
             if self.layers.weights is None and exact.depends_on_base(layer, self.strength, magnitude=self.one_method):

@@ -38,7 +38,7 @@ def low_rank(D: Tensor, *, rank: int | None = None, energy: float | None = None)
         assert energy is not None
         squares = S.double().square()
         kept = squares.cumsum(0) / squares.sum().clamp_min(torch.finfo(S.dtype).tiny)
-        rank = int((kept < energy).sum()) + 1
+        rank = int((kept < energy).sum()) + 1 if squares.any() else 1
     rank = min(rank, full)
     root = S[:rank].sqrt()
     tensors = {"lora_A": (root[:, None] * Vh[:rank]).view(rank, *D.shape[1:]), "lora_B": U[:, :rank] * root}

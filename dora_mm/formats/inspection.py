@@ -21,7 +21,6 @@ from dora_mm.formats.peft import CONFIG_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
 from dora_mm.formats.spellings import Names
 from dora_mm.formats.tools import TOOLS
-from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.verify import open_base, stacked
 
@@ -48,7 +47,7 @@ class ModuleInfo:
         method: dora, lora, magnitude, diff or full; incomplete without A or B; or the name of another method.
         rank: The rank of A and B; None where there are none.
         alpha: Alpha; None where the file does not say it.
-        axis: `out`, `in`, `?` where the shape does not say it, or empty without a magnitude.
+        axis: `out`, `in`, `?` where the shape does not say it, or empty without a magnitude that fits.
         num_parameters: The number of trained values.
     """
 
@@ -135,6 +134,8 @@ def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
         ]
         if found := architecture_of(names):
             return found
+    if any(module.component != "model" for module in modules):
+        return None
     paths = [module.path for module in modules]
     return next((kind for part, kind in KINDS.items() if any(re.search(part, path) for path in paths)), None)
 
@@ -200,13 +201,17 @@ def _base_model(header: Mapping[str, str]) -> str | None:
 def _ambiguous(
     file: AdapterFile, modules: tuple[ModuleInfo, ...], weights: Mapping[Name, Tensor] | None, namer: Names
 ) -> list[str]:
-    half = other_half(file.header)
-    found = [half] if half else []
+    found = []
     without = [m for m in modules if m.alpha is None and m.rank is not None]
     if bad := [m for m in without if "alpha" in file.modules[m.key]]:
         found.append(f"alpha of {bad[0].key} is not one number")
     elif without:
         found.append("alpha is not in the file: that of the rank is taken, as the tool does")
+    found += [
+        f"{m.key}: its magnitude fits neither the rows nor the columns of the weight"
+        for m in modules
+        if m.method == "dora" and not m.axis
+    ]
     unclear = [m for m in modules if m.axis == "?"]
     if unclear:
         found.append(f"the axis of {len(unclear)} magnitudes, such as {unclear[0].key}: say it with --axis")
@@ -217,9 +222,8 @@ def _ambiguous(
             break
         m = file.tensor(TOOLS[file.tool].roles(module.key, file.modules[module.key])["m"])
         W0 = stacked(namer.read(module.key), weights)
-        if W0.dim() < 2 or (m.numel(),) * 2 != W0.shape[:2]:
-            found.append(f"{module.key}: its magnitude fits neither the rows nor the columns of the weight")
-            continue
+        if (m.numel(),) * 2 != W0.shape[:2]:
+            raise ValueError(f"{file.path}: {module.key}: its magnitude is for another model")
         rows, columns = correlations(m, W0)
         found.append(f"{module.key}: correlation with the norms of rows {rows:.3f}, of columns {columns:.3f}")
     return found

@@ -15,10 +15,8 @@ from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.tool import Header, Tool
 from dora_mm.formats.verify import bound, relative_error
 
-DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the relative error that rounding to each explains
-MAGNITUDES = ("dora_scale", "magnitude", "lora_magnitude_vector")  # ends of keys
-LARGEST = 0.05  # of what is accepted for rounding
-TINY = 1e5  # ||W0|| / ||W' - W0|| of a module above which no half precision of the model itself shows the update
+DTYPES = ("float32", "float16", "bfloat16")
+ROUNDING = 0.05  # the error over all modules that is accepted of half precision
 STRENGTHS_ON = 16  # modules, spread over the file, on which errors at other strengths than 1 are computed
 
 
@@ -77,26 +75,35 @@ class Judge:
             ValueError: A tool computes something else, and `strict` is set; or a value is not finite in the dtype.
         """
         size = float((W - W0).norm())
-        magnitude = any(ending in MAGNITUDES for tensors in unrounded for ending in tensors)
-        allowed = allowed_error(W0, size, dtype, magnitude=magnitude)
         written = [rounded(tensors, dtype) for tensors in unrounded]
         for name, tool in self.tools.items():
-            files, before = (
+            files, exact = (
                 [tool.parts_of(module, tensors, header) for tensors in given if tensors]
                 for given in (written, unrounded)
             )
-            error = relative_error(tool, files, W0, W, size)
-            if self.strict and not error <= allowed:
-                if relative_error(tool, before, W0, W, size) <= bound(W0, size):
-                    raise ValueError(f"{dtype} would put it off by {error:.1%} of the update: use --dtype float32")
+            error = relative_error(tool, exact, W0, W, size)
+            if self.strict and not error <= bound(W0, size):
                 raise ValueError(f"{refusal(tool, error)}: nothing was written; {self.advice}")
+            if dtype != torch.float32:
+                error = relative_error(tool, files, W0, W, size)
             self.errors[name][module] = error
-            self.squares[name, 1.0].append((error * size, size))
+            self.squares[name, 1.0].append((error * (size or 1), size))
             for t in tool.strengths if self.count % self.every == 0 else ():
                 error = relative_error(tool, files, W0, W0 + t * (W - W0), size, t)
-                self.squares[name, t].append((error * size, size))
+                self.squares[name, t].append((error * (size or 1), size))
         self.count += 1
         return written
+
+    def check_rounding(self, dtype: torch.dtype) -> None:
+        """Checks what rounding does to the whole file: that of a module may be large where its update is small.
+
+        Raises:
+            ValueError: It changes more than `ROUNDING` of the update, and `strict` is set.
+        """
+        worst = max((errors.overall for errors in self.result()), default=0.0)
+        if self.strict and dtype != torch.float32 and not worst <= ROUNDING:
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"{kind} puts it off by {worst:.1%} of the update: use --dtype float32, or --allow-lossy")
 
     def result(self) -> tuple[ToolErrors, ...]:
         """The errors of every tool."""
@@ -110,18 +117,6 @@ class Judge:
             for name, tool in self.tools.items()
             if self.errors[name]
         )
-
-
-def allowed_error(W0: Tensor, size: float, dtype: torch.dtype, *, magnitude: bool) -> float:
-    """The relative error of W' - W0 that is accepted in a file of a dtype."""
-    allowed = bound(W0, size)
-    if dtype == torch.float32 or not size:
-        return allowed
-    relative = float(W0.norm()) / size
-    if relative > TINY:
-        return math.inf
-    half = DTYPES[str(dtype).removeprefix("torch.")]
-    return allowed + min(half + (torch.finfo(dtype).eps * relative if magnitude else 0), LARGEST)  # m rounds W' itself
 
 
 def refusal(tool: Tool, error: float) -> str:

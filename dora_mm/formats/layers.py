@@ -94,12 +94,13 @@ class LayerReader:
         W0s = [self.base(name) if name in self._places else self._untouched(name) for name in target.names]
         if len(target.names) == 1 and not target.modulation:
             return exact.fitted(self.layer(target.names[0]), W0s[0]), W0s[0]
-        if self.weights is None and self.any_magnitude():
-            raise ValueError("it stacks the rows of several modules, with norms of the base model: give it with --base")
         layers = [
             exact.fitted(self.layer(name), W0) if name in self._places else None
             for name, W0 in zip(target.names, W0s, strict=True)
         ]
+        dora = any(layer is not None and "magnitude" in layer.tensors for layer in layers)
+        if self.weights is None and any(layer and exact.depends_on_base(layer, magnitude=dora) for layer in layers):
+            raise ValueError("it stacks the rows of several modules, with norms of the base model: give it with --base")
         return _fuse(target, layers, W0s), fused.stack_rows(target, W0s)
 
     def _untouched(self, name: Name) -> Tensor:
@@ -169,7 +170,10 @@ def stand_in(layer: LayerState) -> Tensor:
     W0 = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if "magnitude" not in layer.tensors:
         return W0
-    return W0 * (exact.along(layer.tensors["magnitude"], W0, layer.axis) / exact.norms(W0, layer.axis))
+    norms = exact.along(layer.tensors["magnitude"], W0, layer.axis)
+    return W0 * (
+        0.9 * norms / exact.norms(W0, layer.axis)
+    )  # 0.9: with the norms themselves m alone would change nothing
 
 
 def _split(target: Target, layer: LayerState) -> list[LayerState]:

@@ -127,7 +127,7 @@ def verify(
         for name in chosen:
             verdict = judge_layer(adapter, module, TOOLS[name], state, W0, W, size)
             layers[name].append(verdict)
-            squares[name] += (verdict.error * size) ** 2
+            squares[name] += (verdict.error * (size or 1)) ** 2
     note = "; ".join(_notes(adapter, targets))
     return [
         Verdict(name, TOOLS[name].title, _ratio(squares[name], total), tuple(layers[name]), note) for name in chosen
@@ -221,8 +221,8 @@ def relative_error(
 
 
 def bound(W0: Tensor, size: float, relative: float = BOUND) -> float:
-    """The relative error of W' - W0 that rounding in fp32 explains."""
-    return relative + (_ROUNDING * float(W0.norm()) / size if size else 0.0)
+    """The relative error of W' - W0 that rounding in fp32 explains; the absolute one where W' is W0."""
+    return relative + _ROUNDING * float(W0.norm()) / (size or 1)
 
 
 def _ratio(square: float, total: float) -> float:

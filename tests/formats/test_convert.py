@@ -152,6 +152,9 @@ def test_low_rank_by_rank_and_by_energy(source, tmp_path):
         assert errors[rank] == pytest.approx((best / total) ** 0.5, rel=0.02, abs=1e-5)
     done = convert(source, tmp_path / "energy.safetensors", to="lora", base=BASE, energy=0.99)
     assert all(error <= 0.1 + 1e-4 for error in done.errors[0].layers.values())
+    untrained = toy.write_source(tmp_path / "u.safetensors", {CONV: toy.layer(CONV, method="lora", size=0.0)})
+    convert(untrained, tmp_path / "none.safetensors", to="lora", base=BASE, energy=0.9)
+    assert {t.shape[0] for key, t in load_file(tmp_path / "none.safetensors").items() if "lora_down" in key} == {1}
     ranks = {t.shape[0] for key, t in load_file(tmp_path / "energy.safetensors").items() if "lora_down" in key}
     assert len(ranks) > 1
 
@@ -244,6 +247,20 @@ FLUX = {
 }
 
 
+def test_fused_projections_need_no_base_where_nothing_depends_on_it(tmp_path):
+    base = toy.base(FLUX)
+    states = {name: toy.layer(name, weights=base) for name in FLUX}
+    write_flux(tmp_path / "a.safetensors", states)
+    (own,) = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfy-15458", base=base).files
+    (again,) = convert(own, tmp_path / "c.safetensors", to="kohya").files
+    for name, W in weights_of(again, base).items():
+        assert (W - weights_of(own, base)[name]).norm() < 1e-6 * W.norm()
+    states[next(iter(FLUX))] = toy.layer(next(iter(FLUX)), method="lora", weights=base)
+    write_flux(tmp_path / "mixed.safetensors", states)
+    with pytest.raises(ValueError, match="with norms of the base model: give it with --base"):
+        convert(tmp_path / "mixed.safetensors", tmp_path / "d.safetensors", to="comfy-15458")
+
+
 def write_flux(path, states):
     ends = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "magnitude"}
     tensors = {
@@ -302,11 +319,25 @@ def test_small_updates_in_half_precision(tmp_path):
     source = toy.write_source(tmp_path / "small.safetensors", small)
     (errors,) = convert(source, tmp_path / "half.safetensors", to="comfy-15458", base=BASE, dtype="float16").errors
     assert 1e-3 < errors.overall < 0.05
-    with pytest.raises(ValueError, match="bfloat16 would put it off by .* of the update: use --dtype float32"):
+    with pytest.raises(ValueError, match="bfloat16 puts it off by .*: use --dtype float32, or --allow-lossy"):
         convert(source, tmp_path / "new.safetensors", to="comfy-15458", base=BASE, dtype="bfloat16")
-    nothing = {name: toy.layer(name, size=1e-6, noise=1e-6) for name in toy.UNET}  # no model in bfloat16 shows it
-    source = toy.write_source(tmp_path / "nothing.safetensors", nothing)
-    convert(source, tmp_path / "new.safetensors", to="comfy-15458", base=BASE, dtype="bfloat16")
+    (errors,) = convert(
+        source, tmp_path / "new.safetensors", to="comfy-15458", base=BASE, dtype="bfloat16", allow_lossy=True
+    ).errors
+    assert errors.overall > 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("size", [0.0, 1e-6], ids=["untrained", "hardly trained"])
+def test_a_module_that_hardly_changes_does_not_refuse_a_file(size, dtype, tmp_path):
+    states = {name: toy.layer(name) for name in toy.UNET}
+    W0 = BASE[toy.UNET[0]]
+    untrained = toy.layer(toy.UNET[0], size=size)
+    states[toy.UNET[0]] = replace(untrained, tensors={**untrained.tensors, "magnitude": W0.norm(dim=1) * (1 + size)})
+    source = toy.write_source(tmp_path / "a.safetensors", states)
+    for to in ("kohya", "comfy"):
+        errors = convert(source, tmp_path / f"{to}.safetensors", to=to, base=BASE, dtype=dtype).errors
+        assert all(found.overall < 0.02 for found in errors)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -316,7 +347,7 @@ def test_differences_that_half_precision_loses(dtype, tmp_path):
     source = toy.write_source(tmp_path / "tiny.safetensors", tiny)
     for to in ("diff", "kohya"):
         if dtype == "float16":
-            with pytest.raises(ValueError, match="float16 would put it off by .*: use --dtype float32"):
+            with pytest.raises(ValueError, match="float16 puts it off by .*: use --dtype float32"):
                 convert(source, tmp_path / f"{to}.safetensors", to=to, base=base, dtype=dtype)
         else:
             (errors, *_) = convert(source, tmp_path / f"{to}.safetensors", to=to, base=base, dtype=dtype).errors

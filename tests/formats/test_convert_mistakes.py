@@ -107,6 +107,14 @@ def test_an_adapter_is_no_base(source, tmp_path):
         convert(source, tmp_path / "new", to="kohya", base=source)
 
 
+def test_a_difference_and_an_empty_file_are_no_base(source, tmp_path):
+    (diff,) = convert(source, tmp_path / "d.safetensors", to="diff", base=BASE).files
+    save_file({}, tmp_path / "empty.safetensors")
+    for path, message in ((diff, "not a model but an adapter"), (tmp_path / "empty.safetensors", "has no weights")):
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "new", to="kohya", base=path)
+
+
 def test_a_network_without_a_name(tmp_path):
     """PEFT's folder does not say which component it is for; the base does."""
     with pytest.raises(ValueError, match="does not say which network it adapts.*with --base"):
@@ -133,18 +141,6 @@ def test_half_of_a_pair(source, tmp_path):
         with pytest.raises(ValueError, match=f"it is file {number} of a pair.*only together with file {3 - number}"):
             convert(file, tmp_path / "again", to="kohya", base=BASE)
         assert f"file {number} of a pair" in dora_mm.verify(file, "comfy-2025", BASE)[0].note
-
-
-def test_rounding_beyond_the_bound_says_which_dtype_helps(source, tmp_path):
-    """B is so small that half precision has no digits for it, and A so large that the update is not."""
-    tensors = load_file(source)
-    key = next(key for key in tensors if key.endswith("lora_up.weight"))
-    tensors[key] *= 1e-5
-    tensors[key.replace("lora_up.weight", "lora_down.weight")] *= 1e5
-    save_file(tensors, source)
-    with pytest.raises(ValueError, match="float16 would put it off by .* of the update: use --dtype float32"):
-        convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE, dtype="float16")
-    convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE)
 
 
 def mixed():
@@ -187,8 +183,9 @@ def test_plain_lora_has_no_pair(tmp_path):
         convert(source, tmp_path / "new.safetensors", to="comfy", base=BASE)
 
 
-def test_a_file_without_adapters(tmp_path):
-    save_file({"bundle_emb.TOK.string_to_param.*": torch.ones(1, 12)}, tmp_path / "a.safetensors", {"ot_x": "1"})
+@pytest.mark.parametrize("header", [{"ot_x": "1"}, {"dora_mm_format": "native-1"}], ids=["tool", "ours"])
+def test_a_file_without_adapters(header, tmp_path):
+    save_file({"bundle_emb.TOK.string_to_param.*": torch.ones(1, 12)}, tmp_path / "a.safetensors", header)
     for action in (
         lambda path: convert(path, tmp_path / "new", to="kohya"),
         lambda path: dora_mm.verify(path, base=BASE),

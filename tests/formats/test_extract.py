@@ -218,6 +218,8 @@ def test_the_command(models, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert all(f"written    {out}-{number}.safetensors" in shown for number in (1, 2))
     assert "out-1.safetensors first and out-2.safetensors after it" in shown
+    assert main(["extract", str(tuned), str(base), f"{out}3.safetensors", "--rank", "4", "--to", "onetrainer"]) == 0
+    assert "set OneTrainer's option" in capsys.readouterr().out
     assert main(["extract", str(tuned), str(base), f"{out}2", "--rank", "4", "--to", "nosuch"]) == 2
     assert "there is no target 'nosuch': use one of peft, diffusers, kohya" in capsys.readouterr().err
 

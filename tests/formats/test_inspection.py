@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_mm import cli
+from dora_mm import cli, convert
 from dora_mm.formats.inspection import inspect_file
 from dora_mm.formats.tools.methods import METHODS
 from dora_mm.formats.tools.parts import kohya_tensors
@@ -129,9 +129,24 @@ def test_a_magnitude_that_fits_neither_axis_and_an_alpha_of_two_values(tmp_path)
     alpha = scale.replace("dora_scale", "alpha")
     tensors |= {scale: torch.ones(7, 1), alpha: torch.ones(2)}
     save_file(tensors, path)
-    points = "; ".join(inspect_file(path, toy.base()).ambiguous)
-    assert "its magnitude fits neither the rows nor the columns of the weight" in points
+    points = "; ".join(inspect_file(path).ambiguous)
+    assert "attn1_to_q: its magnitude fits neither the rows nor the columns of the weight" in points
+    assert "--axis" not in points
     assert f"alpha of {alpha.removesuffix('.alpha')} is not one number" in points
     tensors[alpha] = torch.tensor(float("nan"))
     save_file(tensors, path)
     assert json.loads(json.dumps(inspect_file(path).as_dict(), allow_nan=False))
+
+
+def test_text_encoders_alone_have_no_architecture(tmp_path):
+    tensors = {
+        f"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{end}.weight": torch.ones(2, 2) for end in ("down", "up")
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert inspect_file(tmp_path / "a.safetensors").architecture is None
+
+
+def test_half_of_a_pair(source, tmp_path, capsys):
+    for number, file in enumerate(convert(source, tmp_path / "a.safetensors", to="comfy", base=toy.base()).files, 1):
+        assert cli.main(["inspect", str(file)]) == 0
+        assert f"note: it is file {number} of a pair" in capsys.readouterr().out

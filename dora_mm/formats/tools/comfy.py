@@ -11,9 +11,8 @@ In 2025 they divide by ||W0|| on the output axis and by ||W0 + s B A|| on the in
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -60,15 +59,6 @@ def other_half(header: Header) -> str:
     return f"it is file {number} of a pair, and means the adapter only together with file {3 - number}"
 
 
-def how_to_load(files: Sequence[Path]) -> str:
-    """How the files of a pair are used."""
-    first, second = (file.name for file in files)
-    return (
-        f"load both files in ComfyUI, {first} first and {second} after it, with the same strength: in the other order "
-        "the result is wrong"
-    )
-
-
 def read_2025(parts: Parts, axis: str | None) -> LayerState:
     state = neutral(parts, axis)
     return replace(state, norm="base") if state.axis == "out" else state
@@ -95,9 +85,7 @@ def write_rows(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
 
 
 def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    """The second file of the pair; nothing where there is no A."""
-    if "lora_A" not in layer.tensors:
-        return {}
+    """The second file of the pair."""
     g = gain(layer, W0, product(layer, W0)).reshape(-1, 1)
     tensors = {"lora_A": layer.tensors["lora_A"], "lora_B": layer.tensors["lora_B"].to(g.dtype) * g}
     return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))

@@ -134,9 +134,7 @@ def axis_of(m: Tensor, out: int, inner: int, given: str | None) -> str:
     Raises:
         ValueError: It fits neither axis, or both and none is given.
     """
-    fits = [axis for axis, size in (("out", out), ("in", inner)) if m.numel() == size]
-    if m.dim() > 1:
-        fits = [axis for axis in fits if m.shape[0 if axis == "out" else 1] == m.numel()]
+    fits = axes_that_fit(tuple(m.shape), out, inner)
     if given in fits:
         return str(given)
     if len(fits) == 1:
@@ -144,9 +142,16 @@ def axis_of(m: Tensor, out: int, inner: int, given: str | None) -> str:
     if fits:
         raise ValueError(
             f"its magnitude {shape(m)} fits the output rows and the input columns of the weight ({out}, {inner}): "
-            "say which with --axis out or --axis in of dora-mm convert"
+            "say which with --axis out or --axis in (of dora-mm convert and verify)"
         )
     raise ValueError(f"its magnitude {shape(m)} fits neither axis of a weight with {out} rows and {inner} columns")
+
+
+def axes_that_fit(shape: tuple[int, ...], out: int, inner: int) -> list[str]:
+    """The axes, `out` and `in`, that a magnitude of a shape can have on a weight."""
+    size = math.prod(shape)
+    fits = [axis for axis, length in (("out", out), ("in", inner)) if size == length]
+    return [axis for axis in fits if len(shape) < 2 or shape[0 if axis == "out" else 1] == size]
 
 
 def shape(t: Tensor) -> tuple[int, ...]:
@@ -162,8 +167,6 @@ def kohya_tensors(layer: LayerState, W0: Tensor | None = None) -> dict[str, Tens
     tensors = {name: tensor.detach() for name, tensor in layer.tensors.items()}
     if "diff" in tensors:
         return {"diff": tensors["diff"]}
-    if "lora_A" not in tensors:
-        raise ValueError("it has no A and B, which this format needs: use the target diff or merged")
     A, B = tensors["lora_A"].float(), tensors["lora_B"].float()
     ones = (1,) * (A.dim() - 2)
     found = {"lora_down.weight": A, "lora_up.weight": B.view(*B.shape, *ones)}
