@@ -26,7 +26,7 @@ demo-vlm: $(READY)  ## the same with a language model: EfficientNet-Lite0 and Sm
 	$(BIN)/dora-mm eval configs/vlm/eval_demo.yaml --set adapter=$$(ls -d runs/demo_vlm/* | tail -n 1)
 
 test: $(READY)  ## two workers, a thread each: faster than two threads for models this small
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 test-slow: $(READY)  ## with quantised bases, from a folder of their own: peft and diffusers import them wherever they are
 	$(BIN)/python -m pytest -m slow -s
@@ -38,7 +38,7 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 
 	build/oldest/bin/python -m pip install --quiet uv
 	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct \
 		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,bench,vl]"
-	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n 2 --dist worksteal
 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
 	$(BIN)/dora-mm bench $(BENCH)
