@@ -126,7 +126,7 @@ def _check_settings(
     if to not in TARGETS:
         raise ValueError(f"there is no target {to!r}: use one of {', '.join(TARGETS)}")
     given = {"--rank": rank, "--energy": energy, "--dtype": dtype, "--allow-lossy": allow_lossy or None}
-    unused = {"merged": given, "diff": ("--rank", "--allow-lossy"), "lora": ("--allow-lossy",)}.get(to, ())
+    unused = {"merged": given, "lora": ("--allow-lossy",)}.get(to, ())
     if useless := [option for option in unused if given[option] is not None]:
         raise ValueError(f"{useless[0]} has no effect on --to {to}: leave it out")
     if to == "lora" and (rank is None) == (energy is None):

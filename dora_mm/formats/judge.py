@@ -15,7 +15,7 @@ from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.tool import Header, Tool
 from dora_mm.formats.verify import bound, relative_error
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the error of most modules that rounding explains
 ROUNDING = 0.05  # the error over all modules that is accepted of half precision
 STRENGTHS_ON = 16  # modules, spread over the file, on which errors at other strengths than 1 are computed
 
@@ -81,11 +81,11 @@ class Judge:
                 [tool.parts_of(module, tensors, header) for tensors in given if tensors]
                 for given in (written, unrounded)
             )
-            error = relative_error(tool, exact, W0, W, size)
-            if self.strict and not error <= bound(W0, size):
-                raise ValueError(f"{refusal(tool, error)}: nothing was written; {self.advice}")
-            if dtype != torch.float32:
-                error = relative_error(tool, files, W0, W, size)
+            error = relative_error(tool, files, W0, W, size)
+            if self.strict and not error <= bound(W0, size, DTYPES[_name(dtype)]):
+                formula = error if dtype == torch.float32 else relative_error(tool, exact, W0, W, size)
+                if not formula <= bound(W0, size):
+                    raise ValueError(f"{refusal(tool, formula)}: nothing was written; {self.advice}")
             self.errors[name][module] = error
             self.squares[name, 1.0].append((error * (size or 1), size))
             for t in tool.strengths if self.count % self.every == 0 else ():
@@ -102,8 +102,9 @@ class Judge:
         """
         worst = max((errors.overall for errors in self.result()), default=0.0)
         if self.strict and dtype != torch.float32 and not worst <= ROUNDING:
-            kind = str(dtype).removeprefix("torch.")
-            raise ValueError(f"{kind} puts it off by {worst:.1%} of the update: use --dtype float32, or --allow-lossy")
+            raise ValueError(
+                f"{_name(dtype)} puts it off by {worst:.1%} of the update: use --dtype float32, or --allow-lossy"
+            )
 
     def result(self) -> tuple[ToolErrors, ...]:
         """The errors of every tool."""
@@ -138,3 +139,7 @@ def rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     if name := first_not_finite(found.items()):
         raise ValueError(f"its {name} would have values that are NaN or infinite in {dtype}")
     return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
