@@ -327,6 +327,14 @@ def test_small_updates_in_half_precision(tmp_path):
     assert errors.overall > 0.05
 
 
+def test_an_untrained_adapter_in_half_precision(tmp_path):
+    base = {name: W0 * 100 for name, W0 in BASE.items() if name in toy.UNET}
+    states = {name: toy.layer(name, size=0.0, noise=0.0, weights=base) for name in base}
+    source = toy.write_source(tmp_path / "a.safetensors", states)
+    convert(source, tmp_path / "b.safetensors", to="kohya", base=base, dtype="bfloat16")
+    check_weights(tmp_path / "b.safetensors", states, base=base, tolerance=1e-2)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("size", [0.0, 1e-6], ids=["untrained", "hardly trained"])
 def test_a_module_that_hardly_changes_does_not_refuse_a_file(size, dtype, tmp_path):
