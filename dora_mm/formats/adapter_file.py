@@ -96,7 +96,7 @@ class AdapterFile:
         """Reads a tensor.
 
         Raises:
-            ValueError: It is not of real numbers, or the file has become shorter.
+            ValueError: Its dtype is none that adapters have, or the file has become shorter.
         """
         found = self._file.read(key)
         if found.dtype not in DTYPES and not (key.endswith(".alpha") and found.dtype in _INTEGERS):

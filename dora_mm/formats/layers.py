@@ -170,10 +170,9 @@ def stand_in(layer: LayerState) -> Tensor:
     W0 = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if "magnitude" not in layer.tensors:
         return W0
-    norms = exact.along(layer.tensors["magnitude"], W0, layer.axis)
-    return W0 * (
-        0.9 * norms / exact.norms(W0, layer.axis)
-    )  # 0.9: with the norms themselves m alone would change nothing
+    # With norms of m itself, m alone would change nothing, and errors would be divided by an update of 0.
+    wanted = 0.9 * exact.along(layer.tensors["magnitude"], W0, layer.axis)
+    return W0 * (wanted / exact.norms(W0, layer.axis))
 
 
 def _split(target: Target, layer: LayerState) -> list[LayerState]:

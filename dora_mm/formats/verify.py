@@ -56,7 +56,7 @@ class Verdict:
     """What a tool computes from an adapter file.
 
     Attributes:
-        tool: A key of `TOOLS`.
+        tool: A key of `JUDGED`.
         title: The tool's name.
         error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.

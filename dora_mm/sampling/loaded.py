@@ -15,6 +15,7 @@ from torch import nn
 from dora_mm import backend, formats
 from dora_mm.config.loader import find_path, resolve_model, resolve_path
 from dora_mm.config.sdxl import ModelConfig, PicturesConfig
+from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.tensor_file import read_metadata
 from dora_mm.models.sdxl.loading import SDXL, load_configured
 from dora_mm.models.sdxl.memory import check_offload, save_memory
@@ -81,7 +82,7 @@ class LoadedModel:
         """
         combinations = {picture.weights for picture in pictures}
         for path in self.adapters:
-            if not replaces_weights(self.adapters[path], self.model.adaptable):
+            if not replaces_weights(self.adapters[path]):
                 used = {strength for weights in combinations for name, strength in weights if name == path}
                 for strength in [s for s in used if isinstance(s, tuple)] or [1.0]:  # those by part can be wrong
                     try:
@@ -203,9 +204,7 @@ def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:
             log.warning("%s was trained on %s, and is used with %s.", path, trained_on, model.path)
 
 
-def replaces_weights(file: Path, networks: Mapping[str, nn.Module]) -> bool:
+def replaces_weights(file: Path) -> bool:
     """Whether an adapter file has weights of method `full` or other parameters of the base, such as biases."""
-    state, _ = formats.read(file, networks)
-    return bool(state.parameters) or any(
-        "weight" in layer.tensors for layers in state.layers.values() for layer in layers.values()
-    )
+    adapter = AdapterFile(file)
+    return bool(adapter.others) or any("weight" in endings for endings in adapter.modules.values())
