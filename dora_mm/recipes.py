@@ -1,7 +1,7 @@
 """The recipes: scripts in a separate folder, loaded by file path.
 
-A recipe is never imported by a module name such as `pipelines.train_sdxl`, so a folder named `pipelines` in the user's
-current directory, or an installed package of that name, cannot take its place.
+A recipe is never imported by a module name such as `pipelines.train_diffusion`, so a folder named `pipelines` in the
+user's current directory, or an installed package of that name, cannot take its place.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ class Recipes:
     Attributes:
         folder: Holds `<name>.py` for every recipe, each with a function `main(config, *, resume=None)`.
         schemas: The config schema of each recipe that a config's `pipeline` key can name.
-        package: The package that the loaded modules belong to, as in `dora_mm.pipelines.train_sdxl`.
+        package: The package that the loaded modules belong to, as in `dora_mm.pipelines.train_diffusion`.
     """
 
     folder: Path

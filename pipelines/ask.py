@@ -4,16 +4,17 @@ from pathlib import Path
 
 from dora_mm import formats
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.config.vl import DecodeConfig, TrainVLConfig, VisionConfig, VLModelConfig
+from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example
+from dora_mm.models.families import load_family
+from dora_mm.models.vl import VLModel
 from dora_mm.models.vl_bart.loading import is_vl_bart
+from dora_mm.models.vlm.family import VLM
 from dora_mm.models.vlm.folders import saved_dtype
 from dora_mm.models.vlm.loading import read_config
 from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.families import load_family
-from dora_mm.tasks.vl import VLModel
-from dora_mm.tasks.vlm import VLM
 from dora_mm.utils.devices import default_device
 
 

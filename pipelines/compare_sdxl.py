@@ -15,8 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 import dora_mm
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.judge import CompareImagesConfig, ConceptChoice
 from dora_mm.config.loader import dump_config, load_config, resolve_path
-from dora_mm.config.sdxl import CompareSDXLConfig, ConceptChoice, TrainSDXLConfig
 from dora_mm.data.images.folder import digest_of, read_training_images
 from dora_mm.eval.comparison import Variant, table_rows, variants
 from dora_mm.eval.images.comparison import Result, contrasts_table, results_csv, results_table
@@ -24,7 +25,7 @@ from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import FILES, Judge, evenly_spaced
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
-from dora_mm.models.sdxl.loading import SDXL, load_configured
+from dora_mm.models.sdxl.family import SDXL, load_configured
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
@@ -36,7 +37,7 @@ BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
 FREE_KEYS = ("workers", "columns", "name")  # config keys that change no result
 
 
-def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
+def main(config: CompareImagesConfig, *, resume: Path | None = None) -> None:
     """Runs what is missing of the comparison, and prints the table.
 
     Writes to the folder `output`: table.md, results.csv and sheet.png, the trainings in runs/, their output in logs/,
@@ -71,7 +72,7 @@ def main(config: CompareSDXLConfig, *, resume: Path | None = None) -> None:
     write_report(campaign, bare, scores, chosen)
 
 
-def compared(config: CompareSDXLConfig) -> list[Variant]:
+def compared(config: CompareImagesConfig) -> list[Variant]:
     """What is trained: full fine-tuning only where it has learning rates."""
     return variants(config.ranks, full=config.learning_rates.full is not None)
 
@@ -83,11 +84,11 @@ class Campaign:
         ValueError: The config or the files that it names cannot be used, or the folder belongs to another comparison.
     """
 
-    def __init__(self, config: CompareSDXLConfig):
+    def __init__(self, config: CompareImagesConfig):
         self.config = config
         base = load_config(config.base)
-        if not isinstance(base, TrainSDXLConfig):
-            raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_sdxl")
+        if not isinstance(base, TrainDiffusionConfig):
+            raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of train_diffusion")
         self.base = base
         for variant in compared(config):
             load_config(config.base, overrides(config, Training(variant, 1e-3, 0)))  # reports mistakes now
@@ -183,7 +184,7 @@ class Campaign:
             )
 
 
-def overrides(config: CompareSDXLConfig, training: Training) -> list[str]:
+def overrides(config: CompareImagesConfig, training: Training) -> list[str]:
     """The overrides of the base config for one training; alpha = rank, so that every update is scaled by 1."""
     variant = training.variant
     rank = variant.rank or 1  # full fine-tuning ignores it

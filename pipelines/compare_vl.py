@@ -36,10 +36,11 @@ from dora_mm.eval.vl.comparison import (
 )
 from dora_mm.eval.vl.metrics import CAPTION_TASKS, QUESTION_TASKS
 from dora_mm.eval.vl.question_only import question_only_answers
+from dora_mm.models.families import load_family, structure_of
+from dora_mm.models.vl import VLModel
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.families import load_family, structure_of
-from dora_mm.tasks.vl import VLModel, answerers
+from dora_mm.tasks.vl import answerers
 from dora_mm.train.campaign import Chosen, Training, Trainings, candidate_rates, open_campaign
 from dora_mm.train.validation import overall
 from dora_mm.utils.atomic import write_text

@@ -14,8 +14,8 @@ from dora_mm.config.paths import check_folder
 from dora_mm.models.vl_bart.loading import is_vl_bart
 from dora_mm.models.vlm.folders import saved_dtype, write_copy
 from dora_mm.models.vlm.loading import read_config
+from dora_mm.models.vlm.probe import Probe, largest_difference, load_probe
 from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.probe import Probe, largest_difference, load_probe
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.folders import written_at_once
 

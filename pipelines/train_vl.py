@@ -18,23 +18,12 @@ from dora_mm.data.vl.needed import data_needed
 from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
+from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
 from dora_mm.models.hub import UnreachableError
-from dora_mm.sampling.answers import answer_all
-from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.families import Structure, load_family, load_if_here, pinned, structure_of
-from dora_mm.tasks.survey import survey_all
-from dora_mm.tasks.vl import RowsCut, VLBatches, VLModel, answerers
-from dora_mm.tasks.vl_adapters import MODEL, Trained
-from dora_mm.tasks.vl_memory import estimated_activations, network_parts, quantized_bytes
-from dora_mm.tasks.vl_parts import parts_table
-from dora_mm.tasks.vl_preview import DataPreview, batch_of, present_splits, preview_data
-from dora_mm.train.checkpoint import last_step
-from dora_mm.train.cost import peak_memory_mb, seconds_per_step
-from dora_mm.train.loop import fit
-from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, with_steps
-from dora_mm.train.prefetch import Prefetched
-from dora_mm.train.preview import (
+from dora_mm.models.vl import VLModel
+from dora_mm.preview.parts import parts_table
+from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
+from dora_mm.preview.training import (
     TOO_SLOW,
     StepCost,
     is_measured,
@@ -44,6 +33,18 @@ from dora_mm.train.preview import (
     slow_hardware,
     time_line,
 )
+from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
+from dora_mm.sampling.answers import answer_all
+from dora_mm.tasks import vl_adapters
+from dora_mm.tasks.survey import survey_all
+from dora_mm.tasks.vl import RowsCut, VLBatches, answerers
+from dora_mm.tasks.vl_adapters import MODEL, Trained
+from dora_mm.train.checkpoint import last_step
+from dora_mm.train.cost import peak_memory_mb, seconds_per_step
+from dora_mm.train.loop import fit
+from dora_mm.train.metrics import read_metrics
+from dora_mm.train.optim import build_optimizer, with_steps
+from dora_mm.train.prefetch import Prefetched
 from dora_mm.train.processes import join_processes, main_process_first
 from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule

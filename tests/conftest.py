@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import settings
 from PIL import Image
 
-from dora_mm.models.sdxl.loading import SDXL
+from dora_mm.models.sdxl.family import SDXL
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
 
 settings.register_profile("untimed", deadline=None)  # a first example pays for what is loaded once

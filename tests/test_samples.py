@@ -9,7 +9,7 @@ from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.data.images.folder import read_captioned_images
 from dora_mm.eval.images.judge import Judge
-from dora_mm.models.sdxl.loading import load_sdxl
+from dora_mm.models.sdxl.family import load_sdxl
 from dora_mm.utils.digest import module_digest
 
 ROOT = Path(__file__).parent.parent

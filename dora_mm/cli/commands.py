@@ -71,7 +71,7 @@ def _replay(arguments: Namespace) -> None:
     if arguments.config or arguments.resume or any(not text.startswith("output=") for text in arguments.overrides):
         raise ValueError("--replay takes nothing but --set output=FOLDER: the image says all else")
     output = arguments.overrides[-1].partition("=")[2] if arguments.overrides else None
-    PIPELINES.load("sample_sdxl").replay(arguments.replay, output=output)
+    PIPELINES.load("sample").replay(arguments.replay, output=output)
 
 
 def take_job(arguments: Namespace) -> None:

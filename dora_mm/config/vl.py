@@ -1,151 +1,32 @@
 """The config schemas of the vision-language pipelines. See schema.py for the rules."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from dora_mm.config.report import nearest
+from dora_mm.config.adapter import VLAdapterConfig, check_adapter
+from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.schema import (
-    CHANGEABLE,
-    AnyAdapterConfig,
     Backend,
     Count,
-    EpochTrainConfig,
     InputPath,
     Items,
-    LearningRates,
-    ModelPath,
     NewFolder,
-    OptimizerConfig,
     OutputFolder,
     PipelineConfig,
-    Positive,
-    ScheduleConfig,
     Section,
     Seed,
-    Text,
-    check_adapter,
-    check_training,
     raise_problems,
 )
-from dora_mm.config.vl_data import CAPTION_TASKS, OWN_IMAGES, VIDEO_TASKS, VLDataConfig, VLTask, missing_splits
-
-
-class VisionConfig(Section):
-    """The vision tower, frozen unless it is adapted, and the location of features that are already computed."""
-
-    tower: Text = "RN101"  # a model of open_clip; timm/<name>: a model of timm
-    pretrained: Text | None = "openai"  # a pretrained tag of the library, or a local file; null: random weights
-    layers: Items[Text] = ()  # modules whose maps are concatenated on the coarsest grid; empty: the last
-    features: Items[InputPath] = ()  # feature folders of dora-mm, .h5 files or .npz folders; empty: computed on the fly
-
-
-Family = Literal["vlm", "vl_bart"]
-OF_FAMILY: dict[str, Family] = {  # keys of the model section that only one family reads
-    "random": "vl_bart",
-    "visual": "vl_bart",
-    "feature_dim": "vl_bart",
-    "revision": "vlm",
-    "dtype": "vlm",
-    "attn_implementation": "vlm",
-    "quantization": "vlm",
-    "min_pixels": "vlm",
-    "max_pixels": "vlm",
-    "image_size": "vlm",
-    "max_length": "vlm",
-    "prompts": "vlm",
-}
-
-
-class VLModelConfig(Section):
-    """The vision-language model: any of transformers' (family vlm), or VL-BART, which is made of a BART and a tower."""
-
-    family: Family = "vlm"
-    path: ModelPath  # a folder of save_pretrained, or a hub name; of vl_bart: a saved VL-BART or a plain BART
-    revision: Text | None = None  # vlm: a commit, branch or tag of a hub model; null: the main branch
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # vlm: of the frozen weights
-    attn_implementation: Text | None = None  # vlm: such as sdpa or flash_attention_2; null: what transformers chooses
-    # vlm: the frozen weights in 8 or 4 bits, by bitsandbytes or torchao; null: not quantised
-    quantization: Literal["int8", "nf4", "fp4", "torchao_int8"] | None = None
-    min_pixels: PositiveInt | None = None  # vlm: of an image, where the processor keeps its shape (Qwen-VL)
-    max_pixels: PositiveInt | None = None  # vlm: as min_pixels; more pixels are more tokens
-    image_size: PositiveInt | None = None  # vlm: side in pixels, for processors that resize to a fixed size
-    max_length: PositiveInt | None = None  # vlm: tokens per row of a training; text beyond is cut; null: positions
-    prompts: dict[VLTask, Text] = Field(default_factory=dict)  # vlm: of a task, with {text} for the question
-    random: bool = False  # vl_bart: read only the config from `path`, and initialize the weights from the seed
-    # vl_bart: the kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match.
-    visual: Literal["image", "video"] | None = None
-    feature_dim: PositiveInt | None = None  # vl_bart: channels of the visual features; null: from the vision section
-
-    @model_validator(mode="after")
-    def _prompts_have_the_question(self) -> "VLModelConfig":
-        for task, prompt in self.prompts.items():
-            if task != "caption" and "{text}" not in prompt:
-                raise ValueError(f"prompts: that of {task} needs {{text}}, the place of the question")
-        return self
-
-    @model_validator(mode="after")
-    def _keys_are_of_the_family(self) -> "VLModelConfig":
-        wrong = [key for key in self.model_fields_set if OF_FAMILY.get(key, self.family) != self.family]
-        if changed := [key for key in sorted(wrong) if getattr(self, key) not in (None, False, "float32", {})]:
-            raise ValueError("; ".join(f"{key} is for family {OF_FAMILY[key]}, not {self.family}" for key in changed))
-        return self
-
-
-PARTS = (  # of all target maps of vision-language models
-    *("text.attn", "text.mlp", "vision.attn", "vision.mlp", "connector", "cross"),
-    *("text.qv", "text.ko", "cross.qv", "cross.ko"),  # of vl_bart, instead of text.attn and cross
+from dora_mm.config.training import (
+    CHANGEABLE,
+    EpochTrainConfig,
+    LearningRates,
+    OptimizerConfig,
+    ScheduleConfig,
+    check_vl_training,
 )
-
-
-class PartConfig(Section):
-    """The settings of one part of the model; those left out are the adapter's and the optimizer's."""
-
-    # full: its weights and biases themselves; frozen: nothing; null: adapter.method
-    method: Literal["dora", "lora", "magnitude", "full", "frozen"] | None = None
-    rank: PositiveInt | None = None  # null: adapter.rank
-    alpha: Positive | None = None  # null: the same alpha / rank as the adapter's
-    lr: Positive | None = None  # learning rate; null: optimizer.lr
-
-
-class VLAdapterConfig(AnyAdapterConfig):
-    # The parts of the model: a list of names, or names with settings ({text.attn: {rank: 4}}); null: those that its
-    # target map has as the default
-    parts: dict[str, PartConfig] = Field(default_factory=dict)
-    # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
-    extra_trainable: Items[Text] = ()
-
-    @field_validator("parts", mode="before")
-    @classmethod
-    def _named_parts(cls, parts: Any) -> Any:
-        if isinstance(parts, list | tuple):
-            if len(set(map(str, parts))) < len(parts):
-                raise ValueError("names a part twice")
-            parts = dict.fromkeys(parts)
-        if not isinstance(parts, dict):
-            return {} if parts is None else parts
-        if unknown := [str(name) for name in parts if name not in PARTS]:
-            name, known = unknown[0], ", ".join(PARTS)
-            raise ValueError(f"there is no part {name!r}{nearest(name, PARTS)}; parts are {known}")
-        return {name: {} if settings is None else settings for name, settings in parts.items()}
-
-    @property
-    def vision_parts(self) -> tuple[str, ...]:
-        """The trained parts of the vision tower."""
-        return tuple(part for part in self.trained_parts() if part.startswith("vision."))
-
-    def trained_parts(self, default: Sequence[str] = ()) -> dict[str, PartConfig]:
-        """The complete settings of every part that is not frozen; `default`: the parts where none is configured."""
-        scaling = self.alpha / self.rank
-        found = {}
-        for name, part in (self.parts or dict.fromkeys(default, PartConfig())).items():
-            rank = part.rank or self.rank
-            method = part.method or self.method
-            alpha = part.alpha or rank * scaling
-            if method != "frozen":
-                found[name] = part.model_copy(update={"method": method, "rank": rank, "alpha": alpha})
-        return found
+from dora_mm.config.vl_data import CAPTION_TASKS, OWN_IMAGES, VIDEO_TASKS, VLDataConfig, missing_splits
 
 
 class DecodeConfig(Section):
@@ -261,17 +142,6 @@ class ExtractFeaturesConfig(PipelineConfig):
     batch_size: PositiveInt = 32  # images per batch
     dtype: Literal["float32", "float16"] = "float16"  # dtype of the saved features
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad images are left out, counted and listed
-
-
-def check_vl_training(
-    optimizer: OptimizerConfig, schedule: ScheduleConfig, train: EpochTrainConfig, dtype: str = "float32"
-) -> list[str]:
-    """As `check_training`, for a length in steps or epochs; one message per problem, each naming the keys."""
-    problems = []
-    if (train.steps is None) == (train.epochs is None):
-        problems.append("give either train.steps or train.epochs")
-    known = train if train.steps is not None else train.model_copy(update={"steps": schedule.warmup_steps + 1})
-    return problems + check_training(optimizer, schedule, known, dtype)
 
 
 def check_decoding(decode: DecodeConfig, data: VLDataConfig, section: str = "decode") -> list[str]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dora_mm.config.sdxl import Axis, GridSDXLConfig
+from dora_mm.config.pictures import Axis, GridConfig
 from dora_mm.sampling.jobs import adapters_text, parse_adapters, parse_setting
 
 WITHOUT = "no adapter"
@@ -31,7 +31,7 @@ def cells_of(axis: Axis | None, checkpoints: Mapping[str, str]) -> list[Cell]:
     return [_cell(axis.name, value, checkpoints) for value in values]
 
 
-def with_base_model(config: GridSDXLConfig, rows: list[Cell], columns: list[Cell]) -> tuple[list[Cell], list[Cell]]:
+def with_base_model(config: GridConfig, rows: list[Cell], columns: list[Cell]) -> tuple[list[Cell], list[Cell]]:
     """Adds the pictures without adapter: a first row or column, of the axis that is about adapters.
 
     Without such an axis it is a column with the first column's settings.

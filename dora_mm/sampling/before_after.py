@@ -7,7 +7,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import nn
 
-from dora_mm.config.sdxl import SampleConfig
+from dora_mm.config.pictures import SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.quantized import DoRAQuantized

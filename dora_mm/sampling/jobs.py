@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
 from dora_mm.config.loader import find_path
+from dora_mm.config.pictures import PixelSize, SchedulerName
 from dora_mm.config.report import nearest
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
-from dora_mm.config.sdxl import PixelSize, SchedulerName
 from dora_mm.sampling.strengths import Strength, is_zero, parse_strength, scaled, strength_text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")

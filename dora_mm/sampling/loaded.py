@@ -14,11 +14,12 @@ from torch import nn
 
 from dora_mm import backend, formats
 from dora_mm.config.loader import find_path, resolve_model, resolve_path
-from dora_mm.config.sdxl import ModelConfig, PicturesConfig
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.pictures import PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.tensor_file import read_metadata
-from dora_mm.models.sdxl.loading import SDXL, load_configured
-from dora_mm.models.sdxl.memory import check_offload, save_memory
+from dora_mm.models.memory import check_offload, save_memory
+from dora_mm.models.sdxl.family import SDXL, load_configured
 from dora_mm.sampling.drawing import Job, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.pictures import PictureSampler

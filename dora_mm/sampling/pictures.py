@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dora_mm.models.schedulers import SCHEDULERS, make_scheduler, scheduler_name
 from dora_mm.models.sdxl.encoding import encode_for_pipeline, num_chunks
-from dora_mm.models.sdxl.schedulers import SCHEDULERS, make_scheduler, scheduler_name
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0  # of logged progress, without a terminal that shows a bar

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dora_mm.config.sdxl import MemoryConfig, ModelConfig, PicturesConfig
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.pictures import MemoryConfig, PicturesConfig
 from dora_mm.sampling.drawing import Job, draw
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import LoadedModel, load_model
@@ -46,7 +47,7 @@ def config_of(description: Description) -> PicturesConfig:
     """The config of the model that a picture was drawn with."""
     model = description.model
     return PicturesConfig(
-        pipeline="sample_sdxl",
+        pipeline="sample",
         name="replay",
         backend=description.environment["backend"],
         model=ModelConfig.model_validate({key: value for key, value in asdict(model).items() if "digest" not in key}),

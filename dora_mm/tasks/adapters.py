@@ -10,7 +10,7 @@ from torch import nn
 import dora_mm
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.config.schema import AnyAdapterConfig
+from dora_mm.config.adapter import AnyAdapterConfig
 from dora_mm.core import AdaptedLayer, DoRASpec, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile

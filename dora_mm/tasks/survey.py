@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from dora_mm.data.vl.lengths import RowLengths, evenly_spaced, length_line
 from dora_mm.data.vl.splits import TrainingSet
-from dora_mm.tasks.lengths import RowLengths, evenly_spaced, length_line
-from dora_mm.tasks.vl import VLModel
+from dora_mm.models.vl import VLModel
 
 SAMPLE = 2000  # rows of a task whose lengths are counted before a training
 

@@ -1,138 +1,20 @@
-"""What training, validation, answering and comparing need of a family of vision-language models."""
+"""Batches of vision-language trainings, and what answers a split."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_data import VIDEO_TASKS
-from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.mixing import TaskBatches
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
-from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.tasks.lengths import RowLengths
-from dora_mm.tasks.shown import ShownRow
+from dora_mm.models.vl import Target, VLModel
 from dora_mm.utils.randomness import generator
-
-Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
-# Tasks whose loss is a mean over rows of the means over their tokens; in the others it is a mean over all tokens.
-ROW_MEANS = ("vqa", "gqa", *VIDEO_TASKS)
-
-
-class VLModel(Protocol):
-    """A vision-language model with all that turns examples into losses and answers.
-
-    A family of models implements it, and is then trained, scored and compared by the same pipelines.
-    """
-
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        """The networks that may be adapted, by component: "model", and the parts of the model that are outside it."""
-        ...
-
-    @property
-    def target_maps(self) -> Mapping[str, TargetMap]:
-        """The target map of each of these networks. No two have a part of the same name."""
-        ...
-
-    @property
-    def identity(self) -> Mapping[str, str]:
-        """Digests of the base weights, and of all else on which an adapter depends, by keys of an adapter's header."""
-        ...
-
-    @property
-    def num_cut(self) -> int:
-        """How many rows whose loss was computed lost text, because they were too long; a training sets it."""
-        ...
-
-    @num_cut.setter
-    def num_cut(self, number: int) -> None: ...
-
-    @property
-    def prepares_batches(self) -> bool:
-        """Whether `batch` only prepares data, so that it may run beside a training step."""
-        ...
-
-    def fresh(self, seed: int) -> VLModel:
-        """Loads the bare model again, as a training with this seed starts from; parts that it can share are shared."""
-        ...
-
-    def check(self, tasks: Iterable[str]) -> None:
-        """Checks that the model can do these tasks.
-
-        Raises:
-            ValueError: It cannot do one of them.
-        """
-        ...
-
-    def check_rows(self, table: ExampleTable) -> ExampleTable:
-        """A table of the rows that the model can read: their images can be encoded, and are not too many or too few.
-
-        Raises:
-            ValueError: A row cannot be read and the table's `on_bad_data` is "stop", or none can.
-        """
-        ...
-
-    def batch(self, task: str, examples: Sequence[Example], images: str | None, targets: Sequence[Target]) -> Any:
-        """Builds a training batch.
-
-        Args:
-            task: Name of the task.
-            examples: B examples.
-            images: The folder of the images; None where there are none, or features are read.
-            targets: The answer to learn of each.
-
-        Raises:
-            ValueError: An image cannot be read, or a row cannot be encoded.
-        """
-        ...
-
-    def loss(self, batch: Any, generator: torch.Generator) -> Tensor:
-        """The loss of a batch: a scalar, float32."""
-        ...
-
-    def lengths(self, task: str, table: ExampleTable, images: str | None, *, texts: bool = True) -> RowLengths | None:
-        """The lengths of rows in tokens, as `batch` would encode them; no weights are needed.
-
-        Args:
-            task: Name of the task.
-            table: The rows.
-            images: The folder of their images.
-            texts: Whether to count the texts as well; False counts the images alone, which takes less time.
-
-        Returns:
-            The lengths, each row with its likeliest answer; None for a family whose images have a fixed number of
-            tokens, and its texts a length of their own.
-        """
-        ...
-
-    def shown(self, task: str, example: Example, images: str | None) -> ShownRow:
-        """A row as the model sees it, with its likeliest answer; no weights are needed.
-
-        Raises:
-            ValueError: As `batch`.
-        """
-        ...
-
-    def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
-        """Builds the function that answers the examples of a task.
-
-        Args:
-            task: Name of the task.
-            config: The decoding settings.
-            candidates: The permitted answers, where the settings ask for them.
-
-        Raises:
-            ValueError: The model cannot decode like this, or candidates are needed and there are none.
-        """
-        ...
 
 
 def answerers(model: VLModel, sets: Mapping[str, ValidationSet], config: DecodeConfig) -> dict[str, Answer]:
@@ -224,29 +106,3 @@ def draw_answer(example: Example, draw: float) -> Target:
         return "", 0.0
     index = bisect_right(totals, draw * totals[-1])
     return example.answers[index], float(example.scores[index])
-
-
-def likeliest_answer(example: Example) -> str:
-    """The answer that is drawn most often; "" if all scores are 0."""
-    best = max(example.scores, default=0.0)
-    return example.answers[example.scores.index(best)] if best else ""
-
-
-def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
-    """A mean over the rows or tokens of all processes, as this process's share of it.
-
-    Gradients are averaged over processes, which hold different numbers of tokens: the mean of their means would be
-    another loss than that of one process with the whole batch.
-
-    Args:
-        total: The sum over this process's rows or tokens, ().
-        count: Their number, ().
-
-    Returns:
-        (), whose mean over processes is the sum of all totals over the sum of all counts.
-    """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        count = count.detach().clone()
-        distributed.all_reduce(count)
-        return total * distributed.get_world_size() / count.clamp(min=1)
-    return total / count.clamp(min=1)

@@ -18,14 +18,15 @@ from yaml import YAMLError
 import dora_mm
 from dora_mm import formats
 from dora_mm.config import yaml12
+from dora_mm.config.adapter import PartConfig, VLAdapterConfig
 from dora_mm.config.loader import dump_config, resolve_path
-from dora_mm.config.vl import PartConfig, TrainVLConfig, VLAdapterConfig
+from dora_mm.config.vl import TrainVLConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap
 from dora_mm.core.quantized import is_quantized
 from dora_mm.core.targets import match_modules, matches, parts_in
+from dora_mm.models.families import Structure
+from dora_mm.models.vl import VLModel
 from dora_mm.tasks.adapters import load_initial_adapter
-from dora_mm.tasks.families import Structure
-from dora_mm.tasks.vl import VLModel
 
 MODEL = "model"
 IDENTITIES = {  # keys of an adapter's header

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from dora_mm.config.loader import differing_keys, load_config
-from dora_mm.config.schema import LearningRates, PipelineConfig
+from dora_mm.config.schema import PipelineConfig
+from dora_mm.config.training import LearningRates
 from dora_mm.eval.comparison import Variant
 from dora_mm.train.jobs import Job, run_jobs, start_job
 from dora_mm.train.run import SUMMARY, RunDirectory, open_run

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from dora_mm.config.schema import TrainConfig
+from dora_mm.config.training import TrainConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.formats import native
 from dora_mm.formats.checks import first_not_finite

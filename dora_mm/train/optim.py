@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dora_mm.config.schema import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.config.training import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
 def build_optimizer(

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm.config import yaml12
+from dora_mm.config.adapter import AnyAdapterConfig
 from dora_mm.config.loader import dump_config, load_config
 from dora_mm.config.resuming import changed_values
-from dora_mm.config.schema import AnyAdapterConfig, PipelineConfig
+from dora_mm.config.schema import PipelineConfig
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from dora_mm.utils.atomic import PARTIAL, remove_partial_files, write_text

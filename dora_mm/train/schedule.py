@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from dora_mm.config.schema import ScheduleConfig
+from dora_mm.config.training import ScheduleConfig
 
 log = logging.getLogger(__name__)
 

@@ -4,22 +4,19 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dora_mm.config.schema import (
+from dora_mm.config.images import LossConfig
+from dora_mm.config.models import ModelConfig, VisionConfig
+from dora_mm.config.pictures import PixelSize, SheetConfig
+from dora_mm.config.schema import Items, PipelineConfig, Section, Seed, Share, Text, raise_problems
+from dora_mm.config.training import (
     EpochTrainConfig,
-    Items,
     OptimizerConfig,
-    PipelineConfig,
     ScheduleConfig,
-    Section,
-    Seed,
-    Share,
-    Text,
     TrainConfig,
     check_training,
-    raise_problems,
+    check_vl_training,
 )
-from dora_mm.config.sdxl import LossConfig, ModelConfig, PixelSize, SheetConfig
-from dora_mm.config.vl import EvaluateConfig, VisionConfig, check_vl_training
+from dora_mm.config.vl import EvaluateConfig
 from dora_mm.config.vl_data import VLDataConfig
 
 

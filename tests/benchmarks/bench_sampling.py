@@ -25,9 +25,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dora_mm import DoRASpec, adapter_parameters, inject, save_adapter
-from dora_mm.config.sdxl import PicturesConfig
+from dora_mm.config.pictures import PicturesConfig
 from dora_mm.eval.timing import alternate
-from dora_mm.models.sdxl.loading import load_sdxl
+from dora_mm.models.sdxl.family import load_sdxl
 from dora_mm.sampling.drawing import adapted, draw_batch
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import load_model
@@ -79,7 +79,7 @@ def draw_plainly(pipe: StableDiffusionXLPipeline, folder: Path) -> float:
 
 def time_drawing(adapter: Path, folder: Path) -> dict[str, list[float]]:
     """Seconds per picture."""
-    loaded = load_model(PicturesConfig(pipeline="sample_sdxl", name="bench"), [str(adapter)])
+    loaded = load_model(PicturesConfig(pipeline="sample", name="bench"), [str(adapter)])
     pictures = [
         Picture(number, prompt, None, number, STEPS, GUIDANCE, None, None, None, ((str(adapter), 1.0),), 1.0)
         for number, prompt in enumerate(PROMPTS)

@@ -22,13 +22,14 @@ import peft
 import torch
 
 from dora_mm import fixed_parameters
-from dora_mm.config.vl import VLAdapterConfig, VLModelConfig
+from dora_mm.config.adapter import VLAdapterConfig
+from dora_mm.config.models import VLModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vlm.encoding import IGNORED
+from dora_mm.models.vlm.family import VLM, VLMBatch
 from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.vlm import VLM, VLMBatch
 
 ROUNDS, BATCH, NEW_TOKENS = 9, 8, 16
 LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

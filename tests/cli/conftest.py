@@ -4,7 +4,7 @@ import types
 import pytest
 
 CONFIG = """\
-pipeline: train_sdxl
+pipeline: train_diffusion
 model: {path: some/model}
 adapter: {rank: 4}
 data: {folder: PICTURES, resolution: 128}
@@ -26,7 +26,7 @@ def config(tmp_path):
 def pipeline(monkeypatch):
     """Replaces a recipe by a stub, whose `.calls` lists the arguments of its calls."""
 
-    def replace(action=lambda: None, name="train_sdxl"):
+    def replace(action=lambda: None, name="train_diffusion"):
         module = types.ModuleType(f"dora_mm.pipelines.{name}")
         module.calls = []
 

@@ -44,7 +44,7 @@ def test_train_needs_a_config_or_a_run(capsys):
 def test_recipes_without_a_dry_run_refuse_it(config, pipeline, capsys):
     recipe = pipeline()
     assert cli.main(["train", str(config), "--dry-run"]) == 2
-    assert "--dry-run: the recipe train_sdxl does not support it" in capsys.readouterr().err
+    assert "--dry-run: the recipe train_diffusion does not support it" in capsys.readouterr().err
     assert recipe.calls == []
 
 
@@ -178,8 +178,8 @@ WRONG = {  # by the command line: what the one sentence contains
     "inspect nosuch.safetensors": "nosuch.safetensors does not exist",
 }
 
-SAMPLE = "pipeline: sample_sdxl\nmodel: {path: some/model}\nprompts: [a bus]\n"
-EVAL = "pipeline: eval_sdxl\nmodel: {path: some/model}\njudge: nosuch\nstyle: 3d\nprompt: '{thing}'\n"
+SAMPLE = "pipeline: sample\nmodel: {path: some/model}\nprompts: [a bus]\n"
+EVAL = "pipeline: eval_diffusion\nmodel: {path: some/model}\njudge: nosuch\nstyle: 3d\nprompt: '{thing}'\n"
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "numpy", "PIL.Image")
 
 

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
+from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.pipelines import SCHEMAS
-from dora_mm.config.sdxl import TrainSDXLConfig
 
 SMALLEST = """\
-pipeline: train_sdxl
+pipeline: train_diffusion
 model:
   path: some/model
 adapter:
@@ -44,7 +44,7 @@ def problems(path, overrides=()):
 
 def test_defaults_are_filled_in(write):
     config = load_config(write(SMALLEST))
-    assert isinstance(config, TrainSDXLConfig)
+    assert isinstance(config, TrainDiffusionConfig)
     assert config.name == "run"
     assert config.optimizer.lr == 1e-4
     assert config.adapter.alpha == 4.0
@@ -183,8 +183,8 @@ def test_a_key_given_twice_is_an_error(write):
         ("a: &x [*x]\n", "aliases"),
         ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
         ("{[1]: 2}\n", "not valid YAML"),
-        ("model: {}\n", "pipeline: is missing; it must name a recipe: train_sdxl"),
-        ("pipeline: train_sdlx\n", "line 1: pipeline: unknown recipe 'train_sdlx', did you mean 'train_sdxl'"),
+        ("model: {}\n", "pipeline: is missing; it must name a recipe: train_diffusion"),
+        ("pipeline: train_difusion\n", "line 1: pipeline: unknown recipe 'train_difusion', did you mean 'train_diffusion'"),
         ("pipeline: 3\n", "unknown recipe 3"),
     ],
 )
@@ -232,7 +232,7 @@ def test_sections_that_contradict_each_other(write, overrides, message):
     assert message in problem
 
 
-SAMPLE = "pipeline: sample_sdxl\nmodel: {path: some/model}\n"
+SAMPLE = "pipeline: sample\nmodel: {path: some/model}\n"
 
 
 @pytest.mark.parametrize(

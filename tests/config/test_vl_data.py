@@ -6,7 +6,8 @@ import pytest
 
 from dora_mm.config.loader import ConfigError, dump_config, load_config
 from dora_mm.config.paths import check_paths
-from dora_mm.config.vl import EvalVLConfig, VLDataConfig
+from dora_mm.config.vl import EvalVLConfig
+from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.needed import data_needed
 
 HEAD = "pipeline: eval_vl\nmodel: {path: facebook/bart-base}\n"

@@ -2,10 +2,9 @@
 
 import pytest
 
-from dora_mm.config.sdxl import ModelConfig
-from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.models import ModelConfig, VLModelConfig
 from dora_mm.models import hub
-from dora_mm.models.sdxl.loading import load_configured
+from dora_mm.models.sdxl.family import load_configured
 from dora_mm.models.vl_bart.loading import load_vl_bart
 
 SENTENCE = r"owner/nothing is not on this machine, and the hub \(huggingface.co\) cannot be reached: .*local folder"

@@ -57,6 +57,6 @@ def run(arguments, point):
 
 
 if __name__ == "__main__":
-    PIPELINES.load("sample_sdxl")  # once, for all processes
+    PIPELINES.load("sample")  # once, for all processes
     command = ["sample", *sys.argv[1:]]
     print([run(command, point) for point in POINTS] + [run(command, None)])

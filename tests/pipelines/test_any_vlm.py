@@ -10,15 +10,17 @@ from peft import PeftModel
 
 import dora_mm
 from dora_mm.cli import main
-from dora_mm.config.vl import DecodeConfig, VLAdapterConfig, VLModelConfig
+from dora_mm.config.adapter import VLAdapterConfig
+from dora_mm.config.models import VLModelConfig
+from dora_mm.config.vl import DecodeConfig
 from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
+from dora_mm.models.vlm.family import VLM
 from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.vl import draw_answer
-from dora_mm.tasks.vlm import VLM
 from tests.models.vlm import tiny
+from tests.models.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
 from tests.pipelines.killed import assert_same_weights
-from tests.tasks.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
 
 # Gates that are 0 at first keep gradients from what is behind them.
 CLOSED = {"mllama": (".cross_attn.", ".vision_model.", "multi_modal_projector")}

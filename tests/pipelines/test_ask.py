@@ -9,12 +9,12 @@ import torch
 from dora_mm.cli import main
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.data.vl.example import Example
+from dora_mm.models.families import load_family
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.families import load_family
 from tests.models.vl_bart.small import small_bart, small_tokenizer
+from tests.models.vlm.vlm_rows import write_pictures
 from tests.pipelines.test_merge import llama
-from tests.tasks.vlm_rows import write_pictures
 
 QUESTION = "What colour is the ball?"
 VISION = {

@@ -6,7 +6,7 @@ import json
 import yaml
 
 from dora_mm.cli import main
-from tests.tasks.vlm_rows import write_pictures
+from tests.models.vlm.vlm_rows import write_pictures
 
 
 def test_the_page_shows_images_that_rows_contain_or_name_in_full(tiny_vlm, tmp_path):

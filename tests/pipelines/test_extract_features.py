@@ -10,7 +10,7 @@ from PIL import Image
 
 from dora_mm import cli
 from dora_mm.config import load_config
-from dora_mm.config.vl import VisionConfig
+from dora_mm.config.models import VisionConfig
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.models.towers.building import LITE0

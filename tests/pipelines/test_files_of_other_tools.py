@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dora_mm import DoRASpec, convert, inject, load_adapter, merge, remove, save_adapter, set_strength
 from dora_mm.cli import main
 from dora_mm.core import adapter_parameters
-from dora_mm.models.sdxl.loading import load_sdxl
+from dora_mm.models.sdxl.family import load_sdxl
 
 EXACT = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit", "diff")
 DRAWN = ("original", "kohya", "comfy")
@@ -154,7 +154,7 @@ def test_a_peft_file_belongs_to_the_network_that_has_its_modules(model, tmp_path
 def test_what_has_no_low_rank_and_halves_are_not_trained_on(files, image_folder, tmp_path, capsys):
     for file, message in ((files["diff"][0], "has no low rank at"), (files["comfy"][1], "file 2 of a pair")):
         config = {
-            "pipeline": "train_sdxl",
+            "pipeline": "train_diffusion",
             "output": str(tmp_path / "run"),
             "model": {"path": BASE},
             "adapter": {"method": "lora", "rank": 2, "init_from": str(file)},
@@ -220,7 +220,7 @@ def test_a_lora_of_kohya_is_drawn_and_trained_on(kohya, image_folder, tmp_path):
     """Also its modules for which the config has no part; with a learning rate of nothing it stays what it is."""
     file, changes = kohya
     config = {
-        "pipeline": "train_sdxl",
+        "pipeline": "train_diffusion",
         "output": str(tmp_path / "run"),
         "model": {"path": BASE},
         "adapter": {"method": "lora", "rank": 4, "alpha": 1.0, "text_encoders": True, "init_from": str(file)},

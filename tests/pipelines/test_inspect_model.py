@@ -185,7 +185,7 @@ def test_files_that_are_not_adapters_are_named(tmp_path, capsys, damage):
     path = tmp_path / "adapter.safetensors"
     header = json.dumps({"model.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     complete = len(header).to_bytes(8, "little") + header + bytes(4)
-    path.write_bytes({"text": b"pipeline: train_sdxl\n", "cut": complete[:-2], "foreign": complete}[damage])
+    path.write_bytes({"text": b"pipeline: train_diffusion\n", "cut": complete[:-2], "foreign": complete}[damage])
     code, output, errors = inspect(capsys, path)
     assert (code, output) == (2, "")
     assert str(path) in errors

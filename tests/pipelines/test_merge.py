@@ -28,14 +28,14 @@ from transformers import (
 import dora_mm
 from dora_mm import DoRASpec
 from dora_mm.cli import main
-from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.models import VLModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
-from dora_mm.tasks.vlm import VLM
+from dora_mm.models.vlm.family import VLM
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm import vocabularies
 from tests.models.vlm.sizes import LAYERS
-from tests.tasks.vlm_rows import write_pictures
+from tests.models.vlm.vlm_rows import write_pictures
 
 IDS = torch.tensor([[5, 17, 60, 33, 9, 120]])
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dora_mm import load_adapter
 from dora_mm.cli import main
-from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.models import VLModelConfig
 from dora_mm.models.vl_bart.loading import from_bart, load_vl_bart, save_vl_bart
 from dora_mm.recipes import PIPELINES
 from dora_mm.train.metrics import read_metrics

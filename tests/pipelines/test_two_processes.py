@@ -16,8 +16,8 @@ from dora_mm.train.metrics import read_metrics
 from tests.data.vl.files import vqa_annotation, vqa_question, vqa_v2, write_json
 from tests.models.vl_bart.small import DIM, TEXTS, small_bart, small_tokenizer
 from tests.models.vlm import tiny
+from tests.models.vlm.vlm_rows import write_conversations, write_pictures
 from tests.pipelines.processes import kill_all, launched, wait_for
-from tests.tasks.vlm_rows import write_conversations, write_pictures
 
 STEPS = 8
 

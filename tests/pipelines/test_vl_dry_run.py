@@ -8,14 +8,14 @@ import pytest
 import yaml
 
 from dora_mm.cli import main
-from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.models import VLModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
-from dora_mm.tasks.vl import likeliest_answer
-from dora_mm.tasks.vlm import VLM
+from dora_mm.models.vl import likeliest_answer
+from dora_mm.models.vlm.family import VLM
 from tests.data.vl.files import write_json
 from tests.models.vlm import tiny
-from tests.tasks.vlm_rows import write_conversations, write_pictures, write_questions
+from tests.models.vlm.vlm_rows import write_conversations, write_pictures, write_questions
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from dora_mm import DoRASpec, inject
-from dora_mm.config.sdxl import SampleConfig
+from dora_mm.config.pictures import SampleConfig
 from dora_mm.core import adapted_layers
 from dora_mm.sampling.before_after import at_strength, before_after_sheet
 from dora_mm.sampling.grids import sheet

@@ -8,7 +8,7 @@ import torch
 
 import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, remove
-from dora_mm.config.vl import VisionConfig
+from dora_mm.config.models import VisionConfig
 from dora_mm.models.towers.tower import load_tower, tower_map
 from tests.core import reference
 

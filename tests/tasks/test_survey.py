@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.models import VLModelConfig
 from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.lengths import RowLengths, evenly_spaced, length_line, length_table
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
-from dora_mm.tasks.lengths import RowLengths, evenly_spaced, length_line, length_table
+from dora_mm.models.vlm.family import VLM
 from dora_mm.tasks.survey import survey, survey_all
-from dora_mm.tasks.vlm import VLM
 from tests.data.vl.files import write_json
-from tests.tasks.vlm_rows import write_pictures
+from tests.models.vlm.vlm_rows import write_pictures
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
-from dora_mm.config.vl import TrainVLConfig, VLModelConfig
+from dora_mm.config.models import VLModelConfig
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.models.vlm.family import VLM
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.vl_adapters import train_mode
-from dora_mm.tasks.vlm import VLM
 
 
 def tower() -> nn.Sequential:

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dora_mm.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dora_mm.config.schema import LearningRates
+from dora_mm.config.training import LearningRates
 from dora_mm.eval.comparison import FULL, Variant
 from dora_mm.train import campaign, jobs
 from dora_mm.train.campaign import Training, Trainings, candidate_rates, next_rate

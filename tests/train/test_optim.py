@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from dora_mm import DoRASpec, adapter_parameters, inject
-from dora_mm.config.schema import OptimizerConfig
-from dora_mm.config.vl import VLAdapterConfig
+from dora_mm.config.adapter import VLAdapterConfig
+from dora_mm.config.training import OptimizerConfig
+from dora_mm.models.families import Structure
 from dora_mm.targets import find
-from dora_mm.tasks.families import Structure
 from dora_mm.tasks.vl_adapters import adapt
 from dora_mm.train.optim import build_optimizer
 from tests.models.vl_bart.small import small_vl_bart

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dora_mm.cli import user_message
-from dora_mm.config.schema import OptimizerConfig
+from dora_mm.config.training import OptimizerConfig
 from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.loop import Progress

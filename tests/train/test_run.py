@@ -12,7 +12,7 @@ from dora_mm.train.run import training_run
 from tests.train.small import interrupt_at, metrics, small_training
 
 CONFIG = """\
-pipeline: train_sdxl
+pipeline: train_diffusion
 model: {path: some/model}
 adapter: {rank: 4}
 data: {folder: pictures, resolution: 128}

@@ -5,7 +5,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from dora_mm.config.schema import ScheduleConfig
+from dora_mm.config.training import ScheduleConfig
 from dora_mm.train.schedule import build_schedule
 from tests.train.small import metrics, new_run, small_training
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dora_mm.config import resolve_path
-from dora_mm.config.sdxl import DataConfig
+from dora_mm.config.images import DataConfig
 from dora_mm.data.images.buckets import Size
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.utils.digest import file_digest

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dora_mm.config.loader import find_path
-from dora_mm.config.vl import VisionConfig
+from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl_data import VLDataConfig
 
 PUBLISHED = {  # data format -> where its files are published; "" where they are not

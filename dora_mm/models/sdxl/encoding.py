@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 
-from dora_mm.models.sdxl.loading import SDXL, config_of
+from dora_mm.models.sdxl.family import SDXL, config_of
 
 COMMA_TOKENS = 20  # a chunk ends after a comma among its last 20 tokens, as in A1111; kohya cuts at the 75th token
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from dora_mm.config.models import VisionConfig
 from dora_mm.config.report import nearest
-from dora_mm.config.vl import VisionConfig
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.models.towers.building import Preprocessing, build, load_weights
 from dora_mm.utils.digest import module_digest

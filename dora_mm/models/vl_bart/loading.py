@@ -20,7 +20,7 @@ from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, B
 from transformers.utils import logging
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.models import VLModelConfig
 from dora_mm.models.hub import unreachable
 from dora_mm.models.vl_bart.model import SENTINELS, VLBart, VLBartConfig, special_tokens
 from dora_mm.models.vl_bart.text import load_tokenizer

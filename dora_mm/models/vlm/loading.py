@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.models import VLModelConfig
 from dora_mm.models.hub import UnreachableError, unreachable
 
 # What transformers raises for files that are missing, damaged or belong to another kind of model.

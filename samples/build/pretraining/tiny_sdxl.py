@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dora_mm.models.sdxl.loading import SDXL
+from dora_mm.models.sdxl.family import SDXL
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 40  # captions have at most 34; SDXL's 77 would make every training step a tenth slower

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from dora_mm.models.sdxl.encoding import denormalize_latents
-from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
+from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 
 # Only keeps the posterior from collapsing to a point at infinity; the latents are normalised after the training.
 KL_WEIGHT = 1e-6

@@ -1,6 +1,6 @@
 """Fits the judge of style adapters on real icons, resized for one model and passed through its VAE and UNet.
 
-It has to be fitted once per model. `eval_sdxl` needs only its output, judge.safetensors and judge.json.
+It has to be fitted once per model. `eval_diffusion` needs only its output, judge.safetensors and judge.json.
 """
 
 import logging
@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dora_mm.config.images import LossConfig
 from dora_mm.config.loader import resolve_path
-from dora_mm.config.sdxl import LossConfig
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.style import STYLES
 from dora_mm.models.sdxl.encoding import denormalize_latents, encode_images, encode_prompts, normalize_latents, time_ids
-from dora_mm.models.sdxl.loading import SDXL, load_configured
-from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
+from dora_mm.models.sdxl.family import SDXL, load_configured
+from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.train.run import open_run
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import module_digest

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_tokens, time_ids, tokenize
-from dora_mm.models.sdxl.loading import SDXL, config_of, load_sdxl, load_vae
+from dora_mm.models.sdxl.family import SDXL, config_of, load_sdxl, load_vae
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
-from dora_mm.tasks.sdxl import ConditionedLatents, DiffusionTask
+from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.train.run import RunDirectory
 from dora_mm.utils.randomness import batch_indices, generator
 from samples.build.pretraining.icons import ALL_STYLES, STYLE_WORDS, Icon, caption, load_pixels, read_icons, to_signed

@@ -1,4 +1,4 @@
-"""fit_judge, eval_sdxl and compare_sdxl end to end on a model with random weights: files, resuming and mistakes."""
+"""fit_judge, eval_diffusion and compare_sdxl on a model with random weights: files, resuming and mistakes."""
 
 import csv
 import json
@@ -51,7 +51,7 @@ def fitted(tmp_path_factory, tiny_folder, icons):
 @pytest.fixture
 def base(tmp_path, tiny_folder, image_folder):
     config = {
-        "pipeline": "train_sdxl",
+        "pipeline": "train_diffusion",
         "model": {"path": str(tiny_folder)},
         "adapter": {"rank": 2, "alpha": 7.0},
         "data": {"folder": str(image_folder), "resolution": 64, "placeholder": "TOK"},
@@ -66,7 +66,7 @@ def base(tmp_path, tiny_folder, image_folder):
 def evaluation(tmp_path, tiny_folder, fitted):
     def config(**changes):
         values = {
-            "pipeline": "eval_sdxl",
+            "pipeline": "eval_diffusion",
             "output": str(tmp_path / "scores"),
             "model": {"path": str(tiny_folder)},
             "judge": str(fitted),
@@ -260,7 +260,7 @@ def test_comparison_is_not_resumed_with_other_weights_or_another_judge(
 
 def test_comparison_reports_mistakes(comparison, capsys, tmp_path):
     assert main(["eval", comparison(base="configs/sdxl/eval_tiny.yaml")]) == 2
-    assert "is a config of eval_sdxl" in capsys.readouterr().err
+    assert "is a config of eval_diffusion" in capsys.readouterr().err
     assert main(["eval", comparison(tune={"role": "report", "count": 3})]) == 2
     assert "tune.role and report.role must differ" in capsys.readouterr().err
     (tmp_path / "campaign").mkdir()

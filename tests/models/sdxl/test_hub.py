@@ -8,9 +8,9 @@ import torch
 import yaml
 
 from dora_mm.cli import main
-from dora_mm.config.sdxl import ModelConfig
+from dora_mm.config.models import ModelConfig
 from dora_mm.formats import read
-from dora_mm.models.sdxl.loading import commit_of, load_configured, load_sdxl
+from dora_mm.models.sdxl.family import commit_of, load_configured, load_sdxl
 
 NAME, FIRST, SECOND = "someone/tiny-sdxl", "a" * 40, "b" * 40
 
@@ -58,7 +58,7 @@ def test_the_header_of_an_adapter_names_its_base(hub, tiny_folder, image_folder,
         {"path": NAME, "revision": "v1", "vae": str(hub / SECOND / "vae")} if from_hub else {"path": str(tiny_folder)}
     )
     config = {
-        "pipeline": "train_sdxl",
+        "pipeline": "train_diffusion",
         "output": str(tmp_path / "run"),
         "model": model,
         "adapter": {"rank": 1},

@@ -7,9 +7,9 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from dora_mm import DoRASpec, inject
-from dora_mm.config.sdxl import MemoryConfig
+from dora_mm.config.pictures import MemoryConfig
+from dora_mm.models.memory import decode_in_tiles, offload, save_memory
 from dora_mm.models.sdxl.encoding import encode_for_pipeline
-from dora_mm.models.sdxl.memory import decode_in_tiles, offload, save_memory
 from dora_mm.sampling.before_after import at_strength
 from dora_mm.sampling.pictures import sample
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 
-from dora_mm.models.sdxl.loading import SDXL
-from dora_mm.models.sdxl.schedulers import SCHEDULERS, find_scheduler, make_scheduler, scheduler_name
+from dora_mm.models.schedulers import SCHEDULERS, find_scheduler, make_scheduler, scheduler_name
+from dora_mm.models.sdxl.family import SDXL
 
 # SDXL base 1.0's scheduler/scheduler_config.json
 SDXL_BASE = {
@@ -105,5 +105,5 @@ def test_karras_noise_levels_are_warned_of_where_they_fail(tiny, caplog):
 def test_a_wrong_name_is_corrected_without_importing_diffusers():
     with pytest.raises(ValueError, match="no scheduler 'dpmpp_2m_karas', did you mean 'dpmpp_2m_karras'"):
         find_scheduler("dpmpp_2m_karas")
-    code = "import dora_mm.models.sdxl.schedulers, sys; print('diffusers' in sys.modules)"
+    code = "import dora_mm.models.schedulers, sys; print('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

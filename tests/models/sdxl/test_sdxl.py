@@ -18,7 +18,7 @@ from dora_mm.models.sdxl.encoding import (
     time_ids,
     tokenize,
 )
-from dora_mm.models.sdxl.loading import load_sdxl
+from dora_mm.models.sdxl.family import load_sdxl
 from samples.build.pretraining.tiny_sdxl import shift_latents
 
 PROMPTS = ["a flat icon of a bus", "", "a TOK icon of a flying saucer, in the style of TOK"]

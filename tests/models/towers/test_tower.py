@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from dora_mm import DoRASpec
-from dora_mm.config.vl import VisionConfig
+from dora_mm.config.models import VisionConfig
 from dora_mm.core import inject
 from dora_mm.eval.images.encoder import to_input
 from dora_mm.models.towers.building import LITE0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_mm.config.vl import VLModelConfig
+from dora_mm.config.models import VLModelConfig
 from dora_mm.models.vl_bart.answering import restricted_to
 from dora_mm.models.vl_bart.loading import empty_vl_bart, load_vl_bart, save_vl_bart
 from dora_mm.models.vl_bart.text import decode, encode_targets

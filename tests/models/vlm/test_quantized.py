@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from dora_mm.config.vl import DecodeConfig, VLAdapterConfig, VLModelConfig
+from dora_mm.config.adapter import VLAdapterConfig
+from dora_mm.config.models import VLModelConfig
+from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example
+from dora_mm.models.vlm.family import VLM
 from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.vlm import VLM
-from tests.tasks.vlm_rows import write_pictures
+from tests.models.vlm.vlm_rows import write_pictures
 
 PACKAGES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "torchao_int8": "torchao"}
 ROW = Example("1", ("wide.png",), "What colour is it?", ("red",), (1.0,))

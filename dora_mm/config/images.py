@@ -1,0 +1,110 @@
+"""The config of a training on captioned images. See schema.py for the rules."""
+
+import re
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from dora_mm.config.adapter import AdapterConfig, check_adapter
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.pictures import PixelSize, SampleConfig
+from dora_mm.config.schema import (
+    Backend,
+    InputPath,
+    NewFolder,
+    NonNegative,
+    PipelineConfig,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Text,
+    raise_problems,
+)
+from dora_mm.config.training import CHANGEABLE, OptimizerConfig, ScheduleConfig, TrainConfig, check_training
+
+
+def bucket_step(resolution: int) -> int:
+    """The number of pixels that the sides of training images are multiples of.
+
+    64 as in SDXL's pretraining; below a resolution of 512 it is 32, the size of one cell of the coarsest feature map.
+    """
+    return 64 if resolution >= 512 else 32
+
+
+class DataConfig(Section):
+    folder: InputPath  # images, with captions in metadata.jsonl or <name>.txt files, or without captions
+    subfolders: bool = False  # whether images in subfolders count; those in 10_name then occur 10 times in an epoch
+    resolution: PixelSize  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
+    instance_prompt: Text | None = None  # the caption of images without one; null: every image needs a caption
+    placeholder: Text | None = None  # a word that must occur in a caption, such as TOK; null: no check
+    repeats: PositiveInt = 1  # how often each image occurs in an epoch
+    background: Text = "white"  # behind transparent images: a colour name or #rrggbb
+    flip: bool = False  # augmentation: mirror images at random
+    crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
+    caption_dropout: Share = 0.0  # probability of training an image without its caption
+    unconditional: Literal["zeros", "empty"] = "zeros"  # embedding without a caption; zeros: as SDXL
+    latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
+
+    @field_validator("resolution")
+    @classmethod
+    def _resolution_is_a_bucket(cls, resolution: int) -> int:
+        if resolution % bucket_step(resolution):
+            raise ValueError(f"must be a multiple of 64, or of 32 below 512, got {resolution}")
+        return resolution
+
+    @field_validator("placeholder")
+    @classmethod
+    def _placeholder_is_a_word(cls, placeholder: str | None) -> str | None:
+        if placeholder is not None and not re.fullmatch(r"\S+", placeholder):
+            raise ValueError(f"must be one word, got {placeholder!r}")
+        return placeholder
+
+    @field_validator("background")
+    @classmethod
+    def _background_is_a_colour(cls, background: str) -> str:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(background)
+        except ValueError:
+            raise ValueError(f"must be a colour such as white or #ffffff, got {background!r}") from None
+        return background
+
+
+class LossConfig(Section):
+    type: Literal["mse", "huber", "l1"] = "mse"  # distance between prediction and target
+    min_snr_gamma: Positive | None = 5.0  # gamma of Min-SNR loss weights; null: every timestep has weight 1
+    noise_offset: NonNegative = 0.0  # standard deviation of noise that is constant over an image
+    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # timesteps are drawn with density t^bias; 0: uniform
+
+
+class TrainDiffusionConfig(PipelineConfig):
+    command: ClassVar[str] = "train"
+    changeable: ClassVar[tuple[str, ...]] = (*CHANGEABLE, "adapter.strength", "data.latent_cache", "sample")
+    pipeline: Literal["train_diffusion"]
+    seed: Seed = 0  # seed of everything random in the run
+    output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
+    model: ModelConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    sample: SampleConfig = SampleConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "TrainDiffusionConfig":
+        problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
+        problems += check_adapter(self.adapter, self.optimizer)
+        if self.adapter.method == "full" and self.model.dtype != "float32":
+            problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
+        if self.data.latent_cache is not None and self.data.crop == "random":
+            problems.append("data.latent_cache cannot be used with data.crop random: every crop is new")
+        if self.sample.every and not self.sample.prompts:
+            problems.append("sample.every has no effect: sample.prompts is empty")
+        if self.adapter.method == "full" and self.adapter.strength != 1.0:
+            problems.append("adapter.strength must be 1 for adapter.method full: it keeps no base weights")
+        return raise_problems(self, problems)

@@ -1,0 +1,132 @@
+"""The configs of drawing: jobs, grids, the sheets of a training. See schema.py for the rules."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.schema import (
+    Backend,
+    Count,
+    InputPath,
+    Items,
+    NonNegative,
+    OutputFolder,
+    PipelineConfig,
+    Section,
+    Seed,
+    Text,
+    raise_problems,
+)
+
+PixelSize = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]  # SDXL's VAE maps 8 x 8 pixels to one latent
+
+
+class SheetConfig(Section):
+    """The images that a training run samples."""
+
+    prompts: Items[Text] = ()  # empty: no images
+    negative_prompt: str | None = None  # null: none
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
+    every: Count = 0  # optimizer steps between sheets; 0: only at the end
+    steps: PositiveInt = 25  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale
+    batch_size: PositiveInt = 1  # images per batch
+
+
+class SampleConfig(SheetConfig):
+    before_after: bool = True  # sheets also show images of the base model without the adapter
+
+
+class AdapterFile(Section):
+    path: InputPath  # the adapter file or its folder
+    # Scales the update: 0 is the base model, 1 the trained one. Or by part and block: {unet.down: 0.5, text_encoder: 0}
+    strength: float | dict[str, float] = 1.0
+
+
+class MemoryConfig(Section):
+    """What pictures take less memory with, and more time."""
+
+    # Where the weights wait: model: in main memory, but for the network that runs; layers: but for the layer that runs
+    offload: Literal["none", "model", "layers"] = "none"
+    vae_tiling: bool = False  # the VAE decodes one picture at a time, in overlapping tiles of 512 pixels
+    attention_slicing: bool = False  # attention in two steps; only where torch has no fused attention (Apple's MPS)
+
+
+SchedulerName = Literal[
+    "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "dpmpp_2m_sde_karras", "unipc", "ddim", "lcm"
+]  # the names in models/sdxl/schedulers.py
+
+
+class PicturesConfig(PipelineConfig):
+    """What all pipelines share that draw pictures for prompts."""
+
+    changeable: ClassVar[tuple[str, ...] | None] = None  # every picture is compared with what it should be
+    output: OutputFolder | None = None  # the run directory; one of the same pipeline goes on; null: runs/<name>/<NNN>
+    backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
+    model: ModelConfig | None = None  # null: the model that the adapter's file names; without adapter the embedded one
+    memory: MemoryConfig = MemoryConfig()
+    adapter: AdapterFile | None = None  # null: the base model
+    negative_prompt: str | None = None  # null: none
+    steps: PositiveInt = 25  # denoising steps
+    guidance: NonNegative = 5.0  # classifier-free guidance scale
+    scheduler: SchedulerName | None = None  # null: the model's own
+    height: PixelSize | None = None  # pixels; null: the model's native size
+    width: PixelSize | None = None  # pixels; null: the model's native size
+    batch_size: PositiveInt = 1  # images per batch
+
+
+class JobConfig(PicturesConfig):
+    command: ClassVar[str] = "sample"
+    pipeline: Literal["sample"]
+    prompts: Items[Text] = ()
+    prompts_file: InputPath | None = None  # .csv, .tsv, .jsonl or .txt, a column per setting; replaces `prompts`
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
+    strengths: Annotated[Items[float], Field(min_length=1)] = (1.0,)  # one image for each; they multiply the adapter's
+    sheet: bool = True  # whether to save labelled sheets of all images
+
+    @model_validator(mode="after")
+    def _says_what_to_draw(self) -> "JobConfig":
+        problems = []
+        if not self.prompts and self.prompts_file is None:
+            problems.append("give prompts or prompts_file")
+        if self.strengths != (1.0,) and not self.adapter and self.prompts_file is None:
+            problems.append("strengths needs an adapter")
+        return raise_problems(self, problems)
+
+
+AxisName = Literal["prompt", "seed", "strength", "adapter", "checkpoint", "scheduler", "steps", "guidance", "size"]
+
+
+class Axis(Section):
+    """What differs from one row or column of a grid to the next."""
+
+    name: AxisName  # size: 1024 or 832x1216; checkpoint: a step of the run that adapter.path names
+    values: Items[str | int | float] = ()  # empty, for checkpoint alone: all that the run has kept
+
+
+class GridConfig(PicturesConfig):
+    command: ClassVar[str] = "grid"
+    pipeline: Literal["grid"]
+    prompt: Text | None = None  # null: an axis has the prompts
+    seed: Seed = 0
+    rows: Axis | None = None  # null: one row
+    columns: Axis
+    without_adapter: bool = True  # whether the first column is drawn without adapter
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> "GridConfig":
+        names = [axis.name for axis in (self.rows, self.columns) if axis]
+        problems = []
+        if len(set(names)) < len(names):
+            problems.append(f"rows and columns are both {names[0]}")
+        if ("prompt" in names) == (self.prompt is not None):
+            problems.append("give either prompt or an axis of prompts")
+        if "adapter" in names and (self.adapter or "checkpoint" in names):
+            problems.append("an axis of adapters needs no adapter and no axis of checkpoints")
+        if {"strength", "checkpoint"} & set(names) and not self.adapter and "adapter" not in names:
+            problems.append("an axis of strengths or checkpoints needs an adapter")
+        for key, axis in (("rows", self.rows), ("columns", self.columns)):
+            if axis and not axis.values and axis.name != "checkpoint":
+                problems.append(f"{key}.values is empty")
+        return raise_problems(self, problems)

@@ -1,0 +1,102 @@
+"""The config sections of a training: optimizer, schedule, length. See schema.py for the rules."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, field_validator
+
+from dora_mm.config.schema import Count, Items, NonNegative, Positive, Section, Share
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "prodigy", "adamw_8bit", "paged_adamw_8bit"] = "adamw"  # 8 bit: of bitsandbytes, on a GPU
+    lr: Positive  # learning rate; prodigy finds its own, so set 1.0
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)  # decay rates of both moments
+    eps: Positive = 1e-8  # added to the denominator of the update
+    weight_decay: NonNegative = 0.01  # decoupled from the gradient, as in AdamW
+    decay_biases: bool = False  # weight decay of biases, too, where those are trained
+    magnitude_lr: Positive | None = None  # learning rate of the magnitudes (adamw only); null: same as lr
+
+
+class ScheduleConfig(Section):
+    name: Literal["constant", "cosine", "linear"] = "constant"  # after the warmup
+    warmup_steps: Count = 0  # optimizer steps of linear warmup
+    warmup_ratio: Share = 0.0  # warmup as a fraction of all steps, instead of warmup_steps
+
+
+class TrainConfig(Section):
+    steps: PositiveInt  # length of the training in optimizer steps
+    batch_size: PositiveInt  # examples per micro-batch and process
+    gradient_accumulation_steps: PositiveInt = 1  # micro-batches per optimizer step
+    max_grad_norm: Positive | None = 1.0  # gradients are clipped to this total norm; null: no clipping
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # dtype of autocast; no: without autocast
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
+    keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
+    log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
+
+
+# A longer training has the same first steps; checkpointing computes the same activations again.
+CHANGEABLE = tuple(
+    f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "gradient_checkpointing")
+)
+
+
+class EpochTrainConfig(TrainConfig):
+    """Training settings whose length is given either in optimizer steps or in epochs."""
+
+    steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; null: epochs is set
+    epochs: PositiveInt | None = None  # passes over the data of all tasks; null: steps is set
+
+
+class LearningRates(Section):
+    """The candidate learning rates of each method; at least three, so that every method gets a suitable one."""
+
+    # of full fine-tuning; null: it is not compared
+    full: Annotated[Items[Positive], Field(min_length=3)] | None = None
+    lora: Annotated[Items[Positive], Field(min_length=3)]  # LoRA, at every rank
+    dora: Annotated[Items[Positive], Field(min_length=3)]  # DoRA, at every rank
+
+    @field_validator("full", "lora", "dora")
+    @classmethod
+    def _rates_are_distinct(cls, rates: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if rates is not None and len(set(rates)) < len(rates):
+            raise ValueError("names a rate twice")
+        return rates
+
+
+def check_training(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, train: TrainConfig, dtype: str = "float32"
+) -> list[str]:
+    """Finds contradictions between the sections of a training config.
+
+    Args:
+        optimizer: The `optimizer` section.
+        schedule: The `schedule` section.
+        train: The `train` section; its `steps` must be set.
+        dtype: The dtype of the frozen base weights.
+
+    Returns:
+        One message per problem, each naming the keys.
+    """
+    problems = []
+    if schedule.warmup_steps and schedule.warmup_ratio:
+        problems.append("give either schedule.warmup_steps or schedule.warmup_ratio")
+    if schedule.warmup_steps >= train.steps:
+        problems.append(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps})")
+    needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
+    if train.mixed_precision != needed:  # float32 adapters on half-precision weights need autocast
+        problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
+    if optimizer.name == "prodigy" and optimizer.magnitude_lr is not None:
+        problems.append("optimizer.magnitude_lr needs optimizer.name adamw: prodigy finds one rate for all")
+    return problems
+
+
+def check_vl_training(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, train: EpochTrainConfig, dtype: str = "float32"
+) -> list[str]:
+    """As `check_training`, for a length in steps or epochs; one message per problem, each naming the keys."""
+    problems = []
+    if (train.steps is None) == (train.epochs is None):
+        problems.append("give either train.steps or train.epochs")
+    known = train if train.steps is not None else train.model_copy(update={"steps": schedule.warmup_steps + 1})
+    return problems + check_training(optimizer, schedule, known, dtype)

@@ -1,0 +1,66 @@
+"""Less memory for drawing, by one setting each."""
+
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from dora_mm.config.pictures import MemoryConfig
+from dora_mm.models.sdxl.family import config_of
+
+TILE = 512  # pixels; diffusers takes the VAE's own size, with which SDXL at 1024 pixels is one tile
+
+
+def save_memory(pipe: StableDiffusionXLPipeline, config: MemoryConfig, device: torch.device) -> None:
+    """Gets a pipeline ready to draw on a device; it may be adapted, and the adapters may be merged afterwards.
+
+    Args:
+        pipe: The pipeline, on the CPU. Without `offload` its networks are moved to the device; with it, each network or
+            layer is moved there when it runs.
+        config: The `memory` section.
+        device: The device that pictures are drawn on.
+
+    Raises:
+        ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway.
+    """
+    check_offload(config, device)
+    if config.vae_tiling:
+        decode_in_tiles(pipe.vae)
+    if config.attention_slicing:
+        pipe.enable_attention_slicing()
+    offload(pipe, config.offload, device)
+
+
+def check_offload(config: MemoryConfig, device: torch.device) -> None:
+    """Checks that networks can wait in main memory.
+
+    Raises:
+        ValueError: `offload` is set, and the device is the CPU, where all weights are in main memory anyway.
+    """
+    if config.offload != "none" and device.type == "cpu":
+        raise ValueError(
+            f"memory.offload: {config.offload} needs a GPU, and there is none here: set it to none, which draws on the "
+            "processor."
+        )
+
+
+def offload(pipe: StableDiffusionXLPipeline, kind: str, device: torch.device) -> None:
+    """Moves a pipeline to a device: at once ("none"), each network ("model") or each layer ("layers") when it runs.
+
+    For layers it is diffusers' group offloading, which leaves the weights ordinary tensors, where accelerate's
+    sequential offloading puts them on `meta`: so adapters can be merged and unmerged between pictures.
+    """
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif kind == "layers":
+        pipe.enable_group_offload(device, offload_type="leaf_level")
+    else:
+        pipe.to(device)
+
+
+def decode_in_tiles(vae: Any) -> None:
+    """Makes a VAE decode one picture at a time, in overlapping tiles of at most 512 pixels."""
+    vae.enable_slicing()
+    vae.enable_tiling()
+    vae.tile_sample_min_size = min(vae.tile_sample_min_size, TILE)
+    vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(config_of(vae).block_out_channels) - 1)

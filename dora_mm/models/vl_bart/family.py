@@ -1,0 +1,242 @@
+"""The losses of VL-BART's tasks, and their batches. Prompts and lengths are in models/vl_bart/text.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BartTokenizer
+from transformers.models.bart.modeling_bart import shift_tokens_right
+
+from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_data import VIDEO_TASKS
+from dora_mm.core import TargetMap
+from dora_mm.data.vl.example import Answer, Example
+from dora_mm.data.vl.readers.video import split_subtitles
+from dora_mm.data.vl.shown import Piece, ShownRow
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.towers.tower import tower_map
+from dora_mm.models.vl import ROW_MEANS, Target, likeliest_answer, mean_over_processes
+from dora_mm.models.vl_bart.answering import Answerer
+from dora_mm.models.vl_bart.loading import load_vl_bart
+from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
+from dora_mm.models.vl_bart.text import TEXTS, encode_inputs, encode_targets
+from dora_mm.models.vl_bart.visual_inputs import VisionEncoder
+from dora_mm.targets import find
+from dora_mm.utils.digest import module_digest
+
+VISION = "vision"  # the component of the tower
+
+
+@dataclass(frozen=True)
+class VLBatch:
+    """Rows of one task, each with one target answer."""
+
+    task: str
+    inputs: VLInputs
+    targets: Tensor  # (B, T) ids, padded
+    weights: Tensor  # weight of each row's loss (B,): the score of its answer
+
+
+class VLBartTask:
+    """A VL-BART with its tokenizer and vision encoder; implements `VLModel`.
+
+    Args:
+        model: The VL-BART.
+        tokenizer: Its tokenizer.
+        vision: Encodes the images, or reads their features.
+        config: The sections of the config that they were loaded from; without them there is no `fresh`.
+    """
+
+    prepares_batches = False  # the vision tower encodes the images of a batch
+    num_cut = 0  # texts have the lengths of their task, which count as no cut
+
+    def __init__(
+        self,
+        model: VLBart,
+        tokenizer: BartTokenizer,
+        vision: VisionEncoder,
+        config: tuple[VLModelConfig, VisionConfig] | None = None,
+    ):
+        self.model, self.tokenizer, self.vision, self.config = model, tokenizer, vision, config
+
+    @classmethod
+    def load(
+        cls,
+        config: VLModelConfig,
+        vision_config: VisionConfig,
+        *,
+        seed: int,
+        trained_tower: bool = False,
+        device: torch.device | str = "cpu",
+        vision: VisionEncoder | None = None,
+    ) -> VLBartTask:
+        """Loads the model and its vision encoder.
+
+        Args:
+            config: The `model` section.
+            vision_config: The `vision` section.
+            seed: Seed of the weights that no file holds.
+            trained_tower: The tower is adapted, so its outputs must not be kept from one step to the next.
+            device: Where they compute.
+            vision: The vision encoder, if it is loaded already.
+
+        Raises:
+            ValueError: One of them cannot be loaded, or they do not fit; the message names the key.
+        """
+        vision = vision or VisionEncoder(vision_config, seed=seed, trained=trained_tower)
+        if config.feature_dim not in (None, vision.feature_dim):
+            raise ValueError(
+                f"model.feature_dim is {config.feature_dim}, but vision gives {vision.feature_dim} channels"
+            )
+        model: Any
+        model, tokenizer = load_vl_bart(config, vision.feature_dim, seed)
+        return cls(model.to(device), tokenizer, vision.to(device), (config, vision_config))
+
+    def fresh(self, seed: int) -> VLBartTask:
+        assert self.config is not None
+        config, vision = self.config
+        depends_on_seed = self.vision.trained or (vision.pretrained is None and not vision.features)
+        return VLBartTask.load(
+            config,
+            vision,
+            seed=seed,
+            trained_tower=self.vision.trained,
+            device=self.model.device,
+            vision=None if depends_on_seed else self.vision,
+        )
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {"model": self.model}
+        return found if self.vision.tower is None else {**found, VISION: self.vision.tower}
+
+    @property
+    def target_maps(self) -> dict[str, TargetMap]:
+        return vl_bart_maps(self.vision.tower)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> dict[str, str]:
+        return {"base_digest": module_digest(self.model), "vision_digest": self.vision.identity}
+
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
+        return self.vision.check_rows(table)
+
+    def lengths(self, task: str, table: ExampleTable, images: str | None, *, texts: bool = True) -> None:
+        return None
+
+    @torch.no_grad()
+    def shown(self, task: str, example: Example, images: str | None) -> ShownRow:
+        batch = self.batch(task, [example], images, [(likeliest_answer(example), 1.0)])
+        ids, targets = batch.inputs.input_ids[0], batch.targets[0]
+        visual = self.num_visual_tokens(batch.inputs.visual_features)
+        heading = f"{len(ids) + visual:,} tokens, {visual:,} for images, {len(targets):,} with loss"
+        read, written = self.tokenizer.batch_decode([ids.tolist(), targets.tolist()])
+        pieces = [Piece(read), Piece(f"<visual> x {visual}", is_image=True)]
+        return ShownRow(heading, pieces, [Piece(written, learned=True)])
+
+    def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
+        answer = Answerer(self.model, self.tokenizer, task, config, candidates)
+        return lambda examples, images: answer(self.inputs(task, examples, images))
+
+    def check(self, tasks: Iterable[str]) -> None:
+        """Checks that the model was built for these tasks and their visual input.
+
+        Raises:
+            ValueError: VL-BART has no prompt for a task, or reads clips and a task has images, or the other way round.
+        """
+        reads_clips = self.model.config.pooled_side is None
+        for task in tasks:
+            if task not in TEXTS:
+                raise ValueError(f"data: the task {task} needs a model of transformers (model.family vlm), not VL-BART")
+            if (task in VIDEO_TASKS) != reads_clips:
+                read, needed = ("clips", "images") if reads_clips else ("images", "clips")
+                raise ValueError(f"model.path: this VL-BART reads {read}, and the task {task} needs {needed}")
+
+    def inputs(self, task: str, examples: Sequence[Example], images: str | None) -> VLInputs:
+        """Builds the model's inputs, on its device.
+
+        Args:
+            task: Name of the task.
+            examples: B examples.
+            images: The folder of the images; not used if precomputed features are read.
+
+        Raises:
+            ValueError: An image cannot be read, or features are missing or have different shapes.
+        """
+        if task in VIDEO_TASKS:
+            before, texts = zip(*(split_subtitles(example.text) for example in examples), strict=True)
+            if task == "yc2c":  # the text input is the subtitles alone
+                texts = [""] * len(examples)
+            visual, visual_mask = self.vision.encode_clips([example.images[0] for example in examples])
+        else:
+            before, texts = None, [example.text for example in examples]
+            visual = self.vision.encode([example.images for example in examples], images)
+            visual_mask = torch.ones(len(examples), self.num_visual_tokens(visual), dtype=torch.long)
+        max_positions = self.model.config.max_position_embeddings
+        ids, mask = encode_inputs(self.tokenizer, task, texts, before, max_positions=max_positions)
+        device = self.model.device
+        return VLInputs(ids.to(device), torch.cat([mask, visual_mask], dim=1).to(device), visual.to(device))
+
+    def num_visual_tokens(self, visual_BNSD: Tensor) -> int:
+        """Number of visual tokens per row (N S') after the model's pooling, for features (B, N, S, D)."""
+        side = self.model.config.pooled_side
+        return visual_BNSD.shape[1] * (visual_BNSD.shape[2] if side is None else side * side)
+
+    def batch(self, task: str, examples: Sequence[Example], images: str | None, targets: Sequence[Target]) -> VLBatch:
+        """Builds a training batch.
+
+        Args:
+            task: Name of the task.
+            examples: B examples.
+            images: The folder of the images; not used if precomputed features are read.
+            targets: The answer to learn of each.
+
+        Raises:
+            ValueError: As `inputs`.
+        """
+        answers, weights = zip(*targets, strict=True)
+        device = self.model.device
+        max_positions = self.model.config.max_position_embeddings
+        ids = encode_targets(self.tokenizer, task, answers, max_positions=max_positions).to(device)
+        return VLBatch(task, self.inputs(task, examples, images), ids, torch.tensor(weights, device=device))
+
+    def loss(self, batch: VLBatch, generator: torch.Generator) -> Tensor:
+        """The loss of a batch.
+
+        VQA, GQA and video tasks: the mean over rows of weight times the row's mean over tokens. Captions and NLVR2: the
+        mean over all tokens. A row without an answer, whose weight is 0, adds nothing to either. Rows and tokens are
+        those of all processes.
+
+        Args:
+            batch: A batch of one task.
+            generator: Not used: this loss draws nothing.
+
+        Returns:
+            A scalar, float32.
+        """
+        config = self.model.config
+        pad = config.pad_token_id
+        shifted = shift_tokens_right(batch.targets, pad, config.decoder_start_token_id)
+        logits = self.model(*batch.inputs, decoder_input_ids=shifted, use_cache=False).logits
+        sums = -token_log_likelihood(logits, batch.targets, pad).sum(-1)
+        counts = (batch.targets != pad).sum(-1)
+        if batch.task in ROW_MEANS:
+            return mean_over_processes((sums / counts * batch.weights).sum(), torch.ones_like(sums).sum())
+        kept = (batch.weights > 0).to(sums.dtype)
+        return mean_over_processes((sums * kept).sum(), (counts * kept).sum())
+
+
+def vl_bart_maps(tower: nn.Module | None) -> dict[str, TargetMap]:
+    """The target maps of a VL-BART and, where its tower is a vision transformer, of the tower."""
+    name = tower_map(tower) if tower is not None else None
+    return {"model": find("bart")} | ({VISION: find(name)} if name else {})

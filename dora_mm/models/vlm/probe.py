@@ -1,0 +1,117 @@
+"""A model of transformers with a small real input, by whose logits it is compared with what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils import CONFIG_NAME
+
+from dora_mm.config.models import VLModelConfig
+from dora_mm.data.vl.example import Example
+from dora_mm.models.hub import commit_of, local_copy, unreachable
+from dora_mm.models.vlm.encoding import Row, collate
+from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vlm.folders import identity_of
+from dora_mm.models.vlm.forms import form_of
+from dora_mm.models.vlm.loading import LOADING_ERRORS, load_vlm, read_config
+
+CPU = torch.device("cpu")
+QUESTION = "What does the image show?"
+ANSWER = "The image shows a small red house beside two large green trees, under a blue sky without any clouds."
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model and its input.
+
+    Attributes:
+        model: The model, on the CPU.
+        row: The input: a generated picture with a question and an answer; of a language model, the answer alone.
+        identity: What identifies the base weights, by keys of an adapter's header.
+        folder: The folder of its files; of a hub model, that in the cache.
+    """
+
+    model: Any
+    row: Row
+    identity: Mapping[str, str]
+    folder: Path
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """The logits of the tokens of the answer, (1, K, V) in float32."""
+        inputs, labels = collate([self.row], pad=0)
+        dtype = self.model.dtype
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+        return (
+            form_of(type(self.model).__name__, self.model.config).target_logits(self.model, inputs, labels)[0].float()
+        )
+
+
+def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
+    """Loads a vision-language model or a language model, with all that its folder has to hold.
+
+    Args:
+        path: A local folder or a hub name.
+        revision: A commit, branch or tag of a hub model; None: the main branch.
+        dtype: The dtype of its weights.
+
+    Raises:
+        ValueError: The model, its processor or its tokenizer cannot be loaded.
+    """
+    config = read_config(path, revision)
+    commit = commit_of(path, CONFIG_NAME, revision)
+    settings = VLModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype})
+    if hasattr(config, "vision_config"):
+        vlm = VLM(settings)
+        model, row = vlm.model, _picture_row(vlm)
+    else:
+        tokenizer = _load_tokenizer(path, commit)
+        model = load_vlm(settings, CPU)
+        row = _text_row(tokenizer)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = (
+            tensor.data.clone()
+        )  # aligned: those read from a file are not, which changes last bits of products
+    folder = local_copy(path, commit)
+    assert folder is not None
+    return Probe(model, row, identity_of(path, commit), folder)
+
+
+def _picture_row(vlm: VLM) -> Row:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "gradients.png"
+        rows, columns = np.indices((96, 128), dtype=np.uint8)
+        Image.fromarray(np.stack([2 * rows, 2 * columns, rows ^ columns], axis=-1)).save(file)
+        return vlm.row("chat", Example("probe", (str(file),), QUESTION), None, ANSWER)
+
+
+def _text_row(tokenizer: Any) -> Row:
+    ids = tokenizer(ANSWER, return_tensors="pt")["input_ids"]
+    return Row(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        ids[0],
+        0,
+        torch.zeros_like(ids[0], dtype=torch.bool),
+    )
+
+
+def _load_tokenizer(path: str, revision: str | None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(unreachable(path, error) or f"{path} has no tokenizer: {reason}") from error
+
+
+def largest_difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest absolute value of the first; NaN if any is."""
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,131 @@
+"""What an SDXL training will see: pictures by bucket, captions, and how often each picture is seen."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dora_mm.config.images import DataConfig, TrainDiffusionConfig
+from dora_mm.config.loader import resolve_model
+from dora_mm.config.models import ModelConfig
+from dora_mm.config.training import TrainConfig
+from dora_mm.data.images.buckets import choose_bucket
+from dora_mm.data.images.folder import CaptionedImage, contains_word
+from dora_mm.models.hub import local_copy
+from dora_mm.models.sdxl.family import SDXL, load_configured
+
+# Steps x batch / pictures of the DoRA paper's two styles (configs/sdxl/3d_icon.yaml and lego.yaml).
+RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
+FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
+
+
+def load_if_local(config: ModelConfig) -> SDXL | None:
+    """Loads the model of a config's `model` section; None if a part of it would have to be downloaded.
+
+    Raises:
+        ValueError: A local model does not exist or is incomplete; the message names the key.
+    """
+    given = resolve_model(config.path)
+    found = {"path": local_copy(given, config.revision)}
+    if config.vae:
+        found["vae"] = local_copy(resolve_model(config.vae, "model.vae"))
+    if None in found.values():
+        return None
+    revision = config.revision if Path(given).exists() else None  # the copy is of this revision
+    changes = {"revision": revision, **{key: str(path) for key, path in found.items()}}
+    return load_configured(config.model_copy(update=changes))
+
+
+def describe_data(
+    images: Sequence[CaptionedImage], config: TrainDiffusionConfig, model: SDXL | None, num_processes: int = 1
+) -> str:
+    """Lines about the pictures, their captions, and how often the training shows each picture.
+
+    Args:
+        images: The images with their captions.
+        config: The config of the training.
+        model: Its tokenizer counts the tokens of the captions; None: characters are counted.
+        num_processes: The number of processes that train.
+    """
+    num_tokens = (lambda caption: len(model.tokenizer(caption).input_ids)) if model else None
+    return "\n".join(
+        [
+            describe_pictures(images, config.data),
+            describe_captions(images, config.data, num_tokens),
+            describe_length(len(images), config.train, num_processes),
+            *remark_on_length(len(images), config.train, num_processes),
+            *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
+        ]
+    )
+
+
+def describe_pictures(images: Sequence[CaptionedImage], data: DataConfig) -> str:
+    """Lines with the number of pictures, their sizes, the bucket that each goes to, and their repeats."""
+    buckets = Counter(choose_bucket(image.size, data.resolution) for image in images)
+    smaller = sum(h * w < 0.9 * data.resolution**2 for h, w in (image.size for image in images))
+    repeats = Counter(image.repeats for image in images)
+    lines = [f"pictures  {len(images)} in {data.folder}"]
+    lines.append(
+        "buckets   " + ", ".join(f"{h} x {w}: {count}" for (h, w), count in sorted(buckets.items())) + " (h x w)"
+    )
+    if smaller:
+        lines.append(f"enlarged  {smaller}: they have less than {data.resolution} x {data.resolution} pixels")
+    if data.subfolders and set(repeats) != {1}:
+        lines.append(
+            "repeats   " + ", ".join(f"{count} pictures x {times}" for times, count in sorted(repeats.items()))
+        )
+    return "\n".join(lines)
+
+
+def describe_captions(
+    images: Sequence[CaptionedImage], data: DataConfig, num_tokens: Callable[[str], int] | None
+) -> str:
+    """Lines with the sources of the captions, the longest one, and how many lack the placeholder.
+
+    Args:
+        images: The images with their captions.
+        data: The `data` section of the config.
+        num_tokens: Counts the tokens of a caption; None: the tokenizer is not there, so characters are counted.
+    """
+    sources = Counter("<name>.txt" if image.source == ".txt" else image.source for image in images)
+    captions = [image.caption for image in images]
+    longest = max(captions, key=num_tokens or len)
+    length = f"{num_tokens(longest)} tokens" if num_tokens else f"{len(longest)} characters"
+    lines = ["captions  " + ", ".join(f"{count} from {source}" for source, count in sources.most_common())]
+    lines.append(f"longest   {length}: {longest}")
+    if data.placeholder:
+        missing = [image.path.name for image in images if not contains_word(image.caption, data.placeholder)]
+        named = f" ({', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''})" if missing else ""
+        lines.append(f"without {data.placeholder}  {len(missing)}{named}")
+    return "\n".join(lines)
+
+
+def views_per_picture(num_images: int, train: TrainConfig, num_processes: int = 1) -> float:
+    """How often a training shows each picture, on average."""
+    return train.steps * train.batch_size * train.gradient_accumulation_steps * num_processes / num_images
+
+
+def describe_length(num_images: int, train: TrainConfig, num_processes: int = 1) -> str:
+    """A line with the length of the training in steps, and what it means for a picture."""
+    views = views_per_picture(num_images, train, num_processes)
+    factors = [f"{train.steps} steps", f"batch {train.batch_size}"]
+    factors += [f"{train.gradient_accumulation_steps} accumulated"] if train.gradient_accumulation_steps > 1 else []
+    factors += [f"{num_processes} processes"] if num_processes > 1 else []
+    return f"length    {' x '.join(factors)} / {num_images} pictures = each is seen {views:.0f} times ({_recipes()})"
+
+
+def remark_on_length(num_images: int, train: TrainConfig, num_processes: int = 1) -> list[str]:
+    """A warning, if each picture is seen far less or far more often than in the recipes; else nothing."""
+    views = views_per_picture(num_images, train, num_processes)
+    low, high = min(RECIPES.values()) / FAR, max(RECIPES.values()) * FAR
+    if low <= views <= high:
+        return []
+    usual = sorted(max(1, round(each / views * train.steps)) for each in RECIPES.values())
+    change = "little" if views < low else "much"
+    return [
+        f"Each picture is seen {views:.0f} times ({_recipes()}), which is {change} for a style: train.steps from "
+        f"{usual[0]} to {usual[1]} would be as in those."
+    ]
+
+
+def _recipes() -> str:
+    return "the paper's recipes: " + ", ".join(f"{name} {views:.0f}" for name, views in RECIPES.items())

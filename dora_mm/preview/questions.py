@@ -1,0 +1,237 @@
+"""The data of a training before it starts: rows, their lengths, bad ones, and the first ones as the model sees them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dora_mm.config.loader import find_path
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.config.vl_data import SourceConfig, VLTaskConfig
+from dora_mm.data.images.pixels import upright_size
+from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.image_folder import image_path
+from dora_mm.data.vl.lengths import RowLengths, length_table
+from dora_mm.data.vl.readers import FILES
+from dora_mm.data.vl.report import SKIPPED, data_report, table_figures
+from dora_mm.data.vl.rows import MAX_PLACES
+from dora_mm.data.vl.shown import CLOSE, OPEN
+from dora_mm.data.vl.splits import TrainingSet, open_source, open_training
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.vl import VLModel, likeliest_answer
+from dora_mm.tasks.survey import survey
+
+SHOWN = 3  # rows that are shown, of all tasks together
+
+
+@dataclass
+class DataPreview:
+    """What was found of the data of a config.
+
+    Attributes:
+        sections: Paragraphs of text.
+        problems: Why a training would stop, a sentence each.
+        sets: The training sets that are there, without the rows that cannot be trained on.
+        lengths: The lengths of the rows of each, where its family tells them.
+        largest: The largest batch that a training can have, where its family tells lengths.
+    """
+
+    sections: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    sets: dict[str, TrainingSet] = field(default_factory=dict)
+    lengths: dict[str, RowLengths] = field(default_factory=dict)
+    largest: LargestBatch | None = None
+
+
+class LargestBatch(NamedTuple):
+    """A batch of the longest rows of a task.
+
+    Attributes:
+        task: Name of the task.
+        rows: The rows of its training set, by index.
+        length: Tokens of the longest.
+        text: Tokens of text in it.
+    """
+
+    task: str
+    rows: Sequence[int]
+    length: int
+    text: int
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of the batch, padding included."""
+        return len(self.rows) * self.length
+
+    def __str__(self) -> str:
+        return f"{len(self.rows):,} rows of {self.length:,} tokens"
+
+
+class AllRows:
+    """Takes every row, where the model that would check them is not there."""
+
+    def check_rows(self, table: ExampleTable) -> ExampleTable:
+        return table
+
+
+def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool = False) -> DataPreview:
+    """Reads all data of a config that is there. Bad rows are found also where a training stops at the first one.
+
+    Args:
+        config: The config.
+        model: The model, whose weights are not needed; None: lengths and rows as it sees them are left out.
+        colour: Whether to mark rows with the colours of a terminal.
+    """
+    found, tables, figures = DataPreview(), {}, {}
+    skipping = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_data": "skip"})})
+    with _quiet():
+        for task, split, source in present_splits(config):
+            name = f"{task.task} {split}"
+            try:
+                if split == "train":
+                    table = _open_training(skipping, task, model, found)
+                else:
+                    table = open_source(source, skipping.data, model or AllRows())
+            except ValueError as error:
+                found.problems.append(str(error))
+                continue
+            tables[name], figures[name] = table, _figures(source, table)
+    skipped = {name: table.skipped for name, table in tables.items() if table.skipped}
+    if skipped and config.data.on_bad_data == "stop":
+        found.problems.append(first_bad_row(skipped))
+    found.sections += [data_report(figures)] if figures else []
+    found.sections += [bad_row_list(skipped)] if skipped else []
+    found.sections += [length_table(task, known, len(found.sets[task].table)) for task, known in found.lengths.items()]
+    if model is not None and found.sets:
+        found.sections.append(first_rows(model, found.sets, colour=colour))
+    return found
+
+
+def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, str, SourceConfig]]:
+    """The splits of a config whose files and folders exist, each with its task and the name of its key."""
+    for task in config.data.all_tasks:
+        for split, source in (("train", task.train), ("valid", task.valid)):
+            if source is not None:
+                paths = [path for key in (*FILES, "images") if (path := getattr(source, key)) is not None]
+                if all(find_path(path) for path in paths):
+                    yield task, split, source
+
+
+def _open_training(
+    config: TrainVLConfig, task: VLTaskConfig, model: VLModel | None, found: DataPreview
+) -> ExampleTable:
+    """The usable rows of a training split, which are added to what was found, with their lengths."""
+    check, name = model or AllRows(), task.task
+    data = config.data.with_tasks((task.model_copy(update={"valid": None}),))
+    rows = open_training(data, config.train.batch_size, check)[name]
+    if model is None:
+        return rows.table
+    lengths, bad = survey(model, name, rows)
+    if lengths is not None:
+        found.lengths[name] = lengths
+        batch = largest_batch(name, rows, lengths, bad)
+        found.largest = max(filter(None, [found.largest, batch]), key=lambda b: b.num_tokens, default=None)
+    found.sets[name] = replace(rows, table=rows.table.without_rows(bad))
+    return found.sets[name].table
+
+
+def largest_batch(task: str, rows: TrainingSet, lengths: RowLengths, bad: Mapping[int, str]) -> LargestBatch | None:
+    """The batch of the longest rows of a training set; None if no row was counted.
+
+    Args:
+        task: Name of the task.
+        rows: The training set.
+        lengths: The lengths of its rows.
+        bad: Those that cannot be trained on: the indices of the batch are in the set without them.
+    """
+    good = np.flatnonzero(~lengths.overflow)
+    tokens = np.minimum(lengths.tokens[good], lengths.limit)
+    chosen = good[np.argsort(-tokens, kind="stable")[: rows.batch_size]]
+    if not len(chosen):
+        return None
+    kept = np.setdiff1d(np.arange(len(rows.table)), list(bad))
+    indices = np.searchsorted(kept, lengths.rows[chosen]).tolist()
+    longest = int(min(lengths.tokens[chosen[0]], lengths.limit))
+    return LargestBatch(task, indices, longest, longest - int(lengths.image_tokens[chosen[0]]))
+
+
+def batch_of(model: VLModel, sets: Mapping[str, TrainingSet], batch: LargestBatch, number: int = 0) -> Any:
+    """A batch as the model computes it, each row with its likeliest answer; the same for every `number`."""
+    rows = sets[batch.task]
+    examples = [rows.table[row] for row in batch.rows]
+    return model.batch(batch.task, examples, rows.images, [(likeliest_answer(example), 1.0) for example in examples])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of skipped rows, which are part of the report."""
+    logger = logging.getLogger("dora_mm.data.vl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:
+    """The figures of a table, with one number for all rows that are bad, since these are listed."""
+    figures = {label: text for label, text in table_figures(source, table).items() if not label.startswith(SKIPPED)}
+    return figures | {"bad rows": f"{sum(map(len, table.skipped.values())):,}"}
+
+
+Skipped = Mapping[str, Mapping[str, Sequence[str]]]  # the places of bad rows by split and reason
+
+
+def bad_row_list(skipped: Skipped) -> str:
+    """The reasons why rows of each split are bad, with their number and the first places."""
+    lines = []
+    for name, reasons in skipped.items():
+        lines.append(f"bad rows of {name}")
+        for reason, places in reasons.items():
+            lines += [f"  {len(places):,} x {reason}", *(f"      {place}" for place in places[:MAX_PLACES])]
+            lines += [f"      and {len(places) - MAX_PLACES:,} more"] if len(places) > MAX_PLACES else []
+    return "\n".join(lines)
+
+
+def first_bad_row(skipped: Skipped) -> str:
+    """A sentence with the row at which a training would stop."""
+    reasons = next(iter(skipped.values()))
+    reason, places = next(iter(reasons.items()))
+    number = sum(len(found) for each in skipped.values() for found in each.values())
+    return (
+        f"{places[0]}: {reason}; a training would stop there, at the first of {number:,} bad rows "
+        "(data.on_bad_data: skip leaves them out)"
+    )
+
+
+# --- rows as the model sees them -------------------------------------------------------------------------------------
+
+
+def first_rows(model: VLModel, sets: Mapping[str, TrainingSet], *, colour: bool = False) -> str:
+    """The first rows of every task as the model sees them."""
+    blocks = [f"the first rows as the model sees them; tokens with loss are between {OPEN} and {CLOSE}"]
+    for task, rows in sets.items():
+        for example in rows.table[: max(1, SHOWN // len(sets))]:
+            heading = "; ".join([f"row {example.id} of {task}", *_pictures(example, rows.images)])
+            try:
+                row = model.shown(task, example, rows.images).text(colour=colour)
+            except ValueError as error:
+                row = f"  {error}"
+            blocks.append(f"{heading}\n{row}")
+    return "\n".join(blocks)
+
+
+def _pictures(example: Example, folder: str | None) -> Iterator[str]:
+    """The names of the images of an example, with their sizes where they can be read."""
+    for name in example.images:
+        try:
+            height, width = upright_size(image_path(folder, name))
+            yield f"{name} ({width} x {height} pixels)"
+        except ValueError:  # features are read instead, or what cannot be read is told with the row
+            yield name

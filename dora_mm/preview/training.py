@@ -1,0 +1,330 @@
+"""What a training will cost, before it starts: memory by part, the time of a measured step, and slow hardware."""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from dora_mm.config.training import OptimizerConfig, TrainConfig
+from dora_mm.core import InjectReport, fixed_parameters
+from dora_mm.train.loop import LossModule, accumulate, update
+from dora_mm.train.optim import build_optimizer
+from dora_mm.utils.tables import aligned_columns
+
+LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
+LONG = 5e11  # parameters times tokens of a batch; some 3e12 operations, half a minute on two cores
+SLOWER = 4.0  # half precision that is this much slower than float32 is emulated: 16 times slower where it was measured
+BUDGET = 20.0  # seconds after which no further step is measured
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TOO_SLOW = "a step of this model takes minutes to hours without a GPU"
+EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit")  # optimizers
+MEASURED, KEPT = "measured", "an estimate: what a step keeps for its backward pass"
+
+
+class StepCost(NamedTuple):
+    """What one optimizer step costs.
+
+    Attributes:
+        seconds: Of the fastest of up to three steps; None: none was measured.
+        activations: Bytes beyond weights, gradients and optimizer state.
+        source: Where `activations` is from: MEASURED, on a GPU; KEPT, what autograd keeps, without temporary buffers;
+            or another estimate, for a person to read.
+    """
+
+    seconds: float | None
+    activations: int
+    source: str
+
+
+def measure_step(
+    *,
+    accelerator: Accelerator,
+    config: TrainConfig,
+    seed: int,
+    networks: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batch_at: Callable[[int], Any],
+    loss: Callable[[Any, torch.Generator], torch.Tensor],
+    largest: Callable[[int], Any] | None = None,
+) -> StepCost:
+    """Trains for up to three steps, all on the first batch, and measures them.
+
+    The arguments are those of `fit`, and `largest`: whose first batch is the one that memory is measured with, instead.
+    """
+    trained, device = LossModule(networks, loss), accelerator.device
+    largest = largest or batch_at
+
+    def step(batches: Callable[[int], Any]) -> tuple[float, int]:
+        """The seconds of a step, and its peak memory beyond what was there before, in bytes."""
+        before, started = _peak_memory(device), time.monotonic()
+        with fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps):
+            accumulate(accelerator, trained, config, seed, 0, lambda number: batches(0))
+        update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
+        after = _peak_memory(device)  # waits for the GPU
+        return time.monotonic() - started, after.peak - before.allocated
+
+    times = []
+    while len(times) < 3 and sum(times) < BUDGET:
+        times.append(step(batch_at)[0])
+    if device.type != "cuda":
+        return StepCost(min(times), _kept_for_backward(accelerator, trained, config, seed, largest), KEPT)
+    _, peak = step(largest)
+    return StepCost(min(times), max(0, peak - num_bytes(parameters.values())), MEASURED)
+
+
+def measure_accumulated(
+    training: Mapping[str, Any],
+    batch_at: Callable[[int], Any],
+    *,
+    prepared: bool,
+    largest: Callable[[int], Any] | None = None,
+) -> StepCost:
+    """As `measure_step`, by one micro-batch where a step accumulates the gradients of several.
+
+    Args:
+        training: The arguments of `measure_step` but for the batches.
+        batch_at: Maps the number of a micro-batch to it.
+        prepared: Batches are prepared beside the steps, so that a step takes as long as the slower of both.
+        largest: As in `measure_step`.
+    """
+    count = training["config"].gradient_accumulation_steps
+    single = training["config"].model_copy(update={"gradient_accumulation_steps": 1})
+    started = time.monotonic()
+    first = batch_at(0)
+    preparing = time.monotonic() - started if prepared else 0.0
+    batches = (lambda number: first) if prepared else batch_at
+    cost = measure_step(**{**training, "config": single}, batch_at=batches, largest=largest)
+    assert cost.seconds is not None
+    return cost._replace(seconds=count * max(cost.seconds, preparing))
+
+
+class _Memory(NamedTuple):
+    allocated: int
+    peak: int
+
+
+def _peak_memory(device: torch.device) -> _Memory:
+    """The allocated GPU memory and its peak since the last call, in bytes; zeros on a processor."""
+    if device.type != "cuda":
+        return _Memory(0, 0)
+    torch.cuda.synchronize(device)
+    found = _Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
+def _kept_for_backward(accelerator, trained, config, seed, batch_at) -> int:
+    """The bytes that the forward pass of one micro-batch keeps for its backward pass, parameters not counted."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in trained.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    single = config.model_copy(update={"gradient_accumulation_steps": 1})
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), fixed_parameters(trained.networks):
+        accumulate(accelerator, trained, single, seed, 0, batch_at)
+    for parameter in trained.parameters():
+        parameter.grad = None
+    return sum(kept.values())
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The memory that these tensors take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def optimizer_values(config: OptimizerConfig) -> int:
+    """How many numbers the optimizer keeps per trained parameter, found by one step of it on a small one."""
+    if config.name in EIGHT_BITS:  # they run on a GPU only, and keep small parameters in float32
+        return 2
+    probe = nn.Parameter(torch.ones(3, 3))
+    optimizer = build_optimizer({"probe": probe}, config)
+    probe.grad = torch.ones(3, 3)
+    optimizer.step()
+    kept = optimizer.state[probe].values()
+    return sum(torch.is_tensor(value) and value.numel() == probe.numel() for value in kept)
+
+
+def memory_table(
+    networks: Mapping[str, nn.Module],
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: OptimizerConfig,
+    cost: StepCost | None,
+    *,
+    stored: Mapping[int, int] | None = None,
+    place: str | None = None,
+) -> str:
+    """A text table of the memory of a training by part, where each part is, and the sum for the training's device.
+
+    Args:
+        networks: All networks of the model, by name; a tensor of several counts for the first.
+        parameters: The trained parameters, by name.
+        optimizer: The `optimizer` section of the config.
+        cost: The cost of a step; None: the activations are left out.
+        stored: The bytes of weights that will be quantised, by `id`.
+        place: The device where a training of networks on the meta device would have them.
+    """
+    values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
+    device = next(iter(parameters.values())).device.type
+    state, width = optimizer_values(optimizer), 1 if optimizer.name in EIGHT_BITS else 4
+    kept = f"{state} numbers{' of 8 bits' if width == 1 else ''} each"
+    rows = _frozen(networks, {id(parameter) for parameter in parameters.values()}, stored or {})
+    rows.append((f"{values:,} trained", device, size))
+    rows.append(("gradients", device, size))
+    rows.append((f"optimizer state ({optimizer.name}, {kept})", device, state * width * values))
+    if cost is not None:
+        rows.append((f"activations ({cost.source})", device, cost.activations))
+    total = sum(size for _, where, size in rows if where == device)
+    rows = [(name, place or where, size) for name, where, size in rows]
+    rows.append(("together" if cost else "together, without activations", place or device, total))
+    return aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
+
+
+def _frozen(
+    networks: Mapping[str, nn.Module], trained: Collection[int], stored: Mapping[int, int]
+) -> list[tuple[str, str, int]]:
+    """The frozen tensors of each network that has some: a description, their device and their bytes."""
+    rows, seen = [], set(trained)
+    for name, network in networks.items():
+        frozen = [p for p in (*network.parameters(), *network.buffers()) if id(p) not in seen]
+        seen |= {id(p) for p in frozen}
+        dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()}))
+        if dtypes:
+            values = sum(p.numel() for p in frozen)
+            size = sum(stored.get(id(p), num_bytes([p])) for p in frozen)
+            rows.append((f"{name}, {values:,} frozen in {dtypes}", frozen[0].device.type, size))
+    return rows
+
+
+def describe_training(
+    networks: Mapping[str, nn.Module],
+    reports: Mapping[str, InjectReport],
+    optimizer: OptimizerConfig,
+    training: Mapping[str, Any],
+) -> str:
+    """Tables of the adapted modules and of the memory, and the time that a measured step leads to expect.
+
+    Nothing is measured where a step would take minutes: a large model without a GPU.
+
+    Args:
+        networks: All networks of the model, by name.
+        reports: What was adapted, by network.
+        optimizer: The `optimizer` section of the config.
+        training: The arguments of `measure_step`, by name.
+    """
+    measured = is_measured(training["accelerator"], networks.values())
+    cost = measure_step(**training) if measured else None
+    memory = memory_table(networks, training["parameters"], optimizer, cost)
+    time_line = _time_line(cost, training["config"].steps)
+    remarks = slow_hardware(training["accelerator"], networks.values())
+    return "\n\n".join([module_table(reports), memory, time_line, *remarks])
+
+
+def module_table(reports: Mapping[str, InjectReport]) -> str:
+    """A text table of the adapted modules and their parameters by network and part."""
+    rows = []
+    for name, report in reports.items():
+        for part in dict.fromkeys(module.part for module in report.modules):
+            sizes = [module.num_parameters for module in report.modules if module.part == part]
+            rows.append((f"{name} {part}", f"{len(sizes):,}", f"{sum(sizes):,}"))
+    modules = sum(report.num_modules for report in reports.values())
+    total = sum(report.num_parameters for report in reports.values())
+    rows = [("adapted", "modules", "parameters"), *rows, ("all", f"{modules:,}", f"{total:,}")]
+    return aligned_columns(rows, num_text=1)
+
+
+def _time_line(cost: StepCost | None, steps: int) -> str:
+    if cost is None:
+        return f"time      not measured: {TOO_SLOW}"
+    return time_line(cost, steps, "drawing pictures")
+
+
+def time_line(cost: StepCost, steps: int, left_out: str) -> str:
+    """A line with the measured time of a step and that of a whole training, without what is left out of it."""
+    assert cost.seconds is not None
+    whole = cost.seconds * steps
+    shown = f"{whole / 60:.1f} min" if whole < 2 * 3600 else f"{whole / 3600:.1f} h"
+    shown = f"{whole:.0f} s" if whole < 100 else shown
+    return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
+
+
+def length_line(train: TrainConfig, batches_per_epoch: int) -> str:
+    """A line with the length of a training in steps and epochs.
+
+    Args:
+        train: The `train` section, with its number of steps.
+        batches_per_epoch: Micro-batches, of all processes together, in one pass over the data.
+    """
+    count = train.gradient_accumulation_steps
+    of_several = f" of {count} batches" if count > 1 else ""
+    epochs = train.steps * count / batches_per_epoch
+    return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {batches_per_epoch:,} batches"
+
+
+def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module], num_tokens: int = 1) -> bool:
+    """Whether a step of these networks is short enough to be measured ahead of a training.
+
+    Args:
+        accelerator: Knows the device.
+        networks: The networks.
+        num_tokens: The tokens of a batch, where a step takes longer for more of them.
+    """
+    size = _num_parameters(networks)
+    return accelerator.device.type != "cpu" or (size < LARGE and size * num_tokens < LONG)
+
+
+def _num_parameters(networks: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None) -> list[str]:
+    """Warnings about a training that will take far longer than its user may expect; usually none.
+
+    Args:
+        accelerator: Knows the device and the mixed precision of the training.
+        networks: All networks of the model; None: they are not on this machine, as is usual for large ones.
+    """
+    if accelerator.device.type != "cpu":
+        return []
+    found, mixed_precision = [], accelerator.mixed_precision
+    if networks is None:
+        found.append("There is no GPU: a step of a model of full size takes minutes to hours here.")
+    elif (num_parameters := _num_parameters(networks)) >= LARGE:
+        found.append(
+            f"There is no GPU, and the model has {num_parameters / 1e9:.1f} billion parameters: a step takes minutes "
+            "to hours here."
+        )
+    if mixed_precision in PRECISIONS and (ratio := half_precision_slowdown(PRECISIONS[mixed_precision])) > SLOWER:
+        found.append(
+            f"This processor emulates {mixed_precision}, some {ratio:.0f} times slower than float32: train in float32 "
+            "instead (train.mixed_precision=no)."
+        )
+    return found
+
+
+def half_precision_slowdown(dtype: torch.dtype) -> float:
+    """How many times longer a small product takes in this dtype than in float32 on the processor; a few ms."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, starting a second one takes longer than the product
+    try:
+        return _product_seconds(dtype) / _product_seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    matrix, times = torch.ones(128, 128, dtype=dtype), []
+    for _ in range(5):  # the first one is a warm-up
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,74 @@
+"""Draws a labelled grid: what one or two settings do to a picture, beside the base model without adapter."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dora_mm.config import load_config
+from dora_mm.config.loader import resolve_path
+from dora_mm.config.pictures import GridConfig
+from dora_mm.sampling.axes import cells_of, with_base_model
+from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.loaded import load_model
+from dora_mm.sampling.sheets import save_grid
+from dora_mm.sampling.strengths import as_strength, scaled, strength_text
+from dora_mm.train.checkpoint import checkpoints, step_of
+from dora_mm.train.run import RunDirectory, existing_run, picture_run
+
+
+def main(config: GridConfig, *, resume: Path | None = None) -> None:
+    """Draws the pictures of the grid that are not there yet.
+
+    Writes to the run directory: the images in samples/, manifest.jsonl, and sheet.png.
+
+    Args:
+        config: The config.
+        resume: The run directory to go on with.
+
+    Raises:
+        ValueError: The model or an adapter cannot be used, or a value does not fit its axis; the run directory is
+            created only after these checks. Or some images could not be drawn; all others are then.
+    """
+    found = existing_run(config, resume)
+    folders = checkpoint_folders(config)
+    rows, columns = cells_of(config.rows, folders), cells_of(config.columns, folders)
+    if config.without_adapter and (
+        config.adapter or "adapter" in (config.columns.name, config.rows and config.rows.name)
+    ):
+        rows, columns = with_base_model(config, rows, columns)
+    cells = [{**row, **column} for _, row in rows for _, column in columns]
+    pictures = [replace(template(config), row=number, **cell) for number, cell in enumerate(cells, 1)]
+    loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
+    loaded.check_schedulers(pictures)
+    loaded.check_adapters(pictures)
+    with picture_run(config, found) as run:
+        job = loaded.draw(run.path, pictures, config.batch_size)
+        save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
+        print(f"images    {run.samples}\nsheet     {run.sheet}")
+        job.raise_failures()
+
+
+def template(config: GridConfig) -> Picture:
+    """The settings that no axis changes."""
+    adapters = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
+    settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
+    return Picture(row=0, prompt=config.prompt or "", seed=config.seed, adapters=adapters, strength=1.0, **settings)
+
+
+def checkpoint_folders(config: GridConfig) -> dict[str, str]:
+    """The checkpoints of the run that `adapter.path` names, by step, if an axis asks for them.
+
+    The strength at which a run saves its adapter is not part of its checkpoints, and is added here.
+
+    Raises:
+        ValueError: The path is not a run directory, or the run has kept no checkpoint.
+    """
+    if "checkpoint" not in (config.columns.name, config.rows and config.rows.name) or config.adapter is None:
+        return {}
+    run = resolve_path(config.adapter.path, "adapter.path")
+    found = checkpoints(RunDirectory(run).checkpoints)
+    if not found or not (run / "config.yaml").is_file():
+        raise ValueError(f"adapter.path: {run} is not a run directory with checkpoints")
+    trained = load_config(run / "config.yaml")
+    saved = getattr(getattr(trained, "adapter", None), "strength", 1.0)
+    strength = scaled(as_strength(config.adapter.strength), saved)
+    return {str(step_of(folder)): f"{folder}:{strength_text(strength)}" for folder in found}

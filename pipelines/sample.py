@@ -1,0 +1,104 @@
+"""Draws images for the prompts of a job: one PNG each, a manifest, and labelled sheets."""
+
+import logging
+from pathlib import Path
+
+from dora_mm.config import yaml12
+from dora_mm.config.loader import resolve_path
+from dora_mm.config.pictures import JobConfig
+from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
+from dora_mm.sampling.strengths import as_strength
+
+log = logging.getLogger(__name__)
+STRENGTHS = (
+    "Strengths are linear here: W0 + t (W' - W0). diffusers' set_adapters and PEFT scale only the low-rank part of "
+    "DoRA, so between 0 and 1 the same number draws another picture there (docs/sdxl.md)."
+)
+
+
+def main(config: JobConfig, *, resume: Path | None = None) -> None:
+    """Draws the images that are not there yet.
+
+    Writes to the run directory: the images in samples/, manifest.jsonl, and the sheets. A run directory of this
+    pipeline that `output` or `resume` names goes on.
+
+    Args:
+        config: The config.
+        resume: The run directory to go on with.
+
+    Raises:
+        ValueError: The job file, the model or an adapter cannot be used; the run directory is created only after these
+            checks. Or some images could not be drawn; all others are then.
+    """
+    pictures = expand(read_rows(config), template(config), config.seeds, config.strengths)
+    adapters = {path for picture in pictures for path, _ in picture.adapters}
+    for path in sorted(adapters):
+        resolve_path(path, "adapter")
+
+    # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
+    from dora_mm.sampling.loaded import load_model
+    from dora_mm.sampling.sheets import save_sheets
+    from dora_mm.train.run import existing_run, picture_run
+
+    found = existing_run(config, resume)
+    if found and resume is None:
+        check_same_job(config, found)
+    loaded = load_model(config, adapters)
+    loaded.check_schedulers(pictures)
+    loaded.check_adapters(pictures)
+    if any(strength != 1 for picture in pictures for _, strength in picture.weights):
+        log.info(STRENGTHS)
+    with picture_run(config, found) as run:
+        job = loaded.draw(run.path, pictures, config.batch_size)
+        print(f"images    {run.samples}")
+        for file in save_sheets(job) if config.sheet else ():
+            print(f"sheet     {file}")
+        job.raise_failures()
+
+
+def check_same_job(config: JobConfig, run: Path) -> None:
+    """Checks that a run directory that `output` names belongs to the same job file: another one has other pictures.
+
+    Raises:
+        ValueError: It belongs to another one.
+    """
+    saved = run / "config.yaml"
+    before = yaml12.read(saved.read_text(encoding="utf-8")).value.get("prompts_file") if saved.is_file() else None
+    after = config.prompts_file
+    if before and after and Path(before).name != Path(after).name:
+        raise ValueError(
+            f"output {run} has the pictures of {before}, and those of {after} would replace them: choose another "
+            f"folder, or, if it is the same job under a new name: dora-mm sample {after} --resume {run}"
+        )
+
+
+def read_rows(config: JobConfig) -> list[Row]:
+    """The rows of the job file, or else the prompts of the config."""
+    if config.prompts_file is not None:
+        return read_job(resolve_path(config.prompts_file, "prompts_file"))
+    return [Row(prompt=prompt) for prompt in config.prompts]
+
+
+def template(config: JobConfig) -> Picture:
+    """The settings of rows that leave them out."""
+    adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
+    settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
+    return Picture(row=0, prompt="", seed=0, adapters=adapters, strength=1.0, **settings)
+
+
+def replay(picture: Path, *, output: str | None = None) -> None:
+    """Draws a picture again from what its file says, in the batch that it was drawn in.
+
+    Args:
+        picture: A PNG file that `main` has saved.
+        output: The folder to write to; None: a numbered folder in runs/replay.
+
+    Raises:
+        ValueError: The file does not say how it was drawn, or the model or an adapter has changed since.
+    """
+    from dora_mm.sampling.replay import replay_picture
+    from dora_mm.train.run import new_folder
+
+    drawn, difference = replay_picture(picture, lambda: new_folder("replay", output))
+    print(f"picture   {drawn}")
+    print("          " + (f"differs from {picture} {difference}" if difference else f"the same pixels as {picture}"))

@@ -1,0 +1,135 @@
+"""Which tokens of a conversation carry loss, against expectations written by hand."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dora_mm.config.models import VLModelConfig
+from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.models.vlm.chat import render, render_prompt
+from dora_mm.models.vlm.encoding import IGNORED
+from dora_mm.models.vlm.family import VLM
+from dora_mm.models.vlm.loading import load_processor
+from tests.models.vlm.vlm_rows import write_pictures
+
+TURNS = (
+    Turn("user", f"{IMAGE}\nWhat is it?", False),
+    Turn("assistant", "A red ball.", True),
+    Turn("user", "And this?", False),
+    Turn("assistant", "Nothing.", True),
+)
+TEXTS = {  # what is learned is between [ and ]
+    "llava": "USER: <image>\nWhat is it? ASSISTANT:[ A red ball.</s>] USER: And this? ASSISTANT:[ Nothing.</s>] ",
+    "qwen2_5_vl": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n"
+        "<|im_start|>assistant\n[A red ball.<|im_end|>]\n"
+        "<|im_start|>user\nAnd this?<|im_end|>\n<|im_start|>assistant\n[Nothing.<|im_end|>]\n"
+    ),
+    "mllama": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n<|image|>What is it?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n[A red ball.<|eot_id|>]"
+        "<|start_header_id|>user<|end_header_id|>\n\nAnd this?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n[Nothing.<|eot_id|>]"
+    ),
+    "smolvlm": (
+        "<|im_start|>User:<image>What is it?<end_of_utterance>\nAssistant:[ A red ball.<end_of_utterance>]\n"
+        "User: And this?<end_of_utterance>\nAssistant:[ Nothing.<end_of_utterance>]\n"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def processor(tiny_vlm, request):
+    return load_processor(VLModelConfig(path=str(tiny_vlm(request.param))))
+
+
+def marked(rendered) -> str:
+    text = rendered.text
+    for start, end in reversed(rendered.spans):
+        text = f"{text[:start]}[{text[start:end]}]{text[end:]}"
+    return text
+
+
+@pytest.mark.parametrize(("processor", "expected"), TEXTS.items(), indirect=["processor"])
+def test_answers_are_marked_in_the_text(processor, expected):
+    assert marked(render(processor, TURNS)) == expected
+
+
+@pytest.mark.parametrize(("processor", "expected"), TEXTS.items(), indirect=["processor"])
+def test_an_answer_continues_the_prompt_that_asks_for_it(processor, expected):
+    text, [first, second] = render(processor, TURNS)
+    assert text[: first[0]] == render_prompt(processor, TURNS[:1])
+    assert text[: second[0]].startswith(text[: first[1]])
+
+
+@pytest.mark.parametrize("processor", ["llava_onevision"], indirect=True)
+def test_a_template_that_renders_answered_turns_in_another_way(processor):
+    """It has a space and a line break where the prompt has a line break alone."""
+    text, [(start, end), _] = render(processor, TURNS)
+    assert text[:start] == render_prompt(processor, TURNS[:1])
+    assert text[start:end] == "A red ball.<|im_end|>"
+
+
+@pytest.mark.parametrize("processor", TEXTS, indirect=True)
+def test_turns_without_loss_are_read_only(processor):
+    turns = (TURNS[0], TURNS[1]._replace(loss=False), *TURNS[2:])
+    whole = render(processor, TURNS)
+    assert render(processor, turns) == (whole.text, whole.spans[1:])
+
+
+@pytest.mark.parametrize("processor", ["qwen2_5_vl"], indirect=True)
+def test_line_breaks_beside_images_go_on_windows_too(processor):
+    windows = (TURNS[0]._replace(text=f"{IMAGE}\r\nWhat is it?"), *TURNS[1:])
+    assert render(processor, windows) == render(processor, TURNS)
+
+
+def vlm(folder, **settings) -> VLM:
+    return VLM(VLModelConfig(path=str(folder), **settings))
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "gemma3", "internvl", "qwen3_vl", "idefics3", "fast_vlm"])
+def test_the_labels_are_the_answers_and_their_ends(name, tiny_vlm, pictures):
+    model = vlm(tiny_vlm(name))
+    row = model.row("chat", Example("1", ("wide.png",), "And this?", ("Nothing.",), (1.0,), turns=TURNS), pictures, "")
+    learned = model.processor.tokenizer.decode(row.labels[row.labels != IGNORED])
+    ends = {"llava": "</s>", "mllama": "<|eot_id|>", "gemma3": "<end_of_turn>"}
+    ends |= dict.fromkeys(("smolvlm", "idefics3"), "<end_of_utterance>")
+    end = ends.get(name, "<|im_end|>")
+    assert "".join(learned.split()) == f"Aredball.{end}Nothing.{end}"
+    assert (row.labels[row.labels != IGNORED] == row.inputs["input_ids"][0][row.labels != IGNORED]).all()
+
+
+@settings(max_examples=25)
+@given(st.lists(st.text("abc dé\n.?☃", min_size=1).filter(str.strip), min_size=1, max_size=3))
+def test_any_answers_come_back(answers):
+    turns = [t for text in answers for t in (Turn("user", "q", False), Turn("assistant", text, True))]
+    text, spans = render(SIMPLE, turns)
+    assert [text[start:end] for start, end in spans] == [f"{answer.strip()}</s>" for answer in answers]
+
+
+class Simple:
+    """A processor with the simplest template, which trims what is said."""
+
+    chat_template = "simple"
+
+    class tokenizer:  # noqa: N801
+        eos_token = "</s>"
+        all_special_tokens = ("</s>",)
+
+        @staticmethod
+        def get_added_vocab() -> dict[str, int]:
+            return {}
+
+    @staticmethod
+    def apply_chat_template(messages, add_generation_prompt, tokenize):
+        said = [f"<{m['role']}>{''.join(part['text'] for part in m['content']).strip()}" for m in messages]
+        return "".join(said) + "<assistant>" * add_generation_prompt
+
+
+SIMPLE = Simple()

@@ -1,0 +1,192 @@
+"""Rows, batches, losses and answers of transformers' vision-language models."""
+
+import re
+
+import pytest
+import torch
+
+from dora_mm.config.models import VLModelConfig
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.tables import open_table
+from dora_mm.models.vlm.encoding import IGNORED
+from dora_mm.models.vlm.family import VLM
+from dora_mm.tasks.vl import draw_answer
+from tests.data.vl.files import write_json
+from tests.models.vlm import tiny
+from tests.models.vlm.vlm_rows import write_pictures
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return str(write_pictures(tmp_path_factory.mktemp("pictures")))
+
+
+@pytest.fixture
+def vlm(tiny_vlm, request):
+    return VLM(VLModelConfig(path=str(tiny_vlm(request.param))))
+
+
+def conversation(number: int, images: tuple[str, ...], answer: str = "It is grey.") -> Example:
+    asked = "\n".join([IMAGE] * len(images) + ["What is it, and how many are there?"[: 18 + 6 * number]])
+    turns = (Turn("user", asked, False), Turn("assistant", answer, True))
+    return Example(str(number), images, asked, (answer,), (1.0,), turns=turns)
+
+
+ROWS = [
+    conversation(0, ()),
+    conversation(1, ("wide.png",)),
+    conversation(2, ("tall.png", "square.png"), "No."),
+    conversation(3, ("square.png",), "Yes, two of them."),
+]
+
+
+def batch_of(vlm: VLM, rows, pictures, task="chat"):
+    return vlm.batch(task, rows, pictures, [draw_answer(row, 0.5) for row in rows])
+
+
+def sums_and_counts(vlm: VLM, batch):
+    found = [vlm.row_losses(inputs, labels) for inputs, labels, _ in batch.groups]
+    return torch.cat([sums for sums, _ in found]), torch.cat([counts for _, counts in found])
+
+
+@pytest.mark.parametrize("vlm", tiny.CHAT, indirect=True)
+def test_a_mixed_batch_has_the_losses_of_its_rows_alone(vlm, pictures):
+    """With no, one and two images, of several sizes."""
+    stream = torch.Generator()
+    with torch.no_grad():
+        together = vlm.loss(batch_of(vlm, ROWS, pictures), stream)
+        alone = [sums_and_counts(vlm, batch_of(vlm, [row], pictures)) for row in ROWS]
+    sums, counts = (torch.cat(values) for values in zip(*alone, strict=True))
+    torch.testing.assert_close(together, sums.sum() / counts.sum(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vlm", ["llava", "florence2", "blip_vqa", "paligemma"], indirect=True)
+def test_vqa_answers_are_weighted_by_their_scores(vlm, pictures):
+    rows = [
+        Example("1", ("wide.png",), "What colour?", ("red",), (1.0,)),
+        Example("2", ("tall.png",), "How many balls?", ("two",), (0.3,)),
+    ]
+    with torch.no_grad():
+        loss = vlm.loss(batch_of(vlm, rows, pictures, "vqa"), torch.Generator())
+        alone = [sums_and_counts(vlm, batch_of(vlm, [row], pictures, "vqa")) for row in rows]
+    means = [float(sums / counts) for sums, counts in alone]
+    assert float(loss) == pytest.approx((means[0] + 0.3 * means[1]) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("vlm", ["llava", "qwen2_5_vl", "gemma3", "mllama"], indirect=True)
+def test_losses_are_those_of_the_models_own_output(vlm, pictures):
+    """Which has logits at all positions, and no weights."""
+    batch = batch_of(vlm, [ROWS[1]], pictures)
+    ((inputs, labels, _),) = batch.groups
+    with torch.no_grad():
+        own = vlm.model(**vlm._moved(inputs), labels=labels).loss
+        ours = vlm.loss(batch, torch.Generator())
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "mllama"])
+def test_text_is_cut_and_image_tokens_never(name, tiny_vlm, pictures):
+    long = conversation(1, ("wide.png", "tall.png"), "very " * 60 + "long")
+    whole = VLM(VLModelConfig(path=str(tiny_vlm(name)))).row("chat", long, pictures, "")
+    room = whole.length - 40
+    cut = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=room))
+    row = cut.row("chat", long, pictures, "")
+    assert row.length == room
+    assert row.num_cut == 40
+    assert row.num_image_tokens == whole.num_image_tokens
+    image = torch.isin(whole.inputs["input_ids"], cut.encoder.image_ids).sum()
+    assert torch.isin(row.inputs["input_ids"], cut.encoder.image_ids).sum() == image
+    kept = (whole.labels != IGNORED).sum() - (row.labels != IGNORED).sum()
+    assert 0 < kept <= 40
+    with torch.no_grad():
+        assert torch.isfinite(cut.loss(batch_of(cut, [long, ROWS[0]], pictures), torch.Generator()))
+    assert cut.num_cut == 1
+    short = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=max(1, whole.num_image_tokens - 1)))
+    with pytest.raises(ValueError, match=r"row 1 of chat: the images alone are \d+ tokens"):
+        short.row("chat", long, pictures, "")
+
+
+@pytest.mark.parametrize("vlm", ["llava"], indirect=True)
+def test_images_and_their_places_must_agree(vlm, pictures):
+    turns = (Turn("user", f"{IMAGE} {IMAGE} q", False), Turn("assistant", "a", True))
+    with pytest.raises(ValueError, match="row 7 of chat: the text has 2 places for images, and the row has 1 images"):
+        vlm.row("chat", Example("7", ("wide.png",), "q", ("a",), (1.0,), turns=turns), pictures, "a")
+
+
+@pytest.mark.parametrize("vlm", ["llava"], indirect=True)
+def test_prompts_can_be_configured(vlm, tiny_vlm, pictures):
+    example = Example("1", ("wide.png",), "Is {it} red?", ("yes",), (1.0,))
+    usual = vlm.processor.tokenizer.decode(vlm.row("vqa", example, pictures, None).inputs["input_ids"][0])
+    assert re.search(r"Is \{it\} red\?\nAnswer with a word or a short phrase\.", usual)
+    other = VLM(VLModelConfig(path=str(tiny_vlm("llava")), prompts={"vqa": "Q: {text} A:"}))
+    text = other.processor.tokenizer.decode(other.row("vqa", example, pictures, None).inputs["input_ids"][0])
+    assert "Q: Is {it} red? A:" in text
+
+
+@pytest.mark.parametrize("vlm", ["llava", "blip_vqa", "git"], indirect=True)
+def test_the_likeliest_candidate_is_chosen(vlm, pictures):
+    example = Example("1", ("wide.png",), "What colour?", ("red",), (1.0,))
+    candidates = ("red", "blue", "a dark green")
+    config = DecodeConfig(answers="rank")
+    (chosen,) = vlm.answerer("vqa", config, candidates)([example], pictures)
+    with torch.no_grad():
+        losses = {
+            answer: float(vlm.row_losses(*vlm._collate([vlm.row("vqa", example, pictures, answer)]))[0])
+            for answer in candidates
+        }
+    assert chosen == min(losses, key=losses.__getitem__)
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_candidates_are_ranked_by_whole_rows_and_in_batches(name, tiny_vlm, pictures):
+    """Rows that a training cuts before their answers have no loss, which would make the first candidate the best."""
+    example = Example("1", ("wide.png",), "What colour? " * 9)
+    candidates = ("a colour of many words", "blue", "another colour of many words")
+    for max_length, batch_size in ((None, 64), (None, 1), (40, 64)):
+        vlm = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=max_length))
+        answer = vlm.answerer("vqa", DecodeConfig(answers="rank", batch_size=batch_size), candidates)
+        assert answer([example], pictures) == ["blue"]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_questions_to_answer_are_not_cut(name, tiny_vlm, pictures):
+    example = Example("1", ("wide.png",), "What colour? " * 9)
+    whole, cut = (VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=n)) for n in (None, 30))
+    assert cut.row("vqa", example, pictures, None).length == whole.row("vqa", example, pictures, None).length
+
+
+def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
+    llava = VLM(VLModelConfig(path=str(tiny_vlm("llava"))))
+    with pytest.raises(ValueError, match="answers: trie needs model.family vl_bart"):
+        llava.answerer("vqa", DecodeConfig(answers="trie"), ("a",))
+    with pytest.raises(ValueError, match="set the task's train"):
+        llava.answerer("vqa", DecodeConfig(answers="rank"), ())
+    with pytest.raises(ValueError, match="the task tvqa needs model.family vl_bart"):
+        llava.check(["tvqa"])
+    with pytest.raises(ValueError, match="BlipForQuestionAnswering reads one image per row, and nlvr2 has two"):
+        VLM(VLModelConfig(path=str(tiny_vlm("blip_vqa")))).check(["nlvr2"])
+    with pytest.raises(ValueError, match="prompts: that of vqa needs {text}"):
+        VLModelConfig(path="a/b", prompts={"vqa": "Answer briefly."})
+    with pytest.raises(ValueError, match="model.prompts: chat has no effect"):
+        VLM(VLModelConfig(path=str(tiny_vlm("llava")), prompts={"chat": "Q: {text}"})).check(["chat"])
+    with pytest.raises(ValueError, match=r"model.image_size: .* takes model.max_pixels instead"):
+        VLM(VLModelConfig(path=str(tiny_vlm("qwen2_5_vl")), image_size=56))
+
+
+@pytest.mark.parametrize("vlm", ["blip2"], indirect=True)
+def test_blip_2_learns_an_answer_that_follows_a_space(vlm, pictures):
+    row = vlm.row("vqa", Example("1", ("wide.png",), "What colour?"), pictures, "red")
+    text = vlm.processor.tokenizer.decode(row.inputs["input_ids"][0, row.num_image_tokens :])
+    assert text.endswith("Question: What colour? Answer: red" + vlm.processor.tokenizer.eos_token)
+
+
+def test_a_class_without_a_chat_template_refuses_system_turns(tiny_vlm, pictures, tmp_path):
+    """Also in rows to answer, which have as many turns as a question with its answer."""
+    turns = [{"from": "system", "value": "Answer in French."}, {"from": "human", "value": "<image>What?"}]
+    file = write_json(tmp_path / "rows.json", [{"image": "wide.png", "conversations": turns}])
+    source = SourceConfig(format="chat", file=str(file), images=pictures)
+    table = open_table(source, tmp_path, on_bad_data="stop")
+    with pytest.raises(ValueError, match="has several turns before its answer, and BlipForQuestionAnswering reads one"):
+        VLM(VLModelConfig(path=str(tiny_vlm("blip_vqa")))).check_rows(table)

@@ -1,0 +1,391 @@
+"""From a folder of images to an adapter that plain diffusers loads, and resuming after every interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from dora_mm.cli import main
+from dora_mm.config import load_config
+from dora_mm.recipes import PIPELINES
+from dora_mm.sampling.pictures import sample
+from dora_mm.train.checkpoint import checkpoints
+from dora_mm.train.metrics import read_metrics
+
+PROMPT = "a TOK icon of a bus"
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def config(tmp_path, tiny_folder, image_folder):
+    """Writes the config of a short training; keyword arguments change values (section__key=value)."""
+
+    def write(name="short", **changes):
+        values = {
+            "pipeline": "train_diffusion",
+            "output": str(tmp_path / "run"),
+            "model": {"path": str(tiny_folder)},
+            "adapter": {"rank": 4, "parts": ["attn", "cross", "ff", "conv"]},
+            "data": {"folder": str(image_folder), "resolution": 64, "placeholder": "TOK", "caption_dropout": 0.2},
+            "optimizer": {"lr": 0.01},
+            "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1},
+            "sample": {"prompts": [PROMPT], "steps": 2},
+        }
+        for key, value in changes.items():
+            section, _, leaf = key.partition("__")
+            if leaf:
+                values[section][leaf] = value
+            else:
+                values[section] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write
+
+
+def largest_difference(one, two):
+    return np.abs(np.asarray(one, dtype=np.float64) - np.asarray(two, dtype=np.float64)).max() / 255
+
+
+ADAPTERS = {
+    "dora": {},
+    "alpha": {"adapter__alpha": 10.0},
+    "lora": {"adapter__method": "lora"},
+    "magnitude": {"adapter__method": "magnitude"},
+    "strength": {"adapter__strength": 1.5},
+    "text encoders": {"adapter__text_encoders": True, "adapter__alpha": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_plain_diffusers_draws_our_image(config, tmp_path, tiny_folder, kind):
+    assert main(["train", str(config(**ADAPTERS[kind]))]) == 0
+    run = tmp_path / "run"
+    prompts = tmp_path / "sample.yaml"
+    prompts.write_text(
+        yaml.safe_dump(
+            {
+                "pipeline": "sample",
+                "output": str(tmp_path / "drawn"),
+                "model": {"path": str(tiny_folder)},
+                "adapter": {"path": str(run / "adapter")},
+                "prompts": [PROMPT],
+                "seeds": [7],
+                "steps": 3,
+                "strengths": [0, 1],
+            },
+            sort_keys=False,
+        )
+    )
+    assert main(["sample", str(prompts)]) == 0
+    ours = Image.open(tmp_path / "drawn" / "samples" / "0001-seed7-strength1.png")
+    bare = Image.open(tmp_path / "drawn" / "samples" / "0001-seed7-strength0.png")
+    assert ours.text["parameters"].startswith(PROMPT)
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+    # 8-bit images, from weights at other addresses: the products of some processors then differ in the last bit.
+    # Floats are compared in tests/formats.
+    same = 1.5 / 255
+    assert largest_difference(bare, sample(pipe, [PROMPT], [7], steps=3)[0]) <= same
+    pipe.load_lora_weights(str(run / "adapter"))
+    theirs = sample(pipe, [PROMPT], [7], steps=3)[0]
+    assert largest_difference(ours, theirs) <= same
+    assert largest_difference(ours, bare) > 3 / 255
+
+
+def test_the_sheet_shows_the_saved_strength(config, tmp_path, tiny_folder):
+    """Compares the sheet of the run, from weights in memory, with one of the saved file at strength 1."""
+    assert main(["train", str(config(adapter__strength=1.5, sample__before_after=False))]) == 0
+    file = config(
+        "next", output=str(tmp_path / "next"), adapter__init_from=str(tmp_path / "run" / "adapter"), train__steps=1
+    )
+    assert main(["train", str(file), "--set", "optimizer.lr=1e-12", "sample.before_after=false"]) == 0
+    sheets = [Image.open(tmp_path / run / "sheet.png") for run in ("run", "next")]
+    assert largest_difference(*sheets) <= 2.5 / 255  # rounding, of several releases of torch
+
+
+def test_a_run_directory_is_complete(config, tmp_path, capsys):
+    assert main(["train", str(config(sample__every=2))]) == 0
+    run = tmp_path / "run"
+    assert load_config(run / "config.yaml").train.steps == 4
+    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert list((run / "tensorboard").iterdir())
+    assert Image.open(run / "sheet.png").width > 150  # the picture, and the labels at its left
+    assert (run / "samples" / "step-000002.png").is_file()
+    assert str(run / "sheet.png") in capsys.readouterr().out
+    card = ModelCard.load(run / "adapter" / "README.md")
+    (shown,) = card.data.widget
+    assert shown["text"] == PROMPT
+    assert Image.open(run / "adapter" / shown["output"]["url"]).size == (64, 64)
+    assert "pipeline: train_diffusion" in card.text
+
+
+def test_adapters_stay_float32_over_a_bf16_model(config, tmp_path):
+    assert main(["train", str(config(model__dtype="bfloat16", train__mixed_precision="bf16"))]) == 0
+    for folder in checkpoints(tmp_path / "run" / "checkpoints"):
+        assert {t.dtype for t in load_file(folder / "trained_weights.safetensors").values()} == {torch.float32}
+    tensors = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_full_weights_are_saved_and_drawn(config, tmp_path, tiny_folder, capsys):
+    assert main(["train", str(config(adapter__method="full"))]) == 0
+    assert (tmp_path / "run" / "adapter" / "trained_weights.safetensors").is_file()
+    drawing = tmp_path / "sample.yaml"
+    values = {
+        "pipeline": "sample",
+        "output": str(tmp_path / "drawn"),
+        "model": {"path": str(tiny_folder)},
+        "adapter": {"path": str(tmp_path / "run" / "adapter")},
+        "prompts": [PROMPT],
+        "steps": 2,
+    }
+    drawing.write_text(yaml.safe_dump({**values, "strengths": [0.5, 1.0]}))
+    assert main(["sample", str(drawing)]) == 2
+    assert "cannot be drawn at another strength than 1" in capsys.readouterr().err
+    assert not (tmp_path / "drawn").exists()
+    drawing.write_text(yaml.safe_dump(values))
+    assert main(["sample", str(drawing)]) == 0
+    assert [path.name for path in (tmp_path / "drawn" / "samples").iterdir()] == ["0001-seed0.png"]
+
+
+def test_an_initial_adapter_keeps_its_scaling(config, tmp_path, capsys):
+    assert main(["train", str(config("first", output=str(tmp_path / "first"), adapter__alpha=2.0))]) == 0
+    adapter = str(tmp_path / "first" / "adapter")
+    assert main(["train", str(config(adapter__init_from=adapter, adapter__alpha=2.0))]) == 0
+    second = {"output": str(tmp_path / "second"), "adapter__init_from": adapter}
+    assert main(["train", str(config(**second, adapter__alpha=16.0))]) == 2
+    assert "has alpha 2, and adapter.alpha is 16" in capsys.readouterr().err
+    assert main(["train", str(config(**second, adapter__rank=2))]) == 2
+    assert "the model is adapted with dora of rank 2" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
+def test_images_are_encoded_outside_autocast(config, tmp_path, monkeypatch):
+    dtypes = set()
+    encode = AutoencoderKL.encode
+
+    def recorded(vae, pixels):
+        found = encode(vae, pixels)
+        dtypes.add(found.latent_dist.mean.dtype)
+        return found
+
+    monkeypatch.setattr(AutoencoderKL, "encode", recorded)
+    assert main(["train", str(config(data__crop="random", train__mixed_precision="bf16", sample__prompts=[]))]) == 0
+    assert dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({}, {"text_encoder", "text_encoder_2", "vae"}),
+        ({"adapter__text_encoders": True}, {"vae"}),
+        ({"data__crop": "random"}, {"text_encoder", "text_encoder_2"}),
+    ],
+)
+def test_networks_whose_results_are_cached_leave_the_device(config, changes, idle):
+    moved = set()
+
+    class Recorder:
+        def __init__(self, name):
+            self.to = lambda device: moved.add((name, device))
+
+    model = SimpleNamespace(**{name: Recorder(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")})
+    PIPELINES.load("train_diffusion").move_idle_networks_to_cpu(model, load_config(config(**changes)))
+    assert moved == {(name, "cpu") for name in idle}
+
+
+def test_long_captions_of_different_lengths_train(config, image_folder, tmp_path):
+    """In one batch, with frozen and with trained text encoders; nothing is truncated, and nothing is warned of."""
+    captions = image_folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in captions.read_text().splitlines()]
+    rows[0]["text"] += ", a flying saucer" * 9
+    captions.write_text("\n".join(json.dumps(row) for row in rows))
+    for trained in (False, True):
+        run = tmp_path / f"run-{trained}"
+        path = config(output=str(run), adapter__text_encoders=trained, data__repeats=3, sample__prompts=[])
+        assert main(["train", str(path)]) == 0
+        assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_gradient_checkpointing_changes_nothing(config, tmp_path):
+    weights = []
+    for name, changes in {"plain": {}, "checkpointed": {"train__gradient_checkpointing": True}}.items():
+        path = config(
+            name, output=str(tmp_path / name), train__gradient_accumulation_steps=2, sample__prompts=[], **changes
+        )
+        assert main(["train", str(path)]) == 0
+        weights.append(load_file(tmp_path / name / "adapter" / "pytorch_lora_weights.safetensors"))
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key]), key
+
+
+def killed(arguments, run, how):
+    """Runs a training in a process, and kills it after its first checkpoint; returns the step of the last one."""
+    before = len(checkpoints(run / "checkpoints"))
+    command = [sys.executable, "-m", "dora_mm", "train", *map(str, arguments)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    deadline = time.monotonic() + 120
+    while len(checkpoints(run / "checkpoints")) == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(how)
+    assert process.wait(60) == (143 if how == signal.SIGTERM else -how)
+    return json.loads((checkpoints(run / "checkpoints")[-1] / "checkpoint.json").read_text())["step"]
+
+
+def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
+    """Real processes are killed, in both ways, and resumed: weights, optimiser and data order are as without that."""
+    settings = {"train__steps": 10, "train__checkpoint_every": 2, "train__keep_checkpoints": 99, "sample__prompts": []}
+    assert main(["train", str(config("uninterrupted", output=str(tmp_path / "uninterrupted"), **settings))]) == 0
+    run = tmp_path / "interrupted"
+    path = config("interrupted", output=str(run), **settings)
+    first = killed([path], run, signal.SIGTERM)
+    second = killed(["--resume", run], run, signal.SIGKILL)
+    assert 2 <= first < second < 10
+    assert main(["train", "--resume", str(run)]) == 0
+    for name in ("trained_weights.safetensors",):
+        one, two = (load_file(r / "checkpoints" / "step-000010" / name) for r in (tmp_path / "uninterrupted", run))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    states = [
+        torch.load(r / "checkpoints" / "step-000010" / "state.pt", weights_only=True)
+        for r in (tmp_path / "uninterrupted", run)
+    ]
+    one, two = (state["optimizer"]["state"] for state in states)
+    assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
+    one, two = (read_metrics(r / "metrics.jsonl") for r in (tmp_path / "uninterrupted", run))
+    assert [row["seconds"] for row in two] == sorted(row["seconds"] for row in two)
+    for row in (*one, *two):
+        del row["seconds"]
+    assert one == two
+
+
+def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
+    """With a constant rate it ends as a run that was longer from the start."""
+    caplog.set_level("INFO")
+    run, settings = tmp_path / "run", {"sample__prompts": [], "adapter__parts": ["attn"]}
+    assert main(["train", str(config(**settings, train__steps=1))]) == 0
+    assert f"dora-mm train --resume {run} --set train.steps=2" in caplog.text
+    assert main(["train", "--resume", str(run), "--set", "train.steps=2", "adapter.strength=0.5"]) == 0
+    assert load_config(run / "config.yaml").train.steps == 2
+    assert json.loads((run / "summary.json").read_text())["steps"] == 2
+    assert json.loads((run / "step-000001" / "summary.json").read_text())["steps"] == 1
+    longer = config("longer", output=str(tmp_path / "longer"), train__steps=2, **settings)
+    assert main(["train", str(longer), "--set", "adapter.strength=0.5"]) == 0
+    one, two = (load_file(tmp_path / each / "adapter" / ADAPTER) for each in ("run", "longer"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert main(["train", "--resume", str(run), "--set", "optimizer.lr=1.0"]) == 2
+    assert "optimizer.lr cannot change from 0.01 to 1.0" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = config(output=None, data__latent_cache="latents")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["train", str(path), "--dry-run"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().out
+    for words in (
+        "buckets   64 x 64: 3, 128 x 32: 2 (h x w)",
+        "captions  5 from metadata.jsonl",
+        "without TOK  0",
+        "4 steps x batch 2 / 5 pictures = each is seen 2 times",
+        "Each picture is seen 2 times (the paper's recipes: 3d_icon 130, lego 49), which is little",
+        "unet attn",
+        "frozen in float32",
+        "optimizer state (adamw, 2 numbers each)",
+        "activations (an estimate",
+        "s a step (measured)",
+    ):
+        assert words in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU a large model is measured")
+def test_a_dry_run_computes_nothing_with_a_large_model_on_a_processor(config, capsys, monkeypatch):
+    from dora_mm.preview import training as preview
+
+    monkeypatch.setattr(preview, "LARGE", 1000)
+    monkeypatch.setattr(AutoencoderKL, "encode", None)
+    assert main(["train", str(config()), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "together, without activations" in printed
+    assert "time      not measured: a step of this model takes minutes to hours without a GPU" in printed
+    assert "There is no GPU, and the model has" in printed
+
+
+def test_a_dry_run_with_a_hub_model_that_is_not_here_describes_the_data(config, capsys):
+    assert main(["train", str(config(model__path="owner/nothing")), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "captions  5 from metadata.jsonl" in printed
+    assert "21 characters: a TOK icon of thing" in printed
+    assert "owner/nothing is not on this machine: modules, memory and time are left out" in printed
+
+
+def test_warnings_before_a_long_training(config, caplog, monkeypatch):
+    from dora_mm.preview import training as preview
+
+    monkeypatch.setattr(preview, "half_precision_slowdown", lambda dtype: 16.0)
+    changes = {"model__dtype": "bfloat16", "train__mixed_precision": "bf16", "train__steps": 1, "sample__prompts": []}
+    assert main(["train", str(config(**changes))]) == 0
+    assert "Each picture is seen 0 times" in caplog.text
+    assert ("emulates bf16, some 16 times slower" in caplog.text) == (not torch.cuda.is_available())
+
+
+def test_a_hub_that_cannot_be_reached(config, capsys):
+    assert main(["train", str(config(model__path="owner/nothing"))]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("dora-mm: owner/nothing is not on this machine, and the hub (huggingface.co) cannot be")
+
+
+def test_a_run_is_resumed_with_the_same_images_only(config, tmp_path, image_folder, capsys):
+    assert main(["train", str(config(sample__prompts=[]))]) == 0
+    captions = image_folder / "metadata.jsonl"
+    captions.write_text(captions.read_text().replace("thing 3", "thing three"))
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert "the pictures and captions changed" in capsys.readouterr().err
+
+
+BAD = {
+    "no caption holds the placeholder": ({"data__placeholder": "SKS"}, "SKS"),
+    "the run exists": ({"output": "."}, "exists"),
+    "no such adapter": ({"adapter__init_from": "nowhere.safetensors"}, "nowhere.safetensors"),
+    "an adapter for another model": ({"adapter__init_from": "foreign.safetensors"}, "foreign.safetensors"),
+    "a broken image": ({"data__folder": "broken"}, "broken.png is empty"),
+    "no such model": ({"model__path": "./nowhere"}, "nowhere"),
+    "a package is missing": ({"optimizer": {"name": "prodigy", "lr": 1.0}}, "needs the package prodigyopt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gives_one_sentence_and_writes_nothing(config, tmp_path, name, capsys, monkeypatch):
+    changes, message = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    foreign = {f"unet.mid_block.other.to_q.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
+    save_file(foreign, tmp_path / "foreign.safetensors")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "broken.png").touch()
+    (tmp_path / "broken" / "broken.txt").write_text("a TOK icon of a bus")
+    before = sorted(tmp_path.rglob("*"))
+    path = config(**changes)
+    assert main(["train", str(path)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dora-mm: ")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == sorted({*before, Path(path)})

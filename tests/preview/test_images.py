@@ -1,0 +1,63 @@
+"""What a dry run says of the pictures, and when the number of steps is remarked upon."""
+
+from pathlib import Path
+
+import pytest
+
+from dora_mm.config.images import DataConfig
+from dora_mm.config.training import TrainConfig
+from dora_mm.data.images.folder import CaptionedImage
+from dora_mm.preview.images import describe_captions, describe_length, describe_pictures, remark_on_length
+
+IMAGES = [
+    CaptionedImage(Path("a.png"), "a TOK cat", (128, 128), "a"),
+    CaptionedImage(Path("b.png"), "a dog on a mat", (64, 64), "b", ".txt"),
+    CaptionedImage(Path("3_c/c.png"), "a TOK", (300, 150), "c", "data.instance_prompt", 3),
+]
+DATA = DataConfig(folder="pictures", resolution=128, placeholder="TOK", subfolders=True)
+
+
+def test_pictures_by_bucket():
+    assert describe_pictures(IMAGES, DATA).splitlines() == [
+        "pictures  3 in pictures",
+        "buckets   128 x 128: 2, 160 x 96: 1 (h x w)",
+        "enlarged  1: they have less than 128 x 128 pixels",
+        "repeats   2 pictures x 1, 1 pictures x 3",
+    ]
+
+
+def test_captions_by_source_with_the_longest_and_those_without_the_placeholder():
+    assert describe_captions(IMAGES, DATA, lambda text: len(text.split())).splitlines() == [
+        "captions  1 from metadata.jsonl, 1 from <name>.txt, 1 from data.instance_prompt",
+        "longest   5 tokens: a dog on a mat",
+        "without TOK  1 (b.png)",
+    ]
+    assert "14 characters: a dog on a mat" in describe_captions(IMAGES, DATA, None)
+
+
+def test_the_length_is_compared_with_the_recipes():
+    train = TrainConfig(steps=400, batch_size=2, gradient_accumulation_steps=3)
+    assert describe_length(30, train, 2) == (
+        "length    400 steps x batch 2 x 3 accumulated x 2 processes / 30 pictures = each is seen 160 times "
+        "(the paper's recipes: 3d_icon 130, lego 49)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "pictures", "words"),
+    [
+        (1000, 23, None),
+        (1000, 61, None),
+        (400, 400, "Each picture is seen 3 times"),
+        (1000, 5, "Each picture is seen 600 times"),
+    ],
+)
+def test_a_training_far_from_the_recipes_is_remarked_upon(steps, pictures, words):
+    remarks = remark_on_length(pictures, TrainConfig(steps=steps, batch_size=3))
+    assert len(remarks) == (words is not None)
+    assert all(words in remark for remark in remarks)
+
+
+def test_the_remark_says_how_many_steps_would_be_as_in_the_recipes():
+    (remark,) = remark_on_length(61, TrainConfig(steps=10, batch_size=3))
+    assert "little for a style: train.steps from 1000 to 2652 would be as in those" in remark

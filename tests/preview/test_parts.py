@@ -1,0 +1,62 @@
+"""The table of what is trained, part by part."""
+
+import re
+
+import pytest
+
+from dora_mm.config.adapter import VLAdapterConfig
+from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.training import OptimizerConfig
+from dora_mm.models.families import structure_of
+from dora_mm.preview.parts import parts_table
+from dora_mm.tasks import vl_adapters
+from tests.models.vlm import tiny
+
+PARTS = {
+    "text.attn": {},
+    "text.mlp": {"rank": 4, "lr": 0.002},
+    "vision.attn": {"method": "lora"},
+    "connector": {"method": "full", "lr": 0.001},
+}
+
+
+def table_of(folder, adapter: dict) -> tuple[vl_adapters.Trained, dict[str, list[str]]]:
+    """What is trained, and the cells of the table by the first one."""
+    structure = structure_of(VLModelConfig(path=str(folder)), VisionConfig())
+    config = VLAdapterConfig.model_validate({"rank": 2, **adapter})
+    trained = vl_adapters.adapt(structure, config, seed=0, backend="torch")
+    lines = parts_table(trained, structure.target_maps, config, OptimizerConfig(lr=0.01)).splitlines()
+    return trained, {cells[0]: cells[1:] for cells in (re.split(r"\s{2,}", line) for line in lines)}
+
+
+def test_parts_with_settings_of_their_own(tiny_vlm):
+    _, rows = table_of(tiny_vlm("qwen2_5_vl"), {"alpha": 4.0, "parts": PARTS, "extra_trainable": ["norms"]})
+    assert rows["part"] == ["modules", "method", "rank", "alpha", "lr", "count", "parameters"]
+    assert rows["text.attn"][:6] == ["q_proj, k_proj, v_proj, o_proj", "dora", "2", "4", "0.01", "8"]
+    assert rows["text.mlp"][1:6] == ["dora", "4", "8", "0.002", "6"]
+    assert rows["vision.attn"][:6] == ["qkv, proj", "lora", "2", "4", "0.01", "4"]
+    assert rows["connector"][:4] == ["mlp.0, mlp.2", "full", "0.001", "2"]
+    assert rows["vision.mlp"] == ["gate_proj, up_proj, down_proj", "frozen", "6"]
+    assert rows["extra: norms"][:2] == ["full", "0.01"]
+    two_layers = sum(2 * (32 + out) + out for out in (32, 16, 16, 32)) * 2  # A and B of rank 2, and m
+    assert rows["text.attn"][6] == f"{two_layers:,}"
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"method": "full"},
+        {"method": "full", "extra_trainable": ["biases"]},
+        {"parts": ["text.attn", "text.mlp"], "extra_trainable": ["biases", "norms", "embeddings"]},
+        {"parts": {"text.attn": {"method": "magnitude"}, "text.mlp": {"method": "full"}}, "extra_trainable": ["norms"]},
+    ],
+)
+def test_the_parts_add_up_to_all_that_is_trained(name, adapter, tiny_vlm):
+    trained, rows = table_of(tiny_vlm(name), adapter)
+    number = {first: int(cells[-1].replace(",", "")) for first, cells in rows.items() if first != "part"}
+    (total,) = rows["all"]
+    parts = [value for first, value in number.items() if first != "all" and "frozen" not in rows[first]]
+    assert total == f"{trained.num_trained:,}"
+    assert sum(parts) == trained.num_trained

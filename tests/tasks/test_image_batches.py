@@ -1,0 +1,195 @@
+"""Batches: every image with its own caption and sizes, as a function of the batch number."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dora_mm.config.images import DataConfig, LossConfig
+from dora_mm.data.images.folder import read_training_images
+from dora_mm.models.sdxl.encoding import encode_images, encode_prompts
+from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
+from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.utils.randomness import batch_indices, batch_of_groups, generator
+
+
+def batches(tiny, folder, *, trained=False, batch_size=2, process=(0, 1), **data):
+    config = DataConfig(folder=str(folder), resolution=64, **data)
+    prompts = PromptEncoder(tiny, trained=trained)
+    images = read_training_images(config)
+    return CaptionedBatches(tiny, images, prompts, config, batch_size=batch_size, seed=1, process=process)
+
+
+def test_an_epoch_repeats_images_by_the_name_of_their_folder(tiny, image_folder):
+    (image_folder / "metadata.jsonl").unlink()
+    for index, name in enumerate(("3_cats", "3_cats", "dogs", "2_birds", "2_birds")):
+        (image_folder / name).mkdir(exist_ok=True)
+        (image_folder / f"{index}.png").rename(image_folder / name / f"{index}.png")
+    config = {"subfolders": True, "instance_prompt": "a thing", "repeats": 2}
+    groups = batches(tiny, image_folder, **config).groups
+    assert Counter(index for group in groups for index in group) == {0: 4, 1: 4, 2: 6, 3: 6, 4: 2}
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_latents_captions_and_sizes_belong_together(tiny, image_folder, crop):
+    all_batches = batches(tiny, image_folder, crop=crop, flip=True)
+    texts = {image.caption: encode_prompts(tiny, [image.caption]) for image in all_batches.images}
+    sizes = {image.caption: image.size for image in all_batches.images}
+    with torch.no_grad():
+        for number in range(6):
+            batch = all_batches(number)
+            for prompt, pooled, ids in zip(batch.prompt, batch.pooled, batch.time_ids, strict=True):
+                (caption,) = [c for c, (e, p) in texts.items() if torch.allclose(e[0], prompt, atol=1e-5)]
+                assert torch.allclose(texts[caption][1][0], pooled, atol=1e-5)
+                assert tuple(ids[:2].int().tolist()) == sizes[caption]
+
+
+def test_cached_latents_equal_fresh_ones(tiny, image_folder):
+    all_batches = batches(tiny, image_folder)
+    all_batches.encode_all()
+    image = all_batches.images[0]
+    from dora_mm.data.images.pixels import load_rgb, render
+
+    pixels = render(load_rgb(image.path), all_batches._frame(0, False, None))
+    mean, logvar = encode_images(tiny, pixels[None])
+    cached = all_batches._latents(0, all_batches._frame(0, False, None))
+    assert torch.equal(cached.mean, mean[0])
+    assert torch.equal(cached.logvar, logvar[0])
+    assert not torch.equal(all_batches(0).latents, all_batches(3).latents)  # drawn again
+
+
+def test_a_batch_is_a_function_of_its_number(tiny, image_folder):
+    one, two = (
+        batches(tiny, image_folder, crop="random", flip=True),
+        batches(tiny, image_folder, crop="random", flip=True),
+    )
+    two(5)  # another history
+    for name in ("latents", "prompt", "pooled", "time_ids"):
+        assert torch.equal(getattr(one(2), name), getattr(two(2), name))
+
+
+def test_images_of_two_shapes_never_share_a_batch_and_all_are_seen(tiny, image_folder):
+    all_batches = batches(tiny, image_folder, repeats=2)
+    shapes = [
+        tuple(all_batches(number).latents.shape) for number in range(6)
+    ]  # 6 + 4 images in twos: an epoch of 5 batches
+    assert len({shape[2:] for shape in shapes}) == 2
+    assert sum(shape[0] for shape in shapes[:5]) == 10
+
+
+def test_processes_share_the_work_without_overlap(tiny, image_folder):
+    single = batches(tiny, image_folder)
+    halves = [batches(tiny, image_folder, process=(index, 2)) for index in range(2)]
+    for number in range(4):
+        assert torch.equal(single(number).latents, halves[number % 2](number // 2).latents)
+
+
+def test_dropped_captions_become_zeros_or_the_empty_text(tiny, image_folder):
+    empty, empty_pooled = encode_prompts(tiny, [""])
+    for meaning, (prompt, pooled) in {
+        "zeros": (torch.zeros_like(empty), torch.zeros_like(empty_pooled)),
+        "empty": (empty, empty_pooled),
+    }.items():
+        all_batches = batches(tiny, image_folder, caption_dropout=0.999999, unconditional=meaning)
+        batch = all_batches(0)
+        assert torch.allclose(batch.prompt[0], prompt[0], atol=1e-5)
+        assert torch.allclose(batch.pooled[0], pooled[0], atol=1e-5)
+
+
+LONG = ", ".join(["a TOK icon of a flying saucer"] * 6)
+
+
+@pytest.fixture
+def long_captions(image_folder):
+    """Every second caption is longer than the text encoders take at once."""
+    file = image_folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows[::2]:
+        row["text"] = f"{row['text']}, {LONG}"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    return image_folder
+
+
+def select(batch, rows, length=None):
+    """Rows of a batch; with a length, without its padding."""
+    mask = batch.mask[rows] if length is None else None
+    return ConditionedLatents(
+        batch.latents[rows], batch.prompt[rows][:, :length], batch.pooled[rows], batch.time_ids[rows], mask
+    )
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("unconditional", ["zeros", "empty"])
+def test_captions_of_different_lengths_train_as_they_do_alone(tiny, long_captions, trained, unconditional):
+    """Padding is masked: what the UNet predicts for an image does not depend on the captions of the others."""
+    all_batches = batches(
+        tiny, long_captions, trained=trained, batch_size=3, caption_dropout=0.3, unconditional=unconditional
+    )
+    task = DiffusionTask(tiny.unet, dict(tiny.scheduler.config), LossConfig())
+    masked = 0
+    with torch.no_grad():
+        for number in range(8):
+            batch = all_batches(number)
+            if batch.mask is None:
+                continue
+            masked += 1
+            for row, length in enumerate(batch.mask.sum(dim=1).tolist()):
+                others = [other for other in range(len(batch.latents)) if other != row]
+                together, alone = select(batch, [row, *others]), select(batch, [row], length)
+                one, two = (
+                    task.denoised(each, torch.full((len(each.latents),), 500), torch.Generator().manual_seed(0))[0]
+                    for each in (together, alone)  # the first image of a batch gets the first noise
+                )
+                torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    assert masked >= 2
+
+
+def test_captions_of_one_length_have_no_mask(tiny, image_folder):
+    all_batches = batches(tiny, image_folder)
+    assert all(all_batches(number).mask is None for number in range(4))
+
+
+def test_dropout_has_its_rate(tiny, image_folder):
+    all_batches = batches(tiny, image_folder, caption_dropout=0.3)
+    dropped = [bool((prompt == 0).all()) for number in range(150) for prompt in all_batches(number).prompt]
+    assert 0.2 < sum(dropped) / len(dropped) < 0.4
+
+
+def test_trained_text_encoders_get_gradients(tiny, image_folder):
+    tiny.text_encoder.requires_grad_(True)
+    batch = batches(tiny, image_folder, trained=True)(0)
+    batch.prompt.sum().backward()
+    assert tiny.text_encoder.get_input_embeddings().weight.grad is not None
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
+def test_every_item_is_seen_once_per_epoch(num_items, batch_size, seed):
+    rows = [i for step in range(num_items) for i in batch_indices(num_items, batch_size, step, seed)]
+    assert Counter(rows) == dict.fromkeys(range(num_items), batch_size)
+
+
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2))
+def test_grouped_epochs_are_complete_and_never_mixed(sizes, batch_size, seed, epoch):
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    groups = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    per_epoch = sum(-(-size // batch_size) for size in sizes)
+    all_batches = [batch_of_groups(groups, batch_size, epoch * per_epoch + n, seed) for n in range(per_epoch)]
+    assert sorted(row for batch in all_batches for row in batch) == list(range(sum(sizes)))
+    assert all(any(set(batch) <= set(group) for group in groups) for batch in all_batches)
+
+
+def test_generators_depend_on_each_argument():
+    base = torch.rand(4, generator=generator(1, 2, "a"))
+    assert torch.equal(base, torch.rand(4, generator=generator(1, 2, "a")))
+    for other in (generator(2, 2, "a"), generator(1, 3, "a"), generator(1, 2, "b")):
+        assert not torch.equal(base, torch.rand(4, generator=other))
+
+
+def test_no_items_is_an_error():
+    with pytest.raises(ValueError, match="nothing to train on"):
+        batch_of_groups([], 2, 0, 0)
+    with pytest.raises(ValueError, match="nothing to train on"):
+        batch_indices(0, 2, 0, 0)
