@@ -18,7 +18,7 @@ from dora_mm.config.loader import dump_config, load_config, resolve_path
 from dora_mm.config.vl import CompareVLConfig, TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.example import Example, Predictions, stem
-from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
+from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation, training_texts
 from dora_mm.data.vl.tables import open_table
 from dora_mm.eval.comparison import Variant, table_rows, variants
 from dora_mm.eval.vl.comparison import (
@@ -116,8 +116,7 @@ class Campaign:
         rows = {
             f"the {split} of {task.task}": open_texts(source, self.base.data).identity
             for task in self.base.data.all_tasks
-            for split, source in (("train", task.train), ("valid", task.valid))
-            if source is not None
+            for split, source in task.sources.items()
         }
         reported = {f"the reported split of {name}": found.table.identity for name, found in self.sets.items()}
         return {"base": dump_config(self.base), **self.model.identity, **rows, **reported}
@@ -160,10 +159,10 @@ class Campaign:
     def question_only(self) -> dict[str, AnswerScores]:
         """The scores, by task, of answers guessed from the question without the image; not for captions."""
         found = {}
-        for task in self.data.all_tasks:
-            if task.task in QUESTION_TASKS and task.train is not None:
+        for task in self.base.data.all_tasks:
+            if task.task in QUESTION_TASKS:
                 rows = self.examples[task.task]
-                answers = question_only_answers(open_texts(task.train, self.base.data), rows)
+                answers = question_only_answers(training_texts(task, self.base.data), rows)
                 found[task.task] = [list(zip(rows, answers, strict=True))]
         return {name: scores for name, rows in found.items() if (scores := answer_scores(name, rows))}
 
@@ -266,8 +265,7 @@ def check_reported(config: CompareVLConfig, base: TrainVLConfig, sets: Mapping[s
             place = config.report.place(name, "report")
             raise ValueError(f"{place} has only one image, and intervals need two or more")
     for task in base.data.all_tasks:
-        for split, source in (("train", task.train), ("valid", task.valid)):
-            assert source is not None
+        for split, source in task.sources.items():
             table = open_table(source, Path(base.data.tables), on_bad_data=base.data.on_bad_data)
             used = ValidationSet(table, source.images)
             for name, found in sets.items():

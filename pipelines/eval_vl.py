@@ -14,7 +14,7 @@ from dora_mm.config.vl_data import VIDEO_TASKS
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
-from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation
+from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.comparison import answer_scores, gain_over_question_only
 from dora_mm.eval.vl.metrics import QUESTION_TASKS, VLScores, report, score, score_row
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
@@ -76,7 +76,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     (task,) = (task for task in config.data.all_tasks if task.task == name)
     if task.train is None or name not in QUESTION_TASKS:
         return scores
-    training = open_texts(task.train, config.data).answered()
+    training = training_texts(task, config.data).answered()
     if not len(training):
         return replace(scores, notes=(*scores.notes, f"no question-only accuracy: {task.train.file} has no answers"))
     examples = [example for example, _ in rows]

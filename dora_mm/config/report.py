@@ -42,7 +42,7 @@ def describe(error: ValidationError, schema: type[BaseModel], origins: Mapping[K
     """
     problems = []
     for item in error.errors(include_url=False):
-        path = tuple(item["loc"])
+        path = _without_tags(tuple(item["loc"]), schema)
         problems.append(Problem(_origin(path, origins), dotted_key(path), _message(item, path, schema)))
     return problems
 
@@ -97,8 +97,7 @@ def _quoted(expected: str) -> list[str]:
 def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
     """Suggests a similar key of the same section, else the same key in another section, else lists the keys."""
     *parents, name = path
-    section = _section(schema, parents)
-    siblings = list(section.model_fields) if section else []
+    siblings = list(dict.fromkeys(key for section in _sections(schema, parents) for key in section.model_fields))
     close = nearest(str(name), siblings)
     if close:
         return close
@@ -108,23 +107,37 @@ def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
     return f"; this section has {', '.join(siblings)}" if siblings else ""
 
 
-def _section(schema: type[BaseModel], parents: Iterable[str | int]) -> type[BaseModel] | None:
-    """The model at a key path; list indices are skipped."""
-    model: type[BaseModel] | None = schema
+def _sections(schema: type[BaseModel], parents: Iterable[str | int]) -> list[type[BaseModel]]:
+    """The models that a key path can lead to; list indices are skipped."""
+    models = [schema]
     for part in parents:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if model else None
-        model = _model_in(field.annotation) if field else None
-    return model
+        if not isinstance(part, int):
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    return models
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model class in an annotation such as Section, Section | None or tuple[Section, ...]."""
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The model classes in an annotation such as Section | None, tuple[Section, ...] or a union of sections."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = [_model_in(argument) for argument in getattr(annotation, "__args__", ())]
-    return next((model for model in found if model), None)
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+
+
+def _without_tags(location: KeyPath, schema: type[BaseModel]) -> KeyPath:
+    """A location without what pydantic adds after the key of a union of sections: which of them was chosen."""
+    path: list[str | int] = []
+    models, tag_follows = [schema], False
+    for part in location:
+        if tag_follows and isinstance(part, str):
+            tag_follows = False
+            continue
+        path.append(part)
+        if isinstance(part, str):
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            found = [_models_in(field.annotation) for field in fields]
+            models, tag_follows = [model for each in found for model in each], any(len(each) > 1 for each in found)
+    return tuple(path)
 
 
 def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
@@ -132,7 +145,6 @@ def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)
-        inner = _model_in(field.annotation)
-        if inner:
+        for inner in _models_in(field.annotation):
             keys += all_keys(inner, f"{prefix}{name}.")
-    return keys
+    return list(dict.fromkeys(keys))

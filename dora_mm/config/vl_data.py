@@ -1,8 +1,9 @@
 """The config sections that name the data of the vision-language pipelines. See schema.py for the rules."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, raise_problems
 
@@ -76,16 +77,62 @@ class SourceConfig(Section):
         return self
 
 
+class HeldOutConfig(Section):
+    """Rows of the training split that are not trained on, by whole images: which ones depends on the rows alone."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]  # of the training split's rows
+    limit: PositiveInt | None = None  # the highest number of these rows; null: no limit
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_file(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "share" in value and (of_a_source := _source_keys(value)):
+            raise ValueError(
+                f"has share, which is of the training split, and so no {of_a_source[0]}: a split with its own file is "
+                "given as a whole, as in valid={format: chat, file: valid.json, images: folder}"
+            )
+        return value
+
+
+def _kind_of_split(value: Any) -> str:
+    """Which section a validation split is; one that has keys of neither is taken for rows that are held out."""
+    if not isinstance(value, Mapping):
+        return "held out" if isinstance(value, HeldOutConfig) else "source"
+    return "held out" if "share" in value or not _source_keys(value) else "source"
+
+
+def _source_keys(value: Mapping[str, Any]) -> list[str]:
+    """The keys that only a source has."""
+    return [key for key in SourceConfig.model_fields if key in value and key not in HeldOutConfig.model_fields]
+
+
+ValidConfig = Annotated[
+    Annotated[SourceConfig, Tag("source")] | Annotated[HeldOutConfig, Tag("held out")], Discriminator(_kind_of_split)
+]
+Split = Literal["train", "valid"]
+SPLITS: tuple[Split, ...] = ("train", "valid")
+
+
 class VLTaskConfig(Section):
     task: VLTask
     train: SourceConfig | None = None  # the training split; null: none
-    valid: SourceConfig | None = None  # the validation split; null: none
+    valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
     batch_size: PositiveInt | None = None  # examples per micro-batch; null: train.batch_size
     weight: Positive = 1.0  # sampling weight of the task, multiplied by the number of its batches
 
     @model_validator(mode="after")
     def _formats_are_of_the_task(self) -> "VLTaskConfig":
-        return raise_problems(self, check_formats(self.task, self.train, self.valid))
+        return raise_problems(self, check_splits(self.task, self.train, self.valid))
+
+    @property
+    def sources(self) -> dict[Split, SourceConfig]:
+        """The sources that are named, by split; without a validation split that is a share of the training split."""
+        splits: dict[Split, SourceConfig | HeldOutConfig | None] = {"train": self.train, "valid": self.valid}
+        return {split: source for split, source in splits.items() if isinstance(source, SourceConfig)}
+
+    def source_of(self, split: Split) -> SourceConfig | None:
+        """The source that has the rows of a split, which of held-out rows is `train`; None: there is no such split."""
+        return self.train if split == "train" or isinstance(self.valid, HeldOutConfig) else self.valid
 
 
 class VLDataConfig(Section):
@@ -93,7 +140,7 @@ class VLDataConfig(Section):
 
     task: VLTask = "chat"  # what train and valid are for
     train: SourceConfig | None = None  # the training split; null: none
-    valid: SourceConfig | None = None  # the validation split; null: none
+    valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
     tasks: Items[VLTaskConfig] = ()  # instead of train and valid; a batch is from one task
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
     tables: Text = "build/tables"  # a cache folder of the files as tables on disk, named by their content
@@ -102,7 +149,7 @@ class VLDataConfig(Section):
     def _one_form_is_given(self) -> "VLDataConfig":
         names = [task.task for task in self.tasks]
         short = [key for key in ("train", "valid") if getattr(self, key) is not None]
-        problems = check_formats(self.task, self.train, self.valid)
+        problems = check_splits(self.task, self.train, self.valid)
         if len(set(names)) < len(names):
             problems.append("tasks names a task twice")
         if self.tasks and short:
@@ -127,16 +174,19 @@ class VLDataConfig(Section):
         return f"{section}.tasks: {task}" if self.tasks else section
 
 
-def check_formats(task: str, train: SourceConfig | None, valid: SourceConfig | None) -> list[str]:
-    """Finds sources whose format is not for the task; one message per problem, each naming the key."""
-    return [
+def check_splits(task: str, train: SourceConfig | None, valid: SourceConfig | HeldOutConfig | None) -> list[str]:
+    """Finds splits that the task cannot have; one message per problem, each naming the key."""
+    problems = [
         f"{name}.format {source.format} is only for {' and '.join(FORMATS[source.format])}, not for {task}"
         for name, source in (("train", train), ("valid", valid))
-        if source is not None and task not in FORMATS[source.format]
+        if isinstance(source, SourceConfig) and task not in FORMATS[source.format]
     ]
+    if train is None and isinstance(valid, HeldOutConfig):
+        problems.append("valid.share is a share of train, which is missing: name the format and file of valid")
+    return problems
 
 
-def missing_splits(data: VLDataConfig, split: Literal["train", "valid"], section: str = "data") -> list[str]:
+def missing_splits(data: VLDataConfig, split: Split, section: str = "data") -> list[str]:
     """Finds tasks without this split; one message per problem, each naming the key as the config has it."""
     missing = [task.task for task in data.all_tasks if getattr(task, split) is None]
     return [f"{data.place(task, section)} has no {split} split" for task in missing]

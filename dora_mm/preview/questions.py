@@ -12,7 +12,7 @@ import numpy as np
 
 from dora_mm.config.loader import find_path
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.config.vl_data import SourceConfig, VLTaskConfig
+from dora_mm.config.vl_data import SPLITS, SourceConfig, Split, VLTaskConfig
 from dora_mm.data.images.pixels import upright_size
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
@@ -21,7 +21,7 @@ from dora_mm.data.vl.readers import FILES
 from dora_mm.data.vl.report import SKIPPED, data_report, table_figures
 from dora_mm.data.vl.rows import MAX_PLACES
 from dora_mm.data.vl.shown import CLOSE, OPEN
-from dora_mm.data.vl.splits import TrainingSet, open_source, open_training
+from dora_mm.data.vl.splits import TrainingSet, open_split, open_training
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl import VLModel, likeliest_answer
 from dora_mm.tasks.survey import survey
@@ -96,7 +96,7 @@ def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool =
                 if split == "train":
                     table = _open_training(skipping, task, model, found)
                 else:
-                    table = open_source(source, skipping.data, model or AllRows())
+                    table = open_split(task, split, skipping.data, model or AllRows())
             except ValueError as error:
                 found.problems.append(str(error))
                 continue
@@ -112,11 +112,11 @@ def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool =
     return found
 
 
-def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, str, SourceConfig]]:
+def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, Split, SourceConfig]]:
     """The splits of a config whose files and folders exist, each with its task and the name of its key."""
     for task in config.data.all_tasks:
-        for split, source in (("train", task.train), ("valid", task.valid)):
-            if source is not None:
+        for split in SPLITS:
+            if source := task.source_of(split):
                 paths = [path for key in (*FILES, "images") if (path := getattr(source, key)) is not None]
                 if all(find_path(path) for path in paths):
                     yield task, split, source
@@ -127,8 +127,7 @@ def _open_training(
 ) -> ExampleTable:
     """The usable rows of a training split, which are added to what was found, with their lengths."""
     check, name = model or AllRows(), task.task
-    data = config.data.with_tasks((task.model_copy(update={"valid": None}),))
-    rows = open_training(data, config.train.batch_size, check)[name]
+    rows = open_training(config.data.with_tasks((task,)), config.train.batch_size, check)[name]
     if model is None:
         return rows.table
     lengths, bad = survey(model, name, rows)

@@ -7,10 +7,11 @@ import pytest
 from dora_mm.config.loader import ConfigError, dump_config, load_config
 from dora_mm.config.paths import check_paths
 from dora_mm.config.vl import EvalVLConfig
-from dora_mm.config.vl_data import VLDataConfig
+from dora_mm.config.vl_data import VLDataConfig, VLTaskConfig
 from dora_mm.data.vl.needed import data_needed
 
 HEAD = "pipeline: eval_vl\nmodel: {path: facebook/bart-base}\n"
+CHAT = "{format: chat, file: rows.json}"
 GQA = "{format: gqa, file: questions.json, images: images}"
 
 
@@ -63,6 +64,17 @@ def test_the_one_task_is_chat_unless_it_is_named(tmp_path):
         (f"tasks: [{', '.join(f'{{task: gqa, valid: {GQA}}}' for _ in 'ab')}]", "data: tasks names a task twice"),
         ("valid: {format: chat, file: a, split: dev}", "split is only for format coco_karpathy and choices, not for"),
         ("valid: {format: chats, file: a}", "data.valid.format: must be 'vqa_v2', "),
+        ("valid: {share: 0.1}", "data: valid.share is a share of train, which is missing: name the format and file of"),
+        ("tasks: [{task: gqa, valid: {share: 0.1}}]", "data.tasks[0]: valid.share is a share of train, which is"),
+        (f"train: {CHAT}\n  valid: {{share: 1.0}}", "data.valid.share: must be less than 1, got 1.0"),
+        (f"train: {CHAT}\n  valid: {{shar: 0.1}}", "data.valid.shar: unknown key, did you mean 'share'?"),
+        (f"train: {CHAT}\n  valid: {{share: 0.1, fil: a}}", "data.valid.fil: unknown key, did you mean 'file'?"),
+        (f"train: {CHAT}\n  valid: {{format: chat, fil: a}}", "data.valid.fil: unknown key, did you mean 'file'?"),
+        (
+            f"train: {CHAT}\n  valid: {{share: 0.1, file: a}}",
+            "data.valid: has share, which is of the training",
+        ),
+        (f"train: {CHAT}\n  valid: 0.1", "data.valid: must be a section of keys, got 0.1"),
         (
             "task: gqa\n  valid: {format: gqa, file: a}",
             "data has a source without images",
@@ -99,3 +111,13 @@ def test_settings_of_answers_that_the_tasks_do_not_have_are_refused(tmp_path, de
     captions = "{format: coco_captions, file: captions.json, images: images}"
     tasks = f"tasks: [{{task: caption, valid: {captions}}}, {{task: gqa, valid: {GQA}, train: {GQA}}}]"
     load(tmp_path, f"{tasks}\ndecode: {{answers: rank, {decode}}}")
+
+
+def test_the_sources_of_a_task():
+    source = {"format": "chat", "file": "a.json"}
+    task = VLTaskConfig.model_validate({"task": "chat", "train": source, "valid": {"share": 0.1}})
+    assert list(task.sources) == ["train"]
+    assert task.source_of("valid") == task.source_of("train") == task.train
+    task = VLTaskConfig.model_validate({"task": "chat", "train": source, "valid": {**source, "file": "b.json"}})
+    assert [each.file for each in task.sources.values()] == ["a.json", "b.json"]
+    assert task.source_of("valid") == task.valid

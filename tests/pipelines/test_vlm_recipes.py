@@ -69,7 +69,9 @@ def test_there_is_a_model_for_every_recipe() -> None:
 def train(recipe: str, model: Path, folder: Path, precision: dict[str, str]) -> Path:
     """Two steps of a recipe on a model, with data made for it; returns the run directory."""
     path = f"configs/vlm/{recipe}.yaml"
-    source = chat(folder) if load_config(path).data.task == "chat" else vqa_v2(folder)
+    of_chat = load_config(path).data.task == "chat"
+    source = chat(folder) if of_chat else vqa_v2(folder)
+    splits = ("train",) if of_chat else ("train", "valid")  # of conversations a share is held out
     settings = {
         "model.path": model,
         "train.steps": 2,
@@ -79,7 +81,7 @@ def train(recipe: str, model: Path, folder: Path, precision: dict[str, str]) -> 
         "output": folder / "run",
         "data.tables": folder / "tables",
     }
-    settings |= {f"data.{split}.{key}": value for split in ("train", "valid") for key, value in source.items()}
+    settings |= {f"data.{split}.{key}": value for split in splits for key, value in source.items()}
     assert main(["train", path, "--set", *(f"{key}={value}" for key, value in (settings | precision).items())]) == 0
     return folder / "run"
 

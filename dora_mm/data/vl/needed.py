@@ -38,8 +38,7 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
             "found" if find_path(path) else _missing(source.format),
         )
         for task in data.all_tasks
-        for split, source in (("train", task.train), ("valid", task.valid))
-        if source is not None
+        for split, source in task.sources.items()
         for key in ("file", "annotations", "subtitles", "images")
         if (path := getattr(source, key)) is not None
     ]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_data import VIDEO_TASKS, SourceConfig, VLDataConfig
+from dora_mm.config.vl_data import VIDEO_TASKS, HeldOutConfig, SourceConfig, Split, VLDataConfig, VLTaskConfig
 from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.held_out import split_held_out
 from dora_mm.data.vl.tables import ExampleTable, open_table
 
 log = logging.getLogger(__name__)
@@ -61,18 +62,48 @@ class ValidationSet:
     candidates: tuple[str, ...] = ()
 
 
-def open_source(source: SourceConfig, data: VLDataConfig, model: RowCheck) -> ExampleTable:
+def open_split(task: VLTaskConfig, split: Split, data: VLDataConfig, model: RowCheck) -> ExampleTable:
     """The rows of a split that the model can read.
 
     Args:
-        source: The split.
+        task: A task that has this split.
+        split: Which split.
         data: The `data` section of a config.
         model: Checks the rows.
 
     Raises:
-        ValueError: As in `open_table` and `RowCheck.check_rows`.
+        ValueError: No rows can be held out; also as in `open_table` and `RowCheck.check_rows`.
     """
-    return model.check_rows(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
+    source = task.source_of(split)
+    assert source is not None
+    if not isinstance(task.valid, HeldOutConfig):
+        return model.check_rows(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
+    halves = _halves(task, data)
+    if split == "valid":
+        rows, held = sum(map(len, halves.values())), len(halves["valid"])
+        log.info("%s: %s of %s rows are held out for validation", source.file, f"{held:,}", f"{rows:,}")
+    return model.check_rows(halves[split])
+
+
+def _halves(task: VLTaskConfig, data: VLDataConfig) -> dict[Split, ExampleTable]:
+    """The rows of the training split that are trained on, and those that are held out, before any model checks them."""
+    assert task.train is not None
+    assert isinstance(task.valid, HeldOutConfig)
+    table = open_table(task.train, Path(data.tables), on_bad_data=data.on_bad_data)
+    trained, held = split_held_out(table, task.valid, task.train.images)
+    return {"train": trained, "valid": held}
+
+
+def training_texts(task: VLTaskConfig, data: VLDataConfig) -> ExampleTable:
+    """The rows of a training split of which only the texts are used.
+
+    Their images need not exist, unless they decide which rows are held out.
+
+    Raises:
+        ValueError: As in `open_split`.
+    """
+    assert task.train is not None
+    return _halves(task, data)["train"] if isinstance(task.valid, HeldOutConfig) else open_texts(task.train, data)
 
 
 def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
@@ -98,12 +129,12 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         The training sets by task name, in the order of the config.
 
     Raises:
-        ValueError: A split has no answers; also as in `open_source`.
+        ValueError: A split has no answers; also as in `open_split`.
     """
     found = {}
     for task in data.all_tasks:
         assert task.train is not None
-        table = open_source(task.train, data, model)
+        table = open_split(task, "train", data, model)
         answered = table.answered()
         if not len(answered):
             raise ValueError(f"{task.train.file} has no answers to learn: it is a test split")
@@ -132,22 +163,22 @@ def open_validation(
 
     Raises:
         ValueError: No training answer is frequent enough to be a candidate, or a split has no answers although
-            `answered` is set; also as in `open_source`.
+            `answered` is set; also as in `open_split`.
     """
     found = {}
     for task in data.all_tasks:
-        if task.valid is not None:
+        if (source := task.source_of("valid")) is not None:
             candidates: tuple[str, ...] = ()
             if decode.takes_candidates(task.task) and task.train is not None:
-                candidates = frequent_answers(open_texts(task.train, data), decode.min_answer_count)
+                candidates = frequent_answers(training_texts(task, data), decode.min_answer_count)
                 if not candidates:
                     raise ValueError(
                         f"min_answer_count: no answer occurs {decode.min_answer_count} times in {task.train.file}"
                     )
-            table = open_source(task.valid, data, model)
+            table = open_split(task, "valid", data, model)
             if answered and not len(table.answered()):
-                raise ValueError(f"{task.valid.file} has no answers to compare with: it is a test split")
-            found[task.task] = ValidationSet(table, task.valid.images, candidates)
+                raise ValueError(f"{source.file} has no answers to compare with: it is a test split")
+            found[task.task] = ValidationSet(table, source.images, candidates)
     return found
 
 
