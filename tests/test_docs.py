@@ -1,7 +1,6 @@
 """The documents: links lead somewhere, commands name configs and keys that exist, and the examples run."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -10,24 +9,19 @@ from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from samples.build.schema import SCHEMAS as BUILD_SCHEMAS
+from tests.documented.texts import FENCE, ROOT, commands, text_of
 
-ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "samples").rglob("*.md")),
 ]
-FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```[ ]*$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)[^)]*\)|(?:src|href)=\"([^\"]+)\"")
 BUILD = "python -m samples.build "
 
 
 def named(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-def text_of(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -78,13 +72,6 @@ def test_wrong_links_are_found(tmp_path):
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-def commands(text: str, start: str) -> list[list[str]]:
-    """The arguments of all commands in fenced blocks that begin with `start`; lines that end in a backslash go on."""
-    bodies = [re.sub(r"\\\n\s*", " ", body) for _, _, body in FENCE.findall(text)]
-    lines = [line.strip().removeprefix("$ ") for body in bodies for line in body.splitlines()]
-    return [shlex.split(line.removeprefix(start), comments=True) for line in lines if line.startswith(start)]
-
-
 def check_command(arguments: list[str], schemas: dict | None = None) -> None:
     """Parses a command as the program does, and loads its config with its overrides; paths in it need not exist.
 
@@ -104,7 +91,7 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 def test_commands(document):
-    for arguments in commands(text_of(document), "dora-mm "):
+    for arguments in commands(text_of(document)):
         check_command(arguments)
     for arguments in commands(text_of(document), BUILD):
         if arguments not in (["icons"], ["scenes"], ["tiny-vlm"]):
@@ -122,13 +109,13 @@ def test_commands(document):
     ],
 )
 def test_wrong_commands_are_found(wrong):
-    (arguments,) = commands(f"```\ndora-mm {wrong}   # why\n```\n", "dora-mm ")
+    (arguments,) = commands(f"```\ndora-mm {wrong}   # why\n```\n")
     with pytest.raises((ValueError, SystemExit)):
         check_command(arguments)
 
 
 def test_the_documents_have_commands():
-    found = [arguments for document in DOCUMENTS for arguments in commands(text_of(document), "dora-mm ")]
+    found = [arguments for document in DOCUMENTS for arguments in commands(text_of(document))]
     assert {"train", "sample", "eval", "features", "inspect", "bench", "merge", "ask", "convert", "verify"} <= {
         arguments[0] for arguments in found
     }

@@ -19,7 +19,7 @@ def check_paths(config: PipelineConfig, *, new_run: bool) -> None:
     Raises:
         ValueError: A path cannot be used; the message names its key.
     """
-    for key, kind, path in _paths(config, ""):
+    for key, kind, path in paths_in(config):
         if kind is PathKind.INPUT:
             resolve_path(path, key)
         elif kind is PathKind.MODEL:
@@ -59,14 +59,15 @@ def check_folder(path: str, key: str, *, must_be_new: bool) -> None:
         raise ValueError(f"{key} {path} cannot be made: {parent} is not writable for you")
 
 
-def _paths(section: Section, prefix: str) -> Iterator[tuple[str, PathKind, str]]:
+def paths_in(section: Section, prefix: str = "") -> Iterator[tuple[str, PathKind, str]]:
+    """The keys of a section that hold a path, with its kind and the path."""
     for name, field in type(section).model_fields.items():
         value, key = getattr(section, name), f"{prefix}{name}"
         kind = next((mark for mark in (*field.metadata, *_marks(field.annotation)) if isinstance(mark, PathKind)), None)
         for position, item in enumerate(value if isinstance(value, tuple) else (value,)):
             place = f"{key}[{position}]" if isinstance(value, tuple) else key
             if isinstance(item, Section):
-                yield from _paths(item, f"{place}.")
+                yield from paths_in(item, f"{place}.")
             elif kind is not None and item is not None:
                 yield place, kind, item
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPTextModel, LlamaC
 from dora_mm.formats.base_weights import BaseWeights, write_merged
 from dora_mm.formats.names import Name, canonical
 from dora_mm.formats.spellings import Names
+from tests.formats.single_files import write_single_file
 
 SAMPLE = Path("samples/tiny-sdxl")
 Q = Name("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
@@ -28,55 +29,9 @@ def folder(tmp_path) -> Path:
     return Path(shutil.copytree(SAMPLE, tmp_path / "base"))
 
 
-def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The second text encoder as in open_clip's checkpoints, written out by hand."""
-    state = dict(state)
-    found = {
-        "text_projection": state.pop("text_projection.weight").T.contiguous(),
-        "positional_embedding": state.pop("text_model.embeddings.position_embedding.weight"),
-        "token_embedding.weight": state.pop("text_model.embeddings.token_embedding.weight"),
-        "logit_scale": torch.tensor(1.0),
-    }
-    for end in ("weight", "bias"):
-        found[f"ln_final.{end}"] = state.pop(f"text_model.final_layer_norm.{end}")
-        layer = 0
-        while (old := f"text_model.encoder.layers.{layer}") + f".mlp.fc1.{end}" in state:
-            new = f"transformer.resblocks.{layer}"
-            fused = [state.pop(f"{old}.self_attn.{x}_proj.{end}") for x in "qkv"]
-            found[f"{new}.attn.in_proj_{end}"] = torch.cat(fused)
-            for ours, theirs in (
-                ("self_attn.out_proj", "attn.out_proj"),
-                ("mlp.fc1", "mlp.c_fc"),
-                ("mlp.fc2", "mlp.c_proj"),
-                ("layer_norm1", "ln_1"),
-                ("layer_norm2", "ln_2"),
-            ):
-                found[f"{new}.{theirs}.{end}"] = state.pop(f"{old}.{ours}.{end}")
-            layer += 1
-    assert not state
-    return found
-
-
 @pytest.fixture(scope="session")
 def single_file(tmp_path_factory) -> Path:
-    """The embedded SDXL as one file in SGM's names."""
-    unet = load_file(SAMPLE / "unet/diffusion_pytorch_model.safetensors")
-    layers = [Name("unet", key.removesuffix(".weight")) for key in unet if key.endswith(".weight")]
-    own = {
-        t.names[0].path: key.removeprefix("diffusion_model.") for key, t in Names(layers).write(layers, "comfy").items()
-    }
-    tensors = {}
-    for key, tensor in unet.items():
-        path, _, end = key.rpartition(".")
-        tensors[f"model.diffusion_model.{own[path]}.{end}"] = tensor
-    for key, tensor in load_file(SAMPLE / "text_encoder/model.safetensors").items():
-        tensors[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
-    for key, tensor in open_clip_names(load_file(SAMPLE / "text_encoder_2/model.safetensors")).items():
-        tensors[f"conditioner.embedders.1.model.{key}"] = tensor
-    tensors["first_stage_model.decoder.conv_in.weight"] = torch.randn(2, 2, 3, 3)
-    file = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    save_file(tensors, file, metadata={"modelspec.title": "tiny"})
-    return file
+    return write_single_file(SAMPLE, tmp_path_factory.mktemp("single") / "tiny.safetensors")
 
 
 def whole(path: Path) -> dict[str, torch.Tensor]:

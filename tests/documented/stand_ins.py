@@ -1,0 +1,65 @@
+"""Tiny models with random weights, in the places of models that documents name and that are not here."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from dora_mm.config import load_config
+from dora_mm.config.models import VisionConfig
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.models.towers import building as towers
+from tests.models.vl_bart.small import small_bart, small_tokenizer
+from tests.models.vlm import tiny
+from tests.pipelines.test_vlm_recipes import MODELS
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def build(name: str, folder: Path, tiny_sdxl: Path, tiny_vlm: Callable[[str], Path]) -> bool:
+    """Puts a tiny model into the place of another one.
+
+    Args:
+        name: The hub name or path that a document uses.
+        folder: Where the model belongs.
+        tiny_sdxl: A folder with a tiny SDXL.
+        tiny_vlm: Gives the folders of tiny vision-language models by class.
+
+    Returns:
+        Whether there is one of this name.
+    """
+    classes = vlm_classes()
+    if name in classes:
+        shutil.copytree(tiny_vlm(classes[name]), folder)
+    elif name == SDXL:
+        shutil.copytree(tiny_sdxl, folder)
+    elif name == "madebyollin/sdxl-vae-fp16-fix":
+        shutil.copytree(tiny_sdxl / "vae", folder)
+    elif name == "facebook/bart-base":
+        tokenizer = small_tokenizer()
+        small_bart(len(tokenizer)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    else:
+        return False
+    return True
+
+
+def tower_weights(name: str) -> Path:
+    """A file in the current directory with random weights of a tower of open_clip; it is made once."""
+    file = Path("build") / f"{name}.safetensors"
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        save_file(towers.build(VisionConfig(tower=name, pretrained=None)).network.state_dict(), file)
+    return file
+
+
+def vlm_classes() -> dict[str, str]:
+    """The name of a tiny model (tests/models/vlm/tiny.py) for each vision-language model that a recipe trains."""
+    found = {"build/tiny-vlm": "fast_vlm"}
+    for recipe, kind in MODELS.items():
+        config = load_config(f"configs/vlm/{recipe}.yaml")
+        assert isinstance(config, TrainVLConfig)
+        found[config.model.path] = kind
+    assert set(found.values()) <= set(tiny.NAMES)
+    return found
