@@ -25,7 +25,8 @@ from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import FILES, Judge, evenly_spaced
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
-from dora_mm.models.sdxl.family import SDXL, load_configured
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
@@ -96,7 +97,7 @@ class Campaign:
         self.concepts = {choice.role: self.judge.choose(choice.role, choice.count) for choice in self.choices}
         self.device = default_device()
         model = self.model()
-        self.judge.check_model(model.resolution, module_digest(model.vae))
+        self.judge.check_model(model.resolution, module_digest(model.networks["vae"]))
         self.encoder = Encoder(self.device)
         self.folder = open_campaign(config, config.output, self.inputs(model), FREE_KEYS)
         self.trainings = Trainings(self.folder, config.base, config.workers, partial(overrides, config))
@@ -105,7 +106,7 @@ class Campaign:
     def choices(self) -> tuple[ConceptChoice, ConceptChoice]:
         return self.config.tune, self.config.report
 
-    def inputs(self, model: SDXL) -> dict[str, str]:
+    def inputs(self, model: ImageModel) -> dict[str, str]:
         """The identity of what the config names: the base config, its images, the model's weights and the judge."""
         judge, images = resolve_path(self.config.judge, "judge"), read_training_images(self.base.data)
         return {
@@ -115,9 +116,9 @@ class Campaign:
             "the judge's files": hashlib.sha256(b"".join((judge / name).read_bytes() for name in FILES)).hexdigest(),
         }
 
-    def model(self) -> SDXL:
+    def model(self) -> ImageModel:
         """Loads the bare model, once per adapter, because weights of method `full` replace the base's."""
-        return load_configured(self.base.model).to(self.device)
+        return load_image_model(self.base.model).to(self.device)
 
     def tuned(self, training: Training) -> float:
         """The value of a learning rate: the mean probability of the right style and concept on the `tune` concepts."""
@@ -173,7 +174,7 @@ class Campaign:
         settings = self.config.draw
         with weights_computed_once(model.networks.values()):
             return sample(
-                model.pipeline(),
+                model,
                 [fill(template, concept) for concept in self.concepts[choice.role] for _ in seeds],
                 [seed for _ in self.concepts[choice.role] for seed in seeds],
                 steps=settings.steps,

@@ -23,7 +23,8 @@ from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import format_interval, image_scores, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
-from dora_mm.models.sdxl.family import SDXL, load_configured
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.manifest import Entry, write_manifest
@@ -56,8 +57,8 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     judge = Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
     device = default_device()
-    model = load_configured(config.model).to(device)
-    judge.check_model(model.resolution, module_digest(model.vae))
+    model = load_image_model(config.model).to(device)
+    judge.check_model(model.resolution, module_digest(model.networks["vae"]))
     if config.adapter:
         load_adapter(model, config.adapter)
     encoder = Encoder(device)
@@ -87,7 +88,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     save_sheet(run, images, concepts, len(seeds))
 
 
-def draw_all(config: EvalDiffusionConfig, model: SDXL, concepts: list[Concept]) -> dict[str, list[Image.Image]]:
+def draw_all(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept]) -> dict[str, list[Image.Image]]:
     """Draws all images, by row of the table; in each row the seeds vary faster than the concepts.
 
     `model` is adapted where there is an adapter. The bare model is then loaded again, because the weights of method
@@ -98,7 +99,7 @@ def draw_all(config: EvalDiffusionConfig, model: SDXL, concepts: list[Concept]) 
         device = model.device
         adapted[ADAPTER] = draw(config, model, concepts, config.prompt, ADAPTER)
         del model
-        model = load_configured(config.model).to(device)
+        model = load_image_model(config.model).to(device)
     return {
         BARE_FLAT: draw(config, model, concepts, config.flat_prompt, BARE_FLAT),
         BARE: draw(config, model, concepts, config.prompt, BARE),
@@ -107,12 +108,12 @@ def draw_all(config: EvalDiffusionConfig, model: SDXL, concepts: list[Concept]) 
 
 
 def draw(
-    config: EvalDiffusionConfig, model: SDXL, concepts: list[Concept], template: str, description: str
+    config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept], template: str, description: str
 ) -> list[Image.Image]:
     seeds = config.concepts.seeds
     with weights_computed_once(model.networks.values()):
         return sample(
-            model.pipeline(),
+            model,
             [fill(template, concept) for concept in concepts for _ in seeds],
             [seed for _ in concepts for seed in seeds],
             steps=config.draw.steps,
@@ -123,7 +124,7 @@ def draw(
         )
 
 
-def load_adapter(model: SDXL, adapter: AdapterFile) -> None:
+def load_adapter(model: ImageModel, adapter: AdapterFile) -> None:
     file = resolve_path(adapter.path, "adapter.path")
     report = dora_mm.load_adapter(model.adaptable, file, strength=adapter.strength)
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")

@@ -44,8 +44,7 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     if found and resume is None:
         check_same_job(config, found)
     loaded = load_model(config, adapters)
-    loaded.check_schedulers(pictures)
-    loaded.check_adapters(pictures)
+    loaded.check(pictures)
     if any(strength != 1 for picture in pictures for _, strength in picture.weights):
         log.info(STRENGTHS)
     with picture_run(config, found) as run:

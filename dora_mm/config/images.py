@@ -14,7 +14,6 @@ from dora_mm.config.schema import (
     NewFolder,
     NonNegative,
     PipelineConfig,
-    Positive,
     Section,
     Seed,
     Share,
@@ -43,7 +42,6 @@ class DataConfig(Section):
     flip: bool = False  # augmentation: mirror images at random
     crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
     caption_dropout: Share = 0.0  # probability of training an image without its caption
-    unconditional: Literal["zeros", "empty"] = "zeros"  # embedding without a caption; zeros: as SDXL
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
 
     @field_validator("resolution")
@@ -74,9 +72,25 @@ class DataConfig(Section):
 
 class LossConfig(Section):
     type: Literal["mse", "huber", "l1"] = "mse"  # distance between prediction and target
-    min_snr_gamma: Positive | None = 5.0  # gamma of Min-SNR loss weights; null: every timestep has weight 1
-    noise_offset: NonNegative = 0.0  # standard deviation of noise that is constant over an image
-    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # timesteps are drawn with density t^bias; 0: uniform
+    # Of models that predict noise or v: gamma of Min-SNR loss weights; auto: 5; null: every timestep has weight 1
+    min_snr_gamma: float | str | None = "auto"
+    noise_offset: NonNegative = 0.0  # of these models: standard deviation of noise that is constant over an image
+    # How timesteps are drawn; auto: logit_normal for models that predict velocity, uniform for others or with a bias
+    timesteps: Literal["auto", "uniform", "logit_normal"] = "auto"
+    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # of uniform: the density becomes t^bias
+
+    @field_validator("min_snr_gamma")
+    @classmethod
+    def _gamma_is_positive(cls, gamma: float | str | None) -> float | str | None:
+        if gamma not in ("auto", None) and (isinstance(gamma, str) or gamma <= 0):
+            raise ValueError(f"must be a number above 0, auto or null, got {gamma!r}")
+        return gamma
+
+    @model_validator(mode="after")
+    def _bias_is_of_uniform(self) -> "LossConfig":
+        if self.timestep_bias and self.timesteps == "logit_normal":
+            raise ValueError("timestep_bias has no effect on timesteps logit_normal: leave one of them out")
+        return self
 
 
 class TrainDiffusionConfig(PipelineConfig):

@@ -7,12 +7,31 @@ from pydantic import Field, PositiveInt, model_validator
 from dora_mm.config.schema import InputPath, Items, ModelPath, Section, Text
 from dora_mm.config.vl_data import VLTask
 
+EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
+
+
+class SDXLConfig(Section):
+    """What only SDXL's models have."""
+
+    # The embedding without a caption, in training: all zeros, as SDXL was trained, or the encoded empty text
+    unconditional: Literal["zeros", "empty"] = "zeros"
+
+
+class ZImageConfig(Section):
+    """What only Z-Image's models have."""
+
+    max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut
+
 
 class ModelConfig(Section):
-    path: ModelPath  # a model folder, a hub name, or a single .safetensors checkpoint
+    """An image model; its files say of which family it is, and a section of another family is an error."""
+
+    path: ModelPath  # a model folder, a hub name, or (SDXL) a single .safetensors checkpoint
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
+    sdxl: SDXLConfig | None = None  # null: its defaults
+    z_image: ZImageConfig | None = None  # null: its defaults
 
 
 class VisionConfig(Section):

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import nn
 
@@ -11,8 +10,9 @@ from dora_mm.config.pictures import SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.quantized import DoRAQuantized
+from dora_mm.models.diffusion import ImageModel
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.pictures import sample
+from dora_mm.sampling.pictures import PictureSampler, sample
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def weights_computed_once(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def at_strength(
-    pipe: StableDiffusionXLPipeline,
+    model: ImageModel | PictureSampler,
     adapted: Mapping[str, nn.Module],
     strength: float,
     prompts: list[str],
@@ -46,8 +46,8 @@ def at_strength(
     """Samples with all adapters at one strength; the strength stays set afterwards.
 
     Args:
-        pipe: The pipeline.
-        adapted: The adapted networks of the pipeline, by name.
+        model: The model, or what draws with it, if its text encoders are not adapted.
+        adapted: The adapted networks of the model, by name.
         strength: The strength of every adapter; 0 is the base model.
         prompts: The prompts.
         seeds: A seed for each prompt.
@@ -59,11 +59,11 @@ def at_strength(
     for network in adapted.values():
         set_strength(network, strength)
     with weights_computed_once(adapted.values()):
-        return sample(pipe, prompts, seeds, **settings)
+        return sample(model, prompts, seeds, **settings)
 
 
 def before_after_sheet(
-    pipe: StableDiffusionXLPipeline,
+    model: ImageModel | PictureSampler,
     adapted: Mapping[str, nn.Module],
     config: SampleConfig,
     *,
@@ -76,8 +76,8 @@ def before_after_sheet(
     strength of all adapters is 1.
 
     Args:
-        pipe: The pipeline.
-        adapted: The adapted networks of the pipeline, by name.
+        model: The model, or what draws with it, if its text encoders are not adapted.
+        adapted: The adapted networks of the model, by name.
         config: The `sample` section: prompts, seeds and settings.
         strength: The strength of the adapter.
         full: The weights themselves were trained (method `full`): there is no base model to compare with, and no
@@ -92,10 +92,10 @@ def before_after_sheet(
     kinds = {"before": 0.0, "after": strength} if config.before_after else {"after": strength}
     drawn = {}
     if full:
-        drawn["after"] = sample(pipe, jobs, seeds, description="after", **settings)
+        drawn["after"] = sample(model, jobs, seeds, description="after", **settings)
     else:
         for label, shown in kinds.items():
-            drawn[label] = at_strength(pipe, adapted, shown, jobs, seeds, description=label, **settings)
+            drawn[label] = at_strength(model, adapted, shown, jobs, seeds, description=label, **settings)
         for network in adapted.values():
             set_strength(network, 1.0)  # training resumes at this strength
     rows, labels = [], []

@@ -184,7 +184,10 @@ def test_a_key_given_twice_is_an_error(write):
         ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
         ("{[1]: 2}\n", "not valid YAML"),
         ("model: {}\n", "pipeline: is missing; it must name a recipe: train_diffusion"),
-        ("pipeline: train_difusion\n", "line 1: pipeline: unknown recipe 'train_difusion', did you mean 'train_diffusion'"),
+        (
+            "pipeline: train_difusion\n",
+            "line 1: pipeline: unknown recipe 'train_difusion', did you mean 'train_diffusion'",
+        ),
         ("pipeline: 3\n", "unknown recipe 3"),
     ],
 )

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm import DoRASpec, convert, inject, load_adapter, merge, remove, save_adapter, set_strength
 from dora_mm.cli import main
+from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
-from dora_mm.models.sdxl.family import load_sdxl
+from dora_mm.models.image_families import load_image_model
 
 EXACT = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit", "diff")
 DRAWN = ("original", "kohya", "comfy")
@@ -24,7 +25,7 @@ LINEAR = ("attn", "cross", "ff")  # ai-toolkit has no DoRA of convolutions
 
 @pytest.fixture(scope="module")
 def model():
-    return load_sdxl(BASE)
+    return load_image_model(ModelConfig(path=BASE))
 
 
 def change(networks):
@@ -41,7 +42,7 @@ def change(networks):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The files of one DoRA adapter of the UNet and both text encoders in the form of each tool, by target."""
-    folder, trained = tmp_path_factory.mktemp("files"), load_sdxl(BASE)
+    folder, trained = tmp_path_factory.mktemp("files"), load_image_model(ModelConfig(path=BASE))
     inject(trained.unet, "sdxl-unet", DoRASpec(rank=2, alpha=3.0), parts=LINEAR)
     for name in ("text_encoder", "text_encoder_2"):
         inject(trained.adaptable[name], "clip-text", DoRASpec(rank=2, alpha=3.0), parts=("attn", "ff"))

@@ -31,7 +31,7 @@ def test_a_picture_does_not_depend_on_its_batch(tiny):
 
 
 def test_samples_equal_plain_diffusers(tiny):
-    ours = sample(tiny.pipeline(), ["a bus"], [5], steps=3, guidance=4.0, negative_prompt="red")[0]
+    ours = sample(tiny, ["a bus"], [5], steps=3, guidance=4.0, negative_prompt="red")[0]
     theirs = tiny.pipeline()(
         "a bus",
         negative_prompt="red",
@@ -66,15 +66,15 @@ def test_half_precision_weights_are_merged_for_sampling_and_restored(tiny, monke
     for name, parameter in tiny.unet.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.3)
-    single = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
+    single = at_strength(tiny, {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
     for network in tiny.networks.values():
         network.bfloat16()
     before = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
     layer = next(iter(adapted_layers(tiny.unet).values()))
     merged = []
     hook = layer.register_forward_hook(lambda module, *_: merged.append(module.adaptation.merged))
-    half = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
-    base = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 0.0, ["a bus"], [0], steps=2)[0]
+    half = at_strength(tiny, {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
+    base = at_strength(tiny, {"unet": tiny.unet}, 0.0, ["a bus"], [0], steps=2)[0]
     hook.remove()
     assert merged == [True, True, False, False]
     assert np.abs(pixels(half) - pixels(single)).mean() < 0.5 * np.abs(pixels(half) - pixels(base)).mean()
@@ -92,7 +92,7 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
     for before_after in (False, True):
         for strength in (0.0, 1.0):
             config = SampleConfig(prompts=["a bus"], steps=2, before_after=before_after)
-            page, _ = before_after_sheet(tiny.pipeline(), {"unet": tiny.unet}, config, strength=strength)
+            page, _ = before_after_sheet(tiny, {"unet": tiny.unet}, config, strength=strength)
             pages[before_after, strength] = page
     assert np.abs(pixels(pages[False, 0.0]) - pixels(pages[False, 1.0])).max() > 5
     assert pages[True, 1.0].height > pages[False, 1.0].height
@@ -102,7 +102,7 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
 def test_without_a_terminal_progress_is_logged(tiny, monkeypatch, caplog):
     monkeypatch.setattr("dora_mm.sampling.pictures.SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", logger="dora_mm"):
-        sample(tiny.pipeline(), ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
+        sample(tiny, ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
     assert caplog.messages == ["bare model: 2 of 3 pictures", "bare model: 3 of 3 pictures"]
 
 

@@ -1,4 +1,4 @@
-"""The geometry of a training image: its bucket, its crop, and SDXL's size conditioning. Sizes are (height, width)."""
+"""The geometry of a training image: its bucket and its crop. Sizes are (height, width)."""
 
 from fractions import Fraction
 from functools import lru_cache
