@@ -20,10 +20,9 @@ def pixels(picture):
 
 
 def test_a_picture_does_not_depend_on_its_batch(tiny):
-    pipe = tiny.pipeline()
     prompts, seeds = ["a bus", "a cat", "a key"], [1, 2, 3]
-    together = sample(pipe, prompts, seeds, steps=2, batch_size=3)
-    alone = [sample(pipe, [p], [s], steps=2)[0] for p, s in zip(prompts, seeds, strict=True)]
+    together = sample(tiny, prompts, seeds, steps=2, batch_size=3)
+    alone = [sample(tiny, [p], [s], steps=2)[0] for p, s in zip(prompts, seeds, strict=True)]
     assert together[0].size == (64, 64)
     for one, two in zip(together, alone, strict=True):
         assert np.abs(pixels(one) - pixels(two)).max() <= 1
@@ -45,14 +44,13 @@ def test_samples_equal_plain_diffusers(tiny):
 
 
 def test_strength_zero_is_the_base_model(tiny):
-    pipe = tiny.pipeline()
-    base = sample(pipe, ["a bus"], [0], steps=2)[0]
+    base = sample(tiny, ["a bus"], [0], steps=2)[0]
     inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
     for name, parameter in tiny.unet.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.3)
     adapted = {"unet": tiny.unet}
-    zero, one = (at_strength(pipe, adapted, t, ["a bus"], [0], steps=2)[0] for t in (0.0, 1.0))
+    zero, one = (at_strength(tiny, adapted, t, ["a bus"], [0], steps=2)[0] for t in (0.0, 1.0))
     assert np.array_equal(pixels(base), pixels(zero))
     assert np.abs(pixels(base) - pixels(one)).max() > 5
 
