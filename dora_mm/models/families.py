@@ -1,8 +1,8 @@
-"""The families of vision-language models: one that `model.family` names, loaded or only its structure."""
+"""The families of models: one that a config names, loaded or only its structure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ from torch import nn
 from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.models import ModelConfig, VisionConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features
 from dora_mm.models.hub import UnreachableError, commit_of, local_copy
+from dora_mm.models.sdxl.family import SDXL, load_configured
 from dora_mm.models.towers.tower import load_tower
 from dora_mm.models.vl import VLModel
 from dora_mm.models.vl_bart.family import VISION, VLBartTask, vl_bart_maps
@@ -26,6 +27,15 @@ from dora_mm.models.vlm.family import VLM
 from dora_mm.models.vlm.folders import has_weights
 from dora_mm.models.vlm.loading import empty_model, read_config
 from dora_mm.targets import map_of
+
+
+def load_image_model(config: ModelConfig) -> SDXL:
+    """Loads the image model that a config names, frozen.
+
+    Raises:
+        ValueError: The model cannot be loaded; the message names the key.
+    """
+    return load_configured(config)
 
 
 def load_family(
@@ -125,3 +135,21 @@ def structure_of(model: VLModelConfig, vision: VisionConfig, *, tower: bool = Fa
         network = empty_vl_bart(model, trunk.feature_dim if dim is None else dim)
     networks = {"model": network} | ({VISION: trunk} if tower else {})
     return Structure(networks, vl_bart_maps(trunk if tower else None))
+
+
+def fully_trained(
+    model: VLModelConfig, vision: VisionConfig, extra: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What full fine-tuning trains: all but the vision tower; of models of any class, the linear layers and `extra`.
+
+    Args:
+        model: The `model` section.
+        vision: The `vision` section.
+        extra: `adapter.extra_trainable` of the trainings that it is compared with.
+
+    Returns:
+        The parts, and what is trained in addition (`adapter.extra_trainable`).
+    """
+    parts = structure_of(model, vision).target_maps["model"].parts
+    everything = ("biases", "norms", "embeddings", "visual_embedding") if model.family == "vl_bart" else tuple(extra)
+    return tuple(part for part in parts if not part.startswith("vision.")), everything
