@@ -25,10 +25,9 @@ from dora_mm.eval.images.scores import format_interval, image_scores, metrics_ta
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
-from dora_mm.sampling.before_after import weights_computed_once
+from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.manifest import Entry, write_manifest
-from dora_mm.sampling.pictures import sample
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.devices import default_device
@@ -97,31 +96,17 @@ def draw_all(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Conc
     adapted = {}
     if config.adapter:
         device = model.device
-        adapted[ADAPTER] = draw(config, model, concepts, config.prompt, ADAPTER)
+        adapted[ADAPTER] = draw(config, model, concepts, ADAPTER)
         del model
         model = load_image_model(config.model).to(device)
-    return {
-        BARE_FLAT: draw(config, model, concepts, config.flat_prompt, BARE_FLAT),
-        BARE: draw(config, model, concepts, config.prompt, BARE),
-        **adapted,
-    }
+    return {row: draw(config, model, concepts, row) for row in (BARE_FLAT, BARE)} | adapted
 
 
-def draw(
-    config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept], template: str, description: str
-) -> list[Image.Image]:
-    seeds = config.concepts.seeds
-    with weights_computed_once(model.networks.values()):
-        return sample(
-            model,
-            [fill(template, concept) for concept in concepts for _ in seeds],
-            [seed for _ in concepts for seed in seeds],
-            steps=config.draw.steps,
-            guidance=config.draw.guidance,
-            negative_prompt=config.draw.negative_prompt,
-            batch_size=config.draw.batch_size,
-            description=description,
-        )
+def draw(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept], row: str) -> list[Image.Image]:
+    """Draws the images of one row of the table."""
+    settings = [each for _, each in image_settings(config, row, concepts)]
+    prompts, seeds = [each["prompt"] for each in settings], [each["seed"] for each in settings]
+    return sample_merged(model, prompts, seeds, config.draw, row)
 
 
 def load_adapter(model: ImageModel, adapter: AdapterFile) -> None:

@@ -74,9 +74,11 @@ def test_the_document_has_the_same_rows():
     assert [set(re.split(r",\s*", line.strip())) for line in block.splitlines()] == ROWS
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "dora_mm" / "train").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "dora_mm" / "train").rglob("*.py")), ids=lambda p: p.name)
 def test_training_names_no_family_of_models(path):
-    assert FAMILIES.findall(path.read_text(encoding="utf-8")) == []
+    """Campaigns know pictures from questions (the folders `vl`), and the loop not even that."""
+    allowed = {"vl"} if path.parent.name == "campaigns" else set()
+    assert set(FAMILIES.findall(path.read_text(encoding="utf-8"))) - allowed == set()
 
 
 def test_the_library_imports_nothing_that_only_a_checkout_has():

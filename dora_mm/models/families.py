@@ -1,8 +1,8 @@
-"""The families of vision-language models: one that `model.family` names, loaded or only its structure."""
+"""The families of models: one that a config names, loaded or only its structure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,3 +125,21 @@ def structure_of(model: VLModelConfig, vision: VisionConfig, *, tower: bool = Fa
         network = empty_vl_bart(model, trunk.feature_dim if dim is None else dim)
     networks = {"model": network} | ({VISION: trunk} if tower else {})
     return Structure(networks, vl_bart_maps(trunk if tower else None))
+
+
+def fully_trained(
+    model: VLModelConfig, vision: VisionConfig, extra: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What full fine-tuning trains: all but the vision tower; of models of any class, the linear layers and `extra`.
+
+    Args:
+        model: The `model` section.
+        vision: The `vision` section.
+        extra: `adapter.extra_trainable` of the trainings that it is compared with.
+
+    Returns:
+        The parts, and what is trained in addition (`adapter.extra_trainable`).
+    """
+    parts = structure_of(model, vision).target_maps["model"].parts
+    everything = ("biases", "norms", "embeddings", "visual_embedding") if model.family == "vl_bart" else tuple(extra)
+    return tuple(part for part in parts if not part.startswith("vision.")), everything

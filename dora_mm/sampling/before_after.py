@@ -1,11 +1,12 @@
 """Samples with and without an adapter: the same prompts and seeds, on one sheet."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from PIL import Image
 from torch import nn
 
+from dora_mm.config.judge import DrawConfig
 from dora_mm.config.pictures import SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
 from dora_mm.core.adapted import AdaptedLayer
@@ -33,6 +34,22 @@ def weights_computed_once(networks: Iterable[nn.Module]) -> Iterator[None]:
                 merge(network)
                 stack.callback(unmerge, network)
         yield
+
+
+def sample_merged(
+    model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], settings: DrawConfig, description: str
+) -> list[Image.Image]:
+    """Samples one picture per pair of prompt and seed, with the adapters that the model has, merged.
+
+    Args:
+        model: The model, adapted or not.
+        prompts: The prompts.
+        seeds: A seed for each.
+        settings: Steps, guidance, negative prompt and batch size.
+        description: Label of the progress bar.
+    """
+    with weights_computed_once(model.networks.values()):
+        return sample(model, prompts, seeds, **settings.model_dump(), description=description)
 
 
 def at_strength(

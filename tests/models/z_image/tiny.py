@@ -1,4 +1,4 @@
-"""A Z-Image with random weights: every part of the published one, small, with a trained vocabulary of some 450 tokens."""
+"""A Z-Image with random weights: every part of the published one, small, with a vocabulary of some 450 tokens."""
 
 from pathlib import Path
 
@@ -49,10 +49,9 @@ def build(folder: Path) -> Path:
             axes_dims=[4, 4, 8],
             axes_lens=[600, 64, 64],
         )
-        for network in (transformer,):  # the last layer of a fresh one is zero, and its picture does not depend on it
-            for parameter in network.parameters():
-                if not parameter.any():
-                    parameter.data.normal_(std=0.05)
+        for parameter in transformer.parameters():  # where a fresh one has zeros, a trained one has none
+            if not parameter.any():
+                parameter.data.normal_(std=0.05)
         vae = AutoencoderKL(
             block_out_channels=(8, 8, 8, 8),
             down_block_types=("DownEncoderBlock2D",) * 4,
