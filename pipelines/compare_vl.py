@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 
+from dora_mm.adapting.files import load_trained
 from dora_mm.config.loader import dump_config, load_config, resolve_path
 from dora_mm.config.vl import CompareVLConfig, TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
@@ -39,7 +40,6 @@ from dora_mm.eval.vl.question_only import question_only_answers
 from dora_mm.models.families import load_family, structure_of
 from dora_mm.models.vl import VLModel
 from dora_mm.sampling.answers import answer_all
-from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.campaign import Chosen, Training, Trainings, candidate_rates, open_campaign
 from dora_mm.train.validation import overall
@@ -153,7 +153,7 @@ class Campaign:
     def answer(self, training: Training | None) -> dict[str, Predictions]:
         model = self.model.fresh(training.seed if training else self.config.seeds[0])
         if training:
-            vl_adapters.load(model, self.trainings.adapter(training), backend=self.base.backend)
+            load_trained(model, self.trainings.adapter(training), backend=self.base.backend)
         answers = answerers(model, self.sets, self.config.decode)
         return answer_all(answers, model.networks.values(), self.sets, self.config.decode.batch_size)
 

@@ -2,7 +2,6 @@
 
 import logging
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,20 @@ from PIL import Image
 from torch import nn
 
 import dora_mm
-from dora_mm import formats
+from dora_mm import formats, targets
+from dora_mm.adapting import networks
+from dora_mm.adapting.initial import load_initial_file
+from dora_mm.adapting.networks import Trained
+from dora_mm.config.adapter import EACH_TEXT_ENCODER
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import dump_config, resolve_path
-from dora_mm.core import InjectReport
+from dora_mm.config.loader import dump_config
+from dora_mm.core import TargetMap
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.models.sdxl.family import SDXL, commit_of, load_configured
 from dora_mm.preview.images import describe_data, load_if_local, remark_on_length
+from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, slow_hardware
 from dora_mm.sampling.before_after import before_after_sheet
-from dora_mm.tasks.adapters import adapt_others, adapter_parameters, load_initial_adapter, make_spec, one_line
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.loop import fit
@@ -32,7 +35,7 @@ from dora_mm.train.schedule import build_schedule
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TARGETS = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}  # by component
 MOST_SHOWN = 6  # pictures in a model card: of full SDXL, each has 1.5 MB
 
 
@@ -53,7 +56,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     """
     images = read_training_images(config.data)
     # SDXL does not use the last layer of its first text encoder: that layer's adapters get no gradients.
-    unused = config.adapter.text_encoders
+    unused = config.adapter.trains_text_encoders
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     if dry_run:
         print(describe(config, images, accelerator))
@@ -62,9 +65,9 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     remarks = slow_hardware(accelerator, model.networks.values())
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
-    adapted, reports = adapt(model, config)
-    log.info("%s", "\n".join(starmap(one_line, reports.items())))
-    training = build(config, model, images, adapted, accelerator)
+    trained = adapt(model, config)
+    log.info("%s", trained)
+    training, adapted = build(config, model, images, trained, accelerator), trained.adapted
     with torch.no_grad():
         training["batch_at"].encode_all()
     move_idle_networks_to_cpu(model, config)
@@ -85,24 +88,23 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
 
 
 def build(
-    config: TrainDiffusionConfig, model: SDXL, images: list[CaptionedImage], adapted: Networks, accelerator: Accelerator
+    config: TrainDiffusionConfig, model: SDXL, images: list[CaptionedImage], trained: Trained, accelerator: Accelerator
 ) -> dict[str, Any]:
     """What a training consists of: the arguments of `fit`, and of `measure_step`, by name."""
-    parameters = adapter_parameters(adapted)
-    optimizer = build_optimizer(parameters, config.optimizer)
-    prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
+    optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
+    prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders)
     process = (accelerator.process_index, accelerator.num_processes)
     settings: dict[str, Any] = {"batch_size": config.train.batch_size, "seed": config.seed, "process": process}
     batches = CaptionedBatches(model, images, prompts, config.data, **settings)
     if config.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    set_training(adapted, True)
+    set_training(trained.networks, True)
     return {
         "accelerator": accelerator,
         "config": config.train,
         "seed": config.seed,
-        "networks": adapted,
-        "parameters": parameters,
+        "networks": trained.networks,
+        "parameters": trained.parameters,
         "optimizer": accelerator.prepare(optimizer),
         "schedule": build_schedule(optimizer, config.schedule, config.train.steps),
         "batch_at": batches,
@@ -117,38 +119,38 @@ def describe(config: TrainDiffusionConfig, images: list[CaptionedImage], acceler
     data = describe_data(images, config, model, accelerator.num_processes)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
-    adapted, reports = adapt(model.to(accelerator.device), config)
-    training = build(config, model, images, adapted, accelerator)
+    trained = adapt(model.to(accelerator.device), config)
+    table = parts_table(trained, model.adaptable, target_maps(model), config.adapter, config.optimizer)
+    training = build(config, model, images, trained, accelerator)
     if is_measured(accelerator, model.networks.values()):
         with torch.no_grad():
             training["batch_at"](0)  # the only batch that is measured
         move_idle_networks_to_cpu(model, config)
-    return f"{data}\n\n{describe_training(model.networks, reports, config.optimizer, training)}"
+    cost = describe_training(model.networks, config.optimizer, training)
+    return f"{data}\n\n{trained.share}\n{table}\n\n{cost}"
 
 
-def adapt(model: SDXL, config: TrainDiffusionConfig) -> tuple[Networks, dict[str, InjectReport]]:
-    """Injects adapters into the UNet and, with `adapter.text_encoders`, the text encoders, and loads `init_from`."""
-    spec = make_spec(config.adapter)
+def target_maps(model: SDXL) -> dict[str, TargetMap]:
+    """The target maps of the networks that can be adapted."""
+    return {component: targets.find(TARGETS[component]) for component in model.adaptable}
+
+
+def adapt(model: SDXL, config: TrainDiffusionConfig) -> Trained:
+    """Injects the adapters of the config, and loads `init_from`."""
     settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
-    adapted: Networks = {"unet": model.unet}
-    reports = {"unet": dora_mm.inject(model.unet, "sdxl-unet", spec, parts=config.adapter.parts, **settings)}
-    for name in TEXT_ENCODERS if config.adapter.text_encoders else ():
-        adapted[name] = getattr(model, name)
-        reports[name] = dora_mm.inject(adapted[name], "clip-text", spec, **settings)
+    trained = networks.adapt(model.adaptable, target_maps(model), config.adapter, **settings)
     if config.adapter.init_from:
-        file = resolve_path(config.adapter.init_from, "adapter.init_from")
-        for name, others in adapt_others(file, adapted, spec, config.backend).items():
-            reports[name] = InjectReport(reports[name].modules + others.modules)
-        load_initial_adapter(file, adapted)
-    return adapted, reports
+        load_initial_file(trained, config.adapter, config.backend)
+    return trained
 
 
 def move_idle_networks_to_cpu(model: SDXL, config: TrainDiffusionConfig) -> None:
     """Frees device memory of networks whose results are cached: in half precision 1.6 GB, and 0.2 GB for the VAE."""
-    text_encoders = () if config.adapter.text_encoders else TEXT_ENCODERS
-    vae = ("vae",) if config.data.crop == "center" else ()
-    for name in (*text_encoders, *vae):
-        getattr(model, name).to("cpu")
+    idle = {"vae"} if config.data.crop == "center" else set()
+    if not config.adapter.trains_text_encoders:
+        idle |= {name for name in model.networks if name.startswith(EACH_TEXT_ENCODER)}
+    for name in idle:
+        model.networks[name].to("cpu")
 
 
 def set_training(adapted: Networks, training: bool) -> None:
@@ -167,7 +169,7 @@ def draw_sheet(config: TrainDiffusionConfig, model: SDXL, adapted: Networks, pat
         return []
     set_training(adapted, False)
     model.to(model.device)  # where the UNet is
-    settings: dict[str, Any] = {"strength": config.adapter.strength, "full": config.adapter.method == "full"}
+    settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     sheet, pictures = before_after_sheet(model.pipeline(), adapted, config.sample, **settings)
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)

@@ -27,6 +27,7 @@ from dora_mm.train.metrics import read_metrics
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"
+UNET = ["unet.attn", "unet.cross", "unet.ff", "unet.conv"]
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def config(tmp_path, tiny_folder, image_folder):
             "pipeline": "train_diffusion",
             "output": str(tmp_path / "run"),
             "model": {"path": str(tiny_folder)},
-            "adapter": {"rank": 4, "parts": ["attn", "cross", "ff", "conv"]},
+            "adapter": {"rank": 4, "parts": UNET},
             "data": {"folder": str(image_folder), "resolution": 64, "placeholder": "TOK", "caption_dropout": 0.2},
             "optimizer": {"lr": 0.01},
             "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1},
@@ -67,7 +68,14 @@ ADAPTERS = {
     "lora": {"adapter__method": "lora"},
     "magnitude": {"adapter__method": "magnitude"},
     "strength": {"adapter__strength": 1.5},
-    "text encoders": {"adapter__text_encoders": True, "adapter__alpha": 2.0},
+    "text encoders": {"adapter__parts": [*UNET, "text_encoders.attn"], "adapter__alpha": 2.0},
+    "parts": {
+        "adapter__parts": {
+            "unet.attn": {"rank": 2},
+            "unet.conv": {"lr": 0.02},
+            "text_encoder.attn": {"method": "lora", "rank": 1, "alpha": 3.0},
+        }
+    },
 }
 
 
@@ -195,7 +203,7 @@ def test_images_are_encoded_outside_autocast(config, tmp_path, monkeypatch):
     ("changes", "idle"),
     [
         ({}, {"text_encoder", "text_encoder_2", "vae"}),
-        ({"adapter__text_encoders": True}, {"vae"}),
+        ({"adapter__parts": ["unet.attn", "text_encoder.attn"]}, {"vae"}),
         ({"data__crop": "random"}, {"text_encoder", "text_encoder_2"}),
     ],
 )
@@ -206,7 +214,8 @@ def test_networks_whose_results_are_cached_leave_the_device(config, changes, idl
         def __init__(self, name):
             self.to = lambda device: moved.add((name, device))
 
-    model = SimpleNamespace(**{name: Recorder(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")})
+    networks = {name: Recorder(name) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    model = SimpleNamespace(networks=networks)
     PIPELINES.load("train_diffusion").move_idle_networks_to_cpu(model, load_config(config(**changes)))
     assert moved == {(name, "cpu") for name in idle}
 
@@ -217,9 +226,9 @@ def test_long_captions_of_different_lengths_train(config, image_folder, tmp_path
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
     rows[0]["text"] += ", a flying saucer" * 9
     captions.write_text("\n".join(json.dumps(row) for row in rows))
-    for trained in (False, True):
-        run = tmp_path / f"run-{trained}"
-        path = config(output=str(run), adapter__text_encoders=trained, data__repeats=3, sample__prompts=[])
+    for part in ("unet.attn", "text_encoders.attn"):
+        run = tmp_path / f"run-{part}"
+        path = config(output=str(run), adapter__parts=[part], data__repeats=3, sample__prompts=[])
         assert main(["train", str(path)]) == 0
         assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -279,7 +288,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
 def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     """With a constant rate it ends as a run that was longer from the start."""
     caplog.set_level("INFO")
-    run, settings = tmp_path / "run", {"sample__prompts": [], "adapter__parts": ["attn"]}
+    run, settings = tmp_path / "run", {"sample__prompts": [], "adapter__parts": ["unet.attn"]}
     assert main(["train", str(config(**settings, train__steps=1))]) == 0
     assert f"dora-mm train --resume {run} --set train.steps=2" in caplog.text
     assert main(["train", "--resume", str(run), "--set", "train.steps=2", "adapter.strength=0.5"]) == 0
@@ -307,7 +316,7 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
         "without TOK  0",
         "4 steps x batch 2 / 5 pictures = each is seen 2 times",
         "Each picture is seen 2 times (the paper's recipes: 3d_icon 130, lego 49), which is little",
-        "unet attn",
+        "unet.attn",
         "frozen in float32",
         "optimizer state (adamw, 2 numbers each)",
         "activations (an estimate",
