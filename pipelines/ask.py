@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dora_mm import formats
+from dora_mm.adapting.files import load_trained, saved_config, seed_of
 from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
@@ -14,7 +15,6 @@ from dora_mm.models.vl_bart.loading import is_vl_bart
 from dora_mm.models.vlm.family import VLM
 from dora_mm.models.vlm.folders import saved_dtype
 from dora_mm.models.vlm.loading import read_config
-from dora_mm.tasks import vl_adapters
 from dora_mm.utils.devices import default_device
 
 
@@ -50,7 +50,7 @@ def main(
     if not question.strip():
         raise ValueError("QUESTION is empty")
     folder = formats.adapter_folder(resolve_path(adapter, "--adapter")) if adapter else None
-    run = vl_adapters.saved_config(folder) if folder else None
+    run = saved_config(folder) if folder else None
     if not is_vl_bart(path):
         vl, task = load_vlm(path, run, dtype, revision), "chat"
     elif dtype or revision:
@@ -65,7 +65,7 @@ def main(
     if folder is None:
         print(bare)
         return
-    vl_adapters.load(vl, folder, backend="auto")
+    load_trained(vl, folder, backend="auto")
     print(f"without adapter: {bare}")
     print(f"with adapter:    {answer([row], '/')[0]}")
 
@@ -88,7 +88,7 @@ def load_vl_bart(path: str, run: TrainVLConfig | None, folder: Path | None) -> V
         raise ValueError(f"{path} is a VL-BART, whose vision tower only a run of its own names: give one by --adapter")
     settings = run.model.model_copy(update={"path": path})
     vision = run.vision.model_copy(update={"features": ()})
-    seed, trains_tower = vl_adapters.seed_of(folder), any(folder.glob("*/*.safetensors"))
+    seed, trains_tower = seed_of(folder), any(folder.glob("*/*.safetensors"))
     vl = load_family(settings, vision, seed=seed, trained_tower=trains_tower, device=default_device())
     vl.check(["vqa"])
     return vl

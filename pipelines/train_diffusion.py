@@ -2,7 +2,6 @@
 
 import logging
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,20 @@ from torch import nn
 
 import dora_mm
 from dora_mm import formats
+from dora_mm.adapting import networks
+from dora_mm.adapting.initial import load_initial_file
+from dora_mm.adapting.networks import Trained
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import dump_config, resolve_path
-from dora_mm.core import InjectReport
+from dora_mm.config.loader import dump_config
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_if_local, load_image_model
 from dora_mm.models.opening import commit_of
 from dora_mm.preview.images import describe_data, remark_on_length
+from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, slow_hardware
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.sampling.pictures import PictureSampler
-from dora_mm.tasks.adapters import adapt_others, adapter_parameters, load_initial_adapter, make_spec, one_line
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.loop import fit
@@ -35,7 +36,6 @@ from dora_mm.train.schedule import build_schedule
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 MOST_SHOWN = 6  # pictures in a model card: of 1024 pixels, each has 1.5 MB
 
 
@@ -55,7 +55,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
             is created only after these checks.
     """
     images = read_training_images(config.data)
-    trains_text = config.adapter.text_encoders
+    trains_text = config.adapter.trains_text_encoders
     # The last layer of a text encoder may be unused, as in SDXL: its adapters get no gradients.
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=trains_text)
     if dry_run:
@@ -67,9 +67,9 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)
     sampler = encode(config, model, batches)
-    adapted, reports = adapt(model, config)
-    log.info("%s", "\n".join(starmap(one_line, reports.items())))
-    training = build(config, model, adapted, accelerator)
+    trained = adapt(model, config)
+    log.info("%s", trained)
+    training, adapted = build(config, model, trained, accelerator), trained.adapted
     move_vae(model, config)
     draw = partial(draw_sheet, config, sampler, adapted) if accelerator.is_main_process else None
 
@@ -91,7 +91,7 @@ def batches_of(
     config: TrainDiffusionConfig, model: ImageModel, images: list[CaptionedImage], accelerator: Accelerator
 ) -> CaptionedBatches:
     """The batches of this process, by number."""
-    prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
+    prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders)
     process = (accelerator.process_index, accelerator.num_processes)
     settings: dict[str, Any] = {"batch_size": config.train.batch_size, "seed": config.seed, "process": process}
     return CaptionedBatches(model, images, prompts, config.data, **settings)
@@ -115,21 +115,20 @@ def encode(config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBa
 
 
 def build(
-    config: TrainDiffusionConfig, model: ImageModel, adapted: Networks, accelerator: Accelerator
+    config: TrainDiffusionConfig, model: ImageModel, trained: Trained, accelerator: Accelerator
 ) -> dict[str, Any]:
     """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
-    parameters = adapter_parameters(adapted)
-    optimizer = build_optimizer(parameters, config.optimizer)
+    optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
     if config.train.gradient_checkpointing:
         denoiser: Any = model.networks[model.denoiser]
         denoiser.enable_gradient_checkpointing()
-    set_training(adapted, True)
+    set_training(trained.networks, True)
     return {
         "accelerator": accelerator,
         "config": config.train,
         "seed": config.seed,
-        "networks": adapted,
-        "parameters": parameters,
+        "networks": trained.networks,
+        "parameters": trained.parameters,
         "optimizer": accelerator.prepare(optimizer),
         "schedule": build_schedule(optimizer, config.schedule, config.train.steps),
         "loss": DiffusionTask(model, config.loss).loss,
@@ -144,33 +143,26 @@ def describe(config: TrainDiffusionConfig, images: list[CaptionedImage], acceler
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
     batches = batches_of(config, model.to(accelerator.device), images, accelerator)
-    measured = is_measured(accelerator, model.networks.values())
-    if measured:
+    if is_measured(accelerator, model.networks.values()):
         with torch.no_grad():
             batches(0)  # the only batch that is measured
     if not batches.prompts.trained:
         model.parts.release(model.text_encoders)
-    adapted, reports = adapt(model, config)
-    training = build(config, model, adapted, accelerator) | {"batch_at": batches}
+    trained = adapt(model, config)
+    table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
+    training = build(config, model, trained, accelerator) | {"batch_at": batches}
     move_vae(model, config)
-    return f"{data}\n\n{describe_training(model.networks, reports, config.optimizer, training)}"
+    cost = describe_training(model.networks, config.optimizer, training)
+    return f"{data}\n\n{trained.share}\n{table}\n\n{cost}"
 
 
-def adapt(model: ImageModel, config: TrainDiffusionConfig) -> tuple[Networks, dict[str, InjectReport]]:
-    """Injects adapters into the UNet and, with `adapter.text_encoders`, the text encoders, and loads `init_from`."""
-    spec = make_spec(config.adapter)
+def adapt(model: ImageModel, config: TrainDiffusionConfig) -> Trained:
+    """Injects the adapters of the config, and loads `init_from`."""
     settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
-    adapted: Networks = {"unet": model.unet}
-    reports = {"unet": dora_mm.inject(model.unet, "sdxl-unet", spec, parts=config.adapter.parts, **settings)}
-    for name in TEXT_ENCODERS if config.adapter.text_encoders else ():
-        adapted[name] = getattr(model, name)
-        reports[name] = dora_mm.inject(adapted[name], "clip-text", spec, **settings)
+    trained = networks.adapt(model.adaptable, model.target_maps, config.adapter, **settings)
     if config.adapter.init_from:
-        file = resolve_path(config.adapter.init_from, "adapter.init_from")
-        for name, others in adapt_others(file, adapted, spec, config.backend).items():
-            reports[name] = InjectReport(reports[name].modules + others.modules)
-        load_initial_adapter(file, adapted)
-    return adapted, reports
+        load_initial_file(trained, config.adapter, config.backend)
+    return trained
 
 
 def move_vae(model: ImageModel, config: TrainDiffusionConfig) -> None:
@@ -198,7 +190,7 @@ def draw_sheet(
     set_training(adapted, False)
     model = sampler.model.to(sampler.model.device)
     trains_text = bool(set(adapted) & set(model.text_encoders))  # then prompts are encoded anew for each sheet
-    settings: dict[str, Any] = {"strength": config.adapter.strength, "full": config.adapter.method == "full"}
+    settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)

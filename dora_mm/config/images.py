@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from dora_mm.config.adapter import AdapterConfig, check_adapter
+from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import PixelSize, SampleConfig
 from dora_mm.config.schema import (
@@ -101,7 +101,7 @@ class TrainDiffusionConfig(PipelineConfig):
     output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig
-    adapter: AdapterConfig
+    adapter: ImageAdapterConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig
@@ -113,12 +113,13 @@ class TrainDiffusionConfig(PipelineConfig):
     def _sections_agree(self) -> "TrainDiffusionConfig":
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
         problems += check_adapter(self.adapter, self.optimizer)
-        if self.adapter.method == "full" and self.model.dtype != "float32":
+        full = "full" in self.adapter.methods
+        if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":
             problems.append("data.latent_cache cannot be used with data.crop random: every crop is new")
         if self.sample.every and not self.sample.prompts:
             problems.append("sample.every has no effect: sample.prompts is empty")
-        if self.adapter.method == "full" and self.adapter.strength != 1.0:
+        if full and self.adapter.strength != 1.0:
             problems.append("adapter.strength must be 1 for adapter.method full: it keeps no base weights")
         return raise_problems(self, problems)

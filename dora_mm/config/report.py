@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,6 +16,9 @@ _WANTED = {
     "tuple_type": "a list",
     "model_type": "a section of keys",
 }
+
+
+ANY_NAME = "*"  # in dotted keys
 
 
 class Problem(NamedTuple):
@@ -102,20 +105,23 @@ def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
     close = nearest(str(name), siblings)
     if close:
         return close
-    elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name]
+    elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name and ANY_NAME not in key]
     if elsewhere:
         return f", did you mean {elsewhere[0]!r}?"
     return f"; this section has {', '.join(siblings)}" if siblings else ""
 
 
 def _section(schema: type[BaseModel], parents: Iterable[str | int]) -> type[BaseModel] | None:
-    """The model at a key path; list indices are skipped."""
+    """The model at a key path; list indices, and the names of sections that have any name, are skipped."""
     model: type[BaseModel] | None = schema
+    named = False
     for part in parents:
-        if isinstance(part, int):
+        if named or isinstance(part, int):
+            named = False
             continue
         field = model.model_fields.get(part) if model else None
         model = _model_in(field.annotation) if field else None
+        named = field is not None and get_origin(field.annotation) is dict
     return model
 
 
@@ -128,11 +134,12 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys of a schema, sections included, each with `prefix` in front."""
+    """All dotted keys of a schema, sections included, each with `prefix` in front; `*` is any name of a section."""
     keys = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)
         inner = _model_in(field.annotation)
         if inner:
-            keys += all_keys(inner, f"{prefix}{name}.")
+            any_name = f"{ANY_NAME}." if get_origin(field.annotation) is dict else ""
+            keys += all_keys(inner, f"{prefix}{name}.{any_name}")
     return keys

@@ -14,7 +14,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8  # added to the denominator of the update
     weight_decay: NonNegative = 0.01  # decoupled from the gradient, as in AdamW
     decay_biases: bool = False  # weight decay of biases, too, where those are trained
-    magnitude_lr: Positive | None = None  # learning rate of the magnitudes (adamw only); null: same as lr
+    # Learning rate of all magnitudes (not for prodigy), also of parts that have an lr of their own; null: as A and B
+    magnitude_lr: Positive | None = None
 
 
 class ScheduleConfig(Section):

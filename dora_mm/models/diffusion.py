@@ -75,8 +75,8 @@ class ImageModel(ABC):
 
     @property
     def target_maps(self) -> dict[str, TargetMap]:
-        """The target map of each network that can be adapted, the denoiser's first."""
-        return {name: targets.find(target) for name, target in self.maps.items()}
+        """The target map of each network that can be adapted and was not released, the denoiser's first."""
+        return {name: targets.find(self.maps[name]) for name in self.maps if not self.parts.is_released(name)}
 
     @property
     def text_encoders(self) -> list[str]:

@@ -65,6 +65,9 @@ class Parts:
             self._released.add(name)
             self._loaded.pop(name, None)
 
+    def is_released(self, name: str) -> bool:
+        return name in self._released
+
     def to(self, device: torch.device | str) -> None:
         """Moves all networks to a device, also those that are loaded later."""
         self.device = torch.device(device)

@@ -22,6 +22,7 @@ import peft
 import torch
 
 from dora_mm import fixed_parameters
+from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.models import VLModelConfig
 from dora_mm.config.vl_data import SourceConfig
@@ -29,7 +30,6 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.models.vlm.family import VLM, VLMBatch
-from dora_mm.tasks import vl_adapters
 
 ROUNDS, BATCH, NEW_TOKENS = 9, 8, 16
 LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -48,7 +48,9 @@ class Ours:
     def __init__(self, folder: str):
         self.vlm = VLM(VLModelConfig(path=folder))
         config = VLAdapterConfig.model_validate({"rank": 8, "parts": ["text.attn", "text.mlp"]})
-        self.parameters = list(vl_adapters.adapt(self.vlm, config, seed=0, backend="torch").parameters.values())
+        self.parameters = list(
+            adapt(self.vlm.networks, self.vlm.target_maps, config, seed=0, backend="torch").parameters.values()
+        )
         self.model = self.vlm.model.train()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 

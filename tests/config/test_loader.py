@@ -48,7 +48,7 @@ def test_defaults_are_filled_in(write):
     assert config.name == "run"
     assert config.optimizer.lr == 1e-4
     assert config.adapter.alpha == 4.0
-    assert config.adapter.parts == ("attn", "cross")
+    assert config.adapter.parts == {}
     assert config.loss.min_snr_gamma == 5.0
 
 
@@ -82,13 +82,18 @@ def test_the_report_names_the_file_once(write):
     [
         ("adapter.rank='8'", "adapter.rank: must be a whole number, got '8'"),
         ("adapter.rank=yes", "adapter.rank: must be a whole number, got 'yes'"),
-        ("adapter.text_encoders=1", "adapter.text_encoders: must be true or false, got 1"),
+        ("model.revision=1", "model.revision: must be text, got 1"),
         (
             "adapter.method=dorra",
             "adapter.method: must be 'dora', 'lora', 'magnitude' or 'full', got 'dorra', did you mean 'dora'?",
         ),
-        ("adapter.parts=attn", "adapter.parts: must be a list, got 'attn'"),
-        ("adapter.parts=[attn, attn]", "adapter.parts: names a part twice"),
+        ("adapter.parts=attn", "adapter.parts: must be a list of parts, or parts with settings, got 'attn'"),
+        ("adapter.parts=[unet.attn, unet.attn]", "adapter.parts: names a part twice"),
+        (
+            "adapter.parts={text_encoders.attn: {rank: 2}, text_encoder_2.attn: {}}",
+            "adapter.parts: names text_encoder_2.attn twice, since text_encoders.attn means it, too",
+        ),
+        ("adapter.parts={unet.attn: {rnk: 2}}", "adapter.parts.unet.attn.rnk: unknown key, did you mean 'rank'?"),
         ("adapter.dropout=1.0", "adapter.dropout: must be less than 1, got 1.0"),
         ("model=tiny", "model: must be a section of keys, got 'tiny'"),
         ("model.path=7", "model.path: must be text, got 7"),

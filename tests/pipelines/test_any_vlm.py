@@ -9,6 +9,8 @@ import yaml
 from peft import PeftModel
 
 import dora_mm
+from dora_mm.adapting.files import load_trained
+from dora_mm.adapting.networks import adapt
 from dora_mm.cli import main
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.models import VLModelConfig
@@ -16,7 +18,6 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vlm.family import VLM
-from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.vl import draw_answer
 from tests.models.vlm import tiny
 from tests.models.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
@@ -61,7 +62,7 @@ def test_a_fresh_adapter_changes_no_bit_and_all_of_it_learns(vlm, pictures, requ
     before = losses(vlm, batch)
     parts = parts_in(vlm.model, vlm.target_maps["model"])
     config = VLAdapterConfig.model_validate({"rank": 2, "parts": list(parts)})
-    trained = vl_adapters.adapt(vlm, config, seed=0, backend="torch")
+    trained = adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")
     assert torch.equal(losses(vlm, batch), before)
 
     optimizer = torch.optim.AdamW(trained.parameters.values(), lr=0.02)
@@ -119,7 +120,7 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, 
     batch = batch_of(vlm, pictures)
     bare = losses(vlm, batch)
     adapter = tmp_path / "whole" / "adapter"
-    vl_adapters.load(vlm, adapter, backend="torch")
+    load_trained(vlm, adapter, backend="torch")
     ours = losses(vlm, batch)
     assert (ours - bare).abs().max() > 1e-3
     dora_mm.merge(vlm.model)

@@ -20,6 +20,7 @@ from dora_mm.models.image_families import load_image_model
 EXACT = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit", "diff")
 DRAWN = ("original", "kohya", "comfy")
 BASE = "samples/tiny-sdxl"
+PARTS = ["unet.attn", "unet.cross", "text_encoders.attn"]
 LINEAR = ("attn", "cross", "ff")  # ai-toolkit has no DoRA of convolutions
 
 
@@ -224,7 +225,7 @@ def test_a_lora_of_kohya_is_drawn_and_trained_on(kohya, image_folder, tmp_path):
         "pipeline": "train_diffusion",
         "output": str(tmp_path / "run"),
         "model": {"path": BASE},
-        "adapter": {"method": "lora", "rank": 4, "alpha": 1.0, "text_encoders": True, "init_from": str(file)},
+        "adapter": {"method": "lora", "rank": 4, "alpha": 1.0, "parts": PARTS, "init_from": str(file)},
         "data": {"folder": str(image_folder), "resolution": 64},
         "optimizer": {"lr": 1e-12},
         "train": {"steps": 1, "batch_size": 1},

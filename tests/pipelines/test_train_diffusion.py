@@ -27,6 +27,7 @@ from dora_mm.train.metrics import read_metrics
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"
+UNET = ["unet.attn", "unet.cross", "unet.ff", "unet.conv"]
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def config(tmp_path, tiny_folder, image_folder):
             "pipeline": "train_diffusion",
             "output": str(tmp_path / "run"),
             "model": {"path": str(tiny_folder)},
-            "adapter": {"rank": 4, "parts": ["attn", "cross", "ff", "conv"]},
+            "adapter": {"rank": 4, "parts": UNET},
             "data": {"folder": str(image_folder), "resolution": 64, "placeholder": "TOK", "caption_dropout": 0.2},
             "optimizer": {"lr": 0.01},
             "train": {"steps": 4, "batch_size": 2, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1},
@@ -67,7 +68,14 @@ ADAPTERS = {
     "lora": {"adapter__method": "lora"},
     "magnitude": {"adapter__method": "magnitude"},
     "strength": {"adapter__strength": 1.5},
-    "text encoders": {"adapter__text_encoders": True, "adapter__alpha": 2.0},
+    "text encoders": {"adapter__parts": [*UNET, "text_encoders.attn"], "adapter__alpha": 2.0},
+    "parts": {
+        "adapter__parts": {
+            "unet.attn": {"rank": 2},
+            "unet.conv": {"lr": 0.02},
+            "text_encoder.attn": {"method": "lora", "rank": 1, "alpha": 3.0},
+        }
+    },
 }
 
 
@@ -210,7 +218,8 @@ def test_frozen_text_encoders_are_freed_before_the_denoiser_is_loaded(config, mo
         return parts
 
     monkeypatch.setattr(image_families, "load_parts", watched)
-    assert main(["train", str(config(adapter__text_encoders=trained, train__steps=1))]) == 0
+    parts = ["unet.attn", *(["text_encoders.attn"] if trained else [])]
+    assert main(["train", str(config(adapter__parts=parts, train__steps=1))]) == 0
     assert alive == (["text_encoder", "text_encoder_2"] if trained else [])
 
 
@@ -220,9 +229,9 @@ def test_long_captions_of_different_lengths_train(config, image_folder, tmp_path
     rows = [json.loads(line) for line in captions.read_text().splitlines()]
     rows[0]["text"] += ", a flying saucer" * 9
     captions.write_text("\n".join(json.dumps(row) for row in rows))
-    for trained in (False, True):
-        run = tmp_path / f"run-{trained}"
-        path = config(output=str(run), adapter__text_encoders=trained, data__repeats=3, sample__prompts=[])
+    for part in ("unet.attn", "text_encoders.attn"):
+        run = tmp_path / f"run-{part}"
+        path = config(output=str(run), adapter__parts=[part], data__repeats=3, sample__prompts=[])
         assert main(["train", str(path)]) == 0
         assert (run / "adapter" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -282,7 +291,7 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
 def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     """With a constant rate it ends as a run that was longer from the start."""
     caplog.set_level("INFO")
-    run, settings = tmp_path / "run", {"sample__prompts": [], "adapter__parts": ["attn"]}
+    run, settings = tmp_path / "run", {"sample__prompts": [], "adapter__parts": ["unet.attn"]}
     assert main(["train", str(config(**settings, train__steps=1))]) == 0
     assert f"dora-mm train --resume {run} --set train.steps=2" in caplog.text
     assert main(["train", "--resume", str(run), "--set", "train.steps=2", "adapter.strength=0.5"]) == 0
@@ -310,7 +319,7 @@ def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_pat
         "without TOK  0",
         "4 steps x batch 2 / 5 pictures = each is seen 2 times",
         "Each picture is seen 2 times (the paper's recipes: 3d_icon 130, lego 49), which is little",
-        "unet attn",
+        "unet.attn",
         "frozen in float32",
         "optimizer state (adamw, 2 numbers each)",
         "activations (an estimate",

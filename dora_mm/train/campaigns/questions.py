@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from dora_mm.adapting.files import load_trained
 from dora_mm.config.comparing import CompareConfig, CompareQuestionsConfig
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.vl import TrainVLConfig
@@ -32,7 +33,6 @@ from dora_mm.eval.vl.question_only import question_only_answers
 from dora_mm.models.families import fully_trained, load_family
 from dora_mm.models.vl import VLModel
 from dora_mm.sampling.answers import answer_all
-from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base
 from dora_mm.train.campaigns.trainings import Training, Trainings
@@ -150,7 +150,7 @@ class QuestionEvaluation:
         """Answers the reported splits with an adapter, or with the bare model that a training with this seed adapts."""
         model = self.model.fresh(seed)
         if adapter is not None:
-            vl_adapters.load(model, adapter, backend=self.base.backend)
+            load_trained(model, adapter, backend=self.base.backend)
         decode = self.settings.decode
         return answer_all(answerers(model, self.sets, decode), model.networks.values(), self.sets, decode.batch_size)
 
