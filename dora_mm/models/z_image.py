@@ -34,7 +34,7 @@ class ZImage(ImageModel):
 
     @property
     def resolution(self) -> int:
-        return 1024
+        return self.vae.config.sample_size
 
     @property
     def vae_identity(self) -> str:

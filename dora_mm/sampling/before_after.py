@@ -49,7 +49,16 @@ def sample_merged(
         description: Label of the progress bar.
     """
     with weights_computed_once(model.networks.values()):
-        return sample(model, prompts, seeds, **settings.model_dump(), description=description)
+        return sample(
+            model,
+            prompts,
+            seeds,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            negative_prompt=settings.negative_prompt,
+            batch_size=settings.batch_size,
+            description=description,
+        )
 
 
 def at_strength(

@@ -49,7 +49,7 @@ def test_defaults_are_filled_in(write):
     assert config.optimizer.lr == 1e-4
     assert config.adapter.alpha == 4.0
     assert config.adapter.parts == {}
-    assert config.loss.min_snr_gamma == 5.0
+    assert config.loss.min_snr_gamma == "auto"
 
 
 def test_alpha_may_differ_from_the_rank_and_null_means_the_rank(write):

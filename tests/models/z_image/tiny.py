@@ -58,6 +58,7 @@ def build(folder: Path) -> Path:
             up_block_types=("UpDecoderBlock2D",) * 4,
             norm_num_groups=4,
             latent_channels=4,
+            sample_size=64,
             shift_factor=0.1159,
             scaling_factor=0.3611,
             use_quant_conv=False,
