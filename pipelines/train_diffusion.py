@@ -56,7 +56,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     """
     images = read_training_images(config.data)
     trains_text = config.adapter.trains_text_encoders
-    # The last layer of a text encoder may be unused, as in SDXL: its adapters get no gradients.
+    # The last layer of a text encoder may be unused: its adapters get no gradients.
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=trains_text)
     if dry_run:
         print(describe(config, images, accelerator))

@@ -9,7 +9,7 @@ from dora_mm.data.images.buckets import choose_bucket
 from dora_mm.data.images.folder import CaptionedImage, contains_word
 from dora_mm.models.diffusion import ImageModel
 
-# Steps x batch / pictures of the DoRA paper's two styles (configs/sdxl/3d_icon.yaml and lego.yaml).
+# Steps x batch / pictures of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
 FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
 

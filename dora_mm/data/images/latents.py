@@ -82,7 +82,7 @@ class LatentCache:
             The latents, on the CPU.
 
         Raises:
-            ValueError: The computed latents are not finite, as happens with SDXL's VAE in fp16.
+            ValueError: The computed latents are not finite, as happens with some VAEs in fp16.
         """
         found = self.memory.get(key) if self.folder is None else self._read(self._path(key))
         if found is not None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,18 +13,21 @@ from safetensors.torch import save_file
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
+from dora_mm.config.models import ModelConfig
 from dora_mm.eval.comparison import Variant, contrasts, table_rows, variants
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
+from dora_mm.models.image_families import load_image_model
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery.data import Picture, befores
 from dora_mm.sampling.manifest import Entry, read_manifest
 from dora_mm.train.campaigns import trainings
 from dora_mm.train.campaigns.campaign import Campaign
 from dora_mm.train.jobs import Job
-from dora_mm.utils.digest import file_digest
+from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
+from tests.models.z_image import tiny as z_image
 
 compare = PIPELINES.load("compare")
 
@@ -202,15 +206,39 @@ def test_eval_rejects_the_judge_of_another_model(evaluation, tmp_path, tiny, cap
     assert "another VAE" in capsys.readouterr().err
 
 
-def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch, capsys):
-    commands = []
+@pytest.fixture
+def commands(monkeypatch):
+    """The trainings that a comparison starts, which run in this process."""
+    found = []
 
     def in_this_process(name, arguments, log_file, threads):
-        commands.append(arguments)
+        found.append(arguments)
         assert main(arguments) == 0
         return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
     monkeypatch.setattr(trainings, "start_job", in_this_process)
+    return found
+
+
+def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted, tmp_path, commands):
+    """With a judge that takes its VAE for the one that it was fitted on."""
+    folder = z_image.build(tmp_path / "z-image")
+    values = yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(folder)}}
+    judge = tmp_path / "judge"
+    shutil.copytree(fitted, judge)
+    about = json.loads((judge / "judge.json").read_text())
+    about["origin"]["vae"] = module_digest(load_image_model(ModelConfig(path=str(folder))).vae)
+    (judge / "judge.json").write_text(json.dumps(about))
+    rates = {method: [1e-3, 1e-2, 1e-1] for method in ("lora", "dora")}
+    settings = {"extra_rates": 0, "half_ranks": False, "learning_rates": rates}
+    config = comparison({"judge": str(judge)}, base=write(tmp_path / "other.yaml", values), **settings)
+    assert main(["eval", config]) == 0
+    assert len(commands) == 2 * (3 + 1)
+    rows = list(csv.DictReader((tmp_path / "campaign" / "results.csv").open()))
+    assert [row["name"] for row in rows[2:]] == ["LoRA, rank 2", "DoRA, rank 2"]
+
+
+def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, capsys):
     config = comparison(extra_rates=0)
     assert main(["eval", config]) == 0
     # full, LoRA 2, DoRA 1 and 2: three rates each, and one more run at the best rate for the second seed
