@@ -219,8 +219,7 @@ def all_parts(base: TrainVLConfig) -> list[str]:
 def overrides(config: CompareVLConfig, base: TrainVLConfig, training: Training, full_parts: Sequence[str]) -> list[str]:
     """The overrides of the base config for one training; every update has the scaling of the base's."""
     variant, adapter = training.variant, base.adapter
-    own = base.model.family == "vl_bart"  # of other models, full fine-tuning trains the linear layers
-    everything = ["biases", "norms", "embeddings", "visual_embedding"] if own else adapter.extra_trainable
+    everything = adapter.extra_trainable if base.model.full_extra is None else base.model.full_extra
     rank = variant.rank or 1  # full fine-tuning ignores it
     full = [
         f"adapter.parts=[{', '.join(full_parts)}]",

@@ -8,6 +8,7 @@ import pytest
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import all_keys
 
+CHOOSE_A_CLASS = {"model.family"}  # read where pydantic chooses the class of the section
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,8 +22,8 @@ def attributes():
 
 @pytest.mark.parametrize("pipeline", SCHEMAS)
 def test_every_key_is_read(pipeline, attributes):
-    unread = [key for key in all_keys(SCHEMAS[pipeline]) if key.split(".")[-1] not in attributes]
-    assert unread == []
+    unread = {key for key in all_keys(SCHEMAS[pipeline]) if key.split(".")[-1] not in attributes}
+    assert unread <= CHOOSE_A_CLASS
 
 
 @pytest.mark.parametrize("pipeline", SCHEMAS)
