@@ -75,8 +75,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         for section in describe(config):
             print(section, end="\n\n", flush=True)
         return
-    # A batch without images leaves the vision parts without gradients, and some classes never use a tower's last layer.
-    unused = config.model.family == "vlm"
+    unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
     model = load_family(

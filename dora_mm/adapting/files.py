@@ -26,7 +26,7 @@ IDENTITIES = {  # keys of an adapter's header
 def save_trained(trained: Trained, config: TrainVLConfig, identity: Mapping[str, str], folder: Path) -> None:
     """Saves what was trained: in PEFT's format where it can hold it, else in our own."""
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
-    about["pipeline_tag"] = "image-text-to-text" if config.model.family == "vlm" else "visual-question-answering"
+    about["pipeline_tag"] = config.model.pipeline_tag
     if config.model.revision:
         about["base_revision"] = config.model.revision
     for component, network in trained.networks.items():
@@ -57,7 +57,7 @@ def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str,
 
 
 def seed_of(folder: Path) -> int:
-    """The seed of the weights that no file of the base model holds (VL-BART's), from an adapter's header.
+    """The seed of the weights that no file of the base model holds, from an adapter's header.
 
     Returns:
         The seed; 0 if the header names none.

@@ -1,11 +1,15 @@
 """Turns pydantic's errors into messages that name the key, its location, and the probable correction."""
 
+from __future__ import annotations
+
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, get_origin
+from collections.abc import Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import Discriminator, ValidationError
 
+from dora_mm.config.schema import ChosenBy, Section
 from dora_mm.config.yaml12 import KeyPath
 
 _WANTED = {
@@ -21,6 +25,9 @@ _WANTED = {
 ANY_NAME = "*"  # in dotted keys
 
 
+_TAGS = ("union_tag_invalid", "union_tag_not_found")  # the class of a section is not one that there is
+
+
 class Problem(NamedTuple):
     """One problem of a config; as text, `where: key: message`."""
 
@@ -32,7 +39,7 @@ class Problem(NamedTuple):
         return ": ".join(part for part in self if part)
 
 
-def describe(error: ValidationError, schema: type[BaseModel], origins: Mapping[KeyPath, str]) -> list[Problem]:
+def describe(error: ValidationError, schema: type[Section], origins: Mapping[KeyPath, str]) -> list[Problem]:
     """Describes every error of a validation.
 
     Args:
@@ -45,8 +52,9 @@ def describe(error: ValidationError, schema: type[BaseModel], origins: Mapping[K
     """
     problems = []
     for item in error.errors(include_url=False):
-        path = tuple(item["loc"])
-        problems.append(Problem(_origin(path, origins), dotted_key(path), _message(item, path, schema)))
+        place = _place(schema, item["loc"])
+        path = (*place.path, place.choice.key) if place.choice and item["type"] in _TAGS else place.path
+        problems.append(Problem(_origin(path, origins), dotted_key(path), _message(item, place, schema)))
     return problems
 
 
@@ -70,10 +78,13 @@ def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
     return ""
 
 
-def _message(item: Any, path: KeyPath, schema: type[BaseModel]) -> str:
+def _message(item: Any, place: _Place, schema: type[Section]) -> str:
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key{_suggestion(path, schema)}"
+        return _of_another_class(place) or f"unknown key{_suggestion(place, schema)}"
+    if kind in _TAGS and place.choice:
+        given, kind = given[place.choice.key], "literal_error"
+        context = {"expected": " or ".join(map(repr, place.choice.classes))}
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
@@ -97,12 +108,11 @@ def _quoted(expected: str) -> list[str]:
     return expected.split("'")[1::2]
 
 
-def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
+def _suggestion(place: _Place, schema: type[Section]) -> str:
     """Suggests a similar key of the same section, else the same key in another section, else lists the keys."""
-    *parents, name = path
-    section = _section(schema, parents)
-    siblings = list(section.model_fields) if section else []
-    close = nearest(str(name), siblings)
+    name = str(place.path[-1])
+    siblings = list(place.section.model_fields) if place.section else []
+    close = nearest(name, siblings)
     if close:
         return close
     elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name and ANY_NAME not in key]
@@ -111,35 +121,107 @@ def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
     return f"; this section has {', '.join(siblings)}" if siblings else ""
 
 
-def _section(schema: type[BaseModel], parents: Iterable[str | int]) -> type[BaseModel] | None:
-    """The model at a key path; list indices, and the names of sections that have any name, are skipped."""
-    model: type[BaseModel] | None = schema
-    named = False
-    for part in parents:
-        if named or isinstance(part, int):
-            named = False
+def _of_another_class(place: _Place) -> str:
+    """What is wrong with a key of a section that only another class of this section has; empty if none has it."""
+    if place.choice is None:
+        return ""
+    key, classes = place.choice
+    others = [tag for tag, section in classes.items() if place.path[-1] in section.model_fields]
+    chosen = next(tag for tag, section in classes.items() if section is place.section)
+    return f"is for {key} {' and '.join(others)}, not {chosen}" if others else ""
+
+
+class _Choice(NamedTuple):
+    """The classes that a section may have, by tag, and the key that chooses one."""
+
+    key: str
+    classes: Mapping[str, type[Section]]
+
+
+class _Place(NamedTuple):
+    """Where in a schema an error is.
+
+    Attributes:
+        path: The key path, without the tags that pydantic adds for the class of a section.
+        section: The section that has the last key, or would have it; None: there is none, as for an item of a list.
+        choice: The classes of that section, or of the value where the error is, where there are several.
+    """
+
+    path: KeyPath
+    section: type[Section] | None
+    choice: _Choice | None
+
+
+def _place(schema: type[Section], location: Sequence[str | int]) -> _Place:
+    path: list[str | int] = []
+    value: Any = schema  # the type of what the next part of the location is in
+    section = choice = chosen = section_choice = None
+    for part in location:
+        if choice is not None and part in choice.classes:
+            value, chosen, choice = choice.classes[str(part)], choice, None
             continue
-        field = model.model_fields.get(part) if model else None
-        model = _model_in(field.annotation) if field else None
-        named = field is not None and get_origin(field.annotation) is dict
-    return model
+        path.append(part)
+        section, section_choice = (value if _is_section(value) else None), chosen
+        value, chosen = _inside(value, part), None
+        choice = _choice_in(value)
+    return _Place(tuple(path), section, choice or section_choice)
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model class in an annotation such as Section, Section | None or tuple[Section, ...]."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = [_model_in(argument) for argument in getattr(annotation, "__args__", ())]
-    return next((model for model in found if model), None)
+def section_at(schema: type[Section], path: Iterable[str | int]) -> type[Section] | None:
+    """The class of the section at a key path; None: there is none, or one of several."""
+    value: Any = schema
+    for part in path:
+        value = _inside(value, part)
+    return value if _is_section(value) else None
 
 
-def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+def _inside(annotation: Any, part: str | int) -> Any:
+    """The type of a key of a section, or of an item of a list or mapping; None: there is no such key."""
+    if _is_section(annotation):
+        if (field := annotation.model_fields.get(part)) is None:
+            return None
+        return _without_null(Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation)
+    arguments = get_args(annotation)
+    return _without_null(arguments[-1] if get_origin(annotation) is dict else arguments[0]) if arguments else None
+
+
+def _without_null(annotation: Any) -> Any:
+    """A type without None, and without metadata other than what chooses a class."""
+    if get_origin(annotation) is Annotated and _choice_in(annotation) is None:
+        return _without_null(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        others = [argument for argument in get_args(annotation) if argument is not NoneType]
+        return _without_null(others[0]) if len(others) == 1 else annotation
+    return annotation
+
+
+def _choice_in(annotation: Any) -> _Choice | None:
+    """The choice of a type such as `Annotated[A | B, Discriminator(...)]`."""
+    for mark in getattr(annotation, "__metadata__", ()):
+        if isinstance(mark, Discriminator):
+            chosen_by: ChosenBy = mark.discriminator.__self__  # type: ignore[union-attr]
+            members = [get_args(member) for member in get_args(get_args(annotation)[0])]
+            return _Choice(chosen_by.key, {tag.tag: section for section, tag in members})
+    return None
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections in a type such as Section, Section | None, tuple[Section, ...] or one of several classes."""
+    if _is_section(annotation):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+
+
+def all_keys(schema: type[Section], prefix: str = "") -> list[str]:
     """All dotted keys of a schema, sections included, each with `prefix` in front; `*` is any name of a section."""
-    keys = []
+    keys: dict[str, None] = {}
     for name, field in schema.model_fields.items():
-        keys.append(prefix + name)
-        inner = _model_in(field.annotation)
-        if inner:
-            any_name = f"{ANY_NAME}." if get_origin(field.annotation) is dict else ""
-            keys += all_keys(inner, f"{prefix}{name}.{any_name}")
-    return keys
+        keys[prefix + name] = None
+        any_name = f"{ANY_NAME}." if get_origin(field.annotation) is dict else ""
+        for section in _sections_in(field.annotation):
+            keys |= dict.fromkeys(all_keys(section, f"{prefix}{name}.{any_name}"))
+    return list(keys)

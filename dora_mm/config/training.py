@@ -1,6 +1,6 @@
 """The config sections of a training: optimizer, schedule, length. See schema.py for the rules."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -19,6 +19,8 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("warmup_steps", "warmup_ratio"),)
+
     name: Literal["constant", "cosine", "linear"] = "constant"  # after the warmup
     warmup_steps: Count = 0  # optimizer steps of linear warmup
     warmup_ratio: Share = 0.0  # warmup as a fraction of all steps, instead of warmup_steps
@@ -44,6 +46,8 @@ CHANGEABLE = tuple(
 
 class EpochTrainConfig(TrainConfig):
     """Training settings whose length is given either in optimizer steps or in epochs."""
+
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("steps", "epochs"),)
 
     steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; null: epochs is set
     epochs: PositiveInt | None = None  # passes over the data of all tasks; null: steps is set

@@ -135,7 +135,7 @@ def check_visual_inputs(
     model: VLModelConfig, data: VLDataConfig, vision: VisionConfig, splits: tuple[str, ...]
 ) -> list[str]:
     """Finds tasks that have neither images nor features in these splits; returns at most one message."""
-    if model.family == "vlm":
+    if model.own_tower:
         return _check_images(data, vision, splits)
     clips = [task.task for task in data.all_tasks if task.task in VIDEO_TASKS]
     if clips and len(clips) < len(data.all_tasks):

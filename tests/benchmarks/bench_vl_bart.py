@@ -25,7 +25,7 @@ from transformers import BartConfig
 
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
 from dora_mm.adapting.networks import parameters_by_name
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.vl_bart.loading import BART_BASE, config_of, from_bart, load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs
 
@@ -41,7 +41,7 @@ def base() -> VLBart:
 
 def embedded() -> VLBart:
     path = "samples/tiny-vl"
-    return load_vl_bart(VLModelConfig(family="vl_bart", path=path), config_of(path).feature_dim, 0)[0]
+    return load_vl_bart(VLBartModelConfig(family="vl_bart", path=path), config_of(path).feature_dim, 0)[0]
 
 
 def ours(model: VLBart):

@@ -8,6 +8,7 @@ import yaml
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.pipelines import SCHEMAS
+from dora_mm.config.resuming import check_changes
 
 SMALLEST = """\
 pipeline: train_diffusion
@@ -257,11 +258,69 @@ def test_sampling_needs_prompts_and_an_adapter_for_strengths(write, keys, messag
     assert any(message in problem for problem in problems(write(SAMPLE + keys)))
 
 
+EPOCHS = "configs/vl_bart/image_dora.yaml"  # a recipe with train.epochs and schedule.warmup_ratio
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "steps", "epochs"),
+    [
+        (EPOCHS, ["train.steps=20"], 20, None),
+        (EPOCHS, ["train.steps=20", "train.epochs=null"], 20, None),
+        (EPOCHS, ["train.steps=null"], None, 20),
+        ("configs/vl_bart/demo.yaml", ["train.epochs=3"], None, 3),
+    ],
+)
+def test_an_override_replaces_the_key_of_the_file_that_excludes_it(recipe, overrides, steps, epochs):
+    train = load_config(recipe, overrides).train
+    assert (train.steps, train.epochs) == (steps, epochs)
+
+
+def test_a_run_goes_on_with_the_length_that_replaces_its_own(tmp_path):
+    saved = load_config(EPOCHS)
+    (tmp_path / "config.yaml").write_text(dump_config(saved))
+    longer = load_config(tmp_path / "config.yaml", ["train.steps=20", "schedule.warmup_steps=3"])
+    assert (longer.train.steps, longer.train.epochs) == (20, None)
+    assert (longer.schedule.warmup_steps, longer.schedule.warmup_ratio) == (3, 0.0)
+    check_changes(tmp_path, saved, load_config(tmp_path / "config.yaml", ["train.steps=20"]))
+
+
+@pytest.mark.parametrize(
+    "overrides", [["train.steps=20", "train.epochs=2"], ["train={batch_size: 1, epochs: 2}", "train.steps=20"]]
+)
+def test_two_overrides_that_exclude_each_other_are_an_error(overrides):
+    assert problems(EPOCHS, overrides) == ["give either train.steps or train.epochs"]
+
+
+def test_two_keys_of_a_file_that_exclude_each_other_are_an_error(write):
+    text = resolve_path(EPOCHS).read_text().replace("  epochs: 20\n", "  epochs: 20\n  steps: 9\n")
+    assert problems(write(text)) == ["give either train.steps or train.epochs"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.family=vl"], "model.family: must be 'vlm' or 'vl_bart', got 'vl', did you mean 'vlm'?"),
+        (["model.family=null"], "model.family: must be 'vlm' or 'vl_bart', got None"),
+        (["model.random=true"], "model.random: is for family vl_bart, not vlm"),
+        (["model.pth=x"], "model.pth: unknown key, did you mean 'path'?"),
+        (["model.prompts={vqa: a}"], "model.prompts: that of vqa needs {text}, the place of the question"),
+        (["model=tiny"], "model: must be a section of keys, got 'tiny'"),
+    ],
+)
+def test_the_model_section_has_the_keys_of_its_family(overrides, expected):
+    assert problems("configs/vlm/tiny_vqa.yaml", overrides) == [f"--set {overrides[0]}: {expected}"]
+
+
 def test_differing_keys_are_dotted(write):
     one, other = load_config(write(SMALLEST)), load_config(write(SMALLEST), ["train.steps=3", "seed=2"])
     assert differing_keys(one, other) == ["seed", "train.steps"]
     assert differing_keys(one, one) == []
     assert differing_keys(one, load_config(write(SAMPLE + "prompts: [a]"))) == ["pipeline"]
+    one = load_config("configs/vlm/tiny_vqa.yaml")
+    other = load_config("configs/vlm/tiny_vqa.yaml", ["model={family: vl_bart, path: build/tiny-vlm, visual: image}"])
+    found = differing_keys(one, other)
+    assert {"model.family", "model.prompts", "model.visual"} <= set(found)
+    assert "model.path" not in found
 
 
 def test_paths_are_relative_to_here_then_to_the_packaged_configs(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dora_mm.config.models import ModelConfig, VLModelConfig
+from dora_mm.config.models import ModelConfig, VLBartModelConfig
 from dora_mm.models import hub
 from dora_mm.models.image_families import load_image_model
 from dora_mm.models.vl_bart.loading import load_vl_bart
@@ -19,7 +19,7 @@ def test_an_sdxl_model(tiny_folder):
 
 def test_a_bart():
     with pytest.raises(ValueError, match=f"^model.path: {SENTENCE}"):
-        load_vl_bart(VLModelConfig(family="vl_bart", path="owner/nothing"), 8, 0)
+        load_vl_bart(VLBartModelConfig(family="vl_bart", path="owner/nothing"), 8, 0)
 
 
 def test_other_errors_have_other_messages(tmp_path):

@@ -13,7 +13,7 @@ from dora_mm.adapting.files import load_trained
 from dora_mm.adapting.networks import adapt
 from dora_mm.cli import main
 from dora_mm.config.adapter import VLAdapterConfig
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
@@ -36,7 +36,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def vlm(tiny_vlm, request):
-    return VLM(VLModelConfig(path=str(tiny_vlm(request.param))))
+    return VLM(VLMModelConfig(path=str(tiny_vlm(request.param))))
 
 
 def examples(count: int = 2) -> list[Example]:
@@ -116,7 +116,7 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, 
         **after, "seconds": 0, "seconds_per_step": 0, "peak_memory_mb": 0,
     }  # fmt: skip
 
-    vlm = VLM(VLModelConfig(path=str(base)))
+    vlm = VLM(VLMModelConfig(path=str(base)))
     batch = batch_of(vlm, pictures)
     bare = losses(vlm, batch)
     adapter = tmp_path / "whole" / "adapter"
@@ -126,7 +126,7 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, 
     dora_mm.merge(vlm.model)
     torch.testing.assert_close(losses(vlm, batch), ours, rtol=1e-5, atol=1e-5)
 
-    theirs = VLM(VLModelConfig(path=str(base)))
+    theirs = VLM(VLMModelConfig(path=str(base)))
     model = PeftModel.from_pretrained(theirs.model, adapter)
     assert model is not None
     torch.testing.assert_close(losses(theirs, batch), ours, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 
 from dora_mm.adapting.networks import Trained, adapt
 from dora_mm.config.adapter import VLAdapterConfig
-from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.models.families import structure_of
 from dora_mm.preview.parts import parts_table
@@ -22,7 +22,7 @@ PARTS = {
 
 def table_of(folder, adapter: dict) -> tuple[Trained, dict[str, list[str]]]:
     """What is trained, and the cells of the table by the first one."""
-    structure = structure_of(VLModelConfig(path=str(folder)), VisionConfig())
+    structure = structure_of(VLMModelConfig(path=str(folder)), VisionConfig())
     config = VLAdapterConfig.model_validate({"rank": 2, **adapter})
     networks = structure.networks, structure.target_maps
     trained = adapt(*networks, config, seed=0, backend="torch")

@@ -30,7 +30,7 @@ from dora_mm.eval.vl.comparison import (
 )
 from dora_mm.eval.vl.metrics import QUESTION_TASKS
 from dora_mm.eval.vl.question_only import question_only_answers
-from dora_mm.models.families import fully_trained, load_family
+from dora_mm.models.families import load_family, structure_of
 from dora_mm.models.vl import VLModel
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
@@ -96,7 +96,7 @@ class QuestionEvaluation:
     @cached_property
     def overrides_of_full(self) -> tuple[str, ...]:
         """What full fine-tuning trains instead of the adapted parts."""
-        parts, extra = fully_trained(self.base.model, self.base.vision, self.base.adapter.extra_trainable)
+        parts, extra = fully_trained(self.base)
         return (
             f"adapter.parts=[{', '.join(parts)}]",
             f"adapter.extra_trainable=[{', '.join(extra)}]",
@@ -281,3 +281,10 @@ def shared_images(one: ValidationSet, other: ValidationSet) -> set[str]:
         for split in (one, other)
     ]
     return paths[0] & paths[1]
+
+
+def fully_trained(base: TrainVLConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What full fine-tuning trains: the parts of all but the vision tower, and `adapter.extra_trainable`."""
+    parts = structure_of(base.model, base.vision).target_maps["model"].parts
+    extra = base.adapter.extra_trainable if base.model.full_extra is None else base.model.full_extra
+    return tuple(part for part in parts if not part.startswith("vision.")), extra

@@ -5,7 +5,7 @@ import torch
 
 from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import VLAdapterConfig
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vlm.family import VLM
@@ -17,7 +17,7 @@ ROW = Example("1", ("wide.png",), "What colour is it?", ("red",), (1.0,))
 
 def quantised(folder, name: str) -> VLM:
     pytest.importorskip(PACKAGES[name])
-    return VLM(VLModelConfig.model_validate({"path": str(folder), "quantization": name}))
+    return VLM(VLMModelConfig.model_validate({"path": str(folder), "quantization": name}))
 
 
 def loss(vlm: VLM, batch) -> float:
