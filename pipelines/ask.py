@@ -1,20 +1,12 @@
 """dora-mm ask: what a vision-language model says about images, without and with an adapter."""
 
-from pathlib import Path
-
 from dora_mm import formats
+from dora_mm.adapting.files import load_trained, saved_config, seed_of
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.config.models import VisionConfig, VLModelConfig
-from dora_mm.config.vl import DecodeConfig, TrainVLConfig
+from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example
-from dora_mm.models.families import load_family
-from dora_mm.models.vl import VLModel
-from dora_mm.models.vl_bart.loading import is_vl_bart
-from dora_mm.models.vlm.family import VLM
-from dora_mm.models.vlm.folders import saved_dtype
-from dora_mm.models.vlm.loading import read_config
-from dora_mm.tasks import vl_adapters
+from dora_mm.models.families import load_to_ask
 from dora_mm.utils.devices import default_device
 
 
@@ -50,50 +42,23 @@ def main(
     if not question.strip():
         raise ValueError("QUESTION is empty")
     folder = formats.adapter_folder(resolve_path(adapter, "--adapter")) if adapter else None
-    run = vl_adapters.saved_config(folder) if folder else None
-    if not is_vl_bart(path):
-        vl, task = load_vlm(path, run, dtype, revision), "chat"
-    elif dtype or revision:
-        raise ValueError(f"--dtype and --revision are not for {path}, a VL-BART")
-    else:
-        vl, task = load_vl_bart(path, run, folder), "vqa"
-    if len(files) > 1 and not reads_several(vl):
+    run = saved_config(folder) if folder else None
+    vl = load_to_ask(
+        path,
+        (run.model, run.vision) if run else None,
+        seed=seed_of(folder) if folder and run else 0,
+        trained_tower=bool(run and run.adapter.vision_parts),
+        given={key: value for key, value in (("dtype", dtype), ("revision", revision)) if value},
+        device=default_device(),
+    )
+    if len(files) > 1 and not vl.reads_several:
         raise ValueError(f"{path} reads one image with a question, and {len(files)} are given")
-    answer = vl.answerer(task, DecodeConfig(max_new_tokens=max_new_tokens), ())
+    answer = vl.answerer(vl.question_task, DecodeConfig(max_new_tokens=max_new_tokens), ())
     row = Example("of the command", tuple(map(str, files)), question)
     bare = answer([row], "/")[0]
     if folder is None:
         print(bare)
         return
-    vl_adapters.load(vl, folder, backend="auto")
+    load_trained(vl, folder, backend="auto")
     print(f"without adapter: {bare}")
     print(f"with adapter:    {answer([row], '/')[0]}")
-
-
-def load_vlm(path: str, run: TrainVLConfig | None, dtype: str | None, revision: str | None) -> VLModel:
-    """A model of transformers, with the settings of the run that trained the adapter."""
-    given = {key: value for key, value in (("dtype", dtype), ("revision", revision)) if value}
-    if run is not None and run.model.family == "vlm":
-        same = {} if resolve_model(run.model.path) == path else {"revision": None}
-        settings = run.model.model_copy(update={"path": path, **same, **given})
-    else:
-        given.setdefault("dtype", saved_dtype(path, read_config(path, revision)))
-        settings = VLModelConfig.model_validate({"path": path, **given})
-    return load_family(settings, VisionConfig(), seed=0, device=default_device())
-
-
-def load_vl_bart(path: str, run: TrainVLConfig | None, folder: Path | None) -> VLModel:
-    """A VL-BART with the vision tower of the run that trained the adapter, which encodes the images now."""
-    if run is None or folder is None or run.model.family != "vl_bart":
-        raise ValueError(f"{path} is a VL-BART, whose vision tower only a run of its own names: give one by --adapter")
-    settings = run.model.model_copy(update={"path": path})
-    vision = run.vision.model_copy(update={"features": ()})
-    seed, trains_tower = vl_adapters.seed_of(folder), any(folder.glob("*/*.safetensors"))
-    vl = load_family(settings, vision, seed=seed, trained_tower=trains_tower, device=default_device())
-    vl.check(["vqa"])
-    return vl
-
-
-def reads_several(vl: VLModel) -> bool:
-    """Whether a question may have several images."""
-    return isinstance(vl, VLM) and (vl.plain is None or vl.plain.images is None)

@@ -23,11 +23,11 @@ from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import format_interval, image_scores, metrics_table, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
-from dora_mm.models.sdxl.family import SDXL, load_configured
-from dora_mm.sampling.before_after import weights_computed_once
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.image_families import load_image_model
+from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.manifest import Entry, write_manifest
-from dora_mm.sampling.pictures import sample
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.devices import default_device
@@ -56,8 +56,8 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     judge = Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
     device = default_device()
-    model = load_configured(config.model).to(device)
-    judge.check_model(model.resolution, module_digest(model.vae))
+    model = load_image_model(config.model).to(device)
+    judge.check_model(model.resolution, module_digest(model.networks["vae"]))
     if config.adapter:
         load_adapter(model, config.adapter)
     encoder = Encoder(device)
@@ -87,7 +87,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     save_sheet(run, images, concepts, len(seeds))
 
 
-def draw_all(config: EvalDiffusionConfig, model: SDXL, concepts: list[Concept]) -> dict[str, list[Image.Image]]:
+def draw_all(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept]) -> dict[str, list[Image.Image]]:
     """Draws all images, by row of the table; in each row the seeds vary faster than the concepts.
 
     `model` is adapted where there is an adapter. The bare model is then loaded again, because the weights of method
@@ -96,34 +96,20 @@ def draw_all(config: EvalDiffusionConfig, model: SDXL, concepts: list[Concept]) 
     adapted = {}
     if config.adapter:
         device = model.device
-        adapted[ADAPTER] = draw(config, model, concepts, config.prompt, ADAPTER)
+        adapted[ADAPTER] = draw(config, model, concepts, ADAPTER)
         del model
-        model = load_configured(config.model).to(device)
-    return {
-        BARE_FLAT: draw(config, model, concepts, config.flat_prompt, BARE_FLAT),
-        BARE: draw(config, model, concepts, config.prompt, BARE),
-        **adapted,
-    }
+        model = load_image_model(config.model).to(device)
+    return {row: draw(config, model, concepts, row) for row in (BARE_FLAT, BARE)} | adapted
 
 
-def draw(
-    config: EvalDiffusionConfig, model: SDXL, concepts: list[Concept], template: str, description: str
-) -> list[Image.Image]:
-    seeds = config.concepts.seeds
-    with weights_computed_once(model.networks.values()):
-        return sample(
-            model.pipeline(),
-            [fill(template, concept) for concept in concepts for _ in seeds],
-            [seed for _ in concepts for seed in seeds],
-            steps=config.draw.steps,
-            guidance=config.draw.guidance,
-            negative_prompt=config.draw.negative_prompt,
-            batch_size=config.draw.batch_size,
-            description=description,
-        )
+def draw(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept], row: str) -> list[Image.Image]:
+    """Draws the images of one row of the table."""
+    settings = [each for _, each in image_settings(config, row, concepts)]
+    prompts, seeds = [each["prompt"] for each in settings], [each["seed"] for each in settings]
+    return sample_merged(model, prompts, seeds, config.draw, row)
 
 
-def load_adapter(model: SDXL, adapter: AdapterFile) -> None:
+def load_adapter(model: ImageModel, adapter: AdapterFile) -> None:
     file = resolve_path(adapter.path, "adapter.path")
     report = dora_mm.load_adapter(model.adaptable, file, strength=adapter.strength)
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")

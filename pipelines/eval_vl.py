@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm import formats
+from dora_mm.adapting.files import load_trained, seed_of
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.config.vl_data import VIDEO_TASKS
@@ -23,7 +24,6 @@ from dora_mm.eval.vl.scores import is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.families import load_family
 from dora_mm.sampling.answers import answer_all
-from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.vl import answerers
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.train.validation import main_values
@@ -48,12 +48,12 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
             another base model or vision tower. The run directory is created only after these checks.
     """
     folder = formats.adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
-    seed = vl_adapters.seed_of(folder) if folder else 0
+    seed = seed_of(folder) if folder else 0
     model = load_family(config.model, config.vision, seed=seed, device=default_device())
     model.check(task.task for task in config.data.all_tasks)
     splits = open_validation(config.data, config.decode, model)
     if folder:
-        vl_adapters.load(model, folder, backend=config.backend)
+        load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode)
     run = open_run(config)
     answered = answer_all(answers, model.networks.values(), splits, config.decode.batch_size)

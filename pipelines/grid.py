@@ -38,8 +38,7 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
     cells = [{**row, **column} for _, row in rows for _, column in columns]
     pictures = [replace(template(config), row=number, **cell) for number, cell in enumerate(cells, 1)]
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
-    loaded.check_schedulers(pictures)
-    loaded.check_adapters(pictures)
+    loaded.check(pictures)
     with picture_run(config, found) as run:
         job = loaded.draw(run.path, pictures, config.batch_size)
         save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])

@@ -3,19 +3,16 @@
 import gc
 import math
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 import dora_mm
 from dora_mm import formats
+from dora_mm.adapting.files import check_identity, saved_config
 from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.paths import check_folder
-from dora_mm.models.vl_bart.loading import is_vl_bart
-from dora_mm.models.vlm.folders import saved_dtype, write_copy
-from dora_mm.models.vlm.loading import read_config
-from dora_mm.models.vlm.probe import Probe, largest_difference, load_probe
-from dora_mm.tasks import vl_adapters
+from dora_mm.models.folders import saved_dtype, write_copy
+from dora_mm.models.probe import Probe, checked_config, largest_difference, load_probe
 from dora_mm.utils.digest import module_digest
 from dora_mm.utils.folders import written_at_once
 
@@ -72,22 +69,6 @@ def new_folder(out: str) -> Path:
     return folder
 
 
-def checked_config(path: str, revision: str | None) -> Any:
-    """The config of a model into which adapters can be merged.
-
-    Raises:
-        ValueError: It is not a model of transformers, or a quantised one.
-    """
-    if is_vl_bart(path):
-        raise ValueError(f"MODEL {path} is a VL-BART, which transformers and vLLM cannot load, merged or not")
-    config = read_config(path, revision)
-    if getattr(config, "quantization_config", None):
-        raise ValueError(
-            f"MODEL {path} is quantised, and merging would lose the update: merge into the model that is not quantised"
-        )
-    return config
-
-
 def merge(base: Probe, file: Path, dtype: str) -> Tensor:
     """Merges an adapter file into a model, and leaves no adapter in it.
 
@@ -98,7 +79,7 @@ def merge(base: Probe, file: Path, dtype: str) -> Tensor:
         ValueError: The file belongs to another model, or the merged model computes something else.
     """
     state, metadata = formats.read(file)
-    vl_adapters.check_identity(file.parent, metadata, base.identity)
+    check_identity(file.parent, metadata, base.identity)
     dora_mm.load_adapter(base.model, file, backend="torch")
     adapted = base.logits()
     report = dora_mm.merge(base.model, keep_base=False)
@@ -134,6 +115,6 @@ def check_written(folder: Path, dtype: str, digest: str, logits: Tensor) -> None
 
 def trained_sizes(file: Path) -> str:
     """The sizes of images with which an adapter was trained, where they were not those of the processor's files."""
-    run = vl_adapters.saved_config(file)
-    sizes = {key: getattr(run.model, key) for key in SIZES} if run else {}
+    run = saved_config(file)
+    sizes = {key: getattr(run.model, key, None) for key in SIZES} if run else {}
     return ", ".join(f"{key} {value}" for key, value in sizes.items() if value is not None)

@@ -12,7 +12,7 @@ from dora_mm.sampling.strengths import as_strength
 log = logging.getLogger(__name__)
 STRENGTHS = (
     "Strengths are linear here: W0 + t (W' - W0). diffusers' set_adapters and PEFT scale only the low-rank part of "
-    "DoRA, so between 0 and 1 the same number draws another picture there (docs/sdxl.md)."
+    "DoRA, so between 0 and 1 the same number draws another picture there (docs/pictures.md)."
 )
 
 
@@ -44,8 +44,7 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     if found and resume is None:
         check_same_job(config, found)
     loaded = load_model(config, adapters)
-    loaded.check_schedulers(pictures)
-    loaded.check_adapters(pictures)
+    loaded.check(pictures)
     if any(strength != 1 for picture in pictures for _, strength in picture.weights):
         log.info(STRENGTHS)
     with picture_run(config, found) as run:

@@ -1,8 +1,7 @@
-"""Trains a style adapter for SDXL on a folder of captioned images, and draws images without and with it."""
+"""Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
 import logging
 from functools import partial
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,20 @@ from torch import nn
 
 import dora_mm
 from dora_mm import formats
+from dora_mm.adapting import networks
+from dora_mm.adapting.initial import load_initial_file
+from dora_mm.adapting.networks import Trained
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import dump_config, resolve_path
-from dora_mm.core import InjectReport
+from dora_mm.config.loader import dump_config
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
-from dora_mm.models.sdxl.family import SDXL, commit_of, load_configured
-from dora_mm.preview.images import describe_data, load_if_local, remark_on_length
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.image_families import load_if_local, load_image_model
+from dora_mm.models.opening import commit_of
+from dora_mm.preview.images import describe_data, remark_on_length
+from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, slow_hardware
 from dora_mm.sampling.before_after import before_after_sheet
-from dora_mm.tasks.adapters import adapt_others, adapter_parameters, load_initial_adapter, make_spec, one_line
+from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.loop import fit
@@ -32,8 +36,7 @@ from dora_mm.train.schedule import build_schedule
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-MOST_SHOWN = 6  # pictures in a model card: of full SDXL, each has 1.5 MB
+MOST_SHOWN = 6  # pictures in a model card: of 1024 pixels, each has 1.5 MB
 
 
 def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
@@ -52,23 +55,23 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
             is created only after these checks.
     """
     images = read_training_images(config.data)
-    # SDXL does not use the last layer of its first text encoder: that layer's adapters get no gradients.
-    unused = config.adapter.text_encoders
-    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    trains_text = config.adapter.trains_text_encoders
+    # The last layer of a text encoder may be unused: its adapters get no gradients.
+    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=trains_text)
     if dry_run:
         print(describe(config, images, accelerator))
         return
-    model = load_configured(config.model).to(accelerator.device)
-    remarks = slow_hardware(accelerator, model.networks.values())
+    model = load_image_model(config.model).to(accelerator.device)
+    remarks = slow_hardware(accelerator, model.encoders.values(), "what encodes pictures and captions")
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
-    adapted, reports = adapt(model, config)
-    log.info("%s", "\n".join(starmap(one_line, reports.items())))
-    training = build(config, model, images, adapted, accelerator)
-    with torch.no_grad():
-        training["batch_at"].encode_all()
-    move_idle_networks_to_cpu(model, config)
-    draw = partial(draw_sheet, config, model, adapted) if accelerator.is_main_process else None
+    batches = batches_of(config, model, images, accelerator)
+    sampler = encode(config, model, batches)
+    trained = adapt(model, config)
+    log.info("%s", trained)
+    training, adapted = build(config, model, trained, accelerator), trained.adapted
+    move_vae(model, config)
+    draw = partial(draw_sheet, config, sampler, adapted) if accelerator.is_main_process else None
 
     inputs = {"the pictures and captions": digest_of(images)}
     with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
@@ -77,36 +80,58 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
             if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
                 draw(run.samples / f"step-{step:06d}.png")
 
-        fit(run=run, **training, observe=observe, metadata=about_adapter(config))
+        fit(run=run, **training, batch_at=batches, observe=observe, metadata=about_adapter(config, model))
         if draw:
-            save(config, adapted, run)
+            save(config, adapted, run, about_adapter(config, model))
             add_pictures(config, run, draw(run.sheet))
             write_results(config, run, training["parameters"])
 
 
-def build(
-    config: TrainDiffusionConfig, model: SDXL, images: list[CaptionedImage], adapted: Networks, accelerator: Accelerator
-) -> dict[str, Any]:
-    """What a training consists of: the arguments of `fit`, and of `measure_step`, by name."""
-    parameters = adapter_parameters(adapted)
-    optimizer = build_optimizer(parameters, config.optimizer)
-    prompts = PromptEncoder(model, trained=config.adapter.text_encoders)
+def batches_of(
+    config: TrainDiffusionConfig, model: ImageModel, images: list[CaptionedImage], accelerator: Accelerator
+) -> CaptionedBatches:
+    """The batches of this process, by number."""
+    prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders)
     process = (accelerator.process_index, accelerator.num_processes)
     settings: dict[str, Any] = {"batch_size": config.train.batch_size, "seed": config.seed, "process": process}
-    batches = CaptionedBatches(model, images, prompts, config.data, **settings)
+    return CaptionedBatches(model, images, prompts, config.data, **settings)
+
+
+@torch.no_grad()
+def encode(config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBatches) -> PictureSampler:
+    """Encodes ahead of training what stays the same, and frees the text encoders where they are frozen.
+
+    So they never lie in memory together with the denoiser, which is loaded when it is first asked for.
+
+    Returns:
+        What draws the sheets, with their prompts encoded.
+    """
+    batches.encode_all()
+    sampler = PictureSampler(model)
+    if not batches.prompts.trained:
+        sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
+        model.parts.release(model.text_encoders)
+    return sampler
+
+
+def build(
+    config: TrainDiffusionConfig, model: ImageModel, trained: Trained, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
+    optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
     if config.train.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    set_training(adapted, True)
+        denoiser: Any = model.networks[model.denoiser]
+        denoiser.enable_gradient_checkpointing()
+    set_training(trained.networks, True)
     return {
         "accelerator": accelerator,
         "config": config.train,
         "seed": config.seed,
-        "networks": adapted,
-        "parameters": parameters,
+        "networks": trained.networks,
+        "parameters": trained.parameters,
         "optimizer": accelerator.prepare(optimizer),
         "schedule": build_schedule(optimizer, config.schedule, config.train.steps),
-        "batch_at": batches,
-        "loss": DiffusionTask(model.unet, dict(model.scheduler.config), config.loss).loss,
+        "loss": DiffusionTask(model, config.loss).loss,
     }
 
 
@@ -117,38 +142,33 @@ def describe(config: TrainDiffusionConfig, images: list[CaptionedImage], acceler
     data = describe_data(images, config, model, accelerator.num_processes)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
-    adapted, reports = adapt(model.to(accelerator.device), config)
-    training = build(config, model, images, adapted, accelerator)
+    batches = batches_of(config, model.to(accelerator.device), images, accelerator)
     if is_measured(accelerator, model.networks.values()):
         with torch.no_grad():
-            training["batch_at"](0)  # the only batch that is measured
-        move_idle_networks_to_cpu(model, config)
-    return f"{data}\n\n{describe_training(model.networks, reports, config.optimizer, training)}"
+            batches(0)  # the only batch that is measured
+    if not batches.prompts.trained:
+        model.parts.release(model.text_encoders)
+    trained = adapt(model, config)
+    table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
+    training = build(config, model, trained, accelerator) | {"batch_at": batches}
+    move_vae(model, config)
+    cost = describe_training(model.networks, config.optimizer, training)
+    return f"{data}\n\n{trained.share}\n{table}\n\n{cost}"
 
 
-def adapt(model: SDXL, config: TrainDiffusionConfig) -> tuple[Networks, dict[str, InjectReport]]:
-    """Injects adapters into the UNet and, with `adapter.text_encoders`, the text encoders, and loads `init_from`."""
-    spec = make_spec(config.adapter)
+def adapt(model: ImageModel, config: TrainDiffusionConfig) -> Trained:
+    """Injects the adapters of the config, and loads `init_from`."""
     settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
-    adapted: Networks = {"unet": model.unet}
-    reports = {"unet": dora_mm.inject(model.unet, "sdxl-unet", spec, parts=config.adapter.parts, **settings)}
-    for name in TEXT_ENCODERS if config.adapter.text_encoders else ():
-        adapted[name] = getattr(model, name)
-        reports[name] = dora_mm.inject(adapted[name], "clip-text", spec, **settings)
+    trained = networks.adapt(model.adaptable, model.target_maps, config.adapter, **settings)
     if config.adapter.init_from:
-        file = resolve_path(config.adapter.init_from, "adapter.init_from")
-        for name, others in adapt_others(file, adapted, spec, config.backend).items():
-            reports[name] = InjectReport(reports[name].modules + others.modules)
-        load_initial_adapter(file, adapted)
-    return adapted, reports
+        load_initial_file(trained, config.adapter, config.backend)
+    return trained
 
 
-def move_idle_networks_to_cpu(model: SDXL, config: TrainDiffusionConfig) -> None:
-    """Frees device memory of networks whose results are cached: in half precision 1.6 GB, and 0.2 GB for the VAE."""
-    text_encoders = () if config.adapter.text_encoders else TEXT_ENCODERS
-    vae = ("vae",) if config.data.crop == "center" else ()
-    for name in (*text_encoders, *vae):
-        getattr(model, name).to("cpu")
+def move_vae(model: ImageModel, config: TrainDiffusionConfig) -> None:
+    """Frees the device memory of the VAE, 0.2 GB in half precision, where all latents are cached."""
+    if config.data.crop == "center":
+        model.networks["vae"].to("cpu")
 
 
 def set_training(adapted: Networks, training: bool) -> None:
@@ -157,7 +177,9 @@ def set_training(adapted: Networks, training: bool) -> None:
         network.train(training)
 
 
-def draw_sheet(config: TrainDiffusionConfig, model: SDXL, adapted: Networks, path: Path) -> list[Image.Image]:
+def draw_sheet(
+    config: TrainDiffusionConfig, sampler: PictureSampler, adapted: Networks, path: Path
+) -> list[Image.Image]:
     """Draws the prompts of the config without and with the adapter, with the same seeds, and saves the sheet.
 
     Returns:
@@ -166,17 +188,18 @@ def draw_sheet(config: TrainDiffusionConfig, model: SDXL, adapted: Networks, pat
     if not config.sample.prompts:
         return []
     set_training(adapted, False)
-    model.to(model.device)  # where the UNet is
-    settings: dict[str, Any] = {"strength": config.adapter.strength, "full": config.adapter.method == "full"}
-    sheet, pictures = before_after_sheet(model.pipeline(), adapted, config.sample, **settings)
+    model = sampler.model.to(sampler.model.device)
+    trains_text = bool(set(adapted) & set(model.text_encoders))  # then prompts are encoded anew for each sheet
+    settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
+    sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
     path.parent.mkdir(exist_ok=True)
     sheet.save(path)
-    move_idle_networks_to_cpu(model, config)
+    move_vae(model, config)
     set_training(adapted, True)
     return pictures
 
 
-def about_adapter(config: TrainDiffusionConfig) -> dict[str, str]:
+def about_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict[str, str]:
     """What the headers of adapter files say: the base model, and how the adapter was trained."""
     base = {
         "base_model": config.model.path,
@@ -188,13 +211,13 @@ def about_adapter(config: TrainDiffusionConfig) -> dict[str, str]:
         **{key: value for key, value in base.items() if value},
         "placeholder": config.data.placeholder or "",
         "instance_prompt": config.data.instance_prompt or config.data.placeholder or "",
-        "unconditional": config.data.unconditional,  # the empty prompt in training: the zero embedding, or ""
+        "unconditional": model.unconditional,  # the empty prompt in training: the zero embedding, or ""
         "config": dump_config(config),
     }
 
 
-def save(config: TrainDiffusionConfig, adapted: Networks, run: RunDirectory) -> None:
-    settings = {"metadata": about_adapter(config), "strength": config.adapter.strength}
+def save(config: TrainDiffusionConfig, adapted: Networks, run: RunDirectory, about: dict[str, str]) -> None:
+    settings = {"metadata": about, "strength": config.adapter.strength}
     dora_mm.save_adapter(adapted, run.adapter, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
 

@@ -12,6 +12,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from dora_mm import formats
+from dora_mm.adapting.files import save_trained
+from dora_mm.adapting.initial import load_initial_folder
+from dora_mm.adapting.networks import Trained, adapt, train_mode
+from dora_mm.adapting.parts import MODEL
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.needed import data_needed
@@ -35,10 +39,8 @@ from dora_mm.preview.training import (
 )
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
 from dora_mm.sampling.answers import answer_all
-from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.survey import survey_all
 from dora_mm.tasks.vl import RowsCut, VLBatches, answerers
-from dora_mm.tasks.vl_adapters import MODEL, Trained
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
@@ -73,8 +75,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         for section in describe(config):
             print(section, end="\n\n", flush=True)
         return
-    # A batch without images leaves the vision parts without gradients, and some classes never use a tower's last layer.
-    unused = config.model.family == "vlm"
+    unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
     model = load_family(
@@ -92,9 +93,9 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         log.warning("%s", remark)
     identity = dict(model.identity)
     answers = answerers(model, splits, config.evaluate)
-    trained = vl_adapters.adapt(model, config.adapter, seed=config.seed, backend=config.backend)
+    trained = adapt_networks(model, config)
     if config.adapter.init_from:
-        vl_adapters.load_initial(trained, config, identity)
+        load_initial_folder(trained, config.adapter, identity)
     for name, injected in trained.reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
     log.info("%s", trained.share)
@@ -106,7 +107,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     parts = build(config, model, trained, accelerator, batches.per_epoch)
     train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
-    write = partial(vl_adapters.save, trained, config, identity)
+    write = partial(save_trained, trained, config, identity)
     with training_run(accelerator, config, inputs, resume, train.steps) as run:
         validate = None
         if accelerator.is_main_process:
@@ -125,6 +126,11 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
             finish(config, run, trained, validate, train.steps, int(num_cut))
 
 
+def adapt_networks(model: VLModel | Structure, config: TrainVLConfig) -> Trained:
+    """Adapts the networks of a model as the config says."""
+    return adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
+
+
 def build(
     config: TrainVLConfig, model: VLModel, trained: Trained, accelerator: Accelerator, batches_per_epoch: int
 ) -> dict[str, Any]:
@@ -136,7 +142,7 @@ def build(
         network: Any = trained.networks["model"]
         network.activation_checkpointing_enable()
         network.disable_input_require_grads()  # they would go through a frozen tower, and BLIP adds to its inputs
-    vl_adapters.train_mode(trained.networks.values())
+    train_mode(trained.networks.values())
     return {
         "accelerator": accelerator,
         "config": train,
@@ -212,8 +218,9 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
     except UnreachableError as error:
         yield from [str(error), needed, *preview_data(config, None).sections, *slow_hardware(accelerator, None)]
         return
-    trained = vl_adapters.adapt(structure, config.adapter, seed=config.seed, backend=config.backend)
-    yield f"{trained.share}\n{parts_table(trained, structure.target_maps, config.adapter, config.optimizer)}"
+    trained = adapt_networks(structure, config)
+    table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
+    yield f"{trained.share}\n{table}"
     yield needed
     settings: dict[str, Any] = {"seed": config.seed, "trained_tower": tower, "device": accelerator.device}
     model, has_weights = None, False
@@ -247,7 +254,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
 
 def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLModel, data: DataPreview) -> str:
     """Memory and time of a training, by a short step of it; the memory with the longest rows."""
-    trained = vl_adapters.adapt(model, config.adapter, seed=config.seed, backend=config.backend)
+    trained = adapt_networks(model, config)
     batches = VLBatches(model, data.sets, seed=config.seed)
     parts = build(config, model, trained, accelerator, batches.per_epoch)
     largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None

@@ -36,7 +36,9 @@ SIZES = {
 
 @pytest.fixture
 def tiny() -> SDXL:
-    return build_tiny_sdxl(**SIZES).freeze()
+    model = build_tiny_sdxl(**SIZES)
+    model.freeze()
+    return model
 
 
 @pytest.fixture(scope="session")

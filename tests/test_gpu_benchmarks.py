@@ -29,6 +29,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     [
         ("layers", {"forward", "step", "peak"}, {"frozen", "dense B@A", "dense W'", "our DoRA, compiled"}),
         pytest.param("unet", {"step", "peak"}, set(), marks=pytest.mark.slow),
+        pytest.param("z_image", {"step", "peak"}, set(), marks=pytest.mark.slow),
         pytest.param("llm", {"step", "peak"}, {"our DoRA, compiled"}, marks=pytest.mark.slow),
     ],
 )

@@ -7,9 +7,10 @@ from diffusers import StableDiffusionXLPipeline
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
+from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.folder import read_captioned_images
 from dora_mm.eval.images.judge import Judge
-from dora_mm.models.sdxl.family import load_sdxl
+from dora_mm.models.image_families import load_image_model
 from dora_mm.utils.digest import module_digest
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,7 @@ def test_the_embedded_model_is_small_and_works_in_plain_diffusers():
 
 def test_the_judge_was_fitted_for_the_embedded_model_and_has_no_shortcomings():
     judge = Judge.load(ROOT / "samples" / "judge")
-    model = load_sdxl(str(MODEL))
+    model = load_image_model(ModelConfig(path=str(MODEL)))
     judge.check_model(model.resolution, module_digest(model.vae))
     assert judge.shortcomings() == []
 

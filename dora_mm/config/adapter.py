@@ -1,7 +1,7 @@
 """The config section of adapters: which parts of a model are trained, and how. See schema.py for the rules."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -9,41 +9,15 @@ from dora_mm.config.report import nearest
 from dora_mm.config.schema import InputPath, Items, Positive, Section, Share, Text
 from dora_mm.config.training import OptimizerConfig
 
+EACH_TEXT_ENCODER = "text_encoder"  # how the names of all text encoders of a model begin
+TEXT_ENCODERS = "text_encoders"  # in front of a part: that part of every text encoder
 
-class AnyAdapterConfig(Section):
-    """The adapter settings of every architecture; each architecture adds the `parts` of its target map."""
-
-    method: Literal["dora", "lora", "magnitude", "full"] = "dora"  # magnitude: without A and B; full: the base weights
-    rank: PositiveInt  # rank of A and B
-    alpha: Positive = 0.0  # the update is scaled by alpha / rank; left out or null: alpha = rank, set below
-    dropout: Share = 0.0  # probability, on the input of A
-    norm_grad: Literal["detached", "exact"] = "detached"  # detached: no gradient through the row norm, as in the paper
-    cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of caching it, to save memory
-    init_from: InputPath | None = None  # the adapter file, or its folder, to start from; null: a fresh adapter
-
-    @model_validator(mode="before")
-    @classmethod
-    def _alpha_is_the_rank(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("alpha") is None and type(values.get("rank")) is int:
-            return {**values, "alpha": float(max(values["rank"], 1))}  # a bad rank is reported as a rank, once
-        return values
-
-    @field_validator("parts", check_fields=False)
-    @classmethod
-    def _parts_are_distinct(cls, parts: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(parts)) < len(parts):
-            raise ValueError("names a part twice")
-        return parts
-
-
-class AdapterConfig(AnyAdapterConfig):
-    # The adapted parts of the UNet: self-attention, cross-attention, feed-forward layers, convolutions.
-    parts: Annotated[Items[Literal["attn", "cross", "ff", "conv"]], Field(min_length=1)] = ("attn", "cross")
-    text_encoders: bool = False  # whether to adapt the attention of both text encoders, too
-    strength: Positive = 1.0  # scales the trained update once: the result is strength 1 of the saved file and of sheets
-
-
-PARTS = (  # of all target maps of vision-language models
+IMAGE_PARTS = (  # of all target maps of image models, with the network in front
+    *("unet.attn", "unet.cross", "unet.ff", "unet.conv"),  # self-attention, cross-attention, feed-forward, convolutions
+    *("transformer.attn", "transformer.ff", "transformer.mod"),  # mod: shifts, scales and gates from the time
+    *("text_encoder.attn", "text_encoder.ff", "text_encoder_2.attn", "text_encoder_2.ff"),
+)
+VL_PARTS = (  # of all target maps of vision-language models
     *("text.attn", "text.mlp", "vision.attn", "vision.mlp", "connector", "cross"),
     *("text.qv", "text.ko", "cross.qv", "cross.ko"),  # of vl_bart, instead of text.attn and cross
 )
@@ -52,19 +26,36 @@ PARTS = (  # of all target maps of vision-language models
 class PartConfig(Section):
     """The settings of one part of the model; those left out are the adapter's and the optimizer's."""
 
-    # full: its weights and biases themselves; frozen: nothing; null: adapter.method
+    # full: its weights themselves (of models for questions, its biases, too); frozen: nothing; null: adapter.method
     method: Literal["dora", "lora", "magnitude", "full", "frozen"] | None = None
     rank: PositiveInt | None = None  # null: adapter.rank
     alpha: Positive | None = None  # null: the same alpha / rank as the adapter's
     lr: Positive | None = None  # learning rate; null: optimizer.lr
 
 
-class VLAdapterConfig(AnyAdapterConfig):
-    # The parts of the model: a list of names, or names with settings ({text.attn: {rank: 4}}); null: those that its
-    # target map has as the default
+class AdapterConfig(Section):
+    """The adapter settings of every model; a subclass for each kind of model has the names of its parts."""
+
+    known_parts: ClassVar[tuple[str, ...]]
+    full_trains_biases: ClassVar[bool]  # whether method full trains the biases of its layers, and not only weights
+
+    method: Literal["dora", "lora", "magnitude", "full"] = "dora"  # magnitude: without A and B; full: the base weights
+    rank: PositiveInt  # rank of A and B
+    alpha: Positive = 0.0  # the update is scaled by alpha / rank; left out or null: alpha = rank, set below
+    dropout: Share = 0.0  # probability, on the input of A
+    norm_grad: Literal["detached", "exact"] = "detached"  # detached: no gradient through the row norm, as in the paper
+    cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of caching it, to save memory
+    init_from: InputPath | None = None  # the adapter file, or its folder, to start from; null: a fresh adapter
+    # The parts of the model: a list of names, or names with settings ({unet.attn: {rank: 4}}); null: those that the
+    # target map of its main network has as the default
     parts: dict[str, PartConfig] = Field(default_factory=dict)
-    # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
-    extra_trainable: Items[Text] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_the_rank(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("alpha") is None and type(values.get("rank")) is int:
+            return {**values, "alpha": float(max(values["rank"], 1))}  # a bad rank is reported as a rank, once
+        return values
 
     @field_validator("parts", mode="before")
     @classmethod
@@ -74,16 +65,17 @@ class VLAdapterConfig(AnyAdapterConfig):
                 raise ValueError("names a part twice")
             parts = dict.fromkeys(parts)
         if not isinstance(parts, dict):
-            return {} if parts is None else parts
-        if unknown := [str(name) for name in parts if name not in PARTS]:
-            name, known = unknown[0], ", ".join(PARTS)
-            raise ValueError(f"there is no part {name!r}{nearest(name, PARTS)}; parts are {known}")
+            if parts is not None:
+                raise ValueError(f"must be a list of parts, or parts with settings, got {parts!r}")
+            return {}
+        for name in map(str, parts):
+            if name not in cls.known_parts:
+                known = ", ".join(cls.known_parts)
+                raise ValueError(f"there is no part {name!r}{_similar(name, cls.known_parts)}; parts are {known}")
+        for name in parts:
+            if one := next((other for other in parts if _is_one_of(other, name)), None):
+                raise ValueError(f"names {one} twice, since {name} means it, too")
         return {name: {} if settings is None else settings for name, settings in parts.items()}
-
-    @property
-    def vision_parts(self) -> tuple[str, ...]:
-        """The trained parts of the vision tower."""
-        return tuple(part for part in self.trained_parts() if part.startswith("vision."))
 
     def trained_parts(self, default: Sequence[str] = ()) -> dict[str, PartConfig]:
         """The complete settings of every part that is not frozen; `default`: the parts where none is configured."""
@@ -97,14 +89,66 @@ class VLAdapterConfig(AnyAdapterConfig):
                 found[name] = part.model_copy(update={"method": method, "rank": rank, "alpha": alpha})
         return found
 
+    def trained_in(self, start: str) -> tuple[str, ...]:
+        """The trained parts whose names begin like this; none where the config names no parts."""
+        return tuple(part for part in self.trained_parts() if part.startswith(start))
 
-def check_adapter(adapter: AnyAdapterConfig, optimizer: OptimizerConfig) -> list[str]:
-    """Finds settings that have no effect with `adapter.method`; one message per problem, each naming the keys."""
-    problems = []
-    if adapter.method in ("lora", "full") and optimizer.magnitude_lr is not None:
-        problems.append(f"optimizer.magnitude_lr has no effect: adapter.method {adapter.method} has no magnitudes")
-    if adapter.method in ("magnitude", "full") and adapter.dropout:
-        problems.append(f"adapter.dropout has no effect: adapter.method {adapter.method} has no A and B")
-    if adapter.method in ("lora", "full") and adapter.norm_grad != "detached":
-        problems.append(f"adapter.norm_grad has no effect: adapter.method {adapter.method} has no magnitudes")
+    @property
+    def methods(self) -> set[str]:
+        """The methods of all trained parts."""
+        return {str(part.method) for part in self.trained_parts().values()} if self.parts else {self.method}
+
+
+class ImageAdapterConfig(AdapterConfig):
+    known_parts: ClassVar[tuple[str, ...]] = (*IMAGE_PARTS, f"{TEXT_ENCODERS}.attn", f"{TEXT_ENCODERS}.ff")
+    full_trains_biases: ClassVar[bool] = False
+
+    strength: Positive = 1.0  # scales the trained update once: the result is strength 1 of the saved file and of sheets
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        """Whether the embeddings of prompts change during the training."""
+        return bool(self.trained_in(EACH_TEXT_ENCODER))
+
+
+class VLAdapterConfig(AdapterConfig):
+    known_parts: ClassVar[tuple[str, ...]] = VL_PARTS
+    full_trains_biases: ClassVar[bool] = True
+
+    # Trained in addition: biases, norms, embeddings, visual_embedding (vl_bart), or patterns of parameter names
+    extra_trainable: Items[Text] = ()
+
+    @property
+    def vision_parts(self) -> tuple[str, ...]:
+        """The trained parts of the vision tower."""
+        return self.trained_in("vision.")
+
+
+def _similar(name: str, known: Sequence[str]) -> str:
+    """The text ", did you mean ...?" with the part that a name may be the end of, or that is most similar."""
+    ending = next((part for part in known if part.endswith(f".{name}")), None)
+    return f", did you mean {ending!r}?" if ending else nearest(name, known)
+
+
+def _is_one_of(part: str, name: str) -> bool:
+    """Whether a part is that of a text encoder, and the name means that of each."""
+    component, _, ending = name.partition(".")
+    one, _, own_ending = part.partition(".")
+    return component == TEXT_ENCODERS != one and one.startswith(EACH_TEXT_ENCODER) and ending == own_ending
+
+
+def check_adapter(adapter: AdapterConfig, optimizer: OptimizerConfig) -> list[str]:
+    """Finds settings that have no effect with the methods of an adapter; one message per problem, naming the keys."""
+    problems, methods = [], adapter.methods
+    where = f"adapter.method {adapter.method}" if methods == {adapter.method} else "adapter.parts"
+    magnitudes, updates = methods & {"dora", "magnitude"}, methods & {"dora", "lora"}
+    if not magnitudes and optimizer.magnitude_lr is not None:
+        problems.append(f"optimizer.magnitude_lr has no effect: {where} has no magnitudes")
+    if not updates and adapter.dropout:
+        problems.append(f"adapter.dropout has no effect: {where} has no A and B")
+    if not magnitudes and adapter.norm_grad != "detached":
+        problems.append(f"adapter.norm_grad has no effect: {where} has no magnitudes")
+    rated = [name for name, part in adapter.trained_parts().items() if part.lr is not None]
+    if rated and optimizer.name == "prodigy":
+        problems.append(f"adapter.parts: the lr of {rated[0]} has no effect: prodigy finds one rate for all")
     return problems

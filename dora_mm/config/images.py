@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from dora_mm.config.adapter import AdapterConfig, check_adapter
+from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import PixelSize, SampleConfig
 from dora_mm.config.schema import (
@@ -14,7 +14,6 @@ from dora_mm.config.schema import (
     NewFolder,
     NonNegative,
     PipelineConfig,
-    Positive,
     Section,
     Seed,
     Share,
@@ -43,7 +42,6 @@ class DataConfig(Section):
     flip: bool = False  # augmentation: mirror images at random
     crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
     caption_dropout: Share = 0.0  # probability of training an image without its caption
-    unconditional: Literal["zeros", "empty"] = "zeros"  # embedding without a caption; zeros: as SDXL
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
 
     @field_validator("resolution")
@@ -74,9 +72,25 @@ class DataConfig(Section):
 
 class LossConfig(Section):
     type: Literal["mse", "huber", "l1"] = "mse"  # distance between prediction and target
-    min_snr_gamma: Positive | None = 5.0  # gamma of Min-SNR loss weights; null: every timestep has weight 1
-    noise_offset: NonNegative = 0.0  # standard deviation of noise that is constant over an image
-    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # timesteps are drawn with density t^bias; 0: uniform
+    # Of models that predict noise or v: gamma of Min-SNR loss weights; auto: 5; null: every timestep has weight 1
+    min_snr_gamma: float | str | None = "auto"
+    noise_offset: NonNegative = 0.0  # of these models: standard deviation of noise that is constant over an image
+    # How timesteps are drawn; auto: logit_normal for models that predict velocity, uniform for others or with a bias
+    timesteps: Literal["auto", "uniform", "logit_normal"] = "auto"
+    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # of uniform: the density becomes t^bias
+
+    @field_validator("min_snr_gamma")
+    @classmethod
+    def _gamma_is_positive(cls, gamma: float | str | None) -> float | str | None:
+        if gamma not in ("auto", None) and (isinstance(gamma, str) or gamma <= 0):
+            raise ValueError(f"must be a number above 0, auto or null, got {gamma!r}")
+        return gamma
+
+    @model_validator(mode="after")
+    def _bias_is_of_uniform(self) -> "LossConfig":
+        if self.timestep_bias and self.timesteps == "logit_normal":
+            raise ValueError("timestep_bias has no effect on timesteps logit_normal: leave one of them out")
+        return self
 
 
 class TrainDiffusionConfig(PipelineConfig):
@@ -87,7 +101,7 @@ class TrainDiffusionConfig(PipelineConfig):
     output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: ModelConfig
-    adapter: AdapterConfig
+    adapter: ImageAdapterConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig
@@ -99,12 +113,13 @@ class TrainDiffusionConfig(PipelineConfig):
     def _sections_agree(self) -> "TrainDiffusionConfig":
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
         problems += check_adapter(self.adapter, self.optimizer)
-        if self.adapter.method == "full" and self.model.dtype != "float32":
+        full = "full" in self.adapter.methods
+        if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":
             problems.append("data.latent_cache cannot be used with data.crop random: every crop is new")
         if self.sample.every and not self.sample.prompts:
             problems.append("sample.every has no effect: sample.prompts is empty")
-        if self.adapter.method == "full" and self.adapter.strength != 1.0:
+        if full and self.adapter.strength != 1.0:
             problems.append("adapter.strength must be 1 for adapter.method full: it keeps no base weights")
         return raise_problems(self, problems)

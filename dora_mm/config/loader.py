@@ -1,7 +1,7 @@
 """Reads a config file and its overrides into a schema, and reports all of its problems at once."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from pydantic import ValidationError
 
 from dora_mm.config import yaml12
 from dora_mm.config.pipelines import SCHEMAS
-from dora_mm.config.report import Problem, describe, dotted_key, nearest
+from dora_mm.config.report import Problem, describe, dotted_key, nearest, sections_at
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.yaml12 import KeyPath
 
 PACKAGE = Path(__file__).resolve().parents[1]
+MISSING = object()
 INSTALLED = "package:"  # prefix of a path inside an installed Python package
 
 
@@ -57,8 +58,13 @@ def load_config(
     values: dict[str, Any] = document.value
     origins: dict[KeyPath, str] = {key: f"line {line}" for key, line in document.lines.items()}
     problems = [Problem(origins[key], _dotted(key), "is given twice") for key in document.duplicates]
+    chosen: list[KeyPath] = []
     for override in overrides:
-        problems += _override(values, origins, override)
+        found = _override(values, origins, override)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            chosen.append(found)
     values.setdefault("name", run_name(file))
 
     name = values.get("pipeline")
@@ -66,6 +72,7 @@ def load_config(
     if schema is None:
         problems.append(_unknown_pipeline(values, origins, schemas))
         raise ConfigError(file, problems)
+    _remove_replaced(values, schema, chosen)
     try:
         config = schema.model_validate(values)
     except ValidationError as error:
@@ -193,34 +200,53 @@ def _read(file: Path) -> yaml12.Document:
     return document
 
 
-def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str) -> list[Problem]:
-    """Applies `key.sub=value` to `values`, records its origin in `origins`, and returns the problems."""
+def _override(values: dict[str, Any], origins: dict[KeyPath, str], override: str) -> KeyPath | Problem:
+    """Applies `key.sub=value` to `values`, records its origin in `origins`, and returns the path of the key."""
     origin = f"--set {override}"
     dotted, equals, text = override.partition("=")
     if not equals or not all(dotted.split(".")):
-        return [Problem(origin, "", "must have the form key.sub=value")]
+        return Problem(origin, "", "must have the form key.sub=value")
     try:
         value = yaml12.read(text).value
     except yaml.YAMLError:
-        return [Problem(origin, dotted, f"{text!r} is not a YAML value: quote it")]
+        return Problem(origin, dotted, f"{text!r} is not a YAML value: quote it")
     *parents, last = dotted.split(".")
     node: Any = values
     path: KeyPath = ()
     for part in parents:
         step = _step(node, part)
         if step is None:
-            return [Problem(origin, dotted, f"{_dotted(path)} has no key {part!r}")]
+            return Problem(origin, dotted, f"{_dotted(path)} has no key {part!r}")
         if isinstance(node, dict) and node.get(step) is None:
             node[step] = {}
         node, path = node[step], (*path, step)
     step = _step(node, last)
     if step is None:
-        return [Problem(origin, dotted, f"{_dotted(path)} has no key {last!r}")]
+        return Problem(origin, dotted, f"{_dotted(path)} has no key {last!r}")
     node[step] = value
     for known in [known for known in origins if known[: len(path) + 1] == (*path, step)]:
         del origins[known]
     origins[(*path, step)] = origin
-    return []
+    return (*path, step)
+
+
+def _remove_replaced(values: dict[str, Any], schema: type[PipelineConfig], chosen: Sequence[KeyPath]) -> None:
+    """Removes the keys of the file that exclude the key of an override, which then is the only one given."""
+    for *parents, key in chosen:
+        node = _value_at(values, parents)
+        for pair in [pair for section in sections_at(schema, parents) for pair in section.exclusive]:
+            if isinstance(node, dict) and key in pair and node.get(key) is not None:
+                other = next(name for name in pair if name != key)
+                if not any((*parents, other)[: len(path)] == path for path in chosen):
+                    node.pop(other, None)
+
+
+def _value_at(values: Any, path: Iterable[str | int]) -> Any:
+    """The value at a key path; None where a later override has replaced what it was in."""
+    for part in path:
+        step = _step(values, str(part))
+        values = values[step] if step is not None and (isinstance(values, list) or step in values) else None
+    return values
 
 
 def _step(node: Any, part: str) -> str | int | None:
@@ -241,10 +267,11 @@ def _unknown_pipeline(values: dict[str, Any], origins: dict[KeyPath, str], schem
 
 def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str) -> list[str]:
     keys = []
-    for key, value in one.items():
-        if isinstance(value, dict) and isinstance(other[key], dict):
-            keys += _differing(value, other[key], f"{prefix}{key}.")
-        elif value != other[key]:
+    for key in {**one, **other}:  # a section that is of another class there has other keys
+        value, theirs = one.get(key, MISSING), other.get(key, MISSING)
+        if isinstance(value, dict) and isinstance(theirs, dict):
+            keys += _differing(value, theirs, f"{prefix}{key}.")
+        elif value != theirs:
             keys.append(prefix + key)
     return keys
 

@@ -1,18 +1,39 @@
 """The config sections that name a model. See schema.py for the rules."""
 
-from typing import Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 
-from dora_mm.config.schema import InputPath, Items, ModelPath, Section, Text
+from dora_mm.config.schema import ChosenBy, InputPath, Items, ModelPath, Section, Text
 from dora_mm.config.vl_data import VLTask
+
+EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
+
+
+class SDXLConfig(Section):
+    """What only SDXL's models have."""
+
+    # The embedding without a caption, in training: all zeros, as SDXL was trained, or the encoded empty text
+    unconditional: Literal["zeros", "empty"] = "zeros"
+
+
+class ZImageConfig(Section):
+    """What only Z-Image's models have."""
+
+    max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut
 
 
 class ModelConfig(Section):
-    path: ModelPath  # a model folder, a hub name, or a single .safetensors checkpoint
+    """An image model; its files say of which family it is, and a section of another family is an error."""
+
+    path: ModelPath  # a model folder, a hub name, or (SDXL) a single .safetensors checkpoint
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
+    sdxl: SDXLConfig | None = None  # null: its defaults
+    z_image: ZImageConfig | None = None  # null: its defaults
 
 
 class VisionConfig(Section):
@@ -24,55 +45,69 @@ class VisionConfig(Section):
     features: Items[InputPath] = ()  # feature folders of dora-mm, .h5 files or .npz folders; empty: computed on the fly
 
 
-Family = Literal["vlm", "vl_bart"]
+class VLFamilyConfig(Section):
+    """The model section of a family of vision-language models, with what is known of the family before it is loaded."""
+
+    own_tower: ClassVar[bool]  # it encodes images itself; False: with the tower or features of the `vision` section
+    uses_all_parameters: ClassVar[bool]  # every batch reaches every trained parameter
+    pipeline_tag: ClassVar[str]  # in model cards, of the Hugging Face Hub
+    # What full fine-tuning trains besides the layers of all parts, in comparisons; None: what the base config does
+    full_extra: ClassVar[tuple[str, ...] | None]
 
 
-OF_FAMILY: dict[str, Family] = {  # keys of the model section that only one family reads
-    "random": "vl_bart",
-    "visual": "vl_bart",
-    "feature_dim": "vl_bart",
-    "revision": "vlm",
-    "dtype": "vlm",
-    "attn_implementation": "vlm",
-    "quantization": "vlm",
-    "min_pixels": "vlm",
-    "max_pixels": "vlm",
-    "image_size": "vlm",
-    "max_length": "vlm",
-    "prompts": "vlm",
-}
+class VLMModelConfig(VLFamilyConfig):
+    """Any vision-language model of transformers."""
 
+    own_tower: ClassVar[bool] = True
+    # A batch without images leaves the vision parts without gradients, and some classes never use a tower's last layer.
+    uses_all_parameters: ClassVar[bool] = False
+    pipeline_tag: ClassVar[str] = "image-text-to-text"
+    full_extra: ClassVar[tuple[str, ...] | None] = None
 
-class VLModelConfig(Section):
-    """The vision-language model: any of transformers' (family vlm), or VL-BART, which is made of a BART and a tower."""
-
-    family: Family = "vlm"
-    path: ModelPath  # a folder of save_pretrained, or a hub name; of vl_bart: a saved VL-BART or a plain BART
-    revision: Text | None = None  # vlm: a commit, branch or tag of a hub model; null: the main branch
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # vlm: of the frozen weights
-    attn_implementation: Text | None = None  # vlm: such as sdpa or flash_attention_2; null: what transformers chooses
-    # vlm: the frozen weights in 8 or 4 bits, by bitsandbytes or torchao; null: not quantised
+    family: Literal["vlm"] = "vlm"
+    path: ModelPath  # a folder of save_pretrained, or a hub name
+    revision: Text | None = None  # a commit, branch or tag of a hub model; null: the main branch
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the frozen weights
+    attn_implementation: Text | None = None  # such as sdpa or flash_attention_2; null: what transformers chooses
+    # The frozen weights in 8 or 4 bits, by bitsandbytes or torchao; null: not quantised
     quantization: Literal["int8", "nf4", "fp4", "torchao_int8"] | None = None
-    min_pixels: PositiveInt | None = None  # vlm: of an image, where the processor keeps its shape (Qwen-VL)
-    max_pixels: PositiveInt | None = None  # vlm: as min_pixels; more pixels are more tokens
-    image_size: PositiveInt | None = None  # vlm: side in pixels, for processors that resize to a fixed size
-    max_length: PositiveInt | None = None  # vlm: tokens per row of a training; text beyond is cut; null: positions
-    prompts: dict[VLTask, Text] = Field(default_factory=dict)  # vlm: of a task, with {text} for the question
-    random: bool = False  # vl_bart: read only the config from `path`, and initialize the weights from the seed
-    # vl_bart: the kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match.
-    visual: Literal["image", "video"] | None = None
-    feature_dim: PositiveInt | None = None  # vl_bart: channels of the visual features; null: from the vision section
+    min_pixels: PositiveInt | None = None  # of an image, where the processor keeps its shape (Qwen-VL)
+    max_pixels: PositiveInt | None = None  # as min_pixels; more pixels are more tokens
+    image_size: PositiveInt | None = None  # side in pixels, for processors that resize to a fixed size
+    max_length: PositiveInt | None = None  # tokens per row of a training; text beyond is cut; null: positions
+    prompts: dict[VLTask, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
 
-    @model_validator(mode="after")
-    def _prompts_have_the_question(self) -> "VLModelConfig":
-        for task, prompt in self.prompts.items():
+    @field_validator("prompts")
+    @classmethod
+    def _prompts_have_the_question(cls, prompts: dict[str, str]) -> dict[str, str]:
+        for task, prompt in prompts.items():
             if task != "caption" and "{text}" not in prompt:
-                raise ValueError(f"prompts: that of {task} needs {{text}}, the place of the question")
-        return self
+                raise ValueError(f"that of {task} needs {{text}}, the place of the question")
+        return prompts
 
-    @model_validator(mode="after")
-    def _keys_are_of_the_family(self) -> "VLModelConfig":
-        wrong = [key for key in self.model_fields_set if OF_FAMILY.get(key, self.family) != self.family]
-        if changed := [key for key in sorted(wrong) if getattr(self, key) not in (None, False, "float32", {})]:
-            raise ValueError("; ".join(f"{key} is for family {OF_FAMILY[key]}, not {self.family}" for key in changed))
-        return self
+
+class VLBartModelConfig(VLFamilyConfig):
+    """VL-BART, which is made of a BART and a vision tower."""
+
+    own_tower: ClassVar[bool] = False
+    uses_all_parameters: ClassVar[bool] = True
+    pipeline_tag: ClassVar[str] = "visual-question-answering"
+    full_extra: ClassVar[tuple[str, ...] | None] = ("biases", "norms", "embeddings", "visual_embedding")
+    # What other families have keys for
+    revision: ClassVar[None] = None
+    dtype: ClassVar[str] = "float32"
+    quantization: ClassVar[None] = None
+    prompts: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    family: Literal["vl_bart"]
+    path: ModelPath  # a saved VL-BART or a plain BART: a folder or a hub name
+    random: bool = False  # read only the config from `path`, and initialize the weights from the seed
+    # The kind of visual input; null: image for a plain BART. A saved VL-BART has one, which must match.
+    visual: Literal["image", "video"] | None = None
+    feature_dim: PositiveInt | None = None  # channels of the visual features; null: from the vision section
+
+
+VLModelConfig = Annotated[
+    Annotated[VLMModelConfig, Tag("vlm")] | Annotated[VLBartModelConfig, Tag("vl_bart")],
+    Discriminator(ChosenBy("family", default="vlm").tag_of),
+]

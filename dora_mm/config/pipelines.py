@@ -1,6 +1,6 @@
 """The config schema of every pipeline, by the name that a config's `pipeline` key gives."""
 
-from dora_mm.config import images, judge, pictures, vl
+from dora_mm.config import comparing, images, judge, pictures, vl
 from dora_mm.config.schema import PipelineConfig
 
 SCHEMAS: dict[str, type[PipelineConfig]] = {
@@ -8,9 +8,8 @@ SCHEMAS: dict[str, type[PipelineConfig]] = {
     "sample": pictures.JobConfig,
     "grid": pictures.GridConfig,
     "eval_diffusion": judge.EvalDiffusionConfig,
-    "compare_sdxl": judge.CompareImagesConfig,
     "extract_features": vl.ExtractFeaturesConfig,
     "train_vl": vl.TrainVLConfig,
     "eval_vl": vl.EvalVLConfig,
-    "compare_vl": vl.CompareVLConfig,
+    "compare": comparing.CompareConfig,
 }

@@ -1,11 +1,15 @@
 """Turns pydantic's errors into messages that name the key, its location, and the probable correction."""
 
+from __future__ import annotations
+
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import Discriminator, ValidationError
 
+from dora_mm.config.schema import ChosenBy, Section
 from dora_mm.config.yaml12 import KeyPath
 
 _WANTED = {
@@ -16,6 +20,12 @@ _WANTED = {
     "tuple_type": "a list",
     "model_type": "a section of keys",
 }
+
+
+ANY_NAME = "*"  # in dotted keys
+
+
+_TAGS = ("union_tag_invalid", "union_tag_not_found")  # the class of a section is not one that there is
 
 
 class Problem(NamedTuple):
@@ -29,7 +39,7 @@ class Problem(NamedTuple):
         return ": ".join(part for part in self if part)
 
 
-def describe(error: ValidationError, schema: type[BaseModel], origins: Mapping[KeyPath, str]) -> list[Problem]:
+def describe(error: ValidationError, schema: type[Section], origins: Mapping[KeyPath, str]) -> list[Problem]:
     """Describes every error of a validation.
 
     Args:
@@ -42,8 +52,9 @@ def describe(error: ValidationError, schema: type[BaseModel], origins: Mapping[K
     """
     problems = []
     for item in error.errors(include_url=False):
-        path = _without_tags(tuple(item["loc"]), schema)
-        problems.append(Problem(_origin(path, origins), dotted_key(path), _message(item, path, schema)))
+        place = _place(schema, item["loc"])
+        path = (*place.path, place.choice.key) if place.choice and item["type"] in _TAGS else place.path
+        problems.append(Problem(_origin(path, origins), dotted_key(path), _message(item, place, schema)))
     return problems
 
 
@@ -67,10 +78,13 @@ def _origin(path: KeyPath, origins: Mapping[KeyPath, str]) -> str:
     return ""
 
 
-def _message(item: Any, path: KeyPath, schema: type[BaseModel]) -> str:
+def _message(item: Any, place: _Place, schema: type[Section]) -> str:
     kind, given, context = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key{_suggestion(path, schema)}"
+        return _of_another_class(place) or f"unknown key{_suggestion(place, schema)}"
+    if kind in _TAGS and place.choice:
+        given, kind = given[place.choice.key], "literal_error"
+        context = {"expected": " or ".join(map(repr, place.choice.classes))}
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
@@ -94,57 +108,123 @@ def _quoted(expected: str) -> list[str]:
     return expected.split("'")[1::2]
 
 
-def _suggestion(path: KeyPath, schema: type[BaseModel]) -> str:
+def _suggestion(place: _Place, schema: type[Section]) -> str:
     """Suggests a similar key of the same section, else the same key in another section, else lists the keys."""
-    *parents, name = path
-    siblings = list(dict.fromkeys(key for section in _sections(schema, parents) for key in section.model_fields))
-    close = nearest(str(name), siblings)
+    name = str(place.path[-1])
+    siblings = list(place.section.model_fields) if place.section else []
+    others = [key for section in place.choice.classes.values() for key in section.model_fields] if place.choice else []
+    close = nearest(name, siblings) or nearest(name, others)
     if close:
         return close
-    elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name]
+    elsewhere = [key for key in all_keys(schema) if key.split(".")[-1] == name and ANY_NAME not in key]
     if elsewhere:
         return f", did you mean {elsewhere[0]!r}?"
     return f"; this section has {', '.join(siblings)}" if siblings else ""
 
 
-def _sections(schema: type[BaseModel], parents: Iterable[str | int]) -> list[type[BaseModel]]:
-    """The models that a key path can lead to; list indices are skipped."""
-    models = [schema]
-    for part in parents:
-        if not isinstance(part, int):
-            fields = [model.model_fields[part] for model in models if part in model.model_fields]
-            models = [model for field in fields for model in _models_in(field.annotation)]
-    return models
+def _of_another_class(place: _Place) -> str:
+    """What is wrong with a key of a section that only another class of this section has; empty if none has it."""
+    if place.choice is None:
+        return ""
+    key, classes = place.choice
+    others = [tag for tag, section in classes.items() if place.path[-1] in section.model_fields]
+    chosen = next(tag for tag, section in classes.items() if section is place.section)
+    return f"is for {key} {' and '.join(others)}, not {chosen}" if others else ""
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The model classes in an annotation such as Section | None, tuple[Section, ...] or a union of sections."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+class _Choice(NamedTuple):
+    """The classes that a section may have, by tag, and the key that chooses one."""
+
+    key: str
+    classes: Mapping[str, type[Section]]
 
 
-def _without_tags(location: KeyPath, schema: type[BaseModel]) -> KeyPath:
-    """A location without what pydantic adds after the key of a union of sections: which of them was chosen."""
+class _Place(NamedTuple):
+    """Where in a schema an error is.
+
+    Attributes:
+        path: The key path, without the tags that pydantic adds for the class of a section.
+        section: The section that has the last key, or would have it; None: there is none, as for an item of a list.
+        choice: The classes of that section, or of the value where the error is, where there are several.
+    """
+
+    path: KeyPath
+    section: type[Section] | None
+    choice: _Choice | None
+
+
+def _place(schema: type[Section], location: Sequence[str | int]) -> _Place:
     path: list[str | int] = []
-    models, tag_follows = [schema], False
+    value: Any = schema  # the type of what the next part of the location is in
+    section = choice = chosen = section_choice = None
     for part in location:
-        if tag_follows and isinstance(part, str):
-            tag_follows = False
+        if choice is not None and part in choice.classes:
+            value, chosen, choice = choice.classes[str(part)], choice, None
             continue
         path.append(part)
-        if isinstance(part, str):
-            fields = [model.model_fields[part] for model in models if part in model.model_fields]
-            found = [_models_in(field.annotation) for field in fields]
-            models, tag_follows = [model for each in found for model in each], any(len(each) > 1 for each in found)
-    return tuple(path)
+        section, section_choice = (value if _is_section(value) else None), chosen
+        value, chosen = _inside(value, part), None
+        choice = _choice_in(value)
+    return _Place(tuple(path), section, choice or section_choice)
 
 
-def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys of a schema, sections included, each with `prefix` in front."""
-    keys = []
+def sections_at(schema: type[Section], path: Iterable[str | int]) -> list[type[Section]]:
+    """The classes that the section at a key path may have; empty: there is no section."""
+    value: Any = schema
+    for part in path:
+        value = _inside(value, part)
+    if choice := _choice_in(value):
+        return list(choice.classes.values())
+    return [value] if _is_section(value) else []
+
+
+def _inside(annotation: Any, part: str | int) -> Any:
+    """The type of a key of a section, or of an item of a list or mapping; None: there is no such key."""
+    if _is_section(annotation):
+        if (field := annotation.model_fields.get(part)) is None:
+            return None
+        return _without_null(Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation)
+    arguments = get_args(annotation)
+    return _without_null(arguments[-1] if get_origin(annotation) is dict else arguments[0]) if arguments else None
+
+
+def _without_null(annotation: Any) -> Any:
+    """A type without None, and without metadata other than what chooses a class."""
+    if get_origin(annotation) is Annotated and _choice_in(annotation) is None:
+        return _without_null(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        others = [argument for argument in get_args(annotation) if argument is not NoneType]
+        return _without_null(others[0]) if len(others) == 1 else annotation
+    return annotation
+
+
+def _choice_in(annotation: Any) -> _Choice | None:
+    """The choice of a type such as `Annotated[A | B, Discriminator(...)]`."""
+    for mark in getattr(annotation, "__metadata__", ()):
+        if isinstance(mark, Discriminator):
+            chosen_by: ChosenBy = mark.discriminator.__self__  # type: ignore[union-attr]
+            members = [get_args(member) for member in get_args(get_args(annotation)[0])]
+            return _Choice(chosen_by.key, {tag.tag: section for section, tag in members})
+    return None
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """The sections in a type such as Section, Section | None, tuple[Section, ...] or one of several classes."""
+    if _is_section(annotation):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+
+
+def all_keys(schema: type[Section], prefix: str = "") -> list[str]:
+    """All dotted keys of a schema, sections included, each with `prefix` in front; `*` is any name of a section."""
+    keys: dict[str, None] = {}
     for name, field in schema.model_fields.items():
-        keys.append(prefix + name)
-        for inner in _models_in(field.annotation):
-            keys += all_keys(inner, f"{prefix}{name}.")
-    return list(dict.fromkeys(keys))
+        keys[prefix + name] = None
+        any_name = f"{ANY_NAME}." if get_origin(field.annotation) is dict else ""
+        for section in _sections_in(field.annotation):
+            keys |= dict.fromkeys(all_keys(section, f"{prefix}{name}.{any_name}"))
+    return list(keys)

@@ -1,12 +1,14 @@
 """The schemas of configs: one pydantic model per section and per pipeline.
 
-This module holds what several pipelines share; sdxl.py and vl.py hold the rest, and pipelines.py lists all pipelines.
+This module holds what all schemas are made of, the others those of what they configure; pipelines.py lists the recipes.
 Types are strict (no "8" for 8, no true for 1), unknown keys are errors, and instances are frozen. All defaults are
 defined in these modules and nowhere else. In the comments, null is YAML's null, Python's None.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -62,6 +64,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class Section(BaseModel):
     """Base of every section and pipeline config."""
 
+    # Pairs of keys of which only one can be given: `--set` with one of them removes the other of the file
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = ()
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*")
@@ -85,6 +90,25 @@ class PipelineConfig(Section):
     name: Annotated[
         str, Field(pattern=r"^[\w][\w.+-]*$", max_length=200)
     ]  # runs/<name>/<NNN>; left out: the file name without .yaml
+
+
+@dataclass(frozen=True)
+class ChosenBy:
+    """Chooses the class of a section that is one of several: `Discriminator(ChosenBy(...).tag_of)`.
+
+    Attributes:
+        key: The key whose value names the class, by the `Tag` that it has in the union.
+        default: The name where the key is not given.
+    """
+
+    key: str
+    default: str
+
+    def tag_of(self, value: Any) -> str:
+        """The tag of a section, given as keys and values or as an instance."""
+        if isinstance(value, Mapping):
+            return str(value.get(self.key, self.default))
+        return getattr(value, self.key, self.default)
 
 
 SectionT = TypeVar("SectionT", bound=Section)

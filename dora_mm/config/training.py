@@ -1,6 +1,6 @@
 """The config sections of a training: optimizer, schedule, length. See schema.py for the rules."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
@@ -14,10 +14,13 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8  # added to the denominator of the update
     weight_decay: NonNegative = 0.01  # decoupled from the gradient, as in AdamW
     decay_biases: bool = False  # weight decay of biases, too, where those are trained
-    magnitude_lr: Positive | None = None  # learning rate of the magnitudes (adamw only); null: same as lr
+    # Learning rate of all magnitudes (not for prodigy), also of parts that have an lr of their own; null: as A and B
+    magnitude_lr: Positive | None = None
 
 
 class ScheduleConfig(Section):
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("warmup_steps", "warmup_ratio"),)
+
     name: Literal["constant", "cosine", "linear"] = "constant"  # after the warmup
     warmup_steps: Count = 0  # optimizer steps of linear warmup
     warmup_ratio: Share = 0.0  # warmup as a fraction of all steps, instead of warmup_steps
@@ -43,6 +46,8 @@ CHANGEABLE = tuple(
 
 class EpochTrainConfig(TrainConfig):
     """Training settings whose length is given either in optimizer steps or in epochs."""
+
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("steps", "epochs"),)
 
     steps: PositiveInt | None = None  # type: ignore[assignment]  # optimizer steps; null: epochs is set
     epochs: PositiveInt | None = None  # passes over the data of all tasks; null: steps is set

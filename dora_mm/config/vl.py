@@ -21,7 +21,6 @@ from dora_mm.config.schema import (
 from dora_mm.config.training import (
     CHANGEABLE,
     EpochTrainConfig,
-    LearningRates,
     OptimizerConfig,
     ScheduleConfig,
     check_vl_training,
@@ -103,36 +102,6 @@ class EvalVLConfig(PipelineConfig):
         return raise_problems(self, problems + unused_prompts(self.model, self.data))
 
 
-class CompareVLConfig(PipelineConfig):
-    """Compares the base model, full fine-tuning, LoRA, DoRA and DoRA at half rank, each at its best learning rate."""
-
-    command: ClassVar[str] = "eval"
-    pipeline: Literal["compare_vl"]
-    output: OutputFolder  # the campaign's folder; one that exists is resumed
-    base: InputPath  # a config of train_vl, shared by all trainings; learning rates are chosen on its valid splits
-    steps: PositiveInt = 600  # optimizer steps of every training
-    rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8  # of LoRA and DoRA
-    half_rank: bool = True  # DoRA is also trained at half the rank
-    learning_rates: LearningRates
-    extra_rates: Count = 1  # more candidates to try, a factor apart, while the best one is the lowest or the highest
-    seeds: Annotated[Items[Seed], Field(min_length=2)] = (0, 1, 2)  # a training each; the first also for rates
-    workers: PositiveInt = 1  # trainings at a time; small models train faster two at a time than one with two threads
-    report: VLDataConfig  # the reported scores are on its valid splits
-    features: Items[InputPath] = ()  # vision.features of the reported images; empty: those of base
-    decode: DecodeConfig = DecodeConfig()
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "CompareVLConfig":
-        problems = ["seeds names a seed twice"] if len(set(self.seeds)) < len(self.seeds) else []
-        problems += missing_splits(self.report, "valid", "report")
-        problems += check_decoding(self.decode, self.report)
-        for task in self.report.all_tasks:
-            if task.train is not None or task.batch_size is not None or task.weight != 1.0:
-                place = self.report.place(task.task, "report")
-                problems.append(f"{place} may only have valid: base configures its training")
-        return raise_problems(self, problems)
-
-
 class ExtractFeaturesConfig(PipelineConfig):
     command: ClassVar[str] = "features"
     pipeline: Literal["extract_features"]
@@ -166,7 +135,7 @@ def check_visual_inputs(
     model: VLModelConfig, data: VLDataConfig, vision: VisionConfig, splits: tuple[Split, ...]
 ) -> list[str]:
     """Finds tasks that have neither images nor features in these splits; returns at most one message."""
-    if model.family == "vlm":
+    if model.own_tower:
         return _check_images(data, vision, splits)
     clips = [task.task for task in data.all_tasks if task.task in VIDEO_TASKS]
     if clips and len(clips) < len(data.all_tasks):

@@ -1,7 +1,7 @@
 """The config sections that name the data of the vision-language pipelines. See schema.py for the rules."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
@@ -31,6 +31,8 @@ OWN_IMAGES = ("chat", "choices")  # formats whose rows may contain their images,
 
 class SourceConfig(Section):
     """One split of a data set, in a format in which it is published, or of conversations (docs/vl.md lists all)."""
+
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("file", "share"),)  # the share of `HeldOutConfig`
 
     format: Literal[
         "vqa_v2",
@@ -94,11 +96,15 @@ class HeldOutConfig(Section):
         return value
 
 
-def _kind_of_split(value: Any) -> str:
-    """Which section a validation split is; one that has keys of neither is taken for rows that are held out."""
-    if not isinstance(value, Mapping):
-        return "held out" if isinstance(value, HeldOutConfig) else "source"
-    return "held out" if "share" in value or not _source_keys(value) else "source"
+class _ChosenByShare:
+    """Chooses the class of a validation split, as `ChosenBy` does; keys of neither class are those of held-out rows."""
+
+    key = "share"
+
+    def tag_of(self, value: Any) -> str:
+        if not isinstance(value, Mapping):
+            return "held out" if isinstance(value, HeldOutConfig) else "source"
+        return "held out" if self.key in value or not _source_keys(value) else "source"
 
 
 def _source_keys(value: Mapping[str, Any]) -> list[str]:
@@ -107,7 +113,8 @@ def _source_keys(value: Mapping[str, Any]) -> list[str]:
 
 
 ValidConfig = Annotated[
-    Annotated[SourceConfig, Tag("source")] | Annotated[HeldOutConfig, Tag("held out")], Discriminator(_kind_of_split)
+    Annotated[SourceConfig, Tag("source")] | Annotated[HeldOutConfig, Tag("held out")],
+    Discriminator(_ChosenByShare().tag_of),
 ]
 Split = Literal["train", "valid"]
 SPLITS: tuple[Split, ...] = ("train", "valid")

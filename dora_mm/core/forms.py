@@ -47,7 +47,7 @@ from dora_mm.core.steps import TORCH_STEPS, Steps, inner_dots
 
 # What the passes of either form over memory cost, in multiplications of a large product, on two cores of an AMD EPYC in
 # fp32. Where the memory of one W(t) is reused for the next, building costs 16. But in a model the W(t) of all layers
-# exist at once, and the system allocates their pages again in every step: the full-size SDXL UNet at 512 px with
+# exist at once, and the system allocates their pages again in every step: a UNet of 2.6 billion weights at 512 px with
 # checkpointing takes 1.08 times PEFT LoRA's time and 2.7 GB for W(t) if BUILD_COST is 16, 1.01 times and 0.4 GB at 100.
 BUILD_COST = 100  # per entry of W(t): W0 copied, added to, scaled, and new memory for that
 UNMERGED_COST = 48  # per entry of y: y scaled and added to, dY scaled

@@ -1,11 +1,13 @@
-"""Comparison of methods: which variants are compared, the rows of the table, and the table of paired differences."""
+"""Comparison of methods: which variants are compared, rows of their table, and the table of paired differences."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from dora_mm.eval.statistics import Interval
 from dora_mm.utils.tables import markdown_table
 
+ScoresT = TypeVar("ScoresT")
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}
 
 
@@ -62,29 +64,60 @@ def table_rows(ranks: Sequence[int], trained: Container[Variant]) -> list[tuple[
     return [(name, variant) for name, variant in rows if variant in trained]
 
 
-def differences_table(
+@dataclass(frozen=True)
+class Result:
+    """A row of the table of all methods.
+
+    Attributes:
+        name: The name of the row.
+        scores: Intervals by metric; cells of other metrics stay empty.
+        rate: The learning rate, with "*" if it is the lowest or highest tried, so that a better one may lie beyond.
+        summary: What the trainings say of themselves (see summary.json), such as `parameters`; empty: nothing trained.
+    """
+
+    name: str
+    scores: Mapping[str, Interval]
+    rate: str = ""
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    def entry(self, key: str, form: str = "{}") -> str:
+        """An entry of the summary as text, empty where there is none."""
+        return form.format(self.summary[key]) if key in self.summary else ""
+
+    def ends(self, key: str, show: Callable[[float], str]) -> dict[str, str]:
+        """The mean, lower and upper end of a metric, empty where there is none, by their headings in a CSV file."""
+        found = self.scores.get(key)
+        return {f"{key}_{end}": show(getattr(found, end)) if found else "" for end in ("mean", "low", "high")}
+
+
+def contrasts_table(
+    ranks: Sequence[int],
+    scores: Mapping[Variant, ScoresT],
+    subtract: Callable[[ScoresT, ScoresT], Mapping[str, Interval]],
     headings: Mapping[str, str],
-    differences: Mapping[str, Mapping[str, Interval]],
     show: Callable[[str, Interval], str],
 ) -> str:
-    """Returns a Markdown table in which intervals that exclude 0 are marked, and a note that gives their number.
+    """Returns a Markdown table of paired differences, which marks intervals that exclude 0 and notes their number.
 
     Args:
-        headings: Metric to heading: the columns.
-        differences: Name of a pair to an interval for each of these metrics: the rows.
+        ranks: The ranks that are compared.
+        scores: Of every variant, of the same pictures or questions and the same seeds.
+        subtract: Returns the difference of two scores by metric.
+        headings: The heading of every metric; those that no difference has get no column.
         show: Formats the interval of a metric.
     """
-    num_marked = 0
-
-    def cell(key: str, found: Interval) -> str:
-        nonlocal num_marked
-        excludes_zero = found.low > 0 or found.high < 0
-        num_marked += excludes_zero
-        return show(key, found) + (" !" if excludes_zero else "")
-
-    rows = [[name, *(cell(key, found[key]) for key in headings)] for name, found in differences.items()]
+    differences = {
+        f"{first} - {second}": subtract(scores[first], scores[second]) for first, second in contrasts(ranks, scores)
+    }
+    keys = [key for key in headings if any(key in found for found in differences.values())]
+    marked = [[found[key].low > 0 or found[key].high < 0 for key in keys] for found in differences.values()]
+    rows = [
+        [name, *(show(key, found[key]) + " !" * mark for key, mark in zip(keys, marks, strict=True))]
+        for (name, found), marks in zip(differences.items(), marked, strict=True)
+    ]
+    num_marked = sum(map(sum, marked))
     note = (
-        f"{num_marked} of {len(rows) * len(headings)} intervals exclude 0 (marked !). They are not corrected for their "
+        f"{num_marked} of {len(rows) * len(keys)} intervals exclude 0 (marked !). They are not corrected for their "
         "number: in simulations without a difference 2 to 7 % do."
     )
-    return markdown_table(["difference", *headings.values()], rows) + f"\n\n{note}"
+    return markdown_table(["difference", *(headings[key] for key in keys)], rows) + f"\n\n{note}"

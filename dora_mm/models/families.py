@@ -1,4 +1,4 @@
-"""The families of vision-language models: one that `model.family` names, loaded or only its structure."""
+"""The families of models: one that a config names, loaded or only its structure."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import nn
 from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.models import VisionConfig, VLBartModelConfig, VLMModelConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features
+from dora_mm.models.folders import has_weights, saved_dtype
 from dora_mm.models.hub import UnreachableError, commit_of, local_copy
 from dora_mm.models.towers.tower import load_tower
 from dora_mm.models.vl import VLModel
 from dora_mm.models.vl_bart.family import VISION, VLBartTask, vl_bart_maps
 from dora_mm.models.vl_bart.loading import empty_vl_bart, is_vl_bart
 from dora_mm.models.vlm.family import VLM
-from dora_mm.models.vlm.folders import has_weights
 from dora_mm.models.vlm.loading import empty_model, read_config
 from dora_mm.targets import map_of
 
@@ -48,11 +48,53 @@ def load_family(
     Raises:
         ValueError: The model cannot be loaded; the message names the key.
     """
-    if model.family == "vl_bart":
+    if isinstance(model, VLBartModelConfig):
         return VLBartTask.load(model, vision, seed=seed, trained_tower=trained_tower, device=device)
     if is_vl_bart(path := resolve_model(model.path)):
         raise ValueError(f"model.path: {path} is a VL-BART: set model.family to vl_bart")
     return VLM(model, device)
+
+
+def load_to_ask(
+    path: str,
+    run: tuple[VLModelConfig, VisionConfig] | None,
+    *,
+    seed: int,
+    trained_tower: bool,
+    given: Mapping[str, str],
+    device: torch.device | str,
+) -> VLModel:
+    """Loads a model for a single question, with the settings of the run that trained an adapter of it.
+
+    Args:
+        path: The model: a folder, or a hub name.
+        run: The `model` and `vision` sections of the run; None: there is none.
+        seed: Seed of the weights that no file holds, as in the run.
+        trained_tower: The run adapts a vision tower beside the model.
+        given: A `dtype` or `revision` that replaces that of the run.
+        device: Where the model computes.
+
+    Raises:
+        ValueError: The model cannot be loaded, or needs a run and there is none.
+    """
+    if is_vl_bart(path):
+        if given:
+            raise ValueError(f"--dtype and --revision are not for {path}, a VL-BART")
+        if run is None or not isinstance(run[0], VLBartModelConfig):
+            raise ValueError(
+                f"{path} is a VL-BART, whose vision tower only a run of its own names: give one by --adapter"
+            )
+        model, vision = run[0].model_copy(update={"path": path}), run[1].model_copy(update={"features": ()})
+        loaded = load_family(model, vision, seed=seed, trained_tower=trained_tower, device=device)
+        loaded.check([loaded.question_task])
+        return loaded
+    if run is not None and isinstance(run[0], VLMModelConfig):
+        same = {} if resolve_model(run[0].path) == path else {"revision": None}
+        settings = run[0].model_copy(update={"path": path, **same, **given})
+    else:
+        dtype = given.get("dtype") or saved_dtype(path, read_config(path, given.get("revision")))
+        settings = VLMModelConfig.model_validate({"path": path, **given, "dtype": dtype})
+    return load_family(settings, VisionConfig(), seed=seed, device=device)
 
 
 def pinned(model: VLModelConfig) -> VLModelConfig:
@@ -62,7 +104,7 @@ def pinned(model: VLModelConfig) -> VLModelConfig:
         ValueError: The hub cannot be reached, or the path is no model.
     """
     path = resolve_model(model.path)
-    if model.family == "vl_bart" or Path(path).exists():
+    if isinstance(model, VLBartModelConfig) or Path(path).exists():
         return model
     read_config(path, model.revision)  # puts it into the hub's cache
     return model.model_copy(update={"revision": commit_of(path, CONFIG_NAME, model.revision) or model.revision})
@@ -85,7 +127,7 @@ def load_if_here(
         ValueError: As there, but not because the hub cannot be reached.
     """
     path = resolve_model(model.path)
-    if model.family == "vl_bart":
+    if isinstance(model, VLBartModelConfig):
         here = local_copy(path) is not None and len(found_features(vision)) == len(vision.features)
     else:
         here = has_weights(path, model.revision)
@@ -115,7 +157,7 @@ def structure_of(model: VLModelConfig, vision: VisionConfig, *, tower: bool = Fa
         ValueError: There is no such model.
     """
     path = resolve_model(model.path)
-    if model.family == "vlm":
+    if isinstance(model, VLMModelConfig):
         network = empty_model(path, model.revision).to(getattr(torch, model.dtype))
         return Structure({"model": network}, {"model": map_of(network)})
     with torch.device("meta"):

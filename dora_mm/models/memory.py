@@ -3,15 +3,13 @@
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from dora_mm.config.pictures import MemoryConfig
-from dora_mm.models.sdxl.family import config_of
 
-TILE = 512  # pixels; diffusers takes the VAE's own size, with which SDXL at 1024 pixels is one tile
+TILE = 512  # pixels; diffusers takes the VAE's own size, with which a picture of 1024 pixels is one tile
 
 
-def save_memory(pipe: StableDiffusionXLPipeline, config: MemoryConfig, device: torch.device) -> None:
+def save_memory(pipe: Any, config: MemoryConfig, device: torch.device) -> None:
     """Gets a pipeline ready to draw on a device; it may be adapted, and the adapters may be merged afterwards.
 
     Args:
@@ -44,7 +42,7 @@ def check_offload(config: MemoryConfig, device: torch.device) -> None:
         )
 
 
-def offload(pipe: StableDiffusionXLPipeline, kind: str, device: torch.device) -> None:
+def offload(pipe: Any, kind: str, device: torch.device) -> None:
     """Moves a pipeline to a device: at once ("none"), each network ("model") or each layer ("layers") when it runs.
 
     For layers it is diffusers' group offloading, which leaves the weights ordinary tensors, where accelerate's
@@ -63,4 +61,4 @@ def decode_in_tiles(vae: Any) -> None:
     vae.enable_slicing()
     vae.enable_tiling()
     vae.tile_sample_min_size = min(vae.tile_sample_min_size, TILE)
-    vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(config_of(vae).block_out_channels) - 1)
+    vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)

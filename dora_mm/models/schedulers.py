@@ -48,6 +48,7 @@ SCHEDULERS = {
     "ddim": Scheduler("DDIMScheduler", "DDIM", LATENTS),
     "lcm": Scheduler("LCMScheduler", "LCM", LATENTS),  # for models distilled to a few steps, and at most 50
 }
+OF_FLOWS = ("euler",)  # of models that predict a velocity: their own is Euler's method
 
 
 def find_scheduler(name: str) -> Scheduler:
@@ -75,11 +76,15 @@ def make_scheduler(name: str, own: Any) -> Any:
         A new scheduler of diffusers.
 
     Raises:
-        ValueError: There is no scheduler of this name.
+        ValueError: There is no scheduler of this name, or it is not for this model.
     """
     import diffusers
 
     found = find_scheduler(name)
+    if is_flow(own):
+        if name not in OF_FLOWS:
+            raise ValueError(f"{name} is not for models that predict a velocity; {', '.join(OF_FLOWS)} is")
+        return own
     if found.settings.get("use_karras_sigmas") and own.config.get("rescale_betas_zero_snr"):
         log.warning(
             "%s spends most steps on noise alone with this model, whose last noise level has no signal; %s does not.",
@@ -87,6 +92,17 @@ def make_scheduler(name: str, own: Any) -> Any:
             name.removesuffix("_karras"),
         )
     return getattr(diffusers, found.kind).from_config(own.config, **found.settings)
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler of diffusers is for models that predict a velocity."""
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def title_of(scheduler: Any) -> str:
+    """What A1111 calls a scheduler of diffusers; the name of its class where it has none."""
+    name = OF_FLOWS[0] if is_flow(scheduler) else scheduler_name(scheduler)
+    return SCHEDULERS[name].title if name else type(scheduler).__name__
 
 
 def scheduler_name(scheduler: Any) -> str | None:

@@ -53,6 +53,16 @@ class VLModel(Protocol):
     def num_cut(self, number: int) -> None: ...
 
     @property
+    def question_task(self) -> str:
+        """The task of a question that is not of a data set."""
+        ...
+
+    @property
+    def reads_several(self) -> bool:
+        """Whether such a question may have several images."""
+        ...
+
+    @property
     def prepares_batches(self) -> bool:
         """Whether `batch` only prepares data, so that it may run beside a training step."""
         ...

@@ -1,42 +1,21 @@
-"""What an SDXL training will see: pictures by bucket, captions, and how often each picture is seen."""
+"""What a training on pictures will see: pictures by bucket, captions, and how often each picture is seen."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
-from dora_mm.config.loader import resolve_model
-from dora_mm.config.models import ModelConfig
 from dora_mm.config.training import TrainConfig
 from dora_mm.data.images.buckets import choose_bucket
 from dora_mm.data.images.folder import CaptionedImage, contains_word
-from dora_mm.models.hub import local_copy
-from dora_mm.models.sdxl.family import SDXL, load_configured
+from dora_mm.models.diffusion import ImageModel
 
-# Steps x batch / pictures of the DoRA paper's two styles (configs/sdxl/3d_icon.yaml and lego.yaml).
+# Steps x batch / pictures of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
 FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
 
 
-def load_if_local(config: ModelConfig) -> SDXL | None:
-    """Loads the model of a config's `model` section; None if a part of it would have to be downloaded.
-
-    Raises:
-        ValueError: A local model does not exist or is incomplete; the message names the key.
-    """
-    given = resolve_model(config.path)
-    found = {"path": local_copy(given, config.revision)}
-    if config.vae:
-        found["vae"] = local_copy(resolve_model(config.vae, "model.vae"))
-    if None in found.values():
-        return None
-    revision = config.revision if Path(given).exists() else None  # the copy is of this revision
-    changes = {"revision": revision, **{key: str(path) for key, path in found.items()}}
-    return load_configured(config.model_copy(update=changes))
-
-
 def describe_data(
-    images: Sequence[CaptionedImage], config: TrainDiffusionConfig, model: SDXL | None, num_processes: int = 1
+    images: Sequence[CaptionedImage], config: TrainDiffusionConfig, model: ImageModel | None, num_processes: int = 1
 ) -> str:
     """Lines about the pictures, their captions, and how often the training shows each picture.
 
@@ -46,7 +25,7 @@ def describe_data(
         model: Its tokenizer counts the tokens of the captions; None: characters are counted.
         num_processes: The number of processes that train.
     """
-    num_tokens = (lambda caption: len(model.tokenizer(caption).input_ids)) if model else None
+    num_tokens = model.num_tokens if model else None
     return "\n".join(
         [
             describe_pictures(images, config.data),

@@ -1,4 +1,4 @@
-"""A table of what a config trains of a vision-language model, part by part."""
+"""A table of what a config trains of a model, part by part."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from dora_mm.config.adapter import PartConfig, VLAdapterConfig
+from dora_mm.adapting.initial import FROM_FILE
+from dora_mm.adapting.networks import Trained, extra_names, parameters_by_name
+from dora_mm.adapting.parts import full_name, settings_of
+from dora_mm.config.adapter import AdapterConfig, PartConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules, parts_in
-from dora_mm.tasks.vl_adapters import MODEL, Trained, parameters_by_name
 from dora_mm.utils.tables import aligned_columns
 
 HEADING = ("part", "modules", "method", "rank", "alpha", "lr", "count", "parameters")
@@ -18,31 +20,41 @@ MOST_NAMES = 7  # of modules of a part that are listed
 
 
 def parts_table(
-    trained: Trained, target_maps: Mapping[str, TargetMap], adapter: VLAdapterConfig, optimizer: OptimizerConfig
+    trained: Trained,
+    networks: Mapping[str, nn.Module],
+    target_maps: Mapping[str, TargetMap],
+    adapter: AdapterConfig,
+    optimizer: OptimizerConfig,
 ) -> str:
     """A text table of every part of a model: how it is trained, its modules and trained parameters; frozen ones last.
 
     Args:
         trained: What the config trains; of a model without weights, too.
-        target_maps: The target maps of all networks of the model.
+        networks: The networks of the model.
+        target_maps: The target maps of those that can be adapted.
         adapter: The `adapter` section.
         optimizer: The `optimizer` section, for the learning rates.
     """
-    settings = adapter.trained_parts(tuple(target_maps[MODEL].select().parts))
+    settings = settings_of(adapter, networks, target_maps)
     rows, frozen, counted = [], [], set()
     for component, targets in target_maps.items():
-        network = trained.networks.get(component)
-        if network is None:  # nothing of it is trained
-            continue
-        for part in parts_in(network, targets):
-            paths = list(match_modules(network, targets.select([part])))
-            if part not in settings:
-                frozen.append((part, leaves(paths), "frozen", "", "", "", f"{len(paths):,}", ""))
-                continue
-            names = _trained_in(trained, component, paths, whole=settings[part].method == "full")
-            rows.append((part, leaves(paths), *_settings(settings[part], optimizer), *_counts(paths, names)))
-            counted |= names.keys()
-    for name, parameters in _extra_groups(trained, adapter.extra_trainable, counted).items():
+        report = trained.reports.get(component)
+        of_file = [module.path for module in report.modules if module.part == FROM_FILE] if report else []
+        for part in parts_in(networks[component], targets):
+            found = match_modules(networks[component], targets.select([part]))
+            paths, name = [path for path in found if path not in of_file], full_name(component, part)
+            chosen = settings.get(component, {}).get(part)
+            if chosen is not None:
+                names = _trained_in(trained, component, paths, whole=chosen.method == "full")
+                rows.append((name, leaves(paths), *_settings(chosen, optimizer), *_counts(paths, names)))
+                counted |= names.keys()
+            elif paths:
+                frozen.append((name, leaves(paths), "frozen", "", "", "", f"{len(paths):,}", ""))
+        if of_file:
+            names = _trained_in(trained, component, of_file, whole=False)
+            about = ("as in the file", "", "", _rate(optimizer.lr))
+            rows.append((full_name(component, FROM_FILE), leaves(of_file), *about, *_counts(of_file, names)))
+    for name, parameters in _extra_groups(trained, extra_names(adapter), counted).items():
         rows.append((f"extra: {name}", "", "full", "", "", _rate(optimizer.lr), *_counts(parameters, parameters)))
     rows.append(("all", "", "", "", "", "", "", f"{trained.num_trained:,}"))
     return aligned_columns([HEADING, *rows, *frozen], num_text=3)
@@ -62,9 +74,10 @@ def _trained_in(trained: Trained, component: str, paths: Iterable[str], *, whole
 def _extra_groups(trained: Trained, groups: Sequence[str], counted: set[str]) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of `adapter.extra_trainable` by its entries, each in the first that has it."""
     found, counted = {}, set(counted)
+    main, network = next(iter(trained.networks.items()))
     for group in groups:
-        names = parameters_by_name(trained.networks[MODEL], [group])
-        found[group] = {key: p for name, p in names.items() if (key := f"{MODEL}.{name}") not in counted}
+        names = parameters_by_name(network, [group])
+        found[group] = {key: p for name, p in names.items() if (key := f"{main}.{name}") not in counted}
         counted |= found[group].keys()
     return found
 

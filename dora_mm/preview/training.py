@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from dora_mm.config.training import OptimizerConfig, TrainConfig
-from dora_mm.core import InjectReport, fixed_parameters
+from dora_mm.core import fixed_parameters
 from dora_mm.train.loop import LossModule, accumulate, update
 from dora_mm.train.optim import build_optimizer
 from dora_mm.utils.tables import aligned_columns
@@ -206,18 +206,14 @@ def _frozen(
 
 
 def describe_training(
-    networks: Mapping[str, nn.Module],
-    reports: Mapping[str, InjectReport],
-    optimizer: OptimizerConfig,
-    training: Mapping[str, Any],
+    networks: Mapping[str, nn.Module], optimizer: OptimizerConfig, training: Mapping[str, Any]
 ) -> str:
-    """Tables of the adapted modules and of the memory, and the time that a measured step leads to expect.
+    """A table of the memory, and the time that a measured step leads to expect.
 
     Nothing is measured where a step would take minutes: a large model without a GPU.
 
     Args:
         networks: All networks of the model, by name.
-        reports: What was adapted, by network.
         optimizer: The `optimizer` section of the config.
         training: The arguments of `measure_step`, by name.
     """
@@ -226,20 +222,7 @@ def describe_training(
     memory = memory_table(networks, training["parameters"], optimizer, cost)
     time_line = _time_line(cost, training["config"].steps)
     remarks = slow_hardware(training["accelerator"], networks.values())
-    return "\n\n".join([module_table(reports), memory, time_line, *remarks])
-
-
-def module_table(reports: Mapping[str, InjectReport]) -> str:
-    """A text table of the adapted modules and their parameters by network and part."""
-    rows = []
-    for name, report in reports.items():
-        for part in dict.fromkeys(module.part for module in report.modules):
-            sizes = [module.num_parameters for module in report.modules if module.part == part]
-            rows.append((f"{name} {part}", f"{len(sizes):,}", f"{sum(sizes):,}"))
-    modules = sum(report.num_modules for report in reports.values())
-    total = sum(report.num_parameters for report in reports.values())
-    rows = [("adapted", "modules", "parameters"), *rows, ("all", f"{modules:,}", f"{total:,}")]
-    return aligned_columns(rows, num_text=1)
+    return "\n\n".join([memory, time_line, *remarks])
 
 
 def _time_line(cost: StepCost | None, steps: int) -> str:
@@ -286,12 +269,13 @@ def _num_parameters(networks: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
-def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None) -> list[str]:
+def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None, what: str = "the model") -> list[str]:
     """Warnings about a training that will take far longer than its user may expect; usually none.
 
     Args:
         accelerator: Knows the device and the mixed precision of the training.
         networks: All networks of the model; None: they are not on this machine, as is usual for large ones.
+        what: What the networks are, for the message.
     """
     if accelerator.device.type != "cpu":
         return []
@@ -300,7 +284,7 @@ def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None
         found.append("There is no GPU: a step of a model of full size takes minutes to hours here.")
     elif (num_parameters := _num_parameters(networks)) >= LARGE:
         found.append(
-            f"There is no GPU, and the model has {num_parameters / 1e9:.1f} billion parameters: a step takes minutes "
+            f"There is no GPU, and {what} has {num_parameters / 1e9:.1f} billion parameters: a step takes minutes "
             "to hours here."
         )
     if mixed_precision in PRECISIONS and (ratio := half_precision_slowdown(PRECISIONS[mixed_precision])) > SLOWER:

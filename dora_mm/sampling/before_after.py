@@ -1,18 +1,19 @@
 """Samples with and without an adapter: the same prompts and seeds, on one sheet."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import nn
 
+from dora_mm.config.judge import DrawConfig
 from dora_mm.config.pictures import SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.quantized import DoRAQuantized
+from dora_mm.models.diffusion import ImageModel
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.pictures import sample
+from dora_mm.sampling.pictures import PictureSampler, sample
 
 
 @contextmanager
@@ -35,8 +36,33 @@ def weights_computed_once(networks: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+def sample_merged(
+    model: ImageModel, prompts: Sequence[str], seeds: Sequence[int], settings: DrawConfig, description: str
+) -> list[Image.Image]:
+    """Samples one picture per pair of prompt and seed, with the adapters that the model has, merged.
+
+    Args:
+        model: The model, adapted or not.
+        prompts: The prompts.
+        seeds: A seed for each.
+        settings: Steps, guidance, negative prompt and batch size.
+        description: Label of the progress bar.
+    """
+    with weights_computed_once(model.networks.values()):
+        return sample(
+            model,
+            prompts,
+            seeds,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            negative_prompt=settings.negative_prompt,
+            batch_size=settings.batch_size,
+            description=description,
+        )
+
+
 def at_strength(
-    pipe: StableDiffusionXLPipeline,
+    model: ImageModel | PictureSampler,
     adapted: Mapping[str, nn.Module],
     strength: float,
     prompts: list[str],
@@ -46,8 +72,8 @@ def at_strength(
     """Samples with all adapters at one strength; the strength stays set afterwards.
 
     Args:
-        pipe: The pipeline.
-        adapted: The adapted networks of the pipeline, by name.
+        model: The model, or what draws with it, if its text encoders are not adapted.
+        adapted: The adapted networks of the model, by name.
         strength: The strength of every adapter; 0 is the base model.
         prompts: The prompts.
         seeds: A seed for each prompt.
@@ -59,11 +85,11 @@ def at_strength(
     for network in adapted.values():
         set_strength(network, strength)
     with weights_computed_once(adapted.values()):
-        return sample(pipe, prompts, seeds, **settings)
+        return sample(model, prompts, seeds, **settings)
 
 
 def before_after_sheet(
-    pipe: StableDiffusionXLPipeline,
+    model: ImageModel | PictureSampler,
     adapted: Mapping[str, nn.Module],
     config: SampleConfig,
     *,
@@ -76,8 +102,8 @@ def before_after_sheet(
     strength of all adapters is 1.
 
     Args:
-        pipe: The pipeline.
-        adapted: The adapted networks of the pipeline, by name.
+        model: The model, or what draws with it, if its text encoders are not adapted.
+        adapted: The adapted networks of the model, by name.
         config: The `sample` section: prompts, seeds and settings.
         strength: The strength of the adapter.
         full: The weights themselves were trained (method `full`): there is no base model to compare with, and no
@@ -92,10 +118,10 @@ def before_after_sheet(
     kinds = {"before": 0.0, "after": strength} if config.before_after else {"after": strength}
     drawn = {}
     if full:
-        drawn["after"] = sample(pipe, jobs, seeds, description="after", **settings)
+        drawn["after"] = sample(model, jobs, seeds, description="after", **settings)
     else:
         for label, shown in kinds.items():
-            drawn[label] = at_strength(pipe, adapted, shown, jobs, seeds, description=label, **settings)
+            drawn[label] = at_strength(model, adapted, shown, jobs, seeds, description=label, **settings)
         for network in adapted.values():
             set_strength(network, 1.0)  # training resumes at this strength
     rows, labels = [], []

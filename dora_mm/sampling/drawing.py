@@ -117,7 +117,7 @@ def plan(
         environment: See `png.Description`.
         software: See `png.Description`.
     """
-    groups = batches(pictures, batch_size, lambda p: sampler.num_chunks((p.prompt, p.negative_prompt)))
+    groups = batches(pictures, batch_size, lambda p: sampler.length((p.prompt, p.negative_prompt)))
     descriptions = {
         index: Description(
             model,

@@ -34,7 +34,7 @@ class Picture:
     Attributes:
         row: The number of its row in the job, from 1.
         prompt: The prompt.
-        negative_prompt: None is SDXL's zero embedding, "" the encoded empty text.
+        negative_prompt: None is what the model takes without one, "" the encoded empty text.
         seed: The seed of its noise.
         steps: The number of denoising steps.
         guidance: The scale of classifier-free guidance.
@@ -308,7 +308,7 @@ def file_names(pictures: Sequence[Picture]) -> list[str]:
     return names
 
 
-def batches(pictures: Sequence[Picture], size: int, num_chunks: Callable[[Picture], int]) -> list[list[int]]:
+def batches(pictures: Sequence[Picture], size: int, length: Callable[[Picture], int]) -> list[list[int]]:
     """Groups pictures into batches, which depend on nothing but the job.
 
     Pictures of a batch share their weights, size and settings, and the length of their encoded prompts: one that is
@@ -317,14 +317,14 @@ def batches(pictures: Sequence[Picture], size: int, num_chunks: Callable[[Pictur
     Args:
         pictures: The pictures.
         size: The largest number of pictures in a batch.
-        num_chunks: The number of chunks of 75 tokens in the longer one of a picture's prompts.
+        length: The length of the longer one of a picture's prompts, as the model sees it.
 
     Returns:
         The indices of the pictures of each batch.
     """
     groups: dict[Hashable, dict[Hashable, list[int]]] = {}
     for index, picture in enumerate(pictures):
-        key = *picture.settings.values(), num_chunks(picture)
+        key = *picture.settings.values(), length(picture)
         groups.setdefault(picture.weights, {}).setdefault(key, []).append(index)
     return [
         group[start : start + size]

@@ -14,12 +14,14 @@ from torch import nn
 
 from dora_mm import backend, formats
 from dora_mm.config.loader import find_path, resolve_model, resolve_path
-from dora_mm.config.models import ModelConfig
+from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig
 from dora_mm.config.pictures import PicturesConfig
+from dora_mm.config.schema import Section
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.tensor_file import read_metadata
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.image_families import load_image_model
 from dora_mm.models.memory import check_offload, save_memory
-from dora_mm.models.sdxl.family import SDXL, load_configured
 from dora_mm.sampling.drawing import Job, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.pictures import PictureSampler
@@ -29,7 +31,7 @@ from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import file_digest, module_digest
 
 log = logging.getLogger(__name__)
-EMBEDDED = ModelConfig(path="samples/tiny-sdxl")
+EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
 SOFTWARE = ("dora_mm", "torch", "diffusers", "transformers")
 
 
@@ -46,7 +48,7 @@ class LoadedModel:
         forward: The implementation of adapted layers.
     """
 
-    model: SDXL
+    model: ImageModel
     sampler: PictureSampler
     base: BaseModel
     adapters: Mapping[str, Path]
@@ -95,6 +97,30 @@ class LoadedModel:
                     f"{path} holds weights that replace those of the base (method full, biases or norms): it cannot be "
                     "drawn at another strength than 1, nor beside other adapters or pictures without it"
                 )
+
+    def check(self, pictures: Sequence[Picture]) -> None:
+        """Checks that pictures can be drawn.
+
+        Raises:
+            ValueError: A size, a scheduler or an adapter does not fit the model.
+        """
+        self.check_sizes(pictures)
+        self.check_schedulers(pictures)
+        self.check_adapters(pictures)
+
+    def check_sizes(self, pictures: Sequence[Picture]) -> None:
+        """Checks that the model can draw pictures of these sizes.
+
+        Raises:
+            ValueError: A side is not a multiple of the model's cell.
+        """
+        cell = self.model.cell
+        for picture in pictures:
+            for name, side in (("width", picture.width), ("height", picture.height)):
+                if side is not None and side % cell:
+                    raise ValueError(
+                        f"row {picture.row}: {name} {side} must be a multiple of {cell} for {self.model.title}"
+                    )
 
     def check_schedulers(self, pictures: Sequence[Picture]) -> None:
         """Checks that the schedulers can take as many steps as are asked of them.
@@ -147,15 +173,24 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     check_offload(config.memory, device)
     chosen = config.model or model_of(files)
     warn_of_other_bases(files, chosen)
-    model = load_configured(chosen).freeze()
+    model = load_image_model(chosen)
     digest = module_digest(nn.ModuleDict(model.networks))
-    pipe = model.pipeline()
-    save_memory(pipe, config.memory, device)
+    sampler = PictureSampler(model)
+    save_memory(sampler.pipe, config.memory, device)
     found = find_path(chosen.path)
     file_hash = file_digest(found) if found is not None and found.is_file() else None
-    base = BaseModel(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash)
+    base = BaseModel(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, family_settings(chosen))
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
-    return LoadedModel(model, PictureSampler(pipe), base, files, environment, backend.select(config.backend))
+    return LoadedModel(model, sampler, base, files, environment, backend.select(config.backend))
+
+
+def family_settings(config: ModelConfig) -> dict[str, Any]:
+    """The settings of the model's family that are not the defaults, by the key of its section."""
+    return {
+        name: changed
+        for name, section in config
+        if isinstance(section, Section) and (changed := section.model_dump(exclude_defaults=True))
+    }
 
 
 def find_adapters(paths: Iterable[str]) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Draws pictures with SDXL in batches; a picture depends only on its prompts, its seed and the settings."""
+"""Draws pictures in batches; a picture depends only on its prompts, its seed and the settings."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import sys
 import time
 from collections.abc import Sequence
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dora_mm.models.schedulers import SCHEDULERS, make_scheduler, scheduler_name
-from dora_mm.models.sdxl.encoding import encode_for_pipeline, num_chunks
+from dora_mm.models.diffusion import ImageModel, Prompt
+from dora_mm.models.schedulers import make_scheduler, title_of
 
 log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0  # of logged progress, without a terminal that shows a bar
-MOST_ENCODED = 256  # prompts that are kept: 0.6 MB each for SDXL in fp32
+MOST_ENCODED = 256  # pictures whose prompts are kept: some 1 MB each in models of full size
 
 Prompts = tuple[str, str | None]  # of one picture: the prompt, and the negative prompt or None
 
@@ -35,33 +35,46 @@ class PictureSampler:
     A picture does not depend on the others of its batch, up to rounding in the larger products.
 
     Args:
-        pipe: The pipeline of the model. Its scheduler is replaced while a batch is drawn with another one.
+        model: The model. Without text encoders it draws the prompts that were encoded before those were released.
     """
 
-    def __init__(self, pipe: StableDiffusionXLPipeline):
-        self.pipe = pipe
-        self.scheduler: Any = pipe.scheduler
+    def __init__(self, model: ImageModel):
+        self.model = model
         self._schedulers: dict[str, Any] = {}
-        self._encoded: dict[Prompts, dict[str, Tensor]] = {}
+        self._encoded: dict[Prompts, Prompt] = {}
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The pipeline of the model. Its scheduler is replaced while a batch is drawn with another one."""
+        return self.model.pipeline()
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The model's own scheduler."""
+        return self.pipe.scheduler
 
     def forget_prompts(self) -> None:
         """Encodes prompts again from now on, since the text encoders were changed."""
         self._encoded.clear()
 
-    def num_chunks(self, prompts: Prompts) -> int:
-        """The number of chunks of tokens in the longer one of a picture's prompts."""
-        return max(num_chunks(self.pipe, text) for text in prompts if text is not None)
+    def keep_prompts(self, prompts: Sequence[Prompts]) -> None:
+        """Encodes the prompts of pictures ahead, so that the text encoders can be released."""
+        for each in prompts:
+            self._encode(each, most=len(self._encoded) + 1)
+
+    def length(self, prompts: Prompts) -> int:
+        """The length of the longer one of a picture's prompts: pictures of a batch have the same."""
+        return max(self.model.prompt_length(text) for text in prompts if text is not None)
 
     def scheduler_title(self, name: str | None) -> str:
         """What A1111 calls a scheduler; `None` is the model's own."""
-        name = name or scheduler_name(self.scheduler)
-        return SCHEDULERS[name].title if name else type(self.scheduler).__name__
+        return title_of(self._scheduler(name))
 
     def why_not(self, scheduler: str | None, steps: int) -> str | None:
         """Why a scheduler (None: the model's own) cannot take this number of steps; None if it can."""
-        made = self._scheduler(scheduler) if scheduler else deepcopy(self.scheduler)
         try:
-            made.set_timesteps(steps)
+            made = self._scheduler(scheduler)
+            (deepcopy(made) if made is self.scheduler else made).set_timesteps(steps)
         except ValueError as error:
             return str(error)
         return None
@@ -81,7 +94,7 @@ class PictureSampler:
         """Draws a batch of pictures.
 
         Args:
-            prompts: The prompts of each picture; all have the same `num_chunks`.
+            prompts: The prompts of each picture; all have the same `length`.
             seeds: The seed of each.
             steps: The number of denoising steps.
             guidance: The scale of classifier-free guidance.
@@ -94,17 +107,10 @@ class PictureSampler:
         """
         self.pipe.scheduler = self._scheduler(scheduler)
         encoded = [self._encode(each) for each in prompts]
-        embeddings: dict[str, Any] = {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
+        inputs = self.model.pipeline_inputs(encoded, steps=steps, guidance=guidance, width=width, height=height)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         try:
-            drawn: Any = self.pipe(
-                **embeddings,
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                height=height,
-                width=width,
-                output_type="pt",
-            )
+            drawn = self.pipe(**inputs, generator=generators, output_type="pt")
         finally:
             self.pipe.scheduler = self.scheduler
         return [problem_of(pixels) or self._picture(pixels) for pixels in drawn.images]
@@ -117,12 +123,12 @@ class PictureSampler:
             self._schedulers[name] = make_scheduler(name, self.scheduler)
         return self._schedulers[name]
 
-    def _encode(self, prompts: Prompts) -> dict[str, Tensor]:
+    def _encode(self, prompts: Prompts, most: int = MOST_ENCODED) -> Prompt:
         """Encodes the prompts of one picture alone, so that they do not depend on the batch in the last bits."""
         if prompts not in self._encoded:
-            if len(self._encoded) >= MOST_ENCODED:
+            if len(self._encoded) >= most:
                 del self._encoded[next(iter(self._encoded))]
-            self._encoded[prompts] = encode_for_pipeline(self.pipe, *prompts)
+            self._encoded[prompts] = self.model.encode_for_drawing(*prompts)
         return self._encoded[prompts]
 
     def _picture(self, pixels: Tensor) -> Image.Image:
@@ -134,13 +140,13 @@ def problem_of(pixels: Tensor) -> UnusablePictureError | None:
     """Says why a picture (3, H, W) cannot be used; None where it can."""
     if not pixels.isfinite().all():
         return UnusablePictureError(
-            "has values that are not numbers (NaN): in half precision SDXL needs another VAE, see model.vae"
+            "has values that are not numbers (NaN): in half precision some models need another VAE, see model.vae"
         )
     return None if pixels.any() else UnusablePictureError("is black")
 
 
 def sample(
-    pipe: StableDiffusionXLPipeline,
+    model: ImageModel | PictureSampler,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -155,12 +161,12 @@ def sample(
     """Samples one picture per pair of prompt and seed, all with the same settings.
 
     Args:
-        pipe: The pipeline.
+        model: The model, or what draws with it.
         prompts: The prompts.
         seeds: A seed for each prompt.
         steps: The number of denoising steps.
         guidance: The scale of classifier-free guidance.
-        negative_prompt: For all pictures. None is SDXL's zero embedding; "" is the encoded empty text.
+        negative_prompt: For all pictures. None is what the model takes without one; "" is the encoded empty text.
         batch_size: Pictures per batch.
         height: In pixels; None is the model's own.
         width: In pixels; None is the model's own.
@@ -169,12 +175,13 @@ def sample(
     Returns:
         The pictures, in the order of the prompts. Those that cannot be used are black, and named in the log.
     """
-    sampler, side = PictureSampler(pipe), own_size(pipe)
+    sampler = model if isinstance(model, PictureSampler) else PictureSampler(model)
+    side = sampler.model.resolution
     settings = {"steps": steps, "guidance": guidance, "height": height or side, "width": width or side}
     jobs = [((prompt, negative_prompt), seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     groups: dict[int, list[int]] = {}
     for index, (job, _) in enumerate(jobs):
-        groups.setdefault(sampler.num_chunks(job), []).append(index)
+        groups.setdefault(sampler.length(job), []).append(index)
     pictures: dict[int, Any] = {}
     with Progress(len(jobs), description) as progress:
         for group in groups.values():
@@ -188,11 +195,6 @@ def sample(
             log.warning("The picture of %r with seed %d %s.", prompts[index], seeds[index], picture)
             pictures[index] = Image.new("RGB", (settings["width"], settings["height"]))
     return [pictures[index] for index in range(len(jobs))]
-
-
-def own_size(pipe: StableDiffusionXLPipeline) -> int:
-    """The model's resolution; the pipeline's own default assumes SDXL's if the UNet's config has no `sample_size`."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 class Progress:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class BaseModel:
         dtype: The dtype of its weights.
         digest: SHA-256 of its weights, in hex.
         file_digest: SHA-256 of a single file, by which A1111 and Civitai find it; None for a folder or hub name.
+        settings: Those of its family that are not the defaults, by the key of their section.
     """
 
     path: str
@@ -41,6 +42,7 @@ class BaseModel:
     dtype: str
     digest: str
     file_digest: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,9 @@ def config_of(description: Description) -> PicturesConfig:
         pipeline="sample",
         name="replay",
         backend=description.environment["backend"],
-        model=ModelConfig.model_validate({key: value for key, value in asdict(model).items() if "digest" not in key}),
+        model=ModelConfig.model_validate(
+            {"path": model.path, "revision": model.revision, "vae": model.vae, "dtype": model.dtype, **model.settings}
+        ),
         memory=MemoryConfig(**description.environment["memory"]),
     )
 

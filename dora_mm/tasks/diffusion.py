@@ -1,68 +1,66 @@
-"""The diffusion loss of SDXL."""
+"""The loss of image models: what the denoiser predicts for latents that were noised to a random time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
-from torch import nn
 
 from dora_mm.config.images import LossConfig
+from dora_mm.data.images.buckets import Framing
+from dora_mm.models.diffusion import ImageModel, Prompt
 
 PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
+GAMMA = 5.0  # of Min-SNR, where a config leaves it to us: that of its authors
 
 
 @dataclass(frozen=True)
 class ConditionedLatents:
-    """A batch of latents with everything that the UNet is conditioned on."""
+    """A batch of B images with everything that the denoiser is conditioned on."""
 
-    latents: torch.Tensor  # (B, C, h, w), normalized as the UNet expects them
-    prompt: torch.Tensor  # prompt embeddings (B, L, D)
-    pooled: torch.Tensor  # pooled prompt embeddings (B, P)
-    time_ids: torch.Tensor  # micro-conditioning (B, 6)
-    mask: torch.Tensor | None = None  # (B, L), False where a shorter prompt is padded; None: no prompt is padded
+    latents: torch.Tensor  # (B, C, h, w), normalized as the denoiser expects them
+    prompts: Sequence[Prompt]  # B encoded captions
+    framings: Sequence[Framing]  # how each was brought to its size
 
 
 class DiffusionTask:
-    """The loss of predicting the noise (or the velocity) of latents that were noised to a random timestep.
+    """The loss of a denoiser.
 
     Args:
-        unet: The network, possibly wrapped by accelerate.
-        scheduler_config: The config of the model's scheduler: how noise is added, and what the UNet predicts.
+        model: The model, whose denoiser is trained.
         config: The `loss` section.
 
     Raises:
-        ValueError: The model predicts something other than epsilon or v; or it predicts epsilon although its last step
-            has no signal at all, where epsilon is meaningless.
+        ValueError: The model cannot be trained, or a key of the section has no meaning for it.
     """
 
-    def __init__(self, unet: nn.Module, scheduler_config: dict, config: LossConfig):
-        self.unet = unet
-        self.config = config
-        self.schedule: Any = DDPMScheduler.from_config(scheduler_config)  # annotated as a tuple
-        self.prediction = self.schedule.config.prediction_type
-        if self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"The model predicts {self.prediction}; only epsilon and v_prediction can be trained.")
-        if self.prediction == "epsilon" and self.schedule.config.rescale_betas_zero_snr:
-            raise ValueError("The model's schedule ends without any signal, which needs v_prediction, not epsilon.")
+    def __init__(self, model: ImageModel, config: LossConfig):
+        self.model, self.noise, self.config = model, model.noise, config
+        is_flow = self.noise.prediction == "velocity"
+        self.gamma = (None if is_flow else GAMMA) if config.min_snr_gamma == "auto" else config.min_snr_gamma
+        for key, value in (("min_snr_gamma", self.gamma), ("noise_offset", config.noise_offset)):
+            if is_flow and value:
+                raise ValueError(
+                    f"loss.{key} is for models that predict noise or v, and {model.title} does not: leave it out"
+                )
+        uniform = config.timestep_bias or not is_flow
+        self.timesteps = ("uniform" if uniform else "logit_normal") if config.timesteps == "auto" else config.timesteps
 
     def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> torch.Tensor:
         """The mean loss of a batch, each image's weighted by min-SNR if the config sets `min_snr_gamma`.
 
         Args:
             batch: B images.
-            generator: Source of the noise and of the timesteps.
+            generator: Source of the noise and of the times.
 
         Returns:
             A scalar, float32.
         """
         latents = batch.latents
-        count = len(latents)
         noise = self._noise(latents, generator)
-        times = self._times(count, generator).to(latents.device)
-        predicted = self._predict(batch, self.schedule.add_noise(latents, noise, times), times)
-        target = noise if self.prediction == "epsilon" else self.schedule.get_velocity(latents, noise, times)
+        times = self._times(latents, generator).to(latents.device)
+        predicted = self._predict(batch, self.noise.noised(latents, noise, times), times)
+        target = self.noise.target(latents, noise, times)
         error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
         return (error.mean(dim=(1, 2, 3)) * self.weights(times)).mean()
 
@@ -71,41 +69,32 @@ class DiffusionTask:
 
         Args:
             batch: B images.
-            times: The timestep of each image (B,).
+            times: The time of each image (B,).
             generator: Source of the noise.
 
         Returns:
             The estimated latents (B, C, h, w).
         """
-        noised = self.schedule.add_noise(batch.latents, self._noise(batch.latents, generator), times)
-        predicted = self._predict(batch, noised, times).float()
-        signal = self.schedule.alphas_cumprod.to(times.device)[times].float().view(-1, 1, 1, 1)
-        if self.prediction == "epsilon":
-            return (noised - (1 - signal).sqrt() * predicted) / signal.sqrt()
-        return signal.sqrt() * noised - (1 - signal).sqrt() * predicted
-
-    def _predict(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        return self.unet(
-            noised,
-            times,
-            encoder_hidden_states=batch.prompt,
-            encoder_attention_mask=batch.mask,
-            added_cond_kwargs={"text_embeds": batch.pooled, "time_ids": batch.time_ids},
-        ).sample
+        noised = self.noise.noised(batch.latents, self._noise(batch.latents, generator), times)
+        return self.noise.clean(noised, self._predict(batch, noised, times).float(), times)
 
     def weights(self, times: torch.Tensor) -> torch.Tensor:
-        """The loss weight (B,) of each timestep (B,): Hang et al. 2023 (arXiv 2303.09556), gamma from the config."""
-        if self.config.min_snr_gamma is None:
+        """The loss weight (B,) of each time (B,): Hang et al. 2023 (arXiv 2303.09556), gamma from the config."""
+        if self.gamma is None:
             return torch.ones_like(times, dtype=torch.float32)
-        signal = self.schedule.alphas_cumprod.to(times.device)[times].float()
-        return min_snr_weight(signal / (1 - signal), self.config.min_snr_gamma, self.prediction)
+        return min_snr_weight(self.noise.signal_to_noise(times), float(self.gamma), self.noise.prediction)
 
-    def _times(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        steps = self.schedule.config.num_train_timesteps
-        if not self.config.timestep_bias:
-            return torch.randint(steps, (count,), generator=generator, device=generator.device)
-        even = torch.rand(count, generator=generator, device=generator.device)
-        return (steps * even ** (1.0 / (1.0 + self.config.timestep_bias))).long().clamp(max=steps - 1)
+    def _predict(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        return self.model.predict(noised, times, batch.prompts, batch.framings)
+
+    def _times(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, device, size = len(latents), generator.device, latents.shape[2:]
+        if self.timesteps == "logit_normal":  # Esser et al. 2024 (arXiv 2403.03206), with mean 0 and deviation 1
+            return self.noise.times(torch.randn(count, generator=generator, device=device).sigmoid(), size)
+        if self.noise.num_steps and not self.config.timestep_bias:
+            return torch.randint(self.noise.num_steps, (count,), generator=generator, device=device)
+        even = torch.rand(count, generator=generator, device=device)
+        return self.noise.times(even ** (1.0 / (1.0 + self.config.timestep_bias)), size)
 
     def _noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         def draw(*shape: int) -> torch.Tensor:

@@ -1,10 +1,9 @@
-"""Batches of captioned images for SDXL: latents, prompt embeddings and sizes."""
+"""Batches of captioned images: latents, encoded captions, and how each image was brought to its size."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from dora_mm.config.images import DataConfig
@@ -12,10 +11,8 @@ from dora_mm.data.images.buckets import Framing, choose_bucket, frame
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.data.images.latents import LatentCache, Latents, latent_key
 from dora_mm.data.images.pixels import load_rgb, render
-from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_prompts, num_chunks, time_ids
-from dora_mm.models.sdxl.family import SDXL
+from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
-from dora_mm.utils.digest import module_digest
 from dora_mm.utils.randomness import batch_of_groups, generator
 
 
@@ -27,44 +24,29 @@ class PromptEncoder:
         trained: The text encoders are trained.
     """
 
-    def __init__(self, model: SDXL, *, trained: bool):
+    def __init__(self, model: ImageModel, *, trained: bool):
         self.model, self.trained = model, trained
-        self._cache: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache: dict[str, Prompt] = {}
 
     def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
-        """Encodes captions ahead of training, so that the text encoders can be moved off the device."""
+        """Encodes captions ahead of training, so that the text encoders can be released."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
         for part in self._of_one_length(new, batch_size):
             with torch.no_grad():
-                prompt, pooled = encode_prompts(self.model, part)
-            self._cache.update(zip(part, zip(prompt, pooled, strict=True), strict=True))
+                self._cache.update(zip(part, self.model.encode_prompts(part), strict=True))
 
-    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Encodes captions of any length.
-
-        Args:
-            captions: B captions.
-
-        Returns:
-            Prompt embeddings (B, L, D), L the length of the longest caption (77 in SDXL for up to 75 tokens); pooled
-            embeddings (B, P); and a mask (B, L) that is False where a caption is padded, or None if none is. With the
-            mask, a caption conditions the UNet as it does alone.
-        """
+    def __call__(self, captions: Sequence[str]) -> list[Prompt]:
+        """Encodes captions of any length; each conditions the denoiser as it does alone."""
         if self.trained:
-            chunks = [num_chunks(self.model, caption) for caption in captions]
-            prompt, pooled = encode_prompts(self.model, captions)
-            lengths = [each * self.model.tokenizer.model_max_length for each in chunks]
-            return prompt, pooled, _mask(lengths, prompt.device)
+            return self.model.encode_prompts(captions)
         self.keep(captions)
-        each_prompt, each_pooled = zip(*(self._cache[caption] for caption in captions), strict=True)
-        prompt = pad_sequence(list(each_prompt), batch_first=True)
-        return prompt, torch.stack(each_pooled), _mask([len(each) for each in each_prompt], prompt.device)
+        return [self._cache[caption] for caption in captions]
 
     def _of_one_length(self, captions: Sequence[str], batch_size: int) -> Iterator[list[str]]:
-        """Batches of captions with equally many chunks, so that none is padded."""
+        """Batches of captions of one length, so that none is padded."""
         groups = defaultdict(list)
         for caption in captions:
-            groups[num_chunks(self.model, caption)].append(caption)
+            groups[self.model.prompt_length(caption)].append(caption)
         for group in groups.values():
             yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
@@ -88,7 +70,7 @@ class CaptionedBatches:
 
     def __init__(
         self,
-        model: SDXL,
+        model: ImageModel,
         images: Sequence[CaptionedImage],
         prompts: PromptEncoder,
         config: DataConfig,
@@ -100,7 +82,7 @@ class CaptionedBatches:
         self.model, self.images, self.prompts, self.config = model, images, prompts, config
         self.batch_size, self.seed, self.process = batch_size, seed, process
         self.cache = LatentCache(config.latent_cache)
-        self.vae_identity = module_digest(model.vae)
+        self.vae_identity = model.vae_identity
         self.buckets = [choose_bucket(image.size, config.resolution) for image in images]
         items = [index for index, image in enumerate(images) for _ in range(config.repeats * image.repeats)]
         self.groups = [[i for i in items if self.buckets[i] == bucket] for bucket in sorted(set(self.buckets))]
@@ -122,14 +104,9 @@ class CaptionedBatches:
         stream = generator(self.seed, number, "framing")
         framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
-        mean, logvar = (torch.stack(each) for each in zip(*latents, strict=True))
-        device = self.model.device
-        prompt, pooled, mask = self._text(
-            [self.images[row].caption for row in rows], generator(self.seed, number, "captions")
-        )
-        sizes = [time_ids(f.original_size, f.crop_top_left, f.target_size) for f in framings]
-        drawn = draw_latents(self.model.vae, mean, logvar, generator(self.seed, number, "latents"))
-        return ConditionedLatents(drawn.to(device), prompt, pooled, torch.stack(sizes).to(device), mask)
+        prompts = self._text([self.images[row].caption for row in rows], generator(self.seed, number, "captions"))
+        drawn = together(latents).draw(generator(self.seed, number, "latents"))
+        return ConditionedLatents(self.model.normalized(drawn).to(self.model.device), prompts, framings)
 
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
         return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)
@@ -140,30 +117,25 @@ class CaptionedBatches:
     def _latents(self, index: int, framing: Framing) -> Latents:
         image = self.images[index]
 
-        def compute() -> tuple[torch.Tensor, torch.Tensor]:
+        def compute() -> Latents:
             pixels = render(load_rgb(image.path, self.config.background), framing)
-            mean, logvar = encode_images(self.model, pixels[None])
-            return mean[0], logvar[0]
+            mean, logvar = self.model.encode_images(pixels[None])
+            return Latents(mean[0], None if logvar is None else logvar[0])
 
         if self.config.crop == "random":  # a new crop every time: a cache would never be hit
             return LatentCache().get("", compute, image.path)
         key = latent_key(image.digest, framing, self.config.background, self.vae_identity)
         return self.cache.get(key, compute, image.path)
 
-    def _text(
-        self, captions: list[str], stream: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        dropped = torch.rand(len(captions), generator=stream) < self.config.caption_dropout
-        if self.config.unconditional == "empty":
-            captions = ["" if drop else caption for caption, drop in zip(captions, dropped.tolist(), strict=True)]
-            return self.prompts(captions)
-        prompt, pooled, mask = self.prompts(captions)
-        kept = (~dropped).to(prompt.device, prompt.dtype)
-        return prompt * kept.view(-1, 1, 1), pooled * kept.view(-1, 1), mask
+    def _text(self, captions: list[str], stream: torch.Generator) -> list[Prompt]:
+        dropped = (torch.rand(len(captions), generator=stream) < self.config.caption_dropout).tolist()
+        if self.model.unconditional == "empty":
+            return self.prompts(["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)])
+        encoded = zip(self.prompts(captions), dropped, strict=True)
+        return [{name: 0 * t for name, t in prompt.items()} if drop else prompt for prompt, drop in encoded]
 
 
-def _mask(lengths: Sequence[int], device: torch.device) -> torch.Tensor | None:
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return None
-    return torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+def together(latents: Sequence[Latents]) -> Latents:
+    """The latents of single images as those of a batch."""
+    means, logvars = zip(*latents, strict=True)
+    return Latents(torch.stack(means), None if logvars[0] is None else torch.stack(logvars))

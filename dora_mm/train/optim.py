@@ -2,12 +2,38 @@
 
 import importlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dora_mm.config.training import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+class Kind(NamedTuple):
+    """An optimizer.
+
+    Attributes:
+        module: Where its class is.
+        name: The name of the class.
+        extra: The extra of dora_mm that installs the module; empty for torch's own.
+        settings: Further arguments of the class.
+    """
+
+    module: str
+    name: str
+    extra: str = ""
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+
+OPTIMIZERS = {
+    "adamw": Kind("torch.optim", "AdamW", settings={"fused": True}),  # one kernel for hundreds of small tensors
+    # Its authors recommend bias correction and the warm-up safeguard for diffusion models.
+    "prodigy": Kind("prodigyopt", "Prodigy", "optim", {"use_bias_correction": True, "safeguard_warmup": True}),
+    "adamw_8bit": Kind("bitsandbytes.optim", "AdamW8bit", "quant"),
+    "paged_adamw_8bit": Kind("bitsandbytes.optim", "PagedAdamW8bit", "quant"),
+}
 
 
 def build_optimizer(
@@ -27,23 +53,18 @@ def build_optimizer(
         raise ValueError("There is nothing to train: the config selects no parameters.")
     groups = _groups(parameters, config, rates or {})
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **settings)  # one kernel for hundreds of small tensors
-    if config.name == "prodigy":
-        # Its authors recommend bias correction and the warm-up safeguard for diffusion models.
-        return _imported("prodigyopt", "Prodigy", "optim")(
-            groups, use_bias_correction=True, safeguard_warmup=True, **settings
-        )
-    name = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}[config.name]
-    return _imported("bitsandbytes.optim", name, "quant")(groups, **settings)
+    kind = OPTIMIZERS[config.name]
+    return _imported(kind)(groups, **settings, **kind.settings)
 
 
-def _imported(module: str, name: str, extra: str) -> Any:
+def _imported(kind: Kind) -> Any:
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(kind.module), kind.name)
     except ImportError:
-        package = module.partition(".")[0]
-        raise ValueError(f"this optimizer.name needs the package {package}: pip install 'dora_mm[{extra}]'") from None
+        package = kind.module.partition(".")[0]
+        raise ValueError(
+            f"this optimizer.name needs the package {package}: pip install 'dora_mm[{kind.extra}]'"
+        ) from None
 
 
 def _groups(

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm.config import yaml12
-from dora_mm.config.adapter import AnyAdapterConfig
+from dora_mm.config.adapter import AdapterConfig
 from dora_mm.config.loader import dump_config, load_config
 from dora_mm.config.resuming import changed_values
 from dora_mm.config.schema import PipelineConfig
@@ -285,7 +285,7 @@ def new_folder(name: str, output: str | None = None, root: Path = Path("runs")) 
 
 
 def training_summary(
-    run: RunDirectory, adapter: AnyAdapterConfig, num_parameters: int, steps: int, **details: Any
+    run: RunDirectory, adapter: AdapterConfig, num_parameters: int, steps: int, **details: Any
 ) -> dict[str, Any]:
     """The entries of summary.json that every training has, with the last time and loss of metrics.jsonl.
 

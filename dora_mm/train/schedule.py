@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from dora_mm.config.training import ScheduleConfig
 
 log = logging.getLogger(__name__)
+
+SHAPES: dict[str, Callable[[int, int], float]] = {  # of the steps since the warm-up, and all that come after it
+    "constant": lambda step, steps: 1.0,
+    "linear": lambda step, steps: max(0.0, (steps - step) / max(1, steps)),
+    "cosine": lambda step, steps: max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step / max(1, steps))))),
+}
 
 
 class Schedule(LRScheduler):
@@ -34,12 +41,7 @@ class Schedule(LRScheduler):
         """What the learning rate is multiplied by after `step` finished steps; as in diffusers, bit for bit."""
         if step < self.warmup:
             return step / max(1, self.warmup)
-        if self.name == "constant":
-            return 1.0
-        if self.name == "linear":
-            return max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+        return SHAPES[self.name](step - self.warmup, self.steps - self.warmup)
 
     def get_lr(self) -> list[Any]:
         """The learning rates of the next step, one per parameter group."""

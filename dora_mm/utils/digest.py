@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 
 def module_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, in hex (1 s for SDXL's)."""
+    """SHA-256 over the names, dtypes, shapes and bytes of all parameters and buffers, in hex (1 s for some 3 GB)."""
     return _digest(sorted(module.state_dict().items()))
 
 

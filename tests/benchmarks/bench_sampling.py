@@ -25,9 +25,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from dora_mm import DoRASpec, adapter_parameters, inject, save_adapter
+from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.eval.timing import alternate
-from dora_mm.models.sdxl.family import load_sdxl
+from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.drawing import adapted, draw_batch
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import load_model
@@ -50,7 +51,7 @@ pipe({PROMPTS[0]!r}, generator=torch.Generator().manual_seed(0), **settings).ima
 
 
 def make_adapter(folder: Path) -> None:
-    model = load_sdxl(MODEL)
+    model = load_image_model(ModelConfig(path=MODEL))
     inject(model.unet, "sdxl-unet", DoRASpec(rank=8), parts=["attn", "cross"])
     for name, parameter in adapter_parameters(model.unet).items():
         if name.endswith("lora_B"):

@@ -24,10 +24,10 @@ import torch
 from transformers import BartConfig
 
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject
-from dora_mm.config.models import VLModelConfig
+from dora_mm.adapting.networks import parameters_by_name
+from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.vl_bart.loading import BART_BASE, config_of, from_bart, load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs
-from dora_mm.tasks.vl_adapters import parameters_by_name
 
 ROUNDS = {1: 15, 4: 7}  # number of rounds, by the number of passes per step
 TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
@@ -41,7 +41,7 @@ def base() -> VLBart:
 
 def embedded() -> VLBart:
     path = "samples/tiny-vl"
-    return load_vl_bart(VLModelConfig(family="vl_bart", path=path), config_of(path).feature_dim, 0)[0]
+    return load_vl_bart(VLBartModelConfig(family="vl_bart", path=path), config_of(path).feature_dim, 0)[0]
 
 
 def ours(model: VLBart):

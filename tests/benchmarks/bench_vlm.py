@@ -22,14 +22,14 @@ import peft
 import torch
 
 from dora_mm import fixed_parameters
+from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import VLAdapterConfig
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.models.vlm.family import VLM, VLMBatch
-from dora_mm.tasks import vl_adapters
 
 ROUNDS, BATCH, NEW_TOKENS = 9, 8, 16
 LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -46,9 +46,11 @@ class Ours:
     """Trains with the code of train_vl."""
 
     def __init__(self, folder: str):
-        self.vlm = VLM(VLModelConfig(path=folder))
+        self.vlm = VLM(VLMModelConfig(path=folder))
         config = VLAdapterConfig.model_validate({"rank": 8, "parts": ["text.attn", "text.mlp"]})
-        self.parameters = list(vl_adapters.adapt(self.vlm, config, seed=0, backend="torch").parameters.values())
+        self.parameters = list(
+            adapt(self.vlm.networks, self.vlm.target_maps, config, seed=0, backend="torch").parameters.values()
+        )
         self.model = self.vlm.model.train()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
@@ -68,7 +70,7 @@ class Theirs(Ours):
     """Trains PEFT's layers with the model's own loss."""
 
     def __init__(self, folder: str, *, use_dora: bool):
-        self.vlm = VLM(VLModelConfig(path=folder))
+        self.vlm = VLM(VLMModelConfig(path=folder))
         config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=LINEAR, use_dora=use_dora)
         self.model = peft.get_peft_model(self.vlm.model, config).train()
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -101,7 +103,7 @@ def time_steps(folder: str, examples: list[Example]) -> dict[str, list[float]]:
 
 def time_answers(folder: str, examples: list[Example], max_new_tokens: int) -> dict[str, list[float]]:
     """Until all have max_new_tokens (no answer ends before), which is what batches of long answers cost."""
-    vlm = VLM(VLModelConfig(path=folder))
+    vlm = VLM(VLMModelConfig(path=folder))
     settings = vlm._settings(max_new_tokens, 1)
     settings.min_new_tokens = max_new_tokens
     times: dict[str, list[float]] = {f"{max_new_tokens} tokens, {how}": [] for how in ("batches of 8", "one by one")}

@@ -54,6 +54,12 @@ def unet(run: Any) -> None:
     gpu_models.run_unet(run)
 
 
+def z_image(run: Any) -> None:
+    from tests.benchmarks import gpu_models
+
+    gpu_models.run_z_image(run)
+
+
 def llm(run: Any) -> None:
     from tests.benchmarks import gpu_models
 
@@ -80,8 +86,9 @@ class Entry:
 ENTRIES = (
     Entry("tests", ("torch", "triton", "pytest"), 240, gpu_tests),
     Entry("products", ("torch", "triton"), 120, products),
-    Entry("layers", ("torch", "peft"), 380, layers),
+    Entry("layers", ("torch", "peft"), 340, layers),
     Entry("unet", ("torch", "peft", "diffusers"), 180, unet),
+    Entry("z_image", ("torch", "peft", "diffusers"), 120, z_image),
     Entry("llm", ("torch", "peft", "transformers"), 180, llm),
 )
 PACKAGES = ("torch", "triton", "pytest", "peft", "transformers", "diffusers", "open_clip")

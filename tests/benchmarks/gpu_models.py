@@ -1,4 +1,4 @@
-"""Whole training steps, AdamW included: the UNet of SDXL, and blocks of an 8B LLM. Two entries of `make gpu`.
+"""Whole training steps, AdamW included: SDXL's UNet, Z-Image's transformer, blocks of an 8B LLM: entries of `make gpu`.
 
 All contenders adapt the same modules on top of the same random weights. They take turns in one model.
 """
@@ -43,6 +43,18 @@ LLAMA_TINY: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+# Z-Image's transformer, where it differs from the defaults of diffusers' class, which are those of the published model.
+Z_IMAGE_TINY: dict[str, Any] = {
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 24,
+    "axes_dims": [4, 4, 8],
+    "axes_lens": [600, 64, 64],
+}
 WARM_UP = 3  # a compiled layer that keeps something from one step to the next is compiled again in the second
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -58,6 +70,29 @@ def run_unet(run: Run) -> None:
         if not run.is_cut(name):
             rows += bench_model(run, model, blocks=None)
             run.save("unet.csv", rows)
+
+
+def run_z_image(run: Run) -> None:
+    """Measures a step on one 1024 px image (4,096 tokens) and 64 tokens of text, with checkpointing: z_image.csv."""
+    side, size = (64, Z_IMAGE_TINY) if run.dry else (1024, {})
+    build = partial(z_image_transformer, side=side, size=size)
+    model = Model(f"Z-Image, {side} px, checkpointing", build, "z-image", checkpointing=True)
+    run.save("z_image.csv", bench_model(run, model, blocks=None))
+
+
+def z_image_transformer(
+    device: torch.device, dtype: torch.dtype, *, side: int, size: dict[str, Any]
+) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """Z-Image's transformer with random weights, and a loss of one image."""
+    from diffusers import ZImageTransformer2DModel
+
+    with torch.device(device):
+        network: Any = ZImageTransformer2DModel(**size).requires_grad_(False)
+        nn.Module.to(network, dtype)
+        image = torch.randn(network.config.in_channels, 1, side // 8, side // 8, dtype=dtype)
+        text, time = torch.randn(64, network.config.cap_feat_dim, dtype=dtype), torch.full((1,), 0.5)
+    network.train().enable_gradient_checkpointing()
+    return network, lambda: network([image], time, [text], return_dict=False)[0][0].float().square().mean()
 
 
 def run_llm(run: Run) -> None:

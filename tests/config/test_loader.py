@@ -8,6 +8,7 @@ import yaml
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.pipelines import SCHEMAS
+from dora_mm.config.resuming import check_changes
 
 SMALLEST = """\
 pipeline: train_diffusion
@@ -48,8 +49,8 @@ def test_defaults_are_filled_in(write):
     assert config.name == "run"
     assert config.optimizer.lr == 1e-4
     assert config.adapter.alpha == 4.0
-    assert config.adapter.parts == ("attn", "cross")
-    assert config.loss.min_snr_gamma == 5.0
+    assert config.adapter.parts == {}
+    assert config.loss.min_snr_gamma == "auto"
 
 
 def test_alpha_may_differ_from_the_rank_and_null_means_the_rank(write):
@@ -82,13 +83,18 @@ def test_the_report_names_the_file_once(write):
     [
         ("adapter.rank='8'", "adapter.rank: must be a whole number, got '8'"),
         ("adapter.rank=yes", "adapter.rank: must be a whole number, got 'yes'"),
-        ("adapter.text_encoders=1", "adapter.text_encoders: must be true or false, got 1"),
+        ("model.revision=1", "model.revision: must be text, got 1"),
         (
             "adapter.method=dorra",
             "adapter.method: must be 'dora', 'lora', 'magnitude' or 'full', got 'dorra', did you mean 'dora'?",
         ),
-        ("adapter.parts=attn", "adapter.parts: must be a list, got 'attn'"),
-        ("adapter.parts=[attn, attn]", "adapter.parts: names a part twice"),
+        ("adapter.parts=attn", "adapter.parts: must be a list of parts, or parts with settings, got 'attn'"),
+        ("adapter.parts=[unet.attn, unet.attn]", "adapter.parts: names a part twice"),
+        (
+            "adapter.parts={text_encoders.attn: {rank: 2}, text_encoder_2.attn: {}}",
+            "adapter.parts: names text_encoder_2.attn twice, since text_encoders.attn means it, too",
+        ),
+        ("adapter.parts={unet.attn: {rnk: 2}}", "adapter.parts.unet.attn.rnk: unknown key, did you mean 'rank'?"),
         ("adapter.dropout=1.0", "adapter.dropout: must be less than 1, got 1.0"),
         ("model=tiny", "model: must be a section of keys, got 'tiny'"),
         ("model.path=7", "model.path: must be text, got 7"),
@@ -184,7 +190,10 @@ def test_a_key_given_twice_is_an_error(write):
         ("a: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
         ("{[1]: 2}\n", "not valid YAML"),
         ("model: {}\n", "pipeline: is missing; it must name a recipe: train_diffusion"),
-        ("pipeline: train_difusion\n", "line 1: pipeline: unknown recipe 'train_difusion', did you mean 'train_diffusion'"),
+        (
+            "pipeline: train_difusion\n",
+            "line 1: pipeline: unknown recipe 'train_difusion', did you mean 'train_diffusion'",
+        ),
         ("pipeline: 3\n", "unknown recipe 3"),
     ],
 )
@@ -249,11 +258,69 @@ def test_sampling_needs_prompts_and_an_adapter_for_strengths(write, keys, messag
     assert any(message in problem for problem in problems(write(SAMPLE + keys)))
 
 
+EPOCHS = "configs/vl_bart/image_dora.yaml"  # a recipe with train.epochs and schedule.warmup_ratio
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "steps", "epochs"),
+    [
+        (EPOCHS, ["train.steps=20"], 20, None),
+        (EPOCHS, ["train.steps=20", "train.epochs=null"], 20, None),
+        (EPOCHS, ["train.steps=null"], None, 20),
+        ("configs/vl_bart/demo.yaml", ["train.epochs=3"], None, 3),
+    ],
+)
+def test_an_override_replaces_the_key_of_the_file_that_excludes_it(recipe, overrides, steps, epochs):
+    train = load_config(recipe, overrides).train
+    assert (train.steps, train.epochs) == (steps, epochs)
+
+
+def test_a_run_goes_on_with_the_length_that_replaces_its_own(tmp_path):
+    saved = load_config(EPOCHS)
+    (tmp_path / "config.yaml").write_text(dump_config(saved))
+    longer = load_config(tmp_path / "config.yaml", ["train.steps=20", "schedule.warmup_steps=3"])
+    assert (longer.train.steps, longer.train.epochs) == (20, None)
+    assert (longer.schedule.warmup_steps, longer.schedule.warmup_ratio) == (3, 0.0)
+    check_changes(tmp_path, saved, load_config(tmp_path / "config.yaml", ["train.steps=20"]))
+
+
+@pytest.mark.parametrize(
+    "overrides", [["train.steps=20", "train.epochs=2"], ["train={batch_size: 1, epochs: 2}", "train.steps=20"]]
+)
+def test_two_overrides_that_exclude_each_other_are_an_error(overrides):
+    assert problems(EPOCHS, overrides) == ["give either train.steps or train.epochs"]
+
+
+def test_two_keys_of_a_file_that_exclude_each_other_are_an_error(write):
+    text = resolve_path(EPOCHS).read_text().replace("  epochs: 20\n", "  epochs: 20\n  steps: 9\n")
+    assert problems(write(text)) == ["give either train.steps or train.epochs"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.family=vl"], "model.family: must be 'vlm' or 'vl_bart', got 'vl', did you mean 'vlm'?"),
+        (["model.family=null"], "model.family: must be 'vlm' or 'vl_bart', got None"),
+        (["model.random=true"], "model.random: is for family vl_bart, not vlm"),
+        (["model.pth=x"], "model.pth: unknown key, did you mean 'path'?"),
+        (["model.prompts={vqa: a}"], "model.prompts: that of vqa needs {text}, the place of the question"),
+        (["model=tiny"], "model: must be a section of keys, got 'tiny'"),
+    ],
+)
+def test_the_model_section_has_the_keys_of_its_family(overrides, expected):
+    assert problems("configs/vlm/tiny_vqa.yaml", overrides) == [f"--set {overrides[0]}: {expected}"]
+
+
 def test_differing_keys_are_dotted(write):
     one, other = load_config(write(SMALLEST)), load_config(write(SMALLEST), ["train.steps=3", "seed=2"])
     assert differing_keys(one, other) == ["seed", "train.steps"]
     assert differing_keys(one, one) == []
     assert differing_keys(one, load_config(write(SAMPLE + "prompts: [a]"))) == ["pipeline"]
+    one = load_config("configs/vlm/tiny_vqa.yaml")
+    other = load_config("configs/vlm/tiny_vqa.yaml", ["model={family: vl_bart, path: build/tiny-vlm, visual: image}"])
+    found = differing_keys(one, other)
+    assert {"model.family", "model.prompts", "model.visual"} <= set(found)
+    assert "model.path" not in found
 
 
 def test_paths_are_relative_to_here_then_to_the_packaged_configs(tmp_path, monkeypatch):

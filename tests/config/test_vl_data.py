@@ -6,8 +6,8 @@ import pytest
 
 from dora_mm.config.loader import ConfigError, dump_config, load_config
 from dora_mm.config.paths import check_paths
-from dora_mm.config.vl import EvalVLConfig
-from dora_mm.config.vl_data import VLDataConfig, VLTaskConfig
+from dora_mm.config.vl import EvalVLConfig, TrainVLConfig
+from dora_mm.config.vl_data import SourceConfig, VLDataConfig, VLTaskConfig
 from dora_mm.data.vl.needed import data_needed
 
 HEAD = "pipeline: eval_vl\nmodel: {path: facebook/bart-base}\n"
@@ -111,6 +111,16 @@ def test_settings_of_answers_that_the_tasks_do_not_have_are_refused(tmp_path, de
     captions = "{format: coco_captions, file: captions.json, images: images}"
     tasks = f"tasks: [{{task: caption, valid: {captions}}}, {{task: gqa, valid: {GQA}, train: {GQA}}}]"
     load(tmp_path, f"{tasks}\ndecode: {{answers: rank, {decode}}}")
+
+
+def test_a_file_on_the_command_line_replaces_the_share_of_a_recipe():
+    recipe = "configs/vlm/smolvlm_256m.yaml"
+    config = load_config(recipe, ["data.valid.file=dev.json", "data.valid.format=chat"])
+    assert isinstance(config, TrainVLConfig)
+    assert isinstance(config.data.valid, SourceConfig)
+    assert (config.data.valid.file, config.data.valid.limit) == ("dev.json", 500)
+    with pytest.raises(ConfigError, match=r"data\.valid: has share, .* and so no file"):
+        load_config(recipe, ["data.valid.file=dev.json", "data.valid.share=0.1"])
 
 
 def test_the_sources_of_a_task():

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, merge, save_adapter
+from dora_mm.adapting.networks import parameters_by_name
 from dora_mm.formats.peft import CONFIG_NAME, FILE_NAME
 from dora_mm.formats.peft_layers import OUR_METADATA
 from dora_mm.formats.tensor_file import read_tensors
-from dora_mm.tasks.vl_adapters import parameters_by_name
 from tests.models.vl_bart.small import small_inputs, small_vl_bart
 
 EXTRA_TRAINABLE = ("visual_embedding", "biases", "norms")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dora_mm.config.models import ModelConfig, VLModelConfig
+from dora_mm.config.models import ModelConfig, VLBartModelConfig
 from dora_mm.models import hub
-from dora_mm.models.sdxl.family import load_configured
+from dora_mm.models.image_families import load_image_model
 from dora_mm.models.vl_bart.loading import load_vl_bart
 
 SENTENCE = r"owner/nothing is not on this machine, and the hub \(huggingface.co\) cannot be reached: .*local folder"
@@ -12,14 +12,14 @@ SENTENCE = r"owner/nothing is not on this machine, and the hub \(huggingface.co\
 
 def test_an_sdxl_model(tiny_folder):
     with pytest.raises(ValueError, match=f"^{SENTENCE}"):
-        load_configured(ModelConfig(path="owner/nothing"))
+        load_image_model(ModelConfig(path="owner/nothing"))
     with pytest.raises(ValueError, match=f"^{SENTENCE}"):
-        load_configured(ModelConfig(path=str(tiny_folder), vae="owner/nothing"))
+        load_image_model(ModelConfig(path=str(tiny_folder), vae="owner/nothing"))
 
 
 def test_a_bart():
     with pytest.raises(ValueError, match=f"^model.path: {SENTENCE}"):
-        load_vl_bart(VLModelConfig(family="vl_bart", path="owner/nothing"), 8, 0)
+        load_vl_bart(VLBartModelConfig(family="vl_bart", path="owner/nothing"), 8, 0)
 
 
 def test_other_errors_have_other_messages(tmp_path):

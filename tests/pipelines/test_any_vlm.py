@@ -9,14 +9,15 @@ import yaml
 from peft import PeftModel
 
 import dora_mm
+from dora_mm.adapting.files import load_trained
+from dora_mm.adapting.networks import adapt
 from dora_mm.cli import main
 from dora_mm.config.adapter import VLAdapterConfig
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vlm.family import VLM
-from dora_mm.tasks import vl_adapters
 from dora_mm.tasks.vl import draw_answer
 from tests.models.vlm import tiny
 from tests.models.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
@@ -35,7 +36,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def vlm(tiny_vlm, request):
-    return VLM(VLModelConfig(path=str(tiny_vlm(request.param))))
+    return VLM(VLMModelConfig(path=str(tiny_vlm(request.param))))
 
 
 def examples(count: int = 2) -> list[Example]:
@@ -61,7 +62,7 @@ def test_a_fresh_adapter_changes_no_bit_and_all_of_it_learns(vlm, pictures, requ
     before = losses(vlm, batch)
     parts = parts_in(vlm.model, vlm.target_maps["model"])
     config = VLAdapterConfig.model_validate({"rank": 2, "parts": list(parts)})
-    trained = vl_adapters.adapt(vlm, config, seed=0, backend="torch")
+    trained = adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")
     assert torch.equal(losses(vlm, batch), before)
 
     optimizer = torch.optim.AdamW(trained.parameters.values(), lr=0.02)
@@ -115,17 +116,17 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, 
         **after, "seconds": 0, "seconds_per_step": 0, "peak_memory_mb": 0,
     }  # fmt: skip
 
-    vlm = VLM(VLModelConfig(path=str(base)))
+    vlm = VLM(VLMModelConfig(path=str(base)))
     batch = batch_of(vlm, pictures)
     bare = losses(vlm, batch)
     adapter = tmp_path / "whole" / "adapter"
-    vl_adapters.load(vlm, adapter, backend="torch")
+    load_trained(vlm, adapter, backend="torch")
     ours = losses(vlm, batch)
     assert (ours - bare).abs().max() > 1e-3
     dora_mm.merge(vlm.model)
     torch.testing.assert_close(losses(vlm, batch), ours, rtol=1e-5, atol=1e-5)
 
-    theirs = VLM(VLModelConfig(path=str(base)))
+    theirs = VLM(VLMModelConfig(path=str(base)))
     model = PeftModel.from_pretrained(theirs.model, adapter)
     assert model is not None
     torch.testing.assert_close(losses(theirs, batch), ours, rtol=1e-5, atol=1e-5)

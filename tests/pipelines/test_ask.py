@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 
+from dora_mm.adapting.files import save_trained
+from dora_mm.adapting.networks import adapt
 from dora_mm.cli import main
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.families import load_family
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
-from dora_mm.tasks import vl_adapters
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm.vlm_rows import write_pictures
 from tests.pipelines.test_merge import llama
@@ -55,10 +56,10 @@ def run_of(folder: Path, task: str, rows: list[Example], model: dict[str, Any], 
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=6), ())
     bare = [answer([row], "/")[0] for row in rows]
     identity = vl.identity
-    trained = vl_adapters.adapt(vl, config.adapter, seed=0, backend="torch")
+    trained = adapt(vl.networks, vl.target_maps, config.adapter, seed=0, backend="torch")
     for name, parameter in trained.parameters.items():
         parameter.data += torch.randn_like(parameter) * (0.1 if "magnitude" in name else 1.0)
-    vl_adapters.save(trained, config, identity, folder / "adapter")
+    save_trained(trained, config, identity, folder / "adapter")
     return bare, [answer([row], "/")[0] for row in rows]
 
 

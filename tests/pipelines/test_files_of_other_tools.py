@@ -13,18 +13,20 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm import DoRASpec, convert, inject, load_adapter, merge, remove, save_adapter, set_strength
 from dora_mm.cli import main
+from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
-from dora_mm.models.sdxl.family import load_sdxl
+from dora_mm.models.image_families import load_image_model
 
 EXACT = ("diffusers", "kohya", "comfy", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit", "diff")
 DRAWN = ("original", "kohya", "comfy")
 BASE = "samples/tiny-sdxl"
+PARTS = ["unet.attn", "unet.cross", "text_encoders.attn"]
 LINEAR = ("attn", "cross", "ff")  # ai-toolkit has no DoRA of convolutions
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_sdxl(BASE)
+    return load_image_model(ModelConfig(path=BASE))
 
 
 def change(networks):
@@ -41,7 +43,7 @@ def change(networks):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """The files of one DoRA adapter of the UNet and both text encoders in the form of each tool, by target."""
-    folder, trained = tmp_path_factory.mktemp("files"), load_sdxl(BASE)
+    folder, trained = tmp_path_factory.mktemp("files"), load_image_model(ModelConfig(path=BASE))
     inject(trained.unet, "sdxl-unet", DoRASpec(rank=2, alpha=3.0), parts=LINEAR)
     for name in ("text_encoder", "text_encoder_2"):
         inject(trained.adaptable[name], "clip-text", DoRASpec(rank=2, alpha=3.0), parts=("attn", "ff"))
@@ -223,7 +225,7 @@ def test_a_lora_of_kohya_is_drawn_and_trained_on(kohya, image_folder, tmp_path):
         "pipeline": "train_diffusion",
         "output": str(tmp_path / "run"),
         "model": {"path": BASE},
-        "adapter": {"method": "lora", "rank": 4, "alpha": 1.0, "text_encoders": True, "init_from": str(file)},
+        "adapter": {"method": "lora", "rank": 4, "alpha": 1.0, "parts": PARTS, "init_from": str(file)},
         "data": {"folder": str(image_folder), "resolution": 64},
         "optimizer": {"lr": 1e-12},
         "train": {"steps": 1, "batch_size": 1},

@@ -28,7 +28,7 @@ from transformers import (
 import dora_mm
 from dora_mm import DoRASpec
 from dora_mm.cli import main
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
 from dora_mm.models.vlm.family import VLM
@@ -53,7 +53,7 @@ def perturb(model: torch.nn.Module, scale: float = 0.05) -> None:
 
 def vlm_adapter(path: Path, folder: Path, extra: tuple[str, ...] = (), dtype: str = "float32") -> Path:
     """Saves an adapter of all default parts, with its identity and extra parameters."""
-    vlm = VLM(VLModelConfig.model_validate({"path": str(path), "dtype": dtype}))
+    vlm = VLM(VLMModelConfig.model_validate({"path": str(path), "dtype": dtype}))
     dora_mm.inject(vlm.model, vlm.target_maps["model"], DoRASpec(rank=2))
     perturb(vlm.model)
     for name in extra:
@@ -148,11 +148,11 @@ def test_the_folder_is_the_base_models_with_the_answers_of_peft(name, tiny_vlm, 
     assert "differ from the adapter's by at most" in capsys.readouterr().out
     assert_same_layout(base, tmp_path / "merged")
 
-    theirs = VLM(VLModelConfig(path=str(base)))
+    theirs = VLM(VLMModelConfig(path=str(base)))
     bare = vlm_logits(theirs, pictures)
     PeftModel.from_pretrained(theirs.model, adapter)
     expected = vlm_logits(theirs, pictures)
-    merged = vlm_logits(VLM(VLModelConfig(path=str(tmp_path / "merged"))), pictures)
+    merged = vlm_logits(VLM(VLMModelConfig(path=str(tmp_path / "merged"))), pictures)
     assert (merged - bare).abs().max() > 1e-2
     torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
 
@@ -187,7 +187,7 @@ def test_half_precision(tiny_vlm, pictures, tmp_path, capsys):
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert (config["dtype"], config["text_config"]["torch_dtype"]) == ("bfloat16", "bfloat16")
     assert merge(base, adapter, tmp_path / "whole") == 0
-    logits = [vlm_logits(VLM(VLModelConfig(path=str(tmp_path / name))), pictures) for name in ("whole", "half")]
+    logits = [vlm_logits(VLM(VLMModelConfig(path=str(tmp_path / name))), pictures) for name in ("whole", "half")]
     assert (logits[0] - logits[1]).abs().max() < 0.1 * logits[0].abs().max()
 
     again = vlm_adapter(tmp_path / "half", tmp_path / "second", dtype="float32")  # trained in another dtype
@@ -205,7 +205,7 @@ def test_a_config_without_a_dtype(tmp_path, capsys):
 
 
 def test_weights_come_in_the_shards_of_the_base(tiny_vlm, tmp_path):
-    vlm = VLM(VLModelConfig(path=str(tiny_vlm("llava"))))
+    vlm = VLM(VLMModelConfig(path=str(tiny_vlm("llava"))))
     base = shutil.copytree(tiny_vlm("llava"), tmp_path / "base")
     (base / "model.safetensors").unlink()
     vlm.model.save_pretrained(base, max_shard_size="90KB")
@@ -353,9 +353,9 @@ def test_a_model_of_the_hub_is_known_by_its_weights(tiny_vlm, tmp_path, monkeypa
     save_file(changed, other / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    vlm = VLM(VLModelConfig(path=name, revision="v1"))
-    assert vlm.identity == VLM(VLModelConfig(path=str(tiny_vlm("llava")))).identity
-    assert vlm.identity == VLM(VLModelConfig(path=name, revision="v2")).identity
+    vlm = VLM(VLMModelConfig(path=name, revision="v1"))
+    assert vlm.identity == VLM(VLMModelConfig(path=str(tiny_vlm("llava")))).identity
+    assert vlm.identity == VLM(VLMModelConfig(path=name, revision="v2")).identity
     dora_mm.inject(vlm.model, vlm.target_maps["model"], DoRASpec(rank=2))
     adapter = dora_mm.save_adapter({"model": vlm.model}, tmp_path / "adapter", format="peft", metadata=vlm.identity)
     assert "another base model" in refused(capsys, tmp_path / "merged", name, adapter.parent)

@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.cli import main
+from dora_mm.config.models import ModelConfig
 from dora_mm.core import adapter_parameters
-from dora_mm.models.sdxl.family import load_sdxl
+from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.sampling.png import read_description
 from dora_mm.utils.digest import file_digest
@@ -34,7 +35,7 @@ def style(tmp_path_factory, tiny_folder):
 
 
 def make_adapter(model_folder, folder, seed, base=None):
-    model = load_sdxl(str(model_folder))
+    model = load_image_model(ModelConfig(path=str(model_folder)))
     inject(model.unet, "sdxl-unet", DoRASpec(rank=2))
     stream = torch.Generator().manual_seed(seed)
     for name, parameter in adapter_parameters(model.unet).items():
@@ -45,7 +46,7 @@ def make_adapter(model_folder, folder, seed, base=None):
 
 def pipeline_with(model_folder, style, strength):
     """A pipeline of diffusers with an adapter at our strength; its own strengths mean something else."""
-    model = load_sdxl(str(model_folder))
+    model = load_image_model(ModelConfig(path=str(model_folder)))
     load_adapter(model.adaptable, style / "adapter", strength=strength)
     return model.pipeline()
 
@@ -232,7 +233,7 @@ def test_rows_that_fail_are_named_and_do_not_end_the_job(job, tiny_folder, monke
 
 
 def test_pictures_that_are_not_numbers_are_named(job, tiny_folder, tmp_path, capsys):
-    broken = load_sdxl(str(tiny_folder))
+    broken = load_image_model(ModelConfig(path=str(tiny_folder)))
     broken.vae.decoder.conv_out.bias.data[1] = float("nan")
     broken.pipeline().save_pretrained(tmp_path / "broken")
     run = job({"prompt": "a bus"}, {"prompt": "a cat"}, code=2, model__path="broken", steps=1)
@@ -355,7 +356,7 @@ def test_an_adapter_is_a_file_of_any_name(job, style, tiny_folder, tmp_path):
 
 
 def test_an_adapter_that_replaces_biases_is_not_drawn_beside_others(job, tiny_folder, tmp_path, capsys):
-    model = load_sdxl(str(tiny_folder))
+    model = load_image_model(ModelConfig(path=str(tiny_folder)))
     inject(model.unet, "sdxl-unet", DoRASpec(rank=2))
     model.unet.conv_out.bias.data += 1.0
     metadata = {"base_model": str(tiny_folder)}
@@ -377,7 +378,7 @@ def test_a_scheduler_that_cannot_take_the_steps_is_named(job, tiny_folder, capsy
 
 
 def test_a_header_that_cannot_be_used_is_named(job, tiny_folder, tmp_path, capsys):
-    model = load_sdxl(str(tiny_folder))
+    model = load_image_model(ModelConfig(path=str(tiny_folder)))
     inject(model.unet, "sdxl-unet", DoRASpec(rank=2))
     metadata = {"base_model": str(tiny_folder), "base_dtype": "float8"}
     save_adapter(model.unet, tmp_path / "odd", format="diffusers", metadata=metadata)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dora_mm import load_adapter
 from dora_mm.cli import main
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.vl_bart.loading import from_bart, load_vl_bart, save_vl_bart
 from dora_mm.recipes import PIPELINES
 from dora_mm.train.metrics import read_metrics
@@ -102,7 +102,7 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_f
     assert results[0].metric_value == pytest.approx(summary["vqa"], abs=0.01)
 
     trained = load_file(run / "checkpoints" / "step-000006" / "trained_weights.safetensors")
-    model, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(model_folder)), DIM, 0)
+    model, _ = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(model_folder)), DIM, 0)
     load_adapter({"model": model}, run / "adapter")
     ours = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     assert {name: torch.equal(ours[name], tensor) for name, tensor in trained.items()} == dict.fromkeys(trained, True)

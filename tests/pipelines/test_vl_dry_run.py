@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dora_mm.cli import main
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl import likeliest_answer
@@ -70,7 +70,7 @@ def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, t
     source = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["train"]
     table = open_table(SourceConfig(**source), tmp_path / "tables", on_bad_data="stop")
     assert row_of(text, "rows  ") == ["4", "2"]
-    model = VLM(VLModelConfig(path=str(tiny_vlm(name))))
+    model = VLM(VLMModelConfig(path=str(tiny_vlm(name))))
     rows = [model.row(task, row, str(pictures), likeliest_answer(row)) for row in table]
     lengths = sorted(row.length for row in rows)
     cells = row_of(text, "whole rows")

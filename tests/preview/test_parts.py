@@ -4,12 +4,12 @@ import re
 
 import pytest
 
+from dora_mm.adapting.networks import Trained, adapt
 from dora_mm.config.adapter import VLAdapterConfig
-from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.models.families import structure_of
 from dora_mm.preview.parts import parts_table
-from dora_mm.tasks import vl_adapters
 from tests.models.vlm import tiny
 
 PARTS = {
@@ -20,12 +20,13 @@ PARTS = {
 }
 
 
-def table_of(folder, adapter: dict) -> tuple[vl_adapters.Trained, dict[str, list[str]]]:
+def table_of(folder, adapter: dict) -> tuple[Trained, dict[str, list[str]]]:
     """What is trained, and the cells of the table by the first one."""
-    structure = structure_of(VLModelConfig(path=str(folder)), VisionConfig())
+    structure = structure_of(VLMModelConfig(path=str(folder)), VisionConfig())
     config = VLAdapterConfig.model_validate({"rank": 2, **adapter})
-    trained = vl_adapters.adapt(structure, config, seed=0, backend="torch")
-    lines = parts_table(trained, structure.target_maps, config, OptimizerConfig(lr=0.01)).splitlines()
+    networks = structure.networks, structure.target_maps
+    trained = adapt(*networks, config, seed=0, backend="torch")
+    lines = parts_table(trained, *networks, config, OptimizerConfig(lr=0.01)).splitlines()
     return trained, {cells[0]: cells[1:] for cells in (re.split(r"\s{2,}", line) for line in lines)}
 
 

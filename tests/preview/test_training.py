@@ -73,7 +73,7 @@ def test_a_large_model_without_a_gpu_is_warned_of_and_not_measured():
     assert "There is no GPU" in slow_hardware(accelerator(), None)[0]
     assert slow_hardware(accelerator(device="cuda"), [large]) == []
     parts = {**small_training().parts, "loss": None}  # a step would fail
-    text = describe_training({"large": large}, {}, OptimizerConfig(lr=1.0), parts)
+    text = describe_training({"large": large}, OptimizerConfig(lr=1.0), parts)
     assert "not measured: a step of this model takes minutes to hours" in text
 
 

@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.training import TrainConfig
 from dora_mm.models.families import Structure
@@ -13,7 +14,6 @@ from dora_mm.preview.questions import LargestBatch
 from dora_mm.preview.training import measure_step
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
 from dora_mm.targets import map_of
-from dora_mm.tasks import vl_adapters
 from tests.models.vlm import tiny
 
 TOKENS = 256
@@ -55,7 +55,7 @@ def test_the_estimate_is_near_to_what_a_step_keeps(adapter, checkpointing):
     targets = map_of(network)
     structure = Structure({"model": network}, {"model": targets})
     config = VLAdapterConfig.model_validate({"rank": 4, **adapter})
-    trained = vl_adapters.adapt(structure, config, seed=0, backend="torch")
+    trained = adapt(structure.networks, structure.target_maps, config, seed=0, backend="torch")
     if checkpointing:
         network.activation_checkpointing_enable()
     network.train()

@@ -20,10 +20,9 @@ def pixels(picture):
 
 
 def test_a_picture_does_not_depend_on_its_batch(tiny):
-    pipe = tiny.pipeline()
     prompts, seeds = ["a bus", "a cat", "a key"], [1, 2, 3]
-    together = sample(pipe, prompts, seeds, steps=2, batch_size=3)
-    alone = [sample(pipe, [p], [s], steps=2)[0] for p, s in zip(prompts, seeds, strict=True)]
+    together = sample(tiny, prompts, seeds, steps=2, batch_size=3)
+    alone = [sample(tiny, [p], [s], steps=2)[0] for p, s in zip(prompts, seeds, strict=True)]
     assert together[0].size == (64, 64)
     for one, two in zip(together, alone, strict=True):
         assert np.abs(pixels(one) - pixels(two)).max() <= 1
@@ -31,7 +30,7 @@ def test_a_picture_does_not_depend_on_its_batch(tiny):
 
 
 def test_samples_equal_plain_diffusers(tiny):
-    ours = sample(tiny.pipeline(), ["a bus"], [5], steps=3, guidance=4.0, negative_prompt="red")[0]
+    ours = sample(tiny, ["a bus"], [5], steps=3, guidance=4.0, negative_prompt="red")[0]
     theirs = tiny.pipeline()(
         "a bus",
         negative_prompt="red",
@@ -45,14 +44,13 @@ def test_samples_equal_plain_diffusers(tiny):
 
 
 def test_strength_zero_is_the_base_model(tiny):
-    pipe = tiny.pipeline()
-    base = sample(pipe, ["a bus"], [0], steps=2)[0]
+    base = sample(tiny, ["a bus"], [0], steps=2)[0]
     inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
     for name, parameter in tiny.unet.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.3)
     adapted = {"unet": tiny.unet}
-    zero, one = (at_strength(pipe, adapted, t, ["a bus"], [0], steps=2)[0] for t in (0.0, 1.0))
+    zero, one = (at_strength(tiny, adapted, t, ["a bus"], [0], steps=2)[0] for t in (0.0, 1.0))
     assert np.array_equal(pixels(base), pixels(zero))
     assert np.abs(pixels(base) - pixels(one)).max() > 5
 
@@ -66,15 +64,15 @@ def test_half_precision_weights_are_merged_for_sampling_and_restored(tiny, monke
     for name, parameter in tiny.unet.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.3)
-    single = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
+    single = at_strength(tiny, {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
     for network in tiny.networks.values():
         network.bfloat16()
     before = {name: tensor.clone() for name, tensor in tiny.unet.state_dict().items()}
     layer = next(iter(adapted_layers(tiny.unet).values()))
     merged = []
     hook = layer.register_forward_hook(lambda module, *_: merged.append(module.adaptation.merged))
-    half = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
-    base = at_strength(tiny.pipeline(), {"unet": tiny.unet}, 0.0, ["a bus"], [0], steps=2)[0]
+    half = at_strength(tiny, {"unet": tiny.unet}, 1.0, ["a bus"], [0], steps=2)[0]
+    base = at_strength(tiny, {"unet": tiny.unet}, 0.0, ["a bus"], [0], steps=2)[0]
     hook.remove()
     assert merged == [True, True, False, False]
     assert np.abs(pixels(half) - pixels(single)).mean() < 0.5 * np.abs(pixels(half) - pixels(base)).mean()
@@ -92,7 +90,7 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
     for before_after in (False, True):
         for strength in (0.0, 1.0):
             config = SampleConfig(prompts=["a bus"], steps=2, before_after=before_after)
-            page, _ = before_after_sheet(tiny.pipeline(), {"unet": tiny.unet}, config, strength=strength)
+            page, _ = before_after_sheet(tiny, {"unet": tiny.unet}, config, strength=strength)
             pages[before_after, strength] = page
     assert np.abs(pixels(pages[False, 0.0]) - pixels(pages[False, 1.0])).max() > 5
     assert pages[True, 1.0].height > pages[False, 1.0].height
@@ -102,7 +100,7 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
 def test_without_a_terminal_progress_is_logged(tiny, monkeypatch, caplog):
     monkeypatch.setattr("dora_mm.sampling.pictures.SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level("INFO", logger="dora_mm"):
-        sample(tiny.pipeline(), ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
+        sample(tiny, ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
     assert caplog.messages == ["bare model: 2 of 3 pictures", "bare model: 3 of 3 pictures"]
 
 

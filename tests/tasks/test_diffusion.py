@@ -2,33 +2,42 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dora_mm.config.images import LossConfig
+from dora_mm.models.noise import Diffusion, Flow
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask, min_snr_weight
 
 
-class RecordingUNet(torch.nn.Module):
-    """Replaces the UNet: records its inputs and returns a known prediction."""
+class RecordingModel:
+    """A model that records what its denoiser is given, and returns a known prediction."""
 
-    def __init__(self, predict):
-        super().__init__()
-        self.predict, self.inputs = predict, None
+    title = "a model"
 
-    def forward(self, noisy, times, **conditions):
-        self.inputs = (noisy, times, conditions)
-        return type("Output", (), {"sample": self.predict(noisy, times)})
+    def __init__(self, noise, predict):
+        self.noise, self.prediction, self.inputs = noise, predict, None
+
+    def predict(self, noised, time, prompts, framings):
+        self.inputs = (noised, time, prompts, framings)
+        return self.prediction(noised, time)
 
 
 def make_batch(count=6):
-    return ConditionedLatents(
-        torch.randn(count, 4, 8, 8), torch.randn(count, 77, 16), torch.randn(count, 8), torch.randn(count, 6)
-    )
+    return ConditionedLatents(torch.randn(count, 4, 8, 8), [{"text": torch.randn(7, 16)}] * count, ["framing"] * count)
 
 
-def make_task(tiny, predict, **config):
-    scheduler_config = {**tiny.scheduler.config, "prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    return DiffusionTask(RecordingUNet(predict), scheduler_config, LossConfig(**config))
+SDXL_BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+PROCESSES = {
+    "epsilon": Diffusion({**SDXL_BASE, "prediction_type": "epsilon"}),
+    "v_prediction": Diffusion({**SDXL_BASE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    "velocity": Flow({"shift": 3.0}, patch=2),
+}
+
+
+def make_task(predict, prediction="epsilon", **config):
+    return DiffusionTask(RecordingModel(PROCESSES[prediction], predict), LossConfig(**config))
 
 
 @pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
@@ -47,87 +56,138 @@ def test_v_prediction_weight_survives_zero_snr():
     assert min_snr_weight(torch.zeros(1), 5.0, "v_prediction").item() == 0
 
 
-def test_without_gamma_every_timestep_has_the_same_weight(tiny):
-    weights = make_task(tiny, lambda noisy, times: noisy, min_snr_gamma=None).weights(torch.arange(1000))
+def test_without_gamma_every_timestep_has_the_same_weight():
+    weights = make_task(lambda noisy, times: noisy, min_snr_gamma=None).weights(torch.arange(1000))
     assert torch.equal(weights, torch.ones(1000))
 
 
-def test_noise_is_added_as_ddpm_does_and_predicting_it_has_zero_loss(tiny):
+def test_noise_is_added_as_ddpm_does_and_predicting_it_has_zero_loss():
     batch = make_batch()
-    task = make_task(tiny, lambda noisy, times: torch.zeros_like(noisy))
+    task = make_task(lambda noisy, times: torch.zeros_like(noisy))
     loss = task.loss(batch, torch.Generator().manual_seed(3))
     stream = torch.Generator().manual_seed(3)
     noise = torch.randn(batch.latents.shape, generator=stream)
     times = torch.randint(1000, (6,), generator=stream)
-    noisy, times_given, conditions = task.unet.inputs
+    noisy, times_given, prompts, framings = task.model.inputs
     assert torch.equal(times_given, times)
-    assert torch.equal(noisy, task.schedule.add_noise(batch.latents, noise, times))
-    assert conditions["added_cond_kwargs"]["time_ids"] is batch.time_ids
+    assert torch.equal(noisy, DDPMScheduler(**SDXL_BASE).add_noise(batch.latents, noise, times))
+    assert (prompts, framings) == (batch.prompts, batch.framings)
     expected = (noise.square().mean(dim=(1, 2, 3)) * task.weights(times)).mean()
     assert torch.allclose(loss, expected)
-    perfect = make_task(tiny, lambda *_: noise)
+    perfect = make_task(lambda *_: noise)
     assert perfect.loss(batch, torch.Generator().manual_seed(3)) == 0
 
 
-def test_velocity_target(tiny):
-    config = {**tiny.scheduler.config, "prediction_type": "v_prediction"}
+def test_v_target():
     batch = make_batch()
     stream = torch.Generator().manual_seed(3)
     noise = torch.randn(batch.latents.shape, generator=stream)
     times = torch.randint(1000, (6,), generator=stream)
-    signal = DDPMScheduler.from_config(config).alphas_cumprod[times].view(-1, 1, 1, 1)
+    signal = PROCESSES["v_prediction"].schedule.alphas_cumprod[times].view(-1, 1, 1, 1)
     velocity = signal.sqrt() * noise - (1 - signal).sqrt() * batch.latents
-    perfect = DiffusionTask(RecordingUNet(lambda *_: velocity), config, LossConfig())
+    perfect = make_task(lambda *_: velocity, "v_prediction")
     assert perfect.loss(batch, torch.Generator().manual_seed(3)) < 1e-12
 
 
-def test_the_loss_is_a_function_of_its_generator(tiny):
-    batch, task = make_batch(), make_task(tiny, lambda noisy, times: noisy)
+def test_the_loss_is_a_function_of_its_generator():
+    batch, task = make_batch(), make_task(lambda noisy, times: noisy)
     one, two, other = (task.loss(batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert one == two != other
 
 
-def test_noise_offset_moves_whole_channels(tiny):
+def test_noise_offset_moves_whole_channels():
     batch = make_batch(64)
-    task = make_task(tiny, lambda noisy, times: noisy, noise_offset=1.0)
+    task = make_task(lambda noisy, times: noisy, noise_offset=1.0)
     noise = task._noise(batch.latents, torch.Generator().manual_seed(0))
     assert noise.mean(dim=(2, 3)).std() > 0.8
 
 
 @pytest.mark.parametrize("bias", [-0.5, 0.0, 1.0, 3.0])
-def test_timesteps_are_drawn_with_the_configured_density(tiny, bias):
-    task = make_task(tiny, lambda noisy, times: noisy, timestep_bias=bias)
-    times = task._times(20000, torch.Generator().manual_seed(0))
+def test_timesteps_are_drawn_with_the_configured_density(bias):
+    task = make_task(lambda noisy, times: noisy, timestep_bias=bias)
+    times = task._times(torch.empty(20000, 4, 8, 8), torch.Generator().manual_seed(0))
     assert 0 <= times.min() < times.max() == 999
     for share in (0.25, 0.5, 0.9):  # P(t < q T) = q^(bias + 1)
         assert (times < 1000 * share).double().mean() == pytest.approx(share ** (bias + 1), abs=0.01)
 
 
 @pytest.mark.parametrize("kind", ["mse", "l1", "huber"])
-def test_loss_types(tiny, kind):
+def test_loss_types(kind):
     batch = make_batch()
-    task = make_task(tiny, lambda noisy, times: torch.zeros_like(noisy), type=kind, min_snr_gamma=None)
+    task = make_task(lambda noisy, times: torch.zeros_like(noisy), type=kind, min_snr_gamma=None)
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
     size = noise.abs()
     expected = {"mse": size**2, "l1": size, "huber": torch.where(size < 1, size**2 / 2, size - 0.5)}[kind].mean()
     assert torch.allclose(task.loss(batch, torch.Generator().manual_seed(3)), expected, rtol=1e-5)
 
 
-def test_unsupported_predictions_are_refused(tiny):
+def test_unsupported_predictions_are_refused():
     with pytest.raises(ValueError, match="predicts sample"):
-        DiffusionTask(tiny.unet, {**tiny.scheduler.config, "prediction_type": "sample"}, LossConfig())
+        Diffusion({"prediction_type": "sample"})
     with pytest.raises(ValueError, match="needs v_prediction"):
-        DiffusionTask(tiny.unet, dict(EulerDiscreteScheduler(rescale_betas_zero_snr=True).config), LossConfig())
+        Diffusion({"rescale_betas_zero_snr": True})
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_a_perfect_prediction_gives_back_the_latents(tiny, prediction):
+@pytest.mark.parametrize("prediction", PROCESSES)
+def test_a_perfect_prediction_gives_back_the_latents(prediction):
     """The one-step estimate inverts how noise was added, whatever the network predicts."""
-    batch, times = make_batch(3), torch.tensor([0, 400, 900])
-    scheduler_config = {**tiny.scheduler.config, "prediction_type": prediction, "rescale_betas_zero_snr": False}
+    batch, process = make_batch(3), PROCESSES[prediction]
+    times = process.times(torch.tensor([0.001, 0.4, 0.9]), (8, 8))
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(5))
-    schedule = DDPMScheduler.from_config(scheduler_config)
-    target = noise if prediction == "epsilon" else schedule.get_velocity(batch.latents, noise, times)
-    task = DiffusionTask(RecordingUNet(lambda *_: target), scheduler_config, LossConfig())
+    task = make_task(lambda *_: process.target(batch.latents, noise, times), prediction)
     latents = task.denoised(batch, times, torch.Generator().manual_seed(5))
     torch.testing.assert_close(latents, batch.latents, atol=1e-4, rtol=1e-4)
+
+
+# --- rectified flow --------------------------------------------------------------------------------------------------
+
+FLOWS = {
+    "static": {"shift": 3.0},
+    "dynamic": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear", "max_shift": 2.0},
+}
+
+
+@pytest.mark.parametrize("config", FLOWS.values(), ids=FLOWS)
+@given(num_steps=st.integers(1, 60), num_tokens=st.integers(16, 8000))
+def test_one_function_gives_the_noise_levels_of_training_and_sampling(config, num_steps, num_tokens):
+    """Those of diffusers' own scheduler, which the pipelines of these families use."""
+    theirs = FlowMatchEulerDiscreteScheduler(**config)
+    mu = theirs.config.base_shift + (theirs.config.max_shift - theirs.config.base_shift) * (num_tokens - 256) / 3840
+    even = torch.linspace(1, 1 / num_steps, num_steps)
+    theirs.set_timesteps(sigmas=even.tolist(), mu=mu)
+    torch.testing.assert_close(Flow(theirs.config, 2).sigma(even, num_tokens), theirs.sigmas[:-1], atol=1e-6, rtol=0)
+
+
+def test_the_sampler_does_not_shift_the_levels_again():
+    flow = Flow(FlowMatchEulerDiscreteScheduler(shift=3.0).config, 2)
+    sampler = flow.sampler()
+    sampler.set_timesteps(sigmas=flow.schedule(7, (16, 16)))
+    torch.testing.assert_close(sampler.sigmas[:-1], flow.sigma(torch.linspace(1, 1 / 7, 7), 64))
+
+
+def test_a_flow_at_its_ends_is_the_picture_and_the_noise():
+    flow, x, e = PROCESSES["velocity"], torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    assert torch.equal(flow.noised(x, e, torch.zeros(2)), x)
+    assert torch.equal(flow.noised(x, e, torch.ones(2)), e)
+    assert torch.equal(flow.target(x, e, torch.ones(2)), e - x)
+    assert torch.equal(flow.times(torch.tensor([0.0, 1.0]), (8, 8)), torch.tensor([0.0, 1.0]))
+
+
+def test_times_of_a_flow_are_logit_normal_before_the_shift():
+    times = make_task(lambda noisy, t: noisy, "velocity")._times(torch.empty(20000, 4, 8, 8), torch.Generator())
+    u = times / (3 - 2 * times)  # the inverse of a shift by 3
+    assert u.logit().mean() == pytest.approx(0, abs=0.03)
+    assert u.logit().std() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(("key", "value"), [("min_snr_gamma", 5.0), ("noise_offset", 0.1)])
+def test_keys_without_a_meaning_for_a_flow_are_refused(key, value):
+    with pytest.raises(ValueError, match=rf"loss\.{key} is for models that predict noise or v"):
+        make_task(lambda noisy, t: noisy, "velocity", **{key: value})
+    assert make_task(lambda noisy, t: noisy, "velocity").weights(torch.rand(3)).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_default_gamma_is_that_of_min_snr():
+    assert make_task(lambda noisy, t: noisy).gamma == 5.0
+    assert make_task(lambda noisy, t: noisy, "velocity", type="huber", timestep_bias=1.0).timesteps == "uniform"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.lengths import RowLengths, evenly_spaced, length_line, length_table
 from dora_mm.data.vl.splits import TrainingSet
@@ -44,7 +44,7 @@ def rows(tmp_path, pictures):
 
 @pytest.fixture
 def model(tiny_vlm):
-    return VLM(VLModelConfig(path=str(tiny_vlm("llava")), max_length=40))
+    return VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=40))
 
 
 def lengths(tokens, image_tokens, lost=(), limit=100, **rest) -> RowLengths:
@@ -109,7 +109,7 @@ def test_rows_outside_the_sample_are_only_looked_at_where_they_are_skipped(model
 
 
 def test_long_texts_are_counted_but_kept(tiny_vlm, rows):
-    short = VLM(VLModelConfig(path=str(tiny_vlm("llava")), max_length=18))
+    short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18))
     sets, text = survey_all(short, {"chat": rows([1, 1, 2])})
     assert len(sets["chat"].table) == 3
     assert "1 row of 3 (33.3 %) is longer than 18 tokens (model.max_length) and cut at the end" in text

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from dora_mm import DoRASpec, adapter_parameters, inject
+from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.models.families import Structure
 from dora_mm.targets import find
-from dora_mm.tasks.vl_adapters import adapt
 from dora_mm.train.optim import build_optimizer
 from tests.models.vl_bart.small import small_vl_bart
 
@@ -27,7 +27,7 @@ def vl_bart_parameters():
     model = Structure({"model": small_vl_bart()}, {"model": find("bart")})
     extra = ("visual_embedding", "biases", "norms")
     config = VLAdapterConfig.model_validate({"rank": 2, "parts": ["text.qv", "cross.qv"], "extra_trainable": extra})
-    return adapt(model, config, seed=0, backend="torch").parameters
+    return adapt(model.networks, model.target_maps, config, seed=0, backend="torch").parameters
 
 
 def test_all_but_biases_decay(vl_bart_parameters):

@@ -1,4 +1,4 @@
-"""The geometry of a training image: its bucket, its crop, and SDXL's size conditioning. Sizes are (height, width)."""
+"""The geometry of a training image: its bucket and its crop. Sizes are (height, width)."""
 
 from fractions import Fraction
 from functools import lru_cache
@@ -23,7 +23,7 @@ class Framing(NamedTuple):
 
     @property
     def crop_top_left(self) -> tuple[int, int]:
-        """(top, left) of the crop for SDXL's conditioning: in the resized image after it is mirrored, if `flip`."""
+        """(top, left) of the crop for size conditioning: in the resized image after it is mirrored, if `flip`."""
         if not self.flip:
             return self.top, self.left
         return self.top, self.resized[1] - self.target_size[1] - self.left
@@ -33,7 +33,7 @@ class Framing(NamedTuple):
 def bucket_sizes(resolution: int) -> tuple[Size, ...]:
     """Every bucket of a resolution: sides from half to twice the resolution, area from 90 to 100 % of the square's.
 
-    At 1024 these are the sizes of SDXL's multi-aspect training (arXiv 2307.01952, appendix I) and (1344, 704).
+    At 1024 these are the sizes of a published multi-aspect training (arXiv 2307.01952, appendix I) and (1344, 704).
 
     Raises:
         ValueError: The resolution is not a multiple of its bucket step.

@@ -22,11 +22,23 @@ class Latents(NamedTuple):
 
     Attributes:
         mean: (C, h, w), or (B, C, h, w) for a batch.
-        logvar: The logarithm of the variance, of the same shape.
+        logvar: The logarithm of the variance, of the same shape; None: the mean itself is trained on.
     """
 
     mean: torch.Tensor
-    logvar: torch.Tensor
+    logvar: torch.Tensor | None
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by name."""
+        return {name: tensor for name, tensor in self._asdict().items() if tensor is not None}
+
+    def draw(self, generator: torch.Generator | None) -> torch.Tensor:
+        """A sample; the mean without a generator or a variance. The noise is made on the generator's device."""
+        if generator is None or self.logvar is None:
+            return self.mean
+        noise = torch.randn(self.mean.shape, generator=generator, device=generator.device).to(self.mean.device)
+        return self.mean + (0.5 * self.logvar.clamp(-30, 20)).exp() * noise
 
 
 def latent_key(digest: str, framing: Framing, background: str, vae: str) -> str:
@@ -58,30 +70,31 @@ class LatentCache:
         self.folder = Path(folder).expanduser() if folder is not None else None
         self.memory: dict[str, Latents] = {}
 
-    def get(self, key: str, compute: Callable[[], tuple[torch.Tensor, torch.Tensor]], source: object = "") -> Latents:
+    def get(self, key: str, compute: Callable[[], Latents], source: object = "") -> Latents:
         """The latents with this key, computed if they are missing or damaged.
 
         Args:
             key: From `latent_key`.
-            compute: Returns mean and logvar, on any device.
+            compute: Returns the latents, on any device.
             source: The image, for messages.
 
         Returns:
             The latents, on the CPU.
 
         Raises:
-            ValueError: The computed latents are not finite, as happens with SDXL's VAE in fp16.
+            ValueError: The computed latents are not finite, as happens with some VAEs in fp16.
         """
         found = self.memory.get(key) if self.folder is None else self._read(self._path(key))
         if found is not None:
             return found
-        latents = Latents(*(tensor.detach().cpu().contiguous() for tensor in compute()))
-        if not all(bool(tensor.isfinite().all()) for tensor in latents):
+        computed = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().tensors.items()}
+        latents = Latents(computed["mean"], computed.get("logvar"))
+        if not all(bool(tensor.isfinite().all()) for tensor in computed.values()):
             raise ValueError(f"the VAE returns values that are not finite for {source or key}: encode in float32")
         if self.folder is None:
             self.memory[key] = latents
         else:
-            save_tensors(self._path(key), latents._asdict(), {"sha256": _checksum(latents)})
+            save_tensors(self._path(key), latents.tensors, {"sha256": _checksum(latents)})
         return latents
 
     def _path(self, key: str) -> Path:
@@ -93,7 +106,8 @@ class LatentCache:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                latents = Latents(file.get_tensor("mean"), file.get_tensor("logvar"))
+                names = file.keys()
+                latents = Latents(file.get_tensor("mean"), file.get_tensor("logvar") if "logvar" in names else None)
                 intact = (file.metadata() or {}).get("sha256") == _checksum(latents)
         except (SafetensorError, OSError):
             intact, latents = False, None
@@ -104,7 +118,7 @@ class LatentCache:
 
 def _checksum(latents: Latents) -> str:
     digest = hashlib.sha256()
-    for tensor in latents:
+    for tensor in latents.tensors.values():
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

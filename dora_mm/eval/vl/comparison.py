@@ -3,20 +3,18 @@
 Shapes: Q answers, S training runs, G groups of answers that are not independent. Scores are shares: 1 is 100 points.
 """
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.comparison import Variant, contrasts, differences_table
+from dora_mm.eval.comparison import Result, Variant, contrasts_table
 from dora_mm.eval.statistics import Interval, bootstrap, crossed_interval
 from dora_mm.eval.vl.captions import image_scores
 from dora_mm.eval.vl.metrics import CAPTION_TASKS, score_row
 from dora_mm.eval.vl.video import clip_scores
-from dora_mm.utils.tables import markdown_table
+from dora_mm.utils.tables import csv_records, markdown_records
 
 HEADINGS = {
     "vqa": "VQA",
@@ -137,67 +135,47 @@ def _clipped(cells_G1: np.ndarray, bounds: tuple[float, float]) -> Interval:
     return Interval(found.mean, max(found.low, bounds[0]), min(found.high, bounds[1]))
 
 
-@dataclass(frozen=True)
-class VLResult:
-    """One row of the table; None and missing scores leave cells empty."""
-
-    name: str
-    scores: Mapping[str, Interval]  # by task, and `mean`
-    parameters: int | None = None  # number of trained parameters
-    share: float | None = None  # of all parameters, in per cent
-    rate: str = ""  # the learning rate, with "*" if it is the lowest or highest tried, so that a better may lie beyond
-    seconds_per_step: float | None = None
-    memory_mb: float | None = None
-
-
-def vl_results_table(results: Sequence[VLResult]) -> str:
+def vl_results_table(results: Sequence[Result]) -> str:
     """Returns a Markdown table with a row per result and a column per task."""
-    keys = _keys([result.scores for result in results])
-    headings = ["", "trainable", "learning rate", *(HEADINGS[key] for key in keys), "seconds a step", "memory, MB"]
-    rows = [
+    keys = _keys(results)
+    return markdown_records(
         [
-            result.name,
-            _or_empty(result.share, "{:.2f} %"),
-            result.rate,
-            *(points(result.scores[key]) if key in result.scores else "" for key in keys),
-            _or_empty(result.seconds_per_step, "{:.3f}"),
-            _or_empty(result.memory_mb, "{:,.0f}"),
+            {"": result.name, "trainable": result.entry("trainable_share", "{:.2f} %"), "learning rate": result.rate}
+            | {HEADINGS[key]: points(result.scores[key]) if key in result.scores else "" for key in keys}
+            | {"seconds a step": result.entry("seconds_per_step", "{:.3f}")}
+            | {"memory, MB": result.entry("peak_memory_mb", "{:,.0f}")}
+            for result in results
         ]
-        for result in results
-    ]
-    return markdown_table(headings, rows)
+    )
 
 
-def vl_results_csv(results: Sequence[VLResult]) -> str:
+def vl_results_csv(results: Sequence[Result]) -> str:
     """Returns the table as CSV, with columns for mean, lower and upper end of every task, x 100."""
-    keys = _keys([result.scores for result in results])
-    ends = [f"{key}_{end}" for key in keys for end in ("mean", "low", "high")]
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    cost_headings = ["seconds_per_step", "peak_memory_mb"]
-    writer.writerow(["name", "parameters", "trainable_share", "learning_rate", *ends, *cost_headings])
+    keys, records = _keys(results), []
     for result in results:
-        found = [result.scores[key].as_dict() if key in result.scores else {} for key in keys]
-        numbers = [f"{100 * score[end]:.3f}" if score else "" for score in found for end in ("mean", "low", "high")]
-        settings = [result.parameters or "", _or_empty(result.share, "{:.4f}"), result.rate]
-        costs = [_or_empty(result.seconds_per_step, "{:.4f}"), _or_empty(result.memory_mb, "{:.0f}")]
-        writer.writerow([result.name, *settings, *numbers, *costs])
-    return file.getvalue()
+        record = {"name": result.name, "parameters": result.entry("parameters")}
+        record |= {"trainable_share": result.entry("trainable_share", "{:.4f}"), "learning_rate": result.rate}
+        for key in keys:
+            record |= result.ends(key, lambda share: f"{100 * share:.3f}")
+        record |= {"seconds_per_step": result.entry("seconds_per_step", "{:.4f}")}
+        records.append(record | {"peak_memory_mb": result.entry("peak_memory_mb", "{:.0f}")})
+    return csv_records(records)
 
 
-def vl_contrasts_table(rank: int, scores: Mapping[Variant, Mapping[str, AnswerScores]]) -> str:
+def vl_contrasts_table(ranks: Sequence[int], scores: Mapping[Variant, Mapping[str, AnswerScores]]) -> str:
     """Returns a Markdown table of paired differences in points.
 
     Args:
-        rank: The rank that is compared.
+        ranks: The ranks that are compared.
         scores: By variant and task, of the same answers and seeds.
     """
-    differences = {
-        f"{first} - {second}": intervals(minus(scores[first], scores[second]), differences=True)
-        for first, second in contrasts([rank], scores)
-    }
-    keys = _keys(list(differences.values()))
-    return differences_table({key: HEADINGS[key] for key in keys}, differences, lambda _, interval: points(interval))
+    return contrasts_table(
+        ranks,
+        scores,
+        lambda first, second: intervals(minus(first, second), differences=True),
+        HEADINGS,
+        lambda _, interval: points(interval),
+    )
 
 
 def minus(first: Mapping[str, AnswerScores], second: Mapping[str, AnswerScores]) -> dict[str, AnswerScores]:
@@ -229,15 +207,26 @@ def describe_sizes(scores: Mapping[str, AnswerScores]) -> str:
     return "; ".join(parts)
 
 
+def caption_notes(scores: Mapping[str, AnswerScores], tasks: Iterable[str]) -> list[str]:
+    """Returns notes on the scores of captions, and on those of `tasks` that have none."""
+    notes = []
+    if set(scores) & set(CAPTION_TASKS):
+        notes.append(
+            "CIDEr is the mean of the captions' CIDEr-D scores, so its interval is computed in the same way; the word "
+            "frequencies come from the references of the split, which are the same for all."
+        )
+    if missing := [HEADINGS[task] for task in tasks if task not in scores]:
+        notes.append(
+            f"Not scored: {', '.join(missing)}. The tokenizer of caption metrics, a Java program, cannot run here."
+        )
+    return notes
+
+
 def points(interval: Interval) -> str:
     """Returns an interval in points: "65.8 (64.9 to 66.7)"."""
     return f"{100 * interval.mean:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
-def _keys(scores: Sequence[Mapping[str, Interval]]) -> list[str]:
-    """Returns the tasks that any of the scores contains, in the order of HEADINGS."""
-    return [key for key in HEADINGS if any(key in found for found in scores)]
-
-
-def _or_empty(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def _keys(results: Sequence[Result]) -> list[str]:
+    """Returns the tasks that any of the results has scores of, in the order of HEADINGS."""
+    return [key for key in HEADINGS if any(key in result.scores for result in results)]

@@ -2,28 +2,25 @@
 
 A prompt of any length is cut into chunks that fit the text encoders: 75 tokens in SDXL, with one token before and one
 after them. The chunks are encoded separately and their embeddings joined, as A1111, ComfyUI and kohya do.
+
+A `model` here is anything with the parts of SDXL as attributes: an `SDXL`, or diffusers' own pipeline.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
-
-from dora_mm.models.sdxl.family import SDXL, config_of
 
 COMMA_TOKENS = 20  # a chunk ends after a comma among its last 20 tokens, as in A1111; kohya cuts at the 75th token
 
 
-def num_chunks(model: SDXL | StableDiffusionXLPipeline, prompt: str) -> int:
+def num_chunks(model: Any, prompt: str) -> int:
     """The number of chunks that a prompt takes; one for up to 75 tokens, and for the empty prompt."""
     return max(len(_chunks(tokenizer, prompt)) for tokenizer in (model.tokenizer, model.tokenizer_2))
 
 
-def tokenize(
-    model: SDXL | StableDiffusionXLPipeline, prompts: Sequence[str], num_chunks: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(model: Any, prompts: Sequence[str], num_chunks: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenizes prompts for both text encoders; the two tokenizers pad differently.
 
     A chunk ends after the last comma of its last 20 tokens, or else between two words.
@@ -81,9 +78,7 @@ def _padded(tokenizer: Any, chunks: list[list[int]], count: int) -> list[int]:
     return [i for chunk in filled for i in (start, *chunk, end, *[padding] * (size - len(chunk)))]
 
 
-def encode_tokens(
-    model: SDXL | StableDiffusionXLPipeline, ids: torch.Tensor, ids_2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_tokens(model: Any, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Encodes token ids with both text encoders, one chunk after the other.
 
     Args:
@@ -108,16 +103,14 @@ def encode_tokens(
 
 
 def encode_prompts(
-    model: SDXL | StableDiffusionXLPipeline, prompts: Sequence[str], num_chunks: int | None = None
+    model: Any, prompts: Sequence[str], num_chunks: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenizes and encodes prompts; takes what `tokenize` takes, and returns what `encode_tokens` returns."""
     return encode_tokens(model, *tokenize(model, prompts, num_chunks))
 
 
 @torch.no_grad()
-def encode_for_pipeline(
-    model: SDXL | StableDiffusionXLPipeline, prompt: str, negative_prompt: str | None = None
-) -> dict[str, torch.Tensor]:
+def encode_for_pipeline(model: Any, prompt: str, negative_prompt: str | None = None) -> dict[str, torch.Tensor]:
     """Encodes one picture's prompts as StableDiffusionXLPipeline takes them: `pipe(**encode_for_pipeline(...))`.
 
     The embeddings of a prompt and of a negative prompt are equally long: the shorter one is filled up with chunks of
@@ -164,7 +157,7 @@ def time_ids(
 
 
 @torch.no_grad()
-def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode_images(model: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The VAE's posterior for a batch of images.
 
     SDXL's own VAE overflows in fp16 and declares it in its config (`force_upcast`); it then runs in float32. Autocast
@@ -189,42 +182,21 @@ def encode_images(model: SDXL, pixels: torch.Tensor) -> tuple[torch.Tensor, torc
     return posterior.mean.float(), posterior.logvar.float()
 
 
-def draw_latents(
-    vae: AutoencoderKL, mean: torch.Tensor, logvar: torch.Tensor, generator: torch.Generator | None
-) -> torch.Tensor:
-    """Draws latents from the VAE's posterior, normalized as the UNet expects them.
-
-    Args:
-        vae: Its config holds the normalization.
-        mean: Mean of the posterior (B, C, h, w), as `encode_images` returns it.
-        logvar: Log-variance of the posterior (B, C, h, w).
-        generator: Source of the noise; None returns the (normalized) mean.
-
-    Returns:
-        Latents (B, C, h, w).
-    """
-    latents = mean
-    if generator is not None:
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
-        latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise
-    return normalize_latents(vae, latents)
-
-
-def normalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def normalize_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """(latents - mean) * scaling_factor / std; mean and std only where the VAE's config has them, per channel."""
     mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
     if mean is not None and std is not None:
         latents = (latents - mean) / std
-    return latents * config_of(vae).scaling_factor
+    return latents * vae.config.scaling_factor
 
 
-def denormalize_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def denormalize_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Inverse of `normalize_latents`: the UNet's latents as the VAE decodes them."""
     mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
-    latents = latents / config_of(vae).scaling_factor
+    latents = latents / vae.config.scaling_factor
     return latents * std + mean if mean is not None and std is not None else latents
 
 
-def _per_channel(vae: AutoencoderKL, name: str, like: torch.Tensor) -> torch.Tensor | None:
+def _per_channel(vae: Any, name: str, like: torch.Tensor) -> torch.Tensor | None:
     values: Any = getattr(vae.config, name, None)
     return None if values is None else torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)

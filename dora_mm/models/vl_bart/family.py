@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BartTokenizer
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
-from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.models import VisionConfig, VLBartModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import VIDEO_TASKS
 from dora_mm.core import TargetMap
@@ -53,6 +53,8 @@ class VLBartTask:
         config: The sections of the config that they were loaded from; without them there is no `fresh`.
     """
 
+    question_task = "vqa"
+    reads_several = False
     prepares_batches = False  # the vision tower encodes the images of a batch
     num_cut = 0  # texts have the lengths of their task, which count as no cut
 
@@ -61,14 +63,14 @@ class VLBartTask:
         model: VLBart,
         tokenizer: BartTokenizer,
         vision: VisionEncoder,
-        config: tuple[VLModelConfig, VisionConfig] | None = None,
+        config: tuple[VLBartModelConfig, VisionConfig] | None = None,
     ):
         self.model, self.tokenizer, self.vision, self.config = model, tokenizer, vision, config
 
     @classmethod
     def load(
         cls,
-        config: VLModelConfig,
+        config: VLBartModelConfig,
         vision_config: VisionConfig,
         *,
         seed: int,

@@ -20,7 +20,7 @@ from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, B
 from transformers.utils import logging
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.hub import unreachable
 from dora_mm.models.vl_bart.model import SENTINELS, VLBart, VLBartConfig, special_tokens
 from dora_mm.models.vl_bart.text import load_tokenizer
@@ -55,7 +55,7 @@ LOADING_ERRORS = (
 )
 
 
-def load_vl_bart(config: VLModelConfig, feature_dim: int, seed: int) -> tuple[VLBart, BartTokenizer]:
+def load_vl_bart(config: VLBartModelConfig, feature_dim: int, seed: int) -> tuple[VLBart, BartTokenizer]:
     """Loads a VL-BART, or turns a plain BART into one, with its tokenizer.
 
     For a plain BART, the visual embedding and the sentinels' rows are drawn from `seed`, so an adapter trained on such
@@ -106,7 +106,7 @@ def decoding_of(base: Any) -> dict[str, Any]:
     return {"no_repeat_ngram_size": size} if size else {}
 
 
-def empty_vl_bart(config: VLModelConfig, feature_dim: int) -> VLBart:
+def empty_vl_bart(config: VLBartModelConfig, feature_dim: int) -> VLBart:
     """The model that `load_vl_bart` would load, frozen, from its config alone: to count parameters on the meta device.
 
     Args:
@@ -121,7 +121,7 @@ def empty_vl_bart(config: VLModelConfig, feature_dim: int) -> VLBart:
     return _build_checked(base, config, base.vocab_size + len(SENTINELS), feature_dim, path)
 
 
-def _build_checked(base: Any, config: VLModelConfig, vocab_size: int, feature_dim: int, path: str) -> VLBart:
+def _build_checked(base: Any, config: VLBartModelConfig, vocab_size: int, feature_dim: int, path: str) -> VLBart:
     """The frozen VL-BART from a config or a model of BART or VL-BART; checked against `config` and `feature_dim`."""
     with as_value_error(path, "has a config.json that no model can be built from"):
         if isinstance(base, VLBartConfig):

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.images.pixels import load_rgb
@@ -27,11 +27,11 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.lengths import RowLengths
 from dora_mm.data.vl.shown import ShownRow
 from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.folders import identity_of
 from dora_mm.models.hub import commit_of
 from dora_mm.models.vl import ROW_MEANS, Target, mean_over_processes
 from dora_mm.models.vlm.chat import Rendered, render, render_prompt
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
-from dora_mm.models.vlm.folders import identity_of
 from dora_mm.models.vlm.forms import Form, cross_entropy, form_of
 from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, read_config
 from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH, Plain
@@ -80,8 +80,9 @@ class VLM:
     """
 
     prepares_batches = True
+    question_task = "chat"
 
-    def __init__(self, config: VLModelConfig, device: torch.device | str = "cpu"):
+    def __init__(self, config: VLMModelConfig, device: torch.device | str = "cpu"):
         self.device, self.path = torch.device(device), resolve_model(config.path)
         if config.revision and Path(self.path).exists():
             raise ValueError(f"model.revision is for models of the hub, and {self.path} is a folder: leave it out")
@@ -124,6 +125,10 @@ class VLM:
     @property
     def target_maps(self) -> dict[str, TargetMap]:
         return {"model": map_of(self.model)}
+
+    @property
+    def reads_several(self) -> bool:
+        return self.plain is None or self.plain.images is None
 
     @property
     def identity(self) -> dict[str, str]:

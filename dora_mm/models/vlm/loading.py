@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.hub import UnreachableError, unreachable
 
 # What transformers raises for files that are missing, damaged or belong to another kind of model.
@@ -96,7 +96,7 @@ def empty_model(path: str, revision: str | None = None) -> nn.Module:
         raise ValueError(f"the {kind.__name__} of {path} cannot be built: {_line(error)}") from error
 
 
-def load_processor(config: VLModelConfig) -> ProcessorMixin:
+def load_processor(config: VLMModelConfig) -> ProcessorMixin:
     """Loads the processor of a model: its tokenizer and image processor.
 
     Raises:
@@ -132,7 +132,7 @@ def load_processor(config: VLModelConfig) -> ProcessorMixin:
     return processor
 
 
-def load_vlm(config: VLModelConfig, device: torch.device) -> Any:
+def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     """Loads a vision-language model: frozen, in eval mode, in the configured dtype.
 
     Args:
@@ -166,7 +166,7 @@ def load_vlm(config: VLModelConfig, device: torch.device) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def quantization(config: VLModelConfig) -> Any:
+def quantization(config: VLMModelConfig) -> Any:
     """The quantisation of the base weights that `model.quantization` names, as transformers' config; None for none.
 
     Raises:

@@ -14,10 +14,12 @@ from tqdm import tqdm
 
 from dora_mm.config.images import LossConfig
 from dora_mm.config.loader import resolve_path
+from dora_mm.data.images.buckets import Framing
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.style import STYLES
-from dora_mm.models.sdxl.encoding import denormalize_latents, encode_images, encode_prompts, normalize_latents, time_ids
-from dora_mm.models.sdxl.family import SDXL, load_configured
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.image_families import load_image_model
+from dora_mm.models.sdxl.encoding import denormalize_latents
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.train.run import open_run
 from dora_mm.utils.devices import default_device
@@ -43,7 +45,7 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
     concepts = [icon.concept for icon in icons[STYLES[0]]]
     device = default_device()
     encoder = Encoder(device)
-    model = load_configured(config.model).to(device)
+    model = load_image_model(config.model).to(device)
     run = open_run(config)
 
     num_judge = sum(concept.split == "judge" for concept in concepts)
@@ -67,7 +69,7 @@ def main(config: FitJudgeConfig, *, resume: Path | None = None) -> None:
 
 @torch.no_grad()
 def through_model(
-    model: SDXL, icons: Sequence[Icon], times: torch.Tensor | None = None, *, batch_size: int = 16, progress: str
+    model: ImageModel, icons: Sequence[Icon], times: torch.Tensor | None = None, *, batch_size: int = 16, progress: str
 ) -> list[Image.Image]:
     """Encodes and decodes icons with the VAE, and denoises them with the UNet in between if `times` is given.
 
@@ -86,18 +88,18 @@ def through_model(
         N RGB images.
     """
     size = (model.resolution, model.resolution)
-    task = DiffusionTask(model.unet, dict(model.scheduler.config), LossConfig())
-    prompt, pooled = (torch.zeros_like(each) for each in encode_prompts(model, [""]))
-    sizes = time_ids(size, (0, 0), size)[None].to(model.device)
+    task = DiffusionTask(model, LossConfig())
+    prompt = {name: torch.zeros_like(each) for name, each in model.encode_prompts([""])[0].items()}
+    framing = Framing(size, size, 0, 0, size, False)
     images = []
     with tqdm(total=len(icons), desc=progress, unit="image", disable=None) as bar:
         for start in range(0, len(icons), batch_size):
             batch = icons[start : start + batch_size]
             pixels = to_signed(load_pixels(batch, model.resolution))
-            latents = normalize_latents(model.vae, encode_images(model, pixels)[0])
+            latents = model.normalized(model.encode_images(pixels).mean)
             if times is not None:
-                conditions = (each.expand(len(batch), *each.shape[1:]) for each in (prompt, pooled, sizes))
-                conditioned = ConditionedLatents(latents.to(model.unet.dtype), *conditions)
+                count = len(batch)
+                conditioned = ConditionedLatents(latents.to(model.unet.dtype), [prompt] * count, [framing] * count)
                 batch_times = times[start : start + batch_size].to(model.device)
                 latents = task.denoised(conditioned, batch_times, generator(0, start, "noise")).to(latents.dtype)
             images += decode(model, denormalize_latents(model.vae, latents))
@@ -105,7 +107,7 @@ def through_model(
     return images
 
 
-def decode(model: SDXL, latents: torch.Tensor) -> list[Image.Image]:
+def decode(model: ImageModel, latents: torch.Tensor) -> list[Image.Image]:
     """The images of latents in the VAE's own scale, not normalised for the UNet."""
     vae: Any = model.vae
     dtype, upcast = vae.dtype, vae.dtype == torch.float16 and vae.config.force_upcast

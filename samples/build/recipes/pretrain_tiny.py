@@ -5,7 +5,6 @@ latents of every style that the UNet has denoised. The UNet never sees a 3D icon
 """
 
 import copy
-import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -19,8 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from dora_mm.config.loader import dump_config, resolve_path
-from dora_mm.models.sdxl.encoding import draw_latents, encode_images, encode_tokens, time_ids, tokenize
-from dora_mm.models.sdxl.family import SDXL, config_of, load_sdxl, load_vae
+from dora_mm.config.models import ModelConfig
+from dora_mm.data.images.buckets import Framing
+from dora_mm.data.images.latents import Latents
+from dora_mm.models.diffusion import Prompt
+from dora_mm.models.image_families import load_image_model
+from dora_mm.models.opening import Parts, load_vae
+from dora_mm.models.sdxl.encoding import encode_images, encode_tokens, tokenize
+from dora_mm.models.sdxl.family import SDXL
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
@@ -65,7 +70,7 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
         unet_channels=config.model.unet_channels,
     )
     if config.vae_from:
-        model.vae = trained_vae(config)
+        model.parts["vae"] = trained_vae(config)
     if config.unet_from:
         copy_weights(config, model)
     run = (
@@ -83,7 +88,7 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
     log.info("The model is in %s, sample images are in %s.", run.path / "tiny-sdxl", run.sheet)
 
 
-def trained_vae(config: PretrainTinyConfig) -> AutoencoderKL:
+def trained_vae(config: PretrainTinyConfig) -> Any:
     """The VAE in the folder `vae_from`.
 
     Raises:
@@ -91,7 +96,7 @@ def trained_vae(config: PretrainTinyConfig) -> AutoencoderKL:
     """
     folder = resolve_path(config.vae_from or "", "vae_from")
     vae = load_vae(folder / "vae")
-    found = (config_of(vae).latent_channels, tuple(config_of(vae).block_out_channels))
+    found = (vae.config.latent_channels, tuple(vae.config.block_out_channels))
     if found != (expected := (config.model.latent_channels, tuple(config.model.vae_channels))):
         raise ValueError(
             f"vae_from: {folder} has {found[0]} latent channels and block channels {found[1]}, but the config's model "
@@ -107,7 +112,7 @@ def copy_weights(config: PretrainTinyConfig, model: SDXL) -> None:
         ValueError: Their sizes differ from those of the config's model.
     """
     folder = resolve_path(config.unet_from or "", "unet_from")
-    found = load_sdxl(str(folder))
+    found = load_image_model(ModelConfig(path=str(folder)))
     for name in TEXT_TO_IMAGE:
         try:
             getattr(model, name).load_state_dict(getattr(found, name).state_dict())
@@ -145,31 +150,30 @@ def train_unet(
     mean, logvar = encode_icons(model, icons)
     side = config.model.resolution
 
-    def batch_at(number: int) -> dict[str, torch.Tensor]:
+    def batch_at(number: int) -> dict[str, Any]:
         size = stage.train.batch_size
         rows = batch_indices(len(icons), size, number, config.seed)
         stream = generator(config.seed, number, "captions")
         ids, ids_2 = tokenize(model, [caption(icons[row], stream, config.unnamed_style) for row in rows])
         kept = torch.rand(size, generator=stream) >= config.caption_dropout
         sides = torch.randint(ORIGINAL_SIDES[0], ORIGINAL_SIDES[1] + 1, (size,), generator=stream).tolist()
+        latents = Latents(mean[rows], logvar[rows]).draw(generator(config.seed, number, "latents"))
         return {
-            "latents": draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents")),
+            "latents": model.normalized(latents),
             "ids": ids,
             "ids_2": ids_2,
             "kept": kept.float().view(-1, 1, 1),  # a dropped caption is all zeros, as SDXL encodes "no prompt"
-            "time_ids": torch.stack([time_ids((original, original), (0, 0), (side, side)) for original in sides]),
+            "framings": [whole((original, original), (side, side)) for original in sides],
         }
 
-    task = DiffusionTask(model.unet, model.scheduler.config, config.loss)
+    task = DiffusionTask(model, config.loss)
 
-    def loss(batch: dict[str, torch.Tensor], stream: torch.Generator) -> torch.Tensor:
+    def loss(batch: dict[str, Any], stream: torch.Generator) -> torch.Tensor:
         # At most 40 tokens: unfused attention makes a complete step a sixth faster on a CPU than the fused kernel.
         with sdpa_kernel(SDPBackend.MATH):
             prompt, pooled = encode_tokens(model, batch["ids"], batch["ids_2"])
-            conditioned = ConditionedLatents(
-                batch["latents"], prompt * batch["kept"], pooled * batch["kept"][:, 0], batch["time_ids"]
-            )
-            return task.loss(conditioned, stream)
+            prompts = as_prompts(prompt * batch["kept"], pooled * batch["kept"][:, 0])
+            return task.loss(ConditionedLatents(batch["latents"], prompts, batch["framings"]), stream)
 
     trained = {name: getattr(model, name) for name in TEXT_TO_IMAGE}
     device = model.device
@@ -207,19 +211,29 @@ def train_decoder(
     # No captions: at these timesteps the latents show the content, and half of the styles have no captions.
     ids = tokenize(model, [""])
     prompt, pooled = (torch.zeros_like(each).expand(size, *each.shape[1:]) for each in encode_tokens(model, *ids))
-    sizes = time_ids((side, side), (0, 0), (side, side)).expand(size, -1)
+    framings = [whole((side, side), (side, side))] * size
 
     def batch_at(number: int) -> tuple[torch.Tensor, ConditionedLatents]:
         rows = torch.tensor(batch_indices(len(icons), size, number, config.seed))
-        latents = draw_latents(model.vae, mean[rows], logvar[rows], generator(config.seed, number, "latents"))
-        return to_signed(pixels[rows]), ConditionedLatents(latents, prompt, pooled, sizes)
+        latents = model.normalized(Latents(mean[rows], logvar[rows]).draw(generator(config.seed, number, "latents")))
+        return to_signed(pixels[rows]), ConditionedLatents(latents, as_prompts(prompt, pooled), framings)
 
-    task = DecodingTask(model.vae, DiffusionTask(model.unet, model.scheduler.config, config.loss), stage.max_time)
+    task = DecodingTask(model.vae, DiffusionTask(model, config.loss), stage.max_time)
     model.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trained = {"decoder": model.vae.decoder, "post_quant_conv": model.vae.post_quant_conv}
     train_stage(config.seed, stage, trained, task.loss, batch_at, run)
     model.vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.freeze()
+
+
+def as_prompts(prompt: torch.Tensor, pooled: torch.Tensor) -> list[Prompt]:
+    """Embeddings (B, L, D) and (B, P) as B prompts."""
+    return [{"text": text, "pooled": each} for text, each in zip(prompt, pooled, strict=True)]
+
+
+def whole(original: tuple[int, int], size: tuple[int, int]) -> Framing:
+    """The framing of a picture that is resized to `size` and not cropped."""
+    return Framing(original, size, 0, 0, size, False)
 
 
 @torch.no_grad()
@@ -242,7 +256,8 @@ def show(config: PretrainTinyConfig, model: SDXL, run: RunDirectory, step: int |
 def save_model(model: SDXL, folder: Path) -> None:
     """Saves a diffusers folder with fp16 weights, which is loaded in float32 by default."""
     halved = {name: copy.deepcopy(network).half() for name, network in model.networks.items()}
-    dataclasses.replace(model, **halved).pipeline().save_pretrained(folder)
+    parts = {name: model.parts[name] for name in model.parts.names}
+    SDXL(Parts.of(**{**parts, **halved})).pipeline().save_pretrained(folder)
     # diffusers loads in float32 by default, transformers in the dtype of the config: both must be the same.
     for name in ("text_encoder", "text_encoder_2"):
         file = folder / name / "config.json"
@@ -253,7 +268,7 @@ def draw_sheet(config: PretrainTinyConfig, model: SDXL, path: Path) -> None:
     """Samples an image for each prompt and seed, and saves them as one contact sheet."""
     prompts, seeds = list(config.sample.prompts), config.sample.seeds
     images = sample(
-        model.pipeline(),
+        model,
         prompts * len(seeds),
         [seed for seed in seeds for _ in prompts],
         steps=config.sample.steps,

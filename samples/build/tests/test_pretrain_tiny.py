@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dora_mm.eval.images.prompts import with_article
-from dora_mm.sampling.pictures import sample
 from samples.build.__main__ import main
 from samples.build.pretraining.icons import ALL_STYLES, DEFAULT_STYLE, STYLE_WORDS, caption, read_icons
 from samples.build.recipes import pretrain_tiny
@@ -76,7 +75,7 @@ def test_plain_diffusers_loads_the_model_and_resuming_is_exact(config, tmp_path,
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole" / "tiny-sdxl")
     assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
     assert pipe.vae.config.latent_channels == 8
-    assert sample(pipe, ["a flat icon of an owl"], [0], steps=2)[0].size == (64, 64)
+    assert pipe("a flat icon of an owl", num_inference_steps=2).images[0].size == (64, 64)
     assert Image.open(tmp_path / "whole" / "sheet.png").width > 100
     stored = weights(tmp_path / "whole")
     assert {tensor.dtype for part in stored.values() for tensor in part.values()} == {torch.float16}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from dora_mm.config.models import VisionConfig, VLModelConfig
+from dora_mm.config.models import VisionConfig, VLBartModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl_bart.family import VLBartTask
@@ -47,7 +47,9 @@ def config(tmp_path):
 
 def test_the_saved_folder_can_be_loaded(config, tmp_path):
     assert main(["train", str(config())]) == 0
-    model, tokenizer = load_vl_bart(VLModelConfig(family="vl_bart", path=str(tmp_path / "run" / "model")), 472, seed=0)
+    model, tokenizer = load_vl_bart(
+        VLBartModelConfig(family="vl_bart", path=str(tmp_path / "run" / "model")), 472, seed=0
+    )
     assert model.config.d_model == 16
     assert tokenizer.decode(tokenizer("What color is the cat?")["input_ids"], skip_special_tokens=True)
 
@@ -90,7 +92,7 @@ def test_the_embedded_model_uses_the_image(tmp_path):
     folder = ROOT / "samples" / "tiny-vl"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 15e6
     vision = VisionEncoder(VisionConfig(**VISION))
-    model, tokenizer = load_vl_bart(VLModelConfig(family="vl_bart", path=str(folder)), vision.feature_dim, seed=0)
+    model, tokenizer = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(folder)), vision.feature_dim, seed=0)
     source = SourceConfig(**captions("val", 24))
     table = open_table(source, tmp_path, on_bad_data="stop")
     task = VLBartTask(model.eval(), tokenizer, vision)

@@ -12,7 +12,7 @@ from dora_mm.data.images.latents import LatentCache, Latents, latent_key
 
 def latents(seed, dtype=torch.float32):
     draws = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(4, 8, 8, generator=draws).to(dtype) for _ in range(2))
+    return Latents(*(torch.randn(4, 8, 8, generator=draws).to(dtype) for _ in range(2)))
 
 
 def forbidden():
@@ -34,6 +34,15 @@ def test_computed_latents_are_returned_again(cache):
     assert same(first, cache.get("aa11", forbidden))
     assert same(cache.get("bb22", lambda: latents(2)), latents(2))
     assert same(first, cache.get("aa11", forbidden))
+
+
+def test_a_family_that_trains_on_the_mode_keeps_no_variance(cache):
+    mode = Latents(latents(1).mean, None)
+    for compute in (lambda: mode, forbidden):
+        found = cache.get("aa11", compute)
+        assert torch.equal(found.mean, mode.mean)
+        assert found.logvar is None
+        assert found.draw(torch.Generator()) is found.mean
 
 
 def test_a_folder_is_used_by_the_next_run(tmp_path):
@@ -78,13 +87,13 @@ def test_latents_that_are_not_finite_name_the_image(cache, value):
     mean, logvar = latents(1)
     mean[0, 0, 0] = value
     with pytest.raises(ValueError, match=r"not finite for images/a\.png"):
-        cache.get("aa11", lambda: (mean, logvar), source="images/a.png")
+        cache.get("aa11", lambda: Latents(mean, logvar), source="images/a.png")
     assert same(cache.get("aa11", lambda: latents(1)), latents(1))
 
 
 def test_autograd_graphs_are_not_kept(cache):
     mean, logvar = latents(1)
-    assert not cache.get("aa11", lambda: (mean.requires_grad_(), logvar)).mean.requires_grad
+    assert not cache.get("aa11", lambda: Latents(mean.requires_grad_(), logvar)).mean.requires_grad
 
 
 BASE = {"digest": "d", "framing": frame((100, 150), (64, 64)), "background": "white", "vae": "v"}

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.shown import LONGEST, Piece, ShownRow
 from dora_mm.models.vlm.family import VLM
@@ -67,7 +67,7 @@ def pictures(tmp_path_factory):
 
 
 def model(folder, **settings) -> VLM:
-    return VLM(VLModelConfig(path=str(folder), **settings))
+    return VLM(VLMModelConfig(path=str(folder), **settings))
 
 
 @pytest.mark.parametrize(("name", "expected"), SHOWN.items())

@@ -1,7 +1,8 @@
-"""fit_judge, eval_diffusion and compare_sdxl on a model with random weights: files, resuming and mistakes."""
+"""fit_judge, eval_diffusion and compare on a model with random weights: files, resuming and mistakes."""
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,19 +13,23 @@ from safetensors.torch import save_file
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
+from dora_mm.config.models import ModelConfig
 from dora_mm.eval.comparison import Variant, contrasts, table_rows, variants
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
+from dora_mm.models.image_families import load_image_model
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery.data import Picture, befores
 from dora_mm.sampling.manifest import Entry, read_manifest
-from dora_mm.train import campaign
+from dora_mm.train.campaigns import trainings
+from dora_mm.train.campaigns.campaign import Campaign
 from dora_mm.train.jobs import Job
-from dora_mm.utils.digest import file_digest
+from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
+from tests.models.z_image import tiny as z_image
 
-compare_sdxl = PIPELINES.load("compare_sdxl")
+compare = PIPELINES.load("compare")
 
 PROMPT = "a TOK icon of {thing}, in the style of TOK"
 
@@ -82,23 +87,27 @@ def evaluation(tmp_path, tiny_folder, fitted):
 
 @pytest.fixture
 def comparison(tmp_path, base, fitted):
-    def config(**changes):
+    def config(pictures=None, **changes):
         rates = [1e-3, 1e-2, 1e-1]
         values = {
-            "pipeline": "compare_sdxl",
+            "pipeline": "compare",
             "output": str(tmp_path / "campaign"),
             "base": base,
             "steps": 1,
             "ranks": [2],
             "learning_rates": {method: list(rates) for method in ("full", "lora", "dora")},
+            "seeds": [0, 1],
+        }
+        judged = {
             "judge": str(fitted),
             "style": "brick",
             "prompt": PROMPT,
             "tune": {"role": "tune", "count": None, "seeds": [0]},
-            "report": {"role": "report", "count": 3, "seeds": [0, 1]},
+            "report": {"role": "report", "count": 3},
             "draw": {"steps": 1, "batch_size": 6},
             "columns": 2,
         }
+        values["pictures"] = {**judged, **(pictures or {})}
         return write(tmp_path / "compare.yaml", {**values, **changes})
 
     return config
@@ -197,15 +206,39 @@ def test_eval_rejects_the_judge_of_another_model(evaluation, tmp_path, tiny, cap
     assert "another VAE" in capsys.readouterr().err
 
 
-def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch, capsys):
-    commands = []
+@pytest.fixture
+def commands(monkeypatch):
+    """The trainings that a comparison starts, which run in this process."""
+    found = []
 
     def in_this_process(name, arguments, log_file, threads):
-        commands.append(arguments)
+        found.append(arguments)
         assert main(arguments) == 0
         return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
-    monkeypatch.setattr(campaign, "start_job", in_this_process)
+    monkeypatch.setattr(trainings, "start_job", in_this_process)
+    return found
+
+
+def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted, tmp_path, commands):
+    """With a judge that takes its VAE for the one that it was fitted on."""
+    folder = z_image.build(tmp_path / "z-image")
+    values = yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(folder)}}
+    judge = tmp_path / "judge"
+    shutil.copytree(fitted, judge)
+    about = json.loads((judge / "judge.json").read_text())
+    about["origin"]["vae"] = module_digest(load_image_model(ModelConfig(path=str(folder))).vae)
+    (judge / "judge.json").write_text(json.dumps(about))
+    rates = {method: [1e-3, 1e-2, 1e-1] for method in ("lora", "dora")}
+    settings = {"extra_rates": 0, "half_ranks": False, "learning_rates": rates}
+    config = comparison({"judge": str(judge)}, base=write(tmp_path / "other.yaml", values), **settings)
+    assert main(["eval", config]) == 0
+    assert len(commands) == 2 * (3 + 1)
+    rows = list(csv.DictReader((tmp_path / "campaign" / "results.csv").open()))
+    assert [row["name"] for row in rows[2:]] == ["LoRA, rank 2", "DoRA, rank 2"]
+
+
+def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, capsys):
     config = comparison(extra_rates=0)
     assert main(["eval", config]) == 0
     # full, LoRA 2, DoRA 1 and 2: three rates each, and one more run at the best rate for the second seed
@@ -237,32 +270,40 @@ def test_comparison_trains_scores_and_reports(comparison, tmp_path, monkeypatch,
     assert commands == []
     assert (folder / "table.md").read_text() == before
 
-    assert main(["eval", comparison(extra_rates=0, workers=2, columns=1)]) == 0  # these do not change the results
+    free = {"workers": 2, "pictures": {"columns": 1}}  # these do not change the results
+    assert main(["eval", comparison(extra_rates=0, **free)]) == 0
     assert main(["eval", comparison(extra_rates=0, steps=2)]) == 2
     assert "different values of steps" in capsys.readouterr().err
+
+
+def open_campaign(path: str) -> Campaign:
+    config = load_config(path)
+    return Campaign(config, compare.build_evaluation(config))
 
 
 def test_comparison_is_not_resumed_with_other_weights_or_another_judge(
     comparison, base, fitted, tmp_path, tiny, capsys
 ):
-    compare_sdxl.Campaign(load_config(comparison()))
+    open_campaign(comparison())
     Path(base).write_text(Path(base).read_text() + "loss: {min_snr_gamma: 1.0}\n")
     with pytest.raises(ValueError, match="different values of base:"):
-        compare_sdxl.Campaign(load_config(comparison()))
+        open_campaign(comparison())
     other = tmp_path / "other"
     tiny.unet.conv_out.bias.data += 0.1
     tiny.pipeline().save_pretrained(other)
     values = yaml.safe_load(Path(base).read_text())
     write(tmp_path / "elsewhere.yaml", {**values, "loss": {}, "model": {"path": str(other)}})
     with pytest.raises(ValueError, match="the model's unet:"):
-        compare_sdxl.Campaign(load_config(comparison(base=str(tmp_path / "elsewhere.yaml"))))
+        open_campaign(comparison(base=str(tmp_path / "elsewhere.yaml")))
 
 
-def test_comparison_reports_mistakes(comparison, capsys, tmp_path):
+def test_comparison_reports_mistakes(comparison, base, capsys, tmp_path):
     assert main(["eval", comparison(base="configs/sdxl/eval_tiny.yaml")]) == 2
     assert "is a config of eval_diffusion" in capsys.readouterr().err
-    assert main(["eval", comparison(tune={"role": "report", "count": 3})]) == 2
-    assert "tune.role and report.role must differ" in capsys.readouterr().err
+    assert main(["eval", comparison(pictures={"tune": {"role": "report", "count": 3}})]) == 2
+    assert "pictures: tune.role and report.role must differ" in capsys.readouterr().err
+    assert main(["eval", comparison(questions={"report": {"valid": {"format": "chat", "file": base}}})]) == 2
+    assert "give either pictures or questions" in capsys.readouterr().err
     (tmp_path / "campaign").mkdir()
     assert main(["eval", comparison()]) == 2
     assert "is not the folder of a comparison" in capsys.readouterr().err

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from dora_mm.data.vl.example import Example
-from dora_mm.eval.comparison import FULL, Variant
+from dora_mm.eval.comparison import FULL, Result, Variant
 from dora_mm.eval.vl.comparison import (
     AnswerScores,
-    VLResult,
     answer_scores,
     describe_sizes,
     gain_over_question_only,
@@ -168,7 +167,7 @@ def test_differences_are_paired_and_marked():
         DORA: {"vqa": better(vqa, 0.02), "gqa": gqa},
         HALF: noisy,
     }
-    table = vl_contrasts_table(4, scores)
+    table = vl_contrasts_table([4], scores)
     lines = table.splitlines()
     assert lines[0] == "| difference | VQA | GQA | mean |"
     assert lines[2] == "| DoRA, rank 4 - LoRA, rank 4 | 2.0 (2.0 to 2.0) ! | 0.0 (-7.1 to 7.1) | 1.0 (1.0 to 1.0) ! |"
@@ -180,12 +179,13 @@ def test_differences_are_paired_and_marked():
     assert "4 of 12 intervals exclude 0 (marked !)" in table
 
 
-def results() -> list[VLResult]:
+def results() -> list[Result]:
     scores = {"gqa": random_scores(30, seed=1, prefix="g"), "vqa": random_scores(30)}
     single = {"vqa": AnswerScores(scores["vqa"].values_QS[:, :1], scores["vqa"].groups)}
+    summary = {"parameters": 1234567, "trainable_share": 5.9617, "seconds_per_step": 0.1234, "peak_memory_mb": 2048.4}
     return [
-        VLResult("untrained base", intervals(single)),
-        VLResult("DoRA, rank 4", intervals(scores), 1234567, 5.9617, "0.001*", 0.1234, 2048.4),
+        Result("untrained base", intervals(single)),
+        Result("DoRA, rank 4", intervals(scores), "0.001*", summary),
     ]
 
 

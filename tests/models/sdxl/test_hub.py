@@ -10,7 +10,8 @@ import yaml
 from dora_mm.cli import main
 from dora_mm.config.models import ModelConfig
 from dora_mm.formats import read
-from dora_mm.models.sdxl.family import commit_of, load_configured, load_sdxl
+from dora_mm.models.image_families import load_image_model
+from dora_mm.models.opening import commit_of
 
 NAME, FIRST, SECOND = "someone/tiny-sdxl", "a" * 40, "b" * 40
 
@@ -25,7 +26,7 @@ def hub(tiny_folder, tmp_path, monkeypatch):
         shutil.copytree(tiny_folder, repository / "snapshots" / commit)
         for name in names:
             (repository / "refs" / name).write_text(commit)
-    first = load_sdxl(str(repository / "snapshots" / FIRST))
+    first = load_image_model(ModelConfig(path=str(repository / "snapshots" / FIRST)))
     first.unet.conv_in.weight.data.mul_(2)
     first.unet.save_pretrained(repository / "snapshots" / FIRST / "unet")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
@@ -34,7 +35,7 @@ def hub(tiny_folder, tmp_path, monkeypatch):
 
 def test_a_revision_is_loaded_and_its_commit_is_known(hub):
     main_branch, tagged, commit = (
-        load_configured(ModelConfig(path=NAME, revision=revision)).unet.conv_in.weight
+        load_image_model(ModelConfig(path=NAME, revision=revision)).unet.conv_in.weight
         for revision in (None, "v1", FIRST)
     )
     assert torch.equal(2 * main_branch, tagged)
@@ -44,12 +45,12 @@ def test_a_revision_is_loaded_and_its_commit_is_known(hub):
     assert commit_of("someone/other") is None
     assert commit_of(str(hub / FIRST)) is None
     with pytest.raises(ValueError, match=rf"{NAME} \(revision v2\) is not on this machine"):
-        load_sdxl(NAME, revision="v2")
+        load_image_model(ModelConfig(path=NAME, revision="v2"))
 
 
 def test_a_local_model_has_no_revisions(tiny_folder):
     with pytest.raises(ValueError, match=r"model\.revision: .*tiny-sdxl is not a model of the hub"):
-        load_configured(ModelConfig(path=str(tiny_folder), revision="v1"))
+        load_image_model(ModelConfig(path=str(tiny_folder), revision="v1"))
 
 
 @pytest.mark.parametrize("from_hub", [True, False])

@@ -9,9 +9,8 @@ from diffusers.models.attention_processor import SlicedAttnProcessor
 from dora_mm import DoRASpec, inject
 from dora_mm.config.pictures import MemoryConfig
 from dora_mm.models.memory import decode_in_tiles, offload, save_memory
-from dora_mm.models.sdxl.encoding import encode_for_pipeline
 from dora_mm.sampling.before_after import at_strength
-from dora_mm.sampling.pictures import sample
+from dora_mm.sampling.pictures import PictureSampler, sample
 
 CPU = torch.device("cpu")
 
@@ -20,17 +19,17 @@ def pixels(pictures):
     return np.stack([np.asarray(picture, dtype=np.int64) for picture in pictures])
 
 
-def draw(pipe, **settings):
-    return pixels(sample(pipe, ["a bus", "a cat"], [1, 2], steps=2, batch_size=2, **settings))
+def draw(model, **settings):
+    return pixels(sample(model, ["a bus", "a cat"], [1, 2], steps=2, batch_size=2, **settings))
 
 
 def test_the_vae_decodes_in_tiles(tiny, monkeypatch):
-    whole = draw(tiny.pipeline(), height=160, width=160)
-    pipe, sizes = tiny.pipeline(), []
-    decoder = pipe.vae.decoder.forward
-    monkeypatch.setattr(pipe.vae.decoder, "forward", lambda z: sizes.append(tuple(z.shape)) or decoder(z))
-    save_memory(pipe, MemoryConfig(vae_tiling=True), CPU)
-    tiled = draw(pipe, height=160, width=160)
+    whole = draw(tiny, height=160, width=160)
+    sampler, sizes = PictureSampler(tiny), []
+    decoder = tiny.vae.decoder.forward
+    monkeypatch.setattr(tiny.vae.decoder, "forward", lambda z: sizes.append(tuple(z.shape)) or decoder(z))
+    save_memory(sampler.pipe, MemoryConfig(vae_tiling=True), CPU)
+    tiled = draw(sampler, height=160, width=160)
     assert {size[0] for size in sizes} == {1}  # one picture at a time
     assert max(size[-1] for size in sizes) == 8  # the model's own 64 pixels
     assert len(sizes) > 2
@@ -52,10 +51,10 @@ def test_tiles_are_smaller_than_a_picture_of_full_sdxl():
 
 
 def test_attention_in_slices_draws_the_same(tiny):
-    whole, pipe = draw(tiny.pipeline()), tiny.pipeline()
-    save_memory(pipe, MemoryConfig(attention_slicing=True), CPU)
-    assert any(isinstance(each, SlicedAttnProcessor) for each in pipe.unet.attn_processors.values())
-    assert np.abs(draw(pipe) - whole).max() <= 1
+    whole, sampler = draw(tiny), PictureSampler(tiny)
+    save_memory(sampler.pipe, MemoryConfig(attention_slicing=True), CPU)
+    assert any(isinstance(each, SlicedAttnProcessor) for each in tiny.unet.attn_processors.values())
+    assert np.abs(draw(sampler) - whole).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["model", "layers"])
@@ -70,17 +69,17 @@ def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
         network.to(dtype)
     settings = {"steps": 2, "batch_size": 2}
 
-    def draw_at(pipe):
+    def draw_at(model):
         return [
-            pixels(at_strength(pipe, {"unet": tiny.unet}, strength, ["a bus", "a cat"], [1, 2], **settings))
+            pixels(at_strength(model, {"unet": tiny.unet}, strength, ["a bus", "a cat"], [1, 2], **settings))
             for strength in (0.0, 1.0, 0.0)
         ]
 
-    before, pipe = draw_at(tiny.pipeline()), tiny.pipeline()
-    embeddings = encode_for_pipeline(pipe, "a bus", "red")
-    offload(pipe, kind, CPU)
-    assert all(torch.equal(t, embeddings[name]) for name, t in encode_for_pipeline(pipe, "a bus", "red").items())
-    after = draw_at(pipe)
+    before, sampler = draw_at(tiny), PictureSampler(tiny)
+    embeddings = tiny.encode_for_drawing("a bus", "red")
+    offload(sampler.pipe, kind, CPU)
+    assert all(torch.equal(t, embeddings[name]) for name, t in tiny.encode_for_drawing("a bus", "red").items())
+    after = draw_at(sampler)
     for one, two in zip(before, after, strict=True):
         assert np.abs(one - two).max() <= 1
     assert np.abs(after[0] - after[1]).max() > 5

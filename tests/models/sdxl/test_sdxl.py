@@ -8,8 +8,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
+from dora_mm.config.models import ModelConfig
+from dora_mm.models.image_families import load_image_model
 from dora_mm.models.sdxl.encoding import (
-    draw_latents,
     encode_for_pipeline,
     encode_images,
     encode_prompts,
@@ -18,7 +19,6 @@ from dora_mm.models.sdxl.encoding import (
     time_ids,
     tokenize,
 )
-from dora_mm.models.sdxl.family import load_sdxl
 from samples.build.pretraining.tiny_sdxl import shift_latents
 
 PROMPTS = ["a flat icon of a bus", "", "a TOK icon of a flying saucer, in the style of TOK"]
@@ -169,16 +169,15 @@ def test_latents_are_normalised_as_the_pipelines_decoding_inverts_it(tiny):
 
 def test_drawn_latents_follow_the_posterior(tiny):
     pixels = torch.rand(1, 3, 64, 64) * 2 - 1
-    mean, logvar = encode_images(tiny, pixels)
-    assert torch.equal(draw_latents(tiny.vae, mean, logvar, None), normalize_latents(tiny.vae, mean))
-    draws = torch.cat([draw_latents(tiny.vae, mean, logvar, torch.Generator().manual_seed(i)) for i in range(400)])
-    std = draws.std(0) / tiny.vae.config.scaling_factor
-    assert torch.allclose(std, (0.5 * logvar[0]).exp(), rtol=0.2)
+    latents = tiny.encode_images(pixels)
+    assert torch.equal(latents.draw(None), latents.mean)
+    draws = torch.cat([latents.draw(torch.Generator().manual_seed(i)) for i in range(400)])
+    assert torch.allclose(draws.std(0), (0.5 * latents.logvar[0]).exp(), rtol=0.2)
 
 
 def test_saved_model_loads_in_plain_diffusers_and_here(tiny_folder, tiny):
     theirs = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
-    ours = load_sdxl(str(tiny_folder))
+    ours = load_image_model(ModelConfig(path=str(tiny_folder)))
     for prompt in PROMPTS:
         assert torch.equal(encode_prompts(ours, [prompt])[0], encode_prompts(tiny, [prompt])[0])
     assert theirs.unet.config.sample_size == ours.unet.config.sample_size
@@ -191,21 +190,21 @@ def test_a_missing_part_is_named(tiny_folder, tmp_path, part):
     shutil.copytree(tiny_folder, folder)
     shutil.rmtree(folder / part)
     with pytest.raises(ValueError, match=f"{folder} is incomplete: it lacks {part}"):
-        load_sdxl(str(folder))
+        load_image_model(ModelConfig(path=str(folder)))
 
 
 def test_a_folder_that_is_not_a_model(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} is not an SDXL model"):
-        load_sdxl(str(tmp_path))
+    with pytest.raises(ValueError, match=f"{tmp_path} is not an image model of diffusers: it has no model_index.json"):
+        load_image_model(ModelConfig(path=str(tmp_path)))
 
 
 def test_files_of_another_kind_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"pickled")
     with pytest.raises(ValueError, match=r"model\.ckpt .*\.safetensors"):
-        load_sdxl(str(tmp_path / "model.ckpt"))
+        load_image_model(ModelConfig(path=str(tmp_path / "model.ckpt")))
     save_file({"lora_A": torch.zeros(2)}, tmp_path / "adapter.safetensors")
     with pytest.raises(ValueError, match=r"adapter\.safetensors cannot be loaded"):
-        load_sdxl(str(tmp_path / "adapter.safetensors"))
+        load_image_model(ModelConfig(path=str(tmp_path / "adapter.safetensors")))
 
 
 def test_pickled_weights_are_refused(tiny_folder, tmp_path):
@@ -215,12 +214,12 @@ def test_pickled_weights_are_refused(tiny_folder, tmp_path):
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(ValueError, match=f"{folder} cannot be loaded"):
-        load_sdxl(str(folder))
+        assert load_image_model(ModelConfig(path=str(folder))).networks
 
 
 def test_a_path_that_does_not_exist():
-    with pytest.raises(ValueError, match=r"no model at \./nowhere"):
-        load_sdxl("./nowhere")
+    with pytest.raises(ValueError, match=r"model\.path: \./nowhere does not exist"):
+        load_image_model(ModelConfig(path="./nowhere"))
 
 
 def test_a_part_without_weights_is_an_error(tiny_folder, tmp_path):
@@ -228,7 +227,7 @@ def test_a_part_without_weights_is_an_error(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match=f"{folder} cannot be loaded"):
-        load_sdxl(str(folder))
+        assert load_image_model(ModelConfig(path=str(folder))).networks
 
 
 def test_shifted_latents_are_normalised_and_decode_to_the_same(tiny):

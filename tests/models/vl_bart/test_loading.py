@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.vl_bart.answering import restricted_to
 from dora_mm.models.vl_bart.loading import empty_vl_bart, load_vl_bart, save_vl_bart
 from dora_mm.models.vl_bart.text import decode, encode_targets
@@ -17,7 +17,9 @@ from tests.models.vl_bart.small import DIM, small_bart, small_inputs, small_toke
 def test_a_saved_model_is_loaded_bit_for_bit(tmp_path):
     model, tokenizer = small_vl_bart(), small_tokenizer()
     save_vl_bart(model, tokenizer, tmp_path / "model")
-    loaded, loaded_tokenizer = load_vl_bart(VLModelConfig(family="vl_bart", path=str(tmp_path / "model")), DIM, seed=3)
+    loaded, loaded_tokenizer = load_vl_bart(
+        VLBartModelConfig(family="vl_bart", path=str(tmp_path / "model")), DIM, seed=3
+    )
     assert {k: v.tolist() for k, v in loaded.state_dict().items()} == {
         k: v.tolist() for k, v in model.state_dict().items()
     }
@@ -30,7 +32,7 @@ def test_saving_in_half_precision_does_not_change_the_model(tmp_path):
     model = small_vl_bart()
     save_vl_bart(model, small_tokenizer(), tmp_path / "model", torch.float16)
     assert model.dtype == torch.float32
-    loaded, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(tmp_path / "model")), DIM, seed=0)
+    loaded, _ = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(tmp_path / "model")), DIM, seed=0)
     torch.testing.assert_close(loaded.model.shared.weight, model.model.shared.weight.half().float())
 
 
@@ -43,7 +45,7 @@ def bart_folder(tmp_path):
 
 
 def test_a_plain_bart_keeps_its_weights_and_the_rest_is_drawn_from_the_seed(bart_folder):
-    config = VLModelConfig(family="vl_bart", path=str(bart_folder))
+    config = VLBartModelConfig(family="vl_bart", path=str(bart_folder))
     (one, tokenizer), (same, _), (other, _) = (load_vl_bart(config, DIM, seed) for seed in (1, 1, 2))
     known = len(tokenizer) - 200
     assert torch.equal(one.model.shared.weight, same.model.shared.weight)
@@ -63,7 +65,7 @@ def repeats(ids: torch.Tensor) -> bool:
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 def test_a_barts_rule_against_repetitions_is_inherited(bart_folder, tmp_path, file):
     """facebook/bart-base has it in its config.json, in the old way; its beams and lengths are not inherited."""
-    config = VLModelConfig(family="vl_bart", path=str(bart_folder))
+    config = VLBartModelConfig(family="vl_bart", path=str(bart_folder))
     inputs = small_inputs(["is there a red cat?", "what color is the bus?", "two dogs?"])
     for settings in ({"beams": 1}, {"beams": 3}):
         assert repeats(load_vl_bart(config, DIM, seed=0)[0].eval().answer_ids(inputs, max_length=40, **settings))
@@ -75,7 +77,7 @@ def test_a_barts_rule_against_repetitions_is_inherited(bart_folder, tmp_path, fi
     model, tokenizer = load_vl_bart(config, DIM, seed=0)
     assert model.generation_config.num_beams is None
     save_vl_bart(model, tokenizer, tmp_path / "saved")
-    again, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(tmp_path / "saved")), DIM, seed=0)
+    again, _ = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(tmp_path / "saved")), DIM, seed=0)
     for settings in ({"beams": 1}, {"beams": 3}):
         ids = model.eval().answer_ids(inputs, max_length=40, **settings)
         assert ids.shape[1] > 30
@@ -89,14 +91,14 @@ def test_a_barts_rule_against_repetitions_is_inherited(bart_folder, tmp_path, fi
 
 
 def test_random_weights_need_only_the_config(bart_folder):
-    drawn, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(bart_folder), random=True), DIM, seed=0)
-    loaded, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(bart_folder)), DIM, seed=0)
+    drawn, _ = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(bart_folder), random=True), DIM, seed=0)
+    loaded, _ = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(bart_folder)), DIM, seed=0)
     assert drawn.model.shared.weight.shape == loaded.model.shared.weight.shape
     assert not torch.equal(drawn.model.decoder.layers[0].fc1.weight, loaded.model.decoder.layers[0].fc1.weight)
 
 
 def test_an_empty_model_has_the_shapes_of_the_loaded_one(bart_folder):
-    config = VLModelConfig(family="vl_bart", path=str(bart_folder))
+    config = VLBartModelConfig(family="vl_bart", path=str(bart_folder))
     with torch.device("meta"):
         empty = empty_vl_bart(config, DIM)
     loaded, tokenizer = load_vl_bart(config, DIM, seed=0)
@@ -119,7 +121,7 @@ def test_an_empty_model_has_the_shapes_of_the_loaded_one(bart_folder):
 def test_missing_and_damaged_files_are_reported(bart_folder, damage, message):
     damage(bart_folder)
     with pytest.raises(ValueError, match=f"^model.path: {bart_folder} .*{message}"):
-        load_vl_bart(VLModelConfig(family="vl_bart", path=str(bart_folder)), DIM, seed=0)
+        load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(bart_folder)), DIM, seed=0)
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def change_config(folder, **changes) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def both_ways(config: VLModelConfig, feature_dim: int = DIM):
+def both_ways(config: VLBartModelConfig, feature_dim: int = DIM):
     """The two ways to build the model: as a dry run does, and loaded."""
     return partial(empty_vl_bart, config, feature_dim), partial(load_vl_bart, config, feature_dim, seed=0)
 
@@ -154,7 +156,7 @@ def both_ways(config: VLModelConfig, feature_dim: int = DIM):
 )
 def test_an_impossible_config_is_an_error_for_its_path(saved, random, changes, message):
     change_config(saved, **changes)
-    for make in both_ways(VLModelConfig(family="vl_bart", path=str(saved), random=random)):
+    for make in both_ways(VLBartModelConfig(family="vl_bart", path=str(saved), random=random)):
         with pytest.raises(ValueError, match=f"^model.path: {saved} .*({message})"):
             make()
 
@@ -170,7 +172,7 @@ def test_an_impossible_config_is_an_error_for_its_path(saved, random, changes, m
 def test_weights_that_do_not_fit_the_config_are_an_error_without_other_output(saved, capfd, changes, message):
     change_config(saved, **changes)
     with pytest.raises(ValueError, match=message):
-        load_vl_bart(VLModelConfig(family="vl_bart", path=str(saved)), DIM, seed=0)
+        load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(saved)), DIM, seed=0)
     assert capfd.readouterr() == ("", "")
 
 
@@ -180,14 +182,14 @@ def test_weights_that_are_not_finite_are_refused(saved, value):
     weights["model.decoder.layers.1.fc1.bias"][3] = value
     save_file(weights, saved / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.path: .* model\.decoder\.layers\.1\.fc1\.bias .* not finite"):
-        load_vl_bart(VLModelConfig(family="vl_bart", path=str(saved)), DIM, seed=0)
+        load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(saved)), DIM, seed=0)
 
 
 @pytest.mark.parametrize("kind", ["bart_folder", "saved"])
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_other_generation_settings_of_the_folder_change_no_answer(request, kind, file):
     folder = request.getfixturevalue(kind)
-    config = VLModelConfig(family="vl_bart", path=str(folder))
+    config = VLBartModelConfig(family="vl_bart", path=str(folder))
     inputs = small_inputs(["is there a red cat?", "two dogs?"])
     expected = load_vl_bart(config, DIM, seed=0)[0].eval().answer_ids(inputs)
     settings = json.loads((folder / file).read_text())
@@ -197,14 +199,14 @@ def test_other_generation_settings_of_the_folder_change_no_answer(request, kind,
 
 
 def test_generate_works_on_a_loaded_model(saved):
-    model, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(saved)), DIM, seed=0)
+    model, _ = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(saved)), DIM, seed=0)
     inputs = small_inputs(["is there a red cat?"])
     settings = {"max_length": 10, "do_sample": False, "num_beams": 1}
     assert torch.equal(model.eval().generate(**inputs._asdict(), **settings), model.answer_ids(inputs, max_length=10))
 
 
 def test_a_model_for_other_features_is_refused(saved):
-    for make in both_ways(VLModelConfig(family="vl_bart", path=str(saved)), 9):
+    for make in both_ways(VLBartModelConfig(family="vl_bart", path=str(saved)), 9):
         with pytest.raises(ValueError, match=r"model\.path: .* 8 channels, .*vision gives 9"):
             make()
 
@@ -212,11 +214,11 @@ def test_a_model_for_other_features_is_refused(saved):
 @pytest.mark.parametrize(("kind", "other"), [("image", "video"), ("video", "image")])
 def test_a_saved_model_of_the_other_kind_is_refused(tmp_path, kind, other):
     save_vl_bart(small_vl_bart(kind), small_tokenizer(), tmp_path)
-    for make in both_ways(VLModelConfig(family="vl_bart", path=str(tmp_path), visual=other)):
+    for make in both_ways(VLBartModelConfig(family="vl_bart", path=str(tmp_path), visual=other)):
         with pytest.raises(ValueError, match=f"model.path: .*{kind} features, .*model.visual is {other}"):
             make()
     for visual in (kind, None):
-        for make in both_ways(VLModelConfig(family="vl_bart", path=str(tmp_path), visual=visual)):
+        for make in both_ways(VLBartModelConfig(family="vl_bart", path=str(tmp_path), visual=visual)):
             built = make()
             model = built[0] if isinstance(built, tuple) else built
             assert (model.config.pooled_side is None) == (kind == "video")
@@ -225,6 +227,6 @@ def test_a_saved_model_of_the_other_kind_is_refused(tmp_path, kind, other):
 def test_a_plain_bart_reads_images_by_default(bart_folder):
     sides = []
     for visual in (None, "image", "video"):
-        model, _ = load_vl_bart(VLModelConfig(family="vl_bart", path=str(bart_folder), visual=visual), DIM, seed=0)
+        model, _ = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(bart_folder), visual=visual), DIM, seed=0)
         sides.append(model.config.pooled_side)
     assert sides == [6, 6, None]

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 from transformers import BartConfig
 
 from dora_mm import DoRASpec, adapter_parameters, inject
+from dora_mm.adapting.networks import parameters_by_name
 from dora_mm.models.vl_bart.loading import BART_BASE, from_bart
 from dora_mm.models.vl_bart.model import SENTINELS, VLInputs
 from dora_mm.models.vl_bart.text import encode_targets
-from dora_mm.tasks.vl_adapters import parameters_by_name
 from tests.models.vl_bart.small import DIM, small_bart, small_inputs, small_tokenizer, small_vl_bart
 
 QUESTIONS = ["is there a red cat?", "what color is the bus?"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.models.vlm.chat import render, render_prompt
 from dora_mm.models.vlm.encoding import IGNORED
@@ -46,7 +46,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def processor(tiny_vlm, request):
-    return load_processor(VLModelConfig(path=str(tiny_vlm(request.param))))
+    return load_processor(VLMModelConfig(path=str(tiny_vlm(request.param))))
 
 
 def marked(rendered) -> str:
@@ -90,7 +90,7 @@ def test_line_breaks_beside_images_go_on_windows_too(processor):
 
 
 def vlm(folder, **settings) -> VLM:
-    return VLM(VLModelConfig(path=str(folder), **settings))
+    return VLM(VLMModelConfig(path=str(folder), **settings))
 
 
 @pytest.mark.parametrize("name", [*TEXTS, "gemma3", "internvl", "qwen3_vl", "idefics3", "fast_vlm"])

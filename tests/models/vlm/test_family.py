@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
@@ -25,7 +25,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def vlm(tiny_vlm, request):
-    return VLM(VLModelConfig(path=str(tiny_vlm(request.param))))
+    return VLM(VLMModelConfig(path=str(tiny_vlm(request.param))))
 
 
 def conversation(number: int, images: tuple[str, ...], answer: str = "It is grey.") -> Example:
@@ -89,9 +89,9 @@ def test_losses_are_those_of_the_models_own_output(vlm, pictures):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "mllama"])
 def test_text_is_cut_and_image_tokens_never(name, tiny_vlm, pictures):
     long = conversation(1, ("wide.png", "tall.png"), "very " * 60 + "long")
-    whole = VLM(VLModelConfig(path=str(tiny_vlm(name)))).row("chat", long, pictures, "")
+    whole = VLM(VLMModelConfig(path=str(tiny_vlm(name)))).row("chat", long, pictures, "")
     room = whole.length - 40
-    cut = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=room))
+    cut = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=room))
     row = cut.row("chat", long, pictures, "")
     assert row.length == room
     assert row.num_cut == 40
@@ -103,7 +103,7 @@ def test_text_is_cut_and_image_tokens_never(name, tiny_vlm, pictures):
     with torch.no_grad():
         assert torch.isfinite(cut.loss(batch_of(cut, [long, ROWS[0]], pictures), torch.Generator()))
     assert cut.num_cut == 1
-    short = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=max(1, whole.num_image_tokens - 1)))
+    short = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=max(1, whole.num_image_tokens - 1)))
     with pytest.raises(ValueError, match=r"row 1 of chat: the images alone are \d+ tokens"):
         short.row("chat", long, pictures, "")
 
@@ -120,7 +120,7 @@ def test_prompts_can_be_configured(vlm, tiny_vlm, pictures):
     example = Example("1", ("wide.png",), "Is {it} red?", ("yes",), (1.0,))
     usual = vlm.processor.tokenizer.decode(vlm.row("vqa", example, pictures, None).inputs["input_ids"][0])
     assert re.search(r"Is \{it\} red\?\nAnswer with a word or a short phrase\.", usual)
-    other = VLM(VLModelConfig(path=str(tiny_vlm("llava")), prompts={"vqa": "Q: {text} A:"}))
+    other = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), prompts={"vqa": "Q: {text} A:"}))
     text = other.processor.tokenizer.decode(other.row("vqa", example, pictures, None).inputs["input_ids"][0])
     assert "Q: Is {it} red? A:" in text
 
@@ -145,7 +145,7 @@ def test_candidates_are_ranked_by_whole_rows_and_in_batches(name, tiny_vlm, pict
     example = Example("1", ("wide.png",), "What colour? " * 9)
     candidates = ("a colour of many words", "blue", "another colour of many words")
     for max_length, batch_size in ((None, 64), (None, 1), (40, 64)):
-        vlm = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=max_length))
+        vlm = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=max_length))
         answer = vlm.answerer("vqa", DecodeConfig(answers="rank", batch_size=batch_size), candidates)
         assert answer([example], pictures) == ["blue"]
 
@@ -153,12 +153,12 @@ def test_candidates_are_ranked_by_whole_rows_and_in_batches(name, tiny_vlm, pict
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_questions_to_answer_are_not_cut(name, tiny_vlm, pictures):
     example = Example("1", ("wide.png",), "What colour? " * 9)
-    whole, cut = (VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=n)) for n in (None, 30))
+    whole, cut = (VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=n)) for n in (None, 30))
     assert cut.row("vqa", example, pictures, None).length == whole.row("vqa", example, pictures, None).length
 
 
 def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
-    llava = VLM(VLModelConfig(path=str(tiny_vlm("llava"))))
+    llava = VLM(VLMModelConfig(path=str(tiny_vlm("llava"))))
     with pytest.raises(ValueError, match="answers: trie needs model.family vl_bart"):
         llava.answerer("vqa", DecodeConfig(answers="trie"), ("a",))
     with pytest.raises(ValueError, match="set the task's train"):
@@ -166,13 +166,11 @@ def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
     with pytest.raises(ValueError, match="the task tvqa needs model.family vl_bart"):
         llava.check(["tvqa"])
     with pytest.raises(ValueError, match="BlipForQuestionAnswering reads one image per row, and nlvr2 has two"):
-        VLM(VLModelConfig(path=str(tiny_vlm("blip_vqa")))).check(["nlvr2"])
-    with pytest.raises(ValueError, match="prompts: that of vqa needs {text}"):
-        VLModelConfig(path="a/b", prompts={"vqa": "Answer briefly."})
+        VLM(VLMModelConfig(path=str(tiny_vlm("blip_vqa")))).check(["nlvr2"])
     with pytest.raises(ValueError, match="model.prompts: chat has no effect"):
-        VLM(VLModelConfig(path=str(tiny_vlm("llava")), prompts={"chat": "Q: {text}"})).check(["chat"])
+        VLM(VLMModelConfig(path=str(tiny_vlm("llava")), prompts={"chat": "Q: {text}"})).check(["chat"])
     with pytest.raises(ValueError, match=r"model.image_size: .* takes model.max_pixels instead"):
-        VLM(VLModelConfig(path=str(tiny_vlm("qwen2_5_vl")), image_size=56))
+        VLM(VLMModelConfig(path=str(tiny_vlm("qwen2_5_vl")), image_size=56))
 
 
 @pytest.mark.parametrize("vlm", ["blip2"], indirect=True)
@@ -189,4 +187,4 @@ def test_a_class_without_a_chat_template_refuses_system_turns(tiny_vlm, pictures
     source = SourceConfig(format="chat", file=str(file), images=pictures)
     table = open_table(source, tmp_path, on_bad_data="stop")
     with pytest.raises(ValueError, match="has several turns before its answer, and BlipForQuestionAnswering reads one"):
-        VLM(VLModelConfig(path=str(tiny_vlm("blip_vqa")))).check_rows(table)
+        VLM(VLMModelConfig(path=str(tiny_vlm("blip_vqa")))).check_rows(table)

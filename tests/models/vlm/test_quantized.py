@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from dora_mm.adapting.networks import adapt
 from dora_mm.config.adapter import VLAdapterConfig
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vlm.family import VLM
-from dora_mm.tasks import vl_adapters
 from tests.models.vlm.vlm_rows import write_pictures
 
 PACKAGES = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "fp4": "bitsandbytes", "torchao_int8": "torchao"}
@@ -17,7 +17,7 @@ ROW = Example("1", ("wide.png",), "What colour is it?", ("red",), (1.0,))
 
 def quantised(folder, name: str) -> VLM:
     pytest.importorskip(PACKAGES[name])
-    return VLM(VLModelConfig.model_validate({"path": str(folder), "quantization": name}))
+    return VLM(VLMModelConfig.model_validate({"path": str(folder), "quantization": name}))
 
 
 def loss(vlm: VLM, batch) -> float:
@@ -32,7 +32,7 @@ def test_adapters_learn_on_quantised_weights(name, tiny_vlm, tmp_path):
     batch = vlm.batch("vqa", [ROW], pictures, [("red", 1.0)])
     before = loss(vlm, batch)
     config = VLAdapterConfig.model_validate({"rank": 2, "parts": ["text.attn", "text.mlp"]})
-    trained = vl_adapters.adapt(vlm, config, seed=0, backend="torch")
+    trained = adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")
     assert loss(vlm, batch) == pytest.approx(before, rel=1e-3)
     optimizer = torch.optim.AdamW(trained.parameters.values(), lr=0.02)
     for _ in range(3):
@@ -49,4 +49,4 @@ def test_a_quantised_part_is_not_trained_itself(tiny_vlm):
     vlm = quantised(tiny_vlm("llava"), "nf4")
     config = VLAdapterConfig.model_validate({"rank": 2, "parts": {"text.attn": {}, "text.mlp": {"method": "full"}}})
     with pytest.raises(ValueError, match="is quantised, and method full trains weights"):
-        vl_adapters.adapt(vlm, config, seed=0, backend="torch")
+        adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")

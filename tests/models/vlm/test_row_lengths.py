@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.tables import ExampleTable, open_table
@@ -68,7 +68,7 @@ def loses_answer(row, limit: int) -> bool:
 def test_lengths_are_those_of_the_encoded_rows(name, table, tiny_vlm, pictures):
     task, rows = table
     limit = PLACE.get(name, LIMIT) if name in tiny.CHAT else None
-    model = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=limit))
+    model = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=limit))
     found = model.lengths(task, rows, str(pictures))
     assert found.rows.tolist() == list(range(len(rows)))
     encoded = [model.row(task, row, str(pictures), likeliest_answer(row)) for row in rows]
@@ -87,10 +87,10 @@ def test_a_prompt_that_fills_the_row_loses_the_answer_behind_it(tiny_vlm, tmp_pa
     """Of a class without a chat template, whose answer continues the prompt."""
     source = write_questions(tmp_path, pictures)["train"]
     for name in ("paligemma", "git"):
-        whole = VLM(VLModelConfig(path=str(tiny_vlm(name)))).lengths("vqa", rows_of(source, tmp_path), str(pictures))
+        whole = VLM(VLMModelConfig(path=str(tiny_vlm(name)))).lengths("vqa", rows_of(source, tmp_path), str(pictures))
         longest = int(whole.tokens.max())
         for limit in range(longest - 6, longest):
-            model = VLM(VLModelConfig(path=str(tiny_vlm(name)), max_length=limit))
+            model = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=limit))
             rows = rows_of(source, tmp_path)
             found = model.lengths("vqa", rows, str(pictures))
             encoded = [model.row("vqa", row, str(pictures), likeliest_answer(row)) for row in rows]
@@ -109,7 +109,7 @@ def counted(tiny_vlm):
 
     @cache
     def load(name: str) -> tuple[VLM, TokenCounter]:
-        model = VLM(VLModelConfig(path=str(tiny_vlm(name))))
+        model = VLM(VLMModelConfig(path=str(tiny_vlm(name))))
         turns = (Turn("user", f"{IMAGE}\n?", False), Turn("assistant", "!", True))
         text = model.rendered("chat", Example("", ("",), "", turns=turns), "").text
         return model, TokenCounter(model.encoder, text)
@@ -138,7 +138,7 @@ def test_any_text_beside_images_of_any_size(counted, name, asked, answer, sizes)
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen3_vl", "smolvlm", "idefics3", "internvl", "mllama"])
 @pytest.mark.parametrize("several", [False, True])
 def test_the_tokens_of_images_of_all_sizes(name, several, tiny_vlm):
-    model = VLM(VLModelConfig(path=str(tiny_vlm(name))))
+    model = VLM(VLMModelConfig(path=str(tiny_vlm(name))))
     token = model.processor.image_token
     counter = TokenCounter(model.encoder, f"{token}\nWhat?")
     sizes = {tuple(size) for size in np.random.default_rng(0).integers(20, 150, (25, 2)).tolist()}
@@ -151,7 +151,7 @@ def test_the_tokens_of_images_of_all_sizes(name, several, tiny_vlm):
 
 
 def test_an_image_that_a_processor_refuses(tiny_vlm):
-    model = VLM(VLModelConfig(path=str(tiny_vlm("qwen2_5_vl"))))
+    model = VLM(VLMModelConfig(path=str(tiny_vlm("qwen2_5_vl"))))
     counter = TokenCounter(model.encoder, f"{model.processor.image_token}\nWhat?")
     found = counter.image_tokens({(40, 60), (20, 5000), (20, 6000)})
     assert found.tokens.keys() == {(40, 60)}
@@ -170,7 +170,7 @@ def test_rows_that_cannot_be_trained_on_are_named(tiny_vlm, tmp_path, pictures):
         said(3, [good], "<image>\nWhat is <|image_pad|>?", "noise"),
     ]
     write_json(Path(source["file"]), rows)
-    model = VLM(VLModelConfig(path=str(tiny_vlm("qwen2_5_vl")), max_length=40))
+    model = VLM(VLMModelConfig(path=str(tiny_vlm("qwen2_5_vl")), max_length=40))
     found = model.lengths("chat", rows_of(source, tmp_path), str(pictures))
     assert found.rows.tolist() == [0, 2]
     assert found.overflow.tolist() == [False, True]
@@ -185,7 +185,7 @@ def test_rows_that_cannot_be_trained_on_are_named(tiny_vlm, tmp_path, pictures):
 
 def test_counts_that_are_not_those_of_the_rows_are_not_believed(tiny_vlm, tmp_path, pictures):
     """A processor whose formula and whose texts are others than those that it encodes: rows are encoded instead."""
-    model = VLM(VLModelConfig(path=str(tiny_vlm("llava"))))
+    model = VLM(VLMModelConfig(path=str(tiny_vlm("llava"))))
     layout = model.processor.prepare_inputs_layout
     model.processor.prepare_inputs_layout = lambda images=None, text=None, **rest: (
         layout(images=images, text=text, **rest) if len(text) == 1 else layout(images=images, text=["x"] * len(text))

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
 
-from dora_mm.config.models import VLModelConfig
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
+from dora_mm.models.folders import identity_of
 from dora_mm.models.hub import commit_of, local_copy, unreachable
+from dora_mm.models.vl_bart.loading import is_vl_bart
 from dora_mm.models.vlm.encoding import Row, collate
 from dora_mm.models.vlm.family import VLM
-from dora_mm.models.vlm.folders import identity_of
 from dora_mm.models.vlm.forms import form_of
 from dora_mm.models.vlm.loading import LOADING_ERRORS, load_vlm, read_config
 
@@ -56,6 +57,22 @@ class Probe:
         )
 
 
+def checked_config(path: str, revision: str | None) -> Any:
+    """The config of a model into which adapters can be merged.
+
+    Raises:
+        ValueError: It is not a model of transformers, or a quantised one.
+    """
+    if is_vl_bart(path):
+        raise ValueError(f"MODEL {path} is a VL-BART, which transformers and vLLM cannot load, merged or not")
+    config = read_config(path, revision)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"MODEL {path} is quantised, and merging would lose the update: merge into the model that is not quantised"
+        )
+    return config
+
+
 def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     """Loads a vision-language model or a language model, with all that its folder has to hold.
 
@@ -69,7 +86,7 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     """
     config = read_config(path, revision)
     commit = commit_of(path, CONFIG_NAME, revision)
-    settings = VLModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype})
+    settings = VLMModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype})
     if hasattr(config, "vision_config"):
         vlm = VLM(settings)
         model, row = vlm.model, _picture_row(vlm)

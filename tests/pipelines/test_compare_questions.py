@@ -12,15 +12,15 @@ import yaml
 
 from dora_mm.cli import main
 from dora_mm.config import load_config
+from dora_mm.config.comparing import CompareConfig
 from dora_mm.eval.comparison import FULL, Variant
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
-from dora_mm.recipes import PIPELINES
-from dora_mm.train import campaign, jobs
-from dora_mm.train.campaign import Training
+from dora_mm.train import jobs
+from dora_mm.train.campaigns import trainings
+from dora_mm.train.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
+from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.train.jobs import Job
 from tests.models.vl_bart.small import DIM, small_bart, small_tokenizer
-
-compare_vl = PIPELINES.load("compare_vl")
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "vl"
 QUESTIONS = SAMPLES / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -106,18 +106,19 @@ def comparison(tmp_path, base):
             {"task": "nlvr2", "valid": nlvr2("test1")},
         ]
         values = {
-            "pipeline": "compare_vl",
+            "pipeline": "compare",
             "output": str(tmp_path / "campaign"),
             "base": changes.get("base") or base(),
             "steps": 2,
-            "rank": 4,
+            "ranks": [4],
             "learning_rates": {method: [1e-3, 1e-2, 1e-1] for method in ("full", "lora", "dora")},
             "extra_rates": 0,
             "seeds": [0, 1],
-            "report": {"tables": str(tmp_path / "tables"), "tasks": tasks},
         }
+        questions = {"report": changes.pop("report", {"tables": str(tmp_path / "tables"), "tasks": tasks})}
+        questions |= {key: changes.pop(key) for key in ("features", "decode") if key in changes}
         path = tmp_path / "compare.yaml"
-        path.write_text(yaml.safe_dump({**values, **changes}))
+        path.write_text(yaml.safe_dump({**values, "questions": questions, **changes}))
         return str(path)
 
     return write
@@ -133,21 +134,32 @@ def commands(monkeypatch):
         assert main(arguments) == 0
         return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
-    monkeypatch.setattr(campaign, "start_job", in_this_process)
+    monkeypatch.setattr(trainings, "start_job", in_this_process)
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.0)
     return found
 
 
+def evaluation_of(path: str) -> QuestionEvaluation:
+    config = load_config(path)
+    assert isinstance(config, CompareConfig)
+    assert config.questions is not None
+    return QuestionEvaluation(config, config.questions)
+
+
+def trainings_in(folder: Path, path: str, evaluation: QuestionEvaluation) -> Trainings:
+    return Trainings(folder, load_config(path).base, 1, evaluation.overrides)
+
+
 def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "campaign"
-    answer = compare_vl.Campaign.answer
+    answer = QuestionEvaluation.answer
 
-    def interrupted(self, training):
-        if training and training.variant.method == "dora":
+    def interrupted(self, adapter, seed):
+        if adapter and adapter.parent.name.startswith("dora"):
             raise KeyboardInterrupt
-        return answer(self, training)
+        return answer(self, adapter, seed)
 
-    monkeypatch.setattr(compare_vl.Campaign, "answer", interrupted)
+    monkeypatch.setattr(QuestionEvaluation, "answer", interrupted)
     assert main(["eval", comparison()]) == 130
     # full, LoRA 4, DoRA 2 and 4: three rates each, and one more training of the best for the second seed
     assert len(commands) == 4 * (3 + 1)
@@ -156,11 +168,11 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
     commands.clear()
     asked = []
     monkeypatch.setattr(
-        compare_vl.Campaign, "answer", lambda self, training: asked.append(training) or answer(self, training)
+        QuestionEvaluation, "answer", lambda self, adapter, seed: asked.append(adapter) or answer(self, adapter, seed)
     )
     assert main(["eval", comparison(workers=2)]) == 0  # this changes no result
     assert commands == []
-    assert {training.variant for training in asked} == {Variant("dora", 2), Variant("dora", 4)}
+    assert {adapter.parent.name.partition("-lr")[0] for adapter in asked} == {"dora-r2", "dora-r4"}
     assert len(asked) == 4
 
     rows = list(csv.DictReader((folder / "results.csv").open()))
@@ -188,17 +200,17 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
     chosen = next((folder / "answers").glob("lora-r4-*-seed1.json")).stem
     base = yaml.safe_load((tmp_path / "base.yaml").read_text())
     values = {key: base[key] for key in ("model", "vision")}
-    report = yaml.safe_load((tmp_path / "compare.yaml").read_text())["report"]
+    report = yaml.safe_load((tmp_path / "compare.yaml").read_text())["questions"]["report"]
     adapter, output = str(folder / "runs" / chosen), str(tmp_path / "eval")
     config = {**values, "pipeline": "eval_vl", "data": report, "adapter": adapter, "output": output, "examples": 0}
     (tmp_path / "eval.yaml").write_text(yaml.safe_dump(config))
     assert main(["eval", str(tmp_path / "eval.yaml")]) == 0
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
-    one = compare_vl.Campaign(load_config(comparison()))
+    evaluation = evaluation_of(comparison())
     trained = next(
         training for rate in (1e-3, 1e-2, 1e-1) if (training := Training(Variant("lora", 4), rate, 1)).name == chosen
     )
-    found = one.scores([one.answers(trained.name, trained)])
+    found = evaluation.scores(trainings_in(folder, comparison(), evaluation), [trained])
     for task in ("vqa", "nlvr2"):
         assert 100 * found[task].values_QS.mean() == pytest.approx(scores[task]["metrics"]["accuracy"])
 
@@ -219,20 +231,21 @@ def test_every_training_that_adapts_the_tower_answers_with_its_own_tower(compari
     )
     valid = vqa("val", skip=first_of_image(2), limit=first_of_image(4) - first_of_image(2), **images)
     report = {"tables": str(tmp_path / "tables"), "tasks": [{"task": "vqa", "valid": valid}]}
-    found = compare_vl.Campaign(load_config(comparison(report=report, steps=1, base=adapted)))
+    path = comparison(report=report, steps=1, base=adapted)
+    found = evaluation_of(path)
     training = Training(Variant("lora", 4), 0.01, 1)
-    found.trainings.train([training])
-    assert len(found.answers(training.name, training)["vqa"]) == len(found.examples["vqa"])
+    trainings_in(tmp_path, path, found).train([training])
+    adapter = tmp_path / "runs" / training.name / "adapter"
+    assert len(found.answer(adapter, training.seed)["vqa"]) == len(found.examples["vqa"])
     assert not any("lora_A" in name for name, _ in found.model.vision.named_parameters())
 
 
 def test_trainings_override_values_of_the_base(comparison, base):
-    config = load_config(comparison())
+    evaluation = evaluation_of(comparison())
     loaded = load_config(base())
 
     def trained(variant):
-        overrides = compare_vl.overrides(config, loaded, Training(variant, 0.25, 7), compare_vl.all_parts(loaded))
-        return load_config(config.base, overrides)
+        return load_config(base(), evaluation.overrides(Training(variant, 0.25, 7)))
 
     half = trained(Variant("dora", 2))
     assert (half.adapter.method, half.adapter.rank, half.adapter.alpha) == ("dora", 2, 6.0)
@@ -257,7 +270,7 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
         assert not (tmp_path / "campaign").exists()
         return capsys.readouterr().err
 
-    report = yaml.safe_load(Path(comparison()).read_text())["report"]
+    report = yaml.safe_load(Path(comparison()).read_text())["questions"]["report"]
     shared = {**report, "tasks": changed(report["tasks"], vqa=vqa("val", skip=1))}
     assert "images of vqa are also in the valid of vqa in" in refused(comparison(report=shared))
     trained = {**report, "tasks": changed(report["tasks"], vqa=vqa("train", limit=30))}
@@ -267,11 +280,11 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
     assert "has no answers to compare with: it is a test split" in refused(comparison(report=without))
     single = vqa("val", skip=first_of_image(2), limit=1)
     alone = {**report, "tasks": changed(report["tasks"], vqa=single)}
-    assert "report.tasks: vqa has only one image" in refused(comparison(report=alone))
+    assert "questions.report.tasks: vqa has only one image" in refused(comparison(report=alone))
     fewer = {**report, "tasks": report["tasks"][:1]}
-    assert "report.tasks: must be the tasks of" in refused(comparison(report=fewer))
+    assert "questions.report.tasks: must be the tasks of" in refused(comparison(report=fewer))
 
-    assert "is a config of compare_vl, not of train_vl" in refused(comparison(base=str(tmp_path / "compare.yaml")))
+    assert "is a config of compare, not of train_vl" in refused(comparison(base=str(tmp_path / "compare.yaml")))
     untuned = {**base.values["data"], "tasks": [{**base.values["data"]["tasks"][0], "valid": None}]}
     for changes, message in (
         ({"data": untuned, "evaluate": {}}, "has no valid for vqa"),
@@ -297,8 +310,9 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
     [
         ({"seeds": [3, 3]}, "seeds names a seed twice"),
         ({"seeds": [3]}, "seeds"),
-        ({"rank": 3}, "rank: must be a multiple of 2"),
-        ({"report": {"tasks": [{"task": "vqa"}]}}, "report.tasks: vqa has no valid"),
+        ({"ranks": [4, 3]}, "ranks: 3 has no half: take an even rank, or set half_ranks: false"),
+        ({"ranks": [4, 4]}, "ranks names a rank twice"),
+        ({"report": {"tasks": [{"task": "vqa"}]}}, "questions: report.tasks: vqa has no valid"),
         ({"report": {"tasks": [{"task": "vqa", "train": vqa("train")}]}}, "report.tasks: vqa may only have valid"),
     ],
 )
@@ -308,13 +322,12 @@ def test_invalid_configs(comparison, capsys, changes, message):
 
 
 def test_equal_names_are_equal_images_unless_their_folders_differ(tmp_path):
-    def split(folder: Path | None, *names: str) -> compare_vl.ValidationSet:
-        return compare_vl.ValidationSet(SimpleNamespace(images=lambda: names), folder and str(folder))
+    def split(folder: Path | None, *names: str) -> ValidationSet:
+        return ValidationSet(SimpleNamespace(images=lambda: names), folder and str(folder))
 
     (tmp_path / "a" / "sub").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     a, b = tmp_path / "a", tmp_path / "b"
-    shared = compare_vl.shared_images
-    assert shared(split(a, "1.png", "2.png"), split(b, "2.png")) == set()
-    assert shared(split(a, "sub/2.png"), split(a / "sub", "2.png")) == {str(a / "sub" / "2.png")}
-    assert shared(split(a, "sub/2.png", "1.png"), split(None, "2.png")) == {"2"}
+    assert shared_images(split(a, "1.png", "2.png"), split(b, "2.png")) == set()
+    assert shared_images(split(a, "sub/2.png"), split(a / "sub", "2.png")) == {str(a / "sub" / "2.png")}
+    assert shared_images(split(a, "sub/2.png", "1.png"), split(None, "2.png")) == {"2"}

@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from dora_mm.config.models import VLModelConfig
+from dora_mm.adapting.files import load_trained, save_trained
+from dora_mm.adapting.networks import adapt, train_mode
+from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.vlm.family import VLM
 from dora_mm.sampling.answers import answer_all
-from dora_mm.tasks import vl_adapters
-from dora_mm.tasks.vl_adapters import train_mode
 
 
 def tower() -> nn.Sequential:
@@ -49,15 +49,15 @@ def test_parameters_that_were_trained_themselves_are_loaded_as_they_were_trained
             "train": {"steps": 1, "batch_size": 1, "mixed_precision": "bf16"},
         }
     )
-    model = VLM(VLModelConfig.model_validate(settings))
-    trained = vl_adapters.adapt(model, config.adapter, seed=0, backend="torch")
+    model = VLM(VLMModelConfig.model_validate(settings))
+    trained = adapt(model.networks, model.target_maps, config.adapter, seed=0, backend="torch")
     with torch.no_grad():
         for parameter in trained.parameters.values():
             parameter += 1e-3
-    vl_adapters.save(trained, config, {}, tmp_path)
+    save_trained(trained, config, {}, tmp_path)
 
-    loaded = VLM(VLModelConfig.model_validate(settings))
-    vl_adapters.load(loaded, tmp_path, backend="torch")
+    loaded = VLM(VLMModelConfig.model_validate(settings))
+    load_trained(loaded, tmp_path, backend="torch")
     found = dict(loaded.model.named_parameters())
     for name in trained.extra["model"]:
         assert torch.equal(found[name], model.model.get_parameter(name)), name

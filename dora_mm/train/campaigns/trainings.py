@@ -1,12 +1,9 @@
-"""Campaigns of many trainings: the campaign folder, its runs, and the choice of learning rates.
-
-Every finished training is a run directory in the folder, so an interrupted campaign resumes where it stopped.
-"""
+"""The trainings of a campaign as processes and run directories, and the choice of learning rates."""
 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dora_mm.config.loader import differing_keys, load_config
-from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.training import LearningRates
 from dora_mm.eval.comparison import Variant
 from dora_mm.train.jobs import Job, run_jobs, start_job
-from dora_mm.train.run import SUMMARY, RunDirectory, open_run
+from dora_mm.train.run import SUMMARY
 from dora_mm.utils.atomic import write_text
 
 log = logging.getLogger(__name__)
@@ -53,32 +48,6 @@ class Chosen(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.rate:g}{'*' if self.is_extreme else ''}"
-
-
-def open_campaign(config: PipelineConfig, output: str, inputs: Mapping[str, str], free_keys: Collection[str]) -> Path:
-    """Opens the campaign's folder: a new one, or one that was started with the same config and the same inputs.
-
-    Args:
-        config: The config of the campaign.
-        output: The folder.
-        inputs: Digests of the data and models that the config refers to, by a description of each.
-        free_keys: The config keys that may differ, because they change no result.
-
-    Raises:
-        ValueError: The folder exists and is not a campaign's, or was started with a different config or inputs.
-    """
-    folder = Path(output).expanduser()
-    saved = folder / "config.yaml"
-    if not folder.exists():
-        return open_run(config, inputs).path
-    if not saved.is_file():
-        raise ValueError(f"output: {folder} exists and is not the folder of a comparison: choose another folder")
-    differing = [key for key in differing_keys(load_config(saved), config) if key not in free_keys]
-    differing += RunDirectory(folder).changed_inputs(inputs)
-    if differing:
-        keys = ", ".join(differing)
-        raise ValueError(f"output: {folder} was started with different values of {keys}: choose another folder")
-    return folder
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Campaigns: parallel trainings, failures and interruptions, resuming, and the choice of learning rates."""
+"""Trainings of a campaign: parallel ones, failures, interruptions, resuming, and the choice of learning rates."""
 
 import json
 import shutil
@@ -12,8 +12,9 @@ import torch
 
 from dora_mm.config.training import LearningRates
 from dora_mm.eval.comparison import FULL, Variant
-from dora_mm.train import campaign, jobs
-from dora_mm.train.campaign import Training, Trainings, candidate_rates, next_rate
+from dora_mm.train import jobs
+from dora_mm.train.campaigns import trainings as module
+from dora_mm.train.campaigns.trainings import Training, Trainings, candidate_rates, next_rate
 from dora_mm.train.jobs import Job, check_job, start_job
 
 LORA, DORA = Variant("lora", 2), Variant("dora", 2)
@@ -32,7 +33,7 @@ def test_an_interrupted_training_is_resumed(trainings, monkeypatch):
         commands.append(arguments)
         return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
-    monkeypatch.setattr(campaign, "start_job", start)
+    monkeypatch.setattr(module, "start_job", start)
     run = trainings.run(training)
     new = ["train", "base.yaml", "--set", "seed=0", "--set", f"output={run}"]
     trainings.train([training])
@@ -79,7 +80,7 @@ def test_trainings_run_in_parallel(trainings, monkeypatch):
         num_running.append(sum(process.poll() is None for process, _ in stub.started))
         return job
 
-    monkeypatch.setattr(campaign, "start_job", start)
+    monkeypatch.setattr(module, "start_job", start)
     trainings.train(SIX)
     assert len(stub.started) == 6
     assert max(num_running) == 2
@@ -89,7 +90,7 @@ def test_trainings_run_in_parallel(trainings, monkeypatch):
 def test_a_failure_stops_the_other_trainings(trainings, monkeypatch):
     slow, failing = Stub(60.0), Stub(0.0, status=2)
     monkeypatch.setattr(
-        campaign, "start_job", lambda name, *rest: (slow if name.endswith("seed0") else failing)(name, *rest)
+        module, "start_job", lambda name, *rest: (slow if name.endswith("seed0") else failing)(name, *rest)
     )
     with pytest.raises(ValueError, match="the training lora-r2-lr0.01-seed[1-5] .*dora-mm: no such file"):
         trainings.train(SIX)
@@ -99,7 +100,7 @@ def test_a_failure_stops_the_other_trainings(trainings, monkeypatch):
 
 def test_an_interruption_reaches_the_trainings(trainings, monkeypatch):
     stub = Stub(60.0)
-    monkeypatch.setattr(campaign, "start_job", stub)
+    monkeypatch.setattr(module, "start_job", stub)
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainings.train(SIX)

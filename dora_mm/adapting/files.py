@@ -1,0 +1,111 @@
+"""The adapters of a model for questions on disk: one folder, with a subfolder for each further network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+from yaml import YAMLError
+
+import dora_mm
+from dora_mm import formats
+from dora_mm.adapting.networks import Trained, to_float32
+from dora_mm.adapting.parts import MODEL
+from dora_mm.config import yaml12
+from dora_mm.config.loader import dump_config
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.models.vl import VLModel
+
+IDENTITIES = {  # keys of an adapter's header
+    "base_digest": "model.path: another base model",
+    "vision_digest": "vision: another tower or features",
+}
+
+
+def save_trained(trained: Trained, config: TrainVLConfig, identity: Mapping[str, str], folder: Path) -> None:
+    """Saves what was trained: in PEFT's format where it can hold it, else in our own."""
+    about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
+    about["pipeline_tag"] = config.model.pipeline_tag
+    if config.model.revision:
+        about["base_revision"] = config.model.revision
+    for component, network in trained.networks.items():
+        if component in trained.reports:
+            format = formats.format_for({component: network}, preferred="peft")
+            names = trained.extra.get(component, [])
+            path = folder if component == MODEL else folder / component
+            file = dora_mm.save_adapter(
+                {component: network}, path, format=format, metadata=about, extra_parameters=names
+            )
+            formats.remove_other_formats(file)  # a resumed run may have saved another one before
+
+
+def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Checks that an adapter was trained with this base model and vision tower.
+
+    Args:
+        folder: The adapter's folder, for the message.
+        metadata: The header of the adapter file.
+        here: The identity of the loaded model, by the keys of IDENTITIES. What either side lacks is not compared.
+
+    Raises:
+        ValueError: The adapter was trained with another base model or vision tower.
+    """
+    for key, what in IDENTITIES.items():
+        if metadata.get(key) and here.get(key) and metadata[key] != here[key]:
+            raise ValueError(f"{what} than the one that the adapter {folder} was trained with")
+
+
+def seed_of(folder: Path) -> int:
+    """The seed of the weights that no file of the base model holds, from an adapter's header.
+
+    Returns:
+        The seed; 0 if the header names none.
+
+    Raises:
+        ValueError: The header's seed is not a number.
+    """
+    text = formats.read(folder)[1].get("seed", "0")
+    if not text.isdecimal():
+        raise ValueError(f"{formats.find_file(folder)} has a header key seed that is not a number: {text!r}")
+    return int(text)
+
+
+def saved_config(path: Path) -> TrainVLConfig | None:
+    """The config of the training that saved an adapter, from the header of its file; None: no such training saved it.
+
+    Args:
+        path: The adapter's file or folder.
+
+    Raises:
+        ValueError: There is no adapter.
+    """
+    try:
+        return TrainVLConfig.model_validate(yaml12.read(formats.read(path)[1]["config"]).value)
+    except (KeyError, YAMLError, ValidationError):
+        return None
+
+
+def load_trained(model: VLModel, path: Path, *, backend: str) -> None:
+    """Loads the adapters of a model, after checking that they were trained with it.
+
+    Args:
+        model: The bare model.
+        path: A run directory, an adapter folder or an adapter file.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: The adapter belongs to another model, or adapts a network that this one does not have.
+    """
+    folder = formats.adapter_folder(path)
+    check_identity(folder, formats.read(folder)[1], model.identity)
+    subfolders = {file.parent.name for file in folder.glob("*/*.safetensors")}
+    if missing := sorted(subfolders - set(model.networks)):
+        raise ValueError(
+            f"{folder} adapts the {missing[0]} tower too: remove vision.features, so that the tower encodes the images"
+        )
+    for component in (MODEL, *sorted(subfolders)):
+        network, path = model.networks[component], folder if component == MODEL else folder / component
+        own = formats.read(path, {component: network})[0].parameters.get(component, {})
+        to_float32(parameter for name, parameter in network.named_parameters() if name in own)  # as they were trained
+        dora_mm.load_adapter({component: network}, path, backend=backend)

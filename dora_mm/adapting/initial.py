@@ -1,0 +1,150 @@
+"""Where a training starts: the adapter file of `adapter.init_from`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+import dora_mm
+from dora_mm import backend as backends
+from dora_mm import formats
+from dora_mm.adapting.files import check_identity
+from dora_mm.adapting.networks import Trained, spec_of
+from dora_mm.adapting.parts import MODEL
+from dora_mm.config.adapter import AdapterConfig, PartConfig
+from dora_mm.config.loader import resolve_path
+from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
+from dora_mm.core.inject import inject_paths
+from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.tools.comfy import other_half
+
+FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
+
+
+def load_initial_file(trained: Trained, config: AdapterConfig, backend: str) -> None:
+    """Loads `adapter.init_from`, one file of any tool for all networks.
+
+    Its modules beside those that the config selects are adapted, too: files of other tools adapt modules for which
+    there are no parts, such as `proj_in`, and have other ranks in some.
+
+    Args:
+        trained: What the config trains, freshly injected.
+        config: The `adapter` section.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: The file cannot be read, does not fit the networks, or its alpha differs from the config's; a module
+            cannot be adapted, or its adapter has no low rank.
+    """
+    assert config.init_from is not None
+    file = resolve_path(config.init_from, "adapter.init_from")
+    check_low_rank(formats.find_file(file))
+    for component, others in _adapt_others(file, trained.networks, config, backend).items():
+        known = trained.reports.get(component, InjectReport(()))
+        trained.reports[component] = InjectReport(known.modules + others.modules)
+    adapters = trained.adapter_parameters()  # in the order of the networks, which gradient norms are summed in
+    own = {name: parameter for name, parameter in trained.parameters.items() if name not in adapters}
+    trained.parameters = {**own, **adapters}
+    _load(trained.adapted, file)
+
+
+def _adapt_others(
+    file: Path, networks: Mapping[str, nn.Module], config: AdapterConfig, backend: str
+) -> dict[str, InjectReport]:
+    """Adapts the modules of a file that are not adapted yet, with the method, rank and alpha of the file.
+
+    Returns:
+        What was adapted here, by component.
+    """
+    state, _ = formats.read(file, networks)
+    reports: dict[str, InjectReport] = {}
+    for component, network in networks.items():
+        modules, wanted = dict(network.named_modules()), {}
+        for path, layer in state.layers.get(component, {}).items():
+            if path in modules and not isinstance(modules[path], AdaptedLayer):  # loading refuses what is not there
+                own = {key: getattr(layer.spec, key) for key in ("method", "rank", "alpha")}
+                wanted[path] = FROM_FILE, spec_of(config, PartConfig(**own))
+        if wanted:
+            reports[component] = inject_paths(network, wanted, forward=backends.select(backend))
+    return reports
+
+
+def check_low_rank(file: Path) -> None:
+    """Checks that a file can be trained on.
+
+    Raises:
+        ValueError: It holds differences of weights, or magnitudes of input columns, which load as LoRA of full rank; or
+            it is one of two files.
+    """
+    adapter = AdapterFile(file)
+    if half := other_half(adapter.header):
+        raise ValueError(f"adapter.init_from: {file}: {half}")
+    for module, endings in adapter.modules.items():
+        if "diff" in endings or adapter.axis(module) == "in":
+            raise ValueError(
+                f"adapter.init_from: {file} has no low rank at {module}, and can be drawn with but not trained on: fit "
+                "it with dora-mm convert --to diffusers --rank R --allow-lossy, or extract"
+            )
+
+
+def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mapping[str, str]) -> None:
+    """Loads `adapter.init_from`, a folder as `files.save` writes it.
+
+    Args:
+        trained: What the config trains, freshly injected.
+        config: The `adapter` section.
+        identity: The identity of the loaded model, see `check_identity`.
+
+    Raises:
+        ValueError: The adapter was trained with another base model or vision tower, or holds parameters that this run
+            would neither train nor save.
+    """
+    assert config.init_from is not None
+    folder = formats.adapter_folder(resolve_path(config.init_from, "adapter.init_from"))
+    state, metadata = formats.read(folder, {MODEL: trained.networks[MODEL]})
+    check_identity(folder, metadata, identity)
+    untrained = sorted(set(state.parameters.get(MODEL, ())) - set(trained.extra[MODEL]))
+    if untrained:
+        raise ValueError(
+            f"adapter.init_from: {folder} also trained {untrained[0]}, which adapter.extra_trainable does not include"
+        )
+    subfolders = {file.parent.name for file in folder.glob("*/*.safetensors")}
+    if different := sorted(subfolders ^ (set(trained.networks) - {MODEL})):
+        raise ValueError(
+            f"adapter.init_from: only one of {folder} and adapter.parts adapts the {different[0]} tower: either both "
+            "or neither must do so"
+        )
+    for component, network in trained.networks.items():
+        path = folder if component == MODEL else folder / component
+        _load({component: network}, path)
+
+
+def _load(adapted: Mapping[str, nn.Module], file: Path) -> None:
+    """Loads an adapter file into freshly injected networks.
+
+    Args:
+        adapted: The adapted networks by component.
+        file: The adapter file or its folder.
+
+    Raises:
+        ValueError: The file does not fit the networks, or its alpha differs from the config's.
+    """
+    before = _alphas(adapted)
+    dora_mm.load_adapter(adapted, file)
+    for path, alpha in _alphas(adapted).items():
+        if alpha != before[path]:
+            raise ValueError(
+                f"adapter.init_from: {file} has alpha {alpha:g}, and adapter.alpha is {before[path]:g} ({path})"
+            )
+
+
+def _alphas(adapted: Mapping[str, nn.Module]) -> dict[str, float]:
+    """The alpha of every adapted layer that has one, by component and path."""
+    return {
+        f"{component}.{path}": layer.adaptation.spec.alpha or 0.0
+        for component, network in adapted.items()
+        for path, layer in adapted_layers(network).items()
+        if layer.adaptation.spec.method in ("dora", "lora")
+    }

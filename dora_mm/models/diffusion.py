@@ -1,0 +1,228 @@
+"""The seam of image models: what training, sampling and evaluation need of a family. One family is one class.
+
+A family subclasses `ImageModel` in a file of its own, and has a line in `families.py`, a section in config/models.py, a
+target map and a recipe; nothing else knows it. Shapes: B images or prompts, C channels, L tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from dora_mm import targets
+from dora_mm.config.schema import Section
+from dora_mm.core import TargetMap
+from dora_mm.data.images.buckets import Framing
+from dora_mm.data.images.latents import Latents
+from dora_mm.models.noise import NoiseProcess
+from dora_mm.models.opening import Parts
+from dora_mm.utils.digest import module_digest
+
+Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L, D), (P,)
+
+
+class ImageModel(ABC):
+    """A text-to-image model with all that turns pictures and captions into losses, and prompts into pictures.
+
+    Args:
+        parts: The parts of its pipeline, named as in diffusers; they are also attributes.
+        settings: The family's section of the config.
+    """
+
+    title: ClassVar[str]  # the name of the family, for messages
+    section: ClassVar[str]  # the key of the family's section in the config
+    pipeline_name: ClassVar[str]  # the class of diffusers
+    phases: ClassVar[tuple[tuple[str, ...], ...]]  # its parts, as they are loaded: the denoiser in a group of its own
+    denoiser: ClassVar[str]  # the network that predicts
+    maps: ClassVar[Mapping[str, str]]  # the target maps of the networks that can be adapted, the denoiser first
+    cell: ClassVar[int]  # sides of pictures are multiples of this number of pixels
+    # Names of tensors begin with these in a single checkpoint; empty: the family has none
+    single_file: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, parts: Parts, settings: Section | None = None):
+        self.parts = parts
+        self.settings: Any = settings or self.default_settings()
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "parts" and name in self.parts.names:
+            return self.parts[name]
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    # --- its networks ------------------------------------------------------------------------------------------------
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks that were not released, by component, loaded where they are not yet; the denoiser first."""
+        names = [self.denoiser, *(name for name in self.parts.names if name != self.denoiser)]
+        found = {name: self.parts[name] for name in names}
+        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The networks that encode pictures and captions, and were not released: all but the denoiser."""
+        found = {name: self.parts[name] for name in self.parts.names if name != self.denoiser}
+        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+
+    @property
+    def adaptable(self) -> dict[str, nn.Module]:
+        """The networks that can be adapted and were not released."""
+        return {name: network for name, network in self.networks.items() if name in self.maps}
+
+    @property
+    def target_maps(self) -> dict[str, TargetMap]:
+        """The target map of each network that can be adapted and was not released, the denoiser's first."""
+        return {name: targets.find(self.maps[name]) for name in self.maps if not self.parts.is_released(name)}
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """The names of the text encoders."""
+        return [name for name in self.parts.names if name.startswith("text_encoder")]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts.device
+
+    def to(self, device: torch.device | str) -> ImageModel:
+        """Moves all networks to a device; returns self."""
+        self.parts.to(device)
+        return self
+
+    def freeze(self) -> ImageModel:
+        """Turns gradients off and eval mode on in all networks; returns self."""
+        for network in self.networks.values():
+            network.requires_grad_(False).eval()
+        return self
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def vae_identity(self) -> str:
+        """What cached latents depend on besides the image."""
+        return module_digest(self.vae)
+
+    @property
+    @abstractmethod
+    def resolution(self) -> int:
+        """Side, in pixels, of the pictures that the model was trained on."""
+
+    @classmethod
+    @abstractmethod
+    def default_settings(cls) -> Section:
+        """The family's section where a config has none."""
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def noise(self) -> NoiseProcess:
+        """How latents are noised, and what the denoiser is asked for.
+
+        Raises:
+            ValueError: It is asked for something that cannot be trained.
+        """
+
+    @property
+    def unconditional(self) -> str:
+        """The embedding without a caption: "empty", the encoded empty text, or "zeros"."""
+        return "empty"
+
+    @abstractmethod
+    def prompt_length(self, prompt: str) -> int:
+        """How long a prompt is as the denoiser sees it: prompts of one length fill a batch without padding."""
+
+    def num_tokens(self, prompt: str) -> int:
+        """The tokens of a prompt, with those that the tokenizer adds."""
+        return len(self.tokenizer(prompt).input_ids)
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
+        """Encodes prompts of any length."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> Latents:
+        """The VAE's posterior of images (B, 3, H, W) in [-1, 1]: float32, as the VAE gives it."""
+
+    @abstractmethod
+    def normalized(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) that were drawn from the posterior as the denoiser expects them."""
+
+    @abstractmethod
+    def predict(self, noised: Tensor, time: Tensor, prompts: Sequence[Prompt], framings: Sequence[Framing]) -> Tensor:
+        """What `noise` asks for, of noised latents (B, C, h, w) at times (B,).
+
+        Args:
+            noised: The latents.
+            time: As `noise` gives them.
+            prompts: B prompts; padding has no effect on the result.
+            framings: How each picture was brought to its size, for families that are conditioned on it.
+        """
+
+    # --- drawing -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_for_drawing(self, prompt: str, negative_prompt: str | None) -> Prompt:
+        """Encodes the prompts of one picture, for `pipeline_inputs`.
+
+        Args:
+            prompt: A prompt of any length.
+            negative_prompt: None is what the family takes without one.
+        """
+
+    @abstractmethod
+    def pipeline_inputs(
+        self, encoded: Sequence[Prompt], *, steps: int, guidance: float, width: int, height: int
+    ) -> dict[str, Any]:
+        """The arguments of the pipeline for a batch of pictures.
+
+        Args:
+            encoded: From `encode_for_drawing`, one per picture, of prompts of one length.
+            steps: The number of denoising steps.
+            guidance: The scale of classifier-free guidance; 1 is none.
+            width: In pixels.
+            height: In pixels.
+        """
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline that shares these parts (no copies), without those that were released."""
+        pipe = self.make_pipeline({name: self.parts[name] for name in self.parts.names})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @classmethod
+    def pipeline_class(cls) -> Any:
+        """The class of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, cls.pipeline_name)
+
+    def make_pipeline(self, parts: dict[str, Any]) -> Any:
+        """Builds the pipeline of its parts, of which some may be None."""
+        return self.pipeline_class()(**parts)
+
+
+def padded(prompts: Sequence[Prompt], name: str) -> tuple[Tensor, Tensor | None]:
+    """Pads embeddings of a batch.
+
+    Args:
+        prompts: B prompts.
+        name: Which of their tensors, (L, D) each.
+
+    Returns:
+        The embeddings (B, L, D), L of the longest; and a mask (B, L) that is False where one is padded, or None if none
+        is.
+    """
+    rows = [prompt[name] for prompt in prompts]
+    lengths = [len(row) for row in rows]
+    text = pad_sequence(rows, batch_first=True)
+    if min(lengths) == max(lengths):
+        return text, None
+    mask = torch.arange(max(lengths), device=text.device) < torch.tensor(lengths, device=text.device)[:, None]
+    return text, mask

@@ -1,0 +1,95 @@
+"""The families of image models, and which one a folder, a file or a hub repository is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dora_mm.config.loader import resolve_model
+from dora_mm.config.models import ModelConfig
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.hub import local_copy
+from dora_mm.models.opening import (
+    Parts,
+    check_complete,
+    check_revision,
+    load_parts,
+    load_vae,
+    pipeline_class_of,
+    tensor_names,
+)
+from dora_mm.models.sdxl.family import SDXL
+from dora_mm.models.z_image import ZImage
+
+FAMILIES: tuple[type[ImageModel], ...] = (SDXL, ZImage)
+
+
+def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
+    """The family of a model, by its index or by the names of the tensors in a single checkpoint.
+
+    Args:
+        path: A folder, a `.safetensors` file or a hub name.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
+
+    Raises:
+        ValueError: There is no model, or it is of no family here.
+    """
+    if Path(path).is_file():
+        names = tensor_names(Path(path))
+        for family in FAMILIES:
+            starts = family.single_file
+            if starts and all(any(name.startswith(start) for name in names) for start in starts):
+                return family
+        files = " and ".join(family.title for family in FAMILIES if family.single_file)
+        raise ValueError(f"{path} cannot be loaded: it is no checkpoint of {files}, of which single files are read.")
+    name = pipeline_class_of(path, revision)
+    for family in FAMILIES:
+        if family.pipeline_name == name:
+            return family
+    known = ", ".join(f"{family.title} ({family.pipeline_name})" for family in FAMILIES)
+    raise ValueError(f"{path} is a {name}, which is no family of image models here; there are {known}.")
+
+
+def load_image_model(config: ModelConfig) -> ImageModel:
+    """Opens the model that a config's `model` section names: frozen, in the configured dtype, on the CPU.
+
+    Its parts are loaded when they are asked for.
+
+    Raises:
+        ValueError: The model or its VAE does not exist, is incomplete or of no family here, a local model has a
+            revision, or the section has keys of another family; the message names the key.
+    """
+    path, dtype = check_revision(config), getattr(torch, config.dtype)
+    family = family_of(path, config.revision)
+    for other in FAMILIES:
+        if other is not family and getattr(config, other.section) is not None:
+            raise ValueError(f"model.{other.section}: {path} is {family.title}, not {other.title}: leave it out.")
+    names = [name for phase in family.phases for name in phase]
+    if Path(path).is_dir():
+        check_complete(Path(path), names)
+
+    def load(wanted):
+        return load_parts(family.pipeline_class(), path, wanted, names, dtype, config.revision)
+
+    parts = Parts(load, family.phases)
+    if config.vae:
+        parts["vae"] = load_vae(resolve_model(config.vae, "model.vae"), dtype)
+    return family(parts, getattr(config, family.section))
+
+
+def load_if_local(config: ModelConfig) -> ImageModel | None:
+    """As `load_image_model`; None if a part of the model would have to be downloaded.
+
+    Raises:
+        ValueError: A local model does not exist, is incomplete or of no family here; the message names the key.
+    """
+    given = resolve_model(config.path)
+    found = {"path": local_copy(given, config.revision)}
+    if config.vae:
+        found["vae"] = local_copy(resolve_model(config.vae, "model.vae"))
+    if None in found.values():
+        return None
+    revision = config.revision if Path(given).exists() else None  # the copy is of this revision
+    changes = {"revision": revision, **{key: str(path) for key, path in found.items()}}
+    return load_image_model(config.model_copy(update=changes))

@@ -1,0 +1,150 @@
+"""How latents are noised, and what a network is asked for: one class per kind of model.
+
+Both have the same methods, so that the loss is written once (tasks/diffusion.py). x are latents without noise (B, C, h,
+w), e is noise of the same shape, and a time t (B,) is what the network is told.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+Size = Sequence[int]  # (h, w) of latents
+
+
+class NoiseProcess(Protocol):
+    """What noise is added to latents, and what the network predicts.
+
+    Attributes:
+        prediction: What the network predicts: "epsilon", "v_prediction" or "velocity".
+        num_steps: The number of times of a discrete schedule; None: times are continuous.
+    """
+
+    prediction: str
+    num_steps: int | None
+
+    def times(self, u: Tensor, size: Size) -> Tensor:
+        """The times (B,) at shares u (B,) of the way from no noise, 0, to noise alone, 1."""
+        ...
+
+    def noised(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+        """The noised latents (B, C, h, w)."""
+        ...
+
+    def target(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+        """What the network should predict (B, C, h, w)."""
+        ...
+
+    def clean(self, noised: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        """The latents without noise (B, C, h, w) that follow from a prediction in float32."""
+        ...
+
+    def signal_to_noise(self, t: Tensor) -> Tensor:
+        """The ratio (B,) of the variances of signal and noise, float32."""
+        ...
+
+
+class Diffusion:
+    """Noise of a discrete schedule (Ho et al. 2020, arXiv 2006.11239), with epsilon or v as the target.
+
+    Args:
+        config: The config of the model's scheduler.
+
+    Raises:
+        ValueError: The model predicts something other than epsilon or v; or it predicts epsilon although its last step
+            has no signal at all, where epsilon is meaningless.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.schedule: Any = DDPMScheduler.from_config(dict(config))  # annotated as a tuple
+        self.prediction: str = self.schedule.config.prediction_type
+        self.num_steps: int | None = self.schedule.config.num_train_timesteps
+        if self.prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"The model predicts {self.prediction}; only epsilon and v_prediction can be trained.")
+        if self.prediction == "epsilon" and self.schedule.config.rescale_betas_zero_snr:
+            raise ValueError("The model's schedule ends without any signal, which needs v_prediction, not epsilon.")
+
+    def times(self, u: Tensor, size: Size) -> Tensor:
+        steps = self.schedule.config.num_train_timesteps
+        return (steps * u).long().clamp(max=steps - 1)
+
+    def noised(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+        return self.schedule.add_noise(x, e, t)
+
+    def target(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+        return e if self.prediction == "epsilon" else self.schedule.get_velocity(x, e, t)
+
+    def clean(self, noised: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        signal = self._signal(t).view(-1, 1, 1, 1)
+        if self.prediction == "epsilon":
+            return (noised - (1 - signal).sqrt() * predicted) / signal.sqrt()
+        return signal.sqrt() * noised - (1 - signal).sqrt() * predicted
+
+    def signal_to_noise(self, t: Tensor) -> Tensor:
+        signal = self._signal(t)
+        return signal / (1 - signal)
+
+    def _signal(self, t: Tensor) -> Tensor:
+        """The share of the signal in the variance (B,)."""
+        return self.schedule.alphas_cumprod.to(t.device)[t].float()
+
+
+class Flow:
+    """Rectified flow (Liu et al. 2022, arXiv 2209.03003): noised = (1 - t) x + t e, and the network predicts e - x.
+
+    Args:
+        config: The config of the model's scheduler, which has the shift towards noise.
+        patch: The side of the patches that are the network's tokens, in latents; the shift can depend on their number.
+    """
+
+    prediction, num_steps = "velocity", None
+
+    def __init__(self, config: Mapping[str, Any], patch: int):
+        self.config, self.patch = config, patch
+
+    def sigma(self, u: Tensor, num_tokens: int) -> Tensor:
+        """The noise levels (N,) at shares u (N,) of the way: what training draws from, and the steps of sampling.
+
+        With s the shift, s u / (1 + (s - 1) u). It is fixed, or e^mu where mu rises with the number of tokens as in
+        diffusers' `FlowMatchEulerDiscreteScheduler` (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+        """
+        shift = float(self.config.get("shift", 1.0))
+        if self.config.get("use_dynamic_shifting"):
+            low, high = self.config.get("base_image_seq_len", 256), self.config.get("max_image_seq_len", 4096)
+            least, most = self.config.get("base_shift", 0.5), self.config.get("max_shift", 1.15)
+            mu = torch.tensor(least + (most - least) * (num_tokens - low) / (high - low))
+            shift = float(mu.exp() if self.config.get("time_shift_type", "exponential") == "exponential" else mu)
+        return shift * u / (1 + (shift - 1) * u)
+
+    def schedule(self, num_steps: int, size: Size) -> list[float]:
+        """The noise levels of sampling in `num_steps` steps, from noise; the last step ends at 0, which is left out."""
+        even = torch.linspace(1, 1 / num_steps, num_steps)
+        return self.sigma(even, self._num_tokens(size)).tolist()
+
+    def sampler(self) -> FlowMatchEulerDiscreteScheduler:
+        """Diffusers' scheduler for the levels of `schedule`, which it must not shift again."""
+        found: Any = FlowMatchEulerDiscreteScheduler.from_config(
+            dict(self.config), shift=1.0, use_dynamic_shifting=False
+        )
+        return found
+
+    def times(self, u: Tensor, size: Size) -> Tensor:
+        return self.sigma(u, self._num_tokens(size))
+
+    def noised(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+        t = t.view(-1, 1, 1, 1)
+        return (1 - t) * x + t * e
+
+    def target(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
+        return e - x
+
+    def clean(self, noised: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+        return noised - t.view(-1, 1, 1, 1) * predicted
+
+    def signal_to_noise(self, t: Tensor) -> Tensor:
+        return ((1 - t) / t).square().float()
+
+    def _num_tokens(self, size: Size) -> int:
+        return (size[0] // self.patch) * (size[1] // self.patch)

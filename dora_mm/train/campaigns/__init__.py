@@ -1,0 +1,1 @@
+"""Campaigns: many trainings that compare methods, on pictures or on questions; they name no family of models."""

@@ -1,0 +1,172 @@
+"""Campaigns of style adapters: things that no adapter has seen are drawn, and a judge scores the pictures."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+import dora_mm
+from dora_mm.config.comparing import CompareConfig, ComparePicturesConfig
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.judge import RoleConfig
+from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.data.images.folder import digest_of, read_training_images
+from dora_mm.eval.comparison import Result, Variant
+from dora_mm.eval.images.comparison import contrasts_table, results_csv, results_table
+from dora_mm.eval.images.encoder import Encoder
+from dora_mm.eval.images.judge import FILES, Judge, evenly_spaced
+from dora_mm.eval.images.prompts import fill
+from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
+from dora_mm.eval.statistics import Interval
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.image_families import load_image_model
+from dora_mm.sampling.before_after import sample_merged
+from dora_mm.sampling.grids import sheet
+from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base
+from dora_mm.train.campaigns.trainings import Training, Trainings
+from dora_mm.utils.devices import default_device
+from dora_mm.utils.digest import module_digest
+
+BARE_FLAT, BARE = "bare model, flat prompts", "bare model"
+
+
+class PictureEvaluation:
+    """The `Evaluation` of style adapters. A learning rate is chosen on the `tune` things of the judge.
+
+    Pictures are kept in the folder's pictures/, their scores in scores/.
+
+    Args:
+        config: The config of the campaign.
+        settings: Its section `pictures`.
+
+    Raises:
+        ValueError: The base config, the judge, the model or the images cannot be used.
+    """
+
+    def __init__(self, config: CompareConfig, settings: ComparePicturesConfig):
+        self.config, self.settings = config, settings
+        self.base = load_base(config, TrainDiffusionConfig, "train_diffusion")
+        check_trainings(config, self.overrides)
+        judge = resolve_path(settings.judge, "pictures.judge")
+        self.judge = Judge.load(judge)
+        self.concepts = {
+            choice.role: self.judge.choose(choice.role, choice.count) for choice in (settings.tune, settings.report)
+        }
+        self.device = default_device()
+        model = self.load_model()
+        self.judge.check_model(model.resolution, module_digest(model.networks["vae"]))
+        self.encoder = Encoder(self.device)
+        self.inputs: Mapping[str, str] = {
+            "base": dump_config(self.base),
+            "the pictures and captions": digest_of(read_training_images(self.base.data)),
+            **{f"the model's {name}": module_digest(network) for name, network in model.networks.items()},
+            "the judge's files": hashlib.sha256(b"".join((judge / name).read_bytes() for name in FILES)).hexdigest(),
+        }
+
+    def load_model(self) -> ImageModel:
+        """Loads the bare model, once per adapter, because weights of method `full` replace the base's."""
+        return load_image_model(self.base.model).to(self.device)
+
+    def overrides(self, training: Training) -> list[str]:
+        """The overrides of one training; alpha = rank, so that every update is scaled by 1."""
+        return [
+            *common_overrides(self.config, training, alpha=float(training.variant.rank or 1)),
+            "sample.prompts=[]",
+            "adapter.strength=1.0",  # the only one that method full has
+        ]
+
+    def baselines(self, folder: Path) -> list[Result]:
+        """The rows of the bare model, asked for the style that it knows and for the target style."""
+        settings, results = self.settings, []
+        for name, template in ((BARE_FLAT, settings.flat_prompt), (BARE, settings.prompt)):
+            found = self.judged(folder, name, template, settings.report, self.config.seeds)
+            results.append(Result(name, summarize(found, settings.style, self.judge.style_space, over_seeds=False)))
+        return results
+
+    def value(self, trainings: Trainings, training: Training) -> float:
+        """The mean probability of the right style and concept on the `tune` things."""
+        tune, adapter = self.settings.tune, trainings.adapter(training)
+        found = self.judged(trainings.folder, training.name, self.settings.prompt, tune, tune.seeds, adapter)
+        return float(found.soft_both(self.settings.style).mean())
+
+    def scores(self, trainings: Trainings, repeated: Sequence[Training]) -> Scores:
+        """The scores of the `report` things, which every training has drawn with its own seed."""
+        folder, prompt, report = trainings.folder, self.settings.prompt, self.settings.report
+        return concatenate_seeds(
+            [self.judged(folder, t.name, prompt, report, (t.seed,), trainings.adapter(t)) for t in repeated]
+        )
+
+    def intervals(self, scores: Scores) -> dict[str, Interval]:
+        """The intervals over things and trainings, by metric."""
+        return summarize(scores, self.settings.style, self.judge.style_space, over_seeds=True)
+
+    def judged(
+        self,
+        folder: Path,
+        name: str,
+        template: str,
+        choice: RoleConfig,
+        seeds: Sequence[int],
+        adapter: Path | None = None,
+    ) -> Scores:
+        """Draws and judges things, unless the folder has their scores.
+
+        Args:
+            folder: The campaign's folder.
+            name: The name of the training or of the bare model, for file names.
+            template: The prompt, with {thing} for the thing.
+            choice: Which things.
+            seeds: The seeds of the pictures of each thing.
+            adapter: The adapter folder to draw with; None draws with the bare model.
+        """
+        stem = file_stem(name, choice)
+        path = folder / "scores" / f"{stem}.json"
+        if not path.is_file():
+            concepts = self.concepts[choice.role]
+            model = self.load_model()
+            if adapter is not None:
+                dora_mm.load_adapter(model.adaptable, adapter)
+            cells = [(concept, seed) for concept in concepts for seed in seeds]
+            prompts = [fill(template, concept) for concept, _ in cells]
+            images = sample_merged(model, prompts, [seed for _, seed in cells], self.settings.draw, stem)
+            pictures = folder / "pictures" / stem
+            pictures.mkdir(parents=True, exist_ok=True)
+            for (concept, seed), image in zip(cells, images, strict=True):
+                image.save(pictures / f"{concept.code}-seed{seed}.png")
+            self.judge.scores(self.encoder(images), concepts, seeds).save(path)
+        return Scores.load(path)  # rounded, as a resumed campaign reads them
+
+    def report(
+        self,
+        folder: Path,
+        results: Sequence[Result],
+        scores: Mapping[Variant, Scores],
+        trained: Mapping[str, Sequence[Training]],
+    ) -> Report:
+        """The table, the paired differences, how far the judge is right, and a sheet."""
+        style, things = self.settings.style, len(self.concepts[self.settings.report.role])
+        paragraphs = [
+            f"Style {style}, {things} things that no adapter has seen, {len(self.config.seeds)} trainings of "
+            f"{self.config.steps} steps; 95 % intervals over things and trainings. Both: in the style and the right "
+            "thing. Full fine-tuning trains all weights of the same layers.",
+            results_table(results),
+            contrasts_table(self.config.ranks, scores, style),
+            self.judge.describe(),
+        ]
+        return Report(paragraphs, results_csv(results), self.sheet(folder, trained))
+
+    def sheet(self, folder: Path, trained: Mapping[str, Sequence[Training]]) -> Image.Image:
+        """A row per row of the table, a column per thing (evenly spaced), with the first seed of each."""
+        concepts = self.concepts[self.settings.report.role]
+        columns = evenly_spaced(concepts, min(self.settings.columns, len(concepts)))
+        names = {BARE_FLAT: BARE_FLAT, BARE: BARE} | {row: found[0].name for row, found in trained.items()}
+        folders = [folder / "pictures" / file_stem(name, self.settings.report) for name in names.values()]
+        seed = self.config.seeds[0]
+        rows = [[Image.open(each / f"{concept.code}-seed{seed}.png") for concept in columns] for each in folders]
+        return sheet(rows, list(names), [concept.name for concept in columns])
+
+
+def file_stem(name: str, choice: RoleConfig) -> str:
+    """The name of the folder of pictures, and of the file of their scores."""
+    return f"{name}-{choice.role}".replace(", ", "-").replace(" ", "-")

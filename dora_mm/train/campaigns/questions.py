@@ -1,0 +1,288 @@
+"""Campaigns of models that answer questions about images: splits of the tasks are answered, and the answers scored."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from dora_mm.adapting.files import load_trained
+from dora_mm.config.comparing import CompareConfig, CompareQuestionsConfig
+from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.config.vl_data import VLDataConfig
+from dora_mm.data.vl.example import Example, Predictions, stem
+from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation, training_texts
+from dora_mm.data.vl.tables import open_table
+from dora_mm.eval.comparison import Result, Variant
+from dora_mm.eval.statistics import Interval
+from dora_mm.eval.vl.comparison import (
+    AnswerScores,
+    answer_scores,
+    caption_notes,
+    describe_sizes,
+    gain_over_question_only,
+    group_of,
+    intervals,
+    vl_contrasts_table,
+    vl_results_csv,
+    vl_results_table,
+)
+from dora_mm.eval.vl.metrics import QUESTION_TASKS
+from dora_mm.eval.vl.question_only import question_only_answers
+from dora_mm.models.families import load_family, structure_of
+from dora_mm.models.vl import VLModel
+from dora_mm.sampling.answers import answer_all
+from dora_mm.tasks.vl import answerers
+from dora_mm.train.campaigns.campaign import Report, check_trainings, common_overrides, load_base
+from dora_mm.train.campaigns.trainings import Training, Trainings
+from dora_mm.train.validation import overall
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.devices import default_device
+
+log = logging.getLogger(__name__)
+BARE, QUESTION_ONLY = "untrained base", "questions alone"
+TaskScores = Mapping[str, AnswerScores]  # by task
+
+
+class QuestionEvaluation:
+    """The `Evaluation` of answers. A learning rate is chosen on the valid splits of the base config.
+
+    Answers are kept in the folder's answers/.
+
+    Args:
+        config: The config of the campaign.
+        settings: Its section `questions`.
+
+    Raises:
+        ValueError: The base config, the model, the vision tower or the data cannot be used, or reported images are used
+            for training or tuning.
+    """
+
+    def __init__(self, config: CompareConfig, settings: CompareQuestionsConfig):
+        self.config, self.settings = config, settings
+        self.base = load_base(config, TrainVLConfig, "train_vl")
+        check_base(config, self.base, settings)
+        check_trainings(config, self.overrides)
+        self.data = reported_data(settings, self.base)
+        self.model = load_bare(config, self.base, settings)  # keeps the visual tokens, which all trainings share
+        self.sets = open_validation(self.data, settings.decode, self.model, answered=True)
+        check_reported(config, self.base, settings, self.sets)
+        answerers(self.model, self.sets, settings.decode)  # reports mistakes before the folder exists
+        self.examples: dict[str, list[Example]] = {name: list(found.table) for name, found in self.sets.items()}
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """The identity of what the config names: the base config, the model, the vision tower and all examples."""
+        rows = {
+            f"the {split} of {task.task}": open_texts(source, self.base.data).identity
+            for task in self.base.data.all_tasks
+            for split, source in task.sources.items()
+        }
+        reported = {f"the reported split of {name}": found.table.identity for name, found in self.sets.items()}
+        return {"base": dump_config(self.base), **self.model.identity, **rows, **reported}
+
+    def overrides(self, training: Training) -> list[str]:
+        """The overrides of one training; every update has the scaling of the base's."""
+        adapter, rank = self.base.adapter, training.variant.rank or 1
+        return [
+            *common_overrides(self.config, training, alpha=rank * adapter.alpha / adapter.rank),
+            "train.epochs=null",
+            "evaluate.every=0",
+            *(self.overrides_of_full if training.variant.method == "full" else ()),
+        ]
+
+    @cached_property
+    def overrides_of_full(self) -> tuple[str, ...]:
+        """What full fine-tuning trains instead of the adapted parts."""
+        parts, extra = fully_trained(self.base)
+        return (
+            f"adapter.parts=[{', '.join(parts)}]",
+            f"adapter.extra_trainable=[{', '.join(extra)}]",
+            "adapter.dropout=0.0",  # it acts on the input of A
+        )
+
+    def baselines(self, folder: Path) -> list[Result]:
+        """The rows of the bare model and of answers that are guessed without the image."""
+        results = [Result(BARE, intervals(self.scored([self.answered(folder, "bare", self.config.seeds[0])])))]
+        if guessed := self.question_only:
+            found = {task: interval for task, interval in intervals(guessed).items() if task in guessed}
+            results.append(Result(QUESTION_ONLY, found))
+        return results
+
+    def value(self, trainings: Trainings, training: Training) -> float:
+        """The geometric mean of the tasks' main metrics on the validation splits."""
+        summary = trainings.summary(training)
+        values = {task.task: summary[task.task] for task in self.base.data.all_tasks if task.task in summary}
+        if not values:
+            raise ValueError(f"{training.name}: no task can be scored on its valid split, so no rate can be chosen")
+        return overall(values)
+
+    def scores(self, trainings: Trainings, repeated: Sequence[Training]) -> TaskScores:
+        """The scores of the reported splits by task."""
+        folder = trainings.folder
+        return self.scored([self.answered(folder, t.name, t.seed, trainings.adapter(t)) for t in repeated])
+
+    def intervals(self, scores: TaskScores) -> dict[str, Interval]:
+        """The intervals over images and trainings, by task."""
+        return intervals(scores)
+
+    def answered(self, folder: Path, name: str, seed: int, adapter: Path | None = None) -> dict[str, Predictions]:
+        """The answers to the reported splits by task, which are computed unless the folder has them.
+
+        Args:
+            folder: The campaign's folder.
+            name: The name of the training or of the bare model, for file names.
+            seed: The seed of the training.
+            adapter: The adapter folder to answer with; None answers with the bare model.
+        """
+        path = folder / "answers" / f"{name}.json"
+        if not path.is_file():
+            log.info("Answers of %s:", name)
+            found = self.answer(adapter, seed)
+            texts = {task: [prediction for _, prediction in rows] for task, rows in found.items()}
+            write_text(path, json.dumps(texts) + "\n")
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        return {task: list(zip(rows, texts[task], strict=True)) for task, rows in self.examples.items()}
+
+    def answer(self, adapter: Path | None, seed: int) -> dict[str, Predictions]:
+        """Answers the reported splits with an adapter, or with the bare model that a training with this seed adapts."""
+        model = self.model.fresh(seed)
+        if adapter is not None:
+            load_trained(model, adapter, backend=self.base.backend)
+        decode = self.settings.decode
+        return answer_all(answerers(model, self.sets, decode), model.networks.values(), self.sets, decode.batch_size)
+
+    @cached_property
+    def question_only(self) -> dict[str, AnswerScores]:
+        """The scores, by task, of answers guessed from the question without the image; not for captions."""
+        found = {}
+        for task in self.base.data.all_tasks:
+            if task.task in QUESTION_TASKS:
+                rows = self.examples[task.task]
+                answers = question_only_answers(training_texts(task, self.base.data), rows)
+                found[task.task] = [list(zip(rows, answers, strict=True))]
+        return {name: scores for name, rows in found.items() if (scores := answer_scores(name, rows))}
+
+    @staticmethod
+    def scored(answered: Sequence[Mapping[str, Predictions]]) -> dict[str, AnswerScores]:
+        """The scores of one method's trainings by task; captions are left out where they cannot be scored."""
+        found = {task: answer_scores(task, [rows[task] for rows in answered]) for task in answered[0]}
+        return {task: scores for task, scores in found.items() if scores}
+
+    def report(
+        self,
+        folder: Path,
+        results: Sequence[Result],
+        scores: Mapping[Variant, TaskScores],
+        trained: Mapping[str, Sequence[Training]],
+    ) -> Report:
+        """The table, notes on it, what images add to the questions, and the paired differences."""
+        dora = [Variant("dora", rank) for rank in sorted(self.config.ranks)] if self.question_only else []
+        paragraphs = [
+            vl_results_table(results),
+            *self.notes(next(iter(scores.values()))),
+            *(gain_over_question_only(str(variant), scores[variant], self.question_only) for variant in dora),
+            vl_contrasts_table(self.config.ranks, scores),
+        ]
+        return Report(paragraphs, vl_results_csv(results))
+
+    def notes(self, scores: TaskScores) -> list[str]:
+        """Notes on the table: what was trained and reported, and what the intervals mean."""
+        config = self.config
+        groups = "all questions about one of these count together"
+        if "nlvr2" in scores:
+            groups += ", and all sentences of a set of NLVR2"
+        return [
+            f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
+            f"Reported: {describe_sizes(scores)}.",
+            f"In brackets: 95 % intervals over trainings and over images or videos; {groups}.",
+            "Full fine-tuning trains the language model itself. Learning rates: each method's best on the "
+            "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the "
+            "peak of a training, in 2^20 bytes.",
+            *caption_notes(scores, self.sets),
+        ]
+
+
+def load_bare(config: CompareConfig, base: TrainVLConfig, settings: CompareQuestionsConfig) -> VLModel:
+    """The bare model as the first training starts from, with the features of the reported images."""
+    vision = base.vision.model_copy(update={"features": settings.features}) if settings.features else base.vision
+    trained_tower = bool(base.adapter.vision_parts)
+    return load_family(base.model, vision, seed=config.seeds[0], trained_tower=trained_tower, device=default_device())
+
+
+def check_base(config: CompareConfig, base: TrainVLConfig, settings: CompareQuestionsConfig) -> None:
+    """Checks that the base config fits the comparison.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if base.adapter.init_from is not None:
+        raise ValueError(f"base: {config.base} has adapter.init_from, which other methods cannot load: leave it out")
+    if missing := [task.task for task in base.data.all_tasks if task.valid is None]:
+        raise ValueError(f"base: {config.base} has no valid for {', '.join(missing)}, which choosing a rate needs")
+    trained, reported = ({task.task for task in data.all_tasks} for data in (base.data, settings.report))
+    if trained != reported:
+        key = "questions.report.tasks" if settings.report.tasks else "questions.report.task"
+        raise ValueError(f"{key}: must be the tasks of {config.base}: {', '.join(sorted(trained))}")
+    if settings.features and base.adapter.vision_parts:
+        raise ValueError(
+            f"questions.features: {config.base} adapts the vision tower, which then has to encode the images: leave "
+            "features out"
+        )
+
+
+def reported_data(settings: CompareQuestionsConfig, base: TrainVLConfig) -> VLDataConfig:
+    """The reported data with each task's train split, from which `decode.answers` and guesses take their answers."""
+    train = {task.task: task.train for task in base.data.all_tasks}
+    tasks = tuple(task.model_copy(update={"train": train[task.task]}) for task in settings.report.all_tasks)
+    return settings.report.with_tasks(tasks)
+
+
+def check_reported(
+    config: CompareConfig, base: TrainVLConfig, settings: CompareQuestionsConfig, sets: Mapping[str, ValidationSet]
+) -> None:
+    """Checks that the reported splits can be scored fairly.
+
+    Args:
+        config: The config of the campaign.
+        base: The base config.
+        settings: The section `questions`.
+        sets: The reported splits by task.
+
+    Raises:
+        ValueError: A reported split has a single image, so that it has no interval; or it has images that are used for
+            training or tuning, for any task.
+    """
+    for name, found in sets.items():
+        if len({group_of(name, example) for example in found.table}) < 2:
+            place = settings.report.place(name, "questions.report")
+            raise ValueError(f"{place} has only one image, and intervals need two or more")
+    for task in base.data.all_tasks:
+        for split, source in task.sources.items():
+            table = open_table(source, Path(base.data.tables), on_bad_data=base.data.on_bad_data)
+            used = ValidationSet(table, source.images)
+            for name, found in sets.items():
+                if shared := sorted(shared_images(found, used)):
+                    raise ValueError(
+                        f"questions.report: {len(shared)} images of {name} are also in the {split} of {task.task} in "
+                        f"{config.base} (such as {shared[0]}): report on others, for example with skip and limit"
+                    )
+
+
+def shared_images(one: ValidationSet, other: ValidationSet) -> set[str]:
+    """The images that two splits share: by path if both have a folder of images, else by the stem of the file name."""
+    if one.images is None or other.images is None:
+        return {stem(name) for name in one.table.images()} & {stem(name) for name in other.table.images()}
+    paths = [
+        {str(resolve_path(split.images or "", "images").resolve() / name) for name in split.table.images()}
+        for split in (one, other)
+    ]
+    return paths[0] & paths[1]
+
+
+def fully_trained(base: TrainVLConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What full fine-tuning trains: the parts of all but the vision tower, and `adapter.extra_trainable`."""
+    parts = structure_of(base.model, base.vision).target_maps["model"].parts
+    extra = base.adapter.extra_trainable if base.model.full_extra is None else base.model.full_extra
+    return tuple(part for part in parts if not part.startswith("vision.")), extra

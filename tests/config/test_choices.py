@@ -1,0 +1,105 @@
+"""Choices lie in configs as data, and are those of the registries below."""
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+import pytest
+
+from dora_mm.adapting.parts import full_name
+from dora_mm.backend import BACKENDS
+from dora_mm.config.adapter import IMAGE_PARTS, VL_PARTS, AdapterConfig, PartConfig
+from dora_mm.config.images import LossConfig
+from dora_mm.config.judge import ConceptChoice, EvalDiffusionConfig
+from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
+from dora_mm.config.pictures import Axis, PicturesConfig
+from dora_mm.config.schema import Section
+from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.config.vl_data import CAPTION_TASKS, FORMATS, VIDEO_TASKS, SourceConfig, VLTaskConfig
+from dora_mm.core.spec import CACHES, METHODS, NORM_GRADS
+from dora_mm.data.vl.needed import PUBLISHED
+from dora_mm.data.vl.readers import READERS
+from dora_mm.eval.images import concepts, style
+from dora_mm.eval.vl import metrics
+from dora_mm.models.folders import DTYPES
+from dora_mm.models.schedulers import SCHEDULERS
+from dora_mm.models.vl_bart.loading import VISUAL
+from dora_mm.models.vl_bart.text import TEXTS
+from dora_mm.models.vlm.prompts import PROMPTS
+from dora_mm.preview.training import EIGHT_BITS, PRECISIONS
+from dora_mm.preview.vl_memory import BITS
+from dora_mm.sampling.jobs import Picture
+from dora_mm.targets import MAPS
+from dora_mm.tasks.diffusion import PER_ELEMENT
+from dora_mm.train.optim import OPTIMIZERS
+from dora_mm.train.schedule import SHAPES
+
+REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
+    (AdapterConfig, "method", METHODS),
+    (AdapterConfig, "norm_grad", NORM_GRADS),
+    (AdapterConfig, "cache", CACHES),
+    (PartConfig, "method", (*METHODS, "frozen")),
+    (TrainVLConfig, "backend", BACKENDS),
+    (PicturesConfig, "backend", BACKENDS),
+    (OptimizerConfig, "name", OPTIMIZERS),
+    (ScheduleConfig, "name", SHAPES),
+    (TrainConfig, "mixed_precision", ("no", *PRECISIONS)),
+    (LossConfig, "type", PER_ELEMENT),
+    (ModelConfig, "dtype", DTYPES),
+    (VLMModelConfig, "dtype", DTYPES),
+    (VLMModelConfig, "quantization", BITS),
+    (VLBartModelConfig, "visual", VISUAL),
+    (PicturesConfig, "scheduler", SCHEDULERS),
+    (EvalDiffusionConfig, "style", style.CLASSES),
+    (ConceptChoice, "role", (*concepts.ROLES, "all")),
+    (SourceConfig, "format", FORMATS),
+    (SourceConfig, "format", READERS),
+    (SourceConfig, "format", PUBLISHED),
+    (VLTaskConfig, "task", {task for tasks in FORMATS.values() for task in tasks}),
+    (VLTaskConfig, "task", metrics.CAPTION_TASKS + metrics.QUESTION_TASKS),
+    (VLTaskConfig, "task", {*TEXTS, *PROMPTS}),
+]
+
+
+def choices(annotation: Any) -> set[str]:
+    """The texts that a type such as `Literal["a", "b"] | None` allows."""
+    found = [choices(argument) if get_args(argument) else {argument} for argument in get_args(annotation)]
+    return {text for texts in found for text in texts if isinstance(text, str)}
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "registry"), REGISTRIES, ids=[f"{section.__name__}.{key}" for section, key, _ in REGISTRIES]
+)
+def test_a_key_has_the_choices_of_its_registry(section, key, registry):
+    assert choices(section.model_fields[key].annotation) == set(registry)
+
+
+def test_kinds_of_tasks_and_optimizers_are_among_all_of_them():
+    assert CAPTION_TASKS == metrics.CAPTION_TASKS
+    assert set(VIDEO_TASKS) == {task for task, text in TEXTS.items() if text.prompt_last}
+    assert set(EIGHT_BITS) == {name for name, kind in OPTIMIZERS.items() if kind.module.startswith("bitsandbytes")}
+
+
+def test_axes_are_settings_of_a_picture():
+    """But for the size, which is two of them, and for adapters, one of which or a checkpoint a cell names."""
+    others = {"size", "adapter", "checkpoint"}
+    assert choices(Axis.model_fields["name"].annotation) - others <= set(Picture.__dataclass_fields__)
+
+
+IMAGE_MODELS = {  # the target maps of the networks of image models
+    "unet": ("sdxl-unet",),
+    "transformer": ("flux", "flux2", "sd3", "qwen-image", "z-image"),
+    "text_encoder": ("clip-text",),
+    "text_encoder_2": ("clip-text",),
+}
+
+
+def parts_of(names: Iterable[str], component: str) -> set[str]:
+    return {full_name(component, part) for name in names for part in MAPS[name].parts}
+
+
+def test_parts_are_those_of_the_target_maps():
+    images = {part for component, names in IMAGE_MODELS.items() for part in parts_of(names, component)}
+    assert set(IMAGE_PARTS) == images
+    others = set(MAPS) - {name for names in IMAGE_MODELS.values() for name in names}
+    assert set(VL_PARTS) == parts_of(others, "model")
