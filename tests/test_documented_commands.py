@@ -14,9 +14,8 @@ import pytest
 from dora_mm.cli import main
 from dora_mm.train import jobs
 from tests.documented.checkout import Checkout
-from tests.documented.texts import ROOT, commands, configs, head_commands, is_synopsis, text_of
+from tests.documented.texts import DOCS, ROOT, commands, configs, head_commands, is_synopsis, text_of
 
-DOCS = sorted((ROOT / "docs").glob("*.md"))
 FAMILIES = sorted({path.parent.name for path in configs()})
 
 
@@ -38,26 +37,26 @@ def in_this_process(command: list[str], **_: object) -> SimpleNamespace:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch, tiny_folder, tiny_vlm):
-    """Makes the folder of a new user who follows a document, and goes there."""
+    """The folder of a new user, which is the current one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=in_this_process, STDOUT=subprocess.STDOUT))
-    return lambda text: Checkout(text, tiny_folder, tiny_vlm)
+    return Checkout(tiny_folder, tiny_vlm)
 
 
 def test_readme(checkout, capfd):
-    text = text_of(ROOT / "README.md")
-    run_all(commands(text), checkout(text), capfd)
+    run_all(commands(text_of(ROOT / "README.md")), checkout, capfd)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [path for path in DOCS if commands(text_of(path))], ids=lambda path: path.stem)
 def test_docs(document: Path, checkout, capfd):
-    text = text_of(document)
-    run_all(commands(text), checkout(text), capfd)
+    run_all(commands(text_of(document)), checkout, capfd)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_of_configs(family: str, checkout, capfd):
-    found = [c for path in configs() if path.parent.name == family for c in head_commands(text_of(path))]
-    run_all(found, checkout(text_of(ROOT / "docs" / "sdxl.md")), capfd)
+    heads = [text_of(path) for path in configs() if path.parent.name == family]
+    elsewhere = [arguments for document in DOCS for arguments in commands(text_of(document))]
+    found = [arguments for head in heads for arguments in head_commands(head)]
+    run_all([arguments for arguments in found if arguments not in elsewhere], checkout, capfd)

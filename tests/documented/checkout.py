@@ -18,7 +18,7 @@ from dora_mm.data.vl.image_folder import ImageFolder
 from dora_mm.data.vl.tables import open_table
 from tests.documented import data, stand_ins
 from tests.documented.cuts import cuts
-from tests.documented.texts import ROOT, blocks, configs, head_commands, text_of
+from tests.documented.texts import DOCS, ROOT, blocks, configs, head_commands, text_of
 from tests.formats.single_files import write_single_file
 
 MANY = 50  # pictures; of more, features are computed only of those that are needed
@@ -35,13 +35,12 @@ class Checkout:
     """A folder, which must be the current one, in which commands of the documents are run one after the other.
 
     Args:
-        document: The text whose commands are run; a job that it shows is the file of that name.
         tiny_sdxl: A folder with a tiny SDXL.
         tiny_vlm: Gives the folders of tiny vision-language models by class.
     """
 
-    def __init__(self, document: str, tiny_sdxl: Path, tiny_vlm: Callable[[str], Path]):
-        self.document, self.tiny_sdxl, self.tiny_vlm = document, tiny_sdxl, tiny_vlm
+    def __init__(self, tiny_sdxl: Path, tiny_vlm: Callable[[str], Path]):
+        self.tiny_sdxl, self.tiny_vlm = tiny_sdxl, tiny_vlm
         self.ours: set[str] = set()  # data files that were made here
         self.makers = makers()
         for name in ("samples", "configs"):
@@ -91,8 +90,10 @@ class Checkout:
         for key, kind, path in paths_in(config):
             if kind not in (PathKind.INPUT, PathKind.MODEL):
                 continue
-            if key.split("[")[0] == "vision.features" or key.startswith("features["):
+            if key.split("[")[0].endswith("features"):
                 self._provide_features(path, config, dry_run=dry_run)
+            elif key == "data.folder" and find_path(path) is None:
+                data.write_captioned(Path(path))
             elif key == "base":
                 self.provide_all(load_config(path))
             else:
@@ -110,10 +111,9 @@ class Checkout:
             pass
         elif path.suffix == ".jpg":
             data.write_pictures(path.parent, [path.name])
-        elif name == "my_images":
-            data.write_captioned(path)
         elif name == "jobs.csv":
-            path.write_text(next(block for block in blocks(self.document) if block.startswith("prompt,")))
+            shown = [block for document in DOCS for block in blocks(text_of(document)) if block.startswith("prompt,")]
+            path.write_text(shown[0])
         elif name == "style.safetensors":
             self._make_style(path)
         elif name == "my-model.safetensors":
@@ -181,11 +181,11 @@ class Checkout:
         return found
 
 
-def features_of(config: PipelineConfig) -> tuple[str, ...]:
+def features_of(config: PipelineConfig) -> list[str]:
     """The features that a config reads; a comparison those of its base if it names none."""
     values = config.model_dump()
-    own = (*values.get("features", ()), *values.get("vision", {}).get("features", ()))
-    return own or (features_of(load_config(values["base"])) if isinstance(values.get("base"), str) else ())
+    own = [path for section in ("vision", "questions") for path in (values.get(section) or {}).get("features", ())]
+    return own or (features_of(load_config(values["base"])) if isinstance(values.get("base"), str) else [])
 
 
 def images_of(sources: Iterable[SourceConfig]) -> list[str]:

@@ -12,6 +12,7 @@ from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.towers import building as towers
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm import tiny
+from tests.models.z_image import tiny as z_image
 from tests.pipelines.test_vlm_recipes import MODELS
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -36,6 +37,8 @@ def build(name: str, folder: Path, tiny_sdxl: Path, tiny_vlm: Callable[[str], Pa
         shutil.copytree(tiny_sdxl, folder)
     elif name == "madebyollin/sdxl-vae-fp16-fix":
         shutil.copytree(tiny_sdxl / "vae", folder)
+    elif name == "Tongyi-MAI/Z-Image":
+        z_image.build(folder)
     elif name == "facebook/bart-base":
         tokenizer = small_tokenizer()
         small_bart(len(tokenizer)).save_pretrained(folder)
