@@ -15,6 +15,7 @@ from dora_mm import formats
 from dora_mm.adapting import networks
 from dora_mm.adapting.initial import load_initial_file
 from dora_mm.adapting.networks import Trained
+from dora_mm.adapting.parts import check_names
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
@@ -62,6 +63,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         print(describe(config, images, accelerator))
         return
     model = load_image_model(config.model).to(accelerator.device)
+    check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
+    task = DiffusionTask(model, config.loss)
     remarks = slow_hardware(accelerator, model.encoders.values(), "what encodes pictures and captions")
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
@@ -69,7 +72,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     sampler = encode(config, model, batches)
     trained = adapt(model, config)
     log.info("%s", trained)
-    training, adapted = build(config, model, trained, accelerator), trained.adapted
+    training, adapted = build(config, model, trained, task, accelerator), trained.adapted
     move_vae(model, config)
     draw = partial(draw_sheet, config, sampler, adapted) if accelerator.is_main_process else None
 
@@ -115,7 +118,7 @@ def encode(config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBa
 
 
 def build(
-    config: TrainDiffusionConfig, model: ImageModel, trained: Trained, accelerator: Accelerator
+    config: TrainDiffusionConfig, model: ImageModel, trained: Trained, task: DiffusionTask, accelerator: Accelerator
 ) -> dict[str, Any]:
     """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
     optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
@@ -131,7 +134,7 @@ def build(
         "parameters": trained.parameters,
         "optimizer": accelerator.prepare(optimizer),
         "schedule": build_schedule(optimizer, config.schedule, config.train.steps),
-        "loss": DiffusionTask(model, config.loss).loss,
+        "loss": task.loss,
     }
 
 
@@ -150,7 +153,8 @@ def describe(config: TrainDiffusionConfig, images: list[CaptionedImage], acceler
         model.parts.release(model.text_encoders)
     trained = adapt(model, config)
     table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
-    training = build(config, model, trained, accelerator) | {"batch_at": batches}
+    task = DiffusionTask(model, config.loss)
+    training = build(config, model, trained, task, accelerator) | {"batch_at": batches}
     move_vae(model, config)
     cost = describe_training(model.networks, config.optimizer, training)
     return f"{data}\n\n{trained.share}\n{table}\n\n{cost}"
@@ -189,7 +193,7 @@ def draw_sheet(
         return []
     set_training(adapted, False)
     model = sampler.model.to(sampler.model.device)
-    trains_text = bool(set(adapted) & set(model.text_encoders))  # then prompts are encoded anew for each sheet
+    trains_text = config.adapter.trains_text_encoders  # then prompts are encoded anew for each sheet
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
     path.parent.mkdir(exist_ok=True)

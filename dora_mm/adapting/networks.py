@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 import dora_mm
-from dora_mm.adapting.parts import settings_of
+from dora_mm.adapting.parts import Settings, settings_of
 from dora_mm.config.adapter import AdapterConfig, PartConfig, VLAdapterConfig
-from dora_mm.core import DoRASpec, InjectReport, TargetMap
+from dora_mm.core import DoRASpec, InjectReport, TargetMap, adapted_layers
 from dora_mm.core.quantized import is_quantized
 from dora_mm.core.targets import match_modules, matches
 
@@ -105,11 +105,7 @@ def adapt(
     if frozen := [name for name, parameter in found.parameters.items() if not parameter.requires_grad]:
         raise ValueError(f"adapter.extra_trainable: {frozen[0]} is adapted, so it cannot be trained itself, too")
     found.parameters |= found.adapter_parameters()
-    for component, report in found.reports.items():
-        for module in report.modules:
-            if rate := settings[component][module.part].lr:
-                of_module = found.networks[component].get_submodule(module.path)
-                found.rates |= dict.fromkeys(_adapter_names(component, module.path, of_module), rate)
+    found.rates |= _adapter_rates(found, settings)
     return found
 
 
@@ -118,8 +114,16 @@ def extra_names(config: AdapterConfig) -> tuple[str, ...]:
     return config.extra_trainable if isinstance(config, VLAdapterConfig) else ()
 
 
-def _adapter_names(component: str, path: str, layer: Any) -> list[str]:
-    return [f"{component}.{path}.{name}" for name in layer.adapter_tensors()]
+def _adapter_rates(found: Trained, settings: Settings) -> dict[str, float]:
+    """The learning rates of adapters of parts that have one of their own, by component and name of the parameter."""
+    rates = {}
+    for component, report in found.reports.items():
+        layers = adapted_layers(found.networks[component])
+        for module in report.modules:
+            if rate := settings[component][module.part].lr:
+                names = layers[module.path].adapter_tensors()
+                rates |= {f"{component}.{module.path}.{name}": rate for name in names}
+    return rates
 
 
 def _adapt_network(

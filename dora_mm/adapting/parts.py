@@ -23,6 +23,18 @@ def full_name(component: str, part: str) -> str:
     return part if component == MODEL or part.startswith(f"{component}.") else f"{component}.{part}"
 
 
+def check_names(config: AdapterConfig, target_maps: Mapping[str, TargetMap]) -> None:
+    """Checks the names of parts against target maps alone, before networks are loaded.
+
+    Raises:
+        ValueError: A model with these maps can have no such part.
+    """
+    known = [full_name(component, part) for component, targets in target_maps.items() for part in targets.parts]
+    for name in config.parts:
+        if not set(_meant(name, target_maps)) & set(known):
+            raise ValueError(f"adapter.parts: this model has no part {name}; it has {', '.join(known)}")
+
+
 def settings_of(
     config: AdapterConfig, networks: Mapping[str, nn.Module], target_maps: Mapping[str, TargetMap]
 ) -> Settings:

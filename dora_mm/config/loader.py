@@ -244,8 +244,10 @@ def _remove_replaced(values: dict[str, Any], schema: type[PipelineConfig], chose
 def _value_at(values: Any, path: Iterable[str | int]) -> Any:
     """The value at a key path; None where a later override has replaced what it was in."""
     for part in path:
-        step = _step(values, str(part))
-        values = values[step] if step is not None and (isinstance(values, list) or step in values) else None
+        if isinstance(values, dict):
+            values = values.get(part)
+        else:
+            values = values[part] if isinstance(part, int) and isinstance(values, list) else None
     return values
 
 

@@ -77,16 +77,18 @@ def check_training(
     Args:
         optimizer: The `optimizer` section.
         schedule: The `schedule` section.
-        train: The `train` section; its `steps` must be set.
+        train: The `train` section.
         dtype: The dtype of the frozen base weights.
 
     Returns:
         One message per problem, each naming the keys.
     """
     problems = []
+    if isinstance(train, EpochTrainConfig) and (train.steps is None) == (train.epochs is None):
+        problems.append("give either train.steps or train.epochs")
     if schedule.warmup_steps and schedule.warmup_ratio:
         problems.append("give either schedule.warmup_steps or schedule.warmup_ratio")
-    if schedule.warmup_steps >= train.steps:
+    if train.steps is not None and schedule.warmup_steps >= train.steps:  # a number of epochs tells it only later
         problems.append(f"schedule.warmup_steps ({schedule.warmup_steps}) must be below train.steps ({train.steps})")
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
     if train.mixed_precision != needed:  # float32 adapters on half-precision weights need autocast
@@ -94,14 +96,3 @@ def check_training(
     if optimizer.name == "prodigy" and optimizer.magnitude_lr is not None:
         problems.append("optimizer.magnitude_lr needs optimizer.name adamw: prodigy finds one rate for all")
     return problems
-
-
-def check_vl_training(
-    optimizer: OptimizerConfig, schedule: ScheduleConfig, train: EpochTrainConfig, dtype: str = "float32"
-) -> list[str]:
-    """As `check_training`, for a length in steps or epochs; one message per problem, each naming the keys."""
-    problems = []
-    if (train.steps is None) == (train.epochs is None):
-        problems.append("give either train.steps or train.epochs")
-    known = train if train.steps is not None else train.model_copy(update={"steps": schedule.warmup_steps + 1})
-    return problems + check_training(optimizer, schedule, known, dtype)

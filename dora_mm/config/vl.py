@@ -23,7 +23,7 @@ from dora_mm.config.training import (
     EpochTrainConfig,
     OptimizerConfig,
     ScheduleConfig,
-    check_vl_training,
+    check_training,
 )
 from dora_mm.config.vl_data import CAPTION_TASKS, OWN_IMAGES, VIDEO_TASKS, Split, VLDataConfig, missing_splits
 
@@ -66,7 +66,7 @@ class TrainVLConfig(PipelineConfig):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainVLConfig":
-        problems = check_vl_training(self.optimizer, self.schedule, self.train, self.model.dtype)
+        problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
         problems += unused_prompts(self.model, self.data)

@@ -36,6 +36,7 @@ class ImageModel(ABC):
 
     title: ClassVar[str]  # the name of the family, for messages
     section: ClassVar[str]  # the key of the family's section in the config
+    settings_class: ClassVar[type[Section]]  # and its class
     pipeline_name: ClassVar[str]  # the class of diffusers
     phases: ClassVar[tuple[tuple[str, ...], ...]]  # its parts, as they are loaded: the denoiser in a group of its own
     denoiser: ClassVar[str]  # the network that predicts
@@ -46,7 +47,7 @@ class ImageModel(ABC):
 
     def __init__(self, parts: Parts, settings: Section | None = None):
         self.parts = parts
-        self.settings: Any = settings or self.default_settings()
+        self.settings: Any = settings or self.settings_class()
 
     def __getattr__(self, name: str) -> Any:
         if name != "parts" and name in self.parts.names:
@@ -112,11 +113,6 @@ class ImageModel(ABC):
     @abstractmethod
     def resolution(self) -> int:
         """Side, in pixels, of the pictures that the model was trained on."""
-
-    @classmethod
-    @abstractmethod
-    def default_settings(cls) -> Section:
-        """The family's section where a config has none."""
 
     # --- training ----------------------------------------------------------------------------------------------------
 

@@ -22,15 +22,11 @@ GROUP = 32  # tokens: the transformer fills prompts and pictures up to multiples
 class ZImage(ImageModel):
     """Z-Image (Tongyi-MAI, 2025), the base model: the distilled one, Turbo, loses its few steps when it is trained."""
 
-    title, section, pipeline_name = "Z-Image", "z_image", "ZImagePipeline"
+    title, section, settings_class, pipeline_name = "Z-Image", "z_image", ZImageConfig, "ZImagePipeline"
     phases = (("vae", "text_encoder", "tokenizer", "scheduler"), ("transformer",))
     denoiser = "transformer"
     maps: ClassVar = {"transformer": "z-image"}
     cell = 16  # 8 pixels per latent, two latents per token
-
-    @classmethod
-    def default_settings(cls) -> ZImageConfig:
-        return ZImageConfig()
 
     @property
     def resolution(self) -> int:

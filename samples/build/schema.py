@@ -14,7 +14,6 @@ from dora_mm.config.training import (
     ScheduleConfig,
     TrainConfig,
     check_training,
-    check_vl_training,
 )
 from dora_mm.config.vl import EvaluateConfig
 from dora_mm.config.vl_data import VLDataConfig
@@ -121,7 +120,7 @@ class PretrainTinyVLConfig(PipelineConfig):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "PretrainTinyVLConfig":
-        problems = check_vl_training(self.optimizer, self.schedule, self.train)
+        problems = check_training(self.optimizer, self.schedule, self.train)
         if not any(task.task == "caption" and task.train and task.valid for task in self.data.all_tasks):
             problems.append("data.tasks: the task caption is missing, with train and valid: the model is trained on it")
         if self.model.width % self.model.heads:

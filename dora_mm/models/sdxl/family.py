@@ -21,16 +21,12 @@ from dora_mm.models.sdxl import encoding
 class SDXL(ImageModel):
     """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952)."""
 
-    title, section, pipeline_name = "SDXL", "sdxl", "StableDiffusionXLPipeline"
+    title, section, settings_class, pipeline_name = "SDXL", "sdxl", SDXLConfig, "StableDiffusionXLPipeline"
     phases = (("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"), ("unet",))
     denoiser = "unet"
     maps: ClassVar = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
     cell = 8
     single_file = ("model.diffusion_model.label_emb.", "conditioner.embedders.1.")
-
-    @classmethod
-    def default_settings(cls) -> SDXLConfig:
-        return SDXLConfig()
 
     @property
     def resolution(self) -> int:

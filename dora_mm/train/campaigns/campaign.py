@@ -11,9 +11,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from PIL import Image
 
+from dora_mm.config.adapter import PartConfig
 from dora_mm.config.comparing import CompareConfig
+from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import differing_keys, load_config
-from dora_mm.config.schema import PipelineConfig
+from dora_mm.config.vl import TrainVLConfig
 from dora_mm.eval.comparison import Result, Variant, table_rows, variants
 from dora_mm.eval.statistics import Interval
 from dora_mm.train.campaigns.trainings import Chosen, Training, Trainings
@@ -24,7 +26,7 @@ FREE_KEYS = ("workers", "name", "pictures.columns")  # config keys that change n
 COSTS = ("seconds_per_step", "peak_memory_mb")  # entries of summaries whose median over the seeds is reported
 
 ScoresT = TypeVar("ScoresT")
-ConfigT = TypeVar("ConfigT", bound=PipelineConfig)
+ConfigT = TypeVar("ConfigT", TrainDiffusionConfig, TrainVLConfig)
 
 
 class Report(NamedTuple):
@@ -144,11 +146,17 @@ def load_base(config: CompareConfig, schema: type[ConfigT], pipeline: str) -> Co
         pipeline: The name of its pipeline, for the message.
 
     Raises:
-        ValueError: It is invalid, or a config of another pipeline.
+        ValueError: It is invalid, a config of another pipeline, or sets for a part what is compared.
     """
     base = load_config(config.base)
     if not isinstance(base, schema):
         raise ValueError(f"base: {config.base} is a config of {base.pipeline}, not of {pipeline}")
+    for name, part in base.adapter.parts.items():
+        if part.method not in ("full", "frozen") and part != PartConfig():
+            raise ValueError(
+                f"base: {config.base} gives adapter.parts: {name} settings of its own, which would hide the methods, "
+                "ranks and rates that are compared: leave them out"
+            )
     return base
 
 

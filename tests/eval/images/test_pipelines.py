@@ -304,6 +304,10 @@ def test_comparison_reports_mistakes(comparison, base, capsys, tmp_path):
     assert "pictures: tune.role and report.role must differ" in capsys.readouterr().err
     assert main(["eval", comparison(questions={"report": {"valid": {"format": "chat", "file": base}}})]) == 2
     assert "give either pictures or questions" in capsys.readouterr().err
+    values = yaml.safe_load(Path(base).read_text())
+    values["adapter"]["parts"] = {"unet.attn": {"rank": 1}}
+    assert main(["eval", comparison(base=write(tmp_path / "ranks.yaml", values))]) == 2
+    assert "gives adapter.parts: unet.attn settings of its own, which would hide" in capsys.readouterr().err
     (tmp_path / "campaign").mkdir()
     assert main(["eval", comparison()]) == 2
     assert "is not the folder of a comparison" in capsys.readouterr().err
