@@ -65,7 +65,12 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
     run = open_run(config)
 
-    images = draw_all(config, model, concepts)
+    adapted = {}
+    if config.adapter:
+        adapted[ADAPTER] = draw(config, model, concepts, ADAPTER)
+        # again, since weights of method full replace those of the base; the adapted one is freed
+        model = load_image_model(config.model).to(device)
+    images = {row: draw(config, model, concepts, row) for row in (BARE_FLAT, BARE)} | adapted
     seeds = config.concepts.seeds
     cosines = {}
     if clip and config.clip:
@@ -85,21 +90,6 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     }
     report(config, run, judge, metrics, similarity)
     save_sheet(run, images, concepts, len(seeds))
-
-
-def draw_all(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept]) -> dict[str, list[Image.Image]]:
-    """Draws all images, by row of the table; in each row the seeds vary faster than the concepts.
-
-    `model` is adapted where there is an adapter. The bare model is then loaded again, because the weights of method
-    `full` replace those of the base.
-    """
-    adapted = {}
-    if config.adapter:
-        device = model.device
-        adapted[ADAPTER] = draw(config, model, concepts, ADAPTER)
-        del model
-        model = load_image_model(config.model).to(device)
-    return {row: draw(config, model, concepts, row) for row in (BARE_FLAT, BARE)} | adapted
 
 
 def draw(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept], row: str) -> list[Image.Image]:

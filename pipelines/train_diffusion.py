@@ -1,5 +1,6 @@
 """Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_if_local, load_image_model
 from dora_mm.models.opening import commit_of
-from dora_mm.preview.images import describe_data, remark_on_length
+from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, slow_hardware
 from dora_mm.sampling.before_after import before_after_sheet
@@ -65,7 +66,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     model = load_image_model(config.model).to(accelerator.device)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
-    remarks = slow_hardware(accelerator, model.encoders.values(), "what encodes pictures and captions")
+    remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
+    remarks += remark_on_cut(model, [image.caption for image in images])
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)
@@ -113,7 +115,7 @@ def encode(config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBa
     sampler = PictureSampler(model)
     if not batches.prompts.trained:
         sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
-        model.parts.release(model.text_encoders)
+        model.components.release(model.text_encoders)
     return sampler
 
 
@@ -146,11 +148,11 @@ def describe(config: TrainDiffusionConfig, images: list[CaptionedImage], acceler
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
     batches = batches_of(config, model.to(accelerator.device), images, accelerator)
-    if is_measured(accelerator, model.networks.values()):
+    if is_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()]):
         with torch.no_grad():
             batches(0)  # the only batch that is measured
     if not batches.prompts.trained:
-        model.parts.release(model.text_encoders)
+        model.components.release(model.text_encoders)
     trained = adapt(model, config)
     table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
     task = DiffusionTask(model, config.loss)
@@ -172,7 +174,7 @@ def adapt(model: ImageModel, config: TrainDiffusionConfig) -> Trained:
 def move_vae(model: ImageModel, config: TrainDiffusionConfig) -> None:
     """Frees the device memory of the VAE, 0.2 GB in half precision, where all latents are cached."""
     if config.data.crop == "center":
-        model.networks["vae"].to("cpu")
+        model.vae.to("cpu")
 
 
 def set_training(adapted: Networks, training: bool) -> None:
@@ -210,6 +212,7 @@ def about_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict[str, 
         "base_revision": commit_of(config.model.path, config.model.revision),
         "base_vae": config.model.vae,
         "base_dtype": config.model.dtype,
+        "base_settings": json.dumps(settings) if (settings := config.model.settings_of_pictures()) else None,
     }
     return {
         **{key: value for key, value in base.items() if value},

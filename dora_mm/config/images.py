@@ -77,7 +77,7 @@ class LossConfig(Section):
     noise_offset: NonNegative = 0.0  # of these models: standard deviation of noise that is constant over an image
     # How timesteps are drawn; auto: logit_normal for models that predict velocity, uniform for others or with a bias
     timesteps: Literal["auto", "uniform", "logit_normal"] = "auto"
-    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # of uniform: the density becomes t^bias
+    timestep_bias: Annotated[float, Field(gt=-1)] = 0.0  # of uniform: the density becomes t^bias, before any shift
 
     @field_validator("min_snr_gamma")
     @classmethod

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 
@@ -12,14 +12,22 @@ from dora_mm.config.vl_data import VLTask
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
 
 
-class SDXLConfig(Section):
+class ImageFamilyConfig(Section):
+    """What only the models of one family of image models have."""
+
+    only_training: ClassVar[frozenset[str]] = frozenset()  # keys on which pictures do not depend
+
+
+class SDXLConfig(ImageFamilyConfig):
     """What only SDXL's models have."""
+
+    only_training: ClassVar[frozenset[str]] = frozenset({"unconditional"})
 
     # The embedding without a caption, in training: all zeros, as SDXL was trained, or the encoded empty text
     unconditional: Literal["zeros", "empty"] = "zeros"
 
 
-class ZImageConfig(Section):
+class ZImageConfig(ImageFamilyConfig):
     """What only Z-Image's models have."""
 
     max_tokens: PositiveInt = 512  # of a prompt in its chat template; text beyond is cut
@@ -34,6 +42,15 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
     sdxl: SDXLConfig | None = None  # null: its defaults
     z_image: ZImageConfig | None = None  # null: its defaults
+
+    def settings_of_pictures(self) -> dict[str, Any]:
+        """The settings of the family on which pictures depend, and that are not the defaults, by section and key."""
+        found = {
+            name: section.model_dump(exclude_defaults=True, exclude=set(section.only_training))
+            for name, section in self
+            if isinstance(section, ImageFamilyConfig)
+        }
+        return {name: settings for name, settings in found.items() if settings}
 
 
 class VisionConfig(Section):

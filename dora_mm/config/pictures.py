@@ -55,7 +55,7 @@ class MemoryConfig(Section):
 
 SchedulerName = Literal[
     "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "dpmpp_2m_sde_karras", "unipc", "ddim", "lcm"
-]  # the names in models/sdxl/schedulers.py
+]  # the names in models/schedulers.py
 
 
 class PicturesConfig(PipelineConfig):

@@ -1,7 +1,7 @@
 """The seam of image models: what training, sampling and evaluation need of a family. One family is one class.
 
-A family subclasses `ImageModel` in a file of its own, and has a line in `families.py`, a section in config/models.py, a
-target map and a recipe; nothing else knows it. Shapes: B images or prompts, C channels, L tokens.
+A family subclasses `ImageModel` in a file of its own, and has a line in `image_families.py`, a section in
+config/models.py, a target map and a recipe; nothing else knows it. Shapes: B images or prompts, C channels, L tokens.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dora_mm import targets
+from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import Section
 from dora_mm.core import TargetMap
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.models.noise import NoiseProcess
-from dora_mm.models.opening import Parts
+from dora_mm.models.opening import Components
 from dora_mm.utils.digest import module_digest
 
 Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L, D), (P,)
@@ -30,7 +31,7 @@ class ImageModel(ABC):
     """A text-to-image model with all that turns pictures and captions into losses, and prompts into pictures.
 
     Args:
-        parts: The parts of its pipeline, named as in diffusers; they are also attributes.
+        components: Those of its pipeline, named as in diffusers; they are also attributes.
         settings: The family's section of the config.
     """
 
@@ -38,36 +39,65 @@ class ImageModel(ABC):
     section: ClassVar[str]  # the key of the family's section in the config
     settings_class: ClassVar[type[Section]]  # and its class
     pipeline_name: ClassVar[str]  # the class of diffusers
-    phases: ClassVar[tuple[tuple[str, ...], ...]]  # its parts, as they are loaded: the denoiser in a group of its own
+    phases: ClassVar[
+        tuple[tuple[str, ...], ...]
+    ]  # its components, as they are loaded: the denoiser in a group of its own
     denoiser: ClassVar[str]  # the network that predicts
     maps: ClassVar[Mapping[str, str]]  # the target maps of the networks that can be adapted, the denoiser first
     cell: ClassVar[int]  # sides of pictures are multiples of this number of pixels
+    vae_name: ClassVar[str] = "AutoencoderKL"  # the class of diffusers
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")  # in which it computes what it should
     # Names of tensors begin with these in a single checkpoint; empty: the family has none
     single_file: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, parts: Parts, settings: Section | None = None):
-        self.parts = parts
+    def __init__(self, components: Components, settings: Section | None = None):
+        self.components = components
         self.settings: Any = settings or self.settings_class()
 
     def __getattr__(self, name: str) -> Any:
-        if name != "parts" and name in self.parts.names:
-            return self.parts[name]
-        raise AttributeError(f"{type(self).__name__} has no {name}")
+        if name != "components" and name in self.components.names:
+            return self.components[name]
+        return object.__getattribute__(self, name)  # raises what was wrong, also inside of a property
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "components" and name in self.components.names:
+            self.components[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks the `model` section against the model's own files, before anything of the model is loaded.
+
+        Raises:
+            ValueError: The dtype, the VAE or the scheduler does not fit the family; the message names the key.
+        """
+        if config.dtype not in self.dtypes:
+            known = " or ".join(self.dtypes)
+            raise ValueError(f"model.dtype: {self.title} needs {known}, not {config.dtype}.")
+        if config.vae:
+            own = self.components.config("vae")
+            for key in ("latent_channels", "block_out_channels"):
+                given, wanted = (v if isinstance(v, int) else len(v) for v in (self.vae.config[key], own[key]))
+                if given != wanted:
+                    raise ValueError(f"model.vae: {config.vae} does not fit the model: {key}: {given}, not {wanted}.")
+            if own.get("shift_factor") is not None and self.vae.config.get("shift_factor") is None:
+                raise ValueError(f"model.vae: {config.vae} does not fit the model: it has no shift_factor.")
 
     # --- its networks ------------------------------------------------------------------------------------------------
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """All networks that were not released, by component, loaded where they are not yet; the denoiser first."""
-        names = [self.denoiser, *(name for name in self.parts.names if name != self.denoiser)]
-        found = {name: self.parts[name] for name in names}
-        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+        return self._networks([self.denoiser, *(name for name in self.components.names if name != self.denoiser)])
+
+    def _networks(self, names: Sequence[str]) -> dict[str, nn.Module]:
+        found = {name: self.components[name] for name in names}
+        return {name: component for name, component in found.items() if isinstance(component, nn.Module)}
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
-        """The networks that encode pictures and captions, and were not released: all but the denoiser."""
-        found = {name: self.parts[name] for name in self.parts.names if name != self.denoiser}
-        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
+        """Those that encode pictures and captions: all but the denoiser, which is not loaded for them."""
+        return self._networks([name for name in self.components.names if name != self.denoiser])
 
     @property
     def adaptable(self) -> dict[str, nn.Module]:
@@ -77,20 +107,20 @@ class ImageModel(ABC):
     @property
     def target_maps(self) -> dict[str, TargetMap]:
         """The target map of each network that can be adapted and was not released, the denoiser's first."""
-        return {name: targets.find(self.maps[name]) for name in self.maps if not self.parts.is_released(name)}
+        return {name: targets.find(self.maps[name]) for name in self.maps if not self.components.is_released(name)}
 
     @property
     def text_encoders(self) -> list[str]:
         """The names of the text encoders."""
-        return [name for name in self.parts.names if name.startswith("text_encoder")]
+        return [name for name in self.components.names if name.startswith("text_encoder")]
 
     @property
     def device(self) -> torch.device:
-        return self.parts.device
+        return self.components.device
 
     def to(self, device: torch.device | str) -> ImageModel:
         """Moves all networks to a device; returns self."""
-        self.parts.to(device)
+        self.components.to(device)
         return self
 
     def freeze(self) -> ImageModel:
@@ -103,6 +133,16 @@ class ImageModel(ABC):
     def downscale(self) -> int:
         """Pixels per latent, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def empty_denoiser(self) -> nn.Module:
+        """The denoiser without its weights, on the meta device, where the model's files have configs; else itself."""
+        import diffusers
+
+        if not self.components.has_configs:
+            return self.components[self.denoiser]
+        config = dict(self.components.config(self.denoiser))
+        with torch.device("meta"):
+            return getattr(diffusers, config["_class_name"]).from_config(config)
 
     @property
     def vae_identity(self) -> str:
@@ -135,8 +175,17 @@ class ImageModel(ABC):
         """How long a prompt is as the denoiser sees it: prompts of one length fill a batch without padding."""
 
     def num_tokens(self, prompt: str) -> int:
-        """The tokens of a prompt, with those that the tokenizer adds."""
+        """The tokens of a prompt, with those that the tokenizer adds, also where it is cut."""
         return len(self.tokenizer(prompt).input_ids)
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The tokens after which a prompt is cut; None: it is not."""
+        return None
+
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts that lose their end, because they are too long."""
+        return [each for each in prompts if self.most_tokens is not None and self.num_tokens(each) > self.most_tokens]
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
@@ -187,8 +236,8 @@ class ImageModel(ABC):
         """
 
     def pipeline(self) -> Any:
-        """A diffusers pipeline that shares these parts (no copies), without those that were released."""
-        pipe = self.make_pipeline({name: self.parts[name] for name in self.parts.names})
+        """A diffusers pipeline that shares these components (no copies), without those that were released."""
+        pipe = self.make_pipeline({name: self.components[name] for name in self.components.names})
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -199,9 +248,16 @@ class ImageModel(ABC):
 
         return getattr(diffusers, cls.pipeline_name)
 
-    def make_pipeline(self, parts: dict[str, Any]) -> Any:
-        """Builds the pipeline of its parts, of which some may be None."""
-        return self.pipeline_class()(**parts)
+    @classmethod
+    def vae_class(cls) -> Any:
+        """The class of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, cls.vae_name)
+
+    def make_pipeline(self, components: dict[str, Any]) -> Any:
+        """Builds the pipeline of its components, of which some may be None."""
+        return self.pipeline_class()(**components)
 
 
 def padded(prompts: Sequence[Prompt], name: str) -> tuple[Tensor, Tensor | None]:

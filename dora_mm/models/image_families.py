@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,12 +14,14 @@ from dora_mm.config.models import ModelConfig
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.hub import local_copy
 from dora_mm.models.opening import (
-    Parts,
-    check_complete,
+    INDEX,
+    Components,
     check_revision,
-    load_parts,
+    load_components,
     load_vae,
+    missing_in,
     pipeline_class_of,
+    read_config,
     tensor_names,
 )
 from dora_mm.models.sdxl.family import SDXL
@@ -42,23 +47,25 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
             if starts and all(any(name.startswith(start) for name in names) for start in starts):
                 return family
         files = " and ".join(family.title for family in FAMILIES if family.single_file)
-        raise ValueError(f"{path} cannot be loaded: it is no checkpoint of {files}, of which single files are read.")
+        raise ValueError(
+            f"model.path: {path} cannot be loaded: it is no checkpoint of {files}, of which single files are read."
+        )
     name = pipeline_class_of(path, revision)
     for family in FAMILIES:
         if family.pipeline_name == name:
             return family
     known = ", ".join(f"{family.title} ({family.pipeline_name})" for family in FAMILIES)
-    raise ValueError(f"{path} is a {name}, which is no family of image models here; there are {known}.")
+    raise ValueError(f"model.path: {path} is a {name}, which is no family of image models here; there are {known}.")
 
 
 def load_image_model(config: ModelConfig) -> ImageModel:
     """Opens the model that a config's `model` section names: frozen, in the configured dtype, on the CPU.
 
-    Its parts are loaded when they are asked for.
+    Its components are loaded when they are asked for; asking for one whose weights are missing or damaged is an error.
 
     Raises:
-        ValueError: The model or its VAE does not exist, is incomplete or of no family here, a local model has a
-            revision, or the section has keys of another family; the message names the key.
+        ValueError: The model or its VAE does not exist, lacks a component, is of no family here or does not fit the
+            section; the message names the key.
     """
     path, dtype = check_revision(config), getattr(torch, config.dtype)
     family = family_of(path, config.revision)
@@ -66,20 +73,23 @@ def load_image_model(config: ModelConfig) -> ImageModel:
         if other is not family and getattr(config, other.section) is not None:
             raise ValueError(f"model.{other.section}: {path} is {family.title}, not {other.title}: leave it out.")
     names = [name for phase in family.phases for name in phase]
-    if Path(path).is_dir():
-        check_complete(Path(path), names)
+    if Path(path).is_dir() and (missing := missing_in(Path(path), names)):
+        raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
 
-    def load(wanted):
-        return load_parts(family.pipeline_class(), path, wanted, names, dtype, config.revision)
+    def load(wanted: Sequence[str]) -> dict[str, Any]:
+        return load_components(family.pipeline_class(), path, wanted, names, dtype, config.revision)
 
-    parts = Parts(load, family.phases)
+    reads = None if Path(path).is_file() else partial(read_config, path, revision=config.revision)
+    components = Components(load, family.phases, reads)
+    model = family(components, getattr(config, family.section))
     if config.vae:
-        parts["vae"] = load_vae(resolve_model(config.vae, "model.vae"), dtype)
-    return family(parts, getattr(config, family.section))
+        components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)
+    model.check(config)
+    return model
 
 
 def load_if_local(config: ModelConfig) -> ImageModel | None:
-    """As `load_image_model`; None if a part of the model would have to be downloaded.
+    """As `load_image_model`; None if a component of the model would have to be downloaded.
 
     Raises:
         ValueError: A local model does not exist, is incomplete or of no family here; the message names the key.
@@ -88,8 +98,15 @@ def load_if_local(config: ModelConfig) -> ImageModel | None:
     found = {"path": local_copy(given, config.revision)}
     if config.vae:
         found["vae"] = local_copy(resolve_model(config.vae, "model.vae"))
-    if None in found.values():
+    if None in found.values() or (not Path(given).exists() and not is_complete(str(found["path"]))):
         return None
     revision = config.revision if Path(given).exists() else None  # the copy is of this revision
     changes = {"revision": revision, **{key: str(path) for key, path in found.items()}}
     return load_image_model(config.model_copy(update=changes))
+
+
+def is_complete(copy: str) -> bool:
+    """Whether a hub model's copy on this machine has all components: parts of it may have been downloaded alone."""
+    if not (Path(copy) / INDEX).is_file():
+        return False
+    return not missing_in(Path(copy), [name for phase in family_of(copy).phases for name in phase])

@@ -4,7 +4,8 @@ Both have the same methods, so that the loss is written once (tasks/diffusion.py
 w), e is noise of the same shape, and a time t (B,) is what the network is told.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,11 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 Size = Sequence[int]  # (h, w) of latents
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler of diffusers is for models that predict velocities."""
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
 class NoiseProcess(Protocol):
@@ -50,15 +56,19 @@ class Diffusion:
     """Noise of a discrete schedule (Ho et al. 2020, arXiv 2006.11239), with epsilon or v as the target.
 
     Args:
-        config: The config of the model's scheduler.
+        scheduler: The model's scheduler.
 
     Raises:
         ValueError: The model predicts something other than epsilon or v; or it predicts epsilon although its last step
             has no signal at all, where epsilon is meaningless.
     """
 
-    def __init__(self, config: Mapping[str, Any]):
-        self.schedule: Any = DDPMScheduler.from_config(dict(config))  # annotated as a tuple
+    def __init__(self, scheduler: Any):
+        if is_flow(scheduler):
+            raise ValueError(
+                f"The model has a {type(scheduler).__name__}, which is for models that predict velocities."
+            )
+        self.schedule: Any = DDPMScheduler.from_config(scheduler.config)  # annotated as a tuple
         self.prediction: str = self.schedule.config.prediction_type
         self.num_steps: int | None = self.schedule.config.num_train_timesteps
         if self.prediction not in ("epsilon", "v_prediction"):
@@ -95,14 +105,19 @@ class Flow:
     """Rectified flow (Liu et al. 2022, arXiv 2209.03003): noised = (1 - t) x + t e, and the network predicts e - x.
 
     Args:
-        config: The config of the model's scheduler, which has the shift towards noise.
+        scheduler: The model's scheduler, whose config has the shift towards noise.
         patch: The side of the patches that are the network's tokens, in latents; the shift can depend on their number.
+
+    Raises:
+        ValueError: The scheduler is for models that predict noise.
     """
 
     prediction, num_steps = "velocity", None
 
-    def __init__(self, config: Mapping[str, Any], patch: int):
-        self.config, self.patch = config, patch
+    def __init__(self, scheduler: Any, patch: int):
+        if not is_flow(scheduler):
+            raise ValueError(f"The model has a {type(scheduler).__name__}, which is for models that predict noise.")
+        self.config, self.patch = scheduler.config, patch
 
     def sigma(self, u: Tensor, num_tokens: int) -> Tensor:
         """The noise levels (N,) at shares u (N,) of the way: what training draws from, and the steps of sampling.
@@ -110,24 +125,32 @@ class Flow:
         With s the shift, s u / (1 + (s - 1) u). It is fixed, or e^mu where mu rises with the number of tokens as in
         diffusers' `FlowMatchEulerDiscreteScheduler` (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
         """
-        shift = float(self.config.get("shift", 1.0))
-        if self.config.get("use_dynamic_shifting"):
-            low, high = self.config.get("base_image_seq_len", 256), self.config.get("max_image_seq_len", 4096)
-            least, most = self.config.get("base_shift", 0.5), self.config.get("max_shift", 1.15)
-            mu = torch.tensor(least + (most - least) * (num_tokens - low) / (high - low))
-            shift = float(mu.exp() if self.config.get("time_shift_type", "exponential") == "exponential" else mu)
+        shift = self.shift(num_tokens)
         return shift * u / (1 + (shift - 1) * u)
 
+    def shift(self, num_tokens: int) -> float:
+        """The shift s of a picture of so many tokens."""
+        config = self.config
+        if not config.use_dynamic_shifting:
+            return float(config.shift)
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
+        return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
     def schedule(self, num_steps: int, size: Size) -> list[float]:
-        """The noise levels of sampling in `num_steps` steps, from noise; the last step ends at 0, which is left out."""
-        even = torch.linspace(1, 1 / num_steps, num_steps)
-        return self.sigma(even, self._num_tokens(size)).tolist()
+        """The noise levels of sampling in `num_steps` steps, from noise; the last step ends at 0, which is left out.
+
+        Where the scheduler has a `shift_terminal`, they are stretched so that the last one is that.
+        """
+        levels = self.sigma(torch.linspace(1, 1 / num_steps, num_steps), self._num_tokens(size))
+        if (last := self.config.shift_terminal) and num_steps > 1:
+            levels = 1 - (1 - levels) * (1 - last) / (1 - levels[-1])
+        return levels.tolist()
 
     def sampler(self) -> FlowMatchEulerDiscreteScheduler:
-        """Diffusers' scheduler for the levels of `schedule`, which it must not shift again."""
-        found: Any = FlowMatchEulerDiscreteScheduler.from_config(
-            dict(self.config), shift=1.0, use_dynamic_shifting=False
-        )
+        """Diffusers' scheduler for the levels of `schedule`, which it must not move again."""
+        as_they_are = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+        found: Any = FlowMatchEulerDiscreteScheduler.from_config(self.config, **as_they_are)
         return found
 
     def times(self, u: Tensor, size: Size) -> Tensor:

@@ -1,4 +1,4 @@
-"""Opens image models of diffusers: which there is at a path, and its parts, each loaded when it is asked for."""
+"""Opens image models of diffusers: what is at a path, and its components, each loaded when it is asked for."""
 
 from __future__ import annotations
 
@@ -19,48 +19,63 @@ from dora_mm.models import hub
 INDEX = "model_index.json"
 
 
-class Parts:
-    """The parts of a model, named as in diffusers; networks are frozen, and in eval mode.
+class Components:
+    """The components of a model, named as in diffusers; networks are frozen, and in eval mode.
 
     Args:
-        load: Loads parts by their names; it may return more than it is asked for.
-        phases: The names of all parts, in the groups in which they are loaded: a group is loaded when one of it is
+        load: Loads components by their names; it may return more than it is asked for.
+        phases: The names of all components, in the groups in which they are loaded: a group is loaded when one of it is
             first asked for.
+        read_config: Reads the config of a component from the model's files; None: it is that of what is loaded.
     """
 
-    def __init__(self, load: Callable[[Sequence[str]], Mapping[str, Any]], phases: Sequence[Sequence[str]]):
-        self._load, self._phases = load, phases
+    def __init__(
+        self,
+        load: Callable[[Sequence[str]], Mapping[str, Any]],
+        phases: Sequence[Sequence[str]],
+        read_config: Callable[[str], Mapping[str, Any]] | None = None,
+    ):
+        self._load, self._phases, self._read_config = load, phases, read_config
         self._loaded: dict[str, Any] = {}
         self._released: set[str] = set()
         self.device = torch.device("cpu")
 
     @classmethod
-    def of(cls, **parts: Any) -> Parts:
-        """Parts that are in memory already, as they are."""
-        found = cls(lambda names: parts, [tuple(parts)])
-        found._loaded = parts
+    def of(cls, **components: Any) -> Components:
+        """Components that are in memory already, as they are."""
+        found = cls(lambda names: components, [tuple(components)])
+        found._loaded = components
         return found
 
     @property
     def names(self) -> list[str]:
-        """The names of all parts, loaded or not."""
+        """The names of all components, loaded or not."""
         return [name for phase in self._phases for name in phase]
 
     def __getitem__(self, name: str) -> Any:
-        """A part, or None if it was released."""
-        if name not in self._loaded and name not in self._released:
-            group = next(phase for phase in self._phases if name in phase)
-            found = self._load([each for each in group if each not in self._loaded and each not in self._released])
-            for each, part in found.items():
-                if each not in self._loaded and each not in self._released:
-                    self._loaded[each] = self._ready(part)
+        """A component, or None if it was released."""
+        if name not in self._loaded and not self.is_released(name):
+            (group,) = (phase for phase in self._phases if name in phase)
+            missing = [each for each in group if each not in self._loaded and not self.is_released(each)]
+            for each, component in self._load(missing).items():
+                if each not in self._loaded and not self.is_released(each):
+                    self._loaded[each] = self._ready(component)
         return self._loaded.get(name)
 
-    def __setitem__(self, name: str, part: Any) -> None:
-        self._loaded[name] = part
+    def __setitem__(self, name: str, component: Any) -> None:
+        self._loaded[name] = component
+
+    @property
+    def has_configs(self) -> bool:
+        """Whether configs are read from the model's files, without loading a component."""
+        return self._read_config is not None
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        """The config of the model's own component, without loading it where the model's files have configs."""
+        return self[name].config if self._read_config is None else self._read_config(name)
 
     def release(self, names: Iterable[str]) -> None:
-        """Frees parts, for good."""
+        """Frees components, for good."""
         for name in names:
             self._released.add(name)
             self._loaded.pop(name, None)
@@ -71,12 +86,14 @@ class Parts:
     def to(self, device: torch.device | str) -> None:
         """Moves all networks to a device, also those that are loaded later."""
         self.device = torch.device(device)
-        for part in self._loaded.values():
-            if isinstance(part, nn.Module):
-                part.to(self.device)
+        for component in self._loaded.values():
+            if isinstance(component, nn.Module):
+                component.to(self.device)
 
-    def _ready(self, part: Any) -> Any:
-        return part.requires_grad_(False).eval().to(self.device) if isinstance(part, nn.Module) else part
+    def _ready(self, component: Any) -> Any:
+        if not isinstance(component, nn.Module):
+            return component
+        return component.requires_grad_(False).eval().to(self.device)
 
 
 def check_revision(config: ModelConfig) -> str:
@@ -101,19 +118,40 @@ def pipeline_class_of(path: str, revision: str | None) -> str:
     Raises:
         ValueError: There is no index, it is damaged, or the hub cannot be reached.
     """
-    index = Path(path) / INDEX
-    if not Path(path).exists():
-        if not is_hub_name(path):
-            raise ValueError(f"There is no model at {path}: name a folder, a .safetensors file or a hub repository.")
-        try:
-            index = Path(hf_hub_download(path, INDEX, revision=revision))
-        except (OSError, ValueError) as error:
-            raise ValueError(_why_not(named(path, revision), error)) from error
-    elif not index.is_file():
-        parts = sorted(folder.name for folder in Path(path).iterdir() if (folder / "config.json").is_file())
-        inside = f"has {', '.join(parts)}, but no {INDEX}" if parts else f"has no {INDEX}"
-        raise ValueError(f"{path} is not an image model of diffusers: it {inside}.")
-    return str(read_json(index).get("_class_name"))
+    folder = Path(path)
+    if folder.exists() and not (folder / INDEX).is_file():
+        found = sorted(each.name for each in folder.iterdir() if (each / "config.json").is_file())
+        inside = f"has {', '.join(found)}, but no {INDEX}" if found else f"has no {INDEX}"
+        raise ValueError(f"model.path: {path} is not an image model of diffusers: it {inside}.")
+    name = read_file(path, INDEX, revision).get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(f"model.path: the {INDEX} of {path} is damaged: it names no class.")
+    return name
+
+
+def read_file(path: str, name: str, revision: str | None) -> Mapping[str, Any]:
+    """Reads a JSON file of a model.
+
+    Args:
+        path: A folder, or a hub name.
+        name: The file's path in it.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
+
+    Raises:
+        ValueError: There is none, it is damaged, or the hub cannot be reached.
+    """
+    if Path(path).exists():
+        return read_json(Path(path) / name)
+    try:
+        return read_json(Path(hf_hub_download(path, name, revision=revision)))
+    except (OSError, ValueError) as error:
+        raise ValueError(_why_not(named(path, revision), error)) from error
+
+
+def read_config(path: str, component: str, revision: str | None) -> Mapping[str, Any]:
+    """Reads the config of a component; see `read_file`."""
+    file = "scheduler_config.json" if component == "scheduler" else "config.json"
+    return read_file(path, f"{component}/{file}", revision)
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -123,7 +161,7 @@ def tensor_names(file: Path) -> list[str]:
         ValueError: It is not a file of safetensors.
     """
     if file.suffix != ".safetensors":
-        raise ValueError(f"The model {file} does not end in .safetensors: convert it first.")
+        raise ValueError(f"model.path: {file} does not end in .safetensors: convert it first.")
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
@@ -131,33 +169,27 @@ def tensor_names(file: Path) -> list[str]:
         raise ValueError(_why_not(str(file), error)) from error
 
 
-def check_complete(folder: Path, parts: Iterable[str]) -> None:
-    """Checks that a folder has all parts of a pipeline.
-
-    Raises:
-        ValueError: It lacks some.
-    """
-    missing = [part for part in parts if not (folder / part).is_dir() or not any((folder / part).iterdir())]
-    if missing:
-        raise ValueError(f"The model {folder} is incomplete: it lacks {', '.join(missing)}.")
+def missing_in(folder: Path, components: Iterable[str]) -> list[str]:
+    """The components of a pipeline that a folder lacks."""
+    return [name for name in components if not (folder / name).is_dir() or not any((folder / name).iterdir())]
 
 
-def load_parts(
+def load_components(
     pipeline: Any, path: str, names: Sequence[str], every: Iterable[str], dtype: torch.dtype, revision: str | None
 ) -> dict[str, Any]:
-    """Loads parts of a pipeline of diffusers; a single checkpoint is loaded as a whole.
+    """Loads components of a pipeline of diffusers; a single checkpoint is loaded as a whole.
 
     Args:
         pipeline: The class of diffusers.
         path: A folder, a single `.safetensors` checkpoint or a hub name. A single checkpoint holds no configs and no
             tokenizers: diffusers downloads them from the hub once.
-        names: The parts.
-        every: All parts of the pipeline.
+        names: The components.
+        every: All components of the pipeline.
         dtype: The dtype of all networks.
         revision: A commit, branch or tag of a hub model; None is its main branch.
 
     Raises:
-        ValueError: A part is missing or cannot be loaded.
+        ValueError: One is missing or cannot be loaded.
     """
     if Path(path).is_file():
         loaded = attempt(path, lambda: pipeline.from_single_file(path, dtype=dtype))
@@ -171,25 +203,28 @@ def load_parts(
     return {name: getattr(loaded, name) for name in names}
 
 
-def load_vae(path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Loads a VAE from a folder or a hub name, frozen and in eval mode.
+def load_vae(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Loads a VAE, frozen and in eval mode.
+
+    Args:
+        kind: Its class of diffusers.
+        path: A folder or a hub name.
+        dtype: Of its weights.
 
     Raises:
-        ValueError: There is no VAE, or it cannot be loaded.
+        ValueError: There is none, or it cannot be loaded.
     """
-    from diffusers import AutoModel
-
-    vae = attempt(str(path), lambda: AutoModel.from_pretrained(str(path), dtype=dtype, use_safetensors=True), "VAE")
+    vae = attempt(str(path), lambda: kind.from_pretrained(str(path), dtype=dtype, use_safetensors=True), "model.vae")
     return vae.requires_grad_(False).eval()
 
 
-def attempt(name: str, load: Callable[[], Any], what: str = "model") -> Any:
+def attempt(name: str, load: Callable[[], Any], key: str = "model.path") -> Any:
     """What a function of diffusers loads.
 
     Args:
         name: What is loaded, for the message.
         load: Loads it.
-        what: What kind of thing it is, for the message.
+        key: The key that names it, for the message.
 
     Raises:
         ValueError: Files are missing, damaged or of another kind of model, or the hub cannot be reached.
@@ -199,7 +234,7 @@ def attempt(name: str, load: Callable[[], Any], what: str = "model") -> Any:
     try:
         return load()
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
-        raise ValueError(_why_not(name, error, what)) from error
+        raise ValueError(_why_not(name, error, key)) from error
 
 
 def named(path: str, revision: str | None) -> str:
@@ -225,6 +260,6 @@ def is_hub_name(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(".safetensors")
 
 
-def _why_not(name: str, error: BaseException, what: str = "model") -> str:
+def _why_not(name: str, error: BaseException, key: str = "model.path") -> str:
     reason = " ".join(str(error).split())
-    return hub.unreachable(name, error) or f"The {what} {name} cannot be loaded: {reason}"
+    return hub.unreachable(name, error) or f"{key}: {name} cannot be loaded: {reason}"

@@ -81,7 +81,7 @@ def make_scheduler(name: str, own: Any) -> Any:
     import diffusers
 
     found = find_scheduler(name)
-    if is_flow(own):
+    if _is_flow(own):
         if name not in OF_FLOWS:
             raise ValueError(f"{name} is not for models that predict a velocity; {', '.join(OF_FLOWS)} is")
         return own
@@ -94,14 +94,9 @@ def make_scheduler(name: str, own: Any) -> Any:
     return getattr(diffusers, found.kind).from_config(own.config, **found.settings)
 
 
-def is_flow(scheduler: Any) -> bool:
-    """Whether a scheduler of diffusers is for models that predict a velocity."""
-    return type(scheduler).__name__.startswith("FlowMatch")
-
-
 def title_of(scheduler: Any) -> str:
     """What A1111 calls a scheduler of diffusers; the name of its class where it has none."""
-    name = OF_FLOWS[0] if is_flow(scheduler) else scheduler_name(scheduler)
+    name = OF_FLOWS[0] if _is_flow(scheduler) else scheduler_name(scheduler)
     return SCHEDULERS[name].title if name else type(scheduler).__name__
 
 
@@ -112,3 +107,9 @@ def scheduler_name(scheduler: Any) -> str | None:
         if same_kind and all(scheduler.config.get(key) == value for key, value in known.settings.items()):
             return name
     return None
+
+
+def _is_flow(scheduler: Any) -> bool:
+    from dora_mm.models.noise import is_flow  # imports diffusers
+
+    return is_flow(scheduler)

@@ -10,7 +10,7 @@ import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
-from dora_mm.config.models import ZImageConfig
+from dora_mm.config.models import ModelConfig, ZImageConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.models.diffusion import ImageModel, Prompt
@@ -27,10 +27,18 @@ class ZImage(ImageModel):
     denoiser = "transformer"
     maps: ClassVar = {"transformer": "z-image"}
     cell = 16  # 8 pixels per latent, two latents per token
+    dtypes = ("float32", "bfloat16")
+
+    def check(self, config: ModelConfig) -> None:
+        super().check(config)
+        places = self.components.config("transformer")["axes_lens"][0]  # of prompt and picture, one after the other
+        most = (places - 2) // GROUP * GROUP
+        if self.settings.max_tokens > most:
+            raise ValueError(f"model.z_image.max_tokens must be at most {most} for {config.path}.")
 
     @property
     def resolution(self) -> int:
-        return self.vae.config.sample_size
+        return self.components.config("vae")["sample_size"]
 
     @property
     def vae_identity(self) -> str:
@@ -38,21 +46,25 @@ class ZImage(ImageModel):
 
     @cached_property
     def noise(self) -> Flow:
-        return Flow(self.scheduler.config, patch=2)
+        return Flow(self.scheduler, patch=2)
 
     def prompt_length(self, prompt: str) -> int:
         """In groups of tokens."""
-        return -(-self.num_tokens(prompt) // GROUP)
+        return -(-min(self.num_tokens(prompt), self.most_tokens) // GROUP)
 
     def num_tokens(self, prompt: str) -> int:
         turn = [{"role": "user", "content": prompt}]
         ids = self.tokenizer.apply_chat_template(turn, add_generation_prompt=True, enable_thinking=True)
-        return min(len(ids["input_ids"]), self.settings.max_tokens)
+        return len(ids["input_ids"])
+
+    @property
+    def most_tokens(self) -> int:
+        return self.settings.max_tokens
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[Prompt]:
         """One by one, so that none depends on the others in the last bits."""
-        parts: dict[str, Any] = {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
-        pipe = self.pipeline_class()(scheduler=None, vae=None, transformer=None, **parts)
+        encoders: dict[str, Any] = {"text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+        pipe = self.pipeline_class()(scheduler=None, vae=None, transformer=None, **encoders)
         settings: dict[str, Any] = {
             "max_sequence_length": self.settings.max_tokens,
             "device": get_module_execution_device(self.text_encoder),
@@ -95,5 +107,5 @@ class ZImage(ImageModel):
             "height": height,
         }
 
-    def make_pipeline(self, parts: dict[str, Any]) -> Any:
-        return super().make_pipeline({**parts, "scheduler": self.noise.sampler()})
+    def make_pipeline(self, components: dict[str, Any]) -> Any:
+        return super().make_pipeline({**components, "scheduler": self.noise.sampler()})

@@ -32,6 +32,7 @@ def describe_data(
             describe_captions(images, config.data, num_tokens),
             describe_length(len(images), config.train, num_processes),
             *remark_on_length(len(images), config.train, num_processes),
+            *(remark_on_cut(model, [image.caption for image in images]) if model else []),
             *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
         ]
     )
@@ -104,6 +105,13 @@ def remark_on_length(num_images: int, train: TrainConfig, num_processes: int = 1
         f"Each picture is seen {views:.0f} times ({_recipes()}), which is {change} for a style: train.steps from "
         f"{usual[0]} to {usual[1]} would be as in those."
     ]
+
+
+def remark_on_cut(model: ImageModel, captions: Sequence[str]) -> list[str]:
+    """A warning, if captions are longer than the model reads; else nothing."""
+    if not (cut := model.cut(captions)):
+        return []
+    return [f"{len(cut)} captions have more than {model.most_tokens} tokens and lose their end, the first: {cut[0]}"]
 
 
 def _recipes() -> str:

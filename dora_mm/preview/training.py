@@ -269,13 +269,12 @@ def _num_parameters(networks: Iterable[nn.Module]) -> int:
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
 
 
-def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None, what: str = "the model") -> list[str]:
+def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None) -> list[str]:
     """Warnings about a training that will take far longer than its user may expect; usually none.
 
     Args:
         accelerator: Knows the device and the mixed precision of the training.
         networks: All networks of the model; None: they are not on this machine, as is usual for large ones.
-        what: What the networks are, for the message.
     """
     if accelerator.device.type != "cpu":
         return []
@@ -284,7 +283,7 @@ def slow_hardware(accelerator: Accelerator, networks: Iterable[nn.Module] | None
         found.append("There is no GPU: a step of a model of full size takes minutes to hours here.")
     elif (num_parameters := _num_parameters(networks)) >= LARGE:
         found.append(
-            f"There is no GPU, and {what} has {num_parameters / 1e9:.1f} billion parameters: a step takes minutes "
+            f"There is no GPU, and the model has {num_parameters / 1e9:.1f} billion parameters: a step takes minutes "
             "to hours here."
         )
     if mixed_precision in PRECISIONS and (ratio := half_precision_slowdown(PRECISIONS[mixed_precision])) > SLOWER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,6 @@ from dora_mm import backend, formats
 from dora_mm.config.loader import find_path, resolve_model, resolve_path
 from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig
 from dora_mm.config.pictures import PicturesConfig
-from dora_mm.config.schema import Section
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.tensor_file import read_metadata
 from dora_mm.models.diffusion import ImageModel
@@ -32,6 +32,7 @@ from dora_mm.utils.digest import file_digest, module_digest
 
 log = logging.getLogger(__name__)
 EMBEDDED = ModelConfig(path=EMBEDDED_IMAGE_MODEL)
+SETTINGS = "base_settings"  # the key of a header
 SOFTWARE = ("dora_mm", "torch", "diffusers", "transformers")
 
 
@@ -107,6 +108,10 @@ class LoadedModel:
         self.check_sizes(pictures)
         self.check_schedulers(pictures)
         self.check_adapters(pictures)
+        prompts = [text for p in pictures for text in (p.prompt, p.negative_prompt) if text]
+        if cut := self.model.cut(list(dict.fromkeys(prompts))):
+            most = self.model.most_tokens
+            log.warning("%d prompts have more than %d tokens and lose their end, the first: %s", len(cut), most, cut[0])
 
     def check_sizes(self, pictures: Sequence[Picture]) -> None:
         """Checks that the model can draw pictures of these sizes.
@@ -126,12 +131,13 @@ class LoadedModel:
         """Checks that the schedulers can take as many steps as are asked of them.
 
         Raises:
-            ValueError: One cannot: LCM's takes at most 50, and others as many as the model has noise levels.
+            ValueError: One cannot: LCM's takes at most 50, and others as many as the model has noise levels. Or it is
+                not for this model.
         """
         rows = {(picture.scheduler, picture.steps): picture.row for picture in reversed(pictures)}
         for (scheduler, steps), row in rows.items():
             if problem := self.sampler.why_not(scheduler, steps):
-                raise ValueError(f"row {row}: the scheduler cannot take {steps} steps: {problem}")
+                raise ValueError(f"row {row}: {problem}")
 
     def adapter_hashes(self) -> dict[str, tuple[str, str]]:
         """The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that jobs name."""
@@ -179,18 +185,11 @@ def load_model(config: PicturesConfig, adapters: Iterable[str]) -> LoadedModel:
     save_memory(sampler.pipe, config.memory, device)
     found = find_path(chosen.path)
     file_hash = file_digest(found) if found is not None and found.is_file() else None
-    base = BaseModel(chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, family_settings(chosen))
+    base = BaseModel(
+        chosen.path, chosen.revision, chosen.vae, chosen.dtype, digest, file_hash, chosen.settings_of_pictures()
+    )
     environment = {"backend": config.backend, "memory": config.memory.model_dump()}
     return LoadedModel(model, sampler, base, files, environment, backend.select(config.backend))
-
-
-def family_settings(config: ModelConfig) -> dict[str, Any]:
-    """The settings of the model's family that are not the defaults, by the key of its section."""
-    return {
-        name: changed
-        for name, section in config
-        if isinstance(section, Section) and (changed := section.model_dump(exclude_defaults=True))
-    }
 
 
 def find_adapters(paths: Iterable[str]) -> dict[str, Path]:
@@ -214,12 +213,13 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
         if not header.get("base_model"):
             raise ValueError(f"{path} does not say which model it was trained on: set model.path")
         keys = {"path": "base_model", "revision": "base_revision", "vae": "base_vae", "dtype": "base_dtype"}
-        values = {name: header[key] for name, key in keys.items() if key in header}
+        values: dict[str, Any] = {name: header[key] for name, key in keys.items() if key in header}
+        values |= settings_in(header, path)
         try:
             found.setdefault(ModelConfig.model_validate(values), path)
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
-            key, message = keys[str(problem["loc"][0])], problem["msg"]
+            key, message = keys.get(str(problem["loc"][0]), SETTINGS), problem["msg"]
             raise ValueError(f"the header of {path} cannot be used ({key}: {message}): set model.path") from None
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
@@ -230,6 +230,21 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
         except ValueError:
             raise ValueError(f"{path} was trained on {model.path}, which is not here: set model.path") from None
     return next(iter(found), EMBEDDED)
+
+
+def settings_in(header: Mapping[str, str], path: str) -> dict[str, Any]:
+    """The settings of the base model's family that a header names, such as those of its prompts.
+
+    Raises:
+        ValueError: They cannot be read.
+    """
+    try:
+        found = json.loads(header.get(SETTINGS, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or set(found) & {"path", "revision", "vae", "dtype"}:
+        raise ValueError(f"the header of {path} cannot be used ({SETTINGS}): set model.path")
+    return found
 
 
 def warn_of_other_bases(files: Mapping[str, Path], model: ModelConfig) -> None:

@@ -71,12 +71,15 @@ class PictureSampler:
         return title_of(self._scheduler(name))
 
     def why_not(self, scheduler: str | None, steps: int) -> str | None:
-        """Why a scheduler (None: the model's own) cannot take this number of steps; None if it can."""
+        """Why a scheduler (None: the model's own) cannot draw in this number of steps; None if it can."""
         try:
             made = self._scheduler(scheduler)
+        except ValueError as error:
+            return f"scheduler: {error}"
+        try:
             (deepcopy(made) if made is self.scheduler else made).set_timesteps(steps)
         except ValueError as error:
-            return str(error)
+            return f"the scheduler cannot take {steps} steps: {error}"
         return None
 
     @torch.no_grad()

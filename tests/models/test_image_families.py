@@ -1,4 +1,4 @@
-"""Which family of image models a path is of, and how its parts are loaded."""
+"""Which family of image models a path is of, and how its components are loaded."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, ZImageConfig
 from dora_mm.models.image_families import FAMILIES, family_of, load_image_model
-from dora_mm.models.opening import Parts
+from dora_mm.models.opening import Components
 from dora_mm.targets import MAPS
 
 
@@ -67,20 +67,20 @@ def test_parts_are_loaded_in_phases_and_released_for_good():
         asked.append(tuple(names))
         return {name: torch.nn.Linear(1, 1) for name in names}
 
-    parts = Parts(load, [("text_encoder", "vae"), ("unet",)])
+    components = Components(load, [("text_encoder", "vae"), ("unet",)])
     assert asked == []
-    assert not parts["vae"].weight.requires_grad
-    assert not parts["vae"].training
+    assert not components["vae"].weight.requires_grad
+    assert not components["vae"].training
     assert asked == [("text_encoder", "vae")]
-    parts.release(["text_encoder"])
-    parts.to("meta")
-    assert parts["unet"].weight.device.type == parts["vae"].weight.device.type == "meta"
-    assert parts["text_encoder"] is None
+    components.release(["text_encoder"])
+    components.to("meta")
+    assert components["unet"].weight.device.type == components["vae"].weight.device.type == "meta"
+    assert components["text_encoder"] is None
     assert asked == [("text_encoder", "vae"), ("unet",)]
 
 
 def test_a_part_that_was_replaced_is_not_loaded():
     asked = []
-    parts = Parts(lambda names: asked.extend(names) or dict.fromkeys(names, "loaded"), [("vae", "scheduler")])
-    parts["vae"] = "mine"
-    assert (parts["scheduler"], parts["vae"], asked) == ("loaded", "mine", ["scheduler"])
+    components = Components(lambda names: asked.extend(names) or dict.fromkeys(names, "loaded"), [("vae", "scheduler")])
+    components["vae"] = "mine"
+    assert (components["scheduler"], components["vae"], asked) == ("loaded", "mine", ["scheduler"])

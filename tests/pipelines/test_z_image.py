@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 import dora_mm
 from dora_mm import DoRASpec
 from dora_mm.cli import main
-from dora_mm.config.images import DataConfig, LossConfig
+from dora_mm.config.images import DataConfig
 from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.folder import read_training_images
+from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.models import image_families
 from dora_mm.models.image_families import load_image_model
+from dora_mm.models.opening import Components
+from dora_mm.models.sdxl.family import SDXL
 from dora_mm.sampling.pictures import sample
-from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from tests.models.z_image.tiny import build
 
@@ -101,20 +104,56 @@ def test_a_fresh_adapter_changes_no_bit(model):
         assert torch.equal(model.predict(x, t, encoded, []), before)
 
 
-def test_a_batch_is_the_loss_of_each_image_alone(model, image_folder):
-    """Captions of different lengths do not change each other, and latents are the mode."""
+def test_captions_of_different_lengths_do_not_change_each_other(model):
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.4, 0.8])
+    prompts = model.encode_prompts(["a cat", "Describe this image in detail. " * 8])
+    with torch.no_grad():
+        both = model.predict(x, t, prompts, [])
+        for row in range(2):
+            alone = model.predict(x[row : row + 1], t[row : row + 1], prompts[row : row + 1], [])
+            torch.testing.assert_close(both[row], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_latents_are_the_normalized_mode(model, plain, image_folder):
     data = DataConfig(folder=str(image_folder), resolution=64)
     images = read_training_images(data)
-    batches = CaptionedBatches(model, images, PromptEncoder(model, trained=False), data, batch_size=2, seed=0)
-    assert torch.equal(batches(0).latents, batches(0).latents)
-    task, x = DiffusionTask(model, LossConfig()), torch.randn(2, 4, 8, 8)
-    prompts = model.encode_prompts(["a cat", "Describe this image in detail. " * 8])
-    t = torch.tensor([0.4, 0.8])
-    with torch.no_grad():
-        both = task.model.predict(x, t, prompts, [])
-        for row in range(2):
-            alone = task.model.predict(x[row : row + 1], t[row : row + 1], prompts[row : row + 1], [])
-            torch.testing.assert_close(both[row], alone[0], atol=1e-5, rtol=1e-4)
+    batches = CaptionedBatches(model, images, PromptEncoder(model, trained=False), data, batch_size=1, seed=0)
+    seen: dict[int, list[torch.Tensor]] = {}
+    for number in range(10):  # two epochs
+        batch = batches(number)
+        for row, image in enumerate(images):
+            pixels = render(load_rgb(image.path), batches._frame(row, False, None))[None]
+            mode = plain.vae.encode(pixels).latent_dist.mode()
+            expected = (mode - plain.vae.config.shift_factor) * plain.vae.config.scaling_factor
+            if expected.shape == batch.latents.shape and torch.allclose(batch.latents, expected, atol=1e-5):
+                seen.setdefault(row, []).append(batch.latents)
+    assert sorted(seen) == list(range(len(images)))
+    assert all(torch.equal(first, second) for first, second in seen.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_in_half_precision_and_with_checkpointing(config, tmp_path, folder, dtype, checkpointing):
+    train = {"steps": 1, "batch_size": 2, "gradient_checkpointing": checkpointing}
+    train["mixed_precision"] = "bf16" if dtype == "bfloat16" else "no"
+    model = {"path": str(folder), "dtype": dtype}
+    assert main(["train", config(model=model, train=train, sample={"prompts": []})]) == 0
+    weights = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+
+
+def test_an_adapter_brings_the_settings_of_its_base(config, tmp_path, folder, caplog):
+    """The run's own picture is drawn again by a job that names the run alone."""
+    model = {"path": str(folder), "z_image": {"max_tokens": 12}}
+    assert main(["train", config(model=model)]) == 0
+    assert "captions have more than 12 tokens and lose their end, the first: a TOK icon of thing" in caplog.text
+    job = tmp_path / "job.csv"
+    job.write_text(f"prompt,seed,steps,guidance\n{PROMPT},0,2,3\n")
+    assert main(["sample", str(job), "--set", f"adapter.path={tmp_path / 'run'}", f"output={tmp_path / 'job'}"]) == 0
+    assert "1 prompts have more than 12 tokens and lose their end" in caplog.text
+    drawn = Image.open(tmp_path / "job" / "samples" / "0001-seed0.png")
+    assert difference(drawn, Image.open(tmp_path / "run" / "adapter" / "pictures" / "1.png")) <= 2
 
 
 def test_training_resumes_by_bits_and_plain_diffusers_draws_the_same(config, tmp_path, plain, capsys):
@@ -190,9 +229,19 @@ def test_a_dry_run_shows_data_parts_memory_and_time(config, tmp_path, capsys):
         (["model.sdxl.unconditional=empty"], "is Z-Image, not SDXL: leave it out"),
         (["adapter.parts=[unet.attn]"], "this model has no part unet.attn; it has transformer.attn"),
         (["adapter.parts=[text_encoder.attn]"], "this model has no part text_encoder.attn"),
+        (["model.dtype=float16", "train.mixed_precision=fp16"], "model.dtype: Z-Image needs float32 or bfloat16"),
+        (["model.z_image.max_tokens=800"], "model.z_image.max_tokens must be at most 576 for "),
+        (
+            ["model.vae=samples/tiny-sdxl/vae"],
+            "does not fit the model: latent_channels: 8, not 4",
+        ),
+        (["model.vae=samples/tiny-sdxl/unet"], "model.vae: "),
     ],
 )
-def test_what_has_no_meaning_for_the_family_is_refused(config, tmp_path, capsys, changes, message):
+def test_what_has_no_meaning_for_the_family_is_refused(config, tmp_path, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr(image_families, "load_components", None)  # found before anything is loaded, but the scheduler
+    if changes[0].startswith("loss"):
+        monkeypatch.undo()
     assert main(["train", config(), "--set", *changes]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -203,7 +252,7 @@ def test_what_has_no_meaning_for_the_family_is_refused(config, tmp_path, capsys,
     [
         (
             ["scheduler=ddim"],
-            "row 1: the scheduler cannot take 2 steps: ddim is not for models that predict a velocity",
+            "row 1: scheduler: ddim is not for models that predict a velocity; euler is",
         ),
         (["width=72"], "row 1: width 72 must be a multiple of 16 for Z-Image"),
     ],
@@ -245,9 +294,17 @@ def test_peft_reads_what_convert_writes(run, folder, tmp_path, model):
     assert (ours - bare).abs().max() > 0.01
 
 
-def test_the_same_vae_of_two_families_never_shares_cached_latents(model, folder, tmp_path, tiny):
-    """One keeps the mode, the other draws from the posterior."""
-    assert model.vae_identity != type(tiny).vae_identity.fget(model)
+def test_families_with_the_same_vae_do_not_share_cached_latents(model, image_folder, tmp_path):
+    """One trains on the mode, which is all that it keeps; another needs the variance."""
+    data = DataConfig(folder=str(image_folder), resolution=64, latent_cache=str(tmp_path / "cache"))
+    images = read_training_images(data)
+
+    def fill(family):
+        CaptionedBatches(family, images, PromptEncoder(family, trained=True), data, batch_size=1, seed=0).encode_all()
+        return len(list((tmp_path / "cache").rglob("*.safetensors")))
+
+    assert fill(model) == fill(model) == 5
+    assert fill(SDXL(Components.of(vae=model.vae))) == 10
 
 
 def test_sampling_without_guidance_needs_no_negative_prompt(model, plain):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,9 +30,11 @@ def make_batch(count=6):
 
 SDXL_BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PROCESSES = {
-    "epsilon": Diffusion({**SDXL_BASE, "prediction_type": "epsilon"}),
-    "v_prediction": Diffusion({**SDXL_BASE, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
-    "velocity": Flow({"shift": 3.0}, patch=2),
+    "epsilon": Diffusion(EulerDiscreteScheduler(**SDXL_BASE)),
+    "v_prediction": Diffusion(
+        EulerDiscreteScheduler(**SDXL_BASE, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    ),
+    "velocity": Flow(FlowMatchEulerDiscreteScheduler(shift=3.0), patch=2),
 }
 
 
@@ -123,9 +125,13 @@ def test_loss_types(kind):
 
 def test_unsupported_predictions_are_refused():
     with pytest.raises(ValueError, match="predicts sample"):
-        Diffusion({"prediction_type": "sample"})
+        Diffusion(EulerDiscreteScheduler(prediction_type="sample"))
     with pytest.raises(ValueError, match="needs v_prediction"):
-        Diffusion({"rescale_betas_zero_snr": True})
+        Diffusion(EulerDiscreteScheduler(rescale_betas_zero_snr=True))
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler, which is for models that predict v"):
+        Diffusion(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler, which is for models that predict noise"):
+        Flow(EulerDiscreteScheduler(), patch=2)
 
 
 @pytest.mark.parametrize("prediction", PROCESSES)
@@ -145,25 +151,26 @@ FLOWS = {
     "static": {"shift": 3.0},
     "dynamic": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
     "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear", "max_shift": 2.0},
+    "terminal": {"use_dynamic_shifting": True, "shift_terminal": 0.02},
 }
 
 
 @pytest.mark.parametrize("config", FLOWS.values(), ids=FLOWS)
-@given(num_steps=st.integers(1, 60), num_tokens=st.integers(16, 8000))
-def test_one_function_gives_the_noise_levels_of_training_and_sampling(config, num_steps, num_tokens):
+@given(num_steps=st.integers(2, 60), height=st.integers(4, 90), width=st.integers(4, 90))
+def test_one_function_gives_the_noise_levels_of_training_and_sampling(config, num_steps, height, width):
     """Those of diffusers' own scheduler, which the pipelines of these families use."""
-    theirs = FlowMatchEulerDiscreteScheduler(**config)
+    theirs, num_tokens = FlowMatchEulerDiscreteScheduler(**config), height * width
     mu = theirs.config.base_shift + (theirs.config.max_shift - theirs.config.base_shift) * (num_tokens - 256) / 3840
     even = torch.linspace(1, 1 / num_steps, num_steps)
     theirs.set_timesteps(sigmas=even.tolist(), mu=mu)
-    torch.testing.assert_close(Flow(theirs.config, 2).sigma(even, num_tokens), theirs.sigmas[:-1], atol=1e-6, rtol=0)
-
-
-def test_the_sampler_does_not_shift_the_levels_again():
-    flow = Flow(FlowMatchEulerDiscreteScheduler(shift=3.0).config, 2)
+    flow, size = Flow(theirs, patch=2), (2 * height, 2 * width)
+    levels = torch.tensor(flow.schedule(num_steps, size))
+    torch.testing.assert_close(levels, theirs.sigmas[:-1], atol=1e-6, rtol=0)
     sampler = flow.sampler()
-    sampler.set_timesteps(sigmas=flow.schedule(7, (16, 16)))
-    torch.testing.assert_close(sampler.sigmas[:-1], flow.sigma(torch.linspace(1, 1 / 7, 7), 64))
+    sampler.set_timesteps(sigmas=levels.tolist())
+    torch.testing.assert_close(sampler.sigmas[:-1], levels, atol=1e-6, rtol=0)
+    if "shift_terminal" not in config:
+        torch.testing.assert_close(flow.times(even, size), levels, atol=1e-6, rtol=0)
 
 
 def test_a_flow_at_its_ends_is_the_picture_and_the_noise():

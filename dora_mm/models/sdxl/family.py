@@ -30,11 +30,11 @@ class SDXL(ImageModel):
 
     @property
     def resolution(self) -> int:
-        return self.unet.config.sample_size * self.downscale
+        return self.components.config("unet")["sample_size"] * self.downscale
 
     @cached_property
     def noise(self) -> Diffusion:
-        return Diffusion(self.scheduler.config)
+        return Diffusion(self.scheduler)
 
     @property
     def unconditional(self) -> str:
@@ -83,6 +83,6 @@ class SDXL(ImageModel):
         settings = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
         return {**embeddings, **settings}
 
-    def make_pipeline(self, parts: dict[str, Any]) -> Any:
+    def make_pipeline(self, components: dict[str, Any]) -> Any:
         # as SDXL base sets the first, and without a watermark
-        return self.pipeline_class()(**parts, force_zeros_for_empty_prompt=True, add_watermarker=False)
+        return self.pipeline_class()(**components, force_zeros_for_empty_prompt=True, add_watermarker=False)

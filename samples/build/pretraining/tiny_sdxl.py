@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dora_mm.models.opening import Parts
+from dora_mm.models.opening import Components
 from dora_mm.models.sdxl.family import SDXL
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -196,7 +196,7 @@ def build_tiny_sdxl(
         vae = build_vae(resolution, vae_channels, latent_channels)
         latent_size = resolution // 2 ** (len(vae_channels) - 1)
         unet = build_unet(latent_size, latent_channels, unet_channels, unet_heads, text_widths)
-    parts = Parts.of(
+    components = Components.of(
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
@@ -205,4 +205,4 @@ def build_tiny_sdxl(
         tokenizer_2=tokenizer_2,
         scheduler=build_scheduler(),
     )
-    return SDXL(parts)
+    return SDXL(components)

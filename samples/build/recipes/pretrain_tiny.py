@@ -23,7 +23,7 @@ from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
 from dora_mm.models.diffusion import Prompt
 from dora_mm.models.image_families import load_image_model
-from dora_mm.models.opening import Parts, load_vae
+from dora_mm.models.opening import Components, load_vae
 from dora_mm.models.sdxl.encoding import encode_images, encode_tokens, tokenize
 from dora_mm.models.sdxl.family import SDXL
 from dora_mm.sampling.grids import sheet
@@ -70,7 +70,7 @@ def main(config: PretrainTinyConfig, *, resume: Path | None = None) -> None:
         unet_channels=config.model.unet_channels,
     )
     if config.vae_from:
-        model.parts["vae"] = trained_vae(config)
+        model.vae = trained_vae(config)
     if config.unet_from:
         copy_weights(config, model)
     run = (
@@ -95,7 +95,7 @@ def trained_vae(config: PretrainTinyConfig) -> Any:
         ValueError: Its sizes differ from those of the config's model.
     """
     folder = resolve_path(config.vae_from or "", "vae_from")
-    vae = load_vae(folder / "vae")
+    vae = load_vae(AutoencoderKL, folder / "vae")
     found = (vae.config.latent_channels, tuple(vae.config.block_out_channels))
     if found != (expected := (config.model.latent_channels, tuple(config.model.vae_channels))):
         raise ValueError(
@@ -256,8 +256,8 @@ def show(config: PretrainTinyConfig, model: SDXL, run: RunDirectory, step: int |
 def save_model(model: SDXL, folder: Path) -> None:
     """Saves a diffusers folder with fp16 weights, which is loaded in float32 by default."""
     halved = {name: copy.deepcopy(network).half() for name, network in model.networks.items()}
-    parts = {name: model.parts[name] for name in model.parts.names}
-    SDXL(Parts.of(**{**parts, **halved})).pipeline().save_pretrained(folder)
+    components = {name: model.components[name] for name in model.components.names}
+    SDXL(Components.of(**{**components, **halved})).pipeline().save_pretrained(folder)
     # diffusers loads in float32 by default, transformers in the dtype of the config: both must be the same.
     for name in ("text_encoder", "text_encoder_2"):
         file = folder / name / "config.json"

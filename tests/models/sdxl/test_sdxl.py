@@ -194,7 +194,7 @@ def test_a_missing_part_is_named(tiny_folder, tmp_path, part):
 
 
 def test_a_folder_that_is_not_a_model(tmp_path):
-    with pytest.raises(ValueError, match=f"{tmp_path} is not an image model of diffusers: it has no model_index.json"):
+    with pytest.raises(ValueError, match=f"model.path: {tmp_path} is not an image model of diffusers: it has no model"):
         load_image_model(ModelConfig(path=str(tmp_path)))
 
 
