@@ -93,15 +93,14 @@ def _keys(table: ExampleTable, images: str | None) -> list[list[str]]:
     roots = [resolve_path(images, "images").absolute()] if images is not None else []
     prefixes = [f"{root}{os.sep}" for root in (*roots, (table.path.parent / STORED_IMAGES).absolute())]
     keys = [[_without(prefixes, name) for name in names] for names in table.image_lists()]
-    return [names or [_content(table, row)] for row, names in enumerate(keys)]
+    alone = [row for row, names in enumerate(keys) if not names]
+    for row, content in zip(alone, table.select(alone).contents(), strict=True):
+        keys[row] = [_digest(repr(content))]
+    return keys
 
 
 def _without(prefixes: Sequence[str], name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
-
-
-def _content(table: ExampleTable, row: int) -> str:
-    return _digest(repr(replace(table[row], id="")))
 
 
 def _digest(text: str) -> str:

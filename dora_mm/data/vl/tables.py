@@ -112,6 +112,11 @@ class ExampleTable(Sequence[Example]):
         rows: list[list[str]] = self._column("images").to_pylist()
         return [[self.places.get(name, name) for name in names] for names in rows]
 
+    def contents(self) -> list[tuple[Any, ...]]:
+        """What each row has beside its id and its images, in plain lists and dictionaries."""
+        columns = [self._column(name).to_pylist() for name in SCHEMA.names if name not in ("id", "images")]
+        return list(zip(*columns, strict=True))
+
     def with_images(self, find: Callable[[str], str | None], where: object) -> "ExampleTable":
         """A table of the rows all of whose images exist, with the paths of the images; other rows are bad.
 
