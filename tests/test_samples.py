@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionXLPipeline
 
-from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.folder import read_captioned_images
@@ -43,15 +42,3 @@ def test_training_concepts_are_never_reported(name, role, count):
     assert len(images) == count
     assert {image.path.stem for image in images} <= trained
     assert not trained & {concept.name.replace(" ", "_").lower() for concept in judge.choose("report")}
-
-
-def test_the_demo_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    run, scores = tmp_path / "demo", tmp_path / "scores"
-    short = [f"output={run}", "train.steps=1", "schedule.warmup_steps=0", "sample.steps=1"]
-    assert main(["train", "configs/sdxl/demo.yaml", "--set", *short]) == 0
-    assert f"sheet    {run / 'sheet.png'}" in capsys.readouterr().out
-    short = [f"output={scores}", f"adapter.path={run / 'adapter'}", "concepts.count=3", "draw.steps=1"]
-    assert main(["eval", "configs/sdxl/eval_demo.yaml", "--set", *short]) == 0
-    assert "style share" in capsys.readouterr().out
-    assert (scores / "sheet.png").is_file()

@@ -220,8 +220,20 @@ def commands(monkeypatch):
     return found
 
 
-def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted, tmp_path, commands):
-    """With a judge that takes its VAE for the one that it was fitted on."""
+def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted, tmp_path, monkeypatch):
+    """With a judge that takes its VAE for the one that it was fitted on. The first training is copied for the others."""
+    runs = []
+
+    def trained_or_copied(name, arguments, log_file, threads):
+        output = arguments[-1].removeprefix("output=")
+        if runs:
+            shutil.copytree(runs[0], output)
+        else:
+            assert main(arguments) == 0
+        runs.append(output)
+        return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
+
+    monkeypatch.setattr(trainings, "start_job", trained_or_copied)
     folder = z_image.build(tmp_path / "z-image")
     values = yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(folder)}}
     judge = tmp_path / "judge"
@@ -233,7 +245,7 @@ def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted,
     settings = {"extra_rates": 0, "half_ranks": False, "learning_rates": rates}
     config = comparison({"judge": str(judge)}, base=write(tmp_path / "other.yaml", values), **settings)
     assert main(["eval", config]) == 0
-    assert len(commands) == 2 * (3 + 1)
+    assert len(runs) == 2 * (3 + 1)
     rows = list(csv.DictReader((tmp_path / "campaign" / "results.csv").open()))
     assert [row["name"] for row in rows[2:]] == ["LoRA, rank 2", "DoRA, rank 2"]
 
