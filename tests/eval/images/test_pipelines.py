@@ -221,7 +221,7 @@ def commands(monkeypatch):
 
 
 def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted, tmp_path, monkeypatch):
-    """With a judge that takes its VAE for the one that it was fitted on. The first training is copied for the others."""
+    """With a judge that takes its VAE for its own. The first training is copied for the others."""
     runs = []
 
     def trained_or_copied(name, arguments, log_file, threads):
