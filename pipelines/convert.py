@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.formats.convert import Conversion, convert
-from dora_mm.formats.judge import ToolErrors
-from dora_mm.formats.usage import how_to_use
+from dora_mm.formats.commands.convert import Conversion, convert
+from dora_mm.formats.commands.judge import ToolErrors
+from dora_mm.formats.commands.usage import how_to_use
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
@@ -18,9 +18,9 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     Args:
         source: An adapter file of any tool, its folder or run directory.
         out: A file that ends in .safetensors, or a folder.
-        to: A key of `dora_mm.formats.convert.TARGETS`.
+        to: A key of `dora_mm.formats.commands.convert.TARGETS`.
         base: The model: a folder, a single-file checkpoint or a hub name.
-        settings: The other arguments of `dora_mm.formats.convert.convert`.
+        settings: The other arguments of `dora_mm.formats.commands.convert.convert`.
 
     Raises:
         ValueError: The adapter, the model or a setting cannot be used, or the target cannot hold the adapter.

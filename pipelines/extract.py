@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.formats.extract import Extraction, extract
-from dora_mm.formats.usage import how_to_use
+from dora_mm.formats.commands.extract import Extraction, extract
+from dora_mm.formats.commands.usage import how_to_use
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named

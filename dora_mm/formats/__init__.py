@@ -1,6 +1,7 @@
-"""Adapter files: one module per format.
+"""Adapter files: what is trained is written to them, and what any tool wrote is read.
 
-To add a format, write a module in this folder that has what `Format` lists, and add it to `FORMATS`.
+A file is opened (`adapter_file.py`), its modules are read into the neutral form (`state.py`) by what its tool says in
+`tools/`, and put into models. Writing goes the other way, by the same modules of `tools/`.
 """
 
 from __future__ import annotations
@@ -8,86 +9,52 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from torch import distributed, nn
+import torch
+from torch import Tensor, distributed, nn
 
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
+from dora_mm.core.layer import DoRATransposedLinear
 from dora_mm.core.sharded import is_sharded
 from dora_mm.core.strength import Strength
-from dora_mm.formats import card, diffusers, native, peft
-from dora_mm.formats.checks import first_not_finite
+from dora_mm.formats import card
+from dora_mm.formats.adapter_file import AdapterFile, adapter_folder, find_file
 from dora_mm.formats.components import components_to_load, components_to_save
-from dora_mm.formats.state import AdapterState, check_kinds, from_models, into_models, joined
-from dora_mm.formats.tensor_file import PICKLES, TensorFile, pickle_error
+from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.layers import opened, read
+from dora_mm.formats.naming.names import Name
+from dora_mm.formats.state import AdapterState, LayerState, from_models, into_models, joined, weight_shape
+from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.comfy import other_half
+from dora_mm.formats.tools.tool import Contents, Export
+from dora_mm.utils.atomic import save_tensors, write_text
 
+__all__ = [
+    "FORMATS",
+    "AdapterFile",
+    "adapter_folder",
+    "find_file",
+    "format_for",
+    "load",
+    "read",
+    "remove_other_formats",
+    "save",
+    "write_card",
+]
 log = logging.getLogger(__name__)
-
-
-class Format(Protocol):
-    """What a module has to define to be a format."""
-
-    @property
-    def FILE_NAME(self) -> str:
-        """The name of the weights file, different for every format: files are recognised by it."""
-        ...
-
-    @property
-    def COMPONENTS(self) -> tuple[str, ...]:
-        """The components that the format knows; empty where it takes any name."""
-        ...
-
-    @staticmethod
-    def why_not(components: Mapping[str, nn.Module]) -> str | None:
-        """Why the format cannot hold the adapters of these models, as an error message with the way out, or None."""
-        ...
-
-    @staticmethod
-    def save(
-        state: AdapterState, components: Mapping[str, nn.Module], folder: Path, metadata: Mapping[str, str]
-    ) -> Path:
-        """Writes an adapter to `folder`/FILE_NAME, atomically.
-
-        Args:
-            state: The adapter, of models for which `why_not` returns None.
-            components: The adapted models by component, such as {"unet": ...}, for the shapes and types of layers.
-            folder: The folder to write to; it is created where it does not exist.
-            metadata: Additional entries for the header of the file.
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            ValueError: The format cannot hold the adapter; nothing is written then.
-        """
-        ...
-
-    @staticmethod
-    def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
-        """Reads an adapter.
-
-        Args:
-            path: The file; any name is accepted.
-            components: The models, adapted or not, that the adapter will be loaded into; the component and module names
-                of the result are theirs. None keeps the names of the file.
-
-        Returns:
-            The adapter, and the metadata of the file's header.
-
-        Raises:
-            ValueError: The file is damaged or incomplete, or in another format.
-        """
-        ...
-
-
-FORMATS: dict[str, Format] = {"diffusers": diffusers, "peft": peft, "native": native}
+_EMBEDDING = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # as PEFT calls them
 
 
 def format_for(components: Mapping[str, nn.Module], preferred: str) -> str:
     """The preferred format where it can hold the adapters of these models, or else our own, which holds all."""
-    return "native" if FORMATS[preferred].why_not(components) else preferred
+    return "native" if why_not(preferred, components) else preferred
+
+
+def why_not(format: str, components: Mapping[str, nn.Module]) -> str | None:
+    """Why a format cannot hold the adapters of these models, as an error message with the way out, or None."""
+    export = FORMATS[format]
+    return None if export.why_not is None else export.why_not(components)
 
 
 def save(
@@ -121,22 +88,61 @@ def save(
     """
     if format not in FORMATS:
         raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
-    chosen = FORMATS[format]
-    components = components_to_save(model, chosen.COMPONENTS, format)
+    export = FORMATS[format]
+    components = components_to_save(model, export.components, format)
     state = from_models(components, extra_parameters, strength)
-    if problem := chosen.why_not(components):
+    if problem := why_not(format, components):
         raise ValueError(problem)
     if name := first_not_finite(state.tensors()):
         raise ValueError(f"{name} has values that are NaN or infinite, so the adapter was not saved")
     sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
     try:
         if not sharded or distributed.get_rank() == 0:
-            chosen.save(state, components, folder, metadata)
+            _write(state, components, folder, format, metadata)
             card.write_card(folder, format, state, metadata)
     finally:
         if sharded:
             distributed.barrier()  # the others may read the file next, and must not wait forever after an error
-    return folder / chosen.FILE_NAME
+    return folder / export.file_name
+
+
+def _write(
+    state: AdapterState, components: Mapping[str, nn.Module], folder: Path, format: str, metadata: Mapping[str, str]
+) -> None:
+    export = FORMATS[format]
+    layers = {Name(c, path): layer for c, found in state.layers.items() for path, layer in found.items()}
+    extra = {Name(c, name): tensor for c, found in state.parameters.items() for name, tensor in found.items()}
+    if extra and export.parameter is None:
+        raise ValueError(
+            f"the {format} format holds adapters only, and {next(iter(extra)).path} was trained as well: save it as "
+            "peft"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= _tensors(export, name, layer, components[name.component].get_submodule(name.path))
+    if export.parameter is not None:
+        tensors |= {export.parameter(name, layers.keys()): tensor for name, tensor in extra.items()}
+    specs = {name: layer.spec for name, layer in layers.items()}
+    transposed = {c for c, m in components.items() if any(isinstance(x, DoRATransposedLinear) for x in m.modules())}
+    header = export.header(Contents(specs, metadata, list(extra), transposed))
+    if taken := header.keys() & metadata.keys():
+        raise ValueError(f"the metadata key {min(taken)!r} is written by the format itself: choose another name")
+    for name in header:
+        if name.endswith(".json"):
+            write_text(folder / name, header[name])
+    kept = {key: value for key, value in header.items() if not key.endswith(".json")}
+    save_tensors(folder / export.file_name, tensors, {**metadata, **kept})
+
+
+def _tensors(export: Export, name: Name, layer: LayerState, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a layer by key."""
+    shape = weight_shape(module)
+    assert shape is not None
+    module_name = export.module(name)
+    found = export.tensors(module_name, layer, torch.empty(shape, device="meta"))
+    if isinstance(module, nn.Embedding):
+        found = {_EMBEDDING.get(ending, ending): tensor for ending, tensor in found.items()}
+    return {f"{module_name}.{ending}": tensor for ending, tensor in found.items()}
 
 
 def write_card(folder: Path, *, pictures: card.Pictures = (), scores: card.Scores | None = None) -> None:
@@ -150,49 +156,21 @@ def write_card(folder: Path, *, pictures: card.Pictures = (), scores: card.Score
     Raises:
         ValueError: The folder holds no adapter.
     """
-    file = find_file(folder)
-    format = next(name for name, module in FORMATS.items() if file.name == module.FILE_NAME)
-    state, metadata = read(file)
-    card.write_card(folder, format, state, metadata, pictures, scores)
+    file = AdapterFile(folder)
+    format = next(name for name, export in FORMATS.items() if file.path.name == export.file_name)
+    card.write_card(folder, format, *read(file), pictures, scores)
 
 
 def remove_other_formats(file: Path) -> None:
     """Removes the adapter files of other formats beside this one, so that the folder holds a single adapter."""
     for other in FORMATS.values():
-        if file.name != other.FILE_NAME:
-            file.with_name(other.FILE_NAME).unlink(missing_ok=True)
-
-
-def read(path: Path, components: Mapping[str, nn.Module] | None = None) -> tuple[AdapterState, dict[str, str]]:
-    """Reads an adapter without loading it into a model.
-
-    Args:
-        path: The adapter file, or a folder that contains exactly one. A file whose name belongs to no format is one of
-            diffusers or of another tool, as its keys say.
-        components: The models by component that the adapter is for; component and module names of the result are
-            theirs. None keeps the names of the file.
-
-    Returns:
-        The adapter, and the metadata of the file's header.
-
-    Raises:
-        ValueError: There is no such file, or it is damaged, incomplete or not an adapter. The values of the tensors are
-            not looked at: `state.check_finite` does that.
-    """
-    from dora_mm.formats.layers import read_state  # it imports this module
-
-    file = find_file(path)
-    module = next((module for module in FORMATS.values() if file.name == module.FILE_NAME), None)
-    if module is None and any(map(diffusers.is_key, TensorFile(file).entries)):
-        module = diffusers
-    state, metadata = module.read(file, components) if module else read_state(file, components)
-    check_kinds(state, file)
-    return state, metadata
+        if file.name != other.file_name:
+            file.with_name(other.file_name).unlink(missing_ok=True)
 
 
 def load(
     model: nn.Module | Mapping[str, nn.Module],
-    path: Path,
+    path: Path | AdapterFile,
     *,
     strength: Strength = 1.0,
     name: str = "default",
@@ -216,48 +194,15 @@ def load(
     Raises:
         ValueError: There is no such file, it is damaged, or it does not fit the models, which are then unchanged.
     """
-    file = find_file(path)
-    components = components_to_load(model, file, peft.PREFIX.partition(".")[0])
-    state, header = read(file, components)
-    if half := other_half(header):
-        log.warning("%s: %s.", file, half)
+    file = opened(path)
+    components = components_to_load(model, file)
+    state, _ = read(file, components)
+    if half := other_half(file.header):
+        log.warning("%s: %s.", file.path, half)
     if isinstance(strength, Mapping) and not isinstance(model, Mapping):
         strength = {_with_component(name, next(iter(components))): value for name, value in strength.items()}
-    return into_models(state, components, file, strength=strength, name=name, forward=forward)
+    return into_models(state, components, file.path, strength=strength, name=name, forward=forward)
 
 
 def _with_component(name: str, component: str) -> str:
     return name if name.split(".")[0] == component else joined(component, name)
-
-
-def find_file(path: Path) -> Path:
-    """Finds the adapter file.
-
-    Args:
-        path: The file itself, the folder that contains it, or a run directory, in which that is the folder `adapter`.
-
-    Raises:
-        ValueError: `path` does not exist, or is a folder with no adapter file or with several.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"there is no adapter at {path}: give an adapter file or its folder")
-    path = adapter_folder(path)
-    found = [path / module.FILE_NAME for module in FORMATS.values() if (path / module.FILE_NAME).is_file()]
-    if len(found) != 1:
-        names = " or ".join(module.FILE_NAME for module in FORMATS.values())
-        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
-        if pickles and not found:
-            raise pickle_error(path / pickles[0])
-        raise ValueError(
-            f"the folder {path} contains {len(found) or 'no'} adapter files ({names}): give the path of one"
-        )
-    return found[0]
-
-
-def adapter_folder(path: Path) -> Path:
-    """The folder of an adapter that is given by its run directory, its folder or its file."""
-    if path.is_file():
-        return path.parent
-    return path / "adapter" if (path / "adapter").is_dir() else path

@@ -12,8 +12,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dora_mm.formats.convert import convert
-from dora_mm.formats.names import Name
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.naming.names import Name
 from tests.formats import toy
 
 TOOLS = ("peft", "diffusers", "kohya", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit")

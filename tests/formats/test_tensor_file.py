@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.formats.tensor_file import TensorFile
+from dora_mm.formats.files.tensor_file import TensorFile
 
 DTYPES = (
     torch.float64,

@@ -45,3 +45,4 @@ EXPORTS: dict[str, Export] = {
     "onetrainer": onetrainer.EXPORT,
     "ai-toolkit": ai_toolkit.EXPORT,
 }
+FORMATS = {"diffusers": diffusers.EXPORT, "peft": peft.EXPORT, "native": native.EXPORT}  # of `save_adapter`

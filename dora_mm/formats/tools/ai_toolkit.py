@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from dora_mm.formats.exact import norms
+from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral, product, scaling
 from dora_mm.formats.tools.tool import Export, Header, Tool

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.exact import gain, new_weight, norms, product
+from dora_mm.formats.algebra.exact import gain, new_weight, norms, product
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import parts as roles
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral
@@ -117,13 +117,13 @@ EXPORT_2025 = Export(
     spelling="kohya",
     judges=("comfy-2025",),
     needs_base=True,
-    header=lambda specs, old: {TARGET_KEY: "comfy-2025"},
+    header=lambda contents: {TARGET_KEY: "comfy-2025"},
 )
 EXPORT_15458 = Export(
     kohya_tensors,
     spelling="kohya",
     judges=("comfy-15458",),
-    header=lambda specs, old: {TARGET_KEY: "comfy-15458"},
+    header=lambda contents: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     write_diff,
@@ -138,7 +138,7 @@ PAIR = tuple(
         spelling="kohya",
         judges=("comfy-2025", "comfy-15458"),
         needs_base=True,
-        header=lambda specs, old, target=target: {TARGET_KEY: target},
+        header=lambda contents, target=target: {TARGET_KEY: target},
         columns=False,
         diffs=False,
     )

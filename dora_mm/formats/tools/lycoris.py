@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from dora_mm.formats.exact import norms
+from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools.parts import (
     KOHYA_NAMES,
     KOHYA_PARTS,

@@ -31,4 +31,6 @@ TOOL = Tool(
     strengths=(),
     matches=matches,
     alpha=peft.alpha,
+    settings=peft.settings,
+    named=peft.named,
 )

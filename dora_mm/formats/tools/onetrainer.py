@@ -26,7 +26,7 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 
 def _with_rows(parts: Parts) -> Parts:
     """`.magnitude` and `.lora_magnitude_vector.weight` are flat, and always of output rows."""
-    if "m" not in parts or parts["m"].dim() > 1:
+    if not {"A", "m"} <= parts.keys() or parts["m"].dim() > 1:
         return parts
     return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_mm.formats.checks import DTYPES
-from dora_mm.formats.names import Name, resolve
-from dora_mm.formats.native import FORMAT_KEY
-from dora_mm.formats.places import STEMS, NoWeightsError, Place, in_file, in_folder
-from dora_mm.formats.tensor_file import PICKLES, TensorFile, overwrite
+from dora_mm.formats.files.checks import DTYPES
+from dora_mm.formats.files.places import STEMS, NoWeightsError, Place, in_file, in_folder
+from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, overwrite
+from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.folders import written_at_once
 from dora_mm.utils.messages import first_line

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_mm.formats.json_text import read_json
-from dora_mm.formats.layouts import LAYOUTS
-from dora_mm.formats.names import NETWORKS, Name, Target, canonical, own_table
-from dora_mm.formats.tensor_file import PICKLES, Entry, TensorFile
+from dora_mm.formats.files.json_text import read_json
+from dora_mm.formats.files.tensor_file import PICKLES, Entry, TensorFile
+from dora_mm.formats.naming.layouts import LAYOUTS
+from dora_mm.formats.naming.names import NETWORKS, Name, Target, canonical, own_table
 
 COMPONENTS = (*NETWORKS, "text_encoder", "text_encoder_2", "text_encoder_3")
 STEMS = ("diffusion_pytorch_model", "model")  # how the names of weight files begin in diffusers and transformers

@@ -12,19 +12,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats import exact
 from dora_mm.formats.adapter_file import located
-from dora_mm.formats.base_weights import BaseWeights, write_merged
-from dora_mm.formats.fit import fitted_adapter, low_rank
-from dora_mm.formats.judge import DTYPES, Judge, ToolErrors, rounded
+from dora_mm.formats.algebra import exact
+from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
+from dora_mm.formats.commands.judge import DTYPES, Judge, ToolErrors, rounded
+from dora_mm.formats.commands.verify import open_base
+from dora_mm.formats.files.base_weights import BaseWeights, write_merged
+from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.layers import LayerReader
-from dora_mm.formats.names import Name, Target
-from dora_mm.formats.peft import FILE_NAME as PEFT_FILE
+from dora_mm.formats.naming.names import Name, Target
+from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tensor_file import PICKLES
 from dora_mm.formats.tools import EXPORTS, comfy
-from dora_mm.formats.tools.tool import Export
-from dora_mm.formats.verify import open_base
+from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
+from dora_mm.formats.tools.tool import Contents, Export
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -266,7 +267,7 @@ class _Writer:
     ):
         self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
         self.dtype = getattr(torch, dtype or exports[0].dtype)
-        self.targets = layers.namer.write(layers.names(), exports[0].spelling)
+        self.targets = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
         self.one_method = exports[0].one_method and layers.any_magnitude()
 
     def write(self, number: int, file: Path, judge: Judge | None) -> None:
@@ -292,7 +293,7 @@ class _Writer:
                     judge.check_rounding(self.dtype)
             for key in source.embeddings:
                 writer.add(key, source.tensor(key))
-            header.update(self.exports[number].header(specs, source.header))
+            header.update(self.exports[number].header(Contents(specs, source.header)))
             kept = {key: value for key, value in source.header.items() if not key.startswith(_DROPPED)}
             return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
 
@@ -310,10 +311,10 @@ class _Writer:
         original, W0 = self.layers.fused(target)
         layer = self.prepared(original, W0)
         if judge is None:
-            return rounded(self.exports[number].write(layer, W0), self.dtype), layer.spec
+            return rounded(self.exports[number].tensors(module, layer, W0), self.dtype), layer.spec
         W = exact.new_weight(original, W0, self.strength)
-        unrounded = [export.write(layer, W0) for export in self.exports]
-        header = self.exports[number].header(dict.fromkeys(target.names, layer.spec), {})
+        unrounded = [export.tensors(module, layer, W0) for export in self.exports]
+        header = self.exports[number].header(Contents(dict.fromkeys(target.names, layer.spec), {}))
         return judge.judge(module, unrounded, header, W0, W, self.dtype)[number], layer.spec
 
     def room(self) -> int:

@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from dora_mm import formats
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.base_weights import BaseWeights
-from dora_mm.formats.convert import convert
-from dora_mm.formats.exact import new_weight
-from dora_mm.formats.fit import fitted_adapter
-from dora_mm.formats.names import Name
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.algebra.exact import new_weight
+from dora_mm.formats.algebra.fit import fitted_adapter
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.files.base_weights import BaseWeights
+from dora_mm.formats.naming.names import Name
+from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS
+from dora_mm.formats.tools.tool import Contents
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -95,7 +96,7 @@ def extract(
         file = target if target.suffix == ".safetensors" else target / EXPORTS[own].file_name
         files = (file,)
         errors = _write(file, new, old, changed, own, rank, about)
-        if file.name == formats.FORMATS[own].FILE_NAME:
+        if file.name == EXPORTS[own].file_name:
             formats.write_card(file.parent)
     else:
         with tempfile.TemporaryDirectory(dir=_existing(target), prefix=".extract") as folder:
@@ -167,10 +168,10 @@ def _write(
             layer = fitted_adapter(W, W0, rank)
             errors[name] = _error(layer, W, W0)
             (module,) = Names().write([name], export.spelling)
-            for ending, tensor in export.write(layer, W0).items():
+            for ending, tensor in export.tensors(module, layer, W0).items():
                 writer.add(f"{module}.{ending}", tensor)
             specs[name] = layer.spec
-        header.update(export.header(specs, about))
+        header.update(export.header(Contents(specs, about)))
         return {**about, **{key: value for key, value in header.items() if not key.endswith(".json")}}
 
     write_tensors(file, HEADER_BYTES * (len(base) + 1), run)

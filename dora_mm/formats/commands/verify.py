@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.formats.adapter_file import AdapterFile, located
-from dora_mm.formats.base_weights import BaseWeights
-from dora_mm.formats.exact import fitted, new_weight
-from dora_mm.formats.fused import stack_rows
-from dora_mm.formats.json_text import finite
-from dora_mm.formats.names import Name, Target
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.algebra.exact import fitted, new_weight
+from dora_mm.formats.algebra.fused import stack_rows
+from dora_mm.formats.files.base_weights import BaseWeights
+from dora_mm.formats.files.json_text import finite
+from dora_mm.formats.naming.names import Name, Target
+from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.comfy import other_half
@@ -108,7 +108,7 @@ def verify(
     adapter = AdapterFile(file)
     adapter.check_axis(axis)
     weights = open_base(base)
-    targets, _ = adapter.targets(Names(weights))
+    targets, _ = adapter.targets(adapter.modules, Names(weights))
     chosen = list(JUDGED) if tool == "all" else [tool]
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
@@ -165,7 +165,7 @@ def judge_layer(
     adapter: AdapterFile, module: str, tool: Tool, state: LayerState, W0: Tensor, W: Tensor, size: float
 ) -> LayerVerdict:
     """What a tool computes for one module, compared with W'."""
-    parts = adapter.parts(module, tool)
+    parts = adapter.loaded(module, tool)
     if not is_read(parts):
         return LayerVerdict(module, IGNORED, 1.0 if size else 0.0)
     error = relative_error(tool, [parts], W0, W, size)
@@ -182,7 +182,7 @@ def judge_layer(
 
 def is_read(parts: Parts) -> bool:
     """Whether the tensors that a tool reads of a module make up an adapter; else it ignores them."""
-    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight", "m"})
+    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"})
 
 
 def _other_axis(tool: Tool, m: Tensor, axis: str, W0: Tensor) -> bool:

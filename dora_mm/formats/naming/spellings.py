@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from dora_mm.formats.layouts import LAYOUTS
-from dora_mm.formats.names import (
+from dora_mm.formats.naming.layouts import LAYOUTS
+from dora_mm.formats.naming.names import (
     NETWORKS,
     Name,
     Target,
@@ -68,6 +68,14 @@ _STYLES: dict[str, dict[str, _Style]] = {
     },
 }
 SPELLINGS: tuple[str, ...] = tuple(_STYLES)
+
+
+class Namer(Protocol):
+    """Says what the names of modules in a file stand for, as `Names` does."""
+
+    def read(self, key: str) -> Target:
+        """The modules that a module name of a file stands for."""
+        ...
 
 
 class Names:

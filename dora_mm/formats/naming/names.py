@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from dora_mm.formats.layouts import LAYOUTS
+from dora_mm.formats.naming.layouts import LAYOUTS
 
 NETWORKS = ("unet", "transformer")
 TEXT_PREFIX = "text_model."
