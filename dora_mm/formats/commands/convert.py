@@ -22,6 +22,7 @@ from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.naming.names import Name, Target
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.registry import TARGETS
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
@@ -29,7 +30,6 @@ from dora_mm.formats.tools.tool import Contents, Export
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
-TARGETS = (*EXPORTS, "comfy", "lora", "merged")
 _DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
 
 
@@ -42,12 +42,14 @@ class Conversion:
         num_modules: The number of adapted modules.
         errors: What the tools compute from it.
         on_base: Whether the errors are those over the base model; else a random weight took its place.
+        usage: What a person has to know who loads the files; empty where there is nothing special.
     """
 
     files: tuple[Path, ...]
     num_modules: int
     errors: tuple[ToolErrors, ...] = ()
     on_base: bool = True
+    usage: str = ""
 
 
 @torch.no_grad()
@@ -72,7 +74,7 @@ def convert(
     Args:
         source: The adapter file of any tool, or its folder.
         target_path: A file where it ends in `.safetensors`, else a folder; for `merged` whatever the base is.
-        to: One of `TARGETS`.
+        to: A key of `registry.TARGETS`.
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name. The targets comfy,
             comfy-2025, diff, lora and merged need it, and all others for some adapters; the errors are then those on
             this model.
@@ -111,7 +113,8 @@ def convert(
         judge = None if number else _judge(exports[0], layers, to, allow_lossy=allow_lossy)
         writer.write(number, file, judge)
         errors = judge.result() if judge else errors
-    return Conversion(tuple(files), len(layers.names()), errors, weights is not None)
+    usage = exports[0].usage([file.name for file in files], writer.axes)
+    return Conversion(tuple(files), len(layers.names()), errors, weights is not None, usage)
 
 
 def _check_settings(
@@ -266,6 +269,7 @@ class _Writer:
         lossy: _LowRank | None,
     ):
         self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
+        self.axes: set[str] = set()  # of the magnitudes that were written
         self.dtype = getattr(torch, dtype or exports[0].dtype)
         self.targets = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
         self.one_method = exports[0].one_method and layers.any_magnitude()
@@ -310,6 +314,7 @@ class _Writer:
             raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
         original, W0 = self.layers.fused(target)
         layer = self.prepared(original, W0)
+        self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
         if judge is None:
             return rounded(self.exports[number].tensors(module, layer, W0), self.dtype), layer.spec
         W = exact.new_weight(original, W0, self.strength)

@@ -43,6 +43,7 @@ class Extraction:
         overall: The same over all these modules.
         num_unchanged: The modules that are the same in both models.
         left_out: The modules that differ and that an adapter cannot hold: norms and embeddings.
+        usage: What a person has to know who loads the files; empty where there is nothing special.
     """
 
     files: tuple[Path, ...]
@@ -50,6 +51,7 @@ class Extraction:
     overall: float
     num_unchanged: int
     left_out: tuple[Name, ...]
+    usage: str = ""
 
 
 def extract(
@@ -94,7 +96,7 @@ def extract(
     about = {"base_model": str(base), "extracted_from": str(tuned)}
     if to in (None, own):
         file = target if target.suffix == ".safetensors" else target / EXPORTS[own].file_name
-        files = (file,)
+        files, usage = (file,), ""
         errors = _write(file, new, old, changed, own, rank, about)
         if file.name == EXPORTS[own].file_name:
             formats.write_card(file.parent)
@@ -103,12 +105,13 @@ def extract(
             found = Path(folder) / EXPORTS[own].file_name
             errors = _write(found, new, old, changed, own, rank, about)
             try:
-                files = convert(found, target, to=to, base=base).files
+                done = convert(found, target, to=to, base=base)
+                files, usage = done.files, done.usage
             except ValueError as error:  # it names the file, which nobody has seen
                 raise ValueError(str(error).replace(str(found), str(target))) from error
     overall = math.hypot(*(e * s for e, s in errors.values())) / math.hypot(*(s for _, s in errors.values()))
     num_unchanged = len(new) - len(changed) - len(left_out)
-    return Extraction(files, {n: e for n, (e, _) in errors.items()}, overall, num_unchanged, tuple(left_out))
+    return Extraction(files, {n: e for n, (e, _) in errors.items()}, overall, num_unchanged, tuple(left_out), usage)
 
 
 def _existing(path: Path) -> Path:

@@ -20,6 +20,7 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import Name, Target
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.registry import JUDGED
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.comfy import other_half
@@ -28,7 +29,6 @@ from dora_mm.formats.tools.tool import Tool
 
 RIGHT, IGNORED, NO_MAGNITUDE, WRONG_AXIS = "right", "ignored", "loses the magnitude", "wrong axis"
 FAILS, NOT_FINITE, DIFFERS, NOT_FOUND = "fails", "not finite", "differs", "not in the base"
-JUDGED = {name: tool for name, tool in TOOLS.items() if name != "dora_mm"}  # we compute what a file means
 BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
@@ -56,7 +56,7 @@ class Verdict:
     """What a tool computes from an adapter file.
 
     Attributes:
-        tool: A key of `JUDGED`.
+        tool: One of `registry.JUDGED`.
         title: The tool's name.
         error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.
@@ -91,7 +91,7 @@ def verify(
 
     Args:
         file: The adapter file of any tool, or its folder.
-        tool: A key of `JUDGED`, or "all".
+        tool: One of `registry.JUDGED`, or "all".
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
 

@@ -46,8 +46,8 @@ class BaseWeights(Mapping[Name, Tensor]):
 
         Args:
             path: A diffusers pipeline folder; a folder of one network of diffusers or transformers, sharded or not; a
-                single-file checkpoint (`.safetensors`) of SDXL in SGM's names, or of Stable Diffusion 1, Flux, SD3,
-                Z-Image or Qwen-Image in their own; or a hub name, which is downloaded where it is not in the cache.
+                single-file checkpoint (`.safetensors`) in the names of an architecture of `naming/layouts.py`; or a hub
+                name, which is downloaded where it is not in the cache.
             revision: A commit, branch or tag, for a hub name.
 
         Raises:

@@ -7,6 +7,9 @@ text encoder of SDXL as in open_clip.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 FLUX = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -214,14 +217,33 @@ def _unet(attention_first: bool) -> dict[str, str]:
 SDXL = _unet(attention_first=True)
 SD1 = {own: path for own, path in _unet(attention_first=False).items() if not own.startswith("label_emb.")}
 
-LAYOUTS: dict[str, tuple[str, dict[str, str]]] = {  # the component, and its names
-    "sdxl": ("unet", SDXL),
-    "sd1": ("unet", SD1),
-    "flux": ("transformer", FLUX),
-    "sd3": ("transformer", SD3),
-    "z-image": ("transformer", Z_IMAGE),
-    "qwen-image": ("transformer", QWEN_IMAGE),
-    "flux2": ("transformer", FLUX2),
-    "clip-l": ("text_encoder", CLIP_L),
-    "clip-g": ("text_encoder_2", CLIP_G),
+
+class Layout(NamedTuple):
+    """The names of an architecture.
+
+    Attributes:
+        component: The component that it is of.
+        names: The table.
+        mark: The key of a weight by which a checkpoint in its own names is recognised, in the order of `LAYOUTS`; empty
+            for text encoders, which are parts of other checkpoints.
+        optional: Matches the paths of modules that some models of the architecture do not have.
+    """
+
+    component: str
+    names: Mapping[str, str]
+    mark: str = ""
+    optional: str = r"(?!)"
+
+
+_BLOCKS = r"(down|up)_blocks|mid_block"
+LAYOUTS = {
+    "sdxl": Layout("unet", SDXL, "label_emb.0.0.weight", _BLOCKS),
+    "sd1": Layout("unet", SD1, "input_blocks.0.0.weight", _BLOCKS),
+    "flux": Layout("transformer", FLUX, "double_blocks.0.img_mod.lin.weight", ".*guidance_embedder"),
+    "sd3": Layout("transformer", SD3, "joint_blocks.0.x_block.attn.qkv.weight", r".*\.attn2\."),
+    "z-image": Layout("transformer", Z_IMAGE, "noise_refiner.0.attention.qkv.weight", "context_refiner.*adaLN"),
+    "qwen-image": Layout("transformer", QWEN_IMAGE, "transformer_blocks.0.img_mod.1.weight"),
+    "flux2": Layout("transformer", FLUX2, "double_stream_modulation_img.lin.weight", ".*guidance_embedder"),
+    "clip-l": Layout("text_encoder", CLIP_L),
+    "clip-g": Layout("text_encoder_2", CLIP_G),
 }

@@ -17,7 +17,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="AUTOMATIC1111",
     names=KOHYA_NAMES,
     parts=KOHYA_PARTS,
     apply=apply,

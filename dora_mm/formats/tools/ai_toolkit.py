@@ -51,7 +51,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="ai-toolkit",
     names=re.compile(rf"{KOHYA_NAMES.pattern}|transformer\.|diffusion_model\."),
     parts={
         "lora_down.weight": "A",
@@ -67,4 +66,10 @@ TOOL = Tool(
     matches=matches,
     read=read,
 )
-EXPORT = Export(write, spelling="ai-toolkit", judges=("ai-toolkit",), columns=False, diffs=False)
+EXPORT = Export(
+    write,
+    spelling="ai-toolkit",
+    judges=("ai-toolkit",),
+    columns=False,
+    diffs=False,
+)

@@ -11,7 +11,7 @@ In 2025 they divide by ||W0|| on the output axis and by ||W0 + s B A|| on the in
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -95,8 +95,15 @@ def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return {"diff": new_weight(layer, W0) - W0}
 
 
+def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
+    first, second = files
+    return (
+        f"load both files in ComfyUI, {first} first and {second} after it, with the same strength: in the other "
+        "order the result is wrong"
+    )
+
+
 TOOL_2025 = Tool(
-    title="ComfyUI of 2025, Forge",
     names=NAMES,
     parts=PARTS,
     apply=apply_2025,
@@ -105,7 +112,6 @@ TOOL_2025 = Tool(
     read=read_2025,
 )
 TOOL_15458 = Tool(
-    title="ComfyUI after its pull request 15458",
     names=NAMES,
     parts=PARTS,
     apply=roles.updated,
@@ -141,6 +147,7 @@ PAIR = tuple(
         header=lambda contents, target=target: {TARGET_KEY: target},
         columns=False,
         diffs=False,
+        usage=usage_of_pair,
     )
     for write, target in zip((write_rows, write_low_rank), PAIR_TARGETS, strict=True)
 )

@@ -125,7 +125,6 @@ def header(contents: Contents) -> dict[str, str]:
 
 
 TOOL = Tool(
-    title="diffusers",
     names=re.compile(rf"{OWN_NAMES.pattern}|lora_(unet|te[12]?|transformer)_"),
     parts={**peft.PARTS, "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"},
     apply=peft.apply,

@@ -38,7 +38,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="LyCORIS, sd-scripts",
     names=KOHYA_NAMES,
     parts=KOHYA_PARTS,
     apply=apply,

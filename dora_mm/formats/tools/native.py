@@ -126,7 +126,6 @@ def header(contents: Contents) -> dict[str, str]:
 
 
 TOOL = Tool(
-    title="dora_mm",
     names=re.compile(r"\w+(\.|$)"),
     parts={"lora_A": "A", "lora_B": "B", "magnitude": "m", "weight": "weight"},
     apply=apply,

@@ -22,7 +22,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="NVlabs/DoRA",
     names=peft.NAMES,
     parts={"lora_A.weight": "A", "lora_B.weight": "B", MAGNITUDE: "m"},
     apply=apply,

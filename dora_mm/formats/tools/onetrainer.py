@@ -7,13 +7,18 @@ fits the file's shape. It has no strength.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
 from dora_mm.formats.tools.tool import Export, Header, Tool
+
+USAGE = {
+    "out": "the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)",
+    "in": "the magnitudes are those of input columns, as OneTrainer's default is",
+}
 
 
 def matches(keys: Collection[str], header: Header) -> bool:
@@ -35,8 +40,13 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     return updated(_with_rows(parts), W0, strength)
 
 
+def usage(files: Sequence[str], axes: Collection[str]) -> str:
+    if len(axes) > 1:
+        return "some magnitudes are those of output rows and some of input columns, and OneTrainer has one option"
+    return "".join(USAGE[axis] for axis in axes)
+
+
 TOOL = Tool(
-    title="OneTrainer",
     names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder"),
     parts={
         **{ending: role for ending, role in KOHYA_PARTS.items() if role != "diff"},
@@ -51,4 +61,10 @@ TOOL = Tool(
     matches=matches,
     read=read,
 )
-EXPORT = Export(kohya_tensors, spelling="onetrainer", judges=("onetrainer",), diffs=False)
+EXPORT = Export(
+    kohya_tensors,
+    spelling="onetrainer",
+    judges=("onetrainer",),
+    diffs=False,
+    usage=usage,
+)

@@ -163,7 +163,6 @@ def parameter_key(name: Name, adapted: Collection[Name]) -> str:
 
 
 TOOL = Tool(
-    title="PEFT",
     names=NAMES,
     parts=PARTS,
     apply=apply,

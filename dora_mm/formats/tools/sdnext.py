@@ -28,7 +28,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="SD.Next",
     names=KOHYA_NAMES,
     parts=KOHYA_PARTS,
     apply=apply,

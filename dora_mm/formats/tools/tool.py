@@ -39,7 +39,6 @@ class Tool:
     """One tool that loads adapter files.
 
     Attributes:
-        title: What people call it.
         names: Matches the module names that the tool knows, at their beginning; keys of others are ignored by it.
         parts: The key table: the role of each tensor (see `parts.py`) by the end of its key. Others are ignored.
         apply: W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t. It is plain
@@ -55,10 +54,10 @@ class Tool:
             file is for any. None where `spellings.py` has to say it.
         listed: The modules and extra parameters that the header says are in the file.
         parameter: The name of an extra parameter, by its key; None for other keys.
+        title: What people call it, from the registry.
         loses: Matches keys of magnitudes that the tool takes for missing, although they have a name of its parts.
     """
 
-    title: str
     names: re.Pattern[str]
     parts: Mapping[str, str]
     apply: Callable[[Parts, Tensor, float], Tensor]
@@ -72,6 +71,7 @@ class Tool:
     named: Callable[[str], Name | None] = lambda module: None
     listed: Callable[[Header], Iterable[Name]] = lambda header: ()
     parameter: Callable[[Header, str], Name | None] = lambda header, key: None
+    title: str = ""
     loses: re.Pattern[str] | None = None
 
     def roles(self, module: str, endings: Mapping[str, str]) -> dict[str, str]:
@@ -106,7 +106,7 @@ class Export:
     Attributes:
         write: The tensors of a module by the end of their keys, from the neutral form and W0. Raises ValueError where
             the form cannot hold it.
-        spelling: How modules are named: one of `spellings.SPELLINGS`.
+        spelling: How modules are named: a key of `registry.SPELLINGS`.
         judges: The tools whose `apply` must give W' from what is written.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
         header: The entries that the header must have. One that is named like a file is written beside the weights.
@@ -121,6 +121,8 @@ class Export:
         components: The components that it has; empty where it takes any name.
         module: The name of a module of a model in the file.
         parameter: The key of an extra parameter, with the adapted modules; None where the form holds only adapters.
+        usage: What a person has to know who loads the files in the tool, from their names and the axes of their
+            magnitudes; empty where there is nothing special.
         why_not: Why it cannot hold the adapters of models (by component), as a message with the way out, or None.
     """
 
@@ -139,6 +141,7 @@ class Export:
     components: tuple[str, ...] = ()
     module: Callable[[Name], str] = str
     parameter: Callable[[Name, Collection[Name]], str] | None = None
+    usage: Callable[[Sequence[str], Collection[str]], str] = lambda files, axes: ""
     why_not: Callable[[Mapping[str, nn.Module]], str | None] | None = None
 
     def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
