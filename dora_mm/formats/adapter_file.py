@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dora_mm.formats.files.checks import check_dtype, first_not_finite
-from dora_mm.formats.files.json_text import json_header
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
 from dora_mm.formats.naming.names import Name, Target, canonical
 from dora_mm.formats.naming.spellings import Namer
@@ -22,7 +21,7 @@ from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tools import FORMATS, TOOLS
 from dora_mm.formats.tools.methods import METHODS, other_method
 from dora_mm.formats.tools.parts import axes_that_fit
-from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME
+from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_of
 from dora_mm.formats.tools.tool import Tool
 
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
@@ -64,7 +63,7 @@ class AdapterFile:
 
     def _detect(self) -> str:
         keys = list(self._file.entries)
-        found = next((name for name, tool in TOOLS.items() if tool.matches(keys, self.header)), None)
+        found = next((name for name, tool in TOOLS.items() if tool.wrote(keys, self.header)), None)
         if found is None and (method := other_method(keys)):
             raise ValueError(f"{self.path} holds {method}, and only LoRA and DoRA are supported")
         if found is None:
@@ -191,13 +190,13 @@ class AdapterFile:
         fits = axes_that_fit(shapes["m"], shapes["B"][0], shapes["A"][1])
         return "?" if len(fits) > 1 else "".join(fits)
 
-    def check_axis(self, axis: str | None) -> None:
-        """Checks that the axis that a person states has an effect.
+    def check_axis(self) -> None:
+        """Checks that it has an effect to state the axis.
 
         Raises:
             ValueError: The shapes of all magnitudes say theirs.
         """
-        if axis is not None and all(self.axis(module) != "?" for module in self.modules):
+        if all(self.axis(module) != "?" for module in self.modules):
             raise ValueError(f"{self.path} has no magnitude whose axis is unclear: leave --axis out")
 
     def targets(self, modules: Collection[str], names: Namer) -> tuple[dict[str, Target], dict[str, str]]:
@@ -231,7 +230,7 @@ class AdapterFile:
         """Whether the base stores the weight (I, O): PEFT's adapters of embeddings, and of Conv1D in GPT-2."""
         if any(ending.startswith("lora_embedding") for ending in self.modules[module]):
             return True
-        return bool(json_header(self.path, self.header, CONFIG_NAME).get("fan_in_fan_out"))
+        return CONFIG_NAME in self.header and bool(config_of(self.header).get("fan_in_fan_out"))
 
 
 def find_file(path: Path) -> Path:

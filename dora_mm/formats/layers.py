@@ -49,12 +49,13 @@ class LayerReader:
         whole: bool = False,
     ):
         self.file = opened(source)
-        self.file.check_axis(axis)
+        if axis is not None:
+            self.file.check_axis()
         self.weights, self.axis, self.whole = weights, axis, whole
         held = self.file.parameters if whole else ()
         if lost := [key for key in self.file.others if key not in held]:
             raise ValueError(f"{self.file.path} also holds {lost[0]}, which belongs to no adapter, and would be lost")
-        modules = [module for module in self.file.modules if not whole or not self.file.is_parameter(module)]
+        modules = [module for module in self.file.modules if not (held and self.file.is_parameter(module))]
         targets, missing = self.file.targets(modules, namer or Names(weights or ()))
         if missing:
             raise self.file.not_found(missing)

@@ -60,7 +60,6 @@ SPELLINGS: dict[str, dict[str, Style]] = {
     "diffusers": {component: Style(f"{component}.") for component in (*_NETWORKS, *_TEXT)},
     "peft": dict.fromkeys(("model", *_NETWORKS, *_TEXT), Style("base_model.model.")),
     "kohya": {**dict.fromkeys(_NETWORKS, Style("lora_unet_", own=True)), **_KOHYA_TEXT},
-    "kohya-diffusers": {"unet": Style("lora_unet_"), **_KOHYA_TEXT},
     "onetrainer": {"unet": Style("lora_unet_"), "transformer": Style("lora_transformer_"), **_KOHYA_TEXT},
     "ai-toolkit": {"unet": Style("lora_unet_"), "transformer": Style("transformer."), **_KOHYA_TEXT},
     "lycoris": dict.fromkeys((*_NETWORKS, "model"), Style("lycoris_")),

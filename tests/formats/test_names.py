@@ -50,7 +50,7 @@ def unet(sdxl) -> list[Name]:
 # --- SDXL at full size -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "kohya-diffusers", "comfy", "onetrainer", "lycoris"])
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "comfy", "onetrainer", "lycoris"])
 @pytest.mark.parametrize("with_base", [True, False])
 def test_every_name_of_sdxl_comes_back(unet, spelling, with_base):
     names = Names(unet if with_base else ())

@@ -106,7 +106,8 @@ def verify(
     if base is None:
         raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
     adapter = AdapterFile(file)
-    adapter.check_axis(axis)
+    if axis is not None:
+        adapter.check_axis()
     weights = open_base(base)
     targets, _ = adapter.targets(adapter.modules, Names(weights))
     chosen = list(JUDGED) if tool == "all" else [tool]

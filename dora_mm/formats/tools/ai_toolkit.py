@@ -9,7 +9,6 @@ Its training of transformers forces alpha = rank. That of SDXL does not, and the
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import replace
 
 from torch import Tensor
@@ -17,11 +16,7 @@ from torch import Tensor
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral, product, scaling
-from dora_mm.formats.tools.tool import Export, Header, Tool
-
-
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(key.endswith(".magnitude") for key in keys)
+from dora_mm.formats.tools.tool import Export, Tool
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
@@ -63,7 +58,7 @@ TOOL = Tool(
     apply=apply,
     differs="leaves alpha out of the norm",
     axis="out",
-    matches=matches,
+    wrote_key=re.compile(r".*\.magnitude$"),
     read=read,
 )
 EXPORT = Export(

@@ -43,14 +43,6 @@ def apply_2025(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def matches_2025(keys: Collection[str], header: Header) -> bool:
-    return header.get(TARGET_KEY) == "comfy-2025"
-
-
-def matches_15458(keys: Collection[str], header: Header) -> bool:
-    return header.get(TARGET_KEY) == "comfy-15458" or any(key.startswith("diffusion_model.") for key in keys)
-
-
 def other_half(header: Header) -> str:
     """What a person has to know who has one file of a pair; empty for other files."""
     if header.get(TARGET_KEY) not in PAIR_TARGETS:
@@ -108,7 +100,7 @@ TOOL_2025 = Tool(
     parts=PARTS,
     apply=apply_2025,
     differs="divides by the norm of W0 on the output axis",
-    matches=matches_2025,
+    wrote_header=re.compile(f"{TARGET_KEY}=comfy-2025$"),
     read=read_2025,
 )
 TOOL_15458 = Tool(
@@ -116,7 +108,8 @@ TOOL_15458 = Tool(
     parts=PARTS,
     apply=roles.updated,
     differs="divides by the norm of the updated weight",
-    matches=matches_15458,
+    wrote_header=re.compile(f"{TARGET_KEY}=comfy-15458$"),
+    wrote_key=re.compile(r"diffusion_model\."),
 )
 EXPORT_2025 = Export(
     write_2025,

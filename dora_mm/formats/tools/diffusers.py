@@ -16,7 +16,7 @@ import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -46,10 +46,6 @@ OWN_NAMES = re.compile(r"(unet|transformer|text_encoder(_[23])?)(\.|$)")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(OWN_NAMES.match(key) and re.search(r"\.lora_(A\.|B\.|embedding_|magnitude_vector)", key) for key in keys)
 
 
 def named(module: str) -> Name | None:
@@ -130,7 +126,7 @@ TOOL = Tool(
     apply=peft.apply,
     differs="scales the update inside the norm by the strength",
     axis="out",
-    matches=matches,
+    wrote_key=re.compile(rf"(?:{OWN_NAMES.pattern}).*lora_(A\.|B\.|embedding_|magnitude_vector)"),
     read=peft.read,
     alpha=alpha,
     settings=settings,

@@ -16,7 +16,7 @@ import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,10 +38,6 @@ SETTINGS = ("rank", "alpha", "dropout", "method", "norm_grad")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def matches(keys: Collection[str], header: Header) -> bool:
-    return FORMAT_KEY in header
 
 
 def named(module: str) -> Name:
@@ -131,7 +127,7 @@ TOOL = Tool(
     apply=apply,
     differs="computes what the paper does",
     axis="out",
-    matches=matches,
+    wrote_header=re.compile(FORMAT_KEY),
     read=read,
     alpha=alpha,
     settings=settings,

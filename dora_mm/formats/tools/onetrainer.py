@@ -13,16 +13,12 @@ from torch import Tensor
 
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
-from dora_mm.formats.tools.tool import Export, Header, Tool
+from dora_mm.formats.tools.tool import Export, Tool
 
 USAGE = {
     "out": "the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)",
     "in": "the magnitudes are those of input columns, as OneTrainer's default is",
 }
-
-
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(key.startswith("ot_") for key in header)
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
@@ -58,7 +54,7 @@ TOOL = Tool(
     apply=apply,
     differs="takes the norm on the axis that its option says",
     strengths=(),
-    matches=matches,
+    wrote_header=re.compile("ot_"),
     read=read,
 )
 EXPORT = Export(

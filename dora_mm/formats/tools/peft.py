@@ -69,26 +69,22 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(NAMES.match(key) for key in keys)
-
-
 def named(module: str) -> Name | None:
     return Name("", module.removeprefix(PREFIX).removeprefix(".")) if NAMES.match(module) else None
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    return alpha_of(_config(header), NAMES.sub("", module), rank)
+    return alpha_of(config_of(header), NAMES.sub("", module), rank)
 
 
 def settings(header: Header, module: str) -> Mapping[str, Any]:
-    return settings_of(_config(header), _ours(header))
+    return settings_of(config_of(header), _ours(header))
 
 
 def listed(header: Header) -> Iterator[Name]:
     if ours := _ours(header):  # the target_modules of others may be patterns
-        names = [*listed_names(_config(header).get("target_modules") or []), *listed_names(ours.get("parameters", []))]
-        yield from (Name("", name) for name in names)
+        modules, extra = config_of(header).get("target_modules") or [], ours.get("parameters", [])
+        yield from (Name("", name) for name in (*listed_names(modules), *listed_names(extra)))
 
 
 def parameter(header: Header, key: str) -> Name | None:
@@ -98,7 +94,8 @@ def parameter(header: Header, key: str) -> Name | None:
     return Name("", key.removeprefix(f"{PREFIX}.").replace(".base_layer.", "."))
 
 
-def _config(header: Header) -> dict[str, Any]:
+def config_of(header: Header) -> dict[str, Any]:
+    """PEFT's settings, which are a file beside the weights."""
     if CONFIG_NAME not in header:
         raise ValueError(f"{CONFIG_NAME} is missing beside the file: PEFT's format is a folder of two files")
     return _parsed(header[CONFIG_NAME])
@@ -168,7 +165,7 @@ TOOL = Tool(
     apply=apply,
     differs="scales the update inside the norm by the strength",
     axis="out",
-    matches=matches,
+    wrote_key=NAMES,
     read=read,
     alpha=alpha,
     settings=settings,

@@ -46,7 +46,8 @@ class Tool:
         differs: What the tool does in another way than the paper, as the end of a sentence that begins with its name.
         axis: Over which axis it takes norms: `out`, `in`, or by the `shape` of the magnitude.
         strengths: The other strengths that people set in it; empty for trainers, which have none.
-        matches: Whether the tool wrote a file with these keys and this header; by default it writes none.
+        wrote_key: Matches a key that only the files have which it wrote, at its beginning.
+        wrote_header: The same for an entry of the header, as `key=value`. Without the two it writes none.
         read: The neutral form of a module, from its tensors by role and the axis if a person stated it.
         alpha: What the header says about the alpha of a module of a rank.
         settings: What else the header says about a module: see `state.with_settings`.
@@ -64,7 +65,8 @@ class Tool:
     differs: str
     axis: str = "shape"
     strengths: tuple[float, ...] = (0.0, 0.5, 2.0)
-    matches: Callable[[Collection[str], Header], bool] = lambda keys, header: False
+    wrote_key: re.Pattern[str] | None = None
+    wrote_header: re.Pattern[str] | None = None
     read: Callable[[Parts, str | None], LayerState] = neutral
     alpha: Callable[[Header, str, int], float | None] = lambda header, module, rank: None
     settings: Callable[[Header, str], Mapping[str, Any]] = lambda header, module: {}
@@ -73,6 +75,12 @@ class Tool:
     parameter: Callable[[Header, str], Name | None] = lambda header, key: None
     title: str = ""
     loses: re.Pattern[str] | None = None
+
+    def wrote(self, keys: Collection[str], header: Header) -> bool:
+        """Whether it wrote a file with these keys and this header."""
+        entries = [f"{key}={value:.100}" for key, value in header.items()]
+        found = ((self.wrote_key, keys), (self.wrote_header, entries))
+        return any(pattern is not None and any(map(pattern.match, texts)) for pattern, texts in found)
 
     def roles(self, module: str, endings: Mapping[str, str]) -> dict[str, str]:
         """The keys that the tool reads of a module, by role; empty where it does not know the module's name."""
