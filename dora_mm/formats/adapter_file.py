@@ -230,7 +230,8 @@ class AdapterFile:
         """Whether the base stores the weight (I, O): PEFT's adapters of embeddings, and of Conv1D in GPT-2."""
         if any(ending.startswith("lora_embedding") for ending in self.modules[module]):
             return True
-        return CONFIG_NAME in self.header and bool(config_of(self.header).get("fan_in_fan_out"))
+        with located(str(self.path)):
+            return CONFIG_NAME in self.header and bool(config_of(self.header).get("fan_in_fan_out"))
 
 
 def find_file(path: Path) -> Path:

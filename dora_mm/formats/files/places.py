@@ -59,8 +59,8 @@ def in_file(file: TensorFile) -> dict[Name, Place]:
     Raises:
         ValueError: A fused weight cannot be divided.
     """
-    marks = {name: layout.mark for name, layout in LAYOUTS.items() if layout.mark}
-    found = ((p, name) for p in (_NETWORK, "") for name, mark in marks.items() if p + mark in file.entries)
+    prefixed = ((p, name, layout) for p in (_NETWORK, "") for name, layout in LAYOUTS.items() if layout.mark)
+    found = ((p, n) for p, n, it in prefixed if p + it.mark in file.entries and p + it.without not in file.entries)
     prefix, network = next(found, (None, ""))
     if prefix is None:  # the only file of one network of diffusers or transformers
         return _modules(_component_of(file.path.parent), [file])

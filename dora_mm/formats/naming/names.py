@@ -160,7 +160,7 @@ def layouts_of(component: str) -> list[str]:
 @cache
 def _required(layout: str) -> frozenset[Name]:
     """Modules that every model of an architecture has."""
-    component, rules, _, optional = LAYOUTS[layout]
+    component, rules, *_, optional = LAYOUTS[layout]
     paths = [path.replace("#", "0") for meaning in rules.values() for path in _expanded(meaning)]
     return frozenset(Name(component, path) for path in paths if not re.match(optional, path))
 
