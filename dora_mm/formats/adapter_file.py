@@ -249,7 +249,8 @@ def find_file(path: Path) -> Path:
         raise ValueError(f"there is no adapter at {path}: give an adapter file or its folder")
     path = adapter_folder(path)
     own = [path / export.file_name for export in FORMATS.values() if (path / export.file_name).is_file()]
-    found = own or sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
+    others = [] if (path / "config.json").is_file() else sorted(path.glob("[!.]*.safetensors"))  # else it is a model's
+    found = own or others
     if len(found) == 1:
         return found[0]
     names = " or ".join(export.file_name for export in FORMATS.values())
