@@ -110,7 +110,7 @@ class AdapterFile:
             missing = (name for name in TOOLS[self.tool].listed(self.header) if canonical(*name) not in held)
             if name := next(missing, None):
                 which = ".".join(filter(None, name))
-                raise ValueError(f"{self.path} is incomplete: {which}, which its header lists, is missing")
+                raise ValueError(f"{self.path} is incomplete: {which:.200}, which its header lists, is missing")
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor."""

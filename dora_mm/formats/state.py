@@ -35,7 +35,7 @@ class LayerState:
         axis: `out`: the magnitude scales output rows, as in the paper. `in`: it scales input columns, and is (I,).
         norm: What the magnitude is divided by: the norm of `updated`, W0 + s B A, as in the paper; of `base`, W0; or of
             `unscaled`, W0 + B A, where the gain g multiplies this sum and s stays outside: g W0 + (s + g - 1) B A.
-            `formats/exact.py` changes one into another.
+            `algebra/exact.py` changes one into another.
     """
 
     spec: DoRASpec

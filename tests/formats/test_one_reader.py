@@ -44,11 +44,11 @@ def loaded(path):
     return {path: (layer.adaptation.spec, layer.adapter_tensors()) for path, layer in adapted_layers(model).items()}
 
 
-@pytest.mark.parametrize("format", ["native", "diffusers"])
-@pytest.mark.parametrize("method", SPECS)
+@pytest.mark.parametrize(
+    ("method", "format"),
+    [*((method, "native") for method in SPECS), *((method, "diffusers") for method in list(SPECS)[:3])],
+)
 def test_a_file_of_ours_under_another_name_is_the_same_adapter(method, format, tmp_path):
-    if (method, format) == ("full", "diffusers"):
-        pytest.skip("diffusers' format has no whole weights")
     file = save_adapter({"unet": net(SPECS[method])}, tmp_path, format=format)
     shutil.copy(file, tmp_path / "style.safetensors")
     before, after = loaded(file), loaded(tmp_path / "style.safetensors")

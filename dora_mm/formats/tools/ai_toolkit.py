@@ -58,7 +58,7 @@ TOOL = Tool(
     apply=apply,
     differs="leaves alpha out of the norm",
     axis="out",
-    wrote_key=re.compile(r".*\.magnitude$"),
+    wrote_key=re.compile(r"(?!base_model\.).*\.magnitude$"),
     read=read,
 )
 EXPORT = Export(

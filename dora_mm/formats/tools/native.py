@@ -63,7 +63,7 @@ def listed(header: Header) -> Iterator[Name]:
         if not isinstance(layers, dict):
             raise ValueError(f"its header key {SPECS_KEY} has no modules of {component}")
         yield from (Name(component, path) for path in layers)
-    yield from (named(key) if isinstance(key, str) else Name("", f"{key!s:.200}") for key in _extra(header))
+    yield from (named(key) for key in _extra(header))
 
 
 def parameter(header: Header, key: str) -> Name | None:
@@ -76,13 +76,17 @@ def _specs(header: Header) -> dict[str, Any]:
     return _parsed(header.get(SPECS_KEY, "{}"), SPECS_KEY, dict)
 
 
-def _extra(header: Header) -> list[Any]:
+def _extra(header: Header) -> dict[str, None]:
     return _parsed(header.get(EXTRA_KEY, "[]"), EXTRA_KEY, list)
 
 
 @functools.lru_cache(maxsize=4)
 def _parsed(text: str, key: str, kind: type[dict | list]) -> Any:
-    return parse_json(text, f"its header key {key}", kind)
+    """A JSON object; or the names in a list, to be looked up."""
+    found = parse_json(text, f"its header key {key}", kind)
+    return (
+        found if kind is dict else dict.fromkeys(name if isinstance(name, str) else f"{name!s:.200}" for name in found)
+    )
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
