@@ -24,9 +24,9 @@ if TYPE_CHECKING:
         set_strength,
         unmerge,
     )
-    from dora_mm.formats.convert import convert
-    from dora_mm.formats.extract import extract
-    from dora_mm.formats.verify import verify
+    from dora_mm.formats.commands.convert import convert
+    from dora_mm.formats.commands.extract import extract
+    from dora_mm.formats.commands.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "unmerge",
     "verify",
 ]
-_FROM_FORMATS = {name: f"dora_mm.formats.{name}" for name in ("convert", "extract", "verify")}
+_FROM_FORMATS = {name: f"dora_mm.formats.commands.{name}" for name in ("convert", "extract", "verify")}
 _FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter"} - _FROM_FORMATS.keys()
 
 

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.formats.convert import Conversion, convert
-from dora_mm.formats.judge import ToolErrors
-from dora_mm.formats.usage import how_to_use
+from dora_mm.formats.commands.convert import Conversion, convert
+from dora_mm.formats.commands.judge import ToolErrors
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
@@ -18,9 +17,9 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     Args:
         source: An adapter file of any tool, its folder or run directory.
         out: A file that ends in .safetensors, or a folder.
-        to: A key of `dora_mm.formats.convert.TARGETS`.
+        to: A key of `dora_mm.formats.registry.TARGETS`.
         base: The model: a folder, a single-file checkpoint or a hub name.
-        settings: The other arguments of `dora_mm.formats.convert.convert`.
+        settings: The other arguments of `dora_mm.formats.commands.convert.convert`.
 
     Raises:
         ValueError: The adapter, the model or a setting cannot be used, or the target cannot hold the adapter.
@@ -29,8 +28,8 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     done = convert(resolve_path(source, "IN"), Path(out).expanduser(), to=to, base=model, **settings)
     for file in done.files:
         print(f"written  {file}, {done.num_modules} modules")
-    if sentence := how_to_use(to, done.files):
-        print(f"use      {sentence}")
+    if done.usage:
+        print(f"use      {done.usage}")
     if done.errors:
         print(f"\n{table(done)}")
         worst = max(done.errors, key=lambda errors: errors.overall)

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from dora_mm.config.loader import resolve_model
-from dora_mm.formats.extract import Extraction, extract
-from dora_mm.formats.usage import how_to_use
+from dora_mm.formats.commands.extract import Extraction, extract
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
@@ -26,8 +25,8 @@ def main(tuned: str, base: str, out: str, *, rank: int, to: str | None = None) -
     models = (resolve_model(tuned, "TUNED"), resolve_model(base, "BASE"))
     done = extract(*models, Path(out).expanduser(), rank=rank, to=to)
     print(report(done))
-    if sentence := how_to_use(to, done.files):
-        print(f"\nuse  {sentence}")
+    if done.usage:
+        print(f"\nuse  {done.usage}")
 
 
 def report(done: Extraction) -> str:

@@ -9,9 +9,8 @@ from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import parts_in
-from dora_mm.formats.adapter_file import adapter_path
-from dora_mm.formats.inspection import inspect_file
-from dora_mm.formats.places import STEMS
+from dora_mm.formats.commands.inspection import inspect_file
+from dora_mm.formats.files.places import STEMS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
@@ -19,7 +18,7 @@ from dora_mm.sampling.strengths import strength_text
 from dora_mm.targets import find, map_of
 from dora_mm.utils.tables import aligned_columns
 
-ADAPTERS = [module.FILE_NAME for module in formats.FORMATS.values()]
+ADAPTERS = [export.file_name for export in formats.FORMATS.values()]
 LONGEST = 200  # characters of a header's entry that are shown
 RANK = 8  # parameter counts of target maps are stated at this rank
 
@@ -64,7 +63,7 @@ def adapter_file(path: str) -> Path | None:
         return file
     others = any(not file.name.startswith(STEMS) for file in found.glob("*.safetensors"))
     has_model = any((found / name).is_file() for name in ("config.json", "model_index.json"))
-    return adapter_path(found) if others and not has_model else None
+    return formats.find_file(found) if others and not has_model else None
 
 
 def describe_picture(file: Path) -> str:

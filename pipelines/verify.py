@@ -5,7 +5,7 @@ import math
 from collections import Counter, defaultdict
 
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.formats.verify import RIGHT, Verdict, verify
+from dora_mm.formats.commands.verify import RIGHT, Verdict, verify
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules that are named for each finding

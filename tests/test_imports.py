@@ -39,7 +39,7 @@ MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and fil
 
 
 def package_of(module: str) -> str:
-    """The top-level package of a module of ours: `dora_mm.formats.native` is in formats.
+    """The top-level package of a module of ours: `dora_mm.formats.tools.native` is in formats.
 
     Public names such as `dora_mm.inject` count as formats: they import core, targets, backend and formats.
     """
@@ -129,8 +129,8 @@ def test_core_imports_torch_and_nothing_else(path):
 @pytest.mark.parametrize(
     ("module", "target", "allowed"),
     [
-        ("dora_mm.formats.native", "dora_mm.core.layer", True),
-        ("dora_mm.formats.native", "dora_mm.formats.state", True),
+        ("dora_mm.formats.tools.native", "dora_mm.core.layer", True),
+        ("dora_mm.formats.tools.native", "dora_mm.formats.state", True),
         ("dora_mm.core.layer", "dora_mm.targets", False),
         ("dora_mm.models.sdxl.family", "dora_mm.data.images.folder", True),
         ("dora_mm.data.images.folder", "dora_mm.models.sdxl.family", False),
@@ -140,7 +140,7 @@ def test_core_imports_torch_and_nothing_else(path):
         ("pipelines.sample", "dora_mm.train.run", True),
         ("pipelines.sample", "pipelines.train_diffusion", False),
         ("dora_mm.train.loop", "pipelines.train_diffusion", False),
-        ("dora_mm.formats.native", "dora_mm.surprise", False),
+        ("dora_mm.formats.tools.native", "dora_mm.surprise", False),
         ("pipelines.sample", "dora_mm.inject", True),
         ("dora_mm.core.layer", "dora_mm.inject", False),
     ],

@@ -9,12 +9,14 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 import dora_mm
+from dora_mm import backend as backends
 from dora_mm import formats
 from dora_mm.adapting.networks import Trained, to_float32
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config import yaml12
 from dora_mm.config.loader import dump_config
 from dora_mm.config.vl import TrainVLConfig
+from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.models.vl import VLModel
 
 IDENTITIES = {  # keys of an adapter's header
@@ -98,14 +100,14 @@ def load_trained(model: VLModel, path: Path, *, backend: str) -> None:
         ValueError: The adapter belongs to another model, or adapts a network that this one does not have.
     """
     folder = formats.adapter_folder(path)
-    check_identity(folder, formats.read(folder)[1], model.identity)
+    files = {MODEL: AdapterFile(folder)}
+    check_identity(folder, formats.read(files[MODEL])[1], model.identity)
     subfolders = {file.parent.name for file in folder.glob("*/*.safetensors")}
     if missing := sorted(subfolders - set(model.networks)):
         raise ValueError(
             f"{folder} adapts the {missing[0]} tower too: remove vision.features, so that the tower encodes the images"
         )
-    for component in (MODEL, *sorted(subfolders)):
-        network, path = model.networks[component], folder if component == MODEL else folder / component
-        own = formats.read(path, {component: network})[0].parameters.get(component, {})
+    for component, file in (files | {name: AdapterFile(folder / name) for name in sorted(subfolders)}).items():
+        network, own = model.networks[component], {name.path for name in file.parameters.values()}
         to_float32(parameter for name, parameter in network.named_parameters() if name in own)  # as they were trained
-        dora_mm.load_adapter({component: network}, path, backend=backend)
+        formats.load({component: network}, file, forward=backends.select(backend))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import nn
 
-import dora_mm
 from dora_mm import backend as backends
 from dora_mm import formats
 from dora_mm.adapting.files import check_identity
@@ -39,8 +37,8 @@ def load_initial_file(trained: Trained, config: AdapterConfig, backend: str) -> 
             cannot be adapted, or its adapter has no low rank.
     """
     assert config.init_from is not None
-    file = resolve_path(config.init_from, "adapter.init_from")
-    check_low_rank(formats.find_file(file))
+    file = AdapterFile(resolve_path(config.init_from, "adapter.init_from"))
+    check_low_rank(file)
     for component, others in _adapt_others(file, trained.networks, config, backend).items():
         known = trained.reports.get(component, InjectReport(()))
         trained.reports[component] = InjectReport(known.modules + others.modules)
@@ -51,7 +49,7 @@ def load_initial_file(trained: Trained, config: AdapterConfig, backend: str) -> 
 
 
 def _adapt_others(
-    file: Path, networks: Mapping[str, nn.Module], config: AdapterConfig, backend: str
+    file: AdapterFile, networks: Mapping[str, nn.Module], config: AdapterConfig, backend: str
 ) -> dict[str, InjectReport]:
     """Adapts the modules of a file that are not adapted yet, with the method, rank and alpha of the file.
 
@@ -71,21 +69,20 @@ def _adapt_others(
     return reports
 
 
-def check_low_rank(file: Path) -> None:
+def check_low_rank(file: AdapterFile) -> None:
     """Checks that a file can be trained on.
 
     Raises:
         ValueError: It holds differences of weights, or magnitudes of input columns, which load as LoRA of full rank; or
             it is one of two files.
     """
-    adapter = AdapterFile(file)
-    if half := other_half(adapter.header):
-        raise ValueError(f"adapter.init_from: {file}: {half}")
-    for module, endings in adapter.modules.items():
-        if "diff" in endings or adapter.axis(module) == "in":
+    if half := other_half(file.header):
+        raise ValueError(f"adapter.init_from: {file.path}: {half}")
+    for module, endings in file.modules.items():
+        if "diff" in endings or file.axis(module) == "in":
             raise ValueError(
-                f"adapter.init_from: {file} has no low rank at {module}, and can be drawn with but not trained on: fit "
-                "it with dora-mm convert --to diffusers --rank R --allow-lossy, or extract"
+                f"adapter.init_from: {file.path} has no low rank at {module}, and can be drawn with but not trained "
+                "on: fit it with dora-mm convert --to diffusers --rank R --allow-lossy, or extract"
             )
 
 
@@ -103,7 +100,8 @@ def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mappi
     """
     assert config.init_from is not None
     folder = formats.adapter_folder(resolve_path(config.init_from, "adapter.init_from"))
-    state, metadata = formats.read(folder, {MODEL: trained.networks[MODEL]})
+    file = AdapterFile(folder)
+    state, metadata = formats.read(file, {MODEL: trained.networks[MODEL]})
     check_identity(folder, metadata, identity)
     untrained = sorted(set(state.parameters.get(MODEL, ())) - set(trained.extra[MODEL]))
     if untrained:
@@ -117,26 +115,25 @@ def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mappi
             "or neither must do so"
         )
     for component, network in trained.networks.items():
-        path = folder if component == MODEL else folder / component
-        _load({component: network}, path)
+        _load({component: network}, file if component == MODEL else AdapterFile(folder / component))
 
 
-def _load(adapted: Mapping[str, nn.Module], file: Path) -> None:
+def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:
     """Loads an adapter file into freshly injected networks.
 
     Args:
         adapted: The adapted networks by component.
-        file: The adapter file or its folder.
+        file: The adapter file.
 
     Raises:
         ValueError: The file does not fit the networks, or its alpha differs from the config's.
     """
     before = _alphas(adapted)
-    dora_mm.load_adapter(adapted, file)
+    formats.load(adapted, file, forward=backends.select("auto"))
     for path, alpha in _alphas(adapted).items():
         if alpha != before[path]:
             raise ValueError(
-                f"adapter.init_from: {file} has alpha {alpha:g}, and adapter.alpha is {before[path]:g} ({path})"
+                f"adapter.init_from: {file.path} has alpha {alpha:g}, and adapter.alpha is {before[path]:g} ({path})"
             )
 
 

@@ -6,36 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm import __version__
+from dora_mm.formats.registry import JUDGED, TARGETS, TOOLS
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
 AXIS = "the axis of the magnitudes, where their shape does not say it"
-TARGETS = {  # those of formats.convert, which imports torch
-    "peft": "a folder of PEFT",
-    "diffusers": "pytorch_lora_weights.safetensors of diffusers",
-    "kohya": "LyCORIS, sd-scripts and SD.Next",
-    "comfy": "two files for any version of ComfyUI",
-    "comfy-2025": "ComfyUI of 2025, Forge",
-    "comfy-15458": "ComfyUI after its pull request 15458",
-    "diff": "the change of each weight: large, and read by all web UIs",
-    "lora": "plain LoRA, which keeps as much as --rank or --energy says",
-    "merged": "a copy of the model with the new weights",
-    "onetrainer": "to go on with training in OneTrainer",
-    "ai-toolkit": "to go on with training in ai-toolkit",
-}
-TOOLS = {  # JUDGED of formats.verify
-    "nvlabs": "the code of DoRA's authors",
-    "onetrainer": "OneTrainer",
-    "ai-toolkit": "ai-toolkit",
-    "peft": "PEFT",
-    "diffusers": "diffusers",
-    "comfy-2025": "ComfyUI of 2025, Forge",
-    "comfy-15458": "ComfyUI after its pull request 15458",
-    "lycoris": "LyCORIS, sd-scripts",
-    "a1111": "AUTOMATIC1111",
-    "sdnext": "SD.Next",
-    "invokeai": "InvokeAI",
-}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,7 +96,7 @@ def _add_convert(commands: Any) -> None:
     command = commands.add_parser(
         "convert",
         help="write an adapter in the form of another tool",
-        epilog=_listed("targets", TARGETS),
+        epilog=_listed("targets", {name: row.title for name, row in TARGETS.items()}),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("source", metavar="IN", help="an adapter file of any tool, its folder or run directory")
@@ -142,7 +117,7 @@ def _add_verify(commands: Any) -> None:
     command = commands.add_parser(
         "verify",
         help="show what other tools compute from an adapter file",
-        epilog=_listed("tools", TOOLS),
+        epilog=_listed("tools", {name: TOOLS[name].title for name in JUDGED}),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("file", metavar="FILE", help="an adapter file of any tool, its folder or run directory")

@@ -1,28 +1,27 @@
-"""Adapter files of any tool, read one module at a time."""
+"""Adapter files of any tool: opened once, read one module at a time."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_mm.formats import FORMATS, find_file
-from dora_mm.formats.checks import DTYPES, first_not_finite
-from dora_mm.formats.json_text import json_header
-from dora_mm.formats.names import Target
-from dora_mm.formats.peft import CONFIG_NAME, FILE_NAME
-from dora_mm.formats.spellings import Names
-from dora_mm.formats.state import LayerState
-from dora_mm.formats.tensor_file import TensorFile
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.files.checks import check_dtype, first_not_finite
+from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
+from dora_mm.formats.naming.names import Name, Target, canonical
+from dora_mm.formats.naming.spellings import Namer
+from dora_mm.formats.state import LayerState, with_settings
+from dora_mm.formats.tools import FORMATS, TOOLS
 from dora_mm.formats.tools.methods import METHODS, other_method
 from dora_mm.formats.tools.parts import axes_that_fit
+from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_of
 from dora_mm.formats.tools.tool import Tool
 
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
@@ -48,7 +47,7 @@ class AdapterFile:
         Raises:
             ValueError: There is no such file, it is damaged, or it is no adapter of a known tool.
         """
-        self.path = adapter_path(Path(path))
+        self.path = find_file(Path(path))
         self._file = TensorFile(self.path)
         self.header = dict(self._file.metadata)
         config = self.path.with_name(CONFIG_NAME)
@@ -64,7 +63,7 @@ class AdapterFile:
 
     def _detect(self) -> str:
         keys = list(self._file.entries)
-        found = next((name for name, tool in TOOLS.items() if tool.matches(keys, self.header)), None)
+        found = next((name for name, tool in TOOLS.items() if tool.wrote(keys, self.header)), None)
         if found is None and (method := other_method(keys)):
             raise ValueError(f"{self.path} holds {method}, and only LoRA and DoRA are supported")
         if found is None:
@@ -88,49 +87,95 @@ class AdapterFile:
         tools = [TOOLS["dora_mm"]] if self.tool == "dora_mm" else [t for n, t in TOOLS.items() if n != "dora_mm"]
         return sorted({ending for tool in tools for ending in tool.parts} | METHODS.keys(), key=len, reverse=True)
 
+    @cached_property
+    def parameters(self) -> dict[str, Name]:
+        """The names of the extra parameters, by key."""
+        with located(str(self.path)):
+            found = {key: TOOLS[self.tool].parameter(self.header, key) for key in self._file.entries}
+        return {key: name for key, name in found.items() if name is not None}
+
+    def named(self, module: str) -> Name | None:
+        """The name of a module in a model, where the file has the model's own names: see `Tool.named`."""
+        return TOOLS[self.tool].named(module)
+
+    def check_complete(self) -> None:
+        """Checks that what the header lists is there.
+
+        Raises:
+            ValueError: A module or a parameter is missing.
+        """
+        adapted = (self.named(module) for module in self.modules)
+        held = {canonical(*name) for name in (*adapted, *self.parameters.values()) if name is not None}
+        with located(str(self.path)):
+            missing = (name for name in TOOLS[self.tool].listed(self.header) if canonical(*name) not in held)
+            if name := next(missing, None):
+                which = ".".join(filter(None, name))
+                raise ValueError(f"{self.path} is incomplete: {which:.200}, which its header lists, is missing")
+
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of a tensor."""
         return self._file.entries[key].shape
 
-    def tensor(self, key: str) -> Tensor:
+    def tensor(self, key: str, *, mapped: bool = False) -> Tensor:
         """Reads a tensor.
+
+        Args:
+            key: Its key.
+            mapped: Whether its values come from the disk when they are used, not before.
 
         Raises:
             ValueError: Its dtype is none that adapters have, or the file has become shorter.
         """
-        found = self._file.read(key)
-        if found.dtype not in DTYPES and not (key.endswith(".alpha") and found.dtype in _INTEGERS):
-            kind = str(found.dtype).removeprefix("torch.")
-            raise ValueError(f"{self.path}: {key} has values of type {kind}: save it in float32")
-        return found
+        found = self._file.map(key) if mapped else self._file.read(key)
+        if key.endswith(".alpha") and found.dtype in _INTEGERS:
+            return found
+        return check_dtype(f"{self.path}: {key}", found, parameter=key in self.parameters)
 
-    def parts(self, module: str, tool: Tool) -> dict[str, Tensor]:
-        """The tensors of a module by role, as a tool reads them; empty where it does not know the module."""
-        endings = self.modules[module]
-        return tool.parts_of(
-            module, {e: self.tensor(key) for e, key in endings.items() if e in tool.parts}, self.header
-        )
+    def parts(self, module: str, tool: Tool, *, mapped: bool = False) -> dict[str, Tensor]:
+        """The tensors of a module by role, as a tool's form has them; empty where it does not know the module."""
+        return tool.parts_of(module, self._tensors(module, tool, mapped=mapped), self.header)
 
-    def layer(self, module: str, axis: str | None = None) -> LayerState:
+    def loaded(self, module: str, tool: Tool) -> dict[str, Tensor]:
+        """The tensors of a module by role that a tool finds: see `Tool.loaded`."""
+        return tool.loaded(module, self._tensors(module, tool), self.header)
+
+    def _tensors(self, module: str, tool: Tool, *, mapped: bool = False) -> dict[str, Tensor]:
+        keys = {ending: key for ending, key in self.modules[module].items() if ending in tool.parts}
+        return {ending: self.tensor(key, mapped=mapped) for ending, key in keys.items()}
+
+    def layer(self, module: str, axis: str | None = None, *, mapped: bool = False) -> LayerState:
         """The adapter of a module.
 
         Args:
             module: The name of the module in the file.
             axis: The axis of its magnitude, where the shape does not say it.
+            mapped: Whether values are read only when they are used; else they are checked.
 
         Raises:
-            ValueError: Tensors are missing, do not fit each other, belong to another method, or the axis is not clear.
+            ValueError: Tensors are missing, do not fit each other, belong to another method or contradict the header,
+                the axis is not clear, or a value is NaN or infinite.
         """
-        tool = TOOLS[self.tool]
-        if method := other_method(list(self.modules[module].values())):
+        tool, keys = TOOLS[self.tool], self.modules[module]
+        if method := other_method(list(keys.values())):
             raise ValueError(f"it is adapted by {method}, and only LoRA and DoRA are supported")
-        unread = self.modules[module].keys() - tool.parts.keys()
+        unread = [ending for ending, key in keys.items() if ending not in tool.parts and key not in self.parameters]
         if unread:
             raise ValueError(f"it has {min(unread)}, which {tool.title} does not write")
-        layer = tool.read(self.parts(module, tool), axis)
-        if name := first_not_finite(layer.tensors.items()):
+        layer = tool.read(self.parts(module, tool, mapped=mapped), axis)
+        if not self.is_parameter(module):
+            layer = with_settings(layer, self.settings(module))
+        if not mapped and (name := first_not_finite(layer.tensors.items())):
             raise ValueError(f"its {name} has values that are NaN or infinite")
         return layer
+
+    def settings(self, module: str) -> Mapping[str, Any]:
+        """What the header says about a module: see `Tool.settings`."""
+        with located(str(self.path)):
+            return TOOLS[self.tool].settings(self.header, module)
+
+    def is_parameter(self, module: str) -> bool:
+        """Whether all tensors of a module are extra parameters, as the weight of a trained norm."""
+        return all(key in self.parameters for key in self.modules[module].values())
 
     def axis(self, module: str) -> str:
         """The axis of a magnitude as its shape says it: `out`, `in`, or `?` for both; empty without one that fits."""
@@ -145,26 +190,26 @@ class AdapterFile:
         fits = axes_that_fit(shapes["m"], shapes["B"][0], shapes["A"][1])
         return "?" if len(fits) > 1 else "".join(fits)
 
-    def check_axis(self, axis: str | None) -> None:
-        """Checks that the axis that a person states has an effect.
+    def check_axis(self) -> None:
+        """Checks that it has an effect to state the axis.
 
         Raises:
             ValueError: The shapes of all magnitudes say theirs.
         """
-        if axis is not None and all(self.axis(module) != "?" for module in self.modules):
+        if all(self.axis(module) != "?" for module in self.modules):
             raise ValueError(f"{self.path} has no magnitude whose axis is unclear: leave --axis out")
 
-    def targets(self, names: Names) -> tuple[dict[str, Target], dict[str, str]]:
-        """What the modules of the file stand for, and for modules that are not among the names the reason.
+    def targets(self, modules: Collection[str], names: Namer) -> tuple[dict[str, Target], dict[str, str]]:
+        """What modules of the file stand for, and for those that are not among the names the reason.
 
         Raises:
             ValueError: None is among the names, or there is none.
         """
-        if not self.modules:
+        if not modules:
             raise ValueError(f"{self.path} holds no adapter")
         found: dict[str, Target] = {}
         missing: dict[str, str] = {}
-        for module in self.modules:
+        for module in modules:
             try:
                 found[module] = names.read(module)
             except ValueError as error:
@@ -185,26 +230,41 @@ class AdapterFile:
         """Whether the base stores the weight (I, O): PEFT's adapters of embeddings, and of Conv1D in GPT-2."""
         if any(ending.startswith("lora_embedding") for ending in self.modules[module]):
             return True
-        return bool(json_header(self.path, self.header, CONFIG_NAME).get("fan_in_fan_out"))
+        with located(str(self.path)):
+            return CONFIG_NAME in self.header and bool(config_of(self.header).get("fan_in_fan_out"))
 
 
-def adapter_path(path: Path) -> Path:
-    """The adapter file of a path: itself, or the only one in a folder or run directory.
+def find_file(path: Path) -> Path:
+    """Finds the adapter file.
+
+    Args:
+        path: The file itself, the folder that contains it, or a run directory, in which that is the folder `adapter`.
 
     Raises:
-        ValueError: There is none, or several.
+        ValueError: `path` does not exist, or is a folder with no adapter file or with several.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
-        if len(files) == 1:
-            return files[0]
-        if len(files) > 1 and not any((path / module.FILE_NAME).is_file() for module in FORMATS.values()):
-            names = ", ".join(file.name for file in files[:_TOP])
-            raise ValueError(f"the folder {path} contains {len(files)} files, {names}: give the path of one")
-    found = find_file(path)
-    if found.suffix != ".safetensors":
-        raise ValueError(f"{found} is not a .safetensors file, and nothing else is read")
-    return found
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"there is no adapter at {path}: give an adapter file or its folder")
+    path = adapter_folder(path)
+    own = [path / export.file_name for export in FORMATS.values() if (path / export.file_name).is_file()]
+    others = [] if (path / "config.json").is_file() else sorted(path.glob("[!.]*.safetensors"))  # else it is a model's
+    found = own or others
+    if len(found) == 1:
+        return found[0]
+    names = " or ".join(export.file_name for export in FORMATS.values())
+    pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+    if pickles and not found:
+        raise pickle_error(pickles[0])
+    raise ValueError(f"the folder {path} contains {len(found) or 'no'} adapter files ({names}): give the path of one")
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder of an adapter that is given by its run directory, its folder or its file."""
+    if path.is_file():
+        return path.parent
+    return path / "adapter" if (path / "adapter").is_dir() else path
 
 
 @contextmanager

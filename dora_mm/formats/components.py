@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import nn
 
-from dora_mm.formats.tensor_file import TensorFile
+from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.naming.names import Name
 
 UNNAMED = "model"  # where neither the class nor the file says more
 _CLASSES = {
@@ -43,7 +43,7 @@ def components_to_save(
     return {name or UNNAMED: model}
 
 
-def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: Path, unnamed: str) -> dict[str, nn.Module]:
+def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: AdapterFile) -> dict[str, nn.Module]:
     """Names the component of a single model that a file will be loaded into.
 
     It is what its class tells, if the file has that component, or else the only component of the file. Of several
@@ -52,15 +52,14 @@ def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: Path, u
     Args:
         model: The model, or a mapping of components.
         file: The adapter file.
-        unnamed: The first part of the keys that belong to no component in particular.
-
-    Raises:
-        ValueError: The file cannot be read.
     """
-    keys = list(TensorFile(file).entries)
-    held = {key.partition(".")[0] for key in keys} - {unnamed}
+    own = [name for module in file.modules if (name := file.named(module)) is not None]
+    held = (
+        {name.component for name in own} if own else {key.partition(".")[0] for key in file.modules} & _CLASSES.keys()
+    )
+    held -= {""}  # of PEFT's files
     if isinstance(model, Mapping):
-        fitting = {name: m for name, m in model.items() if not held and _has_module(m, keys)}
+        fitting = {name: m for name, m in model.items() if own and not held and _has_module(m, own[0])}
         return fitting if len(fitting) == 1 else dict(model)
     name = component_of(model)
     if name not in held and len(held) == 1:
@@ -68,10 +67,8 @@ def components_to_load(model: nn.Module | Mapping[str, nn.Module], file: Path, u
     return {name or UNNAMED: model}
 
 
-def _has_module(model: nn.Module, keys: Sequence[str]) -> bool:
-    """Whether a model has the module that the first key of a PEFT file adapts."""
-    paths = [path for path, _ in model.named_modules() if path]
-    return bool(keys) and any(f".model.{path}.lora_" in keys[0] for path in paths)
+def _has_module(model: nn.Module, name: Name) -> bool:
+    return any(path == name.path for path, _ in model.named_modules())
 
 
 def component_of(model: nn.Module) -> str | None:

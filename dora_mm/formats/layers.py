@@ -13,11 +13,12 @@ from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.quantized import DoRAQuantized, dequantized, is_quantized
 from dora_mm.core.sharded import whole
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats import exact, fused
 from dora_mm.formats.adapter_file import AdapterFile, located
-from dora_mm.formats.fused import Factors
-from dora_mm.formats.names import Name, Target
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.algebra import exact, fused
+from dora_mm.formats.algebra.fused import Factors
+from dora_mm.formats.components import UNNAMED
+from dora_mm.formats.naming.names import TEXT_PREFIX, Name, Target
+from dora_mm.formats.naming.spellings import Namer, Names
 from dora_mm.formats.state import AdapterState, LayerState
 from dora_mm.formats.tools import TOOLS
 
@@ -31,6 +32,8 @@ class LayerReader:
         source: The adapter file.
         weights: The base model; None where it is not known.
         axis: The axis of the magnitudes, where their shape does not say it.
+        namer: What the names of modules in the file stand for; None: what `weights` says.
+        whole: Whether extra parameters are beside the adapters, and values are read when they are used, not before.
 
     Raises:
         ValueError: The file cannot be read, belongs to another model, or holds more than adapters.
@@ -38,19 +41,22 @@ class LayerReader:
 
     def __init__(
         self,
-        source: str | Path,
+        source: str | Path | AdapterFile,
         weights: Mapping[Name, Tensor] | None = None,
         axis: str | None = None,
+        namer: Namer | None = None,
+        *,
+        whole: bool = False,
     ):
-        self.file = AdapterFile(source)
-        self.file.check_axis(axis)
-        self.weights, self.axis = weights, axis
-        self.namer = Names(weights or ())
-        if self.file.others:
-            raise ValueError(
-                f"{self.file.path} also holds {self.file.others[0]}, which belongs to no adapter, and would be lost"
-            )
-        targets, missing = self.file.targets(self.namer)
+        self.file = opened(source)
+        if axis is not None:
+            self.file.check_axis()
+        self.weights, self.axis, self.whole = weights, axis, whole
+        held = self.file.parameters if whole else ()
+        if lost := [key for key in self.file.others if key not in held]:
+            raise ValueError(f"{self.file.path} also holds {lost[0]}, which belongs to no adapter, and would be lost")
+        modules = [module for module in self.file.modules if not (held and self.file.is_parameter(module))]
+        targets, missing = self.file.targets(modules, namer or Names(weights or ()))
         if missing:
             raise self.file.not_found(missing)
         self._places: dict[Name, tuple[str, Target]] = {}
@@ -75,7 +81,7 @@ class LayerReader:
         module, target = self._places[name]
         if self._last[0] != module:
             with located(f"{self.file.path}: {module}"):
-                self._last = module, _split(target, self.file.layer(module, self.axis))
+                self._last = module, _split(target, self.file.layer(module, self.axis, mapped=self.whole))
         return self._last[1][target.names.index(name)]
 
     def transposed(self, name: Name) -> bool:
@@ -110,33 +116,77 @@ class LayerReader:
         return self.weights[name].float()
 
 
-def read_state(path: Path, models: Mapping[str, nn.Module] | None) -> tuple[AdapterState, dict[str, str]]:
-    """Reads a file of any tool as a whole.
+def opened(source: str | Path | AdapterFile) -> AdapterFile:
+    """The file itself, or the one at a path."""
+    return source if isinstance(source, AdapterFile) else AdapterFile(source)
+
+
+def read(
+    source: str | Path | AdapterFile, models: Mapping[str, nn.Module] | None = None
+) -> tuple[AdapterState, dict[str, str]]:
+    """Reads an adapter as a whole, without loading it into models.
 
     Args:
-        path: The file.
+        source: The file of any tool, or a folder that contains exactly one.
         models: The models by component whose module names the result has. With their weights, magnitudes over another
             norm than the paper's are converted exactly, and what is no DoRA of output rows (differences of weights,
-            magnitudes of input columns) becomes a LoRA of full rank. None keeps diffusers' names, and all forms.
+            magnitudes of input columns) becomes a LoRA of full rank. None keeps the names of the file, and all forms.
+
+    Returns:
+        The adapter, whose values may not have been looked at (`state.check_finite` does that), and the header.
 
     Raises:
-        ValueError: The file cannot be read, or belongs to another model.
+        ValueError: There is no such file, it is damaged or incomplete, or it belongs to another model.
     """
-    reader = LayerReader(path, ModelWeights(models or {}))
+    file = opened(source)
+    file.check_complete()
+    namer = ModelNames(file, models or {})
+    reader = LayerReader(file, namer.weights, namer=namer, whole=True)
     state = AdapterState({})
     for name in reader.names():
         layer = reader.layer(name)
         has_no_form = "diff" in layer.tensors or layer.axis == "in"  # in our layer
         if models and (has_no_form or layer.norm != "updated"):
-            with located(f"{path}: {name}"):
+            with located(f"{file.path}: {name}"):
                 W0 = reader.base(name)
                 if has_no_form and not isinstance(models[name.component].get_submodule(name.path), _HOLD_LORA):
                     raise ValueError(
                         "the difference of a norm or an embedding cannot be loaded: use dora-mm convert --to merged"
                     )
                 layer = (exact.full_rank if has_no_form else exact.paper_form)(exact.fitted(layer, W0), W0)
+        if layer.spec.method == "magnitude":
+            layer = replace(layer, tensors={"magnitude": layer.tensors["magnitude"]})
         state.layers.setdefault(name.component, {})[name.path] = layer
-    return state, reader.file.header
+    for key, name in file.parameters.items():
+        state.parameters.setdefault(namer.component(name), {})[name.path] = file.tensor(key, mapped=True)
+    return state, file.header
+
+
+class ModelNames:
+    """What the names of modules in a file stand for in models, which may have other names than diffusers gives them.
+
+    Args:
+        file: The file.
+        models: The models by component; empty where they are not known.
+    """
+
+    def __init__(self, file: AdapterFile, models: Mapping[str, nn.Module]):
+        self.file, self.models, self.weights = file, models, ModelWeights(models)
+        self._names = Names(self.weights)
+
+    def read(self, key: str) -> Target:
+        """See `Names.read`. A name that is the model's own is not looked up: what does not fit is said on loading."""
+        own = self.file.named(key)
+        if own is None:
+            return self._names.read(key)
+        component = self.component(own)
+        model = self.models.get(component)
+        bare = model is not None and not hasattr(model, "text_model")  # transformers 5 has dropped it in one encoder
+        return Target((Name(component, own.path.removeprefix(TEXT_PREFIX) if bare else own.path),))
+
+    def component(self, name: Name) -> str:
+        """The component of a name, which a file for any model does not have."""
+        return name.component or (next(iter(self.models)) if len(self.models) == 1 else UNNAMED)
 
 
 class ModelWeights(Mapping[Name, Tensor]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from dora_mm.core.quantized import DoRAQuantized, is_quantized
 from dora_mm.core.sharded import reshard, whole, write
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
-from dora_mm.formats.checks import first_not_finite, why_no_parameter, why_unusable
+from dora_mm.formats.files.checks import first_not_finite
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LayerState:
         axis: `out`: the magnitude scales output rows, as in the paper. `in`: it scales input columns, and is (I,).
         norm: What the magnitude is divided by: the norm of `updated`, W0 + s B A, as in the paper; of `base`, W0; or of
             `unscaled`, W0 + B A, where the gain g multiplies this sum and s stays outside: g W0 + (s + g - 1) B A.
-            `formats/exact.py` changes one into another.
+            `algebra/exact.py` changes one into another.
     """
 
     spec: DoRASpec
@@ -64,20 +65,34 @@ class AdapterState:
             yield from ((joined(component, name), tensor) for name, tensor in parameters.items())
 
 
-def check_kinds(state: AdapterState, source: Path) -> None:
-    """Checks dtypes, and that the shapes of each layer belong together; the values are not read.
+def with_settings(layer: LayerState, said: Mapping[str, Any]) -> LayerState:
+    """An adapter with what the header of its file says beside the tensors.
+
+    A `magnitude` keeps A and B, zeros, where the file has them.
+
+    Args:
+        layer: The adapter, as its tensors are.
+        said: `method`, `rank`, `alpha`, `dropout`, `norm_grad` and PEFT's `use_dora`, as far as the header has them.
 
     Raises:
-        ValueError: They do not; the message names the layer or parameter.
+        ValueError: A setting is invalid, or contradicts the tensors or another one.
     """
-    for component, layers in state.layers.items():
-        for path, layer in layers.items():
-            if problem := why_unusable(layer.tensors, layer.spec.rank):
-                raise ValueError(f"{source} cannot be used: at {joined(component, path)}, its {problem}")
-    for component, parameters in state.parameters.items():
-        for name, tensor in parameters.items():
-            if problem := why_no_parameter(tensor):
-                raise ValueError(f"{source} cannot be used: its {joined(component, name)} {problem}")
+    found, magnitude = layer.spec.method, "magnitude" in layer.tensors
+    if said.get("use_dora", magnitude) != magnitude:
+        raise ValueError(
+            "it has a magnitude, but its header says that it is plain LoRA" if magnitude else "its magnitude is missing"
+        )
+    method = said.get("method", found)
+    if method != found and (method, found) != ("magnitude", "dora"):
+        raise ValueError(f"its header says method {method!s:.50}, and its tensors are those of method {found}")
+    settings = {key: said[key] for key in ("rank", "alpha", "dropout", "norm_grad") if key in said}
+    try:
+        spec = replace(layer.spec, method=method, **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"its header is invalid: {error}") from error
+    if "lora_A" in layer.tensors and spec.rank != layer.spec.rank:
+        raise ValueError(f"its tensors have rank {layer.spec.rank}, and its header says {spec.rank}")
+    return replace(layer, spec=spec)
 
 
 def check_finite(state: AdapterState, source: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dora_mm.formats.json_text import read_json
+from dora_mm.formats.files.json_text import read_json
 from dora_mm.models.hub import unreachable
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import nn
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import ModelConfig
-from dora_mm.formats.json_text import read_json
+from dora_mm.formats.files.json_text import read_json
 from dora_mm.models import hub
 
 INDEX = "model_index.json"

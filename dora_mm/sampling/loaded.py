@@ -18,7 +18,7 @@ from dora_mm.config.loader import find_path, resolve_model, resolve_path
 from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.tensor_file import read_metadata
+from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
 from dora_mm.models.memory import check_offload, save_memory

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dora_mm.formats.checks import first_not_finite
-from dora_mm.formats.native import FILE_NAME
+from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.tools.native import FILE_NAME
 from dora_mm.utils.atomic import flush
 
 WEIGHTS, STATE, ABOUT = FILE_NAME, "state.pt", "checkpoint.json"  # the weights are also an adapter file

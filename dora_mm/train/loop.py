@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.core import fixed_parameters
-from dora_mm.formats import native
-from dora_mm.formats.checks import first_not_finite
+from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.tools import native
 from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog

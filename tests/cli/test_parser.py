@@ -5,8 +5,7 @@ from unittest.mock import create_autospec
 import pytest
 
 from dora_mm import cli
-from dora_mm.formats.convert import TARGETS
-from dora_mm.formats.verify import JUDGED
+from dora_mm.formats.registry import JUDGED, TARGETS
 from dora_mm.recipes import PIPELINES
 
 COMMANDS = {  # with the recipes of those that take no config

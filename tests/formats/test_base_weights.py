@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
-from dora_mm.formats.base_weights import BaseWeights, write_merged
-from dora_mm.formats.names import Name, canonical
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.files.base_weights import BaseWeights, write_merged
+from dora_mm.formats.naming.names import Name, canonical
+from dora_mm.formats.naming.spellings import Names
 from tests.formats.single_files import write_single_file
 
 SAMPLE = Path("samples/tiny-sdxl")
@@ -250,7 +250,7 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path):
     code = f"""
 import json, resource, torch
 from pathlib import Path
-from dora_mm.formats.base_weights import BaseWeights, write_merged
+from dora_mm.formats.files.base_weights import BaseWeights, write_merged
 
 size, layers, folder = 2**23, 16, Path({str(tmp_path)!r})  # 8 MB each
 header = {{

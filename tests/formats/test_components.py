@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dora_mm import DoRASpec, inject, load_adapter, save_adapter
 from dora_mm.core import adapted_layers
 from dora_mm.formats.components import component_of
-from dora_mm.formats.diffusers import FILE_NAME
+from dora_mm.formats.tools.diffusers import FILE_NAME
 from tests.core import reference
 
 UNET = {
@@ -181,5 +181,5 @@ def test_an_incomplete_file_of_one_layer_names_the_key(tmp_path):
     tensors = load_file(file)
     del tensors["unet.lora_B.weight"]
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="the key unet.lora_B is missing"):
+    with pytest.raises(ValueError, match="unet: its low-rank tensor B is missing"):
         load_adapter(nn.Linear(6, 4), file)

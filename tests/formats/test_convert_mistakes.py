@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_mm
-from dora_mm.formats.convert import convert
-from dora_mm.formats.names import Name
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.naming.names import Name
 from tests.formats import toy
 from tests.formats.test_convert import BASE, peft_base
 from tests.formats.test_tools import FIXTURES

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dora_mm.formats.inspection import inspect_file
-from dora_mm.formats.verify import verify
+from dora_mm.formats.commands.inspection import inspect_file
+from dora_mm.formats.commands.verify import verify
 from tests.formats import toy
 from tests.formats.test_tools import FILES, path_of
 

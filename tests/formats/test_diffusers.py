@@ -13,7 +13,7 @@ from torch import nn
 import dora_mm
 from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, save_adapter, set_strength
 from dora_mm.core import adapted_layers
-from dora_mm.formats.diffusers import FILE_NAME
+from dora_mm.formats.tools.diffusers import FILE_NAME
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
 from tests.core import reference
 
@@ -254,21 +254,24 @@ FIRST = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"drop": [f"{FIRST}.lora_B"]}, rf"{FIRST}.lora_B is missing"),
-        ({"drop": [f"{FIRST}.lora_magnitude"]}, rf"{FIRST}.lora_magnitude_vector is missing"),
+        ({"drop": [f"{FIRST}.lora_B"]}, rf"{FIRST}: its low-rank tensor B is missing"),
+        ({"drop": [f"{FIRST}.lora_magnitude"]}, rf"{FIRST}: its magnitude is missing"),
         ({"drop": [f"{FIRST}."]}, rf"{FIRST}, which its header lists, is missing"),
         ({"drop": ["text_encoder_2."]}, r"text_encoder_2\..*, which its header lists, is missing"),
-        ({"add": [("unet.odd.weight", (2, 2))]}, "has the key unet.odd.weight"),
+        ({"add": [("unet.odd.weight", (2, 2))]}, "also holds unet.odd.weight, which belongs to no adapter"),
         (
             {"rename": [("mid_block", "middle")], "header": {"dora_mm": "{}"}},
             r"does not fit this model: it adapts unet\.middle",
         ),
         ({"drop": [f"{FIRST}.lora_A"], "add": [(f"{FIRST}.lora_A.weight", (3, 99))]}, r"instead of \(3, 32\)"),
-        ({"drop": [f"{FIRST}.lora_A"], "add": [(f"{FIRST}.lora_A.weight", (3,))]}, rf"{FIRST}.lora_A is not a matrix"),
-        ({"header": {"lora_adapter_metadata": "{"}}, "lora_adapter_metadata that is not valid JSON"),
-        ({"header": {"lora_adapter_metadata": "[]"}}, "lora_adapter_metadata that is not a JSON object"),
-        ({"header": {"dora_mm": json.dumps({"unet": {"dropout": 7}})}}, "an invalid header for unet.*dropout"),
-        ({"drop": [""]}, "no tensors"),
+        (
+            {"drop": [f"{FIRST}.lora_A"], "add": [(f"{FIRST}.lora_A.weight", (3,))]},
+            rf"{FIRST}: the shapes \(3,\) of A and .* do not fit",
+        ),
+        ({"header": {"lora_adapter_metadata": "{"}}, "lora_adapter_metadata is not valid JSON"),
+        ({"header": {"lora_adapter_metadata": "[]"}}, "lora_adapter_metadata is not a JSON object"),
+        ({"header": {"dora_mm": json.dumps({"unet": {"dropout": 7}})}}, "unet.*: its header is invalid: dropout"),
+        ({"drop": [""]}, "its keys are none"),
     ],
 )
 def test_files_that_do_not_fit(saved, models, tmp_path, change, words):

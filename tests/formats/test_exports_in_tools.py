@@ -11,7 +11,7 @@ from diffusers.loaders import PeftAdapterMixin
 from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
 from peft import PeftModel
 
-from dora_mm.formats.convert import convert
+from dora_mm.formats.commands.convert import convert
 from tests.formats import toy
 from tests.formats.test_convert import BASE, textbook
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from dora_mm import extract, formats
 from dora_mm.cli import main
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.convert import convert
-from dora_mm.formats.fit import fitted_adapter
-from dora_mm.formats.names import Name
-from dora_mm.formats.verify import verify
+from dora_mm.formats.algebra.fit import fitted_adapter
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.commands.verify import verify
+from dora_mm.formats.naming.names import Name
 from tests.formats import toy
 
 FILES = {

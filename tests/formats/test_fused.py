@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.formats.fused import Factors, fuse, split, split_rows, stack_rows, untouched
-from dora_mm.formats.names import Name, Target
+from dora_mm.formats.algebra.fused import Factors, fuse, split, split_rows, stack_rows, untouched
+from dora_mm.formats.naming.names import Name, Target
 
 QKV = Target(tuple(Name("transformer", f"to_{x}") for x in "qkv"))
 FLUX_SINGLE = Target(tuple(Name("transformer", x) for x in ("to_q", "to_k", "to_v", "proj_mlp")))

@@ -18,11 +18,11 @@ from torch import nn
 from dora_mm import DoRASpec, formats, inject, load_adapter, save_adapter
 from dora_mm.cli import user_message
 from dora_mm.core import adapted_layers
-from dora_mm.formats.diffusers import PEFT_METADATA
-from dora_mm.formats.peft import CONFIG_NAME
-from dora_mm.formats.peft_layers import OUR_METADATA
-from dora_mm.formats.tensor_file import read_tensors
+from dora_mm.formats.tools.diffusers import PEFT_METADATA
+from dora_mm.formats.tools.peft import CONFIG_NAME
+from dora_mm.formats.tools.peft_config import OUR_METADATA
 from tests.core import reference
+from tests.formats.toy import read_tensors
 
 FORMATS = ["diffusers", "peft", "native"]
 HEADERS = {
@@ -195,7 +195,7 @@ def test_dtypes_that_are_refused(saved, tmp_path, dtype):
     copy = copy_of(saved[1], tmp_path, b"")
     save_file({**{k: t.clone() for k, t in tensors.items()}, chosen: torch.zeros(2, 4).to(dtype)}, copy, header)
     name = str(dtype).removeprefix("torch.")
-    assert f"at unet.0, its lora_A has values of type {name}: save it in float32" in (refusal(copy) or "")
+    assert f"{copy}: {chosen} has values of type {name}: save it in float32" == refusal(copy)
 
 
 @pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), 10**400, "8", None, True])

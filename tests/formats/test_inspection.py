@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_mm import cli, convert
-from dora_mm.formats.inspection import inspect_file
+from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.tools.methods import METHODS
 from dora_mm.formats.tools.parts import kohya_tensors
 from tests.formats import toy

@@ -14,9 +14,9 @@ from diffusers import (
 )
 from diffusers.loaders import lora_conversion_utils, single_file_utils
 
-from dora_mm.formats.fused import split_rows
-from dora_mm.formats.names import Name, architecture_of, canonical
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.algebra.fused import split_rows
+from dora_mm.formats.naming.names import Name, architecture_of, canonical
+from dora_mm.formats.naming.spellings import Names
 
 SDXL = {
     "block_out_channels": (320, 640, 1280),
@@ -50,7 +50,7 @@ def unet(sdxl) -> list[Name]:
 # --- SDXL at full size -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "kohya-diffusers", "comfy", "onetrainer", "lycoris"])
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "comfy", "onetrainer", "lycoris"])
 @pytest.mark.parametrize("with_base", [True, False])
 def test_every_name_of_sdxl_comes_back(unet, spelling, with_base):
     names = Names(unet if with_base else ())

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dora_mm import load_adapter, merge, set_strength
-from dora_mm.formats.convert import convert
-from dora_mm.formats.names import Name
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.naming.names import Name
 from tests.formats import toy
 from tests.formats.test_tools import path_of
 

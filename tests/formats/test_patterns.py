@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from dora_mm.formats.patterns import matching_key
+from dora_mm.formats.tools.patterns import matching_key
 
 PATHS = ["to_q", "blocks.0.attn.to_q", "blocks.10.attn.to_q", "blocks.0.attn.to_out.0", "model.decoder.layers.3.fc1"]
 PATTERNS = [

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from dora_mm import DoRASpec, adapter_parameters, inject, load_adapter, merge, save_adapter
 from dora_mm.adapting.networks import parameters_by_name
-from dora_mm.formats.peft import CONFIG_NAME, FILE_NAME
-from dora_mm.formats.peft_layers import OUR_METADATA
-from dora_mm.formats.tensor_file import read_tensors
+from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME
+from dora_mm.formats.tools.peft_config import OUR_METADATA
+from tests.formats.toy import read_tensors
 from tests.models.vl_bart.small import small_inputs, small_vl_bart
 
 EXTRA_TRAINABLE = ("visual_embedding", "biases", "norms")
@@ -110,7 +110,7 @@ def test_a_missing_config_is_named(tmp_path):
     [
         (
             "model.decoder.layers.1.encoder_attn.q_proj.lora_magnitude_vector",
-            r"q_proj\.lora_magnitude_vector is missing",
+            r"encoder_attn\.q_proj: its magnitude is missing",
         ),
         ("model.encoder.layers.0.final_layer_norm.weight", r"final_layer_norm\.weight, .* is missing"),
     ],
@@ -208,9 +208,9 @@ def test_nothing_is_changed_where_a_module_cannot_be_adapted(tmp_path):
     [
         ({"alpha_pattern": {"(": 3}}, "alpha_pattern: the pattern '(' is not supported"),
         ({"alpha_pattern": [3]}, "alpha_pattern is not a JSON object"),
-        ({"lora_alpha": "three"}, "has an invalid header for model.model.decoder"),
-        ({"target_modules": "all-linear"}, "all-linear, which was saved in it, is missing"),
-        ({"target_modules": [["q_proj"]]}, "['q_proj'], which was saved in it, is missing"),
+        ({"lora_alpha": "three"}, "alpha must be a finite number, not 'three'"),
+        ({"target_modules": "all-linear"}, "all-linear, which its header lists, is missing"),
+        ({"target_modules": [["q_proj"]]}, "['q_proj'], which its header lists, is missing"),
         ({"use_dora": False}, "but its header says that it is plain LoRA"),
     ],
 )
@@ -226,10 +226,10 @@ def test_a_damaged_config_is_refused(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("dora", {"method": "lora"}, "method lora, use_dora True"),
-        ("lora", {"method": "magnitude"}, "method magnitude, use_dora False"),
-        ("dora", {"method": "full"}, "method full, use_dora True"),
-        ("dora", {"parameters": 5}, "5, which was saved in it, is missing"),
+        ("dora", {"method": "lora"}, "its header says method lora, and its tensors are those of method dora"),
+        ("lora", {"method": "magnitude"}, "its header says method magnitude, and its tensors are those of method lora"),
+        ("dora", {"method": "full"}, "its header says method full, and"),
+        ("dora", {"parameters": 5}, "5, which its header lists, is missing"),
     ],
 )
 def test_a_header_that_contradicts_the_config_is_refused(tmp_path, method, changes, message):

@@ -12,8 +12,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dora_mm.formats.convert import convert
-from dora_mm.formats.names import Name
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.naming.names import Name
 from tests.formats import toy
 
 TOOLS = ("peft", "diffusers", "kohya", "comfy-2025", "comfy-15458", "onetrainer", "ai-toolkit")
@@ -91,10 +91,11 @@ def key_of(tool, name):
     return PREFIXES[name.component] + path.replace(".", "_")
 
 
-def endings(tool):
+def endings(tool, name):
     """Of A, B and the magnitude."""
     if tool in CONFIGURED:
-        return "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+        weight = ".weight" if tool == "diffusers" and name.component.startswith("text_encoder") else ""
+        return "lora_A.weight", "lora_B.weight", f"lora_magnitude_vector{weight}"
     return "lora_down.weight", "lora_up.weight", "magnitude" if tool == "ai-toolkit" else "dora_scale"
 
 
@@ -124,7 +125,7 @@ def write(folder, tool, modules):
     tensors = {}
     for name, module in modules.items():
         A, B, m = module.tensors()
-        key, (a, b, magnitude) = key_of(tool, name), endings(tool)
+        key, (a, b, magnitude) = key_of(tool, name), endings(tool, name)
         tensors |= {f"{key}.{a}": A, f"{key}.{b}": B.view(*B.shape, *(1,) * (A.dim() - 2))}
         if m is not None:
             tensors[f"{key}.{magnitude}"] = m.view(magnitude_shape(tool, module.shape))
@@ -165,7 +166,7 @@ def read(file, tool, modules):
         header = json.loads((file.parent / "adapter_config.json").read_text())
     found = {}
     for name, module in modules.items():
-        key, (a, b, magnitude) = key_of(tool, name), endings(tool)
+        key, (a, b, magnitude) = key_of(tool, name), endings(tool, name)
         A, B = tensors.pop(f"{key}.{a}"), tensors.pop(f"{key}.{b}")
         s, m = scaling(tool, name, tensors, header, A.shape[0]), tensors.pop(f"{key}.{magnitude}", None)
         assert m is None or tuple(m.shape) == magnitude_shape(tool, module.shape)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.formats.tensor_file import TensorFile
+from dora_mm.formats.files.tensor_file import TensorFile
 
 DTYPES = (
     torch.float64,
@@ -142,5 +142,5 @@ def test_a_large_file_is_read_lazily(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     file = TensorFile(path)
     assert file.read("small").equal(torch.zeros(2))
-    assert file.mapped()["small"].equal(torch.zeros(2))
+    assert file.map("small").equal(torch.zeros(2))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes

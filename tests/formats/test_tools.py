@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.exact import new_weight
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.algebra.exact import new_weight
+from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import TOOLS
 from tests.formats import toy
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import dora_mm
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats import exact
-from dora_mm.formats.names import Name
+from dora_mm.formats.algebra import exact
+from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.parts import kohya_tensors

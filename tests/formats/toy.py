@@ -1,11 +1,12 @@
 """A small base model with SDXL's names: weights from a formula, so that fixtures and tests agree on every machine."""
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.names import Name
+from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import kohya_tensors
 
@@ -104,6 +105,12 @@ def write_source(path, states):
         tensors |= {f"{module}.{end}": t.contiguous() for end, t in kohya_tensors(state).items()}
     save_file(tensors, path, metadata={"ss_base_model_version": "sdxl_base_v1-0", "sshs_model_hash": "1"})
     return path
+
+
+def read_tensors(path):
+    """The tensors and the header of a file."""
+    with safe_open(path, "pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
 
 
 def probe(W):

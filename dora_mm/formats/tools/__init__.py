@@ -1,47 +1,26 @@
-"""Other tools: how each names the tensors of an adapter, and what weight it computes from them.
+"""The tools: how each names the tensors of an adapter, what weight it computes from them, and how it writes them.
 
-To add a tool, write a module in this folder with a `Tool`, and an `Export` if `convert` should write for it, and add
-them to the dictionaries.
+One file is one tool, named in `registry.py`; what they share is in `tool.py`, `parts.py`, `peft_config.py`,
+`patterns.py` and `methods.py`.
 """
 
 from __future__ import annotations
 
-from dora_mm.formats.tools import (
-    a1111,
-    ai_toolkit,
-    comfy,
-    diffusers,
-    invokeai,
-    lycoris,
-    native,
-    nvlabs,
-    onetrainer,
-    peft,
-    sdnext,
-)
+import importlib
+from dataclasses import replace
+from typing import Any
+
+from dora_mm.formats.registry import TARGETS
+from dora_mm.formats.registry import TOOLS as ROWS
+from dora_mm.formats.tools import diffusers, native, peft
 from dora_mm.formats.tools.tool import Export, Tool
 
-TOOLS: dict[str, Tool] = {  # files are recognised by the first that matches
-    "dora_mm": native.TOOL,
-    "nvlabs": nvlabs.TOOL,
-    "onetrainer": onetrainer.TOOL,
-    "ai-toolkit": ai_toolkit.TOOL,
-    "peft": peft.TOOL,
-    "diffusers": diffusers.TOOL,
-    "comfy-2025": comfy.TOOL_2025,
-    "comfy-15458": comfy.TOOL_15458,
-    "lycoris": lycoris.TOOL,
-    "a1111": a1111.TOOL,
-    "sdnext": sdnext.TOOL,
-    "invokeai": invokeai.TOOL,
-}
-EXPORTS: dict[str, Export] = {
-    "peft": peft.EXPORT,
-    "diffusers": diffusers.EXPORT,
-    "kohya": lycoris.EXPORT,
-    "comfy-2025": comfy.EXPORT_2025,
-    "comfy-15458": comfy.EXPORT_15458,
-    "diff": comfy.EXPORT_DIFF,
-    "onetrainer": onetrainer.EXPORT,
-    "ai-toolkit": ai_toolkit.EXPORT,
-}
+
+def _found(where: str) -> Any:
+    module, _, name = where.partition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+TOOLS: dict[str, Tool] = {name: replace(_found(row.where), title=row.title) for name, row in ROWS.items()}
+EXPORTS: dict[str, Export] = {name: _found(row.where) for name, row in TARGETS.items() if row.where}
+FORMATS = {"diffusers": diffusers.EXPORT, "peft": peft.EXPORT, "native": native.EXPORT}  # of `save_adapter`

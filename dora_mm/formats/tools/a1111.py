@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dora_mm.formats.exact import norms
+from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, linear, product, scaling, updated
 from dora_mm.formats.tools.tool import Tool
 
@@ -17,7 +17,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="AUTOMATIC1111",
     names=KOHYA_NAMES,
     parts=KOHYA_PARTS,
     apply=apply,

@@ -9,19 +9,14 @@ Its training of transformers forces alpha = rank. That of SDXL does not, and the
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from dataclasses import replace
 
 from torch import Tensor
 
-from dora_mm.formats.exact import norms
+from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral, product, scaling
-from dora_mm.formats.tools.tool import Export, Header, Tool
-
-
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(key.endswith(".magnitude") for key in keys)
+from dora_mm.formats.tools.tool import Export, Tool
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
@@ -51,7 +46,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="ai-toolkit",
     names=re.compile(rf"{KOHYA_NAMES.pattern}|transformer\.|diffusion_model\."),
     parts={
         "lora_down.weight": "A",
@@ -64,7 +58,13 @@ TOOL = Tool(
     apply=apply,
     differs="leaves alpha out of the norm",
     axis="out",
-    matches=matches,
+    wrote_key=re.compile(r"(?!base_model\.).*\.magnitude$"),
     read=read,
 )
-EXPORT = Export(write, spelling="ai-toolkit", judges=("ai-toolkit",), columns=False, diffs=False)
+EXPORT = Export(
+    write,
+    spelling="ai-toolkit",
+    judges=("ai-toolkit",),
+    columns=False,
+    diffs=False,
+)

@@ -11,14 +11,14 @@ In 2025 they divide by ||W0|| on the output axis and by ||W0 + s B A|| on the in
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.exact import gain, new_weight, norms, product
+from dora_mm.formats.algebra.exact import gain, new_weight, norms, product
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import parts as roles
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral
@@ -41,14 +41,6 @@ def apply_2025(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def matches_2025(keys: Collection[str], header: Header) -> bool:
-    return header.get(TARGET_KEY) == "comfy-2025"
-
-
-def matches_15458(keys: Collection[str], header: Header) -> bool:
-    return header.get(TARGET_KEY) == "comfy-15458" or any(key.startswith("diffusion_model.") for key in keys)
 
 
 def other_half(header: Header) -> str:
@@ -95,35 +87,42 @@ def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return {"diff": new_weight(layer, W0) - W0}
 
 
+def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
+    first, second = files
+    return (
+        f"load both files in ComfyUI, {first} first and {second} after it, with the same strength: in the other "
+        "order the result is wrong"
+    )
+
+
 TOOL_2025 = Tool(
-    title="ComfyUI of 2025, Forge",
     names=NAMES,
     parts=PARTS,
     apply=apply_2025,
     differs="divides by the norm of W0 on the output axis",
-    matches=matches_2025,
+    wrote_header=re.compile(f"{TARGET_KEY}=comfy-2025$"),
     read=read_2025,
 )
 TOOL_15458 = Tool(
-    title="ComfyUI after its pull request 15458",
     names=NAMES,
     parts=PARTS,
     apply=roles.updated,
     differs="divides by the norm of the updated weight",
-    matches=matches_15458,
+    wrote_header=re.compile(f"{TARGET_KEY}=comfy-15458$"),
+    wrote_key=re.compile(r"diffusion_model\."),
 )
 EXPORT_2025 = Export(
     write_2025,
     spelling="kohya",
     judges=("comfy-2025",),
     needs_base=True,
-    header=lambda specs, old: {TARGET_KEY: "comfy-2025"},
+    header=lambda contents: {TARGET_KEY: "comfy-2025"},
 )
 EXPORT_15458 = Export(
     kohya_tensors,
     spelling="kohya",
     judges=("comfy-15458",),
-    header=lambda specs, old: {TARGET_KEY: "comfy-15458"},
+    header=lambda contents: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     write_diff,
@@ -138,9 +137,10 @@ PAIR = tuple(
         spelling="kohya",
         judges=("comfy-2025", "comfy-15458"),
         needs_base=True,
-        header=lambda specs, old, target=target: {TARGET_KEY: target},
+        header=lambda contents, target=target: {TARGET_KEY: target},
         columns=False,
         diffs=False,
+        usage=usage_of_pair,
     )
     for write, target in zip((write_rows, write_low_rank), PAIR_TARGETS, strict=True)
 )

@@ -1,6 +1,13 @@
-"""diffusers: `unet.<path>.lora_A.weight`, computed by PEFT; alpha is in the header, else the rank.
+"""diffusers' LoRA file, `pytorch_lora_weights.safetensors`, which `StableDiffusionXLPipeline.load_lora_weights` reads.
 
-Of kohya's files it reads A, B and alpha, and drops `.dora_scale`.
+    unet.<path>.lora_A.weight             (R, I), of a convolution (R, I, *K)
+    unet.<path>.lora_B.weight             (O, R), of a convolution (O, R, 1, ...)
+    unet.<path>.lora_magnitude_vector     (O,),   of a convolution (1, O, 1, ...)
+
+and the same for transformer.*, and for text_encoder.text_model.* and text_encoder_2.text_model.*, where the last key is
+`lora_magnitude_vector.weight`: transformers 5, which loads the adapters of its own models, takes the other one for
+missing. PEFT computes it. The header key `lora_adapter_metadata` holds PEFT's configuration as JSON with the same
+prefixes: without it diffusers takes alpha = rank. Of kohya's files it reads A, B and alpha, and drops `.dora_scale`.
 """
 
 from __future__ import annotations
@@ -9,70 +16,123 @@ import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from dora_mm.formats.diffusers import PEFT_METADATA, TEXT_PREFIX
-from dora_mm.formats.json_text import parse_json
-from dora_mm.formats.peft_layers import alpha_of, check_config, lora_config
-from dora_mm.formats.state import LayerState
+from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.files.json_text import parse_json
+from dora_mm.formats.naming.names import TEXT_PREFIX, Name, canonical
+from dora_mm.formats.state import joined
 from dora_mm.formats.tools import peft
-from dora_mm.formats.tools.tool import Export, Header, Specs, Tool
+from dora_mm.formats.tools.peft_config import (
+    OUR_METADATA,
+    alpha_of,
+    check_config,
+    listed_names,
+    lora_config,
+    our_config,
+    settings_of,
+    why_not_held,
+)
+from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
 
-OWN_NAMES = re.compile(r"(unet|transformer|text_encoder(_[23])?)\.")
 FILE_NAME = "pytorch_lora_weights.safetensors"
+PEFT_METADATA = "lora_adapter_metadata"
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+LOST = re.compile(r"text_encoder(_[23])?(\..+)?\.lora_magnitude_vector")
+OWN_NAMES = re.compile(r"(unet|transformer|text_encoder(_[23])?)(\.|$)")
 
 
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(OWN_NAMES.match(key) and ".lora_A." in key for key in keys)
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def named(module: str) -> Name | None:
+    component, _, path = module.partition(".")
+    return Name(component, path) if OWN_NAMES.match(module) else None
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    text = header.get(PEFT_METADATA)
-    if text is None or not OWN_NAMES.match(module):
+    if PEFT_METADATA not in header or not OWN_NAMES.match(module):
         return None
     component, _, path = module.partition(".")
-    return alpha_of(_configs(text)[component], path, rank)
+    return alpha_of(_configs(header)[component], path, rank)
+
+
+def settings(header: Header, module: str) -> Mapping[str, Any]:
+    component = module.partition(".")[0]
+    return settings_of(_configs(header)[component], _ours(header).get(component, {}))
+
+
+def listed(header: Header) -> Iterator[Name]:
+    for component in _ours(header):  # the headers of others may list patterns
+        for path in listed_names(_configs(header)[component].get("target_modules", [])):
+            yield canonical(component, path)
+
+
+def _ours(header: Header) -> dict[str, Any]:
+    return parse_json(header.get(OUR_METADATA, "{}"), f"its header key {OUR_METADATA}")
+
+
+def _configs(header: Header) -> Mapping[str, dict[str, Any]]:
+    return _parsed(header.get(PEFT_METADATA, "{}"))
 
 
 @functools.lru_cache(maxsize=2)
-def _configs(text: str) -> dict[str, dict[str, Any]]:
+def _parsed(text: str) -> Mapping[str, dict[str, Any]]:
     """PEFT's configuration by component."""
     found: dict[str, dict[str, Any]] = defaultdict(dict)
-    for key, value in parse_json(text, PEFT_METADATA).items():
+    for key, value in parse_json(text, f"its header key {PEFT_METADATA}").items():
         component, _, name = key.partition(".")
         found[component][name] = value
     for component, config in found.items():
-        check_config(Path(f"{PEFT_METADATA} of {component}"), config)
+        check_config(f"{PEFT_METADATA} of {component}", config)
     return found
 
 
-def header(specs: Specs, old: Header) -> dict[str, str]:
-    found = {}
-    for component in dict.fromkeys(name.component for name in specs):
-        layers = {
-            name.path.removeprefix(TEXT_PREFIX): LayerState(spec, {})
-            for name, spec in specs.items()
-            if name.component == component
-        }
-        config = lora_config(layers, nn.Module())
-        found |= {f"{component}.{key}": value for key, value in config.items()}
-    return {"format": "pt", PEFT_METADATA: json.dumps(found, sort_keys=True)}
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def why_not(components: Mapping[str, nn.Module]) -> str | None:
+    for component, model in components.items():
+        if component not in COMPONENTS:
+            return f"the diffusers format has no component {component!r}: it has {', '.join(COMPONENTS)}"
+        if reason := why_not_held(component, model):
+            return reason
+    return None
+
+
+def ending(module: str, name: str) -> str:
+    return f"{name}.weight" if LOST.fullmatch(f"{module}.{name}") else name
+
+
+def header(contents: Contents) -> dict[str, str]:
+    layers: dict[str, dict[str, DoRASpec]] = defaultdict(dict)
+    for name, spec in contents.specs.items():
+        layers[name.component][name.path.removeprefix(TEXT_PREFIX)] = spec
+    configs = {
+        f"{component}.{key}": value
+        for component, specs in layers.items()
+        for key, value in lora_config(specs, transposed=component in contents.transposed).items()
+    }
+    ours = {component: our_config(next(iter(specs.values()))) for component, specs in layers.items()}
+    return {"format": "pt", PEFT_METADATA: json.dumps(configs, sort_keys=True), OUR_METADATA: json.dumps(ours)}
 
 
 TOOL = Tool(
-    title="diffusers",
     names=re.compile(rf"{OWN_NAMES.pattern}|lora_(unet|te[12]?|transformer)_"),
     parts={**peft.PARTS, "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"},
     apply=peft.apply,
     differs="scales the update inside the norm by the strength",
     axis="out",
-    matches=matches,
+    wrote_key=re.compile(rf"(?:{OWN_NAMES.pattern}).*lora_(A\.|B\.|embedding_|magnitude_vector)"),
     read=peft.read,
     alpha=alpha,
+    settings=settings,
+    named=named,
+    listed=listed,
+    loses=LOST,
 )
 EXPORT = Export(
     peft.write,
@@ -83,4 +143,8 @@ EXPORT = Export(
     one_method=True,
     columns=False,
     diffs=False,
+    ending=ending,
+    components=COMPONENTS,
+    module=lambda name: joined(*canonical(*name)),
+    why_not=why_not,
 )

@@ -9,7 +9,6 @@ from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS
 from dora_mm.formats.tools.tool import Tool
 
 TOOL = Tool(
-    title="InvokeAI",
     names=re.compile(rf"{KOHYA_NAMES.pattern}|transformer\.|diffusion_model\."),
     parts={**KOHYA_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"},
     apply=a1111.apply,

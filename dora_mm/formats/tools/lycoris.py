@@ -6,11 +6,11 @@ norm. A strength scales the gain and not the update: t = 0 is W0 + s B A.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
 
 from torch import Tensor
 
-from dora_mm.formats.exact import norms
+from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools.parts import (
     KOHYA_NAMES,
     KOHYA_PARTS,
@@ -22,11 +22,7 @@ from dora_mm.formats.tools.parts import (
     scaling,
     updated,
 )
-from dora_mm.formats.tools.tool import Export, Header, Tool
-
-
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(KOHYA_NAMES.match(key) and key.endswith((".lora_down.weight", ".diff")) for key in keys)
+from dora_mm.formats.tools.tool import Export, Tool
 
 
 def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
@@ -38,11 +34,10 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="LyCORIS, sd-scripts",
     names=KOHYA_NAMES,
     parts=KOHYA_PARTS,
     apply=apply,
     differs="scales the magnitude alone by the strength",
-    matches=matches,
+    wrote_key=re.compile(rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff)$"),
 )
 EXPORT = Export(kohya_tensors, spelling="kohya", judges=("lycoris", "sdnext"))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
 
 from torch import Tensor
 
 from dora_mm.formats.tools import peft
 from dora_mm.formats.tools.parts import Parts
-from dora_mm.formats.tools.tool import Header, Tool
+from dora_mm.formats.tools.tool import Tool
 
 MAGNITUDE = "weight_m_wdecomp.weight"
-
-
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(key.endswith(f".{MAGNITUDE}") for key in keys)
 
 
 def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
@@ -22,13 +18,14 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="NVlabs/DoRA",
     names=peft.NAMES,
     parts={"lora_A.weight": "A", "lora_B.weight": "B", MAGNITUDE: "m"},
     apply=apply,
     differs="computes what the paper does",
     axis="out",
     strengths=(),
-    matches=matches,
+    wrote_key=re.compile(rf".*\.{re.escape(MAGNITUDE)}$"),
     alpha=peft.alpha,
+    settings=peft.settings,
+    named=peft.named,
 )

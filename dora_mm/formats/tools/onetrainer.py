@@ -7,17 +7,18 @@ fits the file's shape. It has no strength.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
-from dora_mm.formats.tools.tool import Export, Header, Tool
+from dora_mm.formats.tools.tool import Export, Tool
 
-
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(key.startswith("ot_") for key in header)
+USAGE = {
+    "out": "the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)",
+    "in": "the magnitudes are those of input columns, as OneTrainer's default is",
+}
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
@@ -26,7 +27,7 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 
 def _with_rows(parts: Parts) -> Parts:
     """`.magnitude` and `.lora_magnitude_vector.weight` are flat, and always of output rows."""
-    if "m" not in parts or parts["m"].dim() > 1:
+    if not {"A", "m"} <= parts.keys() or parts["m"].dim() > 1:
         return parts
     return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
 
@@ -35,8 +36,13 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     return updated(_with_rows(parts), W0, strength)
 
 
+def usage(files: Sequence[str], axes: Collection[str]) -> str:
+    if len(axes) > 1:
+        return "some magnitudes are those of output rows and some of input columns, and OneTrainer has one option"
+    return "".join(USAGE[axis] for axis in axes)
+
+
 TOOL = Tool(
-    title="OneTrainer",
     names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder"),
     parts={
         **{ending: role for ending, role in KOHYA_PARTS.items() if role != "diff"},
@@ -48,7 +54,13 @@ TOOL = Tool(
     apply=apply,
     differs="takes the norm on the axis that its option says",
     strengths=(),
-    matches=matches,
+    wrote_header=re.compile("ot_"),
     read=read,
 )
-EXPORT = Export(kohya_tensors, spelling="onetrainer", judges=("onetrainer",), diffs=False)
+EXPORT = Export(
+    kohya_tensors,
+    spelling="onetrainer",
+    judges=("onetrainer",),
+    diffs=False,
+    usage=usage,
+)

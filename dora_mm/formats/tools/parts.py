@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.exact import norms
+from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.state import LayerState
 
 Parts = Mapping[str, Tensor]

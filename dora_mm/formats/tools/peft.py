@@ -1,6 +1,15 @@
-"""PEFT: `base_model.model.<path>.lora_A.weight`, and the settings in adapter_config.json.
+"""PEFT's folder, which `PeftModel.from_pretrained` reads: `adapter_model.safetensors` and `adapter_config.json`.
 
-The magnitude is (O,), of a convolution (1, O, 1, 1). `scale_layer` scales s inside the norm: t = 0 is not W0.
+    base_model.model.<path>.lora_A.weight             (R, I), of a convolution (R, I, *K)
+    base_model.model.<path>.lora_B.weight             (O, R), of a convolution (O, R, 1, ...)
+    base_model.model.<path>.lora_magnitude_vector     (O,),   of a convolution (1, O, 1, ...)
+    base_model.model.<name>     extra trainable parameters; PEFT loads them by their names, and those of an adapted
+                                layer (its bias) are called `<path>.base_layer.<name>`
+
+and of an embedding lora_embedding_A (R, num), lora_embedding_B (dim, R). A folder holds the adapter of one model, and
+can be loaded into any component. It is made for the methods `dora` and `lora`; `magnitude` is written as DoRA of rank 1
+with A = B = 0, which is the same function; `full` is not possible (see native.py). `scale_layer` scales s inside the
+norm: t = 0 is not W0.
 """
 
 from __future__ import annotations
@@ -8,21 +17,33 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from dora_mm.formats import peft as folder
-from dora_mm.formats.exact import along, norms
-from dora_mm.formats.json_text import parse_json
-from dora_mm.formats.peft_layers import alpha_of, check_config, lora_config
-from dora_mm.formats.state import LayerState
+from dora_mm.formats.algebra.exact import along, norms, paper_form
+from dora_mm.formats.files.json_text import parse_json
+from dora_mm.formats.naming.names import Name
+from dora_mm.formats.state import LayerState, joined
+from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
-from dora_mm.formats.tools.tool import Export, Header, Specs, Tool
+from dora_mm.formats.tools.peft_config import (
+    OUR_METADATA,
+    alpha_of,
+    check_config,
+    listed_names,
+    lora_config,
+    our_config,
+    settings_of,
+    why_not_held,
+)
+from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
 
-NAMES = re.compile(r"base_model\.model\.")
+FILE_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+PREFIX = "base_model.model"
+NAMES = re.compile(r"base_model\.model(\.|$)")
 PARTS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -33,21 +54,64 @@ PARTS = {
 }
 
 
-def matches(keys: Collection[str], header: Header) -> bool:
-    return any(NAMES.match(key) for key in keys)
+# --- what it computes ------------------------------------------------------------------------------------------------
+
+
+def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
+    """A magnitude that is missing is the norm of W0, with which PEFT initialises it."""
+    V = W0 + strength * scaling(parts) * product(parts, W0)
+    if "m" not in parts and "lost" not in parts:
+        return V
+    m = along(parts["m"].flatten(), W0, "out") if "m" in parts else norms(W0, "out")
+    return m / norms(V, "out") * V
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def named(module: str) -> Name | None:
+    return Name("", module.removeprefix(PREFIX).removeprefix(".")) if NAMES.match(module) else None
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    if folder.CONFIG_NAME not in header:
-        raise ValueError(f"{folder.CONFIG_NAME}, which says alpha, is missing beside the file")
-    return alpha_of(_config(header[folder.CONFIG_NAME]), NAMES.sub("", module), rank)
+    return alpha_of(config_of(header), NAMES.sub("", module), rank)
+
+
+def settings(header: Header, module: str) -> Mapping[str, Any]:
+    return settings_of(config_of(header), _ours(header))
+
+
+def listed(header: Header) -> Iterator[Name]:
+    if ours := _ours(header):  # the target_modules of others may be patterns
+        modules, extra = config_of(header).get("target_modules") or [], ours.get("parameters", [])
+        yield from (Name("", name) for name in (*listed_names(modules), *listed_names(extra)))
+
+
+def parameter(header: Header, key: str) -> Name | None:
+    is_adapter = key.endswith(tuple(f".{ending}" for ending in PARTS)) or other_method([key])
+    if is_adapter or not key.startswith(f"{PREFIX}."):
+        return None
+    return Name("", key.removeprefix(f"{PREFIX}.").replace(".base_layer.", "."))
+
+
+def config_of(header: Header) -> dict[str, Any]:
+    """PEFT's settings, which are a file beside the weights."""
+    if CONFIG_NAME not in header:
+        raise ValueError(f"{CONFIG_NAME} is missing beside the file: PEFT's format is a folder of two files")
+    return _parsed(header[CONFIG_NAME])
 
 
 @functools.lru_cache(maxsize=2)
-def _config(text: str) -> dict[str, Any]:
-    config = parse_json(text, folder.CONFIG_NAME)
-    check_config(Path(folder.CONFIG_NAME), config)
+def _parsed(text: str) -> dict[str, Any]:
+    config = parse_json(text, CONFIG_NAME)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{CONFIG_NAME} does not describe a LoRA or DoRA adapter: its peft_type is not LORA")
+    check_config(CONFIG_NAME, config)
     return config
+
+
+def _ours(header: Header) -> dict[str, Any]:
+    return parse_json(header.get(OUR_METADATA, "{}"), f"its header key {OUR_METADATA}")
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
@@ -56,49 +120,70 @@ def read(parts: Parts, axis: str | None) -> LayerState:
     return neutral(parts, "out")
 
 
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def why_not(components: Mapping[str, nn.Module]) -> str | None:
+    if len(components) != 1:
+        return f"PEFT's format holds the adapter of one model, and {', '.join(components)} were given"
+    return why_not_held(*next(iter(components.items())))
+
+
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    A, B = (layer.tensors[name].float() for name in ("lora_A", "lora_B"))
+    tensors = {name: tensor.detach().float() for name, tensor in paper_form(layer, W0).tensors.items()}
+    A, B = tensors["lora_A"], tensors["lora_B"]
     ones = (1,) * (A.dim() - 2)
     found = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *ones)}
-    if (m := layer.tensors.get("magnitude")) is not None:
-        found["lora_magnitude_vector"] = m.float().view(1, -1, *ones) if ones else m.float()
+    if (m := tensors.get("magnitude")) is not None:
+        found["lora_magnitude_vector"] = m.view(1, -1, *ones) if ones else m
     return found
 
 
-def header(specs: Specs, old: Header) -> dict[str, str]:
-    layers = {name.path: LayerState(spec, {}) for name, spec in specs.items()}
-    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True, **lora_config(layers, nn.Module())}
-    before = _config(old[folder.CONFIG_NAME]) if folder.CONFIG_NAME in old else {}
-    config["base_model_name_or_path"] = before.get("base_model_name_or_path", old.get("base_model"))
-    return {"format": "pt", folder.CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True) + "\n"}
+def header(contents: Contents) -> dict[str, str]:
+    specs = {name.path: spec for name, spec in contents.specs.items()}
+    before = parse_json(contents.source.get(CONFIG_NAME, "{}"), CONFIG_NAME)
+    config = {"peft_type": "LORA", "task_type": None, "inference_mode": True}
+    config |= lora_config(specs, transposed=bool(contents.transposed))
+    config["base_model_name_or_path"] = before.get("base_model_name_or_path", contents.source.get("base_model"))
+    config["revision"] = before.get("revision", contents.source.get("base_revision"))
+    ours = {**our_config(next(iter(specs.values()))), "parameters": sorted(name.path for name in contents.parameters)}
+    return {
+        "format": "pt",
+        OUR_METADATA: json.dumps(ours),
+        CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True) + "\n",
+    }
 
 
-def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    V = W0 + strength * scaling(parts) * product(parts, W0)
-    if "m" not in parts:
-        return V
-    return along(parts["m"].flatten(), W0, "out") / norms(V, "out") * V
+def parameter_key(name: Name, adapted: Collection[Name]) -> str:
+    path, _, leaf = name.path.rpartition(".")
+    return f"{PREFIX}.{f'{path}.base_layer.{leaf}' if Name(name.component, path) in adapted else name.path}"
 
 
 TOOL = Tool(
-    title="PEFT",
     names=NAMES,
     parts=PARTS,
     apply=apply,
     differs="scales the update inside the norm by the strength",
     axis="out",
-    matches=matches,
+    wrote_key=NAMES,
     read=read,
     alpha=alpha,
+    settings=settings,
+    named=named,
+    listed=listed,
+    parameter=parameter,
 )
 EXPORT = Export(
     write,
     spelling="peft",
     judges=("peft",),
     header=header,
-    file_name=folder.FILE_NAME,
+    file_name=FILE_NAME,
     one_method=True,
     keeps_alpha=True,
     columns=False,
     diffs=False,
+    module=lambda name: joined(PREFIX, name.path),
+    parameter=parameter_key,
+    why_not=why_not,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dora_mm.formats.exact import norms
+from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools.parts import (
     KOHYA_NAMES,
     KOHYA_PARTS,
@@ -28,7 +28,6 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    title="SD.Next",
     names=KOHYA_NAMES,
     parts=KOHYA_PARTS,
     apply=apply,

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_mm.core.spec import DoRASpec, finite_number
-from dora_mm.formats.names import Name
+from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import Parts, neutral
 
 Header = Mapping[str, str]
-Specs = Mapping[Name, DoRASpec]
 
 
-def writes_no_files(keys: Collection[str], header: Header) -> bool:
-    """For tools that only read."""
-    return False
+class Contents(NamedTuple):
+    """What the header of a new file is made from.
 
+    Attributes:
+        specs: The settings of the adapted modules.
+        source: The header of the file that was converted, or what a training says about itself.
+        parameters: The extra parameters.
+        transposed: The components in which weights are stored (I, O).
+    """
 
-def no_alpha(header: Header, module: str, rank: int) -> float | None:
-    """For tools whose headers say nothing about alpha."""
-    return None
-
-
-def no_header(specs: Specs, old: Header) -> dict[str, str]:
-    """For formats that need no header."""
-    return {}
+    specs: Mapping[Name, DoRASpec]
+    source: Header
+    parameters: Sequence[Name] = ()
+    transposed: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class Tool:
     """One tool that loads adapter files.
 
     Attributes:
-        title: What people call it.
         names: Matches the module names that the tool knows, at their beginning; keys of others are ignored by it.
         parts: The key table: the role of each tensor (see `parts.py`) by the end of its key. Others are ignored.
         apply: W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t. It is plain
@@ -46,21 +46,41 @@ class Tool:
         differs: What the tool does in another way than the paper, as the end of a sentence that begins with its name.
         axis: Over which axis it takes norms: `out`, `in`, or by the `shape` of the magnitude.
         strengths: The other strengths that people set in it; empty for trainers, which have none.
-        matches: Whether the tool wrote a file with these keys and this header.
+        wrote_key: Matches a key that only the files have which it wrote, at its beginning.
+        wrote_header: The same for an entry of the header, as `key=value`. Without the two it writes none.
         read: The neutral form of a module, from its tensors by role and the axis if a person stated it.
         alpha: What the header says about the alpha of a module of a rank.
+        settings: What else the header says about a module: see `state.with_settings`.
+        named: The name of a module in a model, where names in files are the model's own; without a component where the
+            file is for any. None where `spellings.py` has to say it.
+        listed: The modules and extra parameters that the header says are in the file.
+        parameter: The name of an extra parameter, by its key; None for other keys.
+        title: What people call it, from the registry.
+        loses: Matches keys of magnitudes that the tool takes for missing, although they have a name of its parts.
     """
 
-    title: str
     names: re.Pattern[str]
     parts: Mapping[str, str]
     apply: Callable[[Parts, Tensor, float], Tensor]
     differs: str
     axis: str = "shape"
     strengths: tuple[float, ...] = (0.0, 0.5, 2.0)
-    matches: Callable[[Collection[str], Header], bool] = writes_no_files
+    wrote_key: re.Pattern[str] | None = None
+    wrote_header: re.Pattern[str] | None = None
     read: Callable[[Parts, str | None], LayerState] = neutral
-    alpha: Callable[[Header, str, int], float | None] = no_alpha
+    alpha: Callable[[Header, str, int], float | None] = lambda header, module, rank: None
+    settings: Callable[[Header, str], Mapping[str, Any]] = lambda header, module: {}
+    named: Callable[[str], Name | None] = lambda module: None
+    listed: Callable[[Header], Iterable[Name]] = lambda header: ()
+    parameter: Callable[[Header, str], Name | None] = lambda header, key: None
+    title: str = ""
+    loses: re.Pattern[str] | None = None
+
+    def wrote(self, keys: Collection[str], header: Header) -> bool:
+        """Whether it wrote a file with these keys and this header."""
+        entries = [f"{key}={value:.100}" for key, value in header.items()]
+        found = ((self.wrote_key, keys), (self.wrote_header, entries))
+        return any(pattern is not None and any(map(pattern.match, texts)) for pattern, texts in found)
 
     def roles(self, module: str, endings: Mapping[str, str]) -> dict[str, str]:
         """The keys that the tool reads of a module, by role; empty where it does not know the module's name."""
@@ -79,19 +99,25 @@ class Tool:
                 parts["alpha"] = torch.tensor(finite_number("alpha", alpha), dtype=torch.float64)
         return parts
 
+    def loaded(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
+        """What the tool itself finds of `parts_of`: a magnitude that it takes for missing has the role `lost`."""
+        parts = self.parts_of(module, tensors, header)
+        if self.loses and "m" in parts and any(self.loses.fullmatch(f"{module}.{ending}") for ending in tensors):
+            parts["lost"] = parts.pop("m")
+        return parts
+
 
 @dataclass(frozen=True)
 class Export:
-    """A form of file that `convert` writes.
+    """A form of file that `convert` writes; those with a `why_not` are also written by `save_adapter`.
 
     Attributes:
         write: The tensors of a module by the end of their keys, from the neutral form and W0. Raises ValueError where
             the form cannot hold it.
-        spelling: How modules are named: one of `spellings.SPELLINGS`.
+        spelling: How modules are named: a key of `registry.SPELLINGS`.
         judges: The tools whose `apply` must give W' from what is written.
-        needs_base: Whether `write` needs W0 (it may be None otherwise).
-        header: The entries that the header must have, from the settings of the modules and the source's header.
-            One that is named like a file is written beside the weights.
+        needs_base: Whether `write` needs W0 (else only its shape, if at all).
+        header: The entries that the header must have. One that is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
         dtype: The usual dtype of the tensors.
         one_method: Whether all modules need a magnitude if one has it.
@@ -99,16 +125,33 @@ class Export:
             read it take.
         columns: Whether it holds magnitudes of input columns, too.
         diffs: Whether it holds differences of weights, too.
+        ending: The end of a key in a module, from that which `write` gives it: some tools have several.
+        components: The components that it has; empty where it takes any name.
+        module: The name of a module of a model in the file.
+        parameter: The key of an extra parameter, with the adapted modules; None where the form holds only adapters.
+        usage: What a person has to know who loads the files in the tool, from their names and the axes of their
+            magnitudes; empty where there is nothing special.
+        why_not: Why it cannot hold the adapters of models (by component), as a message with the way out, or None.
     """
 
     write: Callable[[LayerState, Tensor], dict[str, Tensor]]
-    spelling: str
-    judges: tuple[str, ...]
+    spelling: str = ""
+    judges: tuple[str, ...] = ()
     needs_base: bool = False
-    header: Callable[[Specs, Header], dict[str, str]] = no_header
+    header: Callable[[Contents], dict[str, str]] = lambda contents: {}
     file_name: str = ""
     dtype: str = "float32"
     one_method: bool = False
     keeps_alpha: bool = False
     columns: bool = True
     diffs: bool = True
+    ending: Callable[[str, str], str] = lambda module, ending: ending
+    components: tuple[str, ...] = ()
+    module: Callable[[Name], str] = str
+    parameter: Callable[[Name, Collection[Name]], str] | None = None
+    usage: Callable[[Sequence[str], Collection[str]], str] = lambda files, axes: ""
+    why_not: Callable[[Mapping[str, nn.Module]], str | None] | None = None
+
+    def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
+        """The tensors of a module in the file, by the end of their keys; of W0 only the shape without `needs_base`."""
+        return {self.ending(module, ending): tensor for ending, tensor in self.write(layer, W0).items()}

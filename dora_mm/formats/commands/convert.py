@@ -12,23 +12,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats import exact
 from dora_mm.formats.adapter_file import located
-from dora_mm.formats.base_weights import BaseWeights, write_merged
-from dora_mm.formats.fit import fitted_adapter, low_rank
-from dora_mm.formats.judge import DTYPES, Judge, ToolErrors, rounded
+from dora_mm.formats.algebra import exact
+from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
+from dora_mm.formats.commands.judge import DTYPES, Judge, ToolErrors, rounded
+from dora_mm.formats.commands.verify import open_base
+from dora_mm.formats.files.base_weights import BaseWeights, write_merged
+from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.layers import LayerReader
-from dora_mm.formats.names import Name, Target
-from dora_mm.formats.peft import FILE_NAME as PEFT_FILE
+from dora_mm.formats.naming.names import Name, Target
+from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.registry import TARGETS
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tensor_file import PICKLES
 from dora_mm.formats.tools import EXPORTS, comfy
-from dora_mm.formats.tools.tool import Export
-from dora_mm.formats.verify import open_base
+from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
+from dora_mm.formats.tools.tool import Contents, Export
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
-TARGETS = (*EXPORTS, "comfy", "lora", "merged")
 _DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
 
 
@@ -41,12 +42,14 @@ class Conversion:
         num_modules: The number of adapted modules.
         errors: What the tools compute from it.
         on_base: Whether the errors are those over the base model; else a random weight took its place.
+        usage: What a person has to know who loads the files; empty where there is nothing special.
     """
 
     files: tuple[Path, ...]
     num_modules: int
     errors: tuple[ToolErrors, ...] = ()
     on_base: bool = True
+    usage: str = ""
 
 
 @torch.no_grad()
@@ -71,7 +74,7 @@ def convert(
     Args:
         source: The adapter file of any tool, or its folder.
         target_path: A file where it ends in `.safetensors`, else a folder; for `merged` whatever the base is.
-        to: One of `TARGETS`.
+        to: A key of `registry.TARGETS`.
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name. The targets comfy,
             comfy-2025, diff, lora and merged need it, and all others for some adapters; the errors are then those on
             this model.
@@ -110,7 +113,8 @@ def convert(
         judge = None if number else _judge(exports[0], layers, to, allow_lossy=allow_lossy)
         writer.write(number, file, judge)
         errors = judge.result() if judge else errors
-    return Conversion(tuple(files), len(layers.names()), errors, weights is not None)
+    usage = exports[0].usage([file.name for file in files], writer.axes)
+    return Conversion(tuple(files), len(layers.names()), errors, weights is not None, usage)
 
 
 def _check_settings(
@@ -265,8 +269,9 @@ class _Writer:
         lossy: _LowRank | None,
     ):
         self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
+        self.axes: set[str] = set()  # of the magnitudes that were written
         self.dtype = getattr(torch, dtype or exports[0].dtype)
-        self.targets = layers.namer.write(layers.names(), exports[0].spelling)
+        self.targets = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
         self.one_method = exports[0].one_method and layers.any_magnitude()
 
     def write(self, number: int, file: Path, judge: Judge | None) -> None:
@@ -292,7 +297,7 @@ class _Writer:
                     judge.check_rounding(self.dtype)
             for key in source.embeddings:
                 writer.add(key, source.tensor(key))
-            header.update(self.exports[number].header(specs, source.header))
+            header.update(self.exports[number].header(Contents(specs, source.header)))
             kept = {key: value for key, value in source.header.items() if not key.startswith(_DROPPED)}
             return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
 
@@ -309,11 +314,12 @@ class _Writer:
             raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
         original, W0 = self.layers.fused(target)
         layer = self.prepared(original, W0)
+        self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
         if judge is None:
-            return rounded(self.exports[number].write(layer, W0), self.dtype), layer.spec
+            return rounded(self.exports[number].tensors(module, layer, W0), self.dtype), layer.spec
         W = exact.new_weight(original, W0, self.strength)
-        unrounded = [export.write(layer, W0) for export in self.exports]
-        header = self.exports[number].header(dict.fromkeys(target.names, layer.spec), {})
+        unrounded = [export.tensors(module, layer, W0) for export in self.exports]
+        header = self.exports[number].header(Contents(dict.fromkeys(target.names, layer.spec), {}))
         return judge.judge(module, unrounded, header, W0, W, self.dtype)[number], layer.spec
 
     def room(self) -> int:

@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from dora_mm import formats
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.base_weights import BaseWeights
-from dora_mm.formats.convert import convert
-from dora_mm.formats.exact import new_weight
-from dora_mm.formats.fit import fitted_adapter
-from dora_mm.formats.names import Name
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.algebra.exact import new_weight
+from dora_mm.formats.algebra.fit import fitted_adapter
+from dora_mm.formats.commands.convert import convert
+from dora_mm.formats.files.base_weights import BaseWeights
+from dora_mm.formats.naming.names import Name
+from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS
+from dora_mm.formats.tools.tool import Contents
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -42,6 +43,7 @@ class Extraction:
         overall: The same over all these modules.
         num_unchanged: The modules that are the same in both models.
         left_out: The modules that differ and that an adapter cannot hold: norms and embeddings.
+        usage: What a person has to know who loads the files; empty where there is nothing special.
     """
 
     files: tuple[Path, ...]
@@ -49,6 +51,7 @@ class Extraction:
     overall: float
     num_unchanged: int
     left_out: tuple[Name, ...]
+    usage: str = ""
 
 
 def extract(
@@ -93,21 +96,22 @@ def extract(
     about = {"base_model": str(base), "extracted_from": str(tuned)}
     if to in (None, own):
         file = target if target.suffix == ".safetensors" else target / EXPORTS[own].file_name
-        files = (file,)
+        files, usage = (file,), ""
         errors = _write(file, new, old, changed, own, rank, about)
-        if file.name == formats.FORMATS[own].FILE_NAME:
+        if file.name == EXPORTS[own].file_name:
             formats.write_card(file.parent)
     else:
         with tempfile.TemporaryDirectory(dir=_existing(target), prefix=".extract") as folder:
             found = Path(folder) / EXPORTS[own].file_name
             errors = _write(found, new, old, changed, own, rank, about)
             try:
-                files = convert(found, target, to=to, base=base).files
+                done = convert(found, target, to=to, base=base)
+                files, usage = done.files, done.usage
             except ValueError as error:  # it names the file, which nobody has seen
                 raise ValueError(str(error).replace(str(found), str(target))) from error
     overall = math.hypot(*(e * s for e, s in errors.values())) / math.hypot(*(s for _, s in errors.values()))
     num_unchanged = len(new) - len(changed) - len(left_out)
-    return Extraction(files, {n: e for n, (e, _) in errors.items()}, overall, num_unchanged, tuple(left_out))
+    return Extraction(files, {n: e for n, (e, _) in errors.items()}, overall, num_unchanged, tuple(left_out), usage)
 
 
 def _existing(path: Path) -> Path:
@@ -167,10 +171,10 @@ def _write(
             layer = fitted_adapter(W, W0, rank)
             errors[name] = _error(layer, W, W0)
             (module,) = Names().write([name], export.spelling)
-            for ending, tensor in export.write(layer, W0).items():
+            for ending, tensor in export.tensors(module, layer, W0).items():
                 writer.add(f"{module}.{ending}", tensor)
             specs[name] = layer.spec
-        header.update(export.header(specs, about))
+        header.update(export.header(Contents(specs, about)))
         return {**about, **{key: value for key, value in header.items() if not key.endswith(".json")}}
 
     write_tensors(file, HEADER_BYTES * (len(base) + 1), run)

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dora_mm.formats.checks import DTYPES
-from dora_mm.formats.names import Name, resolve
-from dora_mm.formats.native import FORMAT_KEY
-from dora_mm.formats.places import STEMS, NoWeightsError, Place, in_file, in_folder
-from dora_mm.formats.tensor_file import PICKLES, TensorFile, overwrite
+from dora_mm.formats.files.checks import DTYPES
+from dora_mm.formats.files.places import STEMS, NoWeightsError, Place, in_file, in_folder
+from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, overwrite
+from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.folders import written_at_once
 from dora_mm.utils.messages import first_line
@@ -47,8 +46,8 @@ class BaseWeights(Mapping[Name, Tensor]):
 
         Args:
             path: A diffusers pipeline folder; a folder of one network of diffusers or transformers, sharded or not; a
-                single-file checkpoint (`.safetensors`) of SDXL in SGM's names, or of Stable Diffusion 1, Flux, SD3,
-                Z-Image or Qwen-Image in their own; or a hub name, which is downloaded where it is not in the cache.
+                single-file checkpoint (`.safetensors`) in the names of an architecture of `naming/layouts.py`; or a hub
+                name, which is downloaded where it is not in the cache.
             revision: A commit, branch or tag, for a hub name.
 
         Raises:

@@ -1,34 +1,20 @@
-"""What diffusers' and PEFT's formats have in common: how a layer's tensors are named, and PEFT's LoraConfig.
-
-<path>.lora_A.weight             (R, I), of a convolution (R, I, *K)
-<path>.lora_B.weight             (O, R), of a convolution (O, R, 1, ...)
-<path>.lora_magnitude_vector     (O,),   of a convolution (1, O, 1, ...)
-
-and of an embedding lora_embedding_A (R, num), lora_embedding_B (dim, R), lora_magnitude_vector (dim,).
-"""
+"""PEFT's LoraConfig, which its own folders and diffusers' files have, and what PEFT would compute otherwise."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.layer import DoRAConv, DoRATransposedLinear
+from dora_mm.core.layer import DoRAConv
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.patterns import matching_key
-from dora_mm.formats.state import LayerState, joined, layers_of, weight_shape
+from dora_mm.formats.state import joined, layers_of
+from dora_mm.formats.tools.patterns import matching_key
 
 OUR_METADATA = "dora_mm"
-
-LAYER_KEY = (  # a pattern for the end of a key, after the component
-    r"(?:(?P<path>.+)\.)?"
-    r"(?P<name>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector(?:\.weight)?)"
-)
 
 _BASE_KEPT = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")  # values of init_lora_weights
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")  # and how values that modify the base begin
@@ -91,43 +77,17 @@ def _peft_computes(conv: DoRAConv) -> bool:
     return conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
 
 
-def to_file(layer: LayerState, module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of one layer in the file, as float32.
-
-    Args:
-        layer: The adapter of the layer; without A and B (method `magnitude`) zeros of rank 1 are written for them.
-        module: The layer, whose weight is (O, I), or of a convolution (O, I, *K).
-
-    Returns:
-        By the end of the key: "lora_A.weight" (R, I) or (R, I, *K), "lora_B.weight" (O, R) or (O, R, 1, ...), and,
-        except for method `lora`, "lora_magnitude_vector" (O,) or (1, O, 1, ...). Of an embedding the first two are
-        "lora_embedding_A" (R, num) and "lora_embedding_B" (dim, R).
-    """
-    shape = weight_shape(module)
-    assert shape is not None
-    tensors = {name: tensor.detach().float() for name, tensor in layer.tensors.items()}
-    A = tensors.get("lora_A", torch.zeros(1, *shape[1:]))
-    B = tensors.get("lora_B", torch.zeros(shape[0], 1))
-    if isinstance(module, nn.Embedding):
-        found = {"lora_embedding_A": A, "lora_embedding_B": B}
-    else:
-        found = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *(1,) * (len(shape) - 2))}
-    if (magnitude := tensors.get("magnitude")) is not None:
-        found["lora_magnitude_vector"] = magnitude if len(shape) == 2 else magnitude.view(1, -1, *(1,) * len(shape[2:]))
-    return found
-
-
-def lora_config(layers: Mapping[str, LayerState], model: nn.Module) -> dict[str, Any]:
+def lora_config(specs: Mapping[str, DoRASpec], *, transposed: bool) -> dict[str, Any]:
     """The arguments of peft.LoraConfig.
 
     Args:
-        layers: The adapters by module path; PEFT takes these paths as suffixes of the model's.
-        model: The adapted model.
+        specs: The settings of the adapted modules by path; PEFT takes these paths as suffixes of the model's.
+        transposed: Whether a weight is stored (I, O).
     """
-    ranks = {path: _file_rank(layer.spec) for path, layer in layers.items()}
-    alphas = {path: _file_alpha(layer.spec) for path, layer in layers.items()}
+    ranks = {path: _file_rank(spec) for path, spec in specs.items()}
+    alphas = {path: _file_alpha(spec) for path, spec in specs.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    spec = next(iter(layers.values())).spec
+    spec = next(iter(specs.values()))
     return {
         "r": rank,
         "lora_alpha": alpha,
@@ -137,7 +97,7 @@ def lora_config(layers: Mapping[str, LayerState], model: nn.Module) -> dict[str,
         "use_dora": spec.method != "lora",
         "lora_dropout": spec.dropout,
         "bias": "none",
-        "fan_in_fan_out": any(isinstance(module, DoRATransposedLinear) for module in model.modules()),
+        "fan_in_fan_out": transposed,
     }
 
 
@@ -146,9 +106,8 @@ def _pattern(path: str, paths: Iterable[str]) -> str:
     return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
 
 
-def our_config(layers: Mapping[str, LayerState]) -> dict[str, Any]:
+def our_config(spec: DoRASpec) -> dict[str, Any]:
     """The settings that PEFT's config does not have; they are in the header under the key `OUR_METADATA`."""
-    spec = next(iter(layers.values())).spec
     return {"method": spec.method, "norm_grad": spec.norm_grad, "dropout": spec.dropout}
 
 
@@ -165,22 +124,11 @@ def _file_alpha(spec: DoRASpec) -> float | int:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def tensor_name(name: str) -> str:
-    """The name of a tensor for `layer_state`: LAYER_KEY's without `.weight`, and of embeddings as of other layers."""
-    return name.removesuffix(".weight").replace("lora_embedding_", "lora_")
-
-
-def missing_names(names: Any, found: Collection[str]) -> list[str]:
-    """The names of a header's list that are not in `found`; a value that is no list counts as a missing name."""
-    listed = names if isinstance(names, list) else [names]
-    return [f"{name!s:.200}" for name in listed if not isinstance(name, str) or name not in found]
-
-
-def check_config(file: Path, config: Mapping[str, Any]) -> None:
+def check_config(name: str, config: Mapping[str, Any]) -> None:
     """Checks that the tensors are all there is to an adapter, and that they mean what they mean here.
 
     Args:
-        file: The file, for messages.
+        name: What has the config, for messages.
         config: PEFT's LoraConfig; empty where the file has none.
 
     Raises:
@@ -190,54 +138,27 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
     init = str(config.get("init_lora_weights", True)).lower()
     if init.startswith(_BASE_CHANGED):
         raise ValueError(
-            f"{file} has init_lora_weights {init:.50}, which modifies the base weights: the adapter is valid only with "
+            f"{name} has init_lora_weights {init:.50}, which modifies the base weights: the adapter is valid only with "
             "those. Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)"
         )
     if init not in _BASE_KEPT:
-        raise ValueError(f"{file} has init_lora_weights {init:.50}, which is unknown: it may modify the base weights")
+        raise ValueError(f"{name} has init_lora_weights {init:.50}, which is unknown: it may modify the base weights")
     for key, reason in _NOT_COMPUTED.items():
         if config.get(key):
-            raise ValueError(f"{file} has the setting {key} of PEFT, {reason}: this is not supported")
+            raise ValueError(f"{name} has the setting {key} of PEFT, {reason}: this is not supported")
 
 
-def layer_state(file: Path, name: str, found: dict[str, Tensor], config: dict[str, Any], ours: dict) -> LayerState:
-    """The adapter of one layer, from its tensors in the file.
+def listed_names(names: Any) -> list[str]:
+    """The names in a list of a header; a value that is no list counts as one name, which no file has."""
+    return [f"{name!s:.200}" for name in (names if isinstance(names, list) else [names])]
 
-    Args:
-        file: The file, for messages.
-        name: The component and the path of the layer, `joined`.
-        found: The tensors of the layer by `lora_A`, `lora_B` and `lora_magnitude_vector`.
-        config: PEFT's LoraConfig of the component; empty where the file has none.
-        ours: The result of `our_config` when the file was written; empty for files of other tools.
 
-    Raises:
-        ValueError: A tensor is missing or is not a matrix, or the header contradicts the tensors or itself.
-    """
-    use_dora = config.get("use_dora", "lora_magnitude_vector" in found)
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if use_dora else set())
-    if missing := sorted(wanted - found.keys()):
-        raise ValueError(f"{file} is incomplete: the key {joined(name, missing[0])} is missing")
-    if surplus := sorted(found.keys() - wanted):
-        raise ValueError(f"{file} has the key {joined(name, surplus[0])}, but its header says that it is plain LoRA")
-    if flat := [key for key in ("lora_A", "lora_B") if found[key].dim() < 2]:
-        raise ValueError(f"{file} is damaged: its {name}.{flat[0]} is not a matrix")
-    tensors = {"lora_A": found["lora_A"], "lora_B": found["lora_B"].flatten(1)}
-    if use_dora:
-        tensors["magnitude"] = found["lora_magnitude_vector"].flatten()
-    rank = found["lora_A"].shape[0]
-    method = ours.get("method", "dora" if use_dora else "lora")
-    if method == "full" or bool(use_dora) == (method == "lora"):
-        raise ValueError(
-            f"{file} has a contradictory header for {name}: method {method!s:.50}, use_dora {use_dora!s:.50}"
-        )
-    if method == "magnitude":
-        tensors = {"magnitude": tensors["magnitude"]}
-    try:
-        alpha = alpha_of(config, name.partition(".")[2], rank)
-        spec = DoRASpec(rank, alpha, ours.get("dropout", 0.0), method, ours.get("norm_grad", "detached"))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{file} has an invalid header for {name}: {error}") from error
-    return LayerState(spec, tensors)
+def settings_of(config: Mapping[str, Any], ours: Any) -> dict[str, Any]:
+    """What PEFT's config and our header (`our_config`) say about a module: see `state.with_settings`."""
+    if not isinstance(ours, Mapping):
+        raise ValueError(f"its header key {OUR_METADATA} has values that are not JSON objects")
+    own = {key: ours[key] for key in ("method", "norm_grad", "dropout") if key in ours}
+    return own | ({"use_dora": bool(config["use_dora"])} if "use_dora" in config else {})
 
 
 def alpha_of(config: Mapping[str, Any], path: str, rank: int) -> float:

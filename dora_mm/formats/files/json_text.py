@@ -48,24 +48,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def json_header(path: Path, metadata: Mapping[str, str], key: str, kind: type[dict | list] = dict) -> Any:
-    """Reads an entry of a file's header that holds JSON.
-
-    Args:
-        path: The file, for messages.
-        metadata: The metadata of the file's header.
-        key: The key of the entry.
-        kind: The type that the value must have.
-
-    Returns:
-        The value; an empty one where there is no such key.
-
-    Raises:
-        ValueError: The entry is not valid JSON, or of another type.
-    """
-    return parse_json(metadata[key], f"{path} has a header key {key} that", kind) if key in metadata else kind()
-
-
 def finite(value: Any) -> Any:
     """A value of JSON types without NaN and infinity, which JSON does not have: they become None."""
     if isinstance(value, Mapping):

@@ -9,14 +9,17 @@ is, which is needed to replace it in a copy, and sets other bounds.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dora_mm.formats.json_text import MAX_BYTES, parse_json
+from dora_mm.formats.files.json_text import MAX_BYTES, parse_json
+from dora_mm.utils.messages import first_line
+
+FORMAT_KEY = "dora_mm_format"  # in the header of our own files
 
 _MAX_DIMENSIONS = 8
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
@@ -99,28 +102,30 @@ class TensorFile:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
         return tensor
 
-    def mapped(self) -> dict[str, Tensor]:
-        """All tensors by key; their values come from the disk when they are used, not before.
+    def map(self, key: str) -> Tensor:
+        """A tensor whose values come from the disk when they are used, not before.
 
         Raises:
             ValueError: The file cannot be read.
         """
+        dtype, shape, offset = entry = self.entries[key]
+        if not entry.num_bytes:
+            return torch.empty(shape, dtype=dtype)
+        part = self._storage[offset : offset + entry.num_bytes]  # its offset need not be a multiple of the dtype's size
+        return torch.asarray(part, dtype=torch.uint8).view(dtype).view(shape)
+
+    @cached_property
+    def _storage(self) -> Any:
+        """The file in memory, from which pages are read when they are used; writing there does not change the file."""
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in self.entries}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read as a safetensors file: {error}") from error
+            return torch.UntypedStorage.from_file(str(self.path), False, self.path.stat().st_size)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{self.path} cannot be read: {first_line(error)}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of the header of a safetensors file; raises ValueError where it cannot be read."""
     return TensorFile(path).metadata
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by key, as `TensorFile.mapped` gives them, and the metadata of its header."""
-    file = TensorFile(path)
-    return file.mapped(), file.metadata
 
 
 def pickle_error(path: Path) -> ValueError:

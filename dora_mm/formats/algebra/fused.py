@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dora_mm.formats.names import Target
+from dora_mm.formats.naming.names import Target
 
 
 class Factors(NamedTuple):

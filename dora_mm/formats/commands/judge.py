@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dora_mm.formats.checks import first_not_finite
+from dora_mm.formats.commands.verify import bound, relative_error
+from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.tool import Header, Tool
-from dora_mm.formats.verify import bound, relative_error
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the error of most modules that rounding explains
 ROUNDING = 0.05  # the error over all modules that is accepted of half precision
@@ -78,8 +78,7 @@ class Judge:
         written = [rounded(tensors, dtype) for tensors in unrounded]
         for name, tool in self.tools.items():
             files, exact = (
-                [tool.parts_of(module, tensors, header) for tensors in given if tensors]
-                for given in (written, unrounded)
+                [tool.loaded(module, tensors, header) for tensors in given if tensors] for given in (written, unrounded)
             )
             error = relative_error(tool, files, W0, W, size)
             if self.strict and not error <= bound(W0, size, DTYPES[_name(dtype)]):

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile, located
-from dora_mm.formats.diffusers import PEFT_METADATA
-from dora_mm.formats.exact import norms
-from dora_mm.formats.json_text import finite, parse_json
-from dora_mm.formats.names import NETWORKS, Name, architecture_of
-from dora_mm.formats.native import SPECS_KEY
-from dora_mm.formats.peft import CONFIG_NAME
-from dora_mm.formats.peft_layers import OUR_METADATA
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.algebra.exact import norms
+from dora_mm.formats.commands.verify import open_base, stacked
+from dora_mm.formats.files.json_text import finite, parse_json
+from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
+from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.methods import other_method
-from dora_mm.formats.verify import open_base, stacked
+from dora_mm.formats.tools.native import SPECS_KEY
+from dora_mm.formats.tools.peft import CONFIG_NAME
+from dora_mm.formats.tools.peft_config import OUR_METADATA
 
 BASE_KEYS = ("base_model", "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture")
 HIDDEN = ("format", PEFT_METADATA, OUR_METADATA, CONFIG_NAME, SPECS_KEY)  # what the modules show already
@@ -144,7 +144,7 @@ def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
     tool, endings = TOOLS[file.tool], file.modules[module]
     shapes = {role: file.shape(key) for role, key in tool.roles(module, endings).items()}
     component, path = _name(namer, module)
-    method = other_method(list(endings.values())) or _method(file.header, component, module, shapes)
+    method = other_method(list(endings.values())) or _method(file, module, shapes)
     held = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
     rank = shapes["A"][0] if "A" in shapes and shapes["A"] and method != "magnitude" else None
     size = sum(torch.Size(shapes[role]).numel() for role in held)
@@ -162,13 +162,11 @@ def _name(namer: Names, module: str) -> tuple[str, str]:
     return first.component, f"{first.path} (+ {len(more)})" if more else first.path
 
 
-def _method(header: Mapping[str, str], component: str, module: str, shapes: Mapping[str, Any]) -> str:
+def _method(file: AdapterFile, module: str, shapes: Mapping[str, Any]) -> str:
     """Of our own files of method `magnitude` the header says it: they hold zeros for A and B."""
     if "diff" in shapes or "weight" in shapes:
         return "diff" if "diff" in shapes else "full"
-    ours = parse_json(header.get(OUR_METADATA, "{}"), OUR_METADATA)
-    own = ours.get(component, ours)
-    if "m" in shapes and ("A" not in shapes or (isinstance(own, dict) and own.get("method") == "magnitude")):
+    if "m" in shapes and ("A" not in shapes or file.settings(module).get("method") == "magnitude"):
         return "magnitude"
     if not {"A", "B"} <= shapes.keys():
         return "incomplete"

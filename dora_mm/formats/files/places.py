@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dora_mm.formats.json_text import read_json
-from dora_mm.formats.layouts import LAYOUTS
-from dora_mm.formats.names import NETWORKS, Name, Target, canonical, own_table
-from dora_mm.formats.tensor_file import PICKLES, Entry, TensorFile
+from dora_mm.formats.files.json_text import read_json
+from dora_mm.formats.files.tensor_file import PICKLES, Entry, TensorFile
+from dora_mm.formats.naming.layouts import LAYOUTS
+from dora_mm.formats.naming.names import NETWORKS, Name, Target, canonical, own_table
 
 COMPONENTS = (*NETWORKS, "text_encoder", "text_encoder_2", "text_encoder_3")
 STEMS = ("diffusion_pytorch_model", "model")  # how the names of weight files begin in diffusers and transformers
@@ -51,15 +51,6 @@ _TEXT_ENCODERS = {  # what the keys of a part of a checkpoint begin with, its co
     "text_encoders.clip_l.transformer.": ("text_encoder", "clip-l"),
     "text_encoders.clip_g.transformer.": ("text_encoder_2", "clip-l"),
 }
-_MARKS = {  # a key of each layout that is in none of the layouts after it
-    "sdxl": "label_emb.0.0.weight",
-    "sd1": "input_blocks.0.0.weight",
-    "flux2": "double_stream_modulation_img.lin.weight",
-    "flux": "double_blocks.0.img_attn.qkv.weight",
-    "sd3": "joint_blocks.0.x_block.attn.qkv.weight",
-    "z-image": "noise_refiner.0.attention.qkv.weight",
-    "qwen-image": "transformer_blocks.0.img_mod.1.weight",
-}
 
 
 def in_file(file: TensorFile) -> dict[Name, Place]:
@@ -68,11 +59,12 @@ def in_file(file: TensorFile) -> dict[Name, Place]:
     Raises:
         ValueError: A fused weight cannot be divided.
     """
-    found = ((p, layout) for p in (_NETWORK, "") for layout, mark in _MARKS.items() if p + mark in file.entries)
+    prefixed = ((p, name, layout) for p in (_NETWORK, "") for name, layout in LAYOUTS.items() if layout.mark)
+    found = ((p, n) for p, n, it in prefixed if p + it.mark in file.entries and p + it.without not in file.entries)
     prefix, network = next(found, (None, ""))
     if prefix is None:  # the only file of one network of diffusers or transformers
         return _modules(_component_of(file.path.parent), [file])
-    parts = {**_TEXT_ENCODERS, prefix: (LAYOUTS[network][0], network)}
+    parts = {**_TEXT_ENCODERS, prefix: (LAYOUTS[network].component, network)}
     places: dict[Name, Place] = {}
     for key in file.entries:
         if (begin := next((part for part in parts if key.startswith(part)), None)) is not None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import Protocol
 
-from dora_mm.formats.layouts import LAYOUTS
-from dora_mm.formats.names import (
+from dora_mm.formats.naming.layouts import LAYOUTS
+from dora_mm.formats.naming.names import (
     NETWORKS,
     Name,
     Target,
@@ -24,6 +24,7 @@ from dora_mm.formats.names import (
     underscored,
     unknown,
 )
+from dora_mm.formats.registry import SPELLINGS
 
 _UNDERSCORED = {  # the components that a prefix may stand for
     "lora_unet_": NETWORKS,
@@ -47,27 +48,12 @@ _DOTTED = {  # the first that fits
 _OWN_FIRST = ("model.diffusion_model.", "diffusion_model.")  # after these a path is the own one, if it can be both
 
 
-class _Style(NamedTuple):
-    prefix: str
-    own: bool = False  # the network's own path instead of diffusers'
+class Namer(Protocol):
+    """Says what the names of modules in a file stand for, as `Names` does."""
 
-
-_KOHYA_TEXT = {"text_encoder": _Style("lora_te1_"), "text_encoder_2": _Style("lora_te2_")}
-_STYLES: dict[str, dict[str, _Style]] = {
-    "diffusers": {component: _Style(f"{component}.") for component in (*NETWORKS, "text_encoder", "text_encoder_2")},
-    "peft": {c: _Style("base_model.model.") for c in ("model", *NETWORKS, "text_encoder", "text_encoder_2")},
-    "kohya": {**dict.fromkeys(NETWORKS, _Style("lora_unet_", own=True)), **_KOHYA_TEXT},
-    "kohya-diffusers": {"unet": _Style("lora_unet_"), **_KOHYA_TEXT},
-    "onetrainer": {"unet": _Style("lora_unet_"), "transformer": _Style("lora_transformer_"), **_KOHYA_TEXT},
-    "ai-toolkit": {"unet": _Style("lora_unet_"), "transformer": _Style("transformer."), **_KOHYA_TEXT},
-    "lycoris": dict.fromkeys((*NETWORKS, "model"), _Style("lycoris_")),
-    "comfy": {
-        **dict.fromkeys(NETWORKS, _Style("diffusion_model.", own=True)),
-        "text_encoder": _Style("text_encoders.clip_l.transformer."),
-        "text_encoder_2": _Style("text_encoders.clip_g.transformer."),
-    },
-}
-SPELLINGS: tuple[str, ...] = tuple(_STYLES)
+    def read(self, key: str) -> Target:
+        """The modules that a module name of a file stands for."""
+        ...
 
 
 class Names:
@@ -76,8 +62,8 @@ class Names:
     Args:
         known: The names of the modules of the base model. They decide where an underscored name has several readings,
             and a name that is not among them is refused. Without them, tables of the known architectures decide.
-        architecture: `sdxl`, `sd1`, `flux`, `flux2`, `sd3`, `z-image` or `qwen-image`: whose own names are read and
-            written where `known` does not tell. Without both, own names that Flux.1 and Flux.2 share are Flux.1's.
+        architecture: A key of `LAYOUTS`: whose own names are read and written where `known` does not tell. Without
+            both, own names that Flux.1 and Flux.2 share are Flux.1's.
 
     Raises:
         ValueError: There is no such architecture.
@@ -144,7 +130,7 @@ class Names:
         """The architectures whose tables may hold the names of a component, the likeliest first."""
         if component in NETWORKS and (self._known or self._architecture):
             mine = self._architecture  # None: a base model without a table, of which only its own names are read
-            return [mine] if mine and LAYOUTS[mine][0] == component else []
+            return [mine] if mine and LAYOUTS[mine].component == component else []
         return layouts_of(component)
 
     def _unknown(self, key: str, rest: str, components: Iterable[str]) -> ValueError:
@@ -160,7 +146,7 @@ class Names:
 
         Args:
             names: The modules to write.
-            spelling: One of `SPELLINGS`.
+            spelling: A key of `registry.SPELLINGS`.
 
         Returns:
             By the name in the file: the modules that it holds. A fused one lists all modules that it consists of, in
@@ -169,14 +155,15 @@ class Names:
         Raises:
             ValueError: The spelling has no name for a module, or one name for two.
         """
-        if spelling not in _STYLES:
+        if spelling not in SPELLINGS:
             raise ValueError(f"there is no spelling {spelling!r} of names; there are {', '.join(SPELLINGS)}")
         found: dict[str, Target] = {}
+        styles = SPELLINGS[spelling]
         layout = self._architecture or architecture_of(names)
         for name in names:
-            style = _STYLES[spelling].get(name.component)
+            style = styles.get(name.component)
             if style is None:
-                raise ValueError(f"{spelling} files have no name for {name}: they hold {', '.join(_STYLES[spelling])}")
+                raise ValueError(f"{spelling} files have no name for {name}: they hold {', '.join(styles)}")
             path, target = _own(name, layout) if style.own else (name.path, Target((name,)))
             key = style.prefix + (underscored(path) if style.prefix.endswith("_") else path)
             if found.setdefault(key, target) != target:
@@ -186,7 +173,7 @@ class Names:
 
 def _own(name: Name, layout: str | None) -> tuple[str, Target]:
     """The own path that holds a module, and all that it holds."""
-    if layout is None or LAYOUTS[layout][0] != name.component:
+    if layout is None or LAYOUTS[layout].component != name.component:
         raise ValueError(f"the own name of {name} is unknown, or differs between architectures: name the base model")
     path = owners(layout).get(name)
     if path is None:

@@ -7,6 +7,9 @@ text encoder of SDXL as in open_clip.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 FLUX = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -214,14 +217,38 @@ def _unet(attention_first: bool) -> dict[str, str]:
 SDXL = _unet(attention_first=True)
 SD1 = {own: path for own, path in _unet(attention_first=False).items() if not own.startswith("label_emb.")}
 
-LAYOUTS: dict[str, tuple[str, dict[str, str]]] = {  # the component, and its names
-    "sdxl": ("unet", SDXL),
-    "sd1": ("unet", SD1),
-    "flux": ("transformer", FLUX),
-    "sd3": ("transformer", SD3),
-    "z-image": ("transformer", Z_IMAGE),
-    "qwen-image": ("transformer", QWEN_IMAGE),
-    "flux2": ("transformer", FLUX2),
-    "clip-l": ("text_encoder", CLIP_L),
-    "clip-g": ("text_encoder_2", CLIP_G),
+
+class Layout(NamedTuple):
+    """The names of an architecture.
+
+    Attributes:
+        component: The component that it is of.
+        names: The table.
+        mark: The key of a weight by which a checkpoint in its own names is recognised; empty for text encoders, which
+            are parts of other checkpoints.
+        without: A key that checkpoints of another architecture have, and its own have not.
+        optional: Matches the paths of modules that some models of the architecture do not have.
+    """
+
+    component: str
+    names: Mapping[str, str]
+    mark: str = ""
+    without: str = ""
+    optional: str = r"(?!)"
+
+
+_SDXL, _FLUX2 = "label_emb.0.0.weight", "double_stream_modulation_img.lin.weight"
+_BLOCKS, _GUIDANCE = r"(down|up)_blocks|mid_block", ".*guidance_embedder"
+LAYOUTS = {
+    "sdxl": Layout("unet", SDXL, _SDXL, optional=_BLOCKS),
+    "sd1": Layout("unet", SD1, "input_blocks.0.0.weight", without=_SDXL, optional=_BLOCKS),
+    "flux": Layout("transformer", FLUX, "double_blocks.0.img_attn.qkv.weight", without=_FLUX2, optional=_GUIDANCE),
+    "sd3": Layout("transformer", SD3, "joint_blocks.0.x_block.attn.qkv.weight", optional=r".*\.attn2\."),
+    "z-image": Layout(
+        "transformer", Z_IMAGE, "noise_refiner.0.attention.qkv.weight", optional="context_refiner.*adaLN"
+    ),
+    "qwen-image": Layout("transformer", QWEN_IMAGE, "transformer_blocks.0.img_mod.1.weight"),
+    "flux2": Layout("transformer", FLUX2, _FLUX2, optional=_GUIDANCE),
+    "clip-l": Layout("text_encoder", CLIP_L),
+    "clip-g": Layout("text_encoder_2", CLIP_G),
 }

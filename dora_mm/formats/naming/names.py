@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from dora_mm.formats.layouts import LAYOUTS
+from dora_mm.formats.naming.layouts import LAYOUTS
 
 NETWORKS = ("unet", "transformer")
 TEXT_PREFIX = "text_model."
@@ -78,9 +78,6 @@ class Target:
             found.append([(start, start + size)])
             start += size
         return found
-
-
-_OPTIONAL = re.compile(r"guidance_embedder|\.attn2\.|^context_refiner.*adaLN|^(down|up)_blocks|^mid_block")
 
 
 def canonical(component: str, path: str) -> Name:
@@ -157,15 +154,15 @@ def architecture_of(names: Iterable[Name]) -> str | None:
 
 def layouts_of(component: str) -> list[str]:
     """The architectures that have tables for a component."""
-    return [layout for layout, (owner, _) in LAYOUTS.items() if owner == component]
+    return [name for name, layout in LAYOUTS.items() if layout.component == component]
 
 
 @cache
 def _required(layout: str) -> frozenset[Name]:
     """Modules that every model of an architecture has."""
-    component, rules = LAYOUTS[layout]
+    component, rules, *_, optional = LAYOUTS[layout]
     paths = [path.replace("#", "0") for meaning in rules.values() for path in _expanded(meaning)]
-    return frozenset(Name(component, path) for path in paths if not _OPTIONAL.search(path))
+    return frozenset(Name(component, path) for path in paths if not re.match(optional, path))
 
 
 def underscored(path: str) -> str:
@@ -176,7 +173,7 @@ def underscored(path: str) -> str:
 @cache
 def own_table(layout: str) -> dict[str, Target]:
     """What each own path stands for; that of a fused projection also with the number of a part (OneTrainer)."""
-    component, rules = LAYOUTS[layout]
+    component, rules, *_ = LAYOUTS[layout]
     found: dict[str, Target] = {}
     for rule, meaning in rules.items():
         for block in range(_MAX_BLOCKS) if "#" in rule else (0,):

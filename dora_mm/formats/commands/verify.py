@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.formats.adapter_file import AdapterFile, located
-from dora_mm.formats.base_weights import BaseWeights
-from dora_mm.formats.exact import fitted, new_weight
-from dora_mm.formats.fused import stack_rows
-from dora_mm.formats.json_text import finite
-from dora_mm.formats.names import Name, Target
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.algebra.exact import fitted, new_weight
+from dora_mm.formats.algebra.fused import stack_rows
+from dora_mm.formats.files.base_weights import BaseWeights
+from dora_mm.formats.files.json_text import finite
+from dora_mm.formats.naming.names import Name, Target
+from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.registry import JUDGED
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.comfy import other_half
@@ -28,7 +29,6 @@ from dora_mm.formats.tools.tool import Tool
 
 RIGHT, IGNORED, NO_MAGNITUDE, WRONG_AXIS = "right", "ignored", "loses the magnitude", "wrong axis"
 FAILS, NOT_FINITE, DIFFERS, NOT_FOUND = "fails", "not finite", "differs", "not in the base"
-JUDGED = {name: tool for name, tool in TOOLS.items() if name != "dora_mm"}  # we compute what a file means
 BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
@@ -56,7 +56,7 @@ class Verdict:
     """What a tool computes from an adapter file.
 
     Attributes:
-        tool: A key of `JUDGED`.
+        tool: One of `registry.JUDGED`.
         title: The tool's name.
         error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.
@@ -91,7 +91,7 @@ def verify(
 
     Args:
         file: The adapter file of any tool, or its folder.
-        tool: A key of `JUDGED`, or "all".
+        tool: One of `registry.JUDGED`, or "all".
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
 
@@ -106,9 +106,10 @@ def verify(
     if base is None:
         raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
     adapter = AdapterFile(file)
-    adapter.check_axis(axis)
+    if axis is not None:
+        adapter.check_axis()
     weights = open_base(base)
-    targets, _ = adapter.targets(Names(weights))
+    targets, _ = adapter.targets(adapter.modules, Names(weights))
     chosen = list(JUDGED) if tool == "all" else [tool]
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
@@ -165,7 +166,7 @@ def judge_layer(
     adapter: AdapterFile, module: str, tool: Tool, state: LayerState, W0: Tensor, W: Tensor, size: float
 ) -> LayerVerdict:
     """What a tool computes for one module, compared with W'."""
-    parts = adapter.parts(module, tool)
+    parts = adapter.loaded(module, tool)
     if not is_read(parts):
         return LayerVerdict(module, IGNORED, 1.0 if size else 0.0)
     error = relative_error(tool, [parts], W0, W, size)
@@ -182,7 +183,7 @@ def judge_layer(
 
 def is_read(parts: Parts) -> bool:
     """Whether the tensors that a tool reads of a module make up an adapter; else it ignores them."""
-    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight", "m"})
+    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"})
 
 
 def _other_axis(tool: Tool, m: Tensor, axis: str, W0: Tensor) -> bool:

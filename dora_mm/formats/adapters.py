@@ -1,0 +1,192 @@
+"""Saving the adapters of models, and loading those of files into them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed, nn
+
+from dora_mm.core.forms import TORCH, Forward
+from dora_mm.core.inject import InjectReport
+from dora_mm.core.layer import DoRATransposedLinear
+from dora_mm.core.sharded import is_sharded
+from dora_mm.core.strength import Strength
+from dora_mm.formats import card
+from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.components import components_to_load, components_to_save
+from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.layers import opened, read
+from dora_mm.formats.naming.names import Name
+from dora_mm.formats.state import AdapterState, LayerState, from_models, into_models, joined, weight_shape
+from dora_mm.formats.tools import FORMATS
+from dora_mm.formats.tools.comfy import other_half
+from dora_mm.formats.tools.tool import Contents, Export
+from dora_mm.utils.atomic import save_tensors, write_text
+
+log = logging.getLogger(__name__)
+_EMBEDDING = {"lora_A.weight": "lora_embedding_A", "lora_B.weight": "lora_embedding_B"}  # as PEFT calls them
+
+
+def format_for(components: Mapping[str, nn.Module], preferred: str) -> str:
+    """The preferred format where it can hold the adapters of these models, or else our own, which holds all."""
+    return "native" if why_not(preferred, components) else preferred
+
+
+def why_not(format: str, components: Mapping[str, nn.Module]) -> str | None:
+    """Why a format cannot hold the adapters of these models, as an error message with the way out, or None."""
+    export = FORMATS[format]
+    return None if export.why_not is None else export.why_not(components)
+
+
+def save(
+    model: nn.Module | Mapping[str, nn.Module],
+    folder: Path,
+    *,
+    format: str,
+    metadata: Mapping[str, str],
+    extra_parameters: Sequence[str] = (),
+    strength: float = 1.0,
+) -> Path:
+    """Saves the adapters of models, with a model card.
+
+    Where FSDP2 has sharded them, every process has to call this, and one writes.
+
+    Args:
+        model: The adapted model, or several by component, such as {"unet": ..., "text_encoder": ...}.
+        folder: The folder to write to; it is created where it does not exist.
+        format: A key of `FORMATS`.
+        metadata: Additional entries for the header of the file.
+        extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
+        strength: The strength of the adapters that becomes strength 1 in the file.
+
+    Returns:
+        The path of the weights file.
+
+    Raises:
+        ValueError: There is no such format, the component of a single model is unknown, no layer is adapted, a layer
+            has several adapters, a value is NaN or infinite, or the format cannot hold what was trained. Nothing
+            is written then.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
+    export = FORMATS[format]
+    components = components_to_save(model, export.components, format)
+    state = from_models(components, extra_parameters, strength)
+    if problem := why_not(format, components):
+        raise ValueError(problem)
+    if name := first_not_finite(state.tensors()):
+        raise ValueError(f"{name} has values that are NaN or infinite, so the adapter was not saved")
+    sharded = any(is_sharded(parameter) for m in components.values() for parameter in m.parameters())
+    try:
+        if not sharded or distributed.get_rank() == 0:
+            _write(state, components, folder, format, metadata)
+            card.write_card(folder, format, state, metadata)
+    finally:
+        if sharded:
+            distributed.barrier()  # the others may read the file next, and must not wait forever after an error
+    return folder / export.file_name
+
+
+def _write(
+    state: AdapterState, components: Mapping[str, nn.Module], folder: Path, format: str, metadata: Mapping[str, str]
+) -> None:
+    export = FORMATS[format]
+    layers = {Name(c, path): layer for c, found in state.layers.items() for path, layer in found.items()}
+    extra = {Name(c, name): tensor for c, found in state.parameters.items() for name, tensor in found.items()}
+    if extra and export.parameter is None:
+        raise ValueError(
+            f"the {format} format holds adapters only, and {next(iter(extra)).path} was trained as well: save it as "
+            "peft"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= _tensors(export, name, layer, components[name.component].get_submodule(name.path))
+    if export.parameter is not None:
+        tensors |= {export.parameter(name, layers.keys()): tensor for name, tensor in extra.items()}
+    specs = {name: layer.spec for name, layer in layers.items()}
+    transposed = {c for c, m in components.items() if any(isinstance(x, DoRATransposedLinear) for x in m.modules())}
+    header = export.header(Contents(specs, metadata, list(extra), transposed))
+    if taken := header.keys() & metadata.keys():
+        raise ValueError(f"the metadata key {min(taken)!r} is written by the format itself: choose another name")
+    for name in header:
+        if name.endswith(".json"):
+            write_text(folder / name, header[name])
+    kept = {key: value for key, value in header.items() if not key.endswith(".json")}
+    save_tensors(folder / export.file_name, tensors, {**metadata, **kept})
+
+
+def _tensors(export: Export, name: Name, layer: LayerState, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a layer by key."""
+    shape = weight_shape(module)
+    assert shape is not None
+    module_name = export.module(name)
+    found = export.tensors(module_name, layer, torch.empty(shape, device="meta"))
+    if isinstance(module, nn.Embedding):
+        found = {_EMBEDDING.get(ending, ending): tensor for ending, tensor in found.items()}
+    return {f"{module_name}.{ending}": tensor for ending, tensor in found.items()}
+
+
+def write_card(folder: Path, *, pictures: card.Pictures = (), scores: card.Scores | None = None) -> None:
+    """Writes the model card of a saved adapter again, with pictures and scores: see `card.write_card`.
+
+    Args:
+        folder: The folder of the adapter.
+        pictures: Prompts, each with the path of a picture in the folder.
+        scores: The name of the metric and its value, by task.
+
+    Raises:
+        ValueError: The folder holds no adapter.
+    """
+    file = AdapterFile(folder)
+    format = next(name for name, export in FORMATS.items() if file.path.name == export.file_name)
+    card.write_card(folder, format, *read(file), pictures, scores)
+
+
+def remove_other_formats(file: Path) -> None:
+    """Removes the adapter files of other formats beside this one, so that the folder holds a single adapter."""
+    for other in FORMATS.values():
+        if file.name != other.file_name:
+            file.with_name(other.file_name).unlink(missing_ok=True)
+
+
+def load(
+    model: nn.Module | Mapping[str, nn.Module],
+    path: Path | AdapterFile,
+    *,
+    strength: Strength = 1.0,
+    name: str = "default",
+    forward: Forward = TORCH,
+) -> InjectReport:
+    """Loads the adapters of a file into models.
+
+    Extra parameters in the file overwrite those of the model permanently: see `into_models`.
+
+    Args:
+        model: The model, or several by component, such as {"unet": ...}; they are adapted where they are not yet.
+        path: The adapter file, or a folder that contains exactly one.
+        strength: The strength of the adapters, or of their parts: see `core.strength.strengths_of`. The names of parts
+            begin with the component; with a single model they need not.
+        name: The name of the adapter; another name than that of a loaded adapter stacks this one on top of it.
+        forward: The function that runs the adapted layers.
+
+    Returns:
+        The layers that the file adapts.
+
+    Raises:
+        ValueError: There is no such file, it is damaged, or it does not fit the models, which are then unchanged.
+    """
+    file = opened(path)
+    components = components_to_load(model, file)
+    state, _ = read(file, components)
+    if half := other_half(file.header):
+        log.warning("%s: %s.", file.path, half)
+    if isinstance(strength, Mapping) and not isinstance(model, Mapping):
+        strength = {_with_component(name, next(iter(components))): value for name, value in strength.items()}
+    return into_models(state, components, file.path, strength=strength, name=name, forward=forward)
+
+
+def _with_component(name: str, component: str) -> str:
+    return name if name.split(".")[0] == component else joined(component, name)

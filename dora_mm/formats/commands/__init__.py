@@ -1,0 +1,1 @@
+"""What the commands do with adapter files: inspect, verify, convert, extract."""

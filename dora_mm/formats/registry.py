@@ -1,0 +1,71 @@
+"""The tools whose files are read and written, by name: what each is called, and how it spells the names of modules.
+
+To add a tool, write a module in `tools/` with a `Tool`, and an `Export` if `convert` should write for it, and name them
+here. Nothing is imported, so that the command line is quick.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """Where a tool or a target is, as the module in `tools/` and the name in it, and what people call it."""
+
+    where: str
+    title: str
+
+
+TOOLS = {  # files are recognised by the first that matches
+    "dora_mm": Row("native.TOOL", "dora_mm"),
+    "nvlabs": Row("nvlabs.TOOL", "NVlabs/DoRA"),
+    "onetrainer": Row("onetrainer.TOOL", "OneTrainer"),
+    "ai-toolkit": Row("ai_toolkit.TOOL", "ai-toolkit"),
+    "peft": Row("peft.TOOL", "PEFT"),
+    "diffusers": Row("diffusers.TOOL", "diffusers"),
+    "comfy-2025": Row("comfy.TOOL_2025", "ComfyUI of 2025, Forge"),
+    "comfy-15458": Row("comfy.TOOL_15458", "ComfyUI after its pull request 15458"),
+    "lycoris": Row("lycoris.TOOL", "LyCORIS, sd-scripts"),
+    "a1111": Row("a1111.TOOL", "AUTOMATIC1111"),
+    "sdnext": Row("sdnext.TOOL", "SD.Next"),
+    "invokeai": Row("invokeai.TOOL", "InvokeAI"),
+}
+JUDGED = tuple(name for name in TOOLS if name != "dora_mm")  # of `verify`: we compute what a file means
+TARGETS = {  # of `convert`
+    "peft": Row("peft.EXPORT", "a folder of PEFT"),
+    "diffusers": Row("diffusers.EXPORT", "pytorch_lora_weights.safetensors of diffusers"),
+    "kohya": Row("lycoris.EXPORT", "LyCORIS, sd-scripts and SD.Next"),
+    "comfy": Row("", "two files for any version of ComfyUI"),
+    "comfy-2025": Row("comfy.EXPORT_2025", "ComfyUI of 2025, Forge"),
+    "comfy-15458": Row("comfy.EXPORT_15458", "ComfyUI after its pull request 15458"),
+    "diff": Row("comfy.EXPORT_DIFF", "the change of each weight: large, and read by all web UIs"),
+    "lora": Row("", "plain LoRA, which keeps as much as --rank or --energy says"),
+    "merged": Row("", "a copy of the model with the new weights"),
+    "onetrainer": Row("onetrainer.EXPORT", "to go on with training in OneTrainer"),
+    "ai-toolkit": Row("ai_toolkit.EXPORT", "to go on with training in ai-toolkit"),
+}
+
+
+class Style(NamedTuple):
+    """How the names of a component begin, and whether the network's own path follows instead of diffusers'."""
+
+    prefix: str
+    own: bool = False
+
+
+_NETWORKS = ("unet", "transformer")
+_TEXT = ("text_encoder", "text_encoder_2")
+_KOHYA_TEXT = {"text_encoder": Style("lora_te1_"), "text_encoder_2": Style("lora_te2_")}
+SPELLINGS: dict[str, dict[str, Style]] = {
+    "diffusers": {component: Style(f"{component}.") for component in (*_NETWORKS, *_TEXT)},
+    "peft": dict.fromkeys(("model", *_NETWORKS, *_TEXT), Style("base_model.model.")),
+    "kohya": {**dict.fromkeys(_NETWORKS, Style("lora_unet_", own=True)), **_KOHYA_TEXT},
+    "onetrainer": {"unet": Style("lora_unet_"), "transformer": Style("lora_transformer_"), **_KOHYA_TEXT},
+    "ai-toolkit": {"unet": Style("lora_unet_"), "transformer": Style("transformer."), **_KOHYA_TEXT},
+    "lycoris": dict.fromkeys((*_NETWORKS, "model"), Style("lycoris_")),
+    "comfy": {
+        **dict.fromkeys(_NETWORKS, Style("diffusion_model.", own=True)),
+        "text_encoder": Style("text_encoders.clip_l.transformer."),
+        "text_encoder_2": Style("text_encoders.clip_g.transformer."),
+    },
+}
