@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_mm.formats.names import Name
-from dora_mm.formats.spellings import Names
+from dora_mm.formats.naming.names import Name
+from dora_mm.formats.naming.spellings import Names
 
 
 def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
