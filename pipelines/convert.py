@@ -5,7 +5,7 @@ from typing import Any
 
 from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.formats.commands.convert import Conversion, convert
-from dora_mm.formats.commands.judge import ToolErrors
+from dora_mm.formats.commands.export_check import ToolErrors
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named

@@ -13,9 +13,8 @@ from typing import Any
 from PIL import Image
 
 import dora_mm
-from dora_mm.config.judge import EvalDiffusionConfig
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.config.pictures import AdapterFile
+from dora_mm.config.pictures import AdapterChoice, EvalDiffusionConfig
 from dora_mm.eval.images.clip import ClipSimilarity, read_references
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Encoder
@@ -27,7 +26,7 @@ from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.manifest import Entry, write_manifest
+from dora_mm.sampling.manifest import ManifestEntry, write_manifest
 from dora_mm.train.run import RunDirectory, open_run
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.devices import default_device
@@ -99,7 +98,7 @@ def draw(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept]
     return sample_merged(model, prompts, seeds, config.draw, row)
 
 
-def load_adapter(model: ImageModel, adapter: AdapterFile) -> None:
+def load_adapter(model: ImageModel, adapter: AdapterChoice) -> None:
     file = resolve_path(adapter.path, "adapter.path")
     report = dora_mm.load_adapter(model.adaptable, file, strength=adapter.strength)
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
@@ -123,7 +122,9 @@ def save_images(
             batch = first_batch + index // config.draw.batch_size
             settings |= {"width": image.width, "height": image.height}
             entries.append(
-                Entry(len(entries) + 1, file, "done", batch, settings, file_digest(run.path / file), scores=scores)
+                ManifestEntry(
+                    len(entries) + 1, file, "done", batch, settings, file_digest(run.path / file), scores=scores
+                )
             )
     write_manifest(run.path, entries)
 

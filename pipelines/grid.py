@@ -8,7 +8,7 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.config.pictures import GridConfig
 from dora_mm.sampling.axes import cells_of, with_base_model
 from dora_mm.sampling.jobs import Picture
-from dora_mm.sampling.loaded import load_model
+from dora_mm.sampling.model import load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
 from dora_mm.train.checkpoint import checkpoints, step_of

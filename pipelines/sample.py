@@ -6,7 +6,7 @@ from pathlib import Path
 from dora_mm.config import yaml12
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.pictures import JobConfig
-from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
+from dora_mm.sampling.jobs import JobRow, Picture, Weights, expand, read_job
 from dora_mm.sampling.strengths import as_strength
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
         resolve_path(path, "adapter")
 
     # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
-    from dora_mm.sampling.loaded import load_model
+    from dora_mm.sampling.model import load_model
     from dora_mm.sampling.sheets import save_sheets
     from dora_mm.train.run import existing_run, picture_run
 
@@ -71,11 +71,11 @@ def check_same_job(config: JobConfig, run: Path) -> None:
         )
 
 
-def read_rows(config: JobConfig) -> list[Row]:
+def read_rows(config: JobConfig) -> list[JobRow]:
     """The rows of the job file, or else the prompts of the config."""
     if config.prompts_file is not None:
         return read_job(resolve_path(config.prompts_file, "prompts_file"))
-    return [Row(prompt=prompt) for prompt in config.prompts]
+    return [JobRow(prompt=prompt) for prompt in config.prompts]
 
 
 def template(config: JobConfig) -> Picture:

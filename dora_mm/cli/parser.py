@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm import __version__
-from dora_mm.formats.registry import JUDGED, TARGETS, TOOLS
+from dora_mm.formats.registry import OTHER_TOOLS, TARGETS, TOOLS
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
@@ -117,7 +117,7 @@ def _add_verify(commands: Any) -> None:
     command = commands.add_parser(
         "verify",
         help="show what other tools compute from an adapter file",
-        epilog=_listed("tools", {name: TOOLS[name].title for name in JUDGED}),
+        epilog=_listed("tools", {name: TOOLS[name].title for name in OTHER_TOOLS}),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("file", metavar="FILE", help="an adapter file of any tool, its folder or run directory")

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dora_mm.config.judge import ConceptChoice, DrawConfig, JudgedStyle, RoleConfig, check_templates
+from dora_mm.config.pictures import ConceptChoice, DrawConfig, JudgedStyle, RoleConfig, check_templates
 from dora_mm.config.schema import (
     Count,
     InputPath,

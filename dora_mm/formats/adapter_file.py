@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_mm.formats.files.checks import check_dtype, first_not_finite
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
-from dora_mm.formats.naming.names import Name, Target, canonical
+from dora_mm.formats.naming.names import ModuleGroup, Name, canonical
 from dora_mm.formats.naming.spellings import Namer
 from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tools import FORMATS, TOOLS
@@ -199,7 +199,7 @@ class AdapterFile:
         if all(self.axis(module) != "?" for module in self.modules):
             raise ValueError(f"{self.path} has no magnitude whose axis is unclear: leave --axis out")
 
-    def targets(self, modules: Collection[str], names: Namer) -> tuple[dict[str, Target], dict[str, str]]:
+    def groups(self, modules: Collection[str], names: Namer) -> tuple[dict[str, ModuleGroup], dict[str, str]]:
         """What modules of the file stand for, and for those that are not among the names the reason.
 
         Raises:
@@ -207,7 +207,7 @@ class AdapterFile:
         """
         if not modules:
             raise ValueError(f"{self.path} holds no adapter")
-        found: dict[str, Target] = {}
+        found: dict[str, ModuleGroup] = {}
         missing: dict[str, str] = {}
         for module in modules:
             try:
@@ -219,7 +219,7 @@ class AdapterFile:
         return found, missing
 
     def not_found(self, missing: Mapping[str, str]) -> ValueError:
-        """The error for modules that are not among the names, from the second result of `targets`."""
+        """The error for modules that are not among the names, from the second result of `groups`."""
         total, reason = len(self.modules), next(iter(missing.values()))
         if len(missing) == 1:
             return ValueError(f"{self.path}: {reason}")

@@ -23,8 +23,8 @@ _METHODS = {  # how a method is called, and its tags
     "full": ("Weights", []),
 }
 
-Pictures = Sequence[tuple[str, str]]  # prompts, each with a picture's path in the folder
-Scores = Mapping[str, tuple[str, float]]  # by task: the name of the metric, and its value
+CardPictures = Sequence[tuple[str, str]]  # prompts, each with a picture's path in the folder
+CardScores = Mapping[str, tuple[str, float]]  # by task: the name of the metric, and its value
 
 
 def write_card(
@@ -32,8 +32,8 @@ def write_card(
     format: str,
     state: AdapterState,
     metadata: Mapping[str, str],
-    pictures: Pictures = (),
-    scores: Scores | None = None,
+    pictures: CardPictures = (),
+    scores: CardScores | None = None,
 ) -> None:
     """Writes README.md, unless there is one that a person has written or changed.
 
@@ -64,7 +64,12 @@ def _digest(text: str) -> str:
 
 
 def _header(
-    folder: Path, format: str, state: AdapterState, metadata: Mapping[str, str], pictures: Pictures, scores: Scores
+    folder: Path,
+    format: str,
+    state: AdapterState,
+    metadata: Mapping[str, str],
+    pictures: CardPictures,
+    scores: CardScores,
 ) -> str:
     from huggingface_hub import EvalResult, ModelCardData  # here: it takes half a second to import
 
@@ -108,7 +113,9 @@ def _method(state: AdapterState) -> str:
     ][0]
 
 
-def _text(format: str, state: AdapterState, metadata: Mapping[str, str], pictures: Pictures, scores: Scores) -> str:
+def _text(
+    format: str, state: AdapterState, metadata: Mapping[str, str], pictures: CardPictures, scores: CardScores
+) -> str:
     base, name = metadata.get("base_model"), _METHODS[_method(state)][0]
     of = f" of {f'[{base}](https://huggingface.co/{base})' if _is_hub_name(base) else f'`{base}`'}" if base else ""
     parts = [f"# {name} for {' and '.join(f'`{c}`' for c in state.layers)}{of}"]

@@ -17,7 +17,7 @@ from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra import exact, fused
 from dora_mm.formats.algebra.fused import Factors
 from dora_mm.formats.components import UNNAMED
-from dora_mm.formats.naming.names import TEXT_PREFIX, Name, Target
+from dora_mm.formats.naming.names import TEXT_PREFIX, ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Namer, Names
 from dora_mm.formats.state import AdapterState, LayerState
 from dora_mm.formats.tools import TOOLS
@@ -56,15 +56,15 @@ class LayerReader:
         if lost := [key for key in self.file.others if key not in held]:
             raise ValueError(f"{self.file.path} also holds {lost[0]}, which belongs to no adapter, and would be lost")
         modules = [module for module in self.file.modules if not (held and self.file.is_parameter(module))]
-        targets, missing = self.file.targets(modules, namer or Names(weights or ()))
+        groups, missing = self.file.groups(modules, namer or Names(weights or ()))
         if missing:
             raise self.file.not_found(missing)
-        self._places: dict[Name, tuple[str, Target]] = {}
-        for module, target in targets.items():
-            for name in target.names:
+        self._places: dict[Name, tuple[str, ModuleGroup]] = {}
+        for module, group in groups.items():
+            for name in group.names:
                 if name in self._places:
                     raise ValueError(f"{self.file.path} adapts {name} twice, as {self._places[name][0]} and {module}")
-                self._places[name] = module, target
+                self._places[name] = module, group
         self._last: tuple[str, list[LayerState]] = "", []
 
     def names(self) -> list[Name]:
@@ -78,11 +78,11 @@ class LayerReader:
 
     def layer(self, name: Name) -> LayerState:
         """The adapter of a module; of a fused one its part."""
-        module, target = self._places[name]
+        module, group = self._places[name]
         if self._last[0] != module:
             with located(f"{self.file.path}: {module}"):
-                self._last = module, _split(target, self.file.layer(module, self.axis, mapped=self.whole))
-        return self._last[1][target.names.index(name)]
+                self._last = module, _split(group, self.file.layer(module, self.axis, mapped=self.whole))
+        return self._last[1][group.names.index(name)]
 
     def transposed(self, name: Name) -> bool:
         """Whether the base stores the weight (I, O)."""
@@ -95,19 +95,19 @@ class LayerReader:
         W0 = self.weights[name].float()
         return W0.T if self.transposed(name) else W0
 
-    def fused(self, target: Target) -> tuple[LayerState, Tensor]:
+    def fused(self, group: ModuleGroup) -> tuple[LayerState, Tensor]:
         """The adapter and W0 of a module of a file that stacks the rows of several."""
-        W0s = [self.base(name) if name in self._places else self._untouched(name) for name in target.names]
-        if len(target.names) == 1 and not target.modulation:
-            return exact.fitted(self.layer(target.names[0]), W0s[0]), W0s[0]
+        W0s = [self.base(name) if name in self._places else self._untouched(name) for name in group.names]
+        if len(group.names) == 1 and not group.modulation:
+            return exact.fitted(self.layer(group.names[0]), W0s[0]), W0s[0]
         layers = [
             exact.fitted(self.layer(name), W0) if name in self._places else None
-            for name, W0 in zip(target.names, W0s, strict=True)
+            for name, W0 in zip(group.names, W0s, strict=True)
         ]
         dora = any(layer is not None and "magnitude" in layer.tensors for layer in layers)
         if self.weights is None and any(layer and exact.depends_on_base(layer, magnitude=dora) for layer in layers):
             raise ValueError("it stacks the rows of several modules, with norms of the base model: give it with --base")
-        return _fuse(target, layers, W0s), fused.stack_rows(target, W0s)
+        return _fuse(group, layers, W0s), fused.stack_rows(group, W0s)
 
     def _untouched(self, name: Name) -> Tensor:
         """W0 of a part of a fused projection that the file does not adapt."""
@@ -174,7 +174,7 @@ class ModelNames:
         self.file, self.models, self.weights = file, models, ModelWeights(models)
         self._names = Names(self.weights)
 
-    def read(self, key: str) -> Target:
+    def read(self, key: str) -> ModuleGroup:
         """See `Names.read`. A name that is the model's own is not looked up: what does not fit is said on loading."""
         own = self.file.named(key)
         if own is None:
@@ -182,7 +182,7 @@ class ModelNames:
         component = self.component(own)
         model = self.models.get(component)
         bare = model is not None and not hasattr(model, "text_model")  # transformers 5 has dropped it in one encoder
-        return Target((Name(component, own.path.removeprefix(TEXT_PREFIX) if bare else own.path),))
+        return ModuleGroup((Name(component, own.path.removeprefix(TEXT_PREFIX) if bare else own.path),))
 
     def component(self, name: Name) -> str:
         """The component of a name, which a file for any model does not have."""
@@ -225,27 +225,27 @@ def stand_in(layer: LayerState) -> Tensor:
     return W0 * (wanted / exact.norms(W0, layer.axis))
 
 
-def _split(target: Target, layer: LayerState) -> list[LayerState]:
-    if len(target.names) == 1 and not target.modulation:
+def _split(group: ModuleGroup, layer: LayerState) -> list[LayerState]:
+    if len(group.names) == 1 and not group.modulation:
         return [layer]
     if layer.axis == "in":
         raise ValueError("its magnitude scales the input columns of a fused projection, which cannot be divided")
     for name in ("diff", "weight"):
         if name in layer.tensors:
-            parts = fused.split_rows(target, layer.tensors[name])
+            parts = fused.split_rows(group, layer.tensors[name])
             return [replace(layer, tensors={name: part}) for part in parts]
     if "lora_A" not in layer.tensors:
         raise ValueError("it is a fused projection without A and B, which is not supported")
-    return [_state(factors, layer) for factors in fused.split(target, _factors(layer))]
+    return [_state(factors, layer) for factors in fused.split(group, _factors(layer))]
 
 
-def _fuse(target: Target, layers: list[LayerState | None], W0s: list[Tensor]) -> LayerState:
+def _fuse(group: ModuleGroup, layers: list[LayerState | None], W0s: list[Tensor]) -> LayerState:
     """The adapter of stacked weights; a difference where the parts have no A, or magnitudes of input columns."""
     pairs = list(zip(layers, W0s, strict=True))
     given = [layer for layer in layers if layer is not None]
     if any(layer.axis == "in" or "lora_A" not in layer.tensors for layer in given):
         D = [W0.new_zeros(W0.shape) if layer is None else exact.new_weight(layer, W0) - W0 for layer, W0 in pairs]
-        return LayerState(DoRASpec(method="full"), {"diff": fused.stack_rows(target, D)})
+        return LayerState(DoRASpec(method="full"), {"diff": fused.stack_rows(group, D)})
     dora = any("magnitude" in layer.tensors for layer in given)
     parts = []
     for layer, W0 in pairs:
@@ -253,7 +253,7 @@ def _fuse(target: Target, layers: list[LayerState | None], W0s: list[Tensor]) ->
             parts.append(_factors(exact.paper_form(layer, W0, magnitude=dora)))
         else:
             parts.append(fused.untouched(W0.shape[0], W0.shape[1], exact.norms(W0, "out").flatten() if dora else None))
-    return _state(fused.fuse(target, parts), LayerState(DoRASpec(method="dora" if dora else "lora"), {}))
+    return _state(fused.fuse(group, parts), LayerState(DoRASpec(method="dora" if dora else "lora"), {}))
 
 
 def _factors(layer: LayerState) -> Factors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Row(NamedTuple):
+class RegistryEntry(NamedTuple):
     """Where a tool or a target is, as the module in `tools/` and the name in it, and what people call it."""
 
     where: str
@@ -17,32 +17,32 @@ class Row(NamedTuple):
 
 
 TOOLS = {  # files are recognised by the first that matches
-    "dora_mm": Row("native.TOOL", "dora_mm"),
-    "nvlabs": Row("nvlabs.TOOL", "NVlabs/DoRA"),
-    "onetrainer": Row("onetrainer.TOOL", "OneTrainer"),
-    "ai-toolkit": Row("ai_toolkit.TOOL", "ai-toolkit"),
-    "peft": Row("peft.TOOL", "PEFT"),
-    "diffusers": Row("diffusers.TOOL", "diffusers"),
-    "comfy-2025": Row("comfy.TOOL_2025", "ComfyUI of 2025, Forge"),
-    "comfy-15458": Row("comfy.TOOL_15458", "ComfyUI after its pull request 15458"),
-    "lycoris": Row("lycoris.TOOL", "LyCORIS, sd-scripts"),
-    "a1111": Row("a1111.TOOL", "AUTOMATIC1111"),
-    "sdnext": Row("sdnext.TOOL", "SD.Next"),
-    "invokeai": Row("invokeai.TOOL", "InvokeAI"),
+    "dora_mm": RegistryEntry("native.TOOL", "dora_mm"),
+    "nvlabs": RegistryEntry("nvlabs.TOOL", "NVlabs/DoRA"),
+    "onetrainer": RegistryEntry("onetrainer.TOOL", "OneTrainer"),
+    "ai-toolkit": RegistryEntry("ai_toolkit.TOOL", "ai-toolkit"),
+    "peft": RegistryEntry("peft.TOOL", "PEFT"),
+    "diffusers": RegistryEntry("diffusers.TOOL", "diffusers"),
+    "comfy-2025": RegistryEntry("comfy.TOOL_2025", "ComfyUI of 2025, Forge"),
+    "comfy-15458": RegistryEntry("comfy.TOOL_15458", "ComfyUI after its pull request 15458"),
+    "lycoris": RegistryEntry("lycoris.TOOL", "LyCORIS, sd-scripts"),
+    "a1111": RegistryEntry("a1111.TOOL", "AUTOMATIC1111"),
+    "sdnext": RegistryEntry("sdnext.TOOL", "SD.Next"),
+    "invokeai": RegistryEntry("invokeai.TOOL", "InvokeAI"),
 }
-JUDGED = tuple(name for name in TOOLS if name != "dora_mm")  # of `verify`: we compute what a file means
+OTHER_TOOLS = tuple(name for name in TOOLS if name != "dora_mm")  # of `verify`: we compute what a file means
 TARGETS = {  # of `convert`
-    "peft": Row("peft.EXPORT", "a folder of PEFT"),
-    "diffusers": Row("diffusers.EXPORT", "pytorch_lora_weights.safetensors of diffusers"),
-    "kohya": Row("lycoris.EXPORT", "LyCORIS, sd-scripts and SD.Next"),
-    "comfy": Row("", "two files for any version of ComfyUI"),
-    "comfy-2025": Row("comfy.EXPORT_2025", "ComfyUI of 2025, Forge"),
-    "comfy-15458": Row("comfy.EXPORT_15458", "ComfyUI after its pull request 15458"),
-    "diff": Row("comfy.EXPORT_DIFF", "the change of each weight: large, and read by all web UIs"),
-    "lora": Row("", "plain LoRA, which keeps as much as --rank or --energy says"),
-    "merged": Row("", "a copy of the model with the new weights"),
-    "onetrainer": Row("onetrainer.EXPORT", "to go on with training in OneTrainer"),
-    "ai-toolkit": Row("ai_toolkit.EXPORT", "to go on with training in ai-toolkit"),
+    "peft": RegistryEntry("peft.EXPORT", "a folder of PEFT"),
+    "diffusers": RegistryEntry("diffusers.EXPORT", "pytorch_lora_weights.safetensors of diffusers"),
+    "kohya": RegistryEntry("lycoris.EXPORT", "LyCORIS, sd-scripts and SD.Next"),
+    "comfy": RegistryEntry("", "two files for any version of ComfyUI"),
+    "comfy-2025": RegistryEntry("comfy.EXPORT_2025", "ComfyUI of 2025, Forge"),
+    "comfy-15458": RegistryEntry("comfy.EXPORT_15458", "ComfyUI after its pull request 15458"),
+    "diff": RegistryEntry("comfy.EXPORT_DIFF", "the change of each weight: large, and read by all web UIs"),
+    "lora": RegistryEntry("", "plain LoRA, which keeps as much as --rank or --energy says"),
+    "merged": RegistryEntry("", "a copy of the model with the new weights"),
+    "onetrainer": RegistryEntry("onetrainer.EXPORT", "to go on with training in OneTrainer"),
+    "ai-toolkit": RegistryEntry("ai_toolkit.EXPORT", "to go on with training in ai-toolkit"),
 }
 
 

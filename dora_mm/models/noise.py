@@ -12,7 +12,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-Size = Sequence[int]  # (h, w) of latents
+LatentSize = Sequence[int]  # (h, w) of latents
 
 
 def is_flow(scheduler: Any) -> bool:
@@ -31,7 +31,7 @@ class NoiseProcess(Protocol):
     prediction: str
     num_steps: int | None
 
-    def times(self, u: Tensor, size: Size) -> Tensor:
+    def times(self, u: Tensor, size: LatentSize) -> Tensor:
         """The times (B,) at shares u (B,) of the way from no noise, 0, to noise alone, 1."""
         ...
 
@@ -76,7 +76,7 @@ class Diffusion:
         if self.prediction == "epsilon" and self.schedule.config.rescale_betas_zero_snr:
             raise ValueError("The model's schedule ends without any signal, which needs v_prediction, not epsilon.")
 
-    def times(self, u: Tensor, size: Size) -> Tensor:
+    def times(self, u: Tensor, size: LatentSize) -> Tensor:
         steps = self.schedule.config.num_train_timesteps
         return (steps * u).long().clamp(max=steps - 1)
 
@@ -137,7 +137,7 @@ class Flow:
         mu = config.base_shift + slope * (num_tokens - config.base_image_seq_len)
         return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
-    def schedule(self, num_steps: int, size: Size) -> list[float]:
+    def schedule(self, num_steps: int, size: LatentSize) -> list[float]:
         """The noise levels of sampling in `num_steps` steps, from noise; the last step ends at 0, which is left out.
 
         Where the scheduler has a `shift_terminal`, they are stretched so that the last one is that.
@@ -153,7 +153,7 @@ class Flow:
         found: Any = FlowMatchEulerDiscreteScheduler.from_config(self.config, **as_they_are)
         return found
 
-    def times(self, u: Tensor, size: Size) -> Tensor:
+    def times(self, u: Tensor, size: LatentSize) -> Tensor:
         return self.sigma(u, self._num_tokens(size))
 
     def noised(self, x: Tensor, e: Tensor, t: Tensor) -> Tensor:
@@ -169,5 +169,5 @@ class Flow:
     def signal_to_noise(self, t: Tensor) -> Tensor:
         return ((1 - t) / t).square().float()
 
-    def _num_tokens(self, size: Size) -> int:
+    def _num_tokens(self, size: LatentSize) -> int:
         return (size[0] // self.patch) * (size[1] // self.patch)

@@ -6,8 +6,7 @@ from contextlib import ExitStack, contextmanager
 from PIL import Image
 from torch import nn
 
-from dora_mm.config.judge import DrawConfig
-from dora_mm.config.pictures import SampleConfig
+from dora_mm.config.pictures import DrawConfig, SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.quantized import DoRAQuantized

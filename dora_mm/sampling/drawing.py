@@ -18,10 +18,10 @@ from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.sampling.before_after import weights_computed_once
 from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
-from dora_mm.sampling.manifest import MANIFEST, Entry, read_manifest, write_manifest
-from dora_mm.sampling.pictures import PictureSampler, Progress, UnusablePictureError
+from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest, write_manifest
+from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
-from dora_mm.sampling.strengths import Strength
+from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils.atomic import remove_partial_files
 from dora_mm.utils.digest import file_digest
 
@@ -30,11 +30,11 @@ SAMPLES = "samples"
 SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
-LoadAdapter = Callable[[str, Strength, str], object]  # loads the adapter of a path, at a strength, under a name
+LoadAdapter = Callable[[str, HashableStrength, str], object]  # loads the adapter of a path, at a strength, under a name
 
 
 @dataclass
-class Job:
+class PictureJob:
     """The pictures of a job, and what has become of them.
 
     Attributes:
@@ -59,11 +59,11 @@ class Job:
         """The file of a picture."""
         return self.folder / SAMPLES / self.names[index]
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[ManifestEntry]:
         """The entries of the manifest, in the order of the pictures."""
         batch_of = {index: number for number, batch in enumerate(self.batches, 1) for index in batch}
         return [
-            Entry(
+            ManifestEntry(
                 row=picture.row,
                 file=f"{SAMPLES}/{self.names[index]}",
                 status="done" if index in self.done else "failed" if index in self.failed else "missing",
@@ -104,7 +104,7 @@ def plan(
     adapters: Mapping[str, tuple[str, str]],
     environment: Mapping[str, Any],
     software: Mapping[str, str | None],
-) -> Job:
+) -> PictureJob:
     """Plans the batches of a job, and describes every picture.
 
     Args:
@@ -131,10 +131,10 @@ def plan(
         for group in groups
         for position, index in enumerate(group)
     }
-    return Job(folder, pictures, file_names(pictures), groups, [descriptions[i] for i in range(len(pictures))])
+    return PictureJob(folder, pictures, file_names(pictures), groups, [descriptions[i] for i in range(len(pictures))])
 
 
-def check_what_is_there(job: Job) -> None:
+def check_what_is_there(job: PictureJob) -> None:
     """Finds the pictures of a job that were drawn already, and verifies their files.
 
     Files that are damaged, or that an earlier version of the job drew with other settings, are named in the log; they
@@ -181,7 +181,7 @@ def recorded_digests(folder: Path) -> dict[str, str]:
         return {}
 
 
-def draw(job: Job, sampler: PictureSampler, networks: Iterable[nn.Module], load: LoadAdapter) -> None:
+def draw(job: PictureJob, sampler: PictureSampler, networks: Iterable[nn.Module], load: LoadAdapter) -> None:
     """Draws the pictures that are missing, and writes the manifest.
 
     A batch with a missing picture is drawn as a whole, since rounding depends on the batch. Every picture is saved the
@@ -198,7 +198,7 @@ def draw(job: Job, sampler: PictureSampler, networks: Iterable[nn.Module], load:
     write_manifest(job.folder, job.entries())
     next_manifest = time.monotonic() + SECONDS_BETWEEN_MANIFESTS
     try:
-        with Progress(sum(map(len, open_batches)), "pictures") as progress:
+        with PictureProgress(sum(map(len, open_batches)), "pictures") as progress:
             for weights, same_weights in groupby(open_batches, key=lambda batch: job.pictures[batch[0]].weights):
                 with adapted(networks, weights, load):
                     sampler.forget_prompts()
@@ -238,7 +238,7 @@ def remove_adapters(networks: Iterable[nn.Module]) -> None:
             remove(network)
 
 
-def draw_batch(job: Job, batch: Sequence[int], sampler: PictureSampler) -> None:
+def draw_batch(job: PictureJob, batch: Sequence[int], sampler: PictureSampler) -> None:
     """Draws one batch, and saves the pictures of it that are missing."""
     pictures = [job.pictures[index] for index in batch]
     settings = job.descriptions[batch[0]].settings

@@ -15,8 +15,6 @@ LONGEST = 16_000  # pixels: many pictures are made smaller, for sheets that prog
 MAX_LINES = 8  # of a label; the whole text is in the manifest and in the gallery
 INK, LINE, PAPER = "#222222", "#888888", "white"
 
-Lines = list[str]
-
 
 def sheet(
     rows: Sequence[Sequence[Image.Image | None]],
@@ -128,13 +126,13 @@ class _Table:
     def line_height(self) -> int:
         return sum(self.font.getmetrics())
 
-    def wrapped(self, label: str, width: float) -> Lines:
+    def wrapped(self, label: str, width: float) -> list[str]:
         return wrap(label, width, self.font, MAX_LINES)
 
-    def text_height(self, lines: Lines) -> int:
+    def text_height(self, lines: list[str]) -> int:
         return self.line_height * len(lines)
 
-    def write(self, draw: ImageDraw.ImageDraw, lines: Lines, x: float, y: float, anchor: str) -> None:
+    def write(self, draw: ImageDraw.ImageDraw, lines: list[str], x: float, y: float, anchor: str) -> None:
         for number, line in enumerate(lines):
             draw.text((x, y + number * self.line_height), line, INK, self.font, anchor=anchor)
 

@@ -17,14 +17,14 @@ from dora_mm.config.loader import find_path
 from dora_mm.config.pictures import PixelSize, SchedulerName
 from dora_mm.config.report import nearest
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
-from dora_mm.sampling.strengths import Strength, is_zero, parse_strength, scaled, strength_text
+from dora_mm.sampling.strengths import HashableStrength, is_zero, parse_strength, scaled, strength_text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 DELIMITERS = ",;\t|"
 NO_ADAPTER = "none"
 MOST_SEEDS = 10_000  # of a range: a typing error should not fill the disk
 
-Weights = tuple[tuple[str, Strength], ...]  # adapters by path, each with its strength
+Weights = tuple[tuple[str, HashableStrength], ...]  # adapters by path, each with its strength
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def parse_adapters(value: Any) -> Any:
     return tuple(_with_strength(part.strip()) for part in parts)
 
 
-def _with_strength(text: str) -> tuple[str, Strength]:
+def _with_strength(text: str) -> tuple[str, HashableStrength]:
     path, colon, end = text.rpartition(":")
     strength = parse_strength(end) if colon and find_path(text) is None else None
     return (text, 1.0) if strength is None else (path, strength)
@@ -121,7 +121,7 @@ def adapters_text(adapters: Weights) -> str | None:
     )
 
 
-class Row(Section):
+class JobRow(Section):
     """A row of a job file. What it leaves out, or leaves empty, is as in the config."""
 
     model_config = ConfigDict(strict=False, str_strip_whitespace=True)
@@ -134,11 +134,11 @@ class Row(Section):
     width: PixelSize | None = None
     height: PixelSize | None = None
     scheduler: SchedulerName | None = None
-    adapter: Annotated[tuple[tuple[Text, Strength], ...], BeforeValidator(parse_adapters)] | None = None
+    adapter: Annotated[tuple[tuple[Text, HashableStrength], ...], BeforeValidator(parse_adapters)] | None = None
     strength: float | None = None
 
 
-def read_job(path: Path) -> list[Row]:
+def read_job(path: Path) -> list[JobRow]:
     """Reads a job file.
 
     Args:
@@ -170,16 +170,16 @@ def read_job(path: Path) -> list[Row]:
     return [row for row in rows if row is not None]
 
 
-Lines = Iterable[tuple[int, Mapping[str, Any]]]  # the number of each line, and what it says by column
+NumberedLines = Iterable[tuple[int, Mapping[str, Any]]]  # the number of each line, and what it says by column
 
 
-def _text_rows(path: Path, text: str, problems: list[str]) -> Lines:
+def _text_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, {"prompt": line}
 
 
-def _json_rows(path: Path, text: str, problems: list[str]) -> Lines:
+def _json_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -194,7 +194,7 @@ def _json_rows(path: Path, text: str, problems: list[str]) -> Lines:
             problems.append(f'line {number} is not a JSON object such as {{"prompt": ...}}')
 
 
-def _table_rows(path: Path, text: str, problems: list[str]) -> Lines:
+def _table_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -204,7 +204,7 @@ def _table_rows(path: Path, text: str, problems: list[str]) -> Lines:
                 continue
             if not header:
                 header = [cell.strip() for cell in cells]
-                if unknown := [name for name in header if name not in Row.model_fields]:
+                if unknown := [name for name in header if name not in JobRow.model_fields]:
                     problems += [f"line 1: unknown column {_unknown(name)}" for name in unknown]
                     return
                 if len(set(header)) < len(header):
@@ -226,14 +226,14 @@ def _delimiter(text: str) -> str:
     first = next((line for line in text.split("\n") if line.strip()), "")
 
     def known(delimiter: str) -> int:
-        return sum(cell.strip(' "\r') in Row.model_fields for cell in first.split(delimiter))
+        return sum(cell.strip(' "\r') in JobRow.model_fields for cell in first.split(delimiter))
 
     return max(DELIMITERS, key=known)
 
 
-def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> Row | None:
+def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> JobRow | None:
     try:
-        return Row.model_validate(dict(values))
+        return JobRow.model_validate(dict(values))
     except ValidationError as error:
         for item in error.errors(include_url=False):
             column = str(item["loc"][0])
@@ -248,7 +248,7 @@ def parse_setting(column: str, value: Any) -> Any:
         ValueError: The value cannot be used.
     """
     try:
-        return getattr(Row.model_validate({"prompt": "a", column: value}), column)
+        return getattr(JobRow.model_validate({"prompt": "a", column: value}), column)
     except ValidationError as error:
         raise ValueError(_problem(column, error.errors(include_url=False)[0])) from None
 
@@ -263,14 +263,16 @@ def _problem(column: str, item: Any) -> str:
 
 
 def _unknown(name: str) -> str:
-    columns = list(Row.model_fields)
+    columns = list(JobRow.model_fields)
     return f"{name!r}{nearest(name, columns) or ', the columns are ' + ', '.join(columns)}"
 
 
 # --- the pictures of a job, their files and batches ------------------------------------------------------------------
 
 
-def expand(rows: Sequence[Row], template: Picture, seeds: Sequence[int], strengths: Sequence[float]) -> list[Picture]:
+def expand(
+    rows: Sequence[JobRow], template: Picture, seeds: Sequence[int], strengths: Sequence[float]
+) -> list[Picture]:
     """Lists the pictures of a job.
 
     Args:

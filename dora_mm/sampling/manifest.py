@@ -14,7 +14,7 @@ MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ManifestEntry:
     """One picture of a run.
 
     Attributes:
@@ -39,12 +39,12 @@ class Entry:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def write_manifest(run: Path, entries: Iterable[Entry]) -> None:
+def write_manifest(run: Path, entries: Iterable[ManifestEntry]) -> None:
     """Writes the manifest of a run directory, atomically."""
     write_text(run / MANIFEST, "".join(json.dumps(asdict(entry)) + "\n" for entry in entries))
 
 
-def read_manifest(run: Path) -> list[Entry]:
+def read_manifest(run: Path) -> list[ManifestEntry]:
     """Reads the manifest of a run directory.
 
     Raises:
@@ -54,6 +54,6 @@ def read_manifest(run: Path) -> list[Entry]:
     if not file.is_file():
         raise ValueError(f"{run} is not a run that drew pictures: it has no {MANIFEST}")
     try:
-        return [Entry(**json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return [ManifestEntry(**json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and repeat the command of the run") from None

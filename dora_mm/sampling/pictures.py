@@ -186,7 +186,7 @@ def sample(
     for index, (job, _) in enumerate(jobs):
         groups.setdefault(sampler.length(job), []).append(index)
     pictures: dict[int, Any] = {}
-    with Progress(len(jobs), description) as progress:
+    with PictureProgress(len(jobs), description) as progress:
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 batch = group[start : start + batch_size]
@@ -200,7 +200,7 @@ def sample(
     return [pictures[index] for index in range(len(jobs))]
 
 
-class Progress:
+class PictureProgress:
     """A progress bar over pictures, or lines in the log without a terminal.
 
     Args:
@@ -214,7 +214,7 @@ class Progress:
         self.description = None if shown else description
         self.total, self.done, self.last_line = total, 0, time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> PictureProgress:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import PIL
 from PIL import Image, PngImagePlugin
 
-from dora_mm.sampling.strengths import Strength, strength_text
+from dora_mm.sampling.strengths import HashableStrength, strength_text
 from dora_mm.utils.atomic import write_atomically
 
 JSON_CHUNK, A1111_CHUNK = "dora_mm", "parameters"
@@ -57,7 +57,7 @@ class UsedAdapter:
     """
 
     path: str
-    strength: Strength
+    strength: HashableStrength
     digest: str
     hash: str
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import MemoryConfig, PicturesConfig
-from dora_mm.sampling.drawing import Job, draw
+from dora_mm.sampling.drawing import PictureJob, draw
 from dora_mm.sampling.jobs import Picture
-from dora_mm.sampling.loaded import LoadedModel, load_model
 from dora_mm.sampling.manifest import write_manifest
+from dora_mm.sampling.model import LoadedModel, load_model
 from dora_mm.sampling.png import Description, read_description
 
 
@@ -70,7 +70,7 @@ def check_unchanged(description: Description, loaded: LoadedModel) -> None:
             raise ValueError(f"the adapter {adapter.path} has changed since the picture was drawn")
 
 
-def job_of(description: Description, loaded: LoadedModel, folder: Path, name: str) -> Job:
+def job_of(description: Description, loaded: LoadedModel, folder: Path, name: str) -> PictureJob:
     """A job of the batch of a picture, of which only this picture is missing."""
     adapters = tuple((adapter.path, adapter.strength) for adapter in description.adapters)
     pictures = [

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from dora_mm.sampling.axes import WITHOUT
-from dora_mm.sampling.drawing import Job
+from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import contact_sheet, sheet
 from dora_mm.sampling.jobs import Picture
 from dora_mm.utils.atomic import write_atomically
@@ -18,7 +18,7 @@ PICTURES_PER_SHEET = 60
 CONTACT_COLUMNS = 6
 
 
-def save_sheets(job: Job) -> list[Path]:
+def save_sheets(job: PictureJob) -> list[Path]:
     """Saves the sheets of a job: sheet.png, or sheet-01.png and so on where there are many pictures.
 
     Where every row and seed was drawn at the same strengths, and at several, those are the columns.
@@ -50,7 +50,7 @@ def strength_columns(pictures: Sequence[Picture]) -> list[float]:
     return first if len(first) > 1 and all(other == first for other in others) else []
 
 
-def draw_sheet(job: Job, indices: Sequence[int], strengths: Sequence[float]) -> Image.Image:
+def draw_sheet(job: PictureJob, indices: Sequence[int], strengths: Sequence[float]) -> Image.Image:
     """Draws a sheet of some pictures of a job, in rows of `strengths`, or in reading order where there are none."""
     pictures = [thumbnail(job.file(index)) if index in job.done else None for index in indices]
     shown = [name for name in ("seed", "strength") if len({getattr(p, name) for p in job.pictures}) > 1]
@@ -88,7 +88,7 @@ def save_atomically(file: Path, picture: Image.Image) -> None:
     write_atomically(file, lambda partial: picture.save(partial, "PNG"))
 
 
-def save_grid(job: Job, file: Path, row_labels: Sequence[str], column_labels: Sequence[str]) -> None:
+def save_grid(job: PictureJob, file: Path, row_labels: Sequence[str], column_labels: Sequence[str]) -> None:
     """Saves the sheet of a job whose pictures are the cells of a grid, row by row."""
     pictures = [thumbnail(job.file(index)) if index in job.done else None for index in range(len(job.pictures))]
     width = len(column_labels)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dora_mm.targets.blocks import Block, compose, either
 
 
-class Row(NamedTuple):
+class LayerNames(NamedTuple):
     """How a family of models names its layers."""
 
     types: str  # the model types of transformers that have these names
@@ -28,23 +28,23 @@ LLAMAS = """
     smollm3 stablelm vaultgemma
 """
 TABLE = (
-    Row(LLAMAS, "layers", QKVO, 4, r"mlp\.(gate|up|down)_proj", 3),
-    Row("apertus arcee jais2 nemotron", "layers", QKVO, 4, r"mlp\.(up|down)_proj", 2),
-    Row("glm glm4", "layers", QKVO, 4, r"mlp\.(gate_up|down)_proj", 2),
-    Row("phi3", "layers", r"self_attn\.(qkv|o)_proj", 2, r"mlp\.(gate_up|down)_proj", 2),
-    Row("phi", "layers", r"self_attn\.((q|k|v)_proj|dense)", 4, r"mlp\.fc[12]", 2),
-    Row("nanochat", "layers", QKVO, 4, r"mlp\.fc[12]", 2),
-    Row("starcoder2", "layers", QKVO, 4, r"mlp\.c_(fc|proj)", 2),
-    Row("persimmon", "layers", rf"self_attn\.{FUSED}", 2, UP4, 2),
-    Row("gpt_neox gpt_neox_japanese", "layers", rf"attention\.{FUSED}", 2, UP4, 2),
-    Row("bloom falcon", "h", rf"self_attention\.{FUSED}", 2, UP4, 2),
-    Row("gpt2 gpt_bigcode openai-gpt", "h", r"attn\.c_(attn|proj)", 2, r"mlp\.c_(fc|proj)", 2),
-    Row("gpt_neo", "h", r"attn\.attention\.(q|k|v|out)_proj", 4, r"mlp\.c_(fc|proj)", 2),
-    Row("gptj", "h", r"attn\.(q|k|v|out)_proj", 4, r"mlp\.fc_(in|out)", 2),
-    Row("codegen", "h", r"attn\.(qkv|out)_proj", 2, r"mlp\.fc_(in|out)", 2),
-    Row("mpt", "blocks", r"attn\.(Wqkv|out_proj)", 2, r"ffn\.(up|down)_proj", 2),
-    Row("biogpt xglm", "layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
-    Row("opt", r"decoder\.layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
+    LayerNames(LLAMAS, "layers", QKVO, 4, r"mlp\.(gate|up|down)_proj", 3),
+    LayerNames("apertus arcee jais2 nemotron", "layers", QKVO, 4, r"mlp\.(up|down)_proj", 2),
+    LayerNames("glm glm4", "layers", QKVO, 4, r"mlp\.(gate_up|down)_proj", 2),
+    LayerNames("phi3", "layers", r"self_attn\.(qkv|o)_proj", 2, r"mlp\.(gate_up|down)_proj", 2),
+    LayerNames("phi", "layers", r"self_attn\.((q|k|v)_proj|dense)", 4, r"mlp\.fc[12]", 2),
+    LayerNames("nanochat", "layers", QKVO, 4, r"mlp\.fc[12]", 2),
+    LayerNames("starcoder2", "layers", QKVO, 4, r"mlp\.c_(fc|proj)", 2),
+    LayerNames("persimmon", "layers", rf"self_attn\.{FUSED}", 2, UP4, 2),
+    LayerNames("gpt_neox gpt_neox_japanese", "layers", rf"attention\.{FUSED}", 2, UP4, 2),
+    LayerNames("bloom falcon", "h", rf"self_attention\.{FUSED}", 2, UP4, 2),
+    LayerNames("gpt2 gpt_bigcode openai-gpt", "h", r"attn\.c_(attn|proj)", 2, r"mlp\.c_(fc|proj)", 2),
+    LayerNames("gpt_neo", "h", r"attn\.attention\.(q|k|v|out)_proj", 4, r"mlp\.c_(fc|proj)", 2),
+    LayerNames("gptj", "h", r"attn\.(q|k|v|out)_proj", 4, r"mlp\.fc_(in|out)", 2),
+    LayerNames("codegen", "h", r"attn\.(qkv|out)_proj", 2, r"mlp\.fc_(in|out)", 2),
+    LayerNames("mpt", "blocks", r"attn\.(Wqkv|out_proj)", 2, r"ffn\.(up|down)_proj", 2),
+    LayerNames("biogpt xglm", "layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
+    LayerNames("opt", r"decoder\.layers", r"self_attn\.(q|k|v|out)_proj", 4, "fc[12]", 2),
 )
 MODEL_TYPES = tuple(name for row in TABLE for name in row.types.split())
 MIXTURES = (
@@ -70,7 +70,7 @@ def decoder(prefix: str) -> Block:
     return either(*(block_of(row, prefix) for row in TABLE))
 
 
-def block_of(row: Row, prefix: str) -> Block:
+def block_of(row: LayerNames, prefix: str) -> Block:
     """The blocks of the models of one row."""
     parts = {"text.attn": (row.attention, row.num_attention), "text.mlp": (row.mlp, row.num_mlp)}
     return Block(rf"{prefix}{row.blocks}\.\d+", parts)

@@ -31,7 +31,7 @@ from dora_mm.eval.timing import alternate
 from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.drawing import adapted, draw_batch
 from dora_mm.sampling.jobs import Picture
-from dora_mm.sampling.loaded import load_model
+from dora_mm.sampling.model import load_model
 
 MODEL = "samples/tiny-sdxl"
 PROMPTS = ["a flat icon of a bus", "a flat icon of a rose", "a flat icon of a temple", "a flat icon of an alien"]

@@ -5,7 +5,7 @@ from unittest.mock import create_autospec
 import pytest
 
 from dora_mm import cli
-from dora_mm.formats.registry import JUDGED, TARGETS
+from dora_mm.formats.registry import OTHER_TOOLS, TARGETS
 from dora_mm.recipes import PIPELINES
 
 COMMANDS = {  # with the recipes of those that take no config
@@ -40,7 +40,7 @@ def test_help_is_quick_and_loads_no_torch():
         assert f"usage: dora-mm {command} " in done.stdout
 
 
-@pytest.mark.parametrize(("command", "names"), [("convert", TARGETS), ("verify", JUDGED)])
+@pytest.mark.parametrize(("command", "names"), [("convert", TARGETS), ("verify", OTHER_TOOLS)])
 def test_help_lists_all_targets_and_tools(command, names, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])

@@ -9,9 +9,8 @@ from dora_mm.adapting.parts import full_name
 from dora_mm.backend import BACKENDS
 from dora_mm.config.adapter import IMAGE_PARTS, VL_PARTS, AdapterConfig, PartConfig
 from dora_mm.config.images import LossConfig
-from dora_mm.config.judge import ConceptChoice, EvalDiffusionConfig
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
-from dora_mm.config.pictures import Axis, PicturesConfig
+from dora_mm.config.pictures import Axis, ConceptChoice, EvalDiffusionConfig, PicturesConfig
 from dora_mm.config.schema import Section
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.config.vl import TrainVLConfig

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
+from dora_mm.config.checks import check_changes
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.pipelines import SCHEMAS
-from dora_mm.config.resuming import check_changes
 
 SMALLEST = """\
 pipeline: train_diffusion

@@ -220,7 +220,7 @@ def test_a_norm_without_alpha_is_imported_exactly(tmp_path):
 
 
 def test_a_tool_that_computes_something_else_is_not_written_for(source, tmp_path, monkeypatch):
-    wrong = replace(EXPORTS["kohya"], judges=("a1111",))
+    wrong = replace(EXPORTS["kohya"], read_by=("a1111",))
     monkeypatch.setitem(EXPORTS, "kohya", wrong)
     with pytest.raises(ValueError, match=r"AUTOMATIC1111 takes the norms of input columns.*--allow-lossy"):
         convert(source, tmp_path / "new.safetensors", to="kohya", base=BASE)

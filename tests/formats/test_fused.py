@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dora_mm.formats.algebra.fused import Factors, fuse, split, split_rows, stack_rows, untouched
-from dora_mm.formats.naming.names import Name, Target
+from dora_mm.formats.naming.names import ModuleGroup, Name
 
-QKV = Target(tuple(Name("transformer", f"to_{x}") for x in "qkv"))
-FLUX_SINGLE = Target(tuple(Name("transformer", x) for x in ("to_q", "to_k", "to_v", "proj_mlp")))
-SHIFT_SCALE = Target((Name("transformer", "norm_out.linear"),), modulation=True)
+QKV = ModuleGroup(tuple(Name("transformer", f"to_{x}") for x in "qkv"))
+FLUX_SINGLE = ModuleGroup(tuple(Name("transformer", x) for x in ("to_q", "to_k", "to_v", "proj_mlp")))
+SHIFT_SCALE = ModuleGroup((Name("transformer", "norm_out.linear"),), modulation=True)
 
 
 def factors(out_features, in_features, rank, alpha, seed, dora=True):

@@ -19,7 +19,7 @@ from dora_mm.train import jobs
 from dora_mm.train.campaigns import trainings
 from dora_mm.train.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
 from dora_mm.train.campaigns.trainings import Training, Trainings
-from dora_mm.train.jobs import Job
+from dora_mm.train.subprocesses import TrainingProcess
 from tests.models.vl_bart.small import DIM, small_bart, small_tokenizer
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "vl"
@@ -132,9 +132,9 @@ def commands(monkeypatch):
     def in_this_process(name, arguments, log_file, threads):
         found.append(arguments)
         assert main(arguments) == 0
-        return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
+        return TrainingProcess(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
-    monkeypatch.setattr(trainings, "start_job", in_this_process)
+    monkeypatch.setattr(trainings, "start_process", in_this_process)
     monkeypatch.setattr(jobs, "POLL_SECONDS", 0.0)
     return found
 

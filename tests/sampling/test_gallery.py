@@ -15,8 +15,8 @@ from PIL import Image
 
 from dora_mm.cli import main
 from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.gallery.data import Picture, befores, gallery_data, groups
-from dora_mm.sampling.manifest import MANIFEST, Entry, read_manifest, write_manifest
+from dora_mm.sampling.gallery.data import GalleryPicture, befores, gallery_data, groups
+from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest, write_manifest
 
 HOSTILE = [
     "</script><script>document.title = 'broken'</script>",
@@ -30,12 +30,12 @@ HOSTILE = [
 ]
 
 
-def entry(row=1, file="1.png", status="done", reason=None, scores=(), **settings) -> Entry:
+def entry(row=1, file="1.png", status="done", reason=None, scores=(), **settings) -> ManifestEntry:
     settings = {"prompt": "a bus", "seed": 0, "model": "tiny", "adapter": None, "strength": None, **settings}
-    return Entry(row, file, status, 1, settings, reason=reason, scores=dict(scores))
+    return ManifestEntry(row, file, status, 1, settings, reason=reason, scores=dict(scores))
 
 
-def make_run(folder: Path, entries: list[Entry], size: tuple[int, int] = (48, 32)) -> Path:
+def make_run(folder: Path, entries: list[ManifestEntry], size: tuple[int, int] = (48, 32)) -> Path:
     """A run with a picture for every entry that is done, in a colour of its own."""
     for number, made in enumerate(entries):
         if made.status == "done":
@@ -65,8 +65,8 @@ def data_of(page: Path) -> dict:
     return json.loads(found[0])
 
 
-def shown(run: str, **settings) -> Picture:
-    return Picture(run, entry(**settings), file="1.png", thumbnail="1.png", size=(8, 8))
+def shown(run: str, **settings) -> GalleryPicture:
+    return GalleryPicture(run, entry(**settings), file="1.png", thumbnail="1.png", size=(8, 8))
 
 
 # --- what belongs together --------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_other_settings_tell_befores_apart_if_both_sides_have_them():
 
 
 def test_a_picture_that_was_not_drawn_is_no_before():
-    missing = Picture("a", entry(status="failed", reason="black"))
+    missing = GalleryPicture("a", entry(status="failed", reason="black"))
     assert befores([missing, shown("a", adapter="x", strength=1.0)]) == [None, None]
 
 
@@ -120,8 +120,8 @@ def test_pictures_of_runs_that_share_adapters_are_told_apart_by_them():
 def test_columns_and_exact_values():
     large = 2**63 + 1
     pictures = [
-        Picture("a", entry(seed=large, scores={"log-odds": 1.5}, sizes=[1, {"a": 2}])),
-        Picture("a", entry(2, seed=3, scores={"log-odds": float("nan")})),
+        GalleryPicture("a", entry(seed=large, scores={"log-odds": 1.5}, sizes=[1, {"a": 2}])),
+        GalleryPicture("a", entry(2, seed=3, scores={"log-odds": float("nan")})),
     ]
     data = gallery_data(pictures)
     columns = {column["name"]: column for column in data["columns"]}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.sampling.jobs import Picture, Row, adapters_text, batches, expand, file_names, parse_adapters, read_job
+from dora_mm.sampling.jobs import JobRow, Picture, adapters_text, batches, expand, file_names, parse_adapters, read_job
 from dora_mm.sampling.strengths import as_strength
 
 TEMPLATE = Picture(0, "", None, 0, 25, 5.0, None, None, None, (("a.safetensors", 0.8),), 1.0)
@@ -29,7 +29,7 @@ def test_every_column_of_a_table_is_read(tmp_path):
         "a cat,,,,,,,,,\n",
     )
     first, second = read_job(path)
-    assert first == Row(
+    assert first == JobRow(
         prompt="a bus, red",
         negative_prompt="blurry",
         seed=(1, 2, 3),
@@ -41,7 +41,7 @@ def test_every_column_of_a_table_is_read(tmp_path):
         adapter=(("x", 0.7), ("y", 0.3)),
         strength=0.5,
     )
-    assert second == Row(prompt="a cat")
+    assert second == JobRow(prompt="a cat")
     pictures = expand([first, second], TEMPLATE, seeds=(0, 9), strengths=(0.0, 1.0))
     assert [(p.row, p.seed, p.strength) for p in pictures] == [
         (1, 1, 0.5), (1, 2, 0.5), (1, 3, 0.5), (2, 0, 0.0), (2, 0, 1.0), (2, 9, 0.0), (2, 9, 1.0)
@@ -59,7 +59,7 @@ def test_delimiters_are_told_apart(tmp_path, delimiter, mark, newline):
     lines = [delimiter.join(("seed", "prompt")), delimiter.join(("7", '"a, b; c"'))]
     path = tmp_path / "jobs.csv"
     path.write_bytes((mark + newline.join(lines)).encode())
-    assert read_job(path) == [Row(prompt="a, b; c", seed=(7,))]
+    assert read_job(path) == [JobRow(prompt="a, b; c", seed=(7,))]
 
 
 def test_text_files_have_comments_and_blank_lines(tmp_path):
@@ -70,7 +70,10 @@ def test_text_files_have_comments_and_blank_lines(tmp_path):
 def test_json_lines(tmp_path):
     rows = [{"prompt": "a bus", "seed": [3, 4], "width": 64}, {"prompt": "é", "seed": 7, "strength": 1}]
     path = write(tmp_path, "\n".join(map(json.dumps, rows)), "jobs.jsonl")
-    assert read_job(path) == [Row(prompt="a bus", seed=(3, 4), width=64), Row(prompt="é", seed=(7,), strength=1.0)]
+    assert read_job(path) == [
+        JobRow(prompt="a bus", seed=(3, 4), width=64),
+        JobRow(prompt="é", seed=(7,), strength=1.0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_adapters_and_their_strengths(tmp_path):
 @given(
     st.lists(
         st.builds(
-            Row,
+            JobRow,
             prompt=st.sampled_from(["a", "b", "c " * 100]),
             seed=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple),
             width=st.none() | st.sampled_from([64, 128]),
@@ -189,7 +192,7 @@ def test_strengths_by_part_are_written_as_they_are_read(strength):
 
 def test_the_strength_of_a_picture_multiplies_those_of_parts_and_of_all_else():
     (picture,) = expand(
-        [Row(prompt="a", adapter=(("x", (("unet.down", 0.5),)),))], TEMPLATE, seeds=(0,), strengths=(0.5,)
+        [JobRow(prompt="a", adapter=(("x", (("unet.down", 0.5),)),))], TEMPLATE, seeds=(0,), strengths=(0.5,)
     )
     assert picture.weights == (("x", (("", 0.5), ("unet.down", 0.25))),)
     assert replace(picture, strength=0.0).weights == ()

@@ -31,7 +31,7 @@ AGAIN = "run dora-mm features again"
 
 
 @dataclass(frozen=True)
-class Index:
+class FeatureIndex:
     """The content of index.json.
 
     Attributes:
@@ -78,7 +78,7 @@ def image_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path) -> FeatureIndex:
     """Reads index.json of a folder of features.
 
     Raises:
@@ -86,7 +86,7 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     try:
-        index = Index(**json.loads(path.read_text(encoding="utf-8")))
+        index = FeatureIndex(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as the index of a folder of features ({error})") from error
     if index.format != FORMAT:
@@ -96,7 +96,7 @@ def read_index(folder: Path) -> Index:
     return index
 
 
-def open_shard(folder: Path, index: Index, name: str) -> Shard:
+def open_shard(folder: Path, index: FeatureIndex, name: str) -> Shard:
     """Opens a shard by reading its header; rows are read on access.
 
     Args:
@@ -201,7 +201,7 @@ class FeatureWriter:
         shard_bytes: int = SHARD_BYTES,
     ):  # fmt: skip
         self.folder, self.dtype, self.shard_bytes = folder, dtype, shard_bytes
-        index = Index(tower, identity, *shape, str(dtype).removeprefix("torch."))
+        index = FeatureIndex(tower, identity, *shape, str(dtype).removeprefix("torch."))
         if (folder / INDEX).exists():
             index = self._matching(index, read_index(folder))
         elif stray := sorted(folder.glob("features-*.safetensors")):
@@ -259,7 +259,7 @@ class FeatureWriter:
         self.index.save(self.folder)
         self._pending = {}
 
-    def _matching(self, requested: Index, existing: Index) -> Index:
+    def _matching(self, requested: FeatureIndex, existing: FeatureIndex) -> FeatureIndex:
         for key in ("identity", "num_tokens", "dim", "dtype"):
             if getattr(requested, key) != getattr(existing, key):
                 values = f"{getattr(existing, key)}, not {getattr(requested, key)}"
@@ -269,7 +269,7 @@ class FeatureWriter:
                 raise ValueError(f"output: {self.folder} contains features of {what}: name another folder")
         return existing
 
-    def _intact(self, index: Index) -> tuple[Index, dict[str, str]]:
+    def _intact(self, index: FeatureIndex) -> tuple[FeatureIndex, dict[str, str]]:
         """The index reduced to intact shards, and the digests of their images by name."""
         digests: dict[str, str] = {}
         intact = {}

@@ -50,7 +50,7 @@ class Source(Protocol):
         ...
 
 
-class Features:
+class FeatureStore:
     """Features from one or several sources: `features[stem(image)]` is (S, D) float32.
 
     If several sources have the same name, the first one is read. Objects can be pickled and used in forked processes.
@@ -100,7 +100,7 @@ class Features:
         return features
 
 
-def open_features(paths: Sequence[str | Path], *, dim: int | None = None) -> Features:
+def open_features(paths: Sequence[str | Path], *, dim: int | None = None) -> FeatureStore:
     """Opens folders that `dora-mm features` wrote, .h5 files and folders of .npz files.
 
     Args:
@@ -112,7 +112,7 @@ def open_features(paths: Sequence[str | Path], *, dim: int | None = None) -> Fea
         ValueError: A path is missing, of an unknown kind, broken, or has another number of channels.
     """
     assert paths
-    return Features([_open(Path(path).expanduser(), dim) for path in paths], dim)
+    return FeatureStore([_open(Path(path).expanduser(), dim) for path in paths], dim)
 
 
 def _open(path: Path, dim: int | None) -> Source:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dora_mm.formats.naming.names import Target
+from dora_mm.formats.naming.names import ModuleGroup
 
 
 class Factors(NamedTuple):
@@ -29,18 +29,18 @@ class Factors(NamedTuple):
         return self.alpha / self.A.shape[0]
 
 
-def split(target: Target, fused: Factors) -> list[Factors]:
-    """The adapters of the modules of a target, from that of the weight in a file, in the order of `target.names`.
+def split(group: ModuleGroup, fused: Factors) -> list[Factors]:
+    """The adapters of the modules of a group, from that of the weight in a file, in the order of `group.names`.
 
-    Also for a target of one module, whose rows may change places. Where B is block-diagonal, each part gets its own
+    Also for a group of one module, whose rows may change places. Where B is block-diagonal, each part gets its own
     rank back, else A is shared.
 
     Raises:
         ValueError: The rows cannot be divided among the modules.
     """
-    blocks = _split_rows(target, fused.B, fused.A.shape[1])
+    blocks = _split_rows(group, fused.B, fused.A.shape[1])
     magnitudes = (
-        [None] * len(blocks) if fused.magnitude is None else _split_rows(target, fused.magnitude, fused.A.shape[1])
+        [None] * len(blocks) if fused.magnitude is None else _split_rows(group, fused.magnitude, fused.A.shape[1])
     )
     used = torch.stack([block.bool().any(dim=0) for block in blocks])  # (parts, R): the columns that are not zero
     if len(blocks) > 1 and bool((used.sum(dim=0) == 1).all()) and bool(used.any(dim=1).all()):
@@ -54,8 +54,8 @@ def split(target: Target, fused: Factors) -> list[Factors]:
     ]
 
 
-def fuse(target: Target, parts: Sequence[Factors]) -> Factors:
-    """The adapter of the weight in a file, from those of the modules of a target: the inverse of `split`.
+def fuse(group: ModuleGroup, parts: Sequence[Factors]) -> Factors:
+    """The adapter of the weight in a file, from those of the modules of a group: the inverse of `split`.
 
     Raises:
         ValueError: Only some of the parts have a magnitude (give the others that of W0), or they have different numbers
@@ -63,14 +63,14 @@ def fuse(target: Target, parts: Sequence[Factors]) -> Factors:
     """
     in_features = parts[0].A.shape[1]
     if any(part.A.shape[1] != in_features for part in parts):
-        raise ValueError(f"the parts of {target.names[0]} and the projections fused with it have different widths")
+        raise ValueError(f"the parts of {group.names[0]} and the projections fused with it have different widths")
     magnitudes = [part.magnitude for part in parts if part.magnitude is not None]
     if len(magnitudes) not in (0, len(parts)):
-        raise ValueError(f"of {target.names[0]} and the projections fused with it, only some have a magnitude")
-    magnitude = _stack_rows(target, magnitudes, in_features) if magnitudes else None
+        raise ValueError(f"of {group.names[0]} and the projections fused with it, only some have a magnitude")
+    magnitude = _stack_rows(group, magnitudes, in_features) if magnitudes else None
     first = parts[0]
     if all(part.scaling == first.scaling and torch.equal(part.A, first.A) for part in parts):
-        return Factors(first.A, _stack_rows(target, [p.B for p in parts], in_features), first.alpha, magnitude)
+        return Factors(first.A, _stack_rows(group, [p.B for p in parts], in_features), first.alpha, magnitude)
     scaling = max(part.scaling for part in parts)
     rank = sum(part.A.shape[0] for part in parts)
     B = torch.block_diag(*(p.B if p.scaling == scaling else p.B * (p.scaling / scaling) for p in parts))
@@ -88,30 +88,30 @@ def untouched(out_features: int, in_features: int, magnitude: Tensor | None = No
     return Factors(torch.zeros(1, in_features), torch.zeros(out_features, 1), 1.0, magnitude)
 
 
-def split_rows(target: Target, weight: Tensor) -> list[Tensor]:
-    """A weight (O, I) in a file as the weights of the modules of a target, views where their rows stay in place.
+def split_rows(group: ModuleGroup, weight: Tensor) -> list[Tensor]:
+    """A weight (O, I) in a file as the weights of the modules of a group, views where their rows stay in place.
 
     Raises:
         ValueError: The rows cannot be divided among the modules.
     """
-    return _split_rows(target, weight, weight.shape[1])
+    return _split_rows(group, weight, weight.shape[1])
 
 
-def stack_rows(target: Target, weights: Sequence[Tensor]) -> Tensor:
-    """The weight (O, I) in a file from those of the modules of a target: the inverse of `split_rows`."""
-    return _stack_rows(target, weights, weights[0].shape[1])
+def stack_rows(group: ModuleGroup, weights: Sequence[Tensor]) -> Tensor:
+    """The weight (O, I) in a file from those of the modules of a group: the inverse of `split_rows`."""
+    return _stack_rows(group, weights, weights[0].shape[1])
 
 
-def _split_rows(target: Target, tensor: Tensor, in_features: int) -> list[Tensor]:
-    pieces = target.pieces(tensor.shape[0], in_features)
+def _split_rows(group: ModuleGroup, tensor: Tensor, in_features: int) -> list[Tensor]:
+    pieces = group.pieces(tensor.shape[0], in_features)
     return [
         torch.cat([tensor[start:stop] for start, stop in ranges]) if len(ranges) > 1 else tensor[slice(*ranges[0])]
         for ranges in pieces
     ]
 
 
-def _stack_rows(target: Target, tensors: Sequence[Tensor], in_features: int) -> Tensor:
+def _stack_rows(group: ModuleGroup, tensors: Sequence[Tensor], in_features: int) -> Tensor:
     stacked = torch.cat(list(tensors))
-    pieces = target.pieces(stacked.shape[0], in_features)
+    pieces = group.pieces(stacked.shape[0], in_features)
     order = torch.cat([torch.arange(*part) for ranges in pieces for part in ranges])
     return stacked[order.argsort()]

@@ -15,12 +15,12 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.algebra import exact
 from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
-from dora_mm.formats.commands.judge import DTYPES, Judge, ToolErrors, rounded
+from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, rounded
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
 from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.layers import LayerReader
-from dora_mm.formats.naming.names import Name, Target
+from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.registry import TARGETS
 from dora_mm.formats.state import LayerState
@@ -110,9 +110,9 @@ def convert(
     files = _new_files(Path(target_path), exports)
     errors: tuple[ToolErrors, ...] = ()
     for number, file in enumerate(files):
-        judge = None if number else _judge(exports[0], layers, to, allow_lossy=allow_lossy)
-        writer.write(number, file, judge)
-        errors = judge.result() if judge else errors
+        check = None if number else _check(exports[0], layers, to, allow_lossy=allow_lossy)
+        writer.write(number, file, check)
+        errors = check.result() if check else errors
     usage = exports[0].usage([file.name for file in files], writer.axes)
     return Conversion(tuple(files), len(layers.names()), errors, weights is not None, usage)
 
@@ -158,7 +158,7 @@ def _exports(to: str, layers: LayerReader) -> tuple[Export, ...]:
     networks = list(dict.fromkeys(name.component for name in layers.names()))
     if to == "lora":
         form = EXPORTS["peft" if networks == ["model"] else "kohya"]
-        return (replace(form, one_method=False, judges=form.judges[:1]),)
+        return (replace(form, one_method=False, read_by=form.read_by[:1]),)
     if to != "peft" and "model" in networks and layers.weights is None:
         raise ValueError(
             f"{layers.file.path} does not say which network it adapts, and the names of {to} begin with that: give the "
@@ -182,10 +182,10 @@ def _needs_fit(layers: LayerReader, export: Export) -> bool:
     )
 
 
-def _judge(export: Export, layers: LayerReader, to: str, *, allow_lossy: bool) -> Judge:
+def _check(export: Export, layers: LayerReader, to: str, *, allow_lossy: bool) -> ExportCheck:
     advice = "use --to merged" if to == "diff" else "use --to merged or --to diff, or --allow-lossy"
     strict = not allow_lossy and to != "lora"
-    return Judge(export.judges, len(layers.names()), strict=strict, advice=advice)
+    return ExportCheck(export.read_by, len(layers.names()), strict=strict, advice=advice)
 
 
 def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
@@ -271,10 +271,10 @@ class _Writer:
         self.layers, self.exports, self.to, self.strength, self.lossy = layers, exports, to, strength, lossy
         self.axes: set[str] = set()  # of the magnitudes that were written
         self.dtype = getattr(torch, dtype or exports[0].dtype)
-        self.targets = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
+        self.groups = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
         self.one_method = exports[0].one_method and layers.any_magnitude()
 
-    def write(self, number: int, file: Path, judge: Judge | None) -> None:
+    def write(self, number: int, file: Path, check: ExportCheck | None) -> None:
         """Writes one of the files; the first one is judged together with those that will follow."""
         source = self.layers.file
         if source.embeddings and self.exports[number].spelling in ("peft", "diffusers"):
@@ -286,15 +286,15 @@ class _Writer:
 
         def run(writer: TensorWriter) -> dict[str, str]:
             specs: dict[Name, DoRASpec] = {}
-            for module, target in tqdm(self.targets.items(), file.name, unit="module", delay=2, disable=None):
+            for module, group in tqdm(self.groups.items(), file.name, unit="module", delay=2, disable=None):
                 with located(f"{source.path}: {module}"):
-                    tensors, spec = self.tensors(number, module, target, judge)
-                specs |= dict.fromkeys(target.names, spec)
+                    tensors, spec = self.tensors(number, module, group, check)
+                specs |= dict.fromkeys(group.names, spec)
                 for ending, tensor in tensors.items():
                     writer.add(f"{module}.{ending}", tensor)
-            if judge is not None:
+            if check is not None:
                 with located(str(source.path)):
-                    judge.check_rounding(self.dtype)
+                    check.check_rounding(self.dtype)
             for key in source.embeddings:
                 writer.add(key, source.tensor(key))
             header.update(self.exports[number].header(Contents(specs, source.header)))
@@ -307,24 +307,24 @@ class _Writer:
                 write_text(file.with_name(name), header[name])
 
     def tensors(
-        self, number: int, module: str, target: Target, judge: Judge | None
+        self, number: int, module: str, group: ModuleGroup, check: ExportCheck | None
     ) -> tuple[dict[str, Tensor], DoRASpec]:
         """The tensors of a module in one of the files, by the end of their keys, and its settings."""
-        if any(self.layers.transposed(name) for name in target.names):
+        if any(self.layers.transposed(name) for name in group.names):
             raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
-        original, W0 = self.layers.fused(target)
+        original, W0 = self.layers.fused(group)
         layer = self.prepared(original, W0)
         self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
-        if judge is None:
+        if check is None:
             return rounded(self.exports[number].tensors(module, layer, W0), self.dtype), layer.spec
         W = exact.new_weight(original, W0, self.strength)
         unrounded = [export.tensors(module, layer, W0) for export in self.exports]
-        header = self.exports[number].header(Contents(dict.fromkeys(target.names, layer.spec), {}))
-        return judge.judge(module, unrounded, header, W0, W, self.dtype)[number], layer.spec
+        header = self.exports[number].header(Contents(dict.fromkeys(group.names, layer.spec), {}))
+        return check.check(module, unrounded, header, W0, W, self.dtype)[number], layer.spec
 
     def room(self) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""
-        keys = [*self.targets, *self.layers.file.embeddings]
+        keys = [*self.groups, *self.layers.file.embeddings]
         return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.file.header.values()))
 
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:

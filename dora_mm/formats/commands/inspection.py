@@ -155,10 +155,10 @@ def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
 def _name(namer: Names, module: str) -> tuple[str, str]:
     """The component and path; empty and the key itself where the name is not known."""
     try:
-        target = namer.read(module)
+        group = namer.read(module)
     except ValueError:
         return "", module
-    first, *more = target.names
+    first, *more = group.names
     return first.component, f"{first.path} (+ {len(more)})" if more else first.path
 
 

@@ -18,9 +18,9 @@ from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.algebra.fused import stack_rows
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
-from dora_mm.formats.naming.names import Name, Target
+from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.registry import JUDGED
+from dora_mm.formats.registry import OTHER_TOOLS
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.comfy import other_half
@@ -56,7 +56,7 @@ class Verdict:
     """What a tool computes from an adapter file.
 
     Attributes:
-        tool: One of `registry.JUDGED`.
+        tool: One of `registry.OTHER_TOOLS`.
         title: The tool's name.
         error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.
@@ -91,7 +91,7 @@ def verify(
 
     Args:
         file: The adapter file of any tool, or its folder.
-        tool: One of `registry.JUDGED`, or "all".
+        tool: One of `registry.OTHER_TOOLS`, or "all".
         base: The model: a folder, a single-file checkpoint, a hub name, or weights by name.
         axis: The axis of the magnitudes, `out` or `in`, where their shape does not say it.
 
@@ -101,46 +101,46 @@ def verify(
     Raises:
         ValueError: There is no such tool, or the adapter or the model cannot be read or do not belong together.
     """
-    if tool != "all" and tool not in JUDGED:
-        raise ValueError(f"there is no tool {tool!r}: use all or one of {', '.join(JUDGED)}")
+    if tool != "all" and tool not in OTHER_TOOLS:
+        raise ValueError(f"there is no tool {tool!r}: use all or one of {', '.join(OTHER_TOOLS)}")
     if base is None:
         raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
     adapter = AdapterFile(file)
     if axis is not None:
         adapter.check_axis()
     weights = open_base(base)
-    targets, _ = adapter.targets(adapter.modules, Names(weights))
-    chosen = list(JUDGED) if tool == "all" else [tool]
+    groups, _ = adapter.groups(adapter.modules, Names(weights))
+    chosen = list(OTHER_TOOLS) if tool == "all" else [tool]
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
     total = 0.0
     for module in tqdm(adapter.modules, "verifying", unit="module", delay=2, disable=None):
-        if module not in targets:
+        if module not in groups:
             for found in layers.values():
                 found.append(LayerVerdict(module, NOT_FOUND, math.nan))
             continue
-        W0 = base_weight(adapter, module, targets[module], weights)
+        W0 = base_weight(adapter, module, groups[module], weights)
         with located(f"{adapter.path}: {module}"):
             state = fitted(adapter.layer(module, axis), W0)
             W = new_weight(state, W0)
         size = float((W - W0).norm())
         total += size**2
         for name in chosen:
-            verdict = judge_layer(adapter, module, TOOLS[name], state, W0, W, size)
+            verdict = verify_layer(adapter, module, TOOLS[name], state, W0, W, size)
             layers[name].append(verdict)
             squares[name] += (verdict.error * (size or 1)) ** 2
-    note = "; ".join(_notes(adapter, targets))
+    note = "; ".join(_notes(adapter, groups))
     return [
         Verdict(name, TOOLS[name].title, _ratio(squares[name], total), tuple(layers[name]), note) for name in chosen
     ]
 
 
-def _notes(adapter: AdapterFile, targets: Mapping[str, Target]) -> Iterator[str]:
+def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[str]:
     if half := other_half(adapter.header):
         yield half
     if adapter.others:
         yield f"{len(adapter.others)} tensors that belong to no adapter, such as {adapter.others[0]}, are not judged"
-    counts = Counter(name for target in targets.values() for name in target.names)
+    counts = Counter(name for group in groups.values() for name in group.names)
     if twice := [name for name, count in counts.items() if count > 1]:
         yield f"{twice[0]} is adapted twice, and each adapter is judged alone"
 
@@ -150,19 +150,19 @@ def open_base(base: str | Path | Mapping[Name, Tensor]) -> Mapping[Name, Tensor]
     return base if isinstance(base, Mapping) else BaseWeights.open(base)
 
 
-def base_weight(adapter: AdapterFile, module: str, target: Target, weights: Mapping[Name, Tensor]) -> Tensor:
+def base_weight(adapter: AdapterFile, module: str, group: ModuleGroup, weights: Mapping[Name, Tensor]) -> Tensor:
     """W0 of a module in a file, in fp32 with O first; of a fused module the stacked rows."""
-    W0 = stacked(target, weights)
+    W0 = stacked(group, weights)
     return W0.T if adapter.transposed(module) else W0
 
 
-def stacked(target: Target, weights: Mapping[Name, Tensor]) -> Tensor:
+def stacked(group: ModuleGroup, weights: Mapping[Name, Tensor]) -> Tensor:
     """W0 of a module as a file has it, in fp32."""
-    found = [weights[name].float() for name in target.names]
-    return found[0] if len(found) == 1 and not target.modulation else stack_rows(target, found)
+    found = [weights[name].float() for name in group.names]
+    return found[0] if len(found) == 1 and not group.modulation else stack_rows(group, found)
 
 
-def judge_layer(
+def verify_layer(
     adapter: AdapterFile, module: str, tool: Tool, state: LayerState, W0: Tensor, W: Tensor, size: float
 ) -> LayerVerdict:
     """What a tool computes for one module, compared with W'."""

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dora_mm.formats.files.json_text import read_json
-from dora_mm.formats.files.tensor_file import PICKLES, Entry, TensorFile
+from dora_mm.formats.files.tensor_file import PICKLES, TensorEntry, TensorFile
 from dora_mm.formats.naming.layouts import LAYOUTS
-from dora_mm.formats.naming.names import NETWORKS, Name, Target, canonical, own_table
+from dora_mm.formats.naming.names import NETWORKS, ModuleGroup, Name, canonical, own_table
 
 COMPONENTS = (*NETWORKS, "text_encoder", "text_encoder_2", "text_encoder_3")
 STEMS = ("diffusion_pytorch_model", "model")  # how the names of weight files begin in diffusers and transformers
@@ -25,12 +25,12 @@ class Place(NamedTuple):
     transposed: bool = False
 
     @property
-    def entry(self) -> Entry:
+    def entry(self) -> TensorEntry:
         """The tensor that holds the weight."""
         return self.file.entries[self.key]
 
     @property
-    def pieces(self) -> list[Entry]:
+    def pieces(self) -> list[TensorEntry]:
         """The parts of the tensor that are the weight, in the order of its rows."""
         return [self.entry] if self.ranges is None else [self.entry.rows(*rows) for rows in self.ranges]
 
@@ -76,23 +76,23 @@ def _placed(file: TensorFile, key: str, own: str, component: str, layout: str) -
     """The weights that a tensor of a single-file checkpoint holds; none if it is not the weight of a known module."""
     path = re.sub(r"[._]weight$", "", own)
     is_weight = path != own or own in ("text_projection", "positional_embedding")  # open_clip has no modules for them
-    target = own_table(layout).get(path) if is_weight else None
-    if target is None:
+    group = own_table(layout).get(path) if is_weight else None
+    if group is None:
         return {}
-    target = Target(tuple(Name(component, name.path) for name in target.names), target.modulation)
-    return _rows_of(file, key, target, transposed=own == "text_projection")
+    group = ModuleGroup(tuple(Name(component, name.path) for name in group.names), group.modulation)
+    return _rows_of(file, key, group, transposed=own == "text_projection")
 
 
-def _rows_of(file: TensorFile, key: str, target: Target, transposed: bool) -> dict[Name, Place]:
+def _rows_of(file: TensorFile, key: str, group: ModuleGroup, transposed: bool) -> dict[Name, Place]:
     shape = file.entries[key].shape
-    first, *others = target.names
-    if len(shape) != 2 or not (target.modulation or others):
+    first, *others = group.names
+    if len(shape) != 2 or not (group.modulation or others):
         return {first: Place(file, key, transposed=transposed)}
     try:
-        pieces = target.pieces(*shape)
+        pieces = group.pieces(*shape)
     except ValueError as error:
         raise ValueError(f"{file.path} does not fit its architecture at {key}: {error}") from error
-    return {name: Place(file, key, tuple(ranges)) for name, ranges in zip(target.names, pieces, strict=True)}
+    return {name: Place(file, key, tuple(ranges)) for name, ranges in zip(group.names, pieces, strict=True)}
 
 
 def in_folder(folder: Path) -> tuple[dict[Name, Place], list[Path]]:

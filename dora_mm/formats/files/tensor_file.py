@@ -41,7 +41,7 @@ _DTYPES = {
 }
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """Where a tensor is: its dtype, its shape, and its first byte in the file."""
 
     dtype: torch.dtype
@@ -53,10 +53,10 @@ class Entry(NamedTuple):
         """The length of the tensor in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def rows(self, start: int, stop: int) -> Entry:
+    def rows(self, start: int, stop: int) -> TensorEntry:
         """The part of the tensor that is its rows from `start` to `stop`."""
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return Entry(self.dtype, (stop - start, *self.shape[1:]), self.offset + start * row)
+        return TensorEntry(self.dtype, (stop - start, *self.shape[1:]), self.offset + start * row)
 
 
 class TensorFile:
@@ -87,7 +87,7 @@ class TensorFile:
         """Reads a whole tensor."""
         return self.read_entry(self.entries[key])
 
-    def read_entry(self, entry: Entry) -> Tensor:
+    def read_entry(self, entry: TensorEntry) -> Tensor:
         """Reads a tensor or a part of one.
 
         Raises:
@@ -135,7 +135,7 @@ def pickle_error(path: Path) -> ValueError:
     )
 
 
-def overwrite(path: Path, entry: Entry, tensor: Tensor) -> None:
+def overwrite(path: Path, entry: TensorEntry, tensor: Tensor) -> None:
     """Writes a tensor, of the entry's shape and dtype, into an existing file."""
     assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype)
     with path.open("r+b") as file:
@@ -160,7 +160,7 @@ class _DamagedError(Exception):
     """What is wrong with a file."""
 
 
-def _read_header(file: BinaryIO, length: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+def _read_header(file: BinaryIO, length: int, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if size < 8 or length > size - 8:
         raise _DamagedError("it is shorter than its header says")
     if length > MAX_BYTES:
@@ -175,11 +175,11 @@ def _read_header(file: BinaryIO, length: int, size: int) -> tuple[dict[str, Entr
     return _entries(header, 8 + length, size), metadata
 
 
-def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, Entry]:
+def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, TensorEntry]:
     spans = {key: _span(key, found) for key, found in header.items()}
     entries, offset = {}, start
     for key, (dtype, shape, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
-        entry = Entry(dtype, shape, start + begin)
+        entry = TensorEntry(dtype, shape, start + begin)
         if entry.offset != offset or end - begin != entry.num_bytes:
             raise _DamagedError(f"the place of {key[:200]} in it does not fit its shape")
         entries[key] = entry

@@ -35,7 +35,7 @@ class Name(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Target:
+class ModuleGroup:
     """What a module name in a file stands for.
 
     Attributes:
@@ -171,17 +171,17 @@ def underscored(path: str) -> str:
 
 
 @cache
-def own_table(layout: str) -> dict[str, Target]:
+def own_table(layout: str) -> dict[str, ModuleGroup]:
     """What each own path stands for; that of a fused projection also with the number of a part (OneTrainer)."""
     component, rules, *_ = LAYOUTS[layout]
-    found: dict[str, Target] = {}
+    found: dict[str, ModuleGroup] = {}
     for rule, meaning in rules.items():
         for block in range(_MAX_BLOCKS) if "#" in rule else (0,):
             own = rule.replace("#", str(block))
             names = tuple(Name(component, path.replace("#", str(block))) for path in _expanded(meaning))
-            found[own] = Target(names, modulation=own.endswith("adaLN_modulation.1"))
+            found[own] = ModuleGroup(names, modulation=own.endswith("adaLN_modulation.1"))
             if len(names) > 1:
-                found |= {f"{own}.{number}": Target((name,)) for number, name in enumerate(names)}
+                found |= {f"{own}.{number}": ModuleGroup((name,)) for number, name in enumerate(names)}
     return found
 
 
@@ -196,7 +196,7 @@ def _expanded(path: str) -> list[str]:
 def owners(layout: str) -> dict[Name, str]:
     """The own path that holds each module, the first of several."""
     found: dict[Name, str] = {}
-    for own, target in own_table(layout).items():
-        for name in target.names:
+    for own, group in own_table(layout).items():
+        for name in group.names:
             found.setdefault(name, own)
     return found

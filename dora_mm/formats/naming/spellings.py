@@ -13,8 +13,8 @@ from typing import Protocol
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import (
     NETWORKS,
+    ModuleGroup,
     Name,
-    Target,
     architecture_of,
     canonical,
     layouts_of,
@@ -51,7 +51,7 @@ _OWN_FIRST = ("model.diffusion_model.", "diffusion_model.")  # after these a pat
 class Namer(Protocol):
     """Says what the names of modules in a file stand for, as `Names` does."""
 
-    def read(self, key: str) -> Target:
+    def read(self, key: str) -> ModuleGroup:
         """The modules that a module name of a file stands for."""
         ...
 
@@ -78,7 +78,7 @@ class Names:
         for component, path in self._known:
             self._spelled.setdefault(component, {}).setdefault(underscored(path), []).append(path)
 
-    def read(self, key: str) -> Target:
+    def read(self, key: str) -> ModuleGroup:
         """The modules that a module name of a file stands for.
 
         Args:
@@ -98,21 +98,21 @@ class Names:
             raise self._unknown(key, key.removeprefix(prefix), components)
         if not self._known:
             return found
-        return Target(tuple(resolve(name, self._known, key) for name in found.names), found.modulation)
+        return ModuleGroup(tuple(resolve(name, self._known, key) for name in found.names), found.modulation)
 
-    def _read_underscored(self, key: str, rest: str, components: Iterable[str]) -> Target | None:
+    def _read_underscored(self, key: str, rest: str, components: Iterable[str]) -> ModuleGroup | None:
         for component in components:
             paths = self._spelled.get(component, {}).get(rest, [])
             if len(paths) > 1:
                 raise ValueError(f"the key {key} may stand for {' or '.join(paths)}, which are spelled the same")
             if paths:
-                return Target((Name(component, paths[0]),))
+                return ModuleGroup((Name(component, paths[0]),))
             for layout in self._layouts(component):
-                if target := _underscored_table(layout).get(rest):
-                    return target
+                if group := _underscored_table(layout).get(rest):
+                    return group
         return None
 
-    def _read_dotted(self, key: str, prefix: str) -> Target | None:
+    def _read_dotted(self, key: str, prefix: str) -> ModuleGroup | None:
         rest = key.removeprefix(prefix)
         components = _DOTTED.get(prefix, ("model",))
         for component in components:
@@ -120,11 +120,11 @@ class Names:
             itself = name in self._known or any(name in owners(layout) for layout in layouts)
             own = next((table[rest] for layout in layouts if rest in (table := own_table(layout))), None)
             if itself and (own is None or prefix not in _OWN_FIRST):
-                return Target((name,))
+                return ModuleGroup((name,))
             if own:
                 return own
         as_it_is = len(components) == 1 and (prefix or self._known)  # checked against the known names, if there are any
-        return Target((canonical(components[0], rest),)) if as_it_is else None
+        return ModuleGroup((canonical(components[0], rest),)) if as_it_is else None
 
     def _layouts(self, component: str) -> list[str]:
         """The architectures whose tables may hold the names of a component, the likeliest first."""
@@ -138,10 +138,10 @@ class Names:
             names: Iterable[Name] = self._known
         else:
             layouts = [name for component in components for name in self._layouts(component)]
-            names = (name for layout in layouts for target in own_table(layout).values() for name in target.names)
+            names = (name for layout in layouts for group in own_table(layout).values() for name in group.names)
         return unknown(key, rest, names)
 
-    def write(self, names: Collection[Name], spelling: str) -> dict[str, Target]:
+    def write(self, names: Collection[Name], spelling: str) -> dict[str, ModuleGroup]:
         """The module names of a file.
 
         Args:
@@ -157,21 +157,21 @@ class Names:
         """
         if spelling not in SPELLINGS:
             raise ValueError(f"there is no spelling {spelling!r} of names; there are {', '.join(SPELLINGS)}")
-        found: dict[str, Target] = {}
+        found: dict[str, ModuleGroup] = {}
         styles = SPELLINGS[spelling]
         layout = self._architecture or architecture_of(names)
         for name in names:
             style = styles.get(name.component)
             if style is None:
                 raise ValueError(f"{spelling} files have no name for {name}: they hold {', '.join(styles)}")
-            path, target = _own(name, layout) if style.own else (name.path, Target((name,)))
+            path, group = _own(name, layout) if style.own else (name.path, ModuleGroup((name,)))
             key = style.prefix + (underscored(path) if style.prefix.endswith("_") else path)
-            if found.setdefault(key, target) != target:
+            if found.setdefault(key, group) != group:
                 raise ValueError(f"{name} and {found[key].names[0]} have the same name in {spelling} files: {key}")
         return found
 
 
-def _own(name: Name, layout: str | None) -> tuple[str, Target]:
+def _own(name: Name, layout: str | None) -> tuple[str, ModuleGroup]:
     """The own path that holds a module, and all that it holds."""
     if layout is None or LAYOUTS[layout].component != name.component:
         raise ValueError(f"the own name of {name} is unknown, or differs between architectures: name the base model")
@@ -182,8 +182,8 @@ def _own(name: Name, layout: str | None) -> tuple[str, Target]:
 
 
 @cache
-def _underscored_table(layout: str) -> dict[str, Target]:
+def _underscored_table(layout: str) -> dict[str, ModuleGroup]:
     """What each underscored path stands for: own paths, and those of diffusers and transformers."""
-    own = {underscored(path): target for path, target in own_table(layout).items()}
-    names = {underscored(name.path): Target((name,)) for name in owners(layout)}
+    own = {underscored(path): group for path, group in own_table(layout).items()}
+    names = {underscored(name.path): ModuleGroup((name,)) for name in owners(layout)}
     return {**names, **own}

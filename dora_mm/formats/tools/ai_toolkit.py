@@ -64,7 +64,7 @@ TOOL = Tool(
 EXPORT = Export(
     write,
     spelling="ai-toolkit",
-    judges=("ai-toolkit",),
+    read_by=("ai-toolkit",),
     columns=False,
     diffs=False,
 )

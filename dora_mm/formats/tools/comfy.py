@@ -114,20 +114,20 @@ TOOL_15458 = Tool(
 EXPORT_2025 = Export(
     write_2025,
     spelling="kohya",
-    judges=("comfy-2025",),
+    read_by=("comfy-2025",),
     needs_base=True,
     header=lambda contents: {TARGET_KEY: "comfy-2025"},
 )
 EXPORT_15458 = Export(
     kohya_tensors,
     spelling="kohya",
-    judges=("comfy-15458",),
+    read_by=("comfy-15458",),
     header=lambda contents: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     write_diff,
     spelling="kohya",
-    judges=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
+    read_by=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
     needs_base=True,
     dtype="float16",
 )
@@ -135,7 +135,7 @@ PAIR = tuple(
     Export(
         write,
         spelling="kohya",
-        judges=("comfy-2025", "comfy-15458"),
+        read_by=("comfy-2025", "comfy-15458"),
         needs_base=True,
         header=lambda contents, target=target: {TARGET_KEY: target},
         columns=False,

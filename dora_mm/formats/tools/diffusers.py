@@ -137,7 +137,7 @@ TOOL = Tool(
 EXPORT = Export(
     peft.write,
     spelling="diffusers",
-    judges=("diffusers",),
+    read_by=("diffusers",),
     header=header,
     file_name=FILE_NAME,
     one_method=True,

@@ -60,7 +60,7 @@ TOOL = Tool(
 EXPORT = Export(
     kohya_tensors,
     spelling="onetrainer",
-    judges=("onetrainer",),
+    read_by=("onetrainer",),
     diffs=False,
     usage=usage,
 )

@@ -176,7 +176,7 @@ TOOL = Tool(
 EXPORT = Export(
     write,
     spelling="peft",
-    judges=("peft",),
+    read_by=("peft",),
     header=header,
     file_name=FILE_NAME,
     one_method=True,

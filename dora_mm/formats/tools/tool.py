@@ -115,7 +115,7 @@ class Export:
         write: The tensors of a module by the end of their keys, from the neutral form and W0. Raises ValueError where
             the form cannot hold it.
         spelling: How modules are named: a key of `registry.SPELLINGS`.
-        judges: The tools whose `apply` must give W' from what is written.
+        read_by: The tools whose `apply` must give W' from what is written.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
         header: The entries that the header must have. One that is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
@@ -136,7 +136,7 @@ class Export:
 
     write: Callable[[LayerState, Tensor], dict[str, Tensor]]
     spelling: str = ""
-    judges: tuple[str, ...] = ()
+    read_by: tuple[str, ...] = ()
     needs_base: bool = False
     header: Callable[[Contents], dict[str, str]] = lambda contents: {}
     file_name: str = ""

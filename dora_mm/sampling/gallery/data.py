@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dora_mm.sampling.manifest import Entry
+from dora_mm.sampling.manifest import ManifestEntry
 
 # Pictures that are compared with each other agree in all of these, and in further settings as far as they can: what
 # each run has of its own, such as the name of a checkpoint, does not count.
@@ -16,7 +16,7 @@ LARGEST_INTEGER = 2**53  # JavaScript rounds larger ones: seeds may be
 
 
 @dataclass(frozen=True)
-class Picture:
+class GalleryPicture:
     """One picture of a gallery.
 
     Attributes:
@@ -28,13 +28,13 @@ class Picture:
     """
 
     run: str
-    entry: Entry
+    entry: ManifestEntry
     file: str | None = None
     thumbnail: str | None = None
     size: tuple[int, int] | None = None
 
 
-def gallery_data(pictures: Sequence[Picture]) -> dict[str, Any]:
+def gallery_data(pictures: Sequence[GalleryPicture]) -> dict[str, Any]:
     """Returns all that the page knows, as plain values that JSON and JavaScript hold exactly.
 
     Every picture has its `values` in the order of `columns`; `before` is the number of the same picture without an
@@ -42,7 +42,7 @@ def gallery_data(pictures: Sequence[Picture]) -> dict[str, Any]:
     """
     settings = dict.fromkeys(name for picture in pictures for name in picture.entry.settings)
     scores = dict.fromkeys(name for picture in pictures for name in picture.entry.scores)
-    columns: list[tuple[str, str, Callable[[Picture], Any]]] = [
+    columns: list[tuple[str, str, Callable[[GalleryPicture], Any]]] = [
         ("run", "run", lambda picture: picture.run),
         ("status", "status", lambda picture: picture.entry.status),
         *((name, "setting", lambda picture, name=name: picture.entry.settings.get(name)) for name in settings),
@@ -59,7 +59,7 @@ def gallery_data(pictures: Sequence[Picture]) -> dict[str, Any]:
     }
 
 
-def _picture(picture: Picture, values: list[Any], before: int | None, group: int) -> dict[str, Any]:
+def _picture(picture: GalleryPicture, values: list[Any], before: int | None, group: int) -> dict[str, Any]:
     return {
         "values": values,
         "path": picture.entry.file,
@@ -75,7 +75,7 @@ def _picture(picture: Picture, values: list[Any], before: int | None, group: int
 # --- pictures that belong together ------------------------------------------------------------------------------------
 
 
-def befores(pictures: Sequence[Picture]) -> list[int | None]:
+def befores(pictures: Sequence[GalleryPicture]) -> list[int | None]:
     """Finds, for every picture with an adapter, the number of the same picture without one.
 
     One of the same run is preferred. Without an adapter means that `adapter` is None or that `strength` is 0.
@@ -89,7 +89,7 @@ def befores(pictures: Sequence[Picture]) -> list[int | None]:
             for run in (picture.run, None):
                 bare.setdefault((key(picture), run), number)
 
-    def before(picture: Picture) -> int | None:
+    def before(picture: GalleryPicture) -> int | None:
         if not picture.file or _is_bare(picture.entry):
             return None
         return bare.get((key(picture), picture.run), bare.get((key(picture), None)))
@@ -97,7 +97,7 @@ def befores(pictures: Sequence[Picture]) -> list[int | None]:
     return [before(picture) for picture in pictures]
 
 
-def groups(pictures: Sequence[Picture]) -> list[int]:
+def groups(pictures: Sequence[GalleryPicture]) -> list[int]:
     """Numbers the pictures so that those of several runs with the same settings have the same number."""
     key = matching(pictures, lambda picture: picture.run)
     numbers: dict[tuple[str, bool], int] = {}
@@ -105,11 +105,11 @@ def groups(pictures: Sequence[Picture]) -> list[int]:
 
 
 def matching(
-    pictures: Sequence[Picture],
-    side: Callable[[Picture], Hashable],
+    pictures: Sequence[GalleryPicture],
+    side: Callable[[GalleryPicture], Hashable],
     apart: tuple[str, ...] = (),
     always: Sequence[str] = ALWAYS_EQUAL,
-) -> Callable[[Picture], str]:
+) -> Callable[[GalleryPicture], str]:
     """Returns a function whose value is equal for pictures of different sides that should be compared.
 
     Args:
@@ -124,7 +124,7 @@ def matching(
     return lambda picture: _text([picture.entry.settings.get(name) for name in compared])
 
 
-def _is_tied(name: str, pictures: Sequence[Picture], side: Callable[[Picture], Hashable]) -> bool:
+def _is_tied(name: str, pictures: Sequence[GalleryPicture], side: Callable[[GalleryPicture], Hashable]) -> bool:
     sides: dict[str, Hashable] = {}
     for picture in pictures:
         value = picture.entry.settings.get(name)
@@ -133,7 +133,7 @@ def _is_tied(name: str, pictures: Sequence[Picture], side: Callable[[Picture], H
     return True
 
 
-def _is_bare(entry: Entry) -> bool:
+def _is_bare(entry: ManifestEntry) -> bool:
     return entry.settings.get("adapter") is None or entry.settings.get("strength") == 0
 
 

@@ -12,9 +12,9 @@ from urllib.parse import quote
 from PIL import Image
 from tqdm import tqdm
 
-from dora_mm.sampling.gallery.data import Picture, gallery_data
+from dora_mm.sampling.gallery.data import GalleryPicture, gallery_data
 from dora_mm.sampling.gallery.page import GENERATOR, page
-from dora_mm.sampling.manifest import MANIFEST, Entry
+from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
 
 INDEX, PICTURES, THUMBNAILS = "index.html", "pictures", "thumbnails"
@@ -25,7 +25,7 @@ NOT_A_PICTURE = "its file is not a whole PNG, WebP or JPEG picture"
 SIDE = 512  # pixels of a thumbnail's longer side: sharp on a screen of twice the density; some 25 kB
 
 
-def write_gallery(runs: Mapping[Path, Sequence[Entry]], folder: Path) -> Path:
+def write_gallery(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) -> Path:
     """Writes a gallery, completely or not at all; an earlier gallery in the same folder is replaced.
 
     A picture that is in a manifest but cannot be read is listed with the reason.
@@ -47,7 +47,7 @@ def write_gallery(runs: Mapping[Path, Sequence[Entry]], folder: Path) -> Path:
     return folder / INDEX
 
 
-def _check_files(run: Path, entries: Sequence[Entry]) -> None:
+def _check_files(run: Path, entries: Sequence[ManifestEntry]) -> None:
     """Metadata must not lead out of its folder: a gallery may be sent to others."""
     root = run.resolve()
     for entry in entries:
@@ -58,7 +58,7 @@ def _check_files(run: Path, entries: Sequence[Entry]) -> None:
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _add_all(runs: Mapping[Path, Sequence[Entry]], folder: Path) -> list[Picture]:
+def _add_all(runs: Mapping[Path, Sequence[ManifestEntry]], folder: Path) -> list[GalleryPicture]:
     with ThreadPoolExecutor() as threads:  # Pillow lets others run while it decodes, scales and encodes
         added = [
             threads.submit(_add, run, number, entry, folder)
@@ -73,24 +73,24 @@ def _add_all(runs: Mapping[Path, Sequence[Entry]], folder: Path) -> list[Picture
             raise
 
 
-def _add(run: Path, number: int, entry: Entry, folder: Path) -> Picture:
+def _add(run: Path, number: int, entry: ManifestEntry, folder: Path) -> GalleryPicture:
     """Puts the picture of an entry into the folder, with a thumbnail if it is large."""
     if entry.status != "done":
-        return Picture(str(run), entry)
+        return GalleryPicture(str(run), entry)
     source = (run / entry.file).resolve()
     name = Path(str(number), source.relative_to(run.resolve()))
     if not source.is_file():
-        return Picture(str(run), replace(entry, status="missing", reason="its file is not there any more"))
+        return GalleryPicture(str(run), replace(entry, status="missing", reason="its file is not there any more"))
     image = _read(source)
     if image is None:
-        return Picture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
+        return GalleryPicture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
     _link(source, folder / PICTURES / name)
     file = thumbnail = _address(PICTURES, name)
     if max(image.size) > SIDE:
         small = name.with_name(f"{name.name}.webp")
         _save_thumbnail(image, folder / THUMBNAILS / small)
         thumbnail = _address(THUMBNAILS, small)
-    return Picture(str(run), entry, file, thumbnail, image.size)
+    return GalleryPicture(str(run), entry, file, thumbnail, image.size)
 
 
 def _read(path: Path) -> Image.Image | None:

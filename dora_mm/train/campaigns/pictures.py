@@ -9,8 +9,8 @@ from PIL import Image
 import dora_mm
 from dora_mm.config.comparing import CompareConfig, ComparePicturesConfig
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.judge import RoleConfig
 from dora_mm.config.loader import dump_config, resolve_path
+from dora_mm.config.pictures import RoleConfig
 from dora_mm.data.images.folder import digest_of, read_training_images
 from dora_mm.eval.comparison import Result, Variant
 from dora_mm.eval.images.comparison import contrasts_table, results_csv, results_table

@@ -13,8 +13,8 @@ import torch
 
 from dora_mm.config.training import LearningRates
 from dora_mm.eval.comparison import Variant
-from dora_mm.train.jobs import Job, run_jobs, start_job
 from dora_mm.train.run import SUMMARY
+from dora_mm.train.subprocesses import TrainingProcess, run_processes, start_process
 from dora_mm.utils.atomic import write_text
 
 log = logging.getLogger(__name__)
@@ -87,9 +87,11 @@ class Trainings:
         """
         unfinished = [training for training in trainings if not (self.run(training) / SUMMARY).is_file()]
         if unfinished:
-            run_jobs([partial(self._start, training) for training in unfinished], self.workers, self._delete_unneeded)
+            run_processes(
+                [partial(self._start, training) for training in unfinished], self.workers, self._delete_unneeded
+            )
 
-    def _start(self, training: Training) -> Job:
+    def _start(self, training: Training) -> TrainingProcess:
         folder = self.run(training)
         if (folder / "config.yaml").is_file():
             arguments = ["train", "--resume", str(folder)]
@@ -98,12 +100,12 @@ class Trainings:
             settings = [*self.overrides(training), f"output={folder}"]
             arguments = ["train", self.base, *(item for text in settings for item in ("--set", text))]
         threads = max(1, torch.get_num_threads() // self.workers)
-        return start_job(training.name, arguments, self.folder / "logs" / f"{training.name}.txt", threads)
+        return start_process(training.name, arguments, self.folder / "logs" / f"{training.name}.txt", threads)
 
-    def _delete_unneeded(self, job: Job) -> None:
+    def _delete_unneeded(self, training: TrainingProcess) -> None:
         for name in DELETED_WHEN_FINISHED:
-            shutil.rmtree(self.folder / "runs" / job.name / name, ignore_errors=True)
-        log.info("Trained %s.", job.name)
+            shutil.rmtree(self.folder / "runs" / training.name / name, ignore_errors=True)
+        log.info("Trained %s.", training.name)
 
     def choose_rates(
         self,

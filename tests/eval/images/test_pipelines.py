@@ -21,10 +21,10 @@ from dora_mm.eval.images.scores import Scores
 from dora_mm.models.image_families import load_image_model
 from dora_mm.recipes import PIPELINES
 from dora_mm.sampling.gallery.data import Picture, befores
-from dora_mm.sampling.manifest import Entry, read_manifest
+from dora_mm.sampling.manifest import ManifestEntry, read_manifest
 from dora_mm.train.campaigns import trainings
 from dora_mm.train.campaigns.campaign import Campaign
-from dora_mm.train.jobs import Job
+from dora_mm.train.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
 from tests.models.z_image import tiny as z_image
@@ -160,7 +160,7 @@ def check_manifest(folder: Path, scores: Scores) -> None:
     assert [entry.settings["prompt"] for entry in bare] == [entry.settings["prompt"] for entry in adapted]
 
 
-def thing(entry: Entry) -> str:
+def thing(entry: ManifestEntry) -> str:
     return with_article(entry.settings["thing"])
 
 
@@ -214,9 +214,9 @@ def commands(monkeypatch):
     def in_this_process(name, arguments, log_file, threads):
         found.append(arguments)
         assert main(arguments) == 0
-        return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
+        return TrainingProcess(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
-    monkeypatch.setattr(trainings, "start_job", in_this_process)
+    monkeypatch.setattr(trainings, "start_process", in_this_process)
     return found
 
 
@@ -231,9 +231,9 @@ def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted,
         else:
             assert main(arguments) == 0
         runs.append(output)
-        return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
+        return TrainingProcess(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
-    monkeypatch.setattr(trainings, "start_job", trained_or_copied)
+    monkeypatch.setattr(trainings, "start_process", trained_or_copied)
     folder = z_image.build(tmp_path / "z-image")
     values = yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(folder)}}
     judge = tmp_path / "judge"

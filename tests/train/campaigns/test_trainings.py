@@ -12,10 +12,10 @@ import torch
 
 from dora_mm.config.training import LearningRates
 from dora_mm.eval.comparison import FULL, Variant
-from dora_mm.train import jobs
+from dora_mm.train import subprocesses
 from dora_mm.train.campaigns import trainings as module
 from dora_mm.train.campaigns.trainings import Training, Trainings, candidate_rates, next_rate
-from dora_mm.train.jobs import Job, check_job, start_job
+from dora_mm.train.subprocesses import TrainingProcess, check_process, start_process
 
 LORA, DORA = Variant("lora", 2), Variant("dora", 2)
 
@@ -31,9 +31,9 @@ def test_an_interrupted_training_is_resumed(trainings, monkeypatch):
 
     def start(name, arguments, log_file, threads):
         commands.append(arguments)
-        return Job(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
+        return TrainingProcess(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
-    monkeypatch.setattr(module, "start_job", start)
+    monkeypatch.setattr(module, "start_process", start)
     run = trainings.run(training)
     new = ["train", "base.yaml", "--set", "seed=0", "--set", f"output={run}"]
     trainings.train([training])
@@ -65,7 +65,7 @@ class Stub:
         log_file.write_text("dora-mm: no such file")
         process = subprocess.Popen([sys.executable, "-c", code])
         self.started.append((process, threads))
-        return Job(name, process, log_file)
+        return TrainingProcess(name, process, log_file)
 
 
 SIX = [Training(LORA, 0.01, seed) for seed in range(6)]
@@ -80,7 +80,7 @@ def test_trainings_run_in_parallel(trainings, monkeypatch):
         num_running.append(sum(process.poll() is None for process, _ in stub.started))
         return job
 
-    monkeypatch.setattr(module, "start_job", start)
+    monkeypatch.setattr(module, "start_process", start)
     trainings.train(SIX)
     assert len(stub.started) == 6
     assert max(num_running) == 2
@@ -90,7 +90,7 @@ def test_trainings_run_in_parallel(trainings, monkeypatch):
 def test_a_failure_stops_the_other_trainings(trainings, monkeypatch):
     slow, failing = Stub(60.0), Stub(0.0, status=2)
     monkeypatch.setattr(
-        module, "start_job", lambda name, *rest: (slow if name.endswith("seed0") else failing)(name, *rest)
+        module, "start_process", lambda name, *rest: (slow if name.endswith("seed0") else failing)(name, *rest)
     )
     with pytest.raises(ValueError, match="the training lora-r2-lr0.01-seed[1-5] .*dora-mm: no such file"):
         trainings.train(SIX)
@@ -100,8 +100,8 @@ def test_a_failure_stops_the_other_trainings(trainings, monkeypatch):
 
 def test_an_interruption_reaches_the_trainings(trainings, monkeypatch):
     stub = Stub(60.0)
-    monkeypatch.setattr(module, "start_job", stub)
-    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(module, "start_process", stub)
+    monkeypatch.setattr(subprocesses.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainings.train(SIX)
     assert [process.returncode for process, _ in stub.started] == [-signal.SIGTERM] * 2
@@ -134,12 +134,12 @@ def test_candidates_are_those_of_the_method():
 
 
 def test_the_error_of_a_failed_training_is_reported(tmp_path, monkeypatch):
-    job = start_job("lora", ["train", "nowhere.yaml"], tmp_path / "logs" / "x.txt", 1)
+    job = start_process("lora", ["train", "nowhere.yaml"], tmp_path / "logs" / "x.txt", 1)
     job.process.wait()
     with pytest.raises(ValueError, match=r"the training lora .*dora-mm: .*nowhere\.yaml"):
-        check_job(job)
+        check_process(job)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    job = start_job("lora", ["train", "some.yaml"], tmp_path / "logs" / "y.txt", 1)
+    job = start_process("lora", ["train", "some.yaml"], tmp_path / "logs" / "y.txt", 1)
     job.process.wait()
     with pytest.raises(RuntimeError, match="lora failed with exit code 1"):
-        check_job(job)
+        check_process(job)

@@ -22,11 +22,11 @@ from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
 from dora_mm.models.memory import check_offload, save_memory
-from dora_mm.sampling.drawing import Job, check_what_is_there, draw, plan, remove_adapters
+from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.png import BaseModel, adapter_hashes
-from dora_mm.sampling.strengths import Strength, to_load
+from dora_mm.sampling.strengths import HashableStrength, to_load
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import file_digest, module_digest
 
@@ -61,7 +61,7 @@ class LoadedModel:
         """The side of the model's own pictures, in pixels."""
         return self.model.resolution
 
-    def load_adapter(self, path: str, strength: Strength, name: str) -> None:
+    def load_adapter(self, path: str, strength: HashableStrength, name: str) -> None:
         """Loads an adapter into the model.
 
         Raises:
@@ -143,7 +143,7 @@ class LoadedModel:
         """The two hashes of each adapter's file (see `png.UsedAdapter`), by the path that jobs name."""
         return {path: adapter_hashes(file) for path, file in self.adapters.items()}
 
-    def plan(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> Job:
+    def plan(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> PictureJob:
         """Plans the batches of a job: see `drawing.plan`. Pictures without a size get the model's own."""
         sized = [replace(p, width=p.width or self.size, height=p.height or self.size) for p in pictures]
         return plan(
@@ -157,7 +157,7 @@ class LoadedModel:
             software={name: version(name) for name in SOFTWARE},
         )
 
-    def draw(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> Job:
+    def draw(self, folder: Path, pictures: Sequence[Picture], batch_size: int) -> PictureJob:
         """Draws the pictures of a job that are not in its run directory yet; returns what became of all."""
         job = self.plan(folder, pictures, batch_size)
         check_what_is_there(job)

@@ -37,7 +37,7 @@ class ToolErrors:
     at: Mapping[float, float]
 
 
-class Judge:
+class ExportCheck:
     """Applies tools to the tensors that are written for them.
 
     Args:
@@ -55,10 +55,10 @@ class Judge:
         self.every = max(1, num_modules // STRENGTHS_ON)
         self.count = 0
 
-    def judge(
+    def check(
         self, module: str, unrounded: list[dict[str, Tensor]], header: Header, W0: Tensor, W: Tensor, dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
-        """Judges one module.
+        """Checks one module.
 
         Args:
             module: Its name in the file.
