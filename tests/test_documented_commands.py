@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from dora_mm.cli import main
-from dora_mm.train import jobs
+from dora_mm.train import subprocesses
 from tests.documented.checkout import Checkout
 from tests.documented.texts import DOCS, ROOT, commands, configs, head_commands, is_synopsis, text_of
 
@@ -39,7 +39,7 @@ def in_this_process(command: list[str], **_: object) -> SimpleNamespace:
 def checkout(tmp_path, monkeypatch, tiny_folder, tiny_vlm):
     """The folder of a new user, which is the current one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(Popen=in_this_process, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(subprocesses, "subprocess", SimpleNamespace(Popen=in_this_process, STDOUT=subprocess.STDOUT))
     return Checkout(tiny_folder, tiny_vlm)
 
 

@@ -13,7 +13,7 @@ from dora_mm.models.towers import building as towers
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm import tiny
 from tests.models.z_image import tiny as z_image
-from tests.pipelines.test_vlm_recipes import MODELS
+from tests.pipelines.questions.test_vlm_recipes import MODELS
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 

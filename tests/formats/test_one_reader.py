@@ -18,7 +18,7 @@ from dora_mm.core import adapted_layers
 from dora_mm.formats.files import tensor_file
 from dora_mm.formats.naming.names import Name, canonical
 from tests.core import reference
-from tests.formats.test_diffusers import adapt, build, components, image
+from tests.formats.tools.test_diffusers import adapt, build, components, image
 
 SPECS = {
     "dora": DoRASpec(rank=3, alpha=5, norm_grad="exact", dropout=0.25),

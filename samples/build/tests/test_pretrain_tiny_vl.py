@@ -16,7 +16,7 @@ from dora_mm.models.vl_bart.visual_inputs import VisionEncoder
 from samples.build.__main__ import main
 from samples.build.recipes.pretrain_tiny_vl import mask_words
 from tests.pipelines.killed import assert_same_weights, kill_after
-from tests.pipelines.test_train_vl import ROOT, SAMPLES, VISION, captions, vqa
+from tests.pipelines.questions.test_train_vl import ROOT, SAMPLES, VISION, captions, vqa
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from dora_mm.eval.images.prompts import with_article
 from dora_mm.eval.images.scores import Scores
 from dora_mm.models.image_families import load_image_model
 from dora_mm.recipes import PIPELINES
-from dora_mm.sampling.gallery.data import Picture, befores
+from dora_mm.sampling.gallery.data import GalleryPicture, befores
 from dora_mm.sampling.manifest import ManifestEntry, read_manifest
 from dora_mm.train.campaigns import trainings
 from dora_mm.train.campaigns.campaign import Campaign
@@ -155,7 +155,7 @@ def check_manifest(folder: Path, scores: Scores) -> None:
     assert [entry.scores["right thing"] for entry in adapted] == scores.recognised().flatten().tolist()
     found = [entry.scores["log-odds of the style"] for entry in adapted]
     assert found == pytest.approx(scores.log_odds("3d").flatten().tolist(), abs=1e-3)
-    pictures = [Picture("run", entry, file=entry.file) for entry in entries]
+    pictures = [GalleryPicture("run", entry, file=entry.file) for entry in entries]
     assert befores(pictures) == [None] * 12 + list(range(6, 12))
     assert [entry.settings["prompt"] for entry in bare] == [entry.settings["prompt"] for entry in adapted]
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dora_mm.cli import main
 from dora_mm.sampling.manifest import read_manifest
-from tests.pipelines.test_sample import make_adapter
+from tests.pipelines.pictures.test_sample import make_adapter
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, TOOLS
 from tests.formats import toy
-from tests.formats.test_tools import FIXTURES, path_of
+from tests.formats.tools.test_tools import FIXTURES, path_of
 
 EXACT = [target for target in EXPORTS if target != "diff"]
 BASE = toy.base()

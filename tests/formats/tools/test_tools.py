@@ -12,7 +12,7 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.tools import TOOLS
 from tests.formats import toy
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 WRITTEN = {  # by the tool that wrote it
     "peft": ("peft_dora", "peft_lora", "peft_rslora"),
     "diffusers": ("diffusers",),

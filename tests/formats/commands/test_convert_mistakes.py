@@ -10,8 +10,8 @@ import dora_mm
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.naming.names import Name
 from tests.formats import toy
-from tests.formats.test_convert import BASE, peft_base
-from tests.formats.test_tools import FIXTURES
+from tests.formats.commands.test_convert import BASE, peft_base
+from tests.formats.tools.test_tools import FIXTURES
 
 MISTAKES = [
     ({"to": "comfyui"}, "there is no target 'comfyui': use one of peft"),

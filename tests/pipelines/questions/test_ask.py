@@ -15,7 +15,7 @@ from dora_mm.models.families import load_family
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm.vlm_rows import write_pictures
-from tests.pipelines.test_merge import llama
+from tests.pipelines.files.test_merge import llama
 
 QUESTION = "What colour is the ball?"
 VISION = {

@@ -8,7 +8,7 @@ from dora_mm import load_adapter, merge, set_strength
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.naming.names import Name
 from tests.formats import toy
-from tests.formats.test_tools import path_of
+from tests.formats.tools.test_tools import path_of
 
 
 @pytest.fixture

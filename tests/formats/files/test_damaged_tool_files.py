@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from dora_mm.formats.commands.inspection import inspect_file
 from dora_mm.formats.commands.verify import verify
 from tests.formats import toy
-from tests.formats.test_tools import FILES, path_of
+from tests.formats.tools.test_tools import FILES, path_of
 
 BASES = {True: {name: W0 for name, W0 in toy.base().items() if name.component == "unet"}, False: toy.base()}
 

@@ -23,7 +23,7 @@ from dora_mm.sampling.manifest import read_manifest
 from dora_mm.sampling.png import read_description
 from dora_mm.utils.digest import file_digest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -421,7 +421,7 @@ def test_a_job_that_is_killed_ten_times_ends_with_the_same_files(style, tmp_path
     settings = ["--set", f"adapter.path={style}", "steps=2", "batch_size=4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
     killed = subprocess.run(
-        [sys.executable, "-m", "tests.pipelines.killed_job", "jobs.csv", *settings, "output=killed"],
+        [sys.executable, "-m", "tests.pipelines.pictures.killed_job", "jobs.csv", *settings, "output=killed"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

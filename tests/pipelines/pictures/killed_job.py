@@ -1,6 +1,6 @@
 """Runs a job of pictures in forked processes that are killed, each at another point; then to its end.
 
-python -m tests.pipelines.killed_job JOBS OUTPUT
+python -m tests.pipelines.pictures.killed_job JOBS OUTPUT
 """
 
 import os

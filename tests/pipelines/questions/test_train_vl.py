@@ -19,7 +19,7 @@ from dora_mm.train.metrics import read_metrics
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.pipelines.killed import assert_same_weights, kill_after
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SAMPLES = ROOT / "samples" / "vl"
 VISION = {
     "tower": "timm/tf_efficientnet_lite0",

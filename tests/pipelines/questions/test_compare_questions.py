@@ -15,14 +15,14 @@ from dora_mm.config import load_config
 from dora_mm.config.comparing import CompareConfig
 from dora_mm.eval.comparison import FULL, Variant
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
-from dora_mm.train import jobs
+from dora_mm.train import subprocesses
 from dora_mm.train.campaigns import trainings
 from dora_mm.train.campaigns.questions import QuestionEvaluation, ValidationSet, shared_images
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.train.subprocesses import TrainingProcess
 from tests.models.vl_bart.small import DIM, small_bart, small_tokenizer
 
-SAMPLES = Path(__file__).parents[2] / "samples" / "vl"
+SAMPLES = Path(__file__).parents[3] / "samples" / "vl"
 QUESTIONS = SAMPLES / "vqa" / "v2_OpenEnded_mscoco_val2014_questions.json"
 
 
@@ -135,7 +135,7 @@ def commands(monkeypatch):
         return TrainingProcess(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
     monkeypatch.setattr(trainings, "start_process", in_this_process)
-    monkeypatch.setattr(jobs, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(subprocesses, "POLL_SECONDS", 0.0)
     return found
 
 

@@ -13,9 +13,9 @@ from peft import PeftModel
 
 from dora_mm.formats.commands.convert import convert
 from tests.formats import toy
-from tests.formats.test_convert import BASE, textbook
+from tests.formats.commands.test_convert import BASE, textbook
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STATES = {name: toy.state_of(name, number) for number, name in enumerate(toy.UNET)}
 
 
@@ -73,7 +73,7 @@ def test_lycoris(source, tmp_path, monkeypatch):
 
 def test_the_tests_in_the_table_of_the_docs_exist():
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
-    defined = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "formats").glob("test_*.py"))
+    defined = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "formats").rglob("test_*.py"))
     named = set(re.findall(r"\b(test_\w+)", text))
     assert len(named) >= 8
     assert not [name for name in named if f"def {name}(" not in defined]
