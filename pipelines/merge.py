@@ -9,8 +9,8 @@ from torch import Tensor
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting.files import check_identity, saved_config
-from dora_mm.config.checks import check_folder
 from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.paths import check_folder
 from dora_mm.models.folders import saved_dtype, write_copy
 from dora_mm.models.probe import Probe, checked_config, largest_difference, load_probe
 from dora_mm.utils.digest import module_digest

@@ -23,7 +23,7 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class PathKind(Enum):
-    """What a key that holds a path is for; `dora_mm.config.checks` checks them."""
+    """What a key that holds a path is for; `dora_mm.config.paths` checks them."""
 
     INPUT = "a file or folder that must exist"
     MODEL = "a file or folder that must exist, or the name of a hub repository"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dora_mm.config.checks import check_paths
 from dora_mm.config.loader import ConfigError, dump_config, load_config
+from dora_mm.config.paths import check_paths
 from dora_mm.config.vl import EvalVLConfig, TrainVLConfig
 from dora_mm.config.vl_data import SourceConfig, VLDataConfig, VLTaskConfig
 from dora_mm.data.vl.needed import data_needed

@@ -10,7 +10,7 @@ from dora_mm.cli import main
 from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import find_path, load_config
-from dora_mm.config.checks import paths_in
+from dora_mm.config.paths import paths_in
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
 from dora_mm.config.vl import ExtractFeaturesConfig
 from dora_mm.config.vl_data import SourceConfig

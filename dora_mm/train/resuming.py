@@ -1,0 +1,73 @@
+"""What a resumed run may change of its config: the keys on which its finished steps do not depend."""
+
+from pathlib import Path
+from typing import Any
+
+from dora_mm.config.loader import differing_keys
+from dora_mm.config.schema import PipelineConfig
+
+REASONS = {  # why the other keys and sections may not change
+    "pipeline": "the run belongs to one recipe",
+    "name": "it names the folder of a new run, and this run stays where it is",
+    "output": "it names the folder of a new run, and this run stays where it is",
+    "seed": "order and noise of the finished steps came from the old one",
+    "backend": "the finished steps were computed by the old one, and the other one rounds differently",
+    "model": "the checkpoints belong to the old model",
+    "vision": "the checkpoints belong to the old vision tower",
+    "adapter": "the checkpoints hold an adapter with the old settings",
+    "data": "the finished steps were computed on the old data",
+    "loss": "the finished steps minimized the old loss",
+    "optimizer": "the finished steps were computed with the old value",
+    "schedule": "the finished steps were computed with the old learning rates",
+    "train": "the finished steps were computed with the old value",
+    "evaluate": "the scores so far, and with them the best adapter, were computed with the old value",
+}
+
+
+def changed_values(before: PipelineConfig, after: PipelineConfig) -> dict[str, tuple[Any, Any]]:
+    """The old and the new value of each dotted key (or section) in which two configs differ."""
+    return {key: (_value(before, key), _value(after, key)) for key in differing_keys(before, after)}
+
+
+def check_changes(run: Path, before: PipelineConfig, after: PipelineConfig) -> None:
+    """Checks that a run can go on with another config: its finished steps would have been the same.
+
+    Args:
+        run: The run directory, for the message.
+        before: The config that the run was started with.
+        after: The config that it is resumed with.
+
+    Raises:
+        ValueError: A key differs that may not; the message has a sentence for each.
+    """
+    changeable = before.changeable
+    if changeable is None:
+        return
+    changed = changed_values(before, after).items()
+    refused = {key: v for key, v in changed if not any(f"{key}.".startswith(f"{name}.") for name in changeable)}
+    if not refused:
+        return
+    sentences = [
+        f"{key} cannot change from {old!r} to {new!r}: {REASONS[key.partition('.')[0]]}"
+        for key, (old, new) in refused.items()
+    ]
+    allowed = f"--resume may change {', '.join(changeable)}" if changeable else "--resume changes no key"
+    advice = f"{allowed}; for anything else start a new run"
+    if len(sentences) == 1:
+        raise ValueError(f"--resume {run}: {sentences[0]} ({advice})")
+    raise ValueError("\n  ".join([f"--resume {run}: {len(sentences)} keys cannot change ({advice})", *sentences]))
+
+
+def nearest_run(path: Path) -> str:
+    """The text ", did you mean ...?" with the run directory around a path or the last one in it; empty if none is."""
+    inside = sorted(file.parent for file in path.glob("*/config.yaml")) if path.is_dir() else []
+    around = [folder for folder in path.parents if (folder / "config.yaml").is_file()]
+    found = [*around[:1], *inside[-1:]]
+    return f", did you mean {str(found[0])!r}?" if found else ""
+
+
+def _value(config: PipelineConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value
