@@ -21,7 +21,7 @@ from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tools import FORMATS, TOOLS
 from dora_mm.formats.tools.methods import METHODS, other_method
 from dora_mm.formats.tools.parts import axes_that_fit
-from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_of
+from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside
 from dora_mm.formats.tools.tool import Tool
 
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
@@ -231,7 +231,7 @@ class AdapterFile:
         if any(ending.startswith("lora_embedding") for ending in self.modules[module]):
             return True
         with located(str(self.path)):
-            return CONFIG_NAME in self.header and bool(config_of(self.header).get("fan_in_fan_out"))
+            return CONFIG_NAME in self.header and bool(config_beside(self.header).get("fan_in_fan_out"))
 
 
 def find_file(path: Path) -> Path:

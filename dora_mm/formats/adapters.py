@@ -129,7 +129,7 @@ def _tensors(export: Export, name: Name, layer: LayerState, module: nn.Module) -
     return {f"{module_name}.{ending}": tensor for ending, tensor in found.items()}
 
 
-def write_card(folder: Path, *, pictures: card.Pictures = (), scores: card.Scores | None = None) -> None:
+def write_card(folder: Path, *, pictures: card.CardPictures = (), scores: card.CardScores | None = None) -> None:
     """Writes the model card of a saved adapter again, with pictures and scores: see `card.write_card`.
 
     Args:

@@ -62,10 +62,4 @@ SPELLINGS: dict[str, dict[str, Style]] = {
     "kohya": {**dict.fromkeys(_NETWORKS, Style("lora_unet_", own=True)), **_KOHYA_TEXT},
     "onetrainer": {"unet": Style("lora_unet_"), "transformer": Style("lora_transformer_"), **_KOHYA_TEXT},
     "ai-toolkit": {"unet": Style("lora_unet_"), "transformer": Style("transformer."), **_KOHYA_TEXT},
-    "lycoris": dict.fromkeys((*_NETWORKS, "model"), Style("lycoris_")),
-    "comfy": {
-        **dict.fromkeys(_NETWORKS, Style("diffusion_model.", own=True)),
-        "text_encoder": Style("text_encoders.clip_l.transformer."),
-        "text_encoder_2": Style("text_encoders.clip_g.transformer."),
-    },
 }

@@ -32,7 +32,7 @@ def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, st
             cannot be drawn.
     """
     description = read_description(file)
-    loaded = load_model(config_of(description), [adapter.path for adapter in description.adapters])
+    loaded = load_model(pictures_config(description), [adapter.path for adapter in description.adapters])
     check_unchanged(description, loaded)
     job = job_of(description, loaded, new_folder(), file.name)
     draw(job, loaded.sampler, loaded.model.adaptable.values(), loaded.load_adapter)
@@ -42,7 +42,7 @@ def replay_picture(file: Path, new_folder: Callable[[], Path]) -> tuple[Path, st
     return drawn, difference(file, drawn)
 
 
-def config_of(description: Description) -> PicturesConfig:
+def pictures_config(description: Description) -> PicturesConfig:
     """The config of the model that a picture was drawn with."""
     model = description.model
     return PicturesConfig(

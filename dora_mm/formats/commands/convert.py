@@ -27,10 +27,6 @@ from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export
-from dora_mm.utils.atomic import write_text
-from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
-
-_DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
 
 
 @dataclass(frozen=True)
@@ -282,29 +278,22 @@ class _Writer:
                 f"{source.path} holds embeddings of new tokens, for which the files of {self.to} have no place: "
                 "use --to kohya"
             )
-        header: dict[str, str] = {}
+        modules = self._modules(number, file.name, check)
+        embeddings = ((key, source.tensor(key)) for key in source.embeddings)
+        self.exports[number].write_file(file, modules, source.header, room=self.room(), more=embeddings)
 
-        def run(writer: TensorWriter) -> dict[str, str]:
-            specs: dict[Name, DoRASpec] = {}
-            for module, group in tqdm(self.groups.items(), file.name, unit="module", delay=2, disable=None):
-                with located(f"{source.path}: {module}"):
-                    tensors, spec = self.tensors(number, module, group, check)
-                specs |= dict.fromkeys(group.names, spec)
-                for ending, tensor in tensors.items():
-                    writer.add(f"{module}.{ending}", tensor)
-            if check is not None:
-                with located(str(source.path)):
-                    check.check_rounding(self.dtype)
-            for key in source.embeddings:
-                writer.add(key, source.tensor(key))
-            header.update(self.exports[number].header(Contents(specs, source.header)))
-            kept = {key: value for key, value in source.header.items() if not key.startswith(_DROPPED)}
-            return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
-
-        write_tensors(file, self.room(), run)
-        for name in header:
-            if name.endswith(".json"):
-                write_text(file.with_name(name), header[name])
+    def _modules(
+        self, number: int, file_name: str, check: ExportCheck | None
+    ) -> Iterator[tuple[str, tuple[Name, ...], DoRASpec, dict[str, Tensor]]]:
+        """The modules of one of the files, as `Export.write_file` takes them; then the rounding of all is checked."""
+        source = self.layers.file.path
+        for module, group in tqdm(self.groups.items(), file_name, unit="module", delay=2, disable=None):
+            with located(f"{source}: {module}"):
+                tensors, spec = self.tensors(number, module, group, check)
+            yield module, group.names, spec, tensors
+        if check is not None:
+            with located(str(source)):
+                check.check_rounding(self.dtype)
 
     def tensors(
         self, number: int, module: str, group: ModuleGroup, check: ExportCheck | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,6 @@ from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS
-from dora_mm.formats.tools.tool import Contents
-from dora_mm.utils.atomic import write_text
-from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
 HEADER_BYTES = 4096  # of a module, more than its keys and settings need
 _EMBEDDINGS = re.compile(
@@ -159,10 +156,8 @@ def _write(
 ) -> dict[Name, tuple[float, float]]:
     """Writes the adapter in a form, and returns for each module the error and ||W' - W0||."""
     export, errors = EXPORTS[form], {}
-    specs: dict[Name, DoRASpec] = {}
-    header: dict[str, str] = {}
 
-    def run(writer: TensorWriter) -> dict[str, str]:
+    def modules() -> Iterator[tuple[str, tuple[Name], DoRASpec, dict[str, Tensor]]]:
         for name in tqdm(names, "extracting", unit="module", delay=2, disable=None):
             W, W0 = tuned[name].float(), base[name].float()
             for path, tensor in (("tuned", W), ("base", W0)):
@@ -171,16 +166,9 @@ def _write(
             layer = fitted_adapter(W, W0, rank)
             errors[name] = _error(layer, W, W0)
             (module,) = Names().write([name], export.spelling)
-            for ending, tensor in export.tensors(module, layer, W0).items():
-                writer.add(f"{module}.{ending}", tensor)
-            specs[name] = layer.spec
-        header.update(export.header(Contents(specs, about)))
-        return {**about, **{key: value for key, value in header.items() if not key.endswith(".json")}}
+            yield module, (name,), layer.spec, export.tensors(module, layer, W0)
 
-    write_tensors(file, HEADER_BYTES * (len(base) + 1), run)
-    for key in header:
-        if key.endswith(".json"):
-            write_text(file.parent / key, header[key])
+    export.write_file(file, modules(), about, room=HEADER_BYTES * (len(base) + 1))
     return errors
 
 

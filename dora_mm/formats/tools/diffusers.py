@@ -25,17 +25,7 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import TEXT_PREFIX, Name, canonical
 from dora_mm.formats.state import joined
-from dora_mm.formats.tools import peft
-from dora_mm.formats.tools.peft_config import (
-    OUR_METADATA,
-    alpha_of,
-    check_config,
-    listed_names,
-    lora_config,
-    our_config,
-    settings_of,
-    why_not_held,
-)
+from dora_mm.formats.tools import peft, peft_config
 from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -57,22 +47,18 @@ def alpha(header: Header, module: str, rank: int) -> float | None:
     if PEFT_METADATA not in header or not OWN_NAMES.match(module):
         return None
     component, _, path = module.partition(".")
-    return alpha_of(_configs(header)[component], path, rank)
+    return peft_config.alpha_of(_configs(header)[component], path, rank)
 
 
 def settings(header: Header, module: str) -> Mapping[str, Any]:
     component = module.partition(".")[0]
-    return settings_of(_configs(header)[component], _ours(header).get(component, {}))
+    return peft_config.settings_of(_configs(header)[component], peft_config.own_header(header).get(component, {}))
 
 
 def listed(header: Header) -> Iterator[Name]:
-    for component in _ours(header):  # the headers of others may list patterns
-        for path in listed_names(_configs(header)[component].get("target_modules", [])):
+    for component in peft_config.own_header(header):  # the headers of others may list patterns
+        for path in peft_config.listed_names(_configs(header)[component].get("target_modules", [])):
             yield canonical(component, path)
-
-
-def _ours(header: Header) -> dict[str, Any]:
-    return parse_json(header.get(OUR_METADATA, "{}"), f"its header key {OUR_METADATA}")
 
 
 def _configs(header: Header) -> Mapping[str, dict[str, Any]]:
@@ -87,7 +73,7 @@ def _parsed(text: str) -> Mapping[str, dict[str, Any]]:
         component, _, name = key.partition(".")
         found[component][name] = value
     for component, config in found.items():
-        check_config(f"{PEFT_METADATA} of {component}", config)
+        peft_config.check_config(f"{PEFT_METADATA} of {component}", config)
     return found
 
 
@@ -98,7 +84,7 @@ def why_not(components: Mapping[str, nn.Module]) -> str | None:
     for component, model in components.items():
         if component not in COMPONENTS:
             return f"the diffusers format has no component {component!r}: it has {', '.join(COMPONENTS)}"
-        if reason := why_not_held(component, model):
+        if reason := peft_config.why_not_held(component, model):
             return reason
     return None
 
@@ -114,10 +100,14 @@ def header(contents: Contents) -> dict[str, str]:
     configs = {
         f"{component}.{key}": value
         for component, specs in layers.items()
-        for key, value in lora_config(specs, transposed=component in contents.transposed).items()
+        for key, value in peft_config.lora_config(specs, transposed=component in contents.transposed).items()
     }
-    ours = {component: our_config(next(iter(specs.values()))) for component, specs in layers.items()}
-    return {"format": "pt", PEFT_METADATA: json.dumps(configs, sort_keys=True), OUR_METADATA: json.dumps(ours)}
+    ours = {component: peft_config.our_config(specs) for component, specs in layers.items()}
+    return {
+        "format": "pt",
+        PEFT_METADATA: json.dumps(configs, sort_keys=True),
+        peft_config.OUR_METADATA: json.dumps(ours),
+    }
 
 
 TOOL = Tool(

@@ -26,18 +26,9 @@ from dora_mm.formats.algebra.exact import along, norms, paper_form
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
+from dora_mm.formats.tools import peft_config
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
-from dora_mm.formats.tools.peft_config import (
-    OUR_METADATA,
-    alpha_of,
-    check_config,
-    listed_names,
-    lora_config,
-    our_config,
-    settings_of,
-    why_not_held,
-)
 from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
 
 FILE_NAME = "adapter_model.safetensors"
@@ -74,17 +65,17 @@ def named(module: str) -> Name | None:
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    return alpha_of(config_of(header), NAMES.sub("", module), rank)
+    return peft_config.alpha_of(config_beside(header), NAMES.sub("", module), rank)
 
 
 def settings(header: Header, module: str) -> Mapping[str, Any]:
-    return settings_of(config_of(header), _ours(header))
+    return peft_config.settings_of(config_beside(header), peft_config.own_header(header))
 
 
 def listed(header: Header) -> Iterator[Name]:
-    if ours := _ours(header):  # the target_modules of others may be patterns
-        modules, extra = config_of(header).get("target_modules") or [], ours.get("parameters", [])
-        yield from (Name("", name) for name in (*listed_names(modules), *listed_names(extra)))
+    if ours := peft_config.own_header(header):  # the target_modules of others may be patterns
+        modules, extra = config_beside(header).get("target_modules") or [], ours.get("parameters", [])
+        yield from (Name("", name) for name in (*peft_config.listed_names(modules), *peft_config.listed_names(extra)))
 
 
 def parameter(header: Header, key: str) -> Name | None:
@@ -94,7 +85,7 @@ def parameter(header: Header, key: str) -> Name | None:
     return Name("", key.removeprefix(f"{PREFIX}.").replace(".base_layer.", "."))
 
 
-def config_of(header: Header) -> dict[str, Any]:
+def config_beside(header: Header) -> dict[str, Any]:
     """PEFT's settings, which are a file beside the weights."""
     if CONFIG_NAME not in header:
         raise ValueError(f"{CONFIG_NAME} is missing beside the file: PEFT's format is a folder of two files")
@@ -106,12 +97,8 @@ def _parsed(text: str) -> dict[str, Any]:
     config = parse_json(text, CONFIG_NAME)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{CONFIG_NAME} does not describe a LoRA or DoRA adapter: its peft_type is not LORA")
-    check_config(CONFIG_NAME, config)
+    peft_config.check_config(CONFIG_NAME, config)
     return config
-
-
-def _ours(header: Header) -> dict[str, Any]:
-    return parse_json(header.get(OUR_METADATA, "{}"), f"its header key {OUR_METADATA}")
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
@@ -126,7 +113,7 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 def why_not(components: Mapping[str, nn.Module]) -> str | None:
     if len(components) != 1:
         return f"PEFT's format holds the adapter of one model, and {', '.join(components)} were given"
-    return why_not_held(*next(iter(components.items())))
+    return peft_config.why_not_held(*next(iter(components.items())))
 
 
 def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
@@ -143,13 +130,13 @@ def header(contents: Contents) -> dict[str, str]:
     specs = {name.path: spec for name, spec in contents.specs.items()}
     before = parse_json(contents.source.get(CONFIG_NAME, "{}"), CONFIG_NAME)
     config = {"peft_type": "LORA", "task_type": None, "inference_mode": True}
-    config |= lora_config(specs, transposed=bool(contents.transposed))
+    config |= peft_config.lora_config(specs, transposed=bool(contents.transposed))
     config["base_model_name_or_path"] = before.get("base_model_name_or_path", contents.source.get("base_model"))
     config["revision"] = before.get("revision", contents.source.get("base_revision"))
-    ours = {**our_config(next(iter(specs.values()))), "parameters": sorted(name.path for name in contents.parameters)}
+    ours = {**peft_config.our_config(specs), "parameters": sorted(name.path for name in contents.parameters)}
     return {
         "format": "pt",
-        OUR_METADATA: json.dumps(ours),
+        peft_config.OUR_METADATA: json.dumps(ours),
         CONFIG_NAME: json.dumps(config, indent=2, sort_keys=True) + "\n",
     }
 

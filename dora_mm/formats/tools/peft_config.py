@@ -11,6 +11,7 @@ from torch import nn
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.layer import DoRAConv
 from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.state import joined, layers_of
 from dora_mm.formats.tools.patterns import matching_key
 
@@ -106,8 +107,9 @@ def _pattern(path: str, paths: Iterable[str]) -> str:
     return f"^{path}" if any(other.endswith(f".{path}") for other in paths) else path
 
 
-def our_config(spec: DoRASpec) -> dict[str, Any]:
+def our_config(specs: Mapping[Any, DoRASpec]) -> dict[str, Any]:
     """The settings that PEFT's config does not have; they are in the header under the key `OUR_METADATA`."""
+    spec = next(iter(specs.values()))
     return {"method": spec.method, "norm_grad": spec.norm_grad, "dropout": spec.dropout}
 
 
@@ -151,6 +153,11 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
 def listed_names(names: Any) -> list[str]:
     """The names in a list of a header; a value that is no list counts as one name, which no file has."""
     return [f"{name!s:.200}" for name in (names if isinstance(names, list) else [names])]
+
+
+def own_header(header: Mapping[str, str]) -> dict[str, Any]:
+    """What our key of a header says: see `our_config`."""
+    return parse_json(header.get(OUR_METADATA, "{}"), f"its header key {OUR_METADATA}")
 
 
 def settings_of(config: Mapping[str, Any], ours: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,11 @@ from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import Parts, neutral
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
 Header = Mapping[str, str]
+_DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
 
 
 class Contents(NamedTuple):
@@ -151,6 +155,44 @@ class Export:
     parameter: Callable[[Name, Collection[Name]], str] | None = None
     usage: Callable[[Sequence[str], Collection[str]], str] = lambda files, axes: ""
     why_not: Callable[[Mapping[str, nn.Module]], str | None] | None = None
+
+    def write_file(
+        self,
+        file: Path,
+        modules: Iterable[tuple[str, Collection[Name], DoRASpec, Mapping[str, Tensor]]],
+        source: Header,
+        *,
+        room: int,
+        more: Iterable[tuple[str, Tensor]] = (),
+    ) -> None:
+        """Writes an adapter file one module at a time, and what the form has beside it.
+
+        Args:
+            file: The file; nothing is written where a module raises an error.
+            modules: The name of each module in the file, the modules of the model that it stands for, their settings,
+                and its tensors by the end of their keys.
+            source: The header of the file that is converted, or what is known about the adapter, which is kept.
+            room: More bytes than the header can need.
+            more: Further tensors by key.
+        """
+        header: dict[str, str] = {}
+
+        def run(writer: TensorWriter) -> dict[str, str]:
+            specs: dict[Name, DoRASpec] = {}
+            for module, names, spec, tensors in modules:
+                specs |= dict.fromkeys(names, spec)
+                for ending, tensor in tensors.items():
+                    writer.add(f"{module}.{ending}", tensor)
+            for key, tensor in more:
+                writer.add(key, tensor)
+            header.update(self.header(Contents(specs, source)))
+            kept = {key: value for key, value in source.items() if not key.startswith(_DROPPED)}
+            return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
+
+        write_tensors(file, room, run)
+        for name in header:
+            if name.endswith(".json"):
+                write_text(file.with_name(name), header[name])
 
     def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
         """The tensors of a module in the file, by the end of their keys; of W0 only the shape without `needs_base`."""

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dora_mm.formats.naming.names import Name
-from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.naming.names import owners
 
 
 def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -41,10 +40,7 @@ def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def write_single_file(pipeline: Path, file: Path) -> Path:
     """Writes the networks of an SDXL pipeline, without its VAE, as one file in SGM's names; returns the file."""
     unet = load_file(pipeline / "unet/diffusion_pytorch_model.safetensors")
-    layers = [Name("unet", key.removesuffix(".weight")) for key in unet if key.endswith(".weight")]
-    own = {
-        t.names[0].path: key.removeprefix("diffusion_model.") for key, t in Names(layers).write(layers, "comfy").items()
-    }
+    own = {name.path: path for name, path in owners("sdxl").items()}
     tensors = {}
     for key, tensor in unet.items():
         path, _, end = key.rpartition(".")

@@ -15,7 +15,7 @@ from diffusers import (
 from diffusers.loaders import lora_conversion_utils, single_file_utils
 
 from dora_mm.formats.algebra.fused import split_rows
-from dora_mm.formats.naming.names import Name, architecture_of, canonical
+from dora_mm.formats.naming.names import Name, architecture_of, canonical, own_table, owners
 from dora_mm.formats.naming.spellings import Names
 
 SDXL = {
@@ -50,7 +50,7 @@ def unet(sdxl) -> list[Name]:
 # --- SDXL at full size -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "comfy", "onetrainer", "lycoris"])
+@pytest.mark.parametrize("spelling", ["diffusers", "kohya", "onetrainer"])
 @pytest.mark.parametrize("with_base", [True, False])
 def test_every_name_of_sdxl_comes_back(unet, spelling, with_base):
     names = Names(unet if with_base else ())
@@ -62,13 +62,14 @@ def test_every_name_of_sdxl_comes_back(unet, spelling, with_base):
 
 
 def test_sgm_names_are_those_of_diffusers_single_file_converter(sdxl, unet):
-    written = {
-        key.removeprefix("diffusion_model."): t.names[0].path for key, t in Names(unet).write(unet, "comfy").items()
-    }
+    written = {owners("sdxl")[name]: name.path for name in unet}
     ends = ("weight", "bias")
     checkpoint = {f"model.diffusion_model.{own}.{end}": path for own, path in written.items() for end in ends}
     converted = single_file_utils.convert_ldm_unet_checkpoint(checkpoint, dict(sdxl.config))
     assert converted == {f"{path}.{end}": path for path in written.values() for end in ends}
+    for names in (Names(unet), Names()):
+        read = [names.read(f"diffusion_model.{own}").names for own in written]
+        assert read == [(Name("unet", path),) for path in written.values()]
 
 
 def test_kohya_names_are_those_of_diffusers_adapter_converter(sdxl, unet):
@@ -88,9 +89,10 @@ def test_text_encoders():
     path = "text_model.encoder.layers.11.self_attn.q_proj"
     for number, component in ((1, "text_encoder"), (2, "text_encoder_2")):
         name = Name(component, path)
-        for spelling in ("diffusers", "kohya", "comfy", "peft"):
+        for spelling in ("diffusers", "kohya"):
             (key,) = names.write([name], spelling)
-            assert spelling == "peft" or names.read(key).names == (name,)
+            assert names.read(key).names == (name,)
+        assert names.read(f"text_encoders.clip_{'lg'[number - 1]}.transformer.{path}").names == (name,)  # ComfyUI
         assert names.read(f"lora_te{number}_text_model_encoder_layers_11_self_attn_q_proj").names == (name,)
         assert names.read(f"{component}.encoder.layers.11.self_attn.q_proj").names == (name,)
         assert names.read(f"clip_{'lg'[number - 1]}.{path}").names == (name,)  # OneTrainer
@@ -111,9 +113,9 @@ def test_stable_diffusion_1_has_its_first_upsampler_at_another_place():
     with torch.device("meta"):
         unet = names_of(UNet2DConditionModel(**config), "unet")
     assert architecture_of(unet) == "sd1"
-    written = Names(unet).write(unet, "comfy")
-    assert written["diffusion_model.output_blocks.2.1.conv"].names[0].path == "up_blocks.0.upsamplers.0.conv"
-    assert [Names(unet).read(key).names for key in written] == [(name,) for name in unet]
+    own = {name: owners("sd1")[name] for name in unet}
+    assert own[Name("unet", "up_blocks.0.upsamplers.0.conv")] == "output_blocks.2.1.conv"
+    assert [Names(unet).read(f"diffusion_model.{path}").names for path in own.values()] == [(name,) for name in own]
     assert Names().read("lora_unet_output_blocks_2_1_conv") == Names(unet).read("lora_unet_output_blocks_2_1_conv")
 
 
@@ -143,13 +145,13 @@ def check_against_diffusers(model, convert):
     ]
     checkpoint, expected = Checkpoint(), {}
     names = Names(names_of(model, "transformer"))
-    for key, target in names.write(known, "comfy").items():
-        assert names.read(key) == target
-        assert names.read("lora_unet_" + key.removeprefix("diffusion_model.").replace(".", "_")) == target
-        assert all(
-            Names(architecture=architecture_of(known)).read(f"transformer.{n.path}").names == (n,) for n in target.names
-        )
-        own, inner = key.removeprefix("diffusion_model."), shapes[f"{target.names[0].path}.weight"][1:]
+    layout = str(architecture_of(known))
+    for own in dict.fromkeys(owners(layout)[name] for name in known):
+        target = own_table(layout)[own]
+        assert names.read(f"diffusion_model.{own}") == target
+        assert names.read("lora_unet_" + own.replace(".", "_")) == target
+        assert all(Names(architecture=layout).read(f"transformer.{n.path}").names == (n,) for n in target.names)
+        inner = shapes[f"{target.names[0].path}.weight"][1:]
         weight = numbered(sum(shapes[f"{name.path}.weight"][0] for name in target.names), *inner)
         checkpoint |= {f"{own}.weight": weight, f"{own}.bias": numbered(weight.shape[0])}
         for name, part in zip(target.names, split_rows(target, weight) if weight.ndim == 2 else [weight], strict=True):
@@ -287,8 +289,6 @@ def test_a_name_with_two_meanings_is_refused():
     with pytest.raises(ValueError, match=r"lycoris_a_b_c may stand for a.b_c or a_b.c, which are spelled the same"):
         Names(known).read("lycoris_a_b_c")
     assert Names(known).read("lycoris_d_e").names == (known[2],)
-    with pytest.raises(ValueError, match="have the same name in lycoris files: lycoris_a_b_c"):
-        Names(known).write(known, "lycoris")
 
 
 def test_a_missing_first_part_is_found():
