@@ -1,4 +1,4 @@
-"""Strict run configs: the schemas, the loader and the paths that configs name."""
+"""Strict run configs: a schema for each thing that is configured, the loader, and checks of the paths they name."""
 
 from dora_mm.config.loader import (
     ConfigError,

@@ -1,8 +1,8 @@
 """Adapter files: what is trained is written to them, and what any tool wrote is read.
 
-A file is opened (`adapter_file.py`), its modules are read into the neutral form (`state.py`) by what its tool says in
-`tools/`, and put into models. Writing goes the other way, by the same modules of `tools/`. Names are loaded on first
-use, so that the command line can read `registry.py` without torch.
+The way of a file: `adapter_file.py` opens it; `reader.py` reads its modules into the neutral form, by what their tool
+says in `tools/`; `state.py` is that form, and puts it into models; `adapters.py` is the whole way, and back. Names are
+loaded on first use, so that the command line can read `registry.py` without torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dora_mm.formats.adapter_file import AdapterFile, adapter_folder, find_file
     from dora_mm.formats.adapters import format_for, load, remove_other_formats, save, write_card
-    from dora_mm.formats.layers import read
+    from dora_mm.formats.reader import read
     from dora_mm.formats.tools import FORMATS
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "save",
     "write_card",
 ]
-_ELSEWHERE = {"FORMATS": "tools", "read": "layers"}
+_ELSEWHERE = {"FORMATS": "tools", "read": "reader"}
 _ELSEWHERE |= dict.fromkeys(("AdapterFile", "adapter_folder", "find_file"), "adapter_file")
 
 

@@ -1,4 +1,4 @@
-"""Adapters in memory: the form that every file format is read into and written from."""
+"""The neutral form of adapters, which every file is read into and written from; out of models, and into them."""
 
 from __future__ import annotations
 

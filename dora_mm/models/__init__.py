@@ -1,1 +1,1 @@
-"""Models: one folder per family, which loads and encodes; nothing else does."""
+"""Models: a folder or a file per family, which opens a model and encodes its inputs; nothing else does."""

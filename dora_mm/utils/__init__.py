@@ -1,1 +1,1 @@
-"""Atomic file writes, numbered folders, content digests, seeded generators, devices and text tables."""
+"""What needs nothing else of ours: files and folders written at once, digests, seeded generators, YAML, text tables."""

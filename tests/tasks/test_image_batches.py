@@ -5,8 +5,6 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dora_mm.config.images import DataConfig, LossConfig
 from dora_mm.config.models import SDXLConfig
@@ -16,7 +14,7 @@ from dora_mm.models.diffusion import padded
 from dora_mm.models.sdxl.encoding import encode_images, encode_prompts
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
-from dora_mm.utils.randomness import batch_indices, batch_of_groups, generator
+from dora_mm.utils.randomness import generator
 
 
 def batches(tiny, folder, *, trained=False, batch_size=2, process=(0, 1), **data):
@@ -185,33 +183,3 @@ def test_trained_text_encoders_get_gradients(tiny, image_folder):
     batch = batches(tiny, image_folder, trained=True)(0)
     sum(prompt["text"].sum() for prompt in batch.prompts).backward()
     assert tiny.text_encoder.get_input_embeddings().weight.grad is not None
-
-
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
-def test_every_item_is_seen_once_per_epoch(num_items, batch_size, seed):
-    rows = [i for step in range(num_items) for i in batch_indices(num_items, batch_size, step, seed)]
-    assert Counter(rows) == dict.fromkeys(range(num_items), batch_size)
-
-
-@given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 2))
-def test_grouped_epochs_are_complete_and_never_mixed(sizes, batch_size, seed, epoch):
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    groups = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
-    per_epoch = sum(-(-size // batch_size) for size in sizes)
-    all_batches = [batch_of_groups(groups, batch_size, epoch * per_epoch + n, seed) for n in range(per_epoch)]
-    assert sorted(row for batch in all_batches for row in batch) == list(range(sum(sizes)))
-    assert all(any(set(batch) <= set(group) for group in groups) for batch in all_batches)
-
-
-def test_generators_depend_on_each_argument():
-    base = torch.rand(4, generator=generator(1, 2, "a"))
-    assert torch.equal(base, torch.rand(4, generator=generator(1, 2, "a")))
-    for other in (generator(2, 2, "a"), generator(1, 3, "a"), generator(1, 2, "b")):
-        assert not torch.equal(base, torch.rand(4, generator=other))
-
-
-def test_no_items_is_an_error():
-    with pytest.raises(ValueError, match="nothing to train on"):
-        batch_of_groups([], 2, 0, 0)
-    with pytest.raises(ValueError, match="nothing to train on"):
-        batch_indices(0, 2, 0, 0)

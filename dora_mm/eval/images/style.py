@@ -19,11 +19,6 @@ CLASSES: dict[str, tuple[str, ...]] = {
 STYLES = tuple(style for styles in CLASSES.values() for style in styles)
 
 
-def class_of(style: str) -> str:
-    """Returns the class that contains an icon style."""
-    return next(name for name, styles in CLASSES.items() if style in styles)
-
-
 @dataclass(frozen=True)
 class StyleClassifier:
     """Multinomial logistic regression on standardised features."""

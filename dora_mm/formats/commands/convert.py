@@ -19,9 +19,9 @@ from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolError
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
 from dora_mm.formats.files.tensor_file import PICKLES
-from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.registry import TARGETS
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, comfy

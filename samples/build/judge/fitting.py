@@ -8,10 +8,10 @@ import numpy as np
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Features, concatenate
 from dora_mm.eval.images.judge import Judge
-from dora_mm.eval.images.style import CLASSES, STYLES, StyleClassifier, StyleSpace, class_of
+from dora_mm.eval.images.style import CLASSES, STYLES, StyleClassifier, StyleSpace
 from dora_mm.eval.statistics import bootstrap
 from samples.build.judge.concepts import fit_concepts
-from samples.build.judge.styles import fit_styles
+from samples.build.judge.styles import class_of, fit_styles
 
 # Fréchet distances depend on the number of images; the reference distances are of samples of this size.
 REFERENCE_SIZE = 120

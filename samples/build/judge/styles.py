@@ -8,13 +8,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from dora_mm.eval.images.style import CLASSES, STYLES, StyleClassifier, StyleSpace, class_of
+from dora_mm.eval.images.style import CLASSES, STYLES, StyleClassifier, StyleSpace
 from dora_mm.eval.statistics import Gaussian
 
 NUM_FOLDS = 5
 INVERSE_PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # C of scikit-learn
 NUM_COMPONENTS = 32
 CLASS_FLAT, CLASS_3D = (list(CLASSES).index(name) for name in ("flat", "3d"))
+
+
+def class_of(style: str) -> str:
+    """The class that contains an icon style."""
+    return next(name for name, styles in CLASSES.items() if style in styles)
 
 
 def fit_styles(

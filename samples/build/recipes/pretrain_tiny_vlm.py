@@ -22,8 +22,8 @@ from tqdm import tqdm
 from dora_mm.config.loader import dump_config
 from dora_mm.train.run import RunDirectory
 from dora_mm.utils.atomic import save_tensors, write_atomically
-from dora_mm.utils.randomness import batch_indices
 from samples.build.packages import ROOT
+from samples.build.pretraining.batches import batch_indices
 from samples.build.pretraining.shared_image import SharedImageBatch, SharedImageTask, row_of
 from samples.build.pretraining.stages import train_stage
 from samples.build.pretraining.tiny_vlm import build_tiny_vlm, trained_parameters

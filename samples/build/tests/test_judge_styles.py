@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dora_mm.eval.images.style import CLASSES, STYLES, class_of, log_odds
-from samples.build.judge.styles import CLASS_3D, CLASS_FLAT, equal_errors, fit_styles
+from dora_mm.eval.images.style import CLASSES, STYLES, log_odds
+from samples.build.judge.styles import CLASS_3D, CLASS_FLAT, class_of, equal_errors, fit_styles
 
 NUM_CONCEPTS, WIDTH = 30, 12
 

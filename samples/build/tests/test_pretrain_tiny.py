@@ -2,17 +2,21 @@
 
 import copy
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionXLPipeline
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
 from dora_mm.eval.images.prompts import with_article
 from samples.build.__main__ import main
+from samples.build.pretraining.batches import batch_indices
 from samples.build.pretraining.icons import ALL_STYLES, DEFAULT_STYLE, STYLE_WORDS, caption, read_icons
 from samples.build.recipes import pretrain_tiny
 
@@ -216,3 +220,9 @@ def test_the_style_is_unnamed_in_the_given_share_of_captions(icons):
 )
 def test_articles(name, expected):
     assert with_article(name) == expected
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5))
+def test_every_item_is_seen_once_per_epoch(num_items, batch_size, seed):
+    rows = [i for step in range(num_items) for i in batch_indices(num_items, batch_size, step, seed)]
+    assert Counter(rows) == dict.fromkeys(range(num_items), batch_size)

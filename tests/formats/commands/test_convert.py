@@ -14,9 +14,9 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import new_weight
 from dora_mm.formats.commands.convert import convert
-from dora_mm.formats.layers import LayerReader
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, TOOLS
 from tests.formats import toy

@@ -1,4 +1,4 @@
-"""The adapters of a file by the neutral names of the modules, with the weights that belong to them."""
+"""The reader: the modules of a file in the neutral form, by their neutral names, with the weights that they change."""
 
 from __future__ import annotations
 
