@@ -20,7 +20,7 @@ from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Encoder
 from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
-from dora_mm.eval.images.scores import format_interval, image_scores, metrics_table, summarize, write_json
+from dora_mm.eval.images.scores import format_interval, metrics_table, scores_per_image, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
@@ -81,7 +81,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
         scores.save(run.path / "scores" / f"{file_name(name)}.json")
         # Also for the bare model on flat prompts, which should be flat: how much of the style the judge sees in it.
         metrics[name] = summarize(scores, config.style, judge.style_space, over_seeds=False)
-        scored[name] = image_scores(scores.cells(config.style) | cosines.get(name, {}))
+        scored[name] = scores_per_image(scores.cells(config.style) | cosines.get(name, {}))
     save_images(config, run, images, concepts, scored)
     similarity = {
         name: {key: bootstrap(values.reshape(-1, len(seeds))) for key, values in row.items()}

@@ -100,6 +100,8 @@ class AdapterConfig(Section):
 
 
 class ImageAdapterConfig(AdapterConfig):
+    """What a training of an image model adapts."""
+
     known_parts: ClassVar[tuple[str, ...]] = (*IMAGE_PARTS, f"{TEXT_ENCODERS}.attn", f"{TEXT_ENCODERS}.ff")
     full_trains_biases: ClassVar[bool] = False
 
@@ -112,6 +114,8 @@ class ImageAdapterConfig(AdapterConfig):
 
 
 class VLAdapterConfig(AdapterConfig):
+    """What a training of a vision-language model adapts."""
+
     known_parts: ClassVar[tuple[str, ...]] = VL_PARTS
     full_trains_biases: ClassVar[bool] = True
 

@@ -36,10 +36,14 @@ class SheetConfig(Section):
 
 
 class SampleConfig(SheetConfig):
+    """The images of a training, beside those of the base model."""
+
     before_after: bool = True  # sheets also show images of the base model without the adapter
 
 
 class AdapterChoice(Section):
+    """An adapter that is there, and how much of it counts."""
+
     path: InputPath  # the adapter file or its folder
     # Scales the update: 0 is the base model, 1 the trained one. Or by part and block: {unet.down: 0.5, text_encoder: 0}
     strength: float | dict[str, float] = 1.0
@@ -78,6 +82,8 @@ class PicturesConfig(PipelineConfig):
 
 
 class JobConfig(PicturesConfig):
+    """A job of pictures: prompts or a file of rows, each with all seeds and strengths."""
+
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample"]
     prompts: Items[Text] = ()
@@ -107,6 +113,8 @@ class Axis(Section):
 
 
 class GridConfig(PicturesConfig):
+    """A table of pictures over the values of one or two settings."""
+
     command: ClassVar[str] = "grid"
     pipeline: Literal["grid"]
     prompt: Text | None = None  # null: an axis has the prompts
@@ -152,6 +160,8 @@ class ConceptChoice(RoleConfig):
 
 
 class DrawConfig(Section):
+    """How pictures are drawn that are scored."""
+
     steps: PositiveInt = 20  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
     negative_prompt: str | None = None  # null: none
@@ -170,6 +180,8 @@ JudgedStyle = Literal["flat", "3d", "brick"]
 
 
 class EvalDiffusionConfig(PipelineConfig):
+    """Pictures of things that no adapter was trained on, and the scores that the judge gives them."""
+
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_diffusion"]
     output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>

@@ -29,7 +29,7 @@ def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
     Raises:
         ValueError: The file is missing, empty, broken, too large, or has 32-bit pixels, whose value range is unknown.
     """
-    with opened(Path(path)) as image:
+    with _opened(Path(path)) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
@@ -45,7 +45,7 @@ def upright_size(path: str | Path) -> tuple[int, int]:
     Raises:
         ValueError: The file is missing, empty, too large or no image.
     """
-    with opened(Path(path)) as image:
+    with _opened(Path(path)) as image:
         if image.format == "TIFF":  # Pillow turns it by itself, in some releases when it reads the header
             image.load()
             upright = ImageOps.exif_transpose(image)
@@ -79,7 +79,7 @@ def render(image: Image.Image, framing: Framing) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[Image.Image]:
     """Opens an image after checking its header; the caller decodes it inside the `with` block.
 
     Raises:

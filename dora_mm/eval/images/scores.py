@@ -157,7 +157,7 @@ def metric_cells(scores: Scores, name: str) -> dict[str, np.ndarray]:
     }
 
 
-def image_scores(cells: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
+def scores_per_image(cells: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
     """Returns the scores of each image by name, seeds varying fastest, from arrays (K, S) or (K * S,) of each."""
     columns = [np.round(values, 4).reshape(-1).tolist() for values in cells.values()]
     return [dict(zip(cells, row, strict=True)) for row in zip(*columns, strict=True)]

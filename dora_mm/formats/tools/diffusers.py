@@ -47,12 +47,12 @@ def alpha(header: Header, module: str, rank: int) -> float | None:
     if PEFT_METADATA not in header or not OWN_NAMES.match(module):
         return None
     component, _, path = module.partition(".")
-    return peft_config.alpha_of(_configs(header)[component], path, rank)
+    return peft_config.alpha_in(_configs(header)[component], path, rank)
 
 
 def settings(header: Header, module: str) -> Mapping[str, Any]:
     component = module.partition(".")[0]
-    return peft_config.settings_of(_configs(header)[component], peft_config.own_header(header).get(component, {}))
+    return peft_config.settings_in(_configs(header)[component], peft_config.own_header(header).get(component, {}))
 
 
 def listed(header: Header) -> Iterator[Name]:

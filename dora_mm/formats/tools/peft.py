@@ -65,11 +65,11 @@ def named(module: str) -> Name | None:
 
 
 def alpha(header: Header, module: str, rank: int) -> float | None:
-    return peft_config.alpha_of(config_beside(header), NAMES.sub("", module), rank)
+    return peft_config.alpha_in(config_beside(header), NAMES.sub("", module), rank)
 
 
 def settings(header: Header, module: str) -> Mapping[str, Any]:
-    return peft_config.settings_of(config_beside(header), peft_config.own_header(header))
+    return peft_config.settings_in(config_beside(header), peft_config.own_header(header))
 
 
 def listed(header: Header) -> Iterator[Name]:

@@ -160,7 +160,7 @@ def own_header(header: Mapping[str, str]) -> dict[str, Any]:
     return parse_json(header.get(OUR_METADATA, "{}"), f"its header key {OUR_METADATA}")
 
 
-def settings_of(config: Mapping[str, Any], ours: Any) -> dict[str, Any]:
+def settings_in(config: Mapping[str, Any], ours: Any) -> dict[str, Any]:
     """What PEFT's config and our header (`our_config`) say about a module: see `state.with_settings`."""
     if not isinstance(ours, Mapping):
         raise ValueError(f"its header key {OUR_METADATA} has values that are not JSON objects")
@@ -168,7 +168,7 @@ def settings_of(config: Mapping[str, Any], ours: Any) -> dict[str, Any]:
     return own | ({"use_dora": bool(config["use_dora"])} if "use_dora" in config else {})
 
 
-def alpha_of(config: Mapping[str, Any], path: str, rank: int) -> float:
+def alpha_in(config: Mapping[str, Any], path: str, rank: int) -> float:
     """Alpha by PEFT's rules: the first key of `alpha_pattern` that matches the end of the path, else `lora_alpha`.
 
     With rank-stabilised LoRA the update is scaled by alpha / sqrt(rank). Without metadata alpha is the rank.

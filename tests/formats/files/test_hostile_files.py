@@ -230,7 +230,6 @@ def with_header(path: Path, header: bytes, body: int = 0, size: int | None = Non
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
-@pytest.mark.parametrize("name", ["pytorch_lora_weights", "trained_weights", "adapter_model"])
 @pytest.mark.parametrize(
     ("header", "size"),
     [
@@ -243,9 +242,9 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         (b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,4]}}', None),
     ],
 )
-def test_headers_of_absurd_size_or_depth(tmp_path, name, header, size):
+def test_headers_of_absurd_size_or_depth(tmp_path, header, size):
     start = time.monotonic()
-    assert refusal(with_header(tmp_path / f"{name}.safetensors", header, 4, size))
+    assert refusal(with_header(tmp_path / "trained_weights.safetensors", header, 4, size))
     assert time.monotonic() - start < 3
 
 
