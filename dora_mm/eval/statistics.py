@@ -25,7 +25,7 @@ class Interval:
         return {"mean": self.mean, "low": self.low, "high": self.high}
 
 
-def bootstrap(values_KS: np.ndarray, *, seed: int = 0, lowest: float = 0.0) -> Interval:
+def bootstrap(values_KS: np.ndarray, *, seed: int = 0) -> Interval:
     """Returns the 95 % percentile bootstrap interval of the mean.
 
     Complete rows are resampled, since images of one concept are not independent. Where all values are -1, all 0 or
@@ -34,9 +34,8 @@ def bootstrap(values_KS: np.ndarray, *, seed: int = 0, lowest: float = 0.0) -> I
     Args:
         values_KS: One value per concept and seed, (K, S).
         seed: Of the resampling.
-        lowest: The lowest possible mean, the bound of an exact interval: 0 for shares, -1 for differences of shares.
     """
-    if (exact := exact_interval(values_KS, lowest)) is not None:
+    if (exact := exact_interval(values_KS, lowest=0.0)) is not None:
         return exact
     num_concepts = len(values_KS)
     rng = np.random.default_rng(seed)

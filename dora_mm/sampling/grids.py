@@ -20,20 +20,17 @@ def sheet(
     rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str],
     column_labels: Sequence[str],
-    *,
-    cell: int | None = None,
 ) -> Image.Image:
     """Arranges pictures in rows and columns, with labels at the left and at the top.
 
-    All pictures are scaled by one factor. A column is as wide as its widest picture, a row as high as its highest. A
-    label that the font cannot draw is shown as a number: see `numbered_labels`.
+    All pictures are scaled by one factor: to their own size, the largest to at least 128 pixels, and to less where many
+    would make a side of the sheet longer than 16,000. A column is as wide as its widest picture, a row as high as its
+    highest. A label that the font cannot draw is shown as a number: see `numbered_labels`.
 
     Args:
         rows: The pictures, equally many in each row; None is shown as failed.
         row_labels: A label per row.
         column_labels: A label per column.
-        cell: The longest side of the largest picture on the sheet, in pixels; None takes its own length, at least 128,
-            and less where many pictures would make a side of the sheet longer than 16,000.
 
     Returns:
         The sheet, RGB.
@@ -44,7 +41,7 @@ def sheet(
     columns = len(column_labels)
     if not rows or not columns or len(rows) != len(row_labels) or any(len(row) != columns for row in rows):
         raise ValueError("A sheet needs one label per row and per column, and equally many pictures in each row.")
-    table = _Table.of(rows, cell)
+    table = _Table.of(rows)
     left = [table.wrapped(label, max(SMALLEST, *table.widths)) for label in drawn_labels(row_labels)]
     top = [table.wrapped(label, width) for label, width in zip(drawn_labels(column_labels), table.widths, strict=True)]
     heights = [max(height, table.text_height(label)) for height, label in zip(table.heights, left, strict=True)]
@@ -68,7 +65,6 @@ def contact_sheet(
     labels: Sequence[str],
     *,
     columns: int | None = None,
-    cell: int | None = None,
 ) -> Image.Image:
     """Arranges pictures in reading order, with a label under each.
 
@@ -76,7 +72,6 @@ def contact_sheet(
         pictures: The pictures; None is shown as failed.
         labels: A label per picture; one that the font cannot draw is shown as a number, as in `sheet`.
         columns: Pictures per row; None takes as many as make the sheet about square, at most 8.
-        cell: As in `sheet`.
 
     Returns:
         The sheet, RGB.
@@ -88,7 +83,7 @@ def contact_sheet(
         raise ValueError("A contact sheet needs pictures, and one label for each.")
     columns = min(columns or min(8, math.ceil(math.sqrt(len(pictures)))), len(pictures))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    table = _Table.of(rows, cell)
+    table = _Table.of(rows)
     texts = [table.wrapped(text, table.widths[i % columns]) for i, text in enumerate(drawn_labels(labels))]
     under = [texts[start : start + columns] for start in range(0, len(texts), columns)]
     heights = [h + max(map(table.text_height, row)) + MARGIN // 2 for h, row in zip(table.heights, under, strict=True)]
@@ -113,9 +108,9 @@ class _Table:
     font: ImageFont.FreeTypeFont
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[Image.Image | None]], cell: int | None) -> "_Table":
+    def of(cls, rows: Sequence[Sequence[Image.Image | None]]) -> "_Table":
         longest = max((max(picture.size) for row in rows for picture in row if picture), default=SMALLEST)
-        cell = cell or min(max(SMALLEST, longest), max(SMALLEST // 2, LONGEST // max(len(rows), len(rows[0]))))
+        cell = min(max(SMALLEST, longest), max(SMALLEST // 2, LONGEST // max(len(rows), len(rows[0]))))
         scale = cell / longest
         columns = [[row[i] for row in rows if i < len(row)] for i in range(len(rows[0]))]
         widths = [max((_scaled(picture.width, scale) for picture in each if picture), default=0) for each in columns]

@@ -62,13 +62,13 @@ def test_other_labels_are_numbers(label):
 
 
 def test_rows_are_as_high_and_columns_as_wide_as_their_pictures():
-    page = sheet([[picture(RED, 80, 120), picture(GREEN, 120, 80)]], ["seed 1"], ["a", "b"], cell=240)
+    page = sheet([[picture(RED, 160, 240), picture(GREEN, 240, 160)]], ["seed 1"], ["a", "b"])
     assert size(page, RED) == (160, 240)
     assert size(page, GREEN) == (240, 160)
     assert box(page, GREEN)[0] - box(page, RED)[2] == 8
-    portraits = sheet([[picture(RED, 80, 120)], [picture(GREEN, 80, 120)]], ["1", "2"], ["a"], cell=120)
+    portraits = sheet([[picture(RED, 96, 144)], [picture(GREEN, 96, 144)]], ["1", "2"], ["a"])
     assert box(portraits, GREEN)[1] - box(portraits, RED)[3] == 8
-    assert portraits.width < 80 + 40
+    assert portraits.width < 96 + 40
     smaller = sheet([[picture(RED, 512, 512)], [picture(GREEN, 256, 256)]], ["1", "2"], ["a"])
     assert (size(smaller, RED), size(smaller, GREEN)) == ((512, 512), (256, 256))  # sizes can be compared
     assert smaller.height - box(smaller, GREEN)[3] == 8

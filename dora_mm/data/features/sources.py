@@ -57,18 +57,17 @@ class FeatureStore:
 
     Args:
         sources: At least one source.
-        dim: The required number of channels; by default that of the first source.
 
     Raises:
         ValueError: A source has another number of channels.
     """
 
-    def __init__(self, sources: Sequence[Source], dim: int | None = None):
+    def __init__(self, sources: Sequence[Source]):
         self.sources = tuple(sources)
-        self.dim = self.sources[0].dim if dim is None else dim
+        self.dim = self.sources[0].dim
         for source in self.sources:
             if source.dim != self.dim:
-                expected = f"{self.sources[0].path} has {self.dim}" if dim is None else f"{dim} are required"
+                expected = f"{self.sources[0].path} has {self.dim}"
                 raise ValueError(f"vision.features: {source.path} has {source.dim} channels, but {expected}")
 
     @property
@@ -100,28 +99,26 @@ class FeatureStore:
         return features
 
 
-def open_features(paths: Sequence[str | Path], *, dim: int | None = None) -> FeatureStore:
+def open_features(paths: Sequence[str | Path]) -> FeatureStore:
     """Opens folders that `dora-mm features` wrote, .h5 files and folders of .npz files.
 
     Args:
         paths: At least one path; if several have the same name, the first one is read.
-        dim: The required number of channels. It also distinguishes (C, h, w) from (h, w, C) where the shape alone does
-            not.
 
     Raises:
         ValueError: A path is missing, of an unknown kind, broken, or has another number of channels.
     """
     assert paths
-    return FeatureStore([_open(Path(path).expanduser(), dim) for path in paths], dim)
+    return FeatureStore([_open(Path(path).expanduser()) for path in paths])
 
 
-def _open(path: Path, dim: int | None) -> Source:
+def _open(path: Path) -> Source:
     if path.suffix in H5_SUFFIXES and path.is_file():
-        return H5Features(path, dim)
+        return H5Features(path)
     if (path / INDEX).is_file():
         return FeatureFolder(path)
     if path.is_dir() and any(entry.suffix == ".npz" for entry in path.iterdir()):
-        return NpzFeatures(path, dim)
+        return NpzFeatures(path)
     kinds = f"a folder with {INDEX}, a folder of .npz files or a .h5 file"
     raise ValueError(f"vision.features: {path} {'is not' if path.exists() else 'does not exist; it should be'} {kinds}")
 
@@ -129,7 +126,7 @@ def _open(path: Path, dim: int | None) -> Source:
 class H5Features:
     """A `Source` in VL-T5's layout: a group per image with a dataset `features`, (S, D), (C, h, w) or (h, w, C)."""
 
-    def __init__(self, path: Path, dim: int | None = None):
+    def __init__(self, path: Path):
         self.path = path
         self._file: Any = None
         self._process = -1
@@ -137,7 +134,7 @@ class H5Features:
         first = next((name for name in islice(file, 100) if self.__contains__(name)), None)
         if first is None:
             raise ValueError(f"{path} has no groups with a dataset `features`")
-        self.dim = channels(file[f"{first}/features"].shape, dim, path, first)
+        self.dim = channels(file[f"{first}/features"].shape, path, first)
 
     def __contains__(self, name: str) -> bool:
         return f"{name}/features" in self._open()
@@ -169,10 +166,10 @@ class H5Features:
 class NpzFeatures:
     """A `Source` in VALUE's layout: `<name>.npz` with an array `features`, (S, D) or a feature map."""
 
-    def __init__(self, path: Path, dim: int | None = None):
+    def __init__(self, path: Path):
         self.path = path
         first = min(entry.stem for entry in path.iterdir() if entry.suffix == ".npz")
-        self.dim = channels(self._load(first).shape, dim, self.where(first), first)
+        self.dim = channels(self._load(first).shape, self.where(first), first)
 
     def __contains__(self, name: str) -> bool:
         return self.where(name).is_file()
@@ -191,12 +188,11 @@ class NpzFeatures:
             raise ValueError(f"{self.where(name)} has no readable array `features` ({error})") from error
 
 
-def channels(shape: tuple[int, ...], dim: int | None, path: Path, name: str) -> int:
-    """D of features of this shape.
+def channels(shape: tuple[int, ...], path: Path, name: str) -> int:
+    """D of features of this shape: of a feature map the larger of the first and the last size.
 
     Args:
         shape: (S, D), (C, h, w) or (h, w, C).
-        dim: The expected D, if known; otherwise the larger of the first and the last size of a feature map is taken.
         path: The file, for messages.
         name: The name of the features, for messages.
 
@@ -205,8 +201,6 @@ def channels(shape: tuple[int, ...], dim: int | None, path: Path, name: str) -> 
     """
     if len(shape) == 2:
         return shape[1]
-    if len(shape) == 3 and dim in (shape[0], shape[2]):
-        return dim
     if len(shape) != 3 or shape[0] == shape[2]:
         raise ValueError(
             f"{path}: the features of {name} have shape {shape}, which is neither (S, D) nor an unambiguous feature map"

@@ -209,12 +209,12 @@ def _merge(layers: LayerReader, target: Path, strength: float) -> Conversion:
         raise ValueError("target merged needs the base model as a folder, a file or a hub name: give it with --base")
     if layers.file.embeddings:
         raise ValueError(f"{layers.file.path} holds embeddings of new tokens, for which a merged model has no place")
-    merged = _Merged(layers, layers.weights, strength)
+    merged = _MergedWeights(layers, layers.weights, strength)
     write_merged(layers.weights, target, merged)
     return Conversion((target,), len(merged), (merged.errors(),))
 
 
-class _Merged(Mapping[Name, Tensor]):
+class _MergedWeights(Mapping[Name, Tensor]):
     """The merged weights by name, computed when they are asked for, in the dtype of the base."""
 
     def __init__(self, layers: LayerReader, weights: BaseWeights, strength: float):

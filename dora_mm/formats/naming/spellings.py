@@ -61,19 +61,13 @@ class Names:
 
     Args:
         known: The names of the modules of the base model. They decide where an underscored name has several readings,
-            and a name that is not among them is refused. Without them, tables of the known architectures decide.
-        architecture: A key of `LAYOUTS`: whose own names are read and written where `known` does not tell. Without
-            both, own names that Flux.1 and Flux.2 share are Flux.1's.
-
-    Raises:
-        ValueError: There is no such architecture.
+            and a name that is not among them is refused. Without them, tables of the known architectures decide, and
+            own names that Flux.1 and Flux.2 share are Flux.1's.
     """
 
-    def __init__(self, known: Iterable[Name] = (), architecture: str | None = None):
-        if architecture is not None and architecture not in LAYOUTS:
-            raise ValueError(f"there is no architecture {architecture!r}; there are {', '.join(LAYOUTS)}")
+    def __init__(self, known: Iterable[Name] = ()):
         self._known = dict.fromkeys(known)
-        self._architecture = architecture or architecture_of(self._known)
+        self._architecture = architecture_of(self._known)
         self._spelled: dict[str, dict[str, list[str]]] = {}  # component -> underscored path -> paths
         for component, path in self._known:
             self._spelled.setdefault(component, {}).setdefault(underscored(path), []).append(path)
@@ -128,7 +122,7 @@ class Names:
 
     def _layouts(self, component: str) -> list[str]:
         """The architectures whose tables may hold the names of a component, the likeliest first."""
-        if component in NETWORKS and (self._known or self._architecture):
+        if component in NETWORKS and self._known:
             mine = self._architecture  # None: a base model without a table, of which only its own names are read
             return [mine] if mine and LAYOUTS[mine].component == component else []
         return layouts_of(component)

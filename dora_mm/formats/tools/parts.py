@@ -88,13 +88,12 @@ def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 # --- to and from the neutral form ------------------------------------------------------------------------------------
 
 
-def neutral(parts: Parts, axis: str | None = None, norm: str = "updated") -> LayerState:
+def neutral(parts: Parts, axis: str | None = None) -> LayerState:
     """The adapter of one module.
 
     Args:
         parts: Its tensors by role.
         axis: The axis, where the shape of the magnitude does not say it.
-        norm: What the tool divides the magnitude by.
 
     Raises:
         ValueError: Tensors are missing or have shapes that do not fit, alpha is not a positive number, or the shape of
@@ -115,7 +114,7 @@ def neutral(parts: Parts, axis: str | None = None, norm: str = "updated") -> Lay
     if "m" not in parts:
         return LayerState(spec, tensors)
     found = axis_of(parts["m"], B.shape[0], A.shape[1], axis)
-    return LayerState(spec, {**tensors, "magnitude": parts["m"].flatten()}, found, norm)
+    return LayerState(spec, {**tensors, "magnitude": parts["m"].flatten()}, found)
 
 
 def alpha_of(parts: Parts, rank: int) -> float:

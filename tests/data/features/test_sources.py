@@ -98,17 +98,13 @@ def test_maps_in_either_order(tmp_path, make, order):
     assert torch.equal(features["a"][3 * 1 + 2], torch.from_numpy(map_hwC[1, 2]).float())
 
 
-def test_a_known_dimension_resolves_ambiguous_shapes(tmp_path):
-    array = RNG.normal(size=(4, 2, 9)).astype(np.float32)  # 4 channels of 2 x 9 cells
+def test_a_map_has_more_channels_than_cells_per_side(tmp_path):
+    array = RNG.normal(size=(4, 2, 9)).astype(np.float32)
     path = h5_file(tmp_path / "a.h5", {"a": array})
     assert open_features([path]).dim == 9
-    features = open_features([path], dim=4)
-    assert torch.equal(features["a"][9 + 5], torch.from_numpy(array[:, 1, 5]))
     cube = h5_file(tmp_path / "cube.h5", {"a": np.zeros((5, 2, 5), np.float32)})
     with pytest.raises(ValueError, match=r"cube.h5: the features of a .*\(5, 2, 5\), which is neither"):
         open_features([cube])
-    with pytest.raises(ValueError, match=r"cube.h5: the features of a, \(5, 2, 5\), are ambiguous"):
-        open_features([cube], dim=5)["a"]
 
 
 @given(h=st.integers(1, 5), w=st.integers(1, 5), extra=st.integers(1, 9), first=st.booleans())
@@ -153,8 +149,6 @@ def test_sources_must_agree(source, tmp_path):
     other = h5_file(tmp_path / "other.h5", {"x": np.zeros((4, 8), np.float32)})
     with pytest.raises(ValueError, match=f"{other} has 8 channels, but {source} has 6"):
         open_features([source, other])
-    with pytest.raises(ValueError, match=f"{source} has 6 channels, but 512 are required"):
-        open_features([source], dim=512)
 
 
 def test_other_files_are_refused(tmp_path):

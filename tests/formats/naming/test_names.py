@@ -150,7 +150,7 @@ def check_against_diffusers(model, convert):
         target = own_table(layout)[own]
         assert names.read(f"diffusion_model.{own}") == target
         assert names.read("lora_unet_" + own.replace(".", "_")) == target
-        assert all(Names(architecture=layout).read(f"transformer.{n.path}").names == (n,) for n in target.names)
+        assert all(names.read(f"transformer.{n.path}").names == (n,) for n in target.names)
         inner = shapes[f"{target.names[0].path}.weight"][1:]
         weight = numbered(sum(shapes[f"{name.path}.weight"][0] for name in target.names), *inner)
         checkpoint |= {f"{own}.weight": weight, f"{own}.bias": numbered(weight.shape[0])}
@@ -219,7 +219,7 @@ def test_qwen_image_has_one_name_for_each_module():
     linears = [Name("transformer", path) for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     assert architecture_of(known) == "qwen-image"
     for key, target in Names(known).write(linears, "kohya").items():
-        assert Names(known).read(key) == Names(architecture="qwen-image").read(key) == target
+        assert Names(known).read(key) == target
         assert len(target.names) == 1
 
 
@@ -241,8 +241,6 @@ def test_own_names_need_an_architecture():
     assert architecture_of(shared) is None
     with pytest.raises(ValueError, match="name the base model"):
         Names().write(shared, "kohya")
-    (key,) = Names(architecture="sd3").write(shared, "kohya")
-    assert key == "lora_unet_joint_blocks_0_x_block_attn_qkv"
     (key,) = Names().write([*shared, Name("transformer", "single_transformer_blocks.0.proj_mlp")], "kohya").keys() - {
         "lora_unet_single_blocks_0_linear1"
     }
@@ -304,8 +302,6 @@ def test_what_a_spelling_does_not_have():
         Names().write([Name("model", "x")], "kohya")
     with pytest.raises(ValueError, match="no spelling 'comfyui' of names; there are diffusers"):
         Names().write([], "comfyui")
-    with pytest.raises(ValueError, match="no architecture 'sdx'"):
-        Names(architecture="sdx")
     both = [Name("text_encoder", "text_model.x"), Name("text_encoder_2", "text_model.x")]
     with pytest.raises(ValueError, match="the same name in peft files"):
         Names().write(both, "peft")
