@@ -7,12 +7,13 @@ from dora_mm.config import load_config
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.pictures import GridConfig
 from dora_mm.sampling.axes import cells_of, with_base_model
+from dora_mm.sampling.drawing import existing_run, picture_run
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.loaded import load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
 from dora_mm.train.checkpoint import checkpoints, step_of
-from dora_mm.train.run import RunDirectory, existing_run, picture_run
+from dora_mm.utils.run_directory import RunDirectory
 
 
 def main(config: GridConfig, *, resume: Path | None = None) -> None:

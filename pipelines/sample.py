@@ -36,9 +36,9 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
         resolve_path(path, "adapter")
 
     # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
+    from dora_mm.sampling.drawing import existing_run, picture_run
     from dora_mm.sampling.loaded import load_model
     from dora_mm.sampling.sheets import save_sheets
-    from dora_mm.train.run import existing_run, picture_run
 
     found = existing_run(config, resume)
     if found and resume is None:
@@ -96,7 +96,7 @@ def replay(picture: Path, *, output: str | None = None) -> None:
         ValueError: The file does not say how it was drawn, or the model or an adapter has changed since.
     """
     from dora_mm.sampling.replay import replay_picture
-    from dora_mm.train.run import new_folder
+    from dora_mm.utils.run_directory import new_folder
 
     drawn, difference = replay_picture(picture, lambda: new_folder("replay", output))
     print(f"picture   {drawn}")

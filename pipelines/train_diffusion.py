@@ -33,8 +33,9 @@ from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.processes import join_processes
-from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
+from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
+from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component

@@ -48,9 +48,10 @@ from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, with_steps
 from dora_mm.train.prefetch import Prefetched
 from dora_mm.train.processes import join_processes, main_process_first
-from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
+from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
+from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_chec
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
-from dora_mm.train.run import RunDirectory
 from dora_mm.utils.randomness import generator
+from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 Hook = Callable[[int], None]

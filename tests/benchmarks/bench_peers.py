@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import dora_mm
 from dora_mm.core import fixed_parameters
-from dora_mm.train.run import new_folder
+from dora_mm.utils.run_directory import new_folder
 from tests.benchmarks.contenders import (
     CONTENDERS,
     Case,

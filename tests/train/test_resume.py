@@ -19,7 +19,7 @@ from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.loop import Progress
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.run import RunDirectory
+from dora_mm.utils.run_directory import RunDirectory
 from tests.train.small import but_for_seconds, interrupt_at, metrics, new_run, small_training
 
 OPTIMIZERS = {

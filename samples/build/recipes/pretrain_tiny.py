@@ -29,8 +29,8 @@ from dora_mm.models.sdxl.family import SDXL
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
-from dora_mm.train.run import RunDirectory
 from dora_mm.utils.randomness import batch_indices, generator
+from dora_mm.utils.run_directory import RunDirectory
 from samples.build.pretraining.icons import ALL_STYLES, STYLE_WORDS, Icon, caption, load_pixels, read_icons, to_signed
 from samples.build.pretraining.stages import train_stage
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl, shift_latents
