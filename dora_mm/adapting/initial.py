@@ -16,7 +16,6 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.tools.comfy import other_half
 
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
 
@@ -38,7 +37,8 @@ def load_initial_file(trained: Trained, config: AdapterConfig, backend: str) -> 
     """
     assert config.init_from is not None
     file = AdapterFile(resolve_path(config.init_from, "adapter.init_from"))
-    check_low_rank(file)
+    if reason := file.why_not_trainable():
+        raise ValueError(f"adapter.init_from: {reason}")
     for component, others in _adapt_others(file, trained.networks, config, backend).items():
         known = trained.reports.get(component, InjectReport(()))
         trained.reports[component] = InjectReport(known.modules + others.modules)
@@ -67,23 +67,6 @@ def _adapt_others(
         if wanted:
             reports[component] = inject_paths(network, wanted, forward=backends.select(backend))
     return reports
-
-
-def check_low_rank(file: AdapterFile) -> None:
-    """Checks that a file can be trained on.
-
-    Raises:
-        ValueError: It holds differences of weights, or magnitudes of input columns, which load as LoRA of full rank; or
-            it is one of two files.
-    """
-    if half := other_half(file.header):
-        raise ValueError(f"adapter.init_from: {file.path}: {half}")
-    for module, endings in file.modules.items():
-        if "diff" in endings or file.axis(module) == "in":
-            raise ValueError(
-                f"adapter.init_from: {file.path} has no low rank at {module}, and can be drawn with but not trained "
-                "on: fit it with dora-mm convert --to diffusers --rank R --allow-lossy, or extract"
-            )
 
 
 def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mapping[str, str]) -> None:

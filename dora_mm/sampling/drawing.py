@@ -20,7 +20,7 @@ from dora_mm.config.loader import dump_config
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.sampling.before_after import weights_computed_once
+from dora_mm.core.inference import merged_adapters
 from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
 from dora_mm.sampling.manifest import MANIFEST, Entry, read_manifest, write_manifest
 from dora_mm.sampling.pictures import PictureSampler, Progress, UnusablePictureError
@@ -281,7 +281,7 @@ def adapted(networks: Sequence[nn.Module], weights: Weights, load: LoadAdapter) 
     try:
         for number, (path, strength) in enumerate(weights):
             load(path, strength, f"adapter {number}")
-        with weights_computed_once(networks):
+        with merged_adapters(networks):
             yield
     finally:
         remove_adapters(networks)
