@@ -23,7 +23,7 @@ from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
-from dora_mm.models.hub import UnreachableError
+from dora_mm.models.opening import UnreachableError
 from dora_mm.models.vl import VLModel
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data

@@ -11,10 +11,9 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from dora_mm.models.hub import local_copy
+from dora_mm.models.opening import WEIGHTS, local_copy
 from dora_mm.utils.digest import weights_digest
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json, by version of transformers
 

@@ -9,28 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
-from dora_mm.models.hub import UnreachableError, unreachable
+from dora_mm.models.opening import opening
 
-# What transformers raises for files that are missing, damaged or belong to another kind of model.
-LOADING_ERRORS = (
-    OSError,
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
-)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
@@ -48,12 +33,8 @@ def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
         UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: There is no config, or it is none of transformers' architectures.
     """
-    try:
+    with opening(path, f"{path} is not a model of transformers"):
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        if message := unreachable(path, error):
-            raise UnreachableError(message) from error
-        raise ValueError(f"{path} is not a model of transformers: {_line(error)}") from error
 
 
 def model_class(config: PretrainedConfig, path: str) -> Any:
@@ -89,11 +70,8 @@ def empty_model(path: str, revision: str | None = None) -> nn.Module:
     """
     config = read_config(path, revision)
     kind = model_class(config, path)
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"the {kind.__name__} of {path} cannot be built: {_line(error)}") from error
+    with opening(path, f"the {kind.__name__} of {path} cannot be built"), torch.device("meta"):
+        return kind(config)
 
 
 def load_processor(config: VLMModelConfig) -> ProcessorMixin:
@@ -106,14 +84,8 @@ def load_processor(config: VLMModelConfig) -> ProcessorMixin:
     path = resolve_model(config.path)
     given = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     sizes = {key: value for key, value in given.items() if value is not None}
-    try:
+    with opening(path, f"the processor of {path} cannot be loaded", key="model.path"):
         processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False, **sizes)
-    except ImportError as error:
-        raise ValueError(f"model.path: the processor of {path} needs a package: {_line(error)}") from error
-    except LOADING_ERRORS as error:
-        if message := unreachable(path, error):
-            raise UnreachableError(message) from error
-        raise ValueError(f"model.path: {path} has no processor: {_line(error)}") from error
     images = getattr(processor, "image_processor", None)
     if images is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"model.path: {path} is not a vision-language model: its processor takes no images and text")
@@ -146,7 +118,7 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     path = resolve_model(config.path)
     kind = model_class(found := read_config(path, config.revision), path)
     settings = {"attn_implementation": config.attn_implementation, "quantization_config": quantization(config)}
-    try:
+    with opening(path, f"{path} cannot be loaded", key="model.path"):
         model, report = kind.from_pretrained(
             path,
             config=found,
@@ -158,8 +130,6 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
             device_map={"": device},
             **{key: value for key, value in settings.items() if value is not None},
         )
-    except LOADING_ERRORS as error:
-        raise ValueError(unreachable(path, error) or f"model.path: {path} cannot be loaded: {_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"model.path: {path} is incomplete: it lacks {missing[0]} and {len(missing) - 1} more weights")
     model.generation_config = special_tokens(model)
@@ -212,7 +182,3 @@ def _resize(images: Any, side: int) -> None:
         images.size = {key: side}
     if getattr(images, "crop_size", None):
         images.crop_size = {"height": side, "width": side}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
