@@ -25,8 +25,16 @@ def test_a_bart():
         load_vl_bart(VLBartModelConfig(family="vl_bart", path="owner/nothing"), 8, 0)
 
 
-def test_a_damaged_tokenizer(tiny_vlm, tmp_path):
-    """tokenizers raises a plain Exception."""
+@pytest.mark.parametrize("file", ["unet/config.json", "tokenizer/tokenizer.json"])
+def test_damaged_files_of_an_image_model(tiny_folder, tmp_path, file):
+    """Libraries expect an object and raise what they stumble over, such as a TypeError."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    (folder / file).write_text("1234")
+    with pytest.raises(ValueError, match=f"^model.path: {folder} cannot be loaded: "):
+        _ = load_image_model(ModelConfig(path=str(folder))).networks
+
+
+def test_a_damaged_processor(tiny_vlm, tmp_path):
     folder = shutil.copytree(tiny_vlm("llava"), tmp_path / "damaged")
     (folder / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(ValueError, match=f"^model.path: the processor of {folder} cannot be loaded: "):

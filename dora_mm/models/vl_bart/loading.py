@@ -215,8 +215,8 @@ def _load_complete(kind: Any, path: str) -> Any:
     transformers is told to ignore mismatched shapes because its own message about them has 60 lines.
     """
     with opening(path, f"{path} cannot be loaded", key="model.path"), silenced():
-        settings = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, report = kind.from_pretrained(path, **settings)
+        settings = {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True}
+        model, report = kind.from_pretrained(path, dtype=torch.float32, **settings)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"model.path: {path} is incomplete: it lacks weights ({missing[0]})")
     if mismatched := sorted(report["mismatched_keys"]):

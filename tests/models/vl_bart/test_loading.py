@@ -108,6 +108,11 @@ def test_an_empty_model_has_the_shapes_of_the_loaded_one(bart_folder):
     assert shared[0] == len(tokenizer)
 
 
+def pickle_weights(folder) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -116,6 +121,7 @@ def test_an_empty_model_has_the_shapes_of_the_loaded_one(bart_folder):
         (lambda folder: (folder / "tokenizer.json").unlink(), "BART tokenizer"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"123"), "cannot be loaded"),
+        (pickle_weights, "no file named model.safetensors"),
     ],
 )
 def test_missing_and_damaged_files_are_reported(bart_folder, damage, message):
