@@ -1,4 +1,4 @@
-"""The folder of a model of transformers: what identifies its weights, and a copy of it with other weights."""
+"""The folder of a model of transformers: its weights, what identifies them, and a copy of it with other weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,41 @@ from typing import Any
 from transformers import PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from dora_mm.models.opening import WEIGHTS, local_copy
+from dora_mm.models.opening import WEIGHTS, local_copy, opening
 from dora_mm.utils.digest import weights_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json, by version of transformers
+
+
+def load_weights(kind: Any, path: str, **settings: Any) -> tuple[Any, list[str]]:
+    """Loads a model, from safetensors alone, and checks that no weight is missing or of another shape.
+
+    transformers is told to ignore mismatched shapes because its own message about them has 60 lines.
+
+    Args:
+        kind: Its class of transformers.
+        path: A local folder or a hub name.
+        **settings: Further arguments of `from_pretrained`.
+
+    Returns:
+        The model, and the names of weights that it has no place for.
+
+    Raises:
+        ValueError: There is no model, it is damaged, incomplete or of another kind; the message names `model.path`.
+    """
+    checks = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with opening(path, f"{path} cannot be loaded", key="model.path"):
+        model, report = kind.from_pretrained(path, trust_remote_code=False, **checks, **settings)
+    if missing := sorted(report["missing_keys"]):
+        others = f" and {len(missing) - 1} more weights" if missing[1:] else ""
+        raise ValueError(f"model.path: {path} is incomplete: it lacks {missing[0]}{others}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, needed = mismatched[0]
+        raise ValueError(
+            f"model.path: {path} has a {name} of shape {tuple(found)}, and its config.json needs {tuple(needed)}"
+        )
+    return model, sorted(report["unexpected_keys"])
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,14 +1,16 @@
 """One sentence for whatever a library raises while a model is opened, and what the hub's cache holds."""
 
+import json
 import shutil
 
 import pytest
+import torch
 
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
 from dora_mm.models.image_families import load_image_model
 from dora_mm.models.opening import UnreachableError, local_copy, opening
 from dora_mm.models.vl_bart.loading import load_vl_bart
-from dora_mm.models.vlm.loading import load_processor
+from dora_mm.models.vlm.loading import load_processor, load_vlm
 
 SENTENCE = r"owner/nothing is not on this machine, and the hub \(huggingface.co\) cannot be reached: .*local folder"
 
@@ -39,6 +41,16 @@ def test_a_damaged_processor(tiny_vlm, tmp_path):
     (folder / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(ValueError, match=f"^model.path: the processor of {folder} cannot be loaded: "):
         load_processor(VLMModelConfig(path=str(folder)))
+
+
+def test_weights_of_another_shape(tiny_vlm, tmp_path):
+    """transformers' own message refers to a report of 60 lines."""
+    folder = shutil.copytree(tiny_vlm("llava"), tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 8
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^model.path: {folder} has a .*mlp.* of shape .*, and its config.json needs"):
+        load_vlm(VLMModelConfig(path=str(folder)), torch.device("cpu"))
 
 
 def test_other_errors_have_other_messages(tmp_path):

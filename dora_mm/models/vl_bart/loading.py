@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLBartModelConfig
+from dora_mm.models.folders import load_weights
 from dora_mm.models.opening import opening
 from dora_mm.models.vl_bart.model import SENTINELS, VLBart, VLBartConfig, special_tokens
 from dora_mm.models.vl_bart.text import load_tokenizer
@@ -210,21 +211,10 @@ def _copy_weights(bart: nn.Module, model: VLBart) -> None:
 
 
 def _load_complete(kind: Any, path: str) -> Any:
-    """Loads a model and checks that no weight is missing, surplus, of another shape or not finite.
-
-    transformers is told to ignore mismatched shapes because its own message about them has 60 lines.
-    """
-    with opening(path, f"{path} cannot be loaded", key="model.path"), silenced():
-        settings = {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True}
-        model, report = kind.from_pretrained(path, dtype=torch.float32, **settings)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model.path: {path} is incomplete: it lacks weights ({missing[0]})")
-    if mismatched := sorted(report["mismatched_keys"]):
-        name, found, needed = mismatched[0]
-        raise ValueError(
-            f"model.path: {path} has a {name} of shape {tuple(found)}, and its config.json needs {tuple(needed)}"
-        )
-    if surplus := sorted(name for name in report["unexpected_keys"] if "layers." in name):  # unused heads are fine
+    """Loads a model and checks that no weight is missing, surplus, of another shape or not finite."""
+    with silenced():
+        model, unused = load_weights(kind, path, dtype=torch.float32)
+    if surplus := [name for name in unused if "layers." in name]:  # unused heads are fine
         raise ValueError(f"model.path: {path} has weights of layers that its config.json lacks ({surplus[0]})")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.isfinite().all():

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, Pretrained
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
+from dora_mm.models.folders import load_weights
 from dora_mm.models.opening import opening
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
@@ -118,20 +119,15 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     path = resolve_model(config.path)
     kind = model_class(found := read_config(path, config.revision), path)
     settings = {"attn_implementation": config.attn_implementation, "quantization_config": quantization(config)}
-    with opening(path, f"{path} cannot be loaded", key="model.path"):
-        model, report = kind.from_pretrained(
-            path,
-            config=found,
-            revision=config.revision,
-            dtype=getattr(torch, config.dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            device_map={"": device},
-            **{key: value for key, value in settings.items() if value is not None},
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model.path: {path} is incomplete: it lacks {missing[0]} and {len(missing) - 1} more weights")
+    model, _ = load_weights(
+        kind,
+        path,
+        config=found,
+        revision=config.revision,
+        dtype=getattr(torch, config.dtype),
+        device_map={"": device},
+        **{key: value for key, value in settings.items() if value is not None},
+    )
     model.generation_config = special_tokens(model)
     return model.requires_grad_(False).eval()
 

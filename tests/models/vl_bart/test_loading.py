@@ -171,7 +171,7 @@ def test_an_impossible_config_is_an_error_for_its_path(saved, random, changes, m
     ("changes", "message"),
     [
         ({"d_model": 32}, r"has a model\.\S+ of shape \(\S+ 16\), and its config.json needs \(\S+ 32\)"),
-        ({"encoder_layers": 3}, r"lacks weights \(model\.encoder\.layers\.2"),
+        ({"encoder_layers": 3}, r"it lacks model\.encoder\.layers\.2.* and 15 more weights"),
         ({"encoder_layers": 1}, r"has weights of layers that its config.json lacks \(model\.encoder\.layers\.1"),
     ],
 )
