@@ -7,8 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import claim_number
 
@@ -41,22 +39,20 @@ class RunDirectory:
         name: str,
         config_text: str,
         output: str | None = None,
-        root: Path = Path("runs"),
         inputs: Mapping[str, str] | None = None,
     ) -> "RunDirectory":
         """Creates a run directory that holds the resolved config and the versions of the software.
 
         Args:
-            name: The name of the run; without `output`, the directory is the next number in `root`/`name`.
+            name: The name of the run; without `output`, the directory is the next number in runs/`name`.
             config_text: The resolved config as YAML.
             output: The directory to create instead.
-            root: The folder of all numbered runs.
             inputs: Digests of the data and models that the config refers to, by a description of each.
 
         Raises:
             ValueError: `output` exists already, or its parent is a file.
         """
-        run = cls(new_folder(name, output, root))
+        run = cls(new_folder(name, output))
         run.write_about(config_text, inputs or {})
         return run
 
@@ -95,13 +91,13 @@ class RunDirectory:
         return RunDirectory(self.path / name)
 
 
-def new_folder(name: str, output: str | None = None, root: Path = Path("runs")) -> Path:
-    """Creates a folder: `output`, or the next number in `root`/`name`.
+def new_folder(name: str, output: str | None = None) -> Path:
+    """Creates a folder: `output`, or the next number in runs/`name`.
 
     Raises:
         ValueError: `output` exists already, or its parent is a file.
     """
-    return _claim(Path(output).expanduser()) if output is not None else claim_number(root / name)
+    return _claim(Path(output).expanduser()) if output is not None else claim_number(Path("runs", name))
 
 
 def _claim(path: Path) -> Path:
@@ -120,6 +116,8 @@ def _claim(path: Path) -> Path:
 
 def versions() -> dict[str, Any]:
     """The versions of Python and of the packages that affect results, and the machine. None: not installed."""
+    import torch  # here: folders are also claimed by what computes nothing
+
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
