@@ -15,7 +15,6 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from dora_mm.config import yaml12
 from dora_mm.config.loader import dump_config
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import remove
@@ -26,6 +25,7 @@ from dora_mm.sampling.manifest import MANIFEST, Entry, read_manifest, write_mani
 from dora_mm.sampling.pictures import PictureSampler, Progress, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import Strength
+from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import PARTIAL, remove_partial_files
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.run_directory import CONFIG, INPUTS, VERSIONS, RunDirectory
