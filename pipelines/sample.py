@@ -5,8 +5,7 @@ from pathlib import Path
 
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.pictures import JobConfig
-from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
-from dora_mm.sampling.strengths import as_strength
+from dora_mm.sampling.jobs import Row, expand, read_job, template
 from dora_mm.utils import yaml12
 
 log = logging.getLogger(__name__)
@@ -76,13 +75,6 @@ def read_rows(config: JobConfig) -> list[Row]:
     if config.prompts_file is not None:
         return read_job(resolve_path(config.prompts_file, "prompts_file"))
     return [Row(prompt=prompt) for prompt in config.prompts]
-
-
-def template(config: JobConfig) -> Picture:
-    """The settings of rows that leave them out."""
-    adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
-    settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
-    return Picture(row=0, prompt="", seed=0, adapters=adapters, strength=1.0, **settings)
 
 
 def replay(picture: Path, *, output: str | None = None) -> None:
