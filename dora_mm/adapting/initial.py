@@ -8,7 +8,7 @@ from torch import nn
 
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.adapting.files import check_identity
+from dora_mm.adapting.files import check_identity, files_in
 from dora_mm.adapting.networks import Trained, spec_of
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.adapter import AdapterConfig, PartConfig
@@ -70,7 +70,7 @@ def _adapt_others(
 
 
 def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mapping[str, str]) -> None:
-    """Loads `adapter.init_from`, a folder as `files.save` writes it.
+    """Loads `adapter.init_from`, a folder as `save_trained` writes it.
 
     Args:
         trained: What the config trains, freshly injected.
@@ -83,22 +83,21 @@ def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mappi
     """
     assert config.init_from is not None
     folder = formats.adapter_folder(resolve_path(config.init_from, "adapter.init_from"))
-    file = AdapterFile(folder)
-    state, metadata = formats.read(file, {MODEL: trained.networks[MODEL]})
+    files = files_in(folder)
+    state, metadata = formats.read(files[MODEL], {MODEL: trained.networks[MODEL]})
     check_identity(folder, metadata, identity)
     untrained = sorted(set(state.parameters.get(MODEL, ())) - set(trained.extra[MODEL]))
     if untrained:
         raise ValueError(
             f"adapter.init_from: {folder} also trained {untrained[0]}, which adapter.extra_trainable does not include"
         )
-    subfolders = {file.parent.name for file in folder.glob("*/*.safetensors")}
-    if different := sorted(subfolders ^ (set(trained.networks) - {MODEL})):
+    if different := sorted(set(files) ^ set(trained.networks)):
         raise ValueError(
             f"adapter.init_from: only one of {folder} and adapter.parts adapts the {different[0]} tower: either both "
             "or neither must do so"
         )
     for component, network in trained.networks.items():
-        _load({component: network}, file if component == MODEL else AdapterFile(folder / component))
+        _load({component: network}, files[component])
 
 
 def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:
