@@ -45,7 +45,7 @@ class Network:
             return _from_diffusers(self)
         if self.config.get("model_type") == "vl_bart":
             return _vl_bart(self)
-        from dora_mm.models.vlm.loading import empty_model
+        from dora_mm.models.folders import empty_model
 
         return empty_model(self.path)
 

@@ -16,14 +16,13 @@ from dora_mm.config.models import VisionConfig, VLBartModelConfig, VLMModelConfi
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features
-from dora_mm.models.folders import has_weights, saved_dtype
+from dora_mm.models.folders import empty_model, has_weights, read_config, saved_dtype
 from dora_mm.models.opening import UnreachableError, commit_of, local_copy
 from dora_mm.models.towers.tower import load_tower
 from dora_mm.models.vl import VLModel
 from dora_mm.models.vl_bart.family import VISION, VLBartTask, vl_bart_maps
 from dora_mm.models.vl_bart.loading import empty_vl_bart, is_vl_bart
 from dora_mm.models.vlm.family import VLM
-from dora_mm.models.vlm.loading import empty_model, read_config
 from dora_mm.targets import map_of
 
 

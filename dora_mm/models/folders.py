@@ -1,4 +1,4 @@
-"""The folder of a model of transformers: its weights, what identifies them, and a copy of it with other weights."""
+"""The folder of a model of transformers: its config and class, its weights, and a copy of it with other weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dora_mm.models.opening import WEIGHTS, local_copy, opening
@@ -16,6 +19,59 @@ from dora_mm.utils.digest import weights_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json, by version of transformers
+
+
+def read_config(path: str, revision: str | None = None, *, key: str = "") -> PretrainedConfig:
+    """Reads the config of a model of transformers.
+
+    Args:
+        path: A folder of `save_pretrained`, or a hub name.
+        revision: A commit, branch or tag of a hub model; None is its main branch.
+        key: The config key that names it, for messages; empty where there is none.
+
+    Raises:
+        UnreachableError: It is on the hub, and the hub cannot be reached.
+        ValueError: There is no config, or it is none of transformers' architectures.
+    """
+    with opening(path, f"{path} is not a model of transformers, by its config.json", key=key):
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def model_class(config: PretrainedConfig, path: str) -> Any:
+    """The class that saved a model, from `architectures` of its config.
+
+    transformers' auto classes choose by the type of the config alone, so that AutoModelForImageTextToText loads a
+    BlipForQuestionAnswering as a captioner without a word.
+
+    Args:
+        config: The model's config.
+        path: Its folder or name, for messages.
+
+    Raises:
+        ValueError: The config names no class, or one that transformers lacks.
+    """
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise ValueError(f"{path} does not name its class: its config.json has no architectures")
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise ValueError(
+            f"{path} is a {names[0]}, a class that transformers {transformers.__version__} does not have: use the "
+            "version of the model that was converted for transformers (often named -hf)"
+        )
+    return found
+
+
+def empty_model(path: str, revision: str | None = None) -> nn.Module:
+    """Builds the model from its config alone, on the meta device: for its structure and numbers of parameters.
+
+    Raises:
+        ValueError: As `read_config` and `model_class`; or the config does not fit the class.
+    """
+    config = read_config(path, revision)
+    kind = model_class(config, path)
+    with opening(path, f"the {kind.__name__} of {path} cannot be built"), torch.device("meta"):
+        return kind(config)
 
 
 def load_weights(kind: Any, path: str, **settings: Any) -> tuple[Any, list[str]]:

@@ -16,13 +16,13 @@ from transformers import AutoTokenizer
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.models.folders import identity_of
+from dora_mm.models.folders import identity_of, read_config
 from dora_mm.models.opening import commit_of, local_copy, opening
 from dora_mm.models.vl_bart.loading import is_vl_bart
 from dora_mm.models.vlm.encoding import Row, collate
 from dora_mm.models.vlm.family import VLM
 from dora_mm.models.vlm.forms import form_of
-from dora_mm.models.vlm.loading import load_vlm, read_config
+from dora_mm.models.vlm.loading import load_vlm
 
 CPU = torch.device("cpu")
 QUESTION = "What does the image show?"

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLBartModelConfig
-from dora_mm.models.folders import load_weights
+from dora_mm.models.folders import load_weights, read_config
 from dora_mm.models.opening import opening
 from dora_mm.models.vl_bart.model import SENTINELS, VLBart, VLBartConfig, special_tokens
 from dora_mm.models.vl_bart.text import load_tokenizer
@@ -159,8 +159,8 @@ def config_of(path: str) -> BartConfig:
     """
     if path == "facebook/bart-base":
         return BartConfig(**BART_BASE)
-    with opening(path, f"{path} does not have the config.json of a BART", key="model.path"), silenced():
-        config = AutoConfig.from_pretrained(path)
+    with silenced():
+        config = read_config(path, key="model.path")
     if not isinstance(config, BartConfig):
         raise ValueError(f"model.path: {path} is a {config.model_type}, but VL-BART is built from a BART")
     if config.max_position_embeddings < MIN_POSITIONS:

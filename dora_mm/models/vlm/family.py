@@ -25,13 +25,13 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.lengths import RowLengths
 from dora_mm.data.vl.shown import ShownRow
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.folders import identity_of
+from dora_mm.models.folders import identity_of, model_class, read_config
 from dora_mm.models.opening import check_revision, commit_of
 from dora_mm.models.vl import ROW_MEANS, Target, mean_over_processes
 from dora_mm.models.vlm.chat import Rendered, render, render_prompt
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
 from dora_mm.models.vlm.forms import Form, cross_entropy, form_of
-from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, read_config
+from dora_mm.models.vlm.loading import load_processor, load_vlm
 from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH, Plain
 from dora_mm.models.vlm.row_lengths import row_lengths
 from dora_mm.models.vlm.shown import shown_row

@@ -1,4 +1,4 @@
-"""Load any vision-language model of transformers with its processor, or build it without weights."""
+"""Load any vision-language model of transformers, and its processor."""
 
 from __future__ import annotations
 
@@ -9,70 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
+from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
-from dora_mm.models.folders import load_weights
+from dora_mm.models.folders import load_weights, model_class, read_config
 from dora_mm.models.opening import opening
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
-
-
-def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
-    """Reads the config of a model of transformers.
-
-    Args:
-        path: A folder of `save_pretrained`, or a hub name.
-        revision: A commit, branch or tag of a hub model; None is its main branch.
-
-    Returns:
-        The config.
-
-    Raises:
-        UnreachableError: It is on the hub, and the hub cannot be reached.
-        ValueError: There is no config, or it is none of transformers' architectures.
-    """
-    with opening(path, f"{path} is not a model of transformers"):
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-
-
-def model_class(config: PretrainedConfig, path: str) -> Any:
-    """The class that saved a model, from `architectures` of its config.
-
-    transformers' auto classes choose by the type of the config alone, so that AutoModelForImageTextToText loads a
-    BlipForQuestionAnswering as a captioner without a word.
-
-    Args:
-        config: The model's config.
-        path: Its folder or name, for messages.
-
-    Raises:
-        ValueError: The config names no class, or one that transformers lacks.
-    """
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        raise ValueError(f"{path} does not name its class: its config.json has no architectures")
-    found = getattr(transformers, names[0], None)
-    if found is None:
-        raise ValueError(
-            f"{path} is a {names[0]}, a class that transformers {transformers.__version__} does not have: use the "
-            "version of the model that was converted for transformers (often named -hf)"
-        )
-    return found
-
-
-def empty_model(path: str, revision: str | None = None) -> nn.Module:
-    """Builds the model from its config alone, on the meta device: for its structure and numbers of parameters.
-
-    Raises:
-        ValueError: As `read_config` and `model_class`; or the config does not fit the class.
-    """
-    config = read_config(path, revision)
-    kind = model_class(config, path)
-    with opening(path, f"the {kind.__name__} of {path} cannot be built"), torch.device("meta"):
-        return kind(config)
 
 
 def load_processor(config: VLMModelConfig) -> ProcessorMixin:
