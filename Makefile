@@ -37,11 +37,11 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 
 	@test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet uv
 	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct \
-		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,bench,vl]"
+		--only-binary resvg-py --editable ".[test,eval,optim,track,samples,vl]"
 	OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n 2 --dist worksteal
 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
-	$(BIN)/dora-mm bench $(BENCH)
+	$(BIN)/python -m tests.benchmarks.bench_peers $(BENCH)
 
 gpu:  ## all that only a GPU can show, in 20 minutes, with what PYTHON has: no .venv; ONLY="layers llm", DRY=1 on a CPU
 	$(PYTHON) -m tests.benchmarks.gpu $(ONLY) $(if $(DRY),--dry)

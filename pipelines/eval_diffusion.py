@@ -27,10 +27,11 @@ from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.before_after import sample_merged
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.manifest import ManifestEntry, write_manifest
-from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.train.run import open_run
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import file_digest, module_digest
+from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.tables import markdown_table
 
 log = logging.getLogger(__name__)

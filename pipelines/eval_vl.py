@@ -25,10 +25,11 @@ from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.families import load_family
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
-from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.train.run import open_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
+from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dora_mm.sampling.gallery import write_gallery
 from dora_mm.sampling.manifest import read_manifest
-from dora_mm.utils.folders import claim_number
+from dora_mm.utils.run_directory import new_folder
 
 
 def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
@@ -24,4 +24,4 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
 
 
 def default_folder(runs: Sequence[Path]) -> Path:
-    return runs[0] / "gallery" if len(runs) == 1 else claim_number(Path("runs", "gallery"))
+    return runs[0] / "gallery" if len(runs) == 1 else new_folder("gallery")

@@ -7,12 +7,13 @@ from dora_mm.config import load_config
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.pictures import GridConfig
 from dora_mm.sampling.axes import cells_of, with_base_model
-from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.drawing import existing_run, picture_run
+from dora_mm.sampling.jobs import template
 from dora_mm.sampling.model import load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
 from dora_mm.train.checkpoint import checkpoints, step_of
-from dora_mm.train.run import RunDirectory, existing_run, picture_run
+from dora_mm.utils.run_directory import RunDirectory
 
 
 def main(config: GridConfig, *, resume: Path | None = None) -> None:
@@ -35,8 +36,9 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
         config.adapter or "adapter" in (config.columns.name, config.rows and config.rows.name)
     ):
         rows, columns = with_base_model(config, rows, columns)
+    common = template(config, prompt=config.prompt or "", seed=config.seed)
     cells = [{**row, **column} for _, row in rows for _, column in columns]
-    pictures = [replace(template(config), row=number, **cell) for number, cell in enumerate(cells, 1)]
+    pictures = [replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)]
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
     loaded.check(pictures)
     with picture_run(config, found) as run:
@@ -44,13 +46,6 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
         save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
         print(f"images    {run.samples}\nsheet     {run.sheet}")
         job.raise_failures()
-
-
-def template(config: GridConfig) -> Picture:
-    """The settings that no axis changes."""
-    adapters = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
-    settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
-    return Picture(row=0, prompt=config.prompt or "", seed=config.seed, adapters=adapters, strength=1.0, **settings)
 
 
 def checkpoint_folders(config: GridConfig) -> dict[str, str]:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.pictures import JobConfig
-from dora_mm.sampling.jobs import JobRow, Picture, Weights, expand, read_job
-from dora_mm.sampling.strengths import as_strength
+from dora_mm.sampling.jobs import JobRow, expand, read_job, template
 from dora_mm.utils import yaml12
 
 log = logging.getLogger(__name__)
@@ -36,9 +35,9 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
         resolve_path(path, "adapter")
 
     # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
+    from dora_mm.sampling.drawing import existing_run, picture_run
     from dora_mm.sampling.model import load_model
     from dora_mm.sampling.sheets import save_sheets
-    from dora_mm.train.run import existing_run, picture_run
 
     found = existing_run(config, resume)
     if found and resume is None:
@@ -78,13 +77,6 @@ def read_rows(config: JobConfig) -> list[JobRow]:
     return [JobRow(prompt=prompt) for prompt in config.prompts]
 
 
-def template(config: JobConfig) -> Picture:
-    """The settings of rows that leave them out."""
-    adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
-    settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
-    return Picture(row=0, prompt="", seed=0, adapters=adapters, strength=1.0, **settings)
-
-
 def replay(picture: Path, *, output: str | None = None) -> None:
     """Draws a picture again from what its file says, in the batch that it was drawn in.
 
@@ -96,7 +88,7 @@ def replay(picture: Path, *, output: str | None = None) -> None:
         ValueError: The file does not say how it was drawn, or the model or an adapter has changed since.
     """
     from dora_mm.sampling.replay import replay_picture
-    from dora_mm.train.run import new_folder
+    from dora_mm.utils.run_directory import new_folder
 
     drawn, difference = replay_picture(picture, lambda: new_folder("replay", output))
     print(f"picture   {drawn}")

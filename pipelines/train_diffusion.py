@@ -18,7 +18,7 @@ from dora_mm.adapting.initial import load_initial_file
 from dora_mm.adapting.networks import Trained
 from dora_mm.adapting.parts import check_names
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import dump_config
+from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_if_local, load_image_model
@@ -33,8 +33,9 @@ from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.processes import join_processes
-from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
+from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
+from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
@@ -209,7 +210,7 @@ def about_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict[str, 
     """What the headers of adapter files say: the base model, and how the adapter was trained."""
     base = {
         "base_model": config.model.path,
-        "base_revision": commit_of(config.model.path, config.model.revision),
+        "base_revision": commit_of(resolve_model(config.model.path), config.model.revision),
         "base_vae": config.model.vae,
         "base_dtype": config.model.dtype,
         "base_settings": json.dumps(settings) if (settings := config.model.settings_of_pictures()) else None,

@@ -23,7 +23,7 @@ from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
-from dora_mm.models.hub import UnreachableError
+from dora_mm.models.opening import UnreachableError
 from dora_mm.models.vl import VLModel
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
@@ -48,9 +48,10 @@ from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, with_steps
 from dora_mm.train.prefetch import Prefetched
 from dora_mm.train.processes import join_processes, main_process_first
-from dora_mm.train.run import RunDirectory, training_run, training_summary, write_summary
+from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
+from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

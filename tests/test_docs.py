@@ -116,7 +116,7 @@ def test_wrong_commands_are_found(wrong):
 
 def test_the_documents_have_commands():
     found = [arguments for document in DOCUMENTS for arguments in commands(text_of(document))]
-    assert {"train", "sample", "eval", "features", "inspect", "bench", "merge", "ask", "convert", "verify"} <= {
+    assert {"train", "sample", "eval", "features", "inspect", "merge", "ask", "convert", "verify"} <= {
         arguments[0] for arguments in found
     }
 

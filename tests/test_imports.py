@@ -34,7 +34,6 @@ IMAGE_FAMILIES = re.compile(r"sdxl|z[-_ ]?image", re.IGNORECASE)
 MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and files, and examples
     *("dora_mm/targets/", "dora_mm/formats/", "dora_mm/config/", "dora_mm/cli/", "dora_mm/__init__.py"),
     *("dora_mm/models/sdxl/", "dora_mm/models/z_image.py", "dora_mm/models/image_families.py"),
-    "pipelines/bench.py",  # measures layers of the shapes of published models
 )
 
 

@@ -42,6 +42,16 @@ def save_trained(trained: Trained, config: TrainVLConfig, identity: Mapping[str,
             formats.remove_other_formats(file)  # a resumed run may have saved another one before
 
 
+def files_in(folder: Path) -> dict[str, AdapterFile]:
+    """The adapter files that `save_trained` has written to a folder, by component.
+
+    Raises:
+        ValueError: There is no adapter, or a file is damaged.
+    """
+    subfolders = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
+    return {MODEL: AdapterFile(folder)} | {name: AdapterFile(folder / name) for name in subfolders}
+
+
 def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Checks that an adapter was trained with this base model and vision tower.
 
@@ -100,14 +110,13 @@ def load_trained(model: VLModel, path: Path, *, backend: str) -> None:
         ValueError: The adapter belongs to another model, or adapts a network that this one does not have.
     """
     folder = formats.adapter_folder(path)
-    files = {MODEL: AdapterFile(folder)}
+    files = files_in(folder)
     check_identity(folder, formats.read(files[MODEL])[1], model.identity)
-    subfolders = {file.parent.name for file in folder.glob("*/*.safetensors")}
-    if missing := sorted(subfolders - set(model.networks)):
+    if missing := sorted(set(files) - set(model.networks)):
         raise ValueError(
             f"{folder} adapts the {missing[0]} tower too: remove vision.features, so that the tower encodes the images"
         )
-    for component, file in (files | {name: AdapterFile(folder / name) for name in sorted(subfolders)}).items():
+    for component, file in files.items():
         network, own = model.networks[component], {name.path for name in file.parameters.values()}
         to_float32(parameter for name, parameter in network.named_parameters() if name in own)  # as they were trained
         formats.load({component: network}, file, forward=backends.select(backend))

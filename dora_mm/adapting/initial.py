@@ -8,7 +8,7 @@ from torch import nn
 
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.adapting.files import check_identity
+from dora_mm.adapting.files import check_identity, files_in
 from dora_mm.adapting.networks import Trained, spec_of
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.adapter import AdapterConfig, PartConfig
@@ -16,7 +16,6 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.tools.comfy import other_half
 
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
 
@@ -38,7 +37,8 @@ def load_initial_file(trained: Trained, config: AdapterConfig, backend: str) -> 
     """
     assert config.init_from is not None
     file = AdapterFile(resolve_path(config.init_from, "adapter.init_from"))
-    check_low_rank(file)
+    if reason := file.why_not_trainable():
+        raise ValueError(f"adapter.init_from: {reason}")
     for component, others in _adapt_others(file, trained.networks, config, backend).items():
         known = trained.reports.get(component, InjectReport(()))
         trained.reports[component] = InjectReport(known.modules + others.modules)
@@ -69,25 +69,8 @@ def _adapt_others(
     return reports
 
 
-def check_low_rank(file: AdapterFile) -> None:
-    """Checks that a file can be trained on.
-
-    Raises:
-        ValueError: It holds differences of weights, or magnitudes of input columns, which load as LoRA of full rank; or
-            it is one of two files.
-    """
-    if half := other_half(file.header):
-        raise ValueError(f"adapter.init_from: {file.path}: {half}")
-    for module, endings in file.modules.items():
-        if "diff" in endings or file.axis(module) == "in":
-            raise ValueError(
-                f"adapter.init_from: {file.path} has no low rank at {module}, and can be drawn with but not trained "
-                "on: fit it with dora-mm convert --to diffusers --rank R --allow-lossy, or extract"
-            )
-
-
 def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mapping[str, str]) -> None:
-    """Loads `adapter.init_from`, a folder as `files.save` writes it.
+    """Loads `adapter.init_from`, a folder as `save_trained` writes it.
 
     Args:
         trained: What the config trains, freshly injected.
@@ -100,22 +83,21 @@ def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mappi
     """
     assert config.init_from is not None
     folder = formats.adapter_folder(resolve_path(config.init_from, "adapter.init_from"))
-    file = AdapterFile(folder)
-    state, metadata = formats.read(file, {MODEL: trained.networks[MODEL]})
+    files = files_in(folder)
+    state, metadata = formats.read(files[MODEL], {MODEL: trained.networks[MODEL]})
     check_identity(folder, metadata, identity)
     untrained = sorted(set(state.parameters.get(MODEL, ())) - set(trained.extra[MODEL]))
     if untrained:
         raise ValueError(
             f"adapter.init_from: {folder} also trained {untrained[0]}, which adapter.extra_trainable does not include"
         )
-    subfolders = {file.parent.name for file in folder.glob("*/*.safetensors")}
-    if different := sorted(subfolders ^ (set(trained.networks) - {MODEL})):
+    if different := sorted(set(files) ^ set(trained.networks)):
         raise ValueError(
             f"adapter.init_from: only one of {folder} and adapter.parts adapts the {different[0]} tower: either both "
             "or neither must do so"
         )
     for component, network in trained.networks.items():
-        _load({component: network}, file if component == MODEL else AdapterFile(folder / component))
+        _load({component: network}, files[component])
 
 
 def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:

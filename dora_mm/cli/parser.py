@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("features", "compute the features of a vision tower once, for later trainings"),
     ):
         _add_config_command(commands, name, what)
-    for add in (_add_gallery, _add_inspect, _add_merge, _add_convert, _add_verify, _add_extract, _add_ask, _add_bench):
+    for add in (_add_gallery, _add_inspect, _add_merge, _add_convert, _add_verify, _add_extract, _add_ask):
         add(commands)
     return parser
 
@@ -145,19 +145,6 @@ def _add_ask(commands: Any) -> None:
     command.add_argument("question", metavar="QUESTION", help="asked as it is")
     command.add_argument("--adapter", metavar="FOLDER", help="a run directory or an adapter's folder")
     command.add_argument("--max-new-tokens", metavar="N", type=_positive, help="the longest answer; default: 256")
-
-
-def _add_bench(commands: Any) -> None:
-    command = commands.add_parser(
-        "bench", help="compare the speed and memory of DoRA with other implementations on this machine"
-    )
-    extent = command.add_mutually_exclusive_group()
-    for name, what in (("quick", "only single layers, in under two minutes"), ("all", "all ranks")):
-        extent.add_argument(f"--{name}", action="store_const", const=name, dest="extent", default="default", help=what)
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is the default on a GPU")
-    command.add_argument(
-        "--output", metavar="FOLDER", help="the folder of results; default: a numbered folder in runs/bench"
-    )
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ from dora_mm.formats.naming.names import ModuleGroup, Name, canonical
 from dora_mm.formats.naming.spellings import Namer
 from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tools import FORMATS, TOOLS
+from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.methods import METHODS, other_method
 from dora_mm.formats.tools.parts import axes_that_fit
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside
@@ -189,6 +190,22 @@ class AdapterFile:
             return ""
         fits = axes_that_fit(shapes["m"], shapes["B"][0], shapes["A"][1])
         return "?" if len(fits) > 1 else "".join(fits)
+
+    def why_not_trainable(self) -> str | None:
+        """Why no training can start from it; None where one can.
+
+        It is one of two files, or it holds differences of weights, or magnitudes of input columns, which load as LoRA
+        of full rank.
+        """
+        if half := other_half(self.header):
+            return f"{self.path}: {half}"
+        for module, endings in self.modules.items():
+            if "diff" in endings or self.axis(module) == "in":
+                return (
+                    f"{self.path} has no low rank at {module}, and can be drawn with but not trained on: fit it with "
+                    "dora-mm convert --to diffusers --rank R --allow-lossy, or extract"
+                )
+        return None
 
     def check_axis(self) -> None:
         """Checks that it has an effect to state the axis.

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dora_mm.formats.files.json_text import read_json
-from dora_mm.models.hub import unreachable
+from dora_mm.models.opening import WEIGHTS, opening
 
 if TYPE_CHECKING:
     from torch import nn
 
 CONFIG, PIPELINE = "config.json", "model_index.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Network:
             return _from_diffusers(self)
         if self.config.get("model_type") == "vl_bart":
             return _vl_bart(self)
-        from dora_mm.models.vlm.loading import empty_model
+        from dora_mm.models.folders import empty_model
 
         return empty_model(self.path)
 
@@ -82,11 +81,8 @@ def _folder(path: str) -> Path:
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    try:
+    with opening(path, f"{path} cannot be read from the hub"):
         return Path(snapshot_download(path, allow_patterns=[CONFIG, PIPELINE, f"*/{CONFIG}"]))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(unreachable(path, error) or f"{path} cannot be read from the hub: {reason}") from error
 
 
 def _is_component(name: str, value: Any) -> bool:
@@ -126,11 +122,6 @@ def _vl_bart(network: Network) -> nn.Module:
 def _built(network: Network, build: Callable[[], nn.Module]) -> nn.Module:
     import torch
 
-    from dora_mm.models.vlm.loading import LOADING_ERRORS
-
-    try:
-        with torch.device("meta"):
-            return build()
-    except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the {network.kind} of {network.path} cannot be built from its {CONFIG}: {reason}") from error
+    problem = f"the {network.kind} of {network.path} cannot be built from its {CONFIG}"
+    with opening(network.path, problem), torch.device("meta"):
+        return build()

@@ -20,8 +20,8 @@ from dora_mm.config.schema import Section
 from dora_mm.core import TargetMap
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
+from dora_mm.models.components import Components
 from dora_mm.models.noise import NoiseProcess
-from dora_mm.models.opening import Components
 from dora_mm.utils.digest import module_digest
 
 Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L, D), (P,)

@@ -10,21 +10,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VisionConfig, VLBartModelConfig, VLMModelConfig, VLModelConfig
 from dora_mm.core import TargetMap
 from dora_mm.data.features.sources import open_features
 from dora_mm.data.vl.needed import found_features
-from dora_mm.models.folders import has_weights, saved_dtype
-from dora_mm.models.hub import UnreachableError, commit_of, local_copy
+from dora_mm.models.folders import empty_model, has_weights, read_config, saved_dtype
+from dora_mm.models.opening import UnreachableError, commit_of, local_copy
 from dora_mm.models.towers.tower import load_tower
 from dora_mm.models.vl import VLModel
 from dora_mm.models.vl_bart.family import VISION, VLBartTask, vl_bart_maps
 from dora_mm.models.vl_bart.loading import empty_vl_bart, is_vl_bart
 from dora_mm.models.vlm.family import VLM
-from dora_mm.models.vlm.loading import empty_model, read_config
 from dora_mm.targets import map_of
 
 
@@ -107,7 +105,7 @@ def pinned(model: VLModelConfig) -> VLModelConfig:
     if isinstance(model, VLBartModelConfig) or Path(path).exists():
         return model
     read_config(path, model.revision)  # puts it into the hub's cache
-    return model.model_copy(update={"revision": commit_of(path, CONFIG_NAME, model.revision) or model.revision})
+    return model.model_copy(update={"revision": commit_of(path, model.revision) or model.revision})
 
 
 def load_if_here(

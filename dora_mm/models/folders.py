@@ -1,4 +1,4 @@
-"""The folder of a model of transformers: what identifies its weights, and a copy of it with other weights."""
+"""The folder of a model of transformers: its config and class, its weights, and a copy of it with other weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,100 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from dora_mm.models.hub import local_copy
+from dora_mm.models.opening import WEIGHTS, local_copy, opening
 from dora_mm.utils.digest import weights_digest
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json, by version of transformers
+
+
+def read_config(path: str, revision: str | None = None, *, key: str = "") -> PretrainedConfig:
+    """Reads the config of a model of transformers.
+
+    Args:
+        path: A folder of `save_pretrained`, or a hub name.
+        revision: A commit, branch or tag of a hub model; None is its main branch.
+        key: The config key that names it, for messages; empty where there is none.
+
+    Raises:
+        UnreachableError: It is on the hub, and the hub cannot be reached.
+        ValueError: There is no config, or it is none of transformers' architectures.
+    """
+    with opening(path, f"{path} is not a model of transformers, by its config.json", key=key):
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def model_class(config: PretrainedConfig, path: str) -> Any:
+    """The class that saved a model, from `architectures` of its config.
+
+    transformers' auto classes choose by the type of the config alone, so that AutoModelForImageTextToText loads a
+    BlipForQuestionAnswering as a captioner without a word.
+
+    Args:
+        config: The model's config.
+        path: Its folder or name, for messages.
+
+    Raises:
+        ValueError: The config names no class, or one that transformers lacks.
+    """
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        raise ValueError(f"{path} does not name its class: its config.json has no architectures")
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise ValueError(
+            f"{path} is a {names[0]}, a class that transformers {transformers.__version__} does not have: use the "
+            "version of the model that was converted for transformers (often named -hf)"
+        )
+    return found
+
+
+def empty_model(path: str, revision: str | None = None) -> nn.Module:
+    """Builds the model from its config alone, on the meta device: for its structure and numbers of parameters.
+
+    Raises:
+        ValueError: As `read_config` and `model_class`; or the config does not fit the class.
+    """
+    config = read_config(path, revision)
+    kind = model_class(config, path)
+    with opening(path, f"the {kind.__name__} of {path} cannot be built"), torch.device("meta"):
+        return kind(config)
+
+
+def load_weights(kind: Any, path: str, **settings: Any) -> tuple[Any, list[str]]:
+    """Loads a model, from safetensors alone, and checks that no weight is missing or of another shape.
+
+    transformers is told to ignore mismatched shapes because its own message about them has 60 lines.
+
+    Args:
+        kind: Its class of transformers.
+        path: A local folder or a hub name.
+        **settings: Further arguments of `from_pretrained`.
+
+    Returns:
+        The model, and the names of weights that it has no place for.
+
+    Raises:
+        ValueError: There is no model, it is damaged, incomplete or of another kind; the message names `model.path`.
+    """
+    checks = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with opening(path, f"{path} cannot be loaded", key="model.path"):
+        model, report = kind.from_pretrained(path, trust_remote_code=False, **checks, **settings)
+    if missing := sorted(report["missing_keys"]):
+        others = f" and {len(missing) - 1} more weights" if missing[1:] else ""
+        raise ValueError(f"model.path: {path} is incomplete: it lacks {missing[0]}{others}")
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, needed = mismatched[0]
+        raise ValueError(
+            f"model.path: {path} has a {name} of shape {tuple(found)}, and its config.json needs {tuple(needed)}"
+        )
+    return model, sorted(report["unexpected_keys"])
 
 
 def weight_files(folder: Path) -> list[Path]:

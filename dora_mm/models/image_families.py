@@ -11,12 +11,9 @@ import torch
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import ModelConfig
-from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.hub import local_copy
-from dora_mm.models.opening import (
+from dora_mm.models.components import (
     INDEX,
     Components,
-    check_revision,
     load_components,
     load_vae,
     missing_in,
@@ -24,6 +21,8 @@ from dora_mm.models.opening import (
     read_config,
     tensor_names,
 )
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.opening import check_revision, local_copy
 from dora_mm.models.sdxl.family import SDXL
 from dora_mm.models.z_image import ZImage
 
@@ -67,7 +66,8 @@ def load_image_model(config: ModelConfig) -> ImageModel:
         ValueError: The model or its VAE does not exist, lacks a component, is of no family here or does not fit the
             section; the message names the key.
     """
-    path, dtype = check_revision(config), getattr(torch, config.dtype)
+    path, dtype = resolve_model(config.path), getattr(torch, config.dtype)
+    check_revision(path, config.revision)
     family = family_of(path, config.revision)
     for other in FAMILIES:
         if other is not family and getattr(config, other.section) is not None:

@@ -1,240 +1,49 @@
-"""Opens image models of diffusers: what is at a path, and its components, each loaded when it is asked for."""
+"""Opening a model: its folder or hub repository, and one sentence for whatever a library raises while it is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
-from torch import nn
-
-from dora_mm.config.loader import resolve_model
-from dora_mm.config.models import ModelConfig
-from dora_mm.formats.files.json_text import read_json
-from dora_mm.models import hub
-
-INDEX = "model_index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
+LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
+# httpx and requests, which huggingface_hub uses in different releases, and their common bases
+_CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
 
 
-class Components:
-    """The components of a model, named as in diffusers; networks are frozen, and in eval mode.
-
-    Args:
-        load: Loads components by their names; it may return more than it is asked for.
-        phases: The names of all components, in the groups in which they are loaded: a group is loaded when one of it is
-            first asked for.
-        read_config: Reads the config of a component from the model's files; None: it is that of what is loaded.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[Sequence[str]], Mapping[str, Any]],
-        phases: Sequence[Sequence[str]],
-        read_config: Callable[[str], Mapping[str, Any]] | None = None,
-    ):
-        self._load, self._phases, self._read_config = load, phases, read_config
-        self._loaded: dict[str, Any] = {}
-        self._released: set[str] = set()
-        self.device = torch.device("cpu")
-
-    @classmethod
-    def of(cls, **components: Any) -> Components:
-        """Components that are in memory already, as they are."""
-        found = cls(lambda names: components, [tuple(components)])
-        found._loaded = components
-        return found
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all components, loaded or not."""
-        return [name for phase in self._phases for name in phase]
-
-    def __getitem__(self, name: str) -> Any:
-        """A component, or None if it was released."""
-        if name not in self._loaded and not self.is_released(name):
-            (group,) = (phase for phase in self._phases if name in phase)
-            missing = [each for each in group if each not in self._loaded and not self.is_released(each)]
-            for each, component in self._load(missing).items():
-                if each not in self._loaded and not self.is_released(each):
-                    self._loaded[each] = self._ready(component)
-        return self._loaded.get(name)
-
-    def __setitem__(self, name: str, component: Any) -> None:
-        self._loaded[name] = component
-
-    @property
-    def has_configs(self) -> bool:
-        """Whether configs are read from the model's files, without loading a component."""
-        return self._read_config is not None
-
-    def config(self, name: str) -> Mapping[str, Any]:
-        """The config of the model's own component, without loading it where the model's files have configs."""
-        return self[name].config if self._read_config is None else self._read_config(name)
-
-    def release(self, names: Iterable[str]) -> None:
-        """Frees components, for good."""
-        for name in names:
-            self._released.add(name)
-            self._loaded.pop(name, None)
-
-    def is_released(self, name: str) -> bool:
-        return name in self._released
-
-    def to(self, device: torch.device | str) -> None:
-        """Moves all networks to a device, also those that are loaded later."""
-        self.device = torch.device(device)
-        for component in self._loaded.values():
-            if isinstance(component, nn.Module):
-                component.to(self.device)
-
-    def _ready(self, component: Any) -> Any:
-        if not isinstance(component, nn.Module):
-            return component
-        return component.requires_grad_(False).eval().to(self.device)
+class UnreachableError(ValueError):
+    """A repository is not on this machine, and the hub cannot be reached."""
 
 
-def check_revision(config: ModelConfig) -> str:
-    """The local path or hub name of the model that a `model` section names.
+@contextmanager
+def opening(name: str, problem: str, *, key: str = "") -> Iterator[None]:
+    """A context in which other libraries load something of a model: their errors become one sentence.
 
-    Raises:
-        ValueError: There is no such path, or a local model has a revision; the message names the key.
-    """
-    path = resolve_model(config.path)
-    if config.revision and Path(path).exists():
-        raise ValueError(f"model.revision: {path} is not a model of the hub, so it has no revisions: leave it out.")
-    return path
-
-
-def pipeline_class_of(path: str, revision: str | None) -> str:
-    """The class of diffusers that the index of a pipeline names.
+    Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers, for one, a
+    plain Exception.
 
     Args:
-        path: A folder, or a hub name.
-        revision: A commit, branch or tag of a hub model; None: its main branch.
+        name: What is loaded: a local path, or a hub name with `named`.
+        problem: What it means if it cannot be, such as "<path> cannot be loaded".
+        key: The config key that names it; empty where there is none.
 
     Raises:
-        ValueError: There is no index, it is damaged, or the hub cannot be reached.
+        UnreachableError: It is on the hub, and the hub cannot be reached.
+        ValueError: The body raised anything else.
     """
-    folder = Path(path)
-    if folder.exists() and not (folder / INDEX).is_file():
-        found = sorted(each.name for each in folder.iterdir() if (each / "config.json").is_file())
-        inside = f"has {', '.join(found)}, but no {INDEX}" if found else f"has no {INDEX}"
-        raise ValueError(f"model.path: {path} is not an image model of diffusers: it {inside}.")
-    name = read_file(path, INDEX, revision).get("_class_name")
-    if not isinstance(name, str):
-        raise ValueError(f"model.path: the {INDEX} of {path} is damaged: it names no class.")
-    return name
-
-
-def read_file(path: str, name: str, revision: str | None) -> Mapping[str, Any]:
-    """Reads a JSON file of a model.
-
-    Args:
-        path: A folder, or a hub name.
-        name: The file's path in it.
-        revision: A commit, branch or tag of a hub model; None: its main branch.
-
-    Raises:
-        ValueError: There is none, it is damaged, or the hub cannot be reached.
-    """
-    if Path(path).exists():
-        return read_json(Path(path) / name)
+    start = f"{key}: " if key else ""
     try:
-        return read_json(Path(hf_hub_download(path, name, revision=revision)))
-    except (OSError, ValueError) as error:
-        raise ValueError(_why_not(named(path, revision), error)) from error
-
-
-def read_config(path: str, component: str, revision: str | None) -> Mapping[str, Any]:
-    """Reads the config of a component; see `read_file`."""
-    file = "scheduler_config.json" if component == "scheduler" else "config.json"
-    return read_file(path, f"{component}/{file}", revision)
-
-
-def tensor_names(file: Path) -> list[str]:
-    """The names of the tensors in a single checkpoint.
-
-    Raises:
-        ValueError: It is not a file of safetensors.
-    """
-    if file.suffix != ".safetensors":
-        raise ValueError(f"model.path: {file} does not end in .safetensors: convert it first.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(_why_not(str(file), error)) from error
-
-
-def missing_in(folder: Path, components: Iterable[str]) -> list[str]:
-    """The components of a pipeline that a folder lacks."""
-    return [name for name in components if not (folder / name).is_dir() or not any((folder / name).iterdir())]
-
-
-def load_components(
-    pipeline: Any, path: str, names: Sequence[str], every: Iterable[str], dtype: torch.dtype, revision: str | None
-) -> dict[str, Any]:
-    """Loads components of a pipeline of diffusers; a single checkpoint is loaded as a whole.
-
-    Args:
-        pipeline: The class of diffusers.
-        path: A folder, a single `.safetensors` checkpoint or a hub name. A single checkpoint holds no configs and no
-            tokenizers: diffusers downloads them from the hub once.
-        names: The components.
-        every: All components of the pipeline.
-        dtype: The dtype of all networks.
-        revision: A commit, branch or tag of a hub model; None is its main branch.
-
-    Raises:
-        ValueError: One is missing or cannot be loaded.
-    """
-    if Path(path).is_file():
-        loaded = attempt(path, lambda: pipeline.from_single_file(path, dtype=dtype))
-        return {name: getattr(loaded, name) for name in every}
-    others: dict[str, Any] = {name: None for name in every if name not in names}
-
-    def load() -> Any:
-        return pipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True, **others)
-
-    loaded = attempt(named(path, revision), load)
-    return {name: getattr(loaded, name) for name in names}
-
-
-def load_vae(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Loads a VAE, frozen and in eval mode.
-
-    Args:
-        kind: Its class of diffusers.
-        path: A folder or a hub name.
-        dtype: Of its weights.
-
-    Raises:
-        ValueError: There is none, or it cannot be loaded.
-    """
-    vae = attempt(str(path), lambda: kind.from_pretrained(str(path), dtype=dtype, use_safetensors=True), "model.vae")
-    return vae.requires_grad_(False).eval()
-
-
-def attempt(name: str, load: Callable[[], Any], key: str = "model.path") -> Any:
-    """What a function of diffusers loads.
-
-    Args:
-        name: What is loaded, for the message.
-        load: Loads it.
-        key: The key that names it, for the message.
-
-    Raises:
-        ValueError: Files are missing, damaged or of another kind of model, or the hub cannot be reached.
-    """
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-    try:
-        return load()
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
-        raise ValueError(_why_not(name, error, key)) from error
+        yield
+    except Exception as error:
+        if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):
+            raise UnreachableError(
+                f"{start}{name} is not on this machine, and the hub (huggingface.co) cannot be reached: go online "
+                "once, or name a local folder instead"
+            ) from error
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ValueError(f"{start}{problem}: {reason}") from error
 
 
 def named(path: str, revision: str | None) -> str:
@@ -242,24 +51,55 @@ def named(path: str, revision: str | None) -> str:
     return f"{path} (revision {revision})" if revision else path
 
 
+def check_revision(path: str, revision: str | None) -> None:
+    """Checks that `model.revision` is that of a hub model.
+
+    Raises:
+        ValueError: The model is local.
+    """
+    if revision and Path(path).exists():
+        raise ValueError(f"model.revision: {path} is not a model of the hub, so it has no revisions: leave it out.")
+
+
+def local_copy(path: str, revision: str | None = None) -> Path | None:
+    """A local path as it is, or the folder of a hub repository in the cache; None if it was never downloaded.
+
+    Args:
+        path: A local folder or file, or the name of a repository, `owner/name`.
+        revision: A commit, branch or tag of the repository; None: its main branch.
+    """
+    if Path(path).exists():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
 def commit_of(path: str, revision: str | None = None) -> str | None:
-    """The commit of a hub model as it was loaded, from the hub's cache on this machine.
+    """The commit of a hub repository as it was loaded, from the hub's cache on this machine.
 
     Args:
         path: What was loaded.
-        revision: The revision that was loaded.
+        revision: The revision that was loaded; None: the main branch.
 
     Returns:
-        The commit's hash; None for a local folder or file, and for a model that is not in the cache.
+        The commit's hash; None for what is local, and for a repository that is not in the cache.
     """
-    return hub.commit_of(path, INDEX, revision) if is_hub_name(path) else None
+    found = None if Path(path).exists() else local_copy(path, revision)
+    return found and found.name
 
 
-def is_hub_name(path: str) -> bool:
-    """Whether a path has the form of a hub repository, `owner/name`."""
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith(".safetensors")
+def _is_connection(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or bool(names & _CONNECTION)
 
 
-def _why_not(name: str, error: BaseException, key: str = "model.path") -> str:
-    reason = " ".join(str(error).split())
-    return hub.unreachable(name, error) or f"{key}: {name} cannot be loaded: {reason}"
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__

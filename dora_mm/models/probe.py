@@ -13,17 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
-from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.models.folders import identity_of
-from dora_mm.models.hub import commit_of, local_copy, unreachable
+from dora_mm.models.folders import identity_of, read_config
+from dora_mm.models.opening import commit_of, local_copy, opening
 from dora_mm.models.vl_bart.loading import is_vl_bart
 from dora_mm.models.vlm.encoding import Row, collate
 from dora_mm.models.vlm.family import VLM
 from dora_mm.models.vlm.forms import form_of
-from dora_mm.models.vlm.loading import LOADING_ERRORS, load_vlm, read_config
+from dora_mm.models.vlm.loading import load_vlm
 
 CPU = torch.device("cpu")
 QUESTION = "What does the image show?"
@@ -85,13 +84,14 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
         ValueError: The model, its processor or its tokenizer cannot be loaded.
     """
     config = read_config(path, revision)
-    commit = commit_of(path, CONFIG_NAME, revision)
+    commit = commit_of(path, revision)
     settings = VLMModelConfig.model_validate({"path": path, "revision": commit, "dtype": dtype})
     if hasattr(config, "vision_config"):
         vlm = VLM(settings)
         model, row = vlm.model, _picture_row(vlm)
     else:
-        tokenizer = _load_tokenizer(path, commit)
+        with opening(path, f"{path} has no tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=commit, trust_remote_code=False)
         model = load_vlm(settings, CPU)
         row = _text_row(tokenizer)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -119,14 +119,6 @@ def _text_row(tokenizer: Any) -> Row:
         0,
         torch.zeros_like(ids[0], dtype=torch.bool),
     )
-
-
-def _load_tokenizer(path: str, revision: str | None) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())[:500]
-        raise ValueError(unreachable(path, error) or f"{path} has no tokenizer: {reason}") from error
 
 
 def largest_difference(expected: Tensor, found: Tensor) -> float:

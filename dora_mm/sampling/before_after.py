@@ -1,38 +1,16 @@
 """Samples with and without an adapter: the same prompts and seeds, on one sheet."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 from torch import nn
 
 from dora_mm.config.pictures import DrawConfig, SampleConfig
-from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
-from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.quantized import DoRAQuantized
+from dora_mm.core import set_strength
+from dora_mm.core.inference import merged_adapters
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import PictureSampler, sample
-
-
-@contextmanager
-def weights_computed_once(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Merges the adapters for the time of the context, so that sampling costs what it does without them.
-
-    Quantised weights cannot be merged: theirs are computed once.
-
-    Args:
-        networks: Networks, adapted or not.
-    """
-    with ExitStack() as stack:
-        for network in networks:
-            active = [m for m in network.modules() if isinstance(m, AdaptedLayer) and not m.is_base()]
-            if any(isinstance(layer, DoRAQuantized) for layer in active):
-                stack.enter_context(fixed_parameters(network))
-            elif active:
-                merge(network)
-                stack.callback(unmerge, network)
-        yield
 
 
 def sample_merged(
@@ -47,7 +25,7 @@ def sample_merged(
         settings: Steps, guidance, negative prompt and batch size.
         description: Label of the progress bar.
     """
-    with weights_computed_once(model.networks.values()):
+    with merged_adapters(model.networks.values()):
         return sample(
             model,
             prompts,
@@ -83,7 +61,7 @@ def at_strength(
     """
     for network in adapted.values():
         set_strength(network, strength)
-    with weights_computed_once(adapted.values()):
+    with merged_adapters(adapted.values()):
         return sample(model, prompts, seeds, **settings)
 
 

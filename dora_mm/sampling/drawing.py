@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,16 +15,20 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from dora_mm.config.loader import dump_config
+from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.sampling.before_after import weights_computed_once
+from dora_mm.core.inference import merged_adapters
 from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest, write_manifest
 from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
-from dora_mm.utils.atomic import remove_partial_files
+from dora_mm.utils import yaml12
+from dora_mm.utils.atomic import PARTIAL, remove_partial_files
 from dora_mm.utils.digest import file_digest
+from dora_mm.utils.run_directory import CONFIG, INPUTS, VERSIONS, RunDirectory
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples"
@@ -31,6 +36,57 @@ SECONDS_BETWEEN_MANIFESTS = 5.0
 MOST_NAMED = 5  # files in one message
 
 LoadAdapter = Callable[[str, HashableStrength, str], object]  # loads the adapter of a path, at a strength, under a name
+
+
+def existing_run(config: PicturesConfig, resume: Path | None = None) -> Path | None:
+    """Finds the run directory that a job goes on in: the one to resume, or the config's `output` where it exists.
+
+    Args:
+        config: The config.
+        resume: The run directory to go on with; None: `output`, or a new directory.
+
+    Returns:
+        The directory; None where a new one is needed.
+
+    Raises:
+        ValueError: The directory holds something else than a run of this pipeline.
+    """
+    path = resume or Path(config.output or "").expanduser()
+    if path == Path() or not path.exists():
+        return None
+    saved = path / CONFIG
+    if saved.is_file():
+        pipeline = yaml12.read(saved.read_text(encoding="utf-8")).value["pipeline"]
+        if pipeline != config.pipeline:
+            raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
+    elif not path.is_dir() or any(
+        entry.name not in (VERSIONS, INPUTS) and entry.suffix != PARTIAL for entry in path.iterdir()
+    ):
+        raise ValueError(f"output {path} exists already and is not a run directory: choose another folder")
+    return path
+
+
+@contextmanager
+def picture_run(config: PicturesConfig, path: Path | None) -> Iterator[RunDirectory]:
+    """Opens the run directory of a job of pictures, and says how to go on: at the start and at every stop.
+
+    Args:
+        config: The config. Where it differs from the one in the directory, it replaces that.
+        path: The directory that `existing_run` has found; None creates one.
+    """
+    if path is None:
+        run = RunDirectory.create(config.name, dump_config(config), config.output)
+    else:
+        run = RunDirectory(path)
+        remove_partial_files(path)
+        run.write_about(dump_config(config), {})
+    go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
+    log.info("Run %s. After a stop: %s", run.path, go_on)
+    try:
+        yield run
+    except BaseException:
+        log.info("\nRun %s has stopped; its pictures so far are kept. To go on: %s", run.path, go_on)
+        raise
 
 
 @dataclass
@@ -225,7 +281,7 @@ def adapted(networks: Sequence[nn.Module], weights: Weights, load: LoadAdapter) 
     try:
         for number, (path, strength) in enumerate(weights):
             load(path, strength, f"adapter {number}")
-        with weights_computed_once(networks):
+        with merged_adapters(networks):
             yield
     finally:
         remove_adapters(networks)

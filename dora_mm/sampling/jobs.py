@@ -14,10 +14,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
 from dora_mm.config.loader import find_path
-from dora_mm.config.pictures import PixelSize, SchedulerName
+from dora_mm.config.pictures import PicturesConfig, PixelSize, SchedulerName
 from dora_mm.config.report import nearest
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
-from dora_mm.sampling.strengths import HashableStrength, is_zero, parse_strength, scaled, strength_text
+from dora_mm.sampling.strengths import HashableStrength, as_strength, is_zero, parse_strength, scaled, strength_text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 DELIMITERS = ",;\t|"
@@ -268,6 +268,13 @@ def _unknown(name: str) -> str:
 
 
 # --- the pictures of a job, their files and batches ------------------------------------------------------------------
+
+
+def template(config: PicturesConfig, *, prompt: str = "", seed: int = 0) -> Picture:
+    """A picture with the settings of a config, which rows of a job and axes of a grid replace."""
+    adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
+    settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
+    return Picture(row=0, prompt=prompt, seed=seed, adapters=adapters, strength=1.0, **settings)
 
 
 def expand(

@@ -214,7 +214,7 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
             raise ValueError(f"{path} does not say which model it was trained on: set model.path")
         keys = {"path": "base_model", "revision": "base_revision", "vae": "base_vae", "dtype": "base_dtype"}
         values: dict[str, Any] = {name: header[key] for name, key in keys.items() if key in header}
-        values |= settings_in(header, path)
+        values |= family_settings(header, path)
         try:
             found.setdefault(ModelConfig.model_validate(values), path)
         except ValidationError as error:
@@ -232,7 +232,7 @@ def model_of(files: Mapping[str, Path]) -> ModelConfig:
     return next(iter(found), EMBEDDED)
 
 
-def settings_in(header: Mapping[str, str], path: str) -> dict[str, Any]:
+def family_settings(header: Mapping[str, str], path: str) -> dict[str, Any]:
     """The settings of the base model's family that a header names, such as those of its prompts.
 
     Raises:

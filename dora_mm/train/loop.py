@@ -21,8 +21,8 @@ from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_chec
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
-from dora_mm.train.run import RunDirectory
 from dora_mm.utils.randomness import generator
+from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 Hook = Callable[[int], None]
@@ -80,14 +80,14 @@ def fit(
     if accelerator.num_processes > 1:
         trained = accelerator.prepare_model(trained)
     pending = _PendingHook()
-    progress = Progress(config.steps, config.log_every, shown=accelerator.is_main_process)
+    progress = TrainingProgress(config.steps, config.log_every, shown=accelerator.is_main_process)
     parts: dict[str, Stateful] = {"optimizer": optimizer, "schedule": schedule, "hook": pending, "progress": progress}
     parts |= state or {}
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     header = {**(metadata or {}), **native.header_of(networks, parameters)}
     step = first = _resume(run, parameters, parts)
-    log = MetricsLog(run.path, first) if accelerator.is_main_process else None
+    metrics = MetricsLog(run.path, first) if accelerator.is_main_process else None
     progress.start(first)
 
     def save() -> None:
@@ -110,8 +110,8 @@ def fit(
                     step += 1
                     _check_finite(value, step)
                     progress.advance(value, rate)
-                    if log is not None and (step % config.log_every == 0 or step == config.steps):
-                        log.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
+                    if metrics is not None and (step % config.log_every == 0 or step == config.steps):
+                        metrics.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
                     if after_step is not None:
                         after_step(step)
                 due = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
@@ -127,8 +127,8 @@ def fit(
         raise
     finally:
         progress.close()
-        if log is not None:
-            log.close()
+        if metrics is not None:
+            metrics.close()
     return step - first
 
 
@@ -263,7 +263,7 @@ def update(
     return float(norm)
 
 
-class Progress:
+class TrainingProgress:
     """The running mean of the loss and the seconds of training, both over all parts of a resumed run.
 
     Shows a bar with loss, learning rate and time left; plain lines if standard error is not a terminal.

@@ -1,16 +1,13 @@
-"""Run directories: runs/<name>/<NNN>, numbered and never overwritten."""
+"""The runs of trainings: they are started, resumed with a changed config, and summed up."""
 
 import contextlib
 import json
 import logging
-import platform
 import shlex
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -20,90 +17,13 @@ from dora_mm.config.schema import PipelineConfig
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.resuming import changed_values
-from dora_mm.utils import yaml12
-from dora_mm.utils.atomic import PARTIAL, remove_partial_files, write_text
-from dora_mm.utils.folders import claim_number
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.run_directory import CONFIG, RunDirectory
 
 log = logging.getLogger(__name__)
-REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
-
-CONFIG, INPUTS = "config.yaml", "inputs.json"
 PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
 CHANGES = "changes.jsonl"  # what a resumed run changed of its config, and after which step
 SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
-
-
-class RunDirectory:
-    """The folder that holds everything one run writes.
-
-    Attributes:
-        path: The folder itself.
-        checkpoints: The folder of checkpoints.
-        adapter: The folder of the final adapter.
-        samples: The folder of sampled images.
-        sheet: The contact sheet, a PNG file.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    checkpoints = property(lambda self: self.path / "checkpoints")
-    adapter = property(lambda self: self.path / "adapter")
-    samples = property(lambda self: self.path / "samples")
-    sheet = property(lambda self: self.path / "sheet.png")
-
-    @classmethod
-    def create(
-        cls,
-        name: str,
-        config_text: str,
-        output: str | None = None,
-        root: Path = Path("runs"),
-        inputs: Mapping[str, str] | None = None,
-    ) -> "RunDirectory":
-        """Creates a run directory that holds the resolved config and the versions of the software.
-
-        Args:
-            name: The name of the run; without `output`, the directory is the next number in `root`/`name`.
-            config_text: The resolved config as YAML.
-            output: The directory to create instead.
-            root: The folder of all numbered runs.
-            inputs: Digests of the data and models that the config refers to, by a description of each.
-
-        Raises:
-            ValueError: `output` exists already, or its parent is a file.
-        """
-        path = new_folder(name, output, root)
-        _write_about(path, config_text, dict(inputs or {}))
-        return cls(path)
-
-    @classmethod
-    def resume(cls, path: Path, inputs: Mapping[str, str] | None = None) -> "RunDirectory":
-        """Opens the directory of an existing run.
-
-        Args:
-            path: The run directory.
-            inputs: The current digests, as given to `create`.
-
-        Raises:
-            ValueError: `path` is not a run directory, or the run was started with different `inputs`.
-        """
-        if not (path / CONFIG).is_file():
-            raise ValueError(f"{path} is not a run directory: it has no {CONFIG}.")
-        run = cls(path)
-        if changed := run.changed_inputs(inputs or {}):
-            raise ValueError(f"{path} cannot be resumed: {' and '.join(changed)} changed since it was started.")
-        return run
-
-    def changed_inputs(self, inputs: Mapping[str, str]) -> list[str]:
-        """The descriptions of the inputs whose digest differs from the one that the run was started with."""
-        before = json.loads((self.path / INPUTS).read_text()) if inputs else {}
-        return [name for name, digest in inputs.items() if before.get(name) != digest]
-
-    def stage(self, name: str) -> "RunDirectory":
-        """Creates a subfolder, with separate checkpoints and metrics, for one stage of a run that has several."""
-        (self.path / name).mkdir(exist_ok=True)
-        return RunDirectory(self.path / name)
 
 
 @contextlib.contextmanager
@@ -224,66 +144,6 @@ def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) ->
     return RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)
 
 
-def existing_run(config: PipelineConfig, resume: Path | None = None) -> Path | None:
-    """Finds the run directory that a job goes on in: the one to resume, or the config's `output` where it exists.
-
-    Args:
-        config: The config.
-        resume: The run directory to go on with; None: `output`, or a new directory.
-
-    Returns:
-        The directory; None where a new one is needed.
-
-    Raises:
-        ValueError: The directory holds something else than a run of this pipeline.
-    """
-    path = resume or Path(getattr(config, "output", None) or "").expanduser()
-    if path == Path() or not path.exists():
-        return None
-    saved = path / "config.yaml"
-    if saved.is_file():
-        pipeline = yaml12.read(saved.read_text(encoding="utf-8")).value["pipeline"]
-        if pipeline != config.pipeline:
-            raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
-    elif not path.is_dir() or any(
-        entry.name not in ("versions.json", INPUTS) and entry.suffix != PARTIAL for entry in path.iterdir()
-    ):
-        raise ValueError(f"output {path} exists already and is not a run directory: choose another folder")
-    return path
-
-
-@contextlib.contextmanager
-def picture_run(config: PipelineConfig, path: Path | None) -> Iterator[RunDirectory]:
-    """Opens the run directory of a job of pictures, and says how to go on: at the start and at every stop.
-
-    Args:
-        config: The config. Where it differs from the one in the directory, it replaces that.
-        path: The directory that `existing_run` has found; None creates one.
-    """
-    if path is None:
-        run = open_run(config)
-    else:
-        run = RunDirectory(path)
-        remove_partial_files(path)
-        _write_about(path, dump_config(config), {})
-    go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
-    log.info("Run %s. After a stop: %s", run.path, go_on)
-    try:
-        yield run
-    except BaseException:
-        log.info("\nRun %s has stopped; its pictures so far are kept. To go on: %s", run.path, go_on)
-        raise
-
-
-def new_folder(name: str, output: str | None = None, root: Path = Path("runs")) -> Path:
-    """Creates a folder: `output`, or the next number in `root`/`name`.
-
-    Raises:
-        ValueError: `output` exists already, or its parent is a file.
-    """
-    return _claim(Path(output).expanduser()) if output is not None else claim_number(root / name)
-
-
 def training_summary(
     run: RunDirectory, adapter: AdapterConfig, num_parameters: int, steps: int, **details: Any
 ) -> dict[str, Any]:
@@ -314,38 +174,3 @@ def write_summary(run: RunDirectory, summary: Mapping[str, Any]) -> None:
     width = max(map(len, summary))
     for name, value in summary.items():
         print(f"{name:<{width}}  {value:,}" if isinstance(value, int) else f"{name:<{width}}  {value}")
-
-
-def _write_about(path: Path, config_text: str, inputs: Mapping[str, str]) -> None:
-    write_text(path / "versions.json", json.dumps(versions(), indent=2) + "\n")
-    write_text(path / INPUTS, json.dumps(inputs, indent=2) + "\n")
-    write_text(path / "config.yaml", config_text)  # last, because this file marks the folder as a run directory
-
-
-def _claim(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise ValueError(
-            f"output {path} exists already: choose another folder, or leave output out to get a numbered one."
-        ) from None
-    except NotADirectoryError:
-        raise ValueError(f"output {path} is inside a file, not a folder: choose another folder.") from None
-    except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
-        raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
-    return path
-
-
-def versions() -> dict[str, Any]:
-    """The versions of Python and of the packages that affect results, and the machine. None: not installed."""
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
-    for package in REPORTED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    found["torch"] = torch.__version__  # includes the build, such as +cu130, which the package metadata omits
-    return found

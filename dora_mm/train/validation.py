@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from dora_mm.train.metrics import MetricsLog, read_metrics
-from dora_mm.train.run import RunDirectory
+from dora_mm.utils.run_directory import RunDirectory
 
 OVERALL = "overall"
 

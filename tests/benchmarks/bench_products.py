@@ -14,13 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dora_mm.eval.timing import alternate, captured, seconds_of, summary
 from dora_mm.kernels import choice
 from dora_mm.kernels.choice import vendor_product
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
 from dora_mm.utils.tables import aligned_columns
 from tests.benchmarks.gpu_run import Row, Run, name_of
+from tests.benchmarks.timing import alternate, captured, seconds_of, summary
 
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = (  # tokens, in, out

@@ -27,11 +27,11 @@ from diffusers import StableDiffusionXLPipeline
 from dora_mm import DoRASpec, adapter_parameters, inject, save_adapter
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import PicturesConfig
-from dora_mm.eval.timing import alternate
 from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.drawing import adapted, draw_batch
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.model import load_model
+from tests.benchmarks.timing import alternate
 
 MODEL = "samples/tiny-sdxl"
 PROMPTS = ["a flat icon of a bus", "a flat icon of a rose", "a flat icon of a temple", "a flat icon of an alien"]

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from dora_mm.eval.contenders import (
+from tests.benchmarks.contenders import (
     CONTENDERS,
     DENSE,
     Case,
@@ -22,8 +22,8 @@ from dora_mm.eval.contenders import (
     fixed_bases,
     trained,
 )
-from dora_mm.eval.timing import alternate, captured, peak_bytes, seconds_of
 from tests.benchmarks.gpu_run import Row, Run, compared, many_compiled, name_of, report
+from tests.benchmarks.timing import alternate, captured, peak_bytes, seconds_of
 
 # Name, out, in, tokens, rank. A 1024 px image has 4096 tokens at width 640 and 1024 at width 1280; four have four times
 # as many, and 308 words. What says most comes first: the rest is cut when time is short.

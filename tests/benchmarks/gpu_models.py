@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dora_mm.core import fixed_parameters
-from dora_mm.eval.contenders import (
+from tests.benchmarks.contenders import (
     CONTENDERS,
     Contenders,
     Model,
@@ -24,9 +24,9 @@ from dora_mm.eval.contenders import (
     set_layers,
     trained,
 )
-from dora_mm.eval.timing import alternate, peak_bytes, seconds_of
-from dora_mm.models.sdxl.full_size import FULL_SIZE, SMALL_SIZE, random_unet
+from tests.benchmarks.full_size import FULL_SIZE, SMALL_SIZE, random_unet
 from tests.benchmarks.gpu_run import Row, Run, compared, many_compiled, report
+from tests.benchmarks.timing import alternate, peak_bytes, seconds_of
 
 DTYPE = torch.bfloat16
 ADAPTED: Contenders = {name: build for name, build in CONTENDERS.items() if name != "frozen"}

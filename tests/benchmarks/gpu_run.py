@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from dora_mm.eval.bench_results import REFERENCE, Result, write_rows
-from dora_mm.eval.contenders import Contenders
-from dora_mm.eval.timing import summary
 from dora_mm.utils.tables import aligned_columns
+from tests.benchmarks.contenders import Contenders
+from tests.benchmarks.results_table import REFERENCE, Result, write_rows
+from tests.benchmarks.timing import summary
 
 Row = dict[str, Any]
 

@@ -21,7 +21,6 @@ COMMANDS = {  # with the recipes of those that take no config
     "verify": "verify",
     "extract": "extract",
     "ask": "ask",
-    "bench": "bench",
 }
 
 
@@ -58,8 +57,6 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
         "verify FILE --tool peft --base MODEL --axis out --json",
         "extract TUNED BASE OUT --rank 4 --to peft",
         "ask some/model FILE FILE question --adapter FILE --max-new-tokens 5",
-        "bench --quick --dtype float32 --output OUT",
-        "bench",
     ],
 )
 def test_arguments_have_the_names_of_the_recipe_s_parameters(line, tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, ZImageConfig
+from dora_mm.models.components import Components
 from dora_mm.models.image_families import FAMILIES, family_of, load_image_model
-from dora_mm.models.opening import Components
 from dora_mm.targets import MAPS
 
 

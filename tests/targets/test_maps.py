@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 import dora_mm
 from dora_mm import DoRASpec, targets
 from dora_mm.core.targets import match_modules
-from dora_mm.models.sdxl.full_size import FULL_SIZE
 from samples.build.pretraining.tiny_sdxl import build_unet
+from tests.benchmarks.full_size import FULL_SIZE
 
 
 def full_size_unet():

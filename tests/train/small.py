@@ -10,8 +10,8 @@ from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.run import RunDirectory
 from dora_mm.train.schedule import build_schedule
+from dora_mm.utils.run_directory import RunDirectory
 
 
 def small_training(

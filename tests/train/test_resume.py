@@ -1,7 +1,6 @@
 """The loop: resuming is exact, interruptions save a checkpoint, accumulation equals a larger batch."""
 
 import errno
-import json
 import signal
 import time
 from pathlib import Path
@@ -16,10 +15,9 @@ from dora_mm.cli import user_message
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
-from dora_mm.train.loop import Progress
+from dora_mm.train.loop import TrainingProgress
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.run import RunDirectory
 from tests.train.small import but_for_seconds, interrupt_at, metrics, new_run, small_training
 
 OPTIMIZERS = {
@@ -51,7 +49,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, name, stop):
 
 
 def test_the_loss_that_is_shown_is_the_mean_of_the_first_steps_and_then_follows_the_last_ones():
-    progress = Progress(500, 10, shown=False)
+    progress = TrainingProgress(500, 10, shown=False)
     progress.start(0)
     for loss in (9.0, *[1.0] * 7):
         progress.advance(loss, 1e-4)
@@ -340,14 +338,3 @@ def test_magnitudes_can_have_a_separate_learning_rate():
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="nothing to train"):
         build_optimizer({}, OptimizerConfig(lr=0.1))
-
-
-def test_run_directories_are_numbered_and_never_reused(tmp_path):
-    one, two = (RunDirectory.create("demo", "seed: 1\n", root=tmp_path) for _ in range(2))
-    assert (one.path.name, two.path.name) == ("001", "002")
-    assert (one.path / "config.yaml").read_text() == "seed: 1\n"
-    assert json.loads((one.path / "versions.json").read_text())["torch"] == torch.__version__
-    with pytest.raises(ValueError, match="exists"):
-        RunDirectory.create("demo", "", output=str(one.path))
-    with pytest.raises(ValueError, match="not a run directory"):
-        RunDirectory.resume(tmp_path)

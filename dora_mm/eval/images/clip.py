@@ -10,7 +10,7 @@ from PIL import Image
 
 from dora_mm.config.loader import resolve_path
 from dora_mm.data.images.folder import load_rgb
-from dora_mm.models.hub import unreachable
+from dora_mm.models.opening import opening
 
 
 class ClipSimilarity:
@@ -31,12 +31,8 @@ class ClipSimilarity:
             _check_folder(Path(path))
         name = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
         self.device = torch.device(device)
-        try:
+        with opening(path, f"{path} cannot be loaded", key="clip.path"):
             created: Any = open_clip.create_model_from_pretrained(name, device=self.device)
-        except Exception as error:  # from huggingface_hub, its connection, or open_clip
-            if message := unreachable(path, error):
-                raise ValueError(f"clip.path: {message}") from error
-            raise
         self.model, self.preprocess = created
         self.tokenize: Any = open_clip.get_tokenizer(name)
         self.model.eval()

@@ -4,7 +4,8 @@ Only the visual part of open_clip's models is built: text towers take most of th
 """
 
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +132,11 @@ def _build_open_clip(config: VisionConfig) -> TowerParts:
             f"vision.tower: open_clip has no {config.tower!r}{close}; towers of timm are named timm/<name>"
         )
     tag = open_clip.get_pretrained_cfg(config.tower, config.pretrained) if config.pretrained else {}
-    weights = _download(config, tag) if tag else _file(config, open_clip.list_pretrained_tags_by_model(config.tower))
+    if tag:
+        with _download(config):
+            weights = Path(open_clip.download_pretrained(tag))
+    else:
+        weights = _file(config, open_clip.list_pretrained_tags_by_model(config.tower))
     quick_gelu = tag.get("quick_gelu", model.get("quick_gelu", False))  # a tag says how its weights were trained
     visual: Any = build_visual(model["embed_dim"], model["vision_cfg"], quick_gelu)
     defaults = open_clip.transform.PreprocessCfg()
@@ -174,7 +179,8 @@ def _build_timm(config: VisionConfig) -> TowerParts:
         return TowerParts(config.tower, network, (), Preprocessing((224, 224), (127.0,) * 3, (128.0,) * 3))
     weights = None
     if config.pretrained and timm.is_model_pretrained(f"{name}.{config.pretrained}"):
-        network = _create_pretrained(config, f"{name}.{config.pretrained}")
+        with _download(config):
+            network = timm.create_model(f"{name}.{config.pretrained}", pretrained=True)
     else:
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
         weights = _file(config, tags)
@@ -188,30 +194,17 @@ def _build_timm(config: VisionConfig) -> TowerParts:
     return TowerParts(config.tower, network, (), preprocess, weights, ("trunk.", ""))
 
 
-def _create_pretrained(config: VisionConfig, name: str) -> Any:
-    import timm
-
+@contextmanager
+def _download(config: VisionConfig) -> Iterator[None]:
+    """A context in which timm or open_clip load weights by a tag, from the hub or elsewhere."""
     try:
-        return timm.create_model(name, pretrained=True)
-    except Exception as error:  # from huggingface_hub, its connection, or timm
-        raise _unavailable(config, error) from error
-
-
-def _download(config: VisionConfig, tag: dict[str, Any]) -> Path:
-    import open_clip
-
-    try:
-        return Path(open_clip.download_pretrained(tag))
-    except Exception as error:  # from huggingface_hub, its connection, or open_clip
-        raise _unavailable(config, error) from error
-
-
-def _unavailable(config: VisionConfig, error: Exception) -> ValueError:
-    reason = first_line(error).split(". ")[0]
-    return ValueError(
-        f"vision.pretrained: the weights {config.pretrained} of {config.tower} are not on this machine and cannot be "
-        f"downloaded ({reason}): go online once, or set this key to a local file (.safetensors, .pt)"
-    )
+        yield
+    except Exception as error:  # from huggingface_hub, its connection, timm or open_clip
+        reason = first_line(error).split(". ")[0]
+        raise ValueError(
+            f"vision.pretrained: the weights {config.pretrained} of {config.tower} are not on this machine and cannot "
+            f"be downloaded ({reason}): go online once, or set this key to a local file (.safetensors, .pt)"
+        ) from error
 
 
 def _file(config: VisionConfig, tags: Sequence[str]) -> Path | None:

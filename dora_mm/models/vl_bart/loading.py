@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BartConfig, BartForConditionalGeneration, BartTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLBartModelConfig
-from dora_mm.models.hub import unreachable
+from dora_mm.models.folders import load_weights, read_config
+from dora_mm.models.opening import opening
 from dora_mm.models.vl_bart.model import SENTINELS, VLBart, VLBartConfig, special_tokens
 from dora_mm.models.vl_bart.text import load_tokenizer
 
@@ -42,17 +41,6 @@ VISUAL: dict[str, dict[str, Any]] = {
     "video": {"pooled_side": None, "max_images": 2},
 }
 MIN_POSITIONS = 3  # <s>, a token, </s>
-LOADING_ERRORS = (
-    OSError,
-    ArithmeticError,
-    AttributeError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 def load_vl_bart(config: VLBartModelConfig, feature_dim: int, seed: int) -> tuple[VLBart, BartTokenizer]:
@@ -123,7 +111,7 @@ def empty_vl_bart(config: VLBartModelConfig, feature_dim: int) -> VLBart:
 
 def _build_checked(base: Any, config: VLBartModelConfig, vocab_size: int, feature_dim: int, path: str) -> VLBart:
     """The frozen VL-BART from a config or a model of BART or VL-BART; checked against `config` and `feature_dim`."""
-    with as_value_error(path, "has a config.json that no model can be built from"):
+    with opening(path, f"{path} has a config.json that no model can be built from", key="model.path"):
         if isinstance(base, VLBartConfig):
             base = VLBart(base)
         elif not isinstance(base, VLBart):
@@ -171,8 +159,8 @@ def config_of(path: str) -> BartConfig:
     """
     if path == "facebook/bart-base":
         return BartConfig(**BART_BASE)
-    with as_value_error(path, "does not have the config.json of a BART"), silenced():
-        config = AutoConfig.from_pretrained(path)
+    with silenced():
+        config = read_config(path, key="model.path")
     if not isinstance(config, BartConfig):
         raise ValueError(f"model.path: {path} is a {config.model_type}, but VL-BART is built from a BART")
     if config.max_position_embeddings < MIN_POSITIONS:
@@ -223,44 +211,15 @@ def _copy_weights(bart: nn.Module, model: VLBart) -> None:
 
 
 def _load_complete(kind: Any, path: str) -> Any:
-    """Loads a model and checks that no weight is missing, surplus, of another shape or not finite.
-
-    transformers is told to ignore mismatched shapes because its own message about them has 60 lines.
-    """
-    with as_value_error(path, "cannot be loaded"), silenced():
-        settings = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, report = kind.from_pretrained(path, **settings)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model.path: {path} is incomplete: it lacks weights ({missing[0]})")
-    if mismatched := sorted(report["mismatched_keys"]):
-        name, found, needed = mismatched[0]
-        raise ValueError(
-            f"model.path: {path} has a {name} of shape {tuple(found)}, and its config.json needs {tuple(needed)}"
-        )
-    if surplus := sorted(name for name in report["unexpected_keys"] if "layers." in name):  # unused heads are fine
+    """Loads a model and checks that no weight is missing, surplus, of another shape or not finite."""
+    with silenced():
+        model, unused = load_weights(kind, path, dtype=torch.float32)
+    if surplus := [name for name in unused if "layers." in name]:  # unused heads are fine
         raise ValueError(f"model.path: {path} has weights of layers that its config.json lacks ({surplus[0]})")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.isfinite().all():
             raise ValueError(f"model.path: {path} is damaged: {name} holds values that are not finite")
     return model
-
-
-@contextmanager
-def as_value_error(path: str, what: str) -> Iterator[None]:
-    """Turns whatever other libraries raise for a damaged folder into a ValueError of one line.
-
-    Args:
-        path: The model's path, for the message.
-        what: What is wrong with it, such as "cannot be loaded".
-
-    Raises:
-        ValueError: The body raised one of LOADING_ERRORS.
-    """
-    try:
-        yield
-    except LOADING_ERRORS as error:
-        reason = unreachable(path, error) or f"{path} {what}: {' '.join(str(error).split())}"
-        raise ValueError(f"model.path: {reason}") from error
 
 
 def save_vl_bart(model: VLBart, tokenizer: BartTokenizer, folder: Path, dtype: torch.dtype = torch.float32) -> None:

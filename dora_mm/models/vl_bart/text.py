@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import BartTokenizer
 
+from dora_mm.models.opening import opening
 from dora_mm.models.vl_bart.model import SENTINELS
 
 MAX_TEXT = 1024  # tokens: the number of BART's positions
@@ -133,11 +134,8 @@ def load_tokenizer(path: str) -> BartTokenizer:
     Raises:
         ValueError: There is no such tokenizer, or the sentinels are not its last tokens.
     """
-    try:
+    with opening(path, f"{path} does not contain a BART tokenizer", key="model.path"):
         tokenizer = BartTokenizer.from_pretrained(path)
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model.path: {path} does not contain a BART tokenizer: {reason}") from error
     if Path(path).is_dir() and len(tokenizer) <= len(SENTINELS):
         raise ValueError(
             f"model.path: {path} does not contain a BART tokenizer (vocab.json and merges.txt, or tokenizer.json)"

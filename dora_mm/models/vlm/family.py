@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.utils import CONFIG_NAME
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
@@ -27,13 +25,13 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.lengths import RowLengths
 from dora_mm.data.vl.shown import ShownRow
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.folders import identity_of
-from dora_mm.models.hub import commit_of
+from dora_mm.models.folders import identity_of, model_class, read_config
+from dora_mm.models.opening import check_revision, commit_of
 from dora_mm.models.vl import ROW_MEANS, Target, mean_over_processes
 from dora_mm.models.vlm.chat import Rendered, render, render_prompt
 from dora_mm.models.vlm.encoding import IGNORED, Row, RowEncoder, collate
 from dora_mm.models.vlm.forms import Form, cross_entropy, form_of
-from dora_mm.models.vlm.loading import load_processor, load_vlm, model_class, read_config
+from dora_mm.models.vlm.loading import load_processor, load_vlm
 from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED, PLAIN, PROMPTS, SAME_IMAGES, SAME_LENGTH, Plain
 from dora_mm.models.vlm.row_lengths import row_lengths
 from dora_mm.models.vlm.shown import shown_row
@@ -84,10 +82,9 @@ class VLM:
 
     def __init__(self, config: VLMModelConfig, device: torch.device | str = "cpu"):
         self.device, self.path = torch.device(device), resolve_model(config.path)
-        if config.revision and Path(self.path).exists():
-            raise ValueError(f"model.revision is for models of the hub, and {self.path} is a folder: leave it out")
+        check_revision(self.path, config.revision)
         self.model_config: Any = read_config(self.path, config.revision)
-        self.commit = commit_of(self.path, CONFIG_NAME, config.revision)
+        self.commit = commit_of(self.path, config.revision)
         self.config = config.model_copy(update={"revision": self.commit})  # all is read of one commit
         self.name = model_class(self.model_config, self.path).__name__  # for messages
         self.processor: Any = load_processor(self.config)

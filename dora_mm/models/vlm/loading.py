@@ -1,4 +1,4 @@
-"""Load any vision-language model of transformers with its processor, or build it without weights."""
+"""Load any vision-language model of transformers, and its processor."""
 
 from __future__ import annotations
 
@@ -9,91 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, ProcessorMixin
+from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
-from dora_mm.models.hub import UnreachableError, unreachable
+from dora_mm.models.folders import load_weights, model_class, read_config
+from dora_mm.models.opening import opening
 
-# What transformers raises for files that are missing, damaged or belong to another kind of model.
-LOADING_ERRORS = (
-    OSError,
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    KeyError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
-)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
-
-
-def read_config(path: str, revision: str | None = None) -> PretrainedConfig:
-    """Reads the config of a model of transformers.
-
-    Args:
-        path: A folder of `save_pretrained`, or a hub name.
-        revision: A commit, branch or tag of a hub model; None is its main branch.
-
-    Returns:
-        The config.
-
-    Raises:
-        UnreachableError: It is on the hub, and the hub cannot be reached.
-        ValueError: There is no config, or it is none of transformers' architectures.
-    """
-    try:
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        if message := unreachable(path, error):
-            raise UnreachableError(message) from error
-        raise ValueError(f"{path} is not a model of transformers: {_line(error)}") from error
-
-
-def model_class(config: PretrainedConfig, path: str) -> Any:
-    """The class that saved a model, from `architectures` of its config.
-
-    transformers' auto classes choose by the type of the config alone, so that AutoModelForImageTextToText loads a
-    BlipForQuestionAnswering as a captioner without a word.
-
-    Args:
-        config: The model's config.
-        path: Its folder or name, for messages.
-
-    Raises:
-        ValueError: The config names no class, or one that transformers lacks.
-    """
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        raise ValueError(f"{path} does not name its class: its config.json has no architectures")
-    found = getattr(transformers, names[0], None)
-    if found is None:
-        raise ValueError(
-            f"{path} is a {names[0]}, a class that transformers {transformers.__version__} does not have: use the "
-            "version of the model that was converted for transformers (often named -hf)"
-        )
-    return found
-
-
-def empty_model(path: str, revision: str | None = None) -> nn.Module:
-    """Builds the model from its config alone, on the meta device: for its structure and numbers of parameters.
-
-    Raises:
-        ValueError: As `read_config` and `model_class`; or the config does not fit the class.
-    """
-    config = read_config(path, revision)
-    kind = model_class(config, path)
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    except LOADING_ERRORS as error:
-        raise ValueError(f"the {kind.__name__} of {path} cannot be built: {_line(error)}") from error
 
 
 def load_processor(config: VLMModelConfig) -> ProcessorMixin:
@@ -106,14 +29,8 @@ def load_processor(config: VLMModelConfig) -> ProcessorMixin:
     path = resolve_model(config.path)
     given = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
     sizes = {key: value for key, value in given.items() if value is not None}
-    try:
+    with opening(path, f"the processor of {path} cannot be loaded", key="model.path"):
         processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False, **sizes)
-    except ImportError as error:
-        raise ValueError(f"model.path: the processor of {path} needs a package: {_line(error)}") from error
-    except LOADING_ERRORS as error:
-        if message := unreachable(path, error):
-            raise UnreachableError(message) from error
-        raise ValueError(f"model.path: {path} has no processor: {_line(error)}") from error
     images = getattr(processor, "image_processor", None)
     if images is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"model.path: {path} is not a vision-language model: its processor takes no images and text")
@@ -146,22 +63,15 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
     path = resolve_model(config.path)
     kind = model_class(found := read_config(path, config.revision), path)
     settings = {"attn_implementation": config.attn_implementation, "quantization_config": quantization(config)}
-    try:
-        model, report = kind.from_pretrained(
-            path,
-            config=found,
-            revision=config.revision,
-            dtype=getattr(torch, config.dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            device_map={"": device},
-            **{key: value for key, value in settings.items() if value is not None},
-        )
-    except LOADING_ERRORS as error:
-        raise ValueError(unreachable(path, error) or f"model.path: {path} cannot be loaded: {_line(error)}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"model.path: {path} is incomplete: it lacks {missing[0]} and {len(missing) - 1} more weights")
+    model, _ = load_weights(
+        kind,
+        path,
+        config=found,
+        revision=config.revision,
+        dtype=getattr(torch, config.dtype),
+        device_map={"": device},
+        **{key: value for key, value in settings.items() if value is not None},
+    )
     model.generation_config = special_tokens(model)
     return model.requires_grad_(False).eval()
 
@@ -212,7 +122,3 @@ def _resize(images: Any, side: int) -> None:
         images.size = {key: side}
     if getattr(images, "crop_size", None):
         images.crop_size = {"height": side, "width": side}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

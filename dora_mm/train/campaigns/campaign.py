@@ -19,8 +19,9 @@ from dora_mm.config.vl import TrainVLConfig
 from dora_mm.eval.comparison import Result, Variant, table_rows, variants
 from dora_mm.eval.statistics import Interval
 from dora_mm.train.campaigns.trainings import Chosen, Training, Trainings
-from dora_mm.train.run import RunDirectory, open_run
+from dora_mm.train.run import open_run
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.run_directory import RunDirectory
 
 FREE_KEYS = ("workers", "name", "pictures.columns")  # config keys that change no result
 COSTS = ("seconds_per_step", "peak_memory_mb")  # entries of summaries whose median over the seeds is reported

@@ -9,8 +9,8 @@ from accelerate.utils import send_to_device
 
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.run import RunDirectory
 from dora_mm.train.schedule import build_schedule
+from dora_mm.utils.run_directory import RunDirectory
 from samples.build.schema import PretrainStage
 
 

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dora_mm.models.opening import Components
+from dora_mm.models.components import Components
 from dora_mm.models.sdxl.family import SDXL
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -21,16 +21,16 @@ from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
+from dora_mm.models.components import Components, load_vae
 from dora_mm.models.diffusion import Prompt
 from dora_mm.models.image_families import load_image_model
-from dora_mm.models.opening import Components, load_vae
 from dora_mm.models.sdxl.encoding import encode_images, encode_tokens, tokenize
 from dora_mm.models.sdxl.family import SDXL
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
-from dora_mm.train.run import RunDirectory
 from dora_mm.utils.randomness import generator
+from dora_mm.utils.run_directory import RunDirectory
 from samples.build.pretraining.batches import batch_indices
 from samples.build.pretraining.icons import ALL_STYLES, STYLE_WORDS, Icon, caption, load_pixels, read_icons, to_signed
 from samples.build.pretraining.stages import train_stage

@@ -44,7 +44,7 @@ def test_a_revision_is_loaded_and_its_commit_is_known(hub):
     assert commit_of(NAME, "v1") == commit_of(NAME, FIRST) == FIRST
     assert commit_of("someone/other") is None
     assert commit_of(str(hub / FIRST)) is None
-    with pytest.raises(ValueError, match=rf"{NAME} \(revision v2\) is not on this machine"):
+    with pytest.raises(ValueError, match=rf"^model\.path: {NAME} \(revision v2\) is not on this machine"):
         load_image_model(ModelConfig(path=NAME, revision="v2"))
 
 

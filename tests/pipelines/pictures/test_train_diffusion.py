@@ -362,7 +362,9 @@ def test_warnings_before_a_long_training(config, caplog, monkeypatch):
 def test_a_hub_that_cannot_be_reached(config, capsys):
     assert main(["train", str(config(model__path="owner/nothing"))]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("dora-mm: owner/nothing is not on this machine, and the hub (huggingface.co) cannot be")
+    assert message.startswith(
+        "dora-mm: model.path: owner/nothing is not on this machine, and the hub (huggingface.co) cannot be"
+    )
 
 
 def test_a_run_is_resumed_with_the_same_images_only(config, tmp_path, image_folder, capsys):

@@ -20,8 +20,8 @@ from dora_mm.config.models import ModelConfig
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.models import image_families
+from dora_mm.models.components import Components
 from dora_mm.models.image_families import load_image_model
-from dora_mm.models.opening import Components
 from dora_mm.models.sdxl.family import SDXL
 from dora_mm.sampling.pictures import sample
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder

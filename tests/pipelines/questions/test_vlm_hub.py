@@ -59,4 +59,4 @@ def test_a_folder_has_no_revisions(tiny_vlm, tmp_path, capsys):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["eval", str(tmp_path / "config.yaml")]) == 2
-    assert "model.revision is for models of the hub" in capsys.readouterr().err
+    assert "is not a model of the hub, so it has no revisions" in capsys.readouterr().err

@@ -10,43 +10,40 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from dora_mm.eval import bench_results, timing
-from dora_mm.recipes import PIPELINES
+from tests.benchmarks import bench_peers, results_table, timing
 
-bench = PIPELINES.load("bench")
-
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
 def test_a_small_case_end_to_end(tmp_path):
-    case = bench.Case("small", 24, 16, 40, 4)
+    case = bench_peers.Case("small", 24, 16, 40, 4)
     with tqdm(disable=True) as progress:
-        results = bench.bench_layer(case, CPU, torch.float32, 3, progress)
-    assert len(results) == len(bench.CONTENDERS) * 4
+        results = bench_peers.bench_layer(case, CPU, torch.float32, 3, progress)
+    assert len(results) == len(bench_peers.CONTENDERS) * 4
     found = {(r.contender, r.measure): r.median for r in results}
     assert found["frozen", "saved"] == 0
     assert found["our DoRA", "saved"] == 24 * 16 * 4  # W', in addition to parameters, x and y
     assert 0 < found["frozen", "peak"] < found["PEFT DoRA", "peak"]
-    bench_results.write_results(tmp_path / "results.csv", results)
-    assert bench_results.read_results(tmp_path / "results.csv") == results
-    made_on = bench.machine(CPU, "float32")
-    assert len(bench_results.table(results, made_on).splitlines()) == 5
+    results_table.write_results(tmp_path / "results.csv", results)
+    assert results_table.read_results(tmp_path / "results.csv") == results
+    made_on = bench_peers.machine(CPU, "float32")
+    assert len(results_table.table(results, made_on).splitlines()) == 5
     pytest.importorskip("matplotlib")
-    bench_results.plot(results, made_on, tmp_path / "times.png")
+    results_table.plot(results, made_on, tmp_path / "times.png")
     with Image.open(tmp_path / "times.png") as picture:
         assert picture.width == 990
 
 
 @pytest.mark.slow
 def test_compiled_peers_compute_the_same():
-    if not bench.can_compile():
+    if not bench_peers.can_compile():
         pytest.skip("torch.compile does not work here")
     base = nn.Linear(16, 24).requires_grad_(False)
     x = torch.randn(40, 16)
-    for name, build in bench.COMPILED.items():
+    for name, build in bench_peers.COMPILED.items():
         torch.manual_seed(0)
-        expected = bench.CONTENDERS[name.removesuffix(", compiled")](base, 4)(x)
+        expected = bench_peers.CONTENDERS[name.removesuffix(", compiled")](base, 4)(x)
         torch.manual_seed(0)
         torch.testing.assert_close(build(base, 4)(x), expected)
 
@@ -65,17 +62,17 @@ def test_a_small_model_end_to_end():
         return net, lambda: passes.append(net) or net(torch.ones(5, 8)).square().mean()
 
     passes = []
-    model = bench.Model("net", build, ["first", "second"], 2, passes=3)
+    model = bench_peers.Model("net", build, ["first", "second"], 2, passes=3)
     with tqdm(disable=True) as progress:
-        results = bench.bench_model(model, CPU, torch.float32, 2, progress)
+        results = bench_peers.bench_model(model, CPU, torch.float32, 2, progress)
     assert len(passes) == 4 * 4 * 3  # contenders; rounds, including the uncounted one and that of the peak; passes
-    assert {r.contender for r in results if r.measure == "step"} == set(bench.CONTENDERS) - {"frozen"}
+    assert {r.contender for r in results if r.measure == "step"} == set(bench_peers.CONTENDERS) - {"frozen"}
     assert all(r.median > 0 for r in results)
 
 
 @pytest.mark.parametrize("extent", ["quick", "default", "all"])
 def test_extents(extent):
-    cases = bench.layer_cases(extent)
+    cases = bench_peers.layer_cases(extent)
     assert len(cases) == {"quick": 5, "default": 14, "all": 35}[extent]
     assert len(set(cases)) == len(cases)
 
@@ -100,8 +97,8 @@ def test_peak_counts_memory_that_is_held_at_once():
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "tests/benchmarks/results").glob("*/machine.json")), ids=str)
 def test_the_documentation_shows_the_results(folder):
-    results = bench_results.read_results(folder.parent / "results.csv")
-    text = bench_results.table(results, json.loads(folder.read_text()))
+    results = results_table.read_results(folder.parent / "results.csv")
+    text = results_table.table(results, json.loads(folder.read_text()))
     text = text[text.index("| | rank") :]  # what stands above it is written as prose
     page = ROOT / "docs" / "benchmarks.md"
     assert text in page.read_text(), f"{page} needs the table of {folder.parent}:\n{text}"
@@ -109,7 +106,7 @@ def test_the_documentation_shows_the_results(folder):
 
 def test_the_readme_shows_some_of_the_same_results():
     """Every row of its table of costs: PEFT's LoRA in ms or s, PEFT's DoRA and ours as ratios of it."""
-    found = bench_results.read_results(ROOT / "tests/benchmarks/results/epyc_2_cores/results.csv")
+    found = results_table.read_results(ROOT / "tests/benchmarks/results/epyc_2_cores/results.csv")
     step = {(r.case, r.rank, r.contender): r.median for r in found if r.measure == "step"}
     (table,) = re.findall(
         r"\| \| PEFT LoRA \| PEFT DoRA \| our DoRA \|\n\|[- |]*\n((?:\|.*\n)+)", (ROOT / "README.md").read_text()

@@ -1,15 +1,15 @@
-"""dora-mm bench: times a DoRA layer, and complete training steps, against their peers on this machine.
+"""`make bench`: times a DoRA layer, and complete training steps, against their peers on this machine.
 
 All contenders of a case share one base weight and take turns in one process: in every round each runs once, after a
 change of its parameters. The median over the rounds is reported with its quartiles.
 """
 
+import argparse
 import contextlib
 import gc
 import json
-import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import dora_mm
 from dora_mm.core import fixed_parameters
-from dora_mm.eval.bench_results import Result, plot, table, write_results
-from dora_mm.eval.contenders import (
+from dora_mm.utils.run_directory import new_folder
+from tests.benchmarks.contenders import (
     CONTENDERS,
     Case,
     Contenders,
@@ -34,12 +34,9 @@ from dora_mm.eval.contenders import (
     set_layers,
     trained,
 )
-from dora_mm.eval.timing import alternate, peak_bytes, saved_bytes, seconds_of, summary
-from dora_mm.models.sdxl.full_size import random_unet
-from dora_mm.train.run import RunDirectory
-
-log = logging.getLogger(__name__)
-
+from tests.benchmarks.full_size import random_unet
+from tests.benchmarks.results_table import Result, plot, table, write_results
+from tests.benchmarks.timing import alternate, peak_bytes, saved_bytes, seconds_of, summary
 
 # (name, out, in, tokens, rank of the quick run). Tokens are those of a 1024 px image; cross-attention has 77 per image.
 LAYERS = (
@@ -215,43 +212,55 @@ REPEATS = {"quick": 15, "default": 9, "all": 15}
 MODEL_REPEATS = {"quick": 0, "default": 7, "all": 7}
 
 
-def main(extent: str = "default", *, dtype: str | None = None, output: str | None = None) -> None:
-    """Runs the benchmark and prints the table.
+def main(given: Sequence[str] | None = None) -> None:
+    """Runs the benchmark, prints the table, and writes results.csv, machine.json, table.md and times.png."""
+    parser = argparse.ArgumentParser(
+        "python -m tests.benchmarks.bench_peers", description=(__doc__ or "").split("\n")[0]
+    )
+    extents = parser.add_mutually_exclusive_group()
+    for name, what in (("quick", "only single layers, in under two minutes"), ("all", "all ranks")):
+        extents.add_argument(f"--{name}", action="store_const", const=name, dest="extent", default="default", help=what)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="bfloat16 is the default on a GPU")
+    parser.add_argument("--output", metavar="FOLDER", help="a new folder; default: a numbered folder in runs/bench")
+    arguments = parser.parse_args(given)
+    try:
+        folder = new_folder("bench", arguments.output)
+    except ValueError as error:
+        parser.error(str(error))
+    measure(folder, arguments.extent, arguments.dtype)
 
-    Writes results.csv, machine.json, table.md and times.png.
+
+def measure(folder: Path, extent: str, dtype: str | None) -> None:
+    """Measures everything.
 
     Args:
+        folder: Where the results go.
         extent: "quick" (layers only, under two minutes on two cores), "default" (at most half an hour), or "all".
         dtype: The name of a torch dtype; None selects float32 on a CPU and bfloat16 on a GPU.
-        output: The folder to create; None creates a numbered one in runs/bench.
-
-    Raises:
-        ValueError: `output` exists already.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     found = getattr(torch, dtype)
     cases, steps = layer_cases(extent), models(extent, device)
     contenders = CONTENDERS | COMPILED if extent != "quick" and can_compile(device) else CONTENDERS
-    run = RunDirectory.create("bench", f"extent: {extent}\ndtype: {dtype}\n", output)
-    (run.path / "machine.json").write_text(json.dumps(machine(device, dtype), indent=2) + "\n")
+    (folder / "machine.json").write_text(json.dumps(machine(device, dtype), indent=2) + "\n")
     results: list[Result] = []
     rounds = 2 * (REPEATS[extent] + 1) * len(cases) + (MODEL_REPEATS[extent] + 1) * len(steps)
     with tqdm(total=rounds, unit="round") as progress:
         for case in cases:
             progress.set_postfix_str(f"{case.name}, rank {case.rank}")
             results += bench_layer(case, device, found, REPEATS[extent], progress, contenders)
-            write_results(run.path / "results.csv", results)
+            write_results(folder / "results.csv", results)
         for model in steps:
             progress.set_postfix_str(model.name)
             results += bench_model(model, device, found, MODEL_REPEATS[extent], progress)
-            write_results(run.path / "results.csv", results)
+            write_results(folder / "results.csv", results)
             gc.collect()
     text = table(results, machine(device, dtype))
-    (run.path / "table.md").write_text(text)
-    plot(results, machine(device, dtype), run.path / "times.png")
+    (folder / "table.md").write_text(text)
+    plot(results, machine(device, dtype), folder / "times.png")
     print(text)
-    log.info("Results are in %s.", run.path)
+    print(f"Results are in {folder}.")
 
 
 def machine(device: torch.device, dtype: str) -> dict[str, str | int]:
@@ -266,3 +275,7 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

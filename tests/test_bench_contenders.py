@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dora_mm.eval.contenders import CONTENDERS, DENSE, contending_layers, set_layers, target_paths, trained
+from tests.benchmarks.contenders import CONTENDERS, DENSE, contending_layers, set_layers, target_paths, trained
 
 DORA = {"PEFT DoRA": CONTENDERS["PEFT DoRA"], "our DoRA": CONTENDERS["our DoRA"]} | DENSE
 

@@ -1,4 +1,4 @@
-"""The results of `dora-mm bench` as a CSV file, a Markdown table and a plot."""
+"""The results of bench_peers.py as a CSV file, a Markdown table and a plot."""
 
 import csv
 import importlib.util
@@ -97,7 +97,7 @@ def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> No
         path: The image file to write.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        log.warning("The plot is skipped: it needs matplotlib (pip install 'dora_mm[bench]').")
+        log.warning("The plot is skipped: it needs matplotlib.")
         return
     from matplotlib.figure import Figure
 

@@ -1,0 +1,203 @@
+"""The components of an image model of diffusers, each loaded when it is asked for, and what its files say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from torch import nn
+
+from dora_mm.formats.files.json_text import read_json
+from dora_mm.models.opening import named, opening
+
+INDEX = "model_index.json"
+
+
+class Components:
+    """The components of a model, named as in diffusers; networks are frozen, and in eval mode.
+
+    Args:
+        load: Loads components by their names; it may return more than it is asked for.
+        phases: The names of all components, in the groups in which they are loaded: a group is loaded when one of it is
+            first asked for.
+        read_config: Reads the config of a component from the model's files; None: it is that of what is loaded.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Sequence[str]], Mapping[str, Any]],
+        phases: Sequence[Sequence[str]],
+        read_config: Callable[[str], Mapping[str, Any]] | None = None,
+    ):
+        self._load, self._phases, self._read_config = load, phases, read_config
+        self._loaded: dict[str, Any] = {}
+        self._released: set[str] = set()
+        self.device = torch.device("cpu")
+
+    @classmethod
+    def of(cls, **components: Any) -> Components:
+        """Components that are in memory already, as they are."""
+        found = cls(lambda names: components, [tuple(components)])
+        found._loaded = components
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all components, loaded or not."""
+        return [name for phase in self._phases for name in phase]
+
+    def __getitem__(self, name: str) -> Any:
+        """A component, or None if it was released."""
+        if name not in self._loaded and not self.is_released(name):
+            (group,) = (phase for phase in self._phases if name in phase)
+            missing = [each for each in group if each not in self._loaded and not self.is_released(each)]
+            for each, component in self._load(missing).items():
+                if each not in self._loaded and not self.is_released(each):
+                    self._loaded[each] = self._ready(component)
+        return self._loaded.get(name)
+
+    def __setitem__(self, name: str, component: Any) -> None:
+        self._loaded[name] = component
+
+    @property
+    def has_configs(self) -> bool:
+        """Whether configs are read from the model's files, without loading a component."""
+        return self._read_config is not None
+
+    def config(self, name: str) -> Mapping[str, Any]:
+        """The config of the model's own component, without loading it where the model's files have configs."""
+        return self[name].config if self._read_config is None else self._read_config(name)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Frees components, for good."""
+        for name in names:
+            self._released.add(name)
+            self._loaded.pop(name, None)
+
+    def is_released(self, name: str) -> bool:
+        return name in self._released
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves all networks to a device, also those that are loaded later."""
+        self.device = torch.device(device)
+        for component in self._loaded.values():
+            if isinstance(component, nn.Module):
+                component.to(self.device)
+
+    def _ready(self, component: Any) -> Any:
+        if not isinstance(component, nn.Module):
+            return component
+        return component.requires_grad_(False).eval().to(self.device)
+
+
+def pipeline_class_of(path: str, revision: str | None) -> str:
+    """The class of diffusers that the index of a pipeline names.
+
+    Args:
+        path: A folder, or a hub name.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
+
+    Raises:
+        ValueError: There is no index, it is damaged, or the hub cannot be reached.
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder / INDEX).is_file():
+        found = sorted(each.name for each in folder.iterdir() if (each / "config.json").is_file())
+        inside = f"has {', '.join(found)}, but no {INDEX}" if found else f"has no {INDEX}"
+        raise ValueError(f"model.path: {path} is not an image model of diffusers: it {inside}.")
+    name = read_file(path, INDEX, revision).get("_class_name")
+    if not isinstance(name, str):
+        raise ValueError(f"model.path: the {INDEX} of {path} is damaged: it names no class.")
+    return name
+
+
+def read_file(path: str, name: str, revision: str | None) -> Mapping[str, Any]:
+    """Reads a JSON file of a model.
+
+    Args:
+        path: A folder, or a hub name.
+        name: The file's path in it.
+        revision: A commit, branch or tag of a hub model; None: its main branch.
+
+    Raises:
+        ValueError: There is none, it is damaged, or the hub cannot be reached.
+    """
+    if Path(path).exists():
+        return read_json(Path(path) / name)
+    with _opening(named(path, revision)):
+        return read_json(Path(hf_hub_download(path, name, revision=revision)))
+
+
+def read_config(path: str, component: str, revision: str | None) -> Mapping[str, Any]:
+    """Reads the config of a component; see `read_file`."""
+    file = "scheduler_config.json" if component == "scheduler" else "config.json"
+    return read_file(path, f"{component}/{file}", revision)
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names of the tensors in a single checkpoint.
+
+    Raises:
+        ValueError: It is not a file of safetensors.
+    """
+    if file.suffix != ".safetensors":
+        raise ValueError(f"model.path: {file} does not end in .safetensors: convert it first.")
+    with _opening(str(file)), safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def missing_in(folder: Path, components: Iterable[str]) -> list[str]:
+    """The components of a pipeline that a folder lacks."""
+    return [name for name in components if not (folder / name).is_dir() or not any((folder / name).iterdir())]
+
+
+def load_components(
+    pipeline: Any, path: str, names: Sequence[str], every: Iterable[str], dtype: torch.dtype, revision: str | None
+) -> dict[str, Any]:
+    """Loads components of a pipeline of diffusers; a single checkpoint is loaded as a whole.
+
+    Args:
+        pipeline: The class of diffusers.
+        path: A folder, a single `.safetensors` checkpoint or a hub name. A single checkpoint holds no configs and no
+            tokenizers: diffusers downloads them from the hub once.
+        names: The components.
+        every: All components of the pipeline.
+        dtype: The dtype of all networks.
+        revision: A commit, branch or tag of a hub model; None is its main branch.
+
+    Raises:
+        ValueError: One is missing or cannot be loaded.
+    """
+    if Path(path).is_file():
+        with _opening(path):
+            loaded = pipeline.from_single_file(path, dtype=dtype)
+        return {name: getattr(loaded, name) for name in every}
+    others: dict[str, Any] = {name: None for name in every if name not in names}
+    with _opening(named(path, revision)):
+        loaded = pipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True, **others)
+    return {name: getattr(loaded, name) for name in names}
+
+
+def load_vae(kind: Any, path: str | Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Loads a VAE, frozen and in eval mode.
+
+    Args:
+        kind: Its class of diffusers.
+        path: A folder or a hub name.
+        dtype: Of its weights.
+
+    Raises:
+        ValueError: There is none, or it cannot be loaded.
+    """
+    with _opening(str(path), "model.vae"):
+        vae = kind.from_pretrained(str(path), dtype=dtype, use_safetensors=True)
+    return vae.requires_grad_(False).eval()
+
+
+def _opening(name: str, key: str = "model.path") -> AbstractContextManager[None]:
+    return opening(name, f"{name} cannot be loaded", key=key)

@@ -1,0 +1,131 @@
+"""Run directories: runs/<name>/<NNN>, numbered and never overwritten."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.folders import claim_number
+
+CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
+REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
+
+
+class RunDirectory:
+    """The folder that holds everything one run writes.
+
+    Attributes:
+        path: The folder itself.
+        checkpoints: The folder of checkpoints.
+        adapter: The folder of the final adapter.
+        samples: The folder of sampled images.
+        sheet: The contact sheet, a PNG file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    checkpoints = property(lambda self: self.path / "checkpoints")
+    adapter = property(lambda self: self.path / "adapter")
+    samples = property(lambda self: self.path / "samples")
+    sheet = property(lambda self: self.path / "sheet.png")
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        config_text: str,
+        output: str | None = None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> "RunDirectory":
+        """Creates a run directory that holds the resolved config and the versions of the software.
+
+        Args:
+            name: The name of the run; without `output`, the directory is the next number in runs/`name`.
+            config_text: The resolved config as YAML.
+            output: The directory to create instead.
+            inputs: Digests of the data and models that the config refers to, by a description of each.
+
+        Raises:
+            ValueError: `output` exists already, or its parent is a file.
+        """
+        run = cls(new_folder(name, output))
+        run.write_about(config_text, inputs or {})
+        return run
+
+    @classmethod
+    def resume(cls, path: Path, inputs: Mapping[str, str] | None = None) -> "RunDirectory":
+        """Opens the directory of an existing run.
+
+        Args:
+            path: The run directory.
+            inputs: The current digests, as given to `create`.
+
+        Raises:
+            ValueError: `path` is not a run directory, or the run was started with different `inputs`.
+        """
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"{path} is not a run directory: it has no {CONFIG}.")
+        run = cls(path)
+        if changed := run.changed_inputs(inputs or {}):
+            raise ValueError(f"{path} cannot be resumed: {' and '.join(changed)} changed since it was started.")
+        return run
+
+    def write_about(self, config_text: str, inputs: Mapping[str, str]) -> None:
+        """Writes the resolved config, the versions of the software and the digests of the inputs."""
+        write_text(self.path / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+        write_text(self.path / INPUTS, json.dumps(dict(inputs), indent=2) + "\n")
+        write_text(self.path / CONFIG, config_text)  # last, because this file marks the folder as a run directory
+
+    def changed_inputs(self, inputs: Mapping[str, str]) -> list[str]:
+        """The descriptions of the inputs whose digest differs from the one that the run was started with."""
+        before = json.loads((self.path / INPUTS).read_text()) if inputs else {}
+        return [name for name, digest in inputs.items() if before.get(name) != digest]
+
+    def stage(self, name: str) -> "RunDirectory":
+        """Creates a subfolder, with separate checkpoints and metrics, for one stage of a run that has several."""
+        (self.path / name).mkdir(exist_ok=True)
+        return RunDirectory(self.path / name)
+
+
+def new_folder(name: str, output: str | None = None) -> Path:
+    """Creates a folder: `output`, or the next number in runs/`name`.
+
+    Raises:
+        ValueError: `output` exists already, or its parent is a file.
+    """
+    return _claim(Path(output).expanduser()) if output is not None else claim_number(Path("runs", name))
+
+
+def _claim(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(
+            f"output {path} exists already: choose another folder, or leave output out to get a numbered one."
+        ) from None
+    except NotADirectoryError:
+        raise ValueError(f"output {path} is inside a file, not a folder: choose another folder.") from None
+    except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
+        raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
+    return path
+
+
+def versions() -> dict[str, Any]:
+    """The versions of Python and of the packages that affect results, and the machine. None: not installed."""
+    import torch  # here: folders are also claimed by what computes nothing
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    for package in REPORTED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    found["torch"] = torch.__version__  # includes the build, such as +cu130, which the package metadata omits
+    return found
