@@ -31,9 +31,23 @@ GRACE = 60  # for the start of Python, and for what is being measured when the t
 
 
 def gpu_tests(run: Any) -> None:
-    from tests.benchmarks import gpu_tests
-
-    gpu_tests.run(run)
+    """Runs `pytest -m gpu`; a dry run only collects. Without the needs of tests/conftest.py, the kernels alone."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    if missing := [package for package in CONFTEST_NEEDS if importlib.util.find_spec(package) is None]:
+        run.leave_out(f"tests outside of tests/kernels: tests/conftest.py needs {', '.join(missing)}")
+    if missing or run.dry:
+        command += ["--noconftest", "tests/kernels"]
+    if run.dry:
+        command += ["--collect-only"]
+    elif importlib.util.find_spec("xdist"):  # compiling the kernels takes the most time, and needs no GPU
+        command += ["-n", str(min(4, os.cpu_count() or 1))]
+    try:
+        code = subprocess.run(command, timeout=run.seconds_left(), check=False).returncode
+    except subprocess.TimeoutExpired:
+        run.fail("pytest did not finish in its time")
+        return
+    if code:
+        run.fail(f"pytest ended with code {code}")
 
 
 def products(run: Any) -> None:
@@ -91,6 +105,7 @@ ENTRIES = (
     Entry("z_image", ("torch", "peft", "diffusers"), 120, z_image),
     Entry("llm", ("torch", "peft", "transformers"), 180, llm),
 )
+CONFTEST_NEEDS = ("accelerate", "diffusers", "hypothesis", "PIL", "pydantic", "yaml")
 PACKAGES = ("torch", "triton", "pytest", "peft", "transformers", "diffusers", "open_clip")
 
 
