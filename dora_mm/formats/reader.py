@@ -15,7 +15,6 @@ from dora_mm.core.sharded import whole
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra import exact, fused
-from dora_mm.formats.algebra.fused import Factors
 from dora_mm.formats.components import UNNAMED
 from dora_mm.formats.naming.names import TEXT_PREFIX, ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Namer, Names
@@ -81,7 +80,7 @@ class LayerReader:
         module, group = self._places[name]
         if self._last[0] != module:
             with located(f"{self.file.path}: {module}"):
-                self._last = module, _split(group, self.file.layer(module, self.axis, mapped=self.whole))
+                self._last = module, fused.split(group, self.file.layer(module, self.axis, mapped=self.whole))
         return self._last[1][group.names.index(name)]
 
     def transposed(self, name: Name) -> bool:
@@ -98,7 +97,7 @@ class LayerReader:
     def fused(self, group: ModuleGroup) -> tuple[LayerState, Tensor]:
         """The adapter and W0 of a module of a file that stacks the rows of several."""
         W0s = [self.base(name) if name in self._places else self._untouched(name) for name in group.names]
-        if len(group.names) == 1 and not group.modulation:
+        if group.is_stored_so:
             return exact.fitted(self.layer(group.names[0]), W0s[0]), W0s[0]
         layers = [
             exact.fitted(self.layer(name), W0) if name in self._places else None
@@ -225,20 +224,6 @@ def stand_in(layer: LayerState) -> Tensor:
     return W0 * (wanted / exact.norms(W0, layer.axis))
 
 
-def _split(group: ModuleGroup, layer: LayerState) -> list[LayerState]:
-    if len(group.names) == 1 and not group.modulation:
-        return [layer]
-    if layer.axis == "in":
-        raise ValueError("its magnitude scales the input columns of a fused projection, which cannot be divided")
-    for name in ("diff", "weight"):
-        if name in layer.tensors:
-            parts = fused.split_rows(group, layer.tensors[name])
-            return [replace(layer, tensors={name: part}) for part in parts]
-    if "lora_A" not in layer.tensors:
-        raise ValueError("it is a fused projection without A and B, which is not supported")
-    return [_state(factors, layer) for factors in fused.split(group, _factors(layer))]
-
-
 def _fuse(group: ModuleGroup, layers: list[LayerState | None], W0s: list[Tensor]) -> LayerState:
     """The adapter of stacked weights; a difference where the parts have no A, or magnitudes of input columns."""
     pairs = list(zip(layers, W0s, strict=True))
@@ -250,20 +235,7 @@ def _fuse(group: ModuleGroup, layers: list[LayerState | None], W0s: list[Tensor]
     parts = []
     for layer, W0 in pairs:
         if layer is not None:
-            parts.append(_factors(exact.paper_form(layer, W0, magnitude=dora)))
+            parts.append(exact.paper_form(layer, W0, magnitude=dora))
         else:
             parts.append(fused.untouched(W0.shape[0], W0.shape[1], exact.norms(W0, "out").flatten() if dora else None))
-    return _state(fused.fuse(group, parts), LayerState(DoRASpec(method="dora" if dora else "lora"), {}))
-
-
-def _factors(layer: LayerState) -> Factors:
-    A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
-    return Factors(A, B, float(layer.spec.alpha or layer.spec.rank), layer.tensors.get("magnitude"))
-
-
-def _state(factors: Factors, like: LayerState) -> LayerState:
-    tensors = {"lora_A": factors.A, "lora_B": factors.B}
-    if factors.magnitude is not None:
-        tensors["magnitude"] = factors.magnitude
-    spec = DoRASpec(factors.A.shape[0], factors.alpha, method=like.spec.method)
-    return replace(like, spec=spec, tensors=tensors)
+    return fused.fuse(group, parts)

@@ -7,77 +7,83 @@ output axis has an entry per row, and is stacked like the rows; one on the input
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.naming.names import ModuleGroup
+from dora_mm.formats.state import LayerState
 
 
-class Factors(NamedTuple):
-    """The adapter of one weight (O, I): A (R, I), B (O, R), alpha, and the magnitude (O,) if it is DoRA."""
-
-    A: Tensor
-    B: Tensor
-    alpha: float
-    magnitude: Tensor | None = None
-
-    @property
-    def scaling(self) -> float:
-        """The factor of B A: alpha / rank."""
-        return self.alpha / self.A.shape[0]
-
-
-def split(group: ModuleGroup, fused: Factors) -> list[Factors]:
+def split(group: ModuleGroup, fused: LayerState) -> list[LayerState]:
     """The adapters of the modules of a group, from that of the weight in a file, in the order of `group.names`.
 
     Also for a group of one module, whose rows may change places. Where B is block-diagonal, each part gets its own
     rank back, else A is shared.
 
     Raises:
-        ValueError: The rows cannot be divided among the modules.
+        ValueError: The rows cannot be divided among the modules, or it is no adapter whose rows can.
     """
-    blocks = _split_rows(group, fused.B, fused.A.shape[1])
-    magnitudes = (
-        [None] * len(blocks) if fused.magnitude is None else _split_rows(group, fused.magnitude, fused.A.shape[1])
-    )
+    if group.is_stored_so:
+        return [fused]
+    if fused.axis == "in":
+        raise ValueError("its magnitude scales the input columns of a fused projection, which cannot be divided")
+    for name in ("diff", "weight"):
+        if name in fused.tensors:
+            return [replace(fused, tensors={name: part}) for part in split_rows(group, fused.tensors[name])]
+    if "lora_A" not in fused.tensors:
+        raise ValueError("it is a fused projection without A and B, which is not supported")
+    A, magnitude = fused.tensors["lora_A"], fused.tensors.get("magnitude")
+    blocks = _split_rows(group, fused.tensors["lora_B"], A.shape[1])
+    magnitudes = [None] * len(blocks) if magnitude is None else _split_rows(group, magnitude, A.shape[1])
     used = torch.stack([block.bool().any(dim=0) for block in blocks])  # (parts, R): the columns that are not zero
-    if len(blocks) > 1 and bool((used.sum(dim=0) == 1).all()) and bool(used.any(dim=1).all()):
-        ranks = [int(columns.sum()) for columns in used]
-        return [
-            Factors(fused.A[columns], block[:, columns], fused.scaling * rank, magnitude)
-            for columns, block, rank, magnitude in zip(used, blocks, ranks, magnitudes, strict=True)
-        ]
+    if len(blocks) == 1 or not (bool((used.sum(dim=0) == 1).all()) and bool(used.any(dim=1).all())):
+        used = torch.ones_like(used)
     return [
-        Factors(fused.A, block, fused.alpha, magnitude) for block, magnitude in zip(blocks, magnitudes, strict=True)
+        _part(fused, A[columns], block[:, columns], magnitude)
+        for columns, block, magnitude in zip(used, blocks, magnitudes, strict=True)
     ]
 
 
-def fuse(group: ModuleGroup, parts: Sequence[Factors]) -> Factors:
+def fuse(group: ModuleGroup, parts: Sequence[LayerState]) -> LayerState:
     """The adapter of the weight in a file, from those of the modules of a group: the inverse of `split`.
+
+    Args:
+        group: The modules.
+        parts: The adapter of each, with A and B, and norm `updated`.
 
     Raises:
         ValueError: Only some of the parts have a magnitude (give the others that of W0), or they have different numbers
             of columns.
     """
-    in_features = parts[0].A.shape[1]
-    if any(part.A.shape[1] != in_features for part in parts):
+    As, Bs = ([part.tensors[name] for part in parts] for name in ("lora_A", "lora_B"))
+    in_features = As[0].shape[1]
+    if any(A.shape[1] != in_features for A in As):
         raise ValueError(f"the parts of {group.names[0]} and the projections fused with it have different widths")
-    magnitudes = [part.magnitude for part in parts if part.magnitude is not None]
+    magnitudes = [part.tensors["magnitude"] for part in parts if "magnitude" in part.tensors]
     if len(magnitudes) not in (0, len(parts)):
         raise ValueError(f"of {group.names[0]} and the projections fused with it, only some have a magnitude")
     magnitude = _stack_rows(group, magnitudes, in_features) if magnitudes else None
-    first = parts[0]
-    if all(part.scaling == first.scaling and torch.equal(part.A, first.A) for part in parts):
-        return Factors(first.A, _stack_rows(group, [p.B for p in parts], in_features), first.alpha, magnitude)
-    scaling = max(part.scaling for part in parts)
-    rank = sum(part.A.shape[0] for part in parts)
-    B = torch.block_diag(*(p.B if p.scaling == scaling else p.B * (p.scaling / scaling) for p in parts))
-    return Factors(torch.cat([part.A for part in parts]), B, scaling * rank, magnitude)
+    scalings = [part.spec.scaling for part in parts]
+    scaling = max(scalings)
+    if all(s == scaling and torch.equal(A, As[0]) for s, A in zip(scalings, As, strict=True)):
+        return _part(parts[0], As[0], _stack_rows(group, Bs, in_features), magnitude)
+    B = torch.block_diag(*(B if s == scaling else B * (s / scaling) for s, B in zip(scalings, Bs, strict=True)))
+    return _part(parts[scalings.index(scaling)], torch.cat(As), B, magnitude)
 
 
-def untouched(out_features: int, in_features: int, magnitude: Tensor | None = None) -> Factors:
+def _part(like: LayerState, A: Tensor, B: Tensor, magnitude: Tensor | None) -> LayerState:
+    """The adapter of these tensors with the scaling of another one."""
+    tensors = {"lora_A": A, "lora_B": B} | ({} if magnitude is None else {"magnitude": magnitude})
+    rank = A.shape[0]
+    alpha = like.spec.alpha if rank == like.spec.rank else like.spec.scaling * rank
+    spec = DoRASpec(rank, alpha, method="lora" if magnitude is None else "dora")
+    return replace(like, spec=spec, tensors=tensors)
+
+
+def untouched(out_features: int, in_features: int, magnitude: Tensor | None = None) -> LayerState:
     """An adapter of rank 1 that changes nothing, for a part of a fused projection that is not adapted.
 
     Args:
@@ -85,7 +91,8 @@ def untouched(out_features: int, in_features: int, magnitude: Tensor | None = No
         in_features: Its columns.
         magnitude: The row norms of W0 (O,), where the other parts are DoRA.
     """
-    return Factors(torch.zeros(1, in_features), torch.zeros(out_features, 1), 1.0, magnitude)
+    one = LayerState(DoRASpec(1, 1.0), {})
+    return _part(one, torch.zeros(1, in_features), torch.zeros(out_features, 1), magnitude)
 
 
 def split_rows(group: ModuleGroup, weight: Tensor) -> list[Tensor]:

@@ -159,7 +159,7 @@ def base_weight(adapter: AdapterFile, module: str, group: ModuleGroup, weights: 
 def stacked(group: ModuleGroup, weights: Mapping[Name, Tensor]) -> Tensor:
     """W0 of a module as a file has it, in fp32."""
     found = [weights[name].float() for name in group.names]
-    return found[0] if len(found) == 1 and not group.modulation else stack_rows(group, found)
+    return found[0] if group.is_stored_so else stack_rows(group, found)
 
 
 def verify_layer(

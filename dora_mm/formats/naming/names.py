@@ -47,6 +47,11 @@ class ModuleGroup:
     names: tuple[Name, ...]
     modulation: bool = False
 
+    @property
+    def is_stored_so(self) -> bool:
+        """Whether it is one module, whose rows are in the file as they are in the module."""
+        return len(self.names) == 1 and not self.modulation
+
     def rows(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """The number of rows of each module, in the order of `names`.
 

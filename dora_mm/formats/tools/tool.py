@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
 Header = Mapping[str, str]
+T = TypeVar("T")
 _DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
 
 
@@ -86,17 +87,15 @@ class Tool:
         found = ((self.wrote_key, keys), (self.wrote_header, entries))
         return any(pattern is not None and any(map(pattern.match, texts)) for pattern, texts in found)
 
-    def roles(self, module: str, endings: Mapping[str, str]) -> dict[str, str]:
-        """The keys that the tool reads of a module, by role; empty where it does not know the module's name."""
+    def roles(self, module: str, endings: Mapping[str, T]) -> dict[str, T]:
+        """By role the keys, or the tensors, that the tool reads of a module; none where it does not know its name."""
         if not self.names.match(module):
             return {}
-        return {self.parts[ending]: key for ending, key in endings.items() if ending in self.parts}
+        return {self.parts[ending]: found for ending, found in endings.items() if ending in self.parts}
 
     def parts_of(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
         """The tensors of a module by role, from those by the end of their keys; with the alpha of the header."""
-        parts = {self.parts[ending]: tensor for ending, tensor in tensors.items() if ending in self.parts}
-        if not self.names.match(module):
-            return {}
+        parts = self.roles(module, tensors)
         if "A" in parts and parts["A"].dim() and "alpha" not in parts:
             alpha = self.alpha(header, module, parts["A"].shape[0])
             if alpha is not None:
