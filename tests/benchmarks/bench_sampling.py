@@ -1,16 +1,13 @@
 """Times drawing with an adapter against plain diffusers, and the start of a job against a script of diffusers.
 
-    python tests/benchmarks/bench_sampling.py [results/<machine>]
+    python -m tests.benchmarks.bench_sampling [results/<machine>]
 
 The embedded model with an adapter of rank 8 on its attention draws four pictures in a batch and saves them: without
 adapter, as a job (merged), and in diffusers with the same file loaded through PEFT, fused and not. The contenders take
 turns in one process. The start is the time of a process that loads the model and the adapter and saves one picture.
 """
 
-import csv
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,8 +16,6 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import diffusers
-import peft
 import torch
 from diffusers import StableDiffusionXLPipeline
 
@@ -31,6 +26,7 @@ from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.drawing import adapted, draw_batch
 from dora_mm.sampling.jobs import Picture
 from dora_mm.sampling.model import load_model
+from tests.benchmarks.results_table import time_row, write_times
 from tests.benchmarks.timing import alternate
 
 MODEL = "samples/tiny-sdxl"
@@ -137,26 +133,10 @@ def main(results: Path | None) -> None:
         reference = next(iter(times))
         for contender, seconds in times.items():
             ratios = [one / other for one, other in zip(seconds, times[reference], strict=True)]
-            rows.append(
-                {
-                    "contender": contender,
-                    "median_s": round(statistics.median(seconds), 4),
-                    "min_s": round(min(seconds), 4),
-                    "max_s": round(max(seconds), 4),
-                    "ratio": round(statistics.median(ratios), 3),
-                    "rounds": len(seconds),
-                }
-            )
-            print("{contender:<34} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})  {ratio:.3f}".format(**rows[-1]))
+            rows.append(time_row(contender, seconds) | {"ratio": round(statistics.median(ratios), 3)})
+            print("{name:<34} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})  {ratio:.3f}".format(**rows[-1]))
     if results is not None:
-        results.mkdir(parents=True, exist_ok=True)
-        with (results / "sampling.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        about = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        about |= {"torch": torch.__version__, "diffusers": diffusers.__version__, "peft": peft.__version__}
-        (results / "sampling.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_times(results, "sampling", rows, "diffusers", "peft")
 
 
 if __name__ == "__main__":

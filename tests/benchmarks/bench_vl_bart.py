@@ -1,6 +1,6 @@
 """Times a training step of VL-BART against PEFT's, and answering in batches against one question at a time.
 
-    python tests/benchmarks/bench_vl_bart.py [results/<machine>]
+    python -m tests.benchmarks.bench_vl_bart [results/<machine>]
 
 The size of bart-base with random weights in fp32, and the setting of the paper: q and v of all attentions at rank 128;
 the visual embedding, biases and norms are trained as well. A pass has 8 questions with 20 tokens of text, 36 of an
@@ -9,11 +9,7 @@ image and answers of 4 tokens; the optimizer is AdamW. A step is one pass, or fo
 """
 
 import copy
-import csv
 import functools
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +24,7 @@ from dora_mm.adapting.networks import parameters_by_name
 from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.vl_bart.loading import BART_BASE, config_of, from_bart, load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs
+from tests.benchmarks.results_table import time_row, write_times
 
 ROUNDS = {1: 15, 4: 7}  # number of rounds, by the number of passes per step
 TARGETS = r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn|encoder_attn)\.(q|v)_proj"
@@ -129,16 +126,7 @@ def main(folder: Path | None) -> None:
     models = {"32 answers": base(), "32 answers, embedded model": embedded()}
     answers = {name: time_answers(name, model) for name, model in models.items()}
     times = {**time_steps(), **{name: found for both in answers.values() for name, found in both.items()}}
-    rows = [
-        {
-            "name": name,
-            "median_s": round(statistics.median(found), 4),
-            "min_s": round(min(found), 4),
-            "max_s": round(max(found), 4),
-            "rounds": len(found),
-        }
-        for name, found in times.items()
-    ]
+    rows = [time_row(name, found) for name, found in times.items()]
     for row in rows:
         print("{name:<42} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
     for passes in ROUNDS:
@@ -151,14 +139,7 @@ def main(folder: Path | None) -> None:
         batched, single = (statistics.median(found) for found in both.values())
         print(f"{name}: one by one / batched {single / batched:.2f}")
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "vl_bart.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine |= {"peft": peft.__version__, "cores": os.cpu_count()}
-        (folder / "vl_bart.json").write_text(json.dumps(machine, indent=2) + "\n")
+        write_times(folder, "vl_bart", rows, "peft")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Times a training step of a vision-language model against PEFT's in a bare loop, and batched answers.
 
     python -m samples.build tiny-vlm
-    python tests/benchmarks/bench_vlm.py build/tiny-vlm [results/<machine>]
+    python -m tests.benchmarks.bench_vlm build/tiny-vlm [results/<machine>]
 
 All linear layers of the language model are adapted at rank 8. A step is a batch of 8 questions of VQA on one picture
 each, with its forward and backward pass and AdamW; the contenders take turns in one process. PEFT's loop is the
@@ -9,10 +9,6 @@ shortest one that trains this model: `model(**batch).loss.backward()`, which com
 """
 
 import copy
-import csv
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -28,8 +24,10 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
+from dora_mm.models.vlm.answers import VLMAnswers
 from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.models.vlm.family import VLM, VLMBatch
+from tests.benchmarks.results_table import time_row, write_times
 
 ROUNDS, BATCH, NEW_TOKENS = 9, 8, 16
 LINEAR = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -104,14 +102,15 @@ def time_steps(folder: str, examples: list[Example]) -> dict[str, list[float]]:
 def time_answers(folder: str, examples: list[Example], max_new_tokens: int) -> dict[str, list[float]]:
     """Until all have max_new_tokens (no answer ends before), which is what batches of long answers cost."""
     vlm = VLM(VLMModelConfig(path=folder))
-    settings = vlm._settings(max_new_tokens, 1)
+    answers = VLMAnswers(vlm.questions, vlm.network)
+    settings = answers.settings(max_new_tokens, 1)
     settings.min_new_tokens = max_new_tokens
     times: dict[str, list[float]] = {f"{max_new_tokens} tokens, {how}": [] for how in ("batches of 8", "one by one")}
     for _ in range(3):
         for name, size in zip(times, (8, 1), strict=True):
             started = time.perf_counter()
             for start in range(0, 16, size):
-                vlm._generated("vqa", settings, examples[start : start + size], VQA.images)
+                answers.generate("vqa", settings, examples[start : start + size], VQA.images)
             times[name].append(time.perf_counter() - started)
     return times
 
@@ -121,16 +120,7 @@ def main(folder: str, results: Path | None) -> None:
     times = time_steps(folder, examples)
     for max_new_tokens in (2, 4, NEW_TOKENS):
         times |= time_answers(folder, examples, max_new_tokens)
-    rows = [
-        {
-            "name": name,
-            "median_s": round(statistics.median(found), 4),
-            "min_s": round(min(found), 4),
-            "max_s": round(max(found), 4),
-            "rounds": len(found),
-        }
-        for name, found in times.items()
-    ]
+    rows = [time_row(name, found) for name, found in times.items()]
     for row in rows:
         print("{name:<28} {median_s:8.3f} s  ({min_s:.3f} to {max_s:.3f})".format(**row))
     for peer in ("PEFT LoRA", "PEFT DoRA"):
@@ -142,14 +132,7 @@ def main(folder: str, results: Path | None) -> None:
         )
         print(f"{tokens} tokens: one by one / batched {single / batched:.2f}")
     if results is not None:
-        results.mkdir(parents=True, exist_ok=True)
-        with (results / "vlm.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        machine = {"machine": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        machine |= {"peft": peft.__version__, "cores": os.cpu_count()}
-        (results / "vlm.json").write_text(json.dumps(machine, indent=2) + "\n")
+        write_times(results, "vlm", rows, "peft")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
-"""The results of bench_peers.py as a CSV file, a Markdown table and a plot."""
+"""The results of benchmarks: CSV files, and those of bench_peers.py as a Markdown table and a plot."""
 
 import csv
 import importlib.util
+import json
 import logging
+import os
+import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
 log = logging.getLogger(__name__)
 REFERENCE = "PEFT LoRA"  # times are given as ratios to those of this contender
@@ -40,6 +46,21 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def time_row(name: str, seconds: Sequence[float]) -> dict[str, object]:
+    """A row with the median of times in seconds, the shortest and the longest."""
+    figures = {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
+    return {"name": name, **{key: round(value, 4) for key, value in figures.items()}, "rounds": len(seconds)}
+
+
+def write_times(folder: Path, name: str, rows: Sequence[Mapping[str, object]], *packages: str) -> None:
+    """Writes rows to name.csv in a folder, and to name.json the machine and the versions of torch and the packages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / f"{name}.csv", rows)
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine |= {"torch": torch.__version__, **{package: version(package) for package in packages}}
+    (folder / f"{name}.json").write_text(json.dumps(machine, indent=2) + "\n")
 
 
 def read_results(path: Path) -> list[Result]:
