@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
+from dora_mm.config.schema import Text
 from dora_mm.data.vl.json_items import Item, place
 
 log = logging.getLogger(__name__)
 MAX_PLACES = 5  # listed per reason in a warning; the JSON file next to the table lists all
 
-Text = Annotated[str, StringConstraints(min_length=1)]
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Index = Annotated[int, Field(ge=0)]
 Id = Index | Text

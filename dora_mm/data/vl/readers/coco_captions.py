@@ -7,10 +7,11 @@ from typing import Literal, NamedTuple
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
+from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example, stem
 from dora_mm.data.vl.json_items import Item, list_items
-from dora_mm.data.vl.rows import BadRows, Id, Line, RowError, Text, good_rows
+from dora_mm.data.vl.rows import BadRows, Id, Line, RowError, good_rows
 
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
+from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import list_items, object_items
 from dora_mm.data.vl.readers.vqa import positive_scores, with_suffix
-from dora_mm.data.vl.rows import BadRows, Id, Score, Text, good_rows
+from dora_mm.data.vl.rows import BadRows, Id, Score, good_rows
 
 
 class _Types(TypedDict):

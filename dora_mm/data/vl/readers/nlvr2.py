@@ -7,10 +7,11 @@ from typing import Literal
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
+from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import json_lines, list_items
-from dora_mm.data.vl.rows import BadRows, RowError, Text, good_rows
+from dora_mm.data.vl.rows import BadRows, RowError, good_rows
 
 
 class _Official(TypedDict):

@@ -15,10 +15,11 @@ from typing import Annotated, NamedTuple
 from pydantic import Field, TypeAdapter
 from typing_extensions import NotRequired, TypedDict
 
+from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import json_lines
-from dora_mm.data.vl.rows import BadRows, Id, Index, Line, RowError, Text, good_rows
+from dora_mm.data.vl.rows import BadRows, Id, Index, Line, RowError, good_rows
 
 log = logging.getLogger(__name__)
 SUBTITLES_END = "\n"  # occurs in neither part: their white space is normalised to single spaces
