@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.data.vl.vqa_answers import normalize_answer, strip_punctuation, tidy
+from dora_mm.data.vl.readers.vqa_answers import normalize_answer, strip_punctuation, tidy
 from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, is_answered, percent
 
 Mode = Literal["official", "lavis"]

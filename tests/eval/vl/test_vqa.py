@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.vqa_answers import normalize_answer, soft_scores
+from dora_mm.data.vl.readers.vqa_answers import normalize_answer, soft_scores
 from dora_mm.eval.vl.metrics import report, score, score_row
 from dora_mm.eval.vl.vqa import label_accuracy, score_vqa, vqa_accuracy
 from tests.eval.vl import official_vqa

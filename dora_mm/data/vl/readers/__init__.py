@@ -11,19 +11,15 @@ To add a format: write its reader in this folder; add the format to READERS belo
 in dora_mm/config/vl_data.py (with the tasks that it serves; also to OWN_IMAGES, if its rows may contain images or name
 them by absolute paths), and to PUBLISHED in dora_mm/data/vl/needed.py (where its files can be obtained); and add its
 file layout to tests/data/vl and a row to the table of docs/vl.md. One more shape of `chat` is an entry of SHAPES in
-chat_shapes.py, with a function that takes a row apart; if it has turns under keys of their own (Keys), plain rows of it
-are read by column as well. No other format needs a reader in PIECE_READERS: 440,000 rows take 10 s without.
+chat_shapes.py, with a function that takes a row apart.
 """
 
 from collections.abc import Callable, Iterator
-
-import pyarrow as pa
 
 from dora_mm.config import resolve_path
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.chat import read_chat
-from dora_mm.data.vl.readers.chat_pieces import read_chat_in_pieces
 from dora_mm.data.vl.readers.choices import read_choices
 from dora_mm.data.vl.readers.coco_captions import read_coco_captions, read_coco_karpathy
 from dora_mm.data.vl.readers.gqa import read_gqa, read_gqa_vlt5
@@ -46,10 +42,6 @@ READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example]]] = {
     "video_captions": read_video_captions,
     "chat": read_chat,
     "choices": read_choices,
-}
-# Readers of the same rows that also yield record batches of many examples (arrow.py), for large files.
-PIECE_READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example | pa.RecordBatch]]] = {
-    "chat": read_chat_in_pieces,
 }
 FILES = ("file", "annotations", "subtitles")  # the keys of a source that name files with row content
 
