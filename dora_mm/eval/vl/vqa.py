@@ -91,7 +91,7 @@ def score_vqa(predictions: Predictions) -> VLScores:
     if any(example.raw_answers for example, _ in predictions):
         metrics[LAVIS] = percent([row_accuracy(example, prediction, "lavis") for example, prediction in predictions])
     tables = by_kind(("answer_type", "question_type"), predictions, values)
-    return VLScores("vqa", "accuracy", metrics, tables, _notes(predictions))
+    return VLScores("accuracy", metrics, tables, _notes(predictions))
 
 
 def _notes(predictions: Predictions) -> tuple[str, ...]:
