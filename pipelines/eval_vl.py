@@ -74,7 +74,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     is not in the config, stay as they are.
     """
     (task,) = (task for task in config.data.all_tasks if task.task == name)
-    if task.train is None or TASKS[name].kind == "caption":
+    if task.train is None or TASKS[name].kind == "captions":
         return scores
     training = training_texts(task, config.data).answered()
     if not len(training):

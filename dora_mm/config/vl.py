@@ -117,7 +117,7 @@ class ExtractFeaturesConfig(PipelineConfig):
 def check_decoding(decode: DecodeConfig, data: VLDataConfig, section: str = "decode") -> list[str]:
     """Finds settings of answers that have no effect with the tasks of `data`; one message for each."""
     problems, tasks, default = [], [task.task for task in data.all_tasks], DecodeConfig()
-    if decode.beams != default.beams and not any(TASKS[task].kind == "caption" for task in tasks):
+    if decode.beams != default.beams and not any(TASKS[task].kind == "captions" for task in tasks):
         problems.append(f"{section}.beams has no effect: no task has captions")
     candidates = any(decode.takes_candidates(task) for task in tasks)
     if decode.min_answer_count != default.min_answer_count and not candidates:

@@ -40,7 +40,7 @@ class VLTask:
         formats: The formats of its data files.
         scorer: Its metrics: a key of SCORERS.
         submission: The file of its predictions: a key of SUBMISSIONS.
-        kind: What is written: the short answer to a question, a caption, or the next turn of a conversation.
+        kind: What its rows are: questions with a short answer, images or clips with captions, or conversations.
         images: How many images a row has; None: any number. A row of clips has the name of one instead.
         clips: Whether rows are about video clips, which only VL-BART reads, as features.
         row_mean: Whether the loss is a mean over rows of the means over their tokens; else over the tokens of all.
@@ -55,7 +55,7 @@ class VLTask:
     formats: tuple[str, ...]
     scorer: str
     submission: str
-    kind: Literal["question", "caption", "conversation"] = "question"
+    kind: Literal["questions", "captions", "conversations"] = "questions"
     images: int | None = 1
     clips: bool = False
     row_mean: bool = False
@@ -67,7 +67,7 @@ class VLTask:
     @property
     def takes_candidates(self) -> bool:
         """Whether its answers may be restricted to those of the training data."""
-        return self.kind == "question" and self.chosen_from is None
+        return self.kind == "questions" and self.chosen_from is None
 
 
 SHORT_ANSWER = "{text}\nAnswer with a word or a short phrase."
@@ -109,7 +109,7 @@ ALL = (
         formats=("coco_captions", "coco_karpathy"),
         scorer="captions",
         submission="captions",
-        kind="caption",
+        kind="captions",
         prompt="Describe the image in one sentence.",
         max_answer=40,
         bart=BartText("caption: ", max_input=40, max_target=40),
@@ -140,7 +140,7 @@ ALL = (
         formats=("video_captions",),
         scorer="clip_captions",
         submission="clip_captions_of_vid_name",
-        kind="caption",
+        kind="captions",
         clips=True,
         row_mean=True,
         bart=BartText("tvc: ", max_input=600, max_target=20),
@@ -151,7 +151,7 @@ ALL = (
         formats=("video_captions",),
         scorer="clip_captions",
         submission="clip_captions_of_video_id",
-        kind="caption",
+        kind="captions",
         clips=True,
         row_mean=True,
         bart=BartText("yc2c: ", max_input=600, max_target=20, subtitles_only=True),
@@ -162,7 +162,7 @@ ALL = (
         formats=("chat",),
         scorer="conversations",
         submission="answers",
-        kind="conversation",
+        kind="conversations",
         images=None,
         prompt="{text}",
         max_answer=256,

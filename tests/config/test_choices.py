@@ -18,8 +18,7 @@ from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import SourceConfig, VLTaskConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core.spec import CACHES, METHODS, NORM_GRADS
-from dora_mm.data.vl.needed import PUBLISHED
-from dora_mm.data.vl.readers import READERS
+from dora_mm.data.vl.readers import PUBLISHED, READERS
 from dora_mm.eval.images import concepts, style
 from dora_mm.eval.vl.metrics import SCORERS
 from dora_mm.eval.vl.submissions import SUBMISSIONS

@@ -94,7 +94,7 @@ def intervals(scores: Mapping[str, AnswerScores], *, differences: bool = False) 
         members[MEAN] = list(scores.values())
     found = {}
     for key, tasks in members.items():
-        bounded = key in scores and TASKS[key].kind != "caption"
+        bounded = key in scores and TASKS[key].kind != "captions"
         bounds = (-np.inf, np.inf) if differences else (0.0, 1.0 if bounded else np.inf)
         cells_GS = group_cells(tasks)
         found[key] = crossed_interval(cells_GS, bounds=bounds) if cells_GS.shape[1] > 1 else _clipped(cells_GS, bounds)
@@ -181,7 +181,7 @@ def describe_sizes(scores: Mapping[str, AnswerScores]) -> str:
 def caption_notes(scores: Mapping[str, AnswerScores], tasks: Iterable[str]) -> list[str]:
     """Returns notes on the scores of captions, and on those of `tasks` that have none."""
     notes = []
-    if any(TASKS[task].kind == "caption" for task in scores):
+    if any(TASKS[task].kind == "captions" for task in scores):
         notes.append(
             "CIDEr is the mean of the captions' CIDEr-D scores, so its interval is computed in the same way; the word "
             "frequencies come from the references of the split, which are the same for all."

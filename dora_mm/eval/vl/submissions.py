@@ -47,7 +47,7 @@ def write_predictions(task: str, predictions: Predictions, path: Path) -> None:
 def _by_id(task: str, predictions: Predictions) -> list[tuple[Example, str]]:
     """Returns one row per id, with single spaces between the words of its prediction, but for conversations."""
     kept: dict[str, tuple[Example, str]] = {}
-    keeps_spaces = TASKS[task].kind == "conversation"
+    keeps_spaces = TASKS[task].kind == "conversations"
     for example, prediction in predictions:
         row = (example, prediction if keeps_spaces else " ".join(prediction.split()))
         if kept.setdefault(example.id, row)[1] != row[1]:

@@ -40,7 +40,7 @@ class Answerer:
     ):
         self.model, self.tokenizer, self.task, self.config = model, tokenizer, task, config
         self.max_answer = config.max_new_tokens + 2 if config.max_new_tokens else MAX_ANSWER  # <s> and </s>
-        self.beams = config.beams if TASKS[task].kind == "caption" else 1
+        self.beams = config.beams if TASKS[task].kind == "captions" else 1
         restricted = config.takes_candidates(task)
         if restricted and not candidates:
             raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")

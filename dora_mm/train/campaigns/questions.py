@@ -159,7 +159,7 @@ class QuestionEvaluation:
         """The scores, by task, of answers guessed from the question without the image; not for captions."""
         found = {}
         for task in self.base.data.all_tasks:
-            if TASKS[task.task].kind != "caption":
+            if TASKS[task.task].kind != "captions":
                 rows = self.examples[task.task]
                 answers = question_only_answers(training_texts(task, self.base.data), rows)
                 found[task.task] = [list(zip(rows, answers, strict=True))]
