@@ -14,7 +14,7 @@ from dora_mm.models.vl import RowLengths, VLModel
 from dora_mm.utils.tables import aligned_columns
 
 SAMPLE = 100  # rows of a task, evenly spaced: a few seconds, as images are read
-IMAGE = 1000  # characters that an image counts as, to find long rows: 256 to 1,000 tokens, and 4 characters are one
+IMAGE = 1000  # characters that an image counts as where long rows are looked for: 256 tokens, of some 4 each
 QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99}
 
 

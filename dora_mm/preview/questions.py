@@ -81,6 +81,8 @@ class AllRows:
 def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool = False) -> DataPreview:
     """Reads all data of a config that is there. Bad rows are found also where a training stops at the first one.
 
+    Those that only encoding shows are found in the sample of `sample_lengths`.
+
     Args:
         config: The config.
         model: The model, whose weights are not needed; None: lengths and rows as it sees them are left out.
