@@ -71,7 +71,7 @@ class VLTask:
 
 
 SHORT_ANSWER = "{text}\nAnswer with a word or a short phrase."
-ALL = (
+RECORDS = (
     VLTask(
         name="vqa",
         title="VQA",
@@ -178,9 +178,9 @@ ALL = (
         prompt="{text}\nAnswer with the letter of the right option.",
     ),
 )
-TASKS = {task.name: task for task in ALL}
+TASKS = {task.name: task for task in RECORDS}
 
 
 def tasks_of(form: str) -> list[str]:
     """The names of the tasks that files of a format are for."""
-    return [task.name for task in ALL if form in task.formats]
+    return [task.name for task in TASKS.values() if form in task.formats]

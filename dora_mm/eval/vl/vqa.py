@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.data.vl.readers.vqa_answers import normalize_answer, strip_punctuation, tidy
+from dora_mm.data.vl.readers.vqa_answers import NUM_ANSWERS, normalize_answer, strip_punctuation, tidy
 from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, is_answered, percent
 
 Mode = Literal["official", "lavis"]
-NUM_ANSWERS = 10
 LAVIS = "accuracy (lavis)"  # the name of the metric
 
 

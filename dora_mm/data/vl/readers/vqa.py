@@ -13,10 +13,8 @@ from typing_extensions import NotRequired, TypedDict
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, list_items, value_of
-from dora_mm.data.vl.readers.vqa_answers import soft_scores
+from dora_mm.data.vl.readers.vqa_answers import NUM_ANSWERS, soft_scores
 from dora_mm.data.vl.rows import BadRows, Id, Index, RowError, Score, Text, good_rows
-
-NUM_ANSWERS = 10
 
 
 class _Answer(TypedDict):
