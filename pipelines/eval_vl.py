@@ -11,16 +11,16 @@ from dora_mm import formats
 from dora_mm.adapting.files import load_trained, seed_of
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.vl import EvalVLConfig
-from dora_mm.config.vl_data import VIDEO_TASKS
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.comparison import answer_scores, gain_over_question_only
-from dora_mm.eval.vl.metrics import QUESTION_TASKS, VLScores, report, score, score_row
+from dora_mm.eval.vl.metrics import report, score, score_row
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
-from dora_mm.eval.vl.scores import is_answered
+from dora_mm.eval.vl.scores import VLScores, is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.families import load_family
 from dora_mm.sampling.answers import answer_all
@@ -75,7 +75,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
     is not in the config, stay as they are.
     """
     (task,) = (task for task in config.data.all_tasks if task.task == name)
-    if task.train is None or name not in QUESTION_TASKS:
+    if task.train is None or TASKS[name].kind == "captions":
         return scores
     training = training_texts(task, config.data).answered()
     if not len(training):
@@ -92,10 +92,13 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
 
 def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLScores], unscored: list[str]) -> None:
     """Writes scores.json and report.md, and prints the report."""
-    values: dict[str, Any] = {name: asdict(found) for name, found in scores.items()}
+    values: dict[str, Any] = {name: {"task": name, **asdict(found)} for name, found in scores.items()}
     write_text(run.path / "scores.json", json.dumps(values, indent=2) + "\n")
     overall = ", ".join(f"{name} {value:.2f}" for name, value in main_values(scores).items())
-    texts = [f"# {config.name}\n\n{overall}", *(f"## {name}\n\n{report(found)}" for name, found in scores.items())]
+    texts = [
+        f"# {config.name}\n\n{overall}",
+        *(f"## {name}\n\n{report(name, found)}" for name, found in scores.items()),
+    ]
     texts += [f"## {name}\n\nNo answers to compare with: predictions only." for name in unscored]
     write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
     print("\n\n".join(texts[1:]))
@@ -127,6 +130,6 @@ def write_page(
 
 def load_images(task: str, example: Example, folder: str | None) -> list[Any]:
     """The images of an example; none for videos, and where only features of images are known."""
-    if task in VIDEO_TASKS or (folder is None and not all(map(os.path.isabs, example.images))):
+    if TASKS[task].clips or (folder is None and not all(map(os.path.isabs, example.images))):
         return []
     return [load_rgb(image_path(folder, name), "white") for name in example.images]

@@ -208,8 +208,8 @@ def finish(
         **{name: round(value, 2) for name, value in main_values(scores).items()},
     )
     write_summary(run, summary)
-    for found in scores.values():
-        print(f"\n{report(found)}")
+    for name, found in scores.items():
+        print(f"\n{report(name, found)}")
     print(f"\nadapter  {run.adapter}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dora_mm
+from dora_mm.config.vl_tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 ROWS = [  # each may import the rows above it and itself, but not its neighbours or the rows below
@@ -35,6 +36,11 @@ MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and fil
     *("dora_mm/targets/", "dora_mm/formats/", "dora_mm/config/", "dora_mm/cli/", "dora_mm/__init__.py"),
     *("dora_mm/models/sdxl/", "dora_mm/models/z_image.py", "dora_mm/models/image_families.py"),
 )
+VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")
+MAY_NAME_VL_TASKS = (  # the records; and formats of data files and metrics, some of which have the name of a task
+    *("dora_mm/config/vl_tasks.py", "dora_mm/config/vl_data.py", "dora_mm/data/vl/readers/", "dora_mm/eval/vl/"),
+)
+OF_A_BARE_QUESTION = re.compile(r"question_task = .*")  # each family says which task it takes a question for
 
 
 def package_of(module: str) -> str:
@@ -101,6 +107,12 @@ def test_only_its_own_files_name_a_family_of_image_models(path):
     name = str(path.relative_to(ROOT))
     if not name.startswith(MAY_NAME_IMAGE_FAMILIES):
         assert IMAGE_FAMILIES.findall(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_its_record_names_a_task(path):
+    if not str(path.relative_to(ROOT)).startswith(MAY_NAME_VL_TASKS):
+        assert VL_TASKS.findall(OF_A_BARE_QUESTION.sub("", path.read_text(encoding="utf-8"))) == []
 
 
 def test_the_library_imports_nothing_that_only_a_checkout_has():

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 
 from dora_mm.config.schema import ChosenBy, InputPath, Items, ModelPath, Section, Text
-from dora_mm.config.vl_data import VLTask
+from dora_mm.config.vl_tasks import TASKS, TaskName
 
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
 
@@ -92,13 +92,13 @@ class VLMModelConfig(VLFamilyConfig):
     max_pixels: PositiveInt | None = None  # as min_pixels; more pixels are more tokens
     image_size: PositiveInt | None = None  # side in pixels, for processors that resize to a fixed size
     max_length: PositiveInt | None = None  # tokens per row of a training; text beyond is cut; null: positions
-    prompts: dict[VLTask, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
+    prompts: dict[TaskName, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
 
     @field_validator("prompts")
     @classmethod
     def _prompts_have_the_question(cls, prompts: dict[str, str]) -> dict[str, str]:
         for task, prompt in prompts.items():
-            if task != "caption" and "{text}" not in prompt:
+            if "{text}" in (TASKS[task].prompt or "{text}") and "{text}" not in prompt:
                 raise ValueError(f"that of {task} needs {{text}}, the place of the question")
         return prompts
 

@@ -25,7 +25,8 @@ from dora_mm.config.training import (
     ScheduleConfig,
     check_training,
 )
-from dora_mm.config.vl_data import CAPTION_TASKS, OWN_IMAGES, VIDEO_TASKS, Split, VLDataConfig, missing_splits
+from dora_mm.config.vl_data import OWN_IMAGES, Split, VLDataConfig, missing_splits
+from dora_mm.config.vl_tasks import TASKS
 
 
 class DecodeConfig(Section):
@@ -37,7 +38,7 @@ class DecodeConfig(Section):
 
     def takes_candidates(self, task: str) -> bool:
         """Whether the answers of this task are chosen from a list of candidates."""
-        return self.answers != "generate" and task in ("vqa", "gqa", "tvqa", "how2qa")
+        return self.answers != "generate" and TASKS[task].takes_candidates
 
 
 class EvaluateConfig(DecodeConfig):
@@ -116,7 +117,7 @@ class ExtractFeaturesConfig(PipelineConfig):
 def check_decoding(decode: DecodeConfig, data: VLDataConfig, section: str = "decode") -> list[str]:
     """Finds settings of answers that have no effect with the tasks of `data`; one message for each."""
     problems, tasks, default = [], [task.task for task in data.all_tasks], DecodeConfig()
-    if decode.beams != default.beams and not set(CAPTION_TASKS).intersection(tasks):
+    if decode.beams != default.beams and not any(TASKS[task].kind == "captions" for task in tasks):
         problems.append(f"{section}.beams has no effect: no task has captions")
     candidates = any(decode.takes_candidates(task) for task in tasks)
     if decode.min_answer_count != default.min_answer_count and not candidates:
@@ -135,26 +136,19 @@ def check_visual_inputs(
     model: VLModelConfig, data: VLDataConfig, vision: VisionConfig, splits: tuple[Split, ...]
 ) -> list[str]:
     """Finds tasks that have neither images nor features in these splits; returns at most one message."""
+    clips = [task.task for task in data.all_tasks if TASKS[task.task].clips]
+    sources = [(task.task, task.source_of(split)) for task in data.all_tasks for split in splits]
+    missing = [task for task, source in sources if source and source.images is None and source.format not in OWN_IMAGES]
     if model.own_tower:
-        return _check_images(data, vision, splits)
-    clips = [task.task for task in data.all_tasks if task.task in VIDEO_TASKS]
+        if vision != VisionConfig():
+            return ["vision is for model.family vl_bart: the other models bring their own tower"]
+        if clips:
+            return [f"{data.place(clips[0])} has clips, which only model.family vl_bart reads"]
+        return [f"{data.place(missing[0])} has a source without images"] if missing else []
     if clips and len(clips) < len(data.all_tasks):
         return ["data.tasks mixes image tasks and video tasks: a model handles only one kind"]
     if clips and not vision.features:
         return [f"vision.features is missing: {clips[0]} reads video clips as features"]
-    sources = [(task.task, task.source_of(split)) for task in data.all_tasks for split in splits]
-    missing = [task for task, source in sources if source and source.images is None and source.format not in OWN_IMAGES]
     if missing and not vision.features:
         return [f"{data.place(missing[0])} has a source without images, and vision.features is empty"]
     return []
-
-
-def _check_images(data: VLDataConfig, vision: VisionConfig, splits: tuple[Split, ...]) -> list[str]:
-    """As `check_visual_inputs`, for models that bring their own vision tower."""
-    if vision != VisionConfig():
-        return ["vision is for model.family vl_bart: the other models bring their own tower"]
-    if clips := [task.task for task in data.all_tasks if task.task in VIDEO_TASKS]:
-        return [f"{data.place(clips[0])} has clips, which only model.family vl_bart reads"]
-    sources = [(task.task, task.source_of(split)) for task in data.all_tasks for split in splits]
-    missing = [name for name, s in sources if s and s.images is None and s.format not in OWN_IMAGES]
-    return [f"{data.place(missing[0])} has a source without images"] if missing else []

@@ -6,26 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 
 from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, raise_problems
+from dora_mm.config.vl_tasks import TaskName, tasks_of
 
-VLTask = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c", "chat", "choice"]
-VIDEO_TASKS = ("tvqa", "how2qa", "tvc", "yc2c")
-CAPTION_TASKS = ("caption", "tvc", "yc2c")
-
-FORMATS: dict[str, tuple[str, ...]] = {  # the formats of data files, and the tasks that each is for
-    "vqa_v2": ("vqa",),
-    "vqa_karpathy": ("vqa",),
-    "easy_vqa": ("vqa",),
-    "gqa": ("gqa",),
-    "gqa_vlt5": ("gqa",),
-    "nlvr2": ("nlvr2",),
-    "nlvr2_vlt5": ("nlvr2",),
-    "coco_captions": ("caption",),
-    "coco_karpathy": ("caption",),
-    "video_qa": ("tvqa", "how2qa"),
-    "video_captions": ("tvc", "yc2c"),
-    "chat": ("chat",),
-    "choices": ("choice",),
-}
 OWN_IMAGES = ("chat", "choices")  # formats whose rows may contain their images, or name them by absolute paths
 
 
@@ -121,7 +103,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid")
 
 
 class VLTaskConfig(Section):
-    task: VLTask
+    task: TaskName
     train: SourceConfig | None = None  # the training split; null: none
     valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
     batch_size: PositiveInt | None = None  # examples per micro-batch; null: train.batch_size
@@ -145,7 +127,7 @@ class VLTaskConfig(Section):
 class VLDataConfig(Section):
     """One task (`train`, `valid` and its name), or a list of tasks that are trained jointly."""
 
-    task: VLTask = "chat"  # what train and valid are for
+    task: TaskName = "chat"  # what train and valid are for
     train: SourceConfig | None = None  # the training split; null: none
     valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
     tasks: Items[VLTaskConfig] = ()  # instead of train and valid; a batch is from one task
@@ -184,9 +166,9 @@ class VLDataConfig(Section):
 def check_splits(task: str, train: SourceConfig | None, valid: SourceConfig | HeldOutConfig | None) -> list[str]:
     """Finds splits that the task cannot have; one message per problem, each naming the key."""
     problems = [
-        f"{name}.format {source.format} is only for {' and '.join(FORMATS[source.format])}, not for {task}"
+        f"{name}.format {source.format} is only for {' and '.join(tasks_of(source.format))}, not for {task}"
         for name, source in (("train", train), ("valid", valid))
-        if isinstance(source, SourceConfig) and task not in FORMATS[source.format]
+        if isinstance(source, SourceConfig) and task not in tasks_of(source.format)
     ]
     if train is None and isinstance(valid, HeldOutConfig):
         problems.append("valid.share is a share of train, which is missing: name the format and file of valid")

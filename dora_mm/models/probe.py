@@ -108,7 +108,7 @@ def _picture_row(vlm: VLM) -> TokenRow:
         file = Path(folder) / "gradients.png"
         rows, columns = np.indices((96, 128), dtype=np.uint8)
         Image.fromarray(np.stack([2 * rows, 2 * columns, rows ^ columns], axis=-1)).save(file)
-        return vlm.rows.row("chat", Example("probe", (str(file),), QUESTION), None, ANSWER)
+        return vlm.rows.row(vlm.question_task, Example("probe", (str(file),), QUESTION), None, ANSWER)
 
 
 def _text_row(tokenizer: Any) -> TokenRow:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_data import VIDEO_TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.row_view import RowView
@@ -21,10 +20,6 @@ from dora_mm.data.vl.tables import ExampleTable
 
 log = logging.getLogger(__name__)
 Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
-
-
-# Tasks whose loss is a mean over rows of the means over their tokens; in the others it is a mean over all tokens.
-ROW_MEANS = ("vqa", "gqa", *VIDEO_TASKS)
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,16 @@ from dora_mm.config.pictures import Axis, ConceptChoice, EvalDiffusionConfig, Pi
 from dora_mm.config.schema import Section
 from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.config.vl_data import CAPTION_TASKS, FORMATS, VIDEO_TASKS, SourceConfig, VLTaskConfig
+from dora_mm.config.vl_data import SourceConfig, VLTaskConfig
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core.spec import CACHES, METHODS, NORM_GRADS
-from dora_mm.data.vl.needed import PUBLISHED
-from dora_mm.data.vl.readers import READERS
+from dora_mm.data.vl.readers import PUBLISHED, READERS
 from dora_mm.eval.images import concepts, style
-from dora_mm.eval.vl import metrics
+from dora_mm.eval.vl.metrics import SCORERS
+from dora_mm.eval.vl.submissions import SUBMISSIONS
 from dora_mm.models.folders import DTYPES
 from dora_mm.models.schedulers import SCHEDULERS
 from dora_mm.models.vl_bart.loading import VISUAL
-from dora_mm.models.vl_bart.text import TEXTS
-from dora_mm.models.vlm.prompts import PROMPTS
 from dora_mm.preview.training import EIGHT_BITS, PRECISIONS
 from dora_mm.preview.vl_memory import BITS
 from dora_mm.sampling.jobs import Picture
@@ -51,12 +50,9 @@ REGISTRIES: list[tuple[type[Section], str, Iterable[str]]] = [
     (PicturesConfig, "scheduler", SCHEDULERS),
     (EvalDiffusionConfig, "style", style.CLASSES),
     (ConceptChoice, "role", (*concepts.ROLES, "all")),
-    (SourceConfig, "format", FORMATS),
     (SourceConfig, "format", READERS),
     (SourceConfig, "format", PUBLISHED),
-    (VLTaskConfig, "task", {task for tasks in FORMATS.values() for task in tasks}),
-    (VLTaskConfig, "task", metrics.CAPTION_TASKS + metrics.QUESTION_TASKS),
-    (VLTaskConfig, "task", {*TEXTS, *PROMPTS}),
+    (VLTaskConfig, "task", TASKS),
 ]
 
 
@@ -73,9 +69,14 @@ def test_a_key_has_the_choices_of_its_registry(section, key, registry):
     assert choices(section.model_fields[key].annotation) == set(registry)
 
 
-def test_kinds_of_tasks_and_optimizers_are_among_all_of_them():
-    assert CAPTION_TASKS == metrics.CAPTION_TASKS
-    assert set(VIDEO_TASKS) == {task for task, text in TEXTS.items() if text.prompt_last}
+def test_the_records_of_tasks_use_what_is_there_and_all_of_it():
+    assert {form for task in TASKS.values() for form in task.formats} == set(READERS)
+    assert {task.scorer for task in TASKS.values()} == set(SCORERS)
+    assert {task.submission for task in TASKS.values()} == set(SUBMISSIONS)
+    assert all(task.prompt or task.bart for task in TASKS.values())
+
+
+def test_optimizers_of_8_bits_are_among_all_of_them():
     assert set(EIGHT_BITS) == {name for name, kind in OPTIMIZERS.items() if kind.module.startswith("bitsandbytes")}
 
 

@@ -11,7 +11,7 @@ from tests.train.small import new_run
 def test_all_metrics_are_logged_and_the_main_ones_decide(tmp_path):
     run, saved = new_run(tmp_path / "run"), []
     rounds = iter([{"accuracy": 50.0, "accuracy (lavis)": 60.0}, {"accuracy": 49.0, "accuracy (lavis)": 70.0}])
-    validate = Validation(run, lambda: {"vqa": VLScores("vqa", "accuracy", next(rounds))}, saved.append, 0)
+    validate = Validation(run, lambda: {"vqa": VLScores("accuracy", next(rounds))}, saved.append, 0)
     for step in (1, 2):
         validate(step)
     validate.close()

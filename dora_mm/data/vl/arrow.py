@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from operator import itemgetter
 from typing import Any
 
@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from dora_mm.data.vl.example import Example, Turn
 
-Piece = Example | pa.RecordBatch  # one example, or many in the columns of SCHEMA
 TEXTS = pa.list_(pa.string())
 TURN = pa.struct({"role": pa.string(), "text": pa.string(), "loss": pa.bool_()})
 SCHEMA = pa.schema(
@@ -41,45 +40,11 @@ def record_batch(rows: Sequence[Example]) -> pa.RecordBatch:
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def selected(pieces: Iterable[Piece], start: int, end: int | None) -> Iterator[Piece]:
-    """The examples from `start` up to `end`, None: all; no more are read than these."""
-    position = 0
-    for piece in pieces:
-        size = 1 if isinstance(piece, Example) else piece.num_rows
-        first, last = max(start - position, 0), size if end is None else min(end - position, size)
-        if first < last:
-            yield piece if isinstance(piece, Example) else piece.slice(first, last - first)
-        position += size
-        if end is not None and position >= end:
-            return
-
-
-def record_batches(pieces: Iterable[Piece], num_rows: int) -> Iterator[pa.RecordBatch]:
-    """All examples in batches of `num_rows` rows each, the last possibly smaller."""
-    rest: list[pa.RecordBatch] = []
-    for batch in _batches(pieces, num_rows):
-        rest.append(batch)
-        if sum(part.num_rows for part in rest) >= num_rows:
-            *complete, last = pa.Table.from_batches(rest).combine_chunks().to_batches(max_chunksize=num_rows)
-            yield from complete
-            rest = [last]
-    if rest:
-        yield from pa.Table.from_batches(rest).combine_chunks().to_batches()
-
-
-def _batches(pieces: Iterable[Piece], num_rows: int) -> Iterator[pa.RecordBatch]:
-    """The record batches among the pieces, and batches of the examples between them."""
-    rows: list[Example] = []
-    for piece in pieces:
-        if isinstance(piece, Example):
-            rows.append(piece)
-        if rows and (len(rows) == num_rows or not isinstance(piece, Example)):
-            yield record_batch(rows)
-            rows = []
-        if not isinstance(piece, Example):
-            yield piece
-    if rows:
-        yield record_batch(rows)
+def record_batches(rows: Iterable[Example], num_rows: int) -> Iterator[pa.RecordBatch]:
+    """All rows in batches of `num_rows` rows each, the last possibly smaller."""
+    remaining = iter(rows)
+    while batch := [*islice(remaining, num_rows)]:
+        yield record_batch(batch)
 
 
 def _turns(conversations: Sequence[tuple[Turn, ...]]) -> pa.Array:

@@ -11,7 +11,6 @@ from pathlib import Path
 from PIL import Image
 
 from dora_mm.data.images.pixels import FORMATS
-from dora_mm.data.vl.arrow import Piece
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.rows import RowError
 from dora_mm.utils.atomic import PARTIAL, flush
@@ -90,19 +89,17 @@ class ImageStore:
         self.names: set[str] = set()
         self._written: list[Path] = []
 
-    def stored(self, piece: Piece) -> Piece:
-        """An example with a file of this folder, by its absolute path, in place of each embedded image.
+    def stored(self, example: Example) -> Example:
+        """The example with a file of this folder, by its absolute path, in place of each embedded image.
 
-        A file appears complete or not at all; it is on disk after `flush`. Record batches have no embedded images.
+        A file appears complete or not at all; it is on disk after `flush`.
 
         Raises:
             OSError: A file cannot be written.
         """
-        if isinstance(piece, Example):
-            for name in piece.images:
-                if name.startswith(PREFIX):
-                    return replace(piece, images=tuple(map(self._stored, piece.images)))
-        return piece
+        if not any(name.startswith(PREFIX) for name in example.images):
+            return example
+        return replace(example, images=tuple(map(self._stored, example.images)))
 
     def flush(self) -> None:
         """Waits until all new files are on disk: at the end, when it takes less than once for each."""

@@ -5,22 +5,7 @@ from pathlib import Path
 from dora_mm.config.loader import find_path
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl_data import VLDataConfig
-
-PUBLISHED = {  # data format -> where its files are published; "" where they are not
-    "vqa_v2": "visualqa.org",
-    "vqa_karpathy": "the data of VL-T5 (github.com/j-min/VL-T5)",
-    "easy_vqa": "the package easy-vqa",
-    "gqa": "GQA's download page (cs.stanford.edu/people/dorarad/gqa)",
-    "gqa_vlt5": "the data of VL-T5 (github.com/j-min/VL-T5)",
-    "nlvr2": "github.com/lil-lab/nlvr",
-    "nlvr2_vlt5": "the data of VL-T5 (github.com/j-min/VL-T5)",
-    "coco_captions": "cocodataset.org",
-    "coco_karpathy": "Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent)",
-    "video_qa": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
-    "video_captions": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
-    "chat": "",  # the user's own files
-    "choices": "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
-}
+from dora_mm.data.vl.readers import FILES, PUBLISHED
 
 
 def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
@@ -39,7 +24,7 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
         )
         for task in data.all_tasks
         for split, source in task.sources.items()
-        for key in ("file", "annotations", "subtitles", "images")
+        for key in (*FILES, "images")
         if (path := getattr(source, key)) is not None
     ]
     rows += [

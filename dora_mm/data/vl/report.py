@@ -1,7 +1,6 @@
 """A report of data sets before they are trained on: what was found, how long it is, and what was skipped."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dora_mm.config.vl_data import SourceConfig
-from dora_mm.data.vl.readers import resolved
-from dora_mm.data.vl.readers.chat import find_shape
+from dora_mm.data.vl.readers import format_name
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.utils.tables import aligned_columns
 
@@ -43,7 +41,7 @@ def table_figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:
     images, turns = (per_row(table, lambda batch, key=key: _lengths(batch[key])) for key in ("images", "turns"))
     answers = per_row(table, lambda batch: _lengths(batch["answers"]))
     found = {
-        "format": _format(source),
+        "format": format_name(source),
         "rows": f"{len(table):,}",
         "rows without an answer": f"{np.sum(answers == 0):,}",
         "rows without an image": f"{np.sum(images == 0):,}",
@@ -86,9 +84,3 @@ def characters(batch: pa.RecordBatch) -> np.ndarray:
 
 def _text_lengths(texts: pa.Array) -> np.ndarray:
     return pc.call_function("utf8_length", [texts]).to_numpy()
-
-
-def _format(source: SourceConfig) -> str:
-    if source.format != "chat":
-        return source.format
-    return f"chat, {find_shape(Path(resolved(source).file)).name}"

@@ -29,7 +29,7 @@ class HasId(Protocol):
 
 
 T = TypeVar("T")
-Row = TypeVar("Row", bound=HasId)
+RowT = TypeVar("RowT", bound=HasId)
 
 
 class RowError(ValueError):
@@ -67,8 +67,8 @@ class BadRows:
 
 
 def good_rows(
-    path: Path, items: Iterable[Item], schema: TypeAdapter[T], make: Callable[[T], Row], bad: BadRows
-) -> Iterator[Row]:
+    path: Path, items: Iterable[Item], schema: TypeAdapter[T], make: Callable[[T], RowT], bad: BadRows
+) -> Iterator[RowT]:
     """Validates the items of a file and converts them to rows.
 
     A row is bad if it does not fit `schema`, if `make` raises RowError, or if its id occurred before.

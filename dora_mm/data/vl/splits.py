@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_data import VIDEO_TASKS, HeldOutConfig, SourceConfig, Split, VLDataConfig, VLTaskConfig
+from dora_mm.config.vl_data import HeldOutConfig, SourceConfig, Split, VLDataConfig, VLTaskConfig
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.held_out import split_held_out
 from dora_mm.data.vl.tables import ExampleTable, open_table
@@ -141,7 +142,7 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         if len(answered) < len(table):
             unanswered = len(table) - len(answered)
             log.info("%s: %d of %d rows have no answer to learn", task.train.file, unanswered, len(table))
-        if task.task in VIDEO_TASKS:
+        if TASKS[task.task].clips:
             answered = answered.per_answer()
         found[task.task] = TrainingSet(answered, task.train.images, task.batch_size or batch_size, task.weight)
     return found

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,11 +22,11 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from dora_mm.config.vl_data import OWN_IMAGES, SourceConfig
-from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches, selected
+from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import FILES, PIECE_READERS, READERS, resolved
+from dora_mm.data.vl.readers import FILES, READERS, resolved
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 
@@ -242,12 +243,11 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
     """Writes the Arrow file to its temporary path, and a JSON file with row count and skipped rows next to `path`."""
     bad, store = BadRows(on_bad_data), ImageStore(path.parent / STORED_IMAGES)
     end = None if source.limit is None else source.skip + source.limit
-    reader = PIECE_READERS.get(source.format, READERS[source.format])
-    pieces = map(store.stored, selected(reader(source, bad), source.skip, end))
+    rows = map(store.stored, islice(READERS[source.format](source, bad), source.skip, end))
     progress = tqdm(desc=f"reading {Path(source.file).name}", unit="row", delay=2, disable=None)
     num_rows = 0
     with _no_collection(), pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer, progress:
-        for batch in record_batches(pieces, BATCH_ROWS):
+        for batch in record_batches(rows, BATCH_ROWS):
             writer.write_batch(batch)
             num_rows += batch.num_rows
             progress.update(batch.num_rows)

@@ -4,6 +4,7 @@ Where the tokenizer cannot run, there are no metrics, only a note: scores on oth
 """
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from functools import partial
 from tqdm import tqdm
 
 from dora_mm.data.vl.example import Predictions
-from dora_mm.eval.vl.scores import VLScores, check_answered
+from dora_mm.eval.vl.scores import VLScores, check_answered, table
 
 Tokens = dict[str, list[str]]  # id to tokenised captions, the tokens separated by single spaces
 
@@ -31,25 +32,33 @@ class CaptionScores:
     skipped: str | None = None
 
 
-def score_captions(predictions: Predictions, *, meteor: bool = True) -> VLScores:
-    """Computes `CIDEr` (CIDEr-D), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L`, x 100, against all references of an image.
+def score_captions(predictions: Predictions, *, ascii_only: bool = False, meteor: bool = True) -> VLScores:
+    """Computes `CIDEr` (CIDEr-D), `BLEU-1` to `BLEU-4`, `METEOR`, `ROUGE-L`, x 100, against all references of an id.
+
+    The table by `type` has the mean CIDEr of the images or clips with a reference of this type, where files tell types.
 
     Args:
         predictions: Examples with predicted captions.
+        ascii_only: Whether other characters become spaces, as in the tools of VALUE.
         meteor: Whether to compute METEOR, whose Java program takes 5 seconds to load.
 
     Raises:
         ValueError: There are no predictions, an example has no references, or an id has two predictions.
     """
-    references, found = image_scores(predictions, meteor=meteor)
-    return VLScores("caption", "CIDEr", found.metrics, {}, caption_notes(references, found))
+    references, found = split_scores(predictions, ascii_only=ascii_only, meteor=meteor)
+    by_type = _by_type(predictions, list(references), found.per_caption)
+    tables = {"type": table(by_type)} if by_type else {}
+    return VLScores("CIDEr", found.metrics, tables, score_notes(references, found))
 
 
-def image_scores(predictions: Predictions, *, meteor: bool = True) -> tuple[dict[str, list[str]], CaptionScores]:
-    """Scores captions of images.
+def split_scores(
+    predictions: Predictions, *, ascii_only: bool, meteor: bool
+) -> tuple[dict[str, list[str]], CaptionScores]:
+    """Scores the captions of a split.
 
     Args:
         predictions: Examples with predicted captions.
+        ascii_only: As in `score_captions`.
         meteor: Whether to compute METEOR.
 
     Returns:
@@ -59,7 +68,28 @@ def image_scores(predictions: Predictions, *, meteor: bool = True) -> tuple[dict
         ValueError: See `group_by_id`.
     """
     references, captions = group_by_id(predictions)
-    return references, caption_scores(references, captions, meteor=meteor)
+    read = _ascii if ascii_only else str
+    found = caption_scores(
+        {key: [*map(read, texts)] for key, texts in references.items()},
+        {key: read(text) for key, text in captions.items()},
+        meteor=meteor,
+    )
+    return references, found
+
+
+def _by_type(predictions: Predictions, ids: Sequence[str], values: Sequence[float]) -> dict[str, list[float]]:
+    types = defaultdict(set)
+    for example, _ in predictions:
+        types[example.id].update(example.kinds)
+    grouped = defaultdict(list)
+    for key, value in zip(ids, values, strict=False):  # no values where the metrics were skipped
+        for name in types[key]:
+            grouped[name].append(value / 100)
+    return grouped
+
+
+def _ascii(text: str) -> str:
+    return "".join(character if character.isascii() else " " for character in text)
 
 
 def group_by_id(predictions: Predictions) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -81,7 +111,7 @@ def group_by_id(predictions: Predictions) -> tuple[dict[str, list[str]], dict[st
     return references, captions
 
 
-def caption_notes(references: Mapping[str, Sequence[str]], found: CaptionScores) -> tuple[str, ...]:
+def score_notes(references: Mapping[str, Sequence[str]], found: CaptionScores) -> tuple[str, ...]:
     """Returns the notes of `VLScores`: the number of captions, what was skipped, and a warning about one caption."""
     counts = [len(texts) for texts in references.values()]
     notes = [f"{len(counts)} captions against {sum(counts) / len(counts):.2f} references each"]

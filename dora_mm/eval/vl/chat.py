@@ -33,4 +33,4 @@ def score_chat(predictions: Predictions) -> VLScores:
         "accuracy": percent([row_accuracy(example, prediction) for example, prediction in predictions]),
         "exact": percent([float(prediction.strip() == row.answers[0].strip()) for row, prediction in predictions]),
     }
-    return VLScores("chat", "accuracy", metrics)
+    return VLScores("accuracy", metrics)

@@ -39,4 +39,4 @@ def score_choice(predictions: Predictions) -> VLScores:
     tables = {**by_kind(("category",), predictions, values), "answer": by_answer(predictions, values)}
     invalid = sum(chosen_letter(example, prediction) is None for example, prediction in predictions)
     notes = (f"{invalid} of {len(predictions)} predictions name no option and count as wrong",) if invalid else ()
-    return VLScores("choice", "accuracy", {"accuracy": percent(values)}, tables, notes)
+    return VLScores("accuracy", {"accuracy": percent(values)}, tables, notes)

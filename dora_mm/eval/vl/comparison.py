@@ -8,28 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.comparison import Result, Variant, contrasts_table
 from dora_mm.eval.statistics import Interval, bootstrap, crossed_interval
-from dora_mm.eval.vl.captions import image_scores
-from dora_mm.eval.vl.metrics import CAPTION_TASKS, score_row
-from dora_mm.eval.vl.video import clip_scores
+from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.utils.tables import csv_records, markdown_records
 
-HEADINGS = {
-    "vqa": "VQA",
-    "gqa": "GQA",
-    "nlvr2": "NLVR2",
-    "caption": "CIDEr",
-    "tvqa": "TVQA",
-    "how2qa": "How2QA",
-    "tvc": "TVC CIDEr",
-    "yc2c": "YC2C CIDEr",
-    "chat": "chat",
-    "choice": "choice",
-    "mean": "mean",
-}
 MEAN = "mean"
+HEADINGS = {**{name: task.title for name, task in TASKS.items()}, MEAN: MEAN}
 
 
 @dataclass(frozen=True)
@@ -59,32 +46,16 @@ def answer_scores(task: str, answered: Sequence[Predictions]) -> AnswerScores | 
     Returns:
         The scores, or None where captions cannot be scored.
     """
-    columns = [row_values(task, predictions) for predictions in answered]
+    columns = [scorer_of(task).values(predictions) for predictions in answered]
     if not all(column.size for column in columns):
         return None
     groups = {example.id: group_of(task, example) for example, _ in answered[0]}  # once per id, as captions are scored
     return AnswerScores(np.stack(columns, axis=1), tuple(groups.values()))
 
 
-def row_values(task: str, predictions: Predictions) -> np.ndarray:
-    """Returns values (Q,) whose mean is the main metric of the task / 100.
-
-    For captions these are CIDEr-D scores, and the array is empty where they could not be computed.
-    """
-    if task in CAPTION_TASKS:
-        _, found = (image_scores if task == "caption" else clip_scores)(predictions, meteor=False)
-        return np.array(found.per_caption) / 100
-    return np.array([score_row(task, example, prediction) or 0.0 for example, prediction in predictions])
-
-
 def group_of(task: str, example: Example) -> str:
-    """Returns the image or clip; for NLVR2 the set, whose sentences are about the same pairs of images.
-
-    A row without images is a group of its own.
-    """
-    if task == "nlvr2" and len(fields := example.id.split("-")) == 4:
-        return "-".join(fields[:2])
-    return " ".join(example.images) or f"row {example.id}"
+    """Returns what the task's scorer groups rows by, else the images or clip; a row without is a group of its own."""
+    return scorer_of(task).group(example) or " ".join(example.images) or f"row {example.id}"
 
 
 def group_cells(tasks: Sequence[AnswerScores]) -> np.ndarray:
@@ -123,7 +94,7 @@ def intervals(scores: Mapping[str, AnswerScores], *, differences: bool = False) 
         members[MEAN] = list(scores.values())
     found = {}
     for key, tasks in members.items():
-        bounded = key in scores and key not in CAPTION_TASKS
+        bounded = key in scores and TASKS[key].kind != "captions"
         bounds = (-np.inf, np.inf) if differences else (0.0, 1.0 if bounded else np.inf)
         cells_GS = group_cells(tasks)
         found[key] = crossed_interval(cells_GS, bounds=bounds) if cells_GS.shape[1] > 1 else _clipped(cells_GS, bounds)
@@ -210,7 +181,7 @@ def describe_sizes(scores: Mapping[str, AnswerScores]) -> str:
 def caption_notes(scores: Mapping[str, AnswerScores], tasks: Iterable[str]) -> list[str]:
     """Returns notes on the scores of captions, and on those of `tasks` that have none."""
     notes = []
-    if set(scores) & set(CAPTION_TASKS):
+    if any(TASKS[task].kind == "captions" for task in scores):
         notes.append(
             "CIDEr is the mean of the captions' CIDEr-D scores, so its interval is computed in the same way; the word "
             "frequencies come from the references of the split, which are the same for all."

@@ -1,12 +1,7 @@
 """GQA accuracy: exact match, as in the official evaluation script."""
 
-from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, percent
-
-
-def row_accuracy(example: Example, prediction: str) -> float:
-    """Returns 1 where the prediction is the answer, else 0."""
-    return float(prediction.strip() == example.answers[0])
+from dora_mm.data.vl.example import Predictions
+from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, exact_match, percent
 
 
 def score_gqa(predictions: Predictions) -> VLScores:
@@ -18,7 +13,7 @@ def score_gqa(predictions: Predictions) -> VLScores:
         ValueError: There are no predictions, or an example has no answer.
     """
     check_answered(predictions)
-    values = [row_accuracy(example, prediction) for example, prediction in predictions]
+    values = [exact_match(example, prediction) for example, prediction in predictions]
     tables = by_kind(("structural", "semantic"), predictions, values)
     metrics = {"accuracy": percent(values)}
     for name, is_open in (("open", True), ("binary", False)):
@@ -29,4 +24,4 @@ def score_gqa(predictions: Predictions) -> VLScores:
         ]
         if selected:
             metrics[name] = percent(selected)
-    return VLScores("gqa", "accuracy", metrics, tables)
+    return VLScores("accuracy", metrics, tables)

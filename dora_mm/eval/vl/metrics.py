@@ -1,47 +1,103 @@
 """The metrics of all vision-language tasks behind one function."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
+import numpy as np
+
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl import chat, choice, gqa, nlvr2, video, vqa
-from dora_mm.eval.vl.captions import score_captions
-from dora_mm.eval.vl.scores import VLScores, is_answered
+from dora_mm.eval.vl import chat, choice, nlvr2, vqa
+from dora_mm.eval.vl.captions import score_captions, split_scores
+from dora_mm.eval.vl.gqa import score_gqa
+from dora_mm.eval.vl.scores import VLScores, exact_match, is_answered
+from dora_mm.eval.vl.video import score_clip_choices
 from dora_mm.utils.tables import markdown_table
 
-CAPTION_TASKS = ("caption", "tvc", "yc2c")
-QUESTION_TASKS = ("vqa", "gqa", "nlvr2", "tvqa", "how2qa", "chat", "choice")
+
+@dataclass(frozen=True)
+class AnswerScorer:
+    """Scores answers by their mean accuracy.
+
+    Attributes:
+        compute: All metrics of a split.
+        accuracy: That of one prediction, 0 to 1.
+        group: What rows have in common that are not independent, beside their images; None: nothing.
+        grouping: What `group` joins, for notes.
+    """
+
+    compute: Callable[[Predictions], VLScores]
+    accuracy: Callable[[Example, str], float]
+    group: Callable[[Example], str | None] = lambda _: None
+    grouping: str = ""
+
+    def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
+        """All metrics of a split, see `score`."""
+        return self.compute(predictions)
+
+    def row(self, example: Example, prediction: str) -> float | None:
+        """The score of one prediction, see `score_row`."""
+        return self.accuracy(example, prediction) if is_answered(example) else None
+
+    def values(self, predictions: Predictions) -> np.ndarray:
+        """Values (Q,) whose mean is the main metric / 100; empty where it could not be computed."""
+        return np.array([self.row(example, prediction) or 0.0 for example, prediction in predictions])
 
 
-def main_metric(task: str) -> str:
-    """Returns the name of the metric by which settings and checkpoints of a task are chosen; higher is better."""
-    assert task in CAPTION_TASKS + QUESTION_TASKS, task
-    return "CIDEr" if task in CAPTION_TASKS else "accuracy"
+@dataclass(frozen=True)
+class CaptionScorer:
+    """Scores captions, all of a split together, with the methods of `AnswerScorer`.
+
+    Attributes:
+        ascii_only: As in `score_captions`.
+        group: As in `AnswerScorer`.
+        grouping: As in `AnswerScorer`.
+    """
+
+    ascii_only: bool = False
+    group: Callable[[Example], str | None] = lambda _: None
+    grouping: str = ""
+
+    def score(self, predictions: Predictions, *, meteor: bool) -> VLScores:
+        return score_captions(predictions, ascii_only=self.ascii_only, meteor=meteor)
+
+    def row(self, example: Example, prediction: str) -> float | None:
+        return None
+
+    def values(self, predictions: Predictions) -> np.ndarray:
+        _, found = split_scores(predictions, ascii_only=self.ascii_only, meteor=False)
+        return np.array(found.per_caption) / 100
+
+
+SCORERS: dict[str, AnswerScorer | CaptionScorer] = {
+    "vqa": AnswerScorer(vqa.score_vqa, vqa.row_accuracy),
+    "gqa": AnswerScorer(score_gqa, exact_match),
+    "nlvr2": AnswerScorer(nlvr2.score_nlvr2, nlvr2.row_accuracy, nlvr2.sentence_set, "all sentences of a set of NLVR2"),
+    "captions": CaptionScorer(),
+    "clip_choices": AnswerScorer(score_clip_choices, exact_match),
+    "clip_captions": CaptionScorer(ascii_only=True),
+    "conversations": AnswerScorer(chat.score_chat, chat.row_accuracy),
+    "choices": AnswerScorer(choice.score_choice, choice.row_accuracy),
+}
+
+
+def scorer_of(task: str) -> AnswerScorer | CaptionScorer:
+    """How the predictions of a task, by its name, are scored."""
+    return SCORERS[TASKS[task].scorer]
 
 
 def score(task: str, predictions: Predictions, *, meteor: bool = True) -> VLScores:
     """Computes all metrics of one task, x 100.
 
     Args:
-        task: One of CAPTION_TASKS or QUESTION_TASKS.
+        task: Name of the task.
         predictions: Examples with predictions.
         meteor: Whether to compute METEOR, a caption metric that takes 5 seconds to load.
 
     Raises:
         ValueError: There are no predictions, or an example has no answers or answers that do not fit the task.
     """
-    scorers: dict[str, Callable[[Predictions], VLScores]] = {
-        "vqa": vqa.score_vqa,
-        "gqa": gqa.score_gqa,
-        "nlvr2": nlvr2.score_nlvr2,
-        "caption": partial(score_captions, meteor=meteor),
-        "chat": chat.score_chat,
-        "choice": choice.score_choice,
-        **{task: partial(video.score_video_questions, task) for task in ("tvqa", "how2qa")},
-        **{task: partial(video.score_video_captions, task, meteor=meteor) for task in ("tvc", "yc2c")},
-    }
-    return scorers[task](predictions)
+    return scorer_of(task).score(predictions, meteor=meteor)
 
 
 def score_all(predictions: Mapping[str, Predictions], *, meteor: bool = True) -> dict[str, VLScores]:
@@ -66,15 +122,12 @@ def score_row(task: str, example: Example, prediction: str) -> float | None:
     Raises:
         ValueError: The example has raw answers, but not ten.
     """
-    if task in CAPTION_TASKS or not is_answered(example):
-        return None
-    scorers: dict[str, Any] = {"vqa": vqa, "gqa": gqa, "nlvr2": nlvr2, "chat": chat, "choice": choice}
-    return scorers.get(task, video).row_accuracy(example, prediction)
+    return scorer_of(task).row(example, prediction)
 
 
-def report(scores: VLScores) -> str:
-    """Returns metrics, tables and notes as Markdown."""
-    parts = [markdown_table([scores.task, "x 100"], [[name, f"{value:.2f}"] for name, value in scores.metrics.items()])]
+def report(task: str, scores: VLScores) -> str:
+    """Returns metrics, tables and notes of a task as Markdown."""
+    parts = [markdown_table([task, "x 100"], [[name, f"{value:.2f}"] for name, value in scores.metrics.items()])]
     for heading, groups in scores.tables.items():
         cells = [[name, f"{value:.2f}", f"{count:,}"] for name, (value, count) in groups.items()]
         parts.append(markdown_table([heading, scores.main, "rows"], cells))

@@ -23,6 +23,12 @@ def sentence_of(identifier: str) -> str:
     return "-".join([*fields[:2], *fields[3:]])
 
 
+def sentence_set(example: Example) -> str | None:
+    """Returns the set of a sentence, all of which are about the same pairs of images; None: the id names none."""
+    fields = example.id.split("-")
+    return "-".join(fields[:2]) if len(fields) == 4 else None
+
+
 def score_nlvr2(predictions: Predictions) -> VLScores:
     """Computes `accuracy` and `consistency`, with a table by the right `answer`.
 
@@ -38,4 +44,4 @@ def score_nlvr2(predictions: Predictions) -> VLScores:
         sentences[sentence_of(example.id)].append(value)
         answers[example.answers[0]].append(value)
     metrics = {"accuracy": percent(values), "consistency": percent([min(group) for group in sentences.values()])}
-    return VLScores("nlvr2", "accuracy", metrics, {"answer": table(answers)})
+    return VLScores("accuracy", metrics, {"answer": table(answers)})

@@ -15,14 +15,12 @@ class VLScores:
     """The scores of one task on one split, all x 100, as papers print them.
 
     Attributes:
-        task: The task.
         main: The metric by which settings and checkpoints are chosen.
         metrics: By name. Metrics that could not be computed are missing, and a note gives the reason.
         tables: By heading, for instance `tables["answer_type"]["yes/no"]`.
         notes: Sentences to be printed with the scores.
     """
 
-    task: str
     main: str
     metrics: dict[str, float]
     tables: dict[str, Table] = field(default_factory=dict)
@@ -32,6 +30,11 @@ class VLScores:
     def value(self) -> float | None:
         """The main metric; None where it could not be computed."""
         return self.metrics.get(self.main)
+
+
+def exact_match(example: Example, prediction: str) -> float:
+    """Returns 1 where the prediction is the answer, else 0."""
+    return float(prediction.strip() == example.answers[0])
 
 
 def is_answered(example: Example) -> bool:

@@ -1,19 +1,20 @@
 """Predictions in the formats that the official evaluation scripts and servers read; for others as JSON lines.
 
-vqa            JSON    [{"question_id": 1, "answer": "yes"}]
-gqa            JSON    [{"questionId": "1", "prediction": "yes"}]
-nlvr2          CSV     dev-850-0-0,True
-caption        JSON    [{"image_id": 1, "caption": "a dog"}]
-tvqa, how2qa   JSON    {"1": 3}
-tvc, yc2c      JSONL   {"vid_name": "a_clip", "clip_id": 1, "descs": [{"desc": "She sits down."}]}
-chat, choice   JSONL   {"id": "1", "answer": "B"}
+vqa             JSON    [{"question_id": 1, "answer": "yes"}]
+gqa             JSON    [{"questionId": "1", "prediction": "yes"}]
+nlvr2           CSV     dev-850-0-0,True
+captions        JSON    [{"image_id": 1, "caption": "a dog"}]
+clip_choices    JSON    {"1": 3}
+clip_captions   JSONL   {"vid_name": "a_clip", "clip_id": 1, "descs": [{"desc": "She sits down."}]}
+answers         JSONL   {"id": "1", "answer": "B"}
 """
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.eval.vl.video import choice
 from dora_mm.utils.atomic import write_text
@@ -23,7 +24,7 @@ NO_CHOICE = -1  # the scripts need a number for each question, and this one is n
 
 def suffix(task: str) -> str:
     """Returns the suffix of a task's file: .json, .jsonl or .csv."""
-    return {"nlvr2": ".csv"}.get(task, ".jsonl" if task in ("tvc", "yc2c", "chat", "choice") else ".json")
+    return SUBMISSIONS[TASKS[task].submission].suffix
 
 
 def write_predictions(task: str, predictions: Predictions, path: Path) -> None:
@@ -33,21 +34,22 @@ def write_predictions(task: str, predictions: Predictions, path: Path) -> None:
     official script knows, as text.
 
     Args:
-        task: A key of FORMATS.
+        task: Name of the task.
         predictions: Examples with predictions; rows of the same id are written once.
         path: The file to write, see `suffix`.
 
     Raises:
         ValueError: An id has two different predictions, of which the scripts would use only one.
     """
-    write_text(path, FORMATS[task](_by_id(task, predictions)))
+    write_text(path, SUBMISSIONS[TASKS[task].submission].text(_by_id(task, predictions)))
 
 
 def _by_id(task: str, predictions: Predictions) -> list[tuple[Example, str]]:
-    """Returns one row per id, with single spaces between the words of its prediction, but for chat as it is."""
+    """Returns one row per id, with single spaces between the words of its prediction, but for conversations."""
     kept: dict[str, tuple[Example, str]] = {}
+    keeps_spaces = TASKS[task].kind == "conversations"
     for example, prediction in predictions:
-        row = (example, prediction if task == "chat" else " ".join(prediction.split()))
+        row = (example, prediction if keeps_spaces else " ".join(prediction.split()))
         if kept.setdefault(example.id, row)[1] != row[1]:
             first = kept[example.id][1]
             raise ValueError(
@@ -90,7 +92,7 @@ def _answers(predictions: Predictions) -> str:
 
 
 def _clips(video_key: str) -> Callable[[Predictions], str]:
-    """Returns the format of a video caption task; `video_key` is its key of the clip's name."""
+    """Returns the writer of captions of clips; `video_key` is the key of a clip's name, of which VALUE has two."""
     return lambda predictions: _json_lines(
         [
             {video_key: example.images[0], "clip_id": _number(example.id), "descs": [{"desc": caption}]}
@@ -99,15 +101,20 @@ def _clips(video_key: str) -> Callable[[Predictions], str]:
     )
 
 
-FORMATS: dict[str, Callable[[Predictions], str]] = {
-    "vqa": _vqa,
-    "gqa": _gqa,
-    "nlvr2": _nlvr2,
-    "caption": _captions,
-    "tvqa": _choices,
-    "how2qa": _choices,
-    "tvc": _clips("vid_name"),
-    "yc2c": _clips("video_id"),
-    "chat": _answers,
-    "choice": _answers,
+class Submission(NamedTuple):
+    """One format of files: its suffix, and the text of predictions."""
+
+    suffix: str
+    text: Callable[[Predictions], str]
+
+
+SUBMISSIONS = {
+    "vqa": Submission(".json", _vqa),
+    "gqa": Submission(".json", _gqa),
+    "nlvr2": Submission(".csv", _nlvr2),
+    "captions": Submission(".json", _captions),
+    "clip_choices": Submission(".json", _choices),
+    "clip_captions_of_vid_name": Submission(".jsonl", _clips("vid_name")),
+    "clip_captions_of_video_id": Submission(".jsonl", _clips("video_id")),
+    "answers": Submission(".jsonl", _answers),
 }

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.data.vl.vqa_answers import normalize_answer, strip_punctuation, tidy
+from dora_mm.data.vl.readers.vqa_answers import NUM_ANSWERS, normalize_answer, strip_punctuation, tidy
 from dora_mm.eval.vl.scores import VLScores, by_kind, check_answered, is_answered, percent
 
 Mode = Literal["official", "lavis"]
-NUM_ANSWERS = 10
 LAVIS = "accuracy (lavis)"  # the name of the metric
 
 
@@ -91,7 +90,7 @@ def score_vqa(predictions: Predictions) -> VLScores:
     if any(example.raw_answers for example, _ in predictions):
         metrics[LAVIS] = percent([row_accuracy(example, prediction, "lavis") for example, prediction in predictions])
     tables = by_kind(("answer_type", "question_type"), predictions, values)
-    return VLScores("vqa", "accuracy", metrics, tables, _notes(predictions))
+    return VLScores("accuracy", metrics, tables, _notes(predictions))
 
 
 def _notes(predictions: Predictions) -> tuple[str, ...]:

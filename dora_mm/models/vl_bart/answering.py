@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import BartTokenizer
 
 from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.models.vl_bart.model import VLBart, VLInputs
-from dora_mm.models.vl_bart.text import TEXTS, decode, encode_targets
+from dora_mm.models.vl_bart.text import decode, encode_targets
 
-TRUE_FALSE = ("true", "false")
+MAX_ANSWER = 20  # tokens of a decoded answer, <s> and </s> included
 
 
 class Answerer:
@@ -38,8 +39,8 @@ class Answerer:
         candidates: Sequence[str] = (),
     ):
         self.model, self.tokenizer, self.task, self.config = model, tokenizer, task, config
-        self.form = TEXTS[task]
-        self.max_answer = config.max_new_tokens + 2 if config.max_new_tokens else self.form.max_answer  # <s> and </s>
+        self.max_answer = config.max_new_tokens + 2 if config.max_new_tokens else MAX_ANSWER  # <s> and </s>
+        self.beams = config.beams if TASKS[task].kind == "captions" else 1
         restricted = config.takes_candidates(task)
         if restricted and not candidates:
             raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
@@ -48,26 +49,25 @@ class Answerer:
 
     def __call__(self, inputs: VLInputs) -> list[str]:
         """One answer per row, for a batch of B rows."""
-        if self.task == "nlvr2":
-            return self._true_or_false(inputs)
+        if words := TASKS[self.task].chosen_from:
+            return self._likeliest(words, inputs)
         if self.candidate_ids is not None and self.config.answers == "rank":
             scores = self.model.rank_candidates(inputs, self.candidate_ids.to(inputs.input_ids.device))
             return [self.candidates[index] for index in scores.argmax(dim=1).tolist()]
         allowed = None if self.candidate_ids is None else restricted_to(self.candidate_ids, self.model.config)
-        beams = self.config.beams if self.form.beams else 1
-        ids = self.model.answer_ids(inputs, beams=beams, max_length=self.max_answer, allowed=allowed)
+        ids = self.model.answer_ids(inputs, beams=self.beams, max_length=self.max_answer, allowed=allowed)
         return decode(self.tokenizer, ids)
 
     def _target_ids(self, answers: Sequence[str]) -> Tensor:
         max_positions = self.model.config.max_position_embeddings
         return encode_targets(self.tokenizer, self.task, answers, max_positions=max_positions)
 
-    def _true_or_false(self, inputs: VLInputs) -> list[str]:
-        """Whichever word's first token is likelier after `</s><s>`."""
+    def _likeliest(self, words: tuple[str, ...], inputs: VLInputs) -> list[str]:
+        """The word whose first token is the likeliest after `</s><s>`."""
         config = self.model.config
         logits = self.model.next_logits(inputs, [config.decoder_start_token_id, config.bos_token_id])
-        words = self._target_ids(TRUE_FALSE)[:, 1]
-        return [TRUE_FALSE[index] for index in logits[:, words].argmax(dim=1).tolist()]
+        tokens = self._target_ids(words)[:, 1]
+        return [words[index] for index in logits[:, tokens].argmax(dim=1).tolist()]
 
 
 def restricted_to(candidates: Tensor, config: Any) -> Callable[[int, Tensor], list[int]]:

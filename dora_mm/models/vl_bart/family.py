@@ -1,4 +1,4 @@
-"""The losses of VL-BART's tasks, and their batches. Prompts and lengths are in models/vl_bart/text.py."""
+"""The losses of VL-BART's tasks, and their batches. Prompts and lengths are in the tasks' records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.bart.modeling_bart import shift_tokens_right
 
 from dora_mm.config.models import VisionConfig, VLBartModelConfig
 from dora_mm.config.vl import DecodeConfig
-from dora_mm.config.vl_data import VIDEO_TASKS
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.readers.video import split_subtitles
@@ -22,11 +22,11 @@ from dora_mm.data.vl.row_view import Piece, RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.towers.tower import tower_map
-from dora_mm.models.vl import ROW_MEANS, RowCounts, Target, likeliest_answer, mean_over_processes
+from dora_mm.models.vl import RowCounts, Target, likeliest_answer, mean_over_processes
 from dora_mm.models.vl_bart.answering import Answerer
 from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
-from dora_mm.models.vl_bart.text import TEXTS, encode_inputs, encode_targets
+from dora_mm.models.vl_bart.text import bart_text, encode_inputs, encode_targets
 from dora_mm.models.vl_bart.visual_inputs import VisionEncoder
 from dora_mm.targets import find
 from dora_mm.utils.digest import module_digest
@@ -159,9 +159,9 @@ class VLBartTask:
         """
         reads_clips = self.model.config.pooled_side is None
         for task in tasks:
-            if task not in TEXTS:
+            if TASKS[task].bart is None:
                 raise ValueError(f"data: the task {task} needs a model of transformers (model.family vlm), not VL-BART")
-            if (task in VIDEO_TASKS) != reads_clips:
+            if TASKS[task].clips != reads_clips:
                 read, needed = ("clips", "images") if reads_clips else ("images", "clips")
                 raise ValueError(f"model.path: this VL-BART reads {read}, and the task {task} needs {needed}")
 
@@ -176,9 +176,9 @@ class VLBartTask:
         Raises:
             ValueError: An image cannot be read, or features are missing or have different shapes.
         """
-        if task in VIDEO_TASKS:
+        if TASKS[task].clips:
             before, texts = zip(*(split_subtitles(example.text) for example in examples), strict=True)
-            if task == "yc2c":  # the text input is the subtitles alone
+            if bart_text(task).subtitles_only:
                 texts = [""] * len(examples)
             visual, visual_mask = self.vision.encode_clips([example.images[0] for example in examples])
         else:
@@ -225,9 +225,9 @@ class VLBartTask:
     def loss(self, batch: VLBatch, generator: torch.Generator) -> Tensor:
         """The loss of a batch.
 
-        VQA, GQA and video tasks: the mean over rows of weight times the row's mean over tokens. Captions and NLVR2: the
-        mean over all tokens. A row without an answer, whose weight is 0, adds nothing to either. Rows and tokens are
-        those of all processes.
+        Of a task with `row_mean`, the mean over rows of weight times the row's mean over tokens; else the mean over all
+        tokens. A row without an answer, whose weight is 0, adds nothing to either. Rows and tokens are those of all
+        processes.
 
         Args:
             batch: A batch of one task.
@@ -242,7 +242,7 @@ class VLBartTask:
         logits = self.model(*batch.inputs, decoder_input_ids=shifted, use_cache=False).logits
         sums = -token_log_likelihood(logits, batch.targets, pad).sum(-1)
         counts = (batch.targets != pad).sum(-1)
-        if batch.task in ROW_MEANS:
+        if TASKS[batch.task].row_mean:
             return mean_over_processes((sums / counts * batch.weights).sum(), torch.ones_like(sums).sum())
         kept = (batch.weights > 0).to(sums.dtype)
         return mean_over_processes((sums * kept).sum(), (counts * kept).sum())

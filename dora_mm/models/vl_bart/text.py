@@ -1,13 +1,9 @@
-"""Text of VL-BART: prompts, lengths and token ids of every task.
-
-Prompts and lengths are those of the paper's runs, except `gqa: `, which they spelled `gpa: `.
-"""
+"""Text of VL-BART: token ids of every task. Prompts and lengths are those of the task's record."""
 
 # pyright: reportArgumentType=false, reportReturnType=false
 # transformers annotates numbers and tokens of a config as None or anything.
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,34 +11,16 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import BartTokenizer
 
+from dora_mm.config.vl_tasks import TASKS, BartText
 from dora_mm.models.opening import opening
 from dora_mm.models.vl_bart.model import SENTINELS
 
-MAX_TEXT = 1024  # tokens: the number of BART's positions
 
-
-@dataclass(frozen=True)
-class TaskText:
-    """The text format of a task. Lengths are in tokens, <s> and </s> included."""
-
-    prompt: str
-    max_input: int
-    max_target: int
-    beams: bool = False  # captions are decoded with beam search, answers greedily
-    prompt_last: bool = False  # video: subtitles, question, prompt; subtitles that are too long lose their end
-    max_answer: int = 20  # of decoded answers
-
-
-TEXTS = {
-    "vqa": TaskText("vqa: ", 20, 10),
-    "gqa": TaskText("gqa: ", 20, 10),
-    "nlvr2": TaskText("nlvr: ", MAX_TEXT, 10),
-    "caption": TaskText("caption: ", 40, 40, beams=True),
-    "tvqa": TaskText("tvqa: ", 600, 20, prompt_last=True),
-    "how2qa": TaskText("how2qa: ", 600, 20, prompt_last=True),
-    "tvc": TaskText("tvc: ", 600, 20, beams=True, prompt_last=True),
-    "yc2c": TaskText("yc2c: ", 600, 20, beams=True, prompt_last=True),
-}
+def bart_text(task: str) -> BartText:
+    """What VL-BART reads and writes in a task, which must be one of its own."""
+    form = TASKS[task].bart
+    assert form is not None, task
+    return form
 
 
 def encode_inputs(
@@ -57,7 +35,7 @@ def encode_inputs(
 
     Args:
         tokenizer: The model's tokenizer.
-        task: A key of TEXTS.
+        task: Name of a task of VL-BART.
         texts: B questions or sentences. Text beyond the task's length is cut off at the end.
         before: The subtitles of video tasks, which come before the question and are cut to the room that the question
             leaves, so that no question is lost.
@@ -66,10 +44,9 @@ def encode_inputs(
     Returns:
         Token ids and attention mask (0 for padding), (B, L) each, padded at the right.
     """
-    form = TEXTS[task]
     before = before or [""] * len(texts)
-    room = _room(form.max_input, max_positions)
-    rows = [_input_ids(tokenizer, form, text, first, room) for text, first in zip(texts, before, strict=True)]
+    room = _room(bart_text(task).max_input, max_positions)
+    rows = [_input_ids(tokenizer, task, text, first, room) for text, first in zip(texts, before, strict=True)]
     ids = pad(rows, tokenizer.pad_token_id)
     return ids, (torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])).long()
 
@@ -80,12 +57,13 @@ def _room(length: int, max_positions: int) -> int:
     return min(length, max_positions) - 2
 
 
-def _input_ids(tokenizer: BartTokenizer, form: TaskText, text: str, before: str, room: int) -> list[int]:
-    if not form.prompt_last:
-        ids = plain_ids(tokenizer, form.prompt + text)[:room]
+def _input_ids(tokenizer: BartTokenizer, task: str, text: str, before: str, room: int) -> list[int]:
+    prompt = bart_text(task).prompt
+    if not TASKS[task].clips:
+        ids = plain_ids(tokenizer, prompt + text)[:room]
     else:
         # In byte-level BPE the space between two pieces belongs to the second.
-        question = plain_ids(tokenizer, (" " if before else "") + f"{text} {form.prompt}".strip())[-room:]
+        question = plain_ids(tokenizer, (" " if before else "") + f"{text} {prompt}".strip())[-room:]
         ids = plain_ids(tokenizer, before)[: room - len(question)] + question
     return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
 
@@ -95,14 +73,14 @@ def encode_targets(tokenizer: BartTokenizer, task: str, answers: Sequence[str], 
 
     Args:
         tokenizer: The model's tokenizer.
-        task: A key of TEXTS.
+        task: Name of a task of VL-BART.
         answers: B answers.
         max_positions: The model's number of positions, which may be less than the length of the task.
 
     Returns:
         Token ids (B, T), padded at the right; </s> is kept when an answer is truncated.
     """
-    room = _room(TEXTS[task].max_target, max_positions)
+    room = _room(bart_text(task).max_target, max_positions)
     rows = [
         [tokenizer.bos_token_id, *plain_ids(tokenizer, answer)[:room], tokenizer.eos_token_id] for answer in answers
     ]

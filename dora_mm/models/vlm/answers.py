@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Answer, Example, Turn
 from dora_mm.models.vlm.chat import render
 from dora_mm.models.vlm.network import VLMNetwork
-from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED
 from dora_mm.models.vlm.rows import ExampleEncoder
 
 log = logging.getLogger(__name__)
@@ -37,15 +37,15 @@ class VLMAnswers:
         """See `VLModel.answerer`."""
         if config.answers == "trie" and config.takes_candidates(task):
             raise ValueError("answers: trie needs model.family vl_bart: use generate or rank")
-        if task in DECIDED or task == "choice":
-            return partial(self.rank, task, DECIDED.get(task), config.batch_size)
+        record = TASKS[task]
+        if record.chosen_from is not None:
+            return partial(self.rank, task, record.chosen_from, config.batch_size)
         if config.takes_candidates(task):
             if not candidates:
                 raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
             return partial(self.rank, task, sorted(set(candidates)), config.batch_size)
-        settings = self.settings(
-            config.max_new_tokens or ANSWER_TOKENS.get(task, 16), config.beams if task == "caption" else 1
-        )
+        beams = config.beams if record.kind == "captions" else 1
+        settings = self.settings(config.max_new_tokens or record.max_answer, beams)
         return partial(self.generate, task, settings)
 
     def settings(self, max_new_tokens: int, beams: int) -> GenerationConfig:
@@ -90,12 +90,12 @@ class VLMAnswers:
     def rank(
         self,
         task: str,
-        known: Sequence[str] | None,
+        known: Sequence[str],
         batch_size: int,
         examples: Sequence[Example],
         images: str | None,
     ) -> list[str]:
-        """The likeliest candidate of each example: of those known for the task, or the letters of its options."""
+        """The likeliest candidate of each example: of those known, or of the letters of its options."""
         answers = []
         for example in examples:
             candidates = known or ascii_uppercase[: len(example.options)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.row_view import RowView
@@ -20,12 +21,12 @@ from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.folders import identity_of, model_class, read_config
 from dora_mm.models.opening import check_revision, commit_of
-from dora_mm.models.vl import ROW_MEANS, RowCounts, RowLengths, Target, mean_over_processes
+from dora_mm.models.vl import RowCounts, RowLengths, Target, mean_over_processes
 from dora_mm.models.vlm.answers import VLMAnswers
 from dora_mm.models.vlm.forms import form_of
 from dora_mm.models.vlm.loading import load_processor
 from dora_mm.models.vlm.network import VLMNetwork
-from dora_mm.models.vlm.prompts import PLAIN, PROMPTS
+from dora_mm.models.vlm.prompts import PLAIN
 from dora_mm.models.vlm.rows import ExampleEncoder
 from dora_mm.models.vlm.view import row_lengths, row_view
 from dora_mm.targets import map_of
@@ -127,12 +128,13 @@ class VLM:
 
     def check(self, tasks: Iterable[str]) -> None:
         for task in tasks:
-            if task not in PROMPTS:
+            record = TASKS[task]
+            if record.prompt is None:
                 raise ValueError(f"data: the task {task} needs model.family vl_bart, not a model of transformers")
-            if task == "chat" and self.plain is None and task in self.config.prompts:
-                raise ValueError("model.prompts: chat has no effect, since conversations are read as they are")
-            if task == "nlvr2" and self.plain and self.plain.images == 1:
-                raise ValueError(f"data: {self.name} reads one image per row, and nlvr2 has two")
+            if record.kind == "conversations" and self.plain is None and task in self.config.prompts:
+                raise ValueError(f"model.prompts: {task} has no effect, since conversations are read as they are")
+            if record.images == 2 and self.plain and self.plain.images == 1:
+                raise ValueError(f"data: {self.name} reads one image per row, and {task} has two")
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         if self.plain is None:
@@ -170,9 +172,9 @@ class VLM:
     def loss(self, batch: VLMBatch, generator: torch.Generator) -> Tensor:
         """The loss of a batch.
 
-        VQA and GQA: the mean over rows of score times the row's mean over tokens. Others: the mean over the tokens of
-        the answers, over those of all processes. A row without an answer, whose weight is 0, adds nothing to either,
-        and a batch without rows is a loss of 0.
+        Of a task with `row_mean`, the mean over rows of score times the row's mean over tokens; else the mean over the
+        tokens of the answers. Rows and tokens are those of all processes. A row without an answer, whose weight is 0,
+        adds nothing to either, and a batch without rows is a loss of 0.
 
         Args:
             batch: A batch of one task.
@@ -187,7 +189,7 @@ class VLM:
         for inputs, labels, weights in batch.groups:
             sums, counts = self.network.row_losses(inputs, labels)
             weights = weights.to(self.network.device)
-            if batch.task in ROW_MEANS:
+            if TASKS[batch.task].row_mean:
                 total = total + (sums / counts.clamp(min=1) * weights).sum()
                 count = count + len(weights)
             else:

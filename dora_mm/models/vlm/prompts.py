@@ -1,51 +1,42 @@
-"""What a model is asked in each task, and what the classes without a chat template can read."""
+"""What the classes without a chat template can read, and which rows a class can compute together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-PROMPTS = {
-    "vqa": "{text}\nAnswer with a word or a short phrase.",
-    "gqa": "{text}\nAnswer with a word or a short phrase.",
-    "nlvr2": "{text}\nIs this true of the two images? Answer true or false.",
-    "caption": "Describe the image in one sentence.",
-    "choice": "{text}\nAnswer with the letter of the right option.",
-    "chat": "{text}",
-}
-ANSWER_TOKENS = {"caption": 40, "chat": 256}  # the longest generated answer; 16 in all other tasks
-DECIDED = {"nlvr2": ("true", "false")}  # tasks whose answer is the likeliest of these
+from dora_mm.config.vl_tasks import VLTask
 
 
 class PlainPrompts(NamedTuple):
     """What a class without a chat template reads.
 
     Attributes:
-        prompts: Its prompts where they differ from a bare question.
+        question: What it is asked for the answer to a question.
+        caption: What it is asked for a caption.
         image_token: Its image token has to be in the text, once per image; else the processor adds it.
         images: The number of images that a row may have: exactly one, or (None) one or more.
         separator: What stands between a prompt and the answer that continues it.
     """
 
-    prompts: Mapping[str, str]
+    question: str = "{text}"
+    caption: str = ""
     image_token: bool = False
     images: int | None = 1
     separator: str = ""
 
+    def prompt(self, task: VLTask) -> str:
+        """What it is asked in a task, with {text} for the question; that of a conversation is asked as it is."""
+        return {"questions": self.question, "captions": self.caption, "conversations": "{text}"}[task.kind]
 
-QUESTION = dict.fromkeys(PROMPTS, "{text}")
-BLIP_2 = QUESTION | dict.fromkeys(("vqa", "gqa", "choice"), "Question: {text} Answer:") | {"caption": "a photo of"}
+
+BLIP_2 = PlainPrompts("Question: {text} Answer:", "a photo of", separator=" ")
 PLAIN = {  # by model_type
-    "paligemma": PlainPrompts(
-        QUESTION | dict.fromkeys(("vqa", "gqa", "nlvr2", "choice"), "answer en {text}") | {"caption": "caption en"},
-        image_token=True,
-        images=None,
-    ),
-    "blip": PlainPrompts(QUESTION),
-    "blip-2": PlainPrompts(BLIP_2, separator=" "),
-    "instructblip": PlainPrompts(BLIP_2, separator=" "),
-    "git": PlainPrompts(QUESTION),
-    "florence2": PlainPrompts(QUESTION | {"caption": "What does the image describe?"}),
+    "paligemma": PlainPrompts("answer en {text}", "caption en", image_token=True, images=None),
+    "blip": PlainPrompts(),
+    "blip-2": BLIP_2,
+    "instructblip": BLIP_2,
+    "git": PlainPrompts(),
+    "florence2": PlainPrompts(caption="What does the image describe?"),
 }
 # Classes that raise on a batch of rows with different numbers of images: such rows are computed apart.
 SAME_IMAGES = ("mllama",)

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.vlm.chat import render, render_prompt
 from dora_mm.models.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vlm.forms import Form
-from dora_mm.models.vlm.prompts import PROMPTS, SAME_IMAGES, SAME_LENGTH, PlainPrompts
+from dora_mm.models.vlm.prompts import SAME_IMAGES, SAME_LENGTH, PlainPrompts
 
 
 class ExampleEncoder:
@@ -42,7 +43,7 @@ class ExampleEncoder:
         limit_from: str,
     ):
         self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
-        self.prompts = {**(plain.prompts if plain else PROMPTS), **prompts}
+        self.prompts = prompts
         self.encoder, self.limit_from = RowEncoder(processor, max_length), limit_from
 
     @property
@@ -99,7 +100,10 @@ class ExampleEncoder:
 
     def prompt(self, task: str, text: str) -> str:
         """What the model is asked about an example with this text."""
-        return self.prompts[task].replace("{text}", text)
+        known = self.plain.prompt(TASKS[task]) if self.plain else TASKS[task].prompt
+        prompt = self.prompts.get(task, known)
+        assert prompt is not None, task  # see `VLM.check`
+        return prompt.replace("{text}", text)
 
     # --- batches -----------------------------------------------------------------------------------------------------
 

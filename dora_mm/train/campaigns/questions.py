@@ -11,6 +11,7 @@ from dora_mm.config.comparing import CompareConfig, CompareQuestionsConfig
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import VLDataConfig
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions, stem
 from dora_mm.data.vl.splits import ValidationSet, open_texts, open_validation, training_texts
 from dora_mm.data.vl.tables import open_table
@@ -28,7 +29,7 @@ from dora_mm.eval.vl.comparison import (
     vl_results_csv,
     vl_results_table,
 )
-from dora_mm.eval.vl.metrics import QUESTION_TASKS
+from dora_mm.eval.vl.metrics import scorer_of
 from dora_mm.eval.vl.question_only import question_only_answers
 from dora_mm.models.families import load_family, structure_of
 from dora_mm.models.vl import VLModel
@@ -158,7 +159,7 @@ class QuestionEvaluation:
         """The scores, by task, of answers guessed from the question without the image; not for captions."""
         found = {}
         for task in self.base.data.all_tasks:
-            if task.task in QUESTION_TASKS:
+            if TASKS[task.task].kind != "captions":
                 rows = self.examples[task.task]
                 answers = question_only_answers(training_texts(task, self.base.data), rows)
                 found[task.task] = [list(zip(rows, answers, strict=True))]
@@ -190,13 +191,12 @@ class QuestionEvaluation:
     def notes(self, scores: TaskScores) -> list[str]:
         """Notes on the table: what was trained and reported, and what the intervals mean."""
         config = self.config
-        groups = "all questions about one of these count together"
-        if "nlvr2" in scores:
-            groups += ", and all sentences of a set of NLVR2"
+        groups = ["all questions about one of these count together"]
+        groups += [found for task in scores if (found := scorer_of(task).grouping)]
         return [
             f"{len(config.seeds)} trainings of {config.steps} steps each, {config.workers} at a time. "
             f"Reported: {describe_sizes(scores)}.",
-            f"In brackets: 95 % intervals over trainings and over images or videos; {groups}.",
+            f"In brackets: 95 % intervals over trainings and over images or videos; {', and '.join(groups)}.",
             "Full fine-tuning trains the language model itself. Learning rates: each method's best on the "
             "validation splits, by the geometric mean of the metrics; *: the lowest or highest tried. Memory: the "
             "peak of a training, in 2^20 bytes.",

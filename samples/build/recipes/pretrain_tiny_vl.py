@@ -111,7 +111,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
         loss=task.loss,
         observe=observe,
     )
-    print(report(validate(train.steps)["caption"]))
+    print(report("caption", validate(train.steps)["caption"]))
     validate.close()
     write(run.path / "model")
     print(f"\nmodel    {run.path / 'model'}")

@@ -346,6 +346,18 @@ def test_a_bad_row_is_named_and_can_be_skipped(tmp_path, row, reason):
     assert places == [f"{source.file}, item 2{name}"]
 
 
+@pytest.mark.parametrize(("write", "word"), [(as_json, "item"), (as_lines, "line")])
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_null_as_the_first_or_last_row_is_a_bad_row(tmp_path, write, word, place):
+    rows = [llava("Q", "A", id=n) for n in range(2)]
+    source = write(tmp_path, [None, *rows] if place == 1 else [*rows, None])
+    with pytest.raises(ValueError, match=rf"{word} {place}: is not an object with keys$"):
+        open_table(source, tmp_path / "tables", on_bad_data="stop")
+    table = open_table(source, tmp_path / "tables", on_bad_data="skip")
+    assert [row.id for row in table] == ["0", "1"]
+    assert table.skipped == {"is not an object with keys": [f"{source.file}, {word} {place}"]}
+
+
 BAD_MESSAGES = [
     (messages(items({"type": "video"}), "A"), "has content of the type 'video': only text and images are read"),
     (messages(items({"path": "a.jpg", "url": "b.jpg"}), "A"), "has an image with both path and url"),
@@ -417,6 +429,25 @@ def test_files_that_cannot_be_parsed(tmp_path):
         pq.read_table(as_parquet(tmp_path, [{"messages": messages("Q")}]).file)[:0], tmp_path / "rows.parquet"
     )
     assert refusal(source) == " has no rows"
+
+
+# No numbers are inserted: NaN, which pandas writes, is no JSON to the parser of lists.
+INSERTIONS = st.binary(max_size=2) | st.sampled_from([b"\n", b"]", b"},", b'{"id":', b"null", b'"', b"\\ud800"])
+WHOLE_FILES = [json.dumps([llava(*QA, id=n) for n in range(3)]).encode(), b'{"messages": []}\n' * 3]
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(WHOLE_FILES), st.floats(0, 1), st.integers(0, 4), INSERTIONS)
+def test_a_damaged_file_is_read_or_refused_in_a_sentence(tmp_path_factory, content, place, removed, inserted):
+    path, start = tmp_path_factory.mktemp("rows") / "rows.json", int(place * len(content))
+    path.write_bytes(content[:start] + inserted + content[start + removed :])
+    message = str(path)
+    try:
+        list(read_chat(SourceConfig(format="chat", file=str(path)), BadRows("skip")))
+    except ValueError as error:
+        message = str(error)
+    assert message.startswith(str(path))
+    assert "\n" not in message
 
 
 # --- tables and reports ----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.data.vl.vqa_answers import normalize_answer, soft_scores
+from dora_mm.data.vl.readers.vqa_answers import normalize_answer, soft_scores
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,11 @@ from dora_mm.eval.vl.comparison import (
     group_of,
     intervals,
     points,
-    row_values,
     vl_contrasts_table,
     vl_results_csv,
     vl_results_table,
 )
-from dora_mm.eval.vl.metrics import score
+from dora_mm.eval.vl.metrics import score, scorer_of
 
 LORA, DORA, HALF = Variant("lora", 4), Variant("dora", 4), Variant("dora", 2)
 
@@ -57,7 +56,7 @@ ROWS["tvc"] = ROWS["caption"]
 def test_the_mean_of_answer_scores_is_the_main_metric(task):
     if task in ("caption", "tvc") and shutil.which("java") is None:
         pytest.skip("caption metrics need Java")
-    values = row_values(task, ROWS[task])
+    values = scorer_of(task).values(ROWS[task])
     assert values.shape == (3,)
     assert values.std() > 0
     assert 100 * values.mean() == pytest.approx(score(task, ROWS[task], meteor=False).value)

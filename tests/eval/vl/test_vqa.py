@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.vqa_answers import normalize_answer, soft_scores
+from dora_mm.data.vl.readers.vqa_answers import normalize_answer, soft_scores
 from dora_mm.eval.vl.metrics import report, score, score_row
 from dora_mm.eval.vl.vqa import label_accuracy, score_vqa, vqa_accuracy
 from tests.eval.vl import official_vqa
@@ -160,7 +160,7 @@ def test_score_vqa_with_tables():
     assert (scores.main, scores.value) == ("accuracy", pytest.approx(160 / 3))
     assert scores.tables["answer_type"] == {"number": (pytest.approx(60), 1), "yes/no": (pytest.approx(50), 2)}
     assert list(scores.tables["question_type"]) == ["how many", "is the", "is this"]
-    text = report(scores)
+    text = report("vqa", scores)
     assert "| accuracy | 53.33 |" in text
     assert "| yes/no | 50.00 | 2 |" in text
 
@@ -177,7 +177,7 @@ def test_both_scores_are_reported_and_the_published_one_is_named():
         "accuracy (lavis)": pytest.approx(100 * (1 + 0.3 + 1) / 3),
     }
     assert scores.value == scores.metrics["accuracy"]
-    text = report(scores)
+    text = report("vqa", scores)
     assert "| accuracy (lavis) | 76.67 |" in text
     assert "accuracy (lavis): as the published scores of VL-BART" in text
 

@@ -1,5 +1,7 @@
 """The losses and inputs of VL-BART's tasks, its batches, and the vision encoder."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dora_mm.config.models import VisionConfig
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.video import SUBTITLES_END
+from dora_mm.eval.vl.metrics import score
+from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.vl_bart.family import VLBartTask
 from dora_mm.models.vl_bart.text import decode
 from dora_mm.models.vl_bart.visual_inputs import VisionEncoder, resize_frames
@@ -220,3 +226,17 @@ def test_a_row_is_shown_as_the_model_sees_it(task):
     text = task.row_view("vqa", example(answers=("no", "yes"), scores=(0.3, 1.0)), None).text()
     assert text.split("\n")[1:] == ["  │ <s>vqa: is there a red cat?</s><visual> x 36", "  → ⟦<s>yes</s>⟧"]
     assert task.lengths("vqa", None, (), None) is None
+
+
+def test_one_more_task_is_one_more_record(task, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "colours", replace(TASKS["gqa"], name="colours", chosen_from=("red", "green", "blue")))
+    rows = [example(i, answers=("red",), scores=(1.0,)) for i in range(3)]
+    task.check(["colours"])
+    assert task.loss(batch_of(task, "colours", rows), stream()).isfinite()
+    answers = task.answerer("colours", DecodeConfig(), ())(rows, None)
+    assert set(answers) <= {"red", "green", "blue"}
+    predictions = list(zip(rows, answers, strict=True))
+    assert score("colours", predictions).metrics["accuracy"] == pytest.approx(100 * answers.count("red") / 3)
+    path = tmp_path / f"colours{suffix('colours')}"
+    write_predictions("colours", predictions, path)
+    assert path.read_text().count("questionId") == 3

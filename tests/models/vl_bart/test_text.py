@@ -5,22 +5,23 @@ import json
 import pytest
 import torch
 
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.models.vl_bart.loading import from_bart
 from dora_mm.models.vl_bart.model import VLInputs
-from dora_mm.models.vl_bart.text import TEXTS, decode, encode_inputs, encode_targets, load_tokenizer
+from dora_mm.models.vl_bart.text import decode, encode_inputs, encode_targets, load_tokenizer
 from tests.models.vl_bart.small import DIM, small_bart, small_inputs, small_tokenizer
 
 LONG = "two dogs and a red cat " * 50
 
 
-@pytest.mark.parametrize("task", list(TEXTS))
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.bart])
 def test_no_text_is_longer_than_the_model_has_positions(task):
     model = from_bart(small_bart(max_position_embeddings=16), len(small_tokenizer()), DIM, "image").eval()
     ids, mask = encode_inputs(small_tokenizer(), task, [LONG], [LONG], max_positions=16)
     assert ids.shape == (1, 16)
     assert ids[0, -1] == small_tokenizer().eos_token_id
     targets = encode_targets(small_tokenizer(), task, [LONG], max_positions=16)
-    assert targets.shape[1] == min(16, TEXTS[task].max_target)
+    assert targets.shape[1] == min(16, TASKS[task].bart.max_target)
     visual_mask = torch.ones(1, 36, dtype=torch.long)
     inputs = VLInputs(ids, torch.cat([mask, visual_mask], dim=1), torch.randn(1, 1, 49, DIM))
     assert torch.isfinite(model(*inputs, labels=targets).loss)

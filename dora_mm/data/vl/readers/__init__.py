@@ -7,23 +7,20 @@ It reads `source.file` and, where the format has them, `source.annotations`, `so
 files, the name of `source.file` and the split, since tables are cached by them; if a reader changes, increase LAYOUT in
 tables.py. An image that is inside a file is yielded as a data URL (embedded.py); tables.py makes a file of it.
 
-To add a format: write its reader in this folder; add the format to READERS below, to `SourceConfig.format` and FORMATS
-in dora_mm/config/vl_data.py (with the tasks that it serves; also to OWN_IMAGES, if its rows may contain images or name
-them by absolute paths), and to PUBLISHED in dora_mm/data/vl/needed.py (where its files can be obtained); and add its
-file layout to tests/data/vl and a row to the table of docs/vl.md. One more shape of `chat` is an entry of SHAPES in
-chat_shapes.py, with a function that takes a row apart; if it has turns under keys of their own (Keys), plain rows of it
-are read by column as well. No other format needs a reader in PIECE_READERS: 440,000 rows take 10 s without.
+To add a format: write its reader in this folder; add the format to READERS and PUBLISHED below, to `formats` of the
+tasks that it serves (dora_mm/config/vl_tasks.py), and to `SourceConfig.format` in dora_mm/config/vl_data.py (also to
+OWN_IMAGES, if its rows may contain images or name them by absolute paths); and add its file layout to tests/data/vl and
+a row to the table of docs/vl.md. One more shape of `chat` is an entry of SHAPES in
+chat_shapes.py, with a function that takes a row apart.
 """
 
 from collections.abc import Callable, Iterator
-
-import pyarrow as pa
+from pathlib import Path
 
 from dora_mm.config import resolve_path
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.readers.chat import read_chat
-from dora_mm.data.vl.readers.chat_pieces import read_chat_in_pieces
+from dora_mm.data.vl.readers.chat import find_shape, read_chat
 from dora_mm.data.vl.readers.choices import read_choices
 from dora_mm.data.vl.readers.coco_captions import read_coco_captions, read_coco_karpathy
 from dora_mm.data.vl.readers.gqa import read_gqa, read_gqa_vlt5
@@ -47,11 +44,33 @@ READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example]]] = {
     "chat": read_chat,
     "choices": read_choices,
 }
-# Readers of the same rows that also yield record batches of many examples (arrow.py), for large files.
-PIECE_READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example | pa.RecordBatch]]] = {
-    "chat": read_chat_in_pieces,
+PUBLISHED = {  # data format -> where its files are published; "" where they are not
+    "vqa_v2": "visualqa.org",
+    "vqa_karpathy": "the data of VL-T5 (github.com/j-min/VL-T5)",
+    "easy_vqa": "the package easy-vqa",
+    "gqa": "GQA's download page (cs.stanford.edu/people/dorarad/gqa)",
+    "gqa_vlt5": "the data of VL-T5 (github.com/j-min/VL-T5)",
+    "nlvr2": "github.com/lil-lab/nlvr",
+    "nlvr2_vlt5": "the data of VL-T5 (github.com/j-min/VL-T5)",
+    "coco_captions": "cocodataset.org",
+    "coco_karpathy": "Karpathy's splits (cs.stanford.edu/people/karpathy/deepimagesent)",
+    "video_qa": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
+    "video_captions": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
+    "chat": "",  # the user's own files
+    "choices": "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
 }
 FILES = ("file", "annotations", "subtitles")  # the keys of a source that name files with row content
+
+
+def format_name(source: SourceConfig) -> str:
+    """The format of a source for reports, of conversations with their shape.
+
+    Raises:
+        ValueError: A file of conversations cannot be read.
+    """
+    if READERS[source.format] is not read_chat:
+        return source.format
+    return f"{source.format}, {find_shape(Path(resolved(source).file)).name}"
 
 
 def resolved(source: SourceConfig) -> SourceConfig:

@@ -4,7 +4,7 @@ A file is a JSON list, JSON lines or Parquet; its content says which. All its ro
 """
 
 import logging
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from pydantic_core import from_json
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, check_encoding, json_lines, list_items, place
-from dora_mm.data.vl.readers.chat_shapes import SHAPES, Row, Shape, shape_of
+from dora_mm.data.vl.readers.chat_shapes import SHAPES, JsonRow, Shape, shape_of
 from dora_mm.data.vl.readers.conversation import conversation
 from dora_mm.data.vl.rows import BadRows, RowError
 from dora_mm.utils.messages import first_line
@@ -43,26 +43,11 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     path = Path(source.file)
     shape = find_shape(path)
     log.info("%s: %s", path, shape.name)
-    yield from examples(path, shape, file_items(path), set(), bad)
-
-
-def examples(path: Path, shape: Shape, items: Iterable[Item], seen: set[str], bad: BadRows) -> Iterator[Example]:
-    """The examples of rows, one by one.
-
-    Args:
-        path: The file, for messages.
-        shape: The shape of its rows.
-        items: Rows with their places; bytes are parsed.
-        seen: The ids so far, to which those of the examples are added.
-        bad: Receives the bad rows.
-
-    Raises:
-        ValueError: A row is bad and `bad` is set to "stop".
-    """
-    for where, item in items:
+    seen: set[str] = set()
+    for where, item in file_items(path):
         try:
             row = _parsed(item)
-            example = conversation(shape.read(row), new_id(row.get("id"), where, seen))
+            example = conversation(shape.read(row), _new_id(row.get("id"), where, seen))
         except RowError as error:
             bad.add(place(path, where, item), str(error))
         else:
@@ -132,7 +117,7 @@ def _parquet_rows(path: Path) -> Iterator[Item]:
         raise ValueError(f"{path} has no rows")
 
 
-def _parsed(item: Any) -> Row:
+def _parsed(item: Any) -> JsonRow:
     """The item as an object; lines are parsed."""
     if isinstance(item, bytes):
         try:
@@ -144,7 +129,7 @@ def _parsed(item: Any) -> Row:
     return item
 
 
-def new_id(given: Any, where: str, seen: Container[str]) -> str:
+def _new_id(given: Any, where: str, seen: Container[str]) -> str:
     """The id of the file, or the number of the row; with its place where the file has the id a second time.
 
     Raises:

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from dora_mm.data.vl.embedded import data_url, decoded, image_name
 from dora_mm.data.vl.example import IMAGE
-from dora_mm.data.vl.readers.conversation import Said
+from dora_mm.data.vl.readers.conversation import Dialogue
 from dora_mm.data.vl.rows import RowError
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 UNREAD = {  # keys of a row that must be empty, and what they hold
     "video": "videos",
     "videos": "videos",
@@ -39,41 +39,31 @@ UNREAD_IN_MESSAGES = {"tool_calls": "tool calls", "train": "`train`", "training"
 LOCATIONS = ("image", "path", "url", "base64", "image_url")  # keys of a content item that name its image
 
 
-class Keys(NamedTuple):
-    """Where a shape has its turns, and in these the name of the speaker and the text."""
-
-    turns: str
-    name: str
-    text: str
-
-
 class Shape(NamedTuple):
     """One shape of rows.
 
     Attributes:
         name: Whose shape it is, and its keys.
         read: Takes a row apart; raises RowError for what does not fit or is not read.
-        keys: Those of its turns; None if they are in several lists.
     """
 
     name: str
-    read: Callable[[Row], Said]
-    keys: Keys | None
+    read: Callable[[JsonRow], Dialogue]
 
 
-def read_conversations(row: Row) -> Said:
+def read_conversations(row: JsonRow) -> Dialogue:
     """Reads a row of LLaVA or LLaMA-Factory with turns that say `from` whom they are."""
     turns = row.get("conversations")
-    said = Said(_texts(turns, "from"), _texts(turns, "value"), _losses(turns), None, [])
+    said = Dialogue(_texts(turns, "from"), _texts(turns, "value"), _losses(turns), None, [])
     return _with_keys(row, said)
 
 
-def read_messages(row: Row) -> Said:
+def read_messages(row: JsonRow) -> Dialogue:
     """Reads a row of LLaMA-Factory, ms-swift, Hugging Face or axolotl with `messages`."""
     return _with_keys(row, _said(row.get("messages")))
 
 
-def read_prompt(row: Row) -> Said:
+def read_prompt(row: JsonRow) -> Dialogue:
     """Reads a row of TRL with `prompt` and `completion`: as there, the answers inside the prompt carry no loss."""
     prompt, completion = (
         _said([{"role": role, "content": given}] if isinstance(given, str) else given or [])
@@ -81,20 +71,19 @@ def read_prompt(row: Row) -> Said:
     )
     losses = [False if loss is None else loss for loss in prompt.losses]
     places = [*(prompt.places or ()), *(completion.places or ())]
-    said = Said(
+    said = Dialogue(
         prompt.names + completion.names, prompt.texts + completion.texts, losses + completion.losses, places, []
     )
     return _with_keys(row, said)
 
 
-FROM, ROLE = Keys("conversations", "from", "value"), Keys("messages", "role", "content")
-LLAVA = Shape("LLaVA (conversations, image)", read_conversations, FROM)
-LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_conversations, FROM)
-LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_messages, ROLE)
-SWIFT = Shape("ms-swift (messages with loss, or beside objects, videos, audios)", read_messages, ROLE)
-HUGGING_FACE = Shape("Hugging Face (messages)", read_messages, ROLE)
-TRL = Shape("TRL (prompt, completion)", read_prompt, None)
-AXOLOTL = Shape("axolotl (messages whose items name their images)", read_messages, ROLE)
+LLAVA = Shape("LLaVA (conversations, image)", read_conversations)
+LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_conversations)
+LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_messages)
+SWIFT = Shape("ms-swift (messages with loss, or beside objects, videos, audios)", read_messages)
+HUGGING_FACE = Shape("Hugging Face (messages)", read_messages)
+TRL = Shape("TRL (prompt, completion)", read_prompt)
+AXOLOTL = Shape("axolotl (messages whose items name their images)", read_messages)
 SHAPES = (LLAVA, LLAMA_FACTORY, LLAMA_FACTORY_MESSAGES, SWIFT, HUGGING_FACE, TRL, AXOLOTL)
 
 
@@ -109,7 +98,7 @@ def shape_of(row: Any) -> Shape | None:
     return TRL if "completion" in row or isinstance(row.get("prompt"), list) else None
 
 
-def _shape_of_messages(row: Row) -> Shape:
+def _shape_of_messages(row: JsonRow) -> Shape:
     messages = row["messages"] if isinstance(row["messages"], list) else []
     messages = [message for message in messages if isinstance(message, dict)]
     contents = [message.get("content") for message in messages]
@@ -141,19 +130,19 @@ def _losses(turns: Any) -> list[bool | None]:
     return losses
 
 
-def _said(messages: Any) -> Said:
+def _said(messages: Any) -> Dialogue:
     """What messages say."""
     names = _texts(messages, "role")
     contents = [_content(message) for message in messages]
     texts = ["".join(text for text, _ in parts) for parts in contents]
     places = [[place for _, found in parts for place in found] for parts in contents]
-    return Said(names, texts, _losses(messages), places, [])
+    return Dialogue(names, texts, _losses(messages), places, [])
 
 
 Part = tuple[str, list[str | None]]  # a text with markers, and the images of these, None for keys of the row
 
 
-def _content(message: Row) -> list[Part]:
+def _content(message: JsonRow) -> list[Part]:
     """The parts of a message."""
     for key, what in UNREAD_IN_MESSAGES.items():
         if message.get(key) not in (None, [], {}, ""):
@@ -189,7 +178,7 @@ def _item(item: Any) -> Part:
     return IMAGE, [_name(value.get("url") if given[0] == "image_url" and isinstance(value, dict) else value)]
 
 
-def _with_keys(row: Row, said: Said) -> Said:
+def _with_keys(row: JsonRow, said: Dialogue) -> Dialogue:
     """What a row says, with the images and the system turn that are keys of the row."""
     if not UNREAD.keys().isdisjoint(row):
         _check_unread(row)
@@ -208,7 +197,7 @@ def _with_keys(row: Row, said: Said) -> Said:
     return said
 
 
-def _check_unread(row: Row) -> None:
+def _check_unread(row: JsonRow) -> None:
     for key, what in UNREAD.items():
         if not _is_empty(row.get(key)):
             raise RowError(f"has {key}, but {what} are not read: leave it out")

@@ -18,7 +18,7 @@ ROLES: dict[str, Role] = {  # in lower case
 }
 
 
-class Said(NamedTuple):
+class Dialogue(NamedTuple):
     """What a row says, by turn, before it is checked.
 
     Attributes:
@@ -36,7 +36,7 @@ class Said(NamedTuple):
     images: list[str]
 
 
-def conversation(said: Said, name: str) -> Example:
+def conversation(said: Dialogue, name: str) -> Example:
     """A conversation as an example. Only the assistant's turns carry loss: all, or those of which the file says so.
 
     Where a row has images and no marker, the markers come first in the user's first turn.

@@ -14,10 +14,8 @@ from dora_mm.config.schema import Text
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.json_items import Item, list_items, value_of
+from dora_mm.data.vl.readers.vqa_answers import NUM_ANSWERS, soft_scores
 from dora_mm.data.vl.rows import BadRows, Id, Index, RowError, Score, good_rows
-from dora_mm.data.vl.vqa_answers import soft_scores
-
-NUM_ANSWERS = 10
 
 
 class _Answer(TypedDict):

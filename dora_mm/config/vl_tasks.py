@@ -1,0 +1,186 @@
+"""The vision-language tasks: one record of each, which is all that the program knows of it.
+
+A task that has the metrics and the submission file of another one is a record more, and its name in TaskName. New
+metrics are a file in dora_mm/eval/vl and a line of SCORERS (metrics.py), a new submission file one of SUBMISSIONS
+(submissions.py), and a new format of data files a reader (dora_mm/data/vl/readers). docs/vl.md lists all.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+TaskName = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c", "chat", "choice"]
+
+
+@dataclass(frozen=True)
+class BartText:
+    """What VL-BART reads and writes in a task. Lengths are in tokens, <s> and </s> included.
+
+    Prompts and lengths are those of the paper's runs, except `gqa: `, which they spelled `gpa: `.
+
+    Attributes:
+        prompt: In front of the question; of clips behind it.
+        max_input: The longest text to read. Text beyond it is cut at the end; of clips that of the subtitles.
+        max_target: The longest answer to learn.
+        subtitles_only: Of clips only the subtitles are read.
+    """
+
+    prompt: str
+    max_input: int
+    max_target: int
+    subtitles_only: bool = False
+
+
+@dataclass(frozen=True)
+class VLTask:
+    """One task.
+
+    Attributes:
+        name: Its name in configs and files.
+        title: Its heading in tables of comparisons.
+        formats: The formats of its data files.
+        scorer: Its metrics: a key of SCORERS.
+        submission: The file of its predictions: a key of SUBMISSIONS.
+        kind: What its rows are: questions with a short answer, images or clips with captions, or conversations.
+        images: How many images a row has; None: any number. A row of clips has the name of one instead.
+        clips: Whether rows are about video clips, which only VL-BART reads, as features.
+        row_mean: Whether the loss is a mean over rows of the means over their tokens; else over the tokens of all.
+        chosen_from: Texts whose likeliest is the answer; empty: the letters of a row's options; None: it is written.
+        prompt: What chat models are asked, with {text} for the question; None: they do not do the task.
+        max_answer: Tokens of the longest answer that chat models write.
+        bart: What VL-BART reads and writes; None: it does not do the task.
+    """
+
+    name: str
+    title: str
+    formats: tuple[str, ...]
+    scorer: str
+    submission: str
+    kind: Literal["questions", "captions", "conversations"] = "questions"
+    images: int | None = 1
+    clips: bool = False
+    row_mean: bool = False
+    chosen_from: tuple[str, ...] | None = None
+    prompt: str | None = None
+    max_answer: int = 16
+    bart: BartText | None = None
+
+    @property
+    def takes_candidates(self) -> bool:
+        """Whether its answers may be restricted to those of the training data."""
+        return self.kind == "questions" and self.chosen_from is None
+
+
+SHORT_ANSWER = "{text}\nAnswer with a word or a short phrase."
+RECORDS = (
+    VLTask(
+        name="vqa",
+        title="VQA",
+        formats=("vqa_v2", "vqa_karpathy", "easy_vqa"),
+        scorer="vqa",
+        submission="vqa",
+        row_mean=True,
+        prompt=SHORT_ANSWER,
+        bart=BartText("vqa: ", max_input=20, max_target=10),
+    ),
+    VLTask(
+        name="gqa",
+        title="GQA",
+        formats=("gqa", "gqa_vlt5"),
+        scorer="gqa",
+        submission="gqa",
+        row_mean=True,
+        prompt=SHORT_ANSWER,
+        bart=BartText("gqa: ", max_input=20, max_target=10),
+    ),
+    VLTask(
+        name="nlvr2",
+        title="NLVR2",
+        formats=("nlvr2", "nlvr2_vlt5"),
+        scorer="nlvr2",
+        submission="nlvr2",
+        images=2,
+        chosen_from=("true", "false"),
+        prompt="{text}\nIs this true of the two images? Answer true or false.",
+        bart=BartText("nlvr: ", max_input=1024, max_target=10),
+    ),
+    VLTask(
+        name="caption",
+        title="CIDEr",
+        formats=("coco_captions", "coco_karpathy"),
+        scorer="captions",
+        submission="captions",
+        kind="captions",
+        prompt="Describe the image in one sentence.",
+        max_answer=40,
+        bart=BartText("caption: ", max_input=40, max_target=40),
+    ),
+    VLTask(
+        name="tvqa",
+        title="TVQA",
+        formats=("video_qa",),
+        scorer="clip_choices",
+        submission="clip_choices",
+        clips=True,
+        row_mean=True,
+        bart=BartText("tvqa: ", max_input=600, max_target=20),
+    ),
+    VLTask(
+        name="how2qa",
+        title="How2QA",
+        formats=("video_qa",),
+        scorer="clip_choices",
+        submission="clip_choices",
+        clips=True,
+        row_mean=True,
+        bart=BartText("how2qa: ", max_input=600, max_target=20),
+    ),
+    VLTask(
+        name="tvc",
+        title="TVC CIDEr",
+        formats=("video_captions",),
+        scorer="clip_captions",
+        submission="clip_captions_of_vid_name",
+        kind="captions",
+        clips=True,
+        row_mean=True,
+        bart=BartText("tvc: ", max_input=600, max_target=20),
+    ),
+    VLTask(
+        name="yc2c",
+        title="YC2C CIDEr",
+        formats=("video_captions",),
+        scorer="clip_captions",
+        submission="clip_captions_of_video_id",
+        kind="captions",
+        clips=True,
+        row_mean=True,
+        bart=BartText("yc2c: ", max_input=600, max_target=20, subtitles_only=True),
+    ),
+    VLTask(
+        name="chat",
+        title="chat",
+        formats=("chat",),
+        scorer="conversations",
+        submission="answers",
+        kind="conversations",
+        images=None,
+        prompt="{text}",
+        max_answer=256,
+    ),
+    VLTask(
+        name="choice",
+        title="choice",
+        formats=("choices",),
+        scorer="choices",
+        submission="answers",
+        images=None,
+        chosen_from=(),
+        prompt="{text}\nAnswer with the letter of the right option.",
+    ),
+)
+TASKS = {task.name: task for task in RECORDS}
+
+
+def tasks_of(form: str) -> list[str]:
+    """The names of the tasks that files of a format are for."""
+    return [task.name for task in TASKS.values() if form in task.formats]
