@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation, Fixed, StackedAdapter
-from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, rescaled, row_norm
+from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation, StackedAdapter
+from dora_mm.core.functional import Adapter, adapter_dtype, merged_weight, product_dtype, row_norm
 from dora_mm.core.ops import Op
-from dora_mm.core.passes import Kept, Options
+from dora_mm.core.passes import Options, PassCache
 from dora_mm.core.rounding import round_stochastically, seeded_generator, shares
-from dora_mm.core.sharded import is_sharded, whole, write
 from dora_mm.core.spec import DoRASpec, finite_number
+from dora_mm.core.wrappers.sharded import is_sharded, whole, write
 
 
 class AdaptedLayer(nn.Module):
@@ -32,9 +32,33 @@ class AdaptedLayer(nn.Module):
     magnitude: nn.Parameter | None  # (O,)
     adaptation: Adaptation
     parameter_names = (*ADAPTER_NAMES, "weight")
+    base_class: type[nn.Module] | None = None  # the class of the layers that it adapts, where it is one
 
     def __init__(self, *_: Any, **__: Any):
         raise TypeError(f"a {type(self).__name__} is made from a base layer: use inject or adapt_layer")
+
+    @classmethod
+    def class_for(cls, layer: nn.Module) -> type[AdaptedLayer] | None:
+        """The class that adapts a layer: this one, or one made from it; None where it does not adapt such a layer."""
+        return cls if type(layer) is cls.base_class and has_plain_weight(layer) else None
+
+    @classmethod
+    def why_not(cls, layer: nn.Module, path: str, spec: DoRASpec) -> str | None:
+        """Why a layer for which `class_for` returns this class cannot be adapted, as an error message, or None."""
+        if "weight" in cls.parameter_names and "weight" not in layer._parameters:
+            return (
+                f"the weight of {path} is computed from other parameters (weight_norm, spectral_norm, prune or another "
+                "parametrization): remove that first"
+            )
+        if taken := next((name for name in (*ADAPTER_NAMES, "adaptation") if hasattr(layer, name)), None):
+            return f"{path} has an attribute {taken} of its own, which its adapter needs"
+        if layer.get_parameter("weight").numel() == 0:
+            return f"the weight of {path} is empty, so there is nothing to adapt"
+        if "forward" in vars(layer):
+            return f"the forward function of {path} was replaced (a hook of accelerate?): inject before that"
+        if spec.method == "full" and layer.get_parameter("weight").dtype.itemsize < 4:
+            return f"method full trains {path} itself, and half precision loses small steps: load it in float32"
+        return None
 
     @property
     def matrix(self) -> Tensor:
@@ -94,28 +118,18 @@ class AdaptedLayer(nn.Module):
         found = {name: getattr(self, name) for name in ADAPTER_NAMES}
         return {name: parameter for name, parameter in found.items() if parameter is not None}
 
-    def tensors_at(self, strength: float) -> dict[str, Tensor]:
-        """Returns `adapter_tensors` of the adapter whose strength 1 is the given strength of this one.
-
-        Args:
-            strength: The strength; what `set_strength` was called with has no effect.
+    def base_matrix(self) -> Tensor:
+        """Returns all of W0 with output rows first, also where the layer is merged.
 
         Raises:
-            ValueError: Method `full` has no strength, there is no such adapter (see `functional.rescaled`), or the base
-                weight is gone (merged with `keep_base=False`).
+            ValueError: It was merged with `keep_base=False`.
         """
-        tensors: dict[str, Tensor] = {name: whole(t) for name, t in self.adapter_tensors().items()}
-        if strength == 1:
-            return tensors
-        self.check_has_strength()
-        base, own = self.adaptation.base_weight, map(tensors.get, ADAPTER_NAMES)
+        base = self.adaptation.base_weight
         if self.adaptation.merged and base is None:
             raise ValueError(
                 f"{self.adaptation.path} was merged with keep_base=False: only strength 1 does not need the base"
             )
-        W0 = self.matrix if base is None else self.as_stored(base)
-        scaled = rescaled(whole(W0), Adapter(*own, scaling=self.adaptation.spec.scaling), strength)
-        return {name: tensor for name, tensor in zip(ADAPTER_NAMES, scaled[:3], strict=True) if tensor is not None}
+        return whole(self.matrix if base is None else self.as_stored(base))
 
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter whose strength is not 0."""
@@ -155,7 +169,7 @@ class AdaptedLayer(nn.Module):
         device, dtype = self.weight.device, adapter_dtype(self.weight.dtype)
         copies = {n: t.detach().to(device, dtype, copy=True) for n, t in tensors.items()}
         self.adaptation.stacked[name] = StackedAdapter(spec, copies, finite_number("strength", strength))
-        self.end_fixed()
+        self.adaptation.forget()
 
     def check_has_strength(self) -> None:
         """Raises ValueError for method `full`."""
@@ -178,7 +192,7 @@ class AdaptedLayer(nn.Module):
         for other, stacked in state.stacked.items():
             if name in (None, other):
                 stacked.strength = strength
-        self.end_fixed()
+        self.adaptation.forget()
 
     # --- the forward pass ---
 
@@ -189,19 +203,17 @@ class AdaptedLayer(nn.Module):
             return True
         return state.strength == 0 and not any(s.strength for s in state.stacked.values())
 
-    def kept(self) -> Kept | None:
-        """What `fixed_parameters` keeps; None outside of it, where every pass reads the parameters."""
-        fixed = self.adaptation.fixed
-        if fixed is None:
+    def pass_cache(self) -> PassCache | None:
+        """What `fixed_parameters` keeps for a pass; None outside of it, where every pass reads the parameters."""
+        state = self.adaptation
+        if state.caches is None:
             return None
         # Tensors that were made in inference mode cannot be saved for a backward pass. (A compiler cannot ask for it.)
         inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
         key = product_dtype(self.weight), self.weight.device, inference
-        if key not in fixed.n0:
-            fixed.n0[key] = row_norm(self.matrix.detach())
-        if fixed.num_passes is None:
-            return Kept(fixed.n0[key])
-        return fixed.kept.setdefault(key, Kept(fixed.n0[key], fixed.num_passes))
+        if key not in state.caches:
+            state.caches[key] = PassCache(row_norm(self.matrix.detach()))
+        return PassCache(state.caches[key].n0) if state.num_passes is None else state.caches[key]
 
     def adapted_product(
         self,
@@ -219,18 +231,13 @@ class AdaptedLayer(nn.Module):
             spec.dropout if self.training else 0.0,
             keep_weight=restore is None and spec.cache == "weights",
             save_output=spec.save_output,
-            kept=self.kept(),
+            cache=self.pass_cache(),
+            num_passes=1.0 if self.adaptation.num_passes is None else self.adaptation.num_passes,
             dtype=dtype,
             restore=restore,
         )
         bias = self.bias if use_bias else None
         return self.adaptation.forward(x, self.matrix, bias, self.adapters(), options)
-
-    def end_fixed(self, *, base: bool = False) -> None:
-        """Discards what `fixed_parameters` keeps of the adapters and, with `base`, of the base weight."""
-        fixed = self.adaptation.fixed
-        if fixed is not None:
-            self.adaptation.fixed = None if base else Fixed(None, fixed.n0)
 
     # --- merging ---
 
@@ -265,7 +272,7 @@ class AdaptedLayer(nn.Module):
         """
         self.check_can_merge()
         W0, state = whole(self.matrix), self.adaptation
-        adapters = [a.holding(*(None if t is None else whole(t) for t in a[:3])) for a in self.adapters()]
+        adapters = [a.with_tensors(*(None if t is None else whole(t) for t in a[:3])) for a in self.adapters()]
         W = merged_weight(W0, adapters)
         merged, sums = W, (0.0, 0.0)
         if W.dtype != W0.dtype:
@@ -277,7 +284,7 @@ class AdaptedLayer(nn.Module):
         state.base_weight = base if keep_base else None
         self.store(merged)
         state.merged = True
-        self.end_fixed(base=True)
+        self.adaptation.forget(base=True)
         return sums
 
     def store(self, matrix: Tensor) -> None:
@@ -347,7 +354,7 @@ class AdaptedLayer(nn.Module):
             redraw: Whether A, B or m were on `meta`: they are drawn, if the weight has memory now.
         """
         state, made_for = self.adaptation, (self.weight.device, self.weight.dtype)
-        self.end_fixed(base=True)
+        self.adaptation.forget(base=True)
         if state.made_for == made_for or state.merged or state.spec.method == "full":
             return
         if self.weight.is_meta:
@@ -368,7 +375,7 @@ class AdaptedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Loads a state dict of the base model strictly: m of a fresh adapter is then computed from the new weight."""
-        self.end_fixed(base=True)
+        self.adaptation.forget(base=True)
         given = {name: state_dict[prefix + name] for name in ADAPTER_NAMES if prefix + name in state_dict}
         bare = not given and prefix + "weight" in state_dict and self.adaptation.spec.method != "full"
         if problem := self.why_not_load(bare=bare):
@@ -417,3 +424,9 @@ class AdaptedLayer(nn.Module):
         spec = self.adaptation.spec
         rank = f", rank={spec.rank}, alpha={spec.alpha:g}" if self.lora_A is not None else ""
         return f"{super().extra_repr()}, method={spec.method}{rank}"
+
+
+def has_plain_weight(layer: nn.Module) -> bool:
+    """False where the weight is of a subclass of Tensor, whose products compute something else."""
+    weight = getattr(layer, "weight", None)
+    return not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter)

@@ -10,7 +10,7 @@ from dora_mm.config.judge import DrawConfig
 from dora_mm.config.pictures import SampleConfig
 from dora_mm.core import fixed_parameters, merge, set_strength, unmerge
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.quantized import DoRAQuantized
+from dora_mm.core.wrappers.quantized import DoRAQuantized
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import PictureSampler, sample

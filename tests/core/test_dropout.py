@@ -9,7 +9,7 @@ from torch import nn
 
 from dora_mm.core import DoRASpec, adapt_layer
 from dora_mm.core.forms import adapted_product
-from dora_mm.core.layer import restore_layer
+from dora_mm.core.kinds import restore_layer
 from dora_mm.core.passes import Options
 from tests.core import reference
 from tests.core.reference import make

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dora_mm.core import functional as dora
 from dora_mm.core.forms import adapted_product, choose_form
-from dora_mm.core.passes import Kept, Options
+from dora_mm.core.passes import Options
 from tests.core import reference
 from tests.core.reference import make, variants
 
@@ -19,8 +19,8 @@ FORMS = ("unmerged", "merged")
 
 def product(x, W0, bias, adapters, form="merged", **options):
     """Runs one form, by setting how many passes W(t) would serve."""
-    kept = Kept(num_passes=math.inf if form == "merged" else 0)
-    return adapted_product(x, W0, bias, adapters, Options(kept=kept, **options))
+    num_passes = math.inf if form == "merged" else 0
+    return adapted_product(x, W0, bias, adapters, Options(num_passes=num_passes, **options))
 
 
 def expected_product(x, W0, bias, adapter):

@@ -9,7 +9,7 @@ from torch import nn
 
 from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters, merge
 from dora_mm.core.functional import merged_weight
-from dora_mm.core.layer import restore_layer
+from dora_mm.core.kinds import restore_layer
 from tests.core import reference
 
 SIZES = [(48, 36, 5), (48, 36, 1000), (333, 77, 19), (640, 640, 2048), (1280, 1280, 64)]  # out, in, tokens
