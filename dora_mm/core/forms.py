@@ -139,7 +139,7 @@ class Unmerged(torch.autograd.Function):
         A, B = branch(given.adapters)
         h = None
         if A is not None:
-            h = op.reduce(given.update_input, A.to(call.dtype if op.merges else adapter_dtype(call.dtype)))
+            h = op.reduce(given.update_input(), A.to(call.dtype if op.merges else adapter_dtype(call.dtype)))
         W0 = given.weight.detach().to(call.dtype)
         y = call.steps.unmerged(op, given.x, W0, given.bias, base_gain(given.adapters), h, B)
         return save(ctx, call, given, y, h=h)
@@ -172,9 +172,9 @@ class Merged(torch.autograd.Function):
         if rest is None:
             y = op(x, main, bias)
         elif main.dtype.itemsize < 4:  # one sum, rounded once
-            y = op(op.concatenate(x, given.update_input), torch.cat([main, rest], 1), bias)
+            y = op(op.concatenate(x, given.update_input()), torch.cat([main, rest], 1), bias)
         else:
-            y = op(x, main, bias).add_(op(given.update_input, rest, None))
+            y = op(x, main, bias).add_(op(given.update_input(), rest, None))
         needs = call.needs(ctx)
         keeps = call.options.keep_weight and (needs.x or needs.dropped)
         return save(ctx, call, given, y, main=(main if given.dropped is None else rest) if keeps else None)
@@ -351,8 +351,8 @@ def adapted_product(
             cache.rows = tuple(steps.row_gains(weight, adapter, n0) for adapter in adapters)
         call = Call(options, steps, dtype, tuple(a.of_pass(own) for a, own in zip(adapters, cache.rows, strict=True)))
         main, rest = merged or (None, None)
-        given = Tensors(x, dropped, weight, bias, main, rest, adapters=adapters)
-        return (Merged if merges else Unmerged).apply(call, *given.flat())
+        tensors = Tensors(x, dropped, weight, bias, main, rest, adapters=adapters).flat()
+        return Merged.apply(call, *tensors) if merges else Unmerged.apply(call, *tensors)
 
 
 TORCH: Forward = adapted_product

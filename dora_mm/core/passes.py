@@ -85,9 +85,8 @@ class Tensors(NamedTuple):
     y: Any = None
     adapters: Sequence[Adapter] = ()
 
-    @property
     def update_input(self) -> Tensor:
-        """The input of the update."""
+        """The input of the update. (torch 2.6 can compile no property here.)"""
         return self.x if self.dropped is None else self.dropped
 
     def flat(self) -> list[Any]:
@@ -151,7 +150,7 @@ def save(
         ctx.version = ctx.counter._version
     alias = y.clone() if torch.compiler.is_compiling() else y.data  # a compiled graph has no version counters
     saved = Tensors(
-        x=given.update_input,
+        x=given.update_input(),
         weight=given.weight if call.options.restore is None else None,
         bias=given.bias,
         main=main,

@@ -58,30 +58,6 @@ def test_value_and_gradients_equal_autograd_of_the_formula(
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * (1 + b.abs().max().item() if b.numel() else 1))
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck_in_exact_mode(strength, form):
-    W0, adapter = make(5, 7, 3, norm_grad="exact", strength=strength)
-    bias = torch.randn(5, dtype=torch.float64)
-    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
-
-    def layer(x, A, B, m):
-        return product(x, W0, bias, [adapter._replace(A=A, B=B, magnitude=m)], form)
-
-    assert torch.autograd.gradcheck(layer, (x, adapter.A, adapter.B, adapter.magnitude))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradcheck_of_input_and_magnitude_in_detached_mode(form):
-    W0, adapter = make(5, 7, 3)
-    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
-
-    def layer(x, m):
-        return product(x, W0, None, [adapter._replace(magnitude=m)], form)
-
-    assert torch.autograd.gradcheck(layer, (x, adapter.magnitude))
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_every_adapter_of_a_layer_gets_its_gradient(form):
     W0, one = make(6, 8, 2, seed=1, strength=0.7, norm_grad="exact")
@@ -160,27 +136,6 @@ def test_what_is_saved(form, keep_weight, save_output, weights):
     assert any(t.shape == y.shape for t in saved) is save_output
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("save_output", [True, False])
-def test_an_output_that_is_overwritten(form, save_output):
-    W0, adapter = make(6, 8, 2)
-    x = torch.randn(5, 8, dtype=torch.float64)
-    product(x, W0, None, [adapter], form, save_output=save_output).relu_().sum().backward()
-    found = adapter.magnitude.grad
-    m = adapter.magnitude.detach().requires_grad_()
-    expected_product(x, W0, None, adapter._replace(magnitude=m)).relu().sum().backward()
-    torch.testing.assert_close(found, m.grad)
-
-
-@pytest.mark.parametrize("shape", [(64, 8), (2, 32, 8), (600, 8), (2, 300, 8)])
-@pytest.mark.parametrize("form", FORMS)
-def test_an_output_of_any_form_may_be_overwritten(shape, form):
-    W0, adapter = make(6, 8, 2)
-    y = product(torch.randn(shape, dtype=torch.float64), W0, None, [adapter], form)
-    y.relu_().sum().backward()
-    assert adapter.B.grad.isfinite().all()
-
-
 @pytest.mark.parametrize("shape", [(64, 8), (2, 300, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
@@ -210,19 +165,6 @@ def test_zero_rows_are_no_ops_and_stay_finite(form):
     assert all(t.grad.isfinite().all() for t in (x, adapter.A, adapter.B, adapter.magnitude))
 
 
-@pytest.mark.parametrize("magnitude", [0.0, -1.0])
-@pytest.mark.parametrize("form", FORMS)
-def test_zero_and_negative_magnitudes(magnitude, form):
-    W0, adapter = make(4, 6, 2)
-    adapter = adapter._replace(magnitude=torch.full((4,), magnitude, dtype=torch.float64, requires_grad=True))
-    x = torch.randn(3, 6, dtype=torch.float64)
-    y = product(x, W0, None, [adapter], form)
-    torch.testing.assert_close(y, x @ reference.merged_weight(W0, adapter).T)
-    (dm,) = torch.autograd.grad(y.sum(), adapter.magnitude)
-    (expected,) = torch.autograd.grad((x @ reference.merged_weight(W0, adapter).T).sum(), adapter.magnitude)
-    torch.testing.assert_close(dm, expected)
-
-
 @pytest.mark.parametrize("large", [10.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_magnitude_gradient_under_a_large_bias(large, dtype):
@@ -238,10 +180,10 @@ def test_magnitude_gradient_under_a_large_bias(large, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_magnitudes_near_zero_keep_their_gradient(form):
+def test_zero_tiny_and_negative_magnitudes(form):
     W0, adapter = make(16, 24, 2, dtype=torch.float32)
     with torch.no_grad():
-        adapter.magnitude[:4] = torch.tensor([0.0, 1e-30, -1e-9, 1e-3])
+        adapter.magnitude[:5] = torch.tensor([0.0, 1e-30, -1e-9, 1e-3, -1.0])
     x, bias = torch.randn(50, 24), torch.randn(16)
     y = product(x, W0, bias, [adapter], form)
     dY = torch.randn_like(y)
@@ -329,18 +271,12 @@ def losses_of_twenty_steps(product, tokens, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("tokens", [30, 200, 600])
-@pytest.mark.parametrize("form", [*FORMS, "triton"])
+@pytest.mark.parametrize("form", FORMS)
 def test_twenty_steps_of_training(form, tokens):
     expected = losses_of_twenty_steps(expected_product, tokens, torch.float64)
 
     def run(x, W0, bias, adapter):
         return product(x, W0, bias, [adapter], form)
-
-    if form == "triton":
-        triton = pytest.importorskip("dora_mm.kernels.dora_linear")
-
-        def run(x, W0, bias, adapter):
-            return triton.TRITON(x, W0, bias, [adapter], Options())
 
     found = losses_of_twenty_steps(run, tokens)
     assert found[-1] < 0.99 * found[0]

@@ -1,6 +1,5 @@
 """Merging: how much rounding loses, and that unmerging restores every bit."""
 
-import copy
 import weakref
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from dora_mm.core import DoRASpec, inject, merge, remove, unmerge
-from dora_mm.core.rounding import round_stochastically, seeded_generator
+from dora_mm.core.functional import round_stochastically, seeded_generator
 from tests.core import reference
 
 
@@ -40,15 +39,6 @@ def test_merge_at_strength_0_is_the_base():
     assert torch.equal(layer.weight, base.weight)
     unmerge(layer)
     assert torch.equal(layer.weight, base.weight)
-
-
-def test_merge_rounds_the_same_way_every_time():
-    _, layer = reference.linear(64, 48, dtype=torch.bfloat16)
-    reference.randomize(layer, size=1e-4)
-    twin = copy.deepcopy(layer)
-    merge(layer)
-    merge(twin)
-    assert torch.equal(layer.weight, twin.weight)
 
 
 def test_merge_without_keeping_the_base():

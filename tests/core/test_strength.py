@@ -88,6 +88,8 @@ def test_set_strength_by_block():
     assert all(torch.equal(y, bare[name]) for name, y in outputs(net).items())
     with pytest.raises(ValueError, match="no adapted module is in 'encoder'"):
         set_strength(net, {"encoder": 1})
+    with pytest.raises(ValueError, match="no adapter 'x', only default"):
+        set_strength(net, 1, name="x")
 
 
 @pytest.mark.parametrize("single", [True, False])
