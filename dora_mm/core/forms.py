@@ -134,22 +134,22 @@ class Unmerged(torch.autograd.Function):
     """y = e x W0^T + h B'^T + b, with h from `dropped` where that is given (e is then 1)."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *flat):
-        given, op = call.tensors(flat), call.options.op
+    def forward(ctx: Any, call: Call, *arguments):
+        given, op = call.tensors(arguments), call.options.op
         A, B = branch(given.adapters)
         h = None
         if A is not None:
             h = op.reduce(given.update_input(), A.to(call.dtype if op.merges else adapter_dtype(call.dtype)))
         W0 = given.weight.detach().to(call.dtype)
         y = call.steps.unmerged(op, given.x, W0, given.bias, base_gain(given.adapters), h, B)
-        return save(ctx, call, given, y, h=h)
+        return save(ctx, call, given, call.needs(ctx), y, h=h)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grad_outputs: Tensor):
-        call, saved, (dY,) = ctx.call, load(ctx), grad_outputs
-        op, needs = call.options.op, call.needs(ctx)
+        (call, saved, needs), (dY,) = load(ctx), grad_outputs
+        op = call.options.op
         gradients, u, A = adapter_gradients(call, saved, dY, needs, needs_u=needs.x or needs.dropped)
         dX = d_dropped = None
         if needs.dropped and u is not None and A is not None:
@@ -159,15 +159,15 @@ class Unmerged(torch.autograd.Function):
             W0 = saved.weight.detach().to(call.dtype)
             dX = call.steps.unmerged_grad_input(op, dY, saved.x, W0, base_gain(saved.adapters), u, A)
         db = bias_grad(call, saved, dY) if needs.bias else None
-        return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).flat()
+        return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).arguments("unmerged")
 
 
 class Merged(torch.autograd.Function):
     """y = x main^T + x' rest^T + b, the weights as in `split_weight`; x' is `dropped` where that is given, else x."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *flat):
-        given, op = call.tensors(flat), call.options.op
+    def forward(ctx: Any, call: Call, *arguments):
+        given, op = call.tensors(arguments), call.options.op
         x, main, rest, bias = given.x, given.main, given.rest, given.bias
         if rest is None:
             y = op(x, main, bias)
@@ -177,14 +177,14 @@ class Merged(torch.autograd.Function):
             y = op(x, main, bias).add_(op(given.update_input(), rest, None))
         needs = call.needs(ctx)
         keeps = call.options.keep_weight and (needs.x or needs.dropped)
-        return save(ctx, call, given, y, main=(main if given.dropped is None else rest) if keeps else None)
+        return save(ctx, call, given, needs, y, main=(main if given.dropped is None else rest) if keeps else None)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grad_outputs: Tensor):
-        call, saved, (dY,) = ctx.call, load(ctx), grad_outputs
-        op, needs, has_dropout = call.options.op, call.needs(ctx), call.options.dropout > 0
+        (call, saved, needs), (dY,) = load(ctx), grad_outputs
+        op, has_dropout = call.options.op, call.options.dropout > 0
         gradients, _, _ = adapter_gradients(call, saved, dY, needs)
         dX = d_update = None
         if needs.dropped or (needs.x and not has_dropout):
@@ -194,7 +194,7 @@ class Merged(torch.autograd.Function):
             dX = op.grad_input(dY, saved.x, saved.weight.detach().to(dY.dtype))
         dX, d_dropped = (dX, d_update) if has_dropout else (d_update, None)
         db = bias_grad(call, saved, dY) if needs.bias else None
-        return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).flat()
+        return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).arguments("merged")
 
 
 def built_again(call: Call, saved: Tensors) -> Tensor:
@@ -351,8 +351,10 @@ def adapted_product(
             cache.rows = tuple(steps.row_gains(weight, adapter, n0) for adapter in adapters)
         call = Call(options, steps, dtype, tuple(a.of_pass(own) for a, own in zip(adapters, cache.rows, strict=True)))
         main, rest = merged or (None, None)
-        tensors = Tensors(x, dropped, weight, bias, main, rest, adapters=adapters).flat()
-        return Merged.apply(call, *tensors) if merges else Unmerged.apply(call, *tensors)
+        tensors = Tensors(x, dropped, weight, bias, adapters, main, rest)
+        if merges:
+            return Merged.apply(call, *tensors.arguments("merged"))
+        return Unmerged.apply(call, *tensors.arguments("unmerged"))
 
 
 TORCH: Forward = adapted_product
@@ -367,7 +369,7 @@ def form_of(
     return choose_form(
         options.op.num_tokens(x, weight),
         weight.shape[0],
-        weight[0].numel(),
+        weight.numel() // weight.shape[0],
         sum(0 if a.A is None else a.A.shape[0] for a in adapters),
         half=dtype.itemsize < 4,
         has_magnitude=has_magnitude(adapters),
