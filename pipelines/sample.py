@@ -3,11 +3,11 @@
 import logging
 from pathlib import Path
 
-from dora_mm.config import yaml12
 from dora_mm.config.loader import resolve_path
 from dora_mm.config.pictures import JobConfig
 from dora_mm.sampling.jobs import Picture, Row, Weights, expand, read_job
 from dora_mm.sampling.strengths import as_strength
+from dora_mm.utils import yaml12
 
 log = logging.getLogger(__name__)
 STRENGTHS = (

@@ -25,6 +25,7 @@ from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
 from dora_mm.models.hub import UnreachableError
 from dora_mm.models.vl import VLModel
+from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
 from dora_mm.preview.training import (
@@ -39,8 +40,7 @@ from dora_mm.preview.training import (
 )
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
 from dora_mm.sampling.answers import answer_all
-from dora_mm.tasks.survey import survey_all
-from dora_mm.tasks.vl import RowsCut, VLBatches, answerers
+from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
@@ -87,7 +87,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     )
     model.check(task.task for task in config.data.all_tasks)
     with main_process_first(accelerator):  # it writes the tables that the others open
-        training, rows = survey_all(model, open_training(config.data, config.train.batch_size, model))
+        training = open_training(config.data, config.train.batch_size, model)
+        rows = row_lines(model, training)
         splits = open_validation(config.data, config.evaluate, model, answered=True)
     for remark in slow_hardware(accelerator, model.networks.values()):
         log.warning("%s", remark)
@@ -103,7 +104,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         log.info("%s", rows)
 
     process = (accelerator.process_index, accelerator.num_processes)
-    batches = VLBatches(model, training, seed=config.seed, process=process)
+    on_bad_data = config.data.on_bad_data
+    batches = VLBatches(model, training, seed=config.seed, on_bad_data=on_bad_data, process=process)
     parts = build(config, model, trained, accelerator, batches.per_epoch)
     train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
@@ -119,11 +121,12 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
                 log_scores(step, main_values(validate(step)))
 
         with Prefetched(batches, enabled=model.prepares_batches) as batch_at:
-            fit(run=run, **parts, batch_at=batch_at, state={"rows cut": RowsCut(model)}, observe=observe)
-        num_cut: Any = accelerator.reduce(torch.tensor(model.num_cut, device=accelerator.device), "sum")
+            fit(run=run, **parts, batch_at=batch_at, state={"row counts": model.counts}, observe=observe)
+        numbers = torch.tensor([model.counts.num_cut, model.counts.num_left_out], device=accelerator.device)
+        counts: Any = accelerator.reduce(numbers, "sum")
         if validate:
             write(run.adapter)
-            finish(config, run, trained, validate, train.steps, int(num_cut))
+            finish(config, run, trained, validate, train.steps, *counts.tolist())
 
 
 def adapt_networks(model: VLModel | Structure, config: TrainVLConfig) -> Trained:
@@ -172,12 +175,20 @@ def log_scores(step: int, values: dict[str, float]) -> None:
 
 
 def finish(
-    config: TrainVLConfig, run: RunDirectory, trained: Trained, validate: Validation, steps: int, num_cut: int
+    config: TrainVLConfig,
+    run: RunDirectory,
+    trained: Trained,
+    validate: Validation,
+    steps: int,
+    num_cut: int,
+    num_left_out: int,
 ) -> None:
     """Computes the final scores, writes summary.json, and prints both."""
     memory = peak_memory_mb()  # of the training, so it is read before the last validation
     if num_cut:
         log.warning("%d rows of the training's batches were longer than a row may be, and lost text", num_cut)
+    if num_left_out:
+        log.warning("%d rows of the training's batches could not be encoded, and were left out", num_left_out)
     scores = validate(steps)
     validate.close()
     if MODEL in trained.reports:
@@ -192,6 +203,7 @@ def finish(
         seconds_per_step=round(seconds_per_step(read_metrics(run.path / "metrics.jsonl")), 4),
         peak_memory_mb=round(memory),
         rows_cut=num_cut,
+        rows_left_out=num_left_out,
         **{name: round(value, 2) for name, value in main_values(scores).items()},
     )
     write_summary(run, summary)
@@ -255,7 +267,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
 def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLModel, data: DataPreview) -> str:
     """Memory and time of a training, by a short step of it; the memory with the longest rows."""
     trained = adapt_networks(model, config)
-    batches = VLBatches(model, data.sets, seed=config.seed)
+    batches = VLBatches(model, data.sets, seed=config.seed, on_bad_data="skip")
     parts = build(config, model, trained, accelerator, batches.per_epoch)
     largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
     cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)

@@ -13,11 +13,11 @@ from dora_mm import backend as backends
 from dora_mm import formats
 from dora_mm.adapting.networks import Trained, to_float32
 from dora_mm.adapting.parts import MODEL
-from dora_mm.config import yaml12
 from dora_mm.config.loader import dump_config
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.models.vl import VLModel
+from dora_mm.utils import yaml12
 
 IDENTITIES = {  # keys of an adapter's header
     "base_digest": "model.path: another base model",

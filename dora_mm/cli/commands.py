@@ -8,9 +8,9 @@ from pathlib import Path
 from dora_mm.cli.parser import RESUMABLE
 from dora_mm.config import find_path, load_config, resolve_model, resolve_path, run_name
 from dora_mm.config.paths import check_paths
-from dora_mm.config.resuming import check_changes, nearest_run
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
+from dora_mm.train.resuming import check_changes, nearest_run
 
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 

@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dora_mm.config import yaml12
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import Problem, describe, dotted_key, nearest, sections_at
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.config.yaml12 import KeyPath
+from dora_mm.utils import yaml12
+from dora_mm.utils.yaml12 import KeyPath
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MISSING = object()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 from pydantic import Discriminator, ValidationError
 
 from dora_mm.config.schema import ChosenBy, Section
-from dora_mm.config.yaml12 import KeyPath
+from dora_mm.utils.yaml12 import KeyPath
 
 _WANTED = {
     "string_type": "text",

@@ -20,7 +20,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.models.folders import identity_of
 from dora_mm.models.hub import commit_of, local_copy, unreachable
 from dora_mm.models.vl_bart.loading import is_vl_bart
-from dora_mm.models.vlm.encoding import Row, collate
+from dora_mm.models.vlm.encoding import TokenRow, collate
 from dora_mm.models.vlm.family import VLM
 from dora_mm.models.vlm.forms import form_of
 from dora_mm.models.vlm.loading import LOADING_ERRORS, load_vlm, read_config
@@ -42,7 +42,7 @@ class Probe:
     """
 
     model: Any
-    row: Row
+    row: TokenRow
     identity: Mapping[str, str]
     folder: Path
 
@@ -103,17 +103,17 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
     return Probe(model, row, identity_of(path, commit), folder)
 
 
-def _picture_row(vlm: VLM) -> Row:
+def _picture_row(vlm: VLM) -> TokenRow:
     with TemporaryDirectory() as folder:
         file = Path(folder) / "gradients.png"
         rows, columns = np.indices((96, 128), dtype=np.uint8)
         Image.fromarray(np.stack([2 * rows, 2 * columns, rows ^ columns], axis=-1)).save(file)
-        return vlm.row("chat", Example("probe", (str(file),), QUESTION), None, ANSWER)
+        return vlm.rows.row("chat", Example("probe", (str(file),), QUESTION), None, ANSWER)
 
 
-def _text_row(tokenizer: Any) -> Row:
+def _text_row(tokenizer: Any) -> TokenRow:
     ids = tokenizer(ANSWER, return_tensors="pt")["input_ids"]
-    return Row(
+    return TokenRow(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         ids[0],
         0,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
@@ -12,15 +15,74 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import VIDEO_TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
-from dora_mm.data.vl.lengths import RowLengths
-from dora_mm.data.vl.shown import ShownRow
+from dora_mm.data.vl.row_view import RowView
+from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 
+log = logging.getLogger(__name__)
 Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
 
 
 # Tasks whose loss is a mean over rows of the means over their tokens; in the others it is a mean over all tokens.
 ROW_MEANS = ("vqa", "gqa", *VIDEO_TASKS)
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """The lengths of rows of a table in tokens, before anything is cut.
+
+    Attributes:
+        rows: The rows of the table that were encoded (N,).
+        tokens: The tokens of each (N,).
+        image_tokens: How many of these stand for images (N,).
+        loses_answer: Whether nothing of the answers is left of a row whose text is cut (N,), bool.
+        limit: The number of tokens that a row may have.
+        limit_from: What sets it: a key of the config, or the model.
+        bad: Why other rows cannot be encoded, by their index in the table.
+    """
+
+    rows: np.ndarray
+    tokens: np.ndarray
+    image_tokens: np.ndarray
+    loses_answer: np.ndarray
+    limit: int
+    limit_from: str
+    bad: Mapping[int, str] = field(default_factory=dict)
+
+
+class RowCounts:
+    """The rows of a training's batches that are not learned as they are: a part of its checkpoints.
+
+    Of several processes the first one writes checkpoints, and each goes on from its numbers.
+
+    Attributes:
+        num_cut: How many lost text, because they were too long.
+        num_left_out: How many could not be encoded, and are missing in their batches.
+    """
+
+    def __init__(self):
+        self.num_cut = self.num_left_out = 0
+        self._named: set[str] = set()
+
+    def add(self, num_cut: int, left_out: Iterable[str]) -> None:
+        """Counts the rows of a batch whose loss is computed.
+
+        Args:
+            num_cut: How many lost text.
+            left_out: A sentence on each row that is missing; it is logged once.
+        """
+        self.num_cut += num_cut
+        for sentence in left_out:
+            self.num_left_out += 1
+            if sentence not in self._named:
+                self._named.add(sentence)
+                log.warning("%s; left out of its batch", sentence)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_cut": self.num_cut, "num_left_out": self.num_left_out}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.num_cut, self.num_left_out = state_dict["num_cut"], state_dict["num_left_out"]
 
 
 class VLModel(Protocol):
@@ -45,12 +107,9 @@ class VLModel(Protocol):
         ...
 
     @property
-    def num_cut(self) -> int:
-        """How many rows whose loss was computed lost text, because they were too long; a training sets it."""
+    def counts(self) -> RowCounts:
+        """The rows whose loss was computed that lost text, or are missing in their batches."""
         ...
-
-    @num_cut.setter
-    def num_cut(self, number: int) -> None: ...
 
     @property
     def question_task(self) -> str:
@@ -87,7 +146,15 @@ class VLModel(Protocol):
         """
         ...
 
-    def batch(self, task: str, examples: Sequence[Example], images: str | None, targets: Sequence[Target]) -> Any:
+    def batch(
+        self,
+        task: str,
+        examples: Sequence[Example],
+        images: str | None,
+        targets: Sequence[Target],
+        *,
+        on_bad_data: OnBadData = "stop",
+    ) -> Any:
         """Builds a training batch.
 
         Args:
@@ -95,9 +162,11 @@ class VLModel(Protocol):
             examples: B examples.
             images: The folder of the images; None where there are none, or features are read.
             targets: The answer to learn of each.
+            on_bad_data: "skip" leaves out a row that cannot be encoded, for example because its images alone are longer
+                than a row may be; VL-BART has no such rows.
 
         Raises:
-            ValueError: An image cannot be read, or a row cannot be encoded.
+            ValueError: An image cannot be read, or a row cannot be encoded and `on_bad_data` is "stop".
         """
         ...
 
@@ -105,14 +174,14 @@ class VLModel(Protocol):
         """The loss of a batch: a scalar, float32."""
         ...
 
-    def lengths(self, task: str, table: ExampleTable, images: str | None, *, texts: bool = True) -> RowLengths | None:
-        """The lengths of rows in tokens, as `batch` would encode them; no weights are needed.
+    def lengths(self, task: str, table: ExampleTable, rows: Iterable[int], images: str | None) -> RowLengths | None:
+        """The lengths of rows in tokens, as `batch` encodes them; no weights are needed.
 
         Args:
             task: Name of the task.
-            table: The rows.
+            table: The table of the rows.
+            rows: Which of them are encoded, by index.
             images: The folder of their images.
-            texts: Whether to count the texts as well; False counts the images alone, which takes less time.
 
         Returns:
             The lengths, each row with its likeliest answer; None for a family whose images have a fixed number of
@@ -120,7 +189,7 @@ class VLModel(Protocol):
         """
         ...
 
-    def shown(self, task: str, example: Example, images: str | None) -> ShownRow:
+    def row_view(self, task: str, example: Example, images: str | None) -> RowView:
         """A row as the model sees it, with its likeliest answer; no weights are needed.
 
         Raises:

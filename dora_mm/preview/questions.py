@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,15 +16,14 @@ from dora_mm.config.vl_data import SPLITS, SourceConfig, Split, VLTaskConfig
 from dora_mm.data.images.pixels import upright_size
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
-from dora_mm.data.vl.lengths import RowLengths, length_table
 from dora_mm.data.vl.readers import FILES
 from dora_mm.data.vl.report import SKIPPED, data_report, table_figures
+from dora_mm.data.vl.row_view import CLOSE, OPEN
 from dora_mm.data.vl.rows import MAX_PLACES
-from dora_mm.data.vl.shown import CLOSE, OPEN
 from dora_mm.data.vl.splits import TrainingSet, open_split, open_training
 from dora_mm.data.vl.tables import ExampleTable
-from dora_mm.models.vl import VLModel, likeliest_answer
-from dora_mm.tasks.survey import survey
+from dora_mm.models.vl import RowLengths, VLModel, likeliest_answer
+from dora_mm.preview.lengths import RowSample, check_sample, sample_lengths, sample_table
 
 SHOWN = 3  # rows that are shown, of all tasks together
 
@@ -36,15 +35,15 @@ class DataPreview:
     Attributes:
         sections: Paragraphs of text.
         problems: Why a training would stop, a sentence each.
-        sets: The training sets that are there, without the rows that cannot be trained on.
-        lengths: The lengths of the rows of each, where its family tells them.
-        largest: The largest batch that a training can have, where its family tells lengths.
+        sets: The training sets that are there.
+        samples: The lengths of some rows of each, where its family tells them.
+        largest: The batch of the longest of these.
     """
 
     sections: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     sets: dict[str, TrainingSet] = field(default_factory=dict)
-    lengths: dict[str, RowLengths] = field(default_factory=dict)
+    samples: dict[str, RowSample] = field(default_factory=dict)
     largest: LargestBatch | None = None
 
 
@@ -82,6 +81,8 @@ class AllRows:
 def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool = False) -> DataPreview:
     """Reads all data of a config that is there. Bad rows are found also where a training stops at the first one.
 
+    Those that only encoding shows are found in the sample of `sample_lengths`.
+
     Args:
         config: The config.
         model: The model, whose weights are not needed; None: lengths and rows as it sees them are left out.
@@ -106,7 +107,7 @@ def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool =
         found.problems.append(first_bad_row(skipped))
     found.sections += [data_report(figures)] if figures else []
     found.sections += [bad_row_list(skipped)] if skipped else []
-    found.sections += [length_table(task, known, len(found.sets[task].table)) for task, known in found.lengths.items()]
+    found.sections += [sample_table(task, sample) for task, sample in found.samples.items()]
     if model is not None and found.sets:
         found.sections.append(first_rows(model, found.sets, colour=colour))
     return found
@@ -125,38 +126,36 @@ def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, Split,
 def _open_training(
     config: TrainVLConfig, task: VLTaskConfig, model: VLModel | None, found: DataPreview
 ) -> ExampleTable:
-    """The usable rows of a training split, which are added to what was found, with their lengths."""
+    """The usable rows of a training split, as far as that is known; what was found is told their lengths."""
     check, name = model or AllRows(), task.task
     rows = open_training(config.data.with_tasks((task,)), config.train.batch_size, check)[name]
     if model is None:
         return rows.table
-    lengths, bad = survey(model, name, rows)
-    if lengths is not None:
-        found.lengths[name] = lengths
-        batch = largest_batch(name, rows, lengths, bad)
-        found.largest = max(filter(None, [found.largest, batch]), key=lambda b: b.num_tokens, default=None)
-    found.sets[name] = replace(rows, table=rows.table.without_rows(bad))
-    return found.sets[name].table
+    if (sample := sample_lengths(model, name, rows)) is not None:
+        check_sample(rows.table, sample.lengths)
+    found.sets[name] = rows
+    if sample is None:
+        return rows.table
+    found.samples[name] = sample
+    batch = largest_batch(name, rows, sample.lengths)
+    found.largest = max(filter(None, [found.largest, batch]), key=lambda b: b.num_tokens, default=None)
+    return rows.table.without_rows(sample.lengths.bad)
 
 
-def largest_batch(task: str, rows: TrainingSet, lengths: RowLengths, bad: Mapping[int, str]) -> LargestBatch | None:
-    """The batch of the longest rows of a training set; None if no row was counted.
+def largest_batch(task: str, rows: TrainingSet, lengths: RowLengths) -> LargestBatch | None:
+    """The batch of the longest rows of a training set that were encoded; None if none was.
 
     Args:
         task: Name of the task.
         rows: The training set.
-        lengths: The lengths of its rows.
-        bad: Those that cannot be trained on: the indices of the batch are in the set without them.
+        lengths: The lengths of some of its rows.
     """
-    good = np.flatnonzero(~lengths.overflow)
-    tokens = np.minimum(lengths.tokens[good], lengths.limit)
-    chosen = good[np.argsort(-tokens, kind="stable")[: rows.batch_size]]
+    tokens = np.minimum(lengths.tokens, lengths.limit)
+    chosen = np.argsort(-tokens, kind="stable")[: rows.batch_size]
     if not len(chosen):
         return None
-    kept = np.setdiff1d(np.arange(len(rows.table)), list(bad))
-    indices = np.searchsorted(kept, lengths.rows[chosen]).tolist()
-    longest = int(min(lengths.tokens[chosen[0]], lengths.limit))
-    return LargestBatch(task, indices, longest, longest - int(lengths.image_tokens[chosen[0]]))
+    longest = int(tokens[chosen[0]])
+    return LargestBatch(task, lengths.rows[chosen].tolist(), longest, longest - int(lengths.image_tokens[chosen[0]]))
 
 
 def batch_of(model: VLModel, sets: Mapping[str, TrainingSet], batch: LargestBatch, number: int = 0) -> Any:
@@ -219,7 +218,7 @@ def first_rows(model: VLModel, sets: Mapping[str, TrainingSet], *, colour: bool 
         for example in rows.table[: max(1, SHOWN // len(sets))]:
             heading = "; ".join([f"row {example.id} of {task}", *_pictures(example, rows.images)])
             try:
-                row = model.shown(task, example, rows.images).text(colour=colour)
+                row = model.row_view(task, example, rows.images).text(colour=colour)
             except ValueError as error:
                 row = f"  {error}"
             blocks.append(f"{heading}\n{row}")

@@ -12,6 +12,7 @@ import torch
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.mixing import TaskBatches
+from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.models.vl import Target, VLModel
 from dora_mm.utils.randomness import generator
@@ -43,13 +44,21 @@ class VLBatches:
         model: Builds the batches.
         sets: The training sets by task name.
         seed: Seed of the order and of drawn answers.
+        on_bad_data: What is done with a row that cannot be encoded, see `VLModel.batch`.
         process: (index, count) if several processes share the work.
     """
 
     def __init__(
-        self, model: VLModel, sets: Mapping[str, TrainingSet], *, seed: int, process: tuple[int, int] = (0, 1)
+        self,
+        model: VLModel,
+        sets: Mapping[str, TrainingSet],
+        *,
+        seed: int,
+        on_bad_data: OnBadData = "stop",
+        process: tuple[int, int] = (0, 1),
     ):
         self.model, self.sets, self.seed = model, sets, seed
+        self.on_bad_data: OnBadData = on_bad_data
         self.index, num_processes = process
         self.order = TaskBatches(
             {name: len(training_set.table) for name, training_set in sets.items()},
@@ -72,23 +81,7 @@ class VLBatches:
         share = slice(start, start + training_set.batch_size)
         examples = [training_set.table[row] for row in rows[share]]
         targets = [draw_answer(example, draw) for example, draw in zip(examples, draws[share], strict=True)]
-        return self.model.batch(name, examples, training_set.images, targets)
-
-
-class RowsCut:
-    """The number of rows that a training has cut, as a part of its checkpoints.
-
-    Of several processes the first one writes checkpoints, and each goes on from its number.
-    """
-
-    def __init__(self, model: VLModel):
-        self.model = model
-
-    def state_dict(self) -> dict[str, int]:
-        return {"num_cut": self.model.num_cut}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.model.num_cut = state_dict["num_cut"]
+        return self.model.batch(name, examples, training_set.images, targets, on_bad_data=self.on_bad_data)
 
 
 def draw_answer(example: Example, draw: float) -> Target:

@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dora_mm.config import yaml12
 from dora_mm.config.adapter import AdapterConfig
 from dora_mm.config.loader import dump_config, load_config
-from dora_mm.config.resuming import changed_values
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.metrics import read_metrics
+from dora_mm.train.resuming import changed_values
+from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import PARTIAL, remove_partial_files, write_text
 from dora_mm.utils.folders import claim_number
 
@@ -161,7 +161,7 @@ def change_config(run: RunDirectory, config: PipelineConfig) -> None:
 
     Args:
         run: The run directory.
-        config: The config that it goes on with; see `dora_mm.config.resuming` for what may differ.
+        config: The config that it goes on with; see `dora_mm.train.resuming` for what may differ.
     """
     before = load_config(run.path / CONFIG, schemas={config.pipeline: type(config)})
     changes = changed_values(before, config)

@@ -28,6 +28,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
+from dora_mm.models.vlm.answers import VLMAnswers
 from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.models.vlm.family import VLM, VLMBatch
 
@@ -104,14 +105,15 @@ def time_steps(folder: str, examples: list[Example]) -> dict[str, list[float]]:
 def time_answers(folder: str, examples: list[Example], max_new_tokens: int) -> dict[str, list[float]]:
     """Until all have max_new_tokens (no answer ends before), which is what batches of long answers cost."""
     vlm = VLM(VLMModelConfig(path=folder))
-    settings = vlm._settings(max_new_tokens, 1)
+    answers = VLMAnswers(vlm.questions, vlm.network)
+    settings = answers.settings(max_new_tokens, 1)
     settings.min_new_tokens = max_new_tokens
     times: dict[str, list[float]] = {f"{max_new_tokens} tokens, {how}": [] for how in ("batches of 8", "one by one")}
     for _ in range(3):
         for name, size in zip(times, (8, 1), strict=True):
             started = time.perf_counter()
             for start in range(0, 16, size):
-                vlm._generated("vqa", settings, examples[start : start + size], VQA.images)
+                answers.generate("vqa", settings, examples[start : start + size], VQA.images)
             times[name].append(time.perf_counter() - started)
     return times
 

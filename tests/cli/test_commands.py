@@ -126,7 +126,7 @@ def test_each_refused_change_has_a_sentence(run, config, pipeline, capsys):
 def test_every_section_of_a_training_config_has_a_reason_why_it_may_not_change():
     from dora_mm.config.pipelines import SCHEMAS
     from dora_mm.config.report import all_keys
-    from dora_mm.config.resuming import REASONS
+    from dora_mm.train.resuming import REASONS
 
     for schema in SCHEMAS.values():
         if schema.command == "train":

@@ -8,7 +8,7 @@ import yaml
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.pipelines import SCHEMAS
-from dora_mm.config.resuming import check_changes
+from dora_mm.train.resuming import check_changes
 
 SMALLEST = """\
 pipeline: train_diffusion
@@ -151,7 +151,7 @@ def test_overrides_take_yaml_values_reach_into_lists_and_make_sections(write):
      ("<<", "<<")],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(text, value):
-    from dora_mm.config.yaml12 import read, write
+    from dora_mm.utils.yaml12 import read, write
 
     assert read(f"key: {text}").value == {"key": value}
     assert read(write({"key": value})).value == {"key": value}

@@ -52,7 +52,7 @@ def batch_of(vlm: VLM, folder) -> object:
 
 @torch.no_grad()
 def losses(vlm: VLM, batch) -> torch.Tensor:
-    return torch.cat([vlm.row_losses(inputs, labels)[0] for inputs, labels, _ in batch.groups])
+    return torch.cat([vlm.network.row_losses(inputs, labels)[0] for inputs, labels, _ in batch.groups])
 
 
 @pytest.mark.parametrize("vlm", tiny.NAMES, indirect=True)

@@ -65,9 +65,9 @@ def vlm_adapter(path: Path, folder: Path, extra: tuple[str, ...] = (), dtype: st
 
 @torch.no_grad()
 def vlm_logits(vlm: VLM, pictures: Path) -> torch.Tensor:
-    row = vlm.row("vqa", Example("x", ("wide.png",), "What colour is the ball?"), str(pictures), "dark red")
-    inputs, labels = vlm._collate([row])
-    return vlm.form.target_logits(vlm.model, vlm._moved(inputs), labels)[0].float()
+    row = vlm.rows.row("vqa", Example("x", ("wide.png",), "What colour is the ball?"), str(pictures), "dark red")
+    inputs, labels = vlm.rows.collate([row])
+    return vlm.network.form.target_logits(vlm.model, vlm.network.moved(inputs), labels)[0].float()
 
 
 def llm(folder: Path, kind: type[PreTrainedModel], config: Any, **saving: Any) -> Path:

@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from dora_mm.cli import main
 from dora_mm.config.models import VLMModelConfig
@@ -71,7 +74,7 @@ def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, t
     table = open_table(SourceConfig(**source), tmp_path / "tables", on_bad_data="stop")
     assert row_of(text, "rows  ") == ["4", "2"]
     model = VLM(VLMModelConfig(path=str(tiny_vlm(name))))
-    rows = [model.row(task, row, str(pictures), likeliest_answer(row)) for row in table]
+    rows = [model.rows.row(task, row, str(pictures), likeliest_answer(row)) for row in table]
     lengths = sorted(row.length for row in rows)
     cells = row_of(text, "whole rows")
     assert (cells[0], cells[-1]) == (str(lengths[0]), str(lengths[-1]))
@@ -80,7 +83,7 @@ def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, t
 
     assert text.count("\nrow ") == 3
     assert f"row {table[0].id} of {task}; {table[0].images[0]} (" in text
-    first = model.shown(task, table[0], str(pictures)).text()
+    first = model.row_view(task, table[0], str(pictures)).text()
     assert f"pixels)\n{first}\n" in text
     assert "\x1b" not in text
     assert re.search(r"\nvision_tower|\nvisual|\nvision_model", text)
@@ -148,10 +151,10 @@ def test_a_dry_run_names_all_bad_rows_at_once(bad_rows, capsys):
     section = text[text.index("bad rows of chat train") : text.index("lengths of")]
     assert "1 x has 2 images, but 1 <image> marker\n" in section
     assert "broken.png is not a complete image" in section
-    assert "1 x has images that leave no room for text in 50 tokens (model.max_length)" in section
+    assert "1 x the images alone are 52 tokens, and a row has at most 50: raise model.max_length" in section
     assert re.search(r"chat\.json, item 5 \(id '4'\)", section)
     assert re.search(r"chat\.json, id 6\n", section)
-    assert "1 row of 4 (25.0 %) is longer than 50 tokens (model.max_length) and cut at the end" in text
+    assert "1 row of 6 is longer than 50 tokens (model.max_length) and cut at the end\n2 rows of 6 cannot be" in text
     assert "a training would stop there, at the first of 3 bad rows (data.on_bad_data: skip leaves them out)" in error
     assert main(["train", bad_rows("skip"), "--dry-run"]) == 0
 
@@ -162,20 +165,34 @@ def test_a_training_stops_at_them_or_leaves_them_out_and_counts(bad_rows, tmp_pa
     assert not (tmp_path / "run").exists()
     path = bad_rows("skip")
     assert main(["train", path]) == 0
-    assert "chat: 4 rows (3 skipped); tokens: 50 %" in caplog.text
-    assert "is longer than 50 tokens (model.max_length) and cut at the end" in caplog.text
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["rows_cut"] == 3  # 12 rows in 3 steps of 2 batches of 2: each of the 4 rows 3 times
-    assert "3 rows of the training's batches" in caplog.text
+    assert "chat: 6 rows (1 skipped); tokens: 50 %" in caplog.text
+    assert "is longer than 50 tokens (model.max_length) and cut at the end; 2 rows of 6 cannot be enc" in caplog.text
+    assert rows_counted(tmp_path) == (2, 4)  # 12 rows in 3 steps of 2 batches of 2: each of the 6 rows twice
+    assert "2 rows of the training's batches were longer than a row may be, and lost text" in caplog.text
+    assert "4 rows of the training's batches could not be encoded, and were left out" in caplog.text
+    for name in ("5", "6"):
+        assert len([text for text in caplog.messages if text.startswith(f"row {name} of chat: ")]) == 1
 
 
-def test_cut_rows_are_counted_on_in_a_resumed_run(bad_rows, tmp_path):
+def rows_counted(folder: Path) -> tuple[int, int]:
+    """How many rows of a run's batches were cut, and left out."""
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    return summary["rows_cut"], summary["rows_left_out"]
+
+
+def test_a_resumed_run_leaves_the_same_rows_out_and_counts_on(bad_rows, tmp_path):
+    """Batches of one row, some of which are empty."""
     path = bad_rows("skip")
-    assert main(["train", path, "--set", "train.steps=1", "train.gradient_accumulation_steps=4"]) == 0
-    before = json.loads((tmp_path / "run" / "summary.json").read_text())["rows_cut"]
-    assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=3"]) == 0
-    after = json.loads((tmp_path / "run" / "summary.json").read_text())["rows_cut"]
-    assert (before, after) == (2, 6)
+    steps = ["train.batch_size=1", "train.gradient_accumulation_steps=1", "schedule.name=constant"]
+    assert main(["train", path, "--set", "train.steps=7", *steps]) == 0
+    whole, rows = load_file(tmp_path / "run/adapter/adapter_model.safetensors"), rows_counted(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    assert main(["train", path, "--set", "train.steps=3", *steps]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=7"]) == 0
+    resumed = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert rows_counted(tmp_path) == rows
+    assert rows[1] >= 2
+    assert all(torch.equal(resumed[key], weight) for key, weight in whole.items())
 
 
 @pytest.mark.parametrize(

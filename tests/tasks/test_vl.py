@@ -12,7 +12,7 @@ from dora_mm.tasks.vl import VLBatches, draw_answer
 class Recorder:
     """A model whose batches show what is learned."""
 
-    def batch(self, task, examples, images, targets):
+    def batch(self, task, examples, images, targets, *, on_bad_data):
         return task, [(example.id, *target) for example, target in zip(examples, targets, strict=True)]
 
 

@@ -52,7 +52,7 @@ def table_figures(source: SourceConfig, table: ExampleTable) -> dict[str, str]:
     if turns.any():
         found["turns per row (lowest / median / highest)"] = _range(turns)
     shares = " / ".join(f"{share:.0%}" for share in QUANTILES)
-    found[f"characters per row ({shares})"] = quantiles(per_row(table, _characters))
+    found[f"characters per row ({shares})"] = quantiles(per_row(table, characters))
     return found | {f"{SKIPPED}{reason}": f"{len(places):,}" for reason, places in table.skipped.items()}
 
 
@@ -76,7 +76,7 @@ def _lengths(column: Any) -> np.ndarray:  # a pyarrow.ListArray, which its stubs
     return column.value_lengths().to_numpy()
 
 
-def _characters(batch: pa.RecordBatch) -> np.ndarray:
+def characters(batch: pa.RecordBatch) -> np.ndarray:
     """The characters of all turns, or of the text where there are none."""
     turns: Any = batch["turns"]
     rows, lengths = turns.value_parent_indices().to_numpy(), _text_lengths(turns.flatten().field("text"))

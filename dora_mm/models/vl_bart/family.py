@@ -18,10 +18,11 @@ from dora_mm.config.vl_data import VIDEO_TASKS
 from dora_mm.core import TargetMap
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.readers.video import split_subtitles
-from dora_mm.data.vl.shown import Piece, ShownRow
+from dora_mm.data.vl.row_view import Piece, RowView
+from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.towers.tower import tower_map
-from dora_mm.models.vl import ROW_MEANS, Target, likeliest_answer, mean_over_processes
+from dora_mm.models.vl import ROW_MEANS, RowCounts, Target, likeliest_answer, mean_over_processes
 from dora_mm.models.vl_bart.answering import Answerer
 from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
@@ -56,7 +57,6 @@ class VLBartTask:
     question_task = "vqa"
     reads_several = False
     prepares_batches = False  # the vision tower encodes the images of a batch
-    num_cut = 0  # texts have the lengths of their task, which count as no cut
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class VLBartTask:
         config: tuple[VLBartModelConfig, VisionConfig] | None = None,
     ):
         self.model, self.tokenizer, self.vision, self.config = model, tokenizer, vision, config
+        self.counts = RowCounts()  # all 0: texts have the lengths of their task, which count as no cut
 
     @classmethod
     def load(
@@ -133,18 +134,18 @@ class VLBartTask:
     def check_rows(self, table: ExampleTable) -> ExampleTable:
         return self.vision.check_rows(table)
 
-    def lengths(self, task: str, table: ExampleTable, images: str | None, *, texts: bool = True) -> None:
+    def lengths(self, task: str, table: ExampleTable, rows: Iterable[int], images: str | None) -> None:
         return None
 
     @torch.no_grad()
-    def shown(self, task: str, example: Example, images: str | None) -> ShownRow:
+    def row_view(self, task: str, example: Example, images: str | None) -> RowView:
         batch = self.batch(task, [example], images, [(likeliest_answer(example), 1.0)])
         ids, targets = batch.inputs.input_ids[0], batch.targets[0]
         visual = self.num_visual_tokens(batch.inputs.visual_features)
         heading = f"{len(ids) + visual:,} tokens, {visual:,} for images, {len(targets):,} with loss"
         read, written = self.tokenizer.batch_decode([ids.tolist(), targets.tolist()])
         pieces = [Piece(read), Piece(f"<visual> x {visual}", is_image=True)]
-        return ShownRow(heading, pieces, [Piece(written, learned=True)])
+        return RowView(heading, pieces, [Piece(written, learned=True)])
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         answer = Answerer(self.model, self.tokenizer, task, config, candidates)
@@ -194,7 +195,15 @@ class VLBartTask:
         side = self.model.config.pooled_side
         return visual_BNSD.shape[1] * (visual_BNSD.shape[2] if side is None else side * side)
 
-    def batch(self, task: str, examples: Sequence[Example], images: str | None, targets: Sequence[Target]) -> VLBatch:
+    def batch(
+        self,
+        task: str,
+        examples: Sequence[Example],
+        images: str | None,
+        targets: Sequence[Target],
+        *,
+        on_bad_data: OnBadData = "stop",
+    ) -> VLBatch:
         """Builds a training batch.
 
         Args:
@@ -202,6 +211,7 @@ class VLBartTask:
             examples: B examples.
             images: The folder of the images; not used if precomputed features are read.
             targets: The answer to learn of each.
+            on_bad_data: No row is left out here: those that cannot be read are found before a training.
 
         Raises:
             ValueError: As `inputs`.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from dora_mm.data.vl.example import IMAGE, Turn
 
 
-class Rendered(NamedTuple):
+class ChatText(NamedTuple):
     """A conversation as text.
 
     Attributes:
@@ -20,7 +20,7 @@ class Rendered(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-def render(processor: Any, turns: Sequence[Turn]) -> Rendered:
+def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
     """Renders a conversation for training.
 
     An answer follows the very text that asks for it when the model answers, also where the template renders an answered
@@ -55,7 +55,7 @@ def render(processor: Any, turns: Sequence[Turn]) -> Rendered:
         if turn.loss:
             spans.append((len(text), len(text) + len(said)))
         text, done = text + said, end
-    return Rendered(text + whole[done:], tuple(spans))
+    return ChatText(text + whole[done:], tuple(spans))
 
 
 def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:

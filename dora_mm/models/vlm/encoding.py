@@ -15,7 +15,7 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_i
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """One row as the inputs of a model.
 
     Attributes:
@@ -45,12 +45,11 @@ class Row:
         return int(self.is_image.sum())
 
 
-class Replaced(NamedTuple):
-    """What a processor put in the place of an image: the places (start, end) before and after, and the text."""
+class ImageSpan(NamedTuple):
+    """The place (start, end) of an image in a text: of its token, and of what the processor put in place of that."""
 
     before: tuple[int, int]
     after: tuple[int, int]
-    text: str
 
 
 class RowEncoder:
@@ -65,7 +64,7 @@ class RowEncoder:
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
         self.image_ids = torch.tensor(image_ids(processor), dtype=torch.long)
 
-    def conversation(self, text: str, answers: Sequence[tuple[int, int]], images: Sequence[Any]) -> Row:
+    def conversation(self, text: str, answers: Sequence[tuple[int, int]], images: Sequence[Any]) -> TokenRow:
         """A rendered conversation as a row whose answers have loss.
 
         Args:
@@ -76,14 +75,14 @@ class RowEncoder:
         Raises:
             ValueError: The numbers of images and of places for them differ, or the image tokens alone are too many.
         """
-        inputs, replaced = self.process(text, images)
+        inputs, spans = self._process(text, images)
         offsets = inputs.pop("offset_mapping")[0]
         learned = torch.zeros(len(offsets), dtype=torch.bool)
         for start, end in answers:
-            learned |= _overlap(offsets, _moved(start, replaced), _moved(end, replaced))
-        return self._row(inputs, learned, _inside(offsets, replaced), len(images))
+            learned |= _overlap(offsets, _moved(start, spans), _moved(end, spans))
+        return self._row(inputs, learned, _inside(offsets, spans), len(images))
 
-    def question(self, text: str, images: Sequence[Any], answer: str | None = None, *, ends: bool = False) -> Row:
+    def question(self, text: str, images: Sequence[Any], answer: str | None = None, *, ends: bool = False) -> TokenRow:
         """A prompt, with its answer behind it where one is given, which then has loss.
 
         Args:
@@ -96,8 +95,8 @@ class RowEncoder:
         Raises:
             ValueError: As `conversation`.
         """
-        inputs, replaced = self.process(text, images)
-        inside = _inside(inputs.pop("offset_mapping")[0], replaced)
+        inputs, spans = self._process(text, images)
+        inside = _inside(inputs.pop("offset_mapping")[0], spans)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         separator = self.tokenizer.sep_token_id
         if not ends and separator is not None and inputs["input_ids"][0, -1] == separator:
@@ -119,49 +118,41 @@ class RowEncoder:
         ids = self.tokenizer(answer)["input_ids"]
         return torch.tensor(ids if start is None else [start, *ids[1:]])
 
-    def process(self, text: str, images: Sequence[Any]) -> tuple[dict[str, Tensor], list[Replaced]]:
-        """The processor's inputs, with `offset_mapping`, and what it put in the place of each image.
+    def _process(self, text: str, images: Sequence[Any]) -> tuple[dict[str, Tensor], list[ImageSpan]]:
+        """The processor's inputs, with `offset_mapping`, and the place of each image.
 
         Raises:
             ValueError: The numbers of images and of places for them differ, or the processor refuses an image.
         """
-        self.check_places(text, len(images))
+        self._check_places(text, len(images))
+        bos = self.tokenizer.bos_token  # a text that begins as a sequence does gets no special tokens once more
+        settings = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
         found = self.processor(
             text=[text],
             images=[list(images)] if images else None,
             return_tensors="pt",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
-            **self.settings(text),
+            **settings,
         )
         replaced = found.pop("text_replacement_offsets", ())  # of each text; none without images
         parts = replaced[0] if len(replaced) else ()
-        return dict(found), [Replaced(part["span"], part["new_span"], part["replacement"]) for part in parts]
+        return dict(found), [ImageSpan(part["span"], part["new_span"]) for part in parts]
 
-    def check_places(self, text: str, num_images: int) -> None:
-        """Checks that a text has as many places for images as there are.
-
-        Raises:
-            ValueError: It has more, or fewer.
-        """
+    def _check_places(self, text: str, num_images: int) -> None:
         token = getattr(self.processor, "image_token", None)
         places = text.count(token) if isinstance(token, str) else None
         if places not in (None, 0, num_images) or (num_images and places == 0 and self.processor.chat_template):
             raise ValueError(f"the text has {places} places for images, and the row has {num_images} images")
 
-    def settings(self, text: str) -> dict[str, bool]:
-        """The tokenizer's settings for a text: one that begins as a sequence does gets no special tokens once more."""
-        bos = self.tokenizer.bos_token
-        return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
-
-    def _row(self, inputs: dict[str, Tensor], learned: Tensor, inside: Tensor, num_images: int) -> Row:
+    def _row(self, inputs: dict[str, Tensor], learned: Tensor, inside: Tensor, num_images: int) -> TokenRow:
         is_image = inside | torch.isin(inputs["input_ids"][0], self.image_ids)
         learned = learned & ~is_image
         labels = inputs["input_ids"][0].masked_fill(~learned, IGNORED)
         num_tokens = int(is_image.sum())
         excess = len(labels) - self.max_length
         if excess <= 0:
-            return Row(inputs, labels, num_images, is_image)
+            return TokenRow(inputs, labels, num_images, is_image)
         if num_tokens >= self.max_length:
             raise ValueError(
                 f"the images alone are {num_tokens} tokens, and a row has at most {self.max_length}: raise "
@@ -169,7 +160,7 @@ class RowEncoder:
             )
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[torch.nonzero(~is_image)[-excess:]] = False
-        return Row(_columns(inputs, kept), labels[kept], num_images, is_image[kept], excess)
+        return TokenRow(_columns(inputs, kept), labels[kept], num_images, is_image[kept], excess)
 
 
 def image_ids(processor: Any) -> list[int]:
@@ -186,17 +177,17 @@ def _overlap(offsets: Tensor, start: int, end: int) -> Tensor:
     return (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
 
 
-def _inside(offsets: Tensor, replaced: Sequence[Replaced]) -> Tensor:
+def _inside(offsets: Tensor, spans: Sequence[ImageSpan]) -> Tensor:
     """Whether each token, at `offsets` (L, 2), is part of what stands for an image: (L,), bool."""
     inside = torch.zeros(len(offsets), dtype=torch.bool)
-    for image in replaced:
-        inside |= _overlap(offsets, *image.after)
+    for span in spans:
+        inside |= _overlap(offsets, *span.after)
     return inside
 
 
-def _moved(position: int, replaced: Sequence[Replaced]) -> int:
+def _moved(position: int, spans: Sequence[ImageSpan]) -> int:
     """A position in the text, after images were expanded to their tokens."""
-    before = [image.after[1] - image.before[1] for image in replaced if image.before[1] <= position]
+    before = [span.after[1] - span.before[1] for span in spans if span.before[1] <= position]
     return position + (before[-1] if before else 0)
 
 
@@ -216,7 +207,7 @@ def _continued(inputs: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def collate(rows: Sequence[Row], *, pad: int, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+def collate(rows: Sequence[TokenRow], *, pad: int, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:
     """Rows as one batch.
 
     Args:

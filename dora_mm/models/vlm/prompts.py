@@ -17,8 +17,8 @@ ANSWER_TOKENS = {"caption": 40, "chat": 256}  # the longest generated answer; 16
 DECIDED = {"nlvr2": ("true", "false")}  # tasks whose answer is the likeliest of these
 
 
-class Plain(NamedTuple):
-    """A class without a chat template.
+class PlainPrompts(NamedTuple):
+    """What a class without a chat template reads.
 
     Attributes:
         prompts: Its prompts where they differ from a bare question.
@@ -36,16 +36,16 @@ class Plain(NamedTuple):
 QUESTION = dict.fromkeys(PROMPTS, "{text}")
 BLIP_2 = QUESTION | dict.fromkeys(("vqa", "gqa", "choice"), "Question: {text} Answer:") | {"caption": "a photo of"}
 PLAIN = {  # by model_type
-    "paligemma": Plain(
+    "paligemma": PlainPrompts(
         QUESTION | dict.fromkeys(("vqa", "gqa", "nlvr2", "choice"), "answer en {text}") | {"caption": "caption en"},
         image_token=True,
         images=None,
     ),
-    "blip": Plain(QUESTION),
-    "blip-2": Plain(BLIP_2, separator=" "),
-    "instructblip": Plain(BLIP_2, separator=" "),
-    "git": Plain(QUESTION),
-    "florence2": Plain(QUESTION | {"caption": "What does the image describe?"}),
+    "blip": PlainPrompts(QUESTION),
+    "blip-2": PlainPrompts(BLIP_2, separator=" "),
+    "instructblip": PlainPrompts(BLIP_2, separator=" "),
+    "git": PlainPrompts(QUESTION),
+    "florence2": PlainPrompts(QUESTION | {"caption": "What does the image describe?"}),
 }
 # Classes that raise on a batch of rows with different numbers of images: such rows are computed apart.
 SAME_IMAGES = ("mllama",)

@@ -217,6 +217,6 @@ def test_a_trained_tower_caches_nothing_and_gets_gradients(tmp_path):
 
 
 def test_a_row_is_shown_as_the_model_sees_it(task):
-    shown = task.shown("vqa", example(answers=("no", "yes"), scores=(0.3, 1.0)), None).text()
-    assert shown.split("\n")[1:] == ["  │ <s>vqa: is there a red cat?</s><visual> x 36", "  → ⟦<s>yes</s>⟧"]
-    assert task.lengths("vqa", None, None) is None
+    text = task.row_view("vqa", example(answers=("no", "yes"), scores=(0.3, 1.0)), None).text()
+    assert text.split("\n")[1:] == ["  │ <s>vqa: is there a red cat?</s><visual> x 36", "  → ⟦<s>yes</s>⟧"]
+    assert task.lengths("vqa", None, (), None) is None

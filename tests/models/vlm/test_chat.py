@@ -96,8 +96,10 @@ def vlm(folder, **settings) -> VLM:
 @pytest.mark.parametrize("name", [*TEXTS, "gemma3", "internvl", "qwen3_vl", "idefics3", "fast_vlm"])
 def test_the_labels_are_the_answers_and_their_ends(name, tiny_vlm, pictures):
     model = vlm(tiny_vlm(name))
-    row = model.row("chat", Example("1", ("wide.png",), "And this?", ("Nothing.",), (1.0,), turns=TURNS), pictures, "")
-    learned = model.processor.tokenizer.decode(row.labels[row.labels != IGNORED])
+    row = model.rows.row(
+        "chat", Example("1", ("wide.png",), "And this?", ("Nothing.",), (1.0,), turns=TURNS), pictures, ""
+    )
+    learned = model.rows.processor.tokenizer.decode(row.labels[row.labels != IGNORED])
     ends = {"llava": "</s>", "mllama": "<|eot_id|>", "gemma3": "<end_of_turn>"}
     ends |= dict.fromkeys(("smolvlm", "idefics3"), "<end_of_utterance>")
     end = ends.get(name, "<|im_end|>")

@@ -47,7 +47,7 @@ def batch_of(vlm: VLM, rows, pictures, task="chat"):
 
 
 def sums_and_counts(vlm: VLM, batch):
-    found = [vlm.row_losses(inputs, labels) for inputs, labels, _ in batch.groups]
+    found = [vlm.network.row_losses(inputs, labels) for inputs, labels, _ in batch.groups]
     return torch.cat([sums for sums, _ in found]), torch.cat([counts for _, counts in found])
 
 
@@ -81,7 +81,7 @@ def test_losses_are_those_of_the_models_own_output(vlm, pictures):
     batch = batch_of(vlm, [ROWS[1]], pictures)
     ((inputs, labels, _),) = batch.groups
     with torch.no_grad():
-        own = vlm.model(**vlm._moved(inputs), labels=labels).loss
+        own = vlm.model(**vlm.network.moved(inputs), labels=labels).loss
         ours = vlm.loss(batch, torch.Generator())
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
 
@@ -89,39 +89,43 @@ def test_losses_are_those_of_the_models_own_output(vlm, pictures):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "mllama"])
 def test_text_is_cut_and_image_tokens_never(name, tiny_vlm, pictures):
     long = conversation(1, ("wide.png", "tall.png"), "very " * 60 + "long")
-    whole = VLM(VLMModelConfig(path=str(tiny_vlm(name)))).row("chat", long, pictures, "")
+    whole = VLM(VLMModelConfig(path=str(tiny_vlm(name)))).rows.row("chat", long, pictures, "")
     room = whole.length - 40
     cut = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=room))
-    row = cut.row("chat", long, pictures, "")
+    row = cut.rows.row("chat", long, pictures, "")
     assert row.length == room
     assert row.num_cut == 40
     assert row.num_image_tokens == whole.num_image_tokens
-    image = torch.isin(whole.inputs["input_ids"], cut.encoder.image_ids).sum()
-    assert torch.isin(row.inputs["input_ids"], cut.encoder.image_ids).sum() == image
+    image = torch.isin(whole.inputs["input_ids"], cut.rows.encoder.image_ids).sum()
+    assert torch.isin(row.inputs["input_ids"], cut.rows.encoder.image_ids).sum() == image
     kept = (whole.labels != IGNORED).sum() - (row.labels != IGNORED).sum()
     assert 0 < kept <= 40
     with torch.no_grad():
         assert torch.isfinite(cut.loss(batch_of(cut, [long, ROWS[0]], pictures), torch.Generator()))
-    assert cut.num_cut == 1
+    assert cut.counts.num_cut == 1
     short = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=max(1, whole.num_image_tokens - 1)))
     with pytest.raises(ValueError, match=r"row 1 of chat: the images alone are \d+ tokens"):
-        short.row("chat", long, pictures, "")
+        short.rows.row("chat", long, pictures, "")
 
 
 @pytest.mark.parametrize("vlm", ["llava"], indirect=True)
 def test_images_and_their_places_must_agree(vlm, pictures):
     turns = (Turn("user", f"{IMAGE} {IMAGE} q", False), Turn("assistant", "a", True))
     with pytest.raises(ValueError, match="row 7 of chat: the text has 2 places for images, and the row has 1 images"):
-        vlm.row("chat", Example("7", ("wide.png",), "q", ("a",), (1.0,), turns=turns), pictures, "a")
+        vlm.rows.row("chat", Example("7", ("wide.png",), "q", ("a",), (1.0,), turns=turns), pictures, "a")
 
 
 @pytest.mark.parametrize("vlm", ["llava"], indirect=True)
 def test_prompts_can_be_configured(vlm, tiny_vlm, pictures):
     example = Example("1", ("wide.png",), "Is {it} red?", ("yes",), (1.0,))
-    usual = vlm.processor.tokenizer.decode(vlm.row("vqa", example, pictures, None).inputs["input_ids"][0])
+    usual = vlm.rows.processor.tokenizer.decode(
+        vlm.questions.row("vqa", example, pictures, None).inputs["input_ids"][0]
+    )
     assert re.search(r"Is \{it\} red\?\nAnswer with a word or a short phrase\.", usual)
     other = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), prompts={"vqa": "Q: {text} A:"}))
-    text = other.processor.tokenizer.decode(other.row("vqa", example, pictures, None).inputs["input_ids"][0])
+    text = other.rows.processor.tokenizer.decode(
+        other.questions.row("vqa", example, pictures, None).inputs["input_ids"][0]
+    )
     assert "Q: Is {it} red? A:" in text
 
 
@@ -133,7 +137,9 @@ def test_the_likeliest_candidate_is_chosen(vlm, pictures):
     (chosen,) = vlm.answerer("vqa", config, candidates)([example], pictures)
     with torch.no_grad():
         losses = {
-            answer: float(vlm.row_losses(*vlm._collate([vlm.row("vqa", example, pictures, answer)]))[0])
+            answer: float(
+                vlm.network.row_losses(*vlm.rows.collate([vlm.rows.row("vqa", example, pictures, answer)]))[0]
+            )
             for answer in candidates
         }
     assert chosen == min(losses, key=losses.__getitem__)
@@ -154,7 +160,10 @@ def test_candidates_are_ranked_by_whole_rows_and_in_batches(name, tiny_vlm, pict
 def test_questions_to_answer_are_not_cut(name, tiny_vlm, pictures):
     example = Example("1", ("wide.png",), "What colour? " * 9)
     whole, cut = (VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=n)) for n in (None, 30))
-    assert cut.row("vqa", example, pictures, None).length == whole.row("vqa", example, pictures, None).length
+    assert (
+        cut.questions.row("vqa", example, pictures, None).length
+        == whole.questions.row("vqa", example, pictures, None).length
+    )
 
 
 def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
@@ -175,9 +184,9 @@ def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
 
 @pytest.mark.parametrize("vlm", ["blip2"], indirect=True)
 def test_blip_2_learns_an_answer_that_follows_a_space(vlm, pictures):
-    row = vlm.row("vqa", Example("1", ("wide.png",), "What colour?"), pictures, "red")
-    text = vlm.processor.tokenizer.decode(row.inputs["input_ids"][0, row.num_image_tokens :])
-    assert text.endswith("Question: What colour? Answer: red" + vlm.processor.tokenizer.eos_token)
+    row = vlm.rows.row("vqa", Example("1", ("wide.png",), "What colour?"), pictures, "red")
+    text = vlm.rows.processor.tokenizer.decode(row.inputs["input_ids"][0, row.num_image_tokens :])
+    assert text.endswith("Question: What colour? Answer: red" + vlm.rows.processor.tokenizer.eos_token)
 
 
 def test_a_class_without_a_chat_template_refuses_system_turns(tiny_vlm, pictures, tmp_path):

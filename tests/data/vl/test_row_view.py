@@ -6,7 +6,7 @@ import pytest
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
-from dora_mm.data.vl.shown import LONGEST, Piece, ShownRow
+from dora_mm.data.vl.row_view import LONGEST, Piece, RowView
 from dora_mm.models.vlm.family import VLM
 from tests.models.vlm.vlm_rows import write_pictures
 
@@ -72,22 +72,22 @@ def model(folder, **settings) -> VLM:
 
 @pytest.mark.parametrize(("name", "expected"), SHOWN.items())
 def test_a_conversation(name, expected, tiny_vlm, pictures):
-    heading, _, text = model(tiny_vlm(name)).shown("chat", CHAT, pictures).text().partition("\n")
+    heading, _, text = model(tiny_vlm(name)).row_view("chat", CHAT, pictures).text().partition("\n")
     assert text == expected
     assert re.fullmatch(r"\d+ tokens, \d+ for images, \d+ with loss", heading)
 
 
 @pytest.mark.parametrize(("name", "expected"), ANSWERED.items())
 def test_a_question_with_its_likeliest_answer(name, expected, tiny_vlm, pictures):
-    assert model(tiny_vlm(name)).shown("vqa", QUESTION, pictures).text().partition("\n")[2] == expected
+    assert model(tiny_vlm(name)).row_view("vqa", QUESTION, pictures).text().partition("\n")[2] == expected
 
 
 def test_the_heading_counts_and_tells_what_was_cut(tiny_vlm, pictures):
-    whole = model(tiny_vlm("llava")).shown("chat", CHAT, pictures)
-    row = model(tiny_vlm("llava")).row("chat", CHAT, pictures, "")
+    whole = model(tiny_vlm("llava")).row_view("chat", CHAT, pictures)
+    row = model(tiny_vlm("llava")).rows.row("chat", CHAT, pictures, "")
     learned = int((row.labels >= 0).sum())
     assert whole.heading == f"{row.length} tokens, 4 for images, {learned} with loss"
-    cut = model(tiny_vlm("llava"), max_length=row.length - 3).shown("chat", CHAT, pictures)
+    cut = model(tiny_vlm("llava"), max_length=row.length - 3).row_view("chat", CHAT, pictures)
     assert cut.heading == f"{row.length - 3} tokens, 4 for images, {learned - 2} with loss, " + (
         f"3 cut at the end, beyond {row.length - 3} (model.max_length)"
     )
@@ -98,13 +98,13 @@ def test_the_heading_counts_and_tells_what_was_cut(tiny_vlm, pictures):
 def test_turns_without_loss_are_not_marked(tiny_vlm, pictures):
     turns = (TURNS[0], TURNS[1]._replace(loss=False), *TURNS[2:])
     example = Example("1", ("wide.png",), "q", ("Nothing.",), (1.0,), turns=turns)
-    shown = model(tiny_vlm("qwen3_vl")).shown("chat", example, pictures).text()
-    assert shown.count("⟦") == 1
-    assert "⟦Nothing.<|im_end|>⟧" in shown
+    text = model(tiny_vlm("qwen3_vl")).row_view("chat", example, pictures).text()
+    assert text.count("⟦") == 1
+    assert "⟦Nothing.<|im_end|>⟧" in text
 
 
 def test_colours_begin_again_on_every_line():
-    row = ShownRow("2 tokens", [Piece("a\n"), Piece("one\n\ntwo", learned=True), Piece("<image> x 2", is_image=True)])
+    row = RowView("2 tokens", [Piece("a\n"), Piece("one\n\ntwo", learned=True), Piece("<image> x 2", is_image=True)])
     green, cyan, plain = "\x1b[1;32m", "\x1b[36m", "\x1b[0m"
     assert row.text(colour=True).split("\n") == [
         "2 tokens",
@@ -117,7 +117,7 @@ def test_colours_begin_again_on_every_line():
 
 
 def test_the_middle_of_a_long_text_is_left_out():
-    text = ShownRow("", [Piece("a" * LONGEST + "b" * 5000, learned=True)]).text()
+    text = RowView("", [Piece("a" * LONGEST + "b" * 5000, learned=True)]).text()
     assert text.endswith("b⟧")
     assert "[... 5,000 more characters ...]" in text
     assert len(text) < LONGEST + 100

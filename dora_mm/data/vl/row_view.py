@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShownRow:
+class RowView:
     """A row as a model sees it.
 
     Attributes:

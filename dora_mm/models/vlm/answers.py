@@ -1,0 +1,115 @@
+"""The answers of transformers' vision-language models: generated, or the likeliest of several."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property, partial
+from string import ascii_uppercase
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dora_mm.config.vl import DecodeConfig
+from dora_mm.data.vl.example import Answer, Example, Turn
+from dora_mm.models.vlm.chat import render
+from dora_mm.models.vlm.network import VLMNetwork
+from dora_mm.models.vlm.prompts import ANSWER_TOKENS, DECIDED
+from dora_mm.models.vlm.rows import ExampleEncoder
+
+log = logging.getLogger(__name__)
+
+
+class VLMAnswers:
+    """Answers the examples of tasks.
+
+    Args:
+        encoder: Makes their rows.
+        network: Computes the answers.
+    """
+
+    def __init__(self, encoder: ExampleEncoder, network: VLMNetwork):
+        self.encoder, self.network = encoder, network
+
+    def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
+        """See `VLModel.answerer`."""
+        if config.answers == "trie" and config.takes_candidates(task):
+            raise ValueError("answers: trie needs model.family vl_bart: use generate or rank")
+        if task in DECIDED or task == "choice":
+            return partial(self.rank, task, DECIDED.get(task), config.batch_size)
+        if config.takes_candidates(task):
+            if not candidates:
+                raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
+            return partial(self.rank, task, sorted(set(candidates)), config.batch_size)
+        settings = self.settings(
+            config.max_new_tokens or ANSWER_TOKENS.get(task, 16), config.beams if task == "caption" else 1
+        )
+        return partial(self.generate, task, settings)
+
+    def settings(self, max_new_tokens: int, beams: int) -> GenerationConfig:
+        """The model's own settings of generation, with these lengths and beams."""
+        settings = GenerationConfig(**self.network.model.generation_config.to_diff_dict())
+        tokenizer = self.encoder.processor.tokenizer
+        known = {tokenizer.eos_token_id, *np.atleast_1d(settings.eos_token_id or []).tolist(), *self._turn_end}
+        settings.eos_token_id = sorted(known - {None})
+        settings.pad_token_id = settings.pad_token_id or tokenizer.pad_token_id or settings.eos_token_id[0]
+        settings.update(max_new_tokens=max_new_tokens, num_beams=beams, do_sample=False, early_stopping=beams > 1)
+        return settings
+
+    @cached_property
+    def _turn_end(self) -> list[int]:
+        """The token that ends a turn of the model in its chat template."""
+        tokenizer = self.encoder.processor.tokenizer
+        if self.encoder.plain is not None:
+            return [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
+        turns = [Turn("user", "?", False), Turn("assistant", "!", True)]
+        text, [(start, end)] = render(self.encoder.processor, turns)
+        return tokenizer(text[start:end], add_special_tokens=False)["input_ids"][-1:]
+
+    @torch.no_grad()
+    def generate(
+        self, task: str, settings: GenerationConfig, examples: Sequence[Example], images: str | None
+    ) -> list[str]:
+        """The generated answer of each example."""
+        encoder = self.encoder
+        rows = [encoder.row(task, example, images, None) for example in examples]
+        if num_cut := sum(row.num_cut > 0 for row in rows):
+            log.warning("%d questions of %s were cut to the model's %d positions", num_cut, task, encoder.max_length)
+        answers = [""] * len(rows)
+        for group in encoder.groups(rows):
+            inputs, _ = encoder.collate([rows[i] for i in group], left=encoder.form.continues)
+            ids = self.network.generate(inputs, settings)
+            texts = encoder.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for index, text in zip(group, texts, strict=True):
+                answers[index] = text.strip()
+        return answers
+
+    @torch.no_grad()
+    def rank(
+        self,
+        task: str,
+        known: Sequence[str] | None,
+        batch_size: int,
+        examples: Sequence[Example],
+        images: str | None,
+    ) -> list[str]:
+        """The likeliest candidate of each example: of those known for the task, or the letters of its options."""
+        answers = []
+        for example in examples:
+            candidates = known or ascii_uppercase[: len(example.options)]
+            parts = [candidates[start : start + batch_size] for start in range(0, len(candidates), batch_size)]
+            losses = torch.cat([self._losses(task, example, images, part) for part in parts])
+            answers.append(candidates[int(losses.argmin())])
+        return answers
+
+    def _losses(self, task: str, example: Example, images: str | None, candidates: Sequence[str]) -> Tensor:
+        """The loss of each candidate as the answer of an example: (C,), summed over its tokens."""
+        rows = self.encoder.rows(task, example, images, candidates)
+        if any(row.num_cut for row in rows):
+            raise ValueError(
+                f"row {example.id} of {task}: with its answers it is longer than the model's "
+                f"{self.encoder.max_length} positions: leave it out, or make its images smaller"
+            )
+        return self.network.row_losses(*self.encoder.collate(rows))[0]

@@ -1,0 +1,68 @@
+"""The network of a vision-language model, and what its class computes with it: losses of rows, and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from dora_mm.config.models import VLMModelConfig
+from dora_mm.models.vlm.encoding import IGNORED
+from dora_mm.models.vlm.forms import Form, cross_entropy
+from dora_mm.models.vlm.loading import load_vlm
+
+
+class VLMNetwork:
+    """A model of transformers, which is loaded on first use, since data can be checked without it.
+
+    Args:
+        config: The `model` section.
+        form: How its class computes answers.
+        device: Where it computes.
+    """
+
+    def __init__(self, config: VLMModelConfig, form: Form, device: torch.device):
+        self.config, self.form, self.device = config, form, device
+
+    @cached_property
+    def model(self) -> Any:
+        """The model of transformers."""
+        return load_vlm(self.config, self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen weights; those that are trained themselves are float32."""
+        return getattr(torch, self.config.dtype)
+
+    def row_losses(self, inputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of each row, summed over its target tokens, and their number: (B,) each."""
+        labels = labels.to(self.device)
+        with self._precision():
+            losses = cross_entropy(*self.form.target_logits(self.model, self.moved(inputs), labels))
+        return losses.sum(-1), (labels != IGNORED).sum(-1)
+
+    def zero_loss(self) -> Tensor:
+        """The loss of no rows, (): it reaches one trained parameter, the last, so that a backward pass can be run.
+
+        The last one is of the language model, which all rows reach. A gradient of zero for others, such as those of a
+        tower, would let the optimizer move them in a step none of whose rows, in any process, has an image.
+        """
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return sum((p.flatten()[:0].float().sum() for p in trained[-1:]), torch.zeros((), device=self.device))
+
+    def generate(self, inputs: Mapping[str, Tensor], settings: GenerationConfig) -> Tensor:
+        """The token ids (B, T) of the generated answers, without what was read."""
+        with self._precision():
+            return self.form.generate(self.model, self.moved(inputs), settings)
+
+    def moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs on the model's device; pixels in its dtype."""
+        return {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+    def _precision(self) -> torch.autocast:
+        """Autocast where the frozen weights are in half precision: those that are trained themselves are float32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize < 4)

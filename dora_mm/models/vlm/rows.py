@@ -1,0 +1,118 @@
+"""Examples as rows of tokens: what a model is asked in each task, with its images and the answer to learn."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from dora_mm.data.images.pixels import load_rgb
+from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.image_folder import image_path
+from dora_mm.models.vlm.chat import render, render_prompt
+from dora_mm.models.vlm.encoding import RowEncoder, TokenRow, collate
+from dora_mm.models.vlm.forms import Form
+from dora_mm.models.vlm.prompts import PROMPTS, SAME_IMAGES, SAME_LENGTH, PlainPrompts
+
+
+class ExampleEncoder:
+    """Turns examples of tasks into rows, and rows into batches.
+
+    Args:
+        processor: The model's processor.
+        model_type: Its class, as in its config.
+        form: How it computes answers.
+        plain: What it reads without a chat template; None: its processor has one.
+        prompts: Prompts that replace those of tasks.
+        max_length: The number of tokens that a row may have.
+        limit_from: What sets that number: a key of the config, or the model.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        model_type: str,
+        form: Form,
+        plain: PlainPrompts | None,
+        prompts: Mapping[Any, str],
+        max_length: int,
+        limit_from: str,
+    ):
+        self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
+        self.prompts = {**(plain.prompts if plain else PROMPTS), **prompts}
+        self.encoder, self.limit_from = RowEncoder(processor, max_length), limit_from
+
+    @property
+    def max_length(self) -> int:
+        """The number of tokens that a row may have."""
+        return self.encoder.max_length
+
+    # --- rows --------------------------------------------------------------------------------------------------------
+
+    def row(self, task: str, example: Example, folder: str | None, answer: str | None) -> TokenRow:
+        """One example as the model reads it.
+
+        Args:
+            task: Name of the task.
+            example: The example.
+            folder: The folder of its images.
+            answer: The answer with loss; None: only what the model reads before it answers.
+
+        Raises:
+            ValueError: An image cannot be read, or the row cannot be encoded; the message names the row.
+        """
+        return self.rows(task, example, folder, [answer])[0]
+
+    def rows(self, task: str, example: Example, folder: str | None, answers: Sequence[str | None]) -> list[TokenRow]:
+        """One example with each of several answers; see `row`."""
+        try:
+            pictures = [load_rgb(image_path(folder, name), "white") for name in example.images]
+            return [self._row(task, example, pictures, answer) for answer in answers]
+        except ValueError as error:
+            raise ValueError(f"row {example.id} of {task}: {error}") from error
+
+    def _row(self, task: str, example: Example, pictures: list[Any], answer: str | None) -> TokenRow:
+        if self.plain is not None:
+            return self._plain_row(self.plain, self.prompt(task, example.text), pictures, answer)
+        turns = self.turns(task, example, answer)
+        if answer is None:
+            return self.encoder.question(render_prompt(self.processor, turns), pictures)
+        return self.encoder.conversation(*render(self.processor, turns), pictures)
+
+    def _plain_row(self, plain: PlainPrompts, asked: str, pictures: list[Any], answer: str | None) -> TokenRow:
+        text = (self.processor.image_token * len(pictures) if plain.image_token else "") + asked
+        if self.form.continues:
+            return self.encoder.question(text, pictures, None if answer is None else plain.separator + answer)
+        row = self.encoder.question(text, pictures, ends=True)
+        return replace(row, labels=self.encoder.decoder_target(answer or "", self.form.start))
+
+    def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
+        """The conversation of an example: its own, or the task's prompt with the images in front."""
+        if example.turns:
+            turns = list(example.turns)
+            return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
+        asked = "\n".join([*[IMAGE] * len(example.images), self.prompt(task, example.text)])
+        return [Turn("user", asked, False), *([] if answer is None else [Turn("assistant", answer, True)])]
+
+    def prompt(self, task: str, text: str) -> str:
+        """What the model is asked about an example with this text."""
+        return self.prompts[task].replace("{text}", text)
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def groups(self, rows: Sequence[TokenRow]) -> list[list[int]]:
+        """The rows, by index, that this class can compute in one batch."""
+        groups = defaultdict(list)
+        for index, row in enumerate(rows):
+            images = row.num_images if self.model_type in SAME_IMAGES else None
+            groups[images, row.length if self.model_type in SAME_LENGTH else None].append(index)
+        return list(groups.values())
+
+    def collate(self, rows: Sequence[TokenRow], *, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """Rows as one batch; see `encoding.collate`."""
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return collate(rows, pad=pad, left=left)

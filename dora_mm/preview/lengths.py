@@ -1,0 +1,158 @@
+"""The lengths of rows before they are trained on: a sample of each task is encoded, and told as quantiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dora_mm.data.vl.report import characters, per_row
+from dora_mm.data.vl.splits import TrainingSet
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.vl import RowLengths, VLModel
+from dora_mm.utils.tables import aligned_columns
+
+SAMPLE = 100  # rows of a task, evenly spaced: a few seconds, as images are read
+IMAGE = 1000  # characters that an image counts as where long rows are looked for: 256 tokens, of some 4 each
+QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99}
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """The lengths of some rows of a task.
+
+    Attributes:
+        total: The number of rows of its table.
+        lengths: Of evenly spaced rows, and of those with the most characters and images.
+        spaced: Which of these are evenly spaced (N,), bool.
+    """
+
+    total: int
+    lengths: RowLengths
+    spaced: np.ndarray
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows were encoded that can be."""
+        return len(self.lengths.rows) + len(self.lengths.bad) == self.total
+
+
+def sample_lengths(model: VLModel, task: str, rows: TrainingSet) -> RowSample | None:
+    """Encodes a sample of a task's rows, as many of the longest as a batch has among them.
+
+    Returns:
+        Their lengths; None for a family that has none to tell.
+    """
+    table = rows.table
+    spaced = evenly_spaced(len(table), SAMPLE)
+    chosen = np.union1d(spaced, longest_rows(table, rows.batch_size))
+    found = model.lengths(task, table, chosen.tolist(), rows.images)
+    return None if found is None else RowSample(len(table), found, np.isin(found.rows, spaced))
+
+
+def evenly_spaced(total: int, count: int) -> np.ndarray:
+    """At most `count` indices below `total`, from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+
+def longest_rows(table: ExampleTable, count: int) -> np.ndarray:
+    """The rows of a table, by index, that have the most characters and images."""
+    sizes = per_row(table, characters) + IMAGE * table.lengths("images")
+    return np.argsort(-sizes, kind="stable")[:count]
+
+
+def check_sample(table: ExampleTable, lengths: RowLengths) -> None:
+    """Checks what was encoded of a table before it is trained on.
+
+    Raises:
+        ValueError: A row cannot be encoded and the table's `on_bad_data` is "stop", or none can.
+    """
+    if lengths.bad and (table.on_bad_data == "stop" or not len(lengths.rows)):
+        index, reason = next(iter(lengths.bad.items()))
+        where = f"{table.file}, id {table[index].id}: {reason}"
+        raise ValueError(where if len(lengths.rows) else f"no row of {len(lengths.bad):,} can be encoded; {where}")
+
+
+def row_lines(model: VLModel, sets: Mapping[str, TrainingSet]) -> str:
+    """A line on the rows of every task of a training, of which a sample is encoded.
+
+    Raises:
+        ValueError: As `check_sample`.
+    """
+    lines = []
+    for task, rows in sets.items():
+        if (sample := sample_lengths(model, task, rows)) is not None:
+            check_sample(rows.table, sample.lengths)
+        lines.append(sample_line(task, rows.table, sample))
+    return "\n".join(lines)
+
+
+def sample_table(name: str, sample: RowSample) -> str:
+    """A text table of the quantiles of the lengths, and sentences on rows that are too long."""
+    lengths = sample.lengths
+    number = f"all {sample.total:,} rows" if sample.is_whole else f"{len(lengths.rows):,} of {sample.total:,} rows"
+    heading = f"lengths of {name} in tokens, {number} encoded"
+    if not len(lengths.rows):
+        return heading
+    share = f"of these for images ({100 * _image_share(sample):.1f} %)"
+    rows = [("whole rows", *_quantiles(lengths.tokens, sample.spaced))]
+    rows += [(share, *_quantiles(lengths.image_tokens, sample.spaced))] if lengths.image_tokens.any() else []
+    table = aligned_columns([(heading, *QUANTILES, "max"), *rows], num_text=1)
+    how = f"quantiles of {sample.spaced.sum():,} evenly spaced rows; max also of those with the most text and images"
+    return "\n".join([table, *([] if sample.is_whole else [how]), *remarks(lengths)])
+
+
+def sample_line(name: str, table: ExampleTable, sample: RowSample | None) -> str:
+    """One line on a table: its rows, the lengths of those that were encoded, and a sentence on those that are cut.
+
+    Args:
+        name: Which rows these are.
+        table: All rows that are used.
+        sample: The lengths of some of them; None: they have none to tell.
+    """
+    num_skipped = sum(map(len, table.skipped.values()))
+    parts = [f"{name}: {len(table):,} rows" + (f" ({num_skipped:,} skipped)" if num_skipped else "")]
+    if sample is not None and len(sample.lengths.rows):
+        lengths = sample.lengths
+        number = "" if sample.is_whole else f" of {len(lengths.rows):,} rows encoded"
+        _, middle, _, high, longest = _quantiles(lengths.tokens, sample.spaced)
+        share = f", {100 * _image_share(sample):.0f} % for images" if lengths.image_tokens.any() else ""
+        parts.append(f"tokens{number}: 50 % {middle}, 99 % {high}, at most {longest}{share}")
+        parts += remarks(lengths)
+    return "; ".join(parts)
+
+
+def remarks(lengths: RowLengths) -> list[str]:
+    """Sentences on rows that are cut, and on those that cannot be encoded, if there are any."""
+    cut, lost = int((lengths.tokens > lengths.limit).sum()), int(lengths.loses_answer.sum())
+    total, sentences = len(lengths.rows) + len(lengths.bad), []
+    if cut:
+        sentence = (
+            f"{_rows(cut)} of {total:,} {'is' if cut == 1 else 'are'} longer than {lengths.limit:,} tokens "
+            f"({lengths.limit_from}) and cut at the end"
+        )
+        if lost:
+            whole = "loses its whole answer: nothing is learned from it" if lost == 1 else "lose their whole answers"
+            sentence += f", and {_rows(lost)} {whole}"
+        sentences.append(sentence)
+    if bad := len(lengths.bad):
+        sentences.append(f"{_rows(bad)} of {total:,} cannot be encoded, and {'is' if bad == 1 else 'are'} left out")
+    return sentences
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number:,} rows"
+
+
+def _image_share(sample: RowSample) -> float:
+    """The share of image tokens in all tokens of the evenly spaced rows."""
+    lengths = sample.lengths
+    return float(lengths.image_tokens[sample.spaced].sum() / max(1, lengths.tokens[sample.spaced].sum()))
+
+
+def _quantiles(values: np.ndarray, spaced: np.ndarray) -> list[str]:
+    """QUANTILES of the evenly spaced rows, and the highest value of all."""
+    chosen = values[spaced] if spaced.any() else values
+    found = [*np.quantile(chosen, list(QUANTILES.values()), method="nearest"), values.max()]
+    return [f"{int(value):,}" for value in found]

@@ -1,0 +1,123 @@
+"""Rows of a training that cannot be encoded: they are missing in their batches, counted and named, or stop it."""
+
+import logging
+
+import pytest
+import torch
+
+from dora_mm.adapting.networks import adapt
+from dora_mm.config.adapter import AdapterConfig
+from dora_mm.config.models import VLMModelConfig
+from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.splits import TrainingSet
+from dora_mm.data.vl.tables import open_table
+from dora_mm.models.vl import RowCounts
+from dora_mm.models.vlm.family import VLM
+from dora_mm.tasks.vl import VLBatches
+from tests.data.vl.files import write_json
+from tests.models.vlm.vlm_rows import write_pictures
+
+FAULT = "row r2 of chat: the images alone are 40 tokens, and a row has at most 40: raise model.max_length, "
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Makes a training set of seven rows, of which r2 has this number of images, and batches of this size."""
+    pictures = write_pictures(tmp_path)
+
+    def make(images: int, batch_size: int) -> TrainingSet:
+        said = [
+            {
+                "id": f"r{number}",
+                "image": ["square.png"] * count,
+                "conversations": [
+                    {"from": "human", "value": "<image>" * count + "What?"},
+                    {"from": "gpt", "value": f"x{number}"},
+                ],
+            }
+            for number, count in enumerate([1, 0, images, 1, 2, 1, 1])
+        ]
+        file = str(write_json(tmp_path / "chat.json", said))
+        source = SourceConfig(format="chat", file=file, images=str(pictures))
+        return TrainingSet(open_table(source, tmp_path / "tables", on_bad_data="skip"), str(pictures), batch_size)
+
+    return make
+
+
+@pytest.fixture
+def model(tiny_vlm):
+    return VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=40))
+
+
+class Recorder:
+    """Encodes the rows of batches with a model, and returns their labels by the rows that are in them."""
+
+    def __init__(self, model: VLM):
+        self.model, self.left_out = model, []
+
+    def batch(self, task, examples, images, targets, *, on_bad_data):
+        batch = self.model.batch(task, examples, images, targets, on_bad_data=on_bad_data)
+        self.left_out += batch.left_out
+        names = [row.id for row in examples if not any(row.id in text for text in batch.left_out)]
+        return [(names, inputs["input_ids"].tolist(), labels.tolist()) for inputs, labels, _ in batch.groups]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_its_batch_is_smaller_and_no_other_row_moves(batch_size, model, rows):
+    """Against the same rows without the fault, in two epochs."""
+    with_fault, without = Recorder(model), Recorder(model)
+    found = VLBatches(with_fault, {"chat": rows(10, batch_size)}, seed=0, on_bad_data="skip")  # type: ignore[arg-type]
+    expected = VLBatches(without, {"chat": rows(1, batch_size)}, seed=0, on_bad_data="skip")  # type: ignore[arg-type]
+    assert found.per_epoch == expected.per_epoch
+    for number in range(2 * found.per_epoch):
+        faulty, whole = found(number), expected(number)
+        names = whole[0][0]
+        if "r2" not in names:
+            assert faulty == whole
+        else:
+            assert [name for group in faulty for name in group[0]] == [name for name in names if name != "r2"]
+    assert len(with_fault.left_out) >= 2
+    assert all(text.startswith(FAULT) for text in with_fault.left_out)
+    assert without.left_out == []
+
+
+def test_it_stops_a_training_otherwise(model, rows):
+    batches = VLBatches(model, {"chat": rows(10, 7)}, seed=0)
+    with pytest.raises(ValueError, match=FAULT + r".* \(data.on_bad_data: skip leaves such rows out\)"):
+        batches(0)
+
+
+def test_it_is_counted_each_time_and_named_once(model, rows, caplog):
+    batch = VLBatches(model, {"chat": rows(10, 7)}, seed=0, on_bad_data="skip")(0)
+    assert sum(len(labels) for _, labels, _ in batch.groups) == 6
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        losses = [model.loss(batch, torch.Generator()) for _ in range(2)]
+    assert torch.equal(*losses)
+    (message,) = caplog.messages
+    assert message.startswith(FAULT)
+    resumed = RowCounts()
+    resumed.load_state_dict(model.counts.state_dict())
+    assert resumed.state_dict() == {"num_cut": 0, "num_left_out": 2}
+
+
+def test_an_image_that_cannot_be_read_is_left_out_by_the_name_of_its_row(model, rows, tmp_path):
+    found = rows(1, 7)
+    (tmp_path / "square.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    batch = VLBatches(model, {"chat": found}, seed=0, on_bad_data="skip")(0)
+    assert len(batch.left_out) == 6
+    assert all("square.png is not a complete image" in text for text in batch.left_out)
+    assert batch.left_out[0].startswith("row r")
+
+
+def test_a_batch_without_rows_is_a_loss_of_zero_with_a_gradient_of_zero(model, rows):
+    adapted = adapt(model.networks, model.target_maps, AdapterConfig(rank=2), seed=0, backend="torch")
+    found = rows(10, 1)
+    batch = model.batch("chat", [found.table[2]], found.images, [("x", 1.0)], on_bad_data="skip")
+    assert batch.groups == ()
+    loss = model.loss(batch, torch.Generator())
+    assert loss.dtype == torch.float32
+    assert loss.item() == 0
+    loss.backward()
+    reached = {name: p.grad for name, p in adapted.parameters.items() if p.grad is not None}
+    assert all("language_model" in name and not gradient.any() for name, gradient in reached.items())
+    assert len(reached) == 1

@@ -1,0 +1,150 @@
+"""What is told of the lengths of rows before a training, from a sample that is encoded."""
+
+import numpy as np
+import pytest
+
+from dora_mm.config.models import VLMModelConfig
+from dora_mm.config.vl_data import SourceConfig
+from dora_mm.data.vl.splits import TrainingSet
+from dora_mm.data.vl.tables import open_table
+from dora_mm.models.vl import RowLengths, likeliest_answer
+from dora_mm.models.vlm.encoding import IGNORED
+from dora_mm.models.vlm.family import VLM
+from dora_mm.preview import lengths as module
+from dora_mm.preview.lengths import (
+    RowSample,
+    evenly_spaced,
+    longest_rows,
+    row_lines,
+    sample_lengths,
+    sample_line,
+    sample_table,
+)
+from tests.data.vl.files import write_json
+from tests.models.vlm.vlm_rows import write_pictures
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def rows(tmp_path, pictures):
+    """Makes a training set of rows with these numbers of images each, 4 tokens of a row of 40, and these answers."""
+
+    def make(counts: list[int], on_bad_data: str = "stop", answers: dict[int, str] | None = None) -> TrainingSet:
+        said = [
+            {
+                "id": f"r{number}",
+                "image": ["square.png"] * count,
+                "conversations": [
+                    {"from": "human", "value": "<image>" * count + "What?"},
+                    {"from": "gpt", "value": (answers or {}).get(number, "x")},
+                ],
+            }
+            for number, count in enumerate(counts)
+        ]
+        file = str(write_json(tmp_path / "chat.json", said))
+        source = SourceConfig(format="chat", file=file, images=str(pictures))
+        return TrainingSet(open_table(source, tmp_path / "tables", on_bad_data=on_bad_data), str(pictures), 2)
+
+    return make
+
+
+@pytest.fixture
+def model(tiny_vlm):
+    return VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=40))
+
+
+def sample(tokens, image_tokens, lost=(), limit=100, total=None, bad=(), longest=0) -> RowSample:
+    """Of rows with these tokens, the last ones of which are not evenly spaced ones."""
+    lost, numbers = np.isin(np.arange(len(tokens)), lost), np.arange(len(tokens))
+    bad = {len(tokens) + row: "cannot be read" for row in range(len(bad))}
+    found = RowLengths(numbers, np.array(tokens), np.array(image_tokens), lost, limit, "model.max_length", bad)
+    return RowSample(total or len(tokens) + len(bad), found, numbers < len(tokens) - longest)
+
+
+def test_rows_are_evenly_spaced():
+    assert evenly_spaced(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert evenly_spaced(101, 3).tolist() == [0, 50, 100]
+    assert evenly_spaced(0, 3).tolist() == []
+    assert len(evenly_spaced(600_000, 100)) == 100
+
+
+def test_the_longest_rows_have_the_most_images_and_text(rows):
+    table = rows([1, 0, 2, 1], answers={1: "word " * 900, 3: "words"}).table
+    assert longest_rows(table, 3).tolist() == [1, 2, 3]
+
+
+def test_the_table_of_lengths():
+    assert sample_table("chat", sample([10, 20, 30, 120, 150], [4, 4, 8, 90, 90], lost=[4])).splitlines() == [
+        "lengths of chat in tokens, all 5 rows encoded  min  50 %  90 %  99 %  max",
+        "whole rows                                      10    30   150   150  150",
+        "of these for images (59.4 %)                     4     8    90    90   90",
+        "2 rows of 5 are longer than 100 tokens (model.max_length) and cut at the end, and 1 row loses its whole "
+        "answer: nothing is learned from it",
+    ]
+    assert "images" not in sample_table("vqa", sample([7, 8], [0, 0]))
+    assert sample_table("vqa", sample([], [], total=2, bad=[0, 1])) == "lengths of vqa in tokens, all 2 rows encoded"
+
+
+def test_quantiles_are_of_evenly_spaced_rows_and_the_highest_length_of_all():
+    table = sample_table("vqa", sample([7, 8, 9, 90, 80], [0] * 5, total=9, longest=2, bad=[0])).splitlines()
+    assert table == [
+        "lengths of vqa in tokens, 5 of 9 rows encoded  min  50 %  90 %  99 %  max",
+        "whole rows                                       7     8     9     9   90",
+        "quantiles of 3 evenly spaced rows; max also of those with the most text and images",
+        "1 row of 6 cannot be encoded, and is left out",
+    ]
+
+
+def test_a_line_for_the_log(rows):
+    table = rows([1, 1, 1]).table
+    assert sample_line("chat", table, None) == "chat: 3 rows"
+    assert sample_line("chat", table, sample([10, 20, 120], [4, 4, 4])) == (
+        "chat: 3 rows; tokens: 50 % 20, 99 % 120, at most 120, 8 % for images; 1 row of 3 is longer than 100 tokens "
+        "(model.max_length) and cut at the end"
+    )
+    assert "tokens of 2 rows encoded: 50 %" in sample_line("chat", table, sample([10, 20], [4, 4], total=3))
+
+
+@pytest.mark.parametrize(("name", "limit"), [("llava", 45), ("qwen2_5_vl", 45), ("git", 12), ("florence2", None)])
+def test_lengths_are_those_of_rows_before_they_are_cut(name, limit, tiny_vlm, rows):
+    found = rows([1, 1, 1], answers={1: "A ball. " * 20, 2: "word " * 9})
+    model = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=limit))
+    lengths = model.lengths("chat", found.table, [0, 1, 2], found.images)
+    whole = VLM(VLMModelConfig(path=str(tiny_vlm(name)))).rows
+    encoded = [whole.row("chat", row, found.images, likeliest_answer(row)) for row in found.table]
+    assert lengths.tokens.tolist() == [row.length for row in encoded]
+    assert lengths.image_tokens.tolist() == [row.num_image_tokens for row in encoded]
+    cut = [model.rows.row("chat", row, found.images, likeliest_answer(row)) for row in found.table]
+    assert lengths.loses_answer.tolist() == [bool((row.labels == IGNORED).all()) for row in cut]
+
+
+def test_a_row_whose_images_alone_are_too_long_stops(model, rows):
+    with pytest.raises(ValueError, match=r"chat\.json, id r2: the images alone are 40 tokens, and a row has at most"):
+        row_lines(model, {"chat": rows([1, 0, 10, 2])})
+    with pytest.raises(ValueError, match=r"no row of 2 can be encoded; \S+chat\.json, id r0: the images alone are"):
+        row_lines(model, {"chat": rows([10, 11], "skip")})
+
+
+def test_or_is_counted(model, rows):
+    text = row_lines(model, {"chat": rows([1, 0, 10, 2], "skip")})
+    assert text.startswith("chat: 4 rows; tokens: 50 %")
+    assert text.endswith("; 1 row of 4 cannot be encoded, and is left out")
+
+
+def test_rows_outside_the_sample_are_not_looked_at(model, rows, monkeypatch):
+    monkeypatch.setattr(module, "SAMPLE", 2)
+    found = sample_lengths(model, "chat", rows([1, 10, 1, 2, 1, 1]))
+    assert found is not None
+    assert found.lengths.rows.tolist() == [0, 3, 5]  # the first, the last, and what has many images
+    assert found.lengths.bad.keys() == {1}
+    assert found.spaced.tolist() == [True, False, True]
+
+
+def test_long_texts_are_counted(tiny_vlm, rows):
+    short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18))
+    text = row_lines(short, {"chat": rows([1, 1, 2])})
+    assert "1 row of 3 is longer than 18 tokens (model.max_length) and cut at the end" in text
