@@ -34,7 +34,7 @@ class AdaptedLayer(AdapterParameters):
     """
 
     parameter_names = (*ADAPTER_NAMES, "weight")
-    base_class: type[nn.Module] | None = None  # the class of the layers that it adapts, where it is one
+    base_class: type[nn.Module] = nn.Module  # the class of the layers that it adapts, see `class_for`
 
     def __init__(self, *_: Any, **__: Any):
         raise TypeError(f"a {type(self).__name__} is made from a base layer: use inject or adapt_layer")

@@ -10,13 +10,7 @@ from dora_mm.core.adapted import AdaptedLayer, has_plain_weight
 from dora_mm.core.layer import DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding, DoRALinear
 from dora_mm.core.ops import LINEAR
 
-KNOWN: dict[type[nn.Module], type[AdaptedLayer]] = {
-    nn.Linear: DoRALinear,
-    nn.Conv1d: DoRAConv1d,
-    nn.Conv2d: DoRAConv2d,
-    nn.Conv3d: DoRAConv3d,
-    nn.Embedding: DoRAEmbedding,
-}
+KNOWN = {kind.base_class: kind for kind in (DoRALinear, DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding)}
 
 
 class DoRABiasLast(DoRALinear):
