@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         fixed_parameters,
         merge,
         remove,
-        set_strength,
         unmerge,
     )
     from dora_mm.formats.commands.convert import convert
@@ -46,7 +45,7 @@ __all__ = [
     "verify",
 ]
 _FROM_FORMATS = {name: f"dora_mm.formats.commands.{name}" for name in ("convert", "extract", "verify")}
-_FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter"} - _FROM_FORMATS.keys()
+_FROM_CORE = frozenset(__all__) - {"inject", "load_adapter", "save_adapter", "set_strength"} - _FROM_FORMATS.keys()
 
 
 def __getattr__(name: str) -> Any:
@@ -186,3 +185,23 @@ def load_adapter(
     from dora_mm import formats
 
     return formats.load(model, Path(path), strength=strength, name=name, forward=backends.select(backend))
+
+
+def set_strength(model: nn.Module, strength: float | Mapping[str, float], *, name: str | None = None) -> None:
+    """Sets the strength t of the adapters: the weight of a layer is then W0 + t (W' - W0).
+
+    Args:
+        model: The adapted model.
+        strength: t, any finite number: 0 is exactly the base model, 1 the trained one. Or numbers by part and block,
+            such as {"down": 0.5, "up.1": 0}: see `load_adapter`.
+        name: The adapter whose strength is set, where several are loaded; None sets the strength of all.
+
+    Raises:
+        ValueError: The strength is not a finite number, or names a part without adapted modules; or the model has no
+            adapted layer or no adapter of that name, is merged, or was trained with method `full`, which has no
+            strength. It is then unchanged.
+    """
+    from dora_mm import core
+    from dora_mm import targets as maps
+
+    core.set_strength(model, strength, name=name, short=maps.SHORT_NAMES)

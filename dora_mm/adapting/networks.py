@@ -14,8 +14,8 @@ import dora_mm
 from dora_mm.adapting.parts import Settings, settings_of
 from dora_mm.config.adapter import AdapterConfig, PartConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, adapted_layers
-from dora_mm.core.quantized import is_quantized
 from dora_mm.core.targets import match_modules, matches
+from dora_mm.core.wrappers.quantized import is_quantized
 
 
 @dataclass

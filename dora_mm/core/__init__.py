@@ -15,7 +15,8 @@ from dora_mm.core.inject import (
     set_strength,
     unmerge,
 )
-from dora_mm.core.layer import DoRAConv, DoRAEmbedding, DoRALinear, adapt_layer, restore_layer
+from dora_mm.core.kinds import adapt_layer, restore_layer
+from dora_mm.core.layer import DoRAConv, DoRAEmbedding, DoRALinear
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.targets import TargetMap
 

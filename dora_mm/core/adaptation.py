@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.forms import Forward
-from dora_mm.core.passes import Kept
+from dora_mm.core.passes import PassCache
 from dora_mm.core.spec import DoRASpec
 
 ADAPTER_NAMES = ("lora_A", "lora_B", "magnitude")
@@ -22,21 +22,6 @@ class StackedAdapter:
     spec: DoRASpec
     tensors: dict[str, Tensor]  # by the names of ADAPTER_NAMES
     strength: float
-
-
-@dataclass
-class Fixed:
-    """What is computed once per `fixed_parameters`, by dtype and device of the product and by inference mode.
-
-    Attributes:
-        num_passes: The number of passes; None where only the base weight is fixed.
-        n0: The row norms of the base weight.
-        kept: What depends on the adapters too.
-    """
-
-    num_passes: float | None = None
-    n0: dict[Hashable, Tensor] = field(default_factory=dict)
-    kept: dict[Hashable, Kept] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,7 +42,8 @@ class Adaptation:
         first_magnitude: The m of a fresh adapter, the row norms of the weight; None without a magnitude.
         merged: Whether the weight is W(t).
         base_weight: While merged, the base weight as stored, unless it was not kept.
-        fixed: Inside `fixed_parameters`, what that keeps.
+        caches: Inside `fixed_parameters`, what that keeps, by dtype and device of the product and by inference mode.
+        num_passes: Inside `fixed_parameters`, the number of passes; None where only the base weight is fixed.
     """
 
     base_class: type[nn.Module]
@@ -73,7 +59,16 @@ class Adaptation:
     first_magnitude: Tensor | None = None
     merged: bool = False
     base_weight: Tensor | None = None
-    fixed: Fixed | None = None
+    caches: dict[Hashable, PassCache] | None = None
+    num_passes: float | None = None
+
+    def forget(self, *, base: bool = False) -> None:
+        """Discards what `fixed_parameters` keeps of the adapters and, with `base`, of the base weight."""
+        self.num_passes = None
+        if base:
+            self.caches = None
+        for cache in (self.caches or {}).values():
+            cache.rows = cache.merged = None
 
     def __getstate__(self):
-        return {**self.__dict__, "fixed": None}
+        return {**self.__dict__, "caches": None, "num_passes": None}

@@ -11,7 +11,7 @@ the merged form that is a second product beside the one with W0. The unmerged fo
 without a magnitude.
 
 In half precision W(t) does not fit into one number. The merged form then multiplies x by two weights whose sum it is
-(see `MergedWeight`), in one product that is rounded once.
+(see `split_weight`), in one product that is rounded once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 
 from dora_mm.core.functional import (
     Adapter,
-    RowGains,
     adapter_dtype,
     any_nonzero,
     as_matrix,
@@ -40,7 +39,7 @@ from dora_mm.core.functional import (
     without_autocast,
 )
 from dora_mm.core.ops import sum_tokens
-from dora_mm.core.passes import Call, Kept, MergedWeight, Options, Saved, load, save, scaled
+from dora_mm.core.passes import Call, Options, PassCache, Tensors, load, save
 from dora_mm.core.steps import TORCH_STEPS, Steps, inner_dots
 
 # --- which form ------------------------------------------------------------------------------------------------------
@@ -94,8 +93,10 @@ def choose_form(
 
 
 @torch.no_grad()
-def split_weight(W: Tensor, weight: Tensor, dtype: torch.dtype, has_dropout: bool = False) -> MergedWeight:
-    """Splits W(t) into two weights in `dtype`.
+def split_weight(
+    W: Tensor, weight: Tensor, dtype: torch.dtype, has_dropout: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Splits W(t) into two weights in `dtype`, `main` and `rest`.
 
     A bf16 base lies on the bf16 grid, so an update below half a unit in the last place would vanish from one number.
 
@@ -103,13 +104,17 @@ def split_weight(W: Tensor, weight: Tensor, dtype: torch.dtype, has_dropout: boo
         W: W(t) in at least fp32; it may be overwritten.
         weight: W0.
         dtype: The dtype of the product.
-        has_dropout: Whether the update has an input of its own: then the two are W0 and the update.
+        has_dropout: Whether the update has an input of its own.
+
+    Returns:
+        W(t), rounded in half precision, and what is missing from it; or W0 and the update, where that has an input of
+        its own. The second is None where it is 0.
     """
     if has_dropout:
         main = weight.detach().to(dtype)
         rest = W - weight.detach()
     elif dtype == W.dtype:
-        return MergedWeight(W, None)
+        return W, None
     else:
         if dtype != weight.dtype:  # autocast: the base multiplies by cast(W0), and a fresh adapter changes no bit
             W = W + (weight.detach().to(dtype).to(W.dtype) - weight.detach())
@@ -118,8 +123,8 @@ def split_weight(W: Tensor, weight: Tensor, dtype: torch.dtype, has_dropout: boo
     # A second product may change the order of summation (in bf16 for 640 x 640 with 2048 tokens it does): a fresh
     # adapter goes without it.
     if can_read(rest) and not any_nonzero(rest):
-        return MergedWeight(main, None)
-    return MergedWeight(main, rest.to(dtype))
+        return main, None
+    return main, rest.to(dtype)
 
 
 # --- the two forms ---------------------------------------------------------------------------------------------------
@@ -129,140 +134,170 @@ class Unmerged(torch.autograd.Function):
     """y = e x W0^T + h B'^T + b, with h from `dropped` where that is given (e is then 1)."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x, dropped, weight, bias, *tensors):
-        op, update_input = call.options.op, x if dropped is None else dropped
-        A, B = call.branch(call.adapters_with(tensors))
+    def forward(ctx: Any, call: Call, *arguments):
+        given, op = call.tensors(arguments), call.options.op
+        A, B = branch(given.adapters)
         h = None
         if A is not None:
-            h = op.reduce(update_input, A.to(call.dtype if op.merges else adapter_dtype(call.dtype)))
-        y = call.steps.unmerged(op, x, weight.detach().to(call.dtype), bias, call.base_gain(), h, B)
-        wants_dm = dropped is None and any(ctx.needs_input_grad[7::3])  # m of every adapter
-        return save(ctx, call, y, wants_dm, update_input, h, weight, bias, *tensors)
+            h = op.reduce(given.update_input(), A.to(call.dtype if op.merges else adapter_dtype(call.dtype)))
+        W0 = given.weight.detach().to(call.dtype)
+        y = call.steps.unmerged(op, given.x, W0, given.bias, base_gain(given.adapters), h, B)
+        return save(ctx, call, given, call.needs(ctx), y, h=h)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grad_outputs: Tensor):
-        _, needs_x, needs_dropped, _, needs_bias, *needs = ctx.needs_input_grad
-        call, saved, (dY,) = ctx.call, load(ctx), grad_outputs
-        gradients, u, A = adapter_gradients(call, saved, dY, needs, h=saved.extra, needs_u=needs_x or needs_dropped)
+        (call, saved, needs), (dY,) = load(ctx), grad_outputs
+        op = call.options.op
+        gradients, u, A = adapter_gradients(call, saved, dY, needs, needs_u=needs.x or needs.dropped)
         dX = d_dropped = None
-        if needs_dropped and u is not None and A is not None:
-            zeros = dY.new_zeros(saved.x.shape)
-            d_dropped = call.options.op.add_grad_reduced(zeros, u, saved.x, A.to(dY.dtype))
+        if needs.dropped and u is not None and A is not None:
+            d_dropped = op.add_grad_reduced(dY.new_zeros(saved.x.shape), u, saved.x, A.to(dY.dtype))
             u = A = None
-        if needs_x:
+        if needs.x:
             W0 = saved.weight.detach().to(call.dtype)
-            dX = call.steps.unmerged_grad_input(call.options.op, dY, saved.x, W0, call.base_gain(), u, A)
-        return None, dX, d_dropped, None, bias_grad(call, saved, dY) if needs_bias else None, *gradients
+            dX = call.steps.unmerged_grad_input(op, dY, saved.x, W0, base_gain(saved.adapters), u, A)
+        db = bias_grad(call, saved, dY) if needs.bias else None
+        return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).arguments("unmerged")
 
 
 class Merged(torch.autograd.Function):
-    """y = x main^T + x' rest^T + b, the weights as in `MergedWeight`; x' is `dropped` where that is given, else x."""
+    """y = x main^T + x' rest^T + b, the weights as in `split_weight`; x' is `dropped` where that is given, else x."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x, dropped, weight, bias, main, rest, *tensors):
-        op, update_input = call.options.op, x if dropped is None else dropped
+    def forward(ctx: Any, call: Call, *arguments):
+        given, op = call.tensors(arguments), call.options.op
+        x, main, rest, bias = given.x, given.main, given.rest, given.bias
         if rest is None:
             y = op(x, main, bias)
         elif main.dtype.itemsize < 4:  # one sum, rounded once
-            y = op(op.concatenate(x, update_input), torch.cat([main, rest], 1), bias)
+            y = op(op.concatenate(x, given.update_input()), torch.cat([main, rest], 1), bias)
         else:
-            y = op(x, main, bias).add_(op(update_input, rest, None))
-        ctx.has_dropout = dropped is not None
-        wants_dm = dropped is None and any(ctx.needs_input_grad[9::3])  # m of every adapter
-        keeps = call.options.keep_weight and any(ctx.needs_input_grad[1:3])
-        extra = (main if dropped is None else rest) if keeps else None
-        return save(ctx, call, y, wants_dm, update_input, extra, weight, bias, *tensors)
+            y = op(x, main, bias).add_(op(given.update_input(), rest, None))
+        needs = call.needs(ctx)
+        keeps = call.options.keep_weight and (needs.x or needs.dropped)
+        return save(ctx, call, given, needs, y, main=(main if given.dropped is None else rest) if keeps else None)
 
     @staticmethod
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, *grad_outputs: Tensor):
-        _, needs_x, needs_dropped, _, needs_bias, _, _, *needs = ctx.needs_input_grad
-        call, saved, (dY,) = ctx.call, load(ctx), grad_outputs
+        (call, saved, needs), (dY,) = load(ctx), grad_outputs
+        op, has_dropout = call.options.op, call.options.dropout > 0
         gradients, _, _ = adapter_gradients(call, saved, dY, needs)
         dX = d_update = None
-        if needs_dropped or (needs_x and not ctx.has_dropout):
-            W = saved.extra if saved.extra is not None else built_again(call, saved, ctx.has_dropout)
-            d_update = call.options.op.grad_input(dY, saved.x, W)  # without `rest`: half precision rounds dX by as much
-        if needs_x and ctx.has_dropout:
-            dX = call.options.op.grad_input(dY, saved.x, saved.weight.detach().to(dY.dtype))
-        dX, d_dropped = (dX, d_update) if ctx.has_dropout else (d_update, None)
-        db = bias_grad(call, saved, dY) if needs_bias else None
-        return None, dX, d_dropped, None, db, None, None, *gradients
+        if needs.dropped or (needs.x and not has_dropout):
+            W = saved.main if saved.main is not None else built_again(call, saved)
+            d_update = op.grad_input(dY, saved.x, W)  # without `rest`: half precision rounds dX by as much
+        if needs.x and has_dropout:
+            dX = op.grad_input(dY, saved.x, saved.weight.detach().to(dY.dtype))
+        dX, d_dropped = (dX, d_update) if has_dropout else (d_update, None)
+        db = bias_grad(call, saved, dY) if needs.bias else None
+        return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).arguments("merged")
 
 
-def built_again(call: Call, saved: Saved, has_dropout: bool) -> Tensor:
+def built_again(call: Call, saved: Tensors) -> Tensor:
     """Returns what the input of the update was multiplied by: W(t), or with dropout the update."""
-    W, _ = merge_adapters(saved.weight, saved.adapters, call.gains)
-    merged = split_weight(W, saved.weight, call.dtype, has_dropout)
+    has_dropout = call.options.dropout > 0
+    W, _ = merge_adapters(saved.weight, saved.adapters, [a.rows for a in saved.adapters])
+    main, rest = split_weight(W, saved.weight, call.dtype, has_dropout)
     if not has_dropout:
-        return merged.main
-    return torch.zeros_like(merged.main) if merged.rest is None else merged.rest
+        return main
+    return torch.zeros_like(main) if rest is None else rest
+
+
+# --- what they need of all adapters ----------------------------------------------------------------------------------
+
+
+def base_gain(adapters: Sequence[Adapter]) -> Tensor | None:
+    """Returns e = 1 + sum_k t_k (g_k - 1), (O,); None for 1."""
+    total = None
+    for adapter in adapters:
+        if adapter.rows is not None:
+            gain = adapter.rows.gain
+            part = gain if adapter.strength == 1 else 1 + adapter.strength * (gain - 1)
+            total = part if total is None else total + (part - 1)
+    return total
+
+
+def branch(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None]:
+    """Returns A and B' of all adapters, concatenated along the rank; None where none has them."""
+    pairs = [(a.A, scaled(a.B, a)) for a in adapters if a.A is not None and a.B is not None]
+    if len(pairs) <= 1:
+        return pairs[0] if pairs else (None, None)
+    A, B = zip(*pairs, strict=True)
+    return torch.cat(A), torch.cat(B, 1)
+
+
+def scaled(t: Tensor, adapter: Adapter) -> Tensor:
+    """Multiplies B or dB (O, R) by strength, gain and scaling of the adapter."""
+    factor = adapter.scaling * adapter.strength
+    if adapter.rows is None:
+        return t if factor == 1 else t * factor
+    gain = adapter.rows.gain
+    return t * (gain if factor == 1 else gain * factor)[:, None]
 
 
 # --- their gradients -------------------------------------------------------------------------------------------------
 
 
 def adapter_gradients(
-    call: Call, saved: Saved, dY: Tensor, needs: Sequence[bool], *, h: Tensor | None = None, needs_u: bool = False
-) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    call: Call, saved: Tensors, dY: Tensor, needs: Tensors, *, needs_u: bool = False
+) -> tuple[list[Adapter], Tensor | None, Tensor | None]:
     """Computes the gradients of all adapters.
 
     Args:
         call: The pass.
         saved: What it saved.
         dY: Gradient of the output.
-        needs: Whether A, B and m of every adapter need a gradient, as a flat list.
-        h: x A^T of all adapters, where it was kept.
+        needs: Whether each tensor needs a gradient.
         needs_u: Whether u is needed for the gradient of x.
 
     Returns:
-        dA, dB and dm of every adapter as a flat list, None where not needed; and u and A of all adapters, None where
-        there are none.
+        Every adapter with dA, dB and dm, None where not needed; and u and A of all adapters, None where there are none.
     """
-    op, wanted = call.options.op, call.adapters_with(needs)
-    A, B = call.branch(saved.adapters)
-    trains = any(w.A or w.B for w in wanted)
+    op = call.options.op
+    A, B = branch(saved.adapters)
+    trains = any(a.A or a.B for a in needs.adapters)
     u = dA = dB = None
     if B is not None and (trains or needs_u):
         u = op.grad_h(dY, B.to(dY.dtype))
     if u is not None and A is not None and B is not None and trains:
-        h = op.reduce(saved.x, A.to(dY.dtype)) if h is None else h.to(dY.dtype)
+        h = op.reduce(saved.x, A.to(dY.dtype)) if saved.h is None else saved.h.to(dY.dtype)
         dA, dB = op.grad_A(u, saved.x, A), op.grad_B(dY, h, B)
-    gradients: list[Tensor | None] = []
+    gradients = []
     first = 0
-    for adapter, gains, wants in zip(saved.adapters, call.gains, wanted, strict=True):
-        is_exact = adapter.norm_grad == "exact" and gains.norm is not None and dA is not None
-        dm = magnitude_grad(call, saved, dY, adapter, gains) if wants.magnitude or is_exact else None
+    for adapter, wants in zip(saved.adapters, needs.adapters, strict=True):
+        is_exact = adapter.norm_grad == "exact" and adapter.rows is not None and dA is not None
+        dm = magnitude_grad(call, saved, dY, adapter) if wants.magnitude or is_exact else None
         own_A = own_B = None
         if dA is not None and dB is not None and adapter.A is not None and adapter.B is not None:
             last = first + len(adapter.A)
             own_A = dA[first:last].to(adapter.A.dtype)
             own_B = dB[:, first:last].to(adapter.B.dtype, memory_format=torch.contiguous_format)
-            own_B = scaled(own_B, adapter, gains)
+            own_B = scaled(own_B, adapter)
             first = last
             if is_exact and dm is not None:
-                more_A, more_B = exact_norm_correction(as_matrix(saved.weight), adapter, gains, dm)
+                more_A, more_B = exact_norm_correction(as_matrix(saved.weight), adapter, dm)
                 own_A, own_B = own_A.add_(more_A), own_B.add_(more_B)
-        gradients += [own_A, own_B, dm if wants.magnitude else None]
+        gradients.append(adapter.with_tensors(own_A, own_B, dm if wants.magnitude else None))
     return gradients, u, A
 
 
-def magnitude_grad(call: Call, saved: Saved, dY: Tensor, adapter: Adapter, gains: RowGains) -> Tensor:
+def magnitude_grad(call: Call, saved: Tensors, dY: Tensor, adapter: Adapter) -> Tensor:
     """Returns dm = t sum over tokens of dY * (x V^T), / n; 0 where n is 0. It takes a product where y was not kept."""
     op = call.options.op
     if saved.y is not None:
-        return call.steps.magnitude_grad(op, dY, saved.x, saved.y, saved.weight, saved.bias, adapter, gains)
-    assert gains.norm is not None
+        return call.steps.magnitude_grad(op, dY, saved.x, saved.y, saved.weight, saved.bias, adapter)
+    assert adapter.rows is not None
+    norm = adapter.rows.norm
     dots = inner_dots(op, dY, saved.x, saved.weight, adapter)
-    return (adapter.strength * dots / gains.norm).masked_fill_(gains.norm == 0, 0)
+    return (adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
 
 
-def bias_grad(call: Call, saved: Saved, dY: Tensor) -> Tensor:
+def bias_grad(call: Call, saved: Tensors, dY: Tensor) -> Tensor:
     """Returns db (O,)."""
-    assert saved.bias is not None
     return sum_tokens(call.options.op, dY).to(saved.bias.dtype)
 
 
@@ -301,25 +336,25 @@ def adapted_product(
     if options.op.merges and (autocast or options.dtype is not None):  # embeddings are not autocast
         dtype = product_dtype(weight) if autocast or options.dtype is None else options.dtype
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    kept = options.kept or Kept()
+    cache = options.cache or PassCache()
     with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
         merges = form_of(x, weight, adapters, options, dtype, steps) == "merged"
         dropped = F.dropout(x, options.dropout) if options.dropout else None
-        merged = kept.merged if dropped is None else None
+        merged = cache.merged if merges and dropped is None else None
         if merges and merged is None:
-            W, kept.gains = merge_adapters(weight, adapters, kept.gains)
+            W, cache.rows = merge_adapters(weight, adapters, cache.rows)
             merged = split_weight(W, weight, dtype, dropped is not None)
             if options.keep_weight and dropped is None:
-                kept.merged = merged
-        if kept.gains is None:
-            norms = row_norm(weight.detach()) if kept.n0 is None and has_magnitude(adapters) else kept.n0
-            kept.gains = tuple(steps.row_gains(weight, adapter, norms) for adapter in adapters)
-        call = Call(options, steps, dtype, tuple(a.holding(None, None, None) for a in adapters), kept.gains)
-        tensors = [t for a in adapters for t in (a.A, a.B, a.magnitude)]
-        if not merges:
-            return Unmerged.apply(call, x, dropped, weight, bias, *tensors)
-        assert merged is not None
-        return Merged.apply(call, x, dropped, weight, bias, *merged, *tensors)
+                cache.merged = merged
+        if cache.rows is None:
+            n0 = row_norm(weight.detach()) if cache.n0 is None and has_magnitude(adapters) else cache.n0
+            cache.rows = tuple(steps.row_gains(weight, adapter, n0) for adapter in adapters)
+        call = Call(options, steps, dtype, tuple(a.of_pass(own) for a, own in zip(adapters, cache.rows, strict=True)))
+        main, rest = merged or (None, None)
+        tensors = Tensors(x, dropped, weight, bias, adapters, main, rest)
+        if merges:
+            return Merged.apply(call, *tensors.arguments("merged"))
+        return Unmerged.apply(call, *tensors.arguments("unmerged"))
 
 
 TORCH: Forward = adapted_product
@@ -334,12 +369,12 @@ def form_of(
     return choose_form(
         options.op.num_tokens(x, weight),
         weight.shape[0],
-        weight[0].numel(),
+        weight.numel() // weight.shape[0],
         sum(0 if a.A is None else a.A.shape[0] for a in adapters),
         half=dtype.itemsize < 4,
         has_magnitude=has_magnitude(adapters),
         dropout=options.dropout > 0,
-        num_passes=options.kept.num_passes if options.kept is not None and options.keep_weight else 1.0,
+        num_passes=options.num_passes if options.keep_weight else 1.0,
         rounds_once=steps.rounds_once,
     )
 

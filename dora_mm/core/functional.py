@@ -20,6 +20,7 @@ autocast.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,21 @@ SMALL_GAIN = 2.0**-6  # below it, dividing by g or m amplifies rounding
 ROWS_AT_ONCE = 256  # of a weight in half precision, cast to fp32 in blocks that fit into a processor's cache
 
 
+class RowGains(NamedTuple):
+    """n and g of one adapter with a magnitude.
+
+    Attributes:
+        norm: n (O,), in the adapter's dtype.
+        gain: g (O,), in the adapter's dtype.
+        regular: Whether n > 0 and g >= SMALL_GAIN are known to hold in every row, as they nearly always do; False where
+            it was not checked.
+    """
+
+    norm: Tensor
+    gain: Tensor
+    regular: bool = False
+
+
 class Adapter(NamedTuple):
     """What the formulas need of one adapter.
 
@@ -42,6 +58,7 @@ class Adapter(NamedTuple):
         scaling: s, alpha / rank.
         strength: t.
         norm_grad: "detached" treats n as a constant in the backward pass, "exact" differentiates it.
+        rows: n and g, where they are known; a pass sets them.
     """
 
     A: Tensor | None
@@ -50,25 +67,15 @@ class Adapter(NamedTuple):
     scaling: float = 1.0
     strength: float = 1.0
     norm_grad: str = "detached"
+    rows: RowGains | None = None
 
-    def holding(self, A: Tensor | None, B: Tensor | None, magnitude: Tensor | None) -> Adapter:
+    def with_tensors(self, A: Tensor | None, B: Tensor | None, magnitude: Tensor | None) -> Adapter:
         """The adapter with these tensors instead of its own. torch 2.6 can compile neither `_replace` nor a slice."""
-        return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad)
+        return Adapter(A, B, magnitude, self.scaling, self.strength, self.norm_grad, self.rows)
 
-
-class RowGains(NamedTuple):
-    """n and g of one adapter.
-
-    Attributes:
-        norm: n (O,), in the adapter's dtype; None for method `lora`.
-        gain: g (O,), in the adapter's dtype; None for method `lora`.
-        regular: Whether n > 0 and g >= SMALL_GAIN are known to hold in every row, as they nearly always do; False where
-            it was not checked.
-    """
-
-    norm: Tensor | None
-    gain: Tensor | None
-    regular: bool = False
+    def of_pass(self, rows: RowGains | None) -> Adapter:
+        """The adapter with n and g, without its tensors."""
+        return Adapter(None, None, None, self.scaling, self.strength, self.norm_grad, rows)
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -185,8 +192,8 @@ def with_gain(magnitude: Tensor, norm: Tensor) -> RowGains:
 
 
 @torch.no_grad()
-def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None) -> RowGains:
-    """Computes n and g of one adapter from the current parameters.
+def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None) -> RowGains | None:
+    """Computes n and g of one adapter from the current parameters; None where it has no magnitude.
 
     Args:
         weight: W0 (O, I), or a kernel (O, I / groups, *K).
@@ -194,7 +201,7 @@ def row_gains(weight: Tensor, adapter: Adapter, n0: Tensor | None = None) -> Row
         n0: The row norms of W0 (O,), where they are known already.
     """
     if adapter.magnitude is None:
-        return RowGains(None, None)
+        return None
     norm = row_norm(weight.detach()) if n0 is None else n0
     if adapter.A is not None and adapter.B is not None:
         norm = updated_norm(weight.detach().flatten(1), adapter.A.flatten(1), adapter.B, adapter.scaling, norm)
@@ -220,8 +227,8 @@ def merged_weight(weight: Tensor, adapters: Sequence[Adapter]) -> Tensor:
 
 @torch.no_grad()
 def merge_adapters(
-    weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[RowGains] | None = None
-) -> tuple[Tensor, tuple[RowGains, ...]]:
+    weight: Tensor, adapters: Sequence[Adapter], rows: Sequence[RowGains | None] | None = None
+) -> tuple[Tensor, tuple[RowGains | None, ...]]:
     """Computes W(t), and n and g of every adapter.
 
     Args:
@@ -238,49 +245,19 @@ def merge_adapters(
     found = []
     for index, adapter in enumerate(adapters):
         W = directions(W0, adapter)
-        found.append(rows[index] if rows else row_gains_of_directions(W, adapter))
-        gain = found[-1].gain
-        if gain is not None:
-            W = W.mul_(gain[:, None]) if W is not W0 else W * gain[:, None]
+        found.append(rows[index] if rows else row_gains_of(W, adapter))
+        own = found[-1]
+        if own is not None:
+            W = W.mul_(own.gain[:, None]) if W is not W0 else W * own.gain[:, None]
         if adapter.strength != 1:
             W = torch.add(W0, W - W0, alpha=adapter.strength)
         merged = W if merged is None else merged + (W - W0)
     return laid_out_like(W0 if merged is None else merged, weight), tuple(found)
 
 
-def row_gains_of_directions(V: Tensor, adapter: Adapter) -> RowGains:
-    if adapter.magnitude is None:
-        return RowGains(None, None)
-    return with_gain(adapter.magnitude, row_norm(V))
-
-
-@torch.no_grad()
-def rescaled(weight: Tensor, adapter: Adapter, strength: float) -> Adapter:
-    """Returns the adapter whose strength 1 is the given strength t of this one. It is DoRA again, of the same rank.
-
-        W0 + t (g V - W0) = e (W0 + s B' A)    with e = 1 + t (g - 1), B' = (t g / e) B, and so m' = e ||W0 + s B' A||
-
-    Args:
-        weight: W0 (O, I), or a kernel (O, I / groups, *K).
-        adapter: The adapter; its own strength is ignored.
-        strength: t.
-
-    Raises:
-        ValueError: e is 0 in some row: W0 is not part of it at this strength, which no adapter can express.
-    """
-    gain = row_gains(weight, adapter).gain
-    if gain is None:
-        assert adapter.B is not None
-        return adapter._replace(B=adapter.B * strength)
-    e = 1 + strength * (gain - 1)
-    if not e.all():
-        raise ValueError(
-            f"at strength {strength:g} a row of the weight has no part of the base, which no adapter can express: "
-            "choose another strength"
-        )
-    if adapter.B is not None:
-        adapter = adapter._replace(B=adapter.B * (strength * gain / e)[:, None])
-    return adapter._replace(magnitude=e * row_norm(directions(as_matrix(weight), adapter)))
+def row_gains_of(V: Tensor, adapter: Adapter) -> RowGains | None:
+    """`row_gains`, for an adapter whose V is built."""
+    return None if adapter.magnitude is None else with_gain(adapter.magnitude, row_norm(V))
 
 
 def directions(W0: Tensor, adapter: Adapter) -> Tensor:
@@ -311,10 +288,46 @@ def laid_out_like(matrix: Tensor, weight: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=matrix.dtype).copy_(shaped)
 
 
+# --- drawing and rounding --------------------------------------------------------------------------------------------
+
+
+def seeded_generator(seed: int, path: str) -> torch.Generator:
+    """A CPU generator that depends only on the seed and the path of the module, not on the order of the layers."""
+    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def round_stochastically(W: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Rounds each entry of W to `dtype`, up or down, with the probabilities that preserve its expectation.
+
+    Entries that `dtype` represents exactly stay. Rounding to nearest would drop every update below half a unit in the
+    last place.
+
+    Args:
+        W: Any shape, in fp32.
+        dtype: The dtype of the result, of half precision.
+        generator: A CPU generator.
+    """
+    info = torch.finfo(dtype)
+    power = (W.contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two at or below |W|
+    unit = power.clamp_(min=info.smallest_normal).mul_(info.eps)
+    quotient = W / unit  # exact, as is what follows
+    lower = quotient.floor()
+    noise = torch.rand(W.shape, generator=generator, dtype=torch.float32, device="cpu").to(W.device)
+    lower += noise < quotient.sub_(lower)
+    return lower.mul_(unit).clamp_(info.min, info.max).to(dtype)
+
+
+def shares(merged: Tensor, W: Tensor, W0: Tensor) -> tuple[float, float]:
+    """Returns <merged - W0, W - W0> and <W - W0, W - W0>."""
+    update, stored = W - W0, merged.to(W.dtype) - W0
+    return (stored * update).sum(dtype=torch.float64).item(), (update * update).sum(dtype=torch.float64).item()
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def exact_norm_correction(W0: Tensor, adapter: Adapter, rows: RowGains, dm: Tensor) -> tuple[Tensor, Tensor]:
+def exact_norm_correction(W0: Tensor, adapter: Adapter, dm: Tensor) -> tuple[Tensor, Tensor]:
     """Computes what `norm_grad: exact` adds to the detached gradients of A and B.
 
     Eq. 8 of the paper is dV = t g (dW - rowsum(dW V) V / n^2). With c = g dm / n, where dm includes the strength t,
@@ -322,17 +335,16 @@ def exact_norm_correction(W0: Tensor, adapter: Adapter, rows: RowGains, dm: Tens
 
     Args:
         W0: The weight as a matrix (O, I), in the adapter's dtype.
-        adapter: The adapter, with A, B and a magnitude.
-        rows: Its n and g.
+        adapter: The adapter, with A, B, a magnitude, n and g.
         dm: The gradient of the magnitude (O,).
 
     Returns:
         What to add to dA, in the shape of A, and to dB (O, R).
     """
+    rows = adapter.rows
     assert adapter.A is not None
     assert adapter.B is not None
-    assert rows.norm is not None
-    assert rows.gain is not None
+    assert rows is not None
     A, B, scaling = adapter.A.flatten(1), adapter.B, adapter.scaling
     c = torch.where(rows.norm == 0, 0.0, rows.gain * dm / rows.norm)[:, None]
     cB = c * B

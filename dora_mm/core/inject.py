@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 
-from dora_mm.core.adaptation import ADAPTER_NAMES, Fixed
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.attention import (
+from dora_mm.core.forms import TORCH, Forward
+from dora_mm.core.kinds import adapt_layer, adapted_class, restore_layer
+from dora_mm.core.spec import DoRASpec
+from dora_mm.core.strength import Strength, strengths_of
+from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, match_modules
+from dora_mm.core.wrappers.attention import (
     PROJECTIONS,
     PackedAttention,
-    PackedProjection,
     inside,
     restore_attention,
     separate_projections,
@@ -23,13 +26,8 @@ from dora_mm.core.attention import (
     why_not_separable,
     with_projections,
 )
-from dora_mm.core.forms import TORCH, Forward
-from dora_mm.core.layer import adapt_layer, restore_layer
-from dora_mm.core.quantized import is_quantized, why_not_quantized
-from dora_mm.core.sharded import check_not_sharded, reshard
-from dora_mm.core.spec import DoRASpec
-from dora_mm.core.strength import Strength, strengths_of
-from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, adaptable, match_modules
+from dora_mm.core.wrappers.quantized import DoRAQuantized
+from dora_mm.core.wrappers.sharded import check_not_sharded, reshard
 
 
 @dataclass(frozen=True)
@@ -191,39 +189,13 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
         raise ValueError(f"the model has no module {path}")
     if isinstance(layer, AdaptedLayer):
         raise ValueError(f"{path} is adapted already: call remove first")
-    if not adaptable(layer):
+    kind = adapted_class(layer)
+    if kind is None:
         raise ValueError(f"{path} is a {type(layer).__name__}, {NOT_ADAPTABLE}")
-    if not isinstance(layer, PackedProjection) and "weight" not in layer._parameters:
-        raise ValueError(
-            f"the weight of {path} is computed from other parameters (weight_norm, spectral_norm, prune or another "
-            "parametrization): remove that first"
-        )
-    if taken := next((name for name in (*ADAPTER_NAMES, "adaptation") if hasattr(layer, name)), None):
-        raise ValueError(f"{path} has an attribute {taken} of its own, which its adapter needs")
-    if layer.get_parameter("weight").numel() == 0:
-        raise ValueError(f"the weight of {path} is empty, so there is nothing to adapt")
-    attention = modules.get(path.rpartition(".")[0])
-    if isinstance(attention, nn.MultiheadAttention):
-        if why := why_not_separable(attention):
-            raise ValueError(f"{path} is inside an attention that would not call its adapter: {why}")
-        if spec.method == "full" and isinstance(layer, PackedProjection):
-            raise ValueError(f"{path} is a part of in_proj_weight, all of which method full would train")
-    if isinstance(layer, nn.Embedding):
-        if spec.dropout:
-            raise ValueError(
-                f"{path} is an Embedding, whose inputs are indices and cannot be dropped: set dropout to 0"
-            )
-        if layer.max_norm is not None:
-            raise ValueError(f"{path} has max_norm {layer.max_norm:g}, which changes its weight in every pass")
-    if "forward" in vars(layer):
-        raise ValueError(f"the forward function of {path} was replaced (a hook of accelerate?): inject before that")
-    if is_quantized(layer):
-        if why := why_not_quantized(layer):
-            raise ValueError(f"{path} {why}")
-        if spec.method == "full":
-            raise ValueError(f"{path} is quantised, and method full trains weights: load the model in float32")
-    if spec.method == "full" and layer.get_parameter("weight").dtype.itemsize < 4:
-        raise ValueError(f"method full trains {path} itself, and half precision loses small steps: load it in float32")
+    if why := why_not_separable(modules.get(path.rpartition(".")[0])):
+        raise ValueError(f"{path} is inside an attention that would not call its adapter: {why}")
+    if why := kind.why_not(layer, path, spec):
+        raise ValueError(why)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -278,16 +250,17 @@ def remove(model: nn.Module) -> None:
     set_fast_paths(model)
 
 
-def set_strength(model: nn.Module, strength: Strength, *, name: str | None = None) -> None:
+def set_strength(
+    model: nn.Module, strength: Strength, *, name: str | None = None, short: Mapping[str, str] | None = None
+) -> None:
     """Sets the strength t of the adapters: the weight of a layer is then W0 + t (W' - W0).
 
     Args:
         model: The adapted model.
         strength: t, any finite number: 0 is exactly the base model, 1 the trained one. Or numbers by the first pieces
-            of the modules' paths, such as {"down": 0.5, "up.1": 0}; modules that none of them names get 1. See
-            `core.strength.strengths_of`.
-        name: The adapter whose strength is set, where several are loaded (see `dora_mm.load_adapter`); None sets the
-            strength of all.
+            of the modules' paths; modules that none of them names get 1. See `core.strength.strengths_of`.
+        name: The adapter whose strength is set, where several are loaded; None sets the strength of all.
+        short: See `core.strength.strengths_of`.
 
     Raises:
         ValueError: The strength is not a finite number, or names a part without adapted modules; or the model has no
@@ -295,7 +268,7 @@ def set_strength(model: nn.Module, strength: Strength, *, name: str | None = Non
             strength. It is then unchanged.
     """
     by_path = adapted_layers(model)
-    strengths, layers = strengths_of(strength, by_path), by_path.values()
+    strengths, layers = strengths_of(strength, by_path, short), by_path.values()
     names = {n for layer in layers for n in (layer.adaptation.name, *layer.adaptation.stacked)}
     if name is not None and name not in names:
         raise ValueError(f"the model has no adapter {name!r}, only {', '.join(sorted(names))}")
@@ -383,16 +356,36 @@ def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_onl
         None.
     """
     states = [m.adaptation for m in model.modules() if isinstance(m, AdaptedLayer)]
-    bases = [state for state in states if state.fixed is None]
+    bases = [state for state in states if state.caches is None]
     for state in bases:
-        state.fixed = Fixed()
-    opened = [state for state in states if state.fixed and state.fixed.num_passes is None and not base_only]
+        state.caches = {}
+    opened = [state for state in states if state.num_passes is None and not base_only]
     for state in opened:
-        state.fixed = Fixed(num_passes, state.fixed.n0 if state.fixed else {})
+        state.num_passes = num_passes
     try:
         yield
     finally:
         for state in opened:
-            state.fixed = state.fixed and Fixed(None, state.fixed.n0)
+            state.forget()
         for state in bases:
-            state.fixed = None
+            state.caches = None
+
+
+@contextmanager
+def merged_adapters(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which the adapters of networks are merged, so that a pass costs what it does without them.
+
+    Quantised weights cannot be merged: theirs are computed once.
+
+    Args:
+        networks: Networks, adapted or not.
+    """
+    with ExitStack() as stack:
+        for network in networks:
+            active = [m for m in network.modules() if isinstance(m, AdaptedLayer) and not m.is_base()]
+            if any(isinstance(layer, DoRAQuantized) for layer in active):
+                stack.enter_context(fixed_parameters(network))
+            elif active:
+                merge(network)
+                stack.callback(unmerge, network)
+        yield

@@ -1,4 +1,4 @@
-"""A pass through an adapted layer: its options, what is kept from one pass to the next, what is saved for backward."""
+"""A pass through an adapted layer: its options, its tensors, and what is kept from one pass to the next."""
 
 from __future__ import annotations
 
@@ -14,35 +14,21 @@ from dora_mm.core.ops import LINEAR, Op
 from dora_mm.core.steps import Steps
 
 
-class MergedWeight(NamedTuple):
-    """Two weights whose sum is W(t), in the dtype of the product.
-
-    Attributes:
-        main: W(t), rounded in half precision; or W0, where dropout gives the update an input of its own.
-        rest: What is missing from W(t), shaped like `main`; None where it is 0.
-    """
-
-    main: Tensor
-    rest: Tensor | None
-
-
 @dataclass
-class Kept:
-    """What is kept of a layer from one pass to the next, for products in one dtype.
+class PassCache:
+    """What one pass computes and others may use, for products in one dtype.
 
     `fixed_parameters` opens one per layer; outside of it, one serves a single pass. `adapted_product` fills it.
 
     Attributes:
         n0: The row norms of the weight (O,), where it is known not to have changed.
-        num_passes: How many forward passes this serves; may be infinite.
-        gains: n and g of every adapter.
-        merged: W(t).
+        rows: n and g of every adapter.
+        merged: W(t), as `forms.split_weight` returns it.
     """
 
     n0: Tensor | None = None
-    num_passes: float = 1.0
-    gains: tuple[RowGains, ...] | None = None
-    merged: MergedWeight | None = None
+    rows: tuple[RowGains | None, ...] | None = None
+    merged: tuple[Tensor, Tensor | None] | None = None
 
 
 class Options(NamedTuple):
@@ -51,10 +37,11 @@ class Options(NamedTuple):
     Attributes:
         op: The operation of the layer.
         dropout: Probability of dropping entries of x in the update.
-        keep_weight: Whether W(t), where it is built, is kept for the backward pass and in `kept`, or built again.
+        keep_weight: Whether W(t), where it is built, is kept for the backward pass and in `cache`, or built again.
         save_output: Whether y may be kept for the backward pass; dm then costs no product of size T O I. It is not
             used where the next operation overwrote it (which writing to `y.data` hides).
-        kept: What is kept from one pass to the next; without it, the parameters are read in every pass.
+        cache: What is kept from one pass to the next; without it, the parameters are read in every pass.
+        num_passes: How many forward passes the cache serves; may be infinite.
         dtype: The dtype of the product outside autocast, where it is not that of the weight.
         restore: Returns the weight again in the backward pass, where it was made for this pass and must not be kept.
     """
@@ -63,9 +50,53 @@ class Options(NamedTuple):
     dropout: float = 0.0
     keep_weight: bool = True
     save_output: bool = True
-    kept: Kept | None = None
+    cache: PassCache | None = None
+    num_passes: float = 1.0
     dtype: torch.dtype | None = None
     restore: Callable[[], Tensor] | None = None
+
+
+class Tensors(NamedTuple):
+    """The tensors of a pass, or a flag or a gradient for each of them.
+
+    autograd takes, saves and returns flat lists. Their order is that of the fields here, with A, B and m of each
+    adapter. Only this class and `Call.tensors` know it.
+
+    Attributes:
+        x: The input of the layer; among the saved ones that of the update.
+        dropped: The input of the update, which is what dropout leaves of x; None without dropout.
+        weight: W0.
+        bias: b, or None.
+        adapters: The adapters, with A, B and m.
+        main: The first of the two weights of `forms.split_weight`, in the merged form; among the saved ones the weight
+            that the input of the update was multiplied by, if it was kept.
+        rest: The second one.
+        h: x A^T of all adapters, in the unmerged form; only among the saved ones.
+        y: The output, where dm is computed from it; only among the saved ones.
+    """
+
+    x: Any = None
+    dropped: Any = None
+    weight: Any = None
+    bias: Any = None
+    adapters: Sequence[Adapter] = ()
+    main: Any = None
+    rest: Any = None
+    h: Any = None
+    y: Any = None
+
+    def update_input(self) -> Tensor:
+        """The input of the update."""
+        return self.x if self.dropped is None else self.dropped
+
+    def flat(self) -> list[Any]:
+        """All of them in one list."""
+        own = [t for a in self.adapters for t in (a.A, a.B, a.magnitude)]
+        return [self.x, self.dropped, self.weight, self.bias, *own, self.main, self.rest, self.h, self.y]
+
+    def arguments(self, form: str) -> list[Any]:
+        """Those that autograd is given, or their gradients: each None more costs 4 us per pass on an AMD EPYC."""
+        return self.flat()[: -2 if form == "merged" else -4]
 
 
 class Call(NamedTuple):
@@ -75,103 +106,87 @@ class Call(NamedTuple):
         options: See `Options`.
         steps: The implementation of the steps.
         dtype: The dtype of the product.
-        adapters: The adapters without A, B and m.
-        gains: n and g of every adapter.
+        adapters: The adapters with n and g, without A, B and m.
     """
 
     options: Options
     steps: Steps
     dtype: torch.dtype
     adapters: tuple[Adapter, ...]
-    gains: tuple[RowGains, ...]
 
-    def adapters_with(self, flat: Sequence[Any]) -> list[Adapter]:
-        """The adapters with A, B and m from a flat list: of tensors, or of whether they need a gradient."""
-        return [a.holding(*flat[3 * k : 3 * k + 3]) for k, a in enumerate(self.adapters)]
+    def tensors(self, flat: Sequence[Any]) -> Tensors:
+        """The record of a flat list, at whose end some may be missing."""
+        adapters = [a.with_tensors(*flat[4 + 3 * k : 7 + 3 * k]) for k, a in enumerate(self.adapters)]
+        return Tensors(*flat[:4], adapters, *flat[4 + 3 * len(adapters) :])  # pyright: ignore[reportCallIssue]
 
-    def base_gain(self) -> Tensor | None:
-        """Returns e = 1 + sum_k t_k (g_k - 1), (O,); None for 1."""
-        total = None
-        for adapter, gains in zip(self.adapters, self.gains, strict=True):
-            if gains.gain is not None:
-                part = gains.gain if adapter.strength == 1 else 1 + adapter.strength * (gains.gain - 1)
-                total = part if total is None else total + (part - 1)
-        return total
-
-    def branch(self, adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None]:
-        """Returns A and B' of all adapters, concatenated along the rank; None where none has them."""
-        pairs = [
-            (a.A, scaled(a.B, a, gains))
-            for a, gains in zip(adapters, self.gains, strict=True)
-            if a.A is not None and a.B is not None
-        ]
-        if len(pairs) <= 1:
-            return pairs[0] if pairs else (None, None)
-        A, B = zip(*pairs, strict=True)
-        return torch.cat(A), torch.cat(B, 1)
+    def needs(self, ctx: Any) -> Tensors:
+        """Whether each tensor needs a gradient."""
+        return self.tensors(ctx.needs_input_grad[1:])  # the first argument is the call itself
 
 
-def scaled(t: Tensor, adapter: Adapter, gains: RowGains) -> Tensor:
-    """Multiplies B or dB (O, R) by strength, gain and scaling of the adapter."""
-    factor = adapter.scaling * adapter.strength
-    if gains.gain is None:
-        return t if factor == 1 else t * factor
-    return t * (gains.gain if factor == 1 else gains.gain * factor)[:, None]
-
-
-class Saved(NamedTuple):
-    """What a pass saved for its backward pass.
-
-    Attributes:
-        x: The input of the update: x, or what dropout leaves of it.
-        y: The output; None where dm is not computed from it.
-        extra: In the unmerged form h. In the merged form the weight that the input of the update was multiplied by, if
-            it was kept.
-        weight: W0.
-        bias: b, or None.
-        adapters: The adapters.
-    """
-
-    x: Tensor
-    y: Tensor | None
-    extra: Tensor | None
-    weight: Tensor
-    bias: Tensor | None
-    adapters: list[Adapter]
-
-
-def save(ctx: Any, call: Call, y: Tensor, wants_dm: bool, x, extra, weight, bias, *tensors) -> Tensor:
-    """Saves what `Saved` lists, and returns the output; `wants_dm` says whether dm is wanted and y - b is x W(t)^T.
+def save(
+    ctx: Any,
+    call: Call,
+    given: Tensors,
+    needs: Tensors,
+    y: Tensor,
+    *,
+    main: Tensor | None = None,
+    h: Tensor | None = None,
+) -> Tensor:
+    """Saves a pass for its backward pass, and returns the output.
 
     autograd refuses a saved tensor that was overwritten, and the next operation may overwrite the output. So what is
     saved is an alias of y with a version counter of its own. `ctx.counter`, an empty tensor, shares the counter of y
     without keeping its memory: where it has moved, `load` leaves y out, and dm takes a product.
+
+    Args:
+        ctx: The context of the autograd.Function.
+        call: The pass.
+        given: The tensors that it was given.
+        needs: Whether each needs a gradient.
+        y: Its output.
+        main: See `Tensors`.
+        h: See `Tensors`.
     """
     y = y.data  # not a view to autograd
-    is_single = len(call.adapters) == 1 and call.adapters[0].strength == 1
-    reads_output = wants_dm and is_single and call.options.save_output and call.steps.reads_output()
+    is_product = given.dropped is None and len(call.adapters) == 1 and call.adapters[0].strength == 1  # y - b = x W'^T
+    wants_dm = is_product and needs.adapters[0].magnitude
+    reads_output = wants_dm and call.options.save_output and call.steps.reads_output()
     ctx.call, ctx.counter = call, None
     if reads_output and not torch.compiler.is_compiling() and not y.is_inference():
         ctx.counter = y.detach()
         ctx.counter.data = y.new_empty(0)
         ctx.version = ctx.counter._version
-    weight = weight if call.options.restore is None else None
     alias = y.clone() if torch.compiler.is_compiling() else y.data  # a compiled graph has no version counters
-    ctx.save_for_backward(x, alias if reads_output else None, extra, weight, bias, *tensors)
+    saved = Tensors(
+        x=given.update_input(),
+        weight=given.weight if call.options.restore is None else None,
+        bias=given.bias,
+        main=main,
+        h=h,
+        y=alias if reads_output else None,
+        adapters=given.adapters,
+    )
+    ctx.save_for_backward(*saved.flat())
     return y
 
 
-def load(ctx: Any) -> Saved:
+def load(ctx: Any) -> tuple[Call, Tensors, Tensors]:
     """What `save` saved, without an output that was overwritten since.
+
+    Returns:
+        The pass, its tensors, and whether each needs a gradient.
 
     Raises:
         ValueError: The weight requires a gradient.
     """
-    if ctx.needs_input_grad[3]:
+    call = ctx.call
+    needs, saved, restore = call.needs(ctx), call.tensors(ctx.saved_tensors), call.options.restore
+    if needs.weight:
         raise ValueError("the weight of an adapted layer gets no gradient: set its requires_grad to False")
-    x, y, extra, weight, bias, *tensors = ctx.saved_tensors
     if ctx.counter is not None and ctx.counter._version != ctx.version:
-        y = None
-    restore = ctx.call.options.restore
-    weight = weight if restore is None else restore()
-    return Saved(x, y, extra, weight, bias, ctx.call.adapters_with(tensors))
+        saved = saved._replace(y=None)
+    if restore is not None:
+        saved = saved._replace(weight=restore())
+    return call, saved, needs

@@ -35,8 +35,8 @@ class Steps:
         """Whether `magnitude_grad` works here: it reads values."""
         return not torch.compiler.is_compiling()
 
-    def row_gains(self, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> RowGains:
-        """Computes n and g of one adapter; `n0` are the row norms of the weight, where they are known."""
+    def row_gains(self, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> RowGains | None:
+        """`functional.row_gains`; `n0` are the row norms of the weight, where they are known."""
         return row_gains(weight, adapter, n0)
 
     def unmerged(
@@ -101,27 +101,26 @@ class Steps:
         weight: Tensor,
         bias: Tensor | None,
         adapter: Adapter,
-        gains: RowGains,
     ) -> Tensor:
         """Returns dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
 
         It is the sum over tokens of dY (y - b), / m, where that is safe. Rows with a small gain, or with a bias much
         larger than y - b, use `inner_dots`.
         """
+        rows = adapter.rows
         assert adapter.magnitude is not None
-        assert gains.norm is not None
-        assert gains.gain is not None
+        assert rows is not None
         dots, squares = row_sums(op, dY, y, bias)
         dm = dots / adapter.magnitude
-        if gains.regular and bias is None:
+        if rows.regular and bias is None:
             return dm
-        is_zero, unsafe = gains.norm == 0, gains.gain.abs() <= SMALL_GAIN
+        is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
         if bias is not None and squares is not None:
             rms = (squares / max(op.num_tokens(x, weight), 1)).sqrt()
             unsafe = unsafe | (bias.abs() > large_bias(y.dtype) * rms)
         chosen = unsafe & ~is_zero
         if chosen.any():
-            dm = torch.where(chosen, inner_dots(op, dY, x, weight, adapter, chosen) / gains.norm, dm)
+            dm = torch.where(chosen, inner_dots(op, dY, x, weight, adapter, chosen) / rows.norm, dm)
         return dm.masked_fill_(is_zero, 0)
 
 

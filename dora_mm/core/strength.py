@@ -8,34 +8,35 @@ from difflib import get_close_matches
 from dora_mm.core.spec import finite_number
 
 Strength = float | Mapping[str, float]
-SHORT = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # of the UNets of diffusers
 
 
-def strengths_of(strength: Strength, paths: Collection[str]) -> dict[str, float]:
+def strengths_of(
+    strength: Strength, paths: Collection[str], short: Mapping[str, str] | None = None
+) -> dict[str, float]:
     """The strength of each adapted module.
 
     Args:
-        strength: A number for all, or numbers by the first pieces of paths, such as {"unet.down": 0.5, "text_encoder":
-            1}. Of several that fit a path the longest counts, and 1 where none does. `down`, `mid` and `up` stand for
-            `down_blocks`, `mid_block` and `up_blocks`, and "" for all paths.
+        strength: A number for all, or numbers by the first pieces of paths, such as {"unet.down_blocks": 0.5,
+            "text_encoder": 1}. Of several that fit a path the longest counts, and 1 where none does; "" fits all paths.
         paths: The paths of the modules.
+        short: Pieces of paths by the short names that may stand for them.
 
     Raises:
         ValueError: A strength is not a finite number, or no path begins with its name.
     """
     if not isinstance(strength, Mapping):
         return dict.fromkeys(paths, finite_number("strength", strength))
-    places = {_pieces(name): finite_number(f"the strength of {name}", value) for name, value in strength.items()}
+
+    def pieces(path: str) -> tuple[str, ...]:
+        return tuple((short or {}).get(piece, piece) for piece in path.split(".")) if path else ()
+
+    places = {pieces(name): finite_number(f"the strength of {name}", value) for name, value in strength.items()}
     if len(places) < len(strength):
         raise ValueError(f"strength has two names for one place: {', '.join(strength)}")
-    prefixes = {path: [_pieces(path)[:length] for length in range(len(_pieces(path)), -1, -1)] for path in paths}
+    prefixes = {path: [pieces(path)[:length] for length in range(len(pieces(path)), -1, -1)] for path in paths}
     known = {prefix for found in prefixes.values() for prefix in found}
     for name in strength:
-        if _pieces(name) not in known:
+        if pieces(name) not in known:
             near = get_close_matches(name, sorted({".".join(prefix) for prefix in known if prefix}), n=3, cutoff=0.0)
             raise ValueError(f"strength: no adapted module is in {name!r}, the nearest names are {', '.join(near)}")
     return {path: next((places[p] for p in found if p in places), 1.0) for path, found in prefixes.items()}
-
-
-def _pieces(path: str) -> tuple[str, ...]:
-    return tuple(SHORT.get(piece, piece) for piece in path.split(".")) if path else ()

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.attention import with_projections
-from dora_mm.core.layer import ADAPTABLE, adapted_class
+from dora_mm.core.kinds import ADAPTABLE, adapted_class
+from dora_mm.core.wrappers.attention import with_projections
 
 Counts = int | tuple[int, ...]  # how many modules a block holds; a tuple lists the allowed numbers
 

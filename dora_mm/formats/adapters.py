@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed, nn
 
+from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport
 from dora_mm.core.layer import DoRATransposedLinear
-from dora_mm.core.sharded import is_sharded
 from dora_mm.core.strength import Strength
+from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.formats import card
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.algebra.exact import unfolded, with_strength
 from dora_mm.formats.components import components_to_load, components_to_save
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.naming.names import Name
@@ -74,7 +76,7 @@ def save(
         raise ValueError(f"there is no adapter format {format!r}: use {', '.join(FORMATS)}")
     export = FORMATS[format]
     components = components_to_save(model, export.components, format)
-    state = from_models(components, extra_parameters, strength)
+    state = _at_strength(from_models(components, extra_parameters), components, strength)
     if problem := why_not(format, components):
         raise ValueError(problem)
     if name := first_not_finite(state.tensors()):
@@ -88,6 +90,21 @@ def save(
         if sharded:
             distributed.barrier()  # the others may read the file next, and must not wait forever after an error
     return folder / export.file_name
+
+
+def _at_strength(state: AdapterState, components: Mapping[str, nn.Module], strength: float) -> AdapterState:
+    """The adapters whose strength 1 is the given strength of these, which are those of the models."""
+    if strength == 1:
+        return state
+    for component, layers in state.layers.items():
+        for path, layer in layers.items():
+            module = components[component].get_submodule(path)
+            assert isinstance(module, AdaptedLayer)
+            module.check_has_strength()
+            layers[path] = unfolded(with_strength(layer, module.base_matrix(), strength), layer.spec)
+    if name := next((name for found in state.parameters.values() for name in found), None):
+        raise ValueError(f"the parameter {name} has no strength: save it with strength 1")
+    return state
 
 
 def _write(

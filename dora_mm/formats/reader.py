@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.quantized import DoRAQuantized, dequantized, is_quantized
-from dora_mm.core.sharded import whole
 from dora_mm.core.spec import DoRASpec
+from dora_mm.core.wrappers.quantized import DoRAQuantized, dequantized, is_quantized
+from dora_mm.core.wrappers.sharded import whole
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra import exact, fused
 from dora_mm.formats.components import UNNAMED

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.attention import PackedProjection, with_projections
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.inject import InjectReport, describe, inject_paths
-from dora_mm.core.layer import TransposedLayer, adapted_class
-from dora_mm.core.quantized import DoRAQuantized, is_quantized
-from dora_mm.core.sharded import reshard, whole, write
+from dora_mm.core.kinds import adapted_class
+from dora_mm.core.layer import TransposedLayer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
+from dora_mm.core.wrappers.attention import PackedProjection, with_projections
+from dora_mm.core.wrappers.quantized import DoRAQuantized, is_quantized
+from dora_mm.core.wrappers.sharded import reshard, whole, write
 from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.targets import SHORT_NAMES
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,7 @@ def check_finite(state: AdapterState, source: Path) -> None:
         raise ValueError(f"{source} cannot be used: its {name} has values that are NaN or infinite")
 
 
-def from_models(
-    components: Mapping[str, nn.Module], extra_parameters: Sequence[str] = (), strength: float = 1.0
-) -> AdapterState:
+def from_models(components: Mapping[str, nn.Module], extra_parameters: Sequence[str] = ()) -> AdapterState:
     """Takes the adapters out of models; the models are not changed.
 
     Tensors that FSDP2 has sharded are gathered, so every process has to call this.
@@ -111,11 +111,10 @@ def from_models(
     Args:
         components: The models by component; those without an adapter are left out of the result.
         extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
-        strength: The strength of the adapters that becomes strength 1 in the result.
 
     Raises:
         ValueError: No layer is adapted, a layer has several adapters, or `extra_parameters` are given with several
-            models or with another strength than 1.
+            models.
     """
     state = AdapterState({})
     for component, model in components.items():
@@ -127,12 +126,10 @@ def from_models(
                     f"{joined(component, path)} has several adapters: save each one from a model that has only it"
                 )
         if layers:
-            state.layers[component] = {path: _state_of(layer, strength) for path, layer in layers.items()}
+            state.layers[component] = {path: _state_of(layer) for path, layer in layers.items()}
     if extra_parameters:
         if len(components) != 1:
             raise ValueError(f"extra_parameters belong to a single model, and {', '.join(components)} were given")
-        if strength != 1:
-            raise ValueError(f"the parameter {extra_parameters[0]} has no strength: save it with strength 1")
         component, model = next(iter(components.items()))
         state.parameters[component] = {name: whole(model.get_parameter(name)) for name in extra_parameters}
     if not state.layers:
@@ -140,8 +137,8 @@ def from_models(
     return state
 
 
-def _state_of(layer: AdaptedLayer, strength: float) -> LayerState:
-    tensors = {name: whole(tensor) for name, tensor in layer.tensors_at(strength).items()}
+def _state_of(layer: AdaptedLayer) -> LayerState:
+    tensors = {name: whole(tensor) for name, tensor in layer.adapter_tensors().items()}
     return LayerState(layer.adaptation.spec, tensors)
 
 
@@ -184,7 +181,8 @@ def into_models(
         raise ValueError(
             f"{source} also adapts {', '.join(surplus)}, but it is being loaded into {', '.join(components)} only"
         )
-    strengths = strengths_of(strength, [joined(c, path) for c, layers in state.layers.items() for path in layers])
+    paths = [joined(c, path) for c, layers in state.layers.items() for path in layers]
+    strengths = strengths_of(strength, paths, SHORT_NAMES)
     for component, layers in state.layers.items():
         _check_component(layers, component, components[component], source, strengths, name)
     for component, parameters in state.parameters.items():

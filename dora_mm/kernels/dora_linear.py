@@ -51,11 +51,13 @@ class TritonSteps(Steps):
             dX = low_rank_grad_input(rows, weight, base_gain, u, A)
         return dX.view(*dY.shape[:-1], weight.shape[1])
 
-    def magnitude_grad(self, op, dY, x, y, weight, bias, adapter, gains):
+    def magnitude_grad(self, op, dY, x, y, weight, bias, adapter):
+        rows = adapter.rows
+        assert rows is not None
         dY, x, y = as_rows(dY), as_rows(x), as_rows(y)
         A, B = (None if t is None else t.contiguous() for t in (adapter.A, adapter.B))
         options = adapter.scaling, SMALL_GAIN, large_bias(y.dtype)
-        per_row = *row_sums(dY, y, bias), adapter.magnitude, gains.norm, gains.gain, bias
+        per_row = *row_sums(dY, y, bias), adapter.magnitude, rows.norm, rows.gain, bias
         return magnitude_grad(*per_row, dY, x, weight.detach(), A, B, *options)
 
 

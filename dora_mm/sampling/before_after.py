@@ -7,7 +7,7 @@ from torch import nn
 
 from dora_mm.config.pictures import DrawConfig, SampleConfig
 from dora_mm.core import set_strength
-from dora_mm.core.inference import merged_adapters
+from dora_mm.core.inject import merged_adapters
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import PictureSampler, sample

@@ -19,7 +19,7 @@ from dora_mm.config.loader import dump_config
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.inference import merged_adapters
+from dora_mm.core.inject import merged_adapters
 from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest, write_manifest
 from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusablePictureError

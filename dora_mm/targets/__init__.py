@@ -92,6 +92,8 @@ MODELS: dict[str, str] = {  # the map of a model type of transformers, or of a c
     "ZImageTransformer2DModel": "z-image",
 }
 
+SHORT_NAMES = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # for strengths of the UNets of diffusers
+
 
 def find(name: str) -> TargetMap:
     """Returns the target map of this name, with all its parts.

@@ -1,7 +1,7 @@
 """Vision transformers of open_clip as the trunk of a VisionTower.
 
 nn.MultiheadAttention packs q, k and v into one weight: `attn.q_proj`, `k_proj` and `v_proj` are rows of it
-(core/attention.py).
+(core/wrappers/attention.py).
 """
 
 from dora_mm.core.targets import TargetMap

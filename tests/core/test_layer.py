@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters, merge
+from dora_mm.core import DoRASpec, adapt_layer, adapter_parameters, fixed_parameters
 from dora_mm.core.functional import merged_weight
-from dora_mm.core.layer import restore_layer
+from dora_mm.core.kinds import restore_layer
 from tests.core import reference
 
 SIZES = [(48, 36, 5), (48, 36, 1000), (333, 77, 19), (640, 640, 2048), (1280, 1280, 64)]  # out, in, tokens
@@ -269,29 +269,6 @@ def test_gradients_inside_fixed_parameters(num_passes):
                 assert reference.relative_error(a, b) < 1e-6
 
 
-CHANGES = {
-    "strength": lambda layer: layer.set_strength(0.5),
-    "merge": lambda layer: merge(layer),
-    "load": lambda layer: layer.load_state_dict({k: 1.1 * v for k, v in layer.state_dict().items()}),
-    "to": lambda layer: layer.to(torch.float64),
-    "stack": lambda layer: layer.stack("x", layer.adaptation.spec, layer.adapter_tensors(), 1.0),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_through_the_interface_is_detected_inside_fixed_parameters(change):
-    _, layer = reference.linear(32, 24)
-    reference.randomize(layer)
-    twin = copy.deepcopy(layer)
-    x = torch.randn(5, 32)
-    with torch.no_grad(), fixed_parameters(layer):
-        layer(x)
-        CHANGES[change](layer)
-        CHANGES[change](twin)
-        x = x.to(layer.weight.dtype)
-        assert torch.equal(layer(x), twin(x))
-
-
 # --- state dicts and copies ---
 
 
@@ -301,13 +278,6 @@ def test_a_base_state_dict_loads_strictly_into_a_fresh_layer():
     layer.load_state_dict(other.state_dict())
     x = torch.randn(3, 8)
     assert torch.equal(layer(x), other(x))
-
-
-def test_a_base_state_dict_is_refused_by_a_trained_layer():
-    _, layer = reference.linear(8, 6)
-    reference.randomize(layer)
-    with pytest.raises(RuntimeError, match="trained adapter"):
-        layer.load_state_dict(nn.Linear(8, 6).state_dict())
 
 
 def test_incomplete_adapters_are_missing_keys():

@@ -1,15 +1,79 @@
-"""Merging: how much rounding loses, and that unmerging restores every bit."""
+"""Merging: what rounding loses, that unmerging restores every bit; a merged model is a base model to all others."""
 
+import contextlib
 import copy
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from dora_mm.core import DoRASpec, inject, merge, remove, unmerge
-from dora_mm.core.rounding import round_stochastically, seeded_generator
+from dora_mm import (
+    DoRASpec,
+    adapter_parameters,
+    fixed_parameters,
+    inject,
+    load_adapter,
+    merge,
+    remove,
+    save_adapter,
+    set_strength,
+    unmerge,
+)
+from dora_mm.core.functional import round_stochastically, seeded_generator
 from tests.core import reference
+
+KEEP_BASE = pytest.mark.parametrize("keep_base", [True, False])
+SPEC = DoRASpec(rank=4)
+
+
+def bare():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 8))
+
+
+def trained(spec=SPEC):
+    model = bare()
+    inject(model, ["0", "1"], spec)
+    for seed, layer in enumerate(model):
+        reference.randomize(layer, seed=seed)
+    return model
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x):
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def trained_attention():
+    torch.manual_seed(0)
+    model = Attention()
+    inject(model, ["attn.q_proj", "attn.out_proj"], SPEC)
+    reference.randomize(model.attn.q_proj)
+    reference.randomize(model.attn.out_proj)
+    return model
+
+
+MODELS = {"linear": trained, "attention": trained_attention}
+MODEL = pytest.mark.parametrize("name", MODELS)
+
+
+def copied(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def check_unchanged(model, before):
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# --- the weights ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,15 +104,6 @@ def test_merge_at_strength_0_is_the_base():
     assert torch.equal(layer.weight, base.weight)
     unmerge(layer)
     assert torch.equal(layer.weight, base.weight)
-
-
-def test_merge_rounds_the_same_way_every_time():
-    _, layer = reference.linear(64, 48, dtype=torch.bfloat16)
-    reference.randomize(layer, size=1e-4)
-    twin = copy.deepcopy(layer)
-    merge(layer)
-    merge(twin)
-    assert torch.equal(layer.weight, twin.weight)
 
 
 def test_merge_without_keeping_the_base():
@@ -109,3 +164,178 @@ def test_merging_method_full_keeps_a_copy():
         model[0].weight.add_(1)
     unmerge(model)
     assert torch.equal(model[0].weight, before)
+
+
+# --- state dicts ---
+
+
+@MODEL
+@KEEP_BASE
+def test_a_merged_model_has_the_keys_of_the_base(name, keep_base):
+    model = MODELS[name]()
+    plain = copy.deepcopy(model)
+    remove(plain)
+    x = torch.randn(3, 2, 16)
+    expected = model(x)
+    merge(model, keep_base=keep_base)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(model.state_dict())
+    assert reference.relative_error(plain(x), expected) < 1e-5
+
+
+@MODEL
+def test_unmerging_gives_the_adapter_keys_back(name):
+    model = MODELS[name]()
+    before = copied(model)
+    merge(model)
+    unmerge(model)
+    check_unchanged(model, before)
+
+
+@KEEP_BASE
+def test_a_merged_state_dict_loads_into_a_fresh_adapter(keep_base):
+    model, fresh, x = trained(), bare(), torch.randn(3, 16)
+    inject(fresh, ["0", "1"], SPEC)
+    merge(model, keep_base=keep_base)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), model(x))  # the update once, not twice
+
+
+def merged_state():
+    model = trained()
+    merge(model)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("state", [merged_state, lambda: bare().state_dict()], ids=["merged", "bare"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_trained_adapter_refuses_a_state_dict_without_adapters(state, strict):
+    model = trained()
+    before = copied(model)
+    with pytest.raises(RuntimeError, match=r"(?m)^\s*[01]\b"):
+        model.load_state_dict(state(), strict=strict)
+    check_unchanged(model, before)
+
+
+def test_a_merged_copy_can_be_unmerged():
+    model, x = trained(), torch.randn(3, 16)
+    expected = model(x)
+    merge(model)
+    twin = copy.deepcopy(model)
+    unmerge(twin)
+    assert torch.equal(twin(x), expected)
+    assert not torch.equal(model.state_dict()["0.weight"], twin.state_dict()["0.weight"])
+
+
+@KEEP_BASE
+def test_save_pretrained_after_merging_leaves_no_adapter_keys(keep_base, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(**sizes, vocab_size=50, max_position_embeddings=16)
+    model, ids = transformers.BertModel(config).eval(), torch.arange(8)[None]
+    targets = ["query", "value", "word_embeddings"]
+    report = inject(model, targets, SPEC)
+    for module in report.modules:
+        reference.randomize(model.get_submodule(module.path))
+    expected = model(ids).last_hidden_state
+    merge(model, keep_base=keep_base)
+    model.save_pretrained(tmp_path)
+    loaded, info = transformers.BertModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert reference.relative_error(loaded.eval()(ids).last_hidden_state, expected) < 1e-5
+
+
+# --- adapter files ---
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+@pytest.mark.parametrize("strength", [1.0, 1.5])
+def test_the_file_of_a_merged_adapter_is_that_of_before(format, strength, tmp_path):
+    model = trained()
+    before = load_file(save_adapter({"unet": model}, tmp_path / "before", format=format, strength=strength))
+    merge(model)
+    after = load_file(save_adapter({"unet": model}, tmp_path / "after", format=format, strength=strength))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_file_of_an_attention_merged_at_another_strength(tmp_path):
+    model, other, x = trained_attention(), Attention(), torch.randn(3, 2, 16)
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if k in other.state_dict()})
+    set_strength(model, 1.5)
+    expected = model(x)
+    set_strength(model, 0.5)
+    merge(model)
+    save_adapter(model, tmp_path, format="native", strength=1.5)
+    load_adapter(other, tmp_path)
+    assert reference.relative_error(other(x), expected) < 1e-5
+
+
+def test_another_strength_needs_the_base(tmp_path):
+    model = trained()
+    expected = load_file(save_adapter({"unet": model}, tmp_path / "before"))
+    merge(model, keep_base=False)
+    with pytest.raises(ValueError, match="(?s)^(?=.*strength)(?=.*keep_base)"):
+        save_adapter({"unet": model}, tmp_path / "scaled", strength=1.5)
+    assert not list((tmp_path).glob("scaled/*"))
+    found = load_file(save_adapter({"unet": model}, tmp_path / "after"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+# --- between forward and backward ---
+
+
+def gradients(model, x, between):
+    """Of the input and the adapter, where `between` is called between forward and backward."""
+    x = x.clone().requires_grad_()
+    parameters = adapter_parameters(model)
+    y = model(x)
+    between(model)
+    y.square().sum().backward()
+    return {"x": x.grad, **{name: p.grad for name, p in parameters.items()}}
+
+
+def merging(keep_base):
+    def run(model):
+        with contextlib.suppress(ValueError):  # refusing is as good, where nothing has changed
+            merge(model, keep_base=keep_base)
+
+    return run
+
+
+@MODEL
+@KEEP_BASE
+@pytest.mark.parametrize("tokens", [2, 1000])  # either form
+@pytest.mark.parametrize("fixed", [False, True])
+def test_merging_between_forward_and_backward_changes_no_gradient(name, keep_base, tokens, fixed):
+    model, x = MODELS[name](), torch.randn(tokens, 1, 16)
+    expected = gradients(copy.deepcopy(model), x, lambda model: None)
+    y = model(x)
+    with fixed_parameters(model) if fixed else contextlib.nullcontext():
+        found = gradients(model, x, merging(keep_base))
+    for key, grad in expected.items():
+        assert found[key] is not None, key
+        assert reference.relative_error(found[key], grad) < 1e-5, key
+    assert reference.relative_error(model(x), y) < 1e-5
+
+
+@KEEP_BASE
+@pytest.mark.parametrize("settings", [{"norm_grad": "exact"}, {"cache": "norms"}, {"method": "lora", "cache": "norms"}])
+def test_merging_changes_no_gradient_that_is_computed_from_the_weight(keep_base, settings):
+    model, x = trained(DoRASpec(rank=4, **settings)), torch.randn(1000, 16)
+    expected = gradients(copy.deepcopy(model), x, lambda model: None)
+    found = gradients(model, x, merging(keep_base))
+    for key, grad in expected.items():
+        assert reference.relative_error(found[key], grad) < 1e-5, key
+
+
+@MODEL
+def test_unmerging_between_forward_and_backward_changes_no_gradient(name):
+    model, x = MODELS[name](), torch.randn(20, 1, 16, requires_grad=True)
+    merge(model)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    y = model(x)
+    unmerge(model)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    assert reference.relative_error(found, expected) < 1e-6

@@ -1,4 +1,4 @@
-"""Agreement with PEFT where PEFT is right: plain and trained values, with bias and magnitudes, linear and convolution.
+"""Agreement with PEFT where PEFT is right: plain and trained values, with bias and magnitudes, of each kind of layer.
 
 Left out because PEFT 0.21 is wrong there: grouped convolutions (its norm pairs the wrong axes), dilated ones
 (its A is not dilated, and fails), rows of zeros (NaN), a scale other than 1 (the magnitude still applies in full) and
@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from dora_mm.core import DoRASpec, adapt_layer, restore_layer
 from tests.core import reference
@@ -21,25 +22,37 @@ LAYERS = {
     "without bias": nn.Linear(24, 16, bias=False),
     "convolution": nn.Conv2d(6, 10, 3, stride=2, padding=1),
     "convolution 1d": nn.Conv1d(6, 10, 3, stride=2),
+    "embedding": nn.Embedding(20, 12),
+    "padded embedding": nn.Embedding(20, 12, padding_idx=3),
+    "Conv1D": Conv1D(12, 24),
 }
+
+
+def parameters_of(theirs, name, method):
+    """A, B and m of PEFT's layer."""
+    if "embedding" in name:
+        found = [theirs.lora_embedding_A["default"], theirs.lora_embedding_B["default"]]
+    else:
+        found = [theirs.lora_A["default"].weight, theirs.lora_B["default"].weight]
+    return found + ([theirs.lora_magnitude_vector["default"].weight] if method == "dora" else [])
 
 
 def twins(name, method="dora", rank=3, alpha=7.0):
     """(ours, PEFT's) of one layer with the same trained values."""
     ours = adapt_layer(copy.deepcopy(LAYERS[name]), DoRASpec(rank=rank, alpha=alpha, method=method))
     reference.randomize(ours)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, use_dora=method == "dora", target_modules=["0"])
+    settings = {"use_dora": method == "dora", "target_modules": ["0"], "fan_in_fan_out": name == "Conv1D"}
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, **settings)
     theirs = peft.inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(LAYERS[name])))[0]
     with torch.no_grad():
-        theirs.lora_A["default"].weight.copy_(ours.lora_A)
-        theirs.lora_B["default"].weight.copy_(ours.lora_B.view(theirs.lora_B["default"].weight.shape))
-        if method == "dora":
-            magnitude = theirs.lora_magnitude_vector["default"].weight
-            magnitude.copy_(ours.magnitude.view(magnitude.shape))
+        for parameter, value in zip(parameters_of(theirs, name, method), ours.adapter_tensors().values(), strict=True):
+            parameter.copy_(value.view(parameter.shape))
     return ours, theirs
 
 
 def example(name):
+    if "embedding" in name:
+        return torch.tensor([[0, 3, 19], [4, 4, 1]])
     conv = "conv" in name
     return torch.randn(4, 6, *(9,) * (LAYERS[name].weight.dim() - 2)) if conv else torch.randn(4, 5, 24)
 
@@ -53,10 +66,7 @@ def test_outputs_and_gradients_agree(name, method):
     assert reference.relative_error(y, y_theirs) < 1e-6
     dY = torch.randn_like(y)
     found = torch.autograd.grad(y, list(ours.adapter_tensors().values()), dY)
-    parameters = [theirs.lora_A["default"].weight, theirs.lora_B["default"].weight]
-    if method == "dora":
-        parameters.append(theirs.lora_magnitude_vector["default"].weight)
-    for a, b in zip(found, torch.autograd.grad(y_theirs, parameters, dY), strict=True):
+    for a, b in zip(found, torch.autograd.grad(y_theirs, parameters_of(theirs, name, method), dY), strict=True):
         assert reference.relative_error(a, b.view(a.shape)) < 1e-5
 
 

@@ -78,6 +78,7 @@ def test_strengths_that_are_not_finite(strength):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("rank", 0),
         ("rank", 2.5),
         ("rank", True),
         ("rank", "8"),
@@ -89,9 +90,12 @@ def test_strengths_that_are_not_finite(strength):
         ("alpha", math.inf),
         ("dropout", "0.1"),
         ("dropout", math.nan),
+        ("dropout", 1.0),
+        ("method", "dorra"),
+        ("norm_grad", "no"),
     ],
 )
-def test_settings_of_another_kind(key, value):
+def test_invalid_settings(key, value):
     with pytest.raises(ValueError, match=f"^{key}.*{value}"):
         DoRASpec(**{key: value})
 

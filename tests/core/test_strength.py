@@ -7,6 +7,7 @@ from torch import nn
 from dora_mm import DoRASpec, inject, load_adapter, remove, save_adapter, set_strength
 from dora_mm.core import adapted_layers
 from dora_mm.core.strength import strengths_of
+from dora_mm.targets import SHORT_NAMES
 from tests.core import reference
 
 PATHS = [
@@ -35,9 +36,9 @@ PATHS = [
 def test_the_longest_name_counts(strength, expected):
     if expected is None:
         with pytest.raises(ValueError, match=r"no adapted module is in 'unet.down.1'.* unet.down_blocks.10"):
-            strengths_of(strength, PATHS)
+            strengths_of(strength, PATHS, SHORT_NAMES)
     else:
-        assert list(strengths_of(strength, PATHS).values()) == expected
+        assert list(strengths_of(strength, PATHS, SHORT_NAMES).values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_the_longest_name_counts(strength, expected):
 )
 def test_wrong_names_and_numbers(strength, message):
     with pytest.raises(ValueError, match=message):
-        strengths_of(strength, PATHS)
+        strengths_of(strength, PATHS, SHORT_NAMES)
 
 
 def model():
@@ -87,6 +88,8 @@ def test_set_strength_by_block():
     assert all(torch.equal(y, bare[name]) for name, y in outputs(net).items())
     with pytest.raises(ValueError, match="no adapted module is in 'encoder'"):
         set_strength(net, {"encoder": 1})
+    with pytest.raises(ValueError, match="no adapter 'x', only default"):
+        set_strength(net, 1, name="x")
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -144,6 +144,14 @@ def folded(layer: LayerState) -> LayerState:
     return replace(layer, spec=replace(layer.spec, alpha=float(layer.spec.rank)), tensors=tensors)
 
 
+def unfolded(layer: LayerState, spec: DoRASpec) -> LayerState:
+    """An adapter whose alpha is the rank, with the alpha of `spec`."""
+    tensors = dict(layer.tensors)
+    if "lora_B" in tensors:
+        tensors["lora_B"] = tensors["lora_B"] / spec.scaling
+    return replace(layer, spec=spec, tensors=tensors)
+
+
 @torch.no_grad()
 def full_rank(layer: LayerState, weight: Tensor) -> LayerState:
     """The plain LoRA of full rank that computes the same as any adapter: D = W' - W0 is I D, or D I.

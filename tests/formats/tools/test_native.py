@@ -174,6 +174,30 @@ def test_the_strength_it_was_saved_at(tmp_path):
     torch.testing.assert_close(other(x), net(x))
 
 
+def test_a_fresh_adapter_is_a_fresh_one_at_every_strength(tmp_path):
+    net, other = every_method(trained=False), every_method(trained=False)
+    with torch.no_grad():
+        net.conv.weight[3] = other.conv.weight[3] = 0
+    for name in SPECS:
+        inject(net, [name], DoRASpec(rank=2, alpha=3))
+    save_adapter(net, tmp_path, format="native", strength=1.5)
+    load_adapter(other, tmp_path)
+    assert all(layer.is_fresh() for layer in adapted_layers(other).values())
+    assert {layer.adaptation.spec.alpha for layer in adapted_layers(other).values()} == {3}
+    x = torch.arange(10).view(2, 5)
+    assert torch.equal(other(x), net(x))
+
+
+def test_a_strength_that_leaves_nothing_of_the_base_in_a_row(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 3))
+    inject(net, ["0"], DoRASpec(rank=1))
+    with torch.no_grad():
+        net[0].magnitude /= 2
+    with pytest.raises(ValueError, match="strength 2 .* no part of the base"):
+        save_adapter(net, tmp_path, format="native", strength=2.0)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

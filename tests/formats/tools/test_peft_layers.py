@@ -6,6 +6,7 @@ import json
 import peft
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2Model, LlamaConfig, LlamaForCausalLM
@@ -193,20 +194,15 @@ def test_an_out_projection_elsewhere_is_a_linear_layer(tmp_path):
     assert save_adapter(model, tmp_path, format="peft").is_file()
 
 
-class Scaled(nn.Linear):
-    def forward(self, input):
-        return 3 * super().forward(input)
-
-
 class Renamed(nn.Linear): ...
 
 
-def test_a_layer_that_scales_its_product_is_refused(tmp_path):
-    model = nn.Sequential(Scaled(8, 8), Renamed(8, 8))
+def test_a_layer_with_a_forward_of_its_own_is_refused(tmp_path):
+    model = nn.Sequential(QwenImageCausalConv3d(4, 4, 3), Renamed(8, 8))
     inject(model, ["1"], DoRASpec(rank=2))
     assert formats.format_for({"model": model}, "peft") == "peft"
     inject(model, ["0"], DoRASpec(rank=2))
-    with pytest.raises(ValueError, match=r"model\.0 is a Scaled, to whose result PEFT adds the update"):
+    with pytest.raises(ValueError, match=r"model\.0 is a QwenImageCausalConv3d, to whose result PEFT adds the update"):
         save_adapter(model, tmp_path, format="peft")
 
 

@@ -62,6 +62,13 @@ class DoRAPackedProjection(AdaptedLayer, PackedProjection):
 
     matrix = PackedProjection.matrix
     parameter_names = ADAPTER_NAMES  # the weight is the attention's
+    base_class = PackedProjection
+
+    @classmethod
+    def why_not(cls, layer, path, spec):
+        if spec.method == "full":
+            return f"{path} is a part of in_proj_weight, all of which method full would train"
+        return super().why_not(layer, path, spec)
 
     def forward(self, x: Tensor) -> Tensor:
         return PackedProjection.forward(self, x) if self.is_base() else self.adapted_product(x, LINEAR)
@@ -180,7 +187,7 @@ class PackedAttention(nn.MultiheadAttention):
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         for projection in self.adapted_projections():
-            projection.end_fixed(base=True)
+            projection.adaptation.forget(base=True)
             projection.after_load(bare=loads and projection in bare)
 
 
@@ -237,8 +244,10 @@ def inside(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def why_not_separable(attention: nn.MultiheadAttention) -> str | None:
-    """Why an attention cannot call its projections, for an error message; None where it can."""
+def why_not_separable(attention: nn.Module | None) -> str | None:
+    """Why an attention cannot call its projections, for an error message; None where it can, and for other modules."""
+    if not isinstance(attention, nn.MultiheadAttention):
+        return None
     if type(attention) not in (nn.MultiheadAttention, PackedAttention):
         return f"it is a subclass of MultiheadAttention ({type(attention).__name__})"
     if "forward" in vars(attention):

@@ -44,7 +44,7 @@ def bases(request):
     torch.manual_seed(0)
     base = nn.Linear(64, 48)
     quantized = KINDS[request.param](base).requires_grad_(False)
-    from dora_mm.core.quantized import dequantized
+    from dora_mm.core.wrappers.quantized import dequantized
 
     dense = nn.Linear(64, 48).requires_grad_(False)
     dense.weight.data, dense.bias.data = dequantized(quantized).float(), base.bias.data

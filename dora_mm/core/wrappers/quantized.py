@@ -12,12 +12,29 @@ from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.ops import LINEAR
+from dora_mm.core.wrappers.subclasses import subclass
 
 BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
 class DoRAQuantized(AdaptedLayer):
     """A mixin for the class of the base layer, see `subclass`. Multiplies in the dtype of its input."""
+
+    @classmethod
+    def class_for(cls, layer):
+        return subclass(cls, type(layer)) if is_quantized(layer) else None
+
+    @classmethod
+    def why_not(cls, layer, path, spec):
+        """Says also where the layer is not ready: bitsandbytes quantises a layer when it is moved to its device."""
+        weight: Any = layer.weight
+        kind = type(weight).__name__
+        parts = (weight.quant_state,) if kind == "Params4bit" else _int8_parts(layer) if kind == "Int8Params" else ()
+        if any(part is None for part in parts):
+            return f"{path} is not quantised yet: move the model to its device first"
+        if spec.method == "full":
+            return f"{path} is quantised, and method full trains weights: load the model in float32"
+        return super().why_not(layer, path, spec)
 
     @property
     def matrix(self) -> Tensor:
@@ -70,13 +87,3 @@ def is_quantized(layer: nn.Module) -> bool:
     if package == "bitsandbytes":
         return type(layer).__name__ in BITSANDBYTES
     return type(layer) is nn.Linear and type(layer.weight).__module__.partition(".")[0] == "torchao"
-
-
-def why_not_quantized(layer: nn.Module) -> str | None:
-    """Why a layer is not ready, or None. bitsandbytes quantises a layer when it is moved to its device."""
-    weight: Any = layer.weight
-    kind = type(weight).__name__
-    parts = (weight.quant_state,) if kind == "Params4bit" else _int8_parts(layer) if kind == "Int8Params" else ()
-    if any(part is None for part in parts):
-        return "is not quantised yet: move the model to its device first"
-    return None

@@ -1,0 +1,94 @@
+"""Which class adapts a layer, and how a layer becomes an adapted one and is restored."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dora_mm.core.adaptation import ADAPTER_NAMES, Adaptation
+from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.forms import TORCH, Forward
+from dora_mm.core.layer import DoRAConv1d, DoRAConv2d, DoRAConv3d, DoRAEmbedding, DoRALinear, DoRATransposedLinear
+from dora_mm.core.spec import DoRASpec
+from dora_mm.core.wrappers.attention import DoRAPackedProjection
+from dora_mm.core.wrappers.quantized import DoRAQuantized
+from dora_mm.core.wrappers.subclasses import class_for_subclass
+
+# Asked in this order, see `AdaptedLayer.class_for`; then `class_for_subclass`.
+ADAPTED_CLASSES: tuple[type[AdaptedLayer], ...] = (
+    DoRAQuantized,
+    DoRATransposedLinear,
+    DoRALinear,
+    DoRAConv1d,
+    DoRAConv2d,
+    DoRAConv3d,
+    DoRAEmbedding,
+    DoRAPackedProjection,
+)
+ADAPTABLE = "Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D and the projections of MultiheadAttention"
+
+
+def adapted_class(layer: nn.Module) -> type[AdaptedLayer] | None:
+    """The adapted class for a layer, None where it cannot be adapted."""
+    found = (kind.class_for(layer) for kind in ADAPTED_CLASSES)
+    return next((kind for kind in found if kind is not None), None) or class_for_subclass(layer)
+
+
+def adapt_layer(
+    layer: nn.Module,
+    spec: DoRASpec,
+    *,
+    path: str = "",
+    forward: Forward = TORCH,
+    seed: int = 0,
+    name: str = "default",
+    trainable_before: bool | None = None,
+) -> AdaptedLayer:
+    """Adapts a layer in place, with a fresh adapter, and freezes its weight (except with method `full`).
+
+    Args:
+        layer: A layer for which `adapted_class` has a class.
+        spec: The settings of the adapter.
+        path: The path of the layer in its model, from which A is drawn and which error messages name.
+        forward: The implementation of the layer, see `backend.select`.
+        seed: A is drawn from it and the path.
+        name: The name of the adapter.
+        trainable_before: What `requires_grad` of the weight will be set to by `restore_layer`; None: what it is now.
+
+    Returns:
+        The same object, in its new class.
+    """
+    base, adapted = type(layer), adapted_class(layer)
+    assert adapted is not None
+    weight: nn.Parameter = layer.weight  # pyright: ignore[reportAssignmentType]
+    before = weight.requires_grad if trainable_before is None else trainable_before
+    object.__setattr__(layer, "__class__", adapted)
+    assert isinstance(layer, AdaptedLayer)
+    layer.adaptation = Adaptation(base, spec, path, seed, name, forward, before)
+    weight.requires_grad_(spec.method == "full")
+    for parameter in ADAPTER_NAMES:
+        layer.register_parameter(parameter, None)
+    try:
+        layer.reset_adapter()
+    except BaseException:  # no memory, say
+        restore_layer(layer)
+        raise
+    return layer
+
+
+def restore_layer(layer: AdaptedLayer) -> nn.Module:
+    """Removes the adapter in place.
+
+    A layer that was merged without keeping its base keeps the merged weight.
+
+    Returns:
+        The same object, in its original class.
+    """
+    state = layer.adaptation
+    if state.base_weight is not None:
+        layer.unmerge()
+    layer.weight.requires_grad_(state.trainable_before)
+    for name in ADAPTER_NAMES:
+        delattr(layer, name)
+    del layer.adaptation
+    object.__setattr__(layer, "__class__", state.base_class)
+    return layer
