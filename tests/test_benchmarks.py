@@ -114,6 +114,7 @@ def test_the_readme_shows_some_of_the_same_results():
     )
     cases = [
         "SDXL 1280, 4096 tokens",
+        "SDXL 1280, 1024 tokens",
         "8B LLM, attention",
         "SDXL UNet, 256 px",
         "bart-base, 16 pictures",
