@@ -95,7 +95,7 @@ class Tensors(NamedTuple):
         return [self.x, self.dropped, self.weight, self.bias, *own, self.main, self.rest, self.h, self.y]
 
     def arguments(self, form: str) -> list[Any]:
-        """Those that autograd is given, or their gradients: each None more costs 4 us per pass on an AMD EPYC."""
+        """Those that autograd is given, or their gradients: each None more costs 4 us per pass on an Intel Xeon."""
         return self.flat()[: -2 if form == "merged" else -4]
 
 
