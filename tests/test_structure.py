@@ -42,6 +42,15 @@ def test_no_folder_is_a_heap():
     assert large == set()
 
 
+def test_every_folder_says_what_belongs_in_it():
+    packages = sorted((ROOT / "dora_mm").rglob("__init__.py"))
+    said = {
+        str(path.parent.relative_to(ROOT)): ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in packages
+    }
+    assert len(said) > 20
+    assert [folder for folder, text in said.items() if not text or len(text.split("\n\n")[0].split()) < 4] == []
+
+
 def test_no_files_import_each_other():
     """Imports for types count, and those inside functions; the `__init__` of a package is a file like any other."""
     files = {}
