@@ -46,7 +46,8 @@ def randomize(layer, *, size: float = 0.05, seed: int = 0):
         if layer.lora_B is not None:
             layer.lora_B.copy_(size * torch.randn(layer.lora_B.shape, generator=generator))
         if layer.magnitude is not None:
-            layer.magnitude.mul_(1 + 0.1 * torch.randn(layer.magnitude.shape, generator=generator))
+            factor = 1 + 0.1 * torch.randn(layer.magnitude.shape, generator=generator)
+            layer.magnitude.mul_(factor.to(layer.magnitude.device))
     return layer
 
 
