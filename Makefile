@@ -43,8 +43,8 @@ test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 
 bench: $(READY)  ## what DoRA costs beside its peers on this machine; BENCH="--quick" or "--all"
 	$(BIN)/python -m tests.benchmarks.bench_peers $(BENCH)
 
-gpu:  ## all that only a GPU can show, in 20 minutes, with what PYTHON has: no .venv; ONLY="layers llm", DRY=1 on a CPU
-	$(PYTHON) -m tests.benchmarks.gpu $(ONLY) $(if $(DRY),--dry)
+gpu:  ## all that only a GPU can show, in 20 minutes, with what PYTHON has: no .venv; ONLY="trial block", SECONDS=600, DRY=1 on a CPU
+	$(PYTHON) -m tests.benchmarks.gpu $(ONLY) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DRY),--dry)
 
 lint: $(READY)
 	$(BIN)/ruff check

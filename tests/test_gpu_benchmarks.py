@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from tests.benchmarks import gpu
 from tests.benchmarks.bench_products import OURS, VENDOR, threshold
-from tests.benchmarks.gpu_run import Run, compared
+from tests.benchmarks.gpu import block, run, trial
+from tests.benchmarks.gpu.run import Run, compared
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="triton has been imported without its interpreter")
@@ -24,26 +25,93 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def dry(entry: str, folder: Path) -> tuple[int, list[dict[str, str]]]:
+    """The exit code of the dry run of an entry in this process, and its rows."""
+    code = gpu.main([entry, "--dry", "--output", str(folder)])
+    path = folder / f"{entry}.csv"
+    return code, rows_of(path) if path.exists() else []
+
+
+def test_the_block_is_that_of_llama():
+    transformers = pytest.importorskip("transformers")
+    size, x = block.TINY, torch.randn(9, block.TINY.width)
+    config = transformers.LlamaConfig(
+        hidden_size=size.width,
+        intermediate_size=size.mlp,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
+        num_hidden_layers=1,
+        vocab_size=8,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+    )
+    model = transformers.LlamaModel(config)
+    layers = {name: model.get_submodule(f"layers.0.self_attn.{name}_proj") for name in "qkvo"}
+    layers |= {name: model.get_submodule(f"layers.0.mlp.{name}_proj") for name in ("gate", "up", "down")}
+    assert {name: (layer.in_features, layer.out_features) for name, layer in layers.items()} == size.linear_layers()
+    y = model.norm(block.Block(size, layers, len(x), x.dtype)(x))
+    torch.testing.assert_close(y, model(inputs_embeds=x[None]).last_hidden_state[0])
+
+
 @pytest.mark.parametrize(
     ("name", "measures", "contenders"),
     [
-        ("layers", {"forward", "step", "peak"}, {"frozen", "dense B@A", "dense W'", "our DoRA, compiled"}),
-        pytest.param("unet", {"step", "peak"}, set(), marks=pytest.mark.slow),
-        pytest.param("z_image", {"step", "peak"}, set(), marks=pytest.mark.slow),
-        pytest.param("llm", {"step", "peak"}, {"our DoRA, compiled"}, marks=pytest.mark.slow),
+        ("block", ["step", "forward", "peak"], {"frozen", "dense B@A"}),
+        ("layers", ["step", "forward", "peak"], {"frozen", "dense B@A", "dense W'"}),
+        pytest.param("unet", ["step", "peak"], set(), marks=pytest.mark.slow),
+        pytest.param("z_image", ["step", "peak"], set(), marks=pytest.mark.slow),
     ],
 )
-def test_a_dry_run(name, measures, contenders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert gpu.main([name, "--dry", "--output", str(tmp_path)]) == 0
+def test_a_dry_run(name, measures, contenders, tmp_path, capsys):
+    code, rows = dry(name, tmp_path)
+    assert code == 0
     assert "left out" not in capsys.readouterr().out
-    rows = rows_of(tmp_path / f"{name}.csv")
-    assert {row["measure"] for row in rows} == measures
-    assert {row["contender"] for row in rows} >= {"PEFT LoRA", "PEFT DoRA", "our LoRA", "our DoRA"} | contenders
+    assert list(dict.fromkeys(row["measure"] for row in rows)) == measures
+    assert {row["contender"] for row in rows} == {"PEFT LoRA", "PEFT DoRA", "our LoRA", "our DoRA"} | contenders
     for row in rows:
         assert float(row["low"]) <= float(row["median"]) <= float(row["high"])
         assert row["contender"] != "PEFT LoRA" or float(row["ratio"]) == 1
+        assert row["backend"] == ("triton" if row["contender"].startswith("our") else "torch")
         assert {"card", "torch", "triton", "peft", "repeats"} <= set(row)
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_compiled_blocks(tmp_path):
+    code, rows = dry("compiled", tmp_path)
+    assert code == 0
+    assert [row["contender"] for row in rows] == ["PEFT LoRA", "PEFT LoRA, compiled", "PEFT LoRA", "our DoRA, compiled"]
+
+
+def test_the_trial_and_the_profile(tmp_path, monkeypatch, capsys):
+    code, rows = dry("trial", tmp_path)
+    assert code == 0
+    assert [row["tensor"] for row in rows] == ["y", "dx", "dA", "dB", "dm"]
+    assert all(float(row["error"]) < float(row["bound"]) for row in rows)
+    code, rows = dry("profile", tmp_path)
+    assert code == 0
+    assert rows[0]["kernel"] == "all"
+    assert len(rows) == 16
+    times = [float(row["microseconds"]) for row in rows]
+    assert times == sorted(times, reverse=True)
+    monkeypatch.setattr(trial.reference, "relative_error", lambda found, right: float("nan"))
+    capsys.readouterr()
+    assert dry("trial", tmp_path)[0] == 1
+    assert "failed: tiny: the error of dm is nan of it, above 2.0e-03" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["trial", "products", "layers", "profile"])
+def test_kernels_that_fail_their_trial_are_a_fault_and_never_measured_as_ours(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load_triton", lambda: (None, "its results are wrong"))
+    code, rows = dry(name, tmp_path)
+    assert code == 1
+    assert capsys.readouterr().out.count("failed: the trial of the kernels") == 1
+    expected = {"frozen", "PEFT LoRA", "PEFT DoRA", "dense B@A", "dense W'"} if name == "layers" else set()
+    assert {row["contender"] for row in rows} == expected
 
 
 @pytest.mark.slow
@@ -58,25 +126,68 @@ def test_entries_that_only_start_other_programs(tmp_path):
     assert {row["direction"] for row in rows_of(tmp_path / "products.csv")} == {"forward", "backward"}
 
 
-def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert gpu.main(["unet", "--dry", "--output", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == "left out: all of unet: it needs diffusers\n"
-    assert not any(tmp_path.iterdir())
+def test_a_run_that_is_stopped_leaves_what_it_has_measured_and_no_process(tmp_path):
+    """`make gpu` is stopped in its first entry, with measures and another entry still to come."""
+    arguments = ["block", "layers", "--dry", "--output", str(tmp_path)]
+    code = f"import sys; from tests.benchmarks import gpu; sys.exit(gpu.main({arguments}))"
+    saved = tmp_path / "block.csv"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        while not saved.exists() and process.poll() is None:
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        entries = children.read_text().split() if children.exists() else []
+        process.terminate()
+        assert process.wait(60) == 143
+    rows = rows_of(saved)
+    assert rows[0]["measure"] == "step"
+    assert all(float(row["median"]) > 0 and None not in row.values() for row in rows)
+    assert not (tmp_path / "layers.csv").exists()
+    assert not any(Path(f"/proc/{entry}").exists() for entry in entries)
+
+
+PACKAGES = ("triton", "peft", "pytest", "transformers", "diffusers", "numpy", "pydantic", "PIL", "hypothesis", "xdist")
+
+
+@pytest.mark.parametrize(
+    ("packages", "entries"),
+    [
+        (PACKAGES, ("trial", "block", "products", "profile", "tests", "unet", "z_image")),
+        *(
+            pytest.param((package,), tuple(e.name for e in gpu.ENTRIES), marks=pytest.mark.slow)
+            for package in PACKAGES[:5]
+        ),
+    ],
+    ids=" ".join,
+)
+def test_without_packages(packages, entries, tmp_path):
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({packages})
+from tests.benchmarks import gpu
+print("codes", [gpu.main([entry, "--dry", "--output", {str(tmp_path)!r}]) for entry in {entries}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == [f"codes {[0] * len(entries)}"], done.stdout + done.stderr
+    rows = rows_of(tmp_path / "block.csv")
+    peers = {"PEFT LoRA", "PEFT DoRA"} - ({row["contender"] for row in rows})
+    assert bool(peers) == ("peft" in packages)
+    assert ("left out: PEFT LoRA, PEFT DoRA: they need peft" in done.stdout) == bool(peers)
+    assert {row["backend"] for row in rows} == ({"torch"} if "triton" in packages else {"torch", "triton"})
+    for package, entry in (("triton", "products"), ("pytest", "tests"), ("diffusers", "unet")):
+        assert (f"left out: all of {entry}: it needs " in done.stdout) == (package in packages)
 
 
 def test_an_entry_that_fails(tmp_path, capsys):
     def work(run):
         raise RuntimeError("no kernel image")
 
-    given = gpu.parsed(["llm", "--dry", "--output", str(tmp_path)])
-    assert gpu.run_here(gpu.Entry("llm", (), 1, work), given) == 1
+    given = gpu.parsed(["block", "--dry", "--output", str(tmp_path)])
+    assert gpu.run_here(gpu.Entry("block", (), 1, work), given) == 1
     assert "failed: RuntimeError: no kernel image\n" in capsys.readouterr().out
 
 
 def test_an_entry_that_dies_or_hangs(tmp_path, monkeypatch):
-    given = gpu.parsed(["llm", "--dry", "--output", str(tmp_path)])
+    given = gpu.parsed(["block", "--dry", "--output", str(tmp_path)])
     code, remarks = gpu.run_apart(gpu.Entry("surprise", (), 1, print), 1, given)
     assert code == 2
     assert remarks == ["failed: it ended with code 2 after 0 s"]
@@ -87,7 +198,7 @@ def test_an_entry_that_dies_or_hangs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"), [([], "torch sees no GPU"), (["layer"], "there is no entry layer: choose from tests")]
+    ("arguments", "sentence"), [([], "torch sees no GPU"), (["layer"], "there is no entry layer: choose from trial")]
 )
 def test_mistakes(arguments, sentence, capsys):
     try:
@@ -99,7 +210,7 @@ def test_mistakes(arguments, sentence, capsys):
 
 
 def test_a_contender_that_fails_is_left_out_and_ours_counts(tmp_path, capsys):
-    run = Run(torch.device("cpu"), True, tmp_path, time.monotonic() - 1)
+    run = Run("layers", torch.device("cpu"), True, tmp_path, time.monotonic() - 1)
     for name in ("PEFT LoRA", "our DoRA"):
         with run.trying(name, "a layer"):
             raise ValueError("one line\nand another")

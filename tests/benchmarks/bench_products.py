@@ -2,7 +2,7 @@
 
 An entry of `make gpu`. For each shape and direction it measures, alternating: only the vendor's product, rounded (the
 limit), our single kernel (low_rank_matmul), and the vendor's product in fp32 followed by low_rank_add. They are
-captured in CUDA graphs, so that launching them is not measured. Writes products.csv (microseconds, medians and
+captured in CUDA graphs, so that launching them is not measured. Saves products.csv (microseconds, medians and
 quartiles) and prints it, with the rate of our kernel as a fraction of the vendor's, which should be 0.85 or more at
 4096 x 1280 x 1280, and the thresholds that the times suggest.
 """
@@ -19,7 +19,7 @@ from dora_mm.kernels.choice import vendor_product
 from dora_mm.kernels.low_rank_add import low_rank_add
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
 from dora_mm.utils.tables import aligned_columns
-from tests.benchmarks.gpu_run import Row, Run, name_of
+from tests.benchmarks.gpu.run import Row, Run, name_of
 from tests.benchmarks.timing import alternate, captured, seconds_of, summary
 
 Shape = tuple[int, int, int]
@@ -40,14 +40,14 @@ LIMIT, OURS, VENDOR = "vendor alone", "one kernel", "vendor and a pass"
 
 
 def run(run: Run) -> None:
-    """Measures all shapes in bf16, fp16 and fp32, and prints what they suggest for choice.py."""
-    dtypes = [torch.bfloat16, torch.float16, torch.float32][run.dry :]  # Triton's interpreter has no bf16
+    """Measures all shapes in half precision and in fp32, and prints what they suggest for choice.py."""
     rows: list[Row] = []
-    for dtype in dtypes:
+    for dtype in (run.dtype, torch.float32) if run.backend == "triton" else ():
         for shape in TINY if run.dry else SHAPES:
             if not run.is_cut(f"{name_of(dtype)}, {' x '.join(map(str, shape))}"):
-                rows += measure(run, shape, dtype)
-                run.save("products.csv", rows)
+                found = measure(run, shape, dtype)
+                run.save(found)
+                rows += found
     if rows:
         heading = [key for key in rows[0] if not key.endswith(("low", "high"))]
         print(aligned_columns([heading, *([str(row[key]) for key in heading] for row in rows)], 1))
@@ -65,7 +65,7 @@ def measure(run: Run, shape: Shape, dtype: torch.dtype) -> list[Row]:
     rows = []
     for direction, products in candidates(shape, dtype, run.device).items():
         runs = {name: timed(product, run.device) for name, product in products.items()}
-        times = alternate(runs, run.rounds(15), int, run.is_late)
+        times = alternate(runs, run.rounds(9), int, run.is_late)
         row: Row = {"dtype": name_of(dtype), **dict(zip(("tokens", "in", "out"), shape, strict=True))}
         row |= {"direction": direction, "repeats": len(times[OURS])}
         found = {name: summary(seconds) for name, seconds in times.items()}

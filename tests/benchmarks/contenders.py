@@ -45,11 +45,11 @@ def peft_layer(base: nn.Linear, rank: int, use_dora: bool) -> nn.Module:
     return peft.inject_adapter_in_model(config, nn.Sequential(base)).get_submodule("0")
 
 
-def our_layer(base: nn.Linear, rank: int, method: str, path: str = "") -> nn.Module:
-    """Our layer, over the weight of `base`."""
+def our_layer(base: nn.Linear, rank: int, method: str, runs_in: str = "auto") -> nn.Module:
+    """Our layer, over the weight of `base`, in the backend `runs_in`."""
     layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     layer.weight, layer.bias = base.weight, base.bias
-    return adapt_layer(layer, DoRASpec(rank, method=method), path=path, forward=backend.select())
+    return adapt_layer(layer, DoRASpec(rank, method=method), forward=backend.select(runs_in))
 
 
 class DenseDoRA(nn.Module):

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
 log = logging.getLogger(__name__)
@@ -120,6 +119,7 @@ def plot(results: list[Result], made_on: dict[str, str | int], path: Path) -> No
     if importlib.util.find_spec("matplotlib") is None:
         log.warning("The plot is skipped: it needs matplotlib.")
         return
+    import numpy as np
     from matplotlib.figure import Figure
 
     steps = [result for result in results if result.measure == "step"]

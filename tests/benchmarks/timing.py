@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 LEAST_ROUNDS = 3  # for quartiles
+REPLAY_SECONDS = 0.01  # about how long the replay of a CUDA graph takes, so that its own launch does not count
 
 
 def alternate(
@@ -51,13 +52,13 @@ def seconds_of(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def captured(action: Callable[[], object], device: torch.device, seconds: float = 0.01) -> Callable[[], float]:
+def captured(action: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], float]:
     """Captures `action` in a CUDA graph, so that the time of launching its kernels does not count.
 
     Args:
         action: What to run; it must not read results back.
         device: A GPU.
-        seconds: About how long a replay takes, so that its own launch does not count either.
+        pool: The memory of graphs that take turns, from `torch.cuda.graph_pool_handle`; None gives it its own.
 
     Returns:
         A function that replays the graph, and returns the seconds of one run of `action`.
@@ -67,10 +68,10 @@ def captured(action: Callable[[], object], device: torch.device, seconds: float 
     with torch.cuda.stream(stream):  # what happens on first runs only must not be captured
         for _ in range(3):
             action()
-        count = max(3, min(100, int(seconds / seconds_of(action, device))))
+        count = max(3, min(100, int(REPLAY_SECONDS / seconds_of(action, device))))
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for _ in range(count):
             action()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,12 +1,14 @@
-"""All that only a GPU can show, in 20 minutes on one card.
+"""All that only a GPU can show, in 20 minutes on one card, what says most first.
 
     make gpu                                      # or: python3 -m tests.benchmarks.gpu
-    make gpu ONLY="layers llm"                    # some of the entries
+    make gpu ONLY="trial block"                   # some of the entries
+    make gpu SECONDS=600                          # in less time: the last entries are left out
     make gpu DRY=1                                # every entry, tiny, on a processor: only whether it works
 
 It installs nothing, and leaves out what needs a package that is not there. Each entry runs in a process of its own, so
-that one which fails, or which the GPU does not survive, does not stop the others. Writes CSV files to
-tests/benchmarks/results/<card>/. Exit code: 0 done, 1 an entry failed, 2 there is nothing to run on.
+that one which fails, or which the GPU does not survive, does not stop the others. Appends each number to the CSV file
+of its entry in tests/benchmarks/results/<card>/ when it exists: a run that is cut leaves what it has measured. Exit
+code: 0 done, 1 an entry failed, 2 there is nothing to run on.
 """
 
 import argparse
@@ -25,21 +27,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 1200
 GRACE = 60  # for the start of Python, and for what is being measured when the time of an entry is over
+LEAST = 20  # seconds in which an entry measures something
 
 
 def gpu_tests(run: Any) -> None:
-    """Runs `pytest -m gpu`; a dry run only collects. Without the needs of tests/conftest.py, the kernels alone."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    if missing := [package for package in CONFTEST_NEEDS if importlib.util.find_spec(package) is None]:
-        run.leave_out(f"tests outside of tests/kernels: tests/conftest.py needs {', '.join(missing)}")
-    if missing or run.dry:
-        command += ["--noconftest", "tests/kernels"]
-    if run.dry:
-        command += ["--collect-only"]
-    elif importlib.util.find_spec("xdist"):  # compiling the kernels takes the most time, and needs no GPU
+    """Runs `pytest -m gpu` on tests/kernels, where all such tests are; a dry run only collects.
+
+    Without tests/conftest.py, which needs much more than the kernels do, and chooses the interpreter on some machines.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--noconftest"]
+    command += ["tests/kernels"] + ["--collect-only"] * run.dry
+    if is_there("xdist") and not run.dry:  # compiling the kernels takes the most time, and needs no GPU
         command += ["-n", str(min(4, os.cpu_count() or 1))]
     try:
         code = subprocess.run(command, timeout=run.seconds_left(), check=False).returncode
@@ -50,34 +51,9 @@ def gpu_tests(run: Any) -> None:
         run.fail(f"pytest ended with code {code}")
 
 
-def products(run: Any) -> None:
-    from tests.benchmarks import bench_products
-
-    bench_products.run(run)
-
-
-def layers(run: Any) -> None:
-    from tests.benchmarks import gpu_layers
-
-    gpu_layers.run(run)
-
-
-def unet(run: Any) -> None:
-    from tests.benchmarks import gpu_models
-
-    gpu_models.run_unet(run)
-
-
-def z_image(run: Any) -> None:
-    from tests.benchmarks import gpu_models
-
-    gpu_models.run_z_image(run)
-
-
-def llm(run: Any) -> None:
-    from tests.benchmarks import gpu_models
-
-    gpu_models.run_llm(run)
+def work_of(module: str, function: str = "run") -> Callable[[Any], None]:
+    """The work of an entry in a module of this folder, imported only then: what it needs may not be there."""
+    return lambda run: getattr(importlib.import_module(f"tests.benchmarks.{module}"), function)(run)
 
 
 @dataclass(frozen=True)
@@ -88,7 +64,7 @@ class Entry:
         name: Selects it on the command line.
         needs: The packages it cannot do without.
         seconds: Its share of the time.
-        work: Does it. It imports what the entry needs, since that may not be there.
+        work: Does it.
     """
 
     name: str
@@ -98,15 +74,17 @@ class Entry:
 
 
 ENTRIES = (
+    Entry("trial", ("torch",), 30, work_of("gpu.trial")),
+    Entry("block", ("torch",), 90, work_of("gpu.block")),
+    Entry("products", ("torch", "triton"), 40, work_of("bench_products")),
+    Entry("layers", ("torch",), 60, work_of("gpu.layers")),
+    Entry("profile", ("torch",), 20, work_of("gpu.block", "run_profile")),
     Entry("tests", ("torch", "triton", "pytest"), 240, gpu_tests),
-    Entry("products", ("torch", "triton"), 120, products),
-    Entry("layers", ("torch", "peft"), 340, layers),
-    Entry("unet", ("torch", "peft", "diffusers"), 180, unet),
-    Entry("z_image", ("torch", "peft", "diffusers"), 120, z_image),
-    Entry("llm", ("torch", "peft", "transformers"), 180, llm),
+    Entry("compiled", ("torch",), 240, work_of("gpu.block", "run_compiled")),
+    Entry("unet", ("torch", "diffusers"), 180, work_of("gpu.models", "run_unet")),
+    Entry("z_image", ("torch", "diffusers"), 120, work_of("gpu.models", "run_z_image")),
 )
-CONFTEST_NEEDS = ("accelerate", "diffusers", "hypothesis", "PIL", "pydantic", "yaml")
-PACKAGES = ("torch", "triton", "pytest", "peft", "transformers", "diffusers", "open_clip")
+PACKAGES = ("torch", "triton", "peft", "pytest", "diffusers")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,7 +104,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entries", nargs="*", help=f"{', '.join(names)}; default: all")
     parser.add_argument("--dry", action="store_true", help="every entry tiny, on a processor")
-    parser.add_argument("--seconds", type=float, help="the time of each entry, instead of its share of 20 minutes")
+    parser.add_argument("--seconds", type=float, help="the time of all entries together; default: 1200")
     parser.add_argument("--output", type=Path, help="the folder of the CSV files")
     given = parser.parse_args(arguments)
     if unknown := sorted(set(given.entries) - set(names)):
@@ -150,11 +128,13 @@ def is_there(package: str) -> bool:
 def run_all(entries: list[Entry], given: argparse.Namespace) -> int:
     """Runs each entry in a process of its own, and repeats at the end what was left out and what failed."""
     print("here:", ", ".join(f"{p}{'' if is_there(p) else ' (missing)'}" for p in PACKAGES), flush=True)
-    end, remarks, failed = time.monotonic() + SECONDS, [], False
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it stops the entry, too
+    total, remarks, failed = given.seconds or SECONDS, [], False
+    end = time.monotonic() + total
     for entry in entries:
-        seconds = min(given.seconds or entry.seconds, end - time.monotonic())
-        if seconds < GRACE and not given.dry:
-            found = [f"left out: {entry.name}: the {SECONDS // 60} minutes are over"]
+        seconds = min(entry.seconds, end - time.monotonic())
+        if seconds < LEAST:
+            found = [f"left out: all of it: the {total:.0f} s are over"]
         else:
             code, found = run_apart(entry, seconds, given)
             failed |= code != 0
@@ -178,11 +158,16 @@ def run_apart(entry: Entry, seconds: float, given: argparse.Namespace) -> tuple[
     ) as process:
         timer = threading.Timer(seconds + GRACE, os.killpg, (process.pid, signal.SIGKILL))  # with what it has started
         timer.start()
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            remarks += [line.rstrip()] if line.startswith(("left out: ", "failed: ")) else []
+        try:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                remarks += [line.rstrip()] if line.startswith(("left out: ", "failed: ")) else []
+        except BaseException:  # whoever stops this program stops the entry, which is in a session of its own
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            timer.cancel()
         code = process.wait()
-        timer.cancel()
     if code and not any(line.startswith("failed: ") for line in remarks):
         remarks.append(f"failed: it ended with code {code} after {time.monotonic() - start:.0f} s")
     return code, remarks
@@ -195,12 +180,12 @@ def run_here(entry: Entry, given: argparse.Namespace) -> int:
         return 0
     import torch
 
-    from tests.benchmarks.gpu_run import Run
+    from tests.benchmarks.gpu.run import Run
 
     device = torch.device("cpu" if given.dry else "cuda")
     folder = given.output or ROOT / "tests/benchmarks/results" / file_name(torch.cuda.get_device_name())
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(device, given.dry, folder, time.monotonic() + (given.seconds or entry.seconds))
+    run = Run(entry.name, device, given.dry, folder, time.monotonic() + (given.seconds or entry.seconds))
     start = time.monotonic()
     try:
         entry.work(run)
@@ -213,7 +198,3 @@ def run_here(entry: Entry, given: argparse.Namespace) -> int:
 
 def file_name(card: str) -> str:
     return re.sub(r"\W+", "_", card).strip("_").lower()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,21 +1,27 @@
-"""What every entry of `make gpu` shares: its time, its folder, the rows it writes, and what it says it left out."""
+"""What every entry of `make gpu` shares: its time, its folder, the rows it saves, and what it says it left out."""
 
 import contextlib
+import csv
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dora_mm.backend import load_triton
 from dora_mm.utils.tables import aligned_columns
-from tests.benchmarks.contenders import Contenders
-from tests.benchmarks.results_table import REFERENCE, Result, write_rows
+from tests.benchmarks.contenders import CONTENDERS, DENSE, Contenders
+from tests.benchmarks.gpu import is_there
+from tests.benchmarks.results_table import REFERENCE, Result
 from tests.benchmarks.timing import summary
 
 Row = dict[str, Any]
+TORCH = {"backend": "torch"}
 
 
 @dataclass
@@ -23,18 +29,22 @@ class Run:
     """One entry at work.
 
     Attributes:
+        name: Of the entry, and of its CSV file.
         device: Where it measures.
         dry: Whether everything is tiny, only to see that it works.
-        folder: Where its CSV files go.
+        folder: Where its CSV file goes.
         deadline: When its time is over, on the clock of `time.monotonic`.
         faults: What went wrong and must not go unnoticed.
+        columns: Of its CSV file, once that has rows.
     """
 
+    name: str
     device: torch.device
     dry: bool
     folder: Path
     deadline: float
     faults: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
 
     def is_late(self) -> bool:
         return time.monotonic() > self.deadline
@@ -45,15 +55,37 @@ class Run:
     def rounds(self, full: int) -> int:
         return 1 if self.dry else full
 
-    def to_compile(self, contenders: Contenders) -> Contenders:
-        """Those that are compiled too: all that have something to fuse, but two in a dry run, as each takes seconds."""
-        chosen = ("PEFT LoRA", "our DoRA") if self.dry else set(contenders) - {"frozen"}
-        return {name: build for name, build in contenders.items() if name in chosen}
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of weights and inputs; Triton's interpreter has no bf16."""
+        return torch.float16 if self.dry else torch.bfloat16
 
     @property
     def compiler(self) -> str:
         """The backend of torch.compile; a dry run only traces, which needs no C++ compiler."""
         return "eager" if self.dry else "inductor"
+
+    @cached_property
+    def backend(self) -> str | None:
+        """What our layers run in: "triton", "torch" where that is not installed, None where the kernels fail."""
+        if not is_there("triton"):
+            self.leave_out("the kernels: they need triton; our layers run in plain torch")
+            return "torch"
+        function, problem = load_triton()
+        if function is None:
+            self.fail(f"the trial of the kernels, and with it whatever needs them: {problem}")
+        return "triton" if function else None
+
+    def contenders(self, *names: str) -> Contenders:
+        """Those of `contenders.py` that run here, ours in `backend`; what is missing is said."""
+        every = CONTENDERS | DENSE
+        if not is_there("peft") and (peers := [name for name in names if name.startswith("PEFT")]):
+            self.leave_out(f"{', '.join(peers)}: they need peft")
+            names = tuple(name for name in names if name not in peers)
+        found = {name: every[name] for name in names if not is_ours(name)}
+        if self.backend:
+            found |= {name: partial(every[name], runs_in=self.backend) for name in names if is_ours(name)}
+        return {name: found[name] for name in names if name in found}
 
     def leave_out(self, text: str) -> None:
         print(f"left out: {text}", flush=True)
@@ -75,18 +107,38 @@ class Run:
             yield
         except Exception as error:
             text = f"{contender}, {name}: {type(error).__name__}: {error}".splitlines()[0]
-            is_ours = contender.startswith("our") and not isinstance(error, torch.OutOfMemoryError)
-            (self.fail if is_ours else self.leave_out)(text)
+            counts = is_ours(contender) and not isinstance(error, torch.OutOfMemoryError)
+            (self.fail if counts else self.leave_out)(text)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # of what failed, before the next one needs it
 
-    def save(self, name: str, rows: list[Row]) -> None:
-        """Writes the rows to a file of this name, with the machine in front of each."""
-        machine = {
-            "card": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none, a dry run",
-            **{package: installed(package) for package in ("torch", "triton", "peft")},
-        }
-        write_rows(self.folder / name, [machine | row for row in rows])
+    def save(self, rows: list[Row]) -> None:
+        """Appends rows to the file of this entry, with machine and backend in front, and waits for the disk.
+
+        The first ones replace what an earlier run has left. All must have the same columns.
+        """
+        if not rows:
+            return
+        ours = {"backend": self.backend}
+        rows = [self.machine | (ours if is_ours(row.get("contender", "our")) else TORCH) | row for row in rows]
+        is_first = not self.columns
+        self.columns = self.columns or list(rows[0])
+        with (self.folder / f"{self.name}.csv").open("w" if is_first else "a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if is_first:
+                writer.writeheader()
+            writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @cached_property
+    def machine(self) -> Row:
+        card = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "none, a dry run"
+        return {"card": card, **{package: installed(package) for package in ("torch", "triton", "peft")}}
+
+
+def is_ours(contender: str) -> bool:
+    return contender.startswith("our")
 
 
 def many_compiled() -> contextlib.AbstractContextManager[object]:
@@ -129,6 +181,11 @@ def compared(times: dict[str, list[float]], case: str, rank: int, measure: str, 
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def show(rows: list[Row]) -> None:
+    """Prints rows as they are."""
+    print(aligned_columns([list(rows[0]), *([str(value) for value in row.values()] for row in rows)], 1), flush=True)
 
 
 def report(rows: list[Row]) -> None:

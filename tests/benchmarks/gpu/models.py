@@ -1,0 +1,136 @@
+"""Whole training steps, AdamW included, of SDXL's UNet and of Z-Image's transformer: entries of `make gpu`.
+
+All contenders adapt the same modules on top of the same random weights. They take turns in one model.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from dora_mm.core import fixed_parameters
+from tests.benchmarks.contenders import Model, contending_layers, fixed_bases, set_layers, trained
+from tests.benchmarks.full_size import FULL_SIZE, SMALL_SIZE, random_unet
+from tests.benchmarks.gpu.layers import PEAK, STEP, WARM_UP
+from tests.benchmarks.gpu.run import Run, compared, report
+from tests.benchmarks.timing import alternate, peak_bytes, seconds_of
+
+ADAPTED = ("PEFT LoRA", "PEFT DoRA", "our LoRA", "our DoRA")
+# Z-Image's transformer, where it differs from the defaults of diffusers' class, which are those of the published model.
+Z_IMAGE_TINY: dict[str, Any] = {
+    "in_channels": 4,
+    "dim": 32,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "cap_feat_dim": 24,
+    "axes_dims": [4, 4, 8],
+    "axes_lens": [600, 64, 64],
+}
+
+
+def run_unet(run: Run) -> None:
+    """Measures a step on one 1024 px image, with gradient checkpointing and without."""
+    side, size = (64, SMALL_SIZE) if run.dry else (1024, FULL_SIZE)
+    for checkpointing in (False, True):
+        name = f"SDXL UNet, {side} px{', checkpointing' if checkpointing else ''}"
+        build = partial(random_unet, side=side, checkpointing=checkpointing, size=size)
+        model = Model(name, build, "sdxl-unet", checkpointing=checkpointing)
+        if not run.is_cut(name):
+            bench_model(run, model)
+
+
+def run_z_image(run: Run) -> None:
+    """Measures a step on one 1024 px image (4,096 tokens) and 64 tokens of text, with checkpointing."""
+    side, size = (64, Z_IMAGE_TINY) if run.dry else (1024, {})
+    build = partial(z_image_transformer, side=side, size=size)
+    model = Model(f"Z-Image, {side} px, checkpointing", build, "z-image", checkpointing=True)
+    bench_model(run, model)
+
+
+def z_image_transformer(
+    device: torch.device, dtype: torch.dtype, *, side: int, size: dict[str, Any]
+) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """Z-Image's transformer with random weights, and a loss of one image."""
+    from diffusers import ZImageTransformer2DModel
+
+    with torch.device(device):
+        network: Any = ZImageTransformer2DModel(**size).requires_grad_(False)
+        nn.Module.to(network, dtype)
+        image = torch.randn(network.config.in_channels, 1, side // 8, side // 8, dtype=dtype)
+        text, time = torch.randn(64, network.config.cap_feat_dim, dtype=dtype), torch.full((1,), 0.5)
+    network.train().enable_gradient_checkpointing()
+    return network, lambda: network([image], time, [text], return_dict=False)[0][0].float().square().mean()
+
+
+@dataclass
+class Trainee:
+    """One contender in a model that may be shared: its layers are put in before each step."""
+
+    network: nn.Module
+    loss: Callable[[], torch.Tensor]
+    layers: dict[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    num_passes: int | None  # forward passes per step in which our layers may keep what they compute; None for peers
+
+    def step(self, measure: Callable[..., float], device: torch.device) -> float:
+        set_layers(self.network, self.layers)
+        return measure(self.train, device)
+
+    def train(self) -> None:
+        kept: Any = contextlib.nullcontext()
+        if self.num_passes:
+            kept = fixed_parameters(self.network, num_passes=self.num_passes)
+        with kept:
+            self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def bench_model(run: Run, model: Model) -> None:
+    """Measures a step and its peak memory, of all contenders in one model, and saves both."""
+    torch.manual_seed(0)
+    network, loss = model.build(run.device, run.dtype)
+    built: dict[str, Trainee] = {}  # all of them over the layers of the model, before any takes their place
+    for name, build in run.contenders(*ADAPTED).items():
+        with run.trying(name, model.name):
+            layers = contending_layers(network, model.targets, model.rank, {name: build})[name]
+            built[name] = trainee_of(run, model, name, network, loss, layers)
+    trainees: dict[str, Trainee] = {}
+    with contextlib.ExitStack() as stack:
+        for name, trainee in built.items():
+            with run.trying(name, model.name):
+                stack.enter_context(fixed_bases(trainee.layers.values()))
+                for _ in range(run.rounds(WARM_UP)):
+                    trainee.step(seconds_of, run.device)
+                trainees[name] = trainee
+        steps = {name: partial(t.step, seconds_of, run.device) for name, t in trainees.items()}
+        if not trainees:
+            return
+        rows = compared(alternate(steps, run.rounds(9), int, run.is_late), model.name, model.rank, STEP, run.dtype)
+        run.save(rows)
+        gc.collect()
+        peaks = {name: [t.step(peak_bytes, run.device)] for name, t in trainees.items()}
+    found = compared(peaks, model.name, model.rank, PEAK, run.dtype)
+    run.save(found)
+    report(rows + found)
+
+
+def trainee_of(
+    run: Run,
+    model: Model,
+    name: str,
+    network: nn.Module,
+    loss: Callable[[], torch.Tensor],
+    layers: dict[str, nn.Module],
+) -> Trainee:
+    parameters = [p for layer in layers.values() for p in trained(layer)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=run.device.type == "cuda")
+    num_passes = (2 if model.checkpointing else 1) if name.startswith("our") else None
+    return Trainee(network, loss, layers, optimizer, num_passes)
