@@ -9,11 +9,6 @@ from tests.test_imports import ROOT, SOURCES, imported
 
 MOST_MODULES = 15
 ONE_FILE_IS_ONE_THING = {"dora_mm/targets", "dora_mm/formats/tools", "pipelines"}
-UNFINISHED = {  # what is left to do: this must become empty
-    "classes": {"Piece", "Row"},
-    "folders": {"dora_mm/core", "dora_mm/data/vl", "tests/core"},
-    "circles": set[str](),
-}
 
 
 def titles(path: Path) -> set[str]:
@@ -34,8 +29,7 @@ def test_no_title_has_two_meanings():
     for path in SOURCES:
         for name in titles(path):
             places[name].append(str(path.relative_to(ROOT)))
-    twice = {name: found for name, found in places.items() if len(found) > 1}
-    assert {name: found for name, found in twice.items() if name not in UNFINISHED["classes"]} == {}
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def test_no_folder_is_a_heap():
@@ -43,8 +37,8 @@ def test_no_folder_is_a_heap():
     for top in ("dora_mm", "pipelines", "tests"):
         for path in (ROOT / top).rglob("*.py"):
             counts[str(path.parent.relative_to(ROOT))] += 1
-    large = {folder for folder, count in counts.items() if count > MOST_MODULES} - ONE_FILE_IS_ONE_THING
-    assert large - UNFINISHED["folders"] == set()
+    large = {folder for folder, count in counts.items() if count > MOST_MODULES}
+    assert large - ONE_FILE_IS_ONE_THING == set()
 
 
 def test_no_files_import_each_other():
@@ -54,8 +48,7 @@ def test_no_files_import_each_other():
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         files[module.removesuffix(".__init__")] = path
     needs = {module: {file_of(name, files) for name in imported(path)} for module, path in files.items()}
-    left_out = {None, *UNFINISHED["circles"]}
-    graph = {module: found - left_out - {module} for module, found in needs.items() if module not in left_out}
+    graph = {module: found - {None, module} for module, found in needs.items()}
     TopologicalSorter(graph).prepare()  # raises a CycleError that names them
 
 
