@@ -15,7 +15,7 @@ import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
 from dora_mm.adapting.initial import load_initial_file
-from dora_mm.adapting.networks import Trained
+from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.parts import check_names
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config, resolve_model
@@ -121,7 +121,11 @@ def encode(config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBa
 
 
 def build(
-    config: TrainDiffusionConfig, model: ImageModel, trained: Trained, task: DiffusionTask, accelerator: Accelerator
+    config: TrainDiffusionConfig,
+    model: ImageModel,
+    trained: TrainedNetworks,
+    task: DiffusionTask,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
     optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
@@ -163,7 +167,7 @@ def describe(config: TrainDiffusionConfig, images: list[CaptionedImage], acceler
     return f"{data}\n\n{trained.share}\n{table}\n\n{cost}"
 
 
-def adapt(model: ImageModel, config: TrainDiffusionConfig) -> Trained:
+def adapt(model: ImageModel, config: TrainDiffusionConfig) -> TrainedNetworks:
     """Injects the adapters of the config, and loads `init_from`."""
     settings: dict[str, Any] = {"seed": config.seed, "backend": config.backend}
     trained = networks.adapt(model.adaptable, model.target_maps, config.adapter, **settings)

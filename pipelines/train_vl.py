@@ -14,7 +14,7 @@ from torch import nn
 from dora_mm import formats
 from dora_mm.adapting.files import save_trained
 from dora_mm.adapting.initial import load_initial_folder
-from dora_mm.adapting.networks import Trained, adapt, train_mode
+from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
@@ -46,7 +46,7 @@ from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, with_steps
-from dora_mm.train.prefetch import Prefetched
+from dora_mm.train.prefetch import Prefetcher
 from dora_mm.train.processes import join_processes, main_process_first
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
@@ -121,7 +121,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
             if validate and config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
                 log_scores(step, main_values(validate(step)))
 
-        with Prefetched(batches, enabled=model.prepares_batches) as batch_at:
+        with Prefetcher(batches, enabled=model.prepares_batches) as batch_at:
             fit(run=run, **parts, batch_at=batch_at, state={"row counts": model.counts}, observe=observe)
         numbers = torch.tensor([model.counts.num_cut, model.counts.num_left_out], device=accelerator.device)
         counts: Any = accelerator.reduce(numbers, "sum")
@@ -130,13 +130,13 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
             finish(config, run, trained, validate, train.steps, *counts.tolist())
 
 
-def adapt_networks(model: VLModel | Structure, config: TrainVLConfig) -> Trained:
+def adapt_networks(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetworks:
     """Adapts the networks of a model as the config says."""
     return adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
 
 
 def build(
-    config: TrainVLConfig, model: VLModel, trained: Trained, accelerator: Accelerator, batches_per_epoch: int
+    config: TrainVLConfig, model: VLModel, trained: TrainedNetworks, accelerator: Accelerator, batches_per_epoch: int
 ) -> dict[str, Any]:
     """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
     train = with_steps(config.train, config.schedule, batches_per_epoch)
@@ -178,7 +178,7 @@ def log_scores(step: int, values: dict[str, float]) -> None:
 def finish(
     config: TrainVLConfig,
     run: RunDirectory,
-    trained: Trained,
+    trained: TrainedNetworks,
     validate: Validation,
     steps: int,
     num_cut: int,
@@ -277,7 +277,7 @@ def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLMode
 
 
 def estimated_cost(
-    config: TrainVLConfig, accelerator: Accelerator, structure: Structure, trained: Trained, data: DataPreview
+    config: TrainVLConfig, accelerator: Accelerator, structure: Structure, trained: TrainedNetworks, data: DataPreview
 ) -> str:
     """Memory of a training, from the sizes of its networks, and of its longest rows where those are known."""
     network, targets = structure.networks[MODEL], structure.target_maps[MODEL]

@@ -29,7 +29,8 @@ def test_no_title_has_two_meanings():
     for path in SOURCES:
         for name in titles(path):
             places[name].append(str(path.relative_to(ROOT)))
-    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert twice == {}
 
 
 def test_no_folder_is_a_heap():
@@ -37,8 +38,17 @@ def test_no_folder_is_a_heap():
     for top in ("dora_mm", "pipelines", "tests"):
         for path in (ROOT / top).rglob("*.py"):
             counts[str(path.parent.relative_to(ROOT))] += 1
-    large = {folder for folder, count in counts.items() if count > MOST_MODULES}
-    assert large - ONE_FILE_IS_ONE_THING == set()
+    large = {folder for folder, count in counts.items() if count > MOST_MODULES} - ONE_FILE_IS_ONE_THING
+    assert large == set()
+
+
+def test_every_folder_says_what_belongs_in_it():
+    packages = sorted((ROOT / "dora_mm").rglob("__init__.py"))
+    said = {
+        str(path.parent.relative_to(ROOT)): ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in packages
+    }
+    assert len(said) > 20
+    assert [folder for folder, text in said.items() if not text or len(text.split("\n\n")[0].split()) < 4] == []
 
 
 def test_no_files_import_each_other():

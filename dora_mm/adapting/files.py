@@ -11,7 +11,7 @@ from yaml import YAMLError
 import dora_mm
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.adapting.networks import Trained, to_float32
+from dora_mm.adapting.networks import TrainedNetworks, to_float32
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.loader import dump_config
 from dora_mm.config.vl import TrainVLConfig
@@ -25,7 +25,7 @@ IDENTITIES = {  # keys of an adapter's header
 }
 
 
-def save_trained(trained: Trained, config: TrainVLConfig, identity: Mapping[str, str], folder: Path) -> None:
+def save_trained(trained: TrainedNetworks, config: TrainVLConfig, identity: Mapping[str, str], folder: Path) -> None:
     """Saves what was trained: in PEFT's format where it can hold it, else in our own."""
     about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
     about["pipeline_tag"] = config.model.pipeline_tag

@@ -9,7 +9,7 @@ from torch import nn
 from dora_mm import backend as backends
 from dora_mm import formats
 from dora_mm.adapting.files import check_identity, files_in
-from dora_mm.adapting.networks import Trained, spec_of
+from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.adapter import AdapterConfig, PartConfig
 from dora_mm.config.loader import resolve_path
@@ -20,7 +20,7 @@ from dora_mm.formats.adapter_file import AdapterFile
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
 
 
-def load_initial_file(trained: Trained, config: AdapterConfig, backend: str) -> None:
+def load_initial_file(trained: TrainedNetworks, config: AdapterConfig, backend: str) -> None:
     """Loads `adapter.init_from`, one file of any tool for all networks.
 
     Its modules beside those that the config selects are adapted, too: files of other tools adapt modules for which
@@ -69,7 +69,7 @@ def _adapt_others(
     return reports
 
 
-def load_initial_folder(trained: Trained, config: AdapterConfig, identity: Mapping[str, str]) -> None:
+def load_initial_folder(trained: TrainedNetworks, config: AdapterConfig, identity: Mapping[str, str]) -> None:
     """Loads `adapter.init_from`, a folder as `save_trained` writes it.
 
     Args:

@@ -19,7 +19,7 @@ from dora_mm.core.wrappers.quantized import is_quantized
 
 
 @dataclass
-class Trained:
+class TrainedNetworks:
     """What a config trains of a model.
 
     Attributes:
@@ -83,7 +83,7 @@ def adapt(
     *,
     seed: int,
     backend: str,
-) -> Trained:
+) -> TrainedNetworks:
     """Injects the adapters of a config, and makes the other parameters trainable that it names.
 
     Args:
@@ -98,7 +98,7 @@ def adapt(
     """
     settings = settings_of(config, networks, target_maps)
     main = next(iter(target_maps))
-    found = Trained({name: networks[name] for name in target_maps if name == main or name in settings})
+    found = TrainedNetworks({name: networks[name] for name in target_maps if name == main or name in settings})
     _train_itself(found, main, list(parameters_by_name(networks[main], extra_names(config))), None)
     for component, parts in settings.items():
         _adapt_network(found, component, target_maps[component], parts, config, seed, backend)
@@ -114,7 +114,7 @@ def extra_names(config: AdapterConfig) -> tuple[str, ...]:
     return config.extra_trainable if isinstance(config, VLAdapterConfig) else ()
 
 
-def _adapter_rates(found: Trained, settings: Settings) -> dict[str, float]:
+def _adapter_rates(found: TrainedNetworks, settings: Settings) -> dict[str, float]:
     """The learning rates of adapters of parts that have one of their own, by component and name of the parameter."""
     rates = {}
     for component, report in found.reports.items():
@@ -127,7 +127,7 @@ def _adapter_rates(found: Trained, settings: Settings) -> dict[str, float]:
 
 
 def _adapt_network(
-    found: Trained,
+    found: TrainedNetworks,
     component: str,
     targets: TargetMap,
     parts: Mapping[str, PartConfig],
@@ -184,7 +184,7 @@ def _own_parameters(network: nn.Module, targets: TargetMap) -> Iterator[tuple[st
             yield f"{path}.{name}", parameter
 
 
-def _train_itself(found: Trained, component: str, names: Sequence[str], rate: float | None) -> None:
+def _train_itself(found: TrainedNetworks, component: str, names: Sequence[str], rate: float | None) -> None:
     """Makes parameters of a network trainable, and gives them a learning rate of their own."""
     parameters = {name: found.networks[component].get_parameter(name) for name in names}
     to_float32(parameters.values())

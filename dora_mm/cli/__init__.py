@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
 
-class Terminated(KeyboardInterrupt):
+class Termination(KeyboardInterrupt):
     """Raised on SIGTERM; a KeyboardInterrupt, so that code which saves its state on Ctrl-C does so here, too."""
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
     except BrokenPipeError:  # `head`, say, has read enough; at its end Python would write the rest once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interruption:
-        terminated = isinstance(interruption, Terminated)
+        terminated = isinstance(interruption, Termination)
         print(f"dora-mm: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         return TERMINATED if terminated else INTERRUPTED
     except Exception as error:
@@ -74,7 +74,7 @@ def _sigterm_raises() -> Iterator[None]:
         return
 
     def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise Termination
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:

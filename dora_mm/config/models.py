@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 
-from dora_mm.config.schema import ChosenBy, InputPath, Items, ModelPath, Section, Text
+from dora_mm.config.schema import InputPath, Items, ModelPath, Section, SectionChoice, Text
 from dora_mm.config.vl_tasks import TASKS, TaskName
 
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
@@ -126,5 +126,5 @@ class VLBartModelConfig(VLFamilyConfig):
 
 VLModelConfig = Annotated[
     Annotated[VLMModelConfig, Tag("vlm")] | Annotated[VLBartModelConfig, Tag("vl_bart")],
-    Discriminator(ChosenBy("family", default="vlm").tag_of),
+    Discriminator(SectionChoice("family", default="vlm").tag_of),
 ]

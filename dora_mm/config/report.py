@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import Discriminator, ValidationError
 
-from dora_mm.config.schema import ChosenBy, Section
+from dora_mm.config.schema import Section, SectionChoice
 from dora_mm.utils.yaml12 import KeyPath
 
 _WANTED = {
@@ -202,7 +202,7 @@ def _choice_in(annotation: Any) -> _Choice | None:
     """The choice of a type such as `Annotated[A | B, Discriminator(...)]`."""
     for mark in getattr(annotation, "__metadata__", ()):
         if isinstance(mark, Discriminator):
-            chosen_by: ChosenBy = mark.discriminator.__self__  # type: ignore[union-attr]
+            chosen_by: SectionChoice = mark.discriminator.__self__  # type: ignore[union-attr]
             members = [get_args(member) for member in get_args(get_args(annotation)[0])]
             return _Choice(chosen_by.key, {tag.tag: section for section, tag in members})
     return None

@@ -93,8 +93,8 @@ class PipelineConfig(Section):
 
 
 @dataclass(frozen=True)
-class ChosenBy:
-    """Chooses the class of a section that is one of several: `Discriminator(ChosenBy(...).tag_of)`.
+class SectionChoice:
+    """Chooses the class of a section that is one of several: `Discriminator(SectionChoice(...).tag_of)`.
 
     Attributes:
         key: The key whose value names the class, by the `Tag` that it has in the union.

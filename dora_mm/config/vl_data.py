@@ -79,7 +79,7 @@ class HeldOutConfig(Section):
 
 
 class _ChosenByShare:
-    """Chooses the class of a validation split, as `ChosenBy` does; keys of neither class are those of held-out rows."""
+    """Chooses the class of a validation split, as `SectionChoice` does; with keys of neither, it is held-out rows."""
 
     key = "share"
 

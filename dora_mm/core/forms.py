@@ -130,7 +130,7 @@ def split_weight(
 # --- the two forms ---------------------------------------------------------------------------------------------------
 
 
-class Unmerged(torch.autograd.Function):
+class UnmergedForm(torch.autograd.Function):
     """y = e x W0^T + h B'^T + b, with h from `dropped` where that is given (e is then 1)."""
 
     @staticmethod
@@ -162,7 +162,7 @@ class Unmerged(torch.autograd.Function):
         return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).arguments("unmerged")
 
 
-class Merged(torch.autograd.Function):
+class MergedForm(torch.autograd.Function):
     """y = x main^T + x' rest^T + b, the weights as in `split_weight`; x' is `dropped` where that is given, else x."""
 
     @staticmethod
@@ -353,8 +353,8 @@ def adapted_product(
         main, rest = merged or (None, None)
         tensors = Tensors(x, dropped, weight, bias, adapters, main, rest)
         if merges:
-            return Merged.apply(call, *tensors.arguments("merged"))
-        return Unmerged.apply(call, *tensors.arguments("unmerged"))
+            return MergedForm.apply(call, *tensors.arguments("merged"))
+        return UnmergedForm.apply(call, *tensors.arguments("unmerged"))
 
 
 TORCH: Forward = adapted_product

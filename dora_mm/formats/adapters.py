@@ -20,9 +20,10 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.algebra.exact import unfolded, with_strength
 from dora_mm.formats.components import components_to_load, components_to_save
 from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.models import from_models, into_models, weight_shape
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import opened, read
-from dora_mm.formats.state import AdapterState, LayerState, from_models, into_models, joined, weight_shape
+from dora_mm.formats.state import AdapterState, LayerState, joined
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.tool import Contents, Export

@@ -45,13 +45,13 @@ def sample_lengths(model: VLModel, task: str, rows: TrainingSet) -> RowSample | 
         Their lengths; None for a family that has none to tell.
     """
     table = rows.table
-    spaced = evenly_spaced(len(table), SAMPLE)
+    spaced = spaced_rows(len(table), SAMPLE)
     chosen = np.union1d(spaced, longest_rows(table, rows.batch_size))
     found = model.lengths(task, table, chosen.tolist(), rows.images)
     return None if found is None else RowSample(len(table), found, np.isin(found.rows, spaced))
 
 
-def evenly_spaced(total: int, count: int) -> np.ndarray:
+def spaced_rows(total: int, count: int) -> np.ndarray:
     """At most `count` indices below `total`, from the first to the last."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 

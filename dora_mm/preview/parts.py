@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from dora_mm.adapting.initial import FROM_FILE
-from dora_mm.adapting.networks import Trained, extra_names, parameters_by_name
+from dora_mm.adapting.networks import TrainedNetworks, extra_names, parameters_by_name
 from dora_mm.adapting.parts import full_name, settings_of
 from dora_mm.config.adapter import AdapterConfig, PartConfig
 from dora_mm.config.training import OptimizerConfig
@@ -20,7 +20,7 @@ MOST_NAMES = 7  # of modules of a part that are listed
 
 
 def parts_table(
-    trained: Trained,
+    trained: TrainedNetworks,
     networks: Mapping[str, nn.Module],
     target_maps: Mapping[str, TargetMap],
     adapter: AdapterConfig,
@@ -60,7 +60,9 @@ def parts_table(
     return aligned_columns([HEADING, *rows, *frozen], num_text=3)
 
 
-def _trained_in(trained: Trained, component: str, paths: Iterable[str], *, whole: bool) -> dict[str, nn.Parameter]:
+def _trained_in(
+    trained: TrainedNetworks, component: str, paths: Iterable[str], *, whole: bool
+) -> dict[str, nn.Parameter]:
     """The trained parameters of modules: of their adapters, or (`whole`) the modules' own."""
     known, found = set(trained.extra.get(component, ())), {}
     for path in paths:
@@ -71,7 +73,9 @@ def _trained_in(trained: Trained, component: str, paths: Iterable[str], *, whole
     return found
 
 
-def _extra_groups(trained: Trained, groups: Sequence[str], counted: set[str]) -> dict[str, dict[str, nn.Parameter]]:
+def _extra_groups(
+    trained: TrainedNetworks, groups: Sequence[str], counted: set[str]
+) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters of `adapter.extra_trainable` by its entries, each in the first that has it."""
     found, counted = {}, set(counted)
     main, network = next(iter(trained.networks.items()))

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 
-class Prefetched:
+class Prefetcher:
     """Maps a batch number to its batch, and prepares the next one meanwhile, in a thread.
 
     A batch depends on its number alone, so training is the same with and without, and resumes exactly. Used as a
@@ -32,7 +32,7 @@ class Prefetched:
         self._next = (number + 1, self._pool.submit(self._batches, number + 1))
         return batch
 
-    def __enter__(self) -> Prefetched:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *_: object) -> None:

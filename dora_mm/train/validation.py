@@ -13,7 +13,7 @@ from dora_mm.utils.run_directory import RunDirectory
 OVERALL = "overall"
 
 
-class Scored(Protocol):
+class MetricScores(Protocol):
     """The scores of one task."""
 
     @property
@@ -32,7 +32,7 @@ class Scored(Protocol):
         ...
 
 
-ScoresT = TypeVar("ScoresT", bound=Scored)
+ScoresT = TypeVar("ScoresT", bound=MetricScores)
 
 
 class Validation(Generic[ScoresT]):
@@ -84,13 +84,13 @@ def overall(values: Mapping[str, float]) -> float:
     return math.prod(values.values()) ** (1 / len(values))
 
 
-def main_values(scores: Mapping[str, Scored]) -> dict[str, float]:
+def main_values(scores: Mapping[str, MetricScores]) -> dict[str, float]:
     """The main metric of each task that has one, and `overall`; empty if no task has one."""
     values = {name: found.value for name, found in scores.items() if found.value is not None}
     return {**values, OVERALL: overall(values)} if values else {}
 
 
-def other_values(scores: Mapping[str, Scored]) -> dict[str, float]:
+def other_values(scores: Mapping[str, MetricScores]) -> dict[str, float]:
     """The metrics beside the main one of each task, as "vqa/accuracy (lavis)"."""
     return {
         f"{name}/{metric}": value

@@ -13,12 +13,12 @@ from dora_mm.models.vlm.family import VLM
 from dora_mm.preview import lengths as module
 from dora_mm.preview.lengths import (
     RowSample,
-    evenly_spaced,
     longest_rows,
     row_lines,
     sample_lengths,
     sample_line,
     sample_table,
+    spaced_rows,
 )
 from tests.data.vl.files import write_json
 from tests.models.vlm.vlm_rows import write_pictures
@@ -65,11 +65,11 @@ def sample(tokens, image_tokens, lost=(), limit=100, total=None, bad=(), longest
     return RowSample(total or len(tokens) + len(bad), found, numbers < len(tokens) - longest)
 
 
-def test_rows_are_evenly_spaced():
-    assert evenly_spaced(5, 10).tolist() == [0, 1, 2, 3, 4]
-    assert evenly_spaced(101, 3).tolist() == [0, 50, 100]
-    assert evenly_spaced(0, 3).tolist() == []
-    assert len(evenly_spaced(600_000, 100)) == 100
+def test_rows_are_spaced_rows():
+    assert spaced_rows(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert spaced_rows(101, 3).tolist() == [0, 50, 100]
+    assert spaced_rows(0, 3).tolist() == []
+    assert len(spaced_rows(600_000, 100)) == 100
 
 
 def test_the_longest_rows_have_the_most_images_and_text(rows):

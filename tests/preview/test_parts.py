@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dora_mm.adapting.networks import Trained, adapt
+from dora_mm.adapting.networks import TrainedNetworks, adapt
 from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.training import OptimizerConfig
@@ -20,7 +20,7 @@ PARTS = {
 }
 
 
-def table_of(folder, adapter: dict) -> tuple[Trained, dict[str, list[str]]]:
+def table_of(folder, adapter: dict) -> tuple[TrainedNetworks, dict[str, list[str]]]:
     """What is trained, and the cells of the table by the first one."""
     structure = structure_of(VLMModelConfig(path=str(folder)), VisionConfig())
     config = VLAdapterConfig.model_validate({"rank": 2, **adapter})

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from dora_mm.train.prefetch import Prefetched
+from dora_mm.train.prefetch import Prefetcher
 
 
 def test_the_next_batch_is_prepared_while_the_caller_works():
@@ -13,7 +13,7 @@ def test_the_next_batch_is_prepared_while_the_caller_works():
             prepared.set()
         return f"batch {number} in {threading.current_thread().name.split('_')[0]}"
 
-    with Prefetched(batches) as batch_at:
+    with Prefetcher(batches) as batch_at:
         first = batch_at(0)
         assert prepared.wait(timeout=10)
         assert first == f"batch 0 in {threading.current_thread().name}"
@@ -22,7 +22,7 @@ def test_the_next_batch_is_prepared_while_the_caller_works():
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_it_gives_the_batches_of_any_order(enabled):
-    with Prefetched(lambda number: number**2, enabled=enabled) as batch_at:
+    with Prefetcher(lambda number: number**2, enabled=enabled) as batch_at:
         assert [batch_at(number) for number in (0, 1, 5, 6, 6, 2)] == [0, 1, 25, 36, 36, 4]
 
 
@@ -32,7 +32,7 @@ def test_an_error_is_raised_where_its_batch_is_asked_for():
             raise ValueError("row 7 cannot be read")
         return number
 
-    with Prefetched(batches) as batch_at:
+    with Prefetcher(batches) as batch_at:
         assert batch_at(0) == 0
         with pytest.raises(ValueError, match="row 7"):
             batch_at(1)

@@ -83,7 +83,7 @@ class Judge:
             return found
         if count > len(found):
             raise ValueError(f"concepts: the judge has {len(found)} with role {role}, not {count}: lower count")
-        return evenly_spaced(found, count)
+        return spaced_concepts(found, count)
 
     def check_model(self, resolution: int, vae_digest: str) -> None:
         """Checks that the judge was fitted for a model.
@@ -193,6 +193,6 @@ class Judge:
         return judge
 
 
-def evenly_spaced(concepts: Sequence[Concept], count: int) -> list[Concept]:
+def spaced_concepts(concepts: Sequence[Concept], count: int) -> list[Concept]:
     """Returns `count` concepts, evenly spaced over the list, since neighbours in it are of the same kind."""
     return [concepts[index * len(concepts) // count] for index in range(count)]

@@ -25,8 +25,9 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import new_weight
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.files.tensor_file import FORMAT_KEY
+from dora_mm.formats.models import layers_of
 from dora_mm.formats.naming.names import Name
-from dora_mm.formats.state import LayerState, joined, layers_of
+from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
 

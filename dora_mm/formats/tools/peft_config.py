@@ -12,7 +12,8 @@ from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.layer import DoRAConv
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.files.json_text import parse_json
-from dora_mm.formats.state import joined, layers_of
+from dora_mm.formats.models import layers_of
+from dora_mm.formats.state import joined
 from dora_mm.formats.tools.patterns import matching_key
 
 OUR_METADATA = "dora_mm"

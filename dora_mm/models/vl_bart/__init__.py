@@ -1,1 +1,1 @@
-"""VL-BART: the model, its tokenizer and text, loading, and its adapters on disk."""
+"""VL-BART: the model, its text and visual inputs, loading, losses and answers."""

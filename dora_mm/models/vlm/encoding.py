@@ -58,10 +58,12 @@ class RowEncoder:
     Args:
         processor: The model's processor.
         max_length: The number of tokens that a row may have. Text beyond it is cut, image tokens never are.
+        limit_from: What sets that number: a key of the config, or the model.
     """
 
-    def __init__(self, processor: Any, max_length: int):
-        self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+    def __init__(self, processor: Any, max_length: int, limit_from: str):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.max_length, self.limit_from = max_length, limit_from
         self.image_ids = torch.tensor(image_ids(processor), dtype=torch.long)
 
     def conversation(self, text: str, answers: Sequence[tuple[int, int]], images: Sequence[Any]) -> TokenRow:
@@ -154,9 +156,10 @@ class RowEncoder:
         if excess <= 0:
             return TokenRow(inputs, labels, num_images, is_image)
         if num_tokens >= self.max_length:
+            cure = "raise it, or " if self.limit_from == "model.max_length" else ""
             raise ValueError(
-                f"the images alone are {num_tokens} tokens, and a row has at most {self.max_length}: raise "
-                "model.max_length, or make the images smaller (model.max_pixels, model.image_size)"
+                f"the images alone are {num_tokens} tokens, and a row has at most {self.max_length} "
+                f"({self.limit_from}): {cure}make the images smaller (model.max_pixels, model.image_size)"
             )
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[torch.nonzero(~is_image)[-excess:]] = False

@@ -161,7 +161,7 @@ class VLM:
                 weights.append(weight)
             except ValueError as error:
                 if on_bad_data == "stop":
-                    raise ValueError(f"{error} (data.on_bad_data: skip leaves such rows out)") from error
+                    raise ValueError(f"{error}; data.on_bad_data: skip leaves such rows out") from error
                 left_out.append(str(error))
         groups = [
             (*self.rows.collate([rows[i] for i in group]), torch.tensor([weights[i] for i in group]))

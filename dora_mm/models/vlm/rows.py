@@ -43,13 +43,8 @@ class ExampleEncoder:
         limit_from: str,
     ):
         self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
-        self.prompts = prompts
-        self.encoder, self.limit_from = RowEncoder(processor, max_length), limit_from
-
-    @property
-    def max_length(self) -> int:
-        """The number of tokens that a row may have."""
-        return self.encoder.max_length
+        self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
+        self.encoder = RowEncoder(processor, max_length, limit_from)
 
     # --- rows --------------------------------------------------------------------------------------------------------
 

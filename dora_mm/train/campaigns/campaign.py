@@ -18,7 +18,7 @@ from dora_mm.config.loader import differing_keys, load_config
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.eval.comparison import Result, Variant, table_rows, variants
 from dora_mm.eval.statistics import Interval
-from dora_mm.train.campaigns.trainings import Chosen, Training, Trainings
+from dora_mm.train.campaigns.trainings import RateChoice, Training, Trainings
 from dora_mm.train.run import open_run
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.run_directory import RunDirectory
@@ -109,7 +109,10 @@ class Campaign(Generic[ScoresT]):
         self.trainings = Trainings(self.folder, config.base, config.workers, evaluation.overrides)
 
     def report(
-        self, baselines: Sequence[Result], chosen: Mapping[Variant, Chosen], trained: Mapping[Variant, list[Training]]
+        self,
+        baselines: Sequence[Result],
+        chosen: Mapping[Variant, RateChoice],
+        trained: Mapping[Variant, list[Training]],
     ) -> None:
         """Scores the trainings, writes table.md, results.csv and sheet.png, and prints the table."""
         evaluation, results = self.evaluation, [*baselines]

@@ -15,7 +15,7 @@ from dora_mm.data.images.folder import digest_of, read_training_images
 from dora_mm.eval.comparison import Result, Variant
 from dora_mm.eval.images.comparison import contrasts_table, results_csv, results_table
 from dora_mm.eval.images.encoder import Encoder
-from dora_mm.eval.images.judge import FILES, Judge, evenly_spaced
+from dora_mm.eval.images.judge import FILES, Judge, spaced_concepts
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import Scores, concatenate_seeds, summarize
 from dora_mm.eval.statistics import Interval
@@ -159,7 +159,7 @@ class PictureEvaluation:
     def sheet(self, folder: Path, trained: Mapping[str, Sequence[Training]]) -> Image.Image:
         """A row per row of the table, a column per thing (evenly spaced), with the first seed of each."""
         concepts = self.concepts[self.settings.report.role]
-        columns = evenly_spaced(concepts, min(self.settings.columns, len(concepts)))
+        columns = spaced_concepts(concepts, min(self.settings.columns, len(concepts)))
         names = {BARE_FLAT: BARE_FLAT, BARE: BARE} | {row: found[0].name for row, found in trained.items()}
         folders = [folder / "pictures" / file_stem(name, self.settings.report) for name in names.values()]
         seed = self.config.seeds[0]

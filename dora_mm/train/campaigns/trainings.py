@@ -35,7 +35,7 @@ class Training:
         return f"{self.variant.key}-lr{self.rate:g}-seed{self.seed}"
 
 
-class Chosen(NamedTuple):
+class RateChoice(NamedTuple):
     """The learning rate that was chosen for a variant. As text, an extreme one is marked with an asterisk.
 
     Attributes:
@@ -114,7 +114,7 @@ class Trainings:
         *,
         seed: int,
         extra_rates: int,
-    ) -> dict[Variant, Chosen]:
+    ) -> dict[Variant, RateChoice]:
         """Trains each variant at its candidate learning rates and returns the best rate of each.
 
         The values of all rates are saved in the folder's rates/.
@@ -145,9 +145,9 @@ class Trainings:
         for variant, tried in found.items():
             values = {f"{rate:g}": tried[rate] for rate in sorted(tried)}
             write_text(self.folder / "rates" / f"{variant.key}.json", json.dumps(values) + "\n")
-        return {variant: Chosen(best_rate(tried), best_is_extreme(tried)) for variant, tried in found.items()}
+        return {variant: RateChoice(best_rate(tried), best_is_extreme(tried)) for variant, tried in found.items()}
 
-    def train_chosen(self, chosen: Mapping[Variant, Chosen], seeds: Sequence[int]) -> dict[Variant, list[Training]]:
+    def train_chosen(self, chosen: Mapping[Variant, RateChoice], seeds: Sequence[int]) -> dict[Variant, list[Training]]:
         """Trains each variant at its chosen learning rate, once per seed, and returns the trainings.
 
         Raises:

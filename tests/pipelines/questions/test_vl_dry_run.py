@@ -151,7 +151,7 @@ def test_a_dry_run_names_all_bad_rows_at_once(bad_rows, capsys):
     section = text[text.index("bad rows of chat train") : text.index("lengths of")]
     assert "1 x has 2 images, but 1 <image> marker\n" in section
     assert "broken.png is not a complete image" in section
-    assert "1 x the images alone are 52 tokens, and a row has at most 50: raise model.max_length" in section
+    assert "1 x the images alone are 52 tokens, and a row has at most 50 (model.max_length): raise it, or" in section
     assert re.search(r"chat\.json, item 5 \(id '4'\)", section)
     assert re.search(r"chat\.json, id 6\n", section)
     assert "1 row of 6 is longer than 50 tokens (model.max_length) and cut at the end\n2 rows of 6 cannot be" in text

@@ -1,0 +1,263 @@
+"""Adapters in their neutral form, taken out of models and put into them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.forms import TORCH, Forward
+from dora_mm.core.inject import InjectReport, describe, inject_paths
+from dora_mm.core.kinds import adapted_class
+from dora_mm.core.layer import TransposedLayer
+from dora_mm.core.spec import DoRASpec
+from dora_mm.core.strength import Strength, strengths_of
+from dora_mm.core.wrappers.attention import PackedProjection, with_projections
+from dora_mm.core.wrappers.quantized import DoRAQuantized, is_quantized
+from dora_mm.core.wrappers.sharded import reshard, whole, write
+from dora_mm.formats.state import AdapterState, LayerState, check_finite, joined
+from dora_mm.targets import SHORT_NAMES
+
+
+def from_models(components: Mapping[str, nn.Module], extra_parameters: Sequence[str] = ()) -> AdapterState:
+    """Takes the adapters out of models; the models are not changed.
+
+    Tensors that FSDP2 has sharded are gathered, so every process has to call this.
+
+    Args:
+        components: The models by component; those without an adapter are left out of the result.
+        extra_parameters: Names of parameters that were trained in addition to the adapters of a single model.
+
+    Raises:
+        ValueError: No layer is adapted, a layer has several adapters, or `extra_parameters` are given with several
+            models.
+    """
+    state = AdapterState({})
+    for component, model in components.items():
+        reshard(model)
+        layers = layers_of(model)
+        for path, layer in layers.items():
+            if layer.adaptation.stacked:
+                raise ValueError(
+                    f"{joined(component, path)} has several adapters: save each one from a model that has only it"
+                )
+        if layers:
+            state.layers[component] = {path: _state_of(layer) for path, layer in layers.items()}
+    if extra_parameters:
+        if len(components) != 1:
+            raise ValueError(f"extra_parameters belong to a single model, and {', '.join(components)} were given")
+        component, model = next(iter(components.items()))
+        state.parameters[component] = {name: whole(model.get_parameter(name)) for name in extra_parameters}
+    if not state.layers:
+        raise ValueError(f"nothing to save: no layer of {', '.join(components)} is adapted")
+    return state
+
+
+def _state_of(layer: AdaptedLayer) -> LayerState:
+    tensors = {name: whole(tensor) for name, tensor in layer.adapter_tensors().items()}
+    return LayerState(layer.adaptation.spec, tensors)
+
+
+def into_models(
+    state: AdapterState,
+    components: Mapping[str, nn.Module],
+    source: Path,
+    *,
+    strength: Strength = 1.0,
+    name: str = "default",
+    forward: Forward = TORCH,
+) -> InjectReport:
+    """Puts adapters into models; modules that are not adapted yet are adapted with the spec in the state.
+
+    Modules that have an adapter of the same name must match the state exactly, and receive its values. An adapter of
+    another name is stacked on top of the existing one, for inference. Extra parameters overwrite those of the model:
+    they have no strength, are not stacked, and `remove` does not restore the old values.
+
+    Args:
+        state: The adapters.
+        components: The models by component.
+        source: The file that the state comes from, for messages.
+        strength: The strength of the adapters; names of parts begin with the component.
+        name: The name of the adapter.
+        forward: The function that runs newly adapted layers.
+
+    Returns:
+        The layers that the state adapts.
+
+    Raises:
+        ValueError: The state does not fit the models. Everything is checked before anything is changed.
+    """
+    surplus = [c for c in {**state.layers, **state.parameters} if c not in components]
+    if surplus:
+        raise ValueError(
+            f"{source} also adapts {', '.join(surplus)}, but it is being loaded into {', '.join(components)} only"
+        )
+    paths = [joined(c, path) for c, layers in state.layers.items() for path in layers]
+    strengths = strengths_of(strength, paths, SHORT_NAMES)
+    for component, layers in state.layers.items():
+        _check_component(layers, component, components[component], source, strengths, name)
+    for component, parameters in state.parameters.items():
+        _check_parameters(parameters, components[component], source, strength, name)
+    check_finite(state, source)
+    for component, layers in state.layers.items():
+        adapted = layers_of(components[component])
+        fresh = {path: (component, layer.spec) for path, layer in layers.items() if path not in adapted}
+        if fresh:
+            inject_paths(components[component], fresh, forward=forward, name=name)
+    for component, parameters in state.parameters.items():
+        own = _own_tensors(components[component])
+        for key, tensor in parameters.items():
+            write(own[key].data, tensor)
+    modules = []
+    for component, layers in state.layers.items():
+        for path, layer in layers_of(components[component]).items():
+            if path not in layers:
+                continue
+            if layer.adaptation.name == name:
+                _fill(layer, layers[path], strengths[joined(component, path)])
+            else:
+                layer.stack(name, layers[path].spec, layers[path].tensors, strengths[joined(component, path)])
+            modules.append(describe(layer, component))
+    return InjectReport(tuple(modules))
+
+
+@torch.no_grad()
+def _fill(layer: AdaptedLayer, state: LayerState, strength: float) -> None:
+    if _has_rank(state.spec):
+        layer.adaptation.spec = replace(layer.adaptation.spec, alpha=state.spec.alpha)
+    for name, parameter in layer.adapter_tensors().items():
+        write(parameter, state.tensors[name])
+    if layer.adaptation.spec.method != "full":
+        layer.set_strength(strength, layer.adaptation.name)
+
+
+def _has_rank(spec: DoRASpec) -> bool:
+    """Whether rank and alpha have a meaning."""
+    return spec.method in ("dora", "lora")
+
+
+def layers_of(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers by path; empty where there are none."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def _check_component(
+    layers: Mapping[str, LayerState],
+    component: str,
+    model: nn.Module,
+    source: Path,
+    strengths: Mapping[str, float],
+    name: str,
+) -> None:
+    modules = with_projections(dict(model.named_modules()))
+    for path, state in layers.items():
+        if path not in modules:
+            raise ValueError(
+                f"{source} does not fit this model: it adapts {joined(component, path)}, which the model does not have"
+            )
+        if problem := _misfit(state, modules[path]):
+            raise ValueError(f"{source} does not fit this model: at {joined(component, path)}, {problem}")
+        if state.spec.method == "full" and strengths[joined(component, path)] != 1:
+            raise ValueError(f"{source} holds weights of method full, which have no strength: load it with strength 1")
+    present = layers_of(model)
+    same = {path: layer for path, layer in present.items() if layer.adaptation.name == name}
+    for path, layer in present.items():
+        layer.check_not_merged()
+        if path in layers and path not in same:
+            layer.check_can_stack(name, layers[path].spec)
+    if same:
+        _check_same_layers(layers, same, component, source)
+
+
+def _check_parameters(
+    parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: Strength, name: str
+) -> None:
+    own = _own_tensors(model)
+    others = sorted({layer.adaptation.name for layer in layers_of(model).values()} - {name})
+    for key, tensor in parameters.items():
+        if key not in own:
+            raise ValueError(f"{source} does not fit this model: it holds {key}, which the model does not have")
+        if own[key].shape != tensor.shape:
+            found, needed = tuple(tensor.shape), tuple(own[key].shape)
+            raise ValueError(f"{source} does not fit this model: its {key} has shape {found} instead of {needed}")
+        if strength != 1:
+            raise ValueError(f"{source} holds the parameter {key}, which has no strength: load it with strength 1")
+        if others:
+            raise ValueError(
+                f"{source} holds the parameter {key}, which cannot be stacked on top of the adapter {others[0]!r}: "
+                "call remove first"
+            )
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name: with `bias="all"` PEFT before 0.21 saves buffers whose name contains "bias"."""
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
+def stored_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the weight of a module as it is stored; None where it has no weight.
+
+    Of a packed projection it is that of its own rows, of a quantised layer that of the dequantised weight.
+    """
+    if isinstance(module, PackedProjection):
+        return tuple(module.matrix.shape)
+    if isinstance(module, DoRAQuantized) or is_quantized(module):
+        return int(module.out_features), int(module.in_features)  # pyright: ignore[reportArgumentType]
+    weight = getattr(module, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else None
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """The shape of the weight of a module with O first, (O, I) or (O, I / groups, *K); None where it has no weight."""
+    shape = stored_shape(module)
+    kind = type(module) if isinstance(module, AdaptedLayer) else adapted_class(module)
+    return shape[::-1] if shape and kind and issubclass(kind, TransposedLayer) else shape
+
+
+def _misfit(state: LayerState, module: nn.Module) -> str:
+    """Why the tensors do not fit a module; empty when they do."""
+    shape, stored = weight_shape(module), stored_shape(module)
+    if shape is None or stored is None:
+        return f"the model has a {type(module).__name__}"
+    out_features, *inner = shape
+    rank = state.spec.rank
+    expected = {
+        "lora_A": (rank, *inner),
+        "lora_B": (out_features, rank),
+        "magnitude": (out_features,),
+        "weight": stored,
+    }
+    for name, tensor in state.tensors.items():
+        if tuple(tensor.shape) != expected[name]:
+            return f"its {name} has shape {tuple(tensor.shape)} instead of {expected[name]}"
+    return ""
+
+
+def _check_same_layers(
+    layers: Mapping[str, LayerState], adapted: Mapping[str, AdaptedLayer], component: str, source: Path
+) -> None:
+    for path in adapted:
+        if path not in layers:
+            raise ValueError(
+                f"{source} does not adapt {joined(component, path)}, which is adapted in this model: adapt only what "
+                "the file has (adapter.parts), or call remove first"
+            )
+    for path, state in layers.items():
+        if path not in adapted:
+            raise ValueError(
+                f"{source} adapts {joined(component, path)}, which is not adapted in this model: call remove first"
+            )
+        needed, found = (_kind(spec) for spec in (adapted[path].adaptation.spec, state.spec))
+        if needed != found:
+            raise ValueError(
+                f"{source} holds {found} for {joined(component, path)}, but the model is adapted with {needed}: "
+                f"adapt it with {found}, or call remove first"
+            )
+
+
+def _kind(spec: DoRASpec) -> str:
+    return f"{spec.method} of rank {spec.rank}" if _has_rank(spec) else spec.method
