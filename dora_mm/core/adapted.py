@@ -67,14 +67,17 @@ class AdaptedLayer(AdapterParameters):
     def adapters(self) -> tuple[Adapter, ...]:
         """What the forward function needs of every adapter whose strength is not 0."""
         state, dtype = self.adaptation, adapter_dtype(self.weight.dtype)
-        # getattr, since DataParallel's copies have tensors instead of parameters. FSDP may have cast them.
-        own = {name: None if (t := getattr(self, name, None)) is None else t.to(dtype) for name in ADAPTER_NAMES}
-        others = [(s.spec, s.tensors, s.strength) for s in state.stacked.values()]
-        return tuple(
-            Adapter(*map(tensors.get, ADAPTER_NAMES), scaling=spec.scaling, strength=strength, norm_grad=spec.norm_grad)
-            for spec, tensors, strength in ((state.spec, own, state.strength), *others)
-            if strength != 0
-        )
+        spec, found = state.spec, []
+        if state.strength != 0:
+            # getattr, since DataParallel's copies have tensors instead of parameters. FSDP may have cast them.
+            A, B, m = [getattr(self, name, None) for name in ADAPTER_NAMES]
+            A, B, m = [t if t is None or t.dtype == dtype else t.to(dtype) for t in (A, B, m)]
+            found = [Adapter(A, B, m, spec.scaling, state.strength, spec.norm_grad)]
+        for other in state.stacked.values():
+            if other.strength != 0:
+                tensors, spec = [other.tensors.get(name) for name in ADAPTER_NAMES], other.spec
+                found.append(Adapter(*tensors, spec.scaling, other.strength, spec.norm_grad))
+        return tuple(found)
 
     def check_can_stack(self, name: str, spec: DoRASpec) -> None:
         """Raises ValueError where the layer is merged, a method is `full`, or the name is taken."""
@@ -143,10 +146,12 @@ class AdaptedLayer(AdapterParameters):
             return None
         # Tensors that were made in inference mode cannot be saved for a backward pass. (A compiler cannot ask for it.)
         inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        key = product_dtype(self.weight), self.weight.device, inference
-        if key not in state.caches:
-            state.caches[key] = PassCache(row_norm(self.matrix.detach()))
-        return PassCache(state.caches[key].n0) if state.num_passes is None else state.caches[key]
+        weight = self.weight
+        key = product_dtype(weight), weight.device, inference
+        cache = state.caches.get(key)
+        if cache is None:
+            cache = state.caches[key] = PassCache(row_norm(self.matrix.detach()))
+        return PassCache(cache.n0) if state.num_passes is None else cache
 
     def adapted_product(
         self,

@@ -57,8 +57,9 @@ class TritonSteps(Steps):
         dY, x, y = as_rows(dY), as_rows(x), as_rows(y)
         A, B = (None if t is None else t.contiguous() for t in (adapter.A, adapter.B))
         options = adapter.scaling, SMALL_GAIN, large_bias(y.dtype)
-        per_row = *row_sums(dY, y, bias), adapter.magnitude, rows.norm, rows.gain, bias
-        return magnitude_grad(*per_row, dY, x, weight.detach(), A, B, *options)
+        dots, squares = row_sums(dY, y, bias).unbind()
+        per_row = dots, squares, adapter.magnitude, rows.norm, rows.gain, bias
+        return magnitude_grad(*per_row, dY, x, weight, A, B, *options)
 
 
 TRITON_STEPS = TritonSteps()
