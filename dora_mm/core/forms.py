@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dora_mm.core.functional import (
     Adapter,
+    RowGains,
     adapter_dtype,
     any_nonzero,
     as_matrix,
@@ -39,7 +40,7 @@ from dora_mm.core.functional import (
     row_norm,
 )
 from dora_mm.core.ops import Op, sum_tokens
-from dora_mm.core.passes import OWN, Call, Options, PassCache, Saved, load, save
+from dora_mm.core.passes import Call, Options, PassCache, Saved, load, save
 from dora_mm.core.steps import TORCH_STEPS, Steps, inner_dots
 
 # --- which form ------------------------------------------------------------------------------------------------------
@@ -141,13 +142,13 @@ class UnmergedForm(torch.autograd.Function):
         if A is not None:
             h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
         y = call.steps.unmerged(op, x, cast(weight, call.dtype), bias, base_gain(adapters), h, B)
-        return save(ctx, call, y, source, weight, bias, h, own, wants_dm=wants_dm(ctx, call, dropped))
+        return save(ctx, call, y, source, weight, bias, h, own, is_product=dropped is None)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dY: Tensor):
-        call, saved = load(ctx)
-        op, (_, needs_x, needs_dropped, _, needs_bias, *needs) = call.options.op, ctx.needs_input_grad
+        call, saved, (needs_x, needs_dropped, needs_bias, needs) = load(ctx)
+        op = call.options.op
         gradients, u, A = adapter_gradients(call, saved, dY, needs, saved.kept, needs_u=needs_x or needs_dropped)
         dX = d_dropped = None
         if needs_dropped and u is not None and A is not None:
@@ -173,14 +174,13 @@ class MergedForm(torch.autograd.Function):
             y = op(x, main, bias).add_(op(source, rest, None))
         keeps = call.options.keep_weight and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         kept = (main if dropped is None else rest) if keeps else None
-        return save(ctx, call, y, source, weight, bias, kept, own, wants_dm=wants_dm(ctx, call, dropped))
+        return save(ctx, call, y, source, weight, bias, kept, own, is_product=dropped is None)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dY: Tensor):
-        call, saved = load(ctx)
+        call, saved, (needs_x, needs_dropped, needs_bias, needs) = load(ctx)
         op, has_dropout = call.options.op, call.options.dropout > 0
-        _, needs_x, needs_dropped, _, needs_bias, *needs = ctx.needs_input_grad
         gradients, _, _ = adapter_gradients(call, saved, dY, needs)
         dX = d_update = None
         if needs_dropped or (needs_x and not has_dropout):
@@ -191,12 +191,6 @@ class MergedForm(torch.autograd.Function):
         dX, d_dropped = (dX, d_update) if has_dropout else (d_update, None)
         db = bias_grad(op, saved, dY) if needs_bias else None
         return None, dX, d_dropped, None, db, *gradients, None, None
-
-
-def wants_dm(ctx: Any, call: Call, dropped: Tensor | None) -> bool:
-    """Whether the output is the product of one adapter, y = x W'^T + b, whose m needs a gradient."""
-    is_product = dropped is None and len(call.adapters) == 1 and call.adapters[0].strength == 1
-    return is_product and ctx.needs_input_grad[OWN + 2]
 
 
 def built_again(call: Call, saved: Saved) -> Tensor:
@@ -225,11 +219,14 @@ def base_gain(adapters: Sequence[Adapter]) -> Tensor | None:
 
 def branch(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None]:
     """Returns A and B' of all adapters, concatenated along the rank; None where none has them."""
-    pairs = [(a.A, scaled(a.B, a)) for a in adapters if a.A is not None and a.B is not None]
-    if len(pairs) <= 1:
-        return pairs[0] if pairs else (None, None)
-    A, B = zip(*pairs, strict=True)
-    return torch.cat(A), torch.cat(B, 1)
+    A, B = [], []
+    for adapter in adapters:
+        if adapter.A is not None and adapter.B is not None:
+            A.append(adapter.A)
+            B.append(scaled(adapter.B, adapter))
+    if len(A) > 1:
+        return torch.cat(A), torch.cat(B, 1)
+    return (A[0], B[0]) if A else (None, None)
 
 
 def scaled(t: Tensor, adapter: Adapter) -> Tensor:
@@ -276,12 +273,13 @@ def adapter_gradients(
         dm = magnitude_grad(call, saved, dY, adapter) if needs[3 * k + 2] or is_exact else None
         own_A = own_B = None
         if dA is not None and dB is not None and adapter.A is not None and adapter.B is not None:
-            own_A, own_B = dA, dB
+            own_A, own_B, last = dA, dB, first + len(adapter.A)
             if len(adapters) > 1:
-                last = first + len(adapter.A)
                 own_A, own_B, first = dA[first:last], dB[:, first:last], last
             own_A = cast(own_A, adapter.A.dtype)
-            own_B = scaled(own_B.to(adapter.B.dtype, memory_format=torch.contiguous_format), adapter)
+            if own_B.dtype != adapter.B.dtype:
+                own_B = own_B.to(adapter.B.dtype, memory_format=torch.contiguous_format)
+            own_B = scaled(own_B.contiguous(), adapter)
             if is_exact and dm is not None:
                 more_A, more_B = exact_norm_correction(as_matrix(saved.weight), adapter, dm)
                 own_A, own_B = own_A.add_(more_A), own_B.add_(more_B)
@@ -342,25 +340,35 @@ def adapted_product(
         dtype = product_dtype(weight) if autocast or options.dtype is None else options.dtype
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     cache = options.cache or PassCache()
+    rows, merged = cache.rows, None
     with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
-        merges = form_of(x, weight, adapters, options, dtype, steps) == "merged"
         dropped = F.dropout(x, options.dropout) if options.dropout else None
-        merged = cache.merged if merges and dropped is None else None
-        if merges and merged is None:
-            W, cache.rows = merge_adapters(weight, adapters, cache.rows)
-            merged = split_weight(W, weight, dtype, dropped is not None)
-            if options.keep_weight and dropped is None:
-                cache.merged = merged
-        if cache.rows is None:
-            cache.rows = (None,) * len(adapters)
-            if has_magnitude(adapters):
-                n0 = row_norm(weight.detach()) if cache.n0 is None else cache.n0
-                cache.rows = tuple([steps.row_gains(weight, adapter, n0) for adapter in adapters])
-        call = Call(options, steps, dtype, tuple(a.of_pass(n) for a, n in zip(adapters, cache.rows, strict=True)))
-        own = [t for a in adapters for t in (a.A, a.B, a.magnitude)]
+        if form_of(x, weight, adapters, options, dtype, steps) == "merged":
+            merged = cache.merged if dropped is None else None
+            if merged is None:
+                W, rows = merge_adapters(weight, adapters, rows)
+                merged = split_weight(W, weight, dtype, dropped is not None)
+                if options.keep_weight and dropped is None and cache.keeps:
+                    cache.merged = merged
+        elif rows is None:
+            rows = rows_of(weight, adapters, cache.n0, steps)
+        if cache.keeps:
+            cache.rows = rows
+        own, settings = [], []
+        for adapter, found in zip(adapters, rows or (), strict=True):
+            own += adapter.A, adapter.B, adapter.magnitude
+            settings.append(adapter.of_pass(found))
+        call = Call(options, steps, dtype, settings)
         if merged is not None:
             return MergedForm.apply(call, x, dropped, weight, bias, *own, *merged)
         return UnmergedForm.apply(call, x, dropped, weight, bias, *own)
+
+
+def rows_of(weight: Tensor, adapters: Sequence[Adapter], n0: Tensor | None, steps: Steps) -> list[RowGains | None]:
+    """Returns n and g of every adapter; n0 are the row norms of the weight, where they are known."""
+    if n0 is None and has_magnitude(adapters):
+        n0 = row_norm(weight.detach())
+    return [None if adapter.magnitude is None else steps.row_gains(weight, adapter, n0) for adapter in adapters]
 
 
 TORCH: Forward = adapted_product
@@ -388,4 +396,4 @@ def form_of(
 
 def has_magnitude(adapters: Sequence[Adapter]) -> bool:
     """Whether any adapter has a magnitude."""
-    return any([a.magnitude is not None for a in adapters])
+    return any(a.magnitude is not None for a in adapters)

@@ -14,7 +14,7 @@ from dora_mm.core.ops import LINEAR, Op
 from dora_mm.core.steps import Steps
 
 # The arguments of both forms are call, x, dropped, weight, bias, and A, B and m of each adapter.
-WEIGHT, OWN = 3, 5
+OWN = 5
 
 
 @dataclass
@@ -27,11 +27,13 @@ class PassCache:
         n0: The row norms of the weight (O,), where it is known not to have changed.
         rows: n and g of every adapter.
         merged: W(t), as `forms.split_weight` returns it.
+        keeps: Whether a pass may leave `rows` and `merged` here: not where only the base weight is fixed.
     """
 
     n0: Tensor | None = None
-    rows: tuple[RowGains | None, ...] | None = None
+    rows: Sequence[RowGains | None] | None = None
     merged: tuple[Tensor, Tensor | None] | None = None
+    keeps: bool = True
 
 
 class Options(NamedTuple):
@@ -72,11 +74,15 @@ class Call(NamedTuple):
     options: Options
     steps: Steps
     dtype: torch.dtype
-    adapters: tuple[Adapter, ...]
+    adapters: Sequence[Adapter]
 
     def with_tensors(self, own: Sequence[Any]) -> list[Adapter]:
         """The adapters with A, B and m, which autograd takes and returns as a flat list."""
-        return [a.with_tensors(*own[3 * k : 3 * k + 3]) for k, a in enumerate(self.adapters)]
+        adapters, first = [], 0
+        for adapter in self.adapters:
+            adapters.append(adapter.with_tensors(*own[first : first + 3]))
+            first += 3
+        return adapters
 
 
 class Saved(NamedTuple):
@@ -110,7 +116,7 @@ def save(
     kept: Tensor | None,
     own: Sequence[Tensor | None],
     *,
-    wants_dm: bool,
+    is_product: bool,
 ) -> Tensor:
     """Saves a pass for its backward pass, and returns the output.
 
@@ -127,10 +133,11 @@ def save(
         bias: See `Saved`.
         kept: See `Saved`.
         own: A, B and m of each adapter.
-        wants_dm: Whether y is the product of one adapter, x W'^T + b, whose m needs a gradient.
+        is_product: Whether y is x W(t)^T + b: not with dropout.
     """
     y = y.data  # not a view to autograd
     ctx.call, ctx.counter, alias = call, None, None
+    wants_dm = is_product and len(own) == 3 and call.adapters[0].strength == 1 and ctx.needs_input_grad[OWN + 2]
     if wants_dm and call.options.save_output and call.steps.reads_output():
         if torch.compiler.is_compiling():
             alias = y.clone()  # a compiled graph has no version counters
@@ -144,16 +151,22 @@ def save(
     return y
 
 
-def load(ctx: Any) -> tuple[Call, Saved]:
+def load(ctx: Any) -> tuple[Call, Saved, tuple[bool, bool, bool, Sequence[bool]]]:
     """What `save` saved, without an output that was overwritten since.
+
+    Returns:
+        The pass, what it saved, and whether gradients are needed: of x, `dropped`, the bias, and A, B and m of each
+        adapter.
 
     Raises:
         ValueError: The weight requires a gradient.
     """
     call, restore = ctx.call, ctx.call.options.restore
-    if ctx.needs_input_grad[WEIGHT]:
+    _, needs_x, needs_dropped, needs_weight, needs_bias, *needs = ctx.needs_input_grad
+    if needs_weight:
         raise ValueError("the weight of an adapted layer gets no gradient: set its requires_grad to False")
     x, weight, bias, kept, y, *own = ctx.saved_tensors
     if ctx.counter is not None and ctx.counter._version != ctx.version:
         y = None
-    return call, Saved(x, weight if restore is None else restore(), bias, kept, y, call.with_tensors(own))
+    saved = Saved(x, weight if restore is None else restore(), bias, kept, y, call.with_tensors(own))
+    return call, saved, (needs_x, needs_dropped, needs_bias, needs)

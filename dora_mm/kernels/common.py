@@ -27,7 +27,7 @@ def rank_block(rank: int, dtype: torch.dtype) -> int:
 
 
 def num_blocks(size: int, block: int) -> int:
-    """size / block, rounded up. `triton.cdiv` takes a microsecond or more outside of a kernel, 12 times a step."""
+    """Divides, and rounds up. `triton.cdiv` takes a microsecond or more outside of a kernel, 12 times a step."""
     return -(-size // block)
 
 
