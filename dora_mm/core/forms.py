@@ -235,7 +235,7 @@ def scaled(t: Tensor, adapter: Adapter) -> Tensor:
     if adapter.rows is None:
         return t if factor == 1 else t * factor
     gain = adapter.rows.gain
-    return t * (gain if factor == 1 else gain * factor)[:, None]
+    return t * (gain if factor == 1 else gain * factor).unsqueeze(1)
 
 
 # --- their gradients -------------------------------------------------------------------------------------------------
