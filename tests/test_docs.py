@@ -125,6 +125,12 @@ def test_the_documents_have_commands():
     }
 
 
+def test_the_makefile_names_files_that_exist():
+    named = re.findall(r"(?<![\w/$])(?:tests|samples|configs|dora_mm|pipelines)/[\w./-]+", text_of(ROOT / "Makefile"))
+    assert "configs/sdxl/demo.yaml" in named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 # --- examples --------------------------------------------------------------------------------------------------------
 
 

@@ -50,7 +50,13 @@ class EvaluateConfig(DecodeConfig):
 
 class TrainVLConfig(PipelineConfig):
     command: ClassVar[str] = "train"
-    changeable: ClassVar[tuple[str, ...]] = (*CHANGEABLE, "train.epochs", "data.tables", "evaluate.every")
+    changeable: ClassVar[tuple[str, ...]] = (
+        *CHANGEABLE,
+        "train.epochs",
+        "data.on_bad_data",  # no finished step had a row at which the run would stop
+        "data.tables",
+        "evaluate.every",
+    )
     dry_run_lists_missing: ClassVar[bool] = True
     pipeline: Literal["train_vl"]
     seed: Seed = 0  # seed of everything random in the run

@@ -12,10 +12,10 @@ from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.forms import TORCH, Forward
-from dora_mm.core.kinds import adapt_layer, adapted_class, restore_layer
+from dora_mm.core.kinds import adapt_layer, adapted_class, not_adaptable, restore_layer
 from dora_mm.core.spec import DoRASpec
 from dora_mm.core.strength import Strength, strengths_of
-from dora_mm.core.targets import NOT_ADAPTABLE, TargetMap, match_modules
+from dora_mm.core.targets import TargetMap, match_modules
 from dora_mm.core.wrappers.attention import (
     PROJECTIONS,
     PackedAttention,
@@ -191,7 +191,7 @@ def _check_adaptable(modules: dict[str, nn.Module], path: str, spec: DoRASpec) -
         raise ValueError(f"{path} is adapted already: call remove first")
     kind = adapted_class(layer)
     if kind is None:
-        raise ValueError(f"{path} is a {type(layer).__name__}, {NOT_ADAPTABLE}")
+        raise ValueError(f"{path} is {not_adaptable(layer)}")
     if why := why_not_separable(modules.get(path.rpartition(".")[0])):
         raise ValueError(f"{path} is inside an attention that would not call its adapter: {why}")
     if why := kind.why_not(layer, path, spec):

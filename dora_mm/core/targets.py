@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from dora_mm.core.adapted import AdaptedLayer
-from dora_mm.core.kinds import ADAPTABLE, adapted_class
+from dora_mm.core.kinds import adapted_class, not_adaptable
 from dora_mm.core.wrappers.attention import with_projections
 
 Counts = int | tuple[int, ...]  # how many modules a block holds; a tuple lists the allowed numbers
@@ -117,8 +117,8 @@ def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> 
     found = [path for path in modules if matches(pattern, path, of_map)]
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
-        where, kind = wrong or "the model itself", type(modules[wrong]).__name__
-        raise ValueError(f"{described(pattern, of_map)} matches {where}, a {kind}, {NOT_ADAPTABLE}")
+        where = wrong or "the model itself"
+        raise ValueError(f"{described(pattern, of_map)} matches {where}, {not_adaptable(modules[wrong])}")
     if not found:
         raise ValueError(f"{described(pattern, of_map)} matches no module; nearest: {_nearest(pattern, modules)}")
     return found
@@ -128,9 +128,6 @@ def described(pattern: str, where: str, limit: int = 60) -> str:
     """A pattern for a message, cut if it is long; `where` says where it is from."""
     shown = pattern if len(pattern) <= limit else f"{pattern[:limit]}..."
     return f"pattern {shown!r} of {where}"
-
-
-NOT_ADAPTABLE = f"which cannot be adapted ({ADAPTABLE} can)"
 
 
 def matches(pattern: str, path: str, where: str) -> bool:

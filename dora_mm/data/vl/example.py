@@ -30,7 +30,7 @@ class Example:
         id: The data set's own id (question_id, identifier, image id, qid), as text.
         images: File names relative to the folder of images (`COCO_val2014_000000000042.jpg`, or `val2014/...` for a
             file in a subfolder), or absolute paths: two for NLVR2, any number for conversations, one otherwise. For
-            videos the name of the clip. FeatureStore are looked up by `stem` of this name.
+            videos the name of the clip. Features are looked up by `stem` of this name.
         text: The question or sentence as the file has it, without the prompt of the task; "" for captions. For videos
             everything that the model reads before the prompt, see readers/video.py; for multiple choice also the hint
             and the options with their letters; for conversations the user's last turn without markers.

@@ -114,7 +114,7 @@ class VisionEncoder(nn.Module):
             names: B clips.
 
         Returns:
-            FeatureStore (B, 1, 64, D) and the mask of the frames (B, 64), 0 for padding.
+            Features (B, 1, 64, D) and the mask of the frames (B, 64), 0 for padding.
 
         Raises:
             ValueError: No precomputed features are configured.
@@ -156,11 +156,11 @@ def resize_frames(features_TD: Tensor, frames: int) -> tuple[Tensor, Tensor]:
     """Resizes a clip to a number of frames: a short clip is padded with zeros, a long one max-pooled adaptively.
 
     Args:
-        features_TD: FeatureStore of T frames (T, D).
+        features_TD: Features of T frames (T, D).
         frames: The number of frames wanted.
 
     Returns:
-        FeatureStore (frames, D) and mask (frames,), 0 for padding.
+        Features (frames, D) and mask (frames,), 0 for padding.
     """
     length = len(features_TD)
     if length > frames:

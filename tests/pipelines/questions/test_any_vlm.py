@@ -19,6 +19,7 @@ from dora_mm.core.targets import parts_in
 from dora_mm.data.vl.example import Example
 from dora_mm.models.vlm.family import VLM
 from dora_mm.tasks.vl import draw_answer
+from tests.data.vl.files import write_json
 from tests.models.vlm import tiny
 from tests.models.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
 from tests.pipelines.killed import assert_same_weights
@@ -130,3 +131,39 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, 
     model = PeftModel.from_pretrained(theirs.model, adapter)
     assert model is not None
     torch.testing.assert_close(losses(theirs, batch), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_that_a_bad_row_stopped_goes_on_without_it(tiny_vlm, pictures, tmp_path, monkeypatch, capsys):
+    """As a run that leaves such rows out from its start: no finished step had one."""
+    monkeypatch.setattr("dora_mm.preview.lengths.SAMPLE", 1)  # so that only the step finds it
+    (tmp_path / "damaged.png").write_bytes((pictures / "wide.png").read_bytes()[:-40])
+    names = [str(pictures / "square.png")] * 4 + [str(tmp_path / "damaged.png")]
+    rows = [
+        {
+            "id": f"r{number}",
+            "image": [name],
+            "conversations": [
+                {"from": "human", "value": "<image>What is this?" + " Say more." * (4 - number)},
+                {"from": "gpt", "value": f"x{number}"},
+            ],
+        }
+        for number, name in enumerate(names)
+    ]
+    source = {"format": "chat", "file": str(write_json(tmp_path / "chat.json", rows))}
+    config = {
+        "pipeline": "train_vl",
+        "seed": 1,
+        "model": {"path": str(tiny_vlm("llava"))},
+        "adapter": {"rank": 2},
+        "data": {"train": source, "tables": str(tmp_path / "tables")},
+        "optimizer": {"lr": 0.02},
+        "train": {"steps": 5, "batch_size": 1, "checkpoint_every": 1},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["train", str(tmp_path / "config.yaml"), "--set", f"output={tmp_path / 'stopped'}"]
+    assert main(command) == 2
+    assert "row r4 of chat" in capsys.readouterr().err
+    assert (tmp_path / "stopped" / "checkpoints").is_dir()
+    assert main(["train", "--resume", str(tmp_path / "stopped"), "--set", "data.on_bad_data=skip"]) == 0
+    assert main([*command[:3], f"output={tmp_path / 'skipped'}", "data.on_bad_data=skip"]) == 0
+    assert_same_weights("step-000005", tmp_path / "stopped", tmp_path / "skipped")
