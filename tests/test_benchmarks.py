@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tests.benchmarks import bench_peers, results_table, timing
+from tests.benchmarks import bench_host, bench_peers, results_table, timing
 from tests.benchmarks.contenders import CONTENDERS, DENSE, contending_layers, set_layers, target_paths, trained
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,17 @@ def test_a_small_case_end_to_end(tmp_path):
     results_table.plot(results, made_on, tmp_path / "times.png")
     with Image.open(tmp_path / "times.png") as picture:
         assert picture.width == 990
+
+
+def test_host_times(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(bench_host, "SMALL", ((16, 4),))
+    rows = bench_host.measure(repeats=1, rounds=1)
+    contenders = {"frozen", "PEFT LoRA", "PEFT DoRA", "dense B@A", "our LoRA", "our DoRA"}
+    assert {row["contender"] for row in rows} == contenders
+    assert {row["path"] for row in rows} == {"gpu, product and pass", "gpu, one kernel", "cpu"}
+    assert len(rows) == 3 * 2 * len(contenders)
+    assert all(float(row["median"]) > 0 for row in rows)
 
 
 @pytest.mark.slow

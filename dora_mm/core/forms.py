@@ -23,23 +23,24 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dora_mm.core.functional import (
     Adapter,
+    RowGains,
     adapter_dtype,
     any_nonzero,
     as_matrix,
     autocasts,
     can_read,
+    cast,
     exact_norm_correction,
+    first_order,
     merge_adapters,
     product_dtype,
     row_norm,
-    without_autocast,
 )
-from dora_mm.core.ops import sum_tokens
-from dora_mm.core.passes import Call, Options, PassCache, Tensors, load, save
+from dora_mm.core.ops import Op, sum_tokens
+from dora_mm.core.passes import Call, Options, PassCache, Saved, load, save
 from dora_mm.core.steps import TORCH_STEPS, Steps, inner_dots
 
 # --- which form ------------------------------------------------------------------------------------------------------
@@ -134,70 +135,65 @@ class UnmergedForm(torch.autograd.Function):
     """y = e x W0^T + h B'^T + b, with h from `dropped` where that is given (e is then 1)."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *arguments):
-        given, op = call.tensors(arguments), call.options.op
-        A, B = branch(given.adapters)
+    def forward(ctx: Any, call: Call, x, dropped, weight, bias, *own):
+        op, adapters, source = call.options.op, call.with_tensors(own), x if dropped is None else dropped
+        A, B = branch(adapters)
         h = None
         if A is not None:
-            h = op.reduce(given.update_input(), A.to(call.dtype if op.merges else adapter_dtype(call.dtype)))
-        W0 = given.weight.detach().to(call.dtype)
-        y = call.steps.unmerged(op, given.x, W0, given.bias, base_gain(given.adapters), h, B)
-        return save(ctx, call, given, call.needs(ctx), y, h=h)
+            h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
+        y = call.steps.unmerged(op, x, cast(weight, call.dtype), bias, base_gain(adapters), h, B)
+        return save(ctx, call, y, source, weight, bias, h, own, is_product=dropped is None)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, *grad_outputs: Tensor):
-        (call, saved, needs), (dY,) = load(ctx), grad_outputs
+    @first_order
+    def backward(ctx: Any, dY: Tensor):
+        call, saved, (needs_x, needs_dropped, needs_bias, needs) = load(ctx)
         op = call.options.op
-        gradients, u, A = adapter_gradients(call, saved, dY, needs, needs_u=needs.x or needs.dropped)
+        gradients, u, A = adapter_gradients(call, saved, dY, needs, saved.kept, needs_u=needs_x or needs_dropped)
         dX = d_dropped = None
-        if needs.dropped and u is not None and A is not None:
-            d_dropped = op.add_grad_reduced(dY.new_zeros(saved.x.shape), u, saved.x, A.to(dY.dtype))
+        if needs_dropped and u is not None and A is not None:
+            d_dropped = op.add_grad_reduced(dY.new_zeros(saved.x.shape), u, saved.x, cast(A, dY.dtype))
             u = A = None
-        if needs.x:
-            W0 = saved.weight.detach().to(call.dtype)
+        if needs_x:
+            W0 = cast(saved.weight, call.dtype)
             dX = call.steps.unmerged_grad_input(op, dY, saved.x, W0, base_gain(saved.adapters), u, A)
-        db = bias_grad(call, saved, dY) if needs.bias else None
-        return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).arguments("unmerged")
+        return None, dX, d_dropped, None, bias_grad(op, saved, dY) if needs_bias else None, *gradients
 
 
 class MergedForm(torch.autograd.Function):
     """y = x main^T + x' rest^T + b, the weights as in `split_weight`; x' is `dropped` where that is given, else x."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *arguments):
-        given, op = call.tensors(arguments), call.options.op
-        x, main, rest, bias = given.x, given.main, given.rest, given.bias
+    def forward(ctx: Any, call: Call, x, dropped, weight, bias, *tensors):
+        op, source, (*own, main, rest) = call.options.op, x if dropped is None else dropped, tensors
         if rest is None:
             y = op(x, main, bias)
         elif main.dtype.itemsize < 4:  # one sum, rounded once
-            y = op(op.concatenate(x, given.update_input()), torch.cat([main, rest], 1), bias)
+            y = op(op.concatenate(x, source), torch.cat([main, rest], 1), bias)
         else:
-            y = op(x, main, bias).add_(op(given.update_input(), rest, None))
-        needs = call.needs(ctx)
-        keeps = call.options.keep_weight and (needs.x or needs.dropped)
-        return save(ctx, call, given, needs, y, main=(main if given.dropped is None else rest) if keeps else None)
+            y = op(x, main, bias).add_(op(source, rest, None))
+        keeps = call.options.keep_weight and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        kept = (main if dropped is None else rest) if keeps else None
+        return save(ctx, call, y, source, weight, bias, kept, own, is_product=dropped is None)
 
     @staticmethod
-    @once_differentiable
-    @without_autocast
-    def backward(ctx: Any, *grad_outputs: Tensor):
-        (call, saved, needs), (dY,) = load(ctx), grad_outputs
+    @first_order
+    def backward(ctx: Any, dY: Tensor):
+        call, saved, (needs_x, needs_dropped, needs_bias, needs) = load(ctx)
         op, has_dropout = call.options.op, call.options.dropout > 0
         gradients, _, _ = adapter_gradients(call, saved, dY, needs)
         dX = d_update = None
-        if needs.dropped or (needs.x and not has_dropout):
-            W = saved.main if saved.main is not None else built_again(call, saved)
+        if needs_dropped or (needs_x and not has_dropout):
+            W = saved.kept if saved.kept is not None else built_again(call, saved)
             d_update = op.grad_input(dY, saved.x, W)  # without `rest`: half precision rounds dX by as much
-        if needs.x and has_dropout:
-            dX = op.grad_input(dY, saved.x, saved.weight.detach().to(dY.dtype))
+        if needs_x and has_dropout:
+            dX = op.grad_input(dY, saved.x, cast(saved.weight, dY.dtype))
         dX, d_dropped = (dX, d_update) if has_dropout else (d_update, None)
-        db = bias_grad(call, saved, dY) if needs.bias else None
-        return None, *Tensors(x=dX, dropped=d_dropped, bias=db, adapters=gradients).arguments("merged")
+        db = bias_grad(op, saved, dY) if needs_bias else None
+        return None, dX, d_dropped, None, db, *gradients, None, None
 
 
-def built_again(call: Call, saved: Tensors) -> Tensor:
+def built_again(call: Call, saved: Saved) -> Tensor:
     """Returns what the input of the update was multiplied by: W(t), or with dropout the update."""
     has_dropout = call.options.dropout > 0
     W, _ = merge_adapters(saved.weight, saved.adapters, [a.rows for a in saved.adapters])
@@ -223,11 +219,14 @@ def base_gain(adapters: Sequence[Adapter]) -> Tensor | None:
 
 def branch(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None]:
     """Returns A and B' of all adapters, concatenated along the rank; None where none has them."""
-    pairs = [(a.A, scaled(a.B, a)) for a in adapters if a.A is not None and a.B is not None]
-    if len(pairs) <= 1:
-        return pairs[0] if pairs else (None, None)
-    A, B = zip(*pairs, strict=True)
-    return torch.cat(A), torch.cat(B, 1)
+    A, B = [], []
+    for adapter in adapters:
+        if adapter.A is not None and adapter.B is not None:
+            A.append(adapter.A)
+            B.append(scaled(adapter.B, adapter))
+    if len(A) > 1:
+        return torch.cat(A), torch.cat(B, 1)
+    return (A[0], B[0]) if A else (None, None)
 
 
 def scaled(t: Tensor, adapter: Adapter) -> Tensor:
@@ -236,56 +235,59 @@ def scaled(t: Tensor, adapter: Adapter) -> Tensor:
     if adapter.rows is None:
         return t if factor == 1 else t * factor
     gain = adapter.rows.gain
-    return t * (gain if factor == 1 else gain * factor)[:, None]
+    return t * (gain if factor == 1 else gain * factor).unsqueeze(1)
 
 
 # --- their gradients -------------------------------------------------------------------------------------------------
 
 
 def adapter_gradients(
-    call: Call, saved: Tensors, dY: Tensor, needs: Tensors, *, needs_u: bool = False
-) -> tuple[list[Adapter], Tensor | None, Tensor | None]:
+    call: Call, saved: Saved, dY: Tensor, needs: Sequence[bool], h: Tensor | None = None, *, needs_u: bool = False
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
     """Computes the gradients of all adapters.
 
     Args:
         call: The pass.
         saved: What it saved.
         dY: Gradient of the output.
-        needs: Whether each tensor needs a gradient.
+        needs: Whether A, B and m of each adapter need a gradient.
+        h: x A^T of all adapters, where it was kept.
         needs_u: Whether u is needed for the gradient of x.
 
     Returns:
-        Every adapter with dA, dB and dm, None where not needed; and u and A of all adapters, None where there are none.
+        dA, dB and dm of each adapter, None where not needed; and u and A of all adapters, None where there are none.
     """
-    op = call.options.op
-    A, B = branch(saved.adapters)
-    trains = any(a.A or a.B for a in needs.adapters)
+    op, adapters = call.options.op, saved.adapters
+    A, B = branch(adapters)
+    trains = any(needs[0::3]) or any(needs[1::3])
     u = dA = dB = None
-    if B is not None and (trains or needs_u):
-        u = op.grad_h(dY, B.to(dY.dtype))
-    if u is not None and A is not None and B is not None and trains:
-        h = op.reduce(saved.x, A.to(dY.dtype)) if saved.h is None else saved.h.to(dY.dtype)
-        dA, dB = op.grad_A(u, saved.x, A), op.grad_B(dY, h, B)
-    gradients = []
+    if A is not None and B is not None and (trains or needs_u):
+        u = op.grad_h(dY, cast(B, dY.dtype))
+        if trains:
+            h = cast(op.reduce(saved.x, cast(A, dY.dtype)) if h is None else h, dY.dtype)
+            dA, dB = op.grad_A(u, saved.x, A), op.grad_B(dY, h, B)
+    gradients: list[Tensor | None] = []
     first = 0
-    for adapter, wants in zip(saved.adapters, needs.adapters, strict=True):
+    for k, adapter in enumerate(adapters):
         is_exact = adapter.norm_grad == "exact" and adapter.rows is not None and dA is not None
-        dm = magnitude_grad(call, saved, dY, adapter) if wants.magnitude or is_exact else None
+        dm = magnitude_grad(call, saved, dY, adapter) if needs[3 * k + 2] or is_exact else None
         own_A = own_B = None
         if dA is not None and dB is not None and adapter.A is not None and adapter.B is not None:
-            last = first + len(adapter.A)
-            own_A = dA[first:last].to(adapter.A.dtype)
-            own_B = dB[:, first:last].to(adapter.B.dtype, memory_format=torch.contiguous_format)
-            own_B = scaled(own_B, adapter)
-            first = last
+            own_A, own_B, last = dA, dB, first + len(adapter.A)
+            if len(adapters) > 1:
+                own_A, own_B, first = dA[first:last], dB[:, first:last], last
+            own_A = cast(own_A, adapter.A.dtype)
+            if own_B.dtype != adapter.B.dtype:
+                own_B = own_B.to(adapter.B.dtype, memory_format=torch.contiguous_format)
+            own_B = scaled(own_B.contiguous(), adapter)
             if is_exact and dm is not None:
                 more_A, more_B = exact_norm_correction(as_matrix(saved.weight), adapter, dm)
                 own_A, own_B = own_A.add_(more_A), own_B.add_(more_B)
-        gradients.append(adapter.with_tensors(own_A, own_B, dm if wants.magnitude else None))
+        gradients += [own_A, own_B, dm if needs[3 * k + 2] else None]
     return gradients, u, A
 
 
-def magnitude_grad(call: Call, saved: Tensors, dY: Tensor, adapter: Adapter) -> Tensor:
+def magnitude_grad(call: Call, saved: Saved, dY: Tensor, adapter: Adapter) -> Tensor:
     """Returns dm = t sum over tokens of dY * (x V^T), / n; 0 where n is 0. It takes a product where y was not kept."""
     op = call.options.op
     if saved.y is not None:
@@ -296,9 +298,10 @@ def magnitude_grad(call: Call, saved: Tensors, dY: Tensor, adapter: Adapter) -> 
     return (adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
 
 
-def bias_grad(call: Call, saved: Tensors, dY: Tensor) -> Tensor:
+def bias_grad(op: Op, saved: Saved, dY: Tensor) -> Tensor:
     """Returns db (O,)."""
-    return sum_tokens(call.options.op, dY).to(saved.bias.dtype)
+    assert saved.bias is not None
+    return sum_tokens(op, dY).to(saved.bias.dtype)
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------
@@ -337,24 +340,35 @@ def adapted_product(
         dtype = product_dtype(weight) if autocast or options.dtype is None else options.dtype
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     cache = options.cache or PassCache()
+    rows, merged = cache.rows, None
     with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
-        merges = form_of(x, weight, adapters, options, dtype, steps) == "merged"
         dropped = F.dropout(x, options.dropout) if options.dropout else None
-        merged = cache.merged if merges and dropped is None else None
-        if merges and merged is None:
-            W, cache.rows = merge_adapters(weight, adapters, cache.rows)
-            merged = split_weight(W, weight, dtype, dropped is not None)
-            if options.keep_weight and dropped is None:
-                cache.merged = merged
-        if cache.rows is None:
-            n0 = row_norm(weight.detach()) if cache.n0 is None and has_magnitude(adapters) else cache.n0
-            cache.rows = tuple(steps.row_gains(weight, adapter, n0) for adapter in adapters)
-        call = Call(options, steps, dtype, tuple(a.of_pass(own) for a, own in zip(adapters, cache.rows, strict=True)))
-        main, rest = merged or (None, None)
-        tensors = Tensors(x, dropped, weight, bias, adapters, main, rest)
-        if merges:
-            return MergedForm.apply(call, *tensors.arguments("merged"))
-        return UnmergedForm.apply(call, *tensors.arguments("unmerged"))
+        if form_of(x, weight, adapters, options, dtype, steps) == "merged":
+            merged = cache.merged if dropped is None else None
+            if merged is None:
+                W, rows = merge_adapters(weight, adapters, rows)
+                merged = split_weight(W, weight, dtype, dropped is not None)
+                if options.keep_weight and dropped is None and cache.keeps:
+                    cache.merged = merged
+        elif rows is None:
+            rows = rows_of(weight, adapters, cache.n0, steps)
+        if cache.keeps:
+            cache.rows = rows
+        own, settings = [], []
+        for adapter, found in zip(adapters, rows or (), strict=True):
+            own += adapter.A, adapter.B, adapter.magnitude
+            settings.append(adapter.of_pass(found))
+        call = Call(options, steps, dtype, settings)
+        if merged is not None:
+            return MergedForm.apply(call, x, dropped, weight, bias, *own, *merged)
+        return UnmergedForm.apply(call, x, dropped, weight, bias, *own)
+
+
+def rows_of(weight: Tensor, adapters: Sequence[Adapter], n0: Tensor | None, steps: Steps) -> list[RowGains | None]:
+    """Returns n and g of every adapter; n0 are the row norms of the weight, where they are known."""
+    if n0 is None and has_magnitude(adapters):
+        n0 = row_norm(weight.detach())
+    return [None if adapter.magnitude is None else steps.row_gains(weight, adapter, n0) for adapter in adapters]
 
 
 TORCH: Forward = adapted_product
@@ -364,14 +378,15 @@ def form_of(
     x: Tensor, weight: Tensor, adapters: Sequence[Adapter], options: Options, dtype: torch.dtype, steps: Steps
 ) -> Literal["merged", "unmerged"]:
     """`choose_form` for the tensors of a pass."""
-    if not options.op.merges:
-        return "unmerged"
+    half = dtype.itemsize < 4
+    if not options.op.merges or (half and steps.rounds_once and not options.dropout):
+        return "unmerged"  # whatever the sizes are
     return choose_form(
         options.op.num_tokens(x, weight),
         weight.shape[0],
         weight.numel() // weight.shape[0],
         sum(0 if a.A is None else a.A.shape[0] for a in adapters),
-        half=dtype.itemsize < 4,
+        half=half,
         has_magnitude=has_magnitude(adapters),
         dropout=options.dropout > 0,
         num_passes=options.num_passes if options.keep_weight else 1.0,

@@ -13,6 +13,9 @@ from dora_mm.core.functional import Adapter, RowGains
 from dora_mm.core.ops import LINEAR, Op
 from dora_mm.core.steps import Steps
 
+# The arguments of both forms are call, x, dropped, weight, bias, and A, B and m of each adapter.
+OWN = 5
+
 
 @dataclass
 class PassCache:
@@ -24,11 +27,13 @@ class PassCache:
         n0: The row norms of the weight (O,), where it is known not to have changed.
         rows: n and g of every adapter.
         merged: W(t), as `forms.split_weight` returns it.
+        keeps: Whether a pass may leave `rows` and `merged` here: not where only the base weight is fixed.
     """
 
     n0: Tensor | None = None
-    rows: tuple[RowGains | None, ...] | None = None
+    rows: Sequence[RowGains | None] | None = None
     merged: tuple[Tensor, Tensor | None] | None = None
+    keeps: bool = True
 
 
 class Options(NamedTuple):
@@ -56,49 +61,6 @@ class Options(NamedTuple):
     restore: Callable[[], Tensor] | None = None
 
 
-class Tensors(NamedTuple):
-    """The tensors of a pass, or a flag or a gradient for each of them.
-
-    autograd takes, saves and returns flat lists. Their order is that of the fields here, with A, B and m of each
-    adapter. Only this class and `Call.tensors` know it.
-
-    Attributes:
-        x: The input of the layer; among the saved ones that of the update.
-        dropped: The input of the update, which is what dropout leaves of x; None without dropout.
-        weight: W0.
-        bias: b, or None.
-        adapters: The adapters, with A, B and m.
-        main: The first of the two weights of `forms.split_weight`, in the merged form; among the saved ones the weight
-            that the input of the update was multiplied by, if it was kept.
-        rest: The second one.
-        h: x A^T of all adapters, in the unmerged form; only among the saved ones.
-        y: The output, where dm is computed from it; only among the saved ones.
-    """
-
-    x: Any = None
-    dropped: Any = None
-    weight: Any = None
-    bias: Any = None
-    adapters: Sequence[Adapter] = ()
-    main: Any = None
-    rest: Any = None
-    h: Any = None
-    y: Any = None
-
-    def update_input(self) -> Tensor:
-        """The input of the update."""
-        return self.x if self.dropped is None else self.dropped
-
-    def flat(self) -> list[Any]:
-        """All of them in one list."""
-        own = [t for a in self.adapters for t in (a.A, a.B, a.magnitude)]
-        return [self.x, self.dropped, self.weight, self.bias, *own, self.main, self.rest, self.h, self.y]
-
-    def arguments(self, form: str) -> list[Any]:
-        """Those that autograd is given, or their gradients: each None more costs 4 us per pass on an Intel Xeon."""
-        return self.flat()[: -2 if form == "merged" else -4]
-
-
 class Call(NamedTuple):
     """A pass, without its tensors.
 
@@ -112,27 +74,49 @@ class Call(NamedTuple):
     options: Options
     steps: Steps
     dtype: torch.dtype
-    adapters: tuple[Adapter, ...]
+    adapters: Sequence[Adapter]
 
-    def tensors(self, flat: Sequence[Any]) -> Tensors:
-        """The record of a flat list, at whose end some may be missing."""
-        adapters = [a.with_tensors(*flat[4 + 3 * k : 7 + 3 * k]) for k, a in enumerate(self.adapters)]
-        return Tensors(*flat[:4], adapters, *flat[4 + 3 * len(adapters) :])  # pyright: ignore[reportCallIssue]
+    def with_tensors(self, own: Sequence[Any]) -> list[Adapter]:
+        """The adapters with A, B and m, which autograd takes and returns as a flat list."""
+        adapters, first = [], 0
+        for adapter in self.adapters:
+            adapters.append(adapter.with_tensors(*own[first : first + 3]))
+            first += 3
+        return adapters
 
-    def needs(self, ctx: Any) -> Tensors:
-        """Whether each tensor needs a gradient."""
-        return self.tensors(ctx.needs_input_grad[1:])  # the first argument is the call itself
+
+class Saved(NamedTuple):
+    """What a pass saves for its backward pass.
+
+    Attributes:
+        x: The input of the update: what dropout leaves of the layer's.
+        weight: W0.
+        bias: b, or None.
+        kept: In the unmerged form h = x A^T of all adapters; in the merged form the weight that x was multiplied by, if
+            it was kept.
+        y: The output, where dm is computed from it.
+        adapters: The adapters, with A, B and m.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    kept: Tensor | None
+    y: Tensor | None
+    adapters: list[Adapter]
 
 
 def save(
     ctx: Any,
     call: Call,
-    given: Tensors,
-    needs: Tensors,
     y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    own: Sequence[Tensor | None],
     *,
-    main: Tensor | None = None,
-    h: Tensor | None = None,
+    is_product: bool,
 ) -> Tensor:
     """Saves a pass for its backward pass, and returns the output.
 
@@ -143,50 +127,46 @@ def save(
     Args:
         ctx: The context of the autograd.Function.
         call: The pass.
-        given: The tensors that it was given.
-        needs: Whether each needs a gradient.
         y: Its output.
-        main: See `Tensors`.
-        h: See `Tensors`.
+        x: See `Saved`.
+        weight: See `Saved`.
+        bias: See `Saved`.
+        kept: See `Saved`.
+        own: A, B and m of each adapter.
+        is_product: Whether y is x W(t)^T + b: not with dropout.
     """
     y = y.data  # not a view to autograd
-    is_product = given.dropped is None and len(call.adapters) == 1 and call.adapters[0].strength == 1  # y - b = x W'^T
-    wants_dm = is_product and needs.adapters[0].magnitude
-    reads_output = wants_dm and call.options.save_output and call.steps.reads_output()
-    ctx.call, ctx.counter = call, None
-    if reads_output and not torch.compiler.is_compiling() and not y.is_inference():
-        ctx.counter = y.detach()
-        ctx.counter.data = y.new_empty(0)
-        ctx.version = ctx.counter._version
-    alias = y.clone() if torch.compiler.is_compiling() else y.data  # a compiled graph has no version counters
-    saved = Tensors(
-        x=given.update_input(),
-        weight=given.weight if call.options.restore is None else None,
-        bias=given.bias,
-        main=main,
-        h=h,
-        y=alias if reads_output else None,
-        adapters=given.adapters,
-    )
-    ctx.save_for_backward(*saved.flat())
+    ctx.call, ctx.counter, alias = call, None, None
+    wants_dm = is_product and len(own) == 3 and call.adapters[0].strength == 1 and ctx.needs_input_grad[OWN + 2]
+    if wants_dm and call.options.save_output and call.steps.reads_output():
+        if torch.compiler.is_compiling():
+            alias = y.clone()  # a compiled graph has no version counters
+        else:
+            alias = y.data
+            if not y.is_inference():
+                ctx.counter = y.detach()
+                ctx.counter.data = y.new_empty(0)
+                ctx.version = ctx.counter._version
+    ctx.save_for_backward(x, weight if call.options.restore is None else None, bias, kept, alias, *own)
     return y
 
 
-def load(ctx: Any) -> tuple[Call, Tensors, Tensors]:
+def load(ctx: Any) -> tuple[Call, Saved, tuple[bool, bool, bool, Sequence[bool]]]:
     """What `save` saved, without an output that was overwritten since.
 
     Returns:
-        The pass, its tensors, and whether each needs a gradient.
+        The pass, what it saved, and whether gradients are needed: of x, `dropped`, the bias, and A, B and m of each
+        adapter.
 
     Raises:
         ValueError: The weight requires a gradient.
     """
-    call = ctx.call
-    needs, saved, restore = call.needs(ctx), call.tensors(ctx.saved_tensors), call.options.restore
-    if needs.weight:
+    call, restore = ctx.call, ctx.call.options.restore
+    _, needs_x, needs_dropped, needs_weight, needs_bias, *needs = ctx.needs_input_grad
+    if needs_weight:
         raise ValueError("the weight of an adapted layer gets no gradient: set its requires_grad to False")
+    x, weight, bias, kept, y, *own = ctx.saved_tensors
     if ctx.counter is not None and ctx.counter._version != ctx.version:
-        saved = saved._replace(y=None)
-    if restore is not None:
-        saved = saved._replace(weight=restore())
-    return call, saved, needs
+        y = None
+    saved = Saved(x, weight if restore is None else restore(), bias, kept, y, call.with_tensors(own))
+    return call, saved, (needs_x, needs_dropped, needs_bias, needs)

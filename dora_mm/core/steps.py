@@ -63,7 +63,7 @@ class Steps:
         # The bias is part of the product, as b / e, so that a fresh adapter (e = 1, B = 0) changes no bit.
         outside = None
         if base_gain is not None and bias is not None:
-            if can_read(base_gain) and not (base_gain.abs() <= SMALL_GAIN).any():
+            if can_read(base_gain) and is_divisor(base_gain):
                 bias = bias / base_gain
             else:
                 bias, outside = None, bias
@@ -114,17 +114,24 @@ class Steps:
         dm = dots / adapter.magnitude
         if rows.regular and bias is None:
             return dm
-        is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
+        chosen = is_zero = None
         if bias is not None and squares is not None:
             rms = (squares / max(op.num_tokens(x, weight), 1)).sqrt()
-            unsafe = unsafe | (bias.abs() > large_bias(y.dtype) * rms)
-        chosen = unsafe & ~is_zero
-        if chosen.any():
+            chosen = bias.abs() > large_bias(y.dtype) * rms
+        if not rows.regular:
+            is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
+            chosen = (unsafe if chosen is None else unsafe | chosen) & ~is_zero
+        if chosen is not None and chosen.any():
             dm = torch.where(chosen, inner_dots(op, dY, x, weight, adapter, chosen) / rows.norm, dm)
-        return dm.masked_fill_(is_zero, 0)
+        return dm if is_zero is None else dm.masked_fill_(is_zero, 0)
 
 
 TORCH_STEPS = Steps()
+
+
+def is_divisor(gain: Tensor) -> bool:
+    """Whether every |g| is above SMALL_GAIN; nearly always every g is, which takes one pass to see. Waits."""
+    return gain.min().item() > SMALL_GAIN or not (gain.abs() <= SMALL_GAIN).any()
 
 
 def large_bias(dtype: torch.dtype) -> float:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 import triton
 from torch import Tensor
 
@@ -27,13 +26,13 @@ class TritonSteps(Steps):
     def reads_output(self):
         return True  # the kernel of `magnitude_grad` branches per row
 
-    @torch.no_grad()
     def row_gains(self, weight, adapter, n0):
         """Computes n and g in one pass over W0."""
-        if adapter.A is None or adapter.B is None or adapter.magnitude is None or n0 is None:
+        A, B, m = adapter.A, adapter.B, adapter.magnitude
+        if A is None or B is None or m is None or n0 is None:
             return row_gains(weight, adapter, n0)
-        A, B = adapter.A.contiguous(), adapter.B.contiguous()
-        return RowGains(*row_norm(weight.detach(), A, B, adapter.scaling, n0, adapter.magnitude))
+        A, B, m = A.detach().contiguous(), B.detach().contiguous(), m.detach()
+        return RowGains(*row_norm(weight.detach(), A, B, adapter.scaling, n0, m))
 
     def unmerged(self, op, x, weight, bias, base_gain, h, B):
         if vendor_is_faster(weight.shape[1], x.dtype):
@@ -57,8 +56,9 @@ class TritonSteps(Steps):
         dY, x, y = as_rows(dY), as_rows(x), as_rows(y)
         A, B = (None if t is None else t.contiguous() for t in (adapter.A, adapter.B))
         options = adapter.scaling, SMALL_GAIN, large_bias(y.dtype)
-        per_row = *row_sums(dY, y, bias), adapter.magnitude, rows.norm, rows.gain, bias
-        return magnitude_grad(*per_row, dY, x, weight.detach(), A, B, *options)
+        dots, squares = row_sums(dY, y, bias).unbind()
+        per_row = dots, squares, adapter.magnitude, rows.norm, rows.gain, bias
+        return magnitude_grad(*per_row, dY, x, weight, A, B, *options)
 
 
 TRITON_STEPS = TritonSteps()

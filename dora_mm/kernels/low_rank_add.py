@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.common import add_low_rank, operator, rank_block
+from dora_mm.kernels.common import add_low_rank, num_blocks, operator, rank_block
 
 BLOCK_M, BLOCK_N = 64, 64  # an fp32 tile of P and the accumulator take 32 registers per thread each, with 4 warps
 
@@ -59,7 +59,7 @@ def low_rank_add(
     rank = 0 if h is None else h.shape[1]
     if y.numel():
         with torch.cuda.device_of(P):
-            _low_rank_add[(triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),)](
+            _low_rank_add[(num_blocks(M, BLOCK_M) * num_blocks(N, BLOCK_N),)](
                 P, h, B, gain, bias, y,
                 M, N, rank,
                 *P.stride(), 0 if h is None else h.stride(0), *((0, 0) if B is None else B.stride()),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.common import add_low_rank, operator, rank_block, tile_order, tiles
+from dora_mm.kernels.common import add_low_rank, num_blocks, operator, rank_block, tile_order, tiles
 
 GROUP = 8  # rows of tiles that share the columns of W in the L2 cache
 
@@ -60,7 +60,7 @@ def _launch(x, W, stride_wn, stride_wk, N, h, B, stride_bn, stride_br, gain, gai
     M, K = x.shape
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     chosen = tiles(x.dtype)
-    grid = (triton.cdiv(M, chosen["BLOCK_M"]) * triton.cdiv(N, chosen["BLOCK_N"]),)
+    grid = (num_blocks(M, chosen["BLOCK_M"]) * num_blocks(N, chosen["BLOCK_N"]),)
     if y.numel() == 0:
         return y
     rank = 0 if h is None else h.shape[1]

@@ -95,7 +95,7 @@ def magnitude_grad(
             dots, squares, magnitude, norm, gain, bias,
             dY, x, W0, A, B, dm,
             x.shape[0], num_in, rank, scaling, small_gain, large_bias,
-            dY.stride(0), dY.stride(1), x.stride(0), x.stride(1), W0.stride(0), W0.stride(1),
+            *dY.stride(), *x.stride(), *W0.stride(),
             num_in, rank,
             HAS_BIAS=bias is not None, HAS_BRANCH=rank > 0, BLOCK_T=BLOCK_T, BLOCK_I=BLOCK_I, num_warps=4,
         )  # fmt: skip

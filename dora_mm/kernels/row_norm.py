@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dora_mm.core.functional import CANCELLED
-from dora_mm.kernels.common import MIN_DOT, operator
+from dora_mm.kernels.common import MIN_DOT, num_blocks, operator
 
 # A program holds BLOCK_O rows and loops along them: few rows, so that 1,280 of them keep 80 multiprocessors busy.
 # Products of fp32 A and B keep their operands in registers: 64 x 64 with 64 columns of B spills 4,896 bytes per thread
@@ -75,10 +75,10 @@ def row_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor, magni
     num_out, num_in = W0.shape
     norm, gain = torch.empty_like(n0), torch.empty_like(n0)
     with torch.cuda.device_of(W0):
-        _row_norm[(triton.cdiv(num_out, BLOCK_O),)](
+        _row_norm[(num_blocks(num_out, BLOCK_O),)](
             W0, A, B, n0, magnitude, norm, gain,
             num_out, num_in, A.shape[0], scaling, CANCELLED,
-            W0.stride(0), W0.stride(1), A.stride(0), B.stride(0),
+            *W0.stride(), A.stride(0), B.stride(0),
             BLOCK_O=BLOCK_O, BLOCK_I=BLOCK_I, BLOCK_R=MIN_DOT, num_warps=4,
         )  # fmt: skip
     return norm, gain

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dora_mm.kernels.common import operator
+from dora_mm.kernels.common import num_blocks, operator
 
 # A program sums 64 columns of a slab of tokens, 32 tokens at a time: 1,024 tokens of 1,280 columns are 80 programs. The
 # slabs are added up afterwards, in a fixed order.
@@ -42,7 +42,7 @@ def _row_sums(
 
 
 @operator("dora_mm::row_sums")
-def row_sums(dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def row_sums(dY: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """Sums dY (y - b) and (y - b)^2 over tokens.
 
     Args:
@@ -51,21 +51,22 @@ def row_sums(dY: Tensor, y: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         bias: b (O,), or None for 0.
 
     Returns:
-        The two sums, (O,) each in fp32.
+        The two sums, (2, O) in fp32.
     """
     num_tokens, num_out = y.shape
-    slabs = triton.cdiv(num_tokens, SLAB)
+    slabs = num_blocks(num_tokens, SLAB)
     sums = torch.empty(2, slabs, num_out, dtype=torch.float32, device=y.device)
     if slabs:
+        dots, squares = sums.unbind()
         with torch.cuda.device_of(y):
-            _row_sums[(triton.cdiv(num_out, BLOCK_O), slabs)](
-                dY, y, bias, sums[0], sums[1],
-                num_tokens, num_out, dY.stride(0), dY.stride(1), y.stride(0), y.stride(1),
+            _row_sums[(num_blocks(num_out, BLOCK_O), slabs)](
+                dY, y, bias, dots, squares,
+                num_tokens, num_out, *dY.stride(), *y.stride(),
                 HAS_BIAS=bias is not None, SLAB=SLAB, BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, num_warps=4,
             )  # fmt: skip
-    return sums[0].sum(0), sums[1].sum(0)  # an operator's results may not share memory
+    return sums.sum(1)
 
 
 @row_sums.register_fake
 def _(dY, y, bias):
-    return tuple(y.new_empty(y.shape[1], dtype=torch.float32) for _ in range(2))
+    return y.new_empty(2, y.shape[1], dtype=torch.float32)

@@ -16,6 +16,7 @@ from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
 from dora_mm.core.passes import Options  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
 from dora_mm.kernels.choice import vendor_product  # noqa: E402
+from dora_mm.kernels.common import num_blocks, rank_block  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
 from dora_mm.kernels.low_rank_add import low_rank_add  # noqa: E402
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear  # noqa: E402
@@ -339,3 +340,18 @@ def test_the_benchmark_of_products_compares_like_with_like():
     device = torch.device(DEVICE)
     for products in bench_products.candidates((20, 24, 40), torch.float32, device).values():
         assert reference.relative_error(products["one kernel"](), products["vendor and a pass"]().double()) < 1e-5
+
+
+def test_a_pass_calls_no_slow_helper_of_triton(monkeypatch):
+    """Outside of a kernel they take a microsecond or more each: 12 calls a step were a tenth of the host's time."""
+    for name in ("cdiv", "next_power_of_2"):
+        monkeypatch.setattr(triton, name, None)
+    layer = reference.randomize(adapt_layer(nn.Linear(40, 24).to(DEVICE), DoRASpec(4), forward=TRITON))
+    layer(random(70, 40).requires_grad_()).sum().backward()
+
+
+def test_sizes_of_launches():
+    assert [num_blocks(size, 16) for size in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    for rank in range(1, 130):
+        assert rank_block(rank, torch.float16) == max(16, min(64, triton.next_power_of_2(rank)))
+        assert rank_block(rank, torch.float32) == 16
