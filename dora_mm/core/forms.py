@@ -40,7 +40,7 @@ from dora_mm.core.functional import (
     row_norm,
 )
 from dora_mm.core.ops import Op, sum_tokens
-from dora_mm.core.passes import Call, Options, PassCache, Saved, load, save
+from dora_mm.core.passes import Call, Options, PassCache, SavedPass, load, save
 from dora_mm.core.steps import TORCH_STEPS, Steps, inner_dots
 
 # --- which form ------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class MergedForm(torch.autograd.Function):
         return None, dX, d_dropped, None, db, *gradients, None, None
 
 
-def built_again(call: Call, saved: Saved) -> Tensor:
+def built_again(call: Call, saved: SavedPass) -> Tensor:
     """Returns what the input of the update was multiplied by: W(t), or with dropout the update."""
     has_dropout = call.options.dropout > 0
     W, _ = merge_adapters(saved.weight, saved.adapters, [a.rows for a in saved.adapters])
@@ -242,7 +242,7 @@ def scaled(t: Tensor, adapter: Adapter) -> Tensor:
 
 
 def adapter_gradients(
-    call: Call, saved: Saved, dY: Tensor, needs: Sequence[bool], h: Tensor | None = None, *, needs_u: bool = False
+    call: Call, saved: SavedPass, dY: Tensor, needs: Sequence[bool], h: Tensor | None = None, *, needs_u: bool = False
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
     """Computes the gradients of all adapters.
 
@@ -287,7 +287,7 @@ def adapter_gradients(
     return gradients, u, A
 
 
-def magnitude_grad(call: Call, saved: Saved, dY: Tensor, adapter: Adapter) -> Tensor:
+def magnitude_grad(call: Call, saved: SavedPass, dY: Tensor, adapter: Adapter) -> Tensor:
     """Returns dm = t sum over tokens of dY * (x V^T), / n; 0 where n is 0. It takes a product where y was not kept."""
     op = call.options.op
     if saved.y is not None:
@@ -298,7 +298,7 @@ def magnitude_grad(call: Call, saved: Saved, dY: Tensor, adapter: Adapter) -> Te
     return (adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
 
 
-def bias_grad(op: Op, saved: Saved, dY: Tensor) -> Tensor:
+def bias_grad(op: Op, saved: SavedPass, dY: Tensor) -> Tensor:
     """Returns db (O,)."""
     assert saved.bias is not None
     return sum_tokens(op, dY).to(saved.bias.dtype)

@@ -85,7 +85,7 @@ class Call(NamedTuple):
         return adapters
 
 
-class Saved(NamedTuple):
+class SavedPass(NamedTuple):
     """What a pass saves for its backward pass.
 
     Attributes:
@@ -128,10 +128,10 @@ def save(
         ctx: The context of the autograd.Function.
         call: The pass.
         y: Its output.
-        x: See `Saved`.
-        weight: See `Saved`.
-        bias: See `Saved`.
-        kept: See `Saved`.
+        x: See `SavedPass`.
+        weight: See `SavedPass`.
+        bias: See `SavedPass`.
+        kept: See `SavedPass`.
         own: A, B and m of each adapter.
         is_product: Whether y is x W(t)^T + b: not with dropout.
     """
@@ -151,7 +151,7 @@ def save(
     return y
 
 
-def load(ctx: Any) -> tuple[Call, Saved, tuple[bool, bool, bool, Sequence[bool]]]:
+def load(ctx: Any) -> tuple[Call, SavedPass, tuple[bool, bool, bool, Sequence[bool]]]:
     """What `save` saved, without an output that was overwritten since.
 
     Returns:
@@ -168,5 +168,5 @@ def load(ctx: Any) -> tuple[Call, Saved, tuple[bool, bool, bool, Sequence[bool]]
     x, weight, bias, kept, y, *own = ctx.saved_tensors
     if ctx.counter is not None and ctx.counter._version != ctx.version:
         y = None
-    saved = Saved(x, weight if restore is None else restore(), bias, kept, y, call.with_tensors(own))
+    saved = SavedPass(x, weight if restore is None else restore(), bias, kept, y, call.with_tensors(own))
     return call, saved, (needs_x, needs_dropped, needs_bias, needs)
