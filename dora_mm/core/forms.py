@@ -172,7 +172,8 @@ class MergedForm(torch.autograd.Function):
             y = op(op.concatenate(x, source), torch.cat([main, rest], 1), bias)
         else:
             y = op(x, main, bias).add_(op(source, rest, None))
-        keeps = call.options.keep_weight and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
+        _, needs_x, needs_dropped, *_ = ctx.needs_input_grad
+        keeps = call.options.keep_weight and (needs_x or needs_dropped)
         kept = (main if dropped is None else rest) if keeps else None
         return save(ctx, call, y, source, weight, bias, kept, own, is_product=dropped is None)
 

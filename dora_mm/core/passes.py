@@ -14,7 +14,7 @@ from dora_mm.core.ops import LINEAR, Op
 from dora_mm.core.steps import Steps
 
 # The arguments of both forms are call, x, dropped, weight, bias, and A, B and m of each adapter.
-OWN = 5
+FIRST_MAGNITUDE = 7  # the place of the first adapter's m among them
 
 
 @dataclass
@@ -137,7 +137,7 @@ def save(
     """
     y = y.data  # not a view to autograd
     ctx.call, ctx.counter, alias = call, None, None
-    wants_dm = is_product and len(own) == 3 and call.adapters[0].strength == 1 and ctx.needs_input_grad[OWN + 2]
+    wants_dm = is_product and len(own) == 3 and call.adapters[0].strength == 1 and ctx.needs_input_grad[FIRST_MAGNITUDE]
     if wants_dm and call.options.save_output and call.steps.reads_output():
         if torch.compiler.is_compiling():
             alias = y.clone()  # a compiled graph has no version counters
