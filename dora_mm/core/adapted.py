@@ -15,7 +15,6 @@ from dora_mm.core.functional import (
     merged_weight,
     product_dtype,
     round_stochastically,
-    row_norm,
     seeded_generator,
     shares,
 )
@@ -147,7 +146,7 @@ class AdaptedLayer(AdapterParameters):
         key = product_dtype(weight), weight.device, inference
         cache = caches.get(key)
         if cache is None:
-            cache = caches[key] = PassCache(row_norm(self.matrix.detach()))
+            cache = caches[key] = PassCache(keeps_base=True)
         cache.keeps = self.adaptation.num_passes is not None
         return cache
 

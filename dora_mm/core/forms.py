@@ -26,22 +26,16 @@ from torch import Tensor
 
 from dora_mm.core.functional import (
     Adapter,
-    RowGains,
-    adapter_dtype,
     any_nonzero,
-    as_matrix,
     autocasts,
     can_read,
     cast,
-    exact_norm_correction,
     first_order,
     merge_adapters,
     product_dtype,
-    row_norm,
 )
-from dora_mm.core.ops import Op, sum_tokens
 from dora_mm.core.passes import Call, Options, PassCache, SavedPass, load, save
-from dora_mm.core.steps import TORCH_STEPS, Steps, inner_dots
+from dora_mm.core.steps import TORCH_STEPS, Steps, adapter_gradients, bias_grad, has_magnitude
 
 # --- which form ------------------------------------------------------------------------------------------------------
 
@@ -63,7 +57,6 @@ def choose_form(
     has_magnitude: bool = True,
     dropout: bool = False,
     num_passes: float = 1.0,
-    rounds_once: bool = False,
 ) -> Literal["merged", "unmerged"]:
     """Chooses the form of a layer whose W(t) may be built. It depends on nothing that another pass leaves behind.
 
@@ -78,12 +71,11 @@ def choose_form(
         has_magnitude: Whether any adapter has a magnitude.
         dropout: Whether entries of x are dropped in the update.
         num_passes: How many forward passes one W(t) serves; infinite in inference.
-        rounds_once: Whether the unmerged form rounds once in half precision (see `Steps`).
     """
     if dropout and has_magnitude:
         return "merged"  # either form has two large products, and this one rounds their sum once
     if half:
-        return "unmerged" if rounds_once else "merged"
+        return "merged"
     build = num_out * num_in * (rank + BUILD_COST)
     unmerged = num_tokens * (rank * (num_out + num_in) + UNMERGED_COST * num_out)
     norm = num_out * num_in * rank if has_magnitude else 0  # W0 A^T; where W(t) is built, its norm is one pass
@@ -135,29 +127,17 @@ class UnmergedForm(torch.autograd.Function):
     """y = e x W0^T + h B'^T + b, with h from `dropped` where that is given (e is then 1)."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, x, dropped, weight, bias, *own):
-        op, adapters, source = call.options.op, call.with_tensors(own), x if dropped is None else dropped
-        A, B = branch(adapters)
-        h = None
-        if A is not None:
-            h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
-        y = call.steps.unmerged(op, x, cast(weight, call.dtype), bias, base_gain(adapters), h, B)
+    def forward(ctx: Any, call: Call, x, dropped, weight, bias, *tensors):
+        source, (*own, operand, ctx.steps) = x if dropped is None else dropped, tensors
+        y, h = ctx.steps.product(call, x, source, weight, bias, call.with_tensors(own), operand)
         return save(ctx, call, y, source, weight, bias, h, own, is_product=dropped is None)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dY: Tensor):
-        call, saved, (needs_x, needs_dropped, needs_bias, needs) = load(ctx)
-        op = call.options.op
-        gradients, u, A = adapter_gradients(call, saved, dY, needs, saved.kept, needs_u=needs_x or needs_dropped)
-        dX = d_dropped = None
-        if needs_dropped and u is not None and A is not None:
-            d_dropped = op.add_grad_reduced(dY.new_zeros(saved.x.shape), u, saved.x, cast(A, dY.dtype))
-            u = A = None
-        if needs_x:
-            W0 = cast(saved.weight, call.dtype)
-            dX = call.steps.unmerged_grad_input(op, dY, saved.x, W0, base_gain(saved.adapters), u, A)
-        return None, dX, d_dropped, None, bias_grad(op, saved, dY) if needs_bias else None, *gradients
+        call, saved, needs = load(ctx)
+        dX, d_dropped, db, gradients = ctx.steps.gradients(call, saved, dY, needs)
+        return None, dX, d_dropped, None, db, *gradients, None, None
 
 
 class MergedForm(torch.autograd.Function):
@@ -180,17 +160,17 @@ class MergedForm(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dY: Tensor):
-        call, saved, (needs_x, needs_dropped, needs_bias, needs) = load(ctx)
+        call, saved, needs = load(ctx)
         op, has_dropout = call.options.op, call.options.dropout > 0
-        gradients, _, _ = adapter_gradients(call, saved, dY, needs)
+        gradients, _, _ = adapter_gradients(call, saved, dY, needs.own)
         dX = d_update = None
-        if needs_dropped or (needs_x and not has_dropout):
+        if needs.dropped or (needs.x and not has_dropout):
             W = saved.kept if saved.kept is not None else built_again(call, saved)
             d_update = op.grad_input(dY, saved.x, W)  # without `rest`: half precision rounds dX by as much
-        if needs_x and has_dropout:
+        if needs.x and has_dropout:
             dX = op.grad_input(dY, saved.x, cast(saved.weight, dY.dtype))
         dX, d_dropped = (dX, d_update) if has_dropout else (d_update, None)
-        db = bias_grad(op, saved, dY) if needs_bias else None
+        db = bias_grad(op, saved, dY) if needs.bias else None
         return None, dX, d_dropped, None, db, *gradients, None, None
 
 
@@ -202,107 +182,6 @@ def built_again(call: Call, saved: SavedPass) -> Tensor:
     if not has_dropout:
         return main
     return torch.zeros_like(main) if rest is None else rest
-
-
-# --- what they need of all adapters ----------------------------------------------------------------------------------
-
-
-def base_gain(adapters: Sequence[Adapter]) -> Tensor | None:
-    """Returns e = 1 + sum_k t_k (g_k - 1), (O,); None for 1."""
-    total = None
-    for adapter in adapters:
-        if adapter.rows is not None:
-            gain = adapter.rows.gain
-            part = gain if adapter.strength == 1 else 1 + adapter.strength * (gain - 1)
-            total = part if total is None else total + (part - 1)
-    return total
-
-
-def branch(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None]:
-    """Returns A and B' of all adapters, concatenated along the rank; None where none has them."""
-    A, B = [], []
-    for adapter in adapters:
-        if adapter.A is not None and adapter.B is not None:
-            A.append(adapter.A)
-            B.append(scaled(adapter.B, adapter))
-    if len(A) > 1:
-        return torch.cat(A), torch.cat(B, 1)
-    return (A[0], B[0]) if A else (None, None)
-
-
-def scaled(t: Tensor, adapter: Adapter) -> Tensor:
-    """Multiplies B or dB (O, R) by strength, gain and scaling of the adapter."""
-    factor = adapter.scaling * adapter.strength
-    if adapter.rows is None:
-        return t if factor == 1 else t * factor
-    gain = adapter.rows.gain
-    return t * (gain if factor == 1 else gain * factor).unsqueeze(1)
-
-
-# --- their gradients -------------------------------------------------------------------------------------------------
-
-
-def adapter_gradients(
-    call: Call, saved: SavedPass, dY: Tensor, needs: Sequence[bool], h: Tensor | None = None, *, needs_u: bool = False
-) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
-    """Computes the gradients of all adapters.
-
-    Args:
-        call: The pass.
-        saved: What it saved.
-        dY: Gradient of the output.
-        needs: Whether A, B and m of each adapter need a gradient.
-        h: x A^T of all adapters, where it was kept.
-        needs_u: Whether u is needed for the gradient of x.
-
-    Returns:
-        dA, dB and dm of each adapter, None where not needed; and u and A of all adapters, None where there are none.
-    """
-    op, adapters = call.options.op, saved.adapters
-    A, B = branch(adapters)
-    trains = any(needs[0::3]) or any(needs[1::3])
-    u = dA = dB = None
-    if A is not None and B is not None and (trains or needs_u):
-        u = op.grad_h(dY, cast(B, dY.dtype))
-        if trains:
-            h = cast(op.reduce(saved.x, cast(A, dY.dtype)) if h is None else h, dY.dtype)
-            dA, dB = op.grad_A(u, saved.x, A), op.grad_B(dY, h, B)
-    gradients: list[Tensor | None] = []
-    first = 0
-    for k, adapter in enumerate(adapters):
-        is_exact = adapter.norm_grad == "exact" and adapter.rows is not None and dA is not None
-        dm = magnitude_grad(call, saved, dY, adapter) if needs[3 * k + 2] or is_exact else None
-        own_A = own_B = None
-        if dA is not None and dB is not None and adapter.A is not None and adapter.B is not None:
-            own_A, own_B, last = dA, dB, first + len(adapter.A)
-            if len(adapters) > 1:
-                own_A, own_B, first = dA[first:last], dB[:, first:last], last
-            own_A = cast(own_A, adapter.A.dtype)
-            if own_B.dtype != adapter.B.dtype:
-                own_B = own_B.to(adapter.B.dtype, memory_format=torch.contiguous_format)
-            own_B = scaled(own_B.contiguous(), adapter)
-            if is_exact and dm is not None:
-                more_A, more_B = exact_norm_correction(as_matrix(saved.weight), adapter, dm)
-                own_A, own_B = own_A.add_(more_A), own_B.add_(more_B)
-        gradients += [own_A, own_B, dm if needs[3 * k + 2] else None]
-    return gradients, u, A
-
-
-def magnitude_grad(call: Call, saved: SavedPass, dY: Tensor, adapter: Adapter) -> Tensor:
-    """Returns dm = t sum over tokens of dY * (x V^T), / n; 0 where n is 0. It takes a product where y was not kept."""
-    op = call.options.op
-    if saved.y is not None:
-        return call.steps.magnitude_grad(op, dY, saved.x, saved.y, saved.weight, saved.bias, adapter)
-    assert adapter.rows is not None
-    norm = adapter.rows.norm
-    dots = inner_dots(op, dY, saved.x, saved.weight, adapter)
-    return (adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
-
-
-def bias_grad(op: Op, saved: SavedPass, dY: Tensor) -> Tensor:
-    """Returns db (O,)."""
-    assert saved.bias is not None
-    return sum_tokens(op, dY).to(saved.bias.dtype)
 
 
 # --- the layer -------------------------------------------------------------------------------------------------------
@@ -341,7 +220,7 @@ def adapted_product(
         dtype = product_dtype(weight) if autocast or options.dtype is None else options.dtype
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     cache = options.cache or PassCache()
-    rows, merged = cache.rows, None
+    rows, merged, operand = cache.rows, None, None
     with torch.autocast(weight.device.type, enabled=False) if autocast else nullcontext():
         dropped = F.dropout(x, options.dropout) if options.dropout else None
         if form_of(x, weight, adapters, options, dtype, steps) == "merged":
@@ -351,25 +230,18 @@ def adapted_product(
                 merged = split_weight(W, weight, dtype, dropped is not None)
                 if options.keep_weight and dropped is None and cache.keeps:
                     cache.merged = merged
-        elif rows is None:
-            rows = rows_of(weight, adapters, cache.n0, steps)
+        else:
+            rows, operand = steps.prepare(weight, adapters, cache, dtype)
         if cache.keeps:
             cache.rows = rows
         own, settings = [], []
         for adapter, found in zip(adapters, rows or (), strict=True):
             own += adapter.A, adapter.B, adapter.magnitude
             settings.append(adapter.of_pass(found))
-        call = Call(options, steps, dtype, settings)
+        call = Call(options, dtype, settings, options.save_output and steps.keeps_output())
         if merged is not None:
             return MergedForm.apply(call, x, dropped, weight, bias, *own, *merged)
-        return UnmergedForm.apply(call, x, dropped, weight, bias, *own)
-
-
-def rows_of(weight: Tensor, adapters: Sequence[Adapter], n0: Tensor | None, steps: Steps) -> list[RowGains | None]:
-    """Returns n and g of every adapter; n0 are the row norms of the weight, where they are known."""
-    if n0 is None and has_magnitude(adapters):
-        n0 = row_norm(weight.detach())
-    return [None if adapter.magnitude is None else steps.row_gains(weight, adapter, n0) for adapter in adapters]
+        return UnmergedForm.apply(call, x, dropped, weight, bias, *own, operand, steps)
 
 
 TORCH: Forward = adapted_product
@@ -379,22 +251,15 @@ def form_of(
     x: Tensor, weight: Tensor, adapters: Sequence[Adapter], options: Options, dtype: torch.dtype, steps: Steps
 ) -> Literal["merged", "unmerged"]:
     """`choose_form` for the tensors of a pass."""
-    half = dtype.itemsize < 4
-    if not options.op.merges or (half and steps.rounds_once and not options.dropout):
+    if steps.only_unmerged or not options.op.merges:
         return "unmerged"  # whatever the sizes are
     return choose_form(
         options.op.num_tokens(x, weight),
         weight.shape[0],
         weight.numel() // weight.shape[0],
         sum(0 if a.A is None else a.A.shape[0] for a in adapters),
-        half=half,
+        half=dtype.itemsize < 4,
         has_magnitude=has_magnitude(adapters),
         dropout=options.dropout > 0,
         num_passes=options.num_passes if options.keep_weight else 1.0,
-        rounds_once=steps.rounds_once,
     )
-
-
-def has_magnitude(adapters: Sequence[Adapter]) -> bool:
-    """Whether any adapter has a magnitude."""
-    return any(a.magnitude is not None for a in adapters)

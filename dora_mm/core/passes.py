@@ -11,9 +11,8 @@ from torch import Tensor
 
 from dora_mm.core.functional import Adapter, RowGains
 from dora_mm.core.ops import LINEAR, Op
-from dora_mm.core.steps import Steps
 
-# The arguments of both forms are call, x, dropped, weight, bias, and A, B and m of each adapter.
+# The arguments of both forms begin with call, x, dropped, weight, bias, and A, B and m of each adapter.
 FIRST_MAGNITUDE = 7  # the place of the first adapter's m among them
 
 
@@ -24,16 +23,18 @@ class PassCache:
     `fixed_parameters` opens one per layer; outside of it, one serves a single pass. `adapted_product` fills it.
 
     Attributes:
-        n0: The row norms of the weight (O,), where it is known not to have changed.
+        n0: The row norms of the weight (O,), where a pass has needed them.
         rows: n and g of every adapter.
         merged: W(t), as `forms.split_weight` returns it.
         keeps: Whether a pass may leave `rows` and `merged` here: not where only the base weight is fixed.
+        keeps_base: Whether n0 serves other passes, too.
     """
 
     n0: Tensor | None = None
     rows: Sequence[RowGains | None] | None = None
     merged: tuple[Tensor, Tensor | None] | None = None
     keeps: bool = True
+    keeps_base: bool = False
 
 
 class Options(NamedTuple):
@@ -66,15 +67,15 @@ class Call(NamedTuple):
 
     Attributes:
         options: See `Options`.
-        steps: The implementation of the steps.
         dtype: The dtype of the product.
         adapters: The adapters with n and g, without A, B and m.
+        keeps_output: Whether y may be kept for the backward pass.
     """
 
     options: Options
-    steps: Steps
     dtype: torch.dtype
     adapters: Sequence[Adapter]
+    keeps_output: bool
 
     def with_tensors(self, own: Sequence[Any]) -> list[Adapter]:
         """The adapters with A, B and m, which autograd takes and returns as a flat list."""
@@ -104,6 +105,22 @@ class SavedPass(NamedTuple):
     kept: Tensor | None
     y: Tensor | None
     adapters: list[Adapter]
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass computes.
+
+    Attributes:
+        x: That of the input.
+        dropped: That of what dropout leaves of the input.
+        bias: That of the bias.
+        own: Those of A, B and m of each adapter, as a flat list.
+    """
+
+    x: bool
+    dropped: bool
+    bias: bool
+    own: Sequence[bool]
 
 
 def save(
@@ -138,7 +155,7 @@ def save(
     y = y.data  # not a view to autograd
     ctx.call, ctx.counter, alias = call, None, None
     wants_dm = is_product and len(own) == 3 and call.adapters[0].strength == 1 and ctx.needs_input_grad[FIRST_MAGNITUDE]
-    if wants_dm and call.options.save_output and call.steps.reads_output():
+    if wants_dm and call.keeps_output:
         if torch.compiler.is_compiling():
             alias = y.clone()  # a compiled graph has no version counters
         else:
@@ -151,12 +168,11 @@ def save(
     return y
 
 
-def load(ctx: Any) -> tuple[Call, SavedPass, tuple[bool, bool, bool, Sequence[bool]]]:
+def load(ctx: Any) -> tuple[Call, SavedPass, Needs]:
     """What `save` saved, without an output that was overwritten since.
 
     Returns:
-        The pass, what it saved, and whether gradients are needed: of x, `dropped`, the bias, and A, B and m of each
-        adapter.
+        The pass, what it saved, and which gradients are needed.
 
     Raises:
         ValueError: The weight requires a gradient.
@@ -169,4 +185,4 @@ def load(ctx: Any) -> tuple[Call, SavedPass, tuple[bool, bool, bool, Sequence[bo
     if ctx.counter is not None and ctx.counter._version != ctx.version:
         y = None
     saved = SavedPass(x, weight if restore is None else restore(), bias, kept, y, call.with_tensors(own))
-    return call, saved, (needs_x, needs_dropped, needs_bias, needs)
+    return call, saved, Needs(needs_x, needs_dropped, needs_bias, needs)

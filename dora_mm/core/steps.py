@@ -1,6 +1,8 @@
-"""The steps of the layer that a backend replaces, in plain torch. kernels/ has them in Triton."""
+"""The passes of the unmerged form, in plain torch. A backend replaces them: kernels/ has them in Triton."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,32 +14,104 @@ from dora_mm.core.functional import (
     adapter_dtype,
     as_matrix,
     can_read,
+    cast,
     directions,
+    exact_norm_correction,
     row_gains,
+    row_norm,
 )
-from dora_mm.core.ops import Op, per_row, row_sums
+from dora_mm.core.ops import Op, per_row, row_sums, sum_tokens
+from dora_mm.core.passes import Call, Needs, PassCache, SavedPass
 
 LARGE_BIAS = {torch.float32: 64.0, torch.float64: 64.0}  # |b| / rms(y - b) above which y - b has lost too many digits
 LARGE_BIAS_HALF = 4.0
 
 
 class Steps:
-    """The steps of the layer in plain torch; a subclass has them in another implementation.
+    """The passes of the unmerged form in plain torch; a subclass has them in another implementation.
 
     Attributes:
-        rounds_once: Whether `unmerged` adds the branch before it rounds to half precision. Added afterwards, small
-            updates would be lost.
+        only_unmerged: Whether W(t) is never built here: the branch is added before the sum is rounded. Added to an
+            already rounded product, small updates would be lost in half precision.
     """
 
-    rounds_once: bool = False
+    only_unmerged: bool = False
 
-    def reads_output(self) -> bool:
-        """Whether `magnitude_grad` works here: it reads values."""
+    def keeps_output(self) -> bool:
+        """Whether dm can be computed from the output: it takes reading values."""
         return not torch.compiler.is_compiling()
 
-    def row_gains(self, weight: Tensor, adapter: Adapter, n0: Tensor | None) -> RowGains | None:
-        """`functional.row_gains`; `n0` are the row norms of the weight, where they are known."""
-        return row_gains(weight, adapter, n0)
+    def prepare(
+        self, weight: Tensor, adapters: Sequence[Adapter], cache: PassCache, dtype: torch.dtype
+    ) -> tuple[Sequence[RowGains | None], Tensor | None]:
+        """Prepares a pass.
+
+        Args:
+            weight: W0.
+            adapters: The adapters.
+            cache: What earlier passes left; n0 is left here.
+            dtype: The dtype of the product.
+
+        Returns:
+            n and g of every adapter, and [A_1; A_2; ...] as the product reads it; None where `product` is to make it.
+        """
+        if cache.rows is not None:
+            return cache.rows, None
+        if cache.n0 is None and has_magnitude(adapters):
+            cache.n0 = row_norm(weight.detach())
+        return [row_gains(weight, adapter, cache.n0) for adapter in adapters], None
+
+    def product(
+        self,
+        call: Call,
+        x: Tensor,
+        source: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        adapters: Sequence[Adapter],
+        operand: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the output.
+
+        Args:
+            call: The pass.
+            x: Input of the layer.
+            source: Input of the update: x, or what dropout leaves of it.
+            weight: W0.
+            bias: b (O,), or None.
+            adapters: The adapters, with n and g.
+            operand: From `prepare`.
+
+        Returns:
+            y = e x W0^T + h B'^T + b, in new memory, and h, the product of `source` and the A of all adapters, or None.
+        """
+        op, (A, B), h = call.options.op, branch(adapters), None
+        if A is not None:
+            h = op.reduce(source, cast(A, call.dtype if op.merges else adapter_dtype(call.dtype)))
+        return self.unmerged(op, x, cast(weight, call.dtype), bias, base_gain(adapters), h, B), h
+
+    def gradients(
+        self, call: Call, saved: SavedPass, dY: Tensor, needs: Needs
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+        """Computes the gradients of x, of what dropout leaves of it, of the bias, and of A, B and m of each adapter.
+
+        Args:
+            call: The pass.
+            saved: What it saved, with h.
+            dY: Gradient of the output.
+            needs: Which of them are needed; the others are None.
+        """
+        op = call.options.op
+        needs_u = needs.x or needs.dropped
+        gradients, u, A = adapter_gradients(call, saved, dY, needs.own, saved.kept, needs_u=needs_u)
+        dX = d_dropped = None
+        if needs.dropped and u is not None and A is not None:
+            d_dropped = op.add_grad_reduced(dY.new_zeros(saved.x.shape), u, saved.x, cast(A, dY.dtype))
+            u = A = None
+        if needs.x:
+            W0 = cast(saved.weight, call.dtype)
+            dX = self.unmerged_grad_input(op, dY, saved.x, W0, base_gain(saved.adapters), u, A)
+        return dX, d_dropped, bias_grad(op, saved, dY) if needs.bias else None, gradients
 
     def unmerged(
         self,
@@ -92,41 +166,135 @@ class Steps:
         dX = op.grad_input(dY if base_gain is None else dY * per_row(op, base_gain, dY), x, weight)
         return dX if u is None or A is None else op.add_grad_reduced(dX, u, x, A)
 
-    def magnitude_grad(
-        self,
-        op: Op,
-        dY: Tensor,
-        x: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        adapter: Adapter,
-    ) -> Tensor:
-        """Returns dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
-
-        It is the sum over tokens of dY (y - b), / m, where that is safe. Rows with a small gain, or with a bias much
-        larger than y - b, use `inner_dots`.
-        """
-        rows = adapter.rows
-        assert adapter.magnitude is not None
-        assert rows is not None
-        dots, squares = row_sums(op, dY, y, bias)
-        dm = dots / adapter.magnitude
-        if rows.regular and bias is None:
-            return dm
-        chosen = is_zero = None
-        if bias is not None and squares is not None:
-            rms = (squares / max(op.num_tokens(x, weight), 1)).sqrt()
-            chosen = bias.abs() > large_bias(y.dtype) * rms
-        if not rows.regular:
-            is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
-            chosen = (unsafe if chosen is None else unsafe | chosen) & ~is_zero
-        if chosen is not None and chosen.any():
-            dm = torch.where(chosen, inner_dots(op, dY, x, weight, adapter, chosen) / rows.norm, dm)
-        return dm if is_zero is None else dm.masked_fill_(is_zero, 0)
-
 
 TORCH_STEPS = Steps()
+
+
+# --- what they need of all adapters ----------------------------------------------------------------------------------
+
+
+def has_magnitude(adapters: Sequence[Adapter]) -> bool:
+    """Whether any adapter has a magnitude."""
+    return any(a.magnitude is not None for a in adapters)
+
+
+def base_gain(adapters: Sequence[Adapter]) -> Tensor | None:
+    """Returns e = 1 + sum_k t_k (g_k - 1), (O,); None for 1."""
+    total = None
+    for adapter in adapters:
+        if adapter.rows is not None:
+            gain = adapter.rows.gain
+            part = gain if adapter.strength == 1 else 1 + adapter.strength * (gain - 1)
+            total = part if total is None else total + (part - 1)
+    return total
+
+
+def branch(adapters: Sequence[Adapter]) -> tuple[Tensor | None, Tensor | None]:
+    """Returns A and B' of all adapters, concatenated along the rank; None where none has them."""
+    A, B = [], []
+    for adapter in adapters:
+        if adapter.A is not None and adapter.B is not None:
+            A.append(adapter.A)
+            B.append(scaled(adapter.B, adapter))
+    if len(A) > 1:
+        return torch.cat(A), torch.cat(B, 1)
+    return (A[0], B[0]) if A else (None, None)
+
+
+def scaled(t: Tensor, adapter: Adapter) -> Tensor:
+    """Multiplies B or dB (O, R) by strength, gain and scaling of the adapter."""
+    factor = adapter.scaling * adapter.strength
+    if adapter.rows is None:
+        return t if factor == 1 else t * factor
+    gain = adapter.rows.gain
+    return t * (gain if factor == 1 else gain * factor).unsqueeze(1)
+
+
+# --- their gradients -------------------------------------------------------------------------------------------------
+
+
+def adapter_gradients(
+    call: Call, saved: SavedPass, dY: Tensor, needs: Sequence[bool], h: Tensor | None = None, *, needs_u: bool = False
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """Computes the gradients of all adapters.
+
+    Args:
+        call: The pass.
+        saved: What it saved.
+        dY: Gradient of the output.
+        needs: Whether A, B and m of each adapter need a gradient.
+        h: x A^T of all adapters, where it was kept.
+        needs_u: Whether u is needed for the gradient of x.
+
+    Returns:
+        dA, dB and dm of each adapter, None where not needed; and u and A of all adapters, None where there are none.
+    """
+    op, adapters = call.options.op, saved.adapters
+    A, B = branch(adapters)
+    trains = any(needs[0::3]) or any(needs[1::3])
+    u = dA = dB = None
+    if A is not None and B is not None and (trains or needs_u):
+        u = op.grad_h(dY, cast(B, dY.dtype))
+        if trains:
+            h = cast(op.reduce(saved.x, cast(A, dY.dtype)) if h is None else h, dY.dtype)
+            dA, dB = op.grad_A(u, saved.x, A), op.grad_B(dY, h, B)
+    gradients: list[Tensor | None] = []
+    first = 0
+    for k, adapter in enumerate(adapters):
+        is_exact = adapter.norm_grad == "exact" and adapter.rows is not None and dA is not None
+        dm = magnitude_grad(call, saved, dY, adapter) if needs[3 * k + 2] or is_exact else None
+        own_A = own_B = None
+        if dA is not None and dB is not None and adapter.A is not None and adapter.B is not None:
+            own_A, own_B, last = dA, dB, first + len(adapter.A)
+            if len(adapters) > 1:
+                own_A, own_B, first = dA[first:last], dB[:, first:last], last
+            own_A = cast(own_A, adapter.A.dtype)
+            if own_B.dtype != adapter.B.dtype:
+                own_B = own_B.to(adapter.B.dtype, memory_format=torch.contiguous_format)
+            own_B = scaled(own_B.contiguous(), adapter)
+            if is_exact and dm is not None:
+                more_A, more_B = exact_norm_correction(as_matrix(saved.weight), adapter, dm)
+                own_A, own_B = own_A.add_(more_A), own_B.add_(more_B)
+        gradients += [own_A, own_B, dm if needs[3 * k + 2] else None]
+    return gradients, u, A
+
+
+def magnitude_grad(call: Call, saved: SavedPass, dY: Tensor, adapter: Adapter) -> Tensor:
+    """Returns dm = t sum over tokens of dY * (x V^T), / n; 0 where n is 0. It takes a product where y was not kept."""
+    op = call.options.op
+    if saved.y is not None:
+        return magnitude_grad_of_output(op, dY, saved.x, saved.y, saved.weight, saved.bias, adapter)
+    assert adapter.rows is not None
+    norm = adapter.rows.norm
+    dots = inner_dots(op, dY, saved.x, saved.weight, adapter)
+    return (adapter.strength * dots / norm).masked_fill_(norm == 0, 0)
+
+
+def magnitude_grad_of_output(
+    op: Op, dY: Tensor, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter
+) -> Tensor:
+    """Returns dm (O,) of the only adapter, at strength 1, from the output y of the layer; 0 where n is 0.
+
+    It is the sum over tokens of dY (y - b), / m, where that is safe. Rows with a small gain, or with a bias much larger
+    than y - b, use `inner_dots`.
+    """
+    rows = adapter.rows
+    assert adapter.magnitude is not None
+    assert rows is not None
+    dots, squares = row_sums(op, dY, y, bias)
+    dm = dots / adapter.magnitude
+    if rows.regular and bias is None:
+        return dm
+    chosen = is_zero = None
+    if bias is not None and squares is not None:
+        rms = (squares / max(op.num_tokens(x, weight), 1)).sqrt()
+        chosen = bias.abs() > large_bias(y.dtype) * rms
+    if not rows.regular:
+        is_zero, unsafe = rows.norm == 0, rows.gain.abs() <= SMALL_GAIN
+        chosen = (unsafe if chosen is None else unsafe | chosen) & ~is_zero
+    if chosen is not None and chosen.any():
+        dm = torch.where(chosen, inner_dots(op, dY, x, weight, adapter, chosen) / rows.norm, dm)
+    return dm if is_zero is None else dm.masked_fill_(is_zero, 0)
 
 
 def is_divisor(gain: Tensor) -> bool:
@@ -156,3 +324,9 @@ def inner_dots(op: Op, dY: Tensor, x: Tensor, weight: Tensor, adapter: Adapter, 
     rows = chosen.nonzero()[:, 0]
     some = row_sums(op, dY.index_select(op.feature_dim, rows), op(x, V[rows], None), None)[0]
     return some.new_zeros(len(V)).index_copy_(0, rows, some)
+
+
+def bias_grad(op: Op, saved: SavedPass, dY: Tensor) -> Tensor:
+    """Returns db (O,)."""
+    assert saved.bias is not None
+    return sum_tokens(op, dY).to(saved.bias.dtype)

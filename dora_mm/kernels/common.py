@@ -1,4 +1,4 @@
-"""What the kernels share: sizes and order of the tiles, registration as operators, the low-rank branch of a tile."""
+"""What the kernels share: registration as operators, the vendor's product, order of the tiles, the low-rank branch."""
 
 import functools
 from collections.abc import Callable
@@ -7,23 +7,26 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# (rows, columns, inner) of a tile. 128 x 128 x 32 with 8 warps keeps an fp32 accumulator of 64 registers per thread,
-# and takes 96 of the 99 KiB of shared memory that a block has on an RTX 40, at rank 64. fp32 products run on the
-# ordinary units, and keep operands in registers too: with two stages 64 x 64 x 16 spills on sm_90.
-TILES_HALF = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
-TILES_SINGLE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
+from dora_mm.kernels.cards import card, has_float_output
+
 MIN_DOT = 16  # the smallest inner size of a product of tiles
 
 
-def tiles(dtype: torch.dtype) -> dict[str, int]:
-    """The tile sizes and launch options of a product with operands of this dtype."""
-    return TILES_HALF if dtype.itemsize < 4 else TILES_SINGLE
+def padded(rank: int) -> int:
+    """The rank that operands in half precision are filled up to with zeros: a multiple of 16.
+
+    Rows of h and u then begin at multiples of 32 bytes. A rank of 4 or 8 alone leads to loads of 8 or 16 bytes, which
+    take so many more registers that only one block fits on a multiprocessor.
+    """
+    return num_blocks(rank, MIN_DOT) * MIN_DOT
 
 
-def rank_block(rank: int, dtype: torch.dtype) -> int:
-    """How many of the R ranks one step processes: a power of two from 16 to 64 (16 in fp32)."""
-    return max(MIN_DOT, min(64 if dtype.itemsize < 4 else MIN_DOT, 1 << (rank - 1).bit_length()))
+def rank_block(rank: int, t: Tensor) -> int:
+    """How many of the R ranks one step processes: a power of two from 16 to 64 (16 in fp32, and on cards of AMD)."""
+    most = card(t).max_rank_block if t.dtype.itemsize < 4 else MIN_DOT
+    return max(MIN_DOT, min(most, 1 << (rank - 1).bit_length()))
 
 
 def num_blocks(size: int, block: int) -> int:
@@ -35,7 +38,7 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Returns a decorator that makes a function a single operator to torch.compile.
 
     Outside torch.compile the function is called directly: an operator defined in Python costs ten microseconds more per
-    call. The decorated function has `register_fake`, as torch.library.custom_op gives it.
+    call. The decorated function has `register_fake`, as torch.library.custom_op gives it. Gradients do not flow.
 
     Args:
         name: The name of the operator, "dora_mm::...".
@@ -46,12 +49,32 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
         @functools.wraps(function)
         def call(*args: Any) -> Any:
-            return defined(*args) if torch.compiler.is_compiling() else function(*args)
+            if not torch.compiler.is_compiling():
+                return function(*args)
+            return defined(*[a.detach() if isinstance(a, Tensor) else a for a in args])
 
         call.register_fake = defined.register_fake  # type: ignore[attr-defined]
         return call
 
     return decorate
+
+
+@operator("dora_mm::float_product")
+def float_product(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the product of two matrices of one dtype by the vendor's library, in fp32.
+
+    Where the library has no such product, its result in half precision is cast.
+    """
+    if a.dtype == torch.float32:
+        return a @ b
+    if not a.is_cuda:  # the kernels run in the interpreter, and CPU libraries have no such product
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32) if has_float_output(a) else (a @ b).float()
+
+
+@float_product.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
 
 
 @triton.jit
@@ -64,17 +87,21 @@ def tile_order(pid, num_m, num_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def add_low_rank(acc, h, B, rows, columns, M, N, R, stride_h, stride_bn, stride_br, BLOCK_R: tl.constexpr):
-    """Returns acc + h B^T for the tile of h (M, R) and B (N, R) at `rows` and `columns`; B is rounded to h's dtype."""
+def add_low_rank(
+    acc, h, B, scaling, rows, columns, M, N, R, num_h, stride_h, stride_bn, stride_br, BLOCK_R: tl.constexpr
+):
+    """Returns acc + h (s B)^T for the tile of h (M, num_h) and B (N, R) at `rows` and `columns`.
+
+    s B is rounded to h's dtype. Of the columns of h those from R on are zeros.
+    """
     is_row, is_column = rows < M, columns < N
-    for first in range(0, R, BLOCK_R):
+    for first in tl.range(0, R, BLOCK_R, num_stages=1):  # short: to prefetch it would take shared memory and registers
         r = first + tl.arange(0, BLOCK_R)
-        is_r = r < R
-        a = tl.load(h + rows[:, None] * stride_h + r[None, :], mask=is_row[:, None] & is_r[None, :], other=0.0)
+        a = tl.load(h + rows[:, None] * stride_h + r[None, :], mask=is_row[:, None] & (r < num_h)[None, :], other=0.0)
         b = tl.load(
             B + columns[None, :] * stride_bn + r[:, None].to(tl.int64) * stride_br,
-            mask=is_r[:, None] & is_column[None, :],
+            mask=(r < R)[:, None] & is_column[None, :],
             other=0.0,
-        ).to(a.dtype)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        )
+        acc = tl.dot(a, (b * scaling).to(a.dtype), acc, input_precision="ieee")
     return acc

@@ -97,9 +97,10 @@ def test_a_checkpointed_unet_at_512_px_builds_no_weight_in_its_1280_wide_layers(
     assert choose_form(4096, 1280, 1280, 16, num_passes=2) == "merged"
 
 
-def test_half_precision_runs_in_the_form_that_rounds_once():
+def test_half_precision_is_merged():
+    """The branch would be added to a product that is rounded already."""
     assert choose_form(1, 64, 64, 4, half=True) == "merged"
-    assert choose_form(10_000, 64, 64, 4, half=True, rounds_once=True) == "unmerged"
+    assert choose_form(10_000, 64, 64, 4, half=True) == "merged"
 
 
 def test_dropout_builds_the_update_only_for_a_magnitude():

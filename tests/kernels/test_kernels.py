@@ -11,18 +11,18 @@ from torch import nn
 triton = pytest.importorskip("triton")
 
 from dora_mm.core import Adapter, DoRASpec, adapt_layer  # noqa: E402
-from dora_mm.core.functional import SMALL_GAIN, updated_norm  # noqa: E402
 from dora_mm.core.functional import row_norm as base_norm  # noqa: E402
+from dora_mm.core.functional import updated_norm  # noqa: E402
 from dora_mm.core.passes import Options  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
-from dora_mm.kernels.choice import vendor_product  # noqa: E402
-from dora_mm.kernels.common import num_blocks, rank_block  # noqa: E402
+from dora_mm.kernels.adapter_grads import adapter_grads  # noqa: E402
+from dora_mm.kernels.common import float_product, num_blocks, padded, rank_block  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
 from dora_mm.kernels.low_rank_add import low_rank_add  # noqa: E402
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear  # noqa: E402
-from dora_mm.kernels.magnitude_grad import magnitude_grad  # noqa: E402
+from dora_mm.kernels.operands import REST_FACTOR, operands  # noqa: E402
+from dora_mm.kernels.output_grad import output_grad  # noqa: E402
 from dora_mm.kernels.row_norm import row_norm  # noqa: E402
-from dora_mm.kernels.row_sums import row_sums  # noqa: E402
 from tests.core import reference  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -42,38 +42,6 @@ def assert_as_good_as(found, plain, exact):
     assert error <= 2 * (plain.double() - exact).norm() + unit * exact.norm(), error / exact.norm()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_row_norm(shape, dtype):
-    out, inner, rank = shape
-    W0, A, B = random(out, inner, dtype=dtype), random(rank, inner, seed=1), 0.3 * random(out, rank, seed=2)
-    n0 = base_norm(W0)
-    m = n0 * 1.1
-    norm, gain = row_norm(W0, A, B, 0.7, n0, m)
-    exact = (W0.double() + 0.7 * B.double() @ A.double()).norm(dim=1)
-    assert_as_good_as(norm, updated_norm(W0.float(), A, B, 0.7, n0), exact)
-    assert torch.equal(gain, m / norm)
-
-
-def test_row_norm_without_an_update_and_of_empty_rows():
-    W0 = random(9, 40)
-    W0[3] = 0
-    n0 = base_norm(W0)
-    norm, gain = row_norm(W0, random(4, 40), torch.zeros(9, 4, device=DEVICE), 1.0, n0, n0.clone())
-    assert torch.equal(norm, n0)
-    assert torch.equal(gain, torch.ones_like(gain))
-
-
-@pytest.mark.parametrize("residual", [1e-2, 1e-4])
-def test_row_norm_where_the_update_nearly_cancels_the_weight(residual):
-    A, B = random(8, 64), random(16, 8, seed=1)
-    W0 = -0.5 * B @ A + residual * random(16, 64, seed=2)
-    n0 = base_norm(W0)
-    norm, _ = row_norm(W0, A, B, 0.5, n0, n0)
-    exact = (W0.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
-    assert_as_good_as(norm, (W0 + 0.5 * B @ A).norm(dim=1), exact)
-
-
 def strided(t):
     """The same values with gaps between the rows and between the columns."""
     wide = t.new_zeros(t.shape[0] * 2, t.shape[1] * 3)
@@ -81,87 +49,168 @@ def strided(t):
     return wide[::2, ::3]
 
 
+def norm_of(W0, A, B, scaling, n0, m):
+    """n and g by the kernel, from the products that a layer makes."""
+    parts = A if W0.dtype == torch.float32 else operands(A, W0.dtype, True)
+    return row_norm(W0, float_product(W0, parts.T), float_product(parts, parts.T), A, B, scaling, n0, m)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, strided])
-def test_low_rank_products(shape, dtype, layout):
+def test_row_norm(shape, dtype, layout):
+    out, inner, rank = shape
+    W0, A, B = random(out, inner, dtype=dtype), random(rank, inner, seed=1), 0.3 * random(out, rank, seed=2)
+    n0 = base_norm(W0)
+    m = n0 * 1.1
+    norm, gain = norm_of(layout(W0), layout(A), layout(B), 0.7, n0, m)
+    exact = (W0.double() + 0.7 * B.double() @ A.double()).norm(dim=1)
+    assert_as_good_as(norm, updated_norm(W0.float(), A, B, 0.7, n0), exact)
+    assert torch.equal(gain, m / norm)
+    again, _ = norm_of(layout(W0), layout(A), layout(B), 0.7, None, m)  # n0 in the same pass
+    assert reference.relative_error(again, norm) < 3e-7
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_halves_of_A_are_as_good_as_all_of_it(dtype, size):
+    """Updates of `size` times the weight; the smallest entries of A are subnormal in fp16."""
+    W0, A, B = (0.03 * random(200, 256)).to(dtype), random(16, 256, seed=1) / 16, random(200, 16, seed=2)
+    A[:4] *= 1e-4
+    B *= size * W0.float().norm() / (B @ A).norm()
+    exact = (W0.double() + B.double() @ A.double()).norm(dim=1)
+    n0 = base_norm(W0)
+    norm, _ = norm_of(W0, A, B, 1.0, n0, n0)
+    assert ((norm.double() - exact).abs() / exact).max() < 5e-7
+
+
+def test_row_norm_without_an_update_and_of_empty_rows():
+    for dtype in DTYPES:
+        W0 = random(9, 40, dtype=dtype)
+        W0[3] = 0
+        n0 = base_norm(W0)
+        norm, gain = norm_of(W0, random(4, 40), torch.zeros(9, 4, device=DEVICE), 1.0, n0, n0.clone())
+        assert torch.equal(norm, n0)
+        assert torch.equal(gain, torch.ones_like(gain))
+
+
+@pytest.mark.parametrize("residual", [1e-2, 1e-4])
+@pytest.mark.parametrize("rank", [8, 40])
+def test_row_norm_where_the_update_nearly_cancels_the_weight(residual, rank):
+    """In some rows, those of one program among them."""
+    A, B = random(rank, 64), random(40, rank, seed=1)
+    W0 = -0.5 * B @ A + residual * random(40, 64, seed=2)
+    W0[5:20] = random(15, 64, seed=3)
+    n0 = base_norm(W0)
+    norm, _ = norm_of(W0, A, B, 0.5, n0, n0)
+    exact = (W0.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+    assert_as_good_as(norm, (W0 + 0.5 * B @ A).norm(dim=1), exact)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 40])
+def test_operands_are_filled_up_with_zeros(rank):
+    A = random(rank, 1100)
+    for dtype in set(DTYPES) - {torch.float32}:
+        parts, rows = operands(strided(A), dtype, True), padded(rank)
+        assert rows % 16 == 0
+        assert len(parts) == 2 * rows
+        assert torch.equal(parts[:rank], A.to(dtype))
+        assert torch.equal(operands(A, dtype, False), parts[:rows])
+        assert parts[rank:rows].count_nonzero() == 0
+        whole = parts[:rank].double() + parts[rows:][:rank].double() / REST_FACTOR[dtype]
+        assert reference.relative_error(whole, A) < 2.0**-16
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, strided])
+@pytest.mark.parametrize("vendor", [False, True])
+def test_low_rank_products(shape, dtype, layout, vendor):
     out, inner, rank = shape
     for tokens in (0, 1, 37, 130):
         x, W0 = layout(random(tokens, inner, dtype=dtype)), layout(random(out, inner, dtype=dtype, seed=1))
         A, B = random(rank, inner, seed=2), random(out, rank, seed=3)
         gain, bias = random(out, seed=4), random(out, dtype=dtype, seed=5)
-        h = x @ A.to(dtype).T
-        y = low_rank_linear(x, W0, bias, gain, h, B)
-        exact = gain.double() * (x.double() @ W0.double().T) + h.double() @ B.to(dtype).double().T + bias.double()
-        plain = gain * (x @ W0.T) + h @ B.to(dtype).T + bias
-        assert_as_good_as(y, plain, exact)
+        h = F.pad(x @ A.to(dtype).T, (0, padded(rank) - rank))
+        rounded = (0.7 * B).to(dtype)
+        for gain_first in (False, True):
+            y = low_rank_linear(x, W0, bias, gain, h, B, 0.7, gain_first, vendor)
+            factor = torch.ones_like(gain) if gain_first else gain
+            branch = h[:, :rank].double() @ rounded.double().T
+            exact = gain.double() * (x.double() @ W0.double().T) + factor.double() * branch + bias.double()
+            plain = gain * (x @ W0.T) + factor * (h[:, :rank] @ rounded.T) + bias
+            assert_as_good_as(y, plain, exact)
         dY = layout(random(tokens, out, dtype=dtype, seed=6))
-        u = dY @ B.to(dtype)
-        dX = low_rank_grad_input(dY, W0, gain, u, A)
+        u = F.pad(dY @ B.to(dtype), (0, padded(rank) - rank))
         scaled = (dY.float() * gain).to(dtype)
-        exact = scaled.double() @ W0.double() + u.double() @ A.to(dtype).double()
-        assert_as_good_as(dX, scaled @ W0 + u @ A.to(dtype), exact)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_one_pass_after_the_vendors_product(shape, dtype):
-    out, inner, rank = shape
-    for tokens in (0, 1, 37, 130):
-        x, W0 = random(tokens, inner, dtype=dtype), random(out, inner, dtype=dtype, seed=1)
-        B, gain, bias = random(out, rank, seed=3), random(out, seed=4), random(out, dtype=dtype, seed=5)
-        h = random(tokens, rank, dtype=dtype, seed=6)
-        y = low_rank_add(vendor_product(x, W0.T), bias, gain, h, B, dtype)
-        assert y.dtype == dtype
-        exact = gain.double() * (x.double() @ W0.double().T) + h.double() @ B.to(dtype).double().T + bias.double()
-        assert_as_good_as(y, gain * (x @ W0.T) + h @ B.to(dtype).T + bias, exact)
+        dX = low_rank_grad_input(*((scaled, W0, None) if vendor else (dY, W0, gain)), u, A, vendor)
+        exact = scaled.double() @ W0.double() + u[:, :rank].double() @ A.to(dtype).double()
+        assert_as_good_as(dX, scaled @ W0 + u[:, :rank] @ A.to(dtype), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_pass_reads_any_layout_and_skips_what_is_none(dtype):
     P, gain = strided(random(70, 33, dtype=dtype)), random(33, seed=1)
-    assert torch.equal(low_rank_add(P, None, gain, None, None, dtype), (P.float() * gain).to(dtype))
-    assert torch.equal(low_rank_add(P[:1].expand(70, 33), None, None, None, None, dtype), P[:1].repeat(70, 1))
+    assert torch.equal(low_rank_add(P, None, gain, None, None, 1.0, dtype), (P.float() * gain).to(dtype))
+    assert torch.equal(low_rank_add(P[:1].expand(70, 33), None, None, None, None, 1.0, dtype), P[:1].repeat(70, 1))
 
 
 def test_products_without_gain_bias_or_rank():
     x, W0 = random(10, 12), random(6, 12, seed=1)
-    assert reference.relative_error(low_rank_linear(x, W0, None, None, None, None), x @ W0.T) < 1e-6
-    assert reference.relative_error(low_rank_grad_input(x @ W0.T, W0, None, None, None), x @ W0.T @ W0) < 1e-6
-
-
-@pytest.mark.parametrize("tokens", [0, 1, 100, 2500])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_row_sums(tokens, dtype):
-    dY, y, bias = random(1, 50, dtype=dtype).expand(tokens, 50), random(tokens, 50, dtype=dtype), random(50, seed=3)
-    dots, squares = row_sums(dY, y, bias)
-    inner = y.double() - bias.double()
-    torch.testing.assert_close(dots, (dY.double() * inner).sum(0).float(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(squares, inner.square().sum(0).float(), rtol=1e-5, atol=1e-4)
+    for vendor in (False, True):
+        y = low_rank_linear(x, W0, None, None, None, None, 1.0, False, vendor)
+        assert reference.relative_error(y, x @ W0.T) < 1e-6
+        assert reference.relative_error(low_rank_grad_input(y, W0, None, None, None, vendor), x @ W0.T @ W0) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 70, 600])
 @pytest.mark.parametrize("has_branch", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_magnitude_grad(dtype, has_branch, has_bias):
+@pytest.mark.parametrize("has_output", [True, False])
+def test_one_reading_of_the_output_gradient(dtype, tokens, has_branch, has_bias, has_output):
     """Rows 1 and 4 have a small gain; with a bias, that of row 2 is much larger than y; the norm of row 3 is 0."""
-    dY, x, W0 = random(70, 9, dtype=dtype), random(70, 150, dtype=dtype, seed=1), random(9, 150, dtype=dtype, seed=2)
-    A, B = (random(5, 150, seed=3), random(9, 5, seed=4)) if has_branch else (None, None)
-    V = W0.double() + (0.5 * B.double() @ A.double() if has_branch else 0)
-    norm = V.norm(dim=1).float()
-    norm[3] = 0
-    gain = torch.full((9,), 1.1, device=DEVICE)
-    gain[[1, 4]] = 1e-3
-    bias = random(9, dtype=dtype, seed=5) if has_bias else None
+    dY, x, W0 = random(tokens, 9, dtype=dtype), random(tokens, 50, dtype=dtype, seed=1), random(9, 50, seed=2)
+    A, B = random(5, 50, seed=3), random(9, 5, seed=4) if has_branch else None
+    W0[3] = 0
+    if B is not None:
+        B[3] = 0
+    W0, h, bias = W0.to(dtype), None, random(9, dtype=dtype, seed=5) if has_bias else None
+    inner = x.double() @ W0.double().T
+    if B is not None:
+        h = F.pad(x @ A.to(dtype).T, (0, padded(5) - 5))
+        inner = inner + h[:, :5].double() @ (0.5 * B).to(dtype).double().T
+    norm, gain = inner.norm(dim=0).float() + 1, torch.full((9,), 1.1, device=DEVICE)
+    norm[3], gain[[1, 4]] = 0, 1e-3
     if bias is not None:
         bias[2] = 1e4
-    dots, squares = random(9, seed=6), torch.full((9,), 70 * 100.0, device=DEVICE)
-    dm = magnitude_grad(dots, squares, gain * norm, norm, gain, bias, strided(dY), x, W0, A, B, 0.5, SMALL_GAIN, 64.0)
-    right = dots / (gain * norm)
-    unsafe = [1, 2, 4] if has_bias else [1, 4]
-    right[unsafe] = ((dY.double() * (x.double() @ V.T)).sum(0).float() / norm)[unsafe]
-    right[3] = 0
-    torch.testing.assert_close(dm, right, rtol=1e-5, atol=1e-4)
+    y = (gain * inner + (0 if bias is None else bias)).to(dtype) if has_output else None
+    magnitude = gain * norm
+    given = strided(dY), y, strided(x), W0, h, B, bias, magnitude, norm, gain, 0.5
+    scaled, dots, operand = output_grad(*given, True, True)
+    assert torch.equal(scaled, (dY.float() * gain).to(dtype))
+    expected = (dY.double() * inner).sum(0) / norm.double()
+    expected[3] = 0
+    _, dm = adapter_grads(None, 0, dots, gain, 0.5)
+    scale = (dY.double() * inner).abs().sum(0) / norm.double().clamp(min=1) + 1e-6  # of the sums' terms
+    unit = torch.finfo(dtype).eps if has_output else 2.0**-20
+    assert ((dm - expected).abs() <= 4 * unit * scale)[[0, 1, 3, 4, 5, 6, 7, 8]].all()
+    assert (dm[2] - expected[2]).abs() <= 2.0**-18 * scale[2] if has_bias else True
+    if B is not None:
+        assert torch.equal(operand[:, :5], (0.5 * gain[:, None] * B).to(dtype))
+        assert operand[:, 5:].count_nonzero() == 0
+    alone, none, same = output_grad(*given, False, False)
+    assert alone.numel() == none.numel() == 0
+    assert torch.equal(same, operand)
+
+
+@pytest.mark.parametrize("rank", [3, 16, 20])
+def test_gradients_of_an_adapter_from_their_parts(rank):
+    product, dots, gain = random(37, padded(rank)), random(9, 37, seed=1), random(37, seed=2)
+    dB, dm = adapter_grads(product, rank, dots, gain, 0.5)
+    assert reference.relative_error(dB, (0.5 * gain[:, None] * product)[:, :rank]) < 1e-6
+    assert reference.relative_error(dm, dots.double().sum(0)) < 1e-6
+    assert torch.equal(adapter_grads(product, rank, None, None, 1.0)[0], product[:, :rank])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -197,7 +246,7 @@ def layers(dtype, *, bias=True, **spec):
 @pytest.mark.parametrize(("norm_grad", "bias"), [("detached", True), ("exact", False)])
 @pytest.mark.parametrize("vendor", [False, True])
 def test_layer(dtype, method, norm_grad, bias, vendor, monkeypatch):
-    monkeypatch.setattr(dora_linear, "vendor_is_faster", lambda inner_size, dtype, back=False: vendor)
+    monkeypatch.setattr(dora_linear, "vendor_is_faster", lambda t, inner_size, back=False: vendor)
     fast, plain = layers(dtype, method=method, norm_grad=norm_grad, bias=bias)
     x, dY = random(2, 30, 40, dtype=dtype).requires_grad_(), random(2, 30, 24, dtype=dtype, seed=9)
     double = [p.detach().double().requires_grad_() for p in plain.adapter_tensors().values()]
@@ -226,7 +275,7 @@ def test_layer(dtype, method, norm_grad, bias, vendor, monkeypatch):
 @pytest.mark.parametrize("vendor", [False, True])
 def test_an_output_may_be_overwritten(dtype, method, vendor, monkeypatch):
     """dm is then computed by a product with V."""
-    monkeypatch.setattr(dora_linear, "vendor_is_faster", lambda inner_size, dtype, back=False: vendor)
+    monkeypatch.setattr(dora_linear, "vendor_is_faster", lambda t, inner_size, back=False: vendor)
     fast, plain = layers(dtype, method=method, save_output=False)
     for shape in ((30, 40), (2, 30, 40)):
         x = random(*shape, dtype=dtype)
@@ -353,5 +402,5 @@ def test_a_pass_calls_no_slow_helper_of_triton(monkeypatch):
 def test_sizes_of_launches():
     assert [num_blocks(size, 16) for size in (0, 1, 16, 17)] == [0, 1, 1, 2]
     for rank in range(1, 130):
-        assert rank_block(rank, torch.float16) == max(16, min(64, triton.next_power_of_2(rank)))
-        assert rank_block(rank, torch.float32) == 16
+        assert rank_block(rank, torch.ones(1, dtype=torch.float16)) == max(16, min(64, triton.next_power_of_2(rank)))
+        assert rank_block(rank, torch.ones(1)) == 16
