@@ -60,7 +60,7 @@ class TritonSteps(Steps):
         parts = A if W0.dtype.itemsize >= 4 else operands(A, W0.dtype, True)
         transposed = parts.t()
         Q, G = float_product(W0, transposed), float_product(parts, transposed)
-        n, g = norms.row_norm(W0, Q, G, A, B, adapter.scaling, cache.n0, m).unbind()
+        n, g = norms.row_norm(W0, Q, G, A, B, adapter.scaling, cache.n0, m)
         return RowGains(n, g), None if parts is A else parts
 
     def product(self, call, x, source, weight, bias, adapters, operand):
@@ -103,7 +103,9 @@ class TritonSteps(Steps):
                 dA, product = float_product(own_u.t(), x), float_product(d.t(), h)
             if needs.dropped:
                 d_dropped, u = (own_u @ A.to(u.dtype)).view(saved.x.shape), None
-        if trains or wants_dots:
+        if trains and not wants_dots and gain is None and s == 1 and product.shape[1] == rank:
+            dB = product
+        elif trains or wants_dots:
             dB, dm = adapter_grads(product, rank, dots if wants_dots else None, gain, s)
         if is_exact:
             more_A, more_B = exact_norm_correction(as_matrix(saved.weight), adapter, dm)

@@ -24,7 +24,8 @@ def _low_rank_matmul(
     x, W, h, B, gain, bias, y,  # (M, K), (N, K), (M, R), (N, R), (N,) or (K,), (N,), (M, N)
     M, N, K, R, num_h, scaling,
     stride_x, stride_xk, stride_wn, stride_wk, stride_h, stride_bn, stride_br, stride_y,
-    GAIN_FIRST: tl.constexpr, GAIN_OUT: tl.constexpr, GAIN_IN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    GAIN_FIRST: tl.constexpr, GAIN_OUT: tl.constexpr, GAIN_IN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_BRANCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)

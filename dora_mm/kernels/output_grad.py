@@ -1,9 +1,9 @@
 """What the backward pass computes from dY in one reading of it: g dY, the sums over tokens for dm, and B' = g s B.
 
 dm is the sum of dY (x V^T) / n, and x V^T / n is (y - b) / m. Where that is not safe, x V^T is computed again, for the
-tokens and rows of a program: where the gain is small, where b is much larger than y - b, and where y was not kept. Which
-rows those are is known only on the GPU: so the CPU does not wait for an answer, and the kernel can be part of CUDA
-graphs and compiled graphs. Where all rows are safe, a program reads neither x nor W0.
+tokens and rows of a program: where the gain is small, where b is much larger than y - b, and where y was not kept.
+Which rows those are is known only on the GPU: so the CPU does not wait for an answer, and the kernel can be part of
+CUDA graphs and compiled graphs. Where all rows are safe, a program reads neither x nor W0.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -40,15 +40,14 @@ def _output_grad(
     g = tl.full([BLOCK_O], 1.0, dtype=tl.float32)
     if HAS_GAIN:
         g = tl.load(gain + columns, mask=is_column, other=0.0)
-    if HAS_BRANCH:
-        if first == 0:
-            for start in range(0, padded, MIN_R):
-                r = start + tl.arange(0, MIN_R)
-                where = columns[:, None] * stride_b + r[None, :] * stride_br
-                b = tl.load(B + where, mask=is_column[:, None] & (r < rank)[None, :], other=0.0)
-                b = (b * (scaling * g)[:, None]).to(operand.dtype.element_ty)
-                mask = is_column[:, None] & (r < padded)[None, :]
-                tl.store(operand + columns[:, None] * padded + r[None, :], b, mask=mask)
+    if HAS_BRANCH:  # the first slab's programs write B'
+        for start in range(0, tl.where(first == 0, padded, 0), MIN_R):
+            r = start + tl.arange(0, MIN_R)
+            where = columns[:, None] * stride_b + r[None, :] * stride_br
+            b = tl.load(B + where, mask=is_column[:, None] & (r < rank)[None, :], other=0.0)
+            b = (b * (scaling * g)[:, None]).to(operand.dtype.element_ty)
+            mask = is_column[:, None] & (r < padded)[None, :]
+            tl.store(operand + columns[:, None] * padded + r[None, :], b, mask=mask)
     dot = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)  # added up once, after the loop
     square = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     offset = tl.zeros([BLOCK_O], dtype=tl.float32)

@@ -18,8 +18,8 @@ from dora_mm.core.functional import CANCELLED
 from dora_mm.kernels.common import MIN_DOT, num_blocks, operator
 from dora_mm.kernels.operands import REST_FACTOR
 
-# A program has few rows, so that 1,280 of them keep 80 multiprocessors busy. It reads W0 only where n0 is not known, and
-# where W0 and the update nearly cancel.
+# A program has few rows, so that 1,280 of them keep 80 multiprocessors busy. It reads W0 only where n0 is not known,
+# and where W0 and the update nearly cancel.
 BLOCK_O, BLOCK_I = 16, 64
 
 
@@ -119,7 +119,7 @@ def row_norm(
     scaling: float,
     n0: Tensor | None,
     magnitude: Tensor,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Computes n = ||W0 + s B A|| per row, and g = m / n.
 
     Where W0 and the update nearly cancel, n is the norm of their sum itself.
@@ -135,24 +135,24 @@ def row_norm(
         magnitude: m (O,) in fp32.
 
     Returns:
-        n and g, (2, O) in fp32. n is n0 bit for bit where there is no update, and g is 1 where n is 0.
+        n and g, (O,) each in fp32. n is n0 bit for bit where there is no update, and g is 1 where n is 0.
     """
     num_out, num_in = W0.shape
     rank, parts = A.shape[0], Q.shape[1]
     has_rest = W0.dtype.itemsize < 4
-    found = torch.empty(2, num_out, dtype=torch.float32, device=W0.device)
+    norm, gain = torch.empty_like(magnitude), torch.empty_like(magnitude)
     with torch.cuda.device_of(W0):
         _row_norm[(num_blocks(num_out, BLOCK_O),)](
-            W0, Q, G, A, B, n0, magnitude, found[0], found[1],
+            W0, Q, G, A, B, n0, magnitude, norm, gain,
             num_out, num_in, rank, parts, scaling, 1 / REST_FACTOR[W0.dtype] if has_rest else 0.0, CANCELLED,
             *W0.stride(), *A.stride(), *B.stride(),
             HAS_BASE=n0 is not None, HAS_REST=has_rest,
             BLOCK_O=BLOCK_O, BLOCK_I=BLOCK_I, BLOCK_R=MIN_DOT if rank <= MIN_DOT else 2 * MIN_DOT, DENSE_R=MIN_DOT,
             num_warps=4,
         )  # fmt: skip
-    return found
+    return norm, gain
 
 
 @row_norm.register_fake
 def _(W0, Q, G, A, B, scaling, n0, magnitude):
-    return W0.new_empty(2, W0.shape[0], dtype=torch.float32)
+    return torch.empty_like(magnitude), torch.empty_like(magnitude)

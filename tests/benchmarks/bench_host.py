@@ -34,7 +34,7 @@ RANK = 16
 IN_A_ROW = 7  # passes per turn, as many as a block has layers: in a model, a layer's code is in the processor's caches
 PEERS = ("frozen", "PEFT LoRA", "PEFT DoRA")
 SMALL = ((16, 16), (64, 64), (256, 64))  # features, tokens
-KERNELS = ("low_rank_add", "low_rank_matmul", "magnitude_grad", "row_norm", "row_sums")
+KERNELS = ("adapter_grads", "low_rank_add", "low_rank_matmul", "operands", "output_grad", "row_norm")
 Row = dict[str, Any]
 
 
@@ -58,10 +58,11 @@ def without_launches(*, vendor: bool) -> Iterator[Forward]:
     def allocated(a: Tensor, b: Tensor) -> Tensor:
         return torch.empty(a.shape[0], b.shape[1])
 
-    replaced = {"INTERPRETED": True, "vendor_product": allocated, "vendor_is_faster": lambda *_, **__: vendor}
+    replaced = {"INTERPRETED": True, "float_product": allocated, "vendor_is_faster": lambda *_, **__: vendor}
     with contextlib.ExitStack() as stack:
         for name, value in replaced.items():
             stack.enter_context(mock.patch.object(dora_linear, name, value))
+        stack.enter_context(mock.patch.object(kernels.low_rank_matmul, "float_product", allocated))
         for name in KERNELS:
             stack.enter_context(mock.patch.object(getattr(kernels, name), f"_{name}", Launch()))
         stack.enter_context(mock.patch.object(torch.cuda, "device_of", contextlib.nullcontext))

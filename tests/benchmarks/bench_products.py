@@ -1,4 +1,4 @@
-"""What the table in dora_mm/kernels/choice.py is based on: our single kernel against the vendor's product and a pass.
+"""For the table in dora_mm/kernels/cards.py: our single kernel against the vendor's product and a pass.
 
 An entry of `make gpu`. For each shape and direction it measures, alternating: only the vendor's product, rounded (the
 limit), our single kernel (low_rank_matmul), and the vendor's product in fp32 followed by low_rank_add. They are
@@ -14,10 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dora_mm.kernels import choice
-from dora_mm.kernels.choice import vendor_product
-from dora_mm.kernels.low_rank_add import low_rank_add
+from dora_mm.kernels.cards import card
 from dora_mm.kernels.low_rank_matmul import low_rank_grad_input, low_rank_linear
+from dora_mm.kernels.output_grad import output_grad
 from dora_mm.utils.tables import aligned_columns
 from tests.benchmarks.gpu.run import Row, Run, name_of
 from tests.benchmarks.timing import alternate, captured, seconds_of, summary
@@ -40,18 +39,17 @@ LIMIT, OURS, VENDOR = "vendor alone", "one kernel", "vendor and a pass"
 
 
 def run(run: Run) -> None:
-    """Measures all shapes in half precision and in fp32, and prints what they suggest for choice.py."""
+    """Measures all shapes in half precision, and prints what they suggest for cards.py. (fp32 is the vendor's.)"""
     rows: list[Row] = []
-    for dtype in (run.dtype, torch.float32) if run.backend == "triton" else ():
-        for shape in TINY if run.dry else SHAPES:
-            if not run.is_cut(f"{name_of(dtype)}, {' x '.join(map(str, shape))}"):
-                found = measure(run, shape, dtype)
-                run.save(found)
-                rows += found
+    for shape in (TINY if run.dry else SHAPES) if run.backend == "triton" else ():
+        if not run.is_cut(" x ".join(map(str, shape))):
+            found = measure(run, shape, run.dtype)
+            run.save(found)
+            rows += found
     if rows:
         heading = [key for key in rows[0] if not key.endswith(("low", "high"))]
         print(aligned_columns([heading, *([str(row[key]) for key in heading] for row in rows)], 1))
-        print("\n".join(suggestions(rows)), flush=True)
+        print("\n".join(suggestions(rows, torch.empty(0, device=run.device))), flush=True)
 
 
 def measure(run: Run, shape: Shape, dtype: torch.dtype) -> list[Row]:
@@ -86,38 +84,30 @@ def candidates(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[s
     A, B, gain = (torch.randn(*size, device=device) for size in ((RANK, inner), (out, RANK), (out,)))
     h, u = x @ A.to(dtype).T, dY @ B.to(dtype)
 
-    def forward_in_two() -> Tensor:
-        return low_rank_add(vendor_product(x, W0.T), None, gain, h, B, dtype)
+    def forward(vendor: bool) -> Tensor:
+        return low_rank_linear(x, W0, None, gain, h, B, 1.0, False, vendor)
 
-    def backward_in_two() -> Tensor:
-        scaled = low_rank_add(dY, None, gain, None, None, dtype)
-        return low_rank_add(vendor_product(scaled, W0), None, None, u, A.T, dtype)
+    def backward_in_two() -> Tensor:  # g dY is written by a pass that the sums for dm need in any case
+        scaled, *_ = output_grad(dY, None, x, W0, None, None, None, None, None, gain, 1.0, True, False)
+        return low_rank_grad_input(scaled, W0, None, u, A, True)
 
     return {
-        "forward": {
-            LIMIT: lambda: x @ W0.T,
-            OURS: lambda: low_rank_linear(x, W0, None, gain, h, B),
-            VENDOR: forward_in_two,
-        },
+        "forward": {LIMIT: lambda: x @ W0.T, OURS: lambda: forward(False), VENDOR: lambda: forward(True)},
         "backward": {
             LIMIT: lambda: dY @ W0,
-            OURS: lambda: low_rank_grad_input(dY, W0, gain, u, A),
+            OURS: lambda: low_rank_grad_input(dY, W0, gain, u, A, False),
             VENDOR: backward_in_two,
         },
     }
 
 
-def suggestions(rows: list[Row]) -> list[str]:
-    """What choice.py says, and what the rows suggest, a line per threshold and dtype."""
+def suggestions(rows: list[Row], device: Tensor) -> list[str]:
+    """What cards.py says for the card of a tensor, and what the rows suggest, a line per threshold."""
     lines = []
-    for table, direction, inner in (("VENDOR_FROM", "forward", "in"), ("VENDOR_FROM_BACK", "backward", "out")):
-        for dtype in dict.fromkeys(str(row["dtype"]) for row in rows):
-            own = [row for row in rows if (row["dtype"], row["direction"]) == (dtype, direction)]
-            size = getattr(torch, dtype).itemsize
-            now = getattr(choice, table)[size]
-            lines.append(
-                f"{table}[{size}] is {now}; the {len(own)} shapes in {dtype} suggest {threshold(own, inner):g}"
-            )
+    for name, direction, inner in (("vendor_from", "forward", "in"), ("vendor_from_back", "backward", "out")):
+        own = [row for row in rows if row["direction"] == direction]
+        now = getattr(card(device), name)
+        lines.append(f"{name} is {now}; the {len(own)} shapes suggest {threshold(own, inner):g}")
     return lines
 
 

@@ -1,107 +1,217 @@
-"""Compiles every kernel for GPUs that are not in this machine, and prints the registers and spills of each as JSON.
+"""Compiles every launch of a step for cards that are not in this machine, and reports what each kernel takes.
+
+    python -m tests.kernels.compile_ahead [--all] [--output FILE.csv]
+
+A step of a layer runs on tensors without memory, its launches are recorded, and each is compiled with the types,
+constants and divisibilities that Triton would see. `--all` takes every card of the table, all ranks, sides and dtypes
+and needs an hour; without it, a choice for the tests. The report is in tests/benchmarks/results/compile_ahead/.
 
 It is a separate script, since the interpreter that the other tests use is selected when triton is imported.
 """
 
+import argparse
+import contextlib
+import csv
+import itertools
 import json
 import re
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_mm.kernels import low_rank_add, low_rank_matmul, magnitude_grad, row_norm, row_sums
-from dora_mm.kernels.common import MIN_DOT, rank_block, tiles
+from dora_mm import kernels
+from dora_mm.core import Adapter
+from dora_mm.core.passes import Options, PassCache
+from dora_mm.kernels import adapter_grads, cards, dora_linear, low_rank_add, low_rank_matmul, operands, output_grad
+from dora_mm.kernels import row_norm as norms
 
-# A100, RTX 40 and H100, with the KiB of shared memory that a block may have (CUDA C++ Programming Guide)
-CAPABILITIES = {80: 163, 89: 99, 90: 227}
+
+class Target(NamedTuple):
+    """A card to compile for.
+
+    Attributes:
+        name: As NVIDIA and AMD call it.
+        gpu: The same for Triton.
+        card: What is chosen for it.
+        shared: The KiB of shared memory that a block may have (CUDA C++ Programming Guide; CDNA 3 and RDNA 3 ISA).
+    """
+
+    name: str
+    gpu: GPUTarget
+    card: cards.Card
+    shared: int
+
+
+def nvidia(capability: int, shared: int) -> Target:
+    card = cards.card_of((capability // 10, capability % 10))
+    return Target(f"sm_{capability}", GPUTarget("cuda", capability, 32), card, shared)
+
+
+TARGETS = [nvidia(80, 163), nvidia(86, 99), nvidia(89, 99), nvidia(90, 227), nvidia(100, 227), nvidia(120, 99)]
+TARGETS += [
+    Target(name, GPUTarget("hip", name, lanes), cards.AMD, 64) for name, lanes in (("gfx942", 64), ("gfx1100", 32))
+]
+EVEN, ODD = (4096, 4096, 1280), (577, 1004, 1285)  # tokens, in, out
+KERNELS = {module: f"_{module.__name__.rpartition('.')[2]}" for module in (
+    adapter_grads, low_rank_add, low_rank_matmul, operands, output_grad, norms,
+)}  # fmt: skip
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-SIZES = ("M", "N", "K", "R", "num_out", "num_in", "num_tokens", "rank")
-FLOATS = ("scaling", "cancelled", "small_gain", "large_bias")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TENSOR_CORES = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "mfma", "wmma")
 
 
-def ones(*names):
-    """Strides of 1, which are constants to Triton and determine how memory is read."""
-    return dict.fromkeys(names, 1)
+class Case(NamedTuple):
+    """A layer and its input."""
+
+    dtype: torch.dtype
+    rank: int
+    sizes: tuple[int, int, int]
+    has_bias: bool
 
 
-def kernels():
-    """Yields name, kernel, types of the pointers, constants and options of every variant in use, at rank 64."""
-    four = {"num_warps": 4}
-    for dtype, short in TYPES.items():
-        pointers = {"W0": short, "A": "fp32", "B": "fp32", **dict.fromkeys(("n0", "magnitude", "norm", "gain"), "fp32")}
-        blocks = {"BLOCK_O": row_norm.BLOCK_O, "BLOCK_I": row_norm.BLOCK_I, "BLOCK_R": MIN_DOT}
-        yield f"row_norm {short}", row_norm._row_norm, pointers, blocks | ones("stride_wi"), four
-        half = {"x": short, "W": short, "h": short, "B": "fp32", "gain": "fp32", "bias": short, "y": short}
-        for way, strides in (("GAIN_OUT", ("stride_wk", "stride_br")), ("GAIN_IN", ("stride_wn", "stride_bn"))):
-            chosen = dict(tiles(dtype))
-            options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
-            flags = {"GAIN_OUT": way == "GAIN_OUT", "GAIN_IN": way == "GAIN_IN", "HAS_BIAS": way == "GAIN_OUT"}
-            constants = {
-                **flags,
-                "HAS_BRANCH": True,
-                "BLOCK_R": rank_block(64, dtype),
-                "GROUP": low_rank_matmul.GROUP,
-                **chosen,
-                **ones("stride_xk", *strides),
-            }
-            yield f"low_rank_matmul {way} {short}", low_rank_matmul._low_rank_matmul, half, constants, options
-        add = {"P": "fp32", "h": short, "B": "fp32", "gain": "fp32", "bias": short, "y": short}
-        constants = {"HAS_GAIN": True, "HAS_BIAS": True, "HAS_BRANCH": True, "BLOCK_R": rank_block(64, dtype)}
-        constants |= {"BLOCK_M": low_rank_add.BLOCK_M, "BLOCK_N": low_rank_add.BLOCK_N} | ones("stride_pn", "stride_br")
-        yield f"low_rank_add {short}", low_rank_add._low_rank_add, add, constants, four
-        gain_alone = constants | {"HAS_BIAS": False, "HAS_BRANCH": False}  # dY before the vendor's product
-        yield f"low_rank_add gain {short}", low_rank_add._low_rank_add, add | {"P": short}, gain_alone, four
-        sums = {"dY": short, "y": short, "bias": short, "dots": "fp32", "squares": "fp32"}
-        constants = {"HAS_BIAS": True, "SLAB": row_sums.SLAB, "BLOCK_T": row_sums.BLOCK_T, "BLOCK_O": row_sums.BLOCK_O}
-        yield f"row_sums {short}", row_sums._row_sums, sums, constants | ones("stride_do", "stride_yo"), four
-        per_row = dict.fromkeys(("dots", "squares", "magnitude", "norm", "gain"), "fp32") | {"bias": short}
-        inner = {**per_row, "dY": short, "x": short, "W0": short, "A": "fp32", "B": "fp32", "dm": "fp32"}
-        constants = {"HAS_BIAS": True, "HAS_BRANCH": True}
-        constants |= {"BLOCK_T": magnitude_grad.BLOCK_T, "BLOCK_I": magnitude_grad.BLOCK_I}
-        constants |= ones("stride_do", "stride_xi", "stride_wi")
-        yield f"magnitude_grad {short}", magnitude_grad._magnitude_grad, inner, constants, four
+CHOICE = [
+    Case(torch.bfloat16, 8, ODD, True),
+    Case(torch.bfloat16, 64, EVEN, False),
+    Case(torch.float32, 16, EVEN, True),
+]
+ALL = [
+    Case(*case)
+    for case in itertools.product(
+        (torch.bfloat16, torch.float16, torch.float32), (4, 8, 16, 32, 64, 128), (EVEN, ODD), (False, True)
+    )
+]
 
 
-def compiled(kernel, pointers, constants, options, capability):
+class Recorder:
+    """Stands for a kernel, and records what it is launched with."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+def launches_of(case: Case, card: cards.Card) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """The launches of a step of the layer on a card: with either product, and with and without n0 and the output."""
+    found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    with contextlib.ExitStack() as stack:
+        for module, name in KERNELS.items():
+            stack.enter_context(mock.patch.object(module, name, Recorder(getattr(module, name), found)))
+        for module in (low_rank_matmul, kernels.common, cards):
+            stack.enter_context(mock.patch.object(module, "card", return_value=card))
+        stack.enter_context(mock.patch.object(dora_linear, "INTERPRETED", True))
+        for vendor in (False, True):
+            chosen = vendor or case.dtype == torch.float32
+            stack.enter_context(
+                mock.patch.object(dora_linear, "vendor_is_faster", lambda *_, chosen=chosen, **__: chosen)
+            )
+            step(case, knows_base=vendor)
+    return found
+
+
+def step(case: Case, *, knows_base: bool) -> None:
+    tokens, num_in, num_out = case.sizes
+
+    def tensor(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta", requires_grad=True)
+
+    x, W0 = tensor(tokens, num_in, dtype=case.dtype), tensor(num_out, num_in, dtype=case.dtype).detach()
+    bias = tensor(num_out, dtype=case.dtype).detach() if case.has_bias else None
+    own = tensor(case.rank, num_in), tensor(num_out, case.rank), tensor(num_out)
+    cache = PassCache(n0=own[2].detach() if knows_base else None)
+    y = dora_linear.TRITON(x, W0, bias, [Adapter(*own)], Options(cache=cache, save_output=knows_base))
+    torch.autograd.grad(y, [x, *own], torch.empty_like(y))
+
+
+def specialized(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[ASTSource, dict[str, int], str]:
+    """What Triton makes of a launch: the source, the options of the compiler, and a key that is the same for launches
+    of the same code."""
+    compiler = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    constants: dict[str, Any] = {name: value for name, value in options.items() if name not in compiler}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        if name in pointers:
-            signature[name] = "*" + pointers[name]
+        value = constants[name] if name in constants else args[index]
+        signature[name] = "constexpr"
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(index,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if name in FLOATS else "i32"
-        if name in pointers or name.startswith("stride") or name in SIZES:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return source, compiler, repr((kernel.__name__, signature, constants, sorted(attributes), compiler))
 
 
-def report(found, limit: int) -> dict[str, int]:
-    """Resources of a compiled kernel.
+def report(found: Any, target: Target) -> dict[str, Any]:
+    """Resources of a compiled kernel: registers per thread, bytes of the stack to which a thread spills what does not
+    fit into them, bytes of shared memory and what a block may have, and the instruction that multiplies."""
+    row: dict[str, Any] = {"shared": found.metadata.shared, "limit": target.shared * 1024}
+    text = found.asm.get("ptx", found.asm.get("amdgcn", ""))
+    row["product"] = next((name for name in TENSOR_CORES if name in text), "")
+    if "cubin" in found.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(found.asm["cubin"])
+            file.flush()
+            command = [CUOBJDUMP, "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
+    else:
+        registers, stack = (
+            int(re.findall(rf"{name}:?\s+(\d+)", text)[-1]) for name in (r"\.vgpr_count", r"\.vgpr_spill_count")
+        )
+    return {"registers": registers, "stack": stack, **row}
 
-    Returns:
-        Registers per thread (reg), bytes of the stack to which a thread spills what does not fit into them (stack), and
-        bytes of shared memory left of `limit` KiB (shared_left).
-    """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    numbers = {name.lower(): int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK")}
-    return numbers | {"shared_left": limit * 1024 - found.metadata.shared}
+
+def rows_of(targets: list[Target], cases: list[Case]) -> Iterator[dict[str, Any]]:
+    """A row per target and kernel; launches that compile to the same code have one."""
+    for target in targets:
+        seen = set()
+        for case in cases:
+            for kernel, args, options in launches_of(case, target.card):
+                source, compiler, key = specialized(kernel, args, options)
+                if key in seen:
+                    continue
+                seen.add(key)
+                start = time.perf_counter()
+                found = triton.compile(source, target=target.gpu, options=compiler)
+                yield {
+                    "triton": triton.__version__, "card": target.name, "kernel": kernel.__name__.strip("_"),
+                    "flags": " ".join(n for n, v in options.items() if v is True), "dtype": TYPES[case.dtype],
+                    "rank": case.rank, "sides": " x ".join(map(str, case.sizes)), "bias": case.has_bias,
+                    **report(found, target), "seconds": f"{time.perf_counter() - start:.1f}",
+                }  # fmt: skip
 
 
 if __name__ == "__main__":
-    found = {}
-    for capability, limit in CAPABILITIES.items():
-        for name, *what in kernels():
-            found[f"sm_{capability} {name}"] = report(compiled(*what, capability), limit)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--cards", nargs="*", help="names of cards; those of the tests by default")
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    names = given.cards or ([t.name for t in TARGETS] if given.all else ["sm_80", "sm_89", "sm_90"])
+    found = []
+    writer = None
+    with given.output.open("w", newline="") if given.output else contextlib.nullcontext() as file:
+        for row in rows_of([t for t in TARGETS if t.name in names], ALL if given.all else CHOICE):
+            found.append(row)
+            if file is not None:
+                writer = writer or csv.DictWriter(file, list(row))
+                if len(found) == 1:
+                    writer.writeheader()
+                writer.writerow(row)
+                file.flush()
     print(json.dumps(found))

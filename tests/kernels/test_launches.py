@@ -1,0 +1,112 @@
+"""How many launches a step of one layer takes on a GPU: kernels of ours and operators of torch that are not views."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+pytest.importorskip("triton")
+
+from triton.runtime import interpreter
+
+from dora_mm.core import DoRASpec, adapt_layer, fixed_parameters
+from dora_mm.kernels import dora_linear, low_rank_matmul
+from tests.core import reference
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter is asked to run")
+NO_LAUNCH = ("view", "t", "detach", "alias", "empty", "new_empty", "empty_like", "slice", "unsqueeze", "_unsafe_view")
+
+
+class Launches(TorchDispatchMode):
+    """Records the names of kernels and operators in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if (name := function.overloadpacket.__name__) not in NO_LAUNCH:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+    def apart(self, name, function):
+        """`function`, recorded as one launch, whatever it runs."""
+
+        def run(*args, **kwargs):
+            self.names.append(name if isinstance(name, str) else name(*args))
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return run
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    found = Launches()
+    execute = interpreter.GridExecutor.__call__
+    called = found.apart(lambda executor, *_: executor.fn.__name__.strip("_"), execute)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *args, **kwargs: called(*args, **kwargs))
+    product = found.apart("float_product", dora_linear.float_product)  # an operator on a GPU, three on a CPU
+    for module in (dora_linear, low_rank_matmul):
+        monkeypatch.setattr(module, "float_product", product)
+    return found
+
+
+def step(launches, *, vendor, monkeypatch, passes=1, method="dora", rank=4, alpha=4.0, num_passes=1):
+    """The launches of the last of some passes and of its backward pass."""
+    monkeypatch.setattr(dora_linear, "vendor_is_faster", lambda t, inner_size, back=False: vendor)
+    base = nn.Linear(48, 32, dtype=torch.float16).requires_grad_(False)
+    layer = reference.randomize(adapt_layer(base, DoRASpec(rank, alpha, method=method), forward=dora_linear.TRITON))
+    x, dY = torch.randn(20, 48, dtype=torch.float16, requires_grad=True), torch.ones(20, 32, dtype=torch.float16)
+    with fixed_parameters(layer, base_only=True):  # as in the training loop: n0 is known
+        with torch.no_grad():
+            layer(x)
+        with fixed_parameters(layer, num_passes=num_passes):
+            for _ in range(passes):
+                launches.names.clear()
+                with launches:
+                    y = layer(x)
+                num_forward = len(launches.names)
+                with launches:
+                    torch.autograd.grad(y, [x, *layer.adapter_tensors().values()], dY)
+    return launches.names[:num_forward], launches.names[num_forward:]
+
+
+NORM = ["operands", "float_product", "float_product", "row_norm"]
+BACKWARD = ["output_grad", "mm", "float_product", "float_product", "adapter_grads"]
+
+
+@pytest.mark.parametrize("alpha", [4.0, 8.0])
+def test_a_step_of_dora(launches, monkeypatch, alpha):
+    forward, backward = step(launches, vendor=True, monkeypatch=monkeypatch, alpha=alpha)
+    assert forward == [*NORM, "mm", "float_product", "low_rank_add"]
+    assert backward == [*BACKWARD, "float_product", "low_rank_add"]
+    forward, backward = step(launches, vendor=False, monkeypatch=monkeypatch, alpha=alpha)
+    assert forward == [*NORM, "mm", "low_rank_matmul"]
+    assert backward == [*BACKWARD, "low_rank_matmul"]
+
+
+def test_a_later_pass_of_a_step_keeps_the_norm(launches, monkeypatch):
+    """11 launches, of which 7 are products."""
+    forward, backward = step(launches, vendor=True, monkeypatch=monkeypatch, passes=2, num_passes=2)
+    assert forward == ["operands", "mm", "float_product", "low_rank_add"]
+    assert len(forward + backward) == 11
+
+
+def test_a_step_of_lora(launches, monkeypatch):
+    for vendor, product in ((True, ["float_product", "low_rank_add"]), (False, ["low_rank_matmul"])):
+        forward, backward = step(launches, vendor=vendor, monkeypatch=monkeypatch, method="lora")
+        assert forward == ["operands", "mm", *product]
+        assert backward == [*BACKWARD, *product]
+    _, backward = step(launches, vendor=True, monkeypatch=monkeypatch, method="lora", rank=16, alpha=16.0)
+    assert "adapter_grads" not in backward  # nothing is left to do
+
+
+def test_a_loop_of_ones_own_takes_the_base_norm_in_the_same_pass(launches):
+    base = nn.Linear(48, 32, dtype=torch.float16).requires_grad_(False)
+    layer = adapt_layer(base, DoRASpec(4), forward=dora_linear.TRITON)
+    x = torch.randn(20, 48, dtype=torch.float16)
+    with launches, torch.no_grad():
+        layer(x)
+    assert launches.names[:4] == NORM
+    assert "linalg_vector_norm" not in launches.names
