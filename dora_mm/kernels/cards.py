@@ -27,7 +27,7 @@ class Card(NamedTuple):
     tile_back: dict[str, int]
     vendor_from: int
     vendor_from_back: int
-    max_rank_block: int = 64
+    max_rank_block: int = 32
 
 
 def tile(rows: int, columns: int, inner: int, num_warps: int, num_stages: int) -> dict[str, int]:
@@ -52,7 +52,10 @@ CARDS = {
     (10, 0): Card(tile(128, 256, 64, 8, 3), tile(128, 256, 64, 8, 3), 1408, 2048),
     (12, 0): Card(tile(64, 128, 32, 4, 4), tile(64, 128, 32, 4, 4), 4096, 6144),
 }
-# 64 KiB of local memory per workgroup: with 64 ranks at a time and three stages a tile needs 96.
+# Where a side is no multiple of 16, operands are read in small pieces, whose addresses take registers: a tile of 128 x
+# 256 would spill 840 bytes per thread.
+ODD = tile(64, 64, 32, 4, 3)
+# 64 KiB of local memory per workgroup: with 64 ranks at a time and three stages a tile of 128 x 128 needs 96.
 AMD = Card(tile(128, 128, 32, 8, 2), tile(128, 128, 32, 8, 2), 2048, 3072, max_rank_block=16)
 
 _found: dict[int, Card] = {}  # by the index of the device

@@ -19,8 +19,9 @@ from dora_mm.core.steps import large_bias
 from dora_mm.kernels.common import MIN_DOT, add_low_rank, num_blocks, operator, rank_block
 
 # A program has 64 columns of a slab of tokens, 32 tokens at a time: 1,024 tokens of 1,280 columns are 80 programs. The
-# slabs are added up afterwards, in a fixed order. x V^T is computed for 64 tokens at a time.
-BLOCK_T, BLOCK_O, SLAB, BLOCK_X, BLOCK_I = 32, 64, 256, 64, 32
+# slabs are added up afterwards, in a fixed order. x V^T is computed for 32 tokens at a time: 64 would take so many
+# registers that fewer programs run at once, in those that never compute it, too.
+BLOCK_T, BLOCK_O, SLAB, BLOCK_X, BLOCK_I = 32, 64, 256, 32, 32
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from dora_mm.kernels.operands import REST_FACTOR
 
 # A program has few rows, so that 1,280 of them keep 80 multiprocessors busy. It reads W0 only where n0 is not known,
 # and where W0 and the update nearly cancel.
-BLOCK_O, BLOCK_I = 16, 64
+BLOCK_O, BLOCK_I = 16, 32
 
 
 @triton.jit
