@@ -2,7 +2,7 @@
 
     device, dtype, module                     implementation
     CPU                                       torch: merged or unmerged, see choose_form in core/forms.py
-    CUDA: Linear in fp32, bf16, fp16          triton, or cuBLAS and one more pass: see kernels/choice.py
+    CUDA: Linear in fp32, bf16, fp16          triton, or cuBLAS and one more pass: see kernels/cards.py
     CUDA: convolutions, float64               torch, called by the triton backend
     CUDA: a magnitude with dropout            torch, called by the triton backend
     CUDA before compute capability 8.0        torch
@@ -78,10 +78,13 @@ def load_triton() -> tuple[Forward | None, str]:
         The forward function and "", or None and the reason why Triton does not work here.
     """
     try:
+        from dora_mm.kernels.cards import look_at
         from dora_mm.kernels.dora_linear import TRITON
 
         if torch.cuda.is_available() and (has := torch.cuda.get_device_capability()) < LEAST_CAPABILITY:
             return None, f"it needs compute capability 8.0, and {torch.cuda.get_device_name()} has {has[0]}.{has[1]}"
+        for index in range(torch.cuda.device_count()):
+            look_at(index)
         return (TRITON, "") if _agrees_with_torch(TRITON) else (None, "its results are wrong")
     except Exception as error:  # whatever a broken installation raises: it is reported, and plain torch works
         return None, f"{type(error).__name__}: {error}".splitlines()[0]

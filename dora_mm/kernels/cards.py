@@ -58,15 +58,20 @@ ODD = tile(64, 64, 32, 4, 3)
 # 64 KiB of local memory per workgroup: with 64 ranks at a time and three stages a tile of 128 x 128 needs 96.
 AMD = Card(tile(128, 128, 32, 8, 2), tile(128, 128, 32, 8, 2), 2048, 3072, max_rank_block=16)
 
-_found: dict[int, Card] = {}  # by the index of the device
+_found: dict[int, Card] = {-1: CARDS[9, 0]}  # by the index of the device; on a CPU kernels are interpreted
 
 
 def card(t: Tensor) -> Card:
-    """The choices for the device of a tensor; on a CPU, where kernels are interpreted, those of an H100."""
+    """The choices for the device of a tensor; on a CPU those of an H100."""
     index = t.get_device()
     if index not in _found:
-        _found[index] = card_of(torch.cuda.get_device_capability(index)) if index >= 0 else CARDS[9, 0]
+        look_at(index)
     return _found[index]
+
+
+def look_at(index: int) -> None:
+    """Finds the choices for a device, which a compiler must not be the first to do."""
+    _found[index] = card_of(torch.cuda.get_device_capability(index))
 
 
 def card_of(capability: tuple[int, int]) -> Card:

@@ -16,6 +16,7 @@ from dora_mm.core.functional import updated_norm  # noqa: E402
 from dora_mm.core.passes import Options  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
 from dora_mm.kernels.adapter_grads import adapter_grads  # noqa: E402
+from dora_mm.kernels.cards import vendor_is_faster  # noqa: E402
 from dora_mm.kernels.common import float_product, num_blocks, padded, rank_block  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
 from dora_mm.kernels.low_rank_add import low_rank_add  # noqa: E402
@@ -350,6 +351,23 @@ def test_compiled_without_graph_breaks(layer_dtype):
     x = random(6, 40, dtype=layer_dtype)
     found = torch.compile(fast, backend="aot_eager", fullgraph=True)(x)
     assert reference.relative_error(found, fast(x)) <= torch.finfo(layer_dtype).eps
+
+
+@pytest.mark.parametrize("num_in", [64, 2048])
+def test_a_compiled_layer_runs_the_product_of_an_eager_one(num_in):
+    """The choice is made while the graph is traced, and the product and its pass are one operator in it."""
+    base = nn.Linear(num_in, 48, bias=False, dtype=torch.float16, device=DEVICE)
+    layer = reference.randomize(adapt_layer(base, DoRASpec(4), forward=TRITON))
+    x, found = random(6, num_in, dtype=torch.float16), []
+
+    def record(module, _):
+        graphs = [m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule)]
+        nodes = [node for graph in graphs for node in graph.nodes]
+        found.extend(node.args[-1] for node in nodes if "low_rank_linear" in str(node.target))
+        return module.forward
+
+    torch.compile(layer, backend=record, fullgraph=True)(x)
+    assert found == [vendor_is_faster(x, num_in)] == [num_in == 2048]
 
 
 def test_a_compiled_layer_whose_output_is_overwritten():
