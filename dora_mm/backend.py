@@ -95,13 +95,16 @@ def _agrees_with_torch(function: Forward) -> bool:
 
     TF32 and half precision need that much; real faults are larger. The sizes are odd ones and multiples of 16 over
     several tiles, for which Triton compiles separate kernels; rank 80 takes the most shared memory that a launch ever
-    does. fp32 runs cuBLAS's product, and so does half precision with a large inner size.
+    does. fp32 runs cuBLAS's product, and so does half precision from the inner sizes in kernels/cards.py on.
     """
     odd, even = (40, 70, 86, 5), (300, 256, 272, 80)  # tokens, in, out, rank
     trials = [(torch.float32, odd), (torch.float16, odd)]
     if torch.cuda.is_available():  # Triton's interpreter has no bf16, and is slow for large sizes
         log.info("Compiling and testing the Triton kernels, which takes some seconds.")
-        large = (300, 2048, 2064, 80)
+        from dora_mm.kernels.cards import card
+
+        chosen = card(torch.empty(0, device="cuda"))
+        large = (300, chosen.vendor_from, chosen.vendor_from_back, 80)
         trials = [(d, sizes) for d in (torch.float32, torch.float16, torch.bfloat16) for sizes in (odd, even, large)]
     for dtype, sizes in trials:
         for found, right in zip(_trial(function, dtype, *sizes), _trial(TORCH, dtype, *sizes), strict=True):

@@ -43,6 +43,7 @@ class Adaptation:
         merged: Whether the weight is W(t).
         base_weight: While merged, the base weight as stored, unless it was not kept.
         caches: Inside `fixed_parameters`, what that keeps, by dtype and device of the product and by inference mode.
+        asks: Whether the last pass found no update, see `PassCache`.
         num_passes: Inside `fixed_parameters`, the number of passes; None where only the base weight is fixed.
     """
 
@@ -60,11 +61,12 @@ class Adaptation:
     merged: bool = False
     base_weight: Tensor | None = None
     caches: dict[Hashable, PassCache] | None = None
+    asks: bool = True
     num_passes: float | None = None
 
     def forget(self, *, base: bool = False) -> None:
         """Discards what `fixed_parameters` keeps of the adapters and, with `base`, of the base weight."""
-        self.num_passes = None
+        self.num_passes, self.asks = None, True
         if base:
             self.caches = None
         for cache in (self.caches or {}).values():

@@ -163,10 +163,14 @@ class AdaptedLayer(AdapterParameters):
         state, spec = self.adaptation, self.adaptation.spec
         dropout, keep_weight = spec.dropout if self.training else 0.0, restore is None and spec.cache == "weights"
         num_passes = 1.0 if state.num_passes is None else state.num_passes
-        cache = None if state.caches is None else self.pass_cache(state.caches)
+        cache = PassCache(keeps=False) if state.caches is None else self.pass_cache(state.caches)
+        cache.asks = state.asks
         # by position, which takes half as long as by name
         options = Options(op, dropout, keep_weight, spec.save_output, cache, num_passes, dtype, restore)
-        return state.forward(x, self.matrix, self.bias if use_bias else None, self.adapters(), options)
+        y = state.forward(x, self.matrix, self.bias if use_bias else None, self.adapters(), options)
+        if cache.asks != state.asks:
+            state.asks = cache.asks
+        return y
 
     # --- merging ---
 

@@ -87,7 +87,7 @@ def choose_form(
 
 @torch.no_grad()
 def split_weight(
-    W: Tensor, weight: Tensor, dtype: torch.dtype, has_dropout: bool = False
+    W: Tensor, weight: Tensor, dtype: torch.dtype, has_dropout: bool = False, asks: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Splits W(t) into two weights in `dtype`, `main` and `rest`.
 
@@ -98,6 +98,7 @@ def split_weight(
         weight: W0.
         dtype: The dtype of the product.
         has_dropout: Whether the update has an input of its own.
+        asks: Whether to wait for a GPU to know whether there is an update.
 
     Returns:
         W(t), rounded in half precision, and what is missing from it; or W0 and the update, where that has an input of
@@ -114,8 +115,8 @@ def split_weight(
         main = torch.empty_like(weight, dtype=dtype).copy_(W)  # in the layout of W0, for the base's bits
         rest = W.sub_(main)
     # A second product may change the order of summation (in bf16 for 640 x 640 with 2048 tokens it does): a fresh
-    # adapter goes without it.
-    if can_read(rest) and not any_nonzero(rest):
+    # adapter goes without it. A trained one does not wait for a GPU to say so.
+    if (asks or rest.device.type == "cpu") and can_read(rest) and not any_nonzero(rest):
         return main, None
     return main, rest.to(dtype)
 
@@ -227,7 +228,9 @@ def adapted_product(
             merged = cache.merged if dropped is None else None
             if merged is None:
                 W, rows = merge_adapters(weight, adapters, rows)
-                merged = split_weight(W, weight, dtype, dropped is not None)
+                merged = split_weight(W, weight, dtype, dropped is not None, cache.asks)
+                if can_read(x):
+                    cache.asks = merged[1] is None
                 if options.keep_weight and dropped is None and cache.keeps:
                     cache.merged = merged
         else:

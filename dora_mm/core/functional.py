@@ -167,7 +167,7 @@ def updated_norm(W0: Tensor, A: Tensor, B: Tensor, scaling: float, n0: Tensor) -
     D = inner.mul_(sB).sum(1)
     ratio = (D / n0).div_(n0).add_(1)  # n^2 / n0^2 (n0^2 may overflow); NaN where n0 is 0
     norm = ratio.sqrt().mul_(n0)
-    if not can_read(ratio):
+    if ratio.device.type != "cpu" or not can_read(ratio):  # a GPU would have to be waited for
         return torch.where(is_lost(ratio), torch.linalg.vector_norm(torch.addmm(W0.to(A.dtype), sB, A), dim=1), norm)
     if not lies_between(ratio, CANCELLED, math.inf):
         rows = is_lost(ratio).nonzero()[:, 0]

@@ -97,10 +97,8 @@ class EmbeddingOp(Op):
         return as_rows(F.embedding(x, A.t()))
 
     def grad_A(self, u, x, A):
-        found = u.new_zeros(A.shape[1], A.shape[0]).index_add_(0, x.flatten(), u)
-        if self.padding_idx is not None:
-            found[self.padding_idx] = 0
-        return found.t()
+        padding_idx = -1 if self.padding_idx is None else self.padding_idx
+        return torch.ops.aten.embedding_dense_backward(u, x.flatten(), A.shape[1], padding_idx, False).t()
 
     def num_tokens(self, x, weight):
         return x.numel()

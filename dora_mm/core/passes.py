@@ -28,6 +28,7 @@ class PassCache:
         merged: W(t), as `forms.split_weight` returns it.
         keeps: Whether a pass may leave `rows` and `merged` here: not where only the base weight is fixed.
         keeps_base: Whether n0 serves other passes, too.
+        asks: Whether an earlier pass may have found no update. Only then it is worth waiting for a GPU to know.
     """
 
     n0: Tensor | None = None
@@ -35,6 +36,7 @@ class PassCache:
     merged: tuple[Tensor, Tensor | None] | None = None
     keeps: bool = True
     keeps_base: bool = False
+    asks: bool = True
 
 
 class Options(NamedTuple):

@@ -134,10 +134,11 @@ class Steps:
             h: x A^T of all adapters, or None.
             B: What h is multiplied by (O, R), scaled by s, t and g, in the adapter's dtype.
         """
-        # The bias is part of the product, as b / e, so that a fresh adapter (e = 1, B = 0) changes no bit.
+        # The bias is part of the product, as b / e, so that a fresh adapter (e = 1, B = 0) changes no bit. On a GPU,
+        # where the sum is in fp32 until it is added, it is the same afterwards, and needs no waiting.
         outside = None
         if base_gain is not None and bias is not None:
-            if can_read(base_gain) and is_divisor(base_gain):
+            if base_gain.device.type == "cpu" and can_read(base_gain) and is_divisor(base_gain):
                 bias = bias / base_gain
             else:
                 bias, outside = None, bias

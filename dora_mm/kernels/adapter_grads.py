@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dora_mm.kernels.common import num_blocks, operator
 
-BLOCK_O, BLOCK_R = 16, 16
+BLOCK_O, BLOCK_R, BLOCK_S = 16, 16, 16
 
 
 @triton.jit
@@ -18,15 +18,17 @@ def _adapter_grads(
     product, dots, gain, dB, dm,  # (O, P), (slabs, O), (O,), (O, R), (O,)
     num_out, rank, padded, slabs, scaling,
     HAS_GAIN: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_DOTS: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
     is_row = rows < num_out
     if HAS_DOTS:
-        total = tl.zeros([BLOCK_O], dtype=tl.float32)
-        for slab in range(0, slabs):
-            total += tl.load(dots + slab * num_out + rows, mask=is_row, other=0.0)
-        tl.store(dm + rows, total, mask=is_row)
+        total = tl.zeros([BLOCK_S, BLOCK_O], dtype=tl.float32)  # added up once, after the loop
+        for start in range(0, slabs, BLOCK_S):
+            slab = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+            mask = (slab < slabs)[:, None] & is_row[None, :]
+            total += tl.load(dots + slab[:, None] * num_out + rows[None, :], mask=mask, other=0.0)
+        tl.store(dm + rows, tl.sum(total, 0), mask=is_row)
     if HAS_BRANCH:
         factor = tl.full([BLOCK_O], 1.0, dtype=tl.float32) * scaling
         if HAS_GAIN:
@@ -42,7 +44,7 @@ def _adapter_grads(
 def adapter_grads(
     product: Tensor | None, rank: int, dots: Tensor | None, gain: Tensor | None, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes dB = s g (dY^T h), and dm as the sum of its parts, added in their order.
+    """Computes dB = s g (dY^T h), and dm as the sum of its parts, in a fixed order.
 
     Args:
         product: dY^T h (O, R or more) in fp32, contiguous, or None.
@@ -64,7 +66,7 @@ def adapter_grads(
             product, dots, gain, dB, dm,
             num_out, rank, 0 if product is None else product.shape[1], 0 if dots is None else dots.shape[0], scaling,
             HAS_GAIN=gain is not None, HAS_BRANCH=product is not None, HAS_DOTS=dots is not None,
-            BLOCK_O=BLOCK_O, BLOCK_R=BLOCK_R, num_warps=1,
+            BLOCK_O=BLOCK_O, BLOCK_R=BLOCK_R, BLOCK_S=BLOCK_S, num_warps=1,
         )  # fmt: skip
     return dB, dm
 

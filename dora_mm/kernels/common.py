@@ -1,5 +1,8 @@
 """What the kernels share: registration as operators, the vendor's product, order of the tiles, the low-rank branch."""
 
+# pyright: reportGeneralTypeIssues=false
+# (tl.range is not iterable outside of a kernel)
+
 import functools
 from collections.abc import Callable
 from typing import Any

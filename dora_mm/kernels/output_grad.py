@@ -35,9 +35,11 @@ def _output_grad(
     SLAB: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr, MIN_R: tl.constexpr,
 ):  # fmt: skip
-    columns = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    across = tl.cdiv(num_out, BLOCK_O)
+    slab = (tl.program_id(0) // across).to(tl.int64)
+    first = slab * SLAB
+    columns = ((tl.program_id(0) % across) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
     is_column = columns < num_out
-    first = tl.program_id(1).to(tl.int64) * SLAB
     g = tl.full([BLOCK_O], 1.0, dtype=tl.float32)
     if HAS_GAIN:
         g = tl.load(gain + columns, mask=is_column, other=0.0)
@@ -109,7 +111,7 @@ def _output_grad(
                 d = tl.load(dY + where, mask=is_row[:, None] & is_column[None, :], other=0.0)
                 again += d.to(tl.float32) * inner
             total = tl.where(is_safe, total, tl.div_rn(tl.sum(again, 0), tl.where(n == 0.0, 1.0, n)))
-        tl.store(dots + tl.program_id(1) * num_out + columns, tl.where(n == 0.0, 0.0, total), mask=is_column)
+        tl.store(dots + slab * num_out + columns, tl.where(n == 0.0, 0.0, total), mask=is_column)
 
 
 @operator("dora_mm::output_grad")
@@ -158,7 +160,7 @@ def output_grad(
     operand = torch.empty(num_out, columns, dtype=dY.dtype, device=dY.device)
     if num_tokens:
         with torch.cuda.device_of(dY):
-            _output_grad[(num_blocks(num_out, BLOCK_O), slabs)](
+            _output_grad[(num_blocks(num_out, BLOCK_O) * slabs,)](
                 dY, y, x, W0, h, B, bias, magnitude, norm, gain, scaled, dots, operand,
                 num_tokens, num_out, num_in, rank, columns, scaling, SMALL_GAIN, large_bias(dY.dtype),
                 *dY.stride(), *((0, 0) if y is None else y.stride()), *x.stride(), *W0.stride(),

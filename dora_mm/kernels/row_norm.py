@@ -6,7 +6,7 @@ In half precision, A is the sum of two parts (see `operands`), and both products
 wrong by at most 2.7e-7 of itself, as it is with A in fp32. (With the rounded A alone it would be 8e-5.)
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 # (a kernel is launched with arguments that its signature does not have)
 
 import torch

@@ -91,11 +91,23 @@ def test_more_than_2_31_elements():
     layer = nn.Sequential(nn.Linear(64, 64, bias=False)).cuda().to(torch.bfloat16).requires_grad_(False)
     dora_mm.inject(layer, ["0"], DoRASpec(rank=4), backend="triton")
     reference.randomize(layer[0])
-    x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        y = layer(x)
-        for rows in (slice(0, 8), slice(tokens - 8, tokens)):
-            assert reference.relative_error(y[rows], layer(x[rows].clone()).double()) < 1e-2
+    x = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y, dY = layer(x), torch.zeros(tokens, 64, device="cuda", dtype=torch.bfloat16)
+    ends = [slice(0, 8), slice(tokens - 8, tokens)]
+    for rows in ends:
+        dY[rows] = torch.randn(8, 64, device="cuda")
+    trained = [x, *layer[0].adapter_tensors().values()]
+    dX, *found = torch.autograd.grad(y, trained, dY)
+    sums = [torch.zeros_like(t) for t in found]
+    for rows in ends:
+        part = x[rows].detach().clone().requires_grad_()
+        some = layer(part)
+        assert reference.relative_error(y[rows], some.double()) < 1e-2
+        own, *more = torch.autograd.grad(some, [part, *trained[1:]], dY[rows])
+        assert reference.relative_error(dX[rows], own.double()) < 1e-2
+        sums = [a + b for a, b in zip(sums, more, strict=True)]
+    for a, b in zip(found, sums, strict=True):
+        assert reference.relative_error(a, b.double()) < 1e-2
 
 
 def test_a_merged_model_computes_what_a_base_model_does():
