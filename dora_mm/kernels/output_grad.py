@@ -21,7 +21,8 @@ from dora_mm.kernels.common import MIN_DOT, add_low_rank, num_blocks, operator, 
 # A program has 64 columns of a slab of tokens, 32 tokens at a time: 1,024 tokens of 1,280 columns are 80 programs. The
 # slabs are added up afterwards, in a fixed order. x V^T is computed for 32 tokens at a time: 64 would take so many
 # registers that fewer programs run at once, in those that never compute it, too.
-BLOCK_T, BLOCK_O, SLAB, BLOCK_X, BLOCK_I = 32, 64, 256, 32, 32
+BLOCK_T, BLOCK_O, SLAB, BLOCK_X = 32, 64, 256, 32
+BLOCK_I = {2: 32, 4: 16}  # by bytes of an entry: products in fp32 keep their operands in registers
 
 
 @triton.jit
@@ -167,7 +168,7 @@ def output_grad(
                 0 if h is None else h.stride(0), *((0, 0) if B is None else B.stride()),
                 HAS_GAIN=gain is not None, HAS_BIAS=bias is not None, HAS_BRANCH=rank > 0, HAS_OUTPUT=y is not None,
                 WANTS_SCALED=wants_scaled, WANTS_DOTS=wants_dots,
-                SLAB=SLAB, BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, BLOCK_X=BLOCK_X, BLOCK_I=BLOCK_I,
+                SLAB=SLAB, BLOCK_T=BLOCK_T, BLOCK_O=BLOCK_O, BLOCK_X=BLOCK_X, BLOCK_I=BLOCK_I[dY.dtype.itemsize],
                 BLOCK_R=rank_block(max(rank, 1), dY), MIN_R=MIN_DOT, num_warps=4,
             )  # fmt: skip
     return scaled, dots, operand
