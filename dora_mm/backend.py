@@ -12,6 +12,7 @@
 
 import functools
 import logging
+from importlib.metadata import version
 
 import torch
 
@@ -46,6 +47,17 @@ def select(backend: str = "auto") -> Forward:
         return TORCH
     _announce("cuda" if torch.cuda.is_available() else "cpu")
     return auto
+
+
+def implementation(backend: str) -> str:
+    """What a backend runs adapted layers in on this machine, such as "triton 3.6.0", or "torch".
+
+    Raises:
+        ValueError: See `select`.
+    """
+    chosen = select(backend)
+    chosen = CHOSEN[torch.cuda.is_available()] if chosen is auto else chosen
+    return "torch" if chosen is TORCH else f"triton {version('triton')}"
 
 
 def auto(x, weight, bias, adapters, options):

@@ -66,6 +66,18 @@ def test_a_working_triton_is_taken_for_layers_on_a_gpu(caplog):
     assert [record.message for record in caplog.records] == ["Adapted layers run in Triton on this machine (cuda)."]
 
 
+def test_what_runs_has_a_name(monkeypatch):
+    triton = pytest.importorskip("triton")
+    assert backend.implementation("torch") == "torch"
+    assert backend.implementation("triton") == f"triton {triton.__version__}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backend.implementation("auto") == "torch"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backend.implementation("auto") == f"triton {triton.__version__}"
+    backend.CHOSEN[True] = TORCH  # as where the trial failed
+    assert backend.implementation("auto") == "torch"
+
+
 def test_an_old_gpu_runs_plain_torch_and_logs_why(monkeypatch, caplog):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
