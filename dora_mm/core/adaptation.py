@@ -65,10 +65,15 @@ class Adaptation:
     num_passes: float | None = None
 
     def forget(self, *, base: bool = False) -> None:
-        """Discards what `fixed_parameters` keeps of the adapters and, with `base`, of the base weight."""
-        self.num_passes, self.asks = None, True
+        """Forgets what passes found, where an adapter was changed, or with `base` the weight."""
+        self.asks = True
         if base:
             self.caches = None
+        self.end_passes()
+
+    def end_passes(self) -> None:
+        """Discards what `fixed_parameters` keeps of the adapters."""
+        self.num_passes = None
         for cache in (self.caches or {}).values():
             cache.rows = cache.merged = None
 

@@ -131,7 +131,8 @@ def row_norm(weight: Tensor) -> Tensor:
     """Computes n0 = ||W0|| per output row.
 
     Nothing else computes it, so that g is exactly 1 at the start. It is the norm of the contiguous matrix in the
-    adapter's dtype: other layouts, and casts during the sum, would add in another order.
+    adapter's dtype: other layouts, and casts during the sum, would add in another order. (In Triton and outside
+    `fixed_parameters`, the kernel that computes n adds it up by itself: g is then 1 up to 3e-7.)
 
     Args:
         weight: W0 (O, I), or a kernel (O, I / groups, *K).

@@ -366,7 +366,7 @@ def fixed_parameters(model: nn.Module, *, num_passes: float = math.inf, base_onl
         yield
     finally:
         for state in opened:
-            state.forget()
+            state.end_passes()
         for state in bases:
             state.caches = None
 

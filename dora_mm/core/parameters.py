@@ -58,6 +58,7 @@ class AdapterParameters(nn.Module):
     def reset_adapter(self) -> None:
         """Draws A from (seed, path), and sets B to 0 and m to the row norms: the layer computes what its base does."""
         W0, state = whole(self.matrix), self.adaptation
+        state.forget()
         dtype, fan_in = adapter_dtype(W0.dtype), W0[0].numel()
         if state.spec.method in ("dora", "lora"):
             # the same numbers for every dtype and device; kaiming_uniform_(a=sqrt(5)) is U(-1, 1) / sqrt(fan_in)

@@ -75,10 +75,10 @@ def look_at(index: int) -> None:
 
 
 def card_of(capability: tuple[int, int]) -> Card:
-    """The choices for a compute capability of at least 8.0."""
+    """The choices for a compute capability; below 8.0 those of 8.0, since such a card may be beside a newer one."""
     if torch.version.hip:
         return AMD
-    return CARDS[max(known for known in CARDS if known <= capability)]
+    return CARDS[max((known for known in CARDS if known <= capability), default=(8, 0))]
 
 
 def vendor_is_faster(t: Tensor, inner_size: int, *, back: bool = False) -> bool:

@@ -42,7 +42,7 @@ class TritonSteps(Steps):
             for adapter in adapters:
                 found, operand = self.row_gains(weight, adapter, cache)
                 rows.append(found)
-        if len(adapters) > 1 or first.A is None:
+        if first.A is None or not is_usual(adapters):
             return rows, None
         if not is_half:
             return rows, first.A.detach()
@@ -68,23 +68,26 @@ class TritonSteps(Steps):
 
     def product(self, call, x, source, weight, bias, adapters, operand):
         rows, W0, gain = as_rows(x), cast(weight, call.dtype), base_gain(adapters)
-        first = adapters[0]
-        is_usual = len(adapters) == 1 and first.strength == 1
-        A, B, scaling = (operand, first.B, first.scaling) if is_usual else (*branch(adapters), 1.0)
+        first, usual = adapters[0], is_usual(adapters)
+        A, B, scaling = (operand, first.B, first.scaling) if usual else (*branch(adapters), 1.0)
         h = None
         if A is not None:
             h = as_rows(source) @ cast(A, call.dtype).t()
         vendor = vendor_is_faster(rows, W0.shape[1])
-        y = low_rank_linear(rows, W0, bias, gain, h, B, scaling, not is_usual, vendor)
+        y = low_rank_linear(rows, W0, bias, gain, h, B, scaling, not usual, vendor)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], W0.shape[0]), h
 
     def unmerged_grad_input(self, op, dY, x, weight, base_gain, u, A):
-        dX = low_rank_grad_input(as_rows(dY), weight, base_gain, u, A, False)
+        d = as_rows(dY)
+        vendor = vendor_is_faster(d, weight.shape[0], back=True)  # in fp32 no tile of our kernel fits into a card
+        if vendor and base_gain is not None:
+            d, base_gain = (d * base_gain).to(d.dtype), None
+        dX = low_rank_grad_input(d, weight, base_gain, u, A, vendor)
         return dX.view(*dY.shape[:-1], weight.shape[1])
 
     def gradients(self, call, saved, dY, needs):
         adapter, h = saved.adapters[0], saved.kept
-        if len(saved.adapters) > 1 or adapter.strength != 1:
+        if not is_usual(saved.adapters):
             return super().gradients(call, saved, dY, needs)
         n, gain = (None, None) if adapter.rows is None else (adapter.rows.norm, adapter.rows.gain)
         d, x, y = as_rows(dY), as_rows(saved.x), None if saved.y is None else as_rows(saved.y)
@@ -113,6 +116,11 @@ class TritonSteps(Steps):
             dX = dX if dY.dim() == 2 else dX.view(*dY.shape[:-1], W0.shape[1])
         db = bias_grad(call.options.op, saved, dY) if needs.bias else None
         return dX, d_dropped, db, [dA, dB, dm if needs.own[2] else None]
+
+
+def is_usual(adapters: Sequence[Adapter]) -> bool:
+    """Whether this is one adapter at strength 1, as in training."""
+    return len(adapters) == 1 and adapters[0].strength == 1
 
 
 def own_gradients(
@@ -161,6 +169,7 @@ def runs_in_triton(weight: Tensor, adapters: Sequence[Adapter], options: Options
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Sequence[Adapter], options: Options) -> Tensor:
     """`core.forms.adapted_product` in Triton, where `runs_in_triton`."""
     if runs_in_triton(weight, adapters, options):
+        bias = None if bias is None else bias.contiguous()  # the kernels take no stride of it
         return adapted_product(x, weight, bias, adapters, options, TRITON_STEPS)
     return adapted_product(x, weight, bias, adapters, options)
 

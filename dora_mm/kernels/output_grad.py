@@ -159,6 +159,7 @@ def output_grad(
     scaled = torch.empty(dY.shape if wants_scaled else (0, 0), dtype=dY.dtype, device=dY.device)
     dots = torch.empty(slabs if wants_dots else 0, num_out, dtype=torch.float32, device=dY.device)
     operand = torch.empty(num_out, columns, dtype=dY.dtype, device=dY.device)
+    magnitude = None if magnitude is None else magnitude.contiguous()
     if num_tokens:
         with torch.cuda.device_of(dY):
             _output_grad[(num_blocks(num_out, BLOCK_O) * slabs,)](

@@ -99,6 +99,17 @@ def test_merging_strength_and_copies(name, dtype):
     assert torch.equal(layer(x), base(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_frequent_token_in_half_precision(dtype):
+    """Its sum has 4,000 terms: added up in bf16 it would stop growing after 256 equal ones."""
+    _, layer = build("embedding", dtype, method="lora")
+    reference.randomize(layer)
+    x, dY = torch.zeros(4000, dtype=torch.long), torch.ones(4000, 12, dtype=dtype)
+    (found,) = torch.autograd.grad(layer(x), layer.lora_A, dY)
+    expected = 4000 * layer.adaptation.spec.scaling * layer.lora_B.double().sum(0)
+    assert reference.relative_error(found[:, 0], expected) < 4 * torch.finfo(dtype).eps
+
+
 def test_embeddings_that_cannot_be_adapted():
     for layer, spec, reason in (
         (nn.Embedding(5, 4), DoRASpec(2, dropout=0.1), "0 is an Embedding.*dropout"),

@@ -203,3 +203,17 @@ def test_checkpoints_of_few_and_of_many_tokens(dtype, num_passes):
     layer.lora_B.grad = None
     (layer(few).sum() + layer(many).sum()).backward()
     assert reference.relative_error(found, layer.lora_B.grad.double()) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_trained_layer_does_not_ask_again_in_each_step():
+    """Whether there is an update takes waiting for a GPU to know."""
+    layer = adapt_layer(nn.Linear(8, 6, dtype=torch.bfloat16), DoRASpec(2))
+    x = torch.ones(3, 8, dtype=torch.bfloat16)
+    for is_trained in (False, True):
+        if is_trained:
+            reference.randomize(layer)
+        with fixed_parameters(layer, num_passes=1):
+            layer(x)
+        assert layer.adaptation.asks is not is_trained
+    layer.reset_adapter()
+    assert layer.adaptation.asks

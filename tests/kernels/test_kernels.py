@@ -16,7 +16,7 @@ from dora_mm.core.functional import updated_norm  # noqa: E402
 from dora_mm.core.passes import Options  # noqa: E402
 from dora_mm.kernels import dora_linear  # noqa: E402
 from dora_mm.kernels.adapter_grads import adapter_grads  # noqa: E402
-from dora_mm.kernels.cards import vendor_is_faster  # noqa: E402
+from dora_mm.kernels.cards import card_of, vendor_is_faster  # noqa: E402
 from dora_mm.kernels.common import float_product, num_blocks, padded, rank_block  # noqa: E402
 from dora_mm.kernels.dora_linear import TRITON  # noqa: E402
 from dora_mm.kernels.low_rank_add import low_rank_add  # noqa: E402
@@ -312,6 +312,18 @@ def test_gradients_are_contiguous():
         assert all(t.is_contiguous() for t in found)
 
 
+def test_bias_and_magnitude_may_be_parts_of_other_tensors():
+    fast, plain = layers(torch.float32)
+    for layer in (fast, plain):
+        layer.bias.data, layer.magnitude.data = random(48, seed=1)[::2], random(48, seed=2).abs()[::2] + 1
+    x = random(30, 40).requires_grad_()
+    found, expected = (
+        (layer(x), *torch.autograd.grad(layer(x).square().sum(), [x, layer.magnitude])) for layer in (fast, plain)
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert reference.relative_error(a, b) < 1e-5
+
+
 def test_layers_on_a_cpu_run_without_kernels(monkeypatch):
     monkeypatch.setattr(dora_linear, "INTERPRETED", False)
     fast, plain = (layer.cpu() for layer in layers(torch.float32))
@@ -412,6 +424,11 @@ def test_a_pass_calls_no_slow_helper_of_triton(monkeypatch):
         monkeypatch.setattr(triton, name, None)
     layer = reference.randomize(adapt_layer(nn.Linear(40, 24).to(DEVICE), DoRASpec(4), forward=TRITON))
     layer(random(70, 40).requires_grad_()).sum().backward()
+
+
+def test_a_card_that_is_older_than_the_table_has_choices():
+    """It may be the second in a machine, and must not keep the first from running kernels."""
+    assert card_of((7, 5)) == card_of((8, 0))
 
 
 def test_sizes_of_launches():

@@ -110,3 +110,25 @@ def test_a_loop_of_ones_own_takes_the_base_norm_in_the_same_pass(launches):
         layer(x)
     assert launches.names[:4] == NORM
     assert "linalg_vector_norm" not in launches.names
+
+
+def test_another_strength_in_fp32_takes_the_product_of_the_vendor(launches):
+    """Our tiles are for half precision: in fp32 one of them takes 321 KiB of an H100's 227."""
+    base = nn.Linear(48, 32).requires_grad_(False)
+    layer = reference.randomize(adapt_layer(base, DoRASpec(4), forward=dora_linear.TRITON))
+    layer.set_strength(0.5)
+    x = torch.randn(20, 48, requires_grad=True)
+    y = layer(x)
+    with launches:
+        torch.autograd.grad(y.sum(), x)
+    assert launches.names[-2:] == ["float_product", "low_rank_add"]
+    assert "low_rank_matmul" not in launches.names
+
+
+def test_another_strength_prepares_no_operand(launches):
+    base = nn.Linear(48, 32, dtype=torch.float16).requires_grad_(False)
+    layer = reference.randomize(adapt_layer(base, DoRASpec(4, method="lora"), forward=dora_linear.TRITON))
+    layer.set_strength(0.5)
+    with launches, torch.no_grad():
+        layer(torch.randn(20, 48, dtype=torch.float16))
+    assert "operands" not in launches.names
