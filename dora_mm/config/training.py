@@ -38,6 +38,12 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
 
 
+class ValidationConfig(Section):
+    every: Count = 0  # optimizer steps between validations; 0: only at the end
+    # How many validations in a row without a better one end the training; null: it has all of its steps
+    patience: PositiveInt | None = None
+
+
 # A longer training has the same first steps; checkpointing computes the same activations again.
 CHANGEABLE = tuple(
     f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "gradient_checkpointing")
@@ -67,6 +73,24 @@ class LearningRates(Section):
         if rates is not None and len(set(rates)) < len(rates):
             raise ValueError("names a rate twice")
         return rates
+
+
+def check_validation(evaluate: ValidationConfig, has_valid: bool, missing: str) -> list[str]:
+    """Finds settings of validations that have no effect.
+
+    Args:
+        evaluate: The `evaluate` section.
+        has_valid: Whether there is something to validate on.
+        missing: A sentence for when there is not.
+
+    Returns:
+        One message per problem, each naming the keys.
+    """
+    if evaluate.every and not has_valid:
+        return [f"evaluate.every has no effect: {missing}"]
+    if evaluate.patience and not evaluate.every:
+        return ["evaluate.patience has no effect: evaluate.every is 0, so the only validation is at the end"]
+    return []
 
 
 def check_training(

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dora_mm.config.training import OptimizerConfig, TrainConfig
+from dora_mm.config.training import OptimizerConfig, TrainConfig, ValidationConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.train.loop import LossModule, accumulate, update
 from dora_mm.train.optim import build_optimizer
@@ -252,6 +252,15 @@ def length_line(train: TrainConfig, steps_per_epoch: int) -> str:
     of_several = f" of {count} batches" if count > 1 else ""
     epochs, s = train.steps / steps_per_epoch, "s" if steps_per_epoch > 1 else ""
     return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {steps_per_epoch:,} step{s}"
+
+
+def when(evaluate: ValidationConfig) -> str:
+    """How often a training validates, and how it ends early."""
+    if not evaluate.every:
+        return "at the end"
+    early = f", and the end after {evaluate.patience} without a better one" if evaluate.patience else ""
+    steps = "step" if evaluate.every == 1 else f"{evaluate.every:,} steps"
+    return f"after every {steps}{early}"
 
 
 def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module], num_tokens: int = 1) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from dora_mm.core import fixed_parameters
 from dora_mm.data.vl.example import Answer, Predictions
 from dora_mm.data.vl.splits import ValidationSet
+from dora_mm.utils.modes import evaluating
+from dora_mm.utils.sharing import map_shared
 
 
 def answer_all(
@@ -19,6 +20,7 @@ def answer_all(
     sets: Mapping[str, ValidationSet],
     batch_size: int,
     limit: int | None = None,
+    process: tuple[int, int] = (0, 1),
 ) -> dict[str, Predictions]:
     """Answers the rows of every split.
 
@@ -30,6 +32,7 @@ def answer_all(
         sets: The splits by task name.
         batch_size: Examples per batch.
         limit: Answers only this many rows of each split; None means all.
+        process: (index, count) if several processes share the batches.
 
     Returns:
         The examples with their answers, by task name, in the order of the splits.
@@ -37,34 +40,23 @@ def answer_all(
     Raises:
         ValueError: A row cannot be read.
     """
-    together = nn.ModuleList(networks)
-    before = {module: module.training for module in together.modules()}  # parts of a network may differ
-    try:
-        together.eval()
-        with fixed_parameters(together):
-            return {name: predict(answers[name], split, batch_size, limit, name) for name, split in sets.items()}
-    finally:
-        for module, training in before.items():
-            module.training = training
+    with evaluating(networks) as together, fixed_parameters(together):
+        return {
+            name: _answer_split(answers[name], split, batch_size, limit, name, process) for name, split in sets.items()
+        }
 
 
-@torch.no_grad()
-def predict(answer: Answer, split: ValidationSet, batch_size: int, limit: int | None, name: str) -> Predictions:
-    """Answers the rows of a split in batches; returns each example with its answer.
-
-    Args:
-        answer: Answers the examples of a batch. Its model should be in eval mode, and its parameters fixed.
-        split: The examples, with the folder of their images.
-        batch_size: Examples per batch.
-        limit: Answers only this many rows; None means all.
-        name: The name of the task, for the progress bar.
-    """
+def _answer_split(
+    answer: Answer, split: ValidationSet, batch_size: int, limit: int | None, name: str, process: tuple[int, int]
+) -> Predictions:
     table = split.table
     count = len(table) if limit is None else min(limit, len(table))
-    rows = []
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     with tqdm(total=count, desc=name, unit="row", delay=2, disable=None) as bar:
-        for start in range(0, count, batch_size):
-            examples = [table[index] for index in range(start, min(start + batch_size, count))]
-            rows += zip(examples, answer(examples, split.images), strict=True)
-            bar.update(len(examples))
-    return rows
+
+        def answers_of(rows: range) -> list[str]:
+            bar.update(len(rows))
+            return list(answer([table[row] for row in rows], split.images))
+
+        texts = [text for found in map_shared(answers_of, batches, process) for text in found]
+    return [(table[row], text) for row, text in zip(range(count), texts, strict=True)]

@@ -44,9 +44,10 @@ def fit(
     state: Mapping[str, Stateful] | None = None,
     after_step: Hook | None = None,
     observe: Hook | None = None,
+    is_over: Callable[[], bool] = lambda: False,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Trains until `config.steps` optimizer steps are done.
+    """Trains until `config.steps` optimizer steps are done, or `is_over` says so.
 
     If the run directory holds checkpoints, training resumes from the newest one. The contents of a batch depend only
     on its number, and all randomness of the loss comes from (seed, batch number), so a resumed run repeats an
@@ -69,10 +70,11 @@ def fit(
         after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
         observe: Called after `after_step` with the same number; for work that does not affect training, such as
             validation. A call that was interrupted is repeated by the resumed run.
+        is_over: Whether to stop, asked before each step; a resumed run must get the same answers.
         metadata: What the headers of adapter files have, for the checkpoints, whose weights are adapter files as well.
 
     Returns:
-        The number of optimizer steps that this call performed.
+        The number of finished optimizer steps, those before this call included.
 
     Raises:
         ValueError: The loss or a parameter is not finite, or the newest checkpoint cannot be loaded.
@@ -101,7 +103,7 @@ def fit(
     try:
         with fixed_parameters(modules, base_only=True):  # the base weight of an adapted layer is never trained here
             pending.run(observe, step, only_interrupted=True)
-            while step < config.steps:
+            while step < config.steps and not is_over():
                 rate = float(schedule.get_last_lr()[0])
                 with interrupt:
                     with fixed_parameters(modules, num_passes=config.gradient_accumulation_steps):
@@ -120,6 +122,8 @@ def fit(
                 if due:  # before `observe` scores or draws them
                     _check_trained(parameters, step, last_step(run.checkpoints))
                 pending.run(observe, step)
+                if not due and (due := is_over()):
+                    _check_trained(parameters, step, last_step(run.checkpoints))
                 if due:
                     save()
     except KeyboardInterrupt:
@@ -131,7 +135,7 @@ def fit(
         progress.close()
         if metrics is not None:
             metrics.close()
-    return step - first
+    return step
 
 
 def _check_finite(loss: float, step: int) -> None:

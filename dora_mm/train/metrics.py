@@ -41,18 +41,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows up to a step of a metrics.jsonl file that a killed process may have left; none without a file."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # a line that the process did not finish
+            break
+        if row["step"] <= step:
+            rows.append(row)
+    return rows
+
+
 def _keep_rows_before(path: Path, resumed_step: int) -> None:
     """Drops the rows that an interrupted run logged after its last checkpoint; they will be logged again."""
     if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # a line that a killed process did not finish
-                break
-            if row["step"] <= resumed_step:
-                kept.append(line + "\n")
-        write_text(path, "".join(kept))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows_until(path, resumed_step)))
 
 
 def _tensorboard(folder: Path, resumed_step: int) -> Any:

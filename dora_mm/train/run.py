@@ -59,7 +59,11 @@ def training_run(
         kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
         say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, resuming(run))
         raise
-    say("\nRun %s is finished. To train longer: %s --set %s", run.path, resuming(run), twice_as_long(config, steps))
+    if (done := last_step(run.checkpoints)) < steps:
+        longer, early = "evaluate.patience=null", f" early, at step {done} of {steps} (evaluate.patience)"
+    else:
+        longer, early = twice_as_long(config, steps), ""
+    say("\nRun %s is finished%s. To train longer: %s --set %s", run.path, early, resuming(run), longer)
 
 
 def twice_as_long(config: PipelineConfig, steps: int) -> str:

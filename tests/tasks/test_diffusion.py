@@ -100,7 +100,7 @@ def test_the_loss_is_a_function_of_its_generator():
 def test_noise_offset_moves_whole_channels():
     batch = make_batch(64)
     task = make_task(lambda noisy, times: noisy, noise_offset=1.0)
-    noise = task._noise(batch.latents, torch.Generator().manual_seed(0))
+    noise = task.draw_noise(batch.latents, torch.Generator().manual_seed(0))
     assert noise.mean(dim=(2, 3)).std() > 0.8
 
 

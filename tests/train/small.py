@@ -16,7 +16,17 @@ from dora_mm.utils.run_directory import RunDirectory
 
 
 def small_training(
-    run=None, *, optimizer=None, schedule="cosine", warmup=None, after_step=None, loss=None, dropout=0.0, **train
+    run=None,
+    *,
+    optimizer=None,
+    schedule="cosine",
+    warmup=None,
+    after_step=None,
+    loss=None,
+    dropout=0.0,
+    observe=None,
+    is_over=lambda: False,
+    **train,
 ):
     """A small regression training whose data and noise depend on the step; `.fit()` runs it."""
     torch.manual_seed(0)
@@ -47,7 +57,10 @@ def small_training(
         "loss": lambda x, generator: mean_of((loss or noisy_loss)(x, generator)),
     }
     return SimpleNamespace(
-        network=network, optimizer=prepared, parts=parts, fit=lambda: fit(run=run, **parts, after_step=after_step)
+        network=network,
+        optimizer=prepared,
+        parts=parts,
+        fit=lambda: fit(run=run, **parts, after_step=after_step, observe=observe, is_over=is_over),
     )
 
 

@@ -171,7 +171,8 @@ class VLM:
         return VLMBatch(task, tuple(groups), sum(row.num_cut > 0 for row in rows), tuple(left_out))
 
     def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
-        self.counts.add(batch.num_cut, batch.left_out)
+        if torch.is_grad_enabled():  # a validation does not count
+            self.counts.add(batch.num_cut, batch.left_out)
         count = torch.zeros((), device=self.network.device)
         total = count if batch.groups else self.network.zero_loss()
         for inputs, labels, weights in batch.groups:

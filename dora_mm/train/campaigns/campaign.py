@@ -176,6 +176,8 @@ def common_overrides(config: CompareConfig, training: Training, alpha: float) ->
         "optimizer.magnitude_lr=null",
         f"train.steps={config.steps}",
         "train.checkpoint_every=0",
+        "evaluate.every=0",
+        "evaluate.patience=null",
     ]
 
 

@@ -264,6 +264,7 @@ def killed(arguments, run, how):
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     """Real processes are killed, in both ways, and resumed: weights, optimiser and data order are as without that."""
     settings = {"train__steps": 10, "train__checkpoint_every": 2, "train__keep_checkpoints": 99, "sample__prompts": []}
+    settings |= {"data__valid": {"share": 0.4}, "evaluate": {"every": 3}}
     assert main(["train", str(config("uninterrupted", output=str(tmp_path / "uninterrupted"), **settings))]) == 0
     run = tmp_path / "interrupted"
     path = config("interrupted", output=str(run), **settings)
@@ -281,11 +282,46 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     ]
     one, two = (state["optimizer"]["state"] for state in states)
     assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
+    one, two = (read_metrics(r / "validation" / "metrics.jsonl") for r in (tmp_path / "uninterrupted", run))
+    assert [row["step"] for row in one] == [0, 3, 6, 9, 10]
+    assert one == two
     one, two = (read_metrics(r / "metrics.jsonl") for r in (tmp_path / "uninterrupted", run))
     assert [row["seconds"] for row in two] == sorted(row["seconds"] for row in two)
     for row in (*one, *two):
         del row["seconds"]
     assert one == two
+
+
+@pytest.mark.parametrize("parts", [["unet.attn"], ["unet.attn", "text_encoder.attn"]])
+def test_held_out_losses_are_in_the_curves_and_change_no_bit(config, tmp_path, image_folder, capsys, parts):
+    """Those of step 0 are the base model's, and a fresh adapter is one."""
+    shared = {"adapter__parts": parts, "sample__prompts": [], "train__steps": 2}
+    assert main(["train", str(config(**shared))]) == 0
+    held = tmp_path / "held"
+    held.mkdir()
+    for index in (0, 3):
+        Image.open(image_folder / f"{index}.png").rotate(180).save(held / f"{index}.png")
+        (held / f"{index}.txt").write_text("a TOK icon")
+    valid = {"data__valid": {"folder": str(held)}, "evaluate": {"every": 1}, "output": str(tmp_path / "valid")}
+    path = config("valid", **shared, **valid)
+    assert main(["train", str(path)]) == 0
+    plain, with_valid = (
+        load_file(tmp_path / n / "checkpoints/step-000002/trained_weights.safetensors") for n in ("run", "valid")
+    )
+    assert all(torch.equal(plain[name], with_valid[name]) for name in plain)
+    base, first, last = read_metrics(tmp_path / "valid" / "validation" / "metrics.jsonl")
+    assert base.keys() == {"step", "held_out_loss", "trained_loss"}
+    for row in (first, last):
+        for name in ("held_out_loss", "trained_loss"):
+            assert row[f"{name}_minus_base"] == row[name] - base[name] != 0
+    summary = json.loads((tmp_path / "valid" / "summary.json").read_text())
+    assert summary["held_out_loss"] == pytest.approx(last["held_out_loss"], abs=1e-5)
+    best = min((first, last), key=lambda row: row["held_out_loss"])
+    assert summary["best_step"] == best["step"]
+    assert (tmp_path / "valid" / "best" / "overall" / ADAPTER).is_file()
+    capsys.readouterr()
+    assert main(["train", str(path), "--set", f"output={tmp_path / 'new'}", "--dry-run"]) == 0
+    assert "held out  2 (0.png, 3.png), their loss after every step" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
