@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dora_mm.models.image_families import load_if_local, load_image_model
 from dora_mm.models.opening import commit_of
 from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
 from dora_mm.preview.parts import parts_table
-from dora_mm.preview.training import describe_training, is_measured, slow_hardware
+from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.tasks.diffusion import DiffusionTask
@@ -36,11 +36,12 @@ from dora_mm.tasks.held_out import PictureLosses
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import build_optimizer
+from dora_mm.train.optim import build_optimizer, check_device
 from dora_mm.train.processes import join_processes
 from dora_mm.train.run import training_run, training_summary, write_summary
-from dora_mm.train.schedule import build_schedule
+from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import OVERALL, Validation
+from dora_mm.train.weights import result_of
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     if dry_run:
         print(describe(config, images, held, accelerator))
         return
+    check_device(config.optimizer, accelerator.device)
     model = load_image_model(config.model).to(accelerator.device)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
@@ -84,13 +86,17 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     log.info("%s", trained)
     training, adapted = build(config, model, trained, task, accelerator), trained.adapted
     move_vae(model, config)
-    draw = partial(draw_sheet, config, sampler, adapted) if accelerator.is_main_process else None
+    result = result_of(training["optimizer"])
+    draw = result(partial(draw_sheet, config, sampler, adapted)) if accelerator.is_main_process else None
     about = about_adapter(config, model)
 
     inputs = {"the pictures and captions": digest_of(images)}
     inputs |= {"the held-out pictures": digest_of(held)} if held else {}
     with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
-        validate = held_out_loss(config, run, losses, adapted, about, accelerator.is_main_process) if losses else None
+        write = result(partial(save, config, adapted, about=about))
+        measure = result(partial(losses, list(adapted.values()))) if losses else None
+        writes = accelerator.is_main_process
+        validate = held_out_loss(config, run, measure, adapted, write, writes=writes) if measure else None
 
         def observe(step: int) -> None:
             if validate and validate.is_due(step, config.train.steps):
@@ -104,7 +110,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
             log_losses(done, validate(done))
             validate.close()
         if draw:
-            save(config, adapted, run.adapter, about)
+            write(run.adapter)
             add_pictures(config, run, draw(run.sheet))
             write_results(config, run, training["parameters"], done, validate)
 
@@ -145,28 +151,28 @@ def fixed_losses(
 def held_out_loss(
     config: TrainDiffusionConfig,
     run: RunDirectory,
-    losses: PictureLosses,
+    measure: Callable[[], dict[str, float]],
     adapted: Networks,
-    about: dict[str, str],
+    write: Callable[[Path], None],
+    *,
     writes: bool,
 ) -> Validation:
     """Validates by the held-out loss; step 0 of its log has the losses of the base model."""
-    save_to = partial(save, config, adapted, about=about)
-    done, networks = last_step(run.checkpoints), list(adapted.values())
 
-    def measure() -> dict[str, float]:
-        base, found = validation.rows[0], losses(networks)
+    def beside_base() -> dict[str, float]:
+        base, found = validation.rows[0], measure()
         return found | {f"{name}_minus_base": value - base[name] for name, value in found.items()}
 
-    validation = Validation(run, config.evaluate, measure, by_held_out_loss, save_to, done, writes=writes)
+    done = last_step(run.checkpoints)
+    validation = Validation(run, config.evaluate, beside_base, by_held_out_loss, write, done, writes=writes)
     if not validation.rows:
-        with base_model(config, networks):
-            validation.note(0, losses(networks))
+        with base_model(config, adapted.values()):
+            validation.note(0, measure())
     return validation
 
 
 @contextlib.contextmanager
-def base_model(config: TrainDiffusionConfig, networks: list[nn.Module]) -> Iterator[None]:
+def base_model(config: TrainDiffusionConfig, networks: Collection[nn.Module]) -> Iterator[None]:
     """Switches the adapters off before a training. Method `full` has no others, but nothing is trained yet."""
     adapters = [] if "full" in config.adapter.methods else networks
     for network in adapters:
@@ -225,7 +231,7 @@ def build(
         "networks": trained.networks,
         "parameters": trained.parameters,
         "optimizer": accelerator.prepare(optimizer),
-        "schedule": build_schedule(optimizer, config.schedule, config.train.steps),
+        "schedule": Schedule(optimizer, config.schedule, config.train.steps),
         "loss": task.loss,
     }
 
@@ -251,7 +257,8 @@ def describe(
     training = build(config, model, trained, task, accelerator) | {"batch_at": batches}
     move_vae(model, config)
     cost = describe_training(model.networks, config.optimizer, training)
-    return f"{data}\n\n{trained.share}\n{table}\n\n{cost}"
+    how = optimizer_line(config.optimizer, config.schedule, config.train.steps)
+    return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 
 def adapt(model: ImageModel, config: TrainDiffusionConfig) -> TrainedNetworks:

@@ -36,6 +36,7 @@ from dora_mm.preview.training import (
     length_line,
     measure_accumulated,
     memory_table,
+    optimizer_line,
     slow_hardware,
     time_line,
     when,
@@ -48,12 +49,13 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, with_steps
+from dora_mm.train.optim import build_optimizer, check_device, with_steps
 from dora_mm.train.prefetch import Prefetcher
 from dora_mm.train.processes import join_processes, main_process_first
 from dora_mm.train.run import training_run, training_summary, write_summary
-from dora_mm.train.schedule import build_schedule
+from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import LOSS, Validation, main_values, other_values, task_qualities
+from dora_mm.train.weights import result_of
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         return
     unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    check_device(config.optimizer, accelerator.device)
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
     model = load_family(
         config.model,
@@ -113,11 +116,12 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
-    write = partial(save_trained, trained, config, identity)
+    result = result_of(parts["optimizer"])
+    write = result(partial(save_trained, trained, config, identity))
     settings = {"limit": config.evaluate.limit, "process": process}
     losses = RowLosses(model, splits, training, on_bad_data=on_bad_data, precision=accelerator.autocast, **settings)
     answer = partial(answer_all, answers, model.networks.values(), splits, config.evaluate.batch_size, **settings)
-    scoring = SplitScores(accelerator, answer, losses)
+    scoring = SplitScores(accelerator, result(answer), result(losses))
     qualities = partial(task_qualities, {name: by_loss(config.evaluate, name) for name in splits})
     with training_run(accelerator, config, inputs, resume, train.steps) as run:
         done = last_step(run.checkpoints)
@@ -171,7 +175,7 @@ def build(
     """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
     train = with_steps(config.train, config.schedule, steps_per_epoch)
     optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
-    schedule = build_schedule(optimizer, config.schedule, train.steps)
+    schedule = Schedule(optimizer, config.schedule, train.steps)
     if train.gradient_checkpointing:
         network: Any = trained.networks["model"]
         network.activation_checkpointing_enable()
@@ -299,7 +303,9 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         why_not = "not all training data can be read"
     else:
         per_epoch = batches_of(config, model, data.sets).steps_per_epoch
-        yield length_line(with_steps(config.train, config.schedule, per_epoch), per_epoch)
+        length = with_steps(config.train, config.schedule, per_epoch)
+        yield length_line(length, per_epoch)
+        yield optimizer_line(config.optimizer, config.schedule, length.steps)
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
         by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
         yield f"validated {when(config.evaluate)}; the best adapter of {by}"

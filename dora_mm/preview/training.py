@@ -8,10 +8,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dora_mm.config.training import OptimizerConfig, TrainConfig, ValidationConfig
+from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.train.loop import LossModule, accumulate, update
-from dora_mm.train.optim import build_optimizer
+from dora_mm.train.optim import OPTIMIZERS, build_optimizer
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.tables import aligned_columns
 
@@ -21,7 +21,6 @@ SLOWER = 4.0  # half precision that is this much slower than float32 is emulated
 BUDGET = 20.0  # seconds after which no further step is measured
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOO_SLOW = "a step of this model takes minutes to hours without a GPU"
-EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit")  # optimizers
 MEASURED, KEPT = "measured", "an estimate: what a step keeps for its backward pass"
 
 
@@ -145,7 +144,7 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def optimizer_values(config: OptimizerConfig) -> int:
     """How many numbers the optimizer keeps per trained parameter, found by one step of it on a small one."""
-    if config.name in EIGHT_BITS:  # they run on a GPU only, and keep small parameters in float32
+    if OPTIMIZERS[config.name].needs_gpu:  # those of 8 bits, which keep small parameters in float32
         return 2
     probe = nn.Parameter(torch.ones(3, 3))
     optimizer = build_optimizer({"probe": probe}, config)
@@ -176,7 +175,7 @@ def memory_table(
     """
     values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
     device = next(iter(parameters.values())).device.type
-    state, width = optimizer_values(optimizer), 1 if optimizer.name in EIGHT_BITS else 4
+    state, width = optimizer_values(optimizer), 1 if OPTIMIZERS[optimizer.name].needs_gpu else 4
     kept = f"{state} numbers{' of 8 bits' if width == 1 else ''} each"
     rows = _frozen(networks, {id(parameter) for parameter in parameters.values()}, stored or {})
     rows.append((f"{values:,} trained", device, size))
@@ -252,6 +251,17 @@ def length_line(train: TrainConfig, steps_per_epoch: int) -> str:
     of_several = f" of {count} batches" if count > 1 else ""
     epochs, s = train.steps / steps_per_epoch, "s" if steps_per_epoch > 1 else ""
     return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {steps_per_epoch:,} step{s}"
+
+
+def optimizer_line(optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int) -> str:
+    """A line with the optimizer, the learning rates that hold for all parts, and their schedule."""
+    rates = [f"lr {optimizer.lr:.4g}"]
+    rates += [f"B {optimizer.b_lr_ratio:.4g} times that"] if optimizer.b_lr_ratio != 1 else []
+    rates += [f"m {optimizer.magnitude_lr:.4g}"] if optimizer.magnitude_lr is not None else []
+    options = [f"{key} {value}" for key, value in optimizer.options.items()]
+    warmup = schedule.warmup_steps or round(schedule.warmup_ratio * steps)
+    after = f" after {warmup:,} steps of warm-up" if warmup else ""
+    return f"optimizer {optimizer.name}, {', '.join(rates + options)}; {schedule.name}{after}"
 
 
 def when(evaluate: ValidationConfig) -> str:

@@ -10,7 +10,7 @@ from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.schedule import build_schedule
+from dora_mm.train.schedule import Schedule
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -35,7 +35,7 @@ def small_training(
     config = TrainConfig(**{"steps": 12, "batch_size": 4, "log_every": 3, **train})
     built_optimizer = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
     shape = ScheduleConfig(name=schedule, **(warmup or {}))
-    built_schedule = build_schedule(built_optimizer, shape, config.steps)
+    built_schedule = Schedule(built_optimizer, shape, config.steps)
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(built_optimizer)
 

@@ -174,6 +174,7 @@ def common_overrides(config: CompareConfig, training: Training, alpha: float) ->
         f"adapter.alpha={alpha!r}",
         f"optimizer.lr={training.rate!r}",
         "optimizer.magnitude_lr=null",
+        "optimizer.b_lr_ratio=1.0",
         f"train.steps={config.steps}",
         "train.checkpoint_every=0",
         "evaluate.every=0",

@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.schedule import build_schedule
+from dora_mm.train.schedule import Schedule
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import RunDirectory
 from samples.build.schema import PretrainStage
@@ -47,7 +47,7 @@ def train_stage(
         if name in networks and stage.train.gradient_checkpointing:
             networks[name].enable_gradient_checkpointing()
     optimizer = build_optimizer(parameters, stage.optimizer)
-    schedule = build_schedule(optimizer, stage.schedule, stage.train.steps)
+    schedule = Schedule(optimizer, stage.schedule, stage.train.steps)
     optimizer = accelerator.prepare(optimizer)
     fit(
         accelerator=accelerator,

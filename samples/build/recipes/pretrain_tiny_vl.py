@@ -36,7 +36,7 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, with_steps
 from dora_mm.train.run import start_run
-from dora_mm.train.schedule import build_schedule
+from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import Validation, main_values, other_values, task_qualities
 from dora_mm.utils.randomness import generator
 from samples.build.pretraining.tokenizer import train_tokenizer
@@ -76,7 +76,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     order = TaskBatches({"caption": len(rows.table)}, {"caption": rows.batch_size}, seed=config.seed)
     train = with_steps(config.train, config.schedule, order.batches_per_epoch)
     optimizer = build_optimizer(parameters, config.optimizer)
-    schedule = build_schedule(optimizer, config.schedule, train.steps)
+    schedule = Schedule(optimizer, config.schedule, train.steps)
     vocabulary = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
     inputs = {"the captions": rows.table.identity, "the vocabulary": vocabulary, "the vision tower": vision.identity}
     run = start_run(accelerator, config, inputs, resume)
