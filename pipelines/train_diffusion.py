@@ -14,14 +14,14 @@ from torch import nn
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
-from dora_mm.adapting.initial import load_initial_file
+from dora_mm.adapting.initial import initial_identity, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.parts import check_names
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import load_if_local, load_image_model
+from dora_mm.models.image_families import identity_of, load_if_local, load_image_model
 from dora_mm.models.opening import commit_of
 from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
 from dora_mm.preview.parts import parts_table
@@ -79,7 +79,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     move_vae(model, config)
     draw = partial(draw_sheet, config, sampler, adapted) if accelerator.is_main_process else None
 
-    inputs = {"the pictures and captions": digest_of(images)}
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
+    inputs |= initial_identity(config.adapter)
     with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
 
         def observe(step: int) -> None:

@@ -13,9 +13,10 @@ from torch import nn
 
 from dora_mm import formats
 from dora_mm.adapting.files import save_trained
-from dora_mm.adapting.initial import load_initial_folder
+from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
+from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.needed import data_needed
@@ -23,6 +24,7 @@ from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
+from dora_mm.models.folders import settings_identity
 from dora_mm.models.opening import UnreachableError
 from dora_mm.models.vl import VLModel
 from dora_mm.preview.lengths import row_lines
@@ -110,6 +112,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     parts = build(config, model, trained, accelerator, batches.per_epoch)
     train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
+    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs |= initial_identity(config.adapter)
     write = partial(save_trained, trained, config, identity)
     with training_run(accelerator, config, inputs, resume, train.steps) as run:
         validate = None

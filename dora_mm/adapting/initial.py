@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import nn
 
@@ -16,6 +17,7 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.utils.digest import files_digest
 
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
 
@@ -98,6 +100,17 @@ def load_initial_folder(trained: TrainedNetworks, config: AdapterConfig, identit
         )
     for component, network in trained.networks.items():
         _load({component: network}, files[component])
+
+
+def initial_identity(config: AdapterConfig) -> dict[str, str]:
+    """A digest of the files of `adapter.init_from`, by a description; empty without it."""
+    if config.init_from is None:
+        return {}
+    path = resolve_path(config.init_from, "adapter.init_from")
+    folder = formats.adapter_folder(path)
+    found = [path] if path.is_file() else [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    settings = [file.with_name("adapter_config.json") for file in found]  # PEFT's: it has the alpha
+    return {"the initial adapter": files_digest([*found, *filter(Path.is_file, settings)])}
 
 
 def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:

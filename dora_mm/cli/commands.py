@@ -10,7 +10,7 @@ from dora_mm.config import find_path, load_config, resolve_model, resolve_path, 
 from dora_mm.config.paths import check_paths
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
-from dora_mm.train.resuming import check_changes, nearest_run
+from dora_mm.train.resuming import check_changes, nearest_run, started_config
 
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 
@@ -127,7 +127,11 @@ def _config_of_run(run: Path, given: str | None, overrides: list[str], recipes: 
     if not saved.is_file():
         raise ValueError(f"--resume {run} is not a run directory: it has no config.yaml{nearest_run(run)}")
     config = load_config(given or saved, overrides, recipes.schemas)
-    check_changes(run, load_config(saved, schemas=recipes.schemas), config)
+    if config.changeable is not None:
+        before = started_config(run, recipes.schemas)
+        if given is None:
+            check_changes(f"{saved}, edited", before, load_config(saved, schemas=recipes.schemas))
+        check_changes(f"--resume {run}", before, config)
     return config
 
 

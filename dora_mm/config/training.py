@@ -38,9 +38,12 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
 
 
-# A longer training has the same first steps; checkpointing computes the same activations again.
-CHANGEABLE = tuple(
-    f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "gradient_checkpointing")
+# A longer training has the same first steps; checkpointing computes the same activations again. Only the rate is one of
+# the steps to come: a training that diverged goes on from its last checkpoint with a lower one.
+CHANGEABLE = (
+    *(f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every")),
+    "train.gradient_checkpointing",
+    "optimizer.lr",
 )
 
 

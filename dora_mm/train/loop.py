@@ -21,11 +21,16 @@ from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_chec
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
+from dora_mm.train.run import DivergedError
 from dora_mm.utils.randomness import generator
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 Hook = Callable[[int], None]
+AGAIN = (
+    "and would be again in a resumed run with this optimizer.lr: go on with a lower one (--resume RUN --set "
+    "optimizer.lr=...), or start a new run in float32 or bf16."
+)
 
 
 def fit(
@@ -73,7 +78,8 @@ def fit(
         The number of optimizer steps that this call performed.
 
     Raises:
-        ValueError: The loss or a parameter is not finite, or the newest checkpoint cannot be loaded.
+        DivergedError: The loss or a parameter is not finite.
+        ValueError: The newest checkpoint cannot be loaded.
     """
     trained = LossModule(networks, loss)
     modules = trained.networks
@@ -92,7 +98,8 @@ def fit(
 
     def save() -> None:
         # without waiting for the other processes, which may be in the middle of a step when interrupted
-        if accelerator.is_main_process:
+        if metrics is not None:
+            metrics.sync()
             save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints, header)
 
     interrupt = DeferredInterrupt()
@@ -108,6 +115,7 @@ def fit(
                         _warn_of_unreached(parameters)
                     norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                     step += 1
+                    pending.interrupted = observe is not None  # from now on, also by a signal during this step
                     _check_finite(value, step)
                     progress.advance(value, rate)
                     if metrics is not None and (step % config.log_every == 0 or step == config.steps):
@@ -134,19 +142,13 @@ def fit(
 
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise ValueError(
-            f"The loss is {loss} at step {step}, and would be again in a resumed run: start a new run with a lower "
-            "optimizer.lr, or in float32 or bf16."
-        )
+        raise DivergedError(f"The loss is {loss} at step {step}, {AGAIN}")
 
 
 def _check_trained(parameters: Mapping[str, nn.Parameter], step: int, saved: int) -> None:
     if name := first_not_finite((name, parameter.detach()) for name, parameter in parameters.items()):
         kept = f"the checkpoint of step {saved} stays as it is" if saved else "nothing was saved"
-        raise ValueError(
-            f"{name} has values that are NaN or infinite after step {step}, and {kept}: start a new run with a lower "
-            "optimizer.lr, or in float32 or bf16."
-        )
+        raise DivergedError(f"{name} has values that are NaN or infinite after step {step} ({kept}), {AGAIN}")
 
 
 def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:

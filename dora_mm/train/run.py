@@ -12,18 +12,22 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm.config.adapter import AdapterConfig
-from dora_mm.config.loader import dump_config, load_config
+from dora_mm.config.loader import dump_config
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.train.checkpoint import last_step
+from dora_mm.train.checkpoint import last_step, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.resuming import changed_values
+from dora_mm.train.resuming import changed_values, started_config
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.run_directory import CONFIG, RunDirectory
+from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
 CHANGES = "changes.jsonl"  # what a resumed run changed of its config, and after which step
 SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
+
+
+class DivergedError(ValueError):
+    """The loss or a weight is not finite: the same steps with the same rate would end so again."""
 
 
 @contextlib.contextmanager
@@ -44,6 +48,10 @@ def training_run(
             another number of processes, and so with other batches.
     """
     inputs = {**inputs, PROCESSES: str(accelerator.num_processes)}
+    if resume is not None:
+        if accelerator.is_main_process:
+            set_damaged_aside(RunDirectory(resume).checkpoints)
+        accelerator.wait_for_everyone()
     run = start_run(accelerator, config, inputs, resume)
     done = last_step(run.checkpoints)
     if steps < done:
@@ -51,13 +59,18 @@ def training_run(
     say = log.info if accelerator.is_main_process else log.debug
     if accelerator.is_main_process and resume is not None:
         change_config(run, config)
+        if changed := run.changed_versions():
+            log.warning(
+                "The last bits of this run may differ from those of an uninterrupted one: %s", ", ".join(changed)
+            )
     say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
     try:
         yield run
-    except BaseException:
+    except BaseException as error:
         done = last_step(run.checkpoints)
         kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
-        say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, resuming(run))
+        how = f"{resuming(run)} --set {lower_rate(config)}" if isinstance(error, DivergedError) else resuming(run)
+        say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, how)
         raise
     say("\nRun %s is finished. To train longer: %s --set %s", run.path, resuming(run), twice_as_long(config, steps))
 
@@ -66,6 +79,12 @@ def twice_as_long(config: PipelineConfig, steps: int) -> str:
     """The override that doubles the length of a training."""
     epochs = getattr(getattr(config, "train", None), "epochs", None)
     return f"train.epochs={2 * epochs}" if epochs else f"train.steps={2 * steps}"
+
+
+def lower_rate(config: PipelineConfig) -> str:
+    """The override that lowers the learning rate of a training which has diverged."""
+    rate = getattr(getattr(config, "optimizer", None), "lr", 0.001)
+    return f"optimizer.lr={rate / 10:g}"
 
 
 def resuming(run: RunDirectory) -> str:
@@ -83,7 +102,7 @@ def change_config(run: RunDirectory, config: PipelineConfig) -> None:
         run: The run directory.
         config: The config that it goes on with; see `dora_mm.train.resuming` for what may differ.
     """
-    before = load_config(run.path / CONFIG, schemas={config.pipeline: type(config)})
+    before = started_config(run.path, {config.pipeline: type(config)})
     changes = changed_values(before, config)
     if not changes:
         return
@@ -93,7 +112,7 @@ def change_config(run: RunDirectory, config: PipelineConfig) -> None:
     rows = [{"step": done, "key": key, "before": old, "after": new} for key, (old, new) in changes.items()]
     with (run.path / CHANGES).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    write_text(run.path / CONFIG, dump_config(config))
+    run.write_config(dump_config(config), run.inputs)
     for key, (old, new) in changes.items():
         log.info("%s changes from %s to %s", key, old, new)
 

@@ -22,9 +22,10 @@ SHAPES: dict[str, Callable[[int, int], float]] = {  # of the steps since the war
 class Schedule(LRScheduler):
     """The learning rate of each optimizer step, a function of the step alone.
 
-    A checkpoint restores the position and the warm-up, but not the length: that is the config's, because a run may be
-    extended. A constant rate is the same in a longer run. The rates of the other shapes depend on the length, so they
-    go on as in a run of the new length, which the finished steps were not: a warning says so.
+    A checkpoint restores the position and the warm-up, but neither the learning rates nor the length: those are the
+    config's, because a run that has diverged goes on with a lower rate, and one may be extended. A constant rate is the
+    same in a longer run. The rates of the other shapes depend on the length, so they go on as in a run of the new
+    length, which the finished steps were not: a warning says so.
 
     Args:
         optimizer: Its learning rates are those after the warm-up.
@@ -48,13 +49,13 @@ class Schedule(LRScheduler):
         return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, except for the length."""
-        steps = self.steps
+        """Restores what `state_dict` returned, except for the learning rates and the length."""
+        rates, steps = self.base_lrs, self.steps
         super().load_state_dict(state_dict)
-        before, self.steps = self.steps, steps
+        before, self.base_lrs, self.steps = self.steps, rates, steps
         self._last_lr = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
+        for group, first, rate in zip(self.optimizer.param_groups, rates, self._last_lr, strict=True):
+            group |= {"initial_lr": first, "lr": rate}
         if before != steps and self.name != "constant" and self.last_epoch > self.warmup:
             log.warning(
                 "schedule.name %s now ends at step %d: the rate goes on at %.2e, but the %d finished steps had the "

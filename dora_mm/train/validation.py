@@ -69,6 +69,7 @@ class Validation(Generic[ScoresT]):
         # Resuming a finished run validates its last step again, which is logged already.
         if not any(row["step"] == step for row in read_metrics(self.log.path)):
             self.log.write(step, **values, **other_values(scores))
+            self.log.sync()
         return scores
 
     def close(self) -> None:

@@ -15,7 +15,16 @@ from dora_mm.utils.run_directory import RunDirectory
 
 
 def small_training(
-    run=None, *, optimizer=None, schedule="cosine", warmup=None, after_step=None, loss=None, dropout=0.0, **train
+    run=None,
+    *,
+    optimizer=None,
+    schedule="cosine",
+    warmup=None,
+    after_step=None,
+    loss=None,
+    dropout=0.0,
+    seed=0,
+    **train,
 ):
     """A small regression training whose data and noise depend on the step; `.fit()` runs it."""
     torch.manual_seed(0)
@@ -37,7 +46,7 @@ def small_training(
     parts = {
         "accelerator": accelerator,
         "config": config,
-        "seed": 0,
+        "seed": seed,
         "networks": {"network": network},
         "parameters": parameters,
         "optimizer": prepared,
@@ -46,7 +55,10 @@ def small_training(
         "loss": loss or noisy_loss,
     }
     return SimpleNamespace(
-        network=network, optimizer=prepared, parts=parts, fit=lambda: fit(run=run, **parts, after_step=after_step)
+        network=network,
+        optimizer=prepared,
+        parts=parts,
+        fit=lambda **hooks: fit(run=run, **parts, after_step=after_step, **hooks),
     )
 
 

@@ -18,6 +18,7 @@ from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.loop import TrainingProgress
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
+from dora_mm.train.run import DivergedError
 from tests.train.small import but_for_seconds, interrupt_at, metrics, new_run, small_training
 
 OPTIMIZERS = {
@@ -160,16 +161,6 @@ def test_an_unfinished_checkpoint_does_not_count(tmp_path):
     assert small_training(run, steps=3).fit() == 3
 
 
-def test_the_error_of_a_damaged_checkpoint_names_it(tmp_path):
-    run = new_run(tmp_path / "run")
-    small_training(run, steps=3).fit()
-    (checkpoint,) = checkpoints(run.checkpoints)
-    for name in ("state.pt", "trained_weights.safetensors"):
-        (checkpoint / name).write_bytes(b"half")
-        with pytest.raises(ValueError, match="step-000003 is not a readable checkpoint"):
-            small_training(run, steps=5).fit()
-
-
 class FullDisk:
     """A file on a disk that has 100 kB left."""
 
@@ -280,7 +271,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, every):
 
     training = small_training(run, after_step=break_weights, steps=4, checkpoint_every=every)
     kept = "the checkpoint of step 2 stays as it is" if every else "nothing was saved"
-    with pytest.raises(ValueError, match=f"^3.bias has values that are NaN or infinite after step 4, and {kept}"):
+    text = rf"^3.bias has values that are NaN or infinite after step 4 \({kept}\), and would be again"
+    with pytest.raises(DivergedError, match=text):
         training.fit()
     assert [path.name for path in checkpoints(run.checkpoints)] == (["step-000002"] if every else [])
 
@@ -294,7 +286,7 @@ def test_an_interruption_saves_no_weights_that_are_not_finite(tmp_path):
         raise KeyboardInterrupt
 
     training = small_training(run, after_step=break_and_interrupt)
-    with pytest.raises(ValueError, match="^0.weight has values that are NaN or infinite after step 1, and nothing"):
+    with pytest.raises(ValueError, match="^0.weight has values that are NaN or infinite after step 1 .nothing"):
         training.fit()
     assert checkpoints(run.checkpoints) == []
 

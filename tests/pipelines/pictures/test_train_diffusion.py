@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,8 +303,8 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert main(["train", str(longer), "--set", "adapter.strength=0.5"]) == 0
     one, two = (load_file(tmp_path / each / "adapter" / ADAPTER) for each in ("run", "longer"))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert main(["train", "--resume", str(run), "--set", "optimizer.lr=1.0"]) == 2
-    assert "optimizer.lr cannot change from 0.01 to 1.0" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--set", "optimizer.eps=1.0"]) == 2
+    assert "optimizer.eps cannot change from 1e-08 to 1.0" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
@@ -367,12 +368,30 @@ def test_a_hub_that_cannot_be_reached(config, capsys):
     )
 
 
-def test_a_run_is_resumed_with_the_same_images_only(config, tmp_path, image_folder, capsys):
-    assert main(["train", str(config(sample__prompts=[]))]) == 0
-    captions = image_folder / "metadata.jsonl"
-    captions.write_text(captions.read_text().replace("thing 3", "thing three"))
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
-    assert "the pictures and captions changed" in capsys.readouterr().err
+CHANGED = {  # what is named in the message
+    "the pictures and captions": "pictures/metadata.jsonl",
+    "the model's unet": "model/unet/diffusion_pytorch_model.safetensors",
+    "the model's text_encoder_2": "model/text_encoder_2/model.safetensors",
+    "the model's tokenizer": "model/tokenizer/tokenizer_config.json",
+    "the initial adapter": f"first/adapter/{ADAPTER}",
+}
+
+
+def test_a_run_is_resumed_with_the_same_inputs_only(config, tmp_path, tiny_folder, capsys):
+    """The last character of a file stays one of its kind; a longer training would read all of them."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = {"sample__prompts": [], "train__steps": 1, "model__path": str(model), "adapter__parts": ["unet.attn"]}
+    assert main(["train", str(config("first", output=str(tmp_path / "first"), **settings))]) == 0
+    assert main(["train", str(config(adapter__init_from=str(tmp_path / "first"), **settings))]) == 0
+    resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]
+    for what, name in CHANGED.items():
+        file, before = tmp_path / name, (tmp_path / name).read_bytes()
+        flipped = before[:-1] + bytes([before[-1] ^ 1]) if file.suffix == ".safetensors" else before + b"\n"
+        file.write_bytes(flipped if "pictures" not in name else before.replace(b"thing 3", b"thing three"))
+        assert main(resume) == 2
+        assert f"{tmp_path / 'run'} cannot be resumed: {what} changed since" in capsys.readouterr().err
+        file.write_bytes(before)
+    assert main(resume) == 0
 
 
 BAD = {
