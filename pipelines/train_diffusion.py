@@ -28,6 +28,7 @@ from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, slow_hardware
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.sampling.pictures import PictureSampler
+from dora_mm.sampling.sheets import save_atomically
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.loop import fit
@@ -204,8 +205,7 @@ def draw_sheet(
     trains_text = config.adapter.trains_text_encoders  # then prompts are encoded anew for each sheet
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
-    path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    save_atomically(path, sheet)
     move_vae(model, config)
     set_training(adapted, True)
     return pictures
@@ -239,9 +239,7 @@ def add_pictures(config: TrainDiffusionConfig, run: RunDirectory, pictures: list
     shown = []
     for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
         shown.append((prompt, f"pictures/{number}.png"))
-        path = run.adapter / shown[-1][1]
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        save_atomically(run.adapter / shown[-1][1], picture)
     formats.write_card(run.adapter, pictures=shown)
 
 

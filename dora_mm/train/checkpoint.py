@@ -16,6 +16,7 @@ from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools.native import FILE_NAME
 from dora_mm.utils.atomic import flush
 from dora_mm.utils.digest import file_digest
+from dora_mm.utils.lock import check_lock
 from dora_mm.utils.messages import first_line
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ def save_checkpoint(
     Raises:
         OSError: The checkpoint cannot be written, for example because the disk is full; no partial one remains.
             Safetensors and torch may wrap it in another exception.
+        ValueError: Another process has taken over the run.
     """
+    check_lock(folder)
     final = folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
@@ -72,6 +75,7 @@ def save_checkpoint(
         (partial / ABOUT).write_text(json.dumps({"step": step, "digests": digests}))
         for file in partial.iterdir():
             flush(file)
+        check_lock(folder)
         if final.exists():  # a resumed run repeats this step with the same bits
             shutil.rmtree(final)
         os.rename(partial, final)

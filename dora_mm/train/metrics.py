@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.utils.atomic import flush, write_text
+from dora_mm.utils.lock import check_lock
 
 
 class MetricsLog:
@@ -36,6 +37,7 @@ class MetricsLog:
 
     def write(self, step: int, **values: float) -> None:
         """Appends one row with the `values` after `step` finished steps."""
+        check_lock(self.path)
         row = json.dumps({"step": step, **values}) + "\n"
         self._file.write(row)
         self._file.flush()
@@ -51,7 +53,6 @@ class MetricsLog:
         self._write_digest()
 
     def close(self) -> None:
-        self.sync()
         self._file.close()
         if self._board is not None:
             self._board.close()

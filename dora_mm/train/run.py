@@ -18,6 +18,7 @@ from dora_mm.train.checkpoint import last_step, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.resuming import changed_values, started_config
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.lock import only_writer
 from dora_mm.utils.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -44,35 +45,34 @@ def training_run(
         steps: The length of the training in optimizer steps.
 
     Raises:
-        ValueError: See `start_run`; or the run to resume has more than `steps` finished steps, or was started with
-            another number of processes, and so with other batches.
+        ValueError: See `start_run` and `go_on`; or another process writes to the run, or the run to resume was started
+            with another number of processes, and so with other batches.
     """
     inputs = {**inputs, PROCESSES: str(accelerator.num_processes)}
-    if resume is not None:
+    with contextlib.ExitStack() as writing:
+        run = start_run(accelerator, config, inputs, resume)
+        problem: list[str | None] = [None]
         if accelerator.is_main_process:
-            set_damaged_aside(RunDirectory(resume).checkpoints)
-        accelerator.wait_for_everyone()
-    run = start_run(accelerator, config, inputs, resume)
-    done = last_step(run.checkpoints)
-    if steps < done:
-        raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
-    say = log.info if accelerator.is_main_process else log.debug
-    if accelerator.is_main_process and resume is not None:
-        change_config(run, config)
-        if changed := run.changed_versions():
-            log.warning(
-                "The last bits of this run may differ from those of an uninterrupted one: %s", ", ".join(changed)
-            )
-    say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
-    try:
-        yield run
-    except BaseException as error:
+            try:
+                writing.enter_context(only_writer(run.path))
+                if resume is not None:
+                    go_on(run, config, steps)
+            except ValueError as error:
+                problem = [str(error)]
+        if found := broadcast_object_list(problem)[0]:  # the other processes wait here, and stop with the main one
+            raise ValueError(found)
         done = last_step(run.checkpoints)
-        kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
-        how = f"{resuming(run)} --set {lower_rate(config)}" if isinstance(error, DivergedError) else resuming(run)
-        say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, how)
-        raise
-    say("\nRun %s is finished. To train longer: %s --set %s", run.path, resuming(run), twice_as_long(config, steps))
+        say = log.info if accelerator.is_main_process else log.debug
+        say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
+        try:
+            yield run
+        except BaseException as error:
+            done = last_step(run.checkpoints)
+            kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
+            how = f"{resuming(run)} --set {lower_rate(config)}" if isinstance(error, DivergedError) else resuming(run)
+            say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, how)
+            raise
+        say("\nRun %s is finished. To train longer: %s --set %s", run.path, resuming(run), twice_as_long(config, steps))
 
 
 def twice_as_long(config: PipelineConfig, steps: int) -> str:
@@ -90,6 +90,23 @@ def lower_rate(config: PipelineConfig) -> str:
 def resuming(run: RunDirectory) -> str:
     """The command that resumes a run."""
     return f"dora-mm train --resume {shlex.quote(str(run.path))}"
+
+
+def go_on(run: RunDirectory, config: PipelineConfig, steps: int) -> None:
+    """Prepares a run to be resumed: its newest checkpoint that is intact, its config, a word on other software.
+
+    Raises:
+        ValueError: No checkpoint is intact, or the run has more than `steps` finished steps.
+    """
+    set_damaged_aside(run.checkpoints)
+    done = last_step(run.checkpoints)
+    if steps < done:
+        raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
+    change_config(run, config)
+    if changed := run.changed_versions():
+        log.warning(
+            "With other software the last bits may not be those of an uninterrupted run: %s", ", ".join(changed)
+        )
 
 
 def change_config(run: RunDirectory, config: PipelineConfig) -> None:

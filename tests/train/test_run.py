@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from dora_mm.config import load_config
 from dora_mm.train.run import training_run
+from dora_mm.utils.lock import only_writer
 from tests.train.small import interrupt_at, metrics, small_training
 
 CONFIG = """\
@@ -139,4 +140,25 @@ def test_a_run_goes_on_with_other_software_and_says_so(train, tmp_path, caplog):
     file.write_text(file.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0.0"'))
     train(resume=run.path)
     (said_aloud,) = (record.message for record in caplog.records if record.levelname == "WARNING")
-    assert said_aloud.endswith(f"differ from those of an uninterrupted one: torch 2.0.0 is {torch.__version__}")
+    assert said_aloud.endswith(f"not be those of an uninterrupted run: torch 2.0.0 is {torch.__version__}")
+
+
+def test_a_run_has_one_writer(train, tmp_path):
+    run = train()
+    with only_writer(run.path):
+        before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+        with pytest.raises(ValueError, match=r"run has a writer already, process \d+ on .* \(since 2"):
+            train("train.steps=14", resume=run.path)
+        assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
+    train("train.steps=14", resume=run.path)
+    assert not (run.path / ".lock").exists()
+
+
+def test_what_a_killed_writer_has_left_goes_at_the_next_start(train, tmp_path):
+    run = train()
+    (run.checkpoints / ".step-000014.partial").mkdir()
+    (run.checkpoints / ".step-000014.partial" / "state.pt").touch()
+    (run.path / ".summary.json.1a2b3c4d-1.partial").touch()
+    (run.path / ".lock").write_text("{")
+    train("train.steps=13", resume=run.path)
+    assert not list(run.path.rglob("*.partial"))
