@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import nn
 
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.adapting.files import check_identity, files_in
+from dora_mm.adapting.files import check_identity, digest_of_adapter, files_in
 from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.adapter import AdapterConfig, PartConfig
@@ -17,7 +16,6 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.utils.digest import files_digest
 
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
 
@@ -106,11 +104,7 @@ def initial_identity(config: AdapterConfig) -> dict[str, str]:
     """A digest of the files of `adapter.init_from`, by a description; empty without it."""
     if config.init_from is None:
         return {}
-    path = resolve_path(config.init_from, "adapter.init_from")
-    folder = formats.adapter_folder(path)
-    found = [path] if path.is_file() else [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
-    settings = [file.with_name("adapter_config.json") for file in found]  # PEFT's: it has the alpha
-    return {"the initial adapter": files_digest([*found, *filter(Path.is_file, settings)])}
+    return {"the initial adapter": digest_of_adapter(resolve_path(config.init_from, "adapter.init_from"))}
 
 
 def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:

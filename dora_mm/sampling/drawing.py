@@ -27,9 +27,8 @@ from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_descr
 from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import file_digest
-from dora_mm.utils.lock import LOCK, only_writer
-from dora_mm.utils.partials import PARTIAL
-from dora_mm.utils.run_directory import CONFIG, INPUTS, VERSIONS, RunDirectory, new_folder
+from dora_mm.utils.lock import only_writer
+from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished, new_folder
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples"
@@ -60,9 +59,7 @@ def existing_run(config: PicturesConfig, resume: Path | None = None) -> Path | N
         pipeline = yaml12.read(saved.read_text(encoding="utf-8")).value["pipeline"]
         if pipeline != config.pipeline:
             raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
-    elif not path.is_dir() or any(
-        entry.name not in (VERSIONS, INPUTS, LOCK) and entry.suffix != PARTIAL for entry in path.iterdir()
-    ):
+    elif not is_unfinished(path):
         raise ValueError(f"output {path} exists already and is not a run directory: choose another folder")
     return path
 

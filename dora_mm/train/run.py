@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm.config.adapter import AdapterConfig
-from dora_mm.config.loader import dump_config
+from dora_mm.config.loader import differing_keys, dump_config
+from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.train.checkpoint import last_step, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.resuming import changed_values, started_config
-from dora_mm.utils.atomic import write_text
+from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.lock import only_writer
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished
 
 log = logging.getLogger(__name__)
 PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
@@ -127,8 +128,7 @@ def change_config(run: RunDirectory, config: PipelineConfig) -> None:
     if (run.path / SUMMARY).exists():
         _keep_results(run, f"step-{done:06d}")
     rows = [{"step": done, "key": key, "before": old, "after": new} for key, (old, new) in changes.items()]
-    with (run.path / CHANGES).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_text(run.path / CHANGES, "".join(json.dumps(row) + "\n" for row in rows))
     run.write_config(dump_config(config), run.inputs)
     for key, (old, new) in changes.items():
         log.info("%s changes from %s to %s", key, old, new)
@@ -178,6 +178,52 @@ def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) ->
         ValueError: `output` exists already, or its parent is a file.
     """
     return RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)
+
+
+def reopen_run(
+    config: PipelineConfig, inputs: Mapping[str, str], free: Sequence[str] = ("name",)
+) -> RunDirectory | None:
+    """The run directory that the config's `output` names, to go on in it; None where there is none yet.
+
+    Args:
+        config: The config.
+        inputs: Digests of the data and models that the config refers to, by a description of each.
+        free: The keys of the config that change no result.
+
+    Raises:
+        ValueError: It is no run directory, or that of a run with another config or other inputs.
+    """
+    output = getattr(config, "output", None)
+    folder = Path(output).expanduser() if output else None
+    if folder is None or not folder.exists():
+        return None
+    run = RunDirectory(folder)
+    if not (folder / CONFIG).is_file():
+        if not is_unfinished(folder):
+            raise ValueError(f"output {folder} exists already and is not a run directory: choose another folder.")
+        run.write_about(dump_config(config), inputs)
+    differing = [key for key in differing_keys(started_config(folder, SCHEMAS), config) if key not in free]
+    if differing or (differing := run.changed_inputs(inputs)):
+        raise ValueError(
+            f"output: {folder} was started with different values of {', '.join(differing)}: choose another folder"
+        )
+    return run
+
+
+@contextlib.contextmanager
+def evaluation_run(config: PipelineConfig, inputs: Mapping[str, str]) -> Iterator[RunDirectory]:
+    """Opens the run directory of an evaluation: a new one, or that of the same evaluation, which was stopped.
+
+    Args:
+        config: The config.
+        inputs: Digests of the data and models that the config refers to, by a description of each.
+
+    Raises:
+        ValueError: See `reopen_run` and `open_run`; or another process writes to the directory.
+    """
+    run = reopen_run(config, inputs) or open_run(config, inputs)
+    with only_writer(run.path):
+        yield run
 
 
 def training_summary(

@@ -50,6 +50,13 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def append_text(path: Path, text: str) -> None:
+    """Appends UTF-8 text to a file; a process that is killed meanwhile may leave a part of it."""
+    check_lock(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def flush(path: Path) -> None:
     """Waits until the content of a file, or the directory entries of a folder, are on disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -10,6 +10,8 @@ from typing import Any
 from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import claim_number
+from dora_mm.utils.lock import LOCK
+from dora_mm.utils.partials import PARTIAL
 
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
@@ -147,6 +149,13 @@ def _claim(path: Path) -> Path:
     except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
         raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
     return path
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder has nothing but what a process that was killed may leave before it is a run directory."""
+    return folder.is_dir() and all(
+        entry.name in (VERSIONS, INPUTS, LOCK) or entry.suffix == PARTIAL for entry in folder.iterdir()
+    )
 
 
 def versions() -> dict[str, Any]:
