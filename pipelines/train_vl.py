@@ -20,7 +20,8 @@ from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.needed import data_needed
-from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
+from dora_mm.data.vl.rows import OnBadData
+from dora_mm.data.vl.splits import TrainingSet, ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
@@ -108,8 +109,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
 
     process = (accelerator.process_index, accelerator.num_processes)
     on_bad_data = config.data.on_bad_data
-    batches = VLBatches(model, training, seed=config.seed, on_bad_data=on_bad_data, process=process)
-    parts = build(config, model, trained, accelerator, batches.per_epoch)
+    batches = batches_of(config, model, training, on_bad_data, process)
+    parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
@@ -134,16 +135,28 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
             finish(config, run, trained, validate, train.steps, *counts.tolist())
 
 
+def batches_of(
+    config: TrainVLConfig,
+    model: VLModel,
+    sets: Mapping[str, TrainingSet],
+    on_bad_data: OnBadData = "stop",
+    process: tuple[int, int] = (0, 1),
+) -> VLBatches:
+    """The batches of a process, (index, count), by number."""
+    accumulated = config.train.gradient_accumulation_steps
+    return VLBatches(model, sets, seed=config.seed, on_bad_data=on_bad_data, accumulated=accumulated, process=process)
+
+
 def adapt_networks(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetworks:
     """Adapts the networks of a model as the config says."""
     return adapt(model.networks, model.target_maps, config.adapter, seed=config.seed, backend=config.backend)
 
 
 def build(
-    config: TrainVLConfig, model: VLModel, trained: TrainedNetworks, accelerator: Accelerator, batches_per_epoch: int
+    config: TrainVLConfig, model: VLModel, trained: TrainedNetworks, accelerator: Accelerator, steps_per_epoch: int
 ) -> dict[str, Any]:
     """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
-    train = with_steps(config.train, config.schedule, batches_per_epoch)
+    train = with_steps(config.train, config.schedule, steps_per_epoch)
     optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
     schedule = build_schedule(optimizer, config.schedule, train.steps)
     if train.gradient_checkpointing:
@@ -252,8 +265,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
     if model is None or len(data.sets) < len(config.data.all_tasks):
         why_not = "not all training data can be read"
     else:
-        batches = VLBatches(model, data.sets, seed=config.seed).per_epoch
-        yield length_line(with_steps(config.train, config.schedule, batches), batches)
+        per_epoch = batches_of(config, model, data.sets).steps_per_epoch
+        yield length_line(with_steps(config.train, config.schedule, per_epoch), per_epoch)
     if not why_not and not has_weights:
         why_not = f"the weights of {config.model.path} are not on this machine"
     if model and not why_not:
@@ -272,8 +285,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
 def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLModel, data: DataPreview) -> str:
     """Memory and time of a training, by a short step of it; the memory with the longest rows."""
     trained = adapt_networks(model, config)
-    batches = VLBatches(model, data.sets, seed=config.seed, on_bad_data="skip")
-    parts = build(config, model, trained, accelerator, batches.per_epoch)
+    batches = batches_of(config, model, data.sets, "skip")
+    parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
     cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
     memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost)

@@ -12,6 +12,7 @@ from dora_mm.config.training import OptimizerConfig, TrainConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.train.loop import LossModule, accumulate, update
 from dora_mm.train.optim import build_optimizer
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.tables import aligned_columns
 
 LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
@@ -49,7 +50,7 @@ def measure_step(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batch_at: Callable[[int], Any],
-    loss: Callable[[Any, torch.Generator], torch.Tensor],
+    loss: Callable[[Any, torch.Generator], LossSum],
     largest: Callable[[int], Any] | None = None,
 ) -> StepCost:
     """Trains for up to three steps, all on the first batch, and measures them.
@@ -240,17 +241,17 @@ def time_line(cost: StepCost, steps: int, left_out: str) -> str:
     return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
 
 
-def length_line(train: TrainConfig, batches_per_epoch: int) -> str:
+def length_line(train: TrainConfig, steps_per_epoch: int) -> str:
     """A line with the length of a training in steps and epochs.
 
     Args:
         train: The `train` section, with its number of steps.
-        batches_per_epoch: Micro-batches, of all processes together, in one pass over the data.
+        steps_per_epoch: Optimizer steps in one pass over the data.
     """
     count = train.gradient_accumulation_steps
     of_several = f" of {count} batches" if count > 1 else ""
-    epochs = train.steps * count / batches_per_epoch
-    return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {batches_per_epoch:,} batches"
+    epochs, s = train.steps / steps_per_epoch, "s" if steps_per_epoch > 1 else ""
+    return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {steps_per_epoch:,} step{s}"
 
 
 def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module], num_tokens: int = 1) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dora_mm.config.images import LossConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.models.diffusion import ImageModel, Prompt
+from dora_mm.utils.losses import LossSum
 
 PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 GAMMA = 5.0  # of Min-SNR, where a config leaves it to us: that of its authors
@@ -46,15 +47,14 @@ class DiffusionTask:
         uniform = config.timestep_bias or not is_flow
         self.timesteps = ("uniform" if uniform else "logit_normal") if config.timesteps == "auto" else config.timesteps
 
-    def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> torch.Tensor:
-        """The mean loss of a batch, each image's weighted by min-SNR if the config sets `min_snr_gamma`.
+    def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> LossSum:
+        """The loss of a batch: a sum over its images, which are counted.
+
+        With `min_snr_gamma` each image's loss is weighted by its time, but it counts as one all the same.
 
         Args:
             batch: B images.
             generator: Source of the noise and of the times.
-
-        Returns:
-            A scalar, float32.
         """
         latents = batch.latents
         noise = self._noise(latents, generator)
@@ -62,7 +62,8 @@ class DiffusionTask:
         predicted = self._predict(batch, self.noise.noised(latents, noise, times), times)
         target = self.noise.target(latents, noise, times)
         error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
-        return (error.mean(dim=(1, 2, 3)) * self.weights(times)).mean()
+        each = error.mean(dim=(1, 2, 3)) * self.weights(times)
+        return LossSum(each.sum(), each.new_tensor(len(each)))
 
     def denoised(self, batch: ConditionedLatents, times: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Noises the latents and estimates the clean latents in one step.

@@ -22,6 +22,7 @@ from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
 from dora_mm.train.run import DivergedError
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
 from dora_mm.utils.run_directory import RunDirectory
 
@@ -44,7 +45,7 @@ def fit(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batch_at: Callable[[int], Any],
-    loss: Callable[[Any, torch.Generator], torch.Tensor],
+    loss: Callable[[Any, torch.Generator], LossSum],
     state: Mapping[str, Stateful] | None = None,
     after_step: Hook | None = None,
     observe: Hook | None = None,
@@ -67,7 +68,8 @@ def fit(
         optimizer: The optimizer over `parameters`, prepared by `accelerator`.
         schedule: The learning-rate schedule; advanced once per optimizer step.
         batch_at: Maps the number of a micro-batch to this process's share of it.
-        loss: Maps (batch, generator) to a scalar loss.
+        loss: Maps (batch, generator) to the loss of a batch. An optimizer step minimises the sum of all of its batches,
+            over accumulation and processes, divided by the sum of their counts.
         state: Further objects that a checkpoint must restore, such as an EMA, by name.
         after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
         observe: Called after `after_step` with the same number; for work that does not affect training, such as
@@ -190,12 +192,12 @@ def _resume(run: RunDirectory, parameters: Mapping[str, nn.Parameter], parts: Ma
 class LossModule(nn.Module):
     """The loss as a module that contains the trained networks, because accelerate synchronises gradients by module."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], loss: Callable[[Any, torch.Generator], torch.Tensor]):
+    def __init__(self, networks: Mapping[str, nn.Module], loss: Callable[[Any, torch.Generator], LossSum]):
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.loss = loss
 
-    def forward(self, batch: Any, stream: torch.Generator) -> torch.Tensor:
+    def forward(self, batch: Any, stream: torch.Generator) -> LossSum:
         return self.loss(batch, stream)
 
 
@@ -207,7 +209,10 @@ def accumulate(
     step: int,
     batch_at: Callable[[int], Any],
 ) -> float:
-    """Accumulates the gradients of one optimizer step's micro-batches.
+    """Computes the gradients of one optimizer step: of sum over count of its micro-batches, on all processes.
+
+    The count of a whole step is known only behind its last micro-batch. Until then each is divided by the count that
+    the first one leads to expect, and where others differ, the gradients are scaled at the end.
 
     Args:
         accelerator: As in `fit`, like all others that are not listed here.
@@ -218,22 +223,38 @@ def accumulate(
         batch_at: Maps the number of a micro-batch to this process's share of it.
 
     Returns:
-        The mean loss of the micro-batches.
+        The loss of the step.
     """
-    total = torch.zeros((), device=accelerator.device)
-    for micro in range(config.gradient_accumulation_steps):
-        number = step * config.gradient_accumulation_steps + micro
+    micro_batches, expected = config.gradient_accumulation_steps, torch.zeros(())
+    sums = torch.zeros(2, device=accelerator.device)
+    for micro in range(micro_batches):
+        number = step * micro_batches + micro
         stream = generator(seed, number, f"loss {accelerator.process_index}", accelerator.device)
         dropout_seed = generator(seed, number, f"dropout {accelerator.process_index}").initial_seed()
-        last = micro + 1 == config.gradient_accumulation_steps
+        last = micro + 1 == micro_batches
         gradient_sync = contextlib.nullcontext() if last else accelerator.no_sync(trained)
         with seeded_dropout(dropout_seed, accelerator.device), gradient_sync:
             with accelerator.autocast():
-                value = trained(batch_at(number), stream)
-            accelerator.backward(value / config.gradient_accumulation_steps)
-        total += value.detach().float()
-    mean: Any = accelerator.reduce(total, "mean")  # annotated as whatever accelerate can reduce
-    return (mean / config.gradient_accumulation_steps).item()
+                loss = trained(batch_at(number), stream)
+            if micro == 0:
+                expected = LossSum(loss.total, _over_processes(accelerator, loss.count)).divisor
+            # DDP takes the mean of the gradients over processes, not their sum
+            accelerator.backward(loss.total * accelerator.num_processes / expected / micro_batches)
+        sums += torch.stack([loss.total.detach().float(), loss.count.float()])
+    whole = LossSum(*_over_processes(accelerator, sums))
+    if micro_batches > 1:
+        _scale_gradients(trained, (micro_batches * expected / whole.divisor).item())
+    return whole.mean.item()
+
+
+def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> Any:
+    """The sum of these values over all processes."""
+    return accelerator.reduce(values.detach().clone(), "sum") if accelerator.num_processes > 1 else values
+
+
+def _scale_gradients(trained: nn.Module, factor: float) -> None:
+    if factor != 1:
+        torch._foreach_mul_([p.grad for p in trained.parameters() if p.grad is not None], factor)
 
 
 @contextlib.contextmanager

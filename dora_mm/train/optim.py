@@ -81,18 +81,18 @@ def _groups(
     return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in shown_first]
 
 
-def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, batches_per_epoch: int) -> TrainConfig:
+def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, steps_per_epoch: int) -> TrainConfig:
     """Returns the training settings with `epochs` converted to optimizer steps.
 
     Args:
         train: The `train` section, with either `steps` or `epochs`.
         schedule: The `schedule` section.
-        batches_per_epoch: Micro-batches in one pass over the data.
+        steps_per_epoch: Optimizer steps in one pass over the data.
 
     Raises:
         ValueError: `schedule.warmup_steps` is not below the number of steps.
     """
-    steps = train.steps or -(-(train.epochs or 1) * batches_per_epoch // train.gradient_accumulation_steps)
+    steps = train.steps or (train.epochs or 1) * steps_per_epoch
     if schedule.warmup_steps >= steps:
         raise ValueError(
             f"schedule.warmup_steps ({schedule.warmup_steps}) must be below the {steps} steps of train.epochs"

@@ -11,6 +11,7 @@ from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.schedule import build_schedule
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import RunDirectory
 
 
@@ -52,7 +53,7 @@ def small_training(
         "optimizer": prepared,
         "schedule": built_schedule,
         "batch_at": batch_at,
-        "loss": loss or noisy_loss,
+        "loss": lambda x, generator: mean_of((loss or noisy_loss)(x, generator)),
     }
     return SimpleNamespace(
         network=network,
@@ -60,6 +61,11 @@ def small_training(
         parts=parts,
         fit=lambda **hooks: fit(run=run, **parts, after_step=after_step, **hooks),
     )
+
+
+def mean_of(losses):
+    """The loss that is the mean of these."""
+    return LossSum(losses.sum(), torch.tensor(float(losses.numel())))
 
 
 def new_run(path):

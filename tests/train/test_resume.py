@@ -19,6 +19,7 @@ from dora_mm.train.loop import TrainingProgress
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.run import DivergedError
+from dora_mm.utils.losses import LossSum
 from tests.train.small import but_for_seconds, interrupt_at, metrics, new_run, small_training
 
 OPTIMIZERS = {
@@ -301,23 +302,22 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path):
         load_checkpoint(path, training.parts["parameters"], {})
 
 
-def test_accumulation_equals_the_mean_of_its_batches(tmp_path):
-    """Plain SGD-like check through AdamW's first step: its sign is that of the mean gradient."""
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 5, 3), (0, 2, 1), (0, 0, 0)])
+def test_a_step_is_the_mean_over_all_rows_of_its_batches(tmp_path, sizes):
+    """Not the mean of their means, in which a row of a small batch weighs more."""
     training = small_training(new_run(tmp_path / "run"), steps=1, gradient_accumulation_steps=3, max_grad_norm=None)
-    torch.manual_seed(0)
-    twin = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-    from dora_mm.utils.randomness import generator
-
-    for number in range(3):
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(number))
-        target = torch.randn(4, 3, generator=generator(0, number, "loss 0"))
-        ((twin(x) - target).square().mean() / 3).backward()
-    groups = [{"params": [p], "weight_decay": 0.0 if n.endswith("bias") else 0.01} for n, p in twin.named_parameters()]
-    optimizer = torch.optim.AdamW(groups, lr=0.05, fused=True)
-    optimizer.step()
+    batches = [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in sizes]
+    optimizer, found = training.optimizer.optimizer, {}
+    training.parts["batch_at"] = lambda number: batches[number]
+    training.parts["loss"] = lambda x, stream: LossSum(training.network(x).square().sum(), torch.tensor(float(len(x))))
+    optimizer.register_step_pre_hook(lambda *_: found.update({n: p.grad.clone() for n, p in parameters.items()}))
+    parameters = dict(training.network.named_parameters())
+    expected = training.network(torch.cat(batches)).square().sum() / max(1, sum(sizes))
+    gradients = torch.autograd.grad(expected, list(parameters.values()))
     training.fit()
-    for one, two in zip(training.network.parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(one, two, atol=1e-7)
+    for name, gradient in zip(found, gradients, strict=True):
+        torch.testing.assert_close(found[name], gradient)
+    assert metrics(SimpleNamespace(path=tmp_path / "run"))[-1]["loss"] == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_magnitudes_can_have_a_separate_learning_rate():
