@@ -31,12 +31,13 @@ from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.processes import join_processes
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
@@ -47,7 +48,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     """Trains the adapter.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the final adapter in adapter/, summary.json, sheet.png
-    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/.
+    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/, the
+    first one before the first step. `touch RUN/sample-now` asks for one after the next step.
 
     Args:
         config: The config.
@@ -85,9 +87,15 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
 
         def observe(step: int) -> None:
-            if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
-                draw(run.samples / f"step-{step:06d}.png")
+            if draw is None:
+                return
+            due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
+            with run.answering(SAMPLE_NOW) as asked:
+                if due or asked:
+                    draw(run.samples / f"step-{step:06d}.png")
 
+        if config.sample.every and not last_step(run.checkpoints):
+            observe(0)  # so that what goes wrong in drawing does so before the training
         fit(run=run, **training, batch_at=batches, observe=observe, metadata=about_adapter(config, model))
         if draw:
             save(config, adapted, run, about_adapter(config, model))

@@ -42,7 +42,7 @@ from dora_mm.preview.training import (
     time_line,
 )
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
-from dora_mm.sampling.answers import answer_all
+from dora_mm.sampling.answers import answer_all, save_answers
 from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
@@ -54,7 +54,7 @@ from dora_mm.train.processes import join_processes, main_process_first
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import build_schedule
 from dora_mm.train.validation import Validation, main_values
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     """Trains the adapter, and scores it on the validation splits.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the scores in validation/, the best adapters so far in
-    best/, the final adapter in adapter/ and summary.json.
+    best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to a few validation
+    rows after the next step, in samples/.
 
     Args:
         config: The config.
@@ -123,7 +124,13 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
             validate = Validation(run, evaluate, write, last_step(run.checkpoints))
 
         def observe(step: int) -> None:
-            if validate and config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
+            if validate is None:
+                return
+            with run.answering(SAMPLE_NOW) as asked:
+                if asked:
+                    file = run.samples / f"step-{step:06d}.jsonl"
+                    save_answers(file, answers, model.networks.values(), splits, config.evaluate.batch_size)
+            if config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
                 log_scores(step, main_values(validate(step)))
 
         with Prefetcher(batches, enabled=model.prepares_batches) as batch_at:

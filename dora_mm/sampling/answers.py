@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,10 @@ from dora_mm.core import fixed_parameters
 from dora_mm.data.vl.example import Answer, Predictions
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.utils.atomic import append_text, write_text
+
+log = logging.getLogger(__name__)
+FEW = 8  # rows of each split
+MOST_REFERENCES = 5  # of a caption, or answers of VQA
 
 
 def answer_all(
@@ -85,6 +90,32 @@ def predict(
                 append_text(file, "".join(map(_line, texts)))
             bar.update(len(examples))
     return rows
+
+
+def save_answers(
+    file: Path,
+    answers: Mapping[str, Answer],
+    networks: Iterable[nn.Module],
+    sets: Mapping[str, ValidationSet],
+    batch_size: int,
+) -> None:
+    """Answers the first rows of every split, and writes them to a file: a JSON object with the question on each line.
+
+    Args:
+        file: The file.
+        answers: As in `answer_all`, like all that follow.
+        networks: The networks that compute the answers.
+        sets: The splits by task name.
+        batch_size: Examples per batch.
+    """
+    lines = []
+    for name, rows in answer_all(answers, networks, sets, batch_size, limit=FEW).items():
+        for row, text in rows:
+            about: dict[str, object] = {"task": name, "id": row.id, "question": row.text, "answer": text}
+            about["references"] = row.answers[:MOST_REFERENCES]
+            lines.append(json.dumps(about, ensure_ascii=False))
+    write_text(file, "".join(f"{line}\n" for line in lines))
+    log.info("answers  %s", file if lines else "none: no task has a valid split")
 
 
 def kept_answers(file: Path, batch_size: int, count: int) -> list[str]:

@@ -24,7 +24,7 @@ from dora_mm.train.optim import gradient_norm
 from dora_mm.train.run import DivergedError
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import SAVE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Hook = Callable[[int], None]
@@ -95,7 +95,7 @@ def fit(
         parts["scaler"] = accelerator.scaler
     header = {**(metadata or {}), **native.header_of(networks, parameters)}
     step = first = _resume(run, parameters, parts)
-    metrics = MetricsLog(run.path, first) if accelerator.is_main_process else None
+    metrics = MetricsLog(run, first) if accelerator.is_main_process else None
     progress.start(first)
 
     def save() -> None:
@@ -121,15 +121,21 @@ def fit(
                     _check_finite(value, step)
                     progress.advance(value, rate)
                     if metrics is not None and (step % config.log_every == 0 or step == config.steps):
-                        metrics.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
+                        losses = {"loss": progress.mean_loss, "last_loss": progress.take_last_loss()}
+                        metrics.write(step, **losses, lr=rate, grad_norm=norm, seconds=progress.seconds)
                     if after_step is not None:
                         after_step(step)
                 due = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
                 if due:  # before `observe` scores or draws them
                     _check_trained(parameters, step, last_step(run.checkpoints))
                 pending.run(observe, step)
-                if due:
-                    save()
+                if metrics is None:
+                    continue  # only the main process saves
+                with run.answering(SAVE_NOW) as asked:
+                    if asked and not due:
+                        _check_trained(parameters, step, last_step(run.checkpoints))
+                    if due or asked:
+                        save()
     except KeyboardInterrupt:
         if step > first:
             _check_trained(parameters, step, last_step(run.checkpoints))
@@ -287,7 +293,7 @@ def update(
 
 
 class TrainingProgress:
-    """The running mean of the loss and the seconds of training, both over all parts of a resumed run.
+    """The mean loss, running and of the last steps, and the seconds of training, over all parts of a resumed run.
 
     Shows a bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
 
@@ -301,6 +307,7 @@ class TrainingProgress:
         self.mean_loss = math.nan
         self._total, self._every, self._shown = total, every, shown
         self._seconds_before, self._started = 0.0, time.monotonic()
+        self._last_losses: list[float] = []
 
     def start(self, first: int) -> None:
         """Starts the clock of this process and the display, after `first` finished steps."""
@@ -319,6 +326,7 @@ class TrainingProgress:
     def advance(self, loss: float, rate: float) -> None:
         """Records one finished step with its loss and learning rate."""
         self._step += 1
+        self._last_losses.append(loss)
         # A running mean over some 50 steps: a single diffusion loss mostly reflects which timesteps were drawn. Until
         # there are so many it is the plain mean, since the first loss can be many times those that follow.
         share = max(1 / self._step, 0.02)
@@ -335,11 +343,17 @@ class TrainingProgress:
                 flush=True,
             )
 
-    def state_dict(self) -> dict[str, float]:
-        return {"mean_loss": self.mean_loss, "seconds": self.seconds}
+    def take_last_loss(self) -> float:
+        """The mean loss of the steps since the last call."""
+        last, self._last_losses = self._last_losses, []
+        return sum(last) / len(last)
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean_loss": self.mean_loss, "seconds": self.seconds, "last_losses": self._last_losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.mean_loss, self._seconds_before = state_dict["mean_loss"], state_dict["seconds"]
+        self._last_losses = list(state_dict["last_losses"])
 
     def close(self) -> None:
         self._bar.close()

@@ -1,4 +1,4 @@
-"""The metrics of a run: one JSON object per line, and TensorBoard files if it is installed."""
+"""The metrics of a run: one JSON object per line."""
 
 import hashlib
 import json
@@ -7,16 +7,17 @@ from typing import Any
 
 from dora_mm.utils.atomic import flush, write_text
 from dora_mm.utils.lock import check_lock
+from dora_mm.utils.run_directory import RunDirectory
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and tensorboard/ in one folder.
+    """Appends to the metrics.jsonl of a run or of one of its stages, and shows the same by the run's trackers.
 
     A resumed run goes on from the rows, by which the best adapter is chosen. So metrics.sha256 has their digest, of as
     many bytes as there were at the last checkpoint.
 
     Args:
-        folder: Where both are.
+        run: The run, or its stage.
         resumed_step: The number of finished steps that the run resumes from. Rows of later steps are dropped, because
             the resumed run writes them again.
 
@@ -24,16 +25,16 @@ class MetricsLog:
         ValueError: The rows of an earlier process are not as it wrote them.
     """
 
-    def __init__(self, folder: Path, resumed_step: int = 0):
-        self.path = folder / "metrics.jsonl"
-        self._digest_file = folder / "metrics.sha256"
+    def __init__(self, run: RunDirectory, resumed_step: int = 0):
+        self.path = run.path / "metrics.jsonl"
+        self._digest_file = run.path / "metrics.sha256"
+        self._trackers, self._prefix = run.trackers, run.prefix
         kept = _rows_until(resumed_step, self._intact_bytes())
         self._digest, self._num_bytes = hashlib.sha256(kept), len(kept)
         if self.path.exists():
             self._write_digest()  # first: it is also that of the longer file
             write_text(self.path, kept.decode())
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _tensorboard(folder / "tensorboard", resumed_step)
 
     def write(self, step: int, **values: float) -> None:
         """Appends one row with the `values` after `step` finished steps."""
@@ -43,9 +44,8 @@ class MetricsLog:
         self._file.flush()
         self._digest.update(row.encode())
         self._num_bytes += len(row.encode())
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log({f"{self._prefix}{name}": value for name, value in values.items()}, step)
 
     def sync(self) -> None:
         """Puts the rows and their digest on disk: before a checkpoint, from which a resumed run goes on with them."""
@@ -54,8 +54,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
 
     def _write_digest(self) -> None:
         write_text(self._digest_file, f"{self._digest.hexdigest()} {self._num_bytes}\n")
@@ -91,11 +89,3 @@ def _rows_until(step: int, rows: bytes) -> bytes:
             break
         kept.append(row)
     return b"".join(kept)
-
-
-def _tensorboard(folder: Path, resumed_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # TensorBoard is optional: metrics.jsonl holds the same numbers
-        return None
-    return SummaryWriter(folder, purge_step=resumed_step + 1 if resumed_step else None)

@@ -18,6 +18,7 @@ from dora_mm.config.schema import PipelineConfig
 from dora_mm.train.checkpoint import last_step, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.resuming import changed_values, started_config
+from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.lock import only_writer
 from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished
@@ -50,6 +51,7 @@ def training_run(
             with another number of processes, and so with other batches.
     """
     inputs = {**inputs, PROCESSES: str(accelerator.num_processes)}
+    names = chosen_trackers(getattr(getattr(config, "train", None), "track", None))
     with contextlib.ExitStack() as writing:
         run = start_run(accelerator, config, inputs, resume)
         problem: list[str | None] = [None]
@@ -58,6 +60,8 @@ def training_run(
                 writing.enter_context(only_writer(run.path))
                 if resume is not None:
                     go_on(run, config, steps)
+                done, values = last_step(run.checkpoints), config.model_dump(mode="json")
+                run.trackers = writing.enter_context(started(names, run.path, values, done))
             except ValueError as error:
                 problem = [str(error)]
         if found := broadcast_object_list(problem)[0]:  # the other processes wait here, and stop with the main one

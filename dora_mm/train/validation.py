@@ -56,7 +56,7 @@ class Validation(Generic[ScoresT]):
         resumed_step: int,
     ):
         self.run, self.evaluate, self.save = run, evaluate, save
-        self.log = MetricsLog(run.stage("validation").path, resumed_step)
+        self.log = MetricsLog(run.stage("validation"), resumed_step)
 
     def __call__(self, step: int) -> Mapping[str, ScoresT]:
         """Validates after `step` finished steps and returns the scores by task name."""

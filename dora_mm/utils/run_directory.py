@@ -2,7 +2,8 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import claim_number
-from dora_mm.utils.lock import LOCK
+from dora_mm.utils.lock import LOCK, check_lock
 from dora_mm.utils.partials import PARTIAL
 
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
+SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
@@ -26,10 +28,12 @@ class RunDirectory:
         adapter: The folder of the final adapter.
         samples: The folder of sampled images.
         sheet: The contact sheet, a PNG file.
+        trackers: What metrics are also shown by, such as TensorBoard; see `dora_mm.train.trackers`.
+        prefix: What the names of metrics begin with there, of the stage of a run.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, trackers: Sequence[Any] = (), prefix: str = ""):
+        self.path, self.trackers, self.prefix = path, trackers, prefix
 
     checkpoints = property(lambda self: self.path / "checkpoints")
     adapter = property(lambda self: self.path / "adapter")
@@ -125,7 +129,21 @@ class RunDirectory:
     def stage(self, name: str) -> "RunDirectory":
         """Creates a subfolder, with separate checkpoints and metrics, for one stage of a run that has several."""
         (self.path / name).mkdir(exist_ok=True)
-        return RunDirectory(self.path / name)
+        return RunDirectory(self.path / name, self.trackers, f"{name}/")
+
+    @contextmanager
+    def answering(self, request: str) -> Iterator[bool]:
+        """A context that does what a person asks for while the run goes on: `touch RUN/<request>`.
+
+        Yields:
+            Whether that is asked for. The file goes at the end, so that a request is answered after an interruption.
+        """
+        file = self.path / request
+        asked = file.exists()
+        yield asked
+        if asked:
+            check_lock(file)
+            file.unlink(missing_ok=True)
 
 
 def new_folder(name: str, output: str | None = None) -> Path:

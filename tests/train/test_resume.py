@@ -20,6 +20,7 @@ from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.run import DivergedError
 from dora_mm.utils.losses import LossSum
+from dora_mm.utils.run_directory import SAVE_NOW
 from tests.train.small import but_for_seconds, interrupt_at, metrics, new_run, small_training
 
 OPTIMIZERS = {
@@ -146,6 +147,30 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path):
         file.write('{"step": 8, "lo')  # half a line
     small_training(run).fit()
     assert [row["step"] for row in read_metrics(run.path / "metrics.jsonl")] == [3, 6, 9, 12]
+
+
+def test_a_checkpoint_is_saved_when_a_person_asks_for_it(tmp_path):
+    run = new_run(tmp_path / "run")
+
+    def ask(step):
+        if step in (5, 6):
+            (run.path / SAVE_NOW).touch()
+
+    small_training(run, after_step=ask, checkpoint_every=6, keep_checkpoints=9).fit()
+    assert [path.name for path in checkpoints(run.checkpoints)] == ["step-000005", "step-000006", "step-000012"]
+    assert not (run.path / SAVE_NOW).exists()
+
+
+def test_each_row_has_the_mean_loss_of_its_steps(tmp_path):
+    """Also where the run was interrupted between two rows."""
+    each, run = new_run(tmp_path / "each"), new_run(tmp_path / "run")
+    small_training(each, log_every=1).fit()
+    with pytest.raises(KeyboardInterrupt):
+        small_training(run, log_every=5, after_step=interrupt_at(8)).fit()
+    small_training(run, log_every=5).fit()
+    losses = [row["last_loss"] for row in metrics(each)]
+    means = [sum(losses[a:b]) / (b - a) for a, b in ((0, 5), (5, 10), (10, 12))]
+    assert [row["last_loss"] for row in metrics(run)] == pytest.approx(means, rel=1e-6)
 
 
 def test_old_checkpoints_are_deleted(tmp_path):

@@ -23,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models import image_families
+from dora_mm.recipes import PIPELINES
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -134,20 +136,41 @@ def test_the_sheet_shows_the_saved_strength(config, tmp_path, tiny_folder):
 
 
 def test_a_run_directory_is_complete(config, tmp_path, capsys):
-    assert main(["train", str(config(sample__every=2))]) == 0
+    assert main(["train", str(config(sample__every=3))]) == 0
     run = tmp_path / "run"
     assert load_config(run / "config.yaml").train.steps == 4
     assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert list((run / "tensorboard").iterdir())
     assert Image.open(run / "sheet.png").width > 150  # the picture, and the labels at its left
-    assert (run / "samples" / "step-000002.png").is_file()
+    sheets = [run / "samples" / f"step-00000{step}.png" for step in (0, 3)]
+    assert sorted((run / "samples").iterdir()) == sheets
     assert str(run / "sheet.png") in capsys.readouterr().out
     card = ModelCard.load(run / "adapter" / "README.md")
     (shown,) = card.data.widget
     assert shown["text"] == PROMPT
     assert Image.open(run / "adapter" / shown["output"]["url"]).size == (64, 64)
     assert "pipeline: train_diffusion" in card.text
+
+
+def test_a_sheet_is_drawn_when_a_person_asks_for_it(config, tmp_path, monkeypatch):
+    """Between two steps, without an effect on the weights."""
+    settings = {"sample__prompts": [], "train__steps": 3, "adapter__parts": ["unet.attn"]}
+    assert main(["train", str(config("plain", output=str(tmp_path / "plain"), **settings))]) == 0
+    recipe, answering = PIPELINES.load("train_diffusion"), RunDirectory.answering
+
+    def asked(run, request):
+        if request == SAMPLE_NOW and not (run.samples / "step-000001.png").exists():
+            (run.path / SAMPLE_NOW).touch()
+        return answering(run, request)
+
+    monkeypatch.setattr(recipe.RunDirectory, "answering", asked)
+    assert main(["train", str(config(**{**settings, "sample__prompts": [PROMPT]}))]) == 0
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-000001.png"]
+    assert not (run / SAMPLE_NOW).exists()
+    one, two = (load_file(tmp_path / each / "adapter" / ADAPTER) for each in ("run", "plain"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_adapters_stay_float32_over_a_bf16_model(config, tmp_path):
