@@ -16,7 +16,7 @@ from torch import nn
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
-from dora_mm.adapting.initial import load_initial_file
+from dora_mm.adapting.initial import initial_identity, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.parts import check_names
 from dora_mm.config.images import TrainDiffusionConfig
@@ -24,13 +24,14 @@ from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import load_if_local, load_image_model
+from dora_mm.models.image_families import identity_of, load_if_local, load_image_model
 from dora_mm.models.opening import commit_of
 from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.sampling.pictures import PictureSampler
+from dora_mm.sampling.sheets import save_atomically
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.held_out import PictureLosses
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
@@ -42,7 +43,7 @@ from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import OVERALL, Validation
 from dora_mm.train.weights import result_of
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
@@ -53,7 +54,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     """Trains the adapter.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the final adapter in adapter/, summary.json, sheet.png
-    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/.
+    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/, the
+    first one before the first step. `touch RUN/sample-now` asks for one after the next step.
 
     Args:
         config: The config.
@@ -90,7 +92,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     draw = result(partial(draw_sheet, config, sampler, adapted)) if accelerator.is_main_process else None
     about = about_adapter(config, model)
 
-    inputs = {"the pictures and captions": digest_of(images)}
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
+    inputs |= initial_identity(config.adapter)
     inputs |= {"the held-out pictures": digest_of(held)} if held else {}
     with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
         write = result(partial(save, config, adapted, about=about))
@@ -101,9 +104,15 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         def observe(step: int) -> None:
             if validate and validate.is_due(step, config.train.steps):
                 log_losses(step, validate(step))
-            if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
-                draw(run.samples / f"step-{step:06d}.png")
+            if draw is None:
+                return
+            due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
+            with run.answering(SAMPLE_NOW) as asked:
+                if due or asked:
+                    draw(run.samples / f"step-{step:06d}.png")
 
+        if config.sample.every and not last_step(run.checkpoints):
+            observe(0)  # so that what goes wrong in drawing does so before the training
         is_over = validate.is_over if validate else lambda: False
         done = fit(run=run, **training, batch_at=batches, observe=observe, is_over=is_over, metadata=about)
         if validate:
@@ -297,8 +306,7 @@ def draw_sheet(
     trains_text = config.adapter.trains_text_encoders  # then prompts are encoded anew for each sheet
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
-    path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    save_atomically(path, sheet)
     move_vae(model, config)
     set_training(adapted, True)
     return pictures
@@ -332,9 +340,7 @@ def add_pictures(config: TrainDiffusionConfig, run: RunDirectory, pictures: list
     shown = []
     for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
         shown.append((prompt, f"pictures/{number}.png"))
-        path = run.adapter / shown[-1][1]
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        save_atomically(run.adapter / shown[-1][1], picture)
     formats.write_card(run.adapter, pictures=shown)
 
 

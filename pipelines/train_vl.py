@@ -13,9 +13,10 @@ from accelerate.utils import broadcast_object_list
 
 from dora_mm import formats
 from dora_mm.adapting.files import save_trained
-from dora_mm.adapting.initial import load_initial_folder
+from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
+from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.needed import data_needed
@@ -24,6 +25,7 @@ from dora_mm.data.vl.splits import TrainingSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
+from dora_mm.models.folders import settings_identity
 from dora_mm.models.opening import UnreachableError
 from dora_mm.models.vl import VLModel
 from dora_mm.preview.lengths import row_lines
@@ -42,7 +44,7 @@ from dora_mm.preview.training import (
     when,
 )
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
-from dora_mm.sampling.answers import answer_all
+from dora_mm.sampling.answers import answer_all, save_answers
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import last_step
@@ -56,7 +58,7 @@ from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import LOSS, Validation, main_values, other_values, task_qualities
 from dora_mm.train.weights import result_of
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     """Trains the adapter, and scores it on the validation splits.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the scores in validation/, the best adapters so far in
-    best/, the final adapter in adapter/ and summary.json.
+    best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to a few validation
+    rows after the next step, in samples/.
 
     Args:
         config: The config.
@@ -116,12 +119,14 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
+    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs |= initial_identity(config.adapter)
     result = result_of(parts["optimizer"])
     write = result(partial(save_trained, trained, config, identity))
     settings = {"limit": config.evaluate.limit, "process": process}
     losses = RowLosses(model, splits, training, on_bad_data=on_bad_data, precision=accelerator.autocast, **settings)
-    answer = partial(answer_all, answers, model.networks.values(), splits, config.evaluate.batch_size, **settings)
-    scoring = SplitScores(accelerator, result(answer), result(losses))
+    answered = (answers, model.networks.values(), splits, config.evaluate.batch_size)
+    scoring = SplitScores(accelerator, result(partial(answer_all, *answered, **settings)), result(losses))
     qualities = partial(task_qualities, {name: by_loss(config.evaluate, name) for name in splits})
     with training_run(accelerator, config, inputs, resume, train.steps) as run:
         done = last_step(run.checkpoints)
@@ -129,6 +134,10 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         validate = Validation(run, config.evaluate, scoring, qualities, write, done, writes=main_process)
 
         def observe(step: int) -> None:
+            if main_process:
+                with run.answering(SAMPLE_NOW) as asked:
+                    if asked:
+                        result(save_answers)(run.samples / f"step-{step:06d}.jsonl", *answered)
             if validate.is_due(step, train.steps):
                 log_scores(step, validate(step))
 

@@ -45,6 +45,8 @@ class TrainConfig(Section):
     checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
     keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
+    # What shows the metrics beside metrics.jsonl; null: TensorBoard, where it is installed
+    track: Items[Literal["tensorboard", "wandb", "trackio"]] | None = None
 
 
 class ValidationConfig(Section):
@@ -53,9 +55,12 @@ class ValidationConfig(Section):
     patience: PositiveInt | None = None
 
 
-# A longer training has the same first steps; checkpointing computes the same activations again.
-CHANGEABLE = tuple(
-    f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "gradient_checkpointing")
+# A longer training has the same first steps; checkpointing computes the same activations again. Only the rate is one of
+# the steps to come: a training that diverged goes on from its last checkpoint with a lower one.
+CHANGEABLE = (
+    *(f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "track")),
+    "train.gradient_checkpointing",
+    "optimizer.lr",
 )
 
 

@@ -97,7 +97,7 @@ class TrainVLConfig(PipelineConfig):
 class EvalVLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_vl"]
-    output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: VLModelConfig
     vision: VisionConfig = VisionConfig()

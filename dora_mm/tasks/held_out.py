@@ -23,9 +23,8 @@ from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl import VLModel, likeliest_answer
 from dora_mm.tasks.diffusion import DiffusionTask
 from dora_mm.tasks.image_batches import CaptionedBatches
-from dora_mm.utils.modes import evaluating
+from dora_mm.utils.evaluating import evaluating, map_shared
 from dora_mm.utils.randomness import generator
-from dora_mm.utils.sharing import map_shared
 
 NUM_TIMES = 8  # of each picture; a loss depends more on the time than on the picture
 Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of a training

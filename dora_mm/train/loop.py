@@ -21,12 +21,17 @@ from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_chec
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
+from dora_mm.train.run import DivergedError
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import SAVE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Hook = Callable[[int], None]
+AGAIN = (
+    "and would be again in a resumed run with this optimizer.lr: go on with a lower one (--resume RUN --set "
+    "optimizer.lr=...), or start a new run in float32 or bf16."
+)
 
 
 def fit(
@@ -77,7 +82,8 @@ def fit(
         The number of finished optimizer steps, those before this call included.
 
     Raises:
-        ValueError: The loss or a parameter is not finite, or the newest checkpoint cannot be loaded.
+        DivergedError: The loss or a parameter is not finite.
+        ValueError: The newest checkpoint cannot be loaded.
     """
     trained = LossModule(networks, loss)
     modules = trained.networks
@@ -91,12 +97,13 @@ def fit(
         parts["scaler"] = accelerator.scaler
     header = {**(metadata or {}), **native.header_of(networks, parameters)}
     step = first = _resume(run, parameters, parts)
-    metrics = MetricsLog(run.path, first) if accelerator.is_main_process else None
+    metrics = MetricsLog(run, first) if accelerator.is_main_process else None
     progress.start(first)
 
     def save() -> None:
         # without waiting for the other processes, which may be in the middle of a step when interrupted
-        if accelerator.is_main_process:
+        if metrics is not None:
+            metrics.sync()
             save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints, header)
 
     interrupt = DeferredInterrupt()
@@ -112,20 +119,26 @@ def fit(
                         _warn_of_unreached(parameters)
                     norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                     step += 1
+                    pending.interrupted = observe is not None  # from now on, also by a signal during this step
                     _check_finite(value, step)
                     progress.advance(value, rate)
                     if metrics is not None and (step % config.log_every == 0 or step == config.steps):
-                        metrics.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
+                        losses = {"loss": progress.mean_loss, "last_loss": progress.take_last_loss()}
+                        metrics.write(step, **losses, lr=rate, grad_norm=norm, seconds=progress.seconds)
                     if after_step is not None:
                         after_step(step)
                 due = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
                 if due:  # before `observe` scores or draws them
                     _check_trained(parameters, step, last_step(run.checkpoints))
                 pending.run(observe, step)
-                if not due and (due := is_over()):
-                    _check_trained(parameters, step, last_step(run.checkpoints))
-                if due:
-                    save()
+                if metrics is None:
+                    continue  # only the main process saves
+                with run.answering(SAVE_NOW) as asked:
+                    wanted = asked or is_over()
+                    if wanted and not due:
+                        _check_trained(parameters, step, last_step(run.checkpoints))
+                    if due or wanted:
+                        save()
     except KeyboardInterrupt:
         if step > first:
             _check_trained(parameters, step, last_step(run.checkpoints))
@@ -140,19 +153,13 @@ def fit(
 
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise ValueError(
-            f"The loss is {loss} at step {step}, and would be again in a resumed run: start a new run with a lower "
-            "optimizer.lr, or in float32 or bf16."
-        )
+        raise DivergedError(f"The loss is {loss} at step {step}, {AGAIN}")
 
 
 def _check_trained(parameters: Mapping[str, nn.Parameter], step: int, saved: int) -> None:
     if name := first_not_finite((name, parameter.detach()) for name, parameter in parameters.items()):
         kept = f"the checkpoint of step {saved} stays as it is" if saved else "nothing was saved"
-        raise ValueError(
-            f"{name} has values that are NaN or infinite after step {step}, and {kept}: start a new run with a lower "
-            "optimizer.lr, or in float32 or bf16."
-        )
+        raise DivergedError(f"{name} has values that are NaN or infinite after step {step} ({kept}), {AGAIN}")
 
 
 def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -289,7 +296,7 @@ def update(
 
 
 class TrainingProgress:
-    """The running mean of the loss and the seconds of training, both over all parts of a resumed run.
+    """The mean loss, running and of the last steps, and the seconds of training, over all parts of a resumed run.
 
     Shows a bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
 
@@ -303,6 +310,7 @@ class TrainingProgress:
         self.mean_loss = math.nan
         self._total, self._every, self._shown = total, every, shown
         self._seconds_before, self._started = 0.0, time.monotonic()
+        self._last_losses: list[float] = []
 
     def start(self, first: int) -> None:
         """Starts the clock of this process and the display, after `first` finished steps."""
@@ -321,6 +329,7 @@ class TrainingProgress:
     def advance(self, loss: float, rate: float) -> None:
         """Records one finished step with its loss and learning rate."""
         self._step += 1
+        self._last_losses.append(loss)
         # A running mean over some 50 steps: a single diffusion loss mostly reflects which timesteps were drawn. Until
         # there are so many it is the plain mean, since the first loss can be many times those that follow.
         share = max(1 / self._step, 0.02)
@@ -337,11 +346,17 @@ class TrainingProgress:
                 flush=True,
             )
 
-    def state_dict(self) -> dict[str, float]:
-        return {"mean_loss": self.mean_loss, "seconds": self.seconds}
+    def take_last_loss(self) -> float:
+        """The mean loss of the steps since the last call."""
+        last, self._last_losses = self._last_losses, []
+        return sum(last) / len(last)
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean_loss": self.mean_loss, "seconds": self.seconds, "last_losses": self._last_losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.mean_loss, self._seconds_before = state_dict["mean_loss"], state_dict["seconds"]
+        self._last_losses = list(state_dict["last_losses"])
 
     def close(self) -> None:
         self._bar.close()

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -65,22 +65,9 @@ def build_optimizer(
         optimizer: Any = optimizer_class(_groups(parameters, config, rates or {}), lr=config.lr, **settings)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"optimizer.name {config.name}: {error}") from None
-    if isinstance(optimizer, ScheduleFree):
-        optimizer.train()  # for good: `averaged_point` computes what it would evaluate
+    if config.name == "schedule_free":
+        optimizer.train()  # for good: `averaged_point` computes what its `eval` would, which changes some bits
     return optimizer
-
-
-@runtime_checkable
-class ScheduleFree(Protocol):
-    """An optimizer that trains at one point, y, and whose result is another, x."""
-
-    def train(self) -> None:
-        """Moves from x to y."""
-        ...
-
-    def eval(self) -> None:
-        """Moves from y to x, and not back to the same bits."""
-        ...
 
 
 def averaged_point(optimizer: Any) -> dict[nn.Parameter, torch.Tensor] | None:
@@ -89,13 +76,12 @@ def averaged_point(optimizer: Any) -> dict[nn.Parameter, torch.Tensor] | None:
     Returns:
         The values by parameter; None: of other optimizers the parameters themselves are the result.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    if not isinstance(optimizer, ScheduleFree):
+    if "train_mode" not in optimizer.param_groups[0]:
         return None
     found: dict[nn.Parameter, torch.Tensor] = {}
-    for group in optimizer.param_groups:  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
-            z = optimizer.state[parameter].get("z", parameter.detach())  # type: ignore[attr-defined]
+            z = optimizer.state.get(parameter, {}).get("z", parameter.detach())
             found[parameter] = parameter.detach().lerp(z, 1 - 1 / group["betas"][0])
     return found
 

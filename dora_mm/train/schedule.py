@@ -40,8 +40,9 @@ SHAPES: dict[str, Callable[["Schedule", int, int], float]] = {  # of steps since
 class Schedule(LRScheduler):
     """The learning rate of each optimizer step, a function of the step alone.
 
-    A checkpoint restores the position and the shape, but not the length: that is the config's, because a run may be
-    extended. Where the finished steps of the longer run would have had other rates, a warning says so.
+    A checkpoint restores the position and the shape, but neither the learning rates nor the length: those are the
+    config's, because a run that has diverged goes on with a lower rate, and one may be extended. Where the finished
+    steps of the longer run would have had other rates, a warning says so.
 
     Args:
         optimizer: Its learning rates are those after the warm-up.
@@ -67,14 +68,14 @@ class Schedule(LRScheduler):
         return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, except for the length."""
-        steps = self.steps
+        """Restores what `state_dict` returned, except for the learning rates and the length."""
+        rates, steps = self.base_lrs, self.steps
         super().load_state_dict(state_dict)
         before = [self.factor(step) for step in range(self.last_epoch)]
-        old_steps, self.steps = self.steps, steps
+        old_steps, self.base_lrs, self.steps = self.steps, rates, steps
         self._last_lr = self.get_lr()
-        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
+        for group, first, rate in zip(self.optimizer.param_groups, rates, self._last_lr, strict=True):
+            group |= {"initial_lr": first, "lr": rate}
         if before != [self.factor(step) for step in range(self.last_epoch)]:
             log.warning(
                 "schedule.name %s now ends at step %d: the rate goes on at %.2e, but the %d finished steps had the "

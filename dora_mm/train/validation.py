@@ -66,12 +66,12 @@ class Validation:
         writes: bool = True,
     ):
         self.run, self.config, self.measure, self.qualities, self.save = run, config, measure, qualities, save
+        self.log = MetricsLog(run.stage(STAGE), resumed_step) if writes else None
         self.rows = rows_until(run.path / STAGE / "metrics.jsonl", resumed_step)
-        self.log = MetricsLog(run.stage(STAGE).path, resumed_step) if writes else None
 
     def is_due(self, step: int, steps: int) -> bool:
         """Whether to validate after `step` finished steps of a training of `steps`, in which the last has its own."""
-        return bool(self.config.every) and step % self.config.every == 0 and step < steps
+        return bool(self.config.every) and step % self.config.every == 0 and 0 < step < steps
 
     def __call__(self, step: int) -> Mapping[str, float]:
         """Validates after `step` finished steps and returns the values."""
@@ -89,6 +89,7 @@ class Validation:
             self.rows.append({"step": step, **values})
             if self.log is not None:
                 self.log.write(step, **values)
+                self.log.sync()
 
     @property
     def best_step(self) -> int | None:

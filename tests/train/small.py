@@ -24,8 +24,7 @@ def small_training(
     after_step=None,
     loss=None,
     dropout=0.0,
-    observe=None,
-    is_over=lambda: False,
+    seed=0,
     **train,
 ):
     """A small regression training whose data and noise depend on the step; `.fit()` runs it."""
@@ -48,7 +47,7 @@ def small_training(
     parts = {
         "accelerator": accelerator,
         "config": config,
-        "seed": 0,
+        "seed": seed,
         "networks": {"network": network},
         "parameters": parameters,
         "optimizer": prepared,
@@ -60,7 +59,7 @@ def small_training(
         network=network,
         optimizer=prepared,
         parts=parts,
-        fit=lambda: fit(run=run, **parts, after_step=after_step, observe=observe, is_over=is_over),
+        fit=lambda **hooks: fit(run=run, **parts, after_step=after_step, **hooks),
     )
 
 

@@ -102,8 +102,7 @@ def test_a_training_ends_early_and_a_resumed_one_stays_ended(tmp_path, stop):
             if interrupted and step == stop:
                 raise KeyboardInterrupt
 
-        training = small_training(run, schedule="constant", observe=observe, is_over=validate.is_over)
-        return training.fit()
+        return small_training(run, schedule="constant").fit(observe=observe, is_over=validate.is_over)
 
     assert train(tmp_path / "run", patience=2) == 6
     assert train(tmp_path / "run", patience=2) == 6

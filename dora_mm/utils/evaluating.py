@@ -1,10 +1,27 @@
-"""Work that the processes of a training share."""
+"""Evaluations in the middle of a training: networks in eval mode, and work that its processes share."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+import torch
+from torch import nn
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+
+@contextlib.contextmanager
+def evaluating(networks: Iterable[nn.Module]) -> Iterator[nn.ModuleList]:
+    """Puts networks in eval mode, without gradients; afterwards each of their modules is in the mode that it had."""
+    together = nn.ModuleList(networks)
+    before = {module: module.training for module in together.modules()}  # parts of a network may differ
+    try:
+        with torch.no_grad():
+            yield together.eval()
+    finally:
+        for module, training in before.items():
+            module.training = training
 
 
 def map_shared(
