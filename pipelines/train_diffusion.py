@@ -84,7 +84,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
 
     inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
     inputs |= initial_identity(config.adapter)
-    with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
+    with training_run(accelerator, config, inputs, resume, config.train) as run:
 
         def observe(step: int) -> None:
             if draw is None:

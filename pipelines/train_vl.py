@@ -117,7 +117,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
     inputs |= initial_identity(config.adapter)
     write = partial(save_trained, trained, config, identity)
-    with training_run(accelerator, config, inputs, resume, train.steps) as run:
+    with training_run(accelerator, config, inputs, resume, train) as run:
         validate = None
         if accelerator.is_main_process:
             evaluate = partial(score_splits, answers, model.networks, splits, config)
