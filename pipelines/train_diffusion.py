@@ -95,7 +95,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
     inputs |= initial_identity(config.adapter)
     inputs |= {"the held-out pictures": digest_of(held)} if held else {}
-    with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
+    with training_run(accelerator, config, inputs, resume, config.train) as run:
         write = result(partial(save, config, adapted, about=about))
         measure = result(partial(losses, list(adapted.values()))) if losses else None
         writes = accelerator.is_main_process

@@ -128,7 +128,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     answered = (answers, model.networks.values(), splits, config.evaluate.batch_size)
     scoring = SplitScores(accelerator, result(partial(answer_all, *answered, **settings)), result(losses))
     qualities = partial(task_qualities, {name: by_loss(config.evaluate, name) for name in splits})
-    with training_run(accelerator, config, inputs, resume, train.steps) as run:
+    with training_run(accelerator, config, inputs, resume, train) as run:
         done = last_step(run.checkpoints)
         main_process = accelerator.is_main_process
         validate = Validation(run, config.evaluate, scoring, qualities, write, done, writes=main_process)

@@ -15,6 +15,7 @@ from dora_mm.config.adapter import AdapterConfig
 from dora_mm.config.loader import differing_keys, dump_config
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.schema import PipelineConfig
+from dora_mm.config.training import TrainConfig
 from dora_mm.train.checkpoint import last_step, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.resuming import changed_values, started_config
@@ -35,7 +36,7 @@ class DivergedError(ValueError):
 
 @contextlib.contextmanager
 def training_run(
-    accelerator: Accelerator, config: PipelineConfig, inputs: Mapping[str, str], resume: Path | None, steps: int
+    accelerator: Accelerator, config: PipelineConfig, inputs: Mapping[str, str], resume: Path | None, train: TrainConfig
 ) -> Iterator[RunDirectory]:
     """Opens the run directory of a training, and says where it is and how to go on: at the start and at every stop.
 
@@ -44,14 +45,14 @@ def training_run(
         config: The config; in a resumed run it may differ from the saved one, which it then replaces.
         inputs: Digests of the data and models that the config refers to, by a description of each.
         resume: The run directory to resume; None starts a new run.
-        steps: The length of the training in optimizer steps.
+        train: The `train` section, with the length of the training in optimizer steps.
 
     Raises:
         ValueError: See `start_run` and `go_on`; or another process writes to the run, or the run to resume was started
             with another number of processes, and so with other batches.
     """
     inputs = {**inputs, PROCESSES: str(accelerator.num_processes)}
-    names = chosen_trackers(getattr(getattr(config, "train", None), "track", None))
+    names, steps = chosen_trackers(train.track), train.steps
     with contextlib.ExitStack() as writing:
         run = start_run(accelerator, config, inputs, resume)
         problem: list[str | None] = [None]

@@ -60,7 +60,7 @@ class Score:
 
 def train(config, *, resume=None, stop=None):
     """A small recipe, which reads seed and rate of its config."""
-    with training_run(Accelerator(cpu=True), config, {"the data": "abc"}, resume, config.train.steps) as run:
+    with training_run(Accelerator(cpu=True), config, {"the data": "abc"}, resume, config.train) as run:
         training = small_training(
             run,
             optimizer={"lr": config.optimizer.lr},

@@ -33,7 +33,7 @@ def train(tmp_path, caplog):
         caplog.clear()
         config = load_config(resume / "config.yaml" if resume else file, [f"output={tmp_path / 'run'}", *overrides])
         steps = config.train.steps
-        with training_run(Accelerator(cpu=True), config, {}, resume, steps) as directory:
+        with training_run(Accelerator(cpu=True), config, {}, resume, config.train) as directory:
             small_training(directory, steps=steps, schedule="constant", **settings).fit()
             for name in ("adapter", "samples"):
                 (directory.path / name).mkdir(exist_ok=True)
