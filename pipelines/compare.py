@@ -14,6 +14,7 @@ from dora_mm.train.campaigns.campaign import Campaign, Evaluation, compared
 from dora_mm.train.campaigns.pictures import PictureEvaluation
 from dora_mm.train.campaigns.questions import QuestionEvaluation
 from dora_mm.train.campaigns.trainings import candidate_rates
+from dora_mm.utils.lock import only_writer
 
 
 def main(config: CompareConfig, *, resume: Path | None = None) -> None:
@@ -30,20 +31,21 @@ def main(config: CompareConfig, *, resume: Path | None = None) -> None:
     Raises:
         ValueError: What the config names cannot be used, does not fit together, or cannot be scored fairly; or `output`
             was started with a different config or inputs. The folder is created only after these checks. Or a training
-            reported a user's mistake.
+            reported a user's mistake, or another process writes to the folder.
         RuntimeError: A training failed in any other way.
     """
     evaluation = build_evaluation(config)
     campaign = Campaign(config, evaluation)
-    baselines = evaluation.baselines(campaign.folder)
-    chosen = campaign.trainings.choose_rates(
-        candidate_rates(config.learning_rates, compared(config)),
-        partial(evaluation.value, campaign.trainings),
-        seed=config.seeds[0],
-        extra_rates=config.extra_rates,
-    )
-    trained = campaign.trainings.train_chosen(chosen, config.seeds)
-    campaign.report(baselines, chosen, trained)
+    with only_writer(campaign.folder):
+        baselines = evaluation.baselines(campaign.folder)
+        chosen = campaign.trainings.choose_rates(
+            candidate_rates(config.learning_rates, compared(config)),
+            partial(evaluation.value, campaign.trainings),
+            seed=config.seeds[0],
+            extra_rates=config.extra_rates,
+        )
+        trained = campaign.trainings.train_chosen(chosen, config.seeds)
+        campaign.report(baselines, chosen, trained)
 
 
 def build_evaluation(config: CompareConfig) -> Evaluation:

@@ -13,8 +13,10 @@ from typing import Any
 from PIL import Image
 
 import dora_mm
+from dora_mm.adapting.files import digest_of_adapter
 from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.pictures import AdapterChoice, EvalDiffusionConfig
+from dora_mm.data.images.pixels import load_rgb
 from dora_mm.eval.images.clip import ClipSimilarity, read_references
 from dora_mm.eval.images.concepts import Concept
 from dora_mm.eval.images.encoder import Encoder
@@ -23,14 +25,16 @@ from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import format_interval, metrics_table, scores_per_image, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import load_image_model
+from dora_mm.models.image_families import identity_of, load_image_model
 from dora_mm.sampling.before_after import sample_merged
+from dora_mm.sampling.drawing import recorded_digests
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.manifest import ManifestEntry, write_manifest
-from dora_mm.train.run import open_run
-from dora_mm.utils.atomic import write_atomically
+from dora_mm.sampling.manifest import ManifestEntry, read_manifest, write_manifest
+from dora_mm.sampling.sheets import save_atomically
+from dora_mm.train.run import evaluation_run
+from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
-from dora_mm.utils.digest import file_digest, module_digest
+from dora_mm.utils.digest import file_digest, files_digest, module_digest
 from dora_mm.utils.run_directory import RunDirectory
 from dora_mm.utils.tables import markdown_table
 
@@ -43,15 +47,17 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     """Draws the images, scores them and prints the table.
 
     Writes to the run directory: table.md, metrics.json, the scores of single images in scores/, the images in samples/
-    with manifest.jsonl, which a gallery shows, and sheet.png.
+    with manifest.jsonl, which a gallery shows, and sheet.png. If `output` names that of the same evaluation, which was
+    stopped, the rows of the table that are drawn stay.
 
     Args:
         config: The config; without `adapter` only the bare model is scored.
-        resume: Unused, because an evaluation cannot be resumed.
+        resume: Unused: the same command goes on.
 
     Raises:
         ValueError: The judge, the model, the adapter or the reference images cannot be used, or the judge was fitted
-            for another model. The run directory is created only after these checks.
+            for another model. The run directory is created only after these checks. Or `output` is that of another
+            evaluation.
     """
     judge = Judge.load(resolve_path(config.judge, "judge"))
     concepts = judge.choose(config.concepts.role, config.concepts.count)
@@ -63,14 +69,33 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     encoder = Encoder(device)
     references = read_references(config.clip.images) if config.clip and config.clip.images else []
     clip = ClipSimilarity(resolve_model(config.clip.path, "clip.path"), device) if config.clip else None
-    run = open_run(config)
-
-    adapted = {}
+    inputs = {
+        **identity_of(config.model),
+        "the judge": files_digest(resolve_path(config.judge, "judge").glob("judge.*")),
+    }
     if config.adapter:
-        adapted[ADAPTER] = draw(config, model, concepts, ADAPTER)
-        # again, since weights of method full replace those of the base; the adapted one is freed
-        model = load_image_model(config.model).to(device)
-    images = {row: draw(config, model, concepts, row) for row in (BARE_FLAT, BARE)} | adapted
+        inputs["the adapter"] = digest_of_adapter(resolve_path(config.adapter.path, "adapter.path"))
+    with evaluation_run(config, inputs) as run:
+        adapted = {}
+        if config.adapter:
+            adapted[ADAPTER] = pictures_of(config, run, model, concepts, ADAPTER)
+            # again, since weights of method full replace those of the base; the adapted one is freed
+            model = load_image_model(config.model).to(device)
+        images = {row: pictures_of(config, run, model, concepts, row) for row in (BARE_FLAT, BARE)} | adapted
+        score(config, run, judge, encoder, clip, references, concepts, images)
+
+
+def score(
+    config: EvalDiffusionConfig,
+    run: RunDirectory,
+    judge: Judge,
+    encoder: Encoder,
+    clip: ClipSimilarity | None,
+    references: list[Image.Image],
+    concepts: list[Concept],
+    images: dict[str, list[Image.Image]],
+) -> None:
+    """Scores the pictures, writes all files of the run directory but the pictures, and prints the table."""
     seeds = config.concepts.seeds
     cosines = {}
     if clip and config.clip:
@@ -83,7 +108,7 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
         # Also for the bare model on flat prompts, which should be flat: how much of the style the judge sees in it.
         metrics[name] = summarize(scores, config.style, judge.style_space, over_seeds=False)
         scored[name] = scores_per_image(scores.cells(config.style) | cosines.get(name, {}))
-    save_images(config, run, images, concepts, scored)
+    write_manifest(run.path, entries_of(config, run, images, concepts, scored))
     similarity = {
         name: {key: bootstrap(values.reshape(-1, len(seeds))) for key, values in row.items()}
         for name, row in cosines.items()
@@ -92,11 +117,26 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     save_sheet(run, images, concepts, len(seeds))
 
 
-def draw(config: EvalDiffusionConfig, model: ImageModel, concepts: list[Concept], row: str) -> list[Image.Image]:
-    """Draws the images of one row of the table."""
-    settings = [each for _, each in image_settings(config, row, concepts)]
-    prompts, seeds = [each["prompt"] for each in settings], [each["seed"] for each in settings]
-    return sample_merged(model, prompts, seeds, config.draw, row)
+def pictures_of(
+    config: EvalDiffusionConfig, run: RunDirectory, model: ImageModel, concepts: list[Concept], row: str
+) -> list[Image.Image]:
+    """The pictures of one row of the table: those that an earlier process has drawn, if all are there, or new ones."""
+    chosen = [(picture_file(row, code, each["seed"]), each) for code, each in image_settings(config, row, concepts)]
+    recorded = recorded_digests(run.path)
+    files = [run.path / name for name, _ in chosen]
+    if all(
+        file.is_file() and recorded.get(name) == file_digest(file)
+        for file, (name, _) in zip(files, chosen, strict=True)
+    ):
+        log.info("The pictures of the %s are there already.", row)
+        return [load_rgb(file, "white") for file in files]
+    prompts, seeds = [each["prompt"] for _, each in chosen], [each["seed"] for _, each in chosen]
+    images = sample_merged(model, prompts, seeds, config.draw, row)
+    for file, image in zip(files, images, strict=True):
+        save_atomically(file, image)
+    others = read_manifest(run.path) if recorded else []
+    write_manifest(run.path, [*others, *entries_of(config, run, {row: images}, concepts)])
+    return images
 
 
 def load_adapter(model: ImageModel, adapter: AdapterChoice) -> None:
@@ -105,29 +145,31 @@ def load_adapter(model: ImageModel, adapter: AdapterChoice) -> None:
     log.info("%d adapted modules, %s parameters.", report.num_modules, f"{report.num_parameters:,}")
 
 
-def save_images(
+def entries_of(
     config: EvalDiffusionConfig,
     run: RunDirectory,
     images: dict[str, list[Image.Image]],
     concepts: list[Concept],
-    scored: dict[str, list[dict[str, float]]],
-) -> None:
-    """Saves samples/<row of the table>/<concept>-seed<seed>.png, and the manifest with the scores of each."""
-    entries = []
+    scored: dict[str, list[dict[str, float]]] | None = None,
+) -> list[ManifestEntry]:
+    """The manifest's entries of pictures samples/<row of the table>/<concept>-seed<seed>.png, with their scores."""
+    entries: list[ManifestEntry] = []
     for name, drawn in images.items():
         first_batch = entries[-1].batch + 1 if entries else 1
-        rows = zip(image_settings(config, name, concepts), drawn, scored[name], strict=True)
+        scores_of_row = scored[name] if scored else [{}] * len(drawn)
+        rows = zip(image_settings(config, name, concepts), drawn, scores_of_row, strict=True)
         for index, ((code, settings), image, scores) in enumerate(rows):
-            file = f"samples/{file_name(name)}/{code}-seed{settings['seed']}.png"
-            write_atomically(run.path / file, lambda partial, image=image: image.save(partial, "PNG"))
+            file = picture_file(name, code, settings["seed"])
             batch = first_batch + index // config.draw.batch_size
             settings |= {"width": image.width, "height": image.height}
-            entries.append(
-                ManifestEntry(
-                    len(entries) + 1, file, "done", batch, settings, file_digest(run.path / file), scores=scores
-                )
-            )
-    write_manifest(run.path, entries)
+            digest = file_digest(run.path / file)
+            entries.append(ManifestEntry(len(entries) + 1, file, "done", batch, settings, digest, scores=scores))
+    return entries
+
+
+def picture_file(row: str, code: str, seed: int) -> str:
+    """The path of a picture in the run directory."""
+    return f"samples/{file_name(row)}/{code}-seed{seed}.png"
 
 
 def image_settings(
@@ -165,7 +207,7 @@ def report(
         rows = [[name, *(format_interval(cells[key], False) for key in headings)] for name, cells in similarity.items()]
         lines.insert(2, markdown_table(["", *headings], rows))
     text = "\n\n".join(lines)
-    (run.path / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_text(run.path / "table.md", text + "\n")
     values = {name: {key: value.as_dict() for key, value in cells.items()} for name, cells in metrics.items()}
     for name, cells in similarity.items():
         values[name] |= {key: value.as_dict() for key, value in cells.items()}
@@ -180,5 +222,5 @@ def save_sheet(
     """Saves a sheet with the first concepts and the first seed: one row for each row of the table."""
     columns = concepts[:SHEET_COLUMNS]
     rows = [drawn[: len(columns) * num_seeds : num_seeds] for drawn in images.values()]
-    sheet(rows, list(images), [concept.name for concept in columns]).save(run.sheet)
+    save_atomically(run.sheet, sheet(rows, list(images), [concept.name for concept in columns]))
     print(f"sheet    {run.sheet}")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm import formats
-from dora_mm.adapting.files import load_trained, seed_of
-from dora_mm.config.loader import resolve_path
+from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
+from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.pixels import load_rgb
@@ -23,9 +23,10 @@ from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.scores import VLScores, is_answered
 from dora_mm.eval.vl.submissions import suffix, write_predictions
 from dora_mm.models.families import load_family
+from dora_mm.models.folders import settings_identity
 from dora_mm.sampling.answers import answer_all
 from dora_mm.tasks.vl import answerers
-from dora_mm.train.run import open_run
+from dora_mm.train.run import evaluation_run
 from dora_mm.train.validation import main_values
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
@@ -38,15 +39,17 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     """Answers the splits, scores the answers and prints the report.
 
     Writes to the run directory: the answers of each task in predictions_<task> (in the format of its evaluation
-    server), scores.json, report.md and, with `examples`, examples.html.
+    server), scores.json, report.md and, with `examples`, examples.html; and in answers/ those so far, from which the
+    same evaluation goes on if `output` names it.
 
     Args:
         config: The config; without `adapter` the bare model is scored.
-        resume: Unused, because an evaluation cannot be resumed.
+        resume: Unused: the same command goes on.
 
     Raises:
         ValueError: The adapter, the model, the vision tower or the data cannot be used, or the adapter was trained with
-            another base model or vision tower. The run directory is created only after these checks.
+            another base model or vision tower. The run directory is created only after these checks. Or `output` is
+            that of another evaluation.
     """
     folder = formats.adapter_folder(resolve_path(config.adapter, "adapter")) if config.adapter else None
     seed = seed_of(folder) if folder else 0
@@ -56,8 +59,19 @@ def main(config: EvalVLConfig, *, resume: Path | None = None) -> None:
     if folder:
         load_trained(model, folder, backend=config.backend)
     answers = answerers(model, splits, config.decode)
-    run = open_run(config)
-    answered = answer_all(answers, model.networks.values(), splits, config.decode.batch_size)
+    inputs = {f"the data of {name}": found.table.identity for name, found in splits.items()} | dict(model.identity)
+    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs |= {"the adapter": digest_of_adapter(folder)} if folder else {}
+    with evaluation_run(config, inputs) as run:
+        kept = run.path / "answers"
+        answered = answer_all(answers, model.networks.values(), splits, config.decode.batch_size, folder=kept)
+        report_all(config, run, answered, splits)
+
+
+def report_all(
+    config: EvalVLConfig, run: RunDirectory, answered: dict[str, Predictions], splits: dict[str, ValidationSet]
+) -> None:
+    """Scores the answers, writes all files of the run directory, and prints the report."""
     for name, rows in answered.items():
         write_predictions(name, rows, run.path / f"predictions_{name}{suffix(name)}")
     # Some rows of Karpathy's VQA have no reference answer: they count as wrong, and a note gives their number.

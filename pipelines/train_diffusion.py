@@ -1,7 +1,9 @@
 """Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
+import contextlib
 import json
 import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,28 +16,34 @@ from torch import nn
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
-from dora_mm.adapting.initial import load_initial_file
+from dora_mm.adapting.initial import initial_identity, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.parts import check_names
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
+from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import load_if_local, load_image_model
+from dora_mm.models.image_families import identity_of, load_if_local, load_image_model
 from dora_mm.models.opening import commit_of
 from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
 from dora_mm.preview.parts import parts_table
-from dora_mm.preview.training import describe_training, is_measured, slow_hardware
+from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
 from dora_mm.sampling.before_after import before_after_sheet
 from dora_mm.sampling.pictures import PictureSampler
+from dora_mm.sampling.sheets import save_atomically
 from dora_mm.tasks.diffusion import DiffusionTask
+from dora_mm.tasks.held_out import PictureLosses
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
-from dora_mm.train.optim import build_optimizer
+from dora_mm.train.optim import build_optimizer, check_device
 from dora_mm.train.processes import join_processes
 from dora_mm.train.run import training_run, training_summary, write_summary
-from dora_mm.train.schedule import build_schedule
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.train.schedule import Schedule
+from dora_mm.train.validation import OVERALL, Validation
+from dora_mm.train.weights import result_of
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
@@ -46,7 +54,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     """Trains the adapter.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the final adapter in adapter/, summary.json, sheet.png
-    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/.
+    with the sample prompts without and with the adapter, and, with `sample.every`, earlier such sheets in samples/, the
+    first one before the first step. `touch RUN/sample-now` asks for one after the next step.
 
     Args:
         config: The config.
@@ -57,13 +66,14 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         ValueError: The images, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
-    images = read_training_images(config.data)
+    images, held = hold_out(read_training_images(config.data), config.data)
     trains_text = config.adapter.trains_text_encoders
     # The last layer of a text encoder may be unused: its adapters get no gradients.
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=trains_text)
     if dry_run:
-        print(describe(config, images, accelerator))
+        print(describe(config, images, held, accelerator))
         return
+    check_device(config.optimizer, accelerator.device)
     model = load_image_model(config.model).to(accelerator.device)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
@@ -72,25 +82,46 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)
-    sampler = encode(config, model, batches)
+    losses = fixed_losses(config, task, batches, held, accelerator) if held else None
+    sampler = encode(config, model, batches, losses)
     trained = adapt(model, config)
     log.info("%s", trained)
     training, adapted = build(config, model, trained, task, accelerator), trained.adapted
     move_vae(model, config)
-    draw = partial(draw_sheet, config, sampler, adapted) if accelerator.is_main_process else None
+    result = result_of(training["optimizer"])
+    draw = result(partial(draw_sheet, config, sampler, adapted)) if accelerator.is_main_process else None
+    about = about_adapter(config, model)
 
-    inputs = {"the pictures and captions": digest_of(images)}
-    with training_run(accelerator, config, inputs, resume, config.train.steps) as run:
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
+    inputs |= initial_identity(config.adapter)
+    inputs |= {"the held-out pictures": digest_of(held)} if held else {}
+    with training_run(accelerator, config, inputs, resume, config.train) as run:
+        write = result(partial(save, config, adapted, about=about))
+        measure = result(partial(losses, list(adapted.values()))) if losses else None
+        writes = accelerator.is_main_process
+        validate = held_out_loss(config, run, measure, adapted, write, writes=writes) if measure else None
 
         def observe(step: int) -> None:
-            if draw and config.sample.every and step % config.sample.every == 0 and step < config.train.steps:
-                draw(run.samples / f"step-{step:06d}.png")
+            if validate and validate.is_due(step, config.train.steps):
+                log_losses(step, validate(step))
+            if draw is None:
+                return
+            due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
+            with run.answering(SAMPLE_NOW) as asked:
+                if due or asked:
+                    draw(run.samples / f"step-{step:06d}.png")
 
-        fit(run=run, **training, batch_at=batches, observe=observe, metadata=about_adapter(config, model))
+        if config.sample.every and not last_step(run.checkpoints):
+            observe(0)  # so that what goes wrong in drawing does so before the training
+        is_over = validate.is_over if validate else lambda: False
+        done = fit(run=run, **training, batch_at=batches, observe=observe, is_over=is_over, metadata=about)
+        if validate:
+            log_losses(done, validate(done))
+            validate.close()
         if draw:
-            save(config, adapted, run, about_adapter(config, model))
+            write(run.adapter)
             add_pictures(config, run, draw(run.sheet))
-            write_results(config, run, training["parameters"])
+            write_results(config, run, training["parameters"], done, validate)
 
 
 def batches_of(
@@ -103,8 +134,76 @@ def batches_of(
     return CaptionedBatches(model, images, prompts, config.data, **settings)
 
 
+def fixed_losses(
+    config: TrainDiffusionConfig,
+    task: DiffusionTask,
+    batches: CaptionedBatches,
+    held: list[CaptionedImage],
+    accelerator: Accelerator,
+) -> PictureLosses:
+    """The loss of the held-out pictures, and of as many that are trained on, which shows what is only remembered."""
+    data = config.data.model_copy(update={"crop": "center", "flip": False})
+    size = config.train.batch_size
+    parts = {"held_out_loss": held, "trained_loss": part_of(batches.images, len(held))}
+    return PictureLosses(
+        task,
+        {
+            name: CaptionedBatches(task.model, images, batches.prompts, data, batch_size=size, seed=config.seed)
+            for name, images in parts.items()
+        },
+        batch_size=size,
+        precision=accelerator.autocast,
+        process=(accelerator.process_index, accelerator.num_processes),
+    )
+
+
+def held_out_loss(
+    config: TrainDiffusionConfig,
+    run: RunDirectory,
+    measure: Callable[[], dict[str, float]],
+    adapted: Networks,
+    write: Callable[[Path], None],
+    *,
+    writes: bool,
+) -> Validation:
+    """Validates by the held-out loss; step 0 of its log has the losses of the base model."""
+
+    def beside_base() -> dict[str, float]:
+        base, found = validation.rows[0], measure()
+        return found | {f"{name}_minus_base": value - base[name] for name, value in found.items()}
+
+    done = last_step(run.checkpoints)
+    validation = Validation(run, config.evaluate, beside_base, by_held_out_loss, write, done, writes=writes)
+    if not validation.rows:
+        with base_model(config, adapted.values()):
+            validation.note(0, measure())
+    return validation
+
+
+@contextlib.contextmanager
+def base_model(config: TrainDiffusionConfig, networks: Collection[nn.Module]) -> Iterator[None]:
+    """Switches the adapters off before a training. Method `full` has no others, but nothing is trained yet."""
+    adapters = [] if "full" in config.adapter.methods else networks
+    for network in adapters:
+        dora_mm.set_strength(network, 0.0)
+    yield
+    for network in adapters:
+        dora_mm.set_strength(network, 1.0)
+
+
+def by_held_out_loss(row: Mapping[str, float]) -> dict[str, float]:
+    """What the best adapter is chosen by; the base model is none."""
+    return {OVERALL: -row["held_out_loss"]} if row.get("step") != 0 else {}
+
+
+def log_losses(step: int, values: Mapping[str, float]) -> None:
+    log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+
 @torch.no_grad()
-def encode(config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBatches) -> PictureSampler:
+def encode(
+    config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBatches, losses: PictureLosses | None
+) -> PictureSampler:
     """Encodes ahead of training what stays the same, and frees the text encoders where they are frozen.
 
     So they never lie in memory together with the denoiser, which is loaded when it is first asked for.
@@ -112,7 +211,8 @@ def encode(config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBa
     Returns:
         What draws the sheets, with their prompts encoded.
     """
-    batches.encode_all()
+    for each in [batches, *(losses.parts.values() if losses else ())]:
+        each.encode_all()
     sampler = PictureSampler(model)
     if not batches.prompts.trained:
         sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
@@ -140,16 +240,18 @@ def build(
         "networks": trained.networks,
         "parameters": trained.parameters,
         "optimizer": accelerator.prepare(optimizer),
-        "schedule": build_schedule(optimizer, config.schedule, config.train.steps),
+        "schedule": Schedule(optimizer, config.schedule, config.train.steps),
         "loss": task.loss,
     }
 
 
-def describe(config: TrainDiffusionConfig, images: list[CaptionedImage], accelerator: Accelerator) -> str:
+def describe(
+    config: TrainDiffusionConfig, images: list[CaptionedImage], held: list[CaptionedImage], accelerator: Accelerator
+) -> str:
     """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"latent_cache": None})})  # writes nothing
     model = load_if_local(config.model)
-    data = describe_data(images, config, model, accelerator.num_processes)
+    data = describe_data(images, config, model, accelerator.num_processes, held)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
     batches = batches_of(config, model.to(accelerator.device), images, accelerator)
@@ -164,7 +266,8 @@ def describe(config: TrainDiffusionConfig, images: list[CaptionedImage], acceler
     training = build(config, model, trained, task, accelerator) | {"batch_at": batches}
     move_vae(model, config)
     cost = describe_training(model.networks, config.optimizer, training)
-    return f"{data}\n\n{trained.share}\n{table}\n\n{cost}"
+    how = optimizer_line(config.optimizer, config.schedule, config.train.steps)
+    return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 
 def adapt(model: ImageModel, config: TrainDiffusionConfig) -> TrainedNetworks:
@@ -203,8 +306,7 @@ def draw_sheet(
     trains_text = config.adapter.trains_text_encoders  # then prompts are encoded anew for each sheet
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
-    path.parent.mkdir(exist_ok=True)
-    sheet.save(path)
+    save_atomically(path, sheet)
     move_vae(model, config)
     set_training(adapted, True)
     return pictures
@@ -228,9 +330,9 @@ def about_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict[str, 
     }
 
 
-def save(config: TrainDiffusionConfig, adapted: Networks, run: RunDirectory, about: dict[str, str]) -> None:
+def save(config: TrainDiffusionConfig, adapted: Networks, folder: Path, about: dict[str, str]) -> None:
     settings = {"metadata": about, "strength": config.adapter.strength}
-    dora_mm.save_adapter(adapted, run.adapter, format=formats.format_for(adapted, preferred="diffusers"), **settings)
+    dora_mm.save_adapter(adapted, folder, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
 
 def add_pictures(config: TrainDiffusionConfig, run: RunDirectory, pictures: list[Image.Image]) -> None:
@@ -238,18 +340,25 @@ def add_pictures(config: TrainDiffusionConfig, run: RunDirectory, pictures: list
     shown = []
     for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
         shown.append((prompt, f"pictures/{number}.png"))
-        path = run.adapter / shown[-1][1]
-        path.parent.mkdir(exist_ok=True)
-        picture.save(path)
+        save_atomically(run.adapter / shown[-1][1], picture)
     formats.write_card(run.adapter, pictures=shown)
 
 
-def write_results(config: TrainDiffusionConfig, run: RunDirectory, parameters: dict[str, nn.Parameter]) -> None:
+def write_results(
+    config: TrainDiffusionConfig,
+    run: RunDirectory,
+    parameters: dict[str, nn.Parameter],
+    steps: int,
+    validate: Validation | None,
+) -> None:
     """Writes summary.json, and prints it with the paths of the adapter and the sheet."""
     num_parameters = sum(parameter.numel() for parameter in parameters.values())
     size = formats.find_file(run.adapter).stat().st_size
-    details = {"adapter_mb": round(size / 1e6, 2)}
-    write_summary(run, training_summary(run, config.adapter, num_parameters, config.train.steps, **details))
+    details: dict[str, Any] = {"adapter_mb": round(size / 1e6, 2)}
+    if validate:
+        details |= {name: round(value, 5) for name, value in validate.rows[-1].items() if name != "step"}
+        details["best_step"] = validate.best_step
+    write_summary(run, training_summary(run, config.adapter, num_parameters, steps, **details))
     print(f"\nadapter  {run.adapter}")
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")

@@ -2,27 +2,30 @@
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import broadcast_object_list
 
 from dora_mm import formats
 from dora_mm.adapting.files import save_trained
-from dora_mm.adapting.initial import load_initial_folder
+from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
+from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.data.vl.example import Answer
+from dora_mm.data.vl.example import Predictions
 from dora_mm.data.vl.needed import data_needed
-from dora_mm.data.vl.splits import ValidationSet, open_training, open_validation
+from dora_mm.data.vl.rows import OnBadData
+from dora_mm.data.vl.splits import TrainingSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
+from dora_mm.models.folders import settings_identity
 from dora_mm.models.opening import UnreachableError
 from dora_mm.models.vl import VLModel
 from dora_mm.preview.lengths import row_lines
@@ -35,23 +38,27 @@ from dora_mm.preview.training import (
     length_line,
     measure_accumulated,
     memory_table,
+    optimizer_line,
     slow_hardware,
     time_line,
+    when,
 )
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
-from dora_mm.sampling.answers import answer_all
+from dora_mm.sampling.answers import answer_all, save_answers
+from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.cost import peak_memory_mb, seconds_per_step
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.optim import build_optimizer, with_steps
+from dora_mm.train.optim import build_optimizer, check_device, with_steps
 from dora_mm.train.prefetch import Prefetcher
 from dora_mm.train.processes import join_processes, main_process_first
 from dora_mm.train.run import training_run, training_summary, write_summary
-from dora_mm.train.schedule import build_schedule
-from dora_mm.train.validation import Validation, main_values
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.train.schedule import Schedule
+from dora_mm.train.validation import LOSS, Validation, main_values, other_values, task_qualities
+from dora_mm.train.weights import result_of
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +67,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     """Trains the adapter, and scores it on the validation splits.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the scores in validation/, the best adapters so far in
-    best/, the final adapter in adapter/ and summary.json.
+    best/, the final adapter in adapter/ and summary.json. `touch RUN/sample-now` asks for answers to a few validation
+    rows after the next step, in samples/.
 
     Args:
         config: The config.
@@ -78,6 +86,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         return
     unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
+    check_device(config.optimizer, accelerator.device)
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
     model = load_family(
         config.model,
@@ -106,28 +115,62 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
 
     process = (accelerator.process_index, accelerator.num_processes)
     on_bad_data = config.data.on_bad_data
-    batches = VLBatches(model, training, seed=config.seed, on_bad_data=on_bad_data, process=process)
-    parts = build(config, model, trained, accelerator, batches.per_epoch)
+    batches = batches_of(config, model, training, on_bad_data, process)
+    parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     train = parts["config"]
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
-    write = partial(save_trained, trained, config, identity)
-    with training_run(accelerator, config, inputs, resume, train.steps) as run:
-        validate = None
-        if accelerator.is_main_process:
-            evaluate = partial(score_splits, answers, model.networks, splits, config)
-            validate = Validation(run, evaluate, write, last_step(run.checkpoints))
+    inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
+    inputs |= initial_identity(config.adapter)
+    result = result_of(parts["optimizer"])
+    write = result(partial(save_trained, trained, config, identity))
+    settings = {"limit": config.evaluate.limit, "process": process}
+    losses = RowLosses(model, splits, training, on_bad_data=on_bad_data, precision=accelerator.autocast, **settings)
+    answered = (answers, model.networks.values(), splits, config.evaluate.batch_size)
+    scoring = SplitScores(accelerator, result(partial(answer_all, *answered, **settings)), result(losses))
+    qualities = partial(task_qualities, {name: by_loss(config.evaluate, name) for name in splits})
+    with training_run(accelerator, config, inputs, resume, train) as run:
+        done = last_step(run.checkpoints)
+        main_process = accelerator.is_main_process
+        validate = Validation(run, config.evaluate, scoring, qualities, write, done, writes=main_process)
 
         def observe(step: int) -> None:
-            if validate and config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
-                log_scores(step, main_values(validate(step)))
+            if main_process:
+                with run.answering(SAMPLE_NOW) as asked:
+                    if asked:
+                        result(save_answers)(run.samples / f"step-{step:06d}.jsonl", *answered)
+            if validate.is_due(step, train.steps):
+                log_scores(step, validate(step))
 
         with Prefetcher(batches, enabled=model.prepares_batches) as batch_at:
-            fit(run=run, **parts, batch_at=batch_at, state={"row counts": model.counts}, observe=observe)
+            done = fit(
+                run=run,
+                **parts,
+                batch_at=batch_at,
+                state={"row counts": model.counts},
+                observe=observe,
+                is_over=validate.is_over,
+            )
         numbers = torch.tensor([model.counts.num_cut, model.counts.num_left_out], device=accelerator.device)
         counts: Any = accelerator.reduce(numbers, "sum")
-        if validate:
+        if main_process:
             write(run.adapter)
-            finish(config, run, trained, validate, train.steps, *counts.tolist())
+        details = {"peak_memory_mb": round(peak_memory_mb())}  # of the training, without the last validation
+        details |= dict(zip(("rows_cut", "rows_left_out"), counts.tolist(), strict=True))
+        validate(done)
+        if main_process:
+            finish(config, run, trained, validate, scoring.scores, details)
+
+
+def batches_of(
+    config: TrainVLConfig,
+    model: VLModel,
+    sets: Mapping[str, TrainingSet],
+    on_bad_data: OnBadData = "stop",
+    process: tuple[int, int] = (0, 1),
+) -> VLBatches:
+    """The batches of a process, (index, count), by number."""
+    accumulated = config.train.gradient_accumulation_steps
+    return VLBatches(model, sets, seed=config.seed, on_bad_data=on_bad_data, accumulated=accumulated, process=process)
 
 
 def adapt_networks(model: VLModel | Structure, config: TrainVLConfig) -> TrainedNetworks:
@@ -136,12 +179,12 @@ def adapt_networks(model: VLModel | Structure, config: TrainVLConfig) -> Trained
 
 
 def build(
-    config: TrainVLConfig, model: VLModel, trained: TrainedNetworks, accelerator: Accelerator, batches_per_epoch: int
+    config: TrainVLConfig, model: VLModel, trained: TrainedNetworks, accelerator: Accelerator, steps_per_epoch: int
 ) -> dict[str, Any]:
     """What a training consists of but for its batches: the arguments of `fit`, and of `measure_step`, by name."""
-    train = with_steps(config.train, config.schedule, batches_per_epoch)
+    train = with_steps(config.train, config.schedule, steps_per_epoch)
     optimizer = build_optimizer(trained.parameters, config.optimizer, trained.rates)
-    schedule = build_schedule(optimizer, config.schedule, train.steps)
+    schedule = Schedule(optimizer, config.schedule, train.steps)
     if train.gradient_checkpointing:
         network: Any = trained.networks["model"]
         network.activation_checkpointing_enable()
@@ -159,20 +202,39 @@ def build(
     }
 
 
-def score_splits(
-    answers: Mapping[str, Answer],
-    networks: Mapping[str, nn.Module],
-    splits: Mapping[str, ValidationSet],
-    config: TrainVLConfig,
-) -> dict[str, VLScores]:
-    """The current scores of the model by task."""
-    settings = config.evaluate
-    found = answer_all(answers, networks.values(), splits, settings.batch_size, settings.limit)
-    return score_all(found, meteor=False)
+class SplitScores:
+    """Measures the model on the validation splits: all processes share the answers, and the main one scores them.
+
+    Args:
+        accelerator: Knows the processes.
+        answer: Answers the rows of the splits.
+        losses: Computes their losses.
+
+    Attributes:
+        scores: Those of the last call, in the main process.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, answer: Callable[[], dict[str, Predictions]], losses: Callable[[], dict]
+    ):
+        self.accelerator, self.answer, self.losses = accelerator, answer, losses
+        self.scores: dict[str, VLScores] = {}
+
+    def __call__(self) -> dict[str, float]:
+        """The values of all metrics, and the loss of each task."""
+        found, losses = self.answer(), self.losses()
+        values: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            self.scores = score_all(found, meteor=False)
+            named = {f"{name}/{LOSS}": value for name, value in losses.items()}
+            values = [main_values(self.scores) | other_values(self.scores) | named]
+        return broadcast_object_list(values)[0]
 
 
-def log_scores(step: int, values: dict[str, float]) -> None:
-    log.info("step %d: %s", step, ", ".join(f"{name} {value:.2f}" for name, value in values.items()))
+def log_scores(step: int, values: Mapping[str, float]) -> None:
+    shown = {name: f"{value:.2f}" for name, value in values.items() if "/" not in name}
+    shown |= {name: f"{value:.4f}" for name, value in values.items() if name.endswith(f"/{LOSS}")}
+    log.info("step %d: %s", step, ", ".join(f"{name} {value}" for name, value in shown.items()))
 
 
 def finish(
@@ -180,32 +242,33 @@ def finish(
     run: RunDirectory,
     trained: TrainedNetworks,
     validate: Validation,
-    steps: int,
-    num_cut: int,
-    num_left_out: int,
+    scores: Mapping[str, VLScores],
+    details: Mapping[str, Any],
 ) -> None:
-    """Computes the final scores, writes summary.json, and prints both."""
-    memory = peak_memory_mb()  # of the training, so it is read before the last validation
-    if num_cut:
-        log.warning("%d rows of the training's batches were longer than a row may be, and lost text", num_cut)
-    if num_left_out:
-        log.warning("%d rows of the training's batches could not be encoded, and were left out", num_left_out)
-    scores = validate(steps)
+    """Writes summary.json, and prints it and the final scores."""
     validate.close()
+    for key, fate in (
+        ("rows_cut", "were longer than a row may be, and lost text"),
+        ("rows_left_out", "could not be encoded, and were left out"),
+    ):
+        if details[key]:
+            log.warning("%d rows of the training's batches %s", details[key], fate)
     if MODEL in trained.reports:
         main = {name: (found.main, found.value) for name, found in scores.items() if found.value is not None}
         formats.write_card(run.adapter, scores=main)
+    values = validate.rows[-1]
+    losses = {f"{name}_{LOSS}": round(values[f"{name}/{LOSS}"], 4) for name in scores}
     summary = training_summary(
         run,
         config.adapter,
         trained.num_trained,
-        steps,
+        values["step"],
         trainable_share=round(100 * trained.num_trained / trained.num_all, 3),
         seconds_per_step=round(seconds_per_step(read_metrics(run.path / "metrics.jsonl")), 4),
-        peak_memory_mb=round(memory),
-        rows_cut=num_cut,
-        rows_left_out=num_left_out,
+        **details,
         **{name: round(value, 2) for name, value in main_values(scores).items()},
+        **losses,
+        **({"best_step": validate.best_step} if validate.best_step is not None else {}),
     )
     write_summary(run, summary)
     for name, found in scores.items():
@@ -248,8 +311,13 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
     if model is None or len(data.sets) < len(config.data.all_tasks):
         why_not = "not all training data can be read"
     else:
-        batches = VLBatches(model, data.sets, seed=config.seed).per_epoch
-        yield length_line(with_steps(config.train, config.schedule, batches), batches)
+        per_epoch = batches_of(config, model, data.sets).steps_per_epoch
+        length = with_steps(config.train, config.schedule, per_epoch)
+        yield length_line(length, per_epoch)
+        yield optimizer_line(config.optimizer, config.schedule, length.steps)
+    if valid := [task.task for task in config.data.all_tasks if task.valid]:
+        by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
+        yield f"validated {when(config.evaluate)}; the best adapter of {by}"
     if not why_not and not has_weights:
         why_not = f"the weights of {config.model.path} are not on this machine"
     if model and not why_not:
@@ -268,8 +336,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
 def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLModel, data: DataPreview) -> str:
     """Memory and time of a training, by a short step of it; the memory with the longest rows."""
     trained = adapt_networks(model, config)
-    batches = VLBatches(model, data.sets, seed=config.seed, on_bad_data="skip")
-    parts = build(config, model, trained, accelerator, batches.per_epoch)
+    batches = batches_of(config, model, data.sets, "skip")
+    parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
     cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
     memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost)

@@ -18,6 +18,7 @@ from dora_mm.config.vl import TrainVLConfig
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.models.vl import VLModel
 from dora_mm.utils import yaml12
+from dora_mm.utils.digest import files_digest
 
 IDENTITIES = {  # keys of an adapter's header
     "base_digest": "model.path: another base model",
@@ -50,6 +51,18 @@ def files_in(folder: Path) -> dict[str, AdapterFile]:
     """
     subfolders = sorted({file.parent.name for file in folder.glob("*/*.safetensors")})
     return {MODEL: AdapterFile(folder)} | {name: AdapterFile(folder / name) for name in subfolders}
+
+
+def digest_of_adapter(path: Path) -> str:
+    """A digest of the files of an adapter.
+
+    Args:
+        path: Its file, its folder or the run directory that has it.
+    """
+    folder = formats.adapter_folder(path)
+    found = [path] if path.is_file() else [*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]
+    settings = {file.with_name("adapter_config.json") for file in found}  # PEFT's: it has the alpha
+    return files_digest([*found, *filter(Path.is_file, settings)])
 
 
 def check_identity(folder: Path, metadata: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from dora_mm import backend as backends
 from dora_mm import formats
-from dora_mm.adapting.files import check_identity, files_in
+from dora_mm.adapting.files import check_identity, digest_of_adapter, files_in
 from dora_mm.adapting.networks import TrainedNetworks, spec_of
 from dora_mm.adapting.parts import MODEL
 from dora_mm.config.adapter import AdapterConfig, PartConfig
@@ -98,6 +98,13 @@ def load_initial_folder(trained: TrainedNetworks, config: AdapterConfig, identit
         )
     for component, network in trained.networks.items():
         _load({component: network}, files[component])
+
+
+def initial_identity(config: AdapterConfig) -> dict[str, str]:
+    """A digest of the files of `adapter.init_from`, by a description; empty without it."""
+    if config.init_from is None:
+        return {}
+    return {"the initial adapter": digest_of_adapter(resolve_path(config.init_from, "adapter.init_from"))}
 
 
 def _load(adapted: Mapping[str, nn.Module], file: AdapterFile) -> None:

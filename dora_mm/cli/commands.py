@@ -10,7 +10,7 @@ from dora_mm.config import find_path, load_config, resolve_model, resolve_path, 
 from dora_mm.config.paths import check_paths
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.recipes import PIPELINES, Recipes
-from dora_mm.train.resuming import check_changes, nearest_run
+from dora_mm.train.resuming import check_changes, nearest_run, started_config
 
 DEFAULTS_OF_JOBS = "configs/sdxl/jobs.yaml"
 
@@ -114,20 +114,25 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
 
 def _config(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
     if arguments.resume is not None:
-        return _config_of_run(arguments.resume, arguments.config, arguments.overrides, recipes)
+        return _config_of_run(arguments, recipes)
     if arguments.config is None:
         what = "JOBS or a CONFIG" if arguments.command == "sample" else "a CONFIG"
         raise ValueError(f"{arguments.command} needs {what} before --set, or --resume RUN_DIR")
     return load_config(arguments.config, arguments.overrides, recipes.schemas)
 
 
-def _config_of_run(run: Path, given: str | None, overrides: list[str], recipes: Recipes) -> PipelineConfig:
+def _config_of_run(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
     """The config that a run goes on with: its own or the given one, with the overrides as far as they are allowed."""
+    run, given = arguments.resume, arguments.config
     saved = run / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"--resume {run} is not a run directory: it has no config.yaml{nearest_run(run)}")
-    config = load_config(given or saved, overrides, recipes.schemas)
-    check_changes(run, load_config(saved, schemas=recipes.schemas), config)
+    config = load_config(given or saved, arguments.overrides, recipes.schemas)
+    if config.command == arguments.command and config.changeable is not None:
+        before = started_config(run, recipes.schemas)
+        if given is None:
+            check_changes(f"{saved}, edited", before, load_config(saved, schemas=recipes.schemas))
+        check_changes(f"--resume {run}", before, config)
     return config
 
 

@@ -20,7 +20,15 @@ from dora_mm.config.schema import (
     Text,
     raise_problems,
 )
-from dora_mm.config.training import CHANGEABLE, OptimizerConfig, ScheduleConfig, TrainConfig, check_training
+from dora_mm.config.training import (
+    CHANGEABLE,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ValidationConfig,
+    check_training,
+    check_validation,
+)
 
 
 def bucket_step(resolution: int) -> int:
@@ -29,6 +37,23 @@ def bucket_step(resolution: int) -> int:
     64 as in SDXL's pretraining; below a resolution of 512 it is 32, the size of one cell of the coarsest feature map.
     """
     return 64 if resolution >= 512 else 32
+
+
+class HeldOutImagesConfig(Section):
+    """Images that are not trained on: what is learned is validated by their loss."""
+
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("share", "folder"),)
+
+    # The share of the images of data.folder; which ones depends on their content alone. null: folder is set
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    folder: InputPath | None = None  # a folder of its own, captioned like data.folder; null: share is set
+    limit: PositiveInt | None = None  # the highest number of these images; null: no limit
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "HeldOutImagesConfig":
+        if (self.share is None) == (self.folder is None):
+            raise ValueError("give either share or folder")
+        return self
 
 
 class DataConfig(Section):
@@ -43,6 +68,7 @@ class DataConfig(Section):
     crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
     caption_dropout: Share = 0.0  # probability of training an image without its caption
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
+    valid: HeldOutImagesConfig | None = None  # held-out images; null: none
 
     @field_validator("resolution")
     @classmethod
@@ -95,7 +121,13 @@ class LossConfig(Section):
 
 class TrainDiffusionConfig(PipelineConfig):
     command: ClassVar[str] = "train"
-    changeable: ClassVar[tuple[str, ...]] = (*CHANGEABLE, "adapter.strength", "data.latent_cache", "sample")
+    changeable: ClassVar[tuple[str, ...]] = (
+        *CHANGEABLE,
+        "adapter.strength",
+        "data.latent_cache",
+        "evaluate",  # the held-out loss of a step is the same, however often it is computed
+        "sample",
+    )
     pipeline: Literal["train_diffusion"]
     seed: Seed = 0  # seed of everything random in the run
     output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
@@ -107,12 +139,14 @@ class TrainDiffusionConfig(PipelineConfig):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig
+    evaluate: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainDiffusionConfig":
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
         problems += check_adapter(self.adapter, self.optimizer)
+        problems += check_validation(self.evaluate, self.data.valid is not None, "data.valid is null")
         full = "full" in self.adapter.methods
         if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")

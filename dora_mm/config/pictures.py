@@ -10,7 +10,6 @@ from dora_mm.config.schema import (
     Count,
     InputPath,
     Items,
-    NewFolder,
     NonNegative,
     OutputFolder,
     PipelineConfig,
@@ -184,7 +183,7 @@ class EvalDiffusionConfig(PipelineConfig):
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_diffusion"]
-    output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
     model: ModelConfig
     adapter: AdapterChoice | None = None  # null: only the base model
     judge: InputPath  # the folder of a fitted judge

@@ -8,22 +8,31 @@ from dora_mm.config.schema import Count, Items, NonNegative, Positive, Section, 
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "prodigy", "adamw_8bit", "paged_adamw_8bit"] = "adamw"  # 8 bit: of bitsandbytes, on a GPU
+    # 8 bit: of bitsandbytes, on a GPU; adafactor keeps one number per row and column instead of two per parameter
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor", "schedule_free", "prodigy"] = "adamw"
     lr: Positive  # learning rate; prodigy finds its own, so set 1.0
-    betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)  # decay rates of both moments
-    eps: Positive = 1e-8  # added to the denominator of the update
+    b_lr_ratio: Positive = 1.0  # how many times that is the rate of B; under Adam it is alpha / rank by another name
+    # Decay rates of both moments; null: those of dora_mm/train/optim.py, 0.9 and 0.999 for most
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] | None = None
+    eps: Positive | None = None  # added to the denominator of the update; null: 1e-8, or what the optimizer has
     weight_decay: NonNegative = 0.01  # decoupled from the gradient, as in AdamW
     decay_biases: bool = False  # weight decay of biases, too, where those are trained
     # Learning rate of all magnitudes (not for prodigy), also of parts that have an lr of their own; null: as A and B
     magnitude_lr: Positive | None = None
+    # Further arguments of the optimizer's class, such as {d_coef: 0.5} of prodigy
+    options: dict[str, bool | int | float | str | Items[float | None]] = Field(default_factory=dict)
 
 
 class ScheduleConfig(Section):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("warmup_steps", "warmup_ratio"),)
 
-    name: Literal["constant", "cosine", "linear"] = "constant"  # after the warmup
+    # After the warmup; restarts: of cosines; warmup_stable_decay: constant, and a cosine at the end
+    name: Literal["constant", "cosine", "linear", "restarts", "polynomial", "warmup_stable_decay"] = "constant"
     warmup_steps: Count = 0  # optimizer steps of linear warmup
     warmup_ratio: Share = 0.0  # warmup as a fraction of all steps, instead of warmup_steps
+    cycles: PositiveInt | None = None  # of restarts: how many cosines; null: 4
+    power: Positive | None = None  # of polynomial: of the share of the steps that is left; null: 2
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = None  # of warmup_stable_decay: of all steps; null: 0.1
 
 
 class TrainConfig(Section):
@@ -36,11 +45,22 @@ class TrainConfig(Section):
     checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
     keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
+    # What shows the metrics beside metrics.jsonl; null: TensorBoard, where it is installed
+    track: Items[Literal["tensorboard", "wandb", "trackio"]] | None = None
 
 
-# A longer training has the same first steps; checkpointing computes the same activations again.
-CHANGEABLE = tuple(
-    f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "gradient_checkpointing")
+class ValidationConfig(Section):
+    every: Count = 0  # optimizer steps between validations; 0: only at the end
+    # How many validations in a row without a better one end the training; null: it has all of its steps
+    patience: PositiveInt | None = None
+
+
+# A longer training has the same first steps; checkpointing computes the same activations again. Only the rate is one of
+# the steps to come: a training that diverged goes on from its last checkpoint with a lower one.
+CHANGEABLE = (
+    *(f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "track")),
+    "train.gradient_checkpointing",
+    "optimizer.lr",
 )
 
 
@@ -69,6 +89,24 @@ class LearningRates(Section):
         return rates
 
 
+def check_validation(evaluate: ValidationConfig, has_valid: bool, missing: str) -> list[str]:
+    """Finds settings of validations that have no effect.
+
+    Args:
+        evaluate: The `evaluate` section.
+        has_valid: Whether there is something to validate on.
+        missing: A sentence for when there is not.
+
+    Returns:
+        One message per problem, each naming the keys.
+    """
+    if evaluate.every and not has_valid:
+        return [f"evaluate.every has no effect: {missing}"]
+    if evaluate.patience and not evaluate.every:
+        return ["evaluate.patience has no effect: evaluate.every is 0, so the only validation is at the end"]
+    return []
+
+
 def check_training(
     optimizer: OptimizerConfig, schedule: ScheduleConfig, train: TrainConfig, dtype: str = "float32"
 ) -> list[str]:
@@ -93,6 +131,17 @@ def check_training(
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
     if train.mixed_precision != needed:  # float32 adapters on half-precision weights need autocast
         problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
-    if optimizer.name == "prodigy" and optimizer.magnitude_lr is not None:
-        problems.append("optimizer.magnitude_lr needs optimizer.name adamw: prodigy finds one rate for all")
+    if optimizer.name == "prodigy":
+        rates = {"magnitude_lr": optimizer.magnitude_lr is not None, "b_lr_ratio": optimizer.b_lr_ratio != 1}
+        problems += [
+            f"optimizer.{key} needs optimizer.name adamw: prodigy finds one rate for all" for key in rates if rates[key]
+        ]
+    if optimizer.name == "schedule_free" and schedule.name != "constant":
+        problems.append(f"optimizer.name schedule_free needs schedule.name constant, not {schedule.name}")
+    owners = {"cycles": "restarts", "power": "polynomial", "decay_ratio": "warmup_stable_decay"}
+    problems += [
+        f"schedule.{key} has no effect: it is of schedule.name {owner}"
+        for key, owner in owners.items()
+        if getattr(schedule, key) is not None and schedule.name != owner
+    ]
     return problems

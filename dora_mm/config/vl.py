@@ -23,7 +23,9 @@ from dora_mm.config.training import (
     EpochTrainConfig,
     OptimizerConfig,
     ScheduleConfig,
+    ValidationConfig,
     check_training,
+    check_validation,
 )
 from dora_mm.config.vl_data import OWN_IMAGES, Split, VLDataConfig, missing_splits
 from dora_mm.config.vl_tasks import TASKS
@@ -41,11 +43,13 @@ class DecodeConfig(Section):
         return self.answers != "generate" and TASKS[task].takes_candidates
 
 
-class EvaluateConfig(DecodeConfig):
+class EvaluateConfig(DecodeConfig, ValidationConfig):
     """Validation during training."""
 
-    every: Count = 0  # optimizer steps between validations; 0: only at the end
     limit: PositiveInt | None = None  # number of rows of each task; null: all
+    # What the best adapter is chosen by; null: the loss of conversations, where the metric is exact match of whole
+    # sentences, and the metric of all other tasks
+    best_by: Literal["metric", "loss"] | None = None
 
 
 class TrainVLConfig(PipelineConfig):
@@ -56,6 +60,7 @@ class TrainVLConfig(PipelineConfig):
         "data.on_bad_data",  # no finished step had a row at which the run would stop
         "data.tables",
         "evaluate.every",
+        "evaluate.patience",
     )
     dry_run_lists_missing: ClassVar[bool] = True
     pipeline: Literal["train_vl"]
@@ -79,8 +84,8 @@ class TrainVLConfig(PipelineConfig):
         problems += unused_prompts(self.model, self.data)
         problems += check_decoding(self.evaluate, self.data, "evaluate")
         problems += missing_splits(self.data, "train")
-        if self.evaluate.every and not any(task.valid for task in self.data.all_tasks):
-            problems.append("evaluate.every has no effect: no task has a valid split")
+        has_valid = any(task.valid for task in self.data.all_tasks)
+        problems += check_validation(self.evaluate, has_valid, "no task has a valid split")
         trained = self.adapter.vision_parts
         if trained and self.vision.features:
             problems.append(
@@ -92,7 +97,7 @@ class TrainVLConfig(PipelineConfig):
 class EvalVLConfig(PipelineConfig):
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_vl"]
-    output: NewFolder | None = None  # the run directory, which must not exist yet; null: runs/<name>/<NNN>
+    output: OutputFolder | None = None  # the run directory; the same evaluation goes on in it; null: runs/<name>/<NNN>
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: VLModelConfig
     vision: VisionConfig = VisionConfig()

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from dora_mm.models.opening import WEIGHTS, local_copy, opening
-from dora_mm.utils.digest import weights_digest
+from dora_mm.models.opening import WEIGHTS, loaded_files, local_copy, opening
+from dora_mm.utils.digest import files_digest, weights_digest
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json, by version of transformers
@@ -134,6 +134,13 @@ def identity_of(path: str, commit: str | None) -> dict[str, str]:
     folder = local_copy(path, commit)
     assert folder is not None
     return {"base_digest": weights_digest(weight_files(folder))}
+
+
+def settings_identity(path: str, revision: str | None) -> dict[str, str]:
+    """A digest of a model's files but its weights (config, tokenizer, processor, chat template), by a description."""
+    folder = local_copy(path, revision)
+    assert folder is not None
+    return {"the settings of the model": files_digest(file for file in loaded_files(folder) if not _is_weights(file))}
 
 
 def saved_dtype(path: str, config: PretrainedConfig) -> str:

@@ -22,9 +22,10 @@ from dora_mm.models.components import (
     tensor_names,
 )
 from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.opening import check_revision, local_copy
+from dora_mm.models.opening import check_revision, loaded_files, local_copy
 from dora_mm.models.sdxl.family import SDXL
 from dora_mm.models.z_image import ZImage
+from dora_mm.utils.digest import files_digest
 
 FAMILIES: tuple[type[ImageModel], ...] = (SDXL, ZImage)
 
@@ -86,6 +87,26 @@ def load_image_model(config: ModelConfig) -> ImageModel:
         components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)
     model.check(config)
     return model
+
+
+def identity_of(config: ModelConfig) -> dict[str, str]:
+    """Digests of the files that a model is loaded from, by a description of each; the model has been loaded already.
+
+    Args:
+        config: The `model` section of a config.
+    """
+    path = local_copy(resolve_model(config.path), config.revision)
+    assert path is not None
+    files: dict[str, list[Path]] = {"model": [path]}
+    if path.is_dir():
+        folders = {name: path / name for phase in family_of(str(path)).phases for name in phase}
+        files = {f"model's {name}": loaded_files(folder) for name, folder in folders.items()}
+        files["model's index"] = [path / INDEX]
+    if config.vae:
+        vae = local_copy(resolve_model(config.vae, "model.vae"))
+        assert vae is not None
+        files["model's vae"] = loaded_files(vae)
+    return {f"the {name}": files_digest(found) for name, found in files.items()}
 
 
 def load_if_local(config: ModelConfig) -> ImageModel | None:

@@ -79,6 +79,12 @@ def local_copy(path: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def loaded_files(folder: Path) -> list[Path]:
+    """The files of a folder that diffusers or transformers read: of weights, only safetensors without a variant."""
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "README"))]
+    return [file for file in files if file.suffix not in WEIGHTS or file.suffixes == [".safetensors"]]
+
+
 def commit_of(path: str, revision: str | None = None) -> str | None:
     """The commit of a hub repository as it was loaded, from the hub's cache on this machine.
 

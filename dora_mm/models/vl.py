@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import nn
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.core import TargetMap
@@ -17,6 +17,7 @@ from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.utils.losses import LossSum
 
 log = logging.getLogger(__name__)
 Target = tuple[str, float]  # a text to learn, and the weight of its row's loss
@@ -165,8 +166,13 @@ class VLModel(Protocol):
         """
         ...
 
-    def loss(self, batch: Any, generator: torch.Generator) -> Tensor:
-        """The loss of a batch: a scalar, float32."""
+    def loss(self, batch: Any, generator: torch.Generator) -> LossSum:
+        """The loss of a batch of one task.
+
+        Of a task with `row_mean` it is the sum of weight times mean over tokens of each row, and counts the rows; else
+        the sum over the tokens of the answers, and counts these. A row without an answer, whose weight is 0, adds
+        nothing to the sum, nor its tokens to the count. A batch without rows is a sum and a count of 0.
+        """
         ...
 
     def lengths(self, task: str, table: ExampleTable, rows: Iterable[int], images: str | None) -> RowLengths | None:
@@ -210,23 +216,3 @@ def likeliest_answer(example: Example) -> str:
     """The answer that is drawn most often; "" if all scores are 0."""
     best = max(example.scores, default=0.0)
     return example.answers[example.scores.index(best)] if best else ""
-
-
-def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
-    """A mean over the rows or tokens of all processes, as this process's share of it.
-
-    Gradients are averaged over processes, which hold different numbers of tokens: the mean of their means would be
-    another loss than that of one process with the whole batch.
-
-    Args:
-        total: The sum over this process's rows or tokens, ().
-        count: Their number, ().
-
-    Returns:
-        (), whose mean over processes is the sum of all totals over the sum of all counts.
-    """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        count = count.detach().clone()
-        distributed.all_reduce(count)
-        return total * distributed.get_world_size() / count.clamp(min=1)
-    return total / count.clamp(min=1)

@@ -4,18 +4,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
-from dora_mm.config.training import TrainConfig
+from dora_mm.config.training import TrainConfig, ValidationConfig
 from dora_mm.data.images.buckets import choose_bucket
 from dora_mm.data.images.folder import CaptionedImage, contains_word
 from dora_mm.models.diffusion import ImageModel
+from dora_mm.preview.training import when
 
 # Steps x batch / pictures of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
+MOST_NAMES = 8  # of pictures in a line
 FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
 
 
 def describe_data(
-    images: Sequence[CaptionedImage], config: TrainDiffusionConfig, model: ImageModel | None, num_processes: int = 1
+    images: Sequence[CaptionedImage],
+    config: TrainDiffusionConfig,
+    model: ImageModel | None,
+    num_processes: int = 1,
+    held: Sequence[CaptionedImage] = (),
 ) -> str:
     """Lines about the pictures, their captions, and how often the training shows each picture.
 
@@ -24,12 +30,14 @@ def describe_data(
         config: The config of the training.
         model: Its tokenizer counts the tokens of the captions; None: characters are counted.
         num_processes: The number of processes that train.
+        held: The held-out images.
     """
     num_tokens = model.num_tokens if model else None
     return "\n".join(
         [
             describe_pictures(images, config.data),
             describe_captions(images, config.data, num_tokens),
+            *([describe_held_out(held, config.evaluate)] if held else []),
             describe_length(len(images), config.train, num_processes),
             *remark_on_length(len(images), config.train, num_processes),
             *(remark_on_cut(model, [image.caption for image in images]) if model else []),
@@ -77,6 +85,12 @@ def describe_captions(
         named = f" ({', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''})" if missing else ""
         lines.append(f"without {data.placeholder}  {len(missing)}{named}")
     return "\n".join(lines)
+
+
+def describe_held_out(held: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
+    """A line with the pictures that are not trained on, and when their loss is computed."""
+    names = ", ".join(image.path.name for image in held[:MOST_NAMES]) + (", ..." if len(held) > MOST_NAMES else "")
+    return f"held out  {len(held)} ({names}), their loss {when(evaluate)}"
 
 
 def views_per_picture(num_images: int, train: TrainConfig, num_processes: int = 1) -> float:

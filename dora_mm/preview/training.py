@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dora_mm.config.training import OptimizerConfig, TrainConfig
+from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.train.loop import LossModule, accumulate, update
-from dora_mm.train.optim import build_optimizer
+from dora_mm.train.optim import OPTIMIZERS, build_optimizer
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.tables import aligned_columns
 
 LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
@@ -20,7 +21,6 @@ SLOWER = 4.0  # half precision that is this much slower than float32 is emulated
 BUDGET = 20.0  # seconds after which no further step is measured
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOO_SLOW = "a step of this model takes minutes to hours without a GPU"
-EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit")  # optimizers
 MEASURED, KEPT = "measured", "an estimate: what a step keeps for its backward pass"
 
 
@@ -49,7 +49,7 @@ def measure_step(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batch_at: Callable[[int], Any],
-    loss: Callable[[Any, torch.Generator], torch.Tensor],
+    loss: Callable[[Any, torch.Generator], LossSum],
     largest: Callable[[int], Any] | None = None,
 ) -> StepCost:
     """Trains for up to three steps, all on the first batch, and measures them.
@@ -144,7 +144,7 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def optimizer_values(config: OptimizerConfig) -> int:
     """How many numbers the optimizer keeps per trained parameter, found by one step of it on a small one."""
-    if config.name in EIGHT_BITS:  # they run on a GPU only, and keep small parameters in float32
+    if OPTIMIZERS[config.name].needs_gpu:  # those of 8 bits, which keep small parameters in float32
         return 2
     probe = nn.Parameter(torch.ones(3, 3))
     optimizer = build_optimizer({"probe": probe}, config)
@@ -175,7 +175,7 @@ def memory_table(
     """
     values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
     device = next(iter(parameters.values())).device.type
-    state, width = optimizer_values(optimizer), 1 if optimizer.name in EIGHT_BITS else 4
+    state, width = optimizer_values(optimizer), 1 if OPTIMIZERS[optimizer.name].needs_gpu else 4
     kept = f"{state} numbers{' of 8 bits' if width == 1 else ''} each"
     rows = _frozen(networks, {id(parameter) for parameter in parameters.values()}, stored or {})
     rows.append((f"{values:,} trained", device, size))
@@ -240,17 +240,37 @@ def time_line(cost: StepCost, steps: int, left_out: str) -> str:
     return f"time      {cost.seconds:.2f} s a step (measured), {shown} for {steps:,} steps, {left_out} not included"
 
 
-def length_line(train: TrainConfig, batches_per_epoch: int) -> str:
+def length_line(train: TrainConfig, steps_per_epoch: int) -> str:
     """A line with the length of a training in steps and epochs.
 
     Args:
         train: The `train` section, with its number of steps.
-        batches_per_epoch: Micro-batches, of all processes together, in one pass over the data.
+        steps_per_epoch: Optimizer steps in one pass over the data.
     """
     count = train.gradient_accumulation_steps
     of_several = f" of {count} batches" if count > 1 else ""
-    epochs = train.steps * count / batches_per_epoch
-    return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {batches_per_epoch:,} batches"
+    epochs, s = train.steps / steps_per_epoch, "s" if steps_per_epoch > 1 else ""
+    return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {steps_per_epoch:,} step{s}"
+
+
+def optimizer_line(optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int) -> str:
+    """A line with the optimizer, the learning rates that hold for all parts, and their schedule."""
+    rates = [f"lr {optimizer.lr:.4g}"]
+    rates += [f"B {optimizer.b_lr_ratio:.4g} times that"] if optimizer.b_lr_ratio != 1 else []
+    rates += [f"m {optimizer.magnitude_lr:.4g}"] if optimizer.magnitude_lr is not None else []
+    options = [f"{key} {value}" for key, value in optimizer.options.items()]
+    warmup = schedule.warmup_steps or round(schedule.warmup_ratio * steps)
+    after = f" after {warmup:,} steps of warm-up" if warmup else ""
+    return f"optimizer {optimizer.name}, {', '.join(rates + options)}; {schedule.name}{after}"
+
+
+def when(evaluate: ValidationConfig) -> str:
+    """How often a training validates, and how it ends early."""
+    if not evaluate.every:
+        return "at the end"
+    early = f", and the end after {evaluate.patience} without a better one" if evaluate.patience else ""
+    steps = "step" if evaluate.every == 1 else f"{evaluate.every:,} steps"
+    return f"after every {steps}{early}"
 
 
 def is_measured(accelerator: Accelerator, networks: Iterable[nn.Module], num_tokens: int = 1) -> bool:

@@ -26,9 +26,9 @@ from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusableP
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
 from dora_mm.utils import yaml12
-from dora_mm.utils.atomic import PARTIAL, remove_partial_files
 from dora_mm.utils.digest import file_digest
-from dora_mm.utils.run_directory import CONFIG, INPUTS, VERSIONS, RunDirectory
+from dora_mm.utils.lock import only_writer
+from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished, new_folder
 
 log = logging.getLogger(__name__)
 SAMPLES = "samples"
@@ -59,9 +59,7 @@ def existing_run(config: PicturesConfig, resume: Path | None = None) -> Path | N
         pipeline = yaml12.read(saved.read_text(encoding="utf-8")).value["pipeline"]
         if pipeline != config.pipeline:
             raise ValueError(f"{path} is a run of {pipeline}, not of {config.pipeline}: choose another folder")
-    elif not path.is_dir() or any(
-        entry.name not in (VERSIONS, INPUTS) and entry.suffix != PARTIAL for entry in path.iterdir()
-    ):
+    elif not is_unfinished(path):
         raise ValueError(f"output {path} exists already and is not a run directory: choose another folder")
     return path
 
@@ -73,20 +71,20 @@ def picture_run(config: PicturesConfig, path: Path | None) -> Iterator[RunDirect
     Args:
         config: The config. Where it differs from the one in the directory, it replaces that.
         path: The directory that `existing_run` has found; None creates one.
+
+    Raises:
+        ValueError: Another process draws into the directory.
     """
-    if path is None:
-        run = RunDirectory.create(config.name, dump_config(config), config.output)
-    else:
-        run = RunDirectory(path)
-        remove_partial_files(path)
+    run = RunDirectory(path or new_folder(config.name, config.output))
+    with only_writer(run.path):
         run.write_about(dump_config(config), {})
-    go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
-    log.info("Run %s. After a stop: %s", run.path, go_on)
-    try:
-        yield run
-    except BaseException:
-        log.info("\nRun %s has stopped; its pictures so far are kept. To go on: %s", run.path, go_on)
-        raise
+        go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
+        log.info("Run %s. After a stop: %s", run.path, go_on)
+        try:
+            yield run
+        except BaseException:
+            log.info("\nRun %s has stopped; its pictures so far are kept. To go on: %s", run.path, go_on)
+            raise
 
 
 @dataclass
@@ -213,9 +211,7 @@ def check_what_is_there(job: PictureJob) -> None:
             damaged.append(name)
         else:
             job.done[index] = digest
-    samples = job.folder / SAMPLES
-    remove_partial_files(samples)
-    known = set(job.names)
+    samples, known = job.folder / SAMPLES, set(job.names)
     others = sorted(file.name for file in samples.glob("*.png") if file.name not in known)
     for names, what in (
         (stale, "were drawn with other settings, and are drawn again"),

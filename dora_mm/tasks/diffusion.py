@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dora_mm.config.images import LossConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.models.diffusion import ImageModel, Prompt
+from dora_mm.utils.losses import LossSum
 
 PER_ELEMENT = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 GAMMA = 5.0  # of Min-SNR, where a config leaves it to us: that of its authors
@@ -46,23 +47,37 @@ class DiffusionTask:
         uniform = config.timestep_bias or not is_flow
         self.timesteps = ("uniform" if uniform else "logit_normal") if config.timesteps == "auto" else config.timesteps
 
-    def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> torch.Tensor:
-        """The mean loss of a batch, each image's weighted by min-SNR if the config sets `min_snr_gamma`.
+    def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> LossSum:
+        """The loss of a batch: a sum over its images, which are counted.
+
+        With `min_snr_gamma` each image's loss is weighted by its time, but it counts as one all the same.
 
         Args:
             batch: B images.
             generator: Source of the noise and of the times.
-
-        Returns:
-            A scalar, float32.
         """
-        latents = batch.latents
-        noise = self._noise(latents, generator)
-        times = self._times(latents, generator).to(latents.device)
-        predicted = self._predict(batch, self.noise.noised(latents, noise, times), times)
-        target = self.noise.target(latents, noise, times)
+        noise = self.draw_noise(batch.latents, generator)
+        each = self.losses(batch, noise, self._times(batch.latents, generator))
+        return LossSum(each.sum(), each.new_tensor(len(each)))
+
+    def losses(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """The loss of each image (B,), float32, with this noise (B, C, h, w) and at these times (B,)."""
+        times = times.to(batch.latents.device)
+        predicted = self._predict(batch, self.noise.noised(batch.latents, noise, times), times)
+        target = self.noise.target(batch.latents, noise, times)
         error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
-        return (error.mean(dim=(1, 2, 3)) * self.weights(times)).mean()
+        return error.mean(dim=(1, 2, 3)) * self.weights(times)
+
+    def times_at(self, shares: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """The times (N,) below which these shares (N,) of all times lie that a training draws.
+
+        Args:
+            shares: Numbers between 0 and 1.
+            size: (h, w) of the latents.
+        """
+        if self.timesteps == "logit_normal":  # Esser et al. 2024 (arXiv 2403.03206), with mean 0 and deviation 1
+            return self.noise.times(torch.special.ndtri(shares).sigmoid(), size)
+        return self.noise.times(shares ** (1.0 / (1.0 + self.config.timestep_bias)), size)
 
     def denoised(self, batch: ConditionedLatents, times: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Noises the latents and estimates the clean latents in one step.
@@ -75,7 +90,7 @@ class DiffusionTask:
         Returns:
             The estimated latents (B, C, h, w).
         """
-        noised = self.noise.noised(batch.latents, self._noise(batch.latents, generator), times)
+        noised = self.noise.noised(batch.latents, self.draw_noise(batch.latents, generator), times)
         return self.noise.clean(noised, self._predict(batch, noised, times).float(), times)
 
     def weights(self, times: torch.Tensor) -> torch.Tensor:
@@ -89,14 +104,15 @@ class DiffusionTask:
 
     def _times(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         count, device, size = len(latents), generator.device, latents.shape[2:]
-        if self.timesteps == "logit_normal":  # Esser et al. 2024 (arXiv 2403.03206), with mean 0 and deviation 1
+        if self.timesteps == "logit_normal":
             return self.noise.times(torch.randn(count, generator=generator, device=device).sigmoid(), size)
         if self.noise.num_steps and not self.config.timestep_bias:
             return torch.randint(self.noise.num_steps, (count,), generator=generator, device=device)
-        even = torch.rand(count, generator=generator, device=device)
-        return self.noise.times(even ** (1.0 / (1.0 + self.config.timestep_bias)), size)
+        return self.times_at(torch.rand(count, generator=generator, device=device), size)
 
-    def _noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def draw_noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Noise for latents (B, C, h, w), on their device, with the offset of the config."""
+
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=generator.device).to(latents.device)
 

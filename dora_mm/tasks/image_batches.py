@@ -108,6 +108,18 @@ class CaptionedBatches:
         drawn = together(latents).draw(generator(self.seed, number, "latents"))
         return ConditionedLatents(self.model.normalized(drawn).to(self.model.device), prompts, framings)
 
+    def fixed(self, rows: Sequence[int]) -> ConditionedLatents:
+        """Images of one shape, by their numbers, with their captions; nothing of it is drawn anew.
+
+        `data.crop` must be `center`, since the latents of other crops are not kept.
+        """
+        framings, latents = [self._frame(row, False, None) for row in rows], []
+        for row, framing in zip(rows, framings, strict=True):
+            stream = generator(0, 0, f"fixed latents of {self.images[row].digest}")
+            latents.append(self._latents(row, framing).draw(stream))
+        prompts = self.prompts([self.images[row].caption for row in rows])
+        return ConditionedLatents(self.model.normalized(torch.stack(latents)).to(self.model.device), prompts, framings)
+
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
         return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)
 

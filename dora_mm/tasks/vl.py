@@ -34,17 +34,18 @@ def answerers(model: VLModel, sets: Mapping[str, ValidationSet], config: DecodeC
 
 
 class VLBatches:
-    """Maps a batch number to this process's share of a batch of one task; depends only on (seed, number, process).
+    """Maps the number of a micro-batch to this process's share of it; depends only on (seed, number, process).
 
-    Several processes take consecutive slices of the batch that one process would take whose batches are as large as
-    theirs together. So in every step all have the same task, and the same rows and answers are learned, however many
-    processes there are.
+    The micro-batches of an optimizer step, on all processes, are consecutive slices of the batch that one process would
+    take without accumulation whose batches are as large as theirs together. So a step has one task, and the same rows
+    and answers are learned, however a step is cut.
 
     Args:
         model: Builds the batches.
         sets: The training sets by task name.
         seed: Seed of the order and of drawn answers.
         on_bad_data: What is done with a row that cannot be encoded, see `VLModel.batch`.
+        accumulated: Micro-batches per optimizer step.
         process: (index, count) if several processes share the work.
     """
 
@@ -55,29 +56,33 @@ class VLBatches:
         *,
         seed: int,
         on_bad_data: OnBadData = "stop",
+        accumulated: int = 1,
         process: tuple[int, int] = (0, 1),
     ):
         self.model, self.sets, self.seed = model, sets, seed
         self.on_bad_data: OnBadData = on_bad_data
-        self.index, num_processes = process
+        self.accumulated, self.process = accumulated, process
+        num_slices = accumulated * process[1]
         self.order = TaskBatches(
             {name: len(training_set.table) for name, training_set in sets.items()},
-            {name: training_set.batch_size * num_processes for name, training_set in sets.items()},
+            {name: training_set.batch_size * num_slices for name, training_set in sets.items()},
             weights={name: training_set.weight for name, training_set in sets.items()},
             seed=seed,
         )
 
     @property
-    def per_epoch(self) -> int:
-        """The number of batches in one pass over the rows of all tasks."""
+    def steps_per_epoch(self) -> int:
+        """The number of optimizer steps in one pass over the rows of all tasks."""
         return self.order.batches_per_epoch
 
     def __call__(self, number: int) -> Any:
-        """This process's share of the batch of this number."""
-        name, rows = self.order(number)
+        """This process's share of the micro-batch of this number."""
+        step, micro = divmod(number, self.accumulated)
+        name, rows = self.order(step)
         training_set = self.sets[name]
-        draws = torch.rand(len(rows), generator=generator(self.seed, number, "answers")).tolist()
-        start = self.index * training_set.batch_size
+        draws = torch.rand(len(rows), generator=generator(self.seed, step, "answers")).tolist()
+        index, num_processes = self.process
+        start = (micro * num_processes + index) * training_set.batch_size
         share = slice(start, start + training_set.batch_size)
         examples = [training_set.table[row] for row in rows[share]]
         targets = [draw_answer(example, draw) for example, draw in zip(examples, draws[share], strict=True)]

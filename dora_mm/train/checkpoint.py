@@ -1,22 +1,25 @@
 """Checkpoints that appear complete or not at all: written under a temporary name, flushed to disk, then renamed."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools.native import FILE_NAME
 from dora_mm.utils.atomic import flush
+from dora_mm.utils.digest import file_digest
+from dora_mm.utils.lock import check_lock
+from dora_mm.utils.messages import first_line
 
+log = logging.getLogger(__name__)
 WEIGHTS, STATE, ABOUT = FILE_NAME, "state.pt", "checkpoint.json"  # the weights are also an adapter file
 
 
@@ -56,7 +59,9 @@ def save_checkpoint(
     Raises:
         OSError: The checkpoint cannot be written, for example because the disk is full; no partial one remains.
             Safetensors and torch may wrap it in another exception.
+        ValueError: Another process has taken over the run.
     """
+    check_lock(folder)
     final = folder / f"step-{step:06d}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
@@ -66,9 +71,11 @@ def save_checkpoint(
         save_file(weights, partial / WEIGHTS, metadata=dict(header or {}))
         with (partial / STATE).open("wb") as file:  # given a path, torch's error does not say that the disk is full
             torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-        (partial / ABOUT).write_text(json.dumps({"step": step}))
+        digests = {name: file_digest(partial / name) for name in (WEIGHTS, STATE)}
+        (partial / ABOUT).write_text(json.dumps({"step": step, "digests": digests}))
         for file in partial.iterdir():
             flush(file)
+        check_lock(folder)
         if final.exists():  # a resumed run repeats this step with the same bits
             shutil.rmtree(final)
         os.rename(partial, final)
@@ -83,7 +90,7 @@ def save_checkpoint(
 
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if (path / ABOUT).is_file()), key=step_of)
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -95,6 +102,46 @@ def last_step(folder: Path) -> int:
     """The number of finished steps in the newest checkpoint, or 0 if there is none."""
     found = checkpoints(folder)
     return step_of(found[-1]) if found else 0
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, by the digests that it was saved with; None: nothing."""
+    try:
+        about = json.loads((checkpoint / ABOUT).read_text())
+        if about["step"] != step_of(checkpoint):
+            return f"{ABOUT} has another step"
+        for name in (WEIGHTS, STATE):
+            if file_digest(checkpoint / name) != about["digests"][name]:
+                return f"{name} is not as it was saved"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        return f"{ABOUT} cannot be read ({first_line(error)})"
+    return None
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Renames the newest checkpoints of a run to damaged-step-NNNNNN, up to the first one that is intact.
+
+    Raises:
+        ValueError: There are checkpoints, and none is intact.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoints(folder)):
+        if (problem := damage(path)) is None:
+            break
+        damaged[path] = problem
+    else:
+        if damaged:
+            found = ", ".join(f"{path.name}: {problem}" for path, problem in damaged.items())
+            raise ValueError(f"{folder} has no checkpoint that is intact ({found}): delete it to start from step 0.")
+    for path, problem in damaged.items():
+        aside = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        log.warning("The checkpoint %s is damaged (%s), and set aside as %s.", path, problem, aside.name)
+    if damaged:
+        log.warning("The run goes on from the checkpoint of step %d.", last_step(folder))
 
 
 def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:
@@ -111,14 +158,10 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
     Raises:
         ValueError: The checkpoint is damaged, or belongs to another model or config.
     """
-    try:
-        weights = load_file(path / WEIGHTS)
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        step = json.loads((path / ABOUT).read_text())["step"]
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a readable checkpoint ({error}): delete it to resume from the previous one."
-        ) from None
+    if problem := damage(path):
+        raise ValueError(f"{path} is damaged: {problem}. Delete it to resume from the one before.")
+    weights = load_file(path / WEIGHTS)
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     for names, expected in ((weights, parameters), (state, parts)):
         if difference := sorted(set(names) ^ set(expected)):
             raise ValueError(f"{path} belongs to another model or config: {difference[0]} is only in one of them.")
@@ -133,4 +176,4 @@ def load_checkpoint(path: Path, parameters: Mapping[str, nn.Parameter], parts: M
         parameter.data.copy_(weights[name])
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    return step
+    return step_of(path)

@@ -21,11 +21,17 @@ from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_chec
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import MetricsLog
 from dora_mm.train.optim import gradient_norm
+from dora_mm.train.run import DivergedError
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
-from dora_mm.utils.run_directory import RunDirectory
+from dora_mm.utils.run_directory import SAVE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Hook = Callable[[int], None]
+AGAIN = (
+    "and would be again in a resumed run with this optimizer.lr: go on with a lower one (--resume RUN --set "
+    "optimizer.lr=...), or start a new run in float32 or bf16."
+)
 
 
 def fit(
@@ -39,13 +45,14 @@ def fit(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batch_at: Callable[[int], Any],
-    loss: Callable[[Any, torch.Generator], torch.Tensor],
+    loss: Callable[[Any, torch.Generator], LossSum],
     state: Mapping[str, Stateful] | None = None,
     after_step: Hook | None = None,
     observe: Hook | None = None,
+    is_over: Callable[[], bool] = lambda: False,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Trains until `config.steps` optimizer steps are done.
+    """Trains until `config.steps` optimizer steps are done, or `is_over` says so.
 
     If the run directory holds checkpoints, training resumes from the newest one. The contents of a batch depend only
     on its number, and all randomness of the loss comes from (seed, batch number), so a resumed run repeats an
@@ -62,18 +69,21 @@ def fit(
         optimizer: The optimizer over `parameters`, prepared by `accelerator`.
         schedule: The learning-rate schedule; advanced once per optimizer step.
         batch_at: Maps the number of a micro-batch to this process's share of it.
-        loss: Maps (batch, generator) to a scalar loss.
+        loss: Maps (batch, generator) to the loss of a batch. An optimizer step minimises the sum of all of its batches,
+            over accumulation and processes, divided by the sum of their counts.
         state: Further objects that a checkpoint must restore, such as an EMA, by name.
         after_step: Called with the number of finished steps; for work that belongs to the step, such as an EMA update.
         observe: Called after `after_step` with the same number; for work that does not affect training, such as
             validation. A call that was interrupted is repeated by the resumed run.
+        is_over: Whether to stop, asked before each step; a resumed run must get the same answers.
         metadata: What the headers of adapter files have, for the checkpoints, whose weights are adapter files as well.
 
     Returns:
-        The number of optimizer steps that this call performed.
+        The number of finished optimizer steps, those before this call included.
 
     Raises:
-        ValueError: The loss or a parameter is not finite, or the newest checkpoint cannot be loaded.
+        DivergedError: The loss or a parameter is not finite.
+        ValueError: The newest checkpoint cannot be loaded.
     """
     trained = LossModule(networks, loss)
     modules = trained.networks
@@ -87,19 +97,20 @@ def fit(
         parts["scaler"] = accelerator.scaler
     header = {**(metadata or {}), **native.header_of(networks, parameters)}
     step = first = _resume(run, parameters, parts)
-    metrics = MetricsLog(run.path, first) if accelerator.is_main_process else None
+    metrics = MetricsLog(run, first) if accelerator.is_main_process else None
     progress.start(first)
 
     def save() -> None:
         # without waiting for the other processes, which may be in the middle of a step when interrupted
-        if accelerator.is_main_process:
+        if metrics is not None:
+            metrics.sync()
             save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints, header)
 
     interrupt = DeferredInterrupt()
     try:
         with fixed_parameters(modules, base_only=True):  # the base weight of an adapted layer is never trained here
             pending.run(observe, step, only_interrupted=True)
-            while step < config.steps:
+            while step < config.steps and not is_over():
                 rate = float(schedule.get_last_lr()[0])
                 with interrupt:
                     with fixed_parameters(modules, num_passes=config.gradient_accumulation_steps):
@@ -108,18 +119,26 @@ def fit(
                         _warn_of_unreached(parameters)
                     norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
                     step += 1
+                    pending.interrupted = observe is not None  # from now on, also by a signal during this step
                     _check_finite(value, step)
                     progress.advance(value, rate)
                     if metrics is not None and (step % config.log_every == 0 or step == config.steps):
-                        metrics.write(step, loss=progress.mean_loss, lr=rate, grad_norm=norm, seconds=progress.seconds)
+                        losses = {"loss": progress.mean_loss, "last_loss": progress.take_last_loss()}
+                        metrics.write(step, **losses, lr=rate, grad_norm=norm, seconds=progress.seconds)
                     if after_step is not None:
                         after_step(step)
                 due = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
                 if due:  # before `observe` scores or draws them
                     _check_trained(parameters, step, last_step(run.checkpoints))
                 pending.run(observe, step)
-                if due:
-                    save()
+                if metrics is None:
+                    continue  # only the main process saves
+                with run.answering(SAVE_NOW) as asked:
+                    wanted = asked or is_over()
+                    if wanted and not due:
+                        _check_trained(parameters, step, last_step(run.checkpoints))
+                    if due or wanted:
+                        save()
     except KeyboardInterrupt:
         if step > first:
             _check_trained(parameters, step, last_step(run.checkpoints))
@@ -129,24 +148,18 @@ def fit(
         progress.close()
         if metrics is not None:
             metrics.close()
-    return step - first
+    return step
 
 
 def _check_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise ValueError(
-            f"The loss is {loss} at step {step}, and would be again in a resumed run: start a new run with a lower "
-            "optimizer.lr, or in float32 or bf16."
-        )
+        raise DivergedError(f"The loss is {loss} at step {step}, {AGAIN}")
 
 
 def _check_trained(parameters: Mapping[str, nn.Parameter], step: int, saved: int) -> None:
     if name := first_not_finite((name, parameter.detach()) for name, parameter in parameters.items()):
         kept = f"the checkpoint of step {saved} stays as it is" if saved else "nothing was saved"
-        raise ValueError(
-            f"{name} has values that are NaN or infinite after step {step}, and {kept}: start a new run with a lower "
-            "optimizer.lr, or in float32 or bf16."
-        )
+        raise DivergedError(f"{name} has values that are NaN or infinite after step {step} ({kept}), {AGAIN}")
 
 
 def _warn_of_unreached(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -188,12 +201,12 @@ def _resume(run: RunDirectory, parameters: Mapping[str, nn.Parameter], parts: Ma
 class LossModule(nn.Module):
     """The loss as a module that contains the trained networks, because accelerate synchronises gradients by module."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], loss: Callable[[Any, torch.Generator], torch.Tensor]):
+    def __init__(self, networks: Mapping[str, nn.Module], loss: Callable[[Any, torch.Generator], LossSum]):
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.loss = loss
 
-    def forward(self, batch: Any, stream: torch.Generator) -> torch.Tensor:
+    def forward(self, batch: Any, stream: torch.Generator) -> LossSum:
         return self.loss(batch, stream)
 
 
@@ -205,7 +218,10 @@ def accumulate(
     step: int,
     batch_at: Callable[[int], Any],
 ) -> float:
-    """Accumulates the gradients of one optimizer step's micro-batches.
+    """Computes the gradients of one optimizer step: of sum over count of its micro-batches, on all processes.
+
+    The count of a whole step is known only behind its last micro-batch. Until then each is divided by the count that
+    the first one leads to expect, and where others differ, the gradients are scaled at the end.
 
     Args:
         accelerator: As in `fit`, like all others that are not listed here.
@@ -216,22 +232,38 @@ def accumulate(
         batch_at: Maps the number of a micro-batch to this process's share of it.
 
     Returns:
-        The mean loss of the micro-batches.
+        The loss of the step.
     """
-    total = torch.zeros((), device=accelerator.device)
-    for micro in range(config.gradient_accumulation_steps):
-        number = step * config.gradient_accumulation_steps + micro
+    micro_batches, expected = config.gradient_accumulation_steps, torch.zeros(())
+    sums = torch.zeros(2, device=accelerator.device)
+    for micro in range(micro_batches):
+        number = step * micro_batches + micro
         stream = generator(seed, number, f"loss {accelerator.process_index}", accelerator.device)
         dropout_seed = generator(seed, number, f"dropout {accelerator.process_index}").initial_seed()
-        last = micro + 1 == config.gradient_accumulation_steps
+        last = micro + 1 == micro_batches
         gradient_sync = contextlib.nullcontext() if last else accelerator.no_sync(trained)
         with seeded_dropout(dropout_seed, accelerator.device), gradient_sync:
             with accelerator.autocast():
-                value = trained(batch_at(number), stream)
-            accelerator.backward(value / config.gradient_accumulation_steps)
-        total += value.detach().float()
-    mean: Any = accelerator.reduce(total, "mean")  # annotated as whatever accelerate can reduce
-    return (mean / config.gradient_accumulation_steps).item()
+                loss = trained(batch_at(number), stream)
+            if micro == 0:
+                expected = LossSum(loss.total, _over_processes(accelerator, loss.count)).divisor
+            # DDP takes the mean of the gradients over processes, not their sum
+            accelerator.backward(loss.total * accelerator.num_processes / expected / micro_batches)
+        sums += torch.stack([loss.total.detach().float(), loss.count.float()])
+    whole = LossSum(*_over_processes(accelerator, sums))
+    if micro_batches > 1:
+        _scale_gradients(trained, (micro_batches * expected / whole.divisor).item())
+    return whole.mean.item()
+
+
+def _over_processes(accelerator: Accelerator, values: torch.Tensor) -> Any:
+    """The sum of these values over all processes."""
+    return accelerator.reduce(values.detach().clone(), "sum") if accelerator.num_processes > 1 else values
+
+
+def _scale_gradients(trained: nn.Module, factor: float) -> None:
+    if factor != 1:
+        torch._foreach_mul_([p.grad for p in trained.parameters() if p.grad is not None], factor)
 
 
 @contextlib.contextmanager
@@ -264,7 +296,7 @@ def update(
 
 
 class TrainingProgress:
-    """The running mean of the loss and the seconds of training, both over all parts of a resumed run.
+    """The mean loss, running and of the last steps, and the seconds of training, over all parts of a resumed run.
 
     Shows a bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
 
@@ -278,6 +310,7 @@ class TrainingProgress:
         self.mean_loss = math.nan
         self._total, self._every, self._shown = total, every, shown
         self._seconds_before, self._started = 0.0, time.monotonic()
+        self._last_losses: list[float] = []
 
     def start(self, first: int) -> None:
         """Starts the clock of this process and the display, after `first` finished steps."""
@@ -296,6 +329,7 @@ class TrainingProgress:
     def advance(self, loss: float, rate: float) -> None:
         """Records one finished step with its loss and learning rate."""
         self._step += 1
+        self._last_losses.append(loss)
         # A running mean over some 50 steps: a single diffusion loss mostly reflects which timesteps were drawn. Until
         # there are so many it is the plain mean, since the first loss can be many times those that follow.
         share = max(1 / self._step, 0.02)
@@ -312,11 +346,17 @@ class TrainingProgress:
                 flush=True,
             )
 
-    def state_dict(self) -> dict[str, float]:
-        return {"mean_loss": self.mean_loss, "seconds": self.seconds}
+    def take_last_loss(self) -> float:
+        """The mean loss of the steps since the last call."""
+        last, self._last_losses = self._last_losses, []
+        return sum(last) / len(last)
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean_loss": self.mean_loss, "seconds": self.seconds, "last_losses": self._last_losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.mean_loss, self._seconds_before = state_dict["mean_loss"], state_dict["seconds"]
+        self._last_losses = list(state_dict["last_losses"])
 
     def close(self) -> None:
         self._bar.close()

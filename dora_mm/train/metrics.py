@@ -1,39 +1,76 @@
-"""The metrics of a run: one JSON object per line, and TensorBoard files if it is installed."""
+"""The metrics of a run: one JSON object per line."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from dora_mm.utils.atomic import write_text
+from dora_mm.utils.atomic import flush, write_text
+from dora_mm.utils.lock import check_lock
+from dora_mm.utils.run_directory import RunDirectory
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and tensorboard/ in one folder.
+    """Appends to the metrics.jsonl of a run or of one of its stages, and shows the same by the run's trackers.
+
+    A resumed run goes on from the rows, by which the best adapter is chosen. So metrics.sha256 has their digest, of as
+    many bytes as there were at the last checkpoint.
 
     Args:
-        folder: Where both are.
+        run: The run, or its stage.
         resumed_step: The number of finished steps that the run resumes from. Rows of later steps are dropped, because
             the resumed run writes them again.
+
+    Raises:
+        ValueError: The rows of an earlier process are not as it wrote them.
     """
 
-    def __init__(self, folder: Path, resumed_step: int = 0):
-        self.path = folder / "metrics.jsonl"
-        _keep_rows_before(self.path, resumed_step)
-        self._file = self.path.open("a")
-        self._board = _tensorboard(folder / "tensorboard", resumed_step)
+    def __init__(self, run: RunDirectory, resumed_step: int = 0):
+        self.path = run.path / "metrics.jsonl"
+        self._digest_file = run.path / "metrics.sha256"
+        self._trackers, self._prefix = run.trackers, run.prefix
+        kept = _rows_until(resumed_step, self._intact_bytes())
+        self._digest, self._num_bytes = hashlib.sha256(kept), len(kept)
+        if self.path.exists():
+            self._write_digest()  # first: it is also that of the longer file
+            write_text(self.path, kept.decode())
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, **values: float) -> None:
         """Appends one row with the `values` after `step` finished steps."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        check_lock(self.path)
+        row = json.dumps({"step": step, **values}) + "\n"
+        self._file.write(row)
         self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._digest.update(row.encode())
+        self._num_bytes += len(row.encode())
+        for tracker in self._trackers:
+            tracker.log({f"{self._prefix}{name}": value for name, value in values.items()}, step)
+
+    def sync(self) -> None:
+        """Puts the rows and their digest on disk: before a checkpoint, from which a resumed run goes on with them."""
+        flush(self.path)
+        self._write_digest()
 
     def close(self) -> None:
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+
+    def _write_digest(self) -> None:
+        write_text(self._digest_file, f"{self._digest.hexdigest()} {self._num_bytes}\n")
+
+    def _intact_bytes(self) -> bytes:
+        """The rows of an earlier process, after a check of those that have a digest."""
+        found = self.path.read_bytes() if self.path.exists() else b""
+        if not self._digest_file.exists():
+            return found  # it was killed before its first checkpoint
+        digest, _, size = self._digest_file.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
+        known = int(size) if size.isdecimal() else 0
+        if len(found) < known or hashlib.sha256(found[:known]).hexdigest() != digest:
+            raise ValueError(
+                f"{self.path} is not as the run wrote it, by {self._digest_file.name}: restore it, or delete both to "
+                "go on without the curves so far."
+            )
+        return found
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -41,23 +78,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _keep_rows_before(path: Path, resumed_step: int) -> None:
-    """Drops the rows that an interrupted run logged after its last checkpoint; they will be logged again."""
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:  # a line that a killed process did not finish
+def rows_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows up to a step of a metrics.jsonl file that a killed process may have left; none without a file."""
+    rows = path.read_bytes() if path.exists() else b""
+    return [json.loads(row) for row in _rows_until(step, rows).splitlines()]
+
+
+def _rows_until(step: int, rows: bytes) -> bytes:
+    """The rows up to a step. The last one ends it, too, if a process was killed while it wrote that."""
+    kept = []
+    for row in rows.splitlines(keepends=True):
+        try:
+            if json.loads(row)["step"] > step:
                 break
-            if row["step"] <= resumed_step:
-                kept.append(line + "\n")
-        write_text(path, "".join(kept))
-
-
-def _tensorboard(folder: Path, resumed_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # TensorBoard is optional: metrics.jsonl holds the same numbers
-        return None
-    return SummaryWriter(folder, purge_step=resumed_step + 1 if resumed_step else None)
+        except ValueError:
+            break
+        kept.append(row)
+    return b"".join(kept)

@@ -1,13 +1,14 @@
 """Builds the optimiser that a config names."""
 
 import importlib
+import inspect
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from dora_mm.config.report import nearest
 from dora_mm.config.training import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -17,23 +18,30 @@ class Kind(NamedTuple):
     Attributes:
         module: Where its class is.
         name: The name of the class.
+        settings: Arguments of the class, where a config does not give them.
         extra: The extra of dora_mm that installs the module; empty for torch's own.
-        settings: Further arguments of the class.
+        needs_gpu: Whether it steps on a GPU only.
     """
 
     module: str
     name: str
+    settings: Mapping[str, Any]
     extra: str = ""
-    settings: Mapping[str, Any] = MappingProxyType({})
+    needs_gpu: bool = False
 
 
+ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 OPTIMIZERS = {
-    "adamw": Kind("torch.optim", "AdamW", settings={"fused": True}),  # one kernel for hundreds of small tensors
+    "adamw": Kind("torch.optim", "AdamW", {**ADAM, "fused": True}),  # one kernel for hundreds of small tensors
+    "adamw_8bit": Kind("bitsandbytes.optim", "AdamW8bit", ADAM, "quant", needs_gpu=True),
+    "paged_adamw_8bit": Kind("bitsandbytes.optim", "PagedAdamW8bit", ADAM, "quant", needs_gpu=True),
+    "adafactor": Kind("torch.optim", "Adafactor", {}),
+    # Without a schedule the first decay rate is also how far the trained point is from the average (arXiv 2507.09846).
+    "schedule_free": Kind("schedulefree", "AdamWScheduleFree", {"betas": (0.95, 0.99), "eps": 1e-8}, "optim"),
     # Its authors recommend bias correction and the warm-up safeguard for diffusion models.
-    "prodigy": Kind("prodigyopt", "Prodigy", "optim", {"use_bias_correction": True, "safeguard_warmup": True}),
-    "adamw_8bit": Kind("bitsandbytes.optim", "AdamW8bit", "quant"),
-    "paged_adamw_8bit": Kind("bitsandbytes.optim", "PagedAdamW8bit", "quant"),
+    "prodigy": Kind("prodigyopt", "Prodigy", {**ADAM, "use_bias_correction": True, "safeguard_warmup": True}, "optim"),
 }
+OWN_KEYS = ("lr", "betas", "eps", "weight_decay")  # arguments that have a key of their own in the section
 
 
 def build_optimizer(
@@ -47,14 +55,65 @@ def build_optimizer(
         rates: The learning rates that differ from the config's, by the names of their parameters.
 
     Raises:
-        ValueError: There is nothing to train, or the optimiser's package is not installed.
+        ValueError: There is nothing to train, the optimiser's package is not installed, or it has no such setting.
     """
     if not parameters:
         raise ValueError("There is nothing to train: the config selects no parameters.")
-    groups = _groups(parameters, config, rates or {})
-    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    kind = OPTIMIZERS[config.name]
-    return _imported(kind)(groups, **settings, **kind.settings)
+    optimizer_class = _imported(OPTIMIZERS[config.name])
+    settings = _settings(config, optimizer_class)
+    try:
+        optimizer: Any = optimizer_class(_groups(parameters, config, rates or {}), lr=config.lr, **settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"optimizer.name {config.name}: {error}") from None
+    if config.name == "schedule_free":
+        optimizer.train()  # for good: `averaged_point` computes what its `eval` would, which changes some bits
+    return optimizer
+
+
+def averaged_point(optimizer: Any) -> dict[nn.Parameter, torch.Tensor] | None:
+    """The result of a schedule-free training so far, x = y + (1 - 1 / beta) (z - y), in tensors of its own.
+
+    Returns:
+        The values by parameter; None: of other optimizers the parameters themselves are the result.
+    """
+    if "train_mode" not in optimizer.param_groups[0]:
+        return None
+    found: dict[nn.Parameter, torch.Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            z = optimizer.state.get(parameter, {}).get("z", parameter.detach())
+            found[parameter] = parameter.detach().lerp(z, 1 - 1 / group["betas"][0])
+    return found
+
+
+def check_device(config: OptimizerConfig, device: torch.device) -> None:
+    """Checks that an optimizer can step on a device.
+
+    Raises:
+        ValueError: It needs a GPU.
+    """
+    if OPTIMIZERS[config.name].needs_gpu and device.type in ("cpu", "mps"):
+        raise ValueError(f"optimizer.name {config.name} steps on a GPU only, and this training is on {device.type}")
+
+
+def _settings(config: OptimizerConfig, optimizer_class: Any) -> dict[str, Any]:
+    """The arguments of an optimizer beside its rates; those that a config gives are checked against its signature."""
+    values = {"betas": config.betas, "eps": config.eps}
+    given = {key: value for key, value in values.items() if value is not None}
+    known = [name for name in inspect.signature(optimizer_class).parameters if name != "params"]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"optimizer.{key} has no effect: {config.name} has none")
+    for key in config.options:
+        if key in OWN_KEYS:
+            raise ValueError(f"optimizer.options.{key} is the key optimizer.{key}")
+        if key not in known:
+            others = [name for name in known if name not in OWN_KEYS]
+            raise ValueError(
+                f"optimizer.options.{key}: {config.name} has no such argument{nearest(key, others)}; it has "
+                f"{', '.join(others)}"
+            )
+    return {**OPTIMIZERS[config.name].settings, **given, **config.options}
 
 
 def _imported(kind: Kind) -> Any:
@@ -75,24 +134,26 @@ def _groups(
         rate = rates.get(name, config.lr)
         if name.endswith("magnitude") and config.magnitude_lr is not None:
             rate = config.magnitude_lr
+        if name.endswith("lora_B"):
+            rate *= config.b_lr_ratio
         decay = config.weight_decay if config.decay_biases or not name.endswith(".bias") else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     shown_first = sorted(groups.items(), key=lambda group: group[0][0] != config.lr)  # the rate that metrics have
     return [{"params": members, "lr": rate, "weight_decay": decay} for (rate, decay), members in shown_first]
 
 
-def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, batches_per_epoch: int) -> TrainConfig:
+def with_steps(train: EpochTrainConfig, schedule: ScheduleConfig, steps_per_epoch: int) -> TrainConfig:
     """Returns the training settings with `epochs` converted to optimizer steps.
 
     Args:
         train: The `train` section, with either `steps` or `epochs`.
         schedule: The `schedule` section.
-        batches_per_epoch: Micro-batches in one pass over the data.
+        steps_per_epoch: Optimizer steps in one pass over the data.
 
     Raises:
         ValueError: `schedule.warmup_steps` is not below the number of steps.
     """
-    steps = train.steps or -(-(train.epochs or 1) * batches_per_epoch // train.gradient_accumulation_steps)
+    steps = train.steps or (train.epochs or 1) * steps_per_epoch
     if schedule.warmup_steps >= steps:
         raise ValueError(
             f"schedule.warmup_steps ({schedule.warmup_steps}) must be below the {steps} steps of train.epochs"

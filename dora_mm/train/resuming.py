@@ -1,10 +1,15 @@
 """What a resumed run may change of its config: the keys on which its finished steps do not depend."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dora_mm.config.loader import differing_keys
 from dora_mm.config.schema import PipelineConfig
+from dora_mm.utils.messages import first_line
+from dora_mm.utils.run_directory import CONFIG, INPUTS, RunDirectory
 
 REASONS = {  # why the other keys and sections may not change
     "pipeline": "the run belongs to one recipe",
@@ -24,16 +29,29 @@ REASONS = {  # why the other keys and sections may not change
 }
 
 
+def started_config(run: Path, schemas: Mapping[str, type[PipelineConfig]]) -> PipelineConfig:
+    """The config that a run was started or last resumed with, by its inputs.json; config.yaml may be edited since then.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    values = RunDirectory(run).inputs[CONFIG]
+    try:
+        return schemas[values["pipeline"]].model_validate(values)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise ValueError(f"{run / INPUTS} is damaged ({first_line(error)}): the run cannot go on without it.") from None
+
+
 def changed_values(before: PipelineConfig, after: PipelineConfig) -> dict[str, tuple[Any, Any]]:
     """The old and the new value of each dotted key (or section) in which two configs differ."""
     return {key: (_value(before, key), _value(after, key)) for key in differing_keys(before, after)}
 
 
-def check_changes(run: Path, before: PipelineConfig, after: PipelineConfig) -> None:
+def check_changes(where: str, before: PipelineConfig, after: PipelineConfig) -> None:
     """Checks that a run can go on with another config: its finished steps would have been the same.
 
     Args:
-        run: The run directory, for the message.
+        where: What asks for the other config, for the message.
         before: The config that the run was started with.
         after: The config that it is resumed with.
 
@@ -54,8 +72,8 @@ def check_changes(run: Path, before: PipelineConfig, after: PipelineConfig) -> N
     allowed = f"--resume may change {', '.join(changeable)}" if changeable else "--resume changes no key"
     advice = f"{allowed}; for anything else start a new run"
     if len(sentences) == 1:
-        raise ValueError(f"--resume {run}: {sentences[0]} ({advice})")
-    raise ValueError("\n  ".join([f"--resume {run}: {len(sentences)} keys cannot change ({advice})", *sentences]))
+        raise ValueError(f"{where}: {sentences[0]} ({advice})")
+    raise ValueError("\n  ".join([f"{where}: {len(sentences)} keys cannot change ({advice})", *sentences]))
 
 
 def nearest_run(path: Path) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,17 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm.config.adapter import AdapterConfig
-from dora_mm.config.loader import dump_config, load_config
+from dora_mm.config.loader import differing_keys, dump_config
+from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.schema import PipelineConfig
-from dora_mm.train.checkpoint import last_step
+from dora_mm.config.training import TrainConfig
+from dora_mm.train.checkpoint import last_step, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.resuming import changed_values
-from dora_mm.utils.atomic import write_text
-from dora_mm.utils.run_directory import CONFIG, RunDirectory
+from dora_mm.train.resuming import changed_values, started_config
+from dora_mm.train.trackers import chosen_trackers, started
+from dora_mm.utils.atomic import append_text, write_text
+from dora_mm.utils.lock import only_writer
+from dora_mm.utils.run_directory import CONFIG, RunDirectory, is_unfinished
 
 log = logging.getLogger(__name__)
 PROCESSES = "the number of processes"  # an input like the data, since each takes a batch of its own
@@ -26,9 +30,13 @@ CHANGES = "changes.jsonl"  # what a resumed run changed of its config, and after
 SUMMARY = "summary.json"  # the last file that a training writes, so it marks a finished one
 
 
+class DivergedError(ValueError):
+    """The loss or a weight is not finite: the same steps with the same rate would end so again."""
+
+
 @contextlib.contextmanager
 def training_run(
-    accelerator: Accelerator, config: PipelineConfig, inputs: Mapping[str, str], resume: Path | None, steps: int
+    accelerator: Accelerator, config: PipelineConfig, inputs: Mapping[str, str], resume: Path | None, train: TrainConfig
 ) -> Iterator[RunDirectory]:
     """Opens the run directory of a training, and says where it is and how to go on: at the start and at every stop.
 
@@ -37,29 +45,44 @@ def training_run(
         config: The config; in a resumed run it may differ from the saved one, which it then replaces.
         inputs: Digests of the data and models that the config refers to, by a description of each.
         resume: The run directory to resume; None starts a new run.
-        steps: The length of the training in optimizer steps.
+        train: The `train` section, with the length of the training in optimizer steps.
 
     Raises:
-        ValueError: See `start_run`; or the run to resume has more than `steps` finished steps, or was started with
-            another number of processes, and so with other batches.
+        ValueError: See `start_run` and `go_on`; or another process writes to the run, or the run to resume was started
+            with another number of processes, and so with other batches.
     """
     inputs = {**inputs, PROCESSES: str(accelerator.num_processes)}
-    run = start_run(accelerator, config, inputs, resume)
-    done = last_step(run.checkpoints)
-    if steps < done:
-        raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
-    say = log.info if accelerator.is_main_process else log.debug
-    if accelerator.is_main_process and resume is not None:
-        change_config(run, config)
-    say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
-    try:
-        yield run
-    except BaseException:
+    names, steps = chosen_trackers(train.track), train.steps
+    with contextlib.ExitStack() as writing:
+        run = start_run(accelerator, config, inputs, resume)
+        problem: list[str | None] = [None]
+        if accelerator.is_main_process:
+            try:
+                writing.enter_context(only_writer(run.path))
+                if resume is not None:
+                    go_on(run, config, steps)
+                done, values = last_step(run.checkpoints), config.model_dump(mode="json")
+                run.trackers = writing.enter_context(started(names, run.path, values, done))
+            except ValueError as error:
+                problem = [str(error)]
+        if found := broadcast_object_list(problem)[0]:  # the other processes wait here, and stop with the main one
+            raise ValueError(found)
         done = last_step(run.checkpoints)
-        kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
-        say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, resuming(run))
-        raise
-    say("\nRun %s is finished. To train longer: %s --set %s", run.path, resuming(run), twice_as_long(config, steps))
+        say = log.info if accelerator.is_main_process else log.debug
+        say("%s. After a stop: %s", f"Run {run.path}" + (f", at step {done} of {steps}" if done else ""), resuming(run))
+        try:
+            yield run
+        except BaseException as error:
+            done = last_step(run.checkpoints)
+            kept = f"saved at step {done} of {steps}" if done else "nothing saved yet"
+            how = f"{resuming(run)} --set {lower_rate(config)}" if isinstance(error, DivergedError) else resuming(run)
+            say("\nRun %s has stopped, %s. To go on: %s", run.path, kept, how)
+            raise
+        if (done := last_step(run.checkpoints)) < steps:
+            longer, early = "evaluate.patience=null", f" early, at step {done} of {steps} (evaluate.patience)"
+        else:
+            longer, early = twice_as_long(config, steps), ""
+        say("\nRun %s is finished%s. To train longer: %s --set %s", run.path, early, resuming(run), longer)
 
 
 def twice_as_long(config: PipelineConfig, steps: int) -> str:
@@ -68,9 +91,32 @@ def twice_as_long(config: PipelineConfig, steps: int) -> str:
     return f"train.epochs={2 * epochs}" if epochs else f"train.steps={2 * steps}"
 
 
+def lower_rate(config: PipelineConfig) -> str:
+    """The override that lowers the learning rate of a training which has diverged."""
+    rate = getattr(getattr(config, "optimizer", None), "lr", 0.001)
+    return f"optimizer.lr={rate / 10:g}"
+
+
 def resuming(run: RunDirectory) -> str:
     """The command that resumes a run."""
     return f"dora-mm train --resume {shlex.quote(str(run.path))}"
+
+
+def go_on(run: RunDirectory, config: PipelineConfig, steps: int) -> None:
+    """Prepares a run to be resumed: its newest checkpoint that is intact, its config, a word on other software.
+
+    Raises:
+        ValueError: No checkpoint is intact, or the run has more than `steps` finished steps.
+    """
+    set_damaged_aside(run.checkpoints)
+    done = last_step(run.checkpoints)
+    if steps < done:
+        raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
+    change_config(run, config)
+    if changed := run.changed_versions():
+        log.warning(
+            "With other software the last bits may not be those of an uninterrupted run: %s", ", ".join(changed)
+        )
 
 
 def change_config(run: RunDirectory, config: PipelineConfig) -> None:
@@ -83,7 +129,7 @@ def change_config(run: RunDirectory, config: PipelineConfig) -> None:
         run: The run directory.
         config: The config that it goes on with; see `dora_mm.train.resuming` for what may differ.
     """
-    before = load_config(run.path / CONFIG, schemas={config.pipeline: type(config)})
+    before = started_config(run.path, {config.pipeline: type(config)})
     changes = changed_values(before, config)
     if not changes:
         return
@@ -91,9 +137,8 @@ def change_config(run: RunDirectory, config: PipelineConfig) -> None:
     if (run.path / SUMMARY).exists():
         _keep_results(run, f"step-{done:06d}")
     rows = [{"step": done, "key": key, "before": old, "after": new} for key, (old, new) in changes.items()]
-    with (run.path / CHANGES).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    write_text(run.path / CONFIG, dump_config(config))
+    append_text(run.path / CHANGES, "".join(json.dumps(row) + "\n" for row in rows))
+    run.write_config(dump_config(config), run.inputs)
     for key, (old, new) in changes.items():
         log.info("%s changes from %s to %s", key, old, new)
 
@@ -142,6 +187,52 @@ def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) ->
         ValueError: `output` exists already, or its parent is a file.
     """
     return RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)
+
+
+def reopen_run(
+    config: PipelineConfig, inputs: Mapping[str, str], free: Sequence[str] = ("name",)
+) -> RunDirectory | None:
+    """The run directory that the config's `output` names, to go on in it; None where there is none yet.
+
+    Args:
+        config: The config.
+        inputs: Digests of the data and models that the config refers to, by a description of each.
+        free: The keys of the config that change no result.
+
+    Raises:
+        ValueError: It is no run directory, or that of a run with another config or other inputs.
+    """
+    output = getattr(config, "output", None)
+    folder = Path(output).expanduser() if output else None
+    if folder is None or not folder.exists():
+        return None
+    run = RunDirectory(folder)
+    if not (folder / CONFIG).is_file():
+        if not is_unfinished(folder):
+            raise ValueError(f"output {folder} exists already and is not a run directory: choose another folder.")
+        run.write_about(dump_config(config), inputs)
+    differing = [key for key in differing_keys(started_config(folder, SCHEMAS), config) if key not in free]
+    if differing or (differing := run.changed_inputs(inputs)):
+        raise ValueError(
+            f"output: {folder} was started with different values of {', '.join(differing)}: choose another folder"
+        )
+    return run
+
+
+@contextlib.contextmanager
+def evaluation_run(config: PipelineConfig, inputs: Mapping[str, str]) -> Iterator[RunDirectory]:
+    """Opens the run directory of an evaluation: a new one, or that of the same evaluation, which was stopped.
+
+    Args:
+        config: The config.
+        inputs: Digests of the data and models that the config refers to, by a description of each.
+
+    Raises:
+        ValueError: See `reopen_run` and `open_run`; or another process writes to the directory.
+    """
+    run = reopen_run(config, inputs) or open_run(config, inputs)
+    with only_writer(run.path):
+        yield run
 
 
 def training_summary(

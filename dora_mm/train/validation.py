@@ -1,16 +1,21 @@
-"""Validation during and after training. The caller decides what is scored and how."""
+"""Validation during and after training. The caller decides what is measured and how."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
-from dora_mm.train.metrics import MetricsLog, read_metrics
+from dora_mm.config.training import ValidationConfig
+from dora_mm.train.metrics import MetricsLog, rows_until
 from dora_mm.utils.run_directory import RunDirectory
 
+log = logging.getLogger(__name__)
 OVERALL = "overall"
+LOSS = "loss"  # of a task, in rows as "vqa/loss"
+STAGE = "validation"
 
 
 class MetricScores(Protocol):
@@ -32,47 +37,77 @@ class MetricScores(Protocol):
         ...
 
 
-ScoresT = TypeVar("ScoresT", bound=MetricScores)
+class Validation:
+    """Measures the model, logs the values, saves the best adapter so far, and says when a training should stop.
 
-
-class Validation(Generic[ScoresT]):
-    """Scores every task, logs all metrics, and saves the best adapter so far by the main one, per task and overall.
-
-    The best values so far are read from the log, whose rows after the resumed step are dropped, so that a resumed run
-    makes the same decisions as an uninterrupted one.
+    All it decides by is in the log, whose rows after the resumed step are dropped, so that a resumed run makes the same
+    decisions as an uninterrupted one. Of several processes each has one of these and decides the same; one writes.
 
     Args:
         run: The run directory; the log is `validation/metrics.jsonl` in it.
-        evaluate: Scores the model in its current state, by task name.
-        save: Writes the adapter into a folder; the best ones go to `best/<task>` and `best/overall`.
+        config: The `evaluate` section.
+        measure: Measures the model in its current state: values by name, equal in all processes.
+        qualities: Maps the values of a row to what the best adapters are chosen by, higher is better, by the names of
+            their folders in `best`; `overall` also decides when to stop.
+        save: Writes the adapter into a folder.
         resumed_step: The number of finished steps that the run resumes from; 0 for a new run.
+        writes: Whether this process writes.
     """
 
     def __init__(
         self,
         run: RunDirectory,
-        evaluate: Callable[[], Mapping[str, ScoresT]],
+        config: ValidationConfig,
+        measure: Callable[[], Mapping[str, float]],
+        qualities: Callable[[Mapping[str, float]], Mapping[str, float]],
         save: Callable[[Path], None],
         resumed_step: int,
+        *,
+        writes: bool = True,
     ):
-        self.run, self.evaluate, self.save = run, evaluate, save
-        self.log = MetricsLog(run.stage("validation").path, resumed_step)
+        self.run, self.config, self.measure, self.qualities, self.save = run, config, measure, qualities, save
+        self.log = MetricsLog(run.stage(STAGE), resumed_step) if writes else None
+        self.rows = rows_until(run.path / STAGE / "metrics.jsonl", resumed_step)
 
-    def __call__(self, step: int) -> Mapping[str, ScoresT]:
-        """Validates after `step` finished steps and returns the scores by task name."""
-        scores = self.evaluate()
-        values = main_values(scores)
-        before = [row for row in read_metrics(self.log.path) if row["step"] < step]
-        for name, value in values.items():
-            if all(value > row.get(name, float("-inf")) for row in before):
+    def is_due(self, step: int, steps: int) -> bool:
+        """Whether to validate after `step` finished steps of a training of `steps`, in which the last has its own."""
+        return bool(self.config.every) and step % self.config.every == 0 and 0 < step < steps
+
+    def __call__(self, step: int) -> Mapping[str, float]:
+        """Validates after `step` finished steps and returns the values."""
+        values = self.measure()
+        earlier = [self.qualities(row) for row in self.rows if row["step"] < step]
+        for name, value in self.qualities(values).items():
+            if self.log is not None and all(value > row.get(name, -math.inf) for row in earlier):
                 self.save(self.run.path / "best" / name)
-        # Resuming a finished run validates its last step again, which is logged already.
-        if not any(row["step"] == step for row in read_metrics(self.log.path)):
-            self.log.write(step, **values, **other_values(scores))
-        return scores
+        self.note(step, values)
+        return values
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs values, unless the step has some: resuming a finished run validates its last step again."""
+        if all(row["step"] != step for row in self.rows):
+            self.rows.append({"step": step, **values})
+            if self.log is not None:
+                self.log.write(step, **values)
+                self.log.sync()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the highest overall quality, the first of several; None: there is none."""
+        return max(found, key=found.__getitem__) if (found := self._overall()) else None
+
+    def is_over(self) -> bool:
+        """Whether the last validations, as many as `evaluate.patience`, were all not better than one before them."""
+        best, patience = self.best_step, self.config.patience
+        return best is not None and patience is not None and sum(step > best for step in self._overall()) >= patience
+
+    def _overall(self) -> dict[int, float]:
+        found = {row["step"]: self.qualities(row).get(OVERALL) for row in self.rows}
+        return {step: value for step, value in found.items() if value is not None}
 
     def close(self) -> None:
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
 
 
 def overall(values: Mapping[str, float]) -> float:
@@ -98,3 +133,22 @@ def other_values(scores: Mapping[str, MetricScores]) -> dict[str, float]:
         for metric, value in found.metrics.items()
         if metric != found.main
     }
+
+
+def task_qualities(loss_decides: Mapping[str, bool], row: Mapping[str, Any]) -> dict[str, float]:
+    """What the best adapter of each task is chosen by, and the geometric mean of all as `overall`.
+
+    Args:
+        loss_decides: Of each task whether it is the held-out loss, and not the main metric.
+        row: The values of a validation.
+
+    Returns:
+        The main metric; or, of a loss, the likelihood of a token of the answers in percent, exp(-loss). Without a task
+        whose metric could not be computed.
+    """
+    found = {}
+    for name, loss in loss_decides.items():
+        value = 100 * math.exp(-row[f"{name}/{LOSS}"]) if loss else row.get(name)
+        if value is not None:
+            found[name] = value
+    return {**found, OVERALL: overall(found)} if found else {}

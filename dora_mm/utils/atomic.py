@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dora_mm.utils.lock import check_lock
+from dora_mm.utils.partials import partial_of
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-PARTIAL = ".partial"  # how temporary names end
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -24,9 +25,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         OSError: The file cannot be written, for example because the disk is full.
+        ValueError: Another process has taken over the folder, of which this one was the only writer.
     """
+    check_lock(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = partial_of(path)
     try:
         partial.touch()
         permissions = (
@@ -35,21 +38,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         partial.chmod(permissions)
         flush(partial)
+        check_lock(path)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Removes the temporary files that a killed process has left in a folder, in which no other process writes."""
-    for file in folder.glob(f".*{PARTIAL}"):
-        file.unlink()
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically; see `write_atomically`."""
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Appends UTF-8 text to a file; a process that is killed meanwhile may leave a part of it."""
+    check_lock(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def flush(path: Path) -> None:

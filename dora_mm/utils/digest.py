@@ -1,12 +1,20 @@
 """Digests of weights and files."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from dora_mm.utils.atomic import write_text
+
+REMEMBERED = 1 << 26  # bytes; a digest of less takes 0.04 s
 
 
 def module_digest(module: torch.nn.Module) -> str:
@@ -17,11 +25,17 @@ def module_digest(module: torch.nn.Module) -> str:
 def weights_digest(files: Iterable[Path]) -> str:
     """SHA-256 over the names, dtypes, shapes and bytes of the tensors in safetensors files, in hex.
 
-    It is that of the weights, in whatever files they are, and whatever dtype they are loaded in.
+    It is that of the weights, in whatever files they are, and whatever dtype they are loaded in. That of large files is
+    remembered.
     """
-    opened: list[Any] = [safe_open(file, framework="pt") for file in files]
-    holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-    return _digest((name, holder[name].get_tensor(name)) for name in sorted(holder))
+    files = list(files)
+
+    def computed() -> str:
+        opened: list[Any] = [safe_open(file, framework="pt") for file in files]
+        holder = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+        return _digest((name, holder[name].get_tensor(name)) for name in sorted(holder))
+
+    return _remembered(files, "tensors", computed)
 
 
 def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -39,3 +53,35 @@ def file_digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def files_digest(files: Iterable[Path]) -> str:
+    """SHA-256 over the names and the content of files, in hex. That of large files is remembered."""
+    digests = ((file, _remembered([file], "file", partial(file_digest, file))) for file in sorted(files))
+    return hashlib.sha256("\n".join(f"{file.name} {digest}" for file, digest in digests).encode()).hexdigest()
+
+
+def _remembered(files: Sequence[Path], kind: str, compute: Callable[[], str]) -> str:
+    """A digest that large files have at their place, size, time and inode: they are read once.
+
+    It is kept in a file of its own under `~/.cache/dora_mm/digests` (or $XDG_CACHE_HOME), so that processes which
+    write at the same time do not disturb each other.
+    """
+    about = _facts(files)
+    if sum(size for _, size, *_ in about) < REMEMBERED:
+        return compute()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dora_mm" / "digests"
+    memory = cache / hashlib.sha256(repr((kind, about)).encode()).hexdigest()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", found := memory.read_text(encoding="utf-8")):
+            return found
+    digest = compute()
+    if _facts(files) == about:
+        with contextlib.suppress(OSError):  # a home folder that cannot be written to
+            write_text(memory, digest)
+    return digest
+
+
+def _facts(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
+    paths = [file.resolve() for file in files]
+    return [(str(path), (found := path.stat()).st_size, found.st_mtime_ns, found.st_ino) for path in paths]

@@ -1,12 +1,12 @@
 """Numbered folders, as runs have them, and folders that appear complete or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dora_mm.utils.atomic import PARTIAL, flush
+from dora_mm.utils.atomic import flush
+from dora_mm.utils.partials import partial_of
 
 
 def claim_number(parent: Path) -> Path:
@@ -45,7 +45,7 @@ def written_at_once(path: Path) -> Iterator[Path]:
         OSError: The folder cannot be written, or exists by now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = partial_of(path)
     partial.mkdir()
     try:
         yield partial

@@ -2,15 +2,20 @@
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.folders import claim_number
+from dora_mm.utils.lock import LOCK, check_lock
+from dora_mm.utils.partials import PARTIAL
 
 CONFIG, INPUTS, VERSIONS = "config.yaml", "inputs.json", "versions.json"
+SAMPLE_NOW, SAVE_NOW = "sample-now", "save-now"  # files by which a person asks a training for a sheet, or a checkpoint
 REPORTED_PACKAGES = ("dora_mm", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy")
 
 
@@ -23,10 +28,12 @@ class RunDirectory:
         adapter: The folder of the final adapter.
         samples: The folder of sampled images.
         sheet: The contact sheet, a PNG file.
+        trackers: What metrics are also shown by, such as TensorBoard; see `dora_mm.train.trackers`.
+        prefix: What the names of metrics begin with there, of the stage of a run.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, trackers: Sequence[Any] = (), prefix: str = ""):
+        self.path, self.trackers, self.prefix = path, trackers, prefix
 
     checkpoints = property(lambda self: self.path / "checkpoints")
     adapter = property(lambda self: self.path / "adapter")
@@ -75,20 +82,68 @@ class RunDirectory:
         return run
 
     def write_about(self, config_text: str, inputs: Mapping[str, str]) -> None:
-        """Writes the resolved config, the versions of the software and the digests of the inputs."""
+        """Writes the resolved config, the versions of the software and the digests of the inputs.
+
+        The config is also one of the inputs, by which `config.yaml` is compared: a person may edit that.
+        """
         write_text(self.path / VERSIONS, json.dumps(versions(), indent=2) + "\n")
-        write_text(self.path / INPUTS, json.dumps(dict(inputs), indent=2) + "\n")
+        self.write_config(config_text, inputs)
+
+    def write_config(self, config_text: str, inputs: Mapping[str, Any]) -> None:
+        """Writes the resolved config and the inputs."""
+        about = {**inputs, CONFIG: yaml12.read(config_text).value}
+        write_text(self.path / INPUTS, json.dumps(about, indent=2) + "\n")
         write_text(self.path / CONFIG, config_text)  # last, because this file marks the folder as a run directory
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the run was started with: the values of its config by "config.yaml", and digests of all else.
+
+        Raises:
+            ValueError: The file is missing or damaged.
+        """
+        file = self.path / INPUTS
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and isinstance(found.get(CONFIG), dict):
+                return found
+            problem = "it does not say what config the run was started with"
+        except (OSError, ValueError, RecursionError) as error:
+            problem = str(error)
+        raise ValueError(f"{file} is missing or damaged ({problem}): the run cannot go on without it.")
 
     def changed_inputs(self, inputs: Mapping[str, str]) -> list[str]:
         """The descriptions of the inputs whose digest differs from the one that the run was started with."""
-        before = json.loads((self.path / INPUTS).read_text()) if inputs else {}
+        before = self.inputs if inputs else {}
         return [name for name, digest in inputs.items() if before.get(name) != digest]
+
+    def changed_versions(self) -> list[str]:
+        """What of the software is not as it was when the run was started, such as "torch 2.12.0 is 2.13.0"."""
+        try:
+            before = dict(json.loads((self.path / VERSIONS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            return [f"{VERSIONS} cannot be read ({error})"]
+        now = versions()
+        return [f"{name} {before.get(name)} is {now.get(name)}" for name in now if before.get(name) != now[name]]
 
     def stage(self, name: str) -> "RunDirectory":
         """Creates a subfolder, with separate checkpoints and metrics, for one stage of a run that has several."""
         (self.path / name).mkdir(exist_ok=True)
-        return RunDirectory(self.path / name)
+        return RunDirectory(self.path / name, self.trackers, f"{name}/")
+
+    @contextmanager
+    def answering(self, request: str) -> Iterator[bool]:
+        """A context that does what a person asks for while the run goes on: `touch RUN/<request>`.
+
+        Yields:
+            Whether that is asked for. The file goes at the end, so that a request is answered after an interruption.
+        """
+        file = self.path / request
+        asked = file.exists()
+        yield asked
+        if asked:
+            check_lock(file)
+            file.unlink(missing_ok=True)
 
 
 def new_folder(name: str, output: str | None = None) -> Path:
@@ -112,6 +167,13 @@ def _claim(path: Path) -> Path:
     except FileNotFoundError:  # its parents were made, so this is a place such as /proc, where there are no new folders
         raise ValueError(f"output {path} cannot be made there: choose another folder.") from None
     return path
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder has nothing but what a process that was killed may leave before it is a run directory."""
+    return folder.is_dir() and all(
+        entry.name in (VERSIONS, INPUTS, LOCK) or entry.suffix == PARTIAL for entry in folder.iterdir()
+    )
 
 
 def versions() -> dict[str, Any]:

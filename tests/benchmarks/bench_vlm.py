@@ -53,7 +53,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
     def loss(self, batch: VLMBatch) -> torch.Tensor:
-        return self.vlm.loss(batch, torch.Generator())
+        return self.vlm.loss(batch, torch.Generator()).mean
 
     def step(self, batch: VLMBatch) -> float:
         started = time.perf_counter()

@@ -5,6 +5,7 @@ import pytest
 
 from dora_mm import cli
 from dora_mm.config import dump_config, load_config
+from dora_mm.utils.run_directory import RunDirectory
 
 
 def test_a_config_and_its_overrides_reach_the_recipe(config, pipeline):
@@ -55,7 +56,7 @@ def test_recipes_without_a_dry_run_refuse_it(config, pipeline, capsys):
 def run(tmp_path, config):
     folder = tmp_path / "runs" / "mine" / "001"
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(load_config(config, ["seed=5"])))
+    RunDirectory(folder).write_config(dump_config(load_config(config, ["seed=5"])), {})
     return folder
 
 
@@ -76,6 +77,7 @@ def test_a_resumed_run_takes_its_own_config(run, config, pipeline):
         "train.gradient_checkpointing=true",
         "data.latent_cache=latents",
         "adapter.strength=1.5",
+        "optimizer.lr=1e-3",
         "sample.prompts=[a bus]",
     ],
 )
@@ -95,7 +97,7 @@ REFUSED = {
     "adapter.rank=8": "adapter.rank cannot change",
     "data.flip=true": "data.flip cannot change",
     "loss.type=l1": "loss.type cannot change",
-    "optimizer.lr=1e-3": "optimizer.lr cannot change from 0.0001 to 0.001: the finished steps",
+    "optimizer.eps=1e-3": "optimizer.eps cannot change from 1e-08 to 0.001: the finished steps",
     "schedule.name=cosine": "schedule.name cannot change",
     "train.batch_size=3": "train.batch_size cannot change from 2 to 3",
     "train.mixed_precision=bf16": "train.mixed_precision cannot change",
@@ -110,6 +112,28 @@ def test_a_resumed_run_names_what_may_not_change_and_what_may(run, pipeline, cap
     assert REFUSED[setting] in line
     assert "--resume may change train.steps, " in line
     assert recipe.calls == []
+
+
+def test_an_edited_config_is_honoured_or_refused_by_key(run, pipeline, capsys):
+    recipe, saved = pipeline(), run / "config.yaml"
+    started = saved.read_text()
+    saved.write_text(started.replace("steps: 10", "steps: 12"))
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert [config.train.steps for config, _ in recipe.calls] == [12]
+    saved.write_text(started.replace("seed: 5", "seed: 6"))
+    assert cli.main(["train", "--resume", str(run)]) == 2
+    assert cli.main(["train", "--resume", str(run), "--set", "train.steps=12"]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert f"{saved}, edited: seed cannot change from 5 to 6: order and noise" in line
+    assert len(recipe.calls) == 1
+
+
+def test_a_run_without_the_config_that_it_was_started_with_is_refused(run, pipeline, capsys):
+    inputs = run / "inputs.json"
+    for text in ("{", "[]", "{}", '{"config.yaml": {}}', inputs.read_text().replace('"rank"', '"ranc"')):
+        inputs.write_text(text)
+        assert cli.main(["train", "--resume", str(run)]) == 2
+        assert f"{inputs} is" in capsys.readouterr().err
 
 
 def test_each_refused_change_has_a_sentence(run, config, pipeline, capsys):

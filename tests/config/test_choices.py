@@ -24,7 +24,7 @@ from dora_mm.eval.vl.submissions import SUBMISSIONS
 from dora_mm.models.folders import DTYPES
 from dora_mm.models.schedulers import SCHEDULERS
 from dora_mm.models.vl_bart.loading import VISUAL
-from dora_mm.preview.training import EIGHT_BITS, PRECISIONS
+from dora_mm.preview.training import PRECISIONS
 from dora_mm.preview.vl_memory import BITS
 from dora_mm.sampling.jobs import Picture
 from dora_mm.targets import MAPS
@@ -74,10 +74,6 @@ def test_the_records_of_tasks_use_what_is_there_and_all_of_it():
     assert {task.scorer for task in TASKS.values()} == set(SCORERS)
     assert {task.submission for task in TASKS.values()} == set(SUBMISSIONS)
     assert all(task.prompt or task.bart for task in TASKS.values())
-
-
-def test_optimizers_of_8_bits_are_among_all_of_them():
-    assert set(EIGHT_BITS) == {name for name, kind in OPTIMIZERS.items() if kind.module.startswith("bitsandbytes")}
 
 
 def test_axes_are_settings_of_a_picture():

@@ -281,7 +281,7 @@ def test_a_run_goes_on_with_the_length_that_replaces_its_own(tmp_path):
     longer = load_config(tmp_path / "config.yaml", ["train.steps=20", "schedule.warmup_steps=3"])
     assert (longer.train.steps, longer.train.epochs) == (20, None)
     assert (longer.schedule.warmup_steps, longer.schedule.warmup_ratio) == (3, 0.0)
-    check_changes(tmp_path, saved, load_config(tmp_path / "config.yaml", ["train.steps=20"]))
+    check_changes("--resume", saved, load_config(tmp_path / "config.yaml", ["train.steps=20"]))
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
-from dora_mm.models.image_families import load_image_model
-from dora_mm.models.opening import UnreachableError, local_copy, opening
+from dora_mm.models.folders import settings_identity
+from dora_mm.models.image_families import identity_of, load_image_model
+from dora_mm.models.opening import UnreachableError, loaded_files, local_copy, opening
 from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.models.vlm.loading import load_processor, load_vlm
 
@@ -68,3 +69,44 @@ def test_other_errors_have_other_messages(tmp_path):
 def test_local_copies(tmp_path):
     assert local_copy(str(tmp_path)) == tmp_path
     assert local_copy("owner/nothing") is None
+
+
+def test_what_identifies_a_model_is_all_that_is_loaded_of_it(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    before = identity_of(ModelConfig(path=str(folder)))
+    assert {"the model's unet", "the model's text_encoder", "the model's tokenizer_2", "the model's index"} <= set(
+        before
+    )
+    unet = folder / "unet"
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    for name in (
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.bin",
+        "README.md",
+        ".gitattributes",
+    ):
+        shutil.copy(weights, unet / name)
+    assert sorted(file.name for file in loaded_files(unet)) == ["config.json", weights.name]
+    assert identity_of(ModelConfig(path=str(folder))) == before
+    (unet / "config.json").write_text((unet / "config.json").read_text() + "\n")
+    after = identity_of(ModelConfig(path=str(folder)))
+    assert [name for name in before if after[name] != before[name]] == ["the model's unet"]
+    other = identity_of(ModelConfig(path=str(folder), vae=str(unet)))
+    assert [name for name in before if after[name] != other[name]] == ["the model's vae"]
+    assert list(identity_of(ModelConfig(path=str(weights)))) == ["the model"]
+
+
+def test_the_settings_of_a_model_are_all_its_files_but_the_weights(tmp_path):
+    for name in (
+        "config.json",
+        "chat_template.jinja",
+        "tokenizer.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ):
+        (tmp_path / name).write_text(name)
+    before = settings_identity(str(tmp_path), None)
+    (tmp_path / "model.safetensors").write_text("other weights, which have a digest of their own")
+    assert settings_identity(str(tmp_path), None) == before
+    (tmp_path / "chat_template.jinja").write_text("another one")
+    assert settings_identity(str(tmp_path), None) != before

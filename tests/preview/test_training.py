@@ -10,7 +10,7 @@ from torch import nn
 from dora_mm.config.training import OptimizerConfig, TrainConfig
 from dora_mm.preview import training as preview
 from dora_mm.preview.training import describe_training, measure_step, memory_table, optimizer_values, slow_hardware
-from tests.train.small import small_training
+from tests.train.small import mean_of, small_training
 
 
 def test_a_step_is_measured_with_what_it_keeps_for_the_backward_pass():
@@ -21,7 +21,7 @@ def test_a_step_is_measured_with_what_it_keeps_for_the_backward_pass():
     assert cost.source == preview.KEPT
     with_batches_of_16 = small_training()
     with_batches_of_16.parts["batch_at"] = lambda number: torch.zeros(16, 6)
-    with_batches_of_16.parts["loss"] = lambda x, generator: with_batches_of_16.network(x).square().mean()
+    with_batches_of_16.parts["loss"] = lambda x, generator: mean_of(with_batches_of_16.network(x).square())
     assert measure_step(**with_batches_of_16.parts).activations > 2 * cost.activations
 
 
@@ -98,7 +98,7 @@ def test_tensors_of_several_networks_count_once_and_quantised_ones_as_they_will_
 
 def test_the_memory_is_that_of_the_largest_batch():
     training = small_training()
-    training.parts["loss"] = lambda x, generator: training.network(x).square().mean()
+    training.parts["loss"] = lambda x, generator: mean_of(training.network(x).square())
     training.parts["batch_at"] = lambda number: torch.zeros(4, 6)
     small = measure_step(**training.parts)
     large = measure_step(**training.parts, largest=lambda number: torch.zeros(40, 6))
@@ -108,7 +108,7 @@ def test_the_memory_is_that_of_the_largest_batch():
 def test_the_batches_of_a_step_count_and_so_does_preparing_them():
     training = small_training()
     training.parts["config"] = training.parts["config"].model_copy(update={"gradient_accumulation_steps": 4})
-    training.parts["loss"] = lambda x, generator: training.network(x).square().mean()
+    training.parts["loss"] = lambda x, generator: mean_of(training.network(x).square())
     parts = {key: value for key, value in training.parts.items() if key != "batch_at"}
 
     def slowly(number: int) -> torch.Tensor:
@@ -124,9 +124,9 @@ def test_the_batches_of_a_step_count_and_so_does_preparing_them():
 
 def test_lines_on_length_and_time():
     train = TrainConfig(steps=1500, batch_size=2, gradient_accumulation_steps=4)
-    assert preview.length_line(train, 3000) == "length    1,500 steps of 4 batches, 2 epochs of 3,000 batches"
+    assert preview.length_line(train, 750) == "length    1,500 steps of 4 batches, 2 epochs of 750 steps"
     single = train.model_copy(update={"gradient_accumulation_steps": 1})
-    assert preview.length_line(single, 3000) == "length    1,500 steps, 0.5 epochs of 3,000 batches"
+    assert preview.length_line(single, 3000) == "length    1,500 steps, 0.5 epochs of 3,000 steps"
     for seconds, shown in ((0.01, "15 s"), (1.0, "25.0 min"), (10.0, "4.2 h")):
         line = preview.time_line(preview.StepCost(seconds, 0, ""), 1500, "validation")
         assert line == f"time      {seconds:.2f} s a step (measured), {shown} for 1,500 steps, validation not included"

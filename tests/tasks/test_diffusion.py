@@ -66,7 +66,7 @@ def test_without_gamma_every_timestep_has_the_same_weight():
 def test_noise_is_added_as_ddpm_does_and_predicting_it_has_zero_loss():
     batch = make_batch()
     task = make_task(lambda noisy, times: torch.zeros_like(noisy))
-    loss = task.loss(batch, torch.Generator().manual_seed(3))
+    loss = task.loss(batch, torch.Generator().manual_seed(3)).mean
     stream = torch.Generator().manual_seed(3)
     noise = torch.randn(batch.latents.shape, generator=stream)
     times = torch.randint(1000, (6,), generator=stream)
@@ -77,7 +77,7 @@ def test_noise_is_added_as_ddpm_does_and_predicting_it_has_zero_loss():
     expected = (noise.square().mean(dim=(1, 2, 3)) * task.weights(times)).mean()
     assert torch.allclose(loss, expected)
     perfect = make_task(lambda *_: noise)
-    assert perfect.loss(batch, torch.Generator().manual_seed(3)) == 0
+    assert perfect.loss(batch, torch.Generator().manual_seed(3)).mean == 0
 
 
 def test_v_target():
@@ -88,19 +88,19 @@ def test_v_target():
     signal = PROCESSES["v_prediction"].schedule.alphas_cumprod[times].view(-1, 1, 1, 1)
     velocity = signal.sqrt() * noise - (1 - signal).sqrt() * batch.latents
     perfect = make_task(lambda *_: velocity, "v_prediction")
-    assert perfect.loss(batch, torch.Generator().manual_seed(3)) < 1e-12
+    assert perfect.loss(batch, torch.Generator().manual_seed(3)).mean < 1e-12
 
 
 def test_the_loss_is_a_function_of_its_generator():
     batch, task = make_batch(), make_task(lambda noisy, times: noisy)
-    one, two, other = (task.loss(batch, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    one, two, other = (task.loss(batch, torch.Generator().manual_seed(seed)).mean for seed in (1, 1, 2))
     assert one == two != other
 
 
 def test_noise_offset_moves_whole_channels():
     batch = make_batch(64)
     task = make_task(lambda noisy, times: noisy, noise_offset=1.0)
-    noise = task._noise(batch.latents, torch.Generator().manual_seed(0))
+    noise = task.draw_noise(batch.latents, torch.Generator().manual_seed(0))
     assert noise.mean(dim=(2, 3)).std() > 0.8
 
 
@@ -120,7 +120,7 @@ def test_loss_types(kind):
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(3))
     size = noise.abs()
     expected = {"mse": size**2, "l1": size, "huber": torch.where(size < 1, size**2 / 2, size - 0.5)}[kind].mean()
-    assert torch.allclose(task.loss(batch, torch.Generator().manual_seed(3)), expected, rtol=1e-5)
+    assert torch.allclose(task.loss(batch, torch.Generator().manual_seed(3)).mean, expected, rtol=1e-5)
 
 
 def test_unsupported_predictions_are_refused():

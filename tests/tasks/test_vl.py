@@ -32,24 +32,25 @@ def batches(sizes: dict[str, tuple[int, int]], factor: int = 1, seed: int = 0, *
 def test_a_batch_is_a_function_of_its_number():
     sizes = {"vqa": (10, 4), "caption": (4, 2)}
     one, other, otherwise = batches(sizes), batches(sizes), batches(sizes, seed=1)
-    assert one.per_epoch == 4 + 3
+    assert one.steps_per_epoch == 4 + 3
     numbers = (9, 0, 9)
     assert [one(number) for number in numbers] == [other(number) for number in numbers]
     assert [one(number) for number in numbers] != [otherwise(number) for number in numbers]
     assert {one(number)[0] for number in range(7)} == {"vqa", "caption"}
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
+@pytest.mark.parametrize(("num_processes", "accumulated"), [(2, 1), (1, 3), (2, 2)])
 @pytest.mark.parametrize("sizes", [{"vqa": (13, 3)}, {"vqa": (13, 3), "nlvr2": (5, 2), "caption": (2, 1)}])
-def test_processes_share_the_batches_of_one_with_larger_ones(num_processes, sizes):
+def test_processes_and_micro_batches_share_the_batches_of_one_with_larger_ones(num_processes, accumulated, sizes):
     """In every step all have the same task, and together they learn the same answers of the same rows, in order."""
-    single = batches(sizes, num_processes)
-    parts = [batches(sizes, process=(index, num_processes)) for index in range(num_processes)]
-    assert {part.per_epoch for part in parts} == {single.per_epoch}
+    whole = batches(sizes, num_processes * accumulated)
+    processes = [(index, num_processes) for index in range(num_processes)]
+    parts = [batches(sizes, accumulated=accumulated, process=process) for process in processes]
+    assert {part.steps_per_epoch for part in parts} == {whole.steps_per_epoch}
     drawn = set()
-    for number in range(3 * single.per_epoch):
-        task, rows = single(number)
-        found = [part(number) for part in parts]
+    for step in range(3 * whole.steps_per_epoch):
+        task, rows = whole(step)
+        found = [part(step * accumulated + micro) for micro in range(accumulated) for part in parts]
         assert {of_part for of_part, _ in found} == {task}
         assert [row for _, of_part in found for row in of_part] == rows
         assert len({len(of_part) for _, of_part in found}) == 1

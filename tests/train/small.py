@@ -10,12 +10,22 @@ from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.schedule import build_schedule
+from dora_mm.train.schedule import Schedule
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import RunDirectory
 
 
 def small_training(
-    run=None, *, optimizer=None, schedule="cosine", warmup=None, after_step=None, loss=None, dropout=0.0, **train
+    run=None,
+    *,
+    optimizer=None,
+    schedule="cosine",
+    warmup=None,
+    after_step=None,
+    loss=None,
+    dropout=0.0,
+    seed=0,
+    **train,
 ):
     """A small regression training whose data and noise depend on the step; `.fit()` runs it."""
     torch.manual_seed(0)
@@ -24,7 +34,7 @@ def small_training(
     config = TrainConfig(**{"steps": 12, "batch_size": 4, "log_every": 3, **train})
     built_optimizer = build_optimizer(parameters, OptimizerConfig(**(optimizer or {"lr": 0.05})))
     shape = ScheduleConfig(name=schedule, **(warmup or {}))
-    built_schedule = build_schedule(built_optimizer, shape, config.steps)
+    built_schedule = Schedule(built_optimizer, shape, config.steps)
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(built_optimizer)
 
@@ -37,17 +47,25 @@ def small_training(
     parts = {
         "accelerator": accelerator,
         "config": config,
-        "seed": 0,
+        "seed": seed,
         "networks": {"network": network},
         "parameters": parameters,
         "optimizer": prepared,
         "schedule": built_schedule,
         "batch_at": batch_at,
-        "loss": loss or noisy_loss,
+        "loss": lambda x, generator: mean_of((loss or noisy_loss)(x, generator)),
     }
     return SimpleNamespace(
-        network=network, optimizer=prepared, parts=parts, fit=lambda: fit(run=run, **parts, after_step=after_step)
+        network=network,
+        optimizer=prepared,
+        parts=parts,
+        fit=lambda **hooks: fit(run=run, **parts, after_step=after_step, **hooks),
     )
+
+
+def mean_of(losses):
+    """The loss that is the mean of these."""
+    return LossSum(losses.sum(), torch.tensor(float(losses.numel())))
 
 
 def new_run(path):

@@ -1,8 +1,9 @@
-"""Which parameters decay, and which form a group."""
+"""Which parameters decay, which form a group, what options there are, and where the result of a training is."""
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import mse_loss
 
 from dora_mm import DoRASpec, adapter_parameters, inject
 from dora_mm.adapting.networks import adapt
@@ -10,7 +11,8 @@ from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.models.families import Structure
 from dora_mm.targets import find
-from dora_mm.train.optim import build_optimizer
+from dora_mm.train.optim import OPTIMIZERS, averaged_point, build_optimizer, check_device
+from dora_mm.train.weights import result_of, swapped
 from tests.models.vl_bart.small import small_vl_bart
 
 
@@ -67,3 +69,122 @@ def test_adapters_alone_are_one_group(method):
     parameters = adapter_parameters(network)
     assert set(decays(parameters).values()) == {0.01}
     assert len(build_optimizer(parameters, OptimizerConfig(lr=0.1)).param_groups) == 1
+
+
+def test_b_has_a_rate_of_its_own_also_in_parts_with_one():
+    parameters = {f"{part}.{name}": nn.Parameter(torch.zeros(1)) for part in "xy" for name in ("lora_A", "lora_B")}
+    rates = {name: 0.01 for name in parameters if name.startswith("y")}
+    optimizer = build_optimizer(parameters, OptimizerConfig(lr=0.1, b_lr_ratio=16.0), rates)
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name: found[id(p)] for name, p in parameters.items()} == pytest.approx(
+        {"x.lora_A": 0.1, "x.lora_B": 1.6, "y.lora_A": 0.01, "y.lora_B": 0.16}
+    )
+    assert optimizer.param_groups[0]["lr"] == 0.1  # the one that metrics have
+
+
+def test_under_adam_the_ratio_is_alpha_over_rank_by_another_name():
+    """Bit for bit, for a power of two, and without what looks at the size of parameters or gradients."""
+    results = []
+    for alpha, ratio in ((16.0, 1.0), (2.0, 8.0)):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 6))
+        inject(network, ["0"], DoRASpec(rank=2, alpha=alpha), backend="torch")
+        names = adapter_parameters(network)
+        config = OptimizerConfig(lr=0.01, b_lr_ratio=ratio, eps=1e-30, weight_decay=0.0)
+        optimizer, x = build_optimizer(names, config), torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+        for _ in range(20):
+            mse_loss(network(x), x.new_ones(5, 6)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(network(x).detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"options": {"amsgrat": True}},
+            "options.amsgrat: adamw has no such argument, did you mean 'amsgrad'",
+        ),
+        ({"options": {"lr": 0.1}}, "optimizer.options.lr is the key optimizer.lr"),
+        ({"name": "adafactor", "betas": (0.9, 0.99)}, "optimizer.betas has no effect: adafactor has none"),
+        ({"options": {"fused": "no", "foreach": True}}, "optimizer.name adamw: "),
+    ],
+)
+def test_settings_are_checked_against_the_signature(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer({"w": nn.Parameter(torch.ones(2))}, OptimizerConfig(lr=0.1, **settings))
+
+
+def test_options_reach_the_optimizer():
+    config = OptimizerConfig(name="adafactor", lr=0.1, options={"d": 2.0})
+    assert build_optimizer({"w": nn.Parameter(torch.ones(2))}, config).param_groups[0]["d"] == 2.0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_those_of_8_bits_are_refused_without_a_gpu(name):
+    config = OptimizerConfig(name=name, lr=1.0)
+    check_device(config, torch.device("cuda"))
+    if name.endswith("8bit"):
+        with pytest.raises(ValueError, match=f"optimizer.name {name} steps on a GPU only"):
+            check_device(config, torch.device("cpu"))
+    else:
+        check_device(config, torch.device("cpu"))
+
+
+def test_the_result_of_a_schedule_free_training_is_beside_it():
+    """As its own `eval` computes it, which rounds what it trains."""
+    pytest.importorskip("schedulefree")
+    parameter = nn.Parameter(torch.randn(50))
+    optimizer = build_optimizer({"w": parameter}, OptimizerConfig(name="schedule_free", lr=0.1))
+    for step in range(5):
+        parameter.grad = torch.randn(50, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    trained = parameter.detach().clone()
+    with result_of(optimizer):
+        inside = parameter.detach().clone()
+        assert not torch.equal(inside, trained)
+    assert torch.equal(parameter, trained)
+    optimizer.eval()  # type: ignore[attr-defined]
+    assert torch.equal(parameter, inside)
+    assert averaged_point(build_optimizer({"w": parameter}, OptimizerConfig(lr=0.1))) is None
+
+
+def test_swapped_parameters_come_back_after_an_error():
+    parameter = nn.Parameter(torch.zeros(2))
+    before = parameter.data_ptr()
+
+    @swapped({parameter: torch.ones(2)})
+    def fail():
+        raise KeyError(float(parameter.detach().sum()))
+
+    with pytest.raises(KeyError, match=r"2\.0"):
+        fail()
+    assert parameter.data_ptr() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.endswith("8bit")])
+def test_those_of_8_bits_go_on_to_the_same_bits(name, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    shape = (128, 64)  # smaller ones are kept in float32
+
+    def train(parameter, optimizer, steps):
+        for step in steps:
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            parameter.grad = noise.to(parameter.device)
+            optimizer.step()
+
+    def start():
+        parameter = nn.Parameter(torch.ones(shape, device="cuda"))
+        return parameter, build_optimizer({"w": parameter}, OptimizerConfig(name=name, lr=0.01))
+
+    whole, first, second = start(), start(), start()
+    train(*whole, range(8))
+    train(*first, range(4))
+    torch.save(first[1].state_dict(), tmp_path / "state.pt")
+    second[0].data.copy_(first[0].data)
+    second[1].load_state_dict(torch.load(tmp_path / "state.pt", map_location="cpu", weights_only=True))
+    train(*second, range(4, 8))
+    assert torch.equal(whole[0], second[0])

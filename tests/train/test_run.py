@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from dora_mm.config import load_config
 from dora_mm.train.run import training_run
+from dora_mm.utils.lock import only_writer
 from tests.train.small import interrupt_at, metrics, small_training
 
 CONFIG = """\
@@ -32,7 +33,7 @@ def train(tmp_path, caplog):
         caplog.clear()
         config = load_config(resume / "config.yaml" if resume else file, [f"output={tmp_path / 'run'}", *overrides])
         steps = config.train.steps
-        with training_run(Accelerator(cpu=True), config, {}, resume, steps) as directory:
+        with training_run(Accelerator(cpu=True), config, {}, resume, config.train) as directory:
             small_training(directory, steps=steps, schedule="constant", **settings).fit()
             for name in ("adapter", "samples"):
                 (directory.path / name).mkdir(exist_ok=True)
@@ -79,7 +80,8 @@ def test_a_run_says_how_to_go_on_when_it_stops(train, tmp_path, caplog, stop):
     with pytest.raises(error):
         train(**settings)
     run = tmp_path / "run"
-    assert said(caplog)[-1] == f"\nRun {run} has stopped, {kept}. To go on: dora-mm train --resume {run}"
+    lower = " --set optimizer.lr=1e-05" if stop == "a loss that is not finite" else ""
+    assert said(caplog)[-1] == f"\nRun {run} has stopped, {kept}. To go on: dora-mm train --resume {run}{lower}"
     assert len(said(caplog)) == 2
 
 
@@ -130,3 +132,33 @@ def test_a_run_cannot_end_before_its_last_checkpoint(train, tmp_path):
     with pytest.raises(ValueError, match=r"train.steps: .* has finished 12 steps, so it cannot end at 5"):
         train("train.steps=5", resume=run.path)
     assert load_config(run.path / "config.yaml").train.steps == 12
+
+
+def test_a_run_goes_on_with_other_software_and_says_so(train, tmp_path, caplog):
+    run = train()
+    file = run.path / "versions.json"
+    file.write_text(file.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.0.0"'))
+    train(resume=run.path)
+    (said_aloud,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert said_aloud.endswith(f"not be those of an uninterrupted run: torch 2.0.0 is {torch.__version__}")
+
+
+def test_a_run_has_one_writer(train, tmp_path):
+    run = train()
+    with only_writer(run.path):
+        before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+        with pytest.raises(ValueError, match=r"run has a writer already, process \d+ on .* \(since 2"):
+            train("train.steps=14", resume=run.path)
+        assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
+    train("train.steps=14", resume=run.path)
+    assert not (run.path / ".lock").exists()
+
+
+def test_what_a_killed_writer_has_left_goes_at_the_next_start(train, tmp_path):
+    run = train()
+    (run.checkpoints / ".step-000014.partial").mkdir()
+    (run.checkpoints / ".step-000014.partial" / "state.pt").touch()
+    (run.path / ".summary.json.1a2b3c4d-1.partial").touch()
+    (run.path / ".lock").write_text("{")
+    train("train.steps=13", resume=run.path)
+    assert not list(run.path.rglob("*.partial"))

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 from torch import nn
+from transformers.optimization import get_wsd_schedule
 
-from dora_mm.config.training import ScheduleConfig
-from dora_mm.train.schedule import build_schedule
+from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig, check_training
+from dora_mm.train.schedule import Schedule
 from tests.train.small import metrics, new_run, small_training
 
 
@@ -15,7 +16,7 @@ def extended(path, before, after, **settings):
     run = new_run(path)
     small_training(run, steps=before, **settings).fit()
     training = small_training(run, steps=after, **settings)
-    assert training.fit() == after - before
+    assert training.fit() == after
     return training, run
 
 
@@ -28,11 +29,12 @@ def test_a_constant_rate_makes_an_extended_run_equal_to_a_longer_one(tmp_path, c
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "restarts", "polynomial", "warmup_stable_decay"])
 def test_other_rates_go_on_as_in_a_run_of_the_new_length_with_a_warning(tmp_path, caplog, name):
-    _, run = extended(tmp_path / "parts", 4, 8, schedule=name, log_every=1)
+    settings = {"log_every": 1, "warmup": {"decay_ratio": 0.5} if name == "warmup_stable_decay" else None}
+    _, run = extended(tmp_path / "parts", 4, 8, schedule=name, **settings)
     longer = new_run(tmp_path / "longer")
-    small_training(longer, steps=8, schedule=name, log_every=1).fit()
+    small_training(longer, steps=8, schedule=name, **settings).fit()
     rates, of_longer = ([row["lr"] for row in metrics(each)] for each in (run, longer))
     assert rates[4:] == of_longer[4:]
     assert rates[:4] != of_longer[:4]
@@ -50,20 +52,68 @@ def test_an_extended_run_is_not_warmed_up_again(tmp_path):
     assert [row["lr"] for row in metrics(run)] == pytest.approx([0, 0.025, *[0.05] * 18])
 
 
-@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+def test_no_warning_while_the_rate_is_constant(tmp_path, caplog):
+    extended(tmp_path / "run", 4, 8, schedule="warmup_stable_decay", warmup={"decay_ratio": 0.01})
+    assert caplog.text == ""
+
+
+def rates(schedule) -> list[float]:
+    found = []
+    for _ in range(12):
+        found.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    return found
+
+
+def sgd():
+    return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "restarts"])
 @pytest.mark.parametrize("warmup", [0, 3])
 def test_rates_are_those_of_diffusers(name, warmup):
-    def rates(schedule):
-        found = []
-        for _ in range(12):
-            found.append(schedule.get_last_lr()[0])
-            schedule.optimizer.step()
-            schedule.step()
-        return found
+    shape = {"constant": "constant_with_warmup", "restarts": "cosine_with_restarts"}.get(name, name)
+    theirs = get_scheduler(shape, sgd(), num_warmup_steps=warmup, num_training_steps=11, num_cycles=4)
+    assert rates(Schedule(sgd(), ScheduleConfig(name=name, warmup_steps=warmup), 11)) == rates(theirs)
 
-    def optimizer():
-        return torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
 
-    shape = "constant_with_warmup" if name == "constant" else name
-    theirs = get_scheduler(shape, optimizer(), num_warmup_steps=warmup, num_training_steps=11)
-    assert rates(build_schedule(optimizer(), ScheduleConfig(name=name, warmup_steps=warmup), 11)) == rates(theirs)
+def test_rates_of_a_polynomial_are_those_of_diffusers():
+    """Up to rounding: they multiply by the rate, and divide by it again."""
+    theirs = get_polynomial_decay_schedule_with_warmup(sgd(), 3, 11, lr_end=0.0, power=1.5)
+    config = ScheduleConfig(name="polynomial", warmup_steps=3, power=1.5)
+    assert rates(Schedule(sgd(), config, 11)) == pytest.approx(rates(theirs), rel=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_rates_that_decay_at_the_end_are_those_of_transformers(ratio):
+    warmup, decay = 2, round(ratio * 11)
+    if ratio == 1.0:  # the warm-up comes first
+        warmup = 0
+    theirs = get_wsd_schedule(sgd(), warmup, decay, num_training_steps=11)
+    config = ScheduleConfig(name="warmup_stable_decay", warmup_steps=warmup, decay_ratio=ratio)
+    assert rates(Schedule(sgd(), config, 11)) == rates(theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"schedule": {"name": "cosine", "cycles": 3}},
+            "schedule.cycles has no effect: it is of schedule.name res",
+        ),
+        (
+            {"optimizer": {"name": "schedule_free"}, "schedule": {"name": "linear"}},
+            "needs schedule.name constant",
+        ),
+        (
+            {"optimizer": {"name": "prodigy", "b_lr_ratio": 4.0}},
+            "optimizer.b_lr_ratio needs optimizer.name adamw",
+        ),
+    ],
+)
+def test_settings_without_effect_are_refused(changes, message):
+    optimizer = OptimizerConfig(**{"lr": 1.0, **changes.get("optimizer", {})})
+    train = TrainConfig(steps=9, batch_size=1)
+    (problem,) = check_training(optimizer, ScheduleConfig(**changes.get("schedule", {})), train)
+    assert message in problem

@@ -1,7 +1,8 @@
 import torch
 from safetensors.torch import save_file
 
-from dora_mm.utils.digest import module_digest, weights_digest
+from dora_mm.utils import digest
+from dora_mm.utils.digest import files_digest, module_digest, weights_digest
 
 
 def test_the_digest_changes_with_dtype_and_values():
@@ -25,3 +26,23 @@ def test_the_digest_of_weights_does_not_depend_on_their_files(tmp_path):
     assert weights_digest([together]) == weights_digest([first, second]) == weights_digest([second, first])
     save_file({"b": -tensors["b"]}, first)
     assert weights_digest([together]) != weights_digest([first, second])
+
+
+def test_the_digest_of_a_large_file_is_remembered_by_its_place_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, read = tmp_path / "model.safetensors", []
+    save_file({"a": torch.zeros(100)}, file)
+    small = files_digest([file])
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(digest, "REMEMBERED", 100)
+    compute = digest.file_digest
+    monkeypatch.setattr(digest, "file_digest", lambda path: read.append(path) or compute(path))
+    assert [files_digest([file]), files_digest([file]), len(read)] == [small, small, 1]
+    assert weights_digest([file]) not in (small, compute(file))  # kept beside the other one
+    (memory,) = [m for m in (tmp_path / "cache/dora_mm/digests").iterdir() if m.read_text() == compute(file)]
+    memory.write_text("half a dig")
+    assert [files_digest([file]), len(read)] == [small, 2]
+    save_file({"a": torch.ones(100)}, file)
+    assert [files_digest([file]) == small, len(read)] == [False, 3]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # no folder can be made there
+    assert [files_digest([file]) == small, len(read)] == [False, 4]

@@ -45,6 +45,7 @@ def read_captioned_images(
     instance_prompt: str | None = None,
     placeholder: str | None = None,
     subfolders: bool = False,
+    key: str = "data.folder",
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
 
@@ -58,6 +59,7 @@ def read_captioned_images(
         placeholder: A word that at least one caption must contain.
         subfolders: Whether to read the images of subfolders, too, with a metadata.jsonl in any of them. Hidden folders
             and linked ones are left out.
+        key: The key of the config that names the folder, for messages.
 
     Raises:
         ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
@@ -65,14 +67,14 @@ def read_captioned_images(
             listed already; an image has no caption; no caption contains the placeholder; all images are in subfolders,
             or the name of a subfolder asks for 0 repeats.
     """
-    root = resolve_path(folder, "data.folder")
+    root = resolve_path(folder, key)
     folders = _folders(root) if subfolders else [root]
-    entries = [path for each in folders for path in _list(each)]
+    entries = [path for each in folders for path in _list(each, key)]
     rows, problems = _read_all_metadata(root, [path for path in entries if path.name == METADATA])
     paths = sorted({path for path in entries if _is_image(path.name)} | set(rows))
     deeper = [] if subfolders else _images_in_subfolders(root, paths)
     if not paths and not problems:
-        raise ValueError(_no_images(root, deeper))
+        raise ValueError(_no_images(root, deeper, key))
 
     images, uncaptioned = [], []
     for path in tqdm(paths, desc="reading images", unit="image", delay=2, disable=None):
@@ -93,7 +95,7 @@ def read_captioned_images(
     if not problems and placeholder:
         problems += _check_placeholder(images, placeholder)
     if problems:
-        raise ValueError(_report(root, problems))
+        raise ValueError(_report(root, problems, key))
     _log_notes([path for path in entries if path not in folders], images, deeper)
     return images
 
@@ -139,13 +141,13 @@ def _folders(root: Path) -> list[Path]:
     return found or [root]  # a path that is no folder gives none, and is reported when it is listed
 
 
-def _list(folder: Path) -> list[Path]:
+def _list(folder: Path, key: str) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"data.folder: {folder} is not a folder")
+        raise ValueError(f"{key}: {folder} is not a folder")
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise ValueError(f"data.folder: {folder} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{key}: {folder} cannot be read: {error.strerror}") from None
 
 
 def _images_in_subfolders(root: Path, listed: Sequence[Path]) -> list[Path]:
@@ -159,12 +161,12 @@ def _images_in_subfolders(root: Path, listed: Sequence[Path]) -> list[Path]:
     ]
 
 
-def _no_images(root: Path, deeper: Sequence[Path]) -> str:
+def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
     if not deeper:
-        return f"data.folder: {root} has no images ({', '.join(SUFFIXES)})"
+        return f"{key}: {root} has no images ({', '.join(SUFFIXES)})"
     first = deeper[0].relative_to(root)
     return (
-        f"data.folder: {root} has no images itself, but {len(deeper)} in subfolders, such as {first}: set "
+        f"{key}: {root} has no images itself, but {len(deeper)} in subfolders, such as {first}: set "
         "data.subfolders=true to read these"
     )
 
@@ -272,10 +274,10 @@ def _check_placeholder(images: list[CaptionedImage], placeholder: str) -> list[s
     return [f"no caption contains the placeholder {placeholder} as a word (data.placeholder); the first is {example!r}"]
 
 
-def _report(root: Path, problems: list[str]) -> str:
+def _report(root: Path, problems: list[str], key: str) -> str:
     if len(problems) == 1:
-        return f"data.folder {root}: {problems[0]}"
-    return "\n  ".join([f"data.folder {root}: {len(problems)} problems", *problems])
+        return f"{key} {root}: {problems[0]}"
+    return "\n  ".join([f"{key} {root}: {len(problems)} problems", *problems])
 
 
 def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Sequence[Path]) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from dora_mm.data.images.pixels import FORMATS
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.rows import RowError
-from dora_mm.utils.atomic import PARTIAL, flush
+from dora_mm.utils.atomic import flush
+from dora_mm.utils.partials import partial_of
 
 PREFIX = "data:"
 SHORTEST = 64  # characters: no image is smaller in base64
@@ -118,7 +119,7 @@ class ImageStore:
         path = self.folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}.{suffix}"
         if not (path.is_file() and path.stat().st_size == len(content)):
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+            partial = partial_of(path)
             try:
                 partial.write_bytes(content)
                 os.replace(partial, path)

@@ -22,7 +22,7 @@ from dora_mm.data.vl.row_view import Piece, RowView
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.towers.tower import tower_map
-from dora_mm.models.vl import RowCounts, Target, likeliest_answer, mean_over_processes
+from dora_mm.models.vl import RowCounts, Target, likeliest_answer
 from dora_mm.models.vl_bart.answering import Answerer
 from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.models.vl_bart.model import VLBart, VLInputs, token_log_likelihood
@@ -30,6 +30,7 @@ from dora_mm.models.vl_bart.text import bart_text, encode_inputs, encode_targets
 from dora_mm.models.vl_bart.visual_inputs import VisionEncoder
 from dora_mm.targets import find
 from dora_mm.utils.digest import module_digest
+from dora_mm.utils.losses import LossSum
 
 VISION = "vision"  # the component of the tower
 
@@ -222,20 +223,7 @@ class VLBartTask:
         ids = encode_targets(self.tokenizer, task, answers, max_positions=max_positions).to(device)
         return VLBatch(task, self.inputs(task, examples, images), ids, torch.tensor(weights, device=device))
 
-    def loss(self, batch: VLBatch, generator: torch.Generator) -> Tensor:
-        """The loss of a batch.
-
-        Of a task with `row_mean`, the mean over rows of weight times the row's mean over tokens; else the mean over all
-        tokens. A row without an answer, whose weight is 0, adds nothing to either. Rows and tokens are those of all
-        processes.
-
-        Args:
-            batch: A batch of one task.
-            generator: Not used: this loss draws nothing.
-
-        Returns:
-            A scalar, float32.
-        """
+    def loss(self, batch: VLBatch, generator: torch.Generator) -> LossSum:
         config = self.model.config
         pad = config.pad_token_id
         shifted = shift_tokens_right(batch.targets, pad, config.decoder_start_token_id)
@@ -243,9 +231,9 @@ class VLBartTask:
         sums = -token_log_likelihood(logits, batch.targets, pad).sum(-1)
         counts = (batch.targets != pad).sum(-1)
         if TASKS[batch.task].row_mean:
-            return mean_over_processes((sums / counts * batch.weights).sum(), torch.ones_like(sums).sum())
+            return LossSum((sums / counts * batch.weights).sum(), torch.ones_like(sums).sum())
         kept = (batch.weights > 0).to(sums.dtype)
-        return mean_over_processes((sums * kept).sum(), (counts * kept).sum())
+        return LossSum((sums * kept).sum(), (counts * kept).sum())
 
 
 def vl_bart_maps(tower: nn.Module | None) -> dict[str, TargetMap]:

@@ -21,7 +21,7 @@ from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.folders import identity_of, model_class, read_config
 from dora_mm.models.opening import check_revision, commit_of
-from dora_mm.models.vl import RowCounts, RowLengths, Target, mean_over_processes
+from dora_mm.models.vl import RowCounts, RowLengths, Target
 from dora_mm.models.vlm.answers import VLMAnswers
 from dora_mm.models.vlm.forms import form_of
 from dora_mm.models.vlm.loading import load_processor
@@ -30,6 +30,7 @@ from dora_mm.models.vlm.prompts import PLAIN
 from dora_mm.models.vlm.rows import ExampleEncoder
 from dora_mm.models.vlm.view import row_lengths, row_view
 from dora_mm.targets import map_of
+from dora_mm.utils.losses import LossSum
 
 LONGEST = 1 << 20  # tokens per row of a model whose config has no limit
 
@@ -169,21 +170,9 @@ class VLM:
         ]
         return VLMBatch(task, tuple(groups), sum(row.num_cut > 0 for row in rows), tuple(left_out))
 
-    def loss(self, batch: VLMBatch, generator: torch.Generator) -> Tensor:
-        """The loss of a batch.
-
-        Of a task with `row_mean`, the mean over rows of score times the row's mean over tokens; else the mean over the
-        tokens of the answers. Rows and tokens are those of all processes. A row without an answer, whose weight is 0,
-        adds nothing to either, and a batch without rows is a loss of 0.
-
-        Args:
-            batch: A batch of one task.
-            generator: Not used: this loss draws nothing.
-
-        Returns:
-            A scalar, float32.
-        """
-        self.counts.add(batch.num_cut, batch.left_out)
+    def loss(self, batch: VLMBatch, generator: torch.Generator) -> LossSum:
+        if torch.is_grad_enabled():  # a validation does not count
+            self.counts.add(batch.num_cut, batch.left_out)
         count = torch.zeros((), device=self.network.device)
         total = count if batch.groups else self.network.zero_loss()
         for inputs, labels, weights in batch.groups:
@@ -195,7 +184,7 @@ class VLM:
             else:
                 total = total + (sums * (weights > 0)).sum()
                 count = count + (counts * (weights > 0)).sum()
-        return mean_over_processes(total, count)
+        return LossSum(total, count)
 
     def lengths(self, task: str, table: ExampleTable, rows: Iterable[int], images: str | None) -> RowLengths:
         return row_lengths(self.rows, task, table, rows, images)

@@ -14,14 +14,13 @@ from PIL import Image
 from dora_mm.config.adapter import PartConfig
 from dora_mm.config.comparing import CompareConfig
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import differing_keys, load_config
+from dora_mm.config.loader import load_config
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.eval.comparison import Result, Variant, table_rows, variants
 from dora_mm.eval.statistics import Interval
 from dora_mm.train.campaigns.trainings import RateChoice, Training, Trainings
-from dora_mm.train.run import open_run
+from dora_mm.train.run import open_run, reopen_run
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.run_directory import RunDirectory
 
 FREE_KEYS = ("workers", "name", "pictures.columns")  # config keys that change no result
 COSTS = ("seconds_per_step", "peak_memory_mb")  # entries of summaries whose median over the seeds is reported
@@ -105,7 +104,8 @@ class Campaign(Generic[ScoresT]):
 
     def __init__(self, config: CompareConfig, evaluation: Evaluation[ScoresT]):
         self.config, self.evaluation = config, evaluation
-        self.folder = open_folder(config, evaluation.inputs)
+        run = reopen_run(config, evaluation.inputs, FREE_KEYS) or open_run(config, evaluation.inputs)
+        self.folder = run.path
         self.trainings = Trainings(self.folder, config.base, config.workers, evaluation.overrides)
 
     def report(
@@ -174,8 +174,11 @@ def common_overrides(config: CompareConfig, training: Training, alpha: float) ->
         f"adapter.alpha={alpha!r}",
         f"optimizer.lr={training.rate!r}",
         "optimizer.magnitude_lr=null",
+        "optimizer.b_lr_ratio=1.0",
         f"train.steps={config.steps}",
         "train.checkpoint_every=0",
+        "evaluate.every=0",
+        "evaluate.patience=null",
     ]
 
 
@@ -191,27 +194,3 @@ def check_trainings(config: CompareConfig, overrides: Callable[[Training], list[
     """
     for variant in compared(config):
         load_config(config.base, overrides(Training(variant, 1e-3, 0)))
-
-
-def open_folder(config: CompareConfig, inputs: Mapping[str, str]) -> Path:
-    """Opens the campaign's folder: a new one, or one that was started with the same config and the same inputs.
-
-    Args:
-        config: The config of the campaign.
-        inputs: Digests of the data and models that it refers to, by a description of each.
-
-    Raises:
-        ValueError: The folder exists and is not a campaign's, or was started with a different config or inputs.
-    """
-    folder = Path(config.output).expanduser()
-    saved = folder / "config.yaml"
-    if not folder.exists():
-        return open_run(config, inputs).path
-    if not saved.is_file():
-        raise ValueError(f"output: {folder} exists and is not the folder of a comparison: choose another folder")
-    differing = [key for key in differing_keys(load_config(saved), config) if key not in FREE_KEYS]
-    differing += RunDirectory(folder).changed_inputs(inputs)
-    if differing:
-        keys = ", ".join(differing)
-        raise ValueError(f"output: {folder} was started with different values of {keys}: choose another folder")
-    return folder

@@ -89,7 +89,6 @@ class QuestionEvaluation:
         return [
             *common_overrides(self.config, training, alpha=rank * adapter.alpha / adapter.rank),
             "train.epochs=null",
-            "evaluate.every=0",
             *(self.overrides_of_full if training.variant.method == "full" else ()),
         ]
 

@@ -9,7 +9,8 @@ from accelerate.utils import send_to_device
 
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer
-from dora_mm.train.schedule import build_schedule
+from dora_mm.train.schedule import Schedule
+from dora_mm.utils.losses import LossSum
 from dora_mm.utils.run_directory import RunDirectory
 from samples.build.schema import PretrainStage
 
@@ -30,7 +31,7 @@ def train_stage(
         seed: The seed of the config.
         stage: The config's section for this stage.
         networks: The networks by name.
-        loss: A batch and a random generator -> the loss.
+        loss: A batch and a random generator -> the mean loss; all batches of a stage are of one size.
         batch_at: Number of a micro-batch -> the batch.
         run: The directory of the stage.
         state: Further objects with a state dict, for the checkpoints.
@@ -46,7 +47,7 @@ def train_stage(
         if name in networks and stage.train.gradient_checkpointing:
             networks[name].enable_gradient_checkpointing()
     optimizer = build_optimizer(parameters, stage.optimizer)
-    schedule = build_schedule(optimizer, stage.schedule, stage.train.steps)
+    schedule = Schedule(optimizer, stage.schedule, stage.train.steps)
     optimizer = accelerator.prepare(optimizer)
     fit(
         accelerator=accelerator,
@@ -58,7 +59,7 @@ def train_stage(
         optimizer=optimizer,
         schedule=schedule,
         batch_at=lambda number: send_to_device(batch_at(number), accelerator.device),
-        loss=loss,
+        loss=lambda batch, stream: LossSum(loss(batch, stream), torch.ones((), device=accelerator.device)),
         state=state,
         **hooks,
     )

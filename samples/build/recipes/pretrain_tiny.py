@@ -174,7 +174,7 @@ def train_unet(
         with sdpa_kernel(SDPBackend.MATH):
             prompt, pooled = encode_tokens(model, batch["ids"], batch["ids_2"])
             prompts = as_prompts(prompt * batch["kept"], pooled * batch["kept"][:, 0])
-            return task.loss(ConditionedLatents(batch["latents"], prompts, batch["framings"]), stream)
+            return task.loss(ConditionedLatents(batch["latents"], prompts, batch["framings"]), stream).mean
 
     trained = {name: getattr(model, name) for name in TEXT_TO_IMAGE}
     device = model.device

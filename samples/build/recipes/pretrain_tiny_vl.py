@@ -36,8 +36,8 @@ from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, with_steps
 from dora_mm.train.run import start_run
-from dora_mm.train.schedule import build_schedule
-from dora_mm.train.validation import Validation, main_values
+from dora_mm.train.schedule import Schedule
+from dora_mm.train.validation import Validation, main_values, other_values, task_qualities
 from dora_mm.utils.randomness import generator
 from samples.build.pretraining.tokenizer import train_tokenizer
 from samples.build.schema import PretrainTinyVLConfig
@@ -76,7 +76,7 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
     order = TaskBatches({"caption": len(rows.table)}, {"caption": rows.batch_size}, seed=config.seed)
     train = with_steps(config.train, config.schedule, order.batches_per_epoch)
     optimizer = build_optimizer(parameters, config.optimizer)
-    schedule = build_schedule(optimizer, config.schedule, train.steps)
+    schedule = Schedule(optimizer, config.schedule, train.steps)
     vocabulary = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
     inputs = {"the captions": rows.table.identity, "the vocabulary": vocabulary, "the vision tower": vision.identity}
     run = start_run(accelerator, config, inputs, resume)
@@ -86,19 +86,21 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
 
     answers = answerers(task, splits, config.evaluate)
 
-    def evaluate() -> dict[str, VLScores]:
-        return score_all(
-            answer_all(answers, task.networks.values(), splits, config.evaluate.batch_size, config.evaluate.limit),
-            meteor=False,
-        )
+    scores: dict[str, VLScores] = {}
 
-    validate = Validation(run, evaluate, write, last_step(run.checkpoints))
+    def measure() -> dict[str, float]:
+        found = answer_all(answers, task.networks.values(), splits, config.evaluate.batch_size, config.evaluate.limit)
+        scores.update(score_all(found, meteor=False))
+        return main_values(scores) | other_values(scores)
+
+    by_metric = partial(task_qualities, {"caption": False})
+    validate = Validation(run, config.evaluate, measure, by_metric, write, last_step(run.checkpoints))
 
     def observe(step: int) -> None:
-        if config.evaluate.every and step % config.evaluate.every == 0 and step < train.steps:
-            log.info("step %d: %s", step, main_values(validate(step)) or "no scores of captions without Java")
+        if validate.is_due(step, train.steps):
+            log.info("step %d: %s", step, validate(step) or "no scores of captions without Java")
 
-    fit(
+    done = fit(
         accelerator=accelerator,
         run=run,
         config=train,
@@ -110,8 +112,10 @@ def main(config: PretrainTinyVLConfig, *, resume: Path | None = None) -> None:
         batch_at=partial(caption_batch, config, task, rows, order),
         loss=task.loss,
         observe=observe,
+        is_over=validate.is_over,
     )
-    print(report("caption", validate(train.steps)["caption"]))
+    validate(done)
+    print(report("caption", scores["caption"]))
     validate.close()
     write(run.path / "model")
     print(f"\nmodel    {run.path / 'model'}")

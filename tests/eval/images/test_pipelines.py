@@ -164,6 +164,41 @@ def thing(entry: ManifestEntry) -> str:
     return with_article(entry.settings["thing"])
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files of a run but the versions of the software."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_an_evaluation_that_was_stopped_goes_on_in_its_folder(evaluation, tmp_path, monkeypatch, caplog, capsys):
+    """Its second row is interrupted while it is saved; a row that was drawn stays, unless a picture is damaged."""
+    assert main(["eval", evaluation()]) == 0
+    folder, rows = tmp_path / "scores", []
+    whole = files_of(folder)
+    shutil.rmtree(folder)
+    pipeline = PIPELINES.load("eval_diffusion")
+    draw, save = pipeline.sample_merged, pipeline.save_atomically
+
+    def stopped(file, picture):
+        if len(rows) == 2 and file.name.endswith("seed1.png"):
+            raise KeyboardInterrupt
+        save(file, picture)
+
+    monkeypatch.setattr(pipeline, "sample_merged", lambda *arguments: rows.append(arguments[-1]) or draw(*arguments))
+    monkeypatch.setattr(pipeline, "save_atomically", stopped)
+    assert main(["eval", evaluation()]) == 130
+    monkeypatch.setattr(pipeline, "save_atomically", save)
+    assert main(["eval", evaluation()]) == 0
+    assert rows == ["bare model, flat prompts", "bare model", "bare model"]
+    assert files_of(folder) == whole
+    picture = next((folder / "samples" / "bare_model").iterdir())
+    picture.write_bytes(picture.read_bytes()[:-1])
+    assert main(["eval", evaluation()]) == 0
+    assert rows[3:] == ["bare model"]
+    assert files_of(folder) == whole
+    assert main(["eval", evaluation(style="brick")]) == 2
+    assert "was started with different values of style: choose another folder" in capsys.readouterr().err
+
+
 def test_eval_without_an_adapter_and_with_clip(evaluation, tmp_path, image_folder, clip_folder, capsys):
     clip = {"path": str(clip_folder), "images": str(image_folder)}
     assert main(["eval", evaluation(clip=clip)]) == 0
@@ -321,8 +356,9 @@ def test_comparison_reports_mistakes(comparison, base, capsys, tmp_path):
     assert main(["eval", comparison(base=write(tmp_path / "ranks.yaml", values))]) == 2
     assert "gives adapter.parts: unet.attn settings of its own, which would hide" in capsys.readouterr().err
     (tmp_path / "campaign").mkdir()
+    (tmp_path / "campaign" / "notes.txt").touch()
     assert main(["eval", comparison()]) == 2
-    assert "is not the folder of a comparison" in capsys.readouterr().err
+    assert "exists already and is not a run directory: choose another folder" in capsys.readouterr().err
 
 
 def test_variants_and_contrasts():

@@ -84,7 +84,7 @@ def test_vqa_weights_each_row_by_the_score_of_its_answer(task):
     rows = [example(i, answers=(a,), scores=(s,)) for i, (a, s) in enumerate(answers)]
     batch = batch_of(task, "vqa", rows)
     expected = sum(row.mean() * s for row, (_, s) in zip(reference_losses(task, batch), answers, strict=True)) / 3
-    torch.testing.assert_close(task.loss(batch, stream()).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(task.loss(batch, stream()).mean.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tvqa", "tvc", "yc2c"])
@@ -94,7 +94,7 @@ def test_video_tasks_are_averaged_over_rows(clips, name):
     rows = [example(images=("short",), answers=(answer,), scores=(1.0,)) for answer in answers]
     batch = batch_of(task, name, rows)
     means = [row.mean() for row in reference_losses(task, batch)]
-    torch.testing.assert_close(task.loss(batch, stream()).double(), sum(means) / 2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(task.loss(batch, stream()).mean.double(), sum(means) / 2, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["caption", "nlvr2"])
@@ -102,21 +102,23 @@ def test_sentences_are_averaged_over_tokens(task, name):
     rows = [example(i, answers=(a,), scores=(1.0,)) for i, a in enumerate(["true", "two dogs and a red cat"])]
     batch = batch_of(task, name, rows)
     expected = torch.cat(list(reference_losses(task, batch))).mean()
-    torch.testing.assert_close(task.loss(batch, stream()).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(task.loss(batch, stream()).mean.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_without_answers_has_weight_zero(task):
     rows = [example(0), example(1, answers=(), scores=())]
     alone, both = (batch_of(task, "vqa", part) for part in (rows[:1], rows))
     assert both.weights.tolist()[1] == 0
-    torch.testing.assert_close(task.loss(both, stream()), task.loss(alone, stream()) / 2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        task.loss(both, stream()).mean, task.loss(alone, stream()).mean / 2, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["caption", "nlvr2"])
 def test_a_row_without_answers_adds_nothing_to_a_mean_over_tokens(task, name):
     rows = [example(0, answers=("true",), scores=(1.0,)), example(1, answers=(), scores=())]
     alone, both = (batch_of(task, name, part) for part in (rows[:1], rows))
-    torch.testing.assert_close(task.loss(both, stream()), task.loss(alone, stream()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(task.loss(both, stream()).mean, task.loss(alone, stream()).mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("visual", "name", "kind"), [("image", "tvqa", "clips"), ("video", "vqa", "images")])
@@ -162,7 +164,7 @@ def test_clips_are_resized_to_64_frames(clips):
     inputs = task.inputs("how2qa", rows, None)
     assert inputs.visual_features.shape == (2, 1, 64, DIM)
     assert inputs.attention_mask[:, -64:].sum(1).tolist() == [5, 64]
-    assert torch.isfinite(task.loss(batch_of(task, "how2qa", rows), stream()))
+    assert torch.isfinite(task.loss(batch_of(task, "how2qa", rows), stream()).mean)
 
 
 def test_long_clips_keep_their_maxima():
@@ -232,7 +234,7 @@ def test_one_more_task_is_one_more_record(task, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "colours", replace(TASKS["gqa"], name="colours", chosen_from=("red", "green", "blue")))
     rows = [example(i, answers=("red",), scores=(1.0,)) for i in range(3)]
     task.check(["colours"])
-    assert task.loss(batch_of(task, "colours", rows), stream()).isfinite()
+    assert task.loss(batch_of(task, "colours", rows), stream()).mean.isfinite()
     answers = task.answerer("colours", DecodeConfig(), ())(rows, None)
     assert set(answers) <= {"red", "green", "blue"}
     predictions = list(zip(rows, answers, strict=True))

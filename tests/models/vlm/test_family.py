@@ -56,7 +56,7 @@ def test_a_mixed_batch_has_the_losses_of_its_rows_alone(vlm, pictures):
     """With no, one and two images, of several sizes."""
     stream = torch.Generator()
     with torch.no_grad():
-        together = vlm.loss(batch_of(vlm, ROWS, pictures), stream)
+        together = vlm.loss(batch_of(vlm, ROWS, pictures), stream).mean
         alone = [sums_and_counts(vlm, batch_of(vlm, [row], pictures)) for row in ROWS]
     sums, counts = (torch.cat(values) for values in zip(*alone, strict=True))
     torch.testing.assert_close(together, sums.sum() / counts.sum(), rtol=1e-5, atol=1e-6)
@@ -69,7 +69,7 @@ def test_vqa_answers_are_weighted_by_their_scores(vlm, pictures):
         Example("2", ("tall.png",), "How many balls?", ("two",), (0.3,)),
     ]
     with torch.no_grad():
-        loss = vlm.loss(batch_of(vlm, rows, pictures, "vqa"), torch.Generator())
+        loss = vlm.loss(batch_of(vlm, rows, pictures, "vqa"), torch.Generator()).mean
         alone = [sums_and_counts(vlm, batch_of(vlm, [row], pictures, "vqa")) for row in rows]
     means = [float(sums / counts) for sums, counts in alone]
     assert float(loss) == pytest.approx((means[0] + 0.3 * means[1]) / 2, rel=1e-5)
@@ -82,7 +82,7 @@ def test_losses_are_those_of_the_models_own_output(vlm, pictures):
     ((inputs, labels, _),) = batch.groups
     with torch.no_grad():
         own = vlm.model(**vlm.network.moved(inputs), labels=labels).loss
-        ours = vlm.loss(batch, torch.Generator())
+        ours = vlm.loss(batch, torch.Generator()).mean
     torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
 
 
@@ -101,7 +101,7 @@ def test_text_is_cut_and_image_tokens_never(name, tiny_vlm, pictures):
     kept = (whole.labels != IGNORED).sum() - (row.labels != IGNORED).sum()
     assert 0 < kept <= 40
     with torch.no_grad():
-        assert torch.isfinite(cut.loss(batch_of(cut, [long, ROWS[0]], pictures), torch.Generator()))
+        assert torch.isfinite(cut.loss(batch_of(cut, [long, ROWS[0]], pictures), torch.Generator()).mean)
     assert cut.counts.num_cut == 1
     short = VLM(VLMModelConfig(path=str(tiny_vlm(name)), max_length=max(1, whole.num_image_tokens - 1)))
     with pytest.raises(ValueError, match=r"row 1 of chat: the images alone are \d+ tokens"):

@@ -69,8 +69,8 @@ def test_its_batch_is_smaller_and_no_other_row_moves(batch_size, model, rows):
     with_fault, without = Recorder(model), Recorder(model)
     found = VLBatches(with_fault, {"chat": rows(10, batch_size)}, seed=0, on_bad_data="skip")  # type: ignore[arg-type]
     expected = VLBatches(without, {"chat": rows(1, batch_size)}, seed=0, on_bad_data="skip")  # type: ignore[arg-type]
-    assert found.per_epoch == expected.per_epoch
-    for number in range(2 * found.per_epoch):
+    assert found.steps_per_epoch == expected.steps_per_epoch
+    for number in range(2 * found.steps_per_epoch):
         faulty, whole = found(number), expected(number)
         names = whole[0][0]
         if "r2" not in names:
@@ -91,8 +91,10 @@ def test_it_stops_a_training_otherwise(model, rows):
 def test_it_is_counted_each_time_and_named_once(model, rows, caplog):
     batch = VLBatches(model, {"chat": rows(10, 7)}, seed=0, on_bad_data="skip")(0)
     assert sum(len(labels) for _, labels, _ in batch.groups) == 6
-    with caplog.at_level(logging.WARNING), torch.no_grad():
-        losses = [model.loss(batch, torch.Generator()) for _ in range(2)]
+    with caplog.at_level(logging.WARNING):
+        losses = [model.loss(batch, torch.Generator()).mean for _ in range(2)]
+        with torch.no_grad():  # a validation does not count
+            model.loss(batch, torch.Generator())
     assert torch.equal(*losses)
     (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert message.startswith(FAULT)
@@ -115,7 +117,7 @@ def test_a_batch_without_rows_is_a_loss_of_zero_with_a_gradient_of_zero(model, r
     found = rows(10, 1)
     batch = model.batch("chat", [found.table[2]], found.images, [("x", 1.0)], on_bad_data="skip")
     assert batch.groups == ()
-    loss = model.loss(batch, torch.Generator())
+    loss = model.loss(batch, torch.Generator()).mean
     assert loss.dtype == torch.float32
     assert loss.item() == 0
     loss.backward()

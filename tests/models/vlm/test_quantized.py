@@ -21,7 +21,7 @@ def quantised(folder, name: str) -> VLM:
 
 
 def loss(vlm: VLM, batch) -> float:
-    return float(vlm.loss(batch, torch.Generator()).detach())
+    return float(vlm.loss(batch, torch.Generator()).mean.detach())
 
 
 @pytest.mark.parametrize("name", PACKAGES)
@@ -36,7 +36,7 @@ def test_adapters_learn_on_quantised_weights(name, tiny_vlm, tmp_path):
     assert loss(vlm, batch) == pytest.approx(before, rel=1e-3)
     optimizer = torch.optim.AdamW(trained.parameters.values(), lr=0.02)
     for _ in range(3):
-        vlm.loss(batch, torch.Generator()).backward()
+        vlm.loss(batch, torch.Generator()).mean.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert loss(vlm, batch) < before

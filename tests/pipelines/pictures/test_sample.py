@@ -22,6 +22,7 @@ from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.manifest import read_manifest
 from dora_mm.sampling.png import read_description
 from dora_mm.utils.digest import file_digest
+from dora_mm.utils.lock import only_writer
 
 ROOT = Path(__file__).parents[3]
 
@@ -70,8 +71,9 @@ def pixels(path):
 
 
 def content(run):
-    """All files of a run but its config, whose `output` and job file may differ."""
-    files = (path for path in sorted(run.rglob("*")) if path.is_file() and path.name != "config.yaml")
+    """All files of a run but those with its config, whose `output` and job file may differ."""
+    of_config = ("config.yaml", "inputs.json")
+    files = (path for path in sorted(run.rglob("*")) if path.is_file() and path.name not in of_config)
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
@@ -292,6 +294,20 @@ def test_pictures_with_other_settings_stay_until_they_are_drawn_again(job, tiny_
     changed = [path.name for path, content in before.items() if path.read_bytes() != content]
     assert changed == ["0001-seed0.png"]
     assert [entry.status for entry in read_manifest(run)] == ["done", "missing", "missing"]
+
+
+def test_a_job_has_one_writer(job, tiny_folder, capsys):
+    settings = {"steps": 1, "model__path": str(tiny_folder)}
+    run = job({"prompt": "a bus"}, **settings)
+    before = content(run)
+    with only_writer(run):
+        (run / "samples" / "0001-seed0.png").unlink()
+        job({"prompt": "a bus"}, **settings, code=2)
+        assert f"{run.name} has a writer already, process {os.getpid()} on" in capsys.readouterr().err
+        assert not (run / "samples" / "0001-seed0.png").exists()
+    (run / "samples" / ".0001-seed0.png.1a2b3c4d-1.partial").touch()
+    job({"prompt": "a bus"}, **settings)
+    assert content(run) == before
 
 
 def test_another_job_does_not_replace_the_pictures_of_a_run(job, tiny_folder, capsys):

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from dora_mm.cli import main
 from dora_mm.config import load_config
 from dora_mm.models import image_families
+from dora_mm.recipes import PIPELINES
 from dora_mm.train.checkpoint import checkpoints
 from dora_mm.train.metrics import read_metrics
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 PROMPT = "a TOK icon of a bus"
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -133,20 +136,41 @@ def test_the_sheet_shows_the_saved_strength(config, tmp_path, tiny_folder):
 
 
 def test_a_run_directory_is_complete(config, tmp_path, capsys):
-    assert main(["train", str(config(sample__every=2))]) == 0
+    assert main(["train", str(config(sample__every=3))]) == 0
     run = tmp_path / "run"
     assert load_config(run / "config.yaml").train.steps == 4
     assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert list((run / "tensorboard").iterdir())
     assert Image.open(run / "sheet.png").width > 150  # the picture, and the labels at its left
-    assert (run / "samples" / "step-000002.png").is_file()
+    sheets = [run / "samples" / f"step-00000{step}.png" for step in (0, 3)]
+    assert sorted((run / "samples").iterdir()) == sheets
     assert str(run / "sheet.png") in capsys.readouterr().out
     card = ModelCard.load(run / "adapter" / "README.md")
     (shown,) = card.data.widget
     assert shown["text"] == PROMPT
     assert Image.open(run / "adapter" / shown["output"]["url"]).size == (64, 64)
     assert "pipeline: train_diffusion" in card.text
+
+
+def test_a_sheet_is_drawn_when_a_person_asks_for_it(config, tmp_path, monkeypatch):
+    """Between two steps, without an effect on the weights."""
+    settings = {"sample__prompts": [], "train__steps": 3, "adapter__parts": ["unet.attn"]}
+    assert main(["train", str(config("plain", output=str(tmp_path / "plain"), **settings))]) == 0
+    recipe, answering = PIPELINES.load("train_diffusion"), RunDirectory.answering
+
+    def asked(run, request):
+        if request == SAMPLE_NOW and not (run.samples / "step-000001.png").exists():
+            (run.path / SAMPLE_NOW).touch()
+        return answering(run, request)
+
+    monkeypatch.setattr(recipe.RunDirectory, "answering", asked)
+    assert main(["train", str(config(**{**settings, "sample__prompts": [PROMPT]}))]) == 0
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "samples").iterdir()] == ["step-000001.png"]
+    assert not (run / SAMPLE_NOW).exists()
+    one, two = (load_file(tmp_path / each / "adapter" / ADAPTER) for each in ("run", "plain"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_adapters_stay_float32_over_a_bf16_model(config, tmp_path):
@@ -264,6 +288,7 @@ def killed(arguments, run, how):
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     """Real processes are killed, in both ways, and resumed: weights, optimiser and data order are as without that."""
     settings = {"train__steps": 10, "train__checkpoint_every": 2, "train__keep_checkpoints": 99, "sample__prompts": []}
+    settings |= {"data__valid": {"share": 0.4}, "evaluate": {"every": 3}}
     assert main(["train", str(config("uninterrupted", output=str(tmp_path / "uninterrupted"), **settings))]) == 0
     run = tmp_path / "interrupted"
     path = config("interrupted", output=str(run), **settings)
@@ -281,11 +306,46 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     ]
     one, two = (state["optimizer"]["state"] for state in states)
     assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
+    one, two = (read_metrics(r / "validation" / "metrics.jsonl") for r in (tmp_path / "uninterrupted", run))
+    assert [row["step"] for row in one] == [0, 3, 6, 9, 10]
+    assert one == two
     one, two = (read_metrics(r / "metrics.jsonl") for r in (tmp_path / "uninterrupted", run))
     assert [row["seconds"] for row in two] == sorted(row["seconds"] for row in two)
     for row in (*one, *two):
         del row["seconds"]
     assert one == two
+
+
+@pytest.mark.parametrize("parts", [["unet.attn"], ["unet.attn", "text_encoder.attn"]])
+def test_held_out_losses_are_in_the_curves_and_change_no_bit(config, tmp_path, image_folder, capsys, parts):
+    """Those of step 0 are the base model's, and a fresh adapter is one."""
+    shared = {"adapter__parts": parts, "sample__prompts": [], "train__steps": 2}
+    assert main(["train", str(config(**shared))]) == 0
+    held = tmp_path / "held"
+    held.mkdir()
+    for index in (0, 3):
+        Image.open(image_folder / f"{index}.png").rotate(180).save(held / f"{index}.png")
+        (held / f"{index}.txt").write_text("a TOK icon")
+    valid = {"data__valid": {"folder": str(held)}, "evaluate": {"every": 1}, "output": str(tmp_path / "valid")}
+    path = config("valid", **shared, **valid)
+    assert main(["train", str(path)]) == 0
+    plain, with_valid = (
+        load_file(tmp_path / n / "checkpoints/step-000002/trained_weights.safetensors") for n in ("run", "valid")
+    )
+    assert all(torch.equal(plain[name], with_valid[name]) for name in plain)
+    base, first, last = read_metrics(tmp_path / "valid" / "validation" / "metrics.jsonl")
+    assert base.keys() == {"step", "held_out_loss", "trained_loss"}
+    for row in (first, last):
+        for name in ("held_out_loss", "trained_loss"):
+            assert row[f"{name}_minus_base"] == row[name] - base[name] != 0
+    summary = json.loads((tmp_path / "valid" / "summary.json").read_text())
+    assert summary["held_out_loss"] == pytest.approx(last["held_out_loss"], abs=1e-5)
+    best = min((first, last), key=lambda row: row["held_out_loss"])
+    assert summary["best_step"] == best["step"]
+    assert (tmp_path / "valid" / "best" / "overall" / ADAPTER).is_file()
+    capsys.readouterr()
+    assert main(["train", str(path), "--set", f"output={tmp_path / 'new'}", "--dry-run"]) == 0
+    assert "held out  2 (0.png, 3.png), their loss after every step" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
@@ -302,8 +362,8 @@ def test_a_finished_run_is_extended(config, tmp_path, caplog, capsys):
     assert main(["train", str(longer), "--set", "adapter.strength=0.5"]) == 0
     one, two = (load_file(tmp_path / each / "adapter" / ADAPTER) for each in ("run", "longer"))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert main(["train", "--resume", str(run), "--set", "optimizer.lr=1.0"]) == 2
-    assert "optimizer.lr cannot change from 0.01 to 1.0" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--set", "optimizer.eps=1.0"]) == 2
+    assert "optimizer.eps cannot change from 1e-08 to 1.0" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(config, tmp_path, capsys, monkeypatch):
@@ -367,12 +427,30 @@ def test_a_hub_that_cannot_be_reached(config, capsys):
     )
 
 
-def test_a_run_is_resumed_with_the_same_images_only(config, tmp_path, image_folder, capsys):
-    assert main(["train", str(config(sample__prompts=[]))]) == 0
-    captions = image_folder / "metadata.jsonl"
-    captions.write_text(captions.read_text().replace("thing 3", "thing three"))
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
-    assert "the pictures and captions changed" in capsys.readouterr().err
+CHANGED = {  # what is named in the message
+    "the pictures and captions": "pictures/metadata.jsonl",
+    "the model's unet": "model/unet/diffusion_pytorch_model.safetensors",
+    "the model's text_encoder_2": "model/text_encoder_2/model.safetensors",
+    "the model's tokenizer": "model/tokenizer/tokenizer_config.json",
+    "the initial adapter": f"first/adapter/{ADAPTER}",
+}
+
+
+def test_a_run_is_resumed_with_the_same_inputs_only(config, tmp_path, tiny_folder, capsys):
+    """The last character of a file stays one of its kind; a longer training would read all of them."""
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = {"sample__prompts": [], "train__steps": 1, "model__path": str(model), "adapter__parts": ["unet.attn"]}
+    assert main(["train", str(config("first", output=str(tmp_path / "first"), **settings))]) == 0
+    assert main(["train", str(config(adapter__init_from=str(tmp_path / "first"), **settings))]) == 0
+    resume = ["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=2"]
+    for what, name in CHANGED.items():
+        file, before = tmp_path / name, (tmp_path / name).read_bytes()
+        flipped = before[:-1] + bytes([before[-1] ^ 1]) if file.suffix == ".safetensors" else before + b"\n"
+        file.write_bytes(flipped if "pictures" not in name else before.replace(b"thing 3", b"thing three"))
+        assert main(resume) == 2
+        assert f"{tmp_path / 'run'} cannot be resumed: {what} changed since" in capsys.readouterr().err
+        file.write_bytes(before)
+    assert main(resume) == 0
 
 
 BAD = {

@@ -69,7 +69,7 @@ def test_a_fresh_adapter_changes_no_bit_and_all_of_it_learns(vlm, pictures, requ
     optimizer = torch.optim.AdamW(trained.parameters.values(), lr=0.02)
     stream = torch.Generator()
     for step in range(2):
-        vlm.loss(batch, stream).backward()
+        vlm.loss(batch, stream).mean.backward()
         if step == 1:  # A has no gradient before B is different from 0
             dead = [n for n, p in trained.parameters.items() if p.grad is None or not p.grad.any()]
             excused = CLOSED.get(name, ()) + UNUSED.get(name, ())

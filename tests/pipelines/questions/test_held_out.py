@@ -11,6 +11,7 @@ from dora_mm.cli import main
 from dora_mm.config.vl_data import VLDataConfig
 from dora_mm.data.vl.splits import open_training
 from dora_mm.preview.questions import AllRows
+from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 from tests.models.vlm.vlm_rows import save_noise
 from tests.pipelines.killed import assert_same_weights
 
@@ -74,12 +75,32 @@ def test_a_resumed_run_has_the_same_split_and_notices_another_one(config, tmp_pa
     assert main(one) == 0
     assert main(["train", "--resume", str(tmp_path / "short"), "--set", "train.steps=2"]) == 0
     assert_same_weights("step-000002", tmp_path / "run", tmp_path / "short")
+    inputs = json.loads((tmp_path / "run" / "inputs.json").read_text())
+    assert {"base_digest", "the data of chat", "the settings of the model"} <= set(inputs)
     assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=3", "data.valid.share=0.1"]) == 2
     assert "data.valid.share cannot change from 0.3 to 0.1" in capsys.readouterr().err
     rows = json.loads((tmp_path / "rows.json").read_text())
     (tmp_path / "rows.json").write_text(json.dumps(rows[::-1]))
     assert main(["train", "--resume", str(tmp_path / "run"), "--set", "train.steps=3"]) == 2
     assert "the data of chat" in capsys.readouterr().err
+
+
+def test_answers_are_written_when_a_person_asks_for_them(config, tmp_path, monkeypatch):
+    answering = RunDirectory.answering
+
+    def asked(run, request):
+        if request == SAMPLE_NOW and not run.samples.exists():
+            (run.path / SAMPLE_NOW).touch()
+        return answering(run, request)
+
+    monkeypatch.setattr(RunDirectory, "answering", asked)
+    assert main(["train", config]) == 0
+    (file,) = (tmp_path / "run" / "samples").iterdir()
+    assert file.name == "step-000001.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"chat"}
+    assert all(row["question"] and row["references"] and isinstance(row["answer"], str) for row in rows)
+    assert not (tmp_path / "run" / SAMPLE_NOW).exists()
 
 
 def test_rows_about_a_single_image_are_told_in_a_sentence(config, tmp_path, capsys):

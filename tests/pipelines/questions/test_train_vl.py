@@ -373,9 +373,9 @@ def test_mistakes_give_a_sentence_and_no_run(config, tmp_path, model_folder, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_with_changed_data_is_not_resumed(config, tmp_path, capsys):
+def test_a_run_whose_config_was_edited_is_not_resumed(config, tmp_path, capsys):
     assert main(["train", str(config())]) == 0
     saved = tmp_path / "run" / "config.yaml"
     saved.write_text(saved.read_text().replace("limit: 24", "limit: 23"))
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
-    assert "the data of vqa" in capsys.readouterr().err
+    assert f"{saved}, edited: data.tasks cannot change" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+"""Images that are not trained on, by which a training is validated."""
+
+import logging
+from collections.abc import Sequence
+
+from dora_mm.config.images import DataConfig
+from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
+
+log = logging.getLogger(__name__)
+
+
+def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+    """Splits images into those that are trained on and those that are held out.
+
+    A share is taken in an order that the content of the images decides, and equal images stay together: the choice
+    depends neither on names nor on a seed.
+
+    Args:
+        images: The images of `data.folder`.
+        data: The `data` section, whose `valid` says what is held out.
+
+    Returns:
+        The images to train on, and the held-out ones, each in the order of their folder.
+
+    Raises:
+        ValueError: All images are equal, so that none can be held out; or the folder of held-out images cannot be used.
+    """
+    valid = data.valid
+    if valid is None:
+        return list(images), []
+    if valid.folder is not None:
+        held = read_captioned_images(
+            valid.folder, instance_prompt=data.instance_prompt, subfolders=data.subfolders, key="data.valid.folder"
+        )
+        if both := {image.digest for image in images} & {image.digest for image in held}:
+            log.warning("%d of the images in %s are also trained on (data.folder)", len(both), valid.folder)
+        return list(images), held[: valid.limit]
+    assert valid.share is not None
+    digests = sorted({image.digest for image in images})
+    if len(digests) < 2:
+        raise ValueError(f"data.valid.share: {data.folder} has a single image, so none can be held out")
+    wanted = min(max(1, round(valid.share * len(digests))), valid.limit or len(digests), len(digests) - 1)
+    chosen = set(digests[:wanted])
+    return [image for image in images if image.digest not in chosen], [i for i in images if i.digest in chosen]
+
+
+def part_of(images: Sequence[CaptionedImage], count: int) -> list[CaptionedImage]:
+    """A fixed part of the images of a training, of up to so many different ones, which their content decides."""
+    return list({image.digest: image for image in sorted(images, key=lambda image: image.digest)}.values())[:count]

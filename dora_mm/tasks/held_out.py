@@ -1,0 +1,143 @@
+"""Held-out losses: functions of the weights alone, in which nothing is drawn anew."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import chain
+from math import fsum
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dora_mm.config.vl import EvaluateConfig
+from dora_mm.config.vl_tasks import TASKS
+from dora_mm.core import fixed_parameters
+from dora_mm.data.vl.rows import OnBadData
+from dora_mm.data.vl.splits import TrainingSet, ValidationSet
+from dora_mm.data.vl.tables import ExampleTable
+from dora_mm.models.vl import VLModel, likeliest_answer
+from dora_mm.tasks.diffusion import DiffusionTask
+from dora_mm.tasks.image_batches import CaptionedBatches
+from dora_mm.utils.evaluating import evaluating, map_shared
+from dora_mm.utils.randomness import generator
+
+NUM_TIMES = 8  # of each picture; a loss depends more on the time than on the picture
+Precision = Callable[..., AbstractContextManager[Any]]  # opens the autocast of a training
+
+
+class PictureLosses:
+    """The loss of fixed pictures: each at 8 times, with noise that depends on (picture, number of the time) alone.
+
+    The times are in the middle of eight equal shares of all times that a training draws, so that the mean is close to
+    that of the training's loss; captions are never dropped.
+
+    Args:
+        task: The loss of a training.
+        parts: The pictures by the name of their loss, with settings under which nothing is drawn.
+        batch_size: Pictures per pass.
+        precision: Opens the autocast of the training.
+        process: (index, count) if several processes share the work.
+    """
+
+    def __init__(
+        self,
+        task: DiffusionTask,
+        parts: Mapping[str, CaptionedBatches],
+        *,
+        batch_size: int,
+        precision: Precision,
+        process: tuple[int, int] = (0, 1),
+    ):
+        self.task, self.parts, self.precision, self.process = task, parts, precision, process
+        self.batches = {name: self._batches(part, batch_size) for name, part in parts.items()}
+
+    def __call__(self, networks: Sequence[nn.Module]) -> dict[str, float]:
+        """The mean loss of each part; `networks` are those whose modes matter."""
+        found = {}
+        with evaluating(networks) as together, fixed_parameters(together):
+            for name, part in self.parts.items():
+                bar = tqdm(self.batches[name], desc=name, unit="batch", delay=2, leave=False, disable=None)
+                losses = list(chain.from_iterable(map_shared(partial(self._losses, part), bar, self.process)))
+                found[name] = fsum(losses) / len(losses)
+        return found
+
+    def _batches(self, part: CaptionedBatches, batch_size: int) -> list[list[tuple[int, int]]]:
+        """Batches of (picture, number of its time), each of pictures of one size."""
+        groups = defaultdict(list)
+        for index, bucket in enumerate(part.buckets):
+            groups[bucket] += [(index, number) for number in range(NUM_TIMES)]
+        return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+    def _losses(self, part: CaptionedBatches, rows: list[tuple[int, int]]) -> list[float]:
+        with self.precision():
+            batch = part.fixed([index for index, _ in rows])
+            noise = [
+                self.task.draw_noise(latents[None], generator(0, number, f"fixed noise of {part.images[index].digest}"))
+                for latents, (index, number) in zip(batch.latents, rows, strict=True)
+            ]
+            shares = torch.tensor([(number + 0.5) / NUM_TIMES for _, number in rows])
+            times = self.task.times_at(shares, batch.latents.shape[2:])
+            return self.task.losses(batch, torch.cat(noise), times).tolist()
+
+
+class RowLosses:
+    """The loss of the rows of validation splits, each with its likeliest answer, which counts as a whole.
+
+    Args:
+        model: The model.
+        sets: The splits by task name.
+        training: The training sets, whose batch sizes fit into the memory.
+        limit: At most so many rows of each; None: all.
+        on_bad_data: What is done with a row that cannot be encoded, see `VLModel.batch`.
+        precision: Opens the autocast of the training.
+        process: (index, count) if several processes share the work.
+    """
+
+    def __init__(
+        self,
+        model: VLModel,
+        sets: Mapping[str, ValidationSet],
+        training: Mapping[str, TrainingSet],
+        *,
+        limit: int | None,
+        on_bad_data: OnBadData,
+        precision: Precision,
+        process: tuple[int, int] = (0, 1),
+    ):
+        self.model, self.sets, self.training, self.limit = model, sets, training, limit
+        self.on_bad_data: OnBadData = on_bad_data
+        self.precision, self.process = precision, process
+
+    def __call__(self) -> dict[str, float]:
+        """The loss of each task: the mean over rows or tokens, as in its training."""
+        with evaluating(self.model.networks.values()) as together, fixed_parameters(together):
+            return {name: self._loss(name, split) for name, split in self.sets.items()}
+
+    def _loss(self, name: str, split: ValidationSet) -> float:
+        table = split.table.select(range(min(len(split.table), self.limit or len(split.table)))).answered()
+        size = self.training[name].batch_size
+        batches = [range(start, min(start + size, len(table))) for start in range(0, len(table), size)]
+        bar = tqdm(batches, desc=f"{name} loss", unit="batch", delay=2, leave=False, disable=None)
+        found = map_shared(partial(self._sums, name, table, split.images), bar, self.process)
+        return fsum(total for total, _ in found) / max(1, fsum(count for _, count in found))
+
+    def _sums(self, name: str, table: ExampleTable, images: str | None, rows: range) -> tuple[float, float]:
+        examples = [table[row] for row in rows]
+        targets = [(likeliest_answer(example), 1.0) for example in examples]
+        batch = self.model.batch(name, examples, images, targets, on_bad_data=self.on_bad_data)
+        with self.precision():
+            loss = self.model.loss(batch, generator(0, 0, "held-out loss"))
+        return float(loss.total), float(loss.count)
+
+
+def by_loss(config: EvaluateConfig, task: str) -> bool:
+    """Whether the best adapter of a task is the one with the lowest held-out loss: where the config says so.
+
+    It is also the default of conversations, whose metric is exact match of whole sentences.
+    """
+    return (config.best_by or ("loss" if TASKS[task].kind == "conversations" else "metric")) == "loss"

@@ -1,0 +1,178 @@
+"""One writer per folder: a lock of the operating system, which ends with its process, and a sign of life.
+
+The lock (`flock`) counts on its machine, and on others where the file system has locks for all of them. For machines
+that do not see it there is the file: it names the writer, which touches it every 10 s.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from errno import EACCES, EAGAIN
+from pathlib import Path
+from typing import NamedTuple
+
+from dora_mm.utils import partials
+from dora_mm.utils.partials import is_running, remove_partials
+
+log = logging.getLogger(__name__)
+LOCK = ".lock"  # the name of the file
+HEARTBEAT = 10.0  # seconds from one sign of life to the next
+SILENCE = 60.0  # seconds without one, after which the writer of another machine counts as dead
+
+_held: dict[Path, "FolderLock"] = {}  # the locks of this process, by their folders
+
+
+class Writer(NamedTuple):
+    """Who writes to a folder, as its lock file says."""
+
+    host: str
+    process: int
+    since: str
+    token: str  # no other writer's
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host} (since {self.since})"
+
+
+class FolderLock:
+    """The lock of a folder, which this process holds.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        ValueError: Another process writes to the folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / LOCK
+        since = datetime.now().isoformat(sep=" ", timespec="seconds")
+        self.writer = Writer(partials.HOST, os.getpid(), since, uuid.uuid4().hex)
+        self._descriptor, is_locked = self._opened()
+        try:
+            self._check_free(is_locked)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(self.writer._asdict()).encode(), 0)
+        self._released = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def check(self) -> None:
+        """Checks that the lock is still that of this process.
+
+        Raises:
+            ValueError: Another process has taken it over.
+        """
+        found = self._read()
+        if found is None or found.token != self.writer.token:
+            who = f"{found} has taken it over" if found else f"its {LOCK} is gone"
+            raise ValueError(
+                f"{self.folder}: {who}, since this process gave no sign of life for {SILENCE:.0f} s. It stops here, "
+                "and writes nothing more."
+            )
+
+    def release(self) -> None:
+        """Ends the lock, so that the next process can take it at once."""
+        self._released.set()
+        with suppress(ValueError):
+            self.check()
+            self.path.unlink()
+        os.close(self._descriptor)
+
+    def _opened(self) -> tuple[int, bool | None]:
+        """A descriptor of the file; and whether that is locked now, None where the file system has no locks."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            is_locked: bool | None = True
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                is_locked = False if error.errno in (EAGAIN, EACCES) else None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), self.path.stat()):
+                    return descriptor, is_locked
+            os.close(descriptor)  # its owner has removed it in between
+
+    def _check_free(self, is_locked: bool | None) -> None:
+        found = self._read()
+        if is_locked and (found is None or found.host == self.writer.host):
+            return  # the lock of a process ends with it
+        silence = self._silence()
+        if is_locked is not None and not is_locked:
+            is_alive = True
+        elif found and found.host == self.writer.host:
+            is_alive = is_running(found.process)
+        else:
+            is_alive = found is not None and silence < SILENCE
+        if is_alive:
+            raise ValueError(
+                f"{self.folder} has a writer already, {found or 'a process'}, whose last sign of life was "
+                f"{silence:.0f} s ago: wait for its end, or end it first."
+            )
+        if found:
+            log.warning("Taking over %s: %s has been silent for %.0f s.", self.folder, found, silence)
+
+    def _silence(self) -> float:
+        """Seconds since the last sign of life, by the clock of the file system: those of machines differ."""
+        probe = self.path.with_name(f"{LOCK}.{self.writer.token}{partials.PARTIAL}")
+        probe.touch()
+        try:
+            return max(0.0, probe.stat().st_mtime - self.path.stat().st_mtime)
+        finally:
+            probe.unlink()
+
+    def _read(self) -> Writer | None:
+        """Who writes; None where the file does not say it."""
+        try:
+            return Writer(**json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT):
+            try:
+                self.check()
+                os.utime(self.path)
+            except ValueError:
+                return
+            except OSError:  # a network file system that is away for a moment
+                continue
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """A context in which this process is the only one that writes to a folder; what dead ones have left goes first.
+
+    Raises:
+        ValueError: Another process writes to it; the message says who.
+    """
+    path = folder.absolute()
+    lock = FolderLock(folder)
+    _held[path] = lock
+    try:
+        remove_partials(folder, unless=LOCK)
+        yield
+    finally:
+        del _held[path]
+        lock.release()
+
+
+def check_lock(path: Path) -> None:
+    """Checks before a write, where this process is the only writer of a folder around `path`, that it still is.
+
+    Raises:
+        ValueError: Another process has taken the folder over.
+    """
+    if _held:
+        parents = path.absolute().parents
+        for folder, lock in list(_held.items()):
+            if folder in parents:
+                lock.check()

@@ -1,0 +1,28 @@
+"""The loss of a batch before it is divided by anything."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LossSum(NamedTuple):
+    """A loss as a sum and what to divide it by: both are first added up over all batches of an optimizer step.
+
+    Attributes:
+        total: The sum over the images, rows or tokens of a batch, (), float32.
+        count: Their number, or the sum of their weights, ().
+    """
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """The loss of this batch alone, (); of a batch without anything to learn it is 0."""
+        return self.total / self.divisor
+
+    @property
+    def divisor(self) -> Tensor:
+        """The count, or 1 where it is 0."""
+        return torch.where(self.count > 0, self.count, torch.ones_like(self.count))

@@ -1,0 +1,142 @@
+"""One writer per folder, on one machine and on several that share a file system without locks."""
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dora_mm.utils import lock, partials
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.lock import LOCK, check_lock, only_writer
+
+ROOT = Path(__file__).parents[2]
+WRITER = """
+import sys, time
+from pathlib import Path
+from dora_mm.utils import lock
+from dora_mm.utils.atomic import write_text
+lock.HEARTBEAT = 0.05
+folder = Path(sys.argv[1])
+try:
+    with lock.only_writer(folder):
+        for number in range(100_000):
+            write_text(folder / "written", str(number))
+            time.sleep(0.01)
+except ValueError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """A process that writes to a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "written").exists():
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """As if this process ran on another machine, which does not see the locks of this one."""
+    monkeypatch.setattr(partials, "HOST", "elsewhere")
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, how: None)
+
+
+def refused(folder) -> str:
+    with pytest.raises(ValueError, match="has a writer already") as error, only_writer(folder):
+        pass
+    return str(error.value)
+
+
+def test_a_second_writer_is_told_who_the_first_one_is(writer, tmp_path):
+    assert f"{tmp_path} has a writer already, process {writer.pid} on {partials.HOST} (since 2" in refused(tmp_path)
+
+
+def test_the_lock_ends_with_its_process(writer, tmp_path):
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    (tmp_path / ".written.1a2b3c4d-17.partial").touch()
+    with only_writer(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "written"]
+        assert "has a writer already" in refused(tmp_path)  # also in the same process
+    assert [path.name for path in tmp_path.iterdir()] == ["written"]
+
+
+def test_a_process_that_was_stopped_writes_nothing_after_another_machine_has_taken_over(
+    writer, tmp_path, elsewhere, caplog
+):
+    assert "last sign of life was 0 s ago" in refused(tmp_path)
+    os.kill(writer.pid, signal.SIGSTOP)
+    time.sleep(0.1)
+    old = time.time() - 50
+    os.utime(tmp_path / LOCK, (old, old))
+    assert re.search("last sign of life was 5[0-2] s ago", refused(tmp_path))
+    old -= 11
+    os.utime(tmp_path / LOCK, (old, old))
+    with only_writer(tmp_path):
+        (warning,) = (record.message for record in caplog.records)
+        assert re.search(rf"Taking over .*: process {writer.pid} on .* has been silent for 6\d s", warning)
+        write_text(tmp_path / "written", "mine")
+        os.kill(writer.pid, signal.SIGCONT)
+        message = writer.communicate(timeout=30)[1]
+        assert writer.returncode == 1
+        assert f"process {os.getpid()} on elsewhere" in message
+        assert "has taken it over" in message
+        assert (tmp_path / "written").read_text() == "mine"
+        check_lock(tmp_path / "written")  # the other one has left it
+
+
+def test_without_locks_of_the_file_system_a_process_of_this_machine_is_looked_up(writer, tmp_path, monkeypatch):
+    def no_locks(descriptor, how):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert f"process {writer.pid}" in refused(tmp_path)
+    writer.kill()
+    writer.wait()
+    with only_writer(tmp_path):
+        check_lock(tmp_path / "written")
+
+
+def test_signs_of_life_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.02)
+    with only_writer(tmp_path):
+        os.utime(tmp_path / LOCK, (0, 0))
+        deadline = time.monotonic() + 10
+        while not (tmp_path / LOCK).stat().st_mtime and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (tmp_path / LOCK).stat().st_mtime > 0
+
+
+def test_a_write_elsewhere_does_not_depend_on_the_lock(tmp_path):
+    (tmp_path / "run").mkdir()
+    with only_writer(tmp_path / "run"):
+        (tmp_path / "run" / LOCK).unlink()
+        write_text(tmp_path / "other", "text")
+        with pytest.raises(ValueError, match=r"its .lock is gone, .* writes nothing more"):
+            write_text(tmp_path / "run" / "folder" / "file", "text")
+    assert not (tmp_path / "run" / "folder").exists()
+
+
+def test_what_dead_processes_have_left_beside_an_output_goes(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = partials.partial_of(tmp_path / "x").name.split(".")[-2].partition("-")[0]
+    partials._remove_dead.cache_clear()
+    names = [f".out.{host}-{dead.pid}.partial", f".out.{host}-{os.getppid()}.partial", ".out.ffffffff-1.partial"]
+    (tmp_path / names[0]).mkdir()
+    for name in names[1:]:
+        (tmp_path / name).touch()
+    write_text(tmp_path / "out", "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "out"])
