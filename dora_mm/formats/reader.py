@@ -157,7 +157,10 @@ def read(
             layer = replace(layer, tensors={"magnitude": layer.tensors["magnitude"]})
         state.layers.setdefault(name.component, {})[name.path] = layer
     for key, name in file.parameters.items():
-        state.parameters.setdefault(namer.component(name), {})[name.path] = file.tensor(key, mapped=True)
+        component = namer.component(name)
+        state.parameters.setdefault(component, {})[name.path] = file.tensor(key, mapped=True)
+        if TOOLS[file.tool].unties(file.header, name):
+            state.untied.setdefault(component, set()).add(name.path)
     return state, file.header
 
 

@@ -85,6 +85,16 @@ def parameter(header: Header, key: str) -> Name | None:
     return Name("", key.removeprefix(f"{PREFIX}.").replace(".base_layer.", "."))
 
 
+def unties(header: Header, name: Name) -> bool:
+    """Whether it is in one of the `modules_to_save`, of which PEFT trains copies: the end of a module's path is enough.
+
+    A head that the base ties to a copied embedding keeps the old weight.
+    """
+    copied = tuple(peft_config.listed_names(config_beside(header).get("modules_to_save") or []))
+    parts = name.path.split(".")
+    return any(".".join(parts[:count]).endswith(copied) for count in range(1, len(parts)))
+
+
 def config_beside(header: Header) -> dict[str, Any]:
     """PEFT's settings, which are a file beside the weights."""
     if CONFIG_NAME not in header:
@@ -159,6 +169,7 @@ TOOL = Tool(
     named=named,
     listed=listed,
     parameter=parameter,
+    unties=unties,
 )
 EXPORT = Export(
     write,

@@ -60,6 +60,7 @@ class Tool:
             file is for any. None where `spellings.py` has to say it.
         listed: The modules and extra parameters that the header says are in the file.
         parameter: The name of an extra parameter, by its key; None for other keys.
+        unties: Whether the tool trains an extra parameter as a copy, apart from what the base ties to it.
         title: What people call it, from the registry.
         loses: Matches keys of magnitudes that the tool takes for missing, although they have a name of its parts.
     """
@@ -78,6 +79,7 @@ class Tool:
     named: Callable[[str], Name | None] = lambda module: None
     listed: Callable[[Header], Iterable[Name]] = lambda header: ()
     parameter: Callable[[Header, str], Name | None] = lambda header, key: None
+    unties: Callable[[Header, Name], bool] = lambda header, name: False
     title: str = ""
     loses: re.Pattern[str] | None = None
 
