@@ -95,6 +95,11 @@ class AdapterFile:
             found = {key: TOOLS[self.tool].parameter(self.header, key) for key in self._file.entries}
         return {key: name for key, name in found.items() if name is not None}
 
+    @property
+    def unnamed(self) -> list[str]:
+        """The keys that belong to no module."""
+        return [*self.embeddings, *self.others]
+
     def named(self, module: str) -> Name | None:
         """The name of a module in a model, where the file has the model's own names: see `Tool.named`."""
         return TOOLS[self.tool].named(module)

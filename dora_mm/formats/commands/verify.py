@@ -27,8 +27,9 @@ from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.parts import Parts, axis_of_shape
 from dora_mm.formats.tools.tool import Tool
 
-RIGHT, IGNORED, NO_MAGNITUDE, WRONG_AXIS = "right", "ignored", "loses the magnitude", "wrong axis"
-FAILS, NOT_FINITE, DIFFERS, NOT_FOUND = "fails", "not finite", "differs", "not in the base"
+RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "ignored", "loses the magnitude"
+WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
+NOT_FOUND = "not in the base"
 BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
@@ -39,10 +40,11 @@ class LayerVerdict:
 
     Attributes:
         module: The module's name in the file.
-        finding: `right`, `ignored`, `loses the magnitude`, `wrong axis`, `fails` (the tool raises an error),
-            `not finite` (W_tool is not), `not in the base` (a tool ignores it or raises an error), or `differs`.
+        finding: `right`, `refused` (the tool loads nothing of the file), `ignored`, `loses the magnitude`,
+            `wrong axis`, `fails` (the tool raises an error at this module), `not finite` (W_tool is not), `not in the
+            base` (a tool ignores it or raises an error), or `differs`.
         error: ||W_tool - W'|| / ||W' - W0||; infinite where the tool raises an error, NaN where there is no number.
-        reason: Why it differs, as the end of a sentence; else empty.
+        reason: Why it differs or is refused, as the end of a sentence that begins with the tool's name; else empty.
     """
 
     module: str
@@ -61,6 +63,8 @@ class Verdict:
         error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.
         note: What a person has to know beside this; empty where there is nothing.
+        version: The version of the tool that is judged.
+        usage: What a person has to set in the tool; empty where there is nothing.
     """
 
     tool: str
@@ -68,6 +72,8 @@ class Verdict:
     error: float
     layers: tuple[LayerVerdict, ...]
     note: str = ""
+    version: str = ""
+    usage: str = ""
 
     @property
     def findings(self) -> Counter[str]:
@@ -111,6 +117,8 @@ def verify(
     weights = open_base(base)
     groups, _ = adapter.groups(adapter.modules, Names(weights))
     chosen = list(OTHER_TOOLS) if tool == "all" else [tool]
+    refusals = {name: TOOLS[name].refuses(adapter.modules, adapter.unnamed) for name in chosen}
+    axes: set[str] = set()
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
     total = 0.0
@@ -125,13 +133,26 @@ def verify(
             W = new_weight(state, W0)
         size = float((W - W0).norm())
         total += size**2
+        axes |= {state.axis} if "magnitude" in state.tensors else set()
         for name in chosen:
-            verdict = verify_layer(adapter, module, TOOLS[name], state, W0, W, size)
+            if refusals[name]:
+                verdict = LayerVerdict(module, REFUSED, 1.0 if size else 0.0, refusals[name])
+            else:
+                verdict = verify_layer(adapter, module, TOOLS[name], state, W0, W, size)
             layers[name].append(verdict)
             squares[name] += (verdict.error * (size or 1)) ** 2
     note = "; ".join(_notes(adapter, groups))
     return [
-        Verdict(name, TOOLS[name].title, _ratio(squares[name], total), tuple(layers[name]), note) for name in chosen
+        Verdict(
+            name,
+            TOOLS[name].title,
+            _ratio(squares[name], total),
+            tuple(layers[name]),
+            note,
+            TOOLS[name].version,
+            TOOLS[name].usage(axes),
+        )
+        for name in chosen
     ]
 
 

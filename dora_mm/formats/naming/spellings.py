@@ -6,6 +6,7 @@ names of the base model, where they are given, or else among those of the known 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import (
     NETWORKS,
+    TEXT_PREFIX,
     ModuleGroup,
     Name,
     architecture_of,
@@ -45,6 +47,7 @@ _DOTTED = {  # the first that fits
     "clip_g.": ("text_encoder_2",),
     **{f"{component}.": (component,) for component in (*NETWORKS, "text_encoder", "text_encoder_2")},
 }
+_CLIP = re.compile(r"encoder_layers_|embeddings_|final_layer_norm$")  # LyCORIS with transformers 5 has no text_model_
 _OWN_FIRST = ("model.diffusion_model.", "diffusion_model.")  # after these a path is the own one, if it can be both
 
 
@@ -96,6 +99,8 @@ class Names:
 
     def _read_underscored(self, key: str, rest: str, components: Iterable[str]) -> ModuleGroup | None:
         for component in components:
+            if component.startswith("text_encoder") and _CLIP.match(rest):
+                rest = underscored(TEXT_PREFIX) + rest
             paths = self._spelled.get(component, {}).get(rest, [])
             if len(paths) > 1:
                 raise ValueError(f"the key {key} may stand for {' or '.join(paths)}, which are spelled the same")

@@ -21,6 +21,8 @@ def _found(where: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
-TOOLS: dict[str, Tool] = {name: replace(_found(row.where), title=row.title) for name, row in ROWS.items()}
+TOOLS: dict[str, Tool] = {
+    name: replace(_found(row.where), title=row.title, version=row.version) for name, row in ROWS.items()
+}
 EXPORTS: dict[str, Export] = {name: _found(row.where) for name, row in TARGETS.items() if row.where}
 FORMATS = {"diffusers": diffusers.EXPORT, "peft": peft.EXPORT, "native": native.EXPORT}  # of `save_adapter`

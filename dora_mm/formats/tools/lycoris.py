@@ -40,4 +40,4 @@ TOOL = Tool(
     differs="scales the magnitude alone by the strength",
     wrote_key=re.compile(rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff)$"),
 )
-EXPORT = Export(kohya_tensors, spelling="kohya", read_by=("lycoris", "sdnext"))
+EXPORT = Export(kohya_tensors, spelling="kohya", read_by=("lycoris", "sdnext", "sdnext-2025"))

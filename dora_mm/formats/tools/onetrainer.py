@@ -7,13 +7,13 @@ fits the file's shape. It has no strength.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from torch import Tensor
 
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
-from dora_mm.formats.tools.tool import Export, Tool
+from dora_mm.formats.tools.tool import Export, Modules, Tool
 
 USAGE = {
     "out": "the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)",
@@ -36,7 +36,17 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     return updated(_with_rows(parts), W0, strength)
 
 
-def usage(files: Sequence[str], axes: Collection[str]) -> str:
+def refuses(modules: Modules, others: Collection[str]) -> str:
+    """It raises an error at what none of its trainings has, and where only some of the modules have a magnitude."""
+    others = [key for key in others if not key.startswith("bundle_emb")]
+    if unknown := next(iter(TOOL.unread(modules, others)), None):
+        return f"raises an error at {unknown:.100}, and loads nothing"
+    if 0 < sum("m" in TOOL.roles(module, endings) for module, endings in modules.items()) < len(modules):
+        return "raises an error, since some modules have a magnitude and some have none, and loads nothing"
+    return ""
+
+
+def usage(axes: Collection[str]) -> str:
     if len(axes) > 1:
         return "some magnitudes are those of output rows and some of input columns, and OneTrainer has one option"
     return "".join(USAGE[axis] for axis in axes)
@@ -45,7 +55,7 @@ def usage(files: Sequence[str], axes: Collection[str]) -> str:
 TOOL = Tool(
     names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder"),
     parts={
-        **{ending: role for ending, role in KOHYA_PARTS.items() if role != "diff"},
+        **{ending: role for ending, role in KOHYA_PARTS.items() if role not in ("diff", "mid")},
         "lora_A.weight": "A",
         "lora_B.weight": "B",
         "lora_magnitude_vector.weight": "m",
@@ -56,11 +66,14 @@ TOOL = Tool(
     strengths=(),
     wrote_header=re.compile("ot_"),
     read=read,
+    refuses=refuses,
+    usage=usage,
 )
 EXPORT = Export(
     kohya_tensors,
     spelling="onetrainer",
     read_by=("onetrainer",),
+    one_method=True,
     diffs=False,
-    usage=usage,
+    usage=lambda files, axes: usage(axes),
 )

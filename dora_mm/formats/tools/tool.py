@@ -19,6 +19,7 @@ from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
 Header = Mapping[str, str]
+Modules = Mapping[str, Mapping[str, str]]
 T = TypeVar("T")
 _DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
 
@@ -62,7 +63,11 @@ class Tool:
         parameter: The name of an extra parameter, by its key; None for other keys.
         unties: Whether the tool trains an extra parameter as a copy, apart from what the base ties to it.
         title: What people call it, from the registry.
+        version: The version that this is, from the registry.
         loses: Matches keys of magnitudes that the tool takes for missing, although they have a name of its parts.
+        refuses: Why the tool loads nothing of a file, as the end of a sentence that begins with its name, from the
+            modules (see `AdapterFile.modules`) and the keys that belong to none; empty where it loads the file.
+        usage: What a person has to set in the tool, from the axes of the magnitudes; empty where there is nothing.
     """
 
     names: re.Pattern[str]
@@ -81,7 +86,10 @@ class Tool:
     parameter: Callable[[Header, str], Name | None] = lambda header, key: None
     unties: Callable[[Header, Name], bool] = lambda header, name: False
     title: str = ""
+    version: str = ""
     loses: re.Pattern[str] | None = None
+    refuses: Callable[[Modules, Collection[str]], str] = lambda modules, others: ""
+    usage: Callable[[Collection[str]], str] = lambda axes: ""
 
     def wrote(self, keys: Collection[str], header: Header) -> bool:
         """Whether it wrote a file with these keys and this header."""
@@ -94,6 +102,16 @@ class Tool:
         if not self.names.match(module):
             return {}
         return {self.parts[ending]: found for ending, found in endings.items() if ending in self.parts}
+
+    def unread(self, modules: Modules, others: Collection[str]) -> list[str]:
+        """The keys of a file that it does not read, from what `refuses` gets."""
+        unread = [
+            key
+            for module, endings in modules.items()
+            for ending, key in endings.items()
+            if ending not in self.parts or not self.names.match(module)
+        ]
+        return [*unread, *others]
 
     def parts_of(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
         """The tensors of a module by role, from those by the end of their keys; with the alpha of the header."""

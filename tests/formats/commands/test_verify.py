@@ -63,7 +63,8 @@ def for_comfy(layer, W0):
         ("comfy-15458", "right", (2e-8, 2e-8)),
         ("a1111", "wrong axis", (0.522, 0.331)),
         ("invokeai", "wrong axis", (0.522, 0.331)),
-        ("sdnext", "differs", (0.228, 0.236)),
+        ("sdnext", "right", (3e-7, 3e-7)),
+        ("sdnext-2025", "differs", (0.228, 0.236)),
         ("diffusers", "loses the magnitude", (0.295, 0.328)),
         ("peft", "ignored", (1.0, 1.0)),
     ],
@@ -80,10 +81,10 @@ def test_the_measured_table(tool, finding, measured, shape, tmp_path):
         assert verdict.error == pytest.approx(wanted, rel=0.15)
 
 
-def test_alpha_folded_is_right_in_sdnext(tmp_path):
+def test_alpha_folded_is_right_in_older_releases_of_sdnext(tmp_path):
     base = random_base(OUT_96)
     file = write_kohya(tmp_path / "a.safetensors", base, lambda layer, W0: exact.folded(layer))
-    assert dora_mm.verify(file, "sdnext", base)[0].error < 1e-6
+    assert dora_mm.verify(file, "sdnext-2025", base)[0].error < 1e-6
 
 
 @pytest.mark.parametrize(("shape", "measured"), [(OUT_96, 0.237), (SQUARE, 0.250)], ids=["96x64", "64x64"])
