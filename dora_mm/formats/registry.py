@@ -27,15 +27,16 @@ TOOLS = {  # files are recognised by the first that matches
     "ai-toolkit": RegistryEntry("ai_toolkit.TOOL", "ai-toolkit", "2026-08"),
     "peft": RegistryEntry("peft.TOOL", "PEFT", "0.21.2"),
     "diffusers": RegistryEntry("diffusers.TOOL", "diffusers", "0.42.1"),
-    "comfy-2025": RegistryEntry("comfy.TOOL_2025", "ComfyUI, reForge", "2025-10 to 2026-08"),
-    "comfy-15458": RegistryEntry("comfy.TOOL_15458", "ComfyUI, norm corrected", "pull request 15458"),
+    "comfy-2025": RegistryEntry("comfy.TOOL_2025", "ComfyUI and reForge", "2025-10 to 2026-08"),
+    "comfy-15458": RegistryEntry("comfy.TOOL_15458", "ComfyUI with its norm corrected", "pull request 15458"),
     "forge": RegistryEntry("forge.TOOL", "Forge", "2025-06 (dfdcbab)"),
-    "lycoris": RegistryEntry("lycoris.TOOL", "LyCORIS, sd-scripts", "4.1.3"),
+    "lycoris": RegistryEntry("lycoris.TOOL", "LyCORIS and sd-scripts", "4.1.3"),
     "a1111": RegistryEntry("a1111.TOOL", "AUTOMATIC1111", "1.10"),
     "sdnext": RegistryEntry("sdnext.TOOL", "SD.Next", "2026-07 (058a7f0)"),
-    "sdnext-2025": RegistryEntry("sdnext.TOOL_2025", "SD.Next, older", "before 2026-07 (387a349)"),
+    "sdnext-2025": RegistryEntry("sdnext.TOOL_2025", "older SD.Next", "before 2026-07 (387a349)"),
     "invokeai": RegistryEntry("invokeai.TOOL", "InvokeAI", "2026-08 (8e71a8a)"),
 }
+NO_DORA = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}  # serve models, and load plain LoRA alone
 OTHER_TOOLS = tuple(name for name in TOOLS if name != "dora_mm")  # of `verify`: we compute what a file means
 TARGETS = {  # of `convert`
     "peft": RegistryEntry("peft.EXPORT", "a folder of PEFT"),
@@ -50,6 +51,16 @@ TARGETS = {  # of `convert`
     "onetrainer": RegistryEntry("onetrainer.EXPORT", "to go on with training in OneTrainer"),
     "ai-toolkit": RegistryEntry("ai_toolkit.EXPORT", "to go on with training in ai-toolkit"),
 }
+
+
+def no_entry(kind: str, name: str, known: str) -> str:
+    """The message for a tool or target that is not here; for a program without DoRA it has the way out."""
+    if program := NO_DORA.get(name.lower()):
+        return (
+            f"{program} loads no DoRA: merge the adapter into its model with dora-mm merge MODEL ADAPTER OUT, or make "
+            "a plain LoRA with dora-mm convert IN OUT --to lora --rank 32 --base MODEL"
+        )
+    return f"there is no {kind} {name!r}: use {known}"
 
 
 class Style(NamedTuple):

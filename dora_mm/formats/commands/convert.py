@@ -22,7 +22,7 @@ from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
-from dora_mm.formats.registry import TARGETS
+from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
@@ -124,7 +124,7 @@ def _check_settings(
     allow_lossy: bool,
 ) -> None:
     if to not in TARGETS:
-        raise ValueError(f"there is no target {to!r}: use one of {', '.join(TARGETS)}")
+        raise ValueError(no_entry("target", to, f"one of {', '.join(TARGETS)}"))
     given = {"--rank": rank, "--energy": energy, "--dtype": dtype, "--allow-lossy": allow_lossy or None}
     unused = {"merged": given, "lora": ("--allow-lossy",)}.get(to, ())
     if useless := [option for option in unused if given[option] is not None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import norms
+from dora_mm.formats.commands.support import works_in
 from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
@@ -32,6 +33,12 @@ KINDS = {  # of models without a table of names, by what the paths of their modu
     r"(^|\.)(encoder|decoder)\.layers\.\d": "encoder-decoder (BART)",
     r"(^|\.)(encoder|decoder)\.block\.\d": "encoder-decoder (T5)",
     r"(^|\.)(layers\.\d+\.(self_attn|mlp|linear_attn)|h\.\d+\.)": "LLM",
+}
+PROGRAMS = {  # by the beginning of a header's key
+    "dora_mm": "dora_mm",
+    "ot_": "OneTrainer",
+    "ss_|sshs_": "sd-scripts",
+    "software$": "ai-toolkit",
 }
 SHOWN = 8  # ambiguous modules of which the evidence is computed
 
@@ -77,6 +84,9 @@ class Inspection:
         tokens: The keys of embeddings of trained tokens.
         others: Keys that belong to no adapter.
         settings: The other entries of the header.
+        made_with: The program that made it, where the header tells; else None.
+        damage: What its header and its shapes show to be damaged.
+        works_in: The tools that compute from it what it means, at strength 1: keys of `TOOLS`.
     """
 
     path: str
@@ -90,6 +100,9 @@ class Inspection:
     tokens: tuple[str, ...]
     others: tuple[str, ...]
     settings: dict[str, str]
+    made_with: str | None = None
+    damage: tuple[str, ...] = ()
+    works_in: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite is None."""
@@ -110,7 +123,7 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
     weights = None if base is None else open_base(base)
     namer = Names(weights or ())
     modules = tuple(_module(file, module, namer) for module in file.modules)
-    architecture = _architecture(modules)
+    architecture, damage = _architecture(modules), tuple(_damage(file, modules))
     return Inspection(
         path=str(file.path),
         tool=file.tool,
@@ -123,7 +136,29 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
         tokens=tuple(file.embeddings),
         others=tuple(file.others),
         settings={key: value for key, value in file.header.items() if key not in HIDDEN},
+        made_with=_program(file.header),
+        damage=damage,
+        works_in=() if damage else works_in(file, {m.key: m.alpha / m.rank for m in modules if m.rank and m.alpha}),
     )
+
+
+def _program(header: Mapping[str, str]) -> str | None:
+    return next((program for start, program in PROGRAMS.items() if any(re.match(start, key) for key in header)), None)
+
+
+def _damage(file: AdapterFile, modules: Sequence[ModuleInfo]) -> Iterator[str]:
+    if zero := [m for m in modules if m.alpha is not None and not m.alpha > 0]:
+        yield f"alpha of {_named(zero)} is {zero[0].alpha:g}, and not a positive number"
+    if bad := [m for m in modules if m.alpha is None and m.rank is not None and "alpha" in file.modules[m.key]]:
+        yield f"alpha of {_named(bad)} is not one number"
+    if half := [m for m in modules if m.method == "incomplete"]:
+        yield f"A or B of {_named(half)} is missing"
+    if unfit := [m for m in modules if m.method == "dora" and not m.axis]:
+        yield f"the magnitude of {_named(unfit)} fits neither the rows nor the columns of the weight"
+
+
+def _named(modules: Sequence[ModuleInfo]) -> str:
+    return modules[0].key[:200] + (f" and {len(modules) - 1} other modules" if modules[1:] else "")
 
 
 def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
@@ -201,15 +236,8 @@ def _ambiguous(
 ) -> list[str]:
     found = []
     without = [m for m in modules if m.alpha is None and m.rank is not None]
-    if bad := [m for m in without if "alpha" in file.modules[m.key]]:
-        found.append(f"alpha of {bad[0].key} is not one number")
-    elif without:
+    if [m for m in without if "alpha" not in file.modules[m.key]]:
         found.append("alpha is not in the file: that of the rank is taken, as the tool does")
-    found += [
-        f"{m.key}: its magnitude fits neither the rows nor the columns of the weight"
-        for m in modules
-        if m.method == "dora" and not m.axis
-    ]
     unclear = [m for m in modules if m.axis == "?"]
     if unclear:
         found.append(f"the axis of {len(unclear)} magnitudes, such as {unclear[0].key}: say it with --axis")

@@ -16,11 +16,12 @@ from tqdm import tqdm
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.algebra.fused import stack_rows
+from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.registry import OTHER_TOOLS
+from dora_mm.formats.registry import OTHER_TOOLS, no_entry
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.comfy import other_half
@@ -65,6 +66,8 @@ class Verdict:
         note: What a person has to know beside this; empty where there is nothing.
         version: The version of the tool that is judged.
         usage: What a person has to set in the tool; empty where there is nothing.
+        cure: The options of `dora-mm convert` for a file that it computes right; empty where it does that of this file,
+            or where there are none.
     """
 
     tool: str
@@ -74,6 +77,7 @@ class Verdict:
     note: str = ""
     version: str = ""
     usage: str = ""
+    cure: str = ""
 
     @property
     def findings(self) -> Counter[str]:
@@ -108,7 +112,7 @@ def verify(
         ValueError: There is no such tool, or the adapter or the model cannot be read or do not belong together.
     """
     if tool != "all" and tool not in OTHER_TOOLS:
-        raise ValueError(f"there is no tool {tool!r}: use all or one of {', '.join(OTHER_TOOLS)}")
+        raise ValueError(no_entry("tool", tool, f"all or one of {', '.join(OTHER_TOOLS)}"))
     if base is None:
         raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
     adapter = AdapterFile(file)
@@ -142,6 +146,7 @@ def verify(
             layers[name].append(verdict)
             squares[name] += (verdict.error * (size or 1)) ** 2
     note = "; ".join(_notes(adapter, groups))
+    components = {name.component for group in groups.values() for name in group.names}
     return [
         Verdict(
             name,
@@ -151,6 +156,7 @@ def verify(
             note,
             TOOLS[name].version,
             TOOLS[name].usage(axes),
+            "" if all(layer.finding == RIGHT for layer in layers[name]) else cure(adapter, name, components),
         )
         for name in chosen
     ]

@@ -121,7 +121,7 @@ TOOL_15458 = Tool(
 EXPORT_2025 = Export(
     write_2025,
     spelling="kohya",
-    read_by=("comfy-2025",),
+    read_by=("comfy-2025", "forge"),
     needs_base=True,
     header=lambda contents: {TARGET_KEY: "comfy-2025"},
 )

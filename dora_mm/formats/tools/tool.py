@@ -123,10 +123,13 @@ class Tool:
         return parts
 
     def loaded(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
-        """What the tool itself finds of `parts_of`: a magnitude that it takes for missing has the role `lost`."""
-        parts = self.parts_of(module, tensors, header)
-        if self.loses and "m" in parts and any(self.loses.fullmatch(f"{module}.{ending}") for ending in tensors):
-            parts["lost"] = parts.pop("m")
+        """What the tool itself finds of `parts_of`."""
+        return self.without_lost(module, self.parts_of(module, tensors, header), tensors)
+
+    def without_lost(self, module: str, parts: dict[str, T], endings: Collection[str]) -> dict[str, T]:
+        """The tensors by role, where a magnitude that the tool takes for missing has the role `lost`."""
+        if self.loses and "m" in parts and any(self.loses.fullmatch(f"{module}.{ending}") for ending in endings):
+            return {**{role: found for role, found in parts.items() if role != "m"}, "lost": parts["m"]}
         return parts
 
 
@@ -148,6 +151,7 @@ class Export:
             read it take.
         columns: Whether it holds magnitudes of input columns, too.
         diffs: Whether it holds differences of weights, too.
+        convolutions: Whether it holds convolutions, too.
         ending: The end of a key in a module, from that which `write` gives it: some tools have several.
         components: The components that it has; empty where it takes any name.
         module: The name of a module of a model in the file.
@@ -168,6 +172,7 @@ class Export:
     keeps_alpha: bool = False
     columns: bool = True
     diffs: bool = True
+    convolutions: bool = True
     ending: Callable[[str, str], str] = lambda module, ending: ending
     components: tuple[str, ...] = ()
     module: Callable[[Name], str] = str
