@@ -43,7 +43,9 @@ def matches(shown: list[str], found: list[str]) -> bool:
 
 def same(shown: str, found: str) -> bool:
     """Whether two lines have the same words, and the same numbers as far as rounding allows."""
-    words, numbers = zip(*(([*NUMBER.split(line)], [*map(float, NUMBER.findall(line))]) for line in (shown, found)), strict=True)
+    words, numbers = zip(
+        *(([*NUMBER.split(line)], [*map(float, NUMBER.findall(line))]) for line in (shown, found)), strict=True
+    )
     return words[0] == words[1] and numbers[0] == pytest.approx(numbers[1], rel=0.06, abs=1e-5)
 
 

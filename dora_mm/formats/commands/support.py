@@ -84,12 +84,12 @@ def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
     tensors = {ending: torch.randn(size, generator=generator).abs() + 0.1 for ending, size in kind.sizes}
     A = [size for ending, size in kind.sizes if TOOLS[file.tool].parts.get(ending) == "A"]
     mid = [size for ending, size in kind.sizes if TOOLS[file.tool].parts.get(ending) == "mid"]
-    shape = (_ROWS, A[0][1], *(mid or A)[0][2:]) if A else max(tensors.values(), key=Tensor.numel).shape
-    W0 = torch.randn(shape, generator=generator)
     own = TOOLS[file.tool]
     try:
+        shape = (_ROWS, A[0][1], *(mid or A)[0][2:]) if A else max(tensors.values(), key=Tensor.numel).shape
+        W0 = torch.randn(shape, generator=generator)
         W = new_weight(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0)
-    except (ValueError, RuntimeError):  # incomplete, of an unclear axis, or of another method
+    except (ValueError, RuntimeError, IndexError):  # damaged, of an unclear axis, or of another method
         return
     for name in kind.readers:
         tool = TOOLS[name]
