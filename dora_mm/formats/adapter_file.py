@@ -26,6 +26,10 @@ from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside
 from dora_mm.formats.tools.tool import Tool
 
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
+OLD_LAYER = re.compile(r"(?P<module>.*_lora[12]?)\.(?P<ending>down|up)\.weight")  # of diffusers of 2023, and XLabs
+_NETWORK = re.compile(
+    r"base_model\.model\.((down|up|(single_)?transformer|joint|double|single)_blocks|mid_block|blocks)\."
+)
 _INTEGERS = (torch.int16, torch.int32, torch.int64)
 _TOP = 8  # keys that are shown of a file that is not recognised
 
@@ -65,6 +69,8 @@ class AdapterFile:
     def _detect(self) -> str:
         keys = list(self._file.entries)
         found = next((name for name, tool in TOOLS.items() if tool.wrote(keys, self.header)), None)
+        if found == "peft" and CONFIG_NAME not in self.header and any(map(_NETWORK.match, keys)):
+            found = "bare"  # it can only be for a network of images, and its alpha is the rank
         if found is None and (method := other_method(keys)):
             raise ValueError(f"{self.path} holds {method}, and only LoRA and DoRA are supported")
         if found is None:
@@ -75,6 +81,9 @@ class AdapterFile:
     def _sort_in(self, key: str) -> None:
         if EMBEDDINGS.match(key):
             self.embeddings.append(key)
+            return
+        if found := OLD_LAYER.fullmatch(key):
+            self.modules[found["module"]][found["ending"]] = key
             return
         for ending in self._endings:
             if key.endswith(f".{ending}"):

@@ -27,6 +27,7 @@ TOOLS = {  # files are recognised by the first that matches
     "ai-toolkit": RegistryEntry("ai_toolkit.TOOL", "ai-toolkit", "2026-08"),
     "peft": RegistryEntry("peft.TOOL", "PEFT", "0.21.2"),
     "diffusers": RegistryEntry("diffusers.TOOL", "diffusers", "0.42.1"),
+    "bare": RegistryEntry("bare.TOOL", "files without a prefix"),
     "comfy-2025": RegistryEntry("comfy.TOOL_2025", "ComfyUI and reForge", "2025-10 to 2026-08"),
     "comfy-15458": RegistryEntry("comfy.TOOL_15458", "ComfyUI with its norm corrected", "pull request 15458"),
     "forge": RegistryEntry("forge.TOOL", "Forge", "2025-06 (dfdcbab)"),
@@ -37,7 +38,7 @@ TOOLS = {  # files are recognised by the first that matches
     "invokeai": RegistryEntry("invokeai.TOOL", "InvokeAI", "2026-08 (8e71a8a)"),
 }
 NO_DORA = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}  # serve models, and load plain LoRA alone
-OTHER_TOOLS = tuple(name for name in TOOLS if name != "dora_mm")  # of `verify`: we compute what a file means
+OTHER_TOOLS = tuple(name for name in TOOLS if name not in ("dora_mm", "bare"))  # of `verify`
 TARGETS = {  # of `convert`
     "peft": RegistryEntry("peft.EXPORT", "a folder of PEFT"),
     "diffusers": RegistryEntry("diffusers.EXPORT", "pytorch_lora_weights.safetensors of diffusers"),

@@ -17,7 +17,7 @@ from dora_mm.formats.commands.support import works_in
 from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
-from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.naming.spellings import Names, architecture_of_keys
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.methods import other_method
@@ -40,6 +40,7 @@ PROGRAMS = {  # by the beginning of a header's key
     "ss_|sshs_": "sd-scripts",
     "software$": "ai-toolkit",
 }
+MORE = " (+ "  # after the first of the modules whose rows a file stacks
 SHOWN = 8  # ambiguous modules of which the evidence is computed
 
 
@@ -123,7 +124,8 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
     weights = None if base is None else open_base(base)
     namer = Names(weights or ())
     modules = tuple(_module(file, module, namer) for module in file.modules)
-    architecture, damage = _architecture(modules), tuple(_damage(file, modules))
+    architecture = architecture_of_keys(file.modules) or _architecture(modules)
+    damage = tuple(_damage(file, modules))
     return Inspection(
         path=str(file.path),
         tool=file.tool,
@@ -165,7 +167,8 @@ def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
     """From the names of the modules; where the file names no component, from those of each network."""
     for component in (None, *NETWORKS):
         names = [
-            Name(m.component if component is None or m.component != "model" else component, m.path) for m in modules
+            Name(m.component if component is None or m.component != "model" else component, m.path.partition(MORE)[0])
+            for m in modules
         ]
         if found := architecture_of(names):
             return found
@@ -194,7 +197,7 @@ def _name(namer: Names, module: str) -> tuple[str, str]:
     except ValueError:
         return "", module
     first, *more = group.names
-    return first.component, f"{first.path} (+ {len(more)})" if more else first.path
+    return first.component, f"{first.path}{MORE}{len(more)})" if more else first.path
 
 
 def _method(file: AdapterFile, module: str, shapes: Mapping[str, Any]) -> str:

@@ -31,7 +31,9 @@ def works_in(file: AdapterFile, scalings: Mapping[str, float]) -> tuple[str, ...
     """
     if other_half(file.header):
         return ()
-    loaders = {name: TOOLS[name] for name in OTHER_TOOLS if not TOOLS[name].refuses(file.modules, file.unnamed)}
+    loaders = {
+        name: TOOLS[name] for name in OTHER_TOOLS if not TOOLS[name].refuses(file.modules, file.unnamed, file.header)
+    }
     known: dict[_Kind, frozenset[str]] = {}
     for module in file.modules:
         readers = tuple(name for name, tool in loaders.items() if tool.names.match(module))

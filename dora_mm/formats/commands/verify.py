@@ -121,7 +121,7 @@ def verify(
     weights = open_base(base)
     groups, _ = adapter.groups(adapter.modules, Names(weights))
     chosen = list(OTHER_TOOLS) if tool == "all" else [tool]
-    refusals = {name: TOOLS[name].refuses(adapter.modules, adapter.unnamed) for name in chosen}
+    refusals = {name: TOOLS[name].refuses(adapter.modules, adapter.unnamed, adapter.header) for name in chosen}
     axes: set[str] = set()
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -158,7 +158,7 @@ def architecture_of(names: Iterable[Name]) -> str | None:
     return None
 
 
-def _may_have(layout: str, names: Collection[Name]) -> bool:
+def _may_have(layout: str, names: Set[Name]) -> bool:
     return names <= owners(layout).keys() and not any(re.match(LAYOUTS[layout].beyond, name.path) for name in names)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from dora_mm.formats.tools import comfy
-from dora_mm.formats.tools.tool import Modules
+from dora_mm.formats.tools.tool import Header, Modules
 
 MOST_UNREAD = 12
 
 
-def refuses(modules: Modules, others: Collection[str]) -> str:
+def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     unread = comfy.TOOL_2025.unread(modules, others)
     if len(unread) <= MOST_UNREAD:
         return ""

@@ -7,14 +7,14 @@ from collections.abc import Collection
 
 from dora_mm.formats.tools import a1111
 from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS
-from dora_mm.formats.tools.tool import Modules, Tool
+from dora_mm.formats.tools.tool import Header, Modules, Tool
 
 _UNET = re.compile(r"(unet|text_encoder(_2)?)\.|(lora_unet_|lycoris_)?((down|up|input|output)_blocks|mid(dle)?_block)")
 _KOHYA = re.compile(r"lora_(unet|te[12]?)_")
 _SGM, _DIFFUSERS = (re.compile(rf"lora_unet_({blocks})") for blocks in (r"(in|out)put_|middle", r"(down|up)_bl|mid_"))
 
 
-def refuses(modules: Modules, others: Collection[str]) -> str:
+def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     """Its loader for Stable Diffusion raises an error where a name is none of kohya's, or only some are SGM's."""
     names = [*modules, *others]
     if not any(map(_UNET.match, names)):

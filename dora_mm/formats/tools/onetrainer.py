@@ -12,8 +12,17 @@ from collections.abc import Collection
 from torch import Tensor
 
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
-from dora_mm.formats.tools.tool import Export, Modules, Tool
+from dora_mm.formats.tools.parts import (
+    BARE_NAMES,
+    KOHYA_NAMES,
+    KOHYA_PARTS,
+    Parts,
+    kohya_tensors,
+    neutral,
+    updated,
+    with_rows,
+)
+from dora_mm.formats.tools.tool import Export, Header, Modules, Tool
 
 USAGE = {
     "out": "the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)",
@@ -22,21 +31,14 @@ USAGE = {
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
-    return neutral(_with_rows(parts), axis)
-
-
-def _with_rows(parts: Parts) -> Parts:
-    """`.magnitude` and `.lora_magnitude_vector.weight` are flat, and always of output rows."""
-    if not {"A", "m"} <= parts.keys() or parts["m"].dim() > 1:
-        return parts
-    return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
+    return neutral(with_rows(parts), axis)
 
 
 def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    return updated(_with_rows(parts), W0, strength)
+    return updated(with_rows(parts), W0, strength)
 
 
-def refuses(modules: Modules, others: Collection[str]) -> str:
+def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
     """It raises an error at what none of its trainings has, and where only some of the modules have a magnitude."""
     others = [key for key in others if not key.startswith("bundle_emb")]
     if unknown := next(iter(TOOL.unread(modules, others)), None):
@@ -53,11 +55,15 @@ def usage(axes: Collection[str]) -> str:
 
 
 TOOL = Tool(
-    names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder"),
+    names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder|{BARE_NAMES}"),
     parts={
         **{ending: role for ending, role in KOHYA_PARTS.items() if role not in ("diff", "mid")},
         "lora_A.weight": "A",
         "lora_B.weight": "B",
+        "lora_A.default.weight": "A",
+        "lora_B.default.weight": "B",
+        "lora.down.weight": "A",
+        "lora.up.weight": "B",
         "lora_magnitude_vector.weight": "m",
         "magnitude": "m",
     },

@@ -33,6 +33,20 @@ KOHYA_PARTS = {
     "dora_scale": "m",
     "diff": "diff",
 }
+OLD_PARTS = {  # of diffusers of 2023 and what follows it; `down` and `up` are those of `adapter_file.OLD_LAYER`
+    "lora.down.weight": "A",
+    "lora.up.weight": "B",
+    "lora_linear_layer.down.weight": "A",
+    "lora_linear_layer.up.weight": "B",
+    "lora_A.default.weight": "A",
+    "lora_B.default.weight": "B",
+    "down": "A",
+    "up": "B",
+}
+BARE_NAMES = (
+    r"((down|up|input|output|(single_)?transformer|joint|double|single)_blocks|mid(dle)?_block|blocks|layers|"
+    r"(noise|context)_refiner|time_embedding|add_embedding|conv_in|conv_out)\."
+)
 KOHYA_NAMES = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|prior_te)|lycoris)_")
 OLD_KOHYA_NAMES = re.compile(  # where a loader does not find CLIP's modules without `text_model_`, as LyCORIS 4 writes
     rf"(?!lora_\w*te[123]?_(encoder_layers|embeddings|final_layer_norm)_){KOHYA_NAMES.pattern}"
@@ -86,6 +100,13 @@ def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
         return W0 + strength * update
     V = W0 + update
     return linear(W0, decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0))), strength)
+
+
+def with_rows(parts: Parts) -> Parts:
+    """Flat magnitudes where they are always of output rows: `.magnitude`, `.lora_magnitude_vector`."""
+    if not {"A", "m"} <= parts.keys() or parts["m"].dim() > 1:
+        return parts
+    return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
 
 
 # --- to and from the neutral form ------------------------------------------------------------------------------------

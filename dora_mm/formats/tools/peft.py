@@ -29,7 +29,7 @@ from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tools import peft_config
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
-from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
+from dora_mm.formats.tools.tool import Contents, Export, Header, Modules, Tool
 
 FILE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -93,6 +93,12 @@ def unties(header: Header, name: Name) -> bool:
     copied = tuple(peft_config.listed_names(config_beside(header).get("modules_to_save") or []))
     parts = name.path.split(".")
     return any(".".join(parts[:count]).endswith(copied) for count in range(1, len(parts)))
+
+
+def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
+    if CONFIG_NAME not in header and any(map(NAMES.match, modules)):
+        return f"raises an error, since {CONFIG_NAME} is missing beside the file, and loads nothing"
+    return ""
 
 
 def config_beside(header: Header) -> dict[str, Any]:
@@ -170,6 +176,7 @@ TOOL = Tool(
     listed=listed,
     parameter=parameter,
     unties=unties,
+    refuses=refuses,
 )
 EXPORT = Export(
     write,

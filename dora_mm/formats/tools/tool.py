@@ -66,7 +66,8 @@ class Tool:
         version: The version that this is, from the registry.
         loses: Matches keys of magnitudes that the tool takes for missing, although they have a name of its parts.
         refuses: Why the tool loads nothing of a file, as the end of a sentence that begins with its name, from the
-            modules (see `AdapterFile.modules`) and the keys that belong to none; empty where it loads the file.
+            modules (see `AdapterFile.modules`), the keys that belong to none and the header; empty where it loads the
+            file.
         usage: What a person has to set in the tool, from the axes of the magnitudes; empty where there is nothing.
     """
 
@@ -88,7 +89,7 @@ class Tool:
     title: str = ""
     version: str = ""
     loses: re.Pattern[str] | None = None
-    refuses: Callable[[Modules, Collection[str]], str] = lambda modules, others: ""
+    refuses: Callable[[Modules, Collection[str], Header], str] = lambda modules, others, header: ""
     usage: Callable[[Collection[str]], str] = lambda axes: ""
 
     def wrote(self, keys: Collection[str], header: Header) -> bool:

@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import dora_mm
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.naming.names import canonical
+from dora_mm.formats.registry import OTHER_TOOLS
 from dora_mm.formats.registry import TOOLS as ROWS
 from dora_mm.formats.tools import TOOLS
 from tests.formats import toy
@@ -39,7 +40,7 @@ TOKEN = {"bundle_emb.x.clip_l": torch.ones(1, SIZE)}
 def refusal(tool, tensors, folder):
     save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / "a.safetensors")
     file = AdapterFile(folder / "a.safetensors")
-    return TOOLS[tool].refuses(file.modules, file.unnamed)
+    return TOOLS[tool].refuses(file.modules, file.unnamed, file.header)
 
 
 @pytest.fixture(scope="module")
@@ -186,4 +187,4 @@ def test_the_versions_are_those_that_these_tests_run():
 
     for tool, package in {"peft": "peft", "diffusers": "diffusers", "lycoris": "lycoris_lora"}.items():
         assert ROWS[tool].version == version(package)
-    assert all(row.version for name, row in ROWS.items() if name != "dora_mm")
+    assert all(ROWS[name].version for name in OTHER_TOOLS)
