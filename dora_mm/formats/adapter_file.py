@@ -21,7 +21,7 @@ from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tools import FORMATS, TOOLS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.methods import METHODS, other_method
-from dora_mm.formats.tools.parts import axes_that_fit
+from dora_mm.formats.tools.parts import NO_LOW_RANK, axes_that_fit
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside
 from dora_mm.formats.tools.tool import Tool
 
@@ -214,7 +214,7 @@ class AdapterFile:
         if half := other_half(self.header):
             return f"{self.path}: {half}"
         for module, endings in self.modules.items():
-            if "diff" in endings or self.axis(module) == "in":
+            if (endings.keys() & NO_LOW_RANK and not self.is_parameter(module)) or self.axis(module) == "in":
                 return (
                     f"{self.path} has no low rank at {module}, and can be drawn with but not trained on: fit it with "
                     "dora-mm convert --to diffusers --rank R --allow-lossy, or extract"

@@ -25,6 +25,7 @@ from dora_mm.formats.reader import LayerReader
 from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, comfy
+from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export
 
@@ -173,7 +174,7 @@ def _needs_fit(layers: LayerReader, export: Export) -> bool:
     file, columns = layers.file, {"in", "?"} if layers.axis == "in" else {"in"}
     return any(
         (not export.columns and file.axis(module) in columns)
-        or (not export.diffs and bool(endings.keys() & {"diff", "weight"}))
+        or (not export.diffs and bool(endings.keys() & NO_LOW_RANK))
         for module, endings in file.modules.items()
     )
 

@@ -8,6 +8,7 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.registry import SPELLINGS
 from dora_mm.formats.tools import EXPORTS, TOOLS
 from dora_mm.formats.tools.comfy import other_half
+from dora_mm.formats.tools.parts import NO_LOW_RANK
 
 NEW_RANK = 32  # at which it is fitted anew where the form cannot hold it
 
@@ -25,7 +26,7 @@ def cure(file: AdapterFile, tool: str, components: Collection[str]) -> str:
         return ""
     export = EXPORTS[target]
     columns = not export.columns and any(file.axis(module) == "in" for module in file.modules)
-    diffs = not export.diffs and any(endings.keys() & {"diff", "weight"} for endings in file.modules.values())
+    diffs = not export.diffs and any(endings.keys() & NO_LOW_RANK for endings in file.modules.values())
     return f"--to {target}" + (f" --rank {NEW_RANK} --allow-lossy" if columns or diffs else "")
 
 

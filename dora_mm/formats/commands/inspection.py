@@ -18,7 +18,7 @@ from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names, architecture_of_keys
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import TOOLS, products
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.native import SPECS_KEY
@@ -202,6 +202,8 @@ def _name(namer: Names, module: str) -> tuple[str, str]:
 
 def _method(file: AdapterFile, module: str, shapes: Mapping[str, Any]) -> str:
     """Of our own files of method `magnitude` the header says it: they hold zeros for A and B."""
+    if method := products.method_of(shapes):
+        return method
     if "diff" in shapes or "weight" in shapes:
         return "diff" if "diff" in shapes else "full"
     if "m" in shapes and ("A" not in shapes or file.settings(module).get("method") == "magnitude"):

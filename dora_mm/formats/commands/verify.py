@@ -23,7 +23,7 @@ from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.registry import OTHER_TOOLS, no_entry
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import TOOLS, products
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.parts import Parts, axis_of_shape
 from dora_mm.formats.tools.tool import Tool
@@ -210,7 +210,7 @@ def verify_layer(
 
 def is_read(parts: Parts) -> bool:
     """Whether the tensors that a tool reads of a module make up an adapter; else it ignores them."""
-    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"})
+    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"} or products.method_of(parts))
 
 
 def _other_axis(tool: Tool, m: Tensor, axis: str, W0: Tensor) -> bool:

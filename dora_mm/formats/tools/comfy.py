@@ -24,9 +24,10 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import gain, new_weight, norms, product
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import parts as roles
+from dora_mm.formats.tools import products
 from dora_mm.formats.tools.parts import (
     BARE_NAMES,
-    KOHYA_PARTS,
+    LYCORIS_PARTS,
     OLD_KOHYA_NAMES,
     OLD_PARTS,
     Parts,
@@ -40,7 +41,7 @@ _UNET += r"(?!.*(?<!\.processor)\.to_)"
 _BARE = rf"(?!(down|up)_blocks|mid_block|conv_|(time|add)_embedding){BARE_NAMES}"
 _TEXT = r"text_encoders\.|text_encoder(_2)?\.text_model\.encoder\.layers\."
 NAMES = re.compile(rf"{OLD_KOHYA_NAMES.pattern}|diffusion_model\.|transformer\.|{_TEXT}|{_UNET}|{_BARE}")
-PARTS = {**KOHYA_PARTS, **OLD_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"}
+PARTS = {**LYCORIS_PARTS, **products.GLORA, **OLD_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"}
 TARGET_KEY = "dora_mm_target"  # says for which version a magnitude was written: the tensors cannot
 PAIR_TARGETS = ("comfy, file 1 of 2", "comfy, file 2 of 2")
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 from dora_mm.formats.tools import a1111
-from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS
+from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS
 from dora_mm.formats.tools.tool import Header, Modules, Tool
 
 _UNET = re.compile(r"(unet|text_encoder(_2)?)\.|(lora_unet_|lycoris_)?((down|up|input|output)_blocks|mid(dle)?_block)")
@@ -23,12 +23,14 @@ def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
         return f"raises an error at the name {unknown:.100}, and loads nothing"
     if any(map(_SGM.match, names)) and any(map(_DIFFUSERS.match, names)):
         return "raises an error, since some names are SGM's and some are diffusers', and loads nothing"
+    if any("dora_scale" in endings and "lora_up.weight" not in endings for endings in modules.values()):
+        return "raises an error at magnitudes of another method than LoRA, and loads nothing"
     return ""
 
 
 TOOL = Tool(
     names=re.compile(rf"{KOHYA_NAMES.pattern}|transformer\.|diffusion_model\."),
-    parts={**KOHYA_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"},
+    parts={**LYCORIS_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"},
     apply=a1111.apply,
     differs="takes the norms of input columns",
     axis="in",

@@ -15,7 +15,7 @@ from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.parts import (
     BARE_NAMES,
     KOHYA_NAMES,
-    KOHYA_PARTS,
+    LYCORIS_PARTS,
     Parts,
     kohya_tensors,
     neutral,
@@ -57,7 +57,7 @@ def usage(axes: Collection[str]) -> str:
 TOOL = Tool(
     names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder|{BARE_NAMES}"),
     parts={
-        **{ending: role for ending, role in KOHYA_PARTS.items() if role not in ("diff", "mid")},
+        **{ending: role for ending, role in LYCORIS_PARTS.items() if role not in ("diff", "mid")},
         "lora_A.weight": "A",
         "lora_B.weight": "B",
         "lora_A.default.weight": "A",

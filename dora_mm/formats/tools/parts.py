@@ -22,6 +22,7 @@ from torch import Tensor
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import products
 
 Parts = Mapping[str, Tensor]
 
@@ -33,6 +34,8 @@ KOHYA_PARTS = {
     "dora_scale": "m",
     "diff": "diff",
 }
+LYCORIS_PARTS = {**KOHYA_PARTS, **products.LOHA, **products.LOKR}
+NO_LOW_RANK = {"diff", "weight", *products.LOHA, *products.LOKR, *products.GLORA}  # ends of keys
 OLD_PARTS = {  # of diffusers of 2023 and what follows it; `down` and `up` are those of `adapter_file.OLD_LAYER`
     "lora.down.weight": "A",
     "lora.up.weight": "B",
@@ -58,11 +61,15 @@ OLD_KOHYA_NAMES = re.compile(  # where a loader does not find CLIP's modules wit
 
 def scaling(parts: Parts) -> float:
     """Alpha / rank; 1 without alpha."""
+    if products.method_of(parts):
+        return products.scaling(parts)
     return float(parts["alpha"]) / parts["A"].shape[0] if "alpha" in parts else 1.0
 
 
 def product(parts: Parts, W0: Tensor) -> Tensor:
-    """B A in the shape and dtype of W0, without alpha."""
+    """B A in the shape and dtype of W0, without alpha; or the change that stands for it."""
+    if products.method_of(parts):
+        return products.product(parts, W0)
     A, B = down(parts).to(W0.dtype), parts["B"].to(W0.dtype)
     return (B.flatten(1) @ A.flatten(1)).view(W0.shape)
 
@@ -127,6 +134,8 @@ def neutral(parts: Parts, axis: str | None = None) -> LayerState:
         raise ValueError("it has a difference of weights and a low-rank adapter, and only one of them is supported")
     if "diff" in parts:
         return LayerState(DoRASpec(method="full"), {"diff": parts["diff"]})
+    if products.method_of(parts):
+        return _without_rank(parts, axis)
     if missing := {"A", "B"} - parts.keys():
         raise ValueError(f"its low-rank tensor {' and '.join(sorted(missing))} is missing")
     if any(parts[name].dim() < 2 for name in "AB") or parts["B"].flatten(1).shape[1] != parts["A"].shape[0]:
@@ -139,6 +148,20 @@ def neutral(parts: Parts, axis: str | None = None) -> LayerState:
         return LayerState(spec, tensors)
     found = axis_of(parts["m"], B.shape[0], A.shape[1], axis)
     return LayerState(spec, {**tensors, "magnitude": parts["m"].flatten()}, found)
+
+
+def _without_rank(parts: Parts, axis: str | None) -> LayerState:
+    """The adapter of a module whose change has no low rank, as `exact.fitted` takes it."""
+    added, right = products.change({name: tensor.float() for name, tensor in parts.items()})
+    if "alpha" in parts:
+        alpha_of(parts, 1)  # it is a positive number
+    s = products.scaling(parts)
+    tensors = {"diff": s * added} | ({} if right is None else {"right": s * right})
+    if "m" not in parts:
+        return LayerState(DoRASpec(method="full"), tensors)
+    m = parts["m"]
+    rows = m.shape[:1] == added.shape[:1] and m.numel() == m.shape[0]
+    return LayerState(DoRASpec(method="full"), {**tensors, "magnitude": m.flatten()}, axis or ("out" if rows else "in"))
 
 
 def alpha_of(parts: Parts, rank: int) -> float:

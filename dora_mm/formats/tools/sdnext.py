@@ -12,7 +12,7 @@ from torch import Tensor
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools.parts import (
     KOHYA_NAMES,
-    KOHYA_PARTS,
+    LYCORIS_PARTS,
     Parts,
     axis_of_shape,
     decomposed,
@@ -43,7 +43,7 @@ def apply_2025(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 TOOL = Tool(
     names=KOHYA_NAMES,
-    parts=KOHYA_PARTS,
+    parts=LYCORIS_PARTS,
     apply=apply,
     differs="computes what the paper does",
 )

@@ -65,11 +65,6 @@ def test_apply_is_what_the_tool_computes(tool, name, strength, expected):
         torch.testing.assert_close(toy.probe(W).float(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_method_that_is_not_supported_is_named():
-    with pytest.raises(ValueError, match="lycoris_loha.safetensors holds LoHa, and only LoRA and DoRA"):
-        AdapterFile(path_of("lycoris_loha"))
-
-
 # --- the tools that do not install here: their formulas, written out --------------------------------------------------
 
 
