@@ -103,6 +103,7 @@ def describe_adapter(file: Path, base: str | None = None) -> str:
     lines += [aligned_columns(table, num_text=4)]
     lines += [f"note: {half}"] if (half := other_half(found.settings)) else []
     lines += [f"not clear: {point}" for point in found.ambiguous]
+    lines += [f"{len(found.biases)} differences of biases, such as {found.biases[0]}"] if found.biases else []
     lines += [f"embedding of a token: {key}" for key in found.tokens]
     lines += [f"beside adapters: {len(found.others)} tensors, such as {found.others[0]}"] if found.others else []
     notes = [f"  {key}: {shortened(value)}" for key, value in found.settings.items()]

@@ -42,6 +42,7 @@ class AdapterFile:
         header: The metadata of its header, and PEFT's settings under the name of their file.
         tool: The name of the tool that wrote it, or one that writes the same form: a key of `TOOLS`.
         modules: By the name of a module in the file: its keys by their ends, such as `lora_up.weight`.
+        biases: By the name of a module: the key of the difference of its bias.
         embeddings: The keys of the embeddings of trained tokens.
         others: The keys that belong to no module.
     """
@@ -61,6 +62,7 @@ class AdapterFile:
                 self.header[CONFIG_NAME] = config.read_text(encoding="utf-8")
         self.tool = self._detect()
         self.modules: dict[str, dict[str, str]] = defaultdict(dict)
+        self.biases: dict[str, str] = {}
         self.embeddings: list[str] = []
         self.others: list[str] = []
         for key in self._file.entries:
@@ -81,6 +83,10 @@ class AdapterFile:
     def _sort_in(self, key: str) -> None:
         if EMBEDDINGS.match(key):
             self.embeddings.append(key)
+            return
+        module, _, ending = key.rpartition(".")
+        if ending in ("diff_b", "b_norm"):
+            self.biases[module] = key
             return
         if found := OLD_LAYER.fullmatch(key):
             self.modules[found["module"]][found["ending"]] = key
@@ -107,7 +113,12 @@ class AdapterFile:
     @property
     def unnamed(self) -> list[str]:
         """The keys that belong to no module."""
-        return [*self.embeddings, *self.others]
+        return [*self.embeddings, *self.biases.values(), *self.others]
+
+    def is_norm(self, module: str) -> bool:
+        """Whether it is the difference of a norm."""
+        endings = self.modules[module]
+        return any(len(self.shape(endings[ending])) == 1 for ending in ("w_norm", "diff") if ending in endings)
 
     def named(self, module: str) -> Name | None:
         """The name of a module in a model, where the file has the model's own names: see `Tool.named`."""
@@ -213,6 +224,8 @@ class AdapterFile:
         """
         if half := other_half(self.header):
             return f"{self.path}: {half}"
+        if self.biases or any(map(self.is_norm, self.modules)):
+            return f"{self.path} also holds differences of norms and biases, which a training here would not go on with"
         for module, endings in self.modules.items():
             if (endings.keys() & NO_LOW_RANK and not self.is_parameter(module)) or self.axis(module) == "in":
                 return (

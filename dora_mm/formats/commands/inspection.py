@@ -83,6 +83,7 @@ class Inspection:
         modules: The adapted modules.
         ambiguous: What the file does not say, with the evidence.
         tokens: The keys of embeddings of trained tokens.
+        biases: The keys of differences of biases.
         others: Keys that belong to no adapter.
         settings: The other entries of the header.
         made_with: The program that made it, where the header tells; else None.
@@ -104,6 +105,7 @@ class Inspection:
     made_with: str | None = None
     damage: tuple[str, ...] = ()
     works_in: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite is None."""
@@ -139,6 +141,7 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
         others=tuple(file.others),
         settings={key: value for key, value in file.header.items() if key not in HIDDEN},
         made_with=_program(file.header),
+        biases=tuple(file.biases.values()),
         damage=damage,
         works_in=() if damage else works_in(file, {m.key: m.alpha / m.rank for m in modules if m.rank and m.alpha}),
     )

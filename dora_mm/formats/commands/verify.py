@@ -165,6 +165,8 @@ def verify(
 def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[str]:
     if half := other_half(adapter.header):
         yield half
+    if biases := tuple(adapter.biases.values()):
+        yield f"{len(biases)} differences of biases, such as {biases[0]}, are not judged"
     if adapter.others:
         yield f"{len(adapter.others)} tensors that belong to no adapter, such as {adapter.others[0]}, are not judged"
     counts = Counter(name for group in groups.values() for name in group.names)

@@ -1,7 +1,7 @@
 """The tools: how each names the tensors of an adapter, what weight it computes from them, and how it writes them.
 
-One file is one tool, named in `registry.py`; what they share is in `tool.py`, `parts.py`, `peft_config.py`,
-`patterns.py` and `methods.py`.
+One file is one tool, named in `registry.py`; what they share is in `tool.py`, `parts.py`, `products.py`,
+`peft_config.py`, `patterns.py` and `methods.py`.
 """
 
 from __future__ import annotations

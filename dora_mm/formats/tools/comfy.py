@@ -100,7 +100,7 @@ def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
 
 
 def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return {"diff": new_weight(layer, W0) - W0}
+    return roles.as_difference(new_weight(layer, W0) - W0)
 
 
 def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
@@ -129,6 +129,7 @@ TOOL_15458 = Tool(
 )
 EXPORT_2025 = Export(
     write_2025,
+    beside=True,
     spelling="kohya",
     read_by=("comfy-2025", "forge"),
     needs_base=True,
@@ -136,12 +137,14 @@ EXPORT_2025 = Export(
 )
 EXPORT_15458 = Export(
     kohya_tensors,
+    beside=True,
     spelling="kohya",
     read_by=("comfy-15458",),
     header=lambda contents: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     write_diff,
+    beside=True,
     spelling="kohya",
     read_by=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
     needs_base=True,

@@ -12,7 +12,7 @@ MOST_UNREAD = 12
 
 
 def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
-    unread = comfy.TOOL_2025.unread(modules, others)
+    unread = comfy.TOOL_2025.unread(modules, [key for key in others if not key.endswith((".diff_b", ".b_norm"))])
     if len(unread) <= MOST_UNREAD:
         return ""
     return f"drops the file, since {len(unread)} keys have names that it does not know, such as {unread[0]:.100}"

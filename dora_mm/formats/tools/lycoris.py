@@ -39,6 +39,8 @@ TOOL = Tool(
     parts={**LYCORIS_PARTS, **products.GLORA},
     apply=apply,
     differs="scales the magnitude alone by the strength",
-    wrote_key=re.compile(rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff|hada_w1_a|lokr_w\d(_a)?|a1\.weight)$"),
+    wrote_key=re.compile(
+        rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff|hada_w1_a|lokr_w\d(_a)?|a1\.weight|w_norm)$"
+    ),
 )
-EXPORT = Export(kohya_tensors, spelling="kohya", read_by=("lycoris", "sdnext", "sdnext-2025"))
+EXPORT = Export(kohya_tensors, spelling="kohya", read_by=("lycoris", "sdnext", "sdnext-2025"), beside=True)

@@ -10,7 +10,6 @@ METHODS = {  # by the end of a key
     "oft_R.weight": "OFT",
     "on_input": "IA3",
     "ia3_l": "IA3",
-    "w_norm": "a trained norm of LyCORIS",
     "vera_lambda_b": "VeRA",
     "delora_lambda": "DeLoRA",
     "hra_u": "HRA",

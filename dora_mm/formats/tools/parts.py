@@ -33,6 +33,7 @@ KOHYA_PARTS = {
     "alpha": "alpha",
     "dora_scale": "m",
     "diff": "diff",
+    "w_norm": "diff",
 }
 LYCORIS_PARTS = {**KOHYA_PARTS, **products.LOHA, **products.LOKR}
 NO_LOW_RANK = {"diff", "weight", *products.LOHA, *products.LOKR, *products.GLORA}  # ends of keys
@@ -205,6 +206,11 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
+def as_difference(diff: Tensor) -> dict[str, Tensor]:
+    """The difference of a weight; that of a norm has a key of its own."""
+    return {"w_norm" if diff.dim() == 1 else "diff": diff}
+
+
 def kohya_tensors(layer: LayerState, W0: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of a module as kohya's scripts name them, in fp32; the magnitude is (O, 1, ...) or (1, I, ...).
 
@@ -212,7 +218,7 @@ def kohya_tensors(layer: LayerState, W0: Tensor | None = None) -> dict[str, Tens
     """
     tensors = {name: tensor.detach() for name, tensor in layer.tensors.items()}
     if "diff" in tensors:
-        return {"diff": tensors["diff"]}
+        return as_difference(tensors["diff"])
     A, B = tensors["lora_A"].float(), tensors["lora_B"].float()
     ones = (1,) * (A.dim() - 2)
     found = {"lora_down.weight": A, "lora_up.weight": B.view(*B.shape, *ones)}

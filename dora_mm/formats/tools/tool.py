@@ -153,6 +153,7 @@ class Export:
         columns: Whether it holds magnitudes of input columns, too.
         diffs: Whether it holds differences of weights, too.
         convolutions: Whether it holds convolutions, too.
+        beside: Whether it holds differences of norms and biases, too.
         ending: The end of a key in a module, from that which `write` gives it: some tools have several.
         components: The components that it has; empty where it takes any name.
         module: The name of a module of a model in the file.
@@ -174,6 +175,7 @@ class Export:
     columns: bool = True
     diffs: bool = True
     convolutions: bool = True
+    beside: bool = False
     ending: Callable[[str, str], str] = lambda module, ending: ending
     components: tuple[str, ...] = ()
     module: Callable[[Name], str] = str
