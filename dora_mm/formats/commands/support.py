@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.algebra.exact import new_weight
+from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.commands.verify import BOUND, is_read, relative_error
 from dora_mm.formats.registry import OTHER_TOOLS
 from dora_mm.formats.tools import TOOLS
@@ -17,6 +18,19 @@ from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.tool import Tool
 
 _ROWS, _COLUMNS, _RANK = 6, 5, 2  # of the weights on which formulas are compared
+_OUTER, _INNER = 2, 3  # rows of the factors of a Kronecker product
+_SIZES = {  # by role; rows and columns of a square weight are `_ROWS`
+    **dict.fromkeys(("A", "hada_w1_b", "hada_w2_b", "lokr_w2_b", "glora_a2", "glora_b2"), (_RANK, _COLUMNS)),
+    **dict.fromkeys(("B", "hada_w1_a", "hada_w2_a", "glora_b1"), (_ROWS, _RANK)),
+    **dict.fromkeys(("mid", "hada_t1", "hada_t2", "lokr_t2"), (_RANK, _RANK)),
+    "glora_a1": (_COLUMNS, _RANK),
+    "lokr_w1": (_OUTER, 1),
+    "lokr_w1_a": (_OUTER, _RANK),
+    "lokr_w1_b": (_RANK, 1),
+    "lokr_w2": (_INNER, _COLUMNS),
+    "lokr_w2_a": (_INNER, _RANK),
+}
+_TURNED = {"hada_w1_a": "hada_t1", "hada_w2_a": "hada_t2", "lokr_w2_a": "lokr_t2"}  # with the middle factor of a role
 
 
 def works_in(file: AdapterFile, scalings: Mapping[str, float]) -> tuple[str, ...]:
@@ -34,70 +48,64 @@ def works_in(file: AdapterFile, scalings: Mapping[str, float]) -> tuple[str, ...
     loaders = {
         name: TOOLS[name] for name in OTHER_TOOLS if not TOOLS[name].refuses(file.modules, file.unnamed, file.header)
     }
-    known: dict[_Kind, frozenset[str]] = {}
-    for module in file.modules:
+    known: set[_Kind] = set()
+    for module, endings in file.modules.items():
+        shapes = tuple((ending, file.shape(key)) for ending, key in endings.items())
         readers = tuple(name for name, tool in loaders.items() if tool.names.match(module))
-        kind = _kind(file, module, scalings.get(module, 1.0), readers)
+        kind = _Kind(shapes, scalings.get(module, 1.0), module.startswith("text_encoder"), readers)
         if kind not in known:
-            known[kind] = frozenset(_right(file, module, kind))
-        loaders = {name: tool for name, tool in loaders.items() if name in known[kind]}
+            known.add(kind)
+            right = set(_right(file, module, kind))
+            loaders = {name: tool for name, tool in loaders.items() if name in right}
         if not loaders:
             break
     return tuple(loaders)
 
 
 class _Kind(NamedTuple):
-    """What of a module decides whether a tool computes it: the ends of its keys with the sizes, and so on."""
+    """What of a module decides whether a tool computes it: the ends of its keys with the shapes, and so on."""
 
-    sizes: tuple[tuple[str, tuple[int, ...]], ...]
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
     scaling: float
-    lost: bool
+    is_text: bool
     readers: tuple[str, ...]
 
 
-def _kind(file: AdapterFile, module: str, scaling: float, readers: tuple[str, ...]) -> _Kind:
-    endings = file.modules[module]
-    roles = TOOLS[file.tool].parts
-    A, B = (next((file.shape(k) for e, k in endings.items() if roles.get(e) == role), ()) for role in "AB")
-    square = bool(len(A) > 1 and B and A[1] == B[0])
-    columns = _ROWS if square else _COLUMNS
-    sizes = tuple(
-        (ending, _small(roles.get(ending, ""), file.shape(key), file.axis(module), columns))
-        for ending, key in endings.items()
-    )
-    lost = any(
-        tool.loses and tool.loses.fullmatch(f"{module}.{ending}") for tool in TOOLS.values() for ending in endings
-    )
-    return _Kind(sizes, scaling, lost, readers)
-
-
-def _small(role: str, shape: tuple[int, ...], axis: str, columns: int) -> tuple[int, ...]:
-    """A small shape of the same form."""
-    kernel = tuple(min(size, 3) for size in shape[2:])
-    if role == "m":
-        long = columns if axis == "in" else _ROWS
-        return tuple(long if size > 1 else 1 for size in shape)
-    found = {"A": (_RANK, columns), "B": (_ROWS, _RANK), "mid": (_RANK, _RANK)}.get(role, (_ROWS, columns))
-    return () if role == "alpha" else (*found, *kernel)[: max(len(shape), 1)]
-
-
 def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {ending: torch.randn(size, generator=generator).abs() + 0.1 for ending, size in kind.sizes}
-    A = [size for ending, size in kind.sizes if TOOLS[file.tool].parts.get(ending) == "A"]
-    mid = [size for ending, size in kind.sizes if TOOLS[file.tool].parts.get(ending) == "mid"]
-    own = TOOLS[file.tool]
+    own, generator = TOOLS[file.tool], torch.Generator().manual_seed(0)
+    roles = {own.parts.get(ending, ""): shape for ending, shape in kind.shapes}
+    A, B = roles.get("A", ()), roles.get("B", ())
+    square = len(A) > 1 and A[1:2] == B[:1]
+    sizes = {e: _small(own.parts.get(e, ""), shape, roles, file.axis(module), square) for e, shape in kind.shapes}
+    tensors = {ending: torch.randn(size, generator=generator).abs() + 0.1 for ending, size in sizes.items()}
+    kernel = max((size[2:] for size in sizes.values()), key=lambda size: (len(size), math.prod(size)), default=())
+    shape = (_ROWS, _ROWS if square else _COLUMNS, *kernel)
+    if "diff" in roles or "weight" in roles:
+        shape = max(sizes.values(), key=len)
+    W0 = torch.randn(shape, generator=generator)
     try:
-        shape = (_ROWS, A[0][1], *(mid or A)[0][2:]) if A else max(tensors.values(), key=Tensor.numel).shape
-        W0 = torch.randn(shape, generator=generator)
-        W = new_weight(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0)
+        W = new_weight(fitted(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0), W0)
     except (ValueError, RuntimeError, IndexError):  # damaged, of an unclear axis, or of another method
         return
     for name in kind.readers:
-        tool = TOOLS[name]
-        parts = _parts(tool, file, module, tensors, kind.scaling)
-        if is_read(parts) and relative_error(tool, [parts], W0, W, float((W - W0).norm())) < BOUND:
+        parts = _parts(TOOLS[name], file, module, tensors, kind.scaling)
+        if is_read(parts) and relative_error(TOOLS[name], [parts], W0, W, float((W - W0).norm())) < BOUND:
             yield name
+
+
+def _small(role: str, shape: tuple[int, ...], roles: Collection[str], axis: str, square: bool) -> tuple[int, ...]:
+    """A small shape of the same form."""
+    columns, kernel = _ROWS if square else _COLUMNS, tuple(min(size, 3) for size in shape[2:])
+    if role == "alpha":
+        return ()
+    if role == "m":
+        long = columns if axis == "in" or (not axis and shape[:1] == (1,)) else _ROWS
+        return tuple(long if size > 1 else 1 for size in shape)
+    rows, inner = _SIZES.get(role, (_ROWS, _COLUMNS))
+    found = (rows, columns if inner == _COLUMNS else inner)
+    if _TURNED.get(role) in roles:
+        found = found[::-1]
+    return (*found, *kernel)[: max(len(shape), 1)]
 
 
 def _parts(

@@ -119,6 +119,8 @@ def test_they_are_judged_or_named(trained, capsys):
     path, _ = trained
     verdicts = {verdict.tool: verdict for verdict in verify(path, "all", BASE)}
     assert set(verdicts["lycoris"].findings) == {"right"}
+    right = {tool for tool, verdict in verdicts.items() if set(verdict.findings) == {"right"}}
+    assert set(inspect_file(path).works_in) == right
     assert "differences of biases, such as" in verdicts["lycoris"].note
     assert set(verdicts["onetrainer"].findings) == set(verdicts["diffusers"].findings) == {"refused"}
     assert "norms and biases" in str(AdapterFile(path).why_not_trainable())

@@ -94,6 +94,8 @@ def test_it_is_named_and_judged(trained, request):
     verdicts = {verdict.tool: verdict for verdict in verify(path, "all", BASE)}
     for tool in ("lycoris", "comfy-15458"):
         assert set(verdicts[tool].findings) == {RIGHT}
+    right = {tool for tool, verdict in verdicts.items() if set(verdict.findings) == {RIGHT}}
+    assert set(inspect_file(path).works_in) == right
     with pytest.raises(ValueError, match="target cannot hold"):
         convert(path, path.with_name("b.safetensors"), to="comfy", base=BASE)
     assert "has no low rank" in str(AdapterFile(path).why_not_trainable())
