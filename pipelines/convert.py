@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.formats.commands.beside import named
 from dora_mm.formats.commands.convert import Conversion, convert
 from dora_mm.formats.commands.export_check import ToolErrors
 from dora_mm.utils.tables import aligned_columns
@@ -28,6 +29,8 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     done = convert(resolve_path(source, "IN"), Path(out).expanduser(), to=to, base=model, **settings)
     for file in done.files:
         print(f"written  {file}, {done.num_modules} modules")
+    if done.left_out:
+        print(f"left out {named(done.left_out)}")
     if done.usage:
         print(f"use      {done.usage}")
     if done.errors:

@@ -9,8 +9,9 @@ from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import parts_in
-from dora_mm.formats.commands.inspection import inspect_file
+from dora_mm.formats.commands.inspection import Inspection, inspect_file
 from dora_mm.formats.files.places import STEMS
+from dora_mm.formats.registry import TOOLS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
@@ -20,6 +21,7 @@ from dora_mm.utils.tables import aligned_columns
 
 ADAPTERS = [export.file_name for export in formats.FORMATS.values()]
 LONGEST = 200  # characters of a header's entry that are shown
+METHODS = {"dora": "DoRA", "lora": "LoRA", "diff": "differences of weights", "full": "whole weights"}
 RANK = 8  # parameter counts of target maps are stated at this rank
 
 
@@ -86,7 +88,7 @@ def describe_picture(file: Path) -> str:
 
 
 def describe_adapter(file: Path, base: str | None = None) -> str:
-    """What wrote the file, a table of the adapted modules, what the file does not say, and the metadata."""
+    """What it is and where it works, a table of the adapted modules, what the file does not say, and the metadata."""
     found = inspect_file(file, base)
     rows, parameters = Counter(), Counter()
     for module in found.modules:
@@ -97,16 +99,35 @@ def describe_adapter(file: Path, base: str | None = None) -> str:
     table = [("component", "module", "method", "axis", "rank", "alpha", "count", "parameters")]
     table += [(*row, str(count), f"{parameters[row]:,}") for row, count in rows.items()]
     table += [("all", "", "", "", "", "", str(rows.total()), f"{parameters.total():,}")]
-    lines = [f"{file}: {file.stat().st_size / 1e6:.1f} MB, written by {found.title}, or in its form"]
-    lines += [f"architecture: {found.architecture}, with {found.names} names"] if found.architecture else []
-    lines += [f"base model: {found.base_model}"] if found.base_model else []
+    lines = [f"{file}: {file.stat().st_size / 1e6:.1f} MB", aligned_columns(summary(found), num_text=2), ""]
     lines += [aligned_columns(table, num_text=4)]
     lines += [f"note: {half}"] if (half := other_half(found.settings)) else []
     lines += [f"not clear: {point}" for point in found.ambiguous]
+    lines += [f"{len(found.biases)} differences of biases, such as {found.biases[0]}"] if found.biases else []
     lines += [f"embedding of a token: {key}" for key in found.tokens]
     lines += [f"beside adapters: {len(found.others)} tensors, such as {found.others[0]}"] if found.others else []
     notes = [f"  {key}: {shortened(value)}" for key, value in found.settings.items()]
     return "\n".join([*lines, *(["metadata", *notes] if notes else [])])
+
+
+def summary(found: Inspection) -> list[tuple[str, str]]:
+    """What a file is, of which model, made with what, whether it is damaged, and where it works: a row for each."""
+    methods = Counter(METHODS.get(module.method, module.method) for module in found.modules)
+    ranks = sorted({module.rank for module in found.modules if module.rank is not None})
+    components = Counter(module.component or "an unknown network" for module in found.modules)
+    what = " and ".join(methods if len(methods) == 1 else (f"{name} ({count})" for name, count in methods.items()))
+    size = f" of rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[1:] else "") if ranks else ""
+    where = ", ".join(f"{count} of {name}" for name, count in components.items())
+    model = [found.architecture or "unknown: its names are in no table", f"names as in {found.names}"]
+    model += [f"base model {found.base_model}"] if found.base_model else []
+    tools = "; ".join(TOOLS[name].title for name in found.works_in)
+    return [
+        ("what", f"{what}{size}, {len(found.modules)} modules: {where}"),
+        ("model", "; ".join(model if found.architecture else model[:1] + model[2:])),
+        ("made with", f"{found.made_with or 'unknown'}, in the form of {found.title}"),
+        ("damage", "; ".join(found.damage) or "none in the header"),
+        ("works in", f"{tools or 'no tool'} as it is; dora-mm verify says what others make of it, and the cure"),
+    ]
 
 
 def shortened(text: str) -> str:

@@ -3,11 +3,16 @@
 import json
 import math
 from collections import Counter, defaultdict
+from pathlib import Path
 
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.formats.commands.verify import RIGHT, Verdict, verify
+from dora_mm.formats.commands.verify import FAILS, IGNORED, NO_MAGNITUDE, NOT_FOUND, REFUSED, RIGHT, Verdict, verify
 from dora_mm.utils.tables import aligned_columns
 
+MEASURE = (
+    "error: how far the change of the weights is from the one that the file means, at strength 1: "
+    "||W_tool - W'|| / ||W' - W0||; 0 is right, 1 is as far off as no adapter at all"
+)
 SHOWN = 5  # modules that are named for each finding
 
 
@@ -29,19 +34,48 @@ def main(file: str, tool: str, base: str, *, axis: str | None = None, as_json: b
     if as_json:
         print(json.dumps([verdict.as_dict() for verdict in verdicts], indent=2))
         return
-    print(f"{path} on {base}: ||W_tool - W'|| / ||W' - W0||, at strength 1\n")
-    print(table(verdicts))
+    print("\n".join(sentence(verdict, path, base) for verdict in verdicts))
+    print(f"\n{table(verdicts)}")
+    print(f"\n{MEASURE}")
     if verdicts[0].note:
         print(f"\n{path}: {verdicts[0].note}")
     if len(verdicts) == 1:
         print(f"\n{details(verdicts[0])}")
 
 
+def sentence(verdict: Verdict, file: Path, base: str) -> str:
+    """What a tool makes of the file, and what cures it."""
+    counts = verdict.findings
+    total = counts.total() - counts[NOT_FOUND]
+    loaded = total - counts[IGNORED] - counts[FAILS]
+    reason = next((layer.reason for layer in verdict.layers if layer.finding == REFUSED), "")
+    amount = f"all {total} modules" if loaded == total else f"{loaded} of {total} modules"
+    if reason:
+        found = reason
+    elif not loaded:
+        found = "raises an error at every module" if counts[FAILS] else "loads nothing: it does not know these keys"
+    elif counts[RIGHT] == total:
+        found = f"loads {amount}, and computes what the file means"
+    else:
+        lost = f", without {counts[NO_MAGNITUDE]} magnitudes" if counts[NO_MAGNITUDE] else ""
+        found = f"loads {amount}{lost}, but {wrong(verdict.error)}"
+    usage = f"; {verdict.usage}" if verdict.usage and not reason else ""
+    cure = f" Cure: dora-mm convert {file} OUT {verdict.cure} --base {base}" if verdict.cure else ""
+    return f"{verdict.title}: {found}{usage}.{cure}"
+
+
+def wrong(error: float) -> str:
+    """An error in words."""
+    if not math.isfinite(error):
+        return "some values are not finite"
+    return f"{max(error, 0.001):.1%} of the change is wrong" if error < 1 else f"is off by {error:.1f} times the change"
+
+
 def table(verdicts: list[Verdict]) -> str:
     """A row for each tool."""
-    rows = [("tool", "finding", "error")]
-    rows += [(verdict.tool, summary(verdict), number(verdict.error)) for verdict in verdicts]
-    return aligned_columns(rows, num_text=2)
+    rows = [("tool", "version", "finding", "error")]
+    rows += [(verdict.tool, verdict.version, summary(verdict), number(verdict.error)) for verdict in verdicts]
+    return aligned_columns(rows, num_text=3)
 
 
 def summary(verdict: Verdict) -> str:
@@ -50,7 +84,7 @@ def summary(verdict: Verdict) -> str:
         return RIGHT
     total = len(verdict.layers)
     parts = [f"{name} ({count} of {total})" for name, count in verdict.findings.most_common()]
-    reasons = Counter(layer.reason for layer in verdict.layers if layer.reason)
+    reasons = Counter(layer.reason for layer in verdict.layers if layer.reason and layer.finding != REFUSED)
     return ", ".join(parts) + "".join(f": {reason}" for reason, _ in reasons.most_common(1))
 
 

@@ -16,6 +16,7 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.core import AdaptedLayer, InjectReport, adapted_layers
 from dora_mm.core.inject import inject_paths
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.models import is_shared
 
 FROM_FILE = "init_from"  # in reports, the part of the modules that only the file adapts
 
@@ -86,6 +87,12 @@ def load_initial_folder(trained: TrainedNetworks, config: AdapterConfig, identit
     files = files_in(folder)
     state, metadata = formats.read(files[MODEL], {MODEL: trained.networks[MODEL]})
     check_identity(folder, metadata, identity)
+    network = trained.networks[MODEL]
+    if tied := [name for name in sorted(state.untied.get(MODEL, ())) if is_shared(network, name)]:
+        raise ValueError(
+            f"adapter.init_from: {folder} trained {tied[0]} apart from what this model ties to it, and a training here "
+            "would tie it again: merge the adapter into the model by dora-mm merge, and train on that"
+        )
     untrained = sorted(set(state.parameters.get(MODEL, ())) - set(trained.extra[MODEL]))
     if untrained:
         raise ValueError(

@@ -21,11 +21,15 @@ from dora_mm.formats.state import LayerState, with_settings
 from dora_mm.formats.tools import FORMATS, TOOLS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.methods import METHODS, other_method
-from dora_mm.formats.tools.parts import axes_that_fit
+from dora_mm.formats.tools.parts import NO_LOW_RANK, axes_that_fit
 from dora_mm.formats.tools.peft import CONFIG_NAME, FILE_NAME, config_beside
 from dora_mm.formats.tools.tool import Tool
 
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
+OLD_LAYER = re.compile(r"(?P<module>.*_lora[12]?)\.(?P<ending>down|up)\.weight")  # of diffusers of 2023, and XLabs
+_NETWORK = re.compile(
+    r"base_model\.model\.((down|up|(single_)?transformer|joint|double|single)_blocks|mid_block|blocks)\."
+)
 _INTEGERS = (torch.int16, torch.int32, torch.int64)
 _TOP = 8  # keys that are shown of a file that is not recognised
 
@@ -38,6 +42,7 @@ class AdapterFile:
         header: The metadata of its header, and PEFT's settings under the name of their file.
         tool: The name of the tool that wrote it, or one that writes the same form: a key of `TOOLS`.
         modules: By the name of a module in the file: its keys by their ends, such as `lora_up.weight`.
+        biases: By the name of a module: the key of the difference of its bias.
         embeddings: The keys of the embeddings of trained tokens.
         others: The keys that belong to no module.
     """
@@ -57,6 +62,7 @@ class AdapterFile:
                 self.header[CONFIG_NAME] = config.read_text(encoding="utf-8")
         self.tool = self._detect()
         self.modules: dict[str, dict[str, str]] = defaultdict(dict)
+        self.biases: dict[str, str] = {}
         self.embeddings: list[str] = []
         self.others: list[str] = []
         for key in self._file.entries:
@@ -65,6 +71,8 @@ class AdapterFile:
     def _detect(self) -> str:
         keys = list(self._file.entries)
         found = next((name for name, tool in TOOLS.items() if tool.wrote(keys, self.header)), None)
+        if found == "peft" and CONFIG_NAME not in self.header and any(map(_NETWORK.match, keys)):
+            found = "bare"  # it can only be for a network of images, and its alpha is the rank
         if found is None and (method := other_method(keys)):
             raise ValueError(f"{self.path} holds {method}, and only LoRA and DoRA are supported")
         if found is None:
@@ -75,6 +83,13 @@ class AdapterFile:
     def _sort_in(self, key: str) -> None:
         if EMBEDDINGS.match(key):
             self.embeddings.append(key)
+            return
+        module, _, ending = key.rpartition(".")
+        if ending in ("diff_b", "b_norm"):
+            self.biases[module] = key
+            return
+        if found := OLD_LAYER.fullmatch(key):
+            self.modules[found["module"]][found["ending"]] = key
             return
         for ending in self._endings:
             if key.endswith(f".{ending}"):
@@ -94,6 +109,16 @@ class AdapterFile:
         with located(str(self.path)):
             found = {key: TOOLS[self.tool].parameter(self.header, key) for key in self._file.entries}
         return {key: name for key, name in found.items() if name is not None}
+
+    @property
+    def unnamed(self) -> list[str]:
+        """The keys that belong to no module."""
+        return [*self.embeddings, *self.biases.values(), *self.others]
+
+    def is_norm(self, module: str) -> bool:
+        """Whether it is the difference of a norm."""
+        endings = self.modules[module]
+        return any(len(self.shape(endings[ending])) == 1 for ending in ("w_norm", "diff") if ending in endings)
 
     def named(self, module: str) -> Name | None:
         """The name of a module in a model, where the file has the model's own names: see `Tool.named`."""
@@ -199,8 +224,10 @@ class AdapterFile:
         """
         if half := other_half(self.header):
             return f"{self.path}: {half}"
+        if self.biases or any(map(self.is_norm, self.modules)):
+            return f"{self.path} also holds differences of norms and biases, which a training here would not go on with"
         for module, endings in self.modules.items():
-            if "diff" in endings or self.axis(module) == "in":
+            if (endings.keys() & NO_LOW_RANK and not self.is_parameter(module)) or self.axis(module) == "in":
                 return (
                     f"{self.path} has no low rank at {module}, and can be drawn with but not trained on: fit it with "
                     "dora-mm convert --to diffusers --rank R --allow-lossy, or extract"

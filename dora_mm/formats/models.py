@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +101,8 @@ def into_models(
     for component, layers in state.layers.items():
         _check_component(layers, component, components[component], source, strengths, name)
     for component, parameters in state.parameters.items():
-        _check_parameters(parameters, components[component], source, strength, name)
+        untied = state.untied.get(component, set())
+        _check_parameters(parameters, untied, components[component], source, strength, name)
     check_finite(state, source)
     for component, layers in state.layers.items():
         adapted = layers_of(components[component])
@@ -109,6 +110,8 @@ def into_models(
         if fresh:
             inject_paths(components[component], fresh, forward=forward, name=name)
     for component, parameters in state.parameters.items():
+        for key in state.untied.get(component, ()):
+            _untie(components[component], key)
         own = _own_tensors(components[component])
         for key, tensor in parameters.items():
             write(own[key].data, tensor)
@@ -174,9 +177,15 @@ def _check_component(
 
 
 def _check_parameters(
-    parameters: Mapping[str, Tensor], model: nn.Module, source: Path, strength: Strength, name: str
+    parameters: Mapping[str, Tensor],
+    untied: Collection[str],
+    model: nn.Module,
+    source: Path,
+    strength: Strength,
+    name: str,
 ) -> None:
     own = _own_tensors(model)
+    written: dict[int, str] = {}  # by the tensor in the model
     others = sorted({layer.adaptation.name for layer in layers_of(model).values()} - {name})
     for key, tensor in parameters.items():
         if key not in own:
@@ -191,11 +200,36 @@ def _check_parameters(
                 f"{source} holds the parameter {key}, which cannot be stacked on top of the adapter {others[0]!r}: "
                 "call remove first"
             )
+        if key not in untied:
+            first = written.setdefault(id(own[key]), key)
+            if not tensor.equal(parameters[first]):
+                raise ValueError(
+                    f"{source} holds different values for {first} and {key}, which share one weight in this model: "
+                    "load it with tie_word_embeddings=False"
+                )
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name: with `bias="all"` PEFT before 0.21 saves buffers whose name contains "bias"."""
-    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    return {
+        **dict(model.named_buffers(remove_duplicate=False)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+    }
+
+
+def is_shared(model: nn.Module, name: str) -> bool:
+    """Whether a parameter or buffer of a model has several names, as that of an embedding to which a head is tied."""
+    own = _own_tensors(model)
+    return sum(other is own[name] for other in own.values()) > 1
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Gives a module a parameter of its own, where other modules share it."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    found = getattr(module, leaf)
+    if isinstance(found, nn.Parameter) and is_shared(model, name):
+        setattr(module, leaf, nn.Parameter(found.detach().clone(), found.requires_grad))
 
 
 def stored_shape(module: nn.Module) -> tuple[int, ...] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +55,8 @@ class LayerReader:
         if lost := [key for key in self.file.others if key not in held]:
             raise ValueError(f"{self.file.path} also holds {lost[0]}, which belongs to no adapter, and would be lost")
         modules = [module for module in self.file.modules if not (held and self.file.is_parameter(module))]
-        groups, missing = self.file.groups(modules, namer or Names(weights or ()))
+        self._namer = namer or Names(weights or ())
+        groups, missing = self.file.groups(modules, self._namer)
         if missing:
             raise self.file.not_found(missing)
         self._places: dict[Name, tuple[str, ModuleGroup]] = {}
@@ -69,6 +70,17 @@ class LayerReader:
     def names(self) -> list[Name]:
         """The adapted modules, in the order of the file."""
         return list(self._places)
+
+    def leave_out(self, modules: Collection[str]) -> None:
+        """Leaves modules of the file out."""
+        self._places = {name: place for name, place in self._places.items() if place[0] not in modules}
+
+    def biases(self) -> dict[str, Name]:
+        """The modules of whose biases the file has a difference, by their names in it."""
+        groups, missing = self.file.groups(self.file.biases, self._namer) if self.file.biases else ({}, {})
+        if missing:
+            raise self.file.not_found(missing)
+        return {module: name for module, group in groups.items() for name in group.names}
 
     def any_magnitude(self) -> bool:
         """Whether a module has a magnitude, from the keys alone."""
@@ -149,15 +161,26 @@ def read(
             with located(f"{file.path}: {name}"):
                 W0 = reader.base(name)
                 if has_no_form and not isinstance(models[name.component].get_submodule(name.path), _HOLD_LORA):
-                    raise ValueError(
-                        "the difference of a norm or an embedding cannot be loaded: use dora-mm convert --to merged"
-                    )
+                    W = exact.new_weight(exact.fitted(layer, W0), W0)  # a norm or an embedding
+                    state.parameters.setdefault(name.component, {})[f"{name.path}.weight"] = W
+                    continue
                 layer = (exact.full_rank if has_no_form else exact.paper_form)(exact.fitted(layer, W0), W0)
         if layer.spec.method == "magnitude":
             layer = replace(layer, tensors={"magnitude": layer.tensors["magnitude"]})
         state.layers.setdefault(name.component, {})[name.path] = layer
     for key, name in file.parameters.items():
-        state.parameters.setdefault(namer.component(name), {})[name.path] = file.tensor(key, mapped=True)
+        component = namer.component(name)
+        state.parameters.setdefault(component, {})[name.path] = file.tensor(key, mapped=True)
+        if TOOLS[file.tool].unties(file.header, name):
+            state.untied.setdefault(component, set()).add(name.path)
+    for module, name in reader.biases().items():
+        if models is None:
+            break
+        bias = getattr(models[name.component].get_submodule(name.path), "bias", None)
+        if bias is None:
+            raise ValueError(f"{file.path} holds the bias {file.biases[module]}, and {name} has none in this model")
+        value = bias.detach().float().cpu() + file.tensor(file.biases[module]).float()
+        state.parameters.setdefault(name.component, {})[f"{name.path}.bias"] = value
     return state, file.header
 
 
@@ -213,6 +236,8 @@ class ModelWeights(Mapping[Name, Tensor]):
 
 def stand_in(layer: LayerState) -> Tensor:
     """A random weight for an adapter whose base is not known, always the same."""
+    if layer.tensors.keys() == {"diff"}:
+        return torch.randn(layer.tensors["diff"].shape, generator=torch.Generator().manual_seed(0))
     if "lora_A" not in layer.tensors:
         raise ValueError("it has no A and B, so that the shape of the weight is not known: give the model with --base")
     shape = (layer.tensors["lora_B"].shape[0], *layer.tensors["lora_A"].shape[1:])

@@ -10,40 +10,58 @@ from typing import NamedTuple
 
 
 class RegistryEntry(NamedTuple):
-    """Where a tool or a target is, as the module in `tools/` and the name in it, and what people call it."""
+    """Where a tool or a target is, as the module in `tools/` and the name in it, and what people call it.
+
+    `version` is that of the tool whose rules are written down: a release, or the month and commit of its code.
+    """
 
     where: str
     title: str
+    version: str = ""
 
 
 TOOLS = {  # files are recognised by the first that matches
     "dora_mm": RegistryEntry("native.TOOL", "dora_mm"),
-    "nvlabs": RegistryEntry("nvlabs.TOOL", "NVlabs/DoRA"),
-    "onetrainer": RegistryEntry("onetrainer.TOOL", "OneTrainer"),
-    "ai-toolkit": RegistryEntry("ai_toolkit.TOOL", "ai-toolkit"),
-    "peft": RegistryEntry("peft.TOOL", "PEFT"),
-    "diffusers": RegistryEntry("diffusers.TOOL", "diffusers"),
-    "comfy-2025": RegistryEntry("comfy.TOOL_2025", "ComfyUI of 2025, Forge"),
-    "comfy-15458": RegistryEntry("comfy.TOOL_15458", "ComfyUI after its pull request 15458"),
-    "lycoris": RegistryEntry("lycoris.TOOL", "LyCORIS, sd-scripts"),
-    "a1111": RegistryEntry("a1111.TOOL", "AUTOMATIC1111"),
-    "sdnext": RegistryEntry("sdnext.TOOL", "SD.Next"),
-    "invokeai": RegistryEntry("invokeai.TOOL", "InvokeAI"),
+    "nvlabs": RegistryEntry("nvlabs.TOOL", "NVlabs/DoRA", "2026-08"),
+    "onetrainer": RegistryEntry("onetrainer.TOOL", "OneTrainer", "2026-08 (23df383)"),
+    "ai-toolkit": RegistryEntry("ai_toolkit.TOOL", "ai-toolkit", "2026-08"),
+    "peft": RegistryEntry("peft.TOOL", "PEFT", "0.21.2"),
+    "diffusers": RegistryEntry("diffusers.TOOL", "diffusers", "0.42.1"),
+    "bare": RegistryEntry("bare.TOOL", "files without a prefix"),
+    "comfy-2025": RegistryEntry("comfy.TOOL_2025", "ComfyUI and reForge", "2025-10 to 2026-08"),
+    "comfy-15458": RegistryEntry("comfy.TOOL_15458", "ComfyUI with its norm corrected", "pull request 15458"),
+    "forge": RegistryEntry("forge.TOOL", "Forge", "2025-06 (dfdcbab)"),
+    "lycoris": RegistryEntry("lycoris.TOOL", "LyCORIS and sd-scripts", "4.1.3"),
+    "a1111": RegistryEntry("a1111.TOOL", "AUTOMATIC1111", "1.10"),
+    "sdnext": RegistryEntry("sdnext.TOOL", "SD.Next", "2026-07 (058a7f0)"),
+    "sdnext-2025": RegistryEntry("sdnext.TOOL_2025", "older SD.Next", "before 2026-07 (387a349)"),
+    "invokeai": RegistryEntry("invokeai.TOOL", "InvokeAI", "2026-08 (8e71a8a)"),
 }
-OTHER_TOOLS = tuple(name for name in TOOLS if name != "dora_mm")  # of `verify`: we compute what a file means
+NO_DORA = {"vllm": "vLLM", "sglang": "SGLang", "llama.cpp": "llama.cpp"}  # serve models, and load plain LoRA alone
+OTHER_TOOLS = tuple(name for name in TOOLS if name not in ("dora_mm", "bare"))  # of `verify`
 TARGETS = {  # of `convert`
     "peft": RegistryEntry("peft.EXPORT", "a folder of PEFT"),
     "diffusers": RegistryEntry("diffusers.EXPORT", "pytorch_lora_weights.safetensors of diffusers"),
     "kohya": RegistryEntry("lycoris.EXPORT", "LyCORIS, sd-scripts and SD.Next"),
     "comfy": RegistryEntry("", "two files for any version of ComfyUI"),
-    "comfy-2025": RegistryEntry("comfy.EXPORT_2025", "ComfyUI of 2025, Forge"),
-    "comfy-15458": RegistryEntry("comfy.EXPORT_15458", "ComfyUI after its pull request 15458"),
+    "comfy-2025": RegistryEntry("comfy.EXPORT_2025", "one file for ComfyUI, reForge and Forge as they are"),
+    "comfy-15458": RegistryEntry("comfy.EXPORT_15458", "one file for ComfyUI with its norm corrected (pull 15458)"),
     "diff": RegistryEntry("comfy.EXPORT_DIFF", "the change of each weight: large, and read by all web UIs"),
     "lora": RegistryEntry("", "plain LoRA, which keeps as much as --rank or --energy says"),
     "merged": RegistryEntry("", "a copy of the model with the new weights"),
     "onetrainer": RegistryEntry("onetrainer.EXPORT", "to go on with training in OneTrainer"),
     "ai-toolkit": RegistryEntry("ai_toolkit.EXPORT", "to go on with training in ai-toolkit"),
 }
+
+
+def no_entry(kind: str, name: str, known: str) -> str:
+    """The message for a tool or target that is not here; for a program without DoRA it has the way out."""
+    if program := NO_DORA.get(name.lower()):
+        return (
+            f"{program} loads no DoRA: merge the adapter into its model with dora-mm merge MODEL ADAPTER OUT, or make "
+            "a plain LoRA with dora-mm convert IN OUT --to lora --rank 32 --base MODEL"
+        )
+    return f"there is no {kind} {name!r}: use {known}"
 
 
 class Style(NamedTuple):

@@ -42,10 +42,12 @@ class AdapterState:
     Attributes:
         layers: By component, such as "unet", and then by module path: the adapter of the module.
         parameters: By component and then by name: the values of extra trainable parameters, such as biases and norms.
+        untied: By component: the names of those that no longer share the weight which the base ties to them.
     """
 
     layers: dict[str, dict[str, LayerState]]
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    untied: dict[str, set[str]] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, by component, path and name."""

@@ -7,6 +7,7 @@ or float64 for a float64 W0, on the weight as it is: (O, I), or (O, I, *K) for a
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -20,10 +21,16 @@ from dora_mm.formats.state import LayerState
 def fitted(layer: LayerState, W0: Tensor) -> LayerState:
     """The adapter with A in the shape of its base weight (O, I) or (O, I, *K): some write (R, I, 1, 1).
 
+    A difference with a magnitude, or with what W0 is multiplied by, becomes one that is only added.
+
     Raises:
         ValueError: The adapter has other shapes than the weight needs.
     """
+    if "diff" in layer.tensors and len(layer.tensors) > 1:
+        layer = _as_difference(layer, W0)
     tensors, shape = dict(layer.tensors), tuple(W0.shape)
+    if "diff" in tensors and tensors["diff"].shape == (shape[0], math.prod(shape[1:])):  # of a convolution, flat
+        tensors["diff"] = tensors["diff"].view(shape)
     needed = {"magnitude": shape[:1] if layer.axis == "out" else shape[1:2], "diff": shape, "weight": shape}
     if "lora_A" in tensors:
         rank = tensors["lora_A"].shape[0]
@@ -34,6 +41,22 @@ def fitted(layer: LayerState, W0: Tensor) -> LayerState:
             raise ValueError(f"its {name} has shape {given} instead of {needed[name]}: it is for another model")
         tensors[name] = tensor.reshape(needed[name])
     return replace(layer, tensors=tensors)
+
+
+def _as_difference(layer: LayerState, W0: Tensor) -> LayerState:
+    """W' - W0 of W' = g (W0 + W0 R + diff), with g = m / ||W0 + W0 R + diff||; of a linear layer or a convolution."""
+    tensors = layer.tensors
+    try:
+        V = W0 + tensors["diff"].to(W0.dtype).view_as(W0)
+        if "right" in tensors:
+            V += torch.einsum("oi...,ij->oj...", W0, tensors["right"].to(W0.dtype))
+        if "magnitude" in tensors:
+            V = V * along(tensors["magnitude"], W0, layer.axis) / norms(V, layer.axis)
+    except RuntimeError as error:
+        raise ValueError(
+            f"its factors do not fit a weight of shape {tuple(W0.shape)}: it is for another model"
+        ) from error
+    return LayerState(layer.spec, {"diff": V - W0})
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -31,6 +31,8 @@ def split(group: ModuleGroup, fused: LayerState) -> list[LayerState]:
     if fused.axis == "in":
         raise ValueError("its magnitude scales the input columns of a fused projection, which cannot be divided")
     for name in ("diff", "weight"):
+        if name in fused.tensors and len(fused.tensors) > 1:
+            raise ValueError("it is a fused projection of a method without a low rank, which is not supported")
         if name in fused.tensors:
             return [replace(fused, tensors={name: part}) for part in split_rows(group, fused.tensors[name])]
     if "lora_A" not in fused.tensors:

@@ -15,6 +15,7 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.algebra import exact
 from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
+from dora_mm.formats.commands import beside
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, rounded
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
@@ -22,9 +23,10 @@ from dora_mm.formats.files.tensor_file import PICKLES
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
-from dora_mm.formats.registry import TARGETS
+from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, comfy
+from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export
 
@@ -39,6 +41,7 @@ class Conversion:
         errors: What the tools compute from it.
         on_base: Whether the errors are those over the base model; else a random weight took its place.
         usage: What a person has to know who loads the files; empty where there is nothing special.
+        left_out: The names in the old file of what has no place in the new one, with `allow_lossy`.
     """
 
     files: tuple[Path, ...]
@@ -46,6 +49,7 @@ class Conversion:
     errors: tuple[ToolErrors, ...] = ()
     on_base: bool = True
     usage: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -95,8 +99,10 @@ def convert(
     if half := comfy.other_half(layers.file.header):
         raise ValueError(f"{layers.file.path}: {half}: convert the file that both were made from")
     if to == "merged":
-        return _merge(layers, Path(target_path), strength)
+        left_out = beside.leave_out(layers, to, None, allow_lossy=allow_lossy)
+        return replace(_merge(layers, Path(target_path), strength), left_out=left_out)
     exports = _exports(to, layers)
+    left_out = beside.leave_out(layers, to, exports[0], allow_lossy=allow_lossy)
     lossy = _LowRank(rank, energy) if rank or energy else None
     if lossy and to != "lora" and not _needs_fit(layers, exports[0]):
         raise ValueError(f"target {to} holds {layers.file.path} as it is: leave --rank out")
@@ -110,7 +116,7 @@ def convert(
         writer.write(number, file, check)
         errors = check.result() if check else errors
     usage = exports[0].usage([file.name for file in files], writer.axes)
-    return Conversion(tuple(files), len(layers.names()), errors, weights is not None, usage)
+    return Conversion(tuple(files), len(layers.names()), errors, weights is not None, usage, left_out)
 
 
 def _check_settings(
@@ -124,9 +130,9 @@ def _check_settings(
     allow_lossy: bool,
 ) -> None:
     if to not in TARGETS:
-        raise ValueError(f"there is no target {to!r}: use one of {', '.join(TARGETS)}")
+        raise ValueError(no_entry("target", to, f"one of {', '.join(TARGETS)}"))
     given = {"--rank": rank, "--energy": energy, "--dtype": dtype, "--allow-lossy": allow_lossy or None}
-    unused = {"merged": given, "lora": ("--allow-lossy",)}.get(to, ())
+    unused = {"merged": ("--rank", "--energy", "--dtype"), "lora": ("--allow-lossy",)}.get(to, ())
     if useless := [option for option in unused if given[option] is not None]:
         raise ValueError(f"{useless[0]} has no effect on --to {to}: leave it out")
     if to == "lora" and (rank is None) == (energy is None):
@@ -173,7 +179,7 @@ def _needs_fit(layers: LayerReader, export: Export) -> bool:
     file, columns = layers.file, {"in", "?"} if layers.axis == "in" else {"in"}
     return any(
         (not export.columns and file.axis(module) in columns)
-        or (not export.diffs and bool(endings.keys() & {"diff", "weight"}))
+        or (not export.diffs and bool(endings.keys() & NO_LOW_RANK))
         for module, endings in file.modules.items()
     )
 
@@ -279,8 +285,10 @@ class _Writer:
                 "use --to kohya"
             )
         modules = self._modules(number, file.name, check)
-        embeddings = ((key, source.tensor(key)) for key in source.embeddings)
-        self.exports[number].write_file(file, modules, source.header, room=self.room(), more=embeddings)
+        more = [(key, source.tensor(key)) for key in source.embeddings]
+        if self.exports[number].beside:
+            more += beside.bias_tensors(self.layers, self.exports[number].spelling, self.strength, self.dtype)
+        self.exports[number].write_file(file, modules, source.header, room=self.room(), more=more)
 
     def _modules(
         self, number: int, file_name: str, check: ExportCheck | None
@@ -313,7 +321,7 @@ class _Writer:
 
     def room(self) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""
-        keys = [*self.groups, *self.layers.file.embeddings]
+        keys = [*self.groups, *self.layers.file.embeddings, *self.layers.file.biases]
         return 4096 + sum(4 * (len(key) + 130) for key in keys) + 2 * sum(map(len, self.layers.file.header.values()))
 
     def prepared(self, layer: LayerState, W0: Tensor) -> LayerState:
@@ -322,6 +330,8 @@ class _Writer:
         if self.to == "lora":
             assert lossy is not None
             D = exact.new_weight(layer, W0, self.strength) - W0
+            if D.dim() == 1:  # of a norm
+                return LayerState(DoRASpec(method="full"), {"diff": D})
             if D.norm() <= torch.finfo(D.dtype).eps * W0.norm():
                 D = torch.zeros_like(D)  # rounding has full rank
             return low_rank(D, rank=lossy.rank, energy=lossy.energy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import norms
+from dora_mm.formats.commands.support import works_in
 from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
-from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.naming.spellings import Names, architecture_of_keys
+from dora_mm.formats.tools import TOOLS, products
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.native import SPECS_KEY
@@ -33,6 +34,13 @@ KINDS = {  # of models without a table of names, by what the paths of their modu
     r"(^|\.)(encoder|decoder)\.block\.\d": "encoder-decoder (T5)",
     r"(^|\.)(layers\.\d+\.(self_attn|mlp|linear_attn)|h\.\d+\.)": "LLM",
 }
+PROGRAMS = {  # by the beginning of a header's key
+    "dora_mm": "dora_mm",
+    "ot_": "OneTrainer",
+    "ss_|sshs_": "sd-scripts",
+    "software$": "ai-toolkit",
+}
+MORE = " (+ "  # after the first of the modules whose rows a file stacks
 SHOWN = 8  # ambiguous modules of which the evidence is computed
 
 
@@ -75,8 +83,12 @@ class Inspection:
         modules: The adapted modules.
         ambiguous: What the file does not say, with the evidence.
         tokens: The keys of embeddings of trained tokens.
+        biases: The keys of differences of biases.
         others: Keys that belong to no adapter.
         settings: The other entries of the header.
+        made_with: The program that made it, where the header tells; else None.
+        damage: What its header and its shapes show to be damaged.
+        works_in: The tools that compute from it what it means, at strength 1: keys of `TOOLS`.
     """
 
     path: str
@@ -90,6 +102,10 @@ class Inspection:
     tokens: tuple[str, ...]
     others: tuple[str, ...]
     settings: dict[str, str]
+    made_with: str | None = None
+    damage: tuple[str, ...] = ()
+    works_in: tuple[str, ...] = ()
+    biases: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite is None."""
@@ -110,7 +126,8 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
     weights = None if base is None else open_base(base)
     namer = Names(weights or ())
     modules = tuple(_module(file, module, namer) for module in file.modules)
-    architecture = _architecture(modules)
+    architecture = architecture_of_keys(file.modules) or _architecture(modules)
+    damage = tuple(_damage(file, modules))
     return Inspection(
         path=str(file.path),
         tool=file.tool,
@@ -123,14 +140,38 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
         tokens=tuple(file.embeddings),
         others=tuple(file.others),
         settings={key: value for key, value in file.header.items() if key not in HIDDEN},
+        made_with=_program(file.header),
+        biases=tuple(file.biases.values()),
+        damage=damage,
+        works_in=() if damage else works_in(file, {m.key: m.alpha / m.rank for m in modules if m.rank and m.alpha}),
     )
+
+
+def _program(header: Mapping[str, str]) -> str | None:
+    return next((program for start, program in PROGRAMS.items() if any(re.match(start, key) for key in header)), None)
+
+
+def _damage(file: AdapterFile, modules: Sequence[ModuleInfo]) -> Iterator[str]:
+    if zero := [m for m in modules if m.alpha is not None and not m.alpha > 0]:
+        yield f"alpha of {_named(zero)} is {zero[0].alpha:g}, and not a positive number"
+    if bad := [m for m in modules if m.alpha is None and m.rank is not None and "alpha" in file.modules[m.key]]:
+        yield f"alpha of {_named(bad)} is not one number"
+    if half := [m for m in modules if m.method == "incomplete"]:
+        yield f"A or B of {_named(half)} is missing"
+    if unfit := [m for m in modules if m.method == "dora" and not m.axis]:
+        yield f"the magnitude of {_named(unfit)} fits neither the rows nor the columns of the weight"
+
+
+def _named(modules: Sequence[ModuleInfo]) -> str:
+    return modules[0].key[:200] + (f" and {len(modules) - 1} other modules" if modules[1:] else "")
 
 
 def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
     """From the names of the modules; where the file names no component, from those of each network."""
     for component in (None, *NETWORKS):
         names = [
-            Name(m.component if component is None or m.component != "model" else component, m.path) for m in modules
+            Name(m.component if component is None or m.component != "model" else component, m.path.partition(MORE)[0])
+            for m in modules
         ]
         if found := architecture_of(names):
             return found
@@ -159,11 +200,13 @@ def _name(namer: Names, module: str) -> tuple[str, str]:
     except ValueError:
         return "", module
     first, *more = group.names
-    return first.component, f"{first.path} (+ {len(more)})" if more else first.path
+    return first.component, f"{first.path}{MORE}{len(more)})" if more else first.path
 
 
 def _method(file: AdapterFile, module: str, shapes: Mapping[str, Any]) -> str:
     """Of our own files of method `magnitude` the header says it: they hold zeros for A and B."""
+    if method := products.method_of(shapes):
+        return method
     if "diff" in shapes or "weight" in shapes:
         return "diff" if "diff" in shapes else "full"
     if "m" in shapes and ("A" not in shapes or file.settings(module).get("method") == "magnitude"):
@@ -201,15 +244,8 @@ def _ambiguous(
 ) -> list[str]:
     found = []
     without = [m for m in modules if m.alpha is None and m.rank is not None]
-    if bad := [m for m in without if "alpha" in file.modules[m.key]]:
-        found.append(f"alpha of {bad[0].key} is not one number")
-    elif without:
+    if [m for m in without if "alpha" not in file.modules[m.key]]:
         found.append("alpha is not in the file: that of the rank is taken, as the tool does")
-    found += [
-        f"{m.key}: its magnitude fits neither the rows nor the columns of the weight"
-        for m in modules
-        if m.method == "dora" and not m.axis
-    ]
     unclear = [m for m in modules if m.axis == "?"]
     if unclear:
         found.append(f"the axis of {len(unclear)} magnitudes, such as {unclear[0].key}: say it with --axis")

@@ -16,19 +16,21 @@ from tqdm import tqdm
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.algebra.fused import stack_rows
+from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
-from dora_mm.formats.registry import OTHER_TOOLS
+from dora_mm.formats.registry import OTHER_TOOLS, no_entry
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools import TOOLS, products
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.parts import Parts, axis_of_shape
 from dora_mm.formats.tools.tool import Tool
 
-RIGHT, IGNORED, NO_MAGNITUDE, WRONG_AXIS = "right", "ignored", "loses the magnitude", "wrong axis"
-FAILS, NOT_FINITE, DIFFERS, NOT_FOUND = "fails", "not finite", "differs", "not in the base"
+RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "ignored", "loses the magnitude"
+WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
+NOT_FOUND = "not in the base"
 BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
 _ROUNDING = 8 * torch.finfo(torch.float32).eps
 
@@ -39,10 +41,11 @@ class LayerVerdict:
 
     Attributes:
         module: The module's name in the file.
-        finding: `right`, `ignored`, `loses the magnitude`, `wrong axis`, `fails` (the tool raises an error),
-            `not finite` (W_tool is not), `not in the base` (a tool ignores it or raises an error), or `differs`.
+        finding: `right`, `refused` (the tool loads nothing of the file), `ignored`, `loses the magnitude`,
+            `wrong axis`, `fails` (the tool raises an error at this module), `not finite` (W_tool is not), `not in the
+            base` (a tool ignores it or raises an error), or `differs`.
         error: ||W_tool - W'|| / ||W' - W0||; infinite where the tool raises an error, NaN where there is no number.
-        reason: Why it differs, as the end of a sentence; else empty.
+        reason: Why it differs or is refused, as the end of a sentence that begins with the tool's name; else empty.
     """
 
     module: str
@@ -61,6 +64,10 @@ class Verdict:
         error: The relative error of W' - W0 over all modules that the base has.
         layers: The modules, in the order of the file.
         note: What a person has to know beside this; empty where there is nothing.
+        version: The version of the tool that is judged.
+        usage: What a person has to set in the tool; empty where there is nothing.
+        cure: The options of `dora-mm convert` for a file that it computes right; empty where it does that of this file,
+            or where there are none.
     """
 
     tool: str
@@ -68,6 +75,9 @@ class Verdict:
     error: float
     layers: tuple[LayerVerdict, ...]
     note: str = ""
+    version: str = ""
+    usage: str = ""
+    cure: str = ""
 
     @property
     def findings(self) -> Counter[str]:
@@ -102,7 +112,7 @@ def verify(
         ValueError: There is no such tool, or the adapter or the model cannot be read or do not belong together.
     """
     if tool != "all" and tool not in OTHER_TOOLS:
-        raise ValueError(f"there is no tool {tool!r}: use all or one of {', '.join(OTHER_TOOLS)}")
+        raise ValueError(no_entry("tool", tool, f"all or one of {', '.join(OTHER_TOOLS)}"))
     if base is None:
         raise ValueError("verify needs the base model, since norms depend on it: give it with --base")
     adapter = AdapterFile(file)
@@ -111,6 +121,8 @@ def verify(
     weights = open_base(base)
     groups, _ = adapter.groups(adapter.modules, Names(weights))
     chosen = list(OTHER_TOOLS) if tool == "all" else [tool]
+    refusals = {name: TOOLS[name].refuses(adapter.modules, adapter.unnamed, adapter.header) for name in chosen}
+    axes: set[str] = set()
     layers: dict[str, list[LayerVerdict]] = {name: [] for name in chosen}
     squares = dict.fromkeys(chosen, 0.0)
     total = 0.0
@@ -125,19 +137,36 @@ def verify(
             W = new_weight(state, W0)
         size = float((W - W0).norm())
         total += size**2
+        axes |= {state.axis} if "magnitude" in state.tensors else set()
         for name in chosen:
-            verdict = verify_layer(adapter, module, TOOLS[name], state, W0, W, size)
+            if refusals[name]:
+                verdict = LayerVerdict(module, REFUSED, 1.0 if size else 0.0, refusals[name])
+            else:
+                verdict = verify_layer(adapter, module, TOOLS[name], state, W0, W, size)
             layers[name].append(verdict)
             squares[name] += (verdict.error * (size or 1)) ** 2
     note = "; ".join(_notes(adapter, groups))
+    components = {name.component for group in groups.values() for name in group.names}
     return [
-        Verdict(name, TOOLS[name].title, _ratio(squares[name], total), tuple(layers[name]), note) for name in chosen
+        Verdict(
+            name,
+            TOOLS[name].title,
+            _ratio(squares[name], total),
+            tuple(layers[name]),
+            note,
+            TOOLS[name].version,
+            TOOLS[name].usage(axes),
+            "" if all(layer.finding == RIGHT for layer in layers[name]) else cure(adapter, name, components),
+        )
+        for name in chosen
     ]
 
 
 def _notes(adapter: AdapterFile, groups: Mapping[str, ModuleGroup]) -> Iterator[str]:
     if half := other_half(adapter.header):
         yield half
+    if biases := tuple(adapter.biases.values()):
+        yield f"{len(biases)} differences of biases, such as {biases[0]}, are not judged"
     if adapter.others:
         yield f"{len(adapter.others)} tensors that belong to no adapter, such as {adapter.others[0]}, are not judged"
     counts = Counter(name for group in groups.values() for name in group.names)
@@ -183,7 +212,7 @@ def verify_layer(
 
 def is_read(parts: Parts) -> bool:
     """Whether the tensors that a tool reads of a module make up an adapter; else it ignores them."""
-    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"})
+    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"} or products.method_of(parts))
 
 
 def _other_axis(tool: Tool, m: Tensor, axis: str, W0: Tensor) -> bool:

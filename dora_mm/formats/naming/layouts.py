@@ -10,6 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+
+def _fused(block: str, *, added: bool = False) -> dict[str, str]:
+    """What diffusers calls the stacked projections of an attention, after `fuse_qkv_projections`."""
+    found = {f"{block}.to_qkv": f"{block}.{{to_q,to_k,to_v}}"}
+    return found | ({f"{block}.to_added_qkv": f"{block}.{{add_q_proj,add_k_proj,add_v_proj}}"} if added else {})
+
+
 FLUX = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -34,6 +41,87 @@ FLUX = {
     "single_blocks.#.linear2": "single_transformer_blocks.#.proj_out",
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
+    "double_blocks.#.processor.qkv_lora1": "transformer_blocks.#.attn.{to_q,to_k,to_v}",  # of XLabs
+    "double_blocks.#.processor.qkv_lora2": "transformer_blocks.#.attn.{add_q_proj,add_k_proj,add_v_proj}",
+    "double_blocks.#.processor.proj_lora1": "transformer_blocks.#.attn.to_out.0",
+    "double_blocks.#.processor.proj_lora2": "transformer_blocks.#.attn.to_add_out",
+    "single_blocks.#.processor.qkv_lora": "single_transformer_blocks.#.attn.{to_q,to_k,to_v}",
+    "single_blocks.#.processor.proj_lora": "single_transformer_blocks.#.proj_out",
+    **_fused("transformer_blocks.#.attn", added=True),
+    **_fused("single_transformer_blocks.#.attn"),
+}
+CHROMA = {  # a Flux.1 without modulation
+    **{own: path for own, path in FLUX.items() if not own.startswith(("time_in", "vector_in", "guidance_in"))},
+    "distilled_guidance_layer.in_proj": "distilled_guidance_layer.in_proj",
+    "distilled_guidance_layer.out_proj": "distilled_guidance_layer.out_proj",
+    "distilled_guidance_layer.layers.#.in_layer": "distilled_guidance_layer.layers.#.linear_1",
+    "distilled_guidance_layer.layers.#.out_layer": "distilled_guidance_layer.layers.#.linear_2",
+}
+for _modulation in ("double_blocks.#.img_mod.lin", "double_blocks.#.txt_mod.lin", "single_blocks.#.modulation.lin"):
+    del CHROMA[_modulation]
+del CHROMA["final_layer.adaLN_modulation.1"]
+HUNYUAN_VIDEO = {
+    "img_in.proj": "x_embedder.proj",
+    "time_in.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.mlp.0": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.mlp.2": "time_text_embed.guidance_embedder.linear_2",
+    "txt_in.input_embedder": "context_embedder.proj_in",
+    "txt_in.t_embedder.mlp.0": "context_embedder.time_text_embed.timestep_embedder.linear_1",
+    "txt_in.t_embedder.mlp.2": "context_embedder.time_text_embed.timestep_embedder.linear_2",
+    "txt_in.c_embedder.linear_1": "context_embedder.time_text_embed.text_embedder.linear_1",
+    "txt_in.c_embedder.linear_2": "context_embedder.time_text_embed.text_embedder.linear_2",
+    **{
+        f"txt_in.individual_token_refiner.blocks.#.{own}": f"context_embedder.token_refiner.refiner_blocks.#.{path}"
+        for own, path in {
+            "self_attn_qkv": "attn.{to_q,to_k,to_v}",
+            "self_attn_proj": "attn.to_out.0",
+            "mlp.fc1": "ff.net.0.proj",
+            "mlp.fc2": "ff.net.2",
+            "adaLN_modulation.1": "norm_out.linear",
+        }.items()
+    },
+    **{
+        f"double_blocks.#.{stream}_{own}": f"transformer_blocks.#.{path}"
+        for stream, paths in {
+            "img": ("norm1.linear", "attn.{to_q,to_k,to_v}", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"),
+            "txt": (
+                "norm1_context.linear",
+                "attn.{add_q_proj,add_k_proj,add_v_proj}",
+                "attn.to_add_out",
+                "ff_context.net.0.proj",
+                "ff_context.net.2",
+            ),
+        }.items()
+        for own, path in zip(("mod.linear", "attn_qkv", "attn_proj", "mlp.fc1", "mlp.fc2"), paths, strict=True)
+    },
+    "single_blocks.#.modulation.linear": "single_transformer_blocks.#.norm.linear",
+    "single_blocks.#.linear1": "single_transformer_blocks.#.{attn.to_q,attn.to_k,attn.to_v,proj_mlp}",
+    "single_blocks.#.linear2": "single_transformer_blocks.#.proj_out",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+WAN = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    **{
+        f"blocks.#.{own}.{letter}": f"blocks.#.{path}.{name}"
+        for own, path in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for letter, name in zip("qkvo", ("to_q", "to_k", "to_v", "to_out.0"), strict=True)
+    },
+    "blocks.#.cross_attn.k_img": "blocks.#.attn2.add_k_proj",
+    "blocks.#.cross_attn.v_img": "blocks.#.attn2.add_v_proj",
+    "blocks.#.ffn.0": "blocks.#.ffn.net.0.proj",
+    "blocks.#.ffn.2": "blocks.#.ffn.net.2",
+    "head.head": "proj_out",
 }
 FLUX2 = {
     "img_in": "x_embedder",
@@ -79,6 +167,8 @@ SD3 = {
     "joint_blocks.#.context_block.mlp.fc2": "transformer_blocks.#.ff_context.net.2",
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
+    **_fused("transformer_blocks.#.attn", added=True),
+    **_fused("transformer_blocks.#.attn2"),
 }
 
 
@@ -106,6 +196,7 @@ def _z_image_block(block: str) -> dict[str, str]:
     return {
         f"{block}.attention.qkv": f"{block}.attention.{{to_q,to_k,to_v}}",
         f"{block}.attention.out": f"{block}.attention.to_out.0",
+        **_fused(f"{block}.attention"),
         **_same(*(f"{block}.{name}" for name in ("adaLN_modulation.0", *(f"feed_forward.w{i}" for i in (1, 2, 3))))),
     }
 
@@ -228,6 +319,8 @@ class Layout(NamedTuple):
             are parts of other checkpoints.
         without: A key that checkpoints of another architecture have, and its own have not.
         optional: Matches the paths of modules that some models of the architecture do not have.
+        like: An architecture of which an adapter is taken to be where its names fit both.
+        beyond: Matches the paths of blocks that the architecture has not, which tell it from another one.
     """
 
     component: str
@@ -235,20 +328,35 @@ class Layout(NamedTuple):
     mark: str = ""
     without: str = ""
     optional: str = r"(?!)"
+    like: str = ""
+    beyond: str = r"(?!)"
 
 
 _SDXL, _FLUX2 = "label_emb.0.0.weight", "double_stream_modulation_img.lin.weight"
+_AFTER_FLUX = r"transformer_blocks\.(19|[2-9]\d)\.|single_transformer_blocks\.(3[89]|[4-9]\d)\."
 _BLOCKS, _GUIDANCE = r"(down|up)_blocks|mid_block", ".*guidance_embedder"
 LAYOUTS = {
     "sdxl": Layout("unet", SDXL, _SDXL, optional=_BLOCKS),
     "sd1": Layout("unet", SD1, "input_blocks.0.0.weight", without=_SDXL, optional=_BLOCKS),
-    "flux": Layout("transformer", FLUX, "double_blocks.0.img_attn.qkv.weight", without=_FLUX2, optional=_GUIDANCE),
+    "chroma": Layout("transformer", CHROMA, "distilled_guidance_layer.in_proj.weight", like="flux", beyond=_AFTER_FLUX),
+    "flux": Layout(
+        "transformer",
+        FLUX,
+        "double_blocks.0.img_attn.qkv.weight",
+        without=_FLUX2,
+        optional=_GUIDANCE,
+        beyond=_AFTER_FLUX,
+    ),
     "sd3": Layout("transformer", SD3, "joint_blocks.0.x_block.attn.qkv.weight", optional=r".*\.attn2\."),
     "z-image": Layout(
         "transformer", Z_IMAGE, "noise_refiner.0.attention.qkv.weight", optional="context_refiner.*adaLN"
     ),
     "qwen-image": Layout("transformer", QWEN_IMAGE, "transformer_blocks.0.img_mod.1.weight"),
     "flux2": Layout("transformer", FLUX2, _FLUX2, optional=_GUIDANCE),
+    "wan": Layout("transformer", WAN, "blocks.0.self_attn.q.weight", optional=".*image_embedder|.*add_[kv]_proj"),
+    "hunyuan-video": Layout(
+        "transformer", HUNYUAN_VIDEO, "double_blocks.0.img_attn_qkv.weight", optional=_GUIDANCE, like="flux"
+    ),
     "clip-l": Layout("text_encoder", CLIP_L),
     "clip-g": Layout("text_encoder_2", CLIP_G),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -152,9 +152,14 @@ def architecture_of(names: Iterable[Name]) -> str | None:
         if own := {name for name in names if name.component == component}:
             layouts = layouts_of(component)
             fits = [layout for layout in layouts if _required(layout) <= own]  # a whole model
-            fits = fits or [layout for layout in layouts if own <= owners(layout).keys()]
+            fits = fits or [layout for layout in layouts if _may_have(layout, own)]
+            fits = [layout for layout in fits if LAYOUTS[layout].like not in fits]
             return fits[0] if len(fits) == 1 or (fits and component == "unet") else None
     return None
+
+
+def _may_have(layout: str, names: Set[Name]) -> bool:
+    return names <= owners(layout).keys() and not any(re.match(LAYOUTS[layout].beyond, name.path) for name in names)
 
 
 def layouts_of(component: str) -> list[str]:
@@ -165,7 +170,7 @@ def layouts_of(component: str) -> list[str]:
 @cache
 def _required(layout: str) -> frozenset[Name]:
     """Modules that every model of an architecture has."""
-    component, rules, *_, optional = LAYOUTS[layout]
+    component, rules, optional = LAYOUTS[layout].component, LAYOUTS[layout].names, LAYOUTS[layout].optional
     paths = [path.replace("#", "0") for meaning in rules.values() for path in _expanded(meaning)]
     return frozenset(Name(component, path) for path in paths if not re.match(optional, path))
 
@@ -184,7 +189,10 @@ def own_table(layout: str) -> dict[str, ModuleGroup]:
         for block in range(_MAX_BLOCKS) if "#" in rule else (0,):
             own = rule.replace("#", str(block))
             names = tuple(Name(component, path.replace("#", str(block))) for path in _expanded(meaning))
-            found[own] = ModuleGroup(names, modulation=own.endswith("adaLN_modulation.1"))
+            is_modulation = (
+                own.endswith("adaLN_modulation.1") and "refiner" not in own
+            )  # HunyuanVideo's as in diffusers
+            found[own] = ModuleGroup(names, modulation=is_modulation)
             if len(names) > 1:
                 found |= {f"{own}.{number}": ModuleGroup((name,)) for number, name in enumerate(names)}
     return found

@@ -6,6 +6,7 @@ names of the base model, where they are given, or else among those of the known 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import (
     NETWORKS,
+    TEXT_PREFIX,
     ModuleGroup,
     Name,
     architecture_of,
@@ -45,7 +47,22 @@ _DOTTED = {  # the first that fits
     "clip_g.": ("text_encoder_2",),
     **{f"{component}.": (component,) for component in (*NETWORKS, "text_encoder", "text_encoder_2")},
 }
+_CLIP = re.compile(r"encoder_layers_|embeddings_|final_layer_norm$")  # LyCORIS with transformers 5 has no text_model_
 _OWN_FIRST = ("model.diffusion_model.", "diffusion_model.")  # after these a path is the own one, if it can be both
+
+
+_PROCESSOR = re.compile(r"(.*)\.processor\.(\w+)_lora")
+_TEXT_LAYER = re.compile(r"(.*\.self_attn)\.to_(q|k|v|out)_lora")
+
+
+def without_processor(key: str) -> str:
+    """The name of a module that diffusers of 2023 calls `attn.processor.to_q_lora`, or `self_attn.to_q_lora`."""
+    if found := _TEXT_LAYER.fullmatch(key):
+        return f"{found[1]}.{found[2]}_proj"
+    found = _PROCESSOR.fullmatch(key)
+    if found is None or found[2] in ("qkv", "proj"):  # those of XLabs are in a table
+        return key
+    return f"{found[1]}.{found[2]}" + (".0" if found[2] == "to_out" else "")
 
 
 class Namer(Protocol):
@@ -86,9 +103,9 @@ class Names:
             found = self._read_underscored(key, key.removeprefix(prefix), _UNDERSCORED[prefix])
         else:
             prefix = next((p for p in _DOTTED if key.startswith(p)), "")
-            found = self._read_dotted(key, prefix)
+            found = self._read_dotted(without_processor(key).removeprefix(prefix), prefix)
         if found is None:
-            components = _UNDERSCORED.get(prefix) or _DOTTED.get(prefix, ())
+            components = _UNDERSCORED.get(prefix) or _DOTTED.get(prefix, NETWORKS)
             raise self._unknown(key, key.removeprefix(prefix), components)
         if not self._known:
             return found
@@ -96,6 +113,8 @@ class Names:
 
     def _read_underscored(self, key: str, rest: str, components: Iterable[str]) -> ModuleGroup | None:
         for component in components:
+            if component.startswith("text_encoder") and _CLIP.match(rest):
+                rest = underscored(TEXT_PREFIX) + rest
             paths = self._spelled.get(component, {}).get(rest, [])
             if len(paths) > 1:
                 raise ValueError(f"the key {key} may stand for {' or '.join(paths)}, which are spelled the same")
@@ -106,9 +125,8 @@ class Names:
                     return group
         return None
 
-    def _read_dotted(self, key: str, prefix: str) -> ModuleGroup | None:
-        rest = key.removeprefix(prefix)
-        components = _DOTTED.get(prefix, ("model",))
+    def _read_dotted(self, rest: str, prefix: str) -> ModuleGroup | None:
+        components = _DOTTED.get(prefix, (*NETWORKS, "model"))
         for component in components:
             name, layouts = canonical(component, rest), self._layouts(component)
             itself = name in self._known or any(name in owners(layout) for layout in layouts)
@@ -117,8 +135,8 @@ class Names:
                 return ModuleGroup((name,))
             if own:
                 return own
-        as_it_is = len(components) == 1 and (prefix or self._known)  # checked against the known names, if there are any
-        return ModuleGroup((canonical(components[0], rest),)) if as_it_is else None
+        as_it_is = len(components) == 1 if prefix else self._known  # checked against the known names, if there are any
+        return ModuleGroup((canonical(components[-1], rest),)) if as_it_is else None
 
     def _layouts(self, component: str) -> list[str]:
         """The architectures whose tables may hold the names of a component, the likeliest first."""
@@ -181,3 +199,22 @@ def _underscored_table(layout: str) -> dict[str, ModuleGroup]:
     own = {underscored(path): group for path, group in own_table(layout).items()}
     names = {underscored(name.path): ModuleGroup((name,)) for name in owners(layout)}
     return {**names, **own}
+
+
+def architecture_of_keys(keys: Iterable[str]) -> str | None:
+    """The architecture whose own names all modules of a network in a file have; None where there is not just one."""
+    rests: list[tuple[bool, str]] = []
+    for key in keys:
+        flat = next((prefix for prefix in _UNDERSCORED if key.startswith(prefix)), "")
+        prefix = flat or next((prefix for prefix in _DOTTED if key.startswith(prefix)), "")
+        if "transformer" in (_UNDERSCORED | _DOTTED).get(prefix, NETWORKS) or prefix == "base_model.model.":
+            rests.append((bool(flat), key.removeprefix(prefix)))
+    layouts = layouts_of("transformer") if rests else []
+    fits = [layout for layout in layouts if all(rest in _own_names(layout, flat) for flat, rest in rests)]
+    fits = [layout for layout in fits if LAYOUTS[layout].like not in fits]
+    return fits[0] if len(fits) == 1 else None
+
+
+@cache
+def _own_names(layout: str, flat: bool) -> frozenset[str]:
+    return frozenset(underscored(path) if flat else path for path in own_table(layout))

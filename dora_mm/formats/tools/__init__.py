@@ -1,7 +1,7 @@
 """The tools: how each names the tensors of an adapter, what weight it computes from them, and how it writes them.
 
-One file is one tool, named in `registry.py`; what they share is in `tool.py`, `parts.py`, `peft_config.py`,
-`patterns.py` and `methods.py`.
+One file is one tool, named in `registry.py`; what they share is in `tool.py`, `parts.py`, `products.py`,
+`peft_config.py`, `patterns.py` and `methods.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ def _found(where: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
-TOOLS: dict[str, Tool] = {name: replace(_found(row.where), title=row.title) for name, row in ROWS.items()}
+TOOLS: dict[str, Tool] = {
+    name: replace(_found(row.where), title=row.title, version=row.version) for name, row in ROWS.items()
+}
 EXPORTS: dict[str, Export] = {name: _found(row.where) for name, row in TARGETS.items() if row.where}
 FORMATS = {"diffusers": diffusers.EXPORT, "peft": peft.EXPORT, "native": native.EXPORT}  # of `save_adapter`

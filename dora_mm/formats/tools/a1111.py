@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
-from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, linear, product, scaling, updated
+from dora_mm.formats.tools.parts import LYCORIS_PARTS, OLD_KOHYA_NAMES, Parts, linear, product, scaling, updated
 from dora_mm.formats.tools.tool import Tool
 
 
@@ -17,8 +17,8 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 
 TOOL = Tool(
-    names=KOHYA_NAMES,
-    parts=KOHYA_PARTS,
+    names=OLD_KOHYA_NAMES,
+    parts=LYCORIS_PARTS,
     apply=apply,
     differs="takes the norms of input columns",
     axis="in",

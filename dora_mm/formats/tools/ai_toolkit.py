@@ -67,4 +67,5 @@ EXPORT = Export(
     read_by=("ai-toolkit",),
     columns=False,
     diffs=False,
+    convolutions=False,
 )

@@ -1,11 +1,14 @@
 """ComfyUI, Forge and reForge: `.dora_scale`, by the axis that its shape says.
 
-In 2025 they divide by ||W0|| on the output axis and by ||W0 + s B A|| on the input axis; after ComfyUI's pull request
-15458 by the latter on both. Two forms hold for every version:
+They divide by ||W0|| on the output axis and by ||W0 + s B A|| on the input axis; with ComfyUI's pull request 15458,
+which was open in August 2026, by the latter on both. Two forms hold for every version:
 
 - a pair of files, one applied after the other: the first scales the rows, with B = 0 and the magnitude g ||W0||, the
   second is plain LoRA with B' = s g B;
 - `.diff`, W' - W0.
+
+Names are those of kohya's and of the network's own code. Those of diffusers' UNet are read except where one has `.to_`
+(it looks for `.processor.to_`), so that a file of diffusers is loaded by half, and without its magnitudes.
 """
 
 from __future__ import annotations
@@ -21,11 +24,24 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import gain, new_weight, norms, product
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import parts as roles
-from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral
+from dora_mm.formats.tools import products
+from dora_mm.formats.tools.parts import (
+    BARE_NAMES,
+    LYCORIS_PARTS,
+    OLD_KOHYA_NAMES,
+    OLD_PARTS,
+    Parts,
+    kohya_tensors,
+    neutral,
+)
 from dora_mm.formats.tools.tool import Export, Header, Tool
 
-NAMES = re.compile(rf"{KOHYA_NAMES.pattern}|diffusion_model\.|transformer\.|text_encoders?\.")
-PARTS = {**KOHYA_PARTS, "lora_A.weight": "A", "lora_B.weight": "B", "lora.down.weight": "A", "lora.up.weight": "B"}
+_UNET = r"(unet\.)?(conv_(in|out|norm_out)|(time|add)_embedding|(down|up)_blocks|mid_block)\b"
+_UNET += r"(?!.*(?<!\.processor)\.to_)"
+_BARE = rf"(?!(down|up)_blocks|mid_block|conv_|(time|add)_embedding){BARE_NAMES}"
+_TEXT = r"text_encoders\.|text_encoder(_2)?\.text_model\.encoder\.layers\."
+NAMES = re.compile(rf"{OLD_KOHYA_NAMES.pattern}|diffusion_model\.|transformer\.|{_TEXT}|{_UNET}|{_BARE}")
+PARTS = {**LYCORIS_PARTS, **products.GLORA, **OLD_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"}
 TARGET_KEY = "dora_mm_target"  # says for which version a magnitude was written: the tensors cannot
 PAIR_TARGETS = ("comfy, file 1 of 2", "comfy, file 2 of 2")
 
@@ -84,7 +100,7 @@ def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
 
 
 def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return {"diff": new_weight(layer, W0) - W0}
+    return roles.as_difference(new_weight(layer, W0) - W0)
 
 
 def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
@@ -113,19 +129,22 @@ TOOL_15458 = Tool(
 )
 EXPORT_2025 = Export(
     write_2025,
+    beside=True,
     spelling="kohya",
-    read_by=("comfy-2025",),
+    read_by=("comfy-2025", "forge"),
     needs_base=True,
     header=lambda contents: {TARGET_KEY: "comfy-2025"},
 )
 EXPORT_15458 = Export(
     kohya_tensors,
+    beside=True,
     spelling="kohya",
     read_by=("comfy-15458",),
     header=lambda contents: {TARGET_KEY: "comfy-15458"},
 )
 EXPORT_DIFF = Export(
     write_diff,
+    beside=True,
     spelling="kohya",
     read_by=("comfy-2025", "comfy-15458", "a1111", "sdnext", "invokeai", "lycoris"),
     needs_base=True,

@@ -16,7 +16,7 @@ import functools
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -24,14 +24,18 @@ from torch import nn
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import TEXT_PREFIX, Name, canonical
+from dora_mm.formats.naming.spellings import without_processor
 from dora_mm.formats.state import joined
 from dora_mm.formats.tools import peft, peft_config
-from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
+from dora_mm.formats.tools.parts import OLD_PARTS
+from dora_mm.formats.tools.tool import Contents, Export, Header, Modules, Tool
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 PEFT_METADATA = "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 LOST = re.compile(r"text_encoder(_[23])?(\..+)?\.lora_magnitude_vector")
+_OLD_PARTS = {ending: role for ending, role in OLD_PARTS.items() if "default" not in ending}
+_KOHYA = re.compile(r"lora_(unet|te[12]?|transformer)_")
 OWN_NAMES = re.compile(r"(unet|transformer|text_encoder(_[23])?)(\.|$)")
 
 
@@ -39,7 +43,7 @@ OWN_NAMES = re.compile(r"(unet|transformer|text_encoder(_[23])?)(\.|$)")
 
 
 def named(module: str) -> Name | None:
-    component, _, path = module.partition(".")
+    component, _, path = without_processor(module).partition(".")
     return Name(component, path) if OWN_NAMES.match(module) else None
 
 
@@ -77,6 +81,20 @@ def _parsed(text: str) -> Mapping[str, dict[str, Any]]:
     return found
 
 
+def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
+    """Its loaders raise an error at a name without `lora`, and at what they cannot convert of kohya's names."""
+    keys = [key for endings in modules.values() for key in endings.values()] + list(others)
+    unread = TOOL.unread(modules, others)
+    bad = [key for key in keys if "lora" not in key] + [key for key in unread if _KOHYA.match(key)]
+    if unknown := next((key for key in bad if "dora_scale" not in key), None):
+        return f"raises an error at {unknown:.100}, and loads nothing"
+    for text in (r"lora_te1?_", r"lora_te2_"):
+        own = [module for module in modules if re.match(text, module)]
+        if own and not any(module.endswith(("out_proj", "_fc1", "_fc2")) for module in own):
+            return f"raises an error, since it knows kohya's text encoders by out_proj or an MLP, and {own[0]} has none"
+    return ""
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -111,18 +129,21 @@ def header(contents: Contents) -> dict[str, str]:
 
 
 TOOL = Tool(
-    names=re.compile(rf"{OWN_NAMES.pattern}|lora_(unet|te[12]?|transformer)_"),
-    parts={**peft.PARTS, "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"},
+    names=re.compile(rf"{OWN_NAMES.pattern}|{_KOHYA.pattern}"),
+    parts={**peft.PARTS, **_OLD_PARTS, "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"},
     apply=peft.apply,
     differs="scales the update inside the norm by the strength",
     axis="out",
-    wrote_key=re.compile(rf"(?:{OWN_NAMES.pattern}).*lora_(A\.|B\.|embedding_|magnitude_vector)"),
+    wrote_key=re.compile(
+        rf"(?:{OWN_NAMES.pattern}).*(lora_(A\.weight|B\.weight|embedding_|magnitude_vector)|lora(_linear_layer)?\.(down|up)\.)"
+    ),
     read=peft.read,
     alpha=alpha,
     settings=settings,
     named=named,
     listed=listed,
     loses=LOST,
+    refuses=refuses,
 )
 EXPORT = Export(
     peft.write,

@@ -11,9 +11,10 @@ import re
 from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
+from dora_mm.formats.tools import products
 from dora_mm.formats.tools.parts import (
     KOHYA_NAMES,
-    KOHYA_PARTS,
+    LYCORIS_PARTS,
     Parts,
     axis_of_shape,
     decomposed,
@@ -35,9 +36,11 @@ def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
 
 TOOL = Tool(
     names=KOHYA_NAMES,
-    parts=KOHYA_PARTS,
+    parts={**LYCORIS_PARTS, **products.GLORA},
     apply=apply,
     differs="scales the magnitude alone by the strength",
-    wrote_key=re.compile(rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff)$"),
+    wrote_key=re.compile(
+        rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff|hada_w1_a|lokr_w\d(_a)?|a1\.weight|w_norm)$"
+    ),
 )
-EXPORT = Export(kohya_tensors, spelling="kohya", read_by=("lycoris", "sdnext"))
+EXPORT = Export(kohya_tensors, spelling="kohya", read_by=("lycoris", "sdnext", "sdnext-2025"), beside=True)

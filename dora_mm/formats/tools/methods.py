@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 
 METHODS = {  # by the end of a key
-    "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
-    "lokr_w1_a": "LoKr",
-    "lokr_w2": "LoKr",
-    "lokr_w2_a": "LoKr",
     "oft_blocks": "OFT or BOFT",
     "oft_diag": "OFT",
     "oft_R.weight": "OFT",
-    "a1.weight": "GLoRA",
-    "b1.weight": "GLoRA",
     "on_input": "IA3",
     "ia3_l": "IA3",
-    "w_norm": "a trained norm of LyCORIS",
     "vera_lambda_b": "VeRA",
     "delora_lambda": "DeLoRA",
     "hra_u": "HRA",

@@ -28,4 +28,5 @@ TOOL = Tool(
     alpha=peft.alpha,
     settings=peft.settings,
     named=peft.named,
+    refuses=peft.refuses,
 )

@@ -7,13 +7,22 @@ fits the file's shape. It has no strength.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from torch import Tensor
 
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import KOHYA_NAMES, KOHYA_PARTS, Parts, kohya_tensors, neutral, updated
-from dora_mm.formats.tools.tool import Export, Tool
+from dora_mm.formats.tools.parts import (
+    BARE_NAMES,
+    KOHYA_NAMES,
+    LYCORIS_PARTS,
+    Parts,
+    kohya_tensors,
+    neutral,
+    updated,
+    with_rows,
+)
+from dora_mm.formats.tools.tool import Export, Header, Modules, Tool
 
 USAGE = {
     "out": "the magnitudes are those of output rows: set OneTrainer's option for them (its default is columns)",
@@ -22,32 +31,39 @@ USAGE = {
 
 
 def read(parts: Parts, axis: str | None) -> LayerState:
-    return neutral(_with_rows(parts), axis)
-
-
-def _with_rows(parts: Parts) -> Parts:
-    """`.magnitude` and `.lora_magnitude_vector.weight` are flat, and always of output rows."""
-    if not {"A", "m"} <= parts.keys() or parts["m"].dim() > 1:
-        return parts
-    return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
+    return neutral(with_rows(parts), axis)
 
 
 def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    return updated(_with_rows(parts), W0, strength)
+    return updated(with_rows(parts), W0, strength)
 
 
-def usage(files: Sequence[str], axes: Collection[str]) -> str:
+def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
+    """It raises an error at what none of its trainings has, and where only some of the modules have a magnitude."""
+    others = [key for key in others if not key.startswith("bundle_emb")]
+    if unknown := next(iter(TOOL.unread(modules, others)), None):
+        return f"raises an error at {unknown:.100}, and loads nothing"
+    if 0 < sum("m" in TOOL.roles(module, endings) for module, endings in modules.items()) < len(modules):
+        return "raises an error, since some modules have a magnitude and some have none, and loads nothing"
+    return ""
+
+
+def usage(axes: Collection[str]) -> str:
     if len(axes) > 1:
         return "some magnitudes are those of output rows and some of input columns, and OneTrainer has one option"
     return "".join(USAGE[axis] for axis in axes)
 
 
 TOOL = Tool(
-    names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder"),
+    names=re.compile(rf"{KOHYA_NAMES.pattern}|unet\.|transformer\.|diffusion_model\.|text_encoder|{BARE_NAMES}"),
     parts={
-        **{ending: role for ending, role in KOHYA_PARTS.items() if role != "diff"},
+        **{ending: role for ending, role in LYCORIS_PARTS.items() if role not in ("diff", "mid")},
         "lora_A.weight": "A",
         "lora_B.weight": "B",
+        "lora_A.default.weight": "A",
+        "lora_B.default.weight": "B",
+        "lora.down.weight": "A",
+        "lora.up.weight": "B",
         "lora_magnitude_vector.weight": "m",
         "magnitude": "m",
     },
@@ -56,11 +72,14 @@ TOOL = Tool(
     strengths=(),
     wrote_header=re.compile("ot_"),
     read=read,
+    refuses=refuses,
+    usage=usage,
 )
 EXPORT = Export(
     kohya_tensors,
     spelling="onetrainer",
     read_by=("onetrainer",),
+    one_method=True,
     diffs=False,
-    usage=usage,
+    usage=lambda files, axes: usage(axes),
 )

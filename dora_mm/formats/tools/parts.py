@@ -22,6 +22,7 @@ from torch import Tensor
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import products
 
 Parts = Mapping[str, Tensor]
 
@@ -32,8 +33,28 @@ KOHYA_PARTS = {
     "alpha": "alpha",
     "dora_scale": "m",
     "diff": "diff",
+    "w_norm": "diff",
 }
+LYCORIS_PARTS = {**KOHYA_PARTS, **products.LOHA, **products.LOKR}
+NO_LOW_RANK = {"diff", "weight", *products.LOHA, *products.LOKR, *products.GLORA}  # ends of keys
+OLD_PARTS = {  # of diffusers of 2023 and what follows it; `down` and `up` are those of `adapter_file.OLD_LAYER`
+    "lora.down.weight": "A",
+    "lora.up.weight": "B",
+    "lora_linear_layer.down.weight": "A",
+    "lora_linear_layer.up.weight": "B",
+    "lora_A.default.weight": "A",
+    "lora_B.default.weight": "B",
+    "down": "A",
+    "up": "B",
+}
+BARE_NAMES = (
+    r"((down|up|input|output|(single_)?transformer|joint|double|single)_blocks|mid(dle)?_block|blocks|layers|"
+    r"(noise|context)_refiner|time_embedding|add_embedding|conv_in|conv_out)\."
+)
 KOHYA_NAMES = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|prior_te)|lycoris)_")
+OLD_KOHYA_NAMES = re.compile(  # where a loader does not find CLIP's modules without `text_model_`, as LyCORIS 4 writes
+    rf"(?!lora_\w*te[123]?_(encoder_layers|embeddings|final_layer_norm)_){KOHYA_NAMES.pattern}"
+)
 
 
 # --- what every loader computes --------------------------------------------------------------------------------------
@@ -41,11 +62,15 @@ KOHYA_NAMES = re.compile(r"(lora_(unet|te[123]?|transformer|prior_unet|prior_te)
 
 def scaling(parts: Parts) -> float:
     """Alpha / rank; 1 without alpha."""
+    if products.method_of(parts):
+        return products.scaling(parts)
     return float(parts["alpha"]) / parts["A"].shape[0] if "alpha" in parts else 1.0
 
 
 def product(parts: Parts, W0: Tensor) -> Tensor:
-    """B A in the shape and dtype of W0, without alpha."""
+    """B A in the shape and dtype of W0, without alpha; or the change that stands for it."""
+    if products.method_of(parts):
+        return products.product(parts, W0)
     A, B = down(parts).to(W0.dtype), parts["B"].to(W0.dtype)
     return (B.flatten(1) @ A.flatten(1)).view(W0.shape)
 
@@ -85,6 +110,13 @@ def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     return linear(W0, decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0))), strength)
 
 
+def with_rows(parts: Parts) -> Parts:
+    """Flat magnitudes where they are always of output rows: `.magnitude`, `.lora_magnitude_vector`."""
+    if not {"A", "m"} <= parts.keys() or parts["m"].dim() > 1:
+        return parts
+    return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
+
+
 # --- to and from the neutral form ------------------------------------------------------------------------------------
 
 
@@ -103,6 +135,8 @@ def neutral(parts: Parts, axis: str | None = None) -> LayerState:
         raise ValueError("it has a difference of weights and a low-rank adapter, and only one of them is supported")
     if "diff" in parts:
         return LayerState(DoRASpec(method="full"), {"diff": parts["diff"]})
+    if products.method_of(parts):
+        return _without_rank(parts, axis)
     if missing := {"A", "B"} - parts.keys():
         raise ValueError(f"its low-rank tensor {' and '.join(sorted(missing))} is missing")
     if any(parts[name].dim() < 2 for name in "AB") or parts["B"].flatten(1).shape[1] != parts["A"].shape[0]:
@@ -115,6 +149,20 @@ def neutral(parts: Parts, axis: str | None = None) -> LayerState:
         return LayerState(spec, tensors)
     found = axis_of(parts["m"], B.shape[0], A.shape[1], axis)
     return LayerState(spec, {**tensors, "magnitude": parts["m"].flatten()}, found)
+
+
+def _without_rank(parts: Parts, axis: str | None) -> LayerState:
+    """The adapter of a module whose change has no low rank, as `exact.fitted` takes it."""
+    added, right = products.change({name: tensor.float() for name, tensor in parts.items()})
+    if "alpha" in parts:
+        alpha_of(parts, 1)  # it is a positive number
+    s = products.scaling(parts)
+    tensors = {"diff": s * added} | ({} if right is None else {"right": s * right})
+    if "m" not in parts:
+        return LayerState(DoRASpec(method="full"), tensors)
+    m = parts["m"]
+    rows = m.shape[:1] == added.shape[:1] and m.numel() == m.shape[0]
+    return LayerState(DoRASpec(method="full"), {**tensors, "magnitude": m.flatten()}, axis or ("out" if rows else "in"))
 
 
 def alpha_of(parts: Parts, rank: int) -> float:
@@ -158,6 +206,11 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
+def as_difference(diff: Tensor) -> dict[str, Tensor]:
+    """The difference of a weight; that of a norm has a key of its own."""
+    return {"w_norm" if diff.dim() == 1 else "diff": diff}
+
+
 def kohya_tensors(layer: LayerState, W0: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of a module as kohya's scripts name them, in fp32; the magnitude is (O, 1, ...) or (1, I, ...).
 
@@ -165,7 +218,7 @@ def kohya_tensors(layer: LayerState, W0: Tensor | None = None) -> dict[str, Tens
     """
     tensors = {name: tensor.detach() for name, tensor in layer.tensors.items()}
     if "diff" in tensors:
-        return {"diff": tensors["diff"]}
+        return as_difference(tensors["diff"])
     A, B = tensors["lora_A"].float(), tensors["lora_B"].float()
     ones = (1,) * (A.dim() - 2)
     found = {"lora_down.weight": A, "lora_up.weight": B.view(*B.shape, *ones)}

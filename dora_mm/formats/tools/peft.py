@@ -29,7 +29,7 @@ from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tools import peft_config
 from dora_mm.formats.tools.methods import other_method
 from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
-from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
+from dora_mm.formats.tools.tool import Contents, Export, Header, Modules, Tool
 
 FILE_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -83,6 +83,22 @@ def parameter(header: Header, key: str) -> Name | None:
     if is_adapter or not key.startswith(f"{PREFIX}."):
         return None
     return Name("", key.removeprefix(f"{PREFIX}.").replace(".base_layer.", "."))
+
+
+def unties(header: Header, name: Name) -> bool:
+    """Whether it is in one of the `modules_to_save`, of which PEFT trains copies: the end of a module's path is enough.
+
+    A head that the base ties to a copied embedding keeps the old weight.
+    """
+    copied = tuple(peft_config.listed_names(config_beside(header).get("modules_to_save") or []))
+    parts = name.path.split(".")
+    return any(".".join(parts[:count]).endswith(copied) for count in range(1, len(parts)))
+
+
+def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
+    if CONFIG_NAME not in header and any(map(NAMES.match, modules)):
+        return f"raises an error, since {CONFIG_NAME} is missing beside the file, and loads nothing"
+    return ""
 
 
 def config_beside(header: Header) -> dict[str, Any]:
@@ -159,6 +175,8 @@ TOOL = Tool(
     named=named,
     listed=listed,
     parameter=parameter,
+    unties=unties,
+    refuses=refuses,
 )
 EXPORT = Export(
     write,

@@ -19,6 +19,7 @@ from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
 Header = Mapping[str, str]
+Modules = Mapping[str, Mapping[str, str]]
 T = TypeVar("T")
 _DROPPED = ("dora_mm", "lora_adapter_metadata", "adapter_config.json", "format", "ot_", "sshs_")  # of the old header
 
@@ -60,8 +61,14 @@ class Tool:
             file is for any. None where `spellings.py` has to say it.
         listed: The modules and extra parameters that the header says are in the file.
         parameter: The name of an extra parameter, by its key; None for other keys.
+        unties: Whether the tool trains an extra parameter as a copy, apart from what the base ties to it.
         title: What people call it, from the registry.
+        version: The version that this is, from the registry.
         loses: Matches keys of magnitudes that the tool takes for missing, although they have a name of its parts.
+        refuses: Why the tool loads nothing of a file, as the end of a sentence that begins with its name, from the
+            modules (see `AdapterFile.modules`), the keys that belong to none and the header; empty where it loads the
+            file.
+        usage: What a person has to set in the tool, from the axes of the magnitudes; empty where there is nothing.
     """
 
     names: re.Pattern[str]
@@ -78,8 +85,12 @@ class Tool:
     named: Callable[[str], Name | None] = lambda module: None
     listed: Callable[[Header], Iterable[Name]] = lambda header: ()
     parameter: Callable[[Header, str], Name | None] = lambda header, key: None
+    unties: Callable[[Header, Name], bool] = lambda header, name: False
     title: str = ""
+    version: str = ""
     loses: re.Pattern[str] | None = None
+    refuses: Callable[[Modules, Collection[str], Header], str] = lambda modules, others, header: ""
+    usage: Callable[[Collection[str]], str] = lambda axes: ""
 
     def wrote(self, keys: Collection[str], header: Header) -> bool:
         """Whether it wrote a file with these keys and this header."""
@@ -93,6 +104,16 @@ class Tool:
             return {}
         return {self.parts[ending]: found for ending, found in endings.items() if ending in self.parts}
 
+    def unread(self, modules: Modules, others: Collection[str]) -> list[str]:
+        """The keys of a file that it does not read, from what `refuses` gets."""
+        unread = [
+            key
+            for module, endings in modules.items()
+            for ending, key in endings.items()
+            if ending not in self.parts or not self.names.match(module)
+        ]
+        return [*unread, *others]
+
     def parts_of(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
         """The tensors of a module by role, from those by the end of their keys; with the alpha of the header."""
         parts = self.roles(module, tensors)
@@ -103,10 +124,13 @@ class Tool:
         return parts
 
     def loaded(self, module: str, tensors: Mapping[str, Tensor], header: Header) -> dict[str, Tensor]:
-        """What the tool itself finds of `parts_of`: a magnitude that it takes for missing has the role `lost`."""
-        parts = self.parts_of(module, tensors, header)
-        if self.loses and "m" in parts and any(self.loses.fullmatch(f"{module}.{ending}") for ending in tensors):
-            parts["lost"] = parts.pop("m")
+        """What the tool itself finds of `parts_of`."""
+        return self.without_lost(module, self.parts_of(module, tensors, header), tensors)
+
+    def without_lost(self, module: str, parts: dict[str, T], endings: Collection[str]) -> dict[str, T]:
+        """The tensors by role, where a magnitude that the tool takes for missing has the role `lost`."""
+        if self.loses and "m" in parts and any(self.loses.fullmatch(f"{module}.{ending}") for ending in endings):
+            return {**{role: found for role, found in parts.items() if role != "m"}, "lost": parts["m"]}
         return parts
 
 
@@ -128,6 +152,8 @@ class Export:
             read it take.
         columns: Whether it holds magnitudes of input columns, too.
         diffs: Whether it holds differences of weights, too.
+        convolutions: Whether it holds convolutions, too.
+        beside: Whether it holds differences of norms and biases, too.
         ending: The end of a key in a module, from that which `write` gives it: some tools have several.
         components: The components that it has; empty where it takes any name.
         module: The name of a module of a model in the file.
@@ -148,6 +174,8 @@ class Export:
     keeps_alpha: bool = False
     columns: bool = True
     diffs: bool = True
+    convolutions: bool = True
+    beside: bool = False
     ending: Callable[[str, str], str] = lambda module, ending: ending
     components: tuple[str, ...] = ()
     module: Callable[[Name], str] = str

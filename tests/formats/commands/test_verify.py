@@ -11,8 +11,8 @@ import dora_mm
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra import exact
 from dora_mm.formats.naming.names import Name
+from dora_mm.formats.registry import OTHER_TOOLS
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.parts import kohya_tensors
 
 MODULES = [f"down_blocks.{i}.attentions.{j}.transformer_blocks.0.attn2.to_k" for i in (1, 2) for j in (0, 1)]
@@ -63,7 +63,8 @@ def for_comfy(layer, W0):
         ("comfy-15458", "right", (2e-8, 2e-8)),
         ("a1111", "wrong axis", (0.522, 0.331)),
         ("invokeai", "wrong axis", (0.522, 0.331)),
-        ("sdnext", "differs", (0.228, 0.236)),
+        ("sdnext", "right", (3e-7, 3e-7)),
+        ("sdnext-2025", "differs", (0.228, 0.236)),
         ("diffusers", "loses the magnitude", (0.295, 0.328)),
         ("peft", "ignored", (1.0, 1.0)),
     ],
@@ -80,10 +81,10 @@ def test_the_measured_table(tool, finding, measured, shape, tmp_path):
         assert verdict.error == pytest.approx(wanted, rel=0.15)
 
 
-def test_alpha_folded_is_right_in_sdnext(tmp_path):
+def test_alpha_folded_is_right_in_older_releases_of_sdnext(tmp_path):
     base = random_base(OUT_96)
     file = write_kohya(tmp_path / "a.safetensors", base, lambda layer, W0: exact.folded(layer))
-    assert dora_mm.verify(file, "sdnext", base)[0].error < 1e-6
+    assert dora_mm.verify(file, "sdnext-2025", base)[0].error < 1e-6
 
 
 @pytest.mark.parametrize(("shape", "measured"), [(OUT_96, 0.237), (SQUARE, 0.250)], ids=["96x64", "64x64"])
@@ -93,7 +94,7 @@ def test_a_magnitude_for_old_comfy_is_wrong_in_the_new_one(shape, measured, tmp_
     file = write_kohya(tmp_path / "a.safetensors", base, for_comfy)
     save_file(load_file(file), file, metadata=header)
     verdicts = {verdict.tool: verdict for verdict in dora_mm.verify(file, "all", base)}
-    assert list(verdicts) == [name for name in TOOLS if name != "dora_mm"]
+    assert tuple(verdicts) == OTHER_TOOLS
     assert verdicts["comfy-2025"].error < 1e-6
     assert verdicts["comfy-15458"].error == pytest.approx(measured, rel=0.15)
     reasons = {layer.reason for layer in verdicts["comfy-15458"].layers}

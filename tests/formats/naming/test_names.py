@@ -5,11 +5,14 @@ import re
 import pytest
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.loaders import lora_conversion_utils, single_file_utils
@@ -141,7 +144,7 @@ def check_against_diffusers(model, convert):
     known = [
         n
         for n in names_of(model, "transformer")
-        if not re.search(r"\.norm_(added_)?[qk]$|_norm|norm[12]$|cap_embedder.0", n.path)
+        if not re.search(r"\.norm_(added_)?[qk]$|_norm|norm[123]$|norms\.\d+$|cap_embedder.0", n.path)
     ]
     checkpoint, expected = Checkpoint(), {}
     names = Names(names_of(model, "transformer"))
@@ -192,6 +195,44 @@ def test_sd3_against_diffusers():
     check_against_diffusers(model, convert)
 
 
+def test_chroma_against_diffusers():
+    model = on_meta(
+        ChromaTransformer2DModel, num_layers=1, num_single_layers=1, attention_head_dim=1024, num_attention_heads=3,
+        joint_attention_dim=8, approximator_hidden_dim=8, approximator_layers=1, approximator_num_channels=8,
+    )  # fmt: skip
+    assert architecture_of(names_of(model, "transformer")) == "chroma"
+    check_against_diffusers(model, single_file_utils.convert_chroma_transformer_checkpoint_to_diffusers)
+
+
+def test_hunyuan_video_against_diffusers():
+    model = on_meta(
+        HunyuanVideoTransformer3DModel, num_layers=1, num_single_layers=1, num_refiner_layers=1,
+        attention_head_dim=1024, num_attention_heads=3, text_embed_dim=8, pooled_projection_dim=8,
+        rope_axes_dim=(2, 2, 2),
+    )  # fmt: skip
+    assert architecture_of(names_of(model, "transformer")) == "hunyuan-video"
+    check_against_diffusers(model, single_file_utils.convert_hunyuan_video_transformer_to_diffusers)
+
+
+@pytest.mark.parametrize("image_dim", [None, 8])
+def test_wan_against_diffusers(image_dim):
+    model = on_meta(
+        WanTransformer3DModel, num_layers=1, attention_head_dim=8, num_attention_heads=2, text_dim=8, freq_dim=8,
+        ffn_dim=16, image_dim=image_dim, added_kv_proj_dim=16 if image_dim else None,
+    )  # fmt: skip
+    assert architecture_of(names_of(model, "transformer")) == "wan"
+    check_against_diffusers(model, single_file_utils.convert_wan_transformer_to_diffusers)
+
+
+def test_adapters_of_networks_whose_names_are_those_of_flux():
+    """HunyuanVideo has a 20th block, where Flux.1 and Chroma have 19; else they are taken to be of Flux.1."""
+    single = Name("transformer", "single_transformer_blocks.0.attn.to_q")
+    names = {block: Name("transformer", f"transformer_blocks.{block}.attn.to_q") for block in (18, 19)}
+    assert architecture_of([names[18], single]) == "flux"
+    assert architecture_of([names[18], names[19], single]) == "hunyuan-video"
+    assert architecture_of([single, Name("transformer", "distilled_guidance_layer.in_proj")]) == "chroma"
+
+
 def test_flux2_against_diffusers():
     model = on_meta(
         Flux2Transformer2DModel, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
@@ -224,15 +265,15 @@ def test_qwen_image_has_one_name_for_each_module():
 
 
 def test_an_unknown_transformer_keeps_its_names():
-    known = [Name("transformer", f"blocks.{i}.attn1.{name}") for i in range(2) for name in ("to_q", "to_out.0")]
+    known = [Name("transformer", f"stages.{i}.attn1.{name}") for i in range(2) for name in ("to_q", "to_out.0")]
     names = Names(known)
     for key in (
-        "diffusion_model.blocks.1.attn1.to_out.0",
-        "lora_unet_blocks_1_attn1_to_out_0",
-        "transformer.blocks.1.attn1.to_out.0",
+        "diffusion_model.stages.1.attn1.to_out.0",
+        "lora_unet_stages_1_attn1_to_out_0",
+        "transformer.stages.1.attn1.to_out.0",
     ):
         assert names.read(key).names == (known[3],)
-    with pytest.raises(ValueError, match="own name of transformer.blocks.0.attn1.to_q is unknown, or differs between"):
+    with pytest.raises(ValueError, match="own name of transformer.stages.0.attn1.to_q is unknown, or differs between"):
         Names().write(known, "kohya")
 
 

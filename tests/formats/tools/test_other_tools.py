@@ -52,14 +52,6 @@ def test_what_has_no_low_rank_loads_exactly(to, strength, unet, tmp_path):
         torch.testing.assert_close(found, W0 + strength * (W - W0), rtol=1e-5, atol=1e-5)
 
 
-def test_the_difference_of_a_norm_is_refused(tmp_path):
-    model = toy.model()
-    model.get_submodule("down_blocks.1").add_module("norm", torch.nn.LayerNorm(4))
-    save_file({"lora_unet_down_blocks_1_norm.diff": torch.ones(4)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="the difference of a norm or an embedding cannot be loaded"):
-        load_adapter({"unet": model}, tmp_path / "a.safetensors")
-
-
 def test_both_files_for_comfy_in_any_order(tmp_path, caplog):
     source = toy.write_source(tmp_path / "a.safetensors", {n: toy.state_of(n, i) for i, n in enumerate(toy.UNET)})
     pair = convert(source, tmp_path / "pair.safetensors", to="comfy", base=toy.base()).files

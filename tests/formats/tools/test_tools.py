@@ -65,11 +65,6 @@ def test_apply_is_what_the_tool_computes(tool, name, strength, expected):
         torch.testing.assert_close(toy.probe(W).float(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_method_that_is_not_supported_is_named():
-    with pytest.raises(ValueError, match="lycoris_loha.safetensors holds LoHa, and only LoRA and DoRA"):
-        AdapterFile(path_of("lycoris_loha"))
-
-
 # --- the tools that do not install here: their formulas, written out --------------------------------------------------
 
 
@@ -112,6 +107,9 @@ def by_hand(name, *, axis="out", divided_by="updated", s=0.5, t=1.0, **settings)
         ("comfy-15458", "in", "updated"),
         ("a1111", "in", "updated"),
         ("invokeai", "in", "updated"),
+        ("forge", "out", "base"),
+        ("sdnext", "out", "updated"),
+        ("sdnext", "in", "updated"),
         ("onetrainer", "in", "updated"),
         ("onetrainer", "out", "updated"),
     ],
@@ -123,11 +121,24 @@ def test_dora_scale(tool, axis, divided_by, name, t):
 
 @SHAPES
 @pytest.mark.parametrize("axis", ["out", "in"])
-def test_sdnext_applies_alpha_outside(axis, name):
+def test_sdnext_applied_alpha_outside(axis, name):
     parts, W0, _ = by_hand(name, axis=axis)
     _, _, without_alpha = by_hand(name, axis=axis, s=1.0)
-    check("sdnext", parts, W0, W0 + 0.5 * (without_alpha - W0))
-    check("sdnext", parts, W0, W0 + 2.0 * 0.5 * (without_alpha - W0), 2.0)
+    check("sdnext-2025", parts, W0, W0 + 0.5 * (without_alpha - W0))
+    check("sdnext-2025", parts, W0, W0 + 2.0 * 0.5 * (without_alpha - W0), 2.0)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_sdnext_takes_a_flat_magnitude_for_rows_only_where_it_cannot_be_of_columns(axis):
+    parts, W0, wanted = by_hand(SQUARE, axis="in")
+    check("sdnext", {**parts, "m": parts["m"].flatten()}, W0, wanted)
+    parts, W0, wanted = by_hand(LINEAR, axis=axis)
+    flat = {**parts, "m": parts["m"].flatten()}
+    if axis == "in":
+        check("sdnext", flat, W0, wanted)
+    else:
+        with pytest.raises(RuntimeError):
+            TOOLS["sdnext"].apply(flat, W0, 1.0)
 
 
 @pytest.mark.parametrize("tool", ["a1111", "invokeai"])

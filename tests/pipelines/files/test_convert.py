@@ -85,7 +85,18 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     run(capsys, "convert", adapter, tmp_path / "a.safetensors", "--to", "kohya", "--base", BASE)
     code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--base", BASE)
     assert code == 0
-    found = {line.split()[0]: line for line in output.splitlines()[2:]}
+    said, rows, measure = output.strip().split("\n\n")
+    words = dict(line.split(": ", 1) for line in said.splitlines())
+    assert words["SD.Next"].startswith("loads all 219 modules, and computes what the file means.")
+    cure = rf"Cure: dora-mm convert {tmp_path}/a.safetensors OUT --to comfy-2025 --base {BASE}"
+    assert re.fullmatch(
+        rf"loads all 219 modules, but \S+% of the change is wrong\. {cure}", words["ComfyUI and reForge"]
+    )
+    assert words["PEFT"].startswith("loads nothing: it does not know these keys. Cure: ")
+    assert "set OneTrainer's option for them" in words["OneTrainer"]
+    assert measure.startswith("error: how far the change of the weights is from")
+    found = {line.split()[0]: line for line in rows.splitlines()}
+    assert "0.42.1" in found["diffusers"]
     assert " right " in found["lycoris"]
     assert " right " in found["sdnext"]
     assert "divides by the norm of W0" in found["comfy-2025"]
@@ -114,6 +125,8 @@ MISTAKES = [
     (("convert", "missing.safetensors", "{out}", "--to", "kohya"), "missing.safetensors"),
     (("convert", "{a}", "{out}", "--to", "peft", "--base", "nowhere"), "nowhere"),
     (("verify", "{a}", "--tool", "comfyui", "--base", "samples/tiny-sdxl"), "there is no tool 'comfyui'"),
+    (("verify", "{a}", "--tool", "vllm", "--base", "samples/tiny-sdxl"), "vLLM loads no DoRA: merge the adapter into"),
+    (("convert", "{a}", "{out}", "--to", "SGLang"), "plain LoRA with dora-mm convert IN OUT --to lora --rank"),
     (("verify", "{a}", "--base", "samples/tiny-vlm"), "{a}"),
     (("verify", "samples/SOURCES.md", "--base", "samples/tiny-sdxl"), "SOURCES.md"),
 ]

@@ -265,6 +265,19 @@ def test_a_head_that_is_no_longer_the_embedding_is_written_beside_it(target, tmp
     torch.testing.assert_close(merged, llm_logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"]])
+def test_a_copy_that_peft_trained_apart_is_written_beside_it(saved, tmp_path):
+    base = llama(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)
+    model: Any = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0.0
+    model.save_pretrained(tmp_path / "adapter")
+    assert merge(base, tmp_path / "adapter", tmp_path / "merged") == 0
+    merged = llm_logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, llm_logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_one_of_several_tied_weights_cannot_change_alone(tmp_path, capsys):
     config = T5Config(vocab_size=460, d_model=32, d_kv=8, d_ff=48, num_layers=2, decoder_start_token_id=0)
     base = llm(tmp_path / "base", T5ForConditionalGeneration, config)

@@ -1,0 +1,62 @@
+"""Norms and biases that LyCORIS trains beside adapters (`train_norm`, full differences): what has a place for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.reader import LayerReader
+from dora_mm.formats.tools.tool import Export
+
+
+def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_lossy: bool) -> tuple[str, ...]:
+    """Leaves out of a conversion what its target has no place for.
+
+    Args:
+        layers: What is converted; norms without a place are taken out of it.
+        to: The target.
+        export: Its form; None for a merged model, which has a place for norms and none for biases.
+        allow_lossy: Whether anything may be left out.
+
+    Returns:
+        The names in the file of what is left out.
+
+    Raises:
+        ValueError: Something would be, and `allow_lossy` is not set; or nothing would be, and the target is merged.
+    """
+    file = layers.file
+    norms = [module for module in file.modules if file.is_norm(module)] if export else []
+    lost = () if export and export.beside else (*norms, *file.biases.values())
+    if lost and not allow_lossy:
+        ways = "use --to kohya or --to diff, or --allow-lossy, which leaves them out"
+        raise ValueError(f"{file.path} also holds {named(lost)}, for which --to {to} has no place: {ways}")
+    if allow_lossy and not lost and export is None:
+        raise ValueError(f"--allow-lossy has no effect on --to {to}: leave it out")
+    if lost and norms:
+        layers.leave_out(norms)
+    return tuple(lost)
+
+
+def named(keys: tuple[str, ...]) -> str:
+    """How many norms and biases there are, and the first one."""
+    return f"{len(keys)} differences of norms and biases, such as {keys[0]}"
+
+
+def bias_tensors(
+    layers: LayerReader, spelling: str, strength: float, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The differences of biases in another file, by key.
+
+    Raises:
+        ValueError: A bias belongs to a module whose rows the file stacks with those of others.
+    """
+    file, names = layers.file, Names(layers.weights or ())
+    for module, name in layers.biases().items():
+        ((key, group),) = names.write([name], spelling).items()
+        if not group.is_stored_so:
+            raise ValueError(f"{file.path}: {module} has a bias, and is stacked with other modules: use --allow-lossy")
+        ending = "b_norm" if module in file.modules and file.is_norm(module) else "diff_b"
+        yield f"{key}.{ending}", (strength * file.tensor(file.biases[module]).float()).to(dtype)

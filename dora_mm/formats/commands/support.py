@@ -1,0 +1,117 @@
+"""Which tools compute from a file what it means, by its header alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.formats.algebra.exact import fitted, new_weight
+from dora_mm.formats.commands.verify import BOUND, is_read, relative_error
+from dora_mm.formats.registry import OTHER_TOOLS
+from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.comfy import other_half
+from dora_mm.formats.tools.tool import Tool
+
+_ROWS, _COLUMNS, _RANK = 6, 5, 2  # of the weights on which formulas are compared
+_OUTER, _INNER = 2, 3  # rows of the factors of a Kronecker product
+_SIZES = {  # by role; rows and columns of a square weight are `_ROWS`
+    **dict.fromkeys(("A", "hada_w1_b", "hada_w2_b", "lokr_w2_b", "glora_a2", "glora_b2"), (_RANK, _COLUMNS)),
+    **dict.fromkeys(("B", "hada_w1_a", "hada_w2_a", "glora_b1"), (_ROWS, _RANK)),
+    **dict.fromkeys(("mid", "hada_t1", "hada_t2", "lokr_t2"), (_RANK, _RANK)),
+    "glora_a1": (_COLUMNS, _RANK),
+    "lokr_w1": (_OUTER, 1),
+    "lokr_w1_a": (_OUTER, _RANK),
+    "lokr_w1_b": (_RANK, 1),
+    "lokr_w2": (_INNER, _COLUMNS),
+    "lokr_w2_a": (_INNER, _RANK),
+}
+_TURNED = {"hada_w1_a": "hada_t1", "hada_w2_a": "hada_t2", "lokr_w2_a": "lokr_t2"}  # with the middle factor of a role
+
+
+def works_in(file: AdapterFile, scalings: Mapping[str, float]) -> tuple[str, ...]:
+    """The tools that compute from a file what it means, at strength 1: their formulas on small random weights.
+
+    Args:
+        file: The file, of which no tensor is read.
+        scalings: Alpha / rank by module, of those with a rank.
+
+    Returns:
+        Keys of `OTHER_TOOLS`; none where it is half of a pair, or a module is incomplete or of an unclear axis.
+    """
+    if other_half(file.header):
+        return ()
+    loaders = {
+        name: TOOLS[name] for name in OTHER_TOOLS if not TOOLS[name].refuses(file.modules, file.unnamed, file.header)
+    }
+    known: set[_Kind] = set()
+    for module, endings in file.modules.items():
+        shapes = tuple((ending, file.shape(key)) for ending, key in endings.items())
+        readers = tuple(name for name, tool in loaders.items() if tool.names.match(module))
+        kind = _Kind(shapes, scalings.get(module, 1.0), module.startswith("text_encoder"), readers)
+        if kind not in known:
+            known.add(kind)
+            right = set(_right(file, module, kind))
+            loaders = {name: tool for name, tool in loaders.items() if name in right}
+        if not loaders:
+            break
+    return tuple(loaders)
+
+
+class _Kind(NamedTuple):
+    """What of a module decides whether a tool computes it: the ends of its keys with the shapes, and so on."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    scaling: float
+    is_text: bool
+    readers: tuple[str, ...]
+
+
+def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
+    own, generator = TOOLS[file.tool], torch.Generator().manual_seed(0)
+    roles = {own.parts.get(ending, ""): shape for ending, shape in kind.shapes}
+    A, B = roles.get("A", ()), roles.get("B", ())
+    square = len(A) > 1 and A[1:2] == B[:1]
+    sizes = {e: _small(own.parts.get(e, ""), shape, roles, file.axis(module), square) for e, shape in kind.shapes}
+    tensors = {ending: torch.randn(size, generator=generator).abs() + 0.1 for ending, size in sizes.items()}
+    kernel = max((size[2:] for size in sizes.values()), key=lambda size: (len(size), math.prod(size)), default=())
+    shape = (_ROWS, _ROWS if square else _COLUMNS, *kernel)
+    if "diff" in roles or "weight" in roles:
+        shape = max(sizes.values(), key=len)
+    W0 = torch.randn(shape, generator=generator)
+    try:
+        W = new_weight(fitted(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0), W0)
+    except (ValueError, RuntimeError, IndexError):  # damaged, of an unclear axis, or of another method
+        return
+    for name in kind.readers:
+        parts = _parts(TOOLS[name], file, module, tensors, kind.scaling)
+        if is_read(parts) and relative_error(TOOLS[name], [parts], W0, W, float((W - W0).norm())) < BOUND:
+            yield name
+
+
+def _small(role: str, shape: tuple[int, ...], roles: Collection[str], axis: str, square: bool) -> tuple[int, ...]:
+    """A small shape of the same form."""
+    columns, kernel = _ROWS if square else _COLUMNS, tuple(min(size, 3) for size in shape[2:])
+    if role == "alpha":
+        return ()
+    if role == "m":
+        long = columns if axis == "in" or (not axis and shape[:1] == (1,)) else _ROWS
+        return tuple(long if size > 1 else 1 for size in shape)
+    rows, inner = _SIZES.get(role, (_ROWS, _COLUMNS))
+    found = (rows, columns if inner == _COLUMNS else inner)
+    if _TURNED.get(role) in roles:
+        found = found[::-1]
+    return (*found, *kernel)[: max(len(shape), 1)]
+
+
+def _parts(
+    tool: Tool, file: AdapterFile, module: str, tensors: Mapping[str, Tensor], scaling: float
+) -> dict[str, Tensor]:
+    """What a tool finds of a module, with alpha where it would find one."""
+    parts = tool.without_lost(module, tool.roles(module, tensors), tensors)
+    has_alpha = "alpha" in parts or tool.alpha(file.header, module, _RANK) is not None
+    return {**parts, "alpha": torch.tensor(scaling * _RANK)} if has_alpha and "A" in parts else parts
