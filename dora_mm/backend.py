@@ -60,6 +60,11 @@ def implementation(backend: str) -> str:
     return "torch" if chosen is TORCH else f"triton {version('triton')}"
 
 
+def about_layers(backend: str | None) -> dict[str, str]:
+    """What the versions of a run say of its adapted layers; nothing where its config has no backend."""
+    return {} if backend is None else {"adapted layers": implementation(backend)}
+
+
 def auto(x, weight, bias, adapters, options):
     """`core.forms.adapted_product` in the implementation chosen for the device that holds `weight`."""
     return CHOSEN[weight.is_cuda](x, weight, bias, adapters, options)

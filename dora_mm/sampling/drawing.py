@@ -15,6 +15,7 @@ from typing import Any
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from dora_mm.backend import about_layers
 from dora_mm.config.loader import dump_config
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import remove
@@ -77,7 +78,7 @@ def picture_run(config: PicturesConfig, path: Path | None) -> Iterator[RunDirect
     """
     run = RunDirectory(path or new_folder(config.name, config.output))
     with only_writer(run.path):
-        run.write_about(dump_config(config), {})
+        run.write_about(dump_config(config), {}, about_layers(config.backend))
         go_on = f"dora-mm {config.command} --resume {shlex.quote(str(run.path))}"
         log.info("Run %s. After a stop: %s", run.path, go_on)
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from dora_mm.backend import about_layers
 from dora_mm.config.adapter import AdapterConfig
 from dora_mm.config.loader import differing_keys, dump_config
 from dora_mm.config.pipelines import SCHEMAS
@@ -113,7 +114,7 @@ def go_on(run: RunDirectory, config: PipelineConfig, steps: int) -> None:
     if steps < done:
         raise ValueError(f"train.steps: {run.path} has finished {done} steps, so it cannot end at {steps}")
     change_config(run, config)
-    if changed := run.changed_versions():
+    if changed := run.changed_versions(about_layers(getattr(config, "backend", None))):
         log.warning(
             "With other software the last bits may not be those of an uninterrupted run: %s", ", ".join(changed)
         )
@@ -186,7 +187,10 @@ def open_run(config: PipelineConfig, inputs: Mapping[str, str] | None = None) ->
     Raises:
         ValueError: `output` exists already, or its parent is a file.
     """
-    return RunDirectory.create(config.name, dump_config(config), getattr(config, "output", None), inputs=inputs)
+    output = getattr(config, "output", None)
+    return RunDirectory.create(
+        config.name, dump_config(config), output, inputs, about_layers(getattr(config, "backend", None))
+    )
 
 
 def reopen_run(
@@ -210,7 +214,7 @@ def reopen_run(
     if not (folder / CONFIG).is_file():
         if not is_unfinished(folder):
             raise ValueError(f"output {folder} exists already and is not a run directory: choose another folder.")
-        run.write_about(dump_config(config), inputs)
+        run.write_about(dump_config(config), inputs, about_layers(getattr(config, "backend", None)))
     differing = [key for key in differing_keys(started_config(folder, SCHEMAS), config) if key not in free]
     if differing or (differing := run.changed_inputs(inputs)):
         raise ValueError(

@@ -47,6 +47,7 @@ class RunDirectory:
         config_text: str,
         output: str | None = None,
         inputs: Mapping[str, str] | None = None,
+        software: Mapping[str, str] | None = None,
     ) -> "RunDirectory":
         """Creates a run directory that holds the resolved config and the versions of the software.
 
@@ -55,12 +56,13 @@ class RunDirectory:
             config_text: The resolved config as YAML.
             output: The directory to create instead.
             inputs: Digests of the data and models that the config refers to, by a description of each.
+            software: What `versions` does not know of the software.
 
         Raises:
             ValueError: `output` exists already, or its parent is a file.
         """
         run = cls(new_folder(name, output))
-        run.write_about(config_text, inputs or {})
+        run.write_about(config_text, inputs or {}, software or {})
         return run
 
     @classmethod
@@ -81,12 +83,12 @@ class RunDirectory:
             raise ValueError(f"{path} cannot be resumed: {' and '.join(changed)} changed since it was started.")
         return run
 
-    def write_about(self, config_text: str, inputs: Mapping[str, str]) -> None:
+    def write_about(self, config_text: str, inputs: Mapping[str, str], software: Mapping[str, str]) -> None:
         """Writes the resolved config, the versions of the software and the digests of the inputs.
 
         The config is also one of the inputs, by which `config.yaml` is compared: a person may edit that.
         """
-        write_text(self.path / VERSIONS, json.dumps(versions(), indent=2) + "\n")
+        write_text(self.path / VERSIONS, json.dumps({**versions(), **software}, indent=2) + "\n")
         self.write_config(config_text, inputs)
 
     def write_config(self, config_text: str, inputs: Mapping[str, Any]) -> None:
@@ -117,13 +119,17 @@ class RunDirectory:
         before = self.inputs if inputs else {}
         return [name for name, digest in inputs.items() if before.get(name) != digest]
 
-    def changed_versions(self) -> list[str]:
-        """What of the software is not as it was when the run was started, such as "torch 2.12.0 is 2.13.0"."""
+    def changed_versions(self, software: Mapping[str, str]) -> list[str]:
+        """What of the software is not as it was when the run was started, such as "torch 2.12.0 is 2.13.0".
+
+        Args:
+            software: As given to `create`.
+        """
         try:
             before = dict(json.loads((self.path / VERSIONS).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             return [f"{VERSIONS} cannot be read ({error})"]
-        now = versions()
+        now = {**versions(), **software}
         return [f"{name} {before.get(name)} is {now.get(name)}" for name in now if before.get(name) != now[name]]
 
     def stage(self, name: str) -> "RunDirectory":

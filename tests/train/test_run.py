@@ -143,6 +143,14 @@ def test_a_run_goes_on_with_other_software_and_says_so(train, tmp_path, caplog):
     assert said_aloud.endswith(f"not be those of an uninterrupted run: torch 2.0.0 is {torch.__version__}")
 
 
+def test_a_run_goes_on_with_other_kernels_and_says_so(train, monkeypatch, caplog):
+    run = train()
+    monkeypatch.setattr("dora_mm.backend.implementation", lambda backend: "triton 3.6.0")  # as on a GPU
+    train(resume=run.path)
+    (said_aloud,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert said_aloud.endswith("adapted layers torch is triton 3.6.0")
+
+
 def test_a_run_has_one_writer(train, tmp_path):
     run = train()
     with only_writer(run.path):

@@ -139,7 +139,9 @@ def test_a_run_directory_is_complete(config, tmp_path, capsys):
     assert main(["train", str(config(sample__every=3))]) == 0
     run = tmp_path / "run"
     assert load_config(run / "config.yaml").train.steps == 4
-    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    versions = json.loads((run / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__
+    assert versions["adapted layers"] == "torch" or torch.cuda.is_available()
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     assert list((run / "tensorboard").iterdir())
     assert Image.open(run / "sheet.png").width > 150  # the picture, and the labels at its left
