@@ -158,7 +158,7 @@ def output_grad(
     slabs = num_blocks(num_tokens, SLAB) if reads else 1
     scaled = torch.empty(dY.shape if wants_scaled else (0, 0), dtype=dY.dtype, device=dY.device)
     dots = torch.empty(slabs if wants_dots else 0, num_out, dtype=torch.float32, device=dY.device)
-    operand = torch.empty(num_out, columns, dtype=dY.dtype, device=dY.device)
+    operand = (torch.empty if num_tokens else torch.zeros)(num_out, columns, dtype=dY.dtype, device=dY.device)
     magnitude = None if magnitude is None else magnitude.contiguous()
     if num_tokens:
         with torch.cuda.device_of(dY):
