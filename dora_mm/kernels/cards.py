@@ -39,7 +39,8 @@ def tile(rows: int, columns: int, inner: int, num_warps: int, num_stages: int) -
 
 # By compute capability; a card takes the entry at or below its own. None of them was measured here. Tiles of 8.0, 8.6
 # and 9.0: those that LoRAFusion (arXiv 2510.00206) found best for the same product on A100, RTX 3090 and H100. The
-# others are the largest with which the product spills nothing and that fit into the card's shared memory (tests/kernels/compile_ahead.py).
+# others are the largest with which the product spills nothing, and that fit into the card's shared memory
+# (tests/kernels/compile_ahead.py).
 #
 # The inner sizes follow from the bytes a second and the operations a second of either product. H100: 8 more bytes per
 # entry at 3 TB/s are 2.7 ps, 12 bytes 4 ps; at 650 TFLOP/s for the vendor's bf16 and 400 for ours, each multiplication

@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not in this machine and fit into their shared memory; our product spills nothing."""
+"""The kernels compile for GPUs that are not here and fit into their shared memory; our product spills nothing."""
 
 import json
 import os
