@@ -82,7 +82,7 @@ class FolderLock:
     def release(self) -> None:
         """Ends the lock, so that the next process can take it at once."""
         self._released.set()
-        with suppress(ValueError):
+        with suppress(ValueError, OSError):
             self.check()
             self.path.unlink()
         os.close(self._descriptor)
@@ -133,7 +133,7 @@ class FolderLock:
         """Who writes; None where the file does not say it."""
         try:
             return Writer(**json.loads(self.path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError):
             return None
 
     def _beat(self) -> None:
