@@ -42,7 +42,7 @@ from dora_mm.train.processes import join_processes
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import OVERALL, Validation
-from dora_mm.train.weights import result_of
+from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     training, adapted = build(config, model, trained, task, accelerator), trained.adapted
     move_vae(model, config)
     result = result_of(training["optimizer"])
+    average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
     draw = result(partial(draw_sheet, config, sampler, adapted)) if accelerator.is_main_process else None
     about = about_adapter(config, model)
 
@@ -99,7 +100,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         write = result(partial(save, config, adapted, about=about))
         measure = result(partial(losses, list(adapted.values()))) if losses else None
         writes = accelerator.is_main_process
-        validate = held_out_loss(config, run, measure, adapted, write, writes=writes) if measure else None
+        validate = held_out_loss(config, run, measure, adapted, write, average, writes=writes) if measure else None
 
         def observe(step: int) -> None:
             if validate and validate.is_due(step, config.train.steps):
@@ -110,17 +111,24 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
             with run.answering(SAMPLE_NOW) as asked:
                 if due or asked:
                     draw(run.samples / f"step-{step:06d}.png")
+                    if average and step:
+                        average.applied()(draw)(run.samples / f"step-{step:06d}-ema.png")
 
         if config.sample.every and not last_step(run.checkpoints):
             observe(0)  # so that what goes wrong in drawing does so before the training
         is_over = validate.is_over if validate else lambda: False
-        done = fit(run=run, **training, batch_at=batches, observe=observe, is_over=is_over, metadata=about)
+        hooks = {"observe": observe, "after_step": average.update if average else None, "is_over": is_over}
+        state = {EMA: average} if average else {}
+        done = fit(run=run, **training, batch_at=batches, **hooks, state=state, metadata=about)
         if validate:
             log_losses(done, validate(done))
             validate.close()
         if draw:
             write(run.adapter)
-            add_pictures(config, run, draw(run.sheet))
+            add_pictures(config, run.adapter, draw(run.sheet))
+            if average:
+                average.applied()(write)(run.adapter_ema)
+                add_pictures(config, run.adapter_ema, average.applied()(draw)(run.sheet_ema))
             write_results(config, run, training["parameters"], done, validate)
 
 
@@ -163,6 +171,7 @@ def held_out_loss(
     measure: Callable[[], dict[str, float]],
     adapted: Networks,
     write: Callable[[Path], None],
+    average: WeightAverage | None,
     *,
     writes: bool,
 ) -> Validation:
@@ -172,8 +181,8 @@ def held_out_loss(
         base, found = validation.rows[0], measure()
         return found | {f"{name}_minus_base": value - base[name] for name, value in found.items()}
 
-    done = last_step(run.checkpoints)
-    validation = Validation(run, config.evaluate, beside_base, by_held_out_loss, write, done, writes=writes)
+    done, values = last_step(run.checkpoints), average.measured(beside_base) if average else beside_base
+    validation = Validation(run, config.evaluate, values, by_held_out_loss, write, done, writes=writes)
     if not validation.rows:
         with base_model(config, adapted.values()):
             validation.note(0, measure())
@@ -265,8 +274,8 @@ def describe(
     task = DiffusionTask(model, config.loss)
     training = build(config, model, trained, task, accelerator) | {"batch_at": batches}
     move_vae(model, config)
-    cost = describe_training(model.networks, config.optimizer, training)
-    how = optimizer_line(config.optimizer, config.schedule, config.train.steps)
+    cost = describe_training(model.networks, config.optimizer, training, ema=config.ema is not None)
+    how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
     return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 
@@ -335,13 +344,13 @@ def save(config: TrainDiffusionConfig, adapted: Networks, folder: Path, about: d
     dora_mm.save_adapter(adapted, folder, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
 
-def add_pictures(config: TrainDiffusionConfig, run: RunDirectory, pictures: list[Image.Image]) -> None:
+def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Image.Image]) -> None:
     """Saves the first pictures beside the adapter, and shows them in its model card."""
     shown = []
     for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
         shown.append((prompt, f"pictures/{number}.png"))
-        save_atomically(run.adapter / shown[-1][1], picture)
-    formats.write_card(run.adapter, pictures=shown)
+        save_atomically(folder / shown[-1][1], picture)
+    formats.write_card(folder, pictures=shown)
 
 
 def write_results(

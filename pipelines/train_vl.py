@@ -57,7 +57,7 @@ from dora_mm.train.processes import join_processes, main_process_first
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import LOSS, Validation, main_values, other_values, task_qualities
-from dora_mm.train.weights import result_of
+from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
@@ -127,11 +127,13 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     losses = RowLosses(model, splits, training, on_bad_data=on_bad_data, precision=accelerator.autocast, **settings)
     answered = (answers, model.networks.values(), splits, config.evaluate.batch_size)
     scoring = SplitScores(accelerator, result(partial(answer_all, *answered, **settings)), result(losses))
+    average = WeightAverage(parts["parameters"], config.ema.decay) if config.ema else None
+    measure = average.measured(scoring) if average else scoring
     qualities = partial(task_qualities, {name: by_loss(config.evaluate, name) for name in splits})
     with training_run(accelerator, config, inputs, resume, train) as run:
         done = last_step(run.checkpoints)
         main_process = accelerator.is_main_process
-        validate = Validation(run, config.evaluate, scoring, qualities, write, done, writes=main_process)
+        validate = Validation(run, config.evaluate, measure, qualities, write, done, writes=main_process)
 
         def observe(step: int) -> None:
             if main_process:
@@ -146,7 +148,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
                 run=run,
                 **parts,
                 batch_at=batch_at,
-                state={"row counts": model.counts},
+                state={"row counts": model.counts} | ({EMA: average} if average else {}),
+                after_step=average.update if average else None,
                 observe=observe,
                 is_over=validate.is_over,
             )
@@ -154,6 +157,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         counts: Any = accelerator.reduce(numbers, "sum")
         if main_process:
             write(run.adapter)
+            if average:
+                average.applied()(write)(run.adapter_ema)
         details = {"peak_memory_mb": round(peak_memory_mb())}  # of the training, without the last validation
         details |= dict(zip(("rows_cut", "rows_left_out"), counts.tolist(), strict=True))
         validate(done)
@@ -258,6 +263,7 @@ def finish(
         formats.write_card(run.adapter, scores=main)
     values = validate.rows[-1]
     losses = {f"{name}_{LOSS}": round(values[f"{name}/{LOSS}"], 4) for name in scores}
+    losses |= {name.replace("/", "_"): round(value, 4) for name, value in values.items() if name.startswith(f"{EMA}/")}
     summary = training_summary(
         run,
         config.adapter,
@@ -314,7 +320,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         per_epoch = batches_of(config, model, data.sets).steps_per_epoch
         length = with_steps(config.train, config.schedule, per_epoch)
         yield length_line(length, per_epoch)
-        yield optimizer_line(config.optimizer, config.schedule, length.steps)
+        yield optimizer_line(config.optimizer, config.schedule, length.steps, config.ema)
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
         by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
         yield f"validated {when(config.evaluate)}; the best adapter of {by}"
@@ -340,7 +346,8 @@ def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLMode
     parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     largest = partial(batch_of, model, data.sets, data.largest) if data.largest else None
     cost = measure_accumulated(parts, batches, prepared=model.prepares_batches, largest=largest)
-    memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost)
+    ema = config.ema is not None
+    memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost, ema=ema)
     return f"{memory}\n\n{time_line(cost, parts['config'].steps, 'validation')}"
 
 
@@ -362,7 +369,5 @@ def estimated_cost(
         )
         cost = StepCost(None, activations, f"an estimate by the sizes of its layers, for {data.largest}")
     stored = quantized_bytes(network, config.model.quantization)
-    place = accelerator.device.type
-    return memory_table(
-        network_parts(structure.networks), trained.parameters, config.optimizer, cost, stored=stored, place=place
-    )
+    details: dict[str, Any] = {"stored": stored, "place": accelerator.device.type, "ema": config.ema is not None}
+    return memory_table(network_parts(structure.networks), trained.parameters, config.optimizer, cost, **details)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from dora_mm.cli import main
-from dora_mm.train import subprocesses
+from dora_mm.train.campaigns import subprocesses
 from tests.documented.checkout import Checkout
 from tests.documented.texts import DOCS, ROOT, commands, configs, head_commands, is_synopsis, text_of
 

@@ -31,7 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
         ("features", "compute the features of a vision tower once, for later trainings"),
     ):
         _add_config_command(commands, name, what)
-    for add in (_add_gallery, _add_inspect, _add_merge, _add_convert, _add_verify, _add_extract, _add_ask):
+    for add in (
+        _add_gallery,
+        _add_inspect,
+        _add_merge,
+        _add_convert,
+        _add_verify,
+        _add_extract,
+        _add_average,
+        _add_ask,
+    ):
         add(commands)
     return parser
 
@@ -125,6 +134,12 @@ def _add_verify(commands: Any) -> None:
     command.add_argument("--base", metavar="MODEL", required=True, help=BASE)
     command.add_argument("--axis", choices=("out", "in"), help=AXIS)
     command.add_argument("--json", action="store_true", dest="as_json", help="print JSON, with every module")
+
+
+def _add_average(commands: Any) -> None:
+    command = commands.add_parser("average", help="average the adapters of a training's checkpoints")
+    command.add_argument("run", metavar="RUN", type=Path, help="a run directory, with train.keep_checkpoints above 1")
+    command.add_argument("--last", metavar="N", type=_positive, help="how many of the newest; default: all")
 
 
 def _add_extract(commands: Any) -> None:

@@ -22,6 +22,7 @@ from dora_mm.config.schema import (
 )
 from dora_mm.config.training import (
     CHANGEABLE,
+    EMAConfig,
     OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
@@ -138,13 +139,14 @@ class TrainDiffusionConfig(PipelineConfig):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
+    ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
     train: TrainConfig
     evaluate: ValidationConfig = ValidationConfig()
     sample: SampleConfig = SampleConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainDiffusionConfig":
-        problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
+        problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_validation(self.evaluate, self.data.valid is not None, "data.valid is null")
         full = "full" in self.adapter.methods

@@ -23,6 +23,12 @@ class OptimizerConfig(Section):
     options: dict[str, bool | int | float | str | Items[float | None]] = Field(default_factory=dict)
 
 
+class EMAConfig(Section):
+    """An average of the weights of all steps, the last ones most, beside the weights themselves."""
+
+    decay: Share = 0.999  # of the average in each step, in the first ones less: (1 + step) / (10 + step)
+
+
 class ScheduleConfig(Section):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("warmup_steps", "warmup_ratio"),)
 
@@ -108,7 +114,11 @@ def check_validation(evaluate: ValidationConfig, has_valid: bool, missing: str) 
 
 
 def check_training(
-    optimizer: OptimizerConfig, schedule: ScheduleConfig, train: TrainConfig, dtype: str = "float32"
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    train: TrainConfig,
+    dtype: str = "float32",
+    ema: EMAConfig | None = None,
 ) -> list[str]:
     """Finds contradictions between the sections of a training config.
 
@@ -117,6 +127,7 @@ def check_training(
         schedule: The `schedule` section.
         train: The `train` section.
         dtype: The dtype of the frozen base weights.
+        ema: The `ema` section.
 
     Returns:
         One message per problem, each naming the keys.
@@ -138,6 +149,8 @@ def check_training(
         ]
     if optimizer.name == "schedule_free" and schedule.name != "constant":
         problems.append(f"optimizer.name schedule_free needs schedule.name constant, not {schedule.name}")
+    if optimizer.name == "schedule_free" and ema:
+        problems.append("ema is not for optimizer.name schedule_free, whose result is an average already: leave it out")
     owners = {"cycles": "restarts", "power": "polynomial", "decay_ratio": "warmup_stable_decay"}
     problems += [
         f"schedule.{key} has no effect: it is of schedule.name {owner}"

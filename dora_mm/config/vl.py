@@ -20,6 +20,7 @@ from dora_mm.config.schema import (
 )
 from dora_mm.config.training import (
     CHANGEABLE,
+    EMAConfig,
     EpochTrainConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -73,12 +74,13 @@ class TrainVLConfig(PipelineConfig):
     data: VLDataConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
+    ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
     train: EpochTrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "TrainVLConfig":
-        problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype)
+        problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
         problems += unused_prompts(self.model, self.data)

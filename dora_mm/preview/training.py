@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from dora_mm.config.training import OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
+from dora_mm.config.training import EMAConfig, OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.train.loop import LossModule, accumulate, update
 from dora_mm.train.optim import OPTIMIZERS, build_optimizer
@@ -162,6 +162,7 @@ def memory_table(
     *,
     stored: Mapping[int, int] | None = None,
     place: str | None = None,
+    ema: bool = False,
 ) -> str:
     """A text table of the memory of a training by part, where each part is, and the sum for the training's device.
 
@@ -172,6 +173,7 @@ def memory_table(
         cost: The cost of a step; None: the activations are left out.
         stored: The bytes of weights that will be quantised, by `id`.
         place: The device where a training of networks on the meta device would have them.
+        ema: Whether an average of the trained parameters is kept.
     """
     values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
     device = next(iter(parameters.values())).device.type
@@ -181,6 +183,7 @@ def memory_table(
     rows.append((f"{values:,} trained", device, size))
     rows.append(("gradients", device, size))
     rows.append((f"optimizer state ({optimizer.name}, {kept})", device, state * width * values))
+    rows += [("moving average", device, size)] if ema else []
     if cost is not None:
         rows.append((f"activations ({cost.source})", device, cost.activations))
     total = sum(size for _, where, size in rows if where == device)
@@ -206,7 +209,7 @@ def _frozen(
 
 
 def describe_training(
-    networks: Mapping[str, nn.Module], optimizer: OptimizerConfig, training: Mapping[str, Any]
+    networks: Mapping[str, nn.Module], optimizer: OptimizerConfig, training: Mapping[str, Any], *, ema: bool = False
 ) -> str:
     """A table of the memory, and the time that a measured step leads to expect.
 
@@ -216,10 +219,11 @@ def describe_training(
         networks: All networks of the model, by name.
         optimizer: The `optimizer` section of the config.
         training: The arguments of `measure_step`, by name.
+        ema: As in `memory_table`.
     """
     measured = is_measured(training["accelerator"], networks.values())
     cost = measure_step(**training) if measured else None
-    memory = memory_table(networks, training["parameters"], optimizer, cost)
+    memory = memory_table(networks, training["parameters"], optimizer, cost, ema=ema)
     time_line = _time_line(cost, training["config"].steps)
     remarks = slow_hardware(training["accelerator"], networks.values())
     return "\n\n".join([memory, time_line, *remarks])
@@ -253,15 +257,18 @@ def length_line(train: TrainConfig, steps_per_epoch: int) -> str:
     return f"length    {train.steps:,} steps{of_several}, {epochs:.3g} epochs of {steps_per_epoch:,} step{s}"
 
 
-def optimizer_line(optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int) -> str:
-    """A line with the optimizer, the learning rates that hold for all parts, and their schedule."""
+def optimizer_line(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int, ema: EMAConfig | None = None
+) -> str:
+    """A line with the optimizer, the learning rates that hold for all parts, their schedule, and the average."""
     rates = [f"lr {optimizer.lr:.4g}"]
     rates += [f"B {optimizer.b_lr_ratio:.4g} times that"] if optimizer.b_lr_ratio != 1 else []
     rates += [f"m {optimizer.magnitude_lr:.4g}"] if optimizer.magnitude_lr is not None else []
     options = [f"{key} {value}" for key, value in optimizer.options.items()]
     warmup = schedule.warmup_steps or round(schedule.warmup_ratio * steps)
     after = f" after {warmup:,} steps of warm-up" if warmup else ""
-    return f"optimizer {optimizer.name}, {', '.join(rates + options)}; {schedule.name}{after}"
+    average = f"; an average of the weights with decay {ema.decay:g}" if ema else ""
+    return f"optimizer {optimizer.name}, {', '.join(rates + options)}; {schedule.name}{after}{average}"
 
 
 def when(evaluate: ValidationConfig) -> str:

@@ -24,6 +24,7 @@ REASONS = {  # why the other keys and sections may not change
     "loss": "the finished steps minimized the old loss",
     "optimizer": "the finished steps were computed with the old value",
     "schedule": "the finished steps were computed with the old learning rates",
+    "ema": "the average of the finished steps was made with the old value",
     "train": "the finished steps were computed with the old value",
     "evaluate": "the scores so far, and with them the best adapter, were computed with the old value",
 }

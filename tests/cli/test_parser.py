@@ -20,6 +20,7 @@ COMMANDS = {  # with the recipes of those that take no config
     "convert": "convert",
     "verify": "verify",
     "extract": "extract",
+    "average": "average",
     "ask": "ask",
 }
 
@@ -56,6 +57,7 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
         "convert FILE OUT --to peft --base MODEL --axis in --strength 2 --rank 3 --energy 0.5 --allow-lossy",
         "verify FILE --tool peft --base MODEL --axis out --json",
         "extract TUNED BASE OUT --rank 4 --to peft",
+        "average RUN --last 3",
         "ask some/model FILE FILE question --adapter FILE --max-new-tokens 5",
     ],
 )

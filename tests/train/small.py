@@ -59,7 +59,7 @@ def small_training(
         network=network,
         optimizer=prepared,
         parts=parts,
-        fit=lambda **hooks: fit(run=run, **parts, after_step=after_step, **hooks),
+        fit=lambda **hooks: fit(run=run, **parts, **{"after_step": after_step, **hooks}),
     )
 
 

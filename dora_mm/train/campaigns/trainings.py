@@ -13,8 +13,8 @@ import torch
 
 from dora_mm.config.training import LearningRates
 from dora_mm.eval.comparison import Variant
+from dora_mm.train.campaigns.subprocesses import TrainingProcess, run_processes, start_process
 from dora_mm.train.run import SUMMARY
-from dora_mm.train.subprocesses import TrainingProcess, run_processes, start_process
 from dora_mm.utils.atomic import write_text
 
 log = logging.getLogger(__name__)

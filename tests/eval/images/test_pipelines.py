@@ -24,7 +24,7 @@ from dora_mm.sampling.gallery.data import GalleryPicture, befores
 from dora_mm.sampling.manifest import ManifestEntry, read_manifest
 from dora_mm.train.campaigns import trainings
 from dora_mm.train.campaigns.campaign import Campaign
-from dora_mm.train.subprocesses import TrainingProcess
+from dora_mm.train.campaigns.subprocesses import TrainingProcess
 from dora_mm.utils.digest import file_digest, module_digest
 from samples.build.__main__ import main as build
 from tests.models.z_image import tiny as z_image

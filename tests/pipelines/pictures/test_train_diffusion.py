@@ -290,7 +290,7 @@ def killed(arguments, run, how):
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     """Real processes are killed, in both ways, and resumed: weights, optimiser and data order are as without that."""
     settings = {"train__steps": 10, "train__checkpoint_every": 2, "train__keep_checkpoints": 99, "sample__prompts": []}
-    settings |= {"data__valid": {"share": 0.4}, "evaluate": {"every": 3}}
+    settings |= {"data__valid": {"share": 0.4}, "evaluate": {"every": 3}, "ema": {"decay": 0.9}}
     assert main(["train", str(config("uninterrupted", output=str(tmp_path / "uninterrupted"), **settings))]) == 0
     run = tmp_path / "interrupted"
     path = config("interrupted", output=str(run), **settings)
@@ -306,6 +306,8 @@ def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
         torch.load(r / "checkpoints" / "step-000010" / "state.pt", weights_only=True)
         for r in (tmp_path / "uninterrupted", run)
     ]
+    one, two = (state["ema"] for state in states)
+    assert all(torch.equal(one[name], two[name]) for name in one)
     one, two = (state["optimizer"]["state"] for state in states)
     assert all(torch.equal(one[i][key], two[i][key]) for i in one for key in one[i])
     one, two = (read_metrics(r / "validation" / "metrics.jsonl") for r in (tmp_path / "uninterrupted", run))
@@ -329,7 +331,8 @@ def test_held_out_losses_are_in_the_curves_and_change_no_bit(config, tmp_path, i
         Image.open(image_folder / f"{index}.png").rotate(180).save(held / f"{index}.png")
         (held / f"{index}.txt").write_text("a TOK icon")
     valid = {"data__valid": {"folder": str(held)}, "evaluate": {"every": 1}, "output": str(tmp_path / "valid")}
-    path = config("valid", **shared, **valid)
+    valid |= {"ema": {"decay": 0.5}, "sample__prompts": [PROMPT]}
+    path = config("valid", **{**shared, **valid})
     assert main(["train", str(path)]) == 0
     plain, with_valid = (
         load_file(tmp_path / n / "checkpoints/step-000002/trained_weights.safetensors") for n in ("run", "valid")
@@ -340,11 +343,16 @@ def test_held_out_losses_are_in_the_curves_and_change_no_bit(config, tmp_path, i
     for row in (first, last):
         for name in ("held_out_loss", "trained_loss"):
             assert row[f"{name}_minus_base"] == row[name] - base[name] != 0
+            assert row[f"ema/{name}"] not in (row[name], base[name])
     summary = json.loads((tmp_path / "valid" / "summary.json").read_text())
     assert summary["held_out_loss"] == pytest.approx(last["held_out_loss"], abs=1e-5)
     best = min((first, last), key=lambda row: row["held_out_loss"])
     assert summary["best_step"] == best["step"]
     assert (tmp_path / "valid" / "best" / "overall" / ADAPTER).is_file()
+    average, last_one = (load_file(tmp_path / "valid" / name / ADAPTER) for name in ("adapter-ema", "adapter"))
+    assert average.keys() == last_one.keys()
+    assert not all(torch.equal(average[name], last_one[name]) for name in average)
+    assert (tmp_path / "valid" / "sheet-ema.png").is_file()
     capsys.readouterr()
     assert main(["train", str(path), "--set", f"output={tmp_path / 'new'}", "--dry-run"]) == 0
     assert "held out  2 (0.png, 3.png), their loss after every step" in capsys.readouterr().out

@@ -85,13 +85,14 @@ def config(tmp_path, model_folder):
 
 
 def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_folder, capsys):
-    assert main(["train", str(config())]) == 0
+    assert main(["train", str(config(ema={"decay": 0.5}))]) == 0
     run = tmp_path / "run"
     shown = capsys.readouterr().out
     assert "answer_type" in shown
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 6
-    assert {"vqa", "overall"} <= summary.keys()
+    assert {"vqa", "overall", "vqa_loss", "caption_loss", "ema_vqa", "ema_vqa_loss", "best_step"} <= summary.keys()
+    assert (run / "adapter-ema" / "adapter_model.safetensors").is_file()
     assert 0 < summary["seconds_per_step"] <= summary["seconds"]
     assert 0 < summary["trainable_share"] < 100
     assert summary["peak_memory_mb"] > 100

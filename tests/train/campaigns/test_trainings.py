@@ -12,10 +12,10 @@ import torch
 
 from dora_mm.config.training import LearningRates
 from dora_mm.eval.comparison import FULL, Variant
-from dora_mm.train import subprocesses
+from dora_mm.train.campaigns import subprocesses
 from dora_mm.train.campaigns import trainings as module
+from dora_mm.train.campaigns.subprocesses import TrainingProcess, check_process, start_process
 from dora_mm.train.campaigns.trainings import Training, Trainings, candidate_rates, next_rate
-from dora_mm.train.subprocesses import TrainingProcess, check_process, start_process
 
 LORA, DORA = Variant("lora", 2), Variant("dora", 2)
 
