@@ -18,6 +18,7 @@ from dora_mm.utils.atomic import flush
 from dora_mm.utils.digest import file_digest
 from dora_mm.utils.lock import check_lock
 from dora_mm.utils.messages import first_line
+from dora_mm.utils.partials import partial_of
 
 log = logging.getLogger(__name__)
 WEIGHTS, STATE, ABOUT = FILE_NAME, "state.pt", "checkpoint.json"  # the weights are also an adapter file
@@ -63,7 +64,7 @@ def save_checkpoint(
     """
     check_lock(folder)
     final = folder / f"step-{step:06d}"
-    partial = folder / f".{final.name}.partial"
+    partial = partial_of(final)
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a killed run
     partial.mkdir(parents=True)
     weights = {name: parameter.detach().contiguous().cpu() for name, parameter in parameters.items()}
@@ -82,6 +83,7 @@ def save_checkpoint(
         flush(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        check_lock(folder)  # who has taken the run over has removed what was half written in it
         raise
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)

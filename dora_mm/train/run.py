@@ -217,7 +217,8 @@ def reopen_run(
             raise ValueError(f"output {folder} exists already and is not a run directory: choose another folder.")
         run.write_about(dump_config(config), inputs, about_layers(getattr(config, "backend", None)))
     differing = [key for key in differing_keys(started_config(folder, SCHEMAS), config) if key not in free]
-    if differing or (differing := run.changed_inputs(inputs)):
+    differing += run.changed_inputs(inputs)
+    if differing:
         raise ValueError(
             f"output: {folder} was started with different values of {', '.join(differing)}: choose another folder"
         )

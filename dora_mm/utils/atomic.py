@@ -40,6 +40,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         flush(partial)
         check_lock(path)
         os.replace(partial, path)
+    except FileNotFoundError:
+        check_lock(path)  # who has taken the folder over has removed what was half written in it
+        raise
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)

@@ -15,6 +15,7 @@ from dora_mm.preview.training import measure_step
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
 from dora_mm.targets import map_of
 from tests.models.vlm import tiny
+from tests.train.small import mean_of
 
 TOKENS = 256
 
@@ -72,7 +73,7 @@ def test_the_estimate_is_near_to_what_a_step_keeps(adapter, checkpointing):
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.ConstantLR(optimizer),
         batch_at=lambda number: inputs,
-        loss=lambda batch, stream: network(**batch).logits.square().mean(),
+        loss=lambda batch, stream: mean_of(network(**batch).logits.square()),
     ).activations
 
     batch = LargestBatch("chat", [0], TOKENS, 0)

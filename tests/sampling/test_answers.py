@@ -6,7 +6,7 @@ from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.models.vl_bart.answering import Answerer
-from dora_mm.sampling.answers import predict
+from dora_mm.sampling.answers import answer_all
 from tests.models.vl_bart.small import small_inputs, small_tokenizer, small_vl_bart
 
 
@@ -21,7 +21,11 @@ def test_predictions_keep_the_order_and_the_batches_do_not_matter():
 
     table = [Example(str(i), (f"{i}.jpg",), "is there a red cat?" if i % 2 else "bus?") for i in range(7)]
     split = ValidationSet(table, "folder")  # type: ignore[arg-type]
-    at_once, batched = (predict(answer, split, size, None, "vqa") for size in (7, 3))
+
+    def predict(batch_size, limit=None):
+        return answer_all({"vqa": answer}, [], {"vqa": split}, batch_size, limit)["vqa"]
+
+    at_once, batched = predict(7), predict(3)
     assert [example.id for example, _ in at_once] == [str(i) for i in range(7)]
     assert at_once == batched
-    assert predict(answer, split, 64, 2, "vqa") == at_once[:2]
+    assert predict(64, 2) == at_once[:2]

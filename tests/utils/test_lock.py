@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dora_mm.utils import lock, partials
-from dora_mm.utils.atomic import write_text
+from dora_mm.utils.atomic import write_atomically, write_text
 from dora_mm.utils.lock import LOCK, check_lock, only_writer
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +20,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from dora_mm.utils import lock
-from dora_mm.utils.atomic import write_text
+from dora_mm.utils.atomic import write_atomically, write_text
 lock.HEARTBEAT = 0.05
 folder = Path(sys.argv[1])
 try:
@@ -127,6 +127,15 @@ def test_a_write_elsewhere_does_not_depend_on_the_lock(tmp_path):
         with pytest.raises(ValueError, match=r"its .lock is gone, .* writes nothing more"):
             write_text(tmp_path / "run" / "folder" / "file", "text")
     assert not (tmp_path / "run" / "folder").exists()
+
+
+def test_who_is_stopped_while_it_writes_finds_its_file_gone(tmp_path, elsewhere, monkeypatch):
+    def taken_over(partial):
+        partial.unlink()
+        (tmp_path / LOCK).write_text('{"host": "there", "process": 7, "since": "now", "token": "1"}')
+
+    with only_writer(tmp_path), pytest.raises(ValueError, match=r"process 7 on there .* has taken it over"):
+        write_atomically(tmp_path / "file", taken_over)
 
 
 def test_what_dead_processes_have_left_beside_an_output_goes(tmp_path):
