@@ -1,7 +1,8 @@
-"""What an adapter file says about itself: read from the header and the shapes, without the tensors."""
+"""What an adapter file says about itself: from the header and the shapes, and then whether its values are numbers."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.reader import opened
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.methods import other_method
@@ -77,6 +79,7 @@ class Inspection:
         tokens: The keys of embeddings of trained tokens.
         others: Keys that belong to no adapter.
         settings: The other entries of the header.
+        not_finite: Keys of tensors with values that are NaN or infinite; None where the values were not read.
     """
 
     path: str
@@ -90,23 +93,30 @@ class Inspection:
     tokens: tuple[str, ...]
     others: tuple[str, ...]
     settings: dict[str, str]
+    not_finite: tuple[str, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite is None."""
         return finite(asdict(self))
 
 
-def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | None = None) -> Inspection:
+def inspect_file(
+    source: str | Path | AdapterFile,
+    base: str | Path | Mapping[Name, Tensor] | None = None,
+    *,
+    values: bool = True,
+) -> Inspection:
     """Reads what an adapter file says.
 
     Args:
-        path: The file of any tool, or its folder.
+        source: The file of any tool, or its folder.
         base: The model, for evidence about what the shapes do not say.
+        values: Whether all values are read, to find those that are NaN or infinite; else the header alone.
 
     Raises:
         ValueError: The file cannot be read, or is no adapter of a known tool.
     """
-    file = AdapterFile(path)
+    file = opened(source)
     weights = None if base is None else open_base(base)
     namer = Names(weights or ())
     modules = tuple(_module(file, module, namer) for module in file.modules)
@@ -123,12 +133,14 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
         tokens=tuple(file.embeddings),
         others=tuple(file.others),
         settings={key: value for key, value in file.header.items() if key not in HIDDEN},
+        not_finite=tuple(file.not_finite()) if values else None,
     )
 
 
 def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
     """From the names of the modules; where the file names no component, from those of each network."""
-    for component in (None, *NETWORKS):
+    anonymous = any(module.component == "model" for module in modules)
+    for component in (None, *(NETWORKS if anonymous else ())):
         names = [
             Name(m.component if component is None or m.component != "model" else component, m.path) for m in modules
         ]
@@ -141,14 +153,15 @@ def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
 
 
 def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
-    tool, endings = TOOLS[file.tool], file.modules[module]
-    shapes = {role: file.shape(key) for role, key in tool.roles(module, endings).items()}
+    endings = file.modules[module]
+    keys = TOOLS[file.tool].roles(module, endings)
+    shapes = {role: file.shape(key) for role, key in keys.items()}
     component, path = _name(namer, module)
     method = other_method(list(endings.values())) or _method(file, module, shapes)
     held = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
     rank = shapes["A"][0] if "A" in shapes and shapes["A"] and method != "magnitude" else None
-    size = sum(torch.Size(shapes[role]).numel() for role in held)
-    alpha, axis = _alpha(file, module, rank), file.axis(module)
+    size = sum(math.prod(shapes[role]) for role in held)
+    alpha, axis = _alpha(file, module, rank, keys.get("alpha")), file.axis(module) if "m" in shapes else ""
     return ModuleInfo(module, component, path, method, rank, alpha, axis, size)
 
 
@@ -173,15 +186,12 @@ def _method(file: AdapterFile, module: str, shapes: Mapping[str, Any]) -> str:
     return "dora" if "m" in shapes else "lora"
 
 
-def _alpha(file: AdapterFile, module: str, rank: int | None) -> float | None:
-    tool = TOOLS[file.tool]
-    key = tool.roles(module, file.modules[module]).get("alpha")
-    if rank is None:
-        return None
-    if key is None:
-        with located(str(file.path)):
-            return tool.alpha(file.header, module, rank)
-    return float(file.tensor(key)) if torch.Size(file.shape(key)).numel() == 1 else None
+def _alpha(file: AdapterFile, module: str, rank: int | None, key: str | None) -> float | None:
+    """Alpha, from its key or from what the header says; None where it is neither, or not one number."""
+    if rank is None or key is not None:
+        return None if rank is None or key is None else file.alphas.get(key)
+    with located(str(file.path)):
+        return TOOLS[file.tool].alpha(file.header, module, rank)
 
 
 def _spelling(file: AdapterFile) -> str:
