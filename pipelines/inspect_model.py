@@ -62,7 +62,7 @@ def main(
 def adapter_file(path: str) -> Path | None:
     """The adapter file of a path: the file itself, or the one in this folder or run directory; None for a model."""
     found = find_path(path)
-    if found is None or found.is_file():
+    if found is None or not found.is_dir():
         return found
     files = (folder / name for folder in (found, found / "adapter") for name in ADAPTERS)
     if file := next((file for file in files if file.is_file()), None):

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 
 import pytest
@@ -187,6 +188,15 @@ def test_damaged_values_are_found_and_the_header_alone_says_that_it_is_alone(une
     assert inspect(capsys, tmp_path / "bad.safetensors", "--header")[1].endswith("values: not read (--header)\n")
     assert json.loads(inspect(capsys, path, "--json", "--header")[1])["not_finite"] is None
     assert inspect(capsys, "samples/tiny-sdxl", "--header")[0] == 2
+
+
+def test_pipes_and_devices_are_no_adapters(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.safetensors")
+    for path in (tmp_path / "a.safetensors", "/dev/zero"):
+        code, _, error = inspect(capsys, path)
+        assert (code, error) == (2, f"dora-mm: there is no adapter at {path}: give an adapter file or its folder\n")
+    for argument in (tmp_path, tmp_path / "a.safetensors"):
+        assert cli.main(["convert", str(argument), str(tmp_path / "new"), "--to", "peft"]) == 2
 
 
 def test_what_a_terminal_would_obey_is_shown_as_text(tmp_path, capsys):
