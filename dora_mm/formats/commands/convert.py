@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export
+from dora_mm.utils.folders import written_at_once
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,11 @@ def convert(
         raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
     files = _new_files(Path(target_path), exports)
     errors: tuple[ToolErrors, ...] = ()
-    for number, file in enumerate(files):
-        check = None if number else _check(exports[0], layers, to, allow_lossy=allow_lossy)
-        writer.write(number, file, check)
-        errors = check.result() if check else errors
+    with _filled(files[0].parent) as folder:
+        for number, file in enumerate(files):
+            check = None if number else _check(exports[0], layers, to, allow_lossy=allow_lossy)
+            writer.write(number, folder / file.name, check)
+            errors = check.result() if check else errors
     usage = exports[0].usage([file.name for file in files], writer.axes)
     return Conversion(tuple(files), len(layers.names()), errors, weights is not None, usage, left_out)
 
@@ -208,6 +211,16 @@ def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
     if not above.is_dir():
         raise ValueError(f"OUT {target} cannot be made, since {above} is a file")
     return files
+
+
+@contextmanager
+def _filled(folder: Path) -> Iterator[Path]:
+    """Where the files of a folder are written: a new folder appears with all of them, or not at all."""
+    if folder.exists():
+        yield folder
+    else:
+        with written_at_once(folder) as partial:
+            yield partial
 
 
 def _merge(layers: LayerReader, target: Path, strength: float) -> Conversion:

@@ -21,6 +21,7 @@ from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.reader import check_headers
 from dora_mm.formats.registry import OTHER_TOOLS, no_entry
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS, products
@@ -120,6 +121,7 @@ def verify(
         adapter.check_axis()
     weights = open_base(base)
     groups, _ = adapter.groups(adapter.modules, Names(weights))
+    check_headers(adapter, groups, weights, axis)
     chosen = list(OTHER_TOOLS) if tool == "all" else [tool]
     refusals = {name: TOOLS[name].refuses(adapter.modules, adapter.unnamed, adapter.header) for name in chosen}
     axes: set[str] = set()

@@ -170,8 +170,10 @@ def alpha_of(parts: Parts, rank: int) -> float:
     if "alpha" not in parts:
         return float(rank)
     alpha = parts["alpha"]
-    if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()) or alpha.item() <= 0:
-        raise ValueError(f"its alpha is not a positive number, but {alpha.tolist()}")
+    if alpha.numel() != 1:
+        raise ValueError(f"its alpha is not one number, but has the shape {shape(alpha)}")
+    if alpha.is_complex() or not math.isfinite(alpha.item()) or alpha.item() <= 0:
+        raise ValueError(f"its alpha is not a positive number, but {alpha.item()}")
     return float(alpha.item())
 
 

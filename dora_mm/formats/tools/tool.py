@@ -202,7 +202,6 @@ class Export:
             room: More bytes than the header can need.
             more: Further tensors by key.
         """
-        header: dict[str, str] = {}
 
         def run(writer: TensorWriter) -> dict[str, str]:
             specs: dict[Name, DoRASpec] = {}
@@ -212,14 +211,14 @@ class Export:
                     writer.add(f"{module}.{ending}", tensor)
             for key, tensor in more:
                 writer.add(key, tensor)
-            header.update(self.header(Contents(specs, source)))
+            header = self.header(Contents(specs, source))
+            for name in header:
+                if name.endswith(".json"):  # before the weights: a form of two files never has these alone
+                    write_text(file.with_name(name), header[name])
             kept = {key: value for key, value in source.items() if not key.startswith(_DROPPED)}
             return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
 
         write_tensors(file, room, run)
-        for name in header:
-            if name.endswith(".json"):
-                write_text(file.with_name(name), header[name])
 
     def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
         """The tensors of a module in the file, by the end of their keys; of W0 only the shape without `needs_base`."""
