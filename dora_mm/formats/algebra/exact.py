@@ -49,7 +49,7 @@ def _as_difference(layer: LayerState, W0: Tensor) -> LayerState:
     try:
         V = W0 + tensors["diff"].to(W0.dtype).view_as(W0)
         if "right" in tensors:
-            V += torch.einsum("oi...,ij->oj...", W0, tensors["right"].to(W0.dtype))
+            V += times(W0, tensors["right"].to(W0.dtype))
         if "magnitude" in tensors:
             V = V * along(tensors["magnitude"], W0, layer.axis) / norms(V, layer.axis)
     except RuntimeError as error:
@@ -57,6 +57,11 @@ def _as_difference(layer: LayerState, W0: Tensor) -> LayerState:
             f"its factors do not fit a weight of shape {tuple(W0.shape)}: it is for another model"
         ) from error
     return LayerState(layer.spec, {"diff": V - W0})
+
+
+def times(W0: Tensor, right: Tensor) -> Tensor:
+    """W0 R (I, I) over the input columns, of a convolution at each place of the kernel."""
+    return torch.einsum("oi...,ij->oj...", W0, right)
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

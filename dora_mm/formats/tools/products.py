@@ -15,6 +15,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from dora_mm.formats.algebra.exact import times
+
 LOHA = {name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")}
 LOKR = {f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
 GLORA = {f"{name}.weight": f"glora_{name}" for name in ("a1", "a2", "b1", "b2")}
@@ -59,11 +61,6 @@ def product(parts: Mapping[str, Tensor], W0: Tensor) -> Tensor:
     added, right = change({name: tensor.to(W0.dtype) for name, tensor in parts.items()})
     added = added.view(W0.shape)
     return added if right is None else added + times(W0, right)
-
-
-def times(W0: Tensor, right: Tensor) -> Tensor:
-    """W0 R over the input columns, of a convolution at each place of the kernel."""
-    return torch.einsum("oi...,ij->oj...", W0, right)
 
 
 def _factor(parts: Mapping[str, Tensor], name: str, middle: str = "") -> Tensor:
