@@ -16,6 +16,7 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.algebra import exact
 from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
+from dora_mm.formats.algebra.rows import in_rows
 from dora_mm.formats.commands import beside
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, rounded
 from dora_mm.formats.commands.verify import open_base
@@ -243,9 +244,13 @@ class _MergedWeights(Mapping[Name, Tensor]):
     def __getitem__(self, name: Name) -> Tensor:
         W0, transposed = self._layers.base(name), self._layers.transposed(name)
         layer = exact.fitted(self._layers.layer(name), W0)
-        W = exact.new_weight(layer, W0, self._strength)
-        rounded = W.to(self._weights.dtype(name))
-        self._norms[name] = float((rounded.float() - W).norm()), float((W - W0).norm())
+        rounded, norms = torch.empty(W0.shape, dtype=self._weights.dtype(name)), []
+        for rows, part in in_rows(layer, W0):
+            W = exact.new_weight(part, W0[rows], self._strength)
+            rounded[rows] = W
+            norms.append((float((rounded[rows] - W).norm()), float((W - W0[rows]).norm())))
+        off, size = zip(*norms, strict=True)
+        self._norms[name] = math.hypot(*off), math.hypot(*size)
         return rounded.T if transposed else rounded
 
     def errors(self) -> ToolErrors:
@@ -327,10 +332,9 @@ class _Writer:
         self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
         if check is None:
             return rounded(self.exports[number].tensors(module, layer, W0), self.dtype), layer.spec
-        W = exact.new_weight(original, W0, self.strength)
         unrounded = [export.tensors(module, layer, W0) for export in self.exports]
         header = self.exports[number].header(Contents(dict.fromkeys(group.names, layer.spec), {}))
-        return check.check(module, unrounded, header, W0, W, self.dtype)[number], layer.spec
+        return check.check(module, unrounded, header, W0, (original, self.strength), self.dtype)[number], layer.spec
 
     def room(self) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""

@@ -144,6 +144,28 @@ def pickle_error(path: Path) -> ValueError:
     )
 
 
+def copy_around(source: Path, target: Path, holes: Iterable[TensorEntry]) -> None:
+    """Copies a file but for some tensors, for which room is left.
+
+    Raises:
+        ValueError: The file has become shorter.
+    """
+    start, size, buffer = 0, source.stat().st_size, memoryview(bytearray(_PIECE))
+    with source.open("rb", buffering=0) as old, target.open("wb") as new:
+        for begin, end in [*sorted((hole.offset, hole.offset + hole.num_bytes) for hole in holes), (size, size)]:
+            old.seek(start)
+            new.seek(start)
+            for place in range(start, begin, _PIECE):
+                piece = buffer[: min(_PIECE, begin - place)]
+                try:
+                    _fill(old, piece)
+                except DamagedError as error:
+                    raise ValueError(f"{source} cannot be read: {error}") from error
+                new.write(piece)
+            start = end
+        new.truncate(size)
+
+
 def overwrite(path: Path, entry: TensorEntry, tensor: Tensor) -> None:
     """Writes a tensor, of the entry's shape and dtype, into an existing file."""
     assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype)

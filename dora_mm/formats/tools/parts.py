@@ -25,6 +25,7 @@ from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import products
 
 Parts = Mapping[str, Tensor]
+_ON_ROWS = ("B", "m", "lost", "diff", "weight")  # the roles that have a row for each of the weight's
 
 KOHYA_PARTS = {
     "lora_down.weight": "A",
@@ -94,6 +95,18 @@ def decomposed(m: Tensor, V: Tensor, divided_by: Tensor) -> Tensor:
     return V * (m.to(V.dtype) / (divided_by + torch.finfo(torch.float32).eps))
 
 
+def rows_of_parts(parts: Parts, rows: slice) -> Parts:
+    """The tensors of some rows of the weight."""
+    return {role: tensor[rows] if role in _ON_ROWS else tensor for role, tensor in parts.items()}
+
+
+def have_rows(parts: Parts, num_rows: int) -> bool:
+    """Whether each tensor that has the rows of the weight has so many; the factors of LoHa and its like have none."""
+    return not products.method_of(parts) and all(
+        tensor.shape[:1] == (num_rows,) for role, tensor in parts.items() if role in _ON_ROWS
+    )
+
+
 def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
     """W0 + t (W - W0)."""
     return W if strength == 1 else W0 + strength * (W - W0)
@@ -102,7 +115,7 @@ def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
 def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     """DoRA by the axis that the shape says, over the norm of W0 + s B A; linear in the strength. Or LoRA, or a diff."""
     if "diff" in parts:
-        return W0 + strength * parts["diff"].to(W0.dtype).view_as(W0)
+        return torch.add(W0, parts["diff"].to(W0.dtype).view_as(W0), alpha=strength)
     update = scaling(parts) * product(parts, W0)
     if "m" not in parts:
         return W0 + strength * update

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import Parts, neutral
+from dora_mm.formats.tools.parts import Parts, have_rows, neutral
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -132,6 +132,11 @@ class Tool:
         if self.loses and "m" in parts and any(self.loses.fullmatch(f"{module}.{ending}") for ending in endings):
             return {**{role: found for role, found in parts.items() if role != "m"}, "lost": parts["m"]}
         return parts
+
+    def is_by_rows(self, parts: Parts, num_rows: int) -> bool:
+        """Whether `apply` computes each of so many rows of a weight from itself alone, without norms over several."""
+        on_rows = self.axis == "out" or (self.axis == "shape" and parts["m"].dim() > 1) if "m" in parts else True
+        return on_rows and have_rows(parts, num_rows)
 
 
 @dataclass(frozen=True)
