@@ -111,3 +111,20 @@ def test_factors_that_do_not_fit_are_refused(tmp_path):
     save_file({f"{module}.{end}": torch.ones(shape) for end, shape in shapes.items()}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="another model"):
         verify(tmp_path / "a.safetensors", "lycoris", BASE)
+
+
+def test_a_large_weight(tmp_path):
+    """It has no rows of its own, and is computed as a whole."""
+    name, size = toy.UNET[0], 600
+    shapes = {"hada_w1_a": (size, 2), "hada_w1_b": (2, size), "hada_w2_a": (size, 2), "hada_w2_b": (2, size)}
+    module = "lora_unet_" + name.path.replace(".", "_")
+    tensors = {f"{module}.{end}": toy.wave(shape, seed).float() for seed, (end, shape) in enumerate(shapes.items())}
+    save_file(tensors, tmp_path / "a.safetensors")
+    base = {name: toy.wave((size, size), 9).float()}
+    for verdict in verify(tmp_path / "a.safetensors", "all", base):
+        assert set(verdict.findings) in ({RIGHT}, {"ignored"}, {"refused"}), verdict.tool
+    (file,) = convert(
+        tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="diff", base=base, dtype="float32"
+    ).files
+    one, two, three, four = tensors.values()
+    torch.testing.assert_close(next(iter(load_file(file).values())), (one @ two) * (three @ four))
