@@ -76,8 +76,9 @@ def rows_of_parts(parts: Parts, rows: slice) -> Parts:
 
 
 def have_rows(parts: Parts, num_rows: int) -> bool:
-    """Whether each tensor that has the rows of the weight has so many."""
-    return all(tensor.shape[:1] == (num_rows,) for role, tensor in parts.items() if role in _ON_ROWS)
+    """Whether each tensor that has the rows of the weight has so many; no where there are roles of another method."""
+    known = parts.keys() <= {*_ON_ROWS, "A", "mid", "alpha"}
+    return known and all(tensor.shape[:1] == (num_rows,) for role, tensor in parts.items() if role in _ON_ROWS)
 
 
 def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
