@@ -90,10 +90,10 @@ def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     """DoRA by the axis that the shape says, over the norm of W0 + s B A; linear in the strength. Or LoRA, or a diff."""
     if "diff" in parts:
         return torch.add(W0, parts["diff"].to(W0.dtype).view_as(W0), alpha=strength)
-    update = scaling(parts) * product(parts, W0)
+    BA, s = product(parts, W0), scaling(parts)
     if "m" not in parts:
-        return W0 + strength * update
-    V = W0 + update
+        return torch.add(W0, BA, alpha=strength * s)
+    V = torch.add(W0, BA, alpha=s)
     return linear(W0, decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0))), strength)
 
 
