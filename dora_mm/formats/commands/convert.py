@@ -242,13 +242,15 @@ class _MergedWeights(Mapping[Name, Tensor]):
         self._norms: dict[Name, tuple[float, float]] = {}  # of the rounding error and of the update
 
     def __getitem__(self, name: Name) -> Tensor:
-        W0, transposed = self._layers.base(name), self._layers.transposed(name)
+        W0, transposed = self._weights[name], self._layers.transposed(name)
+        W0 = W0.T if transposed else W0
         layer = exact.fitted(self._layers.layer(name), W0)
         rounded, norms = torch.empty(W0.shape, dtype=self._weights.dtype(name)), []
         for rows, part in in_rows(layer, W0):
-            W = exact.new_weight(part, W0[rows], self._strength)
+            old = W0[rows].float()
+            W = exact.new_weight(part, old, self._strength)
             rounded[rows] = W
-            norms.append((float((rounded[rows] - W).norm()), float((W - W0[rows]).norm())))
+            norms.append((float((rounded[rows] - W).norm()), float((W - old).norm())))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
         return rounded.T if transposed else rounded

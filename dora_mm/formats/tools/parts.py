@@ -101,10 +101,9 @@ def rows_of_parts(parts: Parts, rows: slice) -> Parts:
 
 
 def have_rows(parts: Parts, num_rows: int) -> bool:
-    """Whether each tensor that has the rows of the weight has so many; the factors of LoHa and its like have none."""
-    return not products.method_of(parts) and all(
-        tensor.shape[:1] == (num_rows,) for role, tensor in parts.items() if role in _ON_ROWS
-    )
+    """Whether each tensor that has the rows of the weight has so many; no where there are roles of another method."""
+    known = parts.keys() <= {*_ON_ROWS, "A", "mid", "alpha"}
+    return known and all(tensor.shape[:1] == (num_rows,) for role, tensor in parts.items() if role in _ON_ROWS)
 
 
 def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
@@ -116,10 +115,10 @@ def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     """DoRA by the axis that the shape says, over the norm of W0 + s B A; linear in the strength. Or LoRA, or a diff."""
     if "diff" in parts:
         return torch.add(W0, parts["diff"].to(W0.dtype).view_as(W0), alpha=strength)
-    update = scaling(parts) * product(parts, W0)
+    BA, s = product(parts, W0), scaling(parts)
     if "m" not in parts:
-        return W0 + strength * update
-    V = W0 + update
+        return torch.add(W0, BA, alpha=strength * s)
+    V = torch.add(W0, BA, alpha=s)
     return linear(W0, decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0))), strength)
 
 
