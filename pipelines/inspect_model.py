@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -17,15 +18,17 @@ from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
 from dora_mm.sampling.strengths import strength_text
 from dora_mm.targets import find, map_of
+from dora_mm.utils.messages import shown
 from dora_mm.utils.tables import aligned_columns
 
 ADAPTERS = [export.file_name for export in formats.FORMATS.values()]
-LONGEST = 200  # characters of a header's entry that are shown
 METHODS = {"dora": "DoRA", "lora": "LoRA", "diff": "differences of weights", "full": "whole weights"}
 RANK = 8  # parameter counts of target maps are stated at this rank
 
 
-def main(path: str, *, targets: str | None = None, base: str | None = None, as_json: bool = False) -> None:
+def main(
+    path: str, *, targets: str | None = None, base: str | None = None, as_json: bool = False, header: bool = False
+) -> None:
     """Prints what an adapter file holds, how a picture was drawn, or what the target maps select in a model.
 
     Args:
@@ -34,14 +37,15 @@ def main(path: str, *, targets: str | None = None, base: str | None = None, as_j
         targets: For a model, the target map to show; for a pipeline of diffusers, the only one.
         base: For an adapter, its model: it shows what shapes do not say.
         as_json: For an adapter, whether to print JSON, with every module.
+        header: For an adapter, whether its values are left unread.
 
     Raises:
         ValueError: The file is not an adapter or such a picture, the path is not a model, or there is no such target
             map, or none for it.
     """
     file = adapter_file(path)
-    if (base or as_json) and (file is None or file.suffix.lower() == ".png"):
-        raise ValueError(f"--base and --json are for adapter files, and {path} is none: leave them out")
+    if (base or as_json or header) and (file is None or file.suffix.lower() == ".png"):
+        raise ValueError(f"--base, --json and --header are for adapter files, and {path} is none: leave them out")
     if file is not None and file.suffix.lower() == ".png":
         print(describe_picture(file))
         return
@@ -50,15 +54,17 @@ def main(path: str, *, targets: str | None = None, base: str | None = None, as_j
     elif targets is not None:
         raise ValueError(f"--targets is for models, but {file} is an adapter file: leave it out")
     elif as_json:
-        print(json.dumps(inspect_file(file, base).as_dict(), indent=2))
+        print(json.dumps(inspect_file(file, base, values=not header).as_dict(), indent=2))
     else:
-        print(describe_adapter(file, base))
+        adapter = formats.AdapterFile(file)
+        print(describe_adapter(adapter, base), flush=True)  # before the values of a large file are read
+        print("values: not read (--header)" if header else describe_values(adapter))
 
 
 def adapter_file(path: str) -> Path | None:
     """The adapter file of a path: the file itself, or the one in this folder or run directory; None for a model."""
     found = find_path(path)
-    if found is None or found.is_file():
+    if found is None or not found.is_dir():
         return found
     files = (folder / name for folder in (found, found / "adapter") for name in ADAPTERS)
     if file := next((file for file in files if file.is_file()), None):
@@ -87,26 +93,28 @@ def describe_picture(file: Path) -> str:
 # --- adapter files ---------------------------------------------------------------------------------------------------
 
 
-def describe_adapter(file: Path, base: str | None = None) -> str:
+def describe_adapter(file: formats.AdapterFile, base: str | None = None) -> str:
     """What it is and where it works, a table of the adapted modules, what the file does not say, and the metadata."""
-    found = inspect_file(file, base)
+    found = inspect_file(file, base, values=False)
     rows, parameters = Counter(), Counter()
     for module in found.modules:
         numbers = ("-" if value is None else f"{value:g}" for value in (module.rank, module.alpha))
-        row = (module.component or "?", leaf(module.path), module.method, module.axis or "-", *numbers)
+        name = leaf(module.path) if module.component else re.sub(r"\d+", "#", module.key)
+        row = (module.component or "?", name, module.method, module.axis or "-", *numbers)
         rows[row] += 1
         parameters[row] += module.num_parameters
     table = [("component", "module", "method", "axis", "rank", "alpha", "count", "parameters")]
     table += [(*row, str(count), f"{parameters[row]:,}") for row, count in rows.items()]
     table += [("all", "", "", "", "", "", str(rows.total()), f"{parameters.total():,}")]
-    lines = [f"{file}: {file.stat().st_size / 1e6:.1f} MB", aligned_columns(summary(found), num_text=2), ""]
+    size = file.path.stat().st_size / 1e6
+    lines = [f"{shown(file.path, 1000)}: {size:.1f} MB", aligned_columns(summary(found), num_text=2), ""]
     lines += [aligned_columns(table, num_text=4)]
     lines += [f"note: {half}"] if (half := other_half(found.settings)) else []
     lines += [f"not clear: {point}" for point in found.ambiguous]
     lines += [f"{len(found.biases)} differences of biases, such as {found.biases[0]}"] if found.biases else []
     lines += [f"embedding of a token: {key}" for key in found.tokens]
     lines += [f"beside adapters: {len(found.others)} tensors, such as {found.others[0]}"] if found.others else []
-    notes = [f"  {key}: {shortened(value)}" for key, value in found.settings.items()]
+    notes = [f"  {shown(key)}: {shown(value)}" for key, value in found.settings.items()]
     return "\n".join([*lines, *(["metadata", *notes] if notes else [])])
 
 
@@ -119,7 +127,7 @@ def summary(found: Inspection) -> list[tuple[str, str]]:
     size = f" of rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[1:] else "") if ranks else ""
     where = ", ".join(f"{count} of {name}" for name, count in components.items())
     model = [found.architecture or "unknown: its names are in no table", f"names as in {found.names}"]
-    model += [f"base model {found.base_model}"] if found.base_model else []
+    model += [f"base model {shown(found.base_model)}"] if found.base_model else []
     tools = "; ".join(TOOLS[name].title for name in found.works_in)
     return [
         ("what", f"{what}{size}, {len(found.modules)} modules: {where}"),
@@ -130,9 +138,11 @@ def summary(found: Inspection) -> list[tuple[str, str]]:
     ]
 
 
-def shortened(text: str) -> str:
-    """The beginning of a long text; trainers store whole lists of captions."""
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text)} characters)"
+def describe_values(file: formats.AdapterFile) -> str:
+    """Whether all values are numbers; reads the whole file, with a bar."""
+    if damaged := file.not_finite():
+        return f"values: {len(damaged)} tensors have some that are NaN or infinite, such as {damaged[0]}"
+    return "values: all are finite"
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

@@ -4,14 +4,25 @@ import errno
 import traceback
 from collections.abc import Iterator
 
+from dora_mm.utils.messages import shown
+
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
+LONGEST_LINE = 2000  # characters
 
 _FULL = ("No space left on device", "Disk quota exceeded")  # safetensors and torch wrap them in other errors
 _REFUSED = (errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # also where no file is named
 
 
 def user_message(error: Exception) -> str | None:
-    """The message for an error that the user can fix; None for a bug, which keeps its traceback."""
+    """The message for an error that the user can fix; None for a bug, which keeps its traceback.
+
+    It may hold names out of files: only the lines of our own reports, which are indented, begin new ones.
+    """
+    message = _message(error)
+    return None if message is None else "\n  ".join(shown(line, LONGEST_LINE) for line in message.split("\n  "))
+
+
+def _message(error: Exception) -> str | None:
     for cause in _causes(error):
         if any(text in str(cause) for text in _FULL):
             return f"the disk is full: free some space, then run again (train: with --resume RUN_DIR) ({cause})"

@@ -92,6 +92,7 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
     command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
     command.add_argument("--json", action="store_true", dest="as_json", help="of an adapter, print JSON")
+    command.add_argument("--header", action="store_true", help="of an adapter, leave its values unread")
 
 
 def _add_merge(commands: Any) -> None:

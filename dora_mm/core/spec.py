@@ -9,6 +9,7 @@ from typing import Any
 METHODS = ("dora", "lora", "magnitude", "full")
 NORM_GRADS = ("detached", "exact")
 CACHES = ("weights", "norms")
+MOST_ALPHA = 3e38  # layers compute in float32, which ends at 3.4e38
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class DoRASpec:
             raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r:.50}")
         if self.alpha is None:
             object.__setattr__(self, "alpha", float(self.rank))
-        if finite_number("alpha", self.alpha) <= 0:
-            raise ValueError(f"alpha must be above 0, not {self.alpha}")
+        if not 0 < finite_number("alpha", self.alpha) <= MOST_ALPHA:
+            raise ValueError(f"alpha must be above 0 and at most {MOST_ALPHA:g}, not {self.alpha}")
         if not 0 <= finite_number("dropout", self.dropout) < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 

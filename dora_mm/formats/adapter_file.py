@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.formats.files.checks import check_dtype, first_not_finite
+from dora_mm.formats.files.json_text import read_bounded
 from dora_mm.formats.files.tensor_file import PICKLES, TensorFile, pickle_error
 from dora_mm.formats.naming.names import ModuleGroup, Name, canonical
 from dora_mm.formats.naming.spellings import Namer
@@ -31,6 +33,7 @@ _NETWORK = re.compile(
     r"base_model\.model\.((down|up|(single_)?transformer|joint|double|single)_blocks|mid_block|blocks)\."
 )
 _INTEGERS = (torch.int16, torch.int32, torch.int64)
+MOST_RANK = 2**14  # that is accepted of a weight with fewer rows and columns
 _TOP = 8  # keys that are shown of a file that is not recognised
 
 
@@ -59,7 +62,7 @@ class AdapterFile:
         config = self.path.with_name(CONFIG_NAME)
         if self.path.name == FILE_NAME and config.is_file():  # beside a file of another name it is another adapter's
             with located(str(config)):
-                self.header[CONFIG_NAME] = config.read_text(encoding="utf-8")
+                self.header[CONFIG_NAME] = read_bounded(config).decode()
         self.tool = self._detect()
         self.modules: dict[str, dict[str, str]] = defaultdict(dict)
         self.biases: dict[str, str] = {}
@@ -84,24 +87,29 @@ class AdapterFile:
         if EMBEDDINGS.match(key):
             self.embeddings.append(key)
             return
-        module, _, ending = key.rpartition(".")
-        if ending in ("diff_b", "b_norm"):
+        module, _, end = key.rpartition(".")
+        if end in ("diff_b", "b_norm"):
             self.biases[module] = key
             return
         if found := OLD_LAYER.fullmatch(key):
             self.modules[found["module"]][found["ending"]] = key
             return
-        for ending in self._endings:
-            if key.endswith(f".{ending}"):
-                self.modules[key.removesuffix(f".{ending}")][ending] = key
+        parts = key.rsplit(".", self._most_dots + 1)
+        for first in range(1, len(parts)):  # the longest end first
+            if (ending := ".".join(parts[first:])) in self._endings:
+                self.modules[key[: -len(ending) - 1]][ending] = key
                 return
         self.others.append(key)
 
     @cached_property
-    def _endings(self) -> list[str]:
-        """The known ends of keys, the longest first; those of our own format belong to its files alone."""
+    def _endings(self) -> frozenset[str]:
+        """The known ends of keys; those of our own format belong to its files alone."""
         tools = [TOOLS["dora_mm"]] if self.tool == "dora_mm" else [t for n, t in TOOLS.items() if n != "dora_mm"]
-        return sorted({ending for tool in tools for ending in tool.parts} | METHODS.keys(), key=len, reverse=True)
+        return frozenset({ending for tool in tools for ending in tool.parts} | METHODS.keys())
+
+    @cached_property
+    def _most_dots(self) -> int:
+        return max(ending.count(".") for ending in self._endings)
 
     @cached_property
     def parameters(self) -> dict[str, Name]:
@@ -152,25 +160,51 @@ class AdapterFile:
         Raises:
             ValueError: Its dtype is none that adapters have, or the file has become shorter.
         """
-        found = self._file.map(key) if mapped else self._file.read(key)
+        return self._checked(key, self._file.map(key) if mapped else self._file.read(key))
+
+    def described(self, key: str) -> Tensor:
+        """A tensor as the header describes it, without values; a single number has its value.
+
+        Raises:
+            ValueError: Its dtype is none that adapters have, or the file has become shorter.
+        """
+        dtype, shape, _ = self._file.entries[key]
+        is_number = math.prod(shape) == 1
+        return self._checked(key, self._file.map(key) if is_number else torch.empty(shape, dtype=dtype, device="meta"))
+
+    def _checked(self, key: str, found: Tensor) -> Tensor:
         if key.endswith(".alpha") and found.dtype in _INTEGERS:
             return found
         return check_dtype(f"{self.path}: {key}", found, parameter=key in self.parameters)
 
-    def parts(self, module: str, tool: Tool, *, mapped: bool = False) -> dict[str, Tensor]:
-        """The tensors of a module by role, as a tool's form has them; empty where it does not know the module."""
-        return tool.parts_of(module, self._tensors(module, tool, mapped=mapped), self.header)
+    @cached_property
+    def alphas(self) -> dict[str, float]:
+        """The alphas that are tensors of the file, by key, as far as they are one number."""
+        return self._file.numbers(key for key in self._file.entries if key.endswith(".alpha"))
+
+    def not_finite(self) -> list[str]:
+        """The keys of tensors with values that are NaN or infinite; reads the whole file, with a bar."""
+        return self._file.not_finite()
+
+    def parts(self, module: str, tool: Tool, read: Callable[[str], Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors of a module by role, as a tool's form has them; empty where it does not know the module.
+
+        Args:
+            module: The name of the module in the file.
+            tool: The tool.
+            read: Gives the tensor of a key; None: `tensor`.
+        """
+        return tool.parts_of(module, self._tensors(module, tool, read or self.tensor), self.header)
 
     def loaded(self, module: str, tool: Tool) -> dict[str, Tensor]:
         """The tensors of a module by role that a tool finds: see `Tool.loaded`."""
-        return tool.loaded(module, self._tensors(module, tool), self.header)
+        return tool.loaded(module, self._tensors(module, tool, self.tensor), self.header)
 
-    def _tensors(self, module: str, tool: Tool, *, mapped: bool = False) -> dict[str, Tensor]:
-        keys = {ending: key for ending, key in self.modules[module].items() if ending in tool.parts}
-        return {ending: self.tensor(key, mapped=mapped) for ending, key in keys.items()}
+    def _tensors(self, module: str, tool: Tool, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        return {ending: read(key) for ending, key in self.modules[module].items() if ending in tool.parts}
 
     def layer(self, module: str, axis: str | None = None, *, mapped: bool = False) -> LayerState:
-        """The adapter of a module.
+        """The adapter of a module. What the header tells is checked before values are read.
 
         Args:
             module: The name of the module in the file.
@@ -181,18 +215,32 @@ class AdapterFile:
             ValueError: Tensors are missing, do not fit each other, belong to another method or contradict the header,
                 the axis is not clear, or a value is NaN or infinite.
         """
+        self.described_layer(module, axis)
+        layer = self._layer(module, axis, partial(self.tensor, mapped=mapped))
+        if not mapped and (name := first_not_finite(layer.tensors.items())):
+            raise ValueError(f"its {name} has values that are NaN or infinite")
+        return layer
+
+    def described_layer(self, module: str, axis: str | None = None) -> LayerState:
+        """The adapter of a module as the header describes it, without values; raises what `layer` does."""
         tool, keys = TOOLS[self.tool], self.modules[module]
         if method := other_method(list(keys.values())):
             raise ValueError(f"it is adapted by {method}, and only LoRA and DoRA are supported")
         unread = [ending for ending, key in keys.items() if ending not in tool.parts and key not in self.parameters]
         if unread:
             raise ValueError(f"it has {min(unread)}, which {tool.title} does not write")
-        layer = tool.read(self.parts(module, tool, mapped=mapped), axis)
-        if not self.is_parameter(module):
-            layer = with_settings(layer, self.settings(module))
-        if not mapped and (name := first_not_finite(layer.tensors.items())):
-            raise ValueError(f"its {name} has values that are NaN or infinite")
+        layer = self._layer(module, axis, self.described)
+        if "lora_A" in layer.tensors:
+            A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+            if (rank := len(A)) > max(MOST_RANK, len(B), A[0].numel()):
+                weight = (len(B), *A.shape[1:])
+                raise ValueError(f"its rank {rank} is that of no adapter of a weight of {weight}")
         return layer
+
+    def _layer(self, module: str, axis: str | None, read: Callable[[str], Tensor]) -> LayerState:
+        tool = TOOLS[self.tool]
+        layer = tool.read(self.parts(module, tool, read), axis)
+        return layer if self.is_parameter(module) else with_settings(layer, self.settings(module))
 
     def settings(self, module: str) -> Mapping[str, Any]:
         """What the header says about a module: see `Tool.settings`."""
@@ -244,7 +292,7 @@ class AdapterFile:
             raise ValueError(f"{self.path} has no magnitude whose axis is unclear: leave --axis out")
 
     def groups(self, modules: Collection[str], names: Namer) -> tuple[dict[str, ModuleGroup], dict[str, str]]:
-        """What modules of the file stand for, and for those that are not among the names the reason.
+        """What modules of the file stand for, and those that are not among the names, the first with the reason.
 
         Raises:
             ValueError: None is among the names, or there is none.
@@ -257,7 +305,7 @@ class AdapterFile:
             try:
                 found[module] = names.read(module)
             except ValueError as error:
-                missing[module] = str(error)
+                missing[module] = "" if missing else str(error)  # it has the nearest names, which take long to find
         if missing and not found:
             raise self.not_found(missing)
         return found, missing

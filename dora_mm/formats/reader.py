@@ -16,6 +16,7 @@ from dora_mm.core.wrappers.sharded import whole
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra import exact, fused
 from dora_mm.formats.components import UNNAMED
+from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.naming.names import TEXT_PREFIX, ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Namer, Names
 from dora_mm.formats.state import AdapterState, LayerState
@@ -59,6 +60,8 @@ class LayerReader:
         groups, missing = self.file.groups(modules, self._namer)
         if missing:
             raise self.file.not_found(missing)
+        if not whole:
+            check_headers(self.file, groups, weights, axis)
         self._places: dict[Name, tuple[str, ModuleGroup]] = {}
         for module, group in groups.items():
             for name in group.names:
@@ -125,6 +128,23 @@ class LayerReader:
         if self.weights is None:
             raise ValueError(f"{name} is part of a fused projection and not adapted: give the model with --base")
         return self.weights[name].float()
+
+
+def check_headers(
+    file: AdapterFile, groups: Mapping[str, ModuleGroup], weights: Mapping[Name, Tensor] | None, axis: str | None
+) -> None:
+    """Checks all that headers tell about modules of a file, before the first value is read.
+
+    Raises:
+        ValueError: A module cannot be read (see `AdapterFile.layer`), or is not for the weight of the base model.
+    """
+    for module, group in groups.items():
+        with located(f"{file.path}: {module}"):
+            layer = file.described_layer(module, axis)
+            if isinstance(weights, BaseWeights) and group.is_stored_so:
+                shape = weights.shape(group.names[0])
+                W0 = torch.empty(shape[::-1] if file.transposed(module) else shape, device="meta")
+                exact.fitted(layer, W0)
 
 
 def opened(source: str | Path | AdapterFile) -> AdapterFile:

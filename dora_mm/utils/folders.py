@@ -46,7 +46,10 @@ def written_at_once(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except OSError as error:  # a message has the name that a person knows
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         yield partial
         permissions = partial.stat().st_mode & 0o666  # as the umask sets them; safetensors lets only the owner read

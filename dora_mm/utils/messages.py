@@ -1,4 +1,22 @@
-"""Errors of other libraries in messages of one sentence."""
+"""Texts of others in messages and reports: errors of libraries, names out of files that anybody may have written."""
+
+import re
+
+# What a terminal obeys or does not show: control characters, among them line breaks, and what turns the direction of
+# text. No name of a module needs them.
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+
+
+def shown(text: object, most: int = 200) -> str:
+    """A text on one line, with what a terminal would obey as escapes, and the beginning of one that is too long.
+
+    Args:
+        text: The text, or what has one.
+        most: The number of characters that are shown.
+    """
+    whole = str(text)
+    line = UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), whole[:most])
+    return line if len(whole) <= most else f"{line} ... ({len(whole)} characters)"
 
 
 def first_line(error: BaseException) -> str:

@@ -158,3 +158,18 @@ def test_a_missing_extra_is_named_and_a_missing_module_of_ours_is_a_bug(config, 
     pipeline(raising(ModuleNotFoundError("No module named 'dora_mm.x'", name="dora_mm.x")))
     with pytest.raises(ModuleNotFoundError):
         cli.main(["train", str(config)])
+
+
+def test_what_a_terminal_would_obey_and_endless_names_are_shown_as_text(tmp_path, capsys):
+    path = tmp_path / "\x1b[31m\nx.safetensors"
+    assert cli.main(["verify", str(path), "--base", "samples/tiny-sdxl"]) == 2
+    assert r"\x1b[31m\nx.safetensors" in capsys.readouterr().err
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    for text in ('{"peft_type": "LORA", "%s": 1, "%s": 1}' % (2 * ("x" * 2**20,)), '{"peft_type": "\x1b[2J"'):
+        (folder / "adapter_config.json").write_text(text)
+        assert cli.main(["convert", str(folder), str(tmp_path / "new"), "--to", "kohya"]) == 2
+        printed = capsys.readouterr().err
+        assert "\x1b" not in printed
+        assert (len(printed.splitlines()), len(printed) < 3000) == (1, True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dora_mm.core.functional import adapter_dtype
 from dora_mm.core.spec import DoRASpec
+from dora_mm.formats.algebra.rows import in_rows
 from dora_mm.formats.state import LayerState
 
 
@@ -93,12 +94,21 @@ def product(layer: LayerState, W0: Tensor) -> Tensor:
     return (B @ A.flatten(1)).view(W0.shape)
 
 
-def gain(layer: LayerState, W0: Tensor, BA: Tensor) -> Tensor:
+def gain(layer: LayerState, W0: Tensor) -> Tensor:
     """g, in a shape that broadcasts over W0; 1 where the norm is 0, and for plain LoRA."""
     if "magnitude" not in layer.tensors:
         return torch.ones(1, dtype=W0.dtype)
+    return torch.cat([_gain(part, W0[rows], product(part, W0[rows])) for rows, part in in_rows(layer, W0)])
+
+
+def _gain(layer: LayerState, W0: Tensor, BA: Tensor, V: Tensor | None = None) -> Tensor:
+    """The same; V is W0 + s B A, if it is known."""
+    if "magnitude" not in layer.tensors:
+        return torch.ones(1, dtype=W0.dtype)
     divided_by = {"updated": layer.spec.scaling, "base": 0.0, "unscaled": 1.0}[layer.norm]
-    n = norms(torch.add(W0, BA, alpha=divided_by) if divided_by else W0, layer.axis)
+    if V is None or layer.norm != "updated":
+        V = torch.add(W0, BA, alpha=divided_by) if divided_by else W0
+    n = norms(V, layer.axis)
     g = along(layer.tensors["magnitude"], W0, layer.axis) / n
     return g.masked_fill_(n == 0, 1)
 
@@ -115,18 +125,28 @@ def new_weight(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
     Returns:
         A new tensor in the shape of `weight`, fp32, or float64 for a float64 weight.
     """
-    W0 = weight.to(adapter_dtype(weight.dtype))
+    W = torch.empty(weight.shape, dtype=adapter_dtype(weight.dtype))
+    for rows, part in in_rows(layer, weight):
+        W[rows] = _new_rows(part, weight[rows].to(W.dtype), strength)
+    return W
+
+
+def _new_rows(layer: LayerState, W0: Tensor, strength: float) -> Tensor:
+    if strength == 0:
+        return W0  # bit for bit: a sum with 0 turns -0 into 0
     if "weight" in layer.tensors:
         W = layer.tensors["weight"].to(W0.dtype)
     elif "diff" in layer.tensors:
         W = W0 + layer.tensors["diff"].to(W0.dtype).view_as(W0)
     else:
         BA = product(layer, W0)
-        g = gain(layer, W0, BA)
         s = layer.spec.scaling
-        W = g * W0 + BA * (s + g - 1) if layer.norm == "unscaled" else torch.add(W0, BA, alpha=s).mul_(g)
-    if strength == 0:
-        return W0.clone()  # bit for bit: a sum with 0 turns -0 into 0
+        if layer.norm == "unscaled":
+            g = _gain(layer, W0, BA)
+            W = g * W0 + BA * (s + g - 1)
+        else:
+            V = torch.add(W0, BA, alpha=s)
+            W = V.mul_(_gain(layer, W0, BA, V))
     return W if strength == 1 else torch.lerp(W0, W, strength)
 
 
@@ -145,7 +165,7 @@ def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerSt
     if layer.spec.method == "full":
         return replace(layer, tensors={"diff": strength * (new_weight(layer, W0) - W0)})
     BA, s = product(layer, W0), layer.spec.scaling
-    g = gain(layer, W0, BA)
+    g = _gain(layer, W0, BA)
     e = 1 + strength * (g - 1)
     if not e.all():
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.adapter_file import located
 from dora_mm.formats.algebra import exact
 from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
+from dora_mm.formats.algebra.rows import in_rows
 from dora_mm.formats.commands import beside
 from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, rounded
 from dora_mm.formats.commands.verify import open_base
@@ -29,6 +31,7 @@ from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
 from dora_mm.formats.tools.tool import Contents, Export
+from dora_mm.utils.folders import written_at_once
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,11 @@ def convert(
         raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
     files = _new_files(Path(target_path), exports)
     errors: tuple[ToolErrors, ...] = ()
-    for number, file in enumerate(files):
-        check = None if number else _check(exports[0], layers, to, allow_lossy=allow_lossy)
-        writer.write(number, file, check)
-        errors = check.result() if check else errors
+    with _filled(files[0].parent) as folder:
+        for number, file in enumerate(files):
+            check = None if number else _check(exports[0], layers, to, allow_lossy=allow_lossy)
+            writer.write(number, folder / file.name, check)
+            errors = check.result() if check else errors
     usage = exports[0].usage([file.name for file in files], writer.axes)
     return Conversion(tuple(files), len(layers.names()), errors, weights is not None, usage, left_out)
 
@@ -210,6 +214,16 @@ def _new_files(target: Path, exports: tuple[Export, ...]) -> list[Path]:
     return files
 
 
+@contextmanager
+def _filled(folder: Path) -> Iterator[Path]:
+    """Where the files of a folder are written: a new folder appears with all of them, or not at all."""
+    if folder.exists():
+        yield folder
+    else:
+        with written_at_once(folder) as partial:
+            yield partial
+
+
 def _merge(layers: LayerReader, target: Path, strength: float) -> Conversion:
     if not isinstance(layers.weights, BaseWeights):
         raise ValueError("target merged needs the base model as a folder, a file or a hub name: give it with --base")
@@ -228,11 +242,17 @@ class _MergedWeights(Mapping[Name, Tensor]):
         self._norms: dict[Name, tuple[float, float]] = {}  # of the rounding error and of the update
 
     def __getitem__(self, name: Name) -> Tensor:
-        W0, transposed = self._layers.base(name), self._layers.transposed(name)
+        W0, transposed = self._weights[name], self._layers.transposed(name)
+        W0 = W0.T if transposed else W0
         layer = exact.fitted(self._layers.layer(name), W0)
-        W = exact.new_weight(layer, W0, self._strength)
-        rounded = W.to(self._weights.dtype(name))
-        self._norms[name] = float((rounded.float() - W).norm()), float((W - W0).norm())
+        rounded, norms = torch.empty(W0.shape, dtype=self._weights.dtype(name)), []
+        for rows, part in in_rows(layer, W0):
+            old = W0[rows].float()
+            W = exact.new_weight(part, old, self._strength)
+            rounded[rows] = W
+            norms.append((float((rounded[rows] - W).norm()), float((W - old).norm())))
+        off, size = zip(*norms, strict=True)
+        self._norms[name] = math.hypot(*off), math.hypot(*size)
         return rounded.T if transposed else rounded
 
     def errors(self) -> ToolErrors:
@@ -314,10 +334,9 @@ class _Writer:
         self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
         if check is None:
             return rounded(self.exports[number].tensors(module, layer, W0), self.dtype), layer.spec
-        W = exact.new_weight(original, W0, self.strength)
         unrounded = [export.tensors(module, layer, W0) for export in self.exports]
         header = self.exports[number].header(Contents(dict.fromkeys(group.names, layer.spec), {}))
-        return check.check(module, unrounded, header, W0, W, self.dtype)[number], layer.spec
+        return check.check(module, unrounded, header, W0, (original, self.strength), self.dtype)[number], layer.spec
 
     def room(self) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""

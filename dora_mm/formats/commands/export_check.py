@@ -6,13 +6,18 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dora_mm.formats.algebra.exact import new_weight
+from dora_mm.formats.algebra.rows import row_blocks, rows_of
 from dora_mm.formats.commands.verify import bound, relative_error
 from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
+from dora_mm.formats.tools.parts import Parts, rows_of_parts
 from dora_mm.formats.tools.tool import Header, Tool
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the error of most modules that rounding explains
@@ -56,7 +61,13 @@ class ExportCheck:
         self.count = 0
 
     def check(
-        self, module: str, unrounded: list[dict[str, Tensor]], header: Header, W0: Tensor, W: Tensor, dtype: torch.dtype
+        self,
+        module: str,
+        unrounded: list[dict[str, Tensor]],
+        header: Header,
+        W0: Tensor,
+        meant: tuple[LayerState, float],
+        dtype: torch.dtype,
     ) -> list[dict[str, Tensor]]:
         """Checks one module.
 
@@ -65,7 +76,7 @@ class ExportCheck:
             unrounded: For each file that the tools load one after the other, the tensors by the end of their keys.
             header: The header that a file of this module alone would have.
             W0: The base weight in fp32.
-            W: The weight that the adapter means.
+            meant: The adapter that is meant, and its strength.
             dtype: The dtype of the file.
 
         Returns:
@@ -74,24 +85,29 @@ class ExportCheck:
         Raises:
             ValueError: A tool computes something else, and `strict` is set; or a value is not finite in the dtype.
         """
-        size = float((W - W0).norm())
         written = [rounded(tensors, dtype) for tensors in unrounded]
-        for name, tool in self.tools.items():
-            files, exact = (
-                [tool.loaded(module, tensors, header) for tensors in given if tensors] for given in (written, unrounded)
-            )
-            error = relative_error(tool, files, W0, W, size)
-            if self.strict and not error <= bound(W0, size, DTYPES[_name(dtype)]):
-                formula = error if dtype == torch.float32 else relative_error(tool, exact, W0, W, size)
-                if not formula <= bound(W0, size):
-                    raise ValueError(f"{refusal(tool, formula)}: nothing was written; {self.advice}")
-            self.errors[name][module] = error
-            self.squares[name, 1.0].append((error * (size or 1), size))
-            for t in tool.strengths if self.count % self.every == 0 else ():
-                error = relative_error(tool, files, W0, W0 + t * (W - W0), size, t)
-                self.squares[name, t].append((error * (size or 1), size))
+        loads = [
+            ToolLoad(name, [tool.loaded(module, tensors, header) for tensors in written if tensors], t)
+            for name, tool in self.tools.items()
+            for t in (1.0, *(tool.strengths if self.count % self.every == 0 else ()))
+        ]
+        size, norm, off = _errors(loads, W0, *meant)
+        for load, error in zip(loads, off, strict=True):
+            if load.strength == 1:
+                self.errors[load.tool][module] = error / (size or 1)
+                if self.strict and not error <= bound(norm, size, DTYPES[_name(dtype)]) * (size or 1):
+                    exact = [TOOLS[load.tool].loaded(module, tensors, header) for tensors in unrounded if tensors]
+                    self._refuse(load._replace(files=exact), W0, meant)
+            self.squares[load.tool, load.strength].append((error, size))
         self.count += 1
         return written
+
+    def _refuse(self, exact: ToolLoad, W0: Tensor, meant: tuple[LayerState, float]) -> None:
+        """Raises ValueError where a tool computes something else from tensors that are not rounded, too."""
+        size, norm, (off,) = _errors([exact], W0, *meant)
+        formula = off / (size or 1)
+        if not formula <= bound(norm, size):
+            raise ValueError(f"{refusal(TOOLS[exact.tool], formula)}: nothing was written; {self.advice}")
 
     def check_rounding(self, dtype: torch.dtype) -> None:
         """Checks what rounding does to the whole file: that of a module may be large where its update is small.
@@ -118,6 +134,34 @@ class ExportCheck:
             for name, tool in self.tools.items()
             if self.errors[name]
         )
+
+
+class ToolLoad(NamedTuple):
+    """What a tool loads of a module: its key in `TOOLS`, the parts of one file after the other, and the strength."""
+
+    tool: str
+    files: list[Parts]
+    strength: float
+
+
+def _errors(
+    loads: Sequence[ToolLoad], W0: Tensor, layer: LayerState, strength: float
+) -> tuple[float, float, list[float]]:
+    """||W' - W0||, ||W0||, and ||W_tool(t) - W(t)|| for each load; W' is the weight at a strength of an adapter."""
+    by_rows = all(TOOLS[load.tool].is_by_rows(parts, len(W0)) for load in loads for parts in load.files)
+    blocks = row_blocks(W0) if by_rows and layer.axis == "out" else [slice(None)]
+    sizes, norms, off = [], [], [[] for _ in loads]
+    for rows in blocks:
+        base = W0[rows]
+        W = new_weight(layer if rows == slice(None) else rows_of(layer, rows), base, strength)
+        update = W - base
+        sizes.append(float(update.norm()))
+        norms.append(float(base.norm()))
+        for load, found in zip(loads, off, strict=True):
+            files = [rows_of_parts(parts, rows) for parts in load.files]
+            meant = W if load.strength == 1 else torch.add(base, update, alpha=load.strength)
+            found.append(relative_error(TOOLS[load.tool], files, base, meant, 1.0, load.strength))
+    return math.hypot(*sizes), math.hypot(*norms), [math.hypot(*found) for found in off]
 
 
 def refusal(tool: Tool, error: float) -> str:

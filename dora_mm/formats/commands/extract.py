@@ -17,8 +17,10 @@ from dora_mm import formats
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import new_weight
 from dora_mm.formats.algebra.fit import fitted_adapter
+from dora_mm.formats.algebra.rows import in_rows
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.files.base_weights import BaseWeights
+from dora_mm.formats.files.checks import is_finite
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.state import LayerState
@@ -161,7 +163,7 @@ def _write(
         for name in tqdm(names, "extracting", unit="module", delay=2, disable=None):
             W, W0 = tuned[name].float(), base[name].float()
             for path, tensor in (("tuned", W), ("base", W0)):
-                if not (tensor.sum().isfinite() or tensor.isfinite().all()):  # the sum is faster
+                if not is_finite(tensor):
                     raise ValueError(f"{name} of the {path} model has values that are NaN or infinite")
             layer = fitted_adapter(W, W0, rank)
             errors[name] = _error(layer, W, W0)
@@ -173,5 +175,11 @@ def _write(
 
 
 def _error(layer: LayerState, W: Tensor, W0: Tensor) -> tuple[float, float]:
-    size = float((W - W0).double().norm())
-    return float(new_weight(layer, W0.double()).sub_(W).norm()) / size, size
+    """In float64: ||W_adapter - W'|| / ||W' - W0||, and ||W' - W0||."""
+    off, sizes = [], []
+    for rows, part in in_rows(layer, W0):
+        new, old = W[rows].double(), W0[rows].double()
+        sizes.append(float((new - old).norm()))
+        off.append(float(new_weight(part, old).sub_(new).norm()))
+    size = math.hypot(*sizes)
+    return math.hypot(*off) / size, size

@@ -1,7 +1,8 @@
-"""What an adapter file says about itself: read from the header and the shapes, without the tensors."""
+"""What an adapter file says about itself: from the header and the shapes, and then whether its values are numbers."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from dora_mm.formats.commands.verify import open_base, stacked
 from dora_mm.formats.files.json_text import finite, parse_json
 from dora_mm.formats.naming.names import NETWORKS, Name, architecture_of
 from dora_mm.formats.naming.spellings import Names, architecture_of_keys
+from dora_mm.formats.reader import opened
 from dora_mm.formats.tools import TOOLS, products
 from dora_mm.formats.tools.diffusers import PEFT_METADATA
 from dora_mm.formats.tools.methods import other_method
@@ -89,6 +91,7 @@ class Inspection:
         made_with: The program that made it, where the header tells; else None.
         damage: What its header and its shapes show to be damaged.
         works_in: The tools that compute from it what it means, at strength 1: keys of `TOOLS`.
+        not_finite: Keys of tensors with values that are NaN or infinite; None where the values were not read.
     """
 
     path: str
@@ -106,23 +109,30 @@ class Inspection:
     damage: tuple[str, ...] = ()
     works_in: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON types; a number that is not finite is None."""
         return finite(asdict(self))
 
 
-def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | None = None) -> Inspection:
+def inspect_file(
+    source: str | Path | AdapterFile,
+    base: str | Path | Mapping[Name, Tensor] | None = None,
+    *,
+    values: bool = True,
+) -> Inspection:
     """Reads what an adapter file says.
 
     Args:
-        path: The file of any tool, or its folder.
+        source: The file of any tool, or its folder.
         base: The model, for evidence about what the shapes do not say.
+        values: Whether all values are read, to find those that are NaN or infinite; else the header alone.
 
     Raises:
         ValueError: The file cannot be read, or is no adapter of a known tool.
     """
-    file = AdapterFile(path)
+    file = opened(source)
     weights = None if base is None else open_base(base)
     namer = Names(weights or ())
     modules = tuple(_module(file, module, namer) for module in file.modules)
@@ -144,6 +154,7 @@ def inspect_file(path: str | Path, base: str | Path | Mapping[Name, Tensor] | No
         biases=tuple(file.biases.values()),
         damage=damage,
         works_in=() if damage else works_in(file, {m.key: m.alpha / m.rank for m in modules if m.rank and m.alpha}),
+        not_finite=tuple(file.not_finite()) if values else None,
     )
 
 
@@ -168,7 +179,8 @@ def _named(modules: Sequence[ModuleInfo]) -> str:
 
 def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
     """From the names of the modules; where the file names no component, from those of each network."""
-    for component in (None, *NETWORKS):
+    anonymous = any(module.component == "model" for module in modules)
+    for component in (None, *(NETWORKS if anonymous else ())):
         names = [
             Name(m.component if component is None or m.component != "model" else component, m.path.partition(MORE)[0])
             for m in modules
@@ -182,14 +194,15 @@ def _architecture(modules: Sequence[ModuleInfo]) -> str | None:
 
 
 def _module(file: AdapterFile, module: str, namer: Names) -> ModuleInfo:
-    tool, endings = TOOLS[file.tool], file.modules[module]
-    shapes = {role: file.shape(key) for role, key in tool.roles(module, endings).items()}
+    endings = file.modules[module]
+    keys = TOOLS[file.tool].roles(module, endings)
+    shapes = {role: file.shape(key) for role, key in keys.items()}
     component, path = _name(namer, module)
     method = other_method(list(endings.values())) or _method(file, module, shapes)
     held = ["m"] if method == "magnitude" else [role for role in shapes if role != "alpha"]
     rank = shapes["A"][0] if "A" in shapes and shapes["A"] and method != "magnitude" else None
-    size = sum(torch.Size(shapes[role]).numel() for role in held)
-    alpha, axis = _alpha(file, module, rank), file.axis(module)
+    size = sum(math.prod(shapes[role]) for role in held)
+    alpha, axis = _alpha(file, module, rank, keys.get("alpha")), file.axis(module) if "m" in shapes else ""
     return ModuleInfo(module, component, path, method, rank, alpha, axis, size)
 
 
@@ -216,15 +229,12 @@ def _method(file: AdapterFile, module: str, shapes: Mapping[str, Any]) -> str:
     return "dora" if "m" in shapes else "lora"
 
 
-def _alpha(file: AdapterFile, module: str, rank: int | None) -> float | None:
-    tool = TOOLS[file.tool]
-    key = tool.roles(module, file.modules[module]).get("alpha")
-    if rank is None:
-        return None
-    if key is None:
-        with located(str(file.path)):
-            return tool.alpha(file.header, module, rank)
-    return float(file.tensor(key)) if torch.Size(file.shape(key)).numel() == 1 else None
+def _alpha(file: AdapterFile, module: str, rank: int | None, key: str | None) -> float | None:
+    """Alpha, from its key or from what the header says; None where it is neither, or not one number."""
+    if rank is None or key is not None:
+        return None if rank is None or key is None else file.alphas.get(key)
+    with located(str(file.path)):
+        return TOOLS[file.tool].alpha(file.header, module, rank)
 
 
 def _spelling(file: AdapterFile) -> str:

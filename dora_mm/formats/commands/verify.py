@@ -16,16 +16,18 @@ from tqdm import tqdm
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.algebra.fused import stack_rows
+from dora_mm.formats.algebra.rows import distance, row_blocks
 from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
 from dora_mm.formats.naming.names import ModuleGroup, Name
 from dora_mm.formats.naming.spellings import Names
+from dora_mm.formats.reader import check_headers
 from dora_mm.formats.registry import OTHER_TOOLS, no_entry
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS, products
 from dora_mm.formats.tools.comfy import other_half
-from dora_mm.formats.tools.parts import Parts, axis_of_shape
+from dora_mm.formats.tools.parts import Parts, axis_of_shape, rows_of_parts
 from dora_mm.formats.tools.tool import Tool
 
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "ignored", "loses the magnitude"
@@ -120,6 +122,7 @@ def verify(
         adapter.check_axis()
     weights = open_base(base)
     groups, _ = adapter.groups(adapter.modules, Names(weights))
+    check_headers(adapter, groups, weights, axis)
     chosen = list(OTHER_TOOLS) if tool == "all" else [tool]
     refusals = {name: TOOLS[name].refuses(adapter.modules, adapter.unnamed, adapter.header) for name in chosen}
     axes: set[str] = set()
@@ -135,7 +138,7 @@ def verify(
         with located(f"{adapter.path}: {module}"):
             state = fitted(adapter.layer(module, axis), W0)
             W = new_weight(state, W0)
-        size = float((W - W0).norm())
+        size = distance(W, W0)
         total += size**2
         axes |= {state.axis} if "magnitude" in state.tensors else set()
         for name in chosen:
@@ -199,7 +202,7 @@ def verify_layer(
     if not is_read(parts):
         return LayerVerdict(module, IGNORED, 1.0 if size else 0.0)
     error = relative_error(tool, [parts], W0, W, size)
-    if error <= bound(W0, size):
+    if error <= bound(float(W0.norm()), size):
         return LayerVerdict(module, RIGHT, error)
     if not math.isfinite(error):
         return LayerVerdict(module, FAILS if math.isinf(error) else NOT_FINITE, error)
@@ -238,21 +241,26 @@ def relative_error(
 
     It is infinite where the tool raises an error, and NaN where its result is not finite.
     """
+    read = [parts for parts in files if is_read(parts)]
+    blocks = row_blocks(W0) if all(tool.is_by_rows(parts, len(W0)) for parts in read) else [slice(None)]
+    errors = []
     try:
-        found = W0
-        for parts in filter(is_read, files):
-            found = tool.apply(parts, found, strength)
-        if found.shape != W0.shape:
-            return math.inf
+        for rows in blocks:
+            found = W0[rows]
+            for parts in read:
+                found = tool.apply(rows_of_parts(parts, rows), found, strength)
+            if found.shape != W0[rows].shape:
+                return math.inf
+            errors.append(float((found - W[rows]).norm()))
     except (RuntimeError, IndexError):  # shapes do not fit, as in the tool
         return math.inf
-    error = float((found - W).norm())
+    error = math.hypot(*errors)
     return (error / size if size else error) if math.isfinite(error) else math.nan
 
 
-def bound(W0: Tensor, size: float, relative: float = BOUND) -> float:
-    """The relative error of W' - W0 that rounding in fp32 explains; the absolute one where W' is W0."""
-    return relative + _ROUNDING * float(W0.norm()) / (size or 1)
+def bound(norm: float, size: float, relative: float = BOUND) -> float:
+    """The relative error of W' - W0 that rounding in fp32 explains, from ||W0||; the absolute one where W' is W0."""
+    return relative + _ROUNDING * norm / (size or 1)
 
 
 def _ratio(square: float, total: float) -> float:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from dora_mm.formats.files.checks import DTYPES
+from dora_mm.formats.files.checks import DTYPES, is_finite
 from dora_mm.formats.files.places import STEMS, NoWeightsError, Place, in_file, in_folder
-from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, overwrite
+from dora_mm.formats.files.tensor_file import FORMAT_KEY, PICKLES, TensorFile, copy_around, overwrite
 from dora_mm.formats.naming.names import Name, resolve
 from dora_mm.utils.atomic import write_atomically
 from dora_mm.utils.folders import written_at_once
@@ -220,13 +220,14 @@ def _is_weight(path: Path) -> bool:
 
 
 def _copy(source: Path, target: Path, changes: list[tuple[Name, Place]], update: Mapping[Name, Tensor]) -> None:
-    shutil.copyfile(source, target)
-    for name, place in changes:
+    """A copy of a file with other weights; each byte is written once."""
+    copy_around(source, target, [piece for _, place in changes for piece in place.pieces])
+    for name, place in tqdm(changes, "merging", unit="module", delay=2, disable=None):
         weight = update[name]
         if tuple(weight.shape) != place.shape:
             raise ValueError(f"the new weight of {name} has shape {tuple(weight.shape)} instead of {place.shape}")
         weight = weight.detach().cpu().to(place.entry.dtype)
-        if not bool(weight.isfinite().all()):
+        if not is_finite(weight):
             raise ValueError(f"the new weight of {name} is not finite in {place.entry.dtype}")
         weight = weight.T if place.transposed else weight
         parts = [weight] if place.ranges is None else weight.split([piece.shape[0] for piece in place.pieces])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 32 * 2**20  # the header of a model of 100,000 tensors has 15 MB
+from dora_mm.utils.messages import shown
+
+MAX_BYTES = 16 * 2**20  # the header of a model of 100,000 tensors has 15 MB
 
 
 def parse_json(text: str | bytes, what: str, kind: type[dict | list] = dict) -> Any:
@@ -23,7 +26,8 @@ def parse_json(text: str | bytes, what: str, kind: type[dict | list] = dict) -> 
         ValueError: It is not valid JSON, is nested too deeply, or has another type.
     """
     try:
-        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(decoded, object_pairs_hook=unique_members)
     except RecursionError:
         raise ValueError(f"{what} is not valid JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -33,17 +37,37 @@ def parse_json(text: str | bytes, what: str, kind: type[dict | list] = dict) -> 
     return value
 
 
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its members; raises ValueError where two have one name."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"it has {shown(max(counts, key=counts.__getitem__))} twice")
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
     Raises:
         ValueError: It cannot be read, is too large, or holds something else.
     """
+    return parse_json(read_bounded(path), str(path))
+
+
+def read_bounded(path: Path) -> bytes:
+    """Reads a file of at most `MAX_BYTES`.
+
+    Raises:
+        ValueError: It cannot be read, or is larger.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"{path} has {size} bytes, and at most {MAX_BYTES} are read")
-        return parse_json(path.read_bytes(), str(path))
+        if not path.is_file():  # a named pipe would wait for ever
+            raise ValueError(f"{path} is a folder or a device, not a file")
+        return path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from dora_mm.formats.files.header import TensorEntry
 from dora_mm.formats.files.json_text import read_json
-from dora_mm.formats.files.tensor_file import PICKLES, TensorEntry, TensorFile
+from dora_mm.formats.files.tensor_file import PICKLES, TensorFile
 from dora_mm.formats.naming.layouts import LAYOUTS
 from dora_mm.formats.naming.names import NETWORKS, ModuleGroup, Name, canonical, own_table
 

@@ -9,54 +9,24 @@ is, which is needed to replace it in a copy, and sets other bounds.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from dora_mm.formats.files.json_text import MAX_BYTES, parse_json
+from dora_mm.formats.files.checks import DTYPES, is_finite
+from dora_mm.formats.files.header import DamagedError, TensorEntry, parse_header
+from dora_mm.formats.files.json_text import MAX_BYTES
 from dora_mm.utils.messages import first_line
 
 FORMAT_KEY = "dora_mm_format"  # in the header of our own files
-
-_MAX_DIMENSIONS = 8
+_PIECE = 4 * 2**20  # bytes that are read at once: they stay in the cache of a core
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how files of torch.save begin
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class TensorEntry(NamedTuple):
-    """Where a tensor is: its dtype, its shape, and its first byte in the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def num_bytes(self) -> int:
-        """The length of the tensor in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def rows(self, start: int, stop: int) -> TensorEntry:
-        """The part of the tensor that is its rows from `start` to `stop`."""
-        row = math.prod(self.shape[1:]) * self.dtype.itemsize
-        return TensorEntry(self.dtype, (stop - start, *self.shape[1:]), self.offset + start * row)
 
 
 class TensorFile:
@@ -74,13 +44,16 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         try:
+            if path.exists() and not path.is_file():  # a named pipe would wait for ever
+                raise DamagedError("it is a folder or a device, not a file")
             with path.open("rb") as file:
                 start = file.read(8)
                 length = int.from_bytes(start, "little")
                 if path.suffix in PICKLES or (start.startswith(_PICKLED) and length > MAX_BYTES):
                     raise pickle_error(path)
-                self.entries, self.metadata = _read_header(file, length, path.stat().st_size)
-        except (_DamagedError, OSError) as error:
+                size = path.stat().st_size
+                self.entries, self.metadata = parse_header(_header_of(file, length, size), size)
+        except (DamagedError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
 
     def read(self, key: str) -> Tensor:
@@ -98,9 +71,45 @@ class TensorFile:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(entry.offset)
                 _fill(file, _bytes_of(tensor))
-        except (_DamagedError, OSError) as error:
+        except (DamagedError, OSError) as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
         return tensor
+
+    def numbers(self, keys: Iterable[str]) -> dict[str, float]:
+        """The values of those tensors that are one number.
+
+        Raises:
+            ValueError: The file cannot be read, or has become shorter.
+        """
+        found: dict[str, float] = {}
+        try:
+            with self.path.open("rb") as file:
+                for key in keys:
+                    dtype, shape, offset = self.entries[key]
+                    if math.prod(shape) == 1 and not dtype.is_complex:
+                        file.seek(offset)
+                        number = bytearray(dtype.itemsize)
+                        _fill(file, memoryview(number))
+                        found[key] = float(torch.frombuffer(number, dtype=dtype))
+        except (DamagedError, OSError) as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
+        return found
+
+    def not_finite(self) -> list[str]:
+        """The keys of tensors with values that are NaN or infinite; the whole file is read, a few MB at a time.
+
+        Raises:
+            ValueError: The file cannot be read, or has become shorter.
+        """
+        entries = {key: entry for key, entry in self.entries.items() if entry.dtype in DTYPES and entry.num_bytes}
+        buffer = torch.empty(_PIECE, dtype=torch.uint8)
+        total = sum(entry.num_bytes for entry in entries.values())
+        bar = tqdm(total=total, desc="reading", unit="B", unit_scale=True, delay=2, disable=None)
+        try:
+            with bar, self.path.open("rb", buffering=0) as file:
+                return [key for key, entry in entries.items() if not _has_finite(file, entry, buffer, bar)]
+        except (DamagedError, OSError) as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
 
     def map(self, key: str) -> Tensor:
         """A tensor whose values come from the disk when they are used, not before.
@@ -135,6 +144,28 @@ def pickle_error(path: Path) -> ValueError:
     )
 
 
+def copy_around(source: Path, target: Path, holes: Iterable[TensorEntry]) -> None:
+    """Copies a file but for some tensors, for which room is left.
+
+    Raises:
+        ValueError: The file has become shorter.
+    """
+    start, size, buffer = 0, source.stat().st_size, memoryview(bytearray(_PIECE))
+    with source.open("rb", buffering=0) as old, target.open("wb") as new:
+        for begin, end in [*sorted((hole.offset, hole.offset + hole.num_bytes) for hole in holes), (size, size)]:
+            old.seek(start)
+            new.seek(start)
+            for place in range(start, begin, _PIECE):
+                piece = buffer[: min(_PIECE, begin - place)]
+                try:
+                    _fill(old, piece)
+                except DamagedError as error:
+                    raise ValueError(f"{source} cannot be read: {error}") from error
+                new.write(piece)
+            start = end
+        new.truncate(size)
+
+
 def overwrite(path: Path, entry: TensorEntry, tensor: Tensor) -> None:
     """Writes a tensor, of the entry's shape and dtype, into an existing file."""
     assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype)
@@ -147,58 +178,30 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def _has_finite(file: Any, entry: TensorEntry, buffer: Tensor, bar: tqdm) -> bool:
+    """Whether all values of a tensor are finite; it is read into the buffer, piece by piece."""
+    file.seek(entry.offset)
+    for start in range(0, entry.num_bytes, _PIECE):
+        piece = buffer[: min(_PIECE, entry.num_bytes - start)]
+        _fill(file, piece.numpy().data)
+        bar.update(len(piece))
+        if not is_finite(piece.view(entry.dtype)):
+            return False
+    return True
+
+
 def _fill(file: Any, view: memoryview) -> None:
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])
         if not count:
-            raise _DamagedError("it ends too early")
+            raise DamagedError("it ends too early")
         done += count
 
 
-class _DamagedError(Exception):
-    """What is wrong with a file."""
-
-
-def _read_header(file: BinaryIO, length: int, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def _header_of(file: BinaryIO, length: int, size: int) -> bytes:
     if size < 8 or length > size - 8:
-        raise _DamagedError("it is shorter than its header says")
+        raise DamagedError("it is shorter than its header says")
     if length > MAX_BYTES:
-        raise _DamagedError(f"its header has {length} bytes, and at most {MAX_BYTES} are read")
-    try:
-        header = parse_json(file.read(length), "its header")
-    except ValueError as error:
-        raise _DamagedError(error) from error
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _DamagedError("the metadata of its header is not a table of texts")
-    return _entries(header, 8 + length, size), metadata
-
-
-def _entries(header: dict[str, Any], start: int, size: int) -> dict[str, TensorEntry]:
-    spans = {key: _span(key, found) for key, found in header.items()}
-    entries, offset = {}, start
-    for key, (dtype, shape, begin, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
-        entry = TensorEntry(dtype, shape, start + begin)
-        if entry.offset != offset or end - begin != entry.num_bytes:
-            raise _DamagedError(f"the place of {key[:200]} in it does not fit its shape")
-        entries[key] = entry
-        offset += entry.num_bytes
-    if offset != size:
-        raise _DamagedError(f"it has {size} bytes, and its header describes {offset}")
-    return entries
-
-
-def _span(key: str, found: Any) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """The dtype, the shape, and the first and last place of a tensor, from its entry in the header."""
-    fields = found if isinstance(found, dict) else {}
-    dtype, shape, place = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise _DamagedError(f"{key[:200]} has the unknown dtype {str(dtype)[:20]}")
-    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS or not _naturals(place) or len(place) != 2:
-        raise _DamagedError(f"the header does not describe {key[:200]}")
-    return _DTYPES[dtype], tuple(shape), place[0], place[1]
-
-
-def _naturals(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+        raise DamagedError(f"its header has {length} bytes, and at most {MAX_BYTES} are read")
+    return file.read(length)

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from dora_mm.formats.naming.layouts import LAYOUTS
@@ -118,7 +118,7 @@ def resolve(name: Name, known: Mapping[Name, object], key: str = "") -> Name:
     if len(fits) > 1:
         raise ValueError(f"{key or name} may stand for {' or '.join(map(str, fits))}")
     if not fits:
-        raise unknown(key or str(name), name.path, known)
+        raise UnknownModuleError(key or str(name), name.path, known)
     return fits[0]
 
 
@@ -126,18 +126,27 @@ def _without_wrappers(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
-def unknown(key: str, path: str, names: Iterable[Name]) -> ValueError:
-    """The error for a key that stands for no module.
+class UnknownModuleError(ValueError):
+    """The error for a key that stands for no module. Only its message takes the time to find the nearest names.
 
     Args:
         key: The key.
         path: What of it is compared with the names, dotted or underscored.
         names: The names that there are.
     """
-    spelled = {underscored(name.path): name for name in names}
-    close = difflib.get_close_matches(underscored(path)[:200], spelled, n=3)
-    nearest = f"; nearest: {', '.join(str(spelled[match]) for match in close)}" if close else ""
-    return ValueError(f"{key[:200]} is not the name of a module{nearest}")
+
+    def __init__(self, key: str, path: str, names: Iterable[Name]):
+        self._key, self._path, self._names = key, path, names
+
+    @cached_property
+    def _message(self) -> str:
+        spelled = {underscored(name.path): name for name in self._names}
+        close = difflib.get_close_matches(underscored(self._path)[:200], spelled, n=3)
+        nearest = f"; nearest: {', '.join(str(spelled[match]) for match in close)}" if close else ""
+        return f"{self._key[:200]} is not the name of a module{nearest}"
+
+    def __str__(self) -> str:
+        return self._message
 
 
 def architecture_of(names: Iterable[Name]) -> str | None:
@@ -162,9 +171,10 @@ def _may_have(layout: str, names: Set[Name]) -> bool:
     return names <= owners(layout).keys() and not any(re.match(LAYOUTS[layout].beyond, name.path) for name in names)
 
 
-def layouts_of(component: str) -> list[str]:
+@cache
+def layouts_of(component: str) -> tuple[str, ...]:
     """The architectures that have tables for a component."""
-    return [name for name, layout in LAYOUTS.items() if layout.component == component]
+    return tuple(name for name, layout in LAYOUTS.items() if layout.component == component)
 
 
 @cache

@@ -7,7 +7,7 @@ names of the base model, where they are given, or else among those of the known 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from dora_mm.formats.naming.names import (
     TEXT_PREFIX,
     ModuleGroup,
     Name,
+    UnknownModuleError,
     architecture_of,
     canonical,
     layouts_of,
@@ -24,7 +25,6 @@ from dora_mm.formats.naming.names import (
     owners,
     resolve,
     underscored,
-    unknown,
 )
 from dora_mm.formats.registry import SPELLINGS
 
@@ -138,7 +138,7 @@ class Names:
         as_it_is = len(components) == 1 if prefix else self._known  # checked against the known names, if there are any
         return ModuleGroup((canonical(components[-1], rest),)) if as_it_is else None
 
-    def _layouts(self, component: str) -> list[str]:
+    def _layouts(self, component: str) -> Sequence[str]:
         """The architectures whose tables may hold the names of a component, the likeliest first."""
         if component in NETWORKS and self._known:
             mine = self._architecture  # None: a base model without a table, of which only its own names are read
@@ -151,7 +151,7 @@ class Names:
         else:
             layouts = [name for component in components for name in self._layouts(component)]
             names = (name for layout in layouts for group in own_table(layout).values() for name in group.names)
-        return unknown(key, rest, names)
+        return UnknownModuleError(key, rest, names)
 
     def write(self, names: Collection[Name], spelling: str) -> dict[str, ModuleGroup]:
         """The module names of a file.
@@ -189,7 +189,7 @@ def _own(name: Name, layout: str | None) -> tuple[str, ModuleGroup]:
         raise ValueError(f"the own name of {name} is unknown, or differs between architectures: name the base model")
     path = owners(layout).get(name)
     if path is None:
-        raise unknown(str(name), name.path, owners(layout))
+        raise UnknownModuleError(str(name), name.path, owners(layout))
     return path, own_table(layout)[path]
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.exact import gain, new_weight, norms, product
+from dora_mm.formats.algebra.exact import gain, new_weight, norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import parts as roles
 from dora_mm.formats.tools import products
@@ -78,7 +78,7 @@ def read_2025(parts: Parts, axis: str | None) -> LayerState:
 def write_2025(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """With the magnitude m ||W0|| / ||V||, which is g ||W0||."""
     if layer.axis == "out" and "magnitude" in layer.tensors:
-        magnitude = (gain(layer, W0, product(layer, W0)) * norms(W0, "out")).flatten()
+        magnitude = (gain(layer, W0) * norms(W0, "out")).flatten()
         layer = replace(layer, tensors={**layer.tensors, "magnitude": magnitude})
     return kohya_tensors(layer)
 
@@ -87,20 +87,20 @@ def write_rows(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The first file of the pair; nothing for plain LoRA."""
     if "magnitude" not in layer.tensors:
         return {}
-    magnitude = (gain(layer, W0, product(layer, W0)) * norms(W0, "out")).flatten()
+    magnitude = (gain(layer, W0) * norms(W0, "out")).flatten()
     zeros = {"lora_A": torch.zeros(1, *W0.shape[1:]), "lora_B": torch.zeros(W0.shape[0], 1)}
     return kohya_tensors(LayerState(DoRASpec(rank=1), {**zeros, "magnitude": magnitude}))
 
 
 def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The second file of the pair."""
-    g = gain(layer, W0, product(layer, W0)).reshape(-1, 1)
+    g = gain(layer, W0).reshape(-1, 1)
     tensors = {"lora_A": layer.tensors["lora_A"], "lora_B": layer.tensors["lora_B"].to(g.dtype) * g}
     return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))
 
 
 def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return roles.as_difference(new_weight(layer, W0) - W0)
+    return roles.as_difference(new_weight(layer, W0).sub_(W0))
 
 
 def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
@@ -29,9 +30,9 @@ from dora_mm.formats.tools.tool import Export, Tool
 def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     if "m" not in parts:
         return updated(parts, W0, strength)
-    V = W0 + scaling(parts) * product(parts, W0)
+    V = torch.add(W0, product(parts, W0), alpha=scaling(parts))
     W = decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0)))
-    return V + strength * (W - V)
+    return W if strength == 1 else V + strength * (W - V)
 
 
 TOOL = Tool(

@@ -15,11 +15,12 @@ METHODS = {  # by the end of a key
     "hra_u": "HRA",
     "lora_mid_A.weight": "a Tucker decomposition of another tool",
 }
+_ENDINGS = tuple(METHODS)
 
 
 def other_method(keys: Collection[str]) -> str | None:
     """The method of a file that is neither LoRA nor DoRA, or has modules that are not; None for the two."""
-    for key in keys:
+    for key in filter(lambda key: key.endswith(_ENDINGS), keys):
         for ending, method in METHODS.items():
             if key.endswith(f".{ending}"):
                 return method

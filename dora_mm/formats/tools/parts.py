@@ -25,6 +25,7 @@ from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import products
 
 Parts = Mapping[str, Tensor]
+_ON_ROWS = ("B", "m", "lost", "diff", "weight")  # the roles that have a row for each of the weight's
 
 KOHYA_PARTS = {
     "lora_down.weight": "A",
@@ -94,6 +95,17 @@ def decomposed(m: Tensor, V: Tensor, divided_by: Tensor) -> Tensor:
     return V * (m.to(V.dtype) / (divided_by + torch.finfo(torch.float32).eps))
 
 
+def rows_of_parts(parts: Parts, rows: slice) -> Parts:
+    """The tensors of some rows of the weight."""
+    return {role: tensor[rows] if role in _ON_ROWS else tensor for role, tensor in parts.items()}
+
+
+def have_rows(parts: Parts, num_rows: int) -> bool:
+    """Whether each tensor that has the rows of the weight has so many; no where there are roles of another method."""
+    known = parts.keys() <= {*_ON_ROWS, "A", "mid", "alpha"}
+    return known and all(tensor.shape[:1] == (num_rows,) for role, tensor in parts.items() if role in _ON_ROWS)
+
+
 def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
     """W0 + t (W - W0)."""
     return W if strength == 1 else W0 + strength * (W - W0)
@@ -102,11 +114,11 @@ def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
 def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
     """DoRA by the axis that the shape says, over the norm of W0 + s B A; linear in the strength. Or LoRA, or a diff."""
     if "diff" in parts:
-        return W0 + strength * parts["diff"].to(W0.dtype).view_as(W0)
-    update = scaling(parts) * product(parts, W0)
+        return torch.add(W0, parts["diff"].to(W0.dtype).view_as(W0), alpha=strength)
+    BA, s = product(parts, W0), scaling(parts)
     if "m" not in parts:
-        return W0 + strength * update
-    V = W0 + update
+        return torch.add(W0, BA, alpha=strength * s)
+    V = torch.add(W0, BA, alpha=s)
     return linear(W0, decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0))), strength)
 
 
@@ -170,8 +182,10 @@ def alpha_of(parts: Parts, rank: int) -> float:
     if "alpha" not in parts:
         return float(rank)
     alpha = parts["alpha"]
-    if alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item()) or alpha.item() <= 0:
-        raise ValueError(f"its alpha is not a positive number, but {alpha.tolist()}")
+    if alpha.numel() != 1:
+        raise ValueError(f"its alpha is not one number, but has the shape {shape(alpha)}")
+    if alpha.is_complex() or not math.isfinite(alpha.item()) or alpha.item() <= 0:
+        raise ValueError(f"its alpha is not a positive number, but {alpha.item()}")
     return float(alpha.item())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import Parts, neutral
+from dora_mm.formats.tools.parts import Parts, have_rows, neutral
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -133,6 +133,11 @@ class Tool:
             return {**{role: found for role, found in parts.items() if role != "m"}, "lost": parts["m"]}
         return parts
 
+    def is_by_rows(self, parts: Parts, num_rows: int) -> bool:
+        """Whether `apply` computes each of so many rows of a weight from itself alone, without norms over several."""
+        on_rows = self.axis == "out" or (self.axis == "shape" and parts["m"].dim() > 1) if "m" in parts else True
+        return on_rows and have_rows(parts, num_rows)
+
 
 @dataclass(frozen=True)
 class Export:
@@ -202,7 +207,6 @@ class Export:
             room: More bytes than the header can need.
             more: Further tensors by key.
         """
-        header: dict[str, str] = {}
 
         def run(writer: TensorWriter) -> dict[str, str]:
             specs: dict[Name, DoRASpec] = {}
@@ -212,14 +216,14 @@ class Export:
                     writer.add(f"{module}.{ending}", tensor)
             for key, tensor in more:
                 writer.add(key, tensor)
-            header.update(self.header(Contents(specs, source)))
+            header = self.header(Contents(specs, source))
+            for name in header:
+                if name.endswith(".json"):  # before the weights: a form of two files never has these alone
+                    write_text(file.with_name(name), header[name])
             kept = {key: value for key, value in source.items() if not key.startswith(_DROPPED)}
             return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
 
         write_tensors(file, room, run)
-        for name in header:
-            if name.endswith(".json"):
-                write_text(file.with_name(name), header[name])
 
     def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
         """The tensors of a module in the file, by the end of their keys; of W0 only the shape without `needs_base`."""

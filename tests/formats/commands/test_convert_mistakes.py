@@ -1,5 +1,6 @@
 """What `convert` refuses: each mistake is one sentence, and nothing is written."""
 
+import os
 import re
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dora_mm
+from dora_mm import load_adapter, verify
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.naming.names import Name
 from tests.formats import toy
@@ -45,6 +47,46 @@ def test_an_alpha_that_is_no_positive_number(alpha, source, tmp_path):
     save_file(tensors, source)
     with pytest.raises(ValueError, match=f"{key.removesuffix('.alpha')}: its alpha is not a positive number"):
         convert(source, tmp_path / "new", to="kohya", base=BASE)
+
+
+@pytest.mark.parametrize("target", ["kohya", "diff"])
+def test_alphas_with_which_float32_ends(target, source, tmp_path):
+    tensors = load_file(source)
+    for alpha, message in (
+        (1e308, r"alpha must be above 0 and at most 3e\+38, not 1e\+308"),
+        (1e38, "NaN or infinite"),
+    ):
+        changed = {key: torch.tensor(alpha, dtype=torch.float64) for key in tensors if key.endswith(".alpha")}
+        save_file({**tensors, **changed}, source)
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "new", to=target, base=BASE)
+        if alpha == 1e308:
+            with pytest.raises(ValueError, match=message):
+                verify(source, "all", BASE)
+            with pytest.raises(ValueError, match=message):
+                load_adapter({name: toy.model(name) for name in ("unet", "text_encoder", "text_encoder_2")}, source)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_conversion_that_is_stopped_between_two_files_can_be_repeated(exists, tmp_path, monkeypatch):
+    source = toy.write_source(tmp_path / "unet.safetensors", {name: toy.layer(name) for name in toy.UNET})
+    out, replace = tmp_path / "out", os.replace
+    if exists:
+        out.mkdir()
+
+    def replace_and_stop(*paths):
+        replace(*paths)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, to="peft")
+    assert out.exists() == exists
+    assert not (out / "adapter_model.safetensors").exists()
+    convert(source, out, to="peft")
+    assert {path.name for path in out.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"unet.safetensors", "out"}
 
 
 def test_what_exists_is_not_overwritten(source, tmp_path):

@@ -113,6 +113,41 @@ def test_the_error_falls_with_the_rank_and_is_below_that_of_lora(seed):
     assert error_of(fitted_adapter(W, W0, 50), W, W0) < 1e-5
 
 
+def error_of_whole_decompositions(W, W0, rank):
+    """The same alternation with all singular values in float64, to its end: written out here again."""
+    W, W0 = W.double(), W0.double()
+    g, errors = (W * W0).sum(1) / W0.square().sum(1), [math.inf]
+    for _ in range(300):
+        E = W - g[:, None] * W0
+        V = torch.linalg.svd(E, full_matrices=False).Vh[:rank]
+        W_rest, W0_rest = W - W @ V.T @ V, W0 - W0 @ V.T @ V
+        g = (W_rest * W0_rest).sum(1) / W0_rest.square().sum(1)
+        errors.append(float((W_rest - g[:, None] * W0_rest).norm() / (W - W0).norm()))
+        if errors[-1] > errors[-2] * (1 - 1e-6):
+            break
+    return errors[-1]
+
+
+SPECTRA = {
+    "flat": lambda i: torch.ones_like(i),
+    "slow": lambda i: 1 / i.sqrt(),
+    "usual": lambda i: 1 / i,
+    "fast": lambda i: 0.7**i,
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("rank", [4, 16])
+def test_the_randomised_method_is_within_two_percent_of_whole_decompositions(spectrum, rank):
+    generator = torch.Generator().manual_seed(rank)
+    for rows, columns in ((160, 96), (96, 160)):
+        U, V = (torch.linalg.qr(torch.randn(n, 96, generator=generator)).Q for n in (rows, columns))
+        D = 0.02 * (U * SPECTRA[spectrum](torch.arange(1.0, 97.0))) @ V.T
+        W0 = torch.randn(rows, columns, generator=generator) / columns**0.5
+        found = error_of(fitted_adapter(W0 + D, W0, rank), W0 + D, W0)
+        assert found < 1.02 * error_of_whole_decompositions(W0 + D, W0, rank) + 1e-5
+
+
 def test_no_nearby_adapter_is_better():
     """The fit is a minimum: gradient descent on A, B and m from it finds nothing better."""
     W, W0 = (tensor.double() for tensor in random_pair(5))

@@ -119,7 +119,7 @@ def test_the_command(capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["tool"], len(found["modules"]), found["modules"][0]["axis"]) == ("lycoris", 5, "in")
     assert cli.main(["inspect", "samples/tiny-sdxl", "--json"]) == 2
-    assert "--base and --json are for adapter files" in capsys.readouterr().err
+    assert "--base, --json and --header are for adapter files" in capsys.readouterr().err
 
 
 def test_a_magnitude_that_fits_neither_axis_and_an_alpha_of_two_values(tmp_path):

@@ -51,7 +51,7 @@ def write_kohya(path, base, change=lambda layer, W0: layer, flat=False, drop=())
 
 
 def for_comfy(layer, W0):
-    g = exact.gain(layer, W0, exact.product(layer, W0)).flatten()
+    g = exact.gain(layer, W0).flatten()
     return LayerState(layer.spec, {**layer.tensors, "magnitude": g * W0.norm(dim=1)})
 
 

@@ -1,7 +1,10 @@
 """Files that are read tensor by tensor, against the safetensors library; damaged ones give one sentence."""
 
 import json
+import math
+import os
 import resource
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -9,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dora_mm.formats.files.checks import first_not_finite
+from dora_mm.formats.files.json_text import read_json
 from dora_mm.formats.files.tensor_file import TensorFile
 
 DTYPES = (
@@ -58,13 +63,16 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     ("header", "message"),
     [
         (b"{" * 100_000, "not valid JSON"),
-        (b"[" * 1_000_000, "not valid JSON"),
-        (b'{"x": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+        (b"[" * 1_000_000, "its header is not a JSON object"),
+        (b'{"x": ' + b"9" * 10_000 + b"}", "does not describe x"),
+        (b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},}', "not valid JSON"),
+        (b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}} {}', "something follows it"),
+        (b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, ' + b"0" * 2000 + b"8]}}", "does not describe x"),
         (b"\xff\xfe", "not valid JSON"),
         ("{}".encode("utf-16"), "not valid JSON"),
         ([], "its header is not a JSON object"),
         ({"__metadata__": {"a": 1}}, "not a table of texts"),
-        ({"x": 1}, "unknown dtype None"),
+        ({"x": 1}, "does not describe x"),
         ({"x": entry(dtype="F13")}, "x has the unknown dtype F13"),
         ({"x": entry(dtype=["F32"])}, "unknown dtype"),
         ({"x": entry(shape=(-2,))}, "does not describe x"),
@@ -79,7 +87,12 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
         ({"x": {"dtype": "F32"}}, "does not describe x"),
         ({}, r"has 18 bytes, and its header describes 10"),
         ({"x": entry(shape=(8,), offsets=(0, 32))}, "its header describes"),
-        ({"y" * 100_000: entry(dtype="F13")}, "unknown dtype F13"),
+        ({"y" * 900: entry(dtype="F13")}, "unknown dtype F13"),
+        ({"y" * 100_000: entry()}, r"no module has the name of its tensor y{200} ... \(100000 characters\)"),
+        ({"a\x1b[2J\nb": entry()}, r"no module has the name of its tensor a\\x1b\[2J\\nb"),
+        ({"a\u202eb": entry()}, r"no module has the name of its tensor a\\u202eb"),
+        (b'{"x": %(x)s, "x": %(x)s}' % {b"x": json.dumps(entry()).encode()}, "its header has x twice"),
+        (b'{"__metadata__": {"a": "1", "a": "2"}}', "its header has a twice"),
     ],
 )
 def test_damaged_headers(tmp_path, header, message):
@@ -104,6 +117,31 @@ def test_lengths_that_are_not_there(tmp_path):
         file.truncate(2**34)
     with pytest.raises(ValueError, match="its header has 8589934592 bytes, and at most"):
         TensorFile(tmp_path / "sparse.safetensors")
+
+
+def test_named_pipes_and_devices_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    for path in (tmp_path / "x.safetensors", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ValueError, match="it is a folder or a device, not a file"):
+            TensorFile(path)
+    with pytest.raises(ValueError, match="is a folder or a device, not a file"):
+        read_json(tmp_path / "x.safetensors")
+
+
+def test_values_that_are_not_finite_are_found_in_any_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr("dora_mm.formats.files.tensor_file._PIECE", 64)
+    tensors = {"int": torch.arange(9), "empty": torch.empty(0, 3), "one": torch.tensor(1.0)}
+    for number, dtype in enumerate(DTYPES[:4]):
+        for place, value in ((0, math.inf), (70, math.nan), (99, -math.inf), (99, 0.0)):
+            tensor = torch.randn(10, 10).to(dtype)
+            tensor.view(-1)[place] = value
+            tensors[f"{number} {place} {value}"] = tensor
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    expected = {key for key, tensor in tensors.items() if not tensor.isfinite().all()}
+    assert len(expected) == 12
+    assert set(TensorFile(tmp_path / "x.safetensors").not_finite()) == expected
+    for key, tensor in tensors.items():
+        assert (first_not_finite([(key, tensor)]) == key) == (key in expected)
 
 
 @pytest.mark.parametrize("name", ["x.bin", "x.ckpt", "x.pt", "x.pth", "x.pkl"])

@@ -1,8 +1,11 @@
 import json
+import os
+import re
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, CLIPTextConfig, LlamaConfig, LlavaConfig, T5Config
 
 from dora_mm import DoRASpec, cli, inject, save_adapter
@@ -167,8 +170,53 @@ def test_an_adapter_file_is_shown_with_rank_and_alpha(unet, tmp_path, capsys, me
         assert any(
             line.startswith("unet") and " to_q " in line and f"{method} " in line and shown in line for line in lines
         )
-        assert lines[-3].split() == ["all", str(report.num_modules), f"{report.num_parameters:,}"]
-        assert lines[-2:] == ["metadata", "  unconditional: zeros"]
+        assert lines[-4].split() == ["all", str(report.num_modules), f"{report.num_parameters:,}"]
+        assert lines[-3:] == ["metadata", "  unconditional: zeros", "values: all are finite"]
+
+
+def test_damaged_values_are_found_and_the_header_alone_says_that_it_is_alone(unet, tmp_path, capsys):
+    inject(unet, "sdxl-unet", DoRASpec(rank=4))
+    path = save_adapter(unet, tmp_path / "good")
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("lora_B.weight"))
+    tensors[key][0, 1] = float("inf")
+    save_file(tensors, tmp_path / "bad.safetensors")
+    _, output, _ = inspect(capsys, tmp_path / "bad.safetensors")
+    assert f"values: 1 tensors have some that are NaN or infinite, such as {key}\n" in output
+    assert json.loads(inspect(capsys, tmp_path / "bad.safetensors", "--json")[1])["not_finite"] == [key]
+    assert json.loads(inspect(capsys, path, "--json")[1])["not_finite"] == []
+    assert inspect(capsys, tmp_path / "bad.safetensors", "--header")[1].endswith("values: not read (--header)\n")
+    assert json.loads(inspect(capsys, path, "--json", "--header")[1])["not_finite"] is None
+    assert inspect(capsys, "samples/tiny-sdxl", "--header")[0] == 2
+
+
+def test_pipes_and_devices_are_no_adapters(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.safetensors")
+    for path in (tmp_path / "a.safetensors", "/dev/zero"):
+        code, _, error = inspect(capsys, path)
+        assert (code, error) == (2, f"dora-mm: there is no adapter at {path}: give an adapter file or its folder\n")
+    for argument in (tmp_path, tmp_path / "a.safetensors"):
+        assert cli.main(["convert", str(argument), str(tmp_path / "new"), "--to", "peft"]) == 2
+
+
+def test_what_a_terminal_would_obey_is_shown_as_text(tmp_path, capsys):
+    red, name = "\x1b[31m\nroot#", "evil\x1b]0;x\x07\n.safetensors"
+    tensors = {
+        f"lora_unet_hyper_{n}_to_q.lora_{end}.weight": torch.ones(2, 2) for n in (1, 22) for end in ("down", "up")
+    }
+    save_file(tensors, tmp_path / name, metadata={red: red, "long": "x" * 2**20, "base_model": red})
+    code, output, _ = inspect(capsys, tmp_path / name)
+    assert code == 0
+    assert "\x1b" not in output
+    assert "\x07" not in output
+    assert len(output) < 3000
+    assert len(output.splitlines()) == 11
+    assert re.search(r"^\?  +lora_unet_hyper_#_to_q +lora .* 2 +16$", output, re.MULTILINE)
+    save_file({**tensors, f"{red}.lora_up.weight": torch.ones(2, 2)}, tmp_path / name)
+    code, _, error = inspect(capsys, tmp_path / name)
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "\x1b" not in error
+    assert r"no module has the name of its tensor \x1b[31m\nroot#.lora_up.weight" in error
 
 
 def test_weights_of_full_fine_tuning_are_shown(unet, tmp_path, capsys):

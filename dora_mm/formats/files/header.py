@@ -1,0 +1,165 @@
+"""The header of a safetensors file, which anybody may have written, parsed one member at a time.
+
+So memory holds its text and what it says about each tensor, whatever else a text of that length may hold: the json
+module builds all of it, and keeps the last of two members of one name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeGuard, TypeVar
+
+import torch
+
+from dora_mm.formats.files.json_text import unique_members
+from dora_mm.utils.messages import UNSEEN, shown
+
+LONGEST_NAME = 1000  # characters
+_LONGEST_ENTRY = 1000  # characters of what is said about a tensor
+_MAX_DIMENSIONS = 8
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_METADATA = "__metadata__"
+_BEGIN = re.compile(r"[ \t\n\r]*\{[ \t\n\r]*(\}[ \t\n\r]*)?")
+_COLON = re.compile(r"[ \t\n\r]*:[ \t\n\r]*")
+_NEXT = re.compile(r"[ \t\n\r]*([,}])[ \t\n\r]*")
+_read_value = json.JSONDecoder(object_pairs_hook=unique_members).raw_decode
+T = TypeVar("T")
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor is: its dtype, its shape, and its first byte in the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """The length of the tensor in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int) -> TensorEntry:
+        """The part of the tensor that is its rows from `start` to `stop`."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return TensorEntry(self.dtype, (stop - start, *self.shape[1:]), self.offset + start * row)
+
+
+class DamagedError(Exception):
+    """What is wrong with a file."""
+
+
+def parse_header(header: bytes, size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors by name, in the order of the file, and the texts of the metadata.
+
+    Args:
+        header: The header, without the 8 bytes of its length.
+        size: The length of the file in bytes.
+
+    Raises:
+        DamagedError: It is not valid, or does not describe a file of this length.
+    """
+    start = 8 + len(header)
+
+    def value(text: str, place: int, key: str) -> tuple[Any, int]:
+        is_metadata = key == _METADATA and text[place : place + 1] == "{"
+        return _members(text, place, _text) if is_metadata else _entry(text, place, key, start)
+
+    try:
+        text = header.decode()
+        del header
+        found, end = _members(text, 0, value)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"its header is not valid JSON: {error}") from error
+    if end != len(text):
+        raise DamagedError("its header is not valid JSON: something follows it")
+    metadata = found.pop(_METADATA, {})
+    return _in_order(found, start, size), metadata
+
+
+def _in_order(found: dict[str, TensorEntry], start: int, size: int) -> dict[str, TensorEntry]:
+    """The tensors in the order of the file, if they fill it without gaps."""
+    if broken := _first_gap(found, start, size):
+        found = dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].num_bytes)))
+        broken = _first_gap(found, start, size)
+    if broken:
+        raise DamagedError(broken)
+    return found
+
+
+def _first_gap(entries: dict[str, TensorEntry], start: int, size: int) -> str:
+    """What is wrong with the places of tensors in this order; empty where each begins at the end of the one before."""
+    offset = start
+    for key, entry in entries.items():
+        if entry.offset != offset:
+            return f"the place of {shown(key)} in it does not fit its shape"
+        offset += entry.num_bytes
+    return "" if offset == size else f"it has {size} bytes, and its header describes {offset}"
+
+
+def _members(text: str, place: int, value: Callable[[str, int, str], tuple[T, int]]) -> tuple[dict[str, T], int]:
+    """The object at a place of a text, and where it ends; `value` says that of the value at a place, by its key."""
+    if not (begin := _BEGIN.match(text, place)):
+        raise DamagedError("its header is not a JSON object")
+    found: dict[str, T] = {}
+    place, ended = begin.end(), bool(begin[1])
+    while not ended:
+        key, place = _text(text, place)
+        if key in found:
+            raise DamagedError(f"its header has {shown(key)} twice")
+        place = _end_of(_COLON, text, place).end()
+        found[key], place = value(text, place, key)
+        after = _end_of(_NEXT, text, place)
+        place, ended = after.end(), after[1] == "}"
+    return found, place
+
+
+def _end_of(pattern: re.Pattern[str], text: str, place: int) -> re.Match[str]:
+    if not (found := pattern.match(text, place)):
+        raise DamagedError(f"its header is not valid JSON at character {place}")
+    return found
+
+
+def _text(text: str, place: int, key: str = "") -> tuple[str, int]:
+    if text[place : place + 1] != '"':
+        raise DamagedError(
+            "the metadata of its header is not a table of texts" if key else "its header is not valid JSON"
+        )
+    return _read_value(text, place)
+
+
+def _entry(text: str, place: int, key: str, start: int) -> tuple[TensorEntry, int]:
+    """What is said about a tensor; its place is counted from the first byte after the header, at `start`."""
+    if len(key) > LONGEST_NAME or (not key.isprintable() and UNSEEN.search(key)):
+        raise DamagedError(f"no module has the name of its tensor {shown(key)}")
+    end = text.find("}", place, place + _LONGEST_ENTRY) + 1
+    fields = _read_value(text[place:end])[0] if end and text[place : place + 1] == "{" else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS or not _naturals(offsets) or len(offsets) != 2:
+        raise DamagedError(f"the header does not describe {shown(key)}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise DamagedError(f"{shown(key)} has the unknown dtype {shown(dtype, 20)}")
+    entry = TensorEntry(_DTYPES[dtype], tuple(shape), start + offsets[0])
+    if offsets[1] - offsets[0] != entry.num_bytes:
+        raise DamagedError(f"the place of {shown(key)} in it does not fit its shape")
+    return entry, end
+
+
+def _naturals(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and not [item for item in value if type(item) is not int or not 0 <= item < 2**63]
