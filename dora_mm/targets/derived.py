@@ -139,7 +139,7 @@ class _Structure:
         return next((kind for name in self._around(path, root) if (kind := _kind_of(name))), None)
 
     def _kind_by_shape(self, module: nn.Module, root: str) -> str | None:
-        """ "mlp" for a layer from the width of the text to a larger one, or back."""
+        """The kind "mlp" for a layer from the width of the text to a larger one, or back."""
         width = getattr(getattr(self.modules[root], "config", None), "hidden_size", None)
         if not isinstance(module, nn.Linear) or width is None:
             return None

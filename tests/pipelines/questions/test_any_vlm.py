@@ -20,10 +20,11 @@ from dora_mm.data.vl.example import Example
 from dora_mm.models.vlm.family import VLM
 from dora_mm.tasks.vl import draw_answer
 from tests.data.vl.files import write_json
-from tests.models.vlm import tiny
+from tests.models.vlm import newer_models, tiny
 from tests.models.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
 from tests.pipelines.killed import assert_same_weights
 
+ALL = [*tiny.NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in tiny.NEWER)]
 # Gates that are 0 at first keep gradients from what is behind them.
 CLOSED = {"mllama": (".cross_attn.", ".vision_model.", "multi_modal_projector")}
 # LLaVA reads the last block but one of its tower.
@@ -56,7 +57,7 @@ def losses(vlm: VLM, batch) -> torch.Tensor:
     return torch.cat([vlm.network.row_losses(inputs, labels)[0] for inputs, labels, _ in batch.groups])
 
 
-@pytest.mark.parametrize("vlm", tiny.NAMES, indirect=True)
+@pytest.mark.parametrize("vlm", ALL, indirect=True)
 def test_a_fresh_adapter_changes_no_bit_and_all_of_it_learns(vlm, pictures, request):
     name = request.node.callspec.params["vlm"]
     batch = batch_of(vlm, pictures)
@@ -79,7 +80,7 @@ def test_a_fresh_adapter_changes_no_bit_and_all_of_it_learns(vlm, pictures, requ
     assert not torch.equal(losses(vlm, batch), before)
 
 
-@pytest.mark.parametrize("vlm", tiny.NAMES, indirect=True)
+@pytest.mark.parametrize("vlm", ALL, indirect=True)
 def test_answers_do_not_depend_on_the_batch(vlm, pictures):
     answer = vlm.answerer("vqa", DecodeConfig(max_new_tokens=5), ())
     rows = examples(3)
@@ -88,11 +89,11 @@ def test_answers_do_not_depend_on_the_batch(vlm, pictures):
     assert rank([Example("c", ("wide.png",), "q", options=("x", "y"))], str(pictures))[0] in ("A", "B")
 
 
-@pytest.mark.parametrize("name", tiny.NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, tmp_path):
     """What a kill after the second step leaves behind is that of a whole run without its later files."""
     base = tiny_vlm(name)
-    chat = name in tiny.CHAT
+    chat = name in tiny.CHAT | newer_models.NEWER
     data = write_conversations(tmp_path, pictures) if chat else write_questions(tmp_path, pictures)
     config = {
         "pipeline": "train_vl",

@@ -1,0 +1,393 @@
+"""Tiny models of classes that have no map of their own, with their real processors and ChatML as their template."""
+
+import transformers as hf
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from tests.models.vlm import qwen_models, vocabularies
+from tests.models.vlm.qwen_models import LINEAR, MROPE, SECTIONS, TOWER, pixels_of
+from tests.models.vlm.sizes import LAYERS, SPREAD, square, text_config, tower
+from tests.models.vlm.templates import chatml
+
+Tiny = tuple[PreTrainedModel, ProcessorMixin]
+
+
+def _tokenizer(*names: str, **named: str) -> PreTrainedTokenizerBase:
+    """ChatML's tokenizer with more special tokens; those with a name become its attributes."""
+    tokenizer = vocabularies.qwen(extra_special_tokens=named)
+    tokenizer.add_tokens(list(names), special_tokens=True)
+    return tokenizer
+
+
+def mistral3() -> Tiny:
+    tokenizer = _tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    processor = hf.PixtralProcessor(
+        hf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=14),
+        tokenizer,
+        patch_size=14,
+        spatial_merge_size=2,
+        chat_template=chatml("[IMG]"),
+    )
+    config = hf.Mistral3Config(
+        text_config=text_config(tokenizer, "mistral", head_dim=16),
+        vision_config=tower("pixtral", image_size=56, head_dim=16),
+        image_token_index=processor.image_token_id,
+        tie_word_embeddings=False,
+    )
+    return hf.Mistral3ForConditionalGeneration(config), processor
+
+
+def _glm(kind: str, processor_kind: str, config: str) -> Tiny:
+    names = ["<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|begin_of_video|>", "<|end_of_video|>"]
+    tokenizer = _tokenizer(*names, "<|video|>")
+    images = getattr(hf, processor_kind.replace("Processor", "ImageProcessor"))(**pixels_of(14))
+    videos = getattr(hf, processor_kind.replace("Processor", "VideoProcessor"))(**pixels_of(14))
+    template = chatml("<|begin_of_image|><|image|><|end_of_image|>")
+    processor = getattr(hf, processor_kind)(images, tokenizer, videos, chat_template=template)
+    found = dict(
+        zip(
+            ("image_start", "image_end", "image", "video_start", "video_end", "video"),
+            [*names, "<|video|>"],
+            strict=True,
+        )
+    )
+    made = getattr(hf, config)(
+        text_config=text_config(tokenizer, "glm4v_text", rope_parameters=SECTIONS),
+        vision_config=TOWER | {"image_size": 56, "intermediate_size": 48, "out_hidden_size": 32},
+        **{f"{key}_token_id": tokenizer.convert_tokens_to_ids(token) for key, token in found.items()},
+    )
+    return getattr(hf, kind)(made), processor
+
+
+def glm4v() -> Tiny:
+    return _glm("Glm4vForConditionalGeneration", "Glm4vProcessor", "Glm4vConfig")
+
+
+def glm46v() -> Tiny:
+    return _glm("Glm46VForConditionalGeneration", "Glm46VProcessor", "Glm46VConfig")
+
+
+def cohere2_vision() -> Tiny:
+    names = {
+        "boi_token": "<|START_OF_IMG|>",
+        "eoi_token": "<|END_OF_IMG|>",
+        "img_line_break_token": "<|IMG_LINE_BREAK|>",
+    }
+    tokenizer = _tokenizer(image_token="<|IMG_PATCH|>", **names)
+    images = hf.Cohere2VisionImageProcessor(size=square(56), max_patches=2, patch_size=2)  # of a tile
+    config = hf.Cohere2VisionConfig(
+        text_config=text_config(tokenizer, "cohere2"),
+        vision_config=tower("siglip_vision_model", image_size=56, vision_use_head=False),
+        image_token_id=tokenizer.image_token_id,
+        alignment_intermediate_size=64,
+    )
+    processor = hf.Cohere2VisionProcessor(images, tokenizer, chat_template=chatml("<|IMG_PATCH|>"))
+    return hf.Cohere2VisionForConditionalGeneration(config), processor
+
+
+def aya_vision() -> Tiny:
+    names = ["<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"]
+    tokenizer = _tokenizer(*names, "TILE_GLOBAL", "TILE_1", "TILE_2")
+    processor = hf.AyaVisionProcessor(
+        hf.GotOcr2ImageProcessor(size=square(56), max_patches=2, crop_to_patches=True),
+        tokenizer,
+        patch_size=14,
+        img_size=56,
+        downsample_factor=2,
+        chat_template=chatml("<image>"),
+    )
+    config = hf.AyaVisionConfig(
+        text_config=text_config(tokenizer, "cohere2"),
+        vision_config=tower("siglip_vision_model", image_size=56, vision_use_head=False),
+        image_token_index=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
+    )
+    return hf.AyaVisionForConditionalGeneration(config), processor
+
+
+def idefics2() -> Tiny:
+    names = {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}
+    tokenizer = _tokenizer(**names)
+    images = hf.Idefics2ImageProcessor(size={"shortest_edge": 28, "longest_edge": 56})
+    processor = hf.Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=chatml("<image>"))
+    perceiver = SPREAD | {"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2}
+    config = hf.Idefics2Config(
+        text_config=text_config(tokenizer, "mistral", head_dim=16),
+        vision_config=tower("idefics2_vision", image_size=56),
+        perceiver_config=perceiver | {"resampler_head_dim": 16, "num_key_value_heads": 1},
+        image_token_id=tokenizer.image_token_id,
+    )
+    model = hf.Idefics2ForConditionalGeneration(config)
+    nn.init.normal_(model.model.connector.perceiver_resampler.latents)  # all the same when made
+    return model, processor
+
+
+def lfm2_vl() -> Tiny:
+    names = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
+    tokenizer = _tokenizer(*names, *(f"<|img_row_{r}_col_{c}|>" for r in (1, 2) for c in (1, 2)), image_token="<image>")
+    images = hf.Lfm2VlImageProcessor(
+        encoder_patch_size=14, tile_size=56, size=square(56), min_image_tokens=1, max_image_tokens=4,
+        max_tiles=2, max_num_patches=64,
+    )  # fmt: skip
+    text = text_config(tokenizer, "lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+    config = hf.Lfm2VlConfig(
+        text_config=text,
+        vision_config=tower("siglip2_vision_model", num_patches=16, vision_use_head=False),
+        image_token_id=tokenizer.image_token_id,
+        projector_hidden_size=32,
+    )
+    processor = hf.Lfm2VlProcessor(images, tokenizer, chat_template=chatml("<image>"))
+    return hf.Lfm2VlForConditionalGeneration(config), processor
+
+
+def ovis2() -> Tiny:
+    indicators = [f"<ovis{number}>" for number in range(5)]
+    tokenizer = _tokenizer("<image>", "<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    tokenizer.add_tokens(indicators, special_tokens=True)
+    images = hf.Ovis2ImageProcessor(size=square(28), max_patches=2)
+    processor = hf.Ovis2Processor(images, tokenizer, chat_template=chatml("<image>"), image_seq_length=4)
+    config = hf.Ovis2Config(
+        text_config=text_config(tokenizer, "qwen2"),
+        vision_config=tower("ovis2", vocab_size=40, hidden_stride=1),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_ATOM>"),
+        visual_indicator_token_ids=tokenizer.convert_tokens_to_ids(
+            ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+        ),
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        tie_word_embeddings=False,
+    )
+    return hf.Ovis2ForConditionalGeneration(config), processor
+
+
+def paddleocr_vl() -> Tiny:
+    names = {"image_token": "<|IMAGE_PLACEHOLDER|>"}
+    tokenizer = _tokenizer("<|IMAGE_START|>", "<|IMAGE_END|>", "<|video_pad|>", **names)
+    images = hf.PaddleOCRVLImageProcessor(**pixels_of(14))
+    template = chatml("<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>")
+    processor = hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=template)
+    found = {"video": "<|video_pad|>", "vision_start": "<|IMAGE_START|>", "vision_end": "<|IMAGE_END|>"}
+    config = hf.PaddleOCRVLConfig(
+        text_config=text_config(tokenizer, "paddleocr_vl_text", head_dim=16, rope_parameters=SECTIONS),
+        vision_config=tower("paddleocr_vl_vision", image_size=56),
+        image_token_id=tokenizer.image_token_id,
+        **{f"{key}_token_id": tokenizer.convert_tokens_to_ids(token) for key, token in found.items()},
+    )
+    return hf.PaddleOCRVLForConditionalGeneration(config), processor
+
+
+def perception_lm() -> Tiny:
+    tokenizer = _tokenizer(image_token="<|image|>", video_token="<|video|>")
+    images = hf.PerceptionLMImageProcessor(tile_size=28, max_num_tiles=2, vision_input_type="thumb+tile")
+    processor = hf.PerceptionLMProcessor(
+        image_processor=images,
+        video_processor=hf.PerceptionLMVideoProcessor(size=square(28)),
+        tokenizer=tokenizer,
+        patch_size=7,
+        pooling_ratio=2,
+        chat_template=chatml("<|image|>"),
+    )
+    arguments = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": (28, 28), "ref_feat_shape": (4, 4)}
+    vision = {"model_type": "timm_wrapper", "architecture": "vit_pe_lang_large_patch14_448", "do_pooling": False}
+    config = hf.PerceptionLMConfig(
+        text_config=text_config(tokenizer, "llama"),
+        vision_config=vision | {"model_args": arguments | {"patch_size": 7, "global_pool": ""}, "num_classes": 0},
+        projector_pooling_ratio=2,
+        vision_use_cls_token=True,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+    )
+    return hf.PerceptionLMForConditionalGeneration(config), processor
+
+
+def gemma4() -> Tiny:
+    names = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "audio_token": "<|audio|>"}
+    tokenizer = vocabularies.gemma(extra_special_tokens=names | {"boa_token": "<|audio>", "eoa_token": "<audio|>"})
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    processor = hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(),
+        hf.Gemma4ImageProcessor(patch_size=7, max_soft_tokens=70, pooling_kernel_size=2),
+        tokenizer,
+        hf.Gemma4VideoProcessor(patch_size=7, pooling_kernel_size=2),
+        image_seq_length=4,
+        chat_template=chatml("<|image|>"),
+    )
+    layers = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    config = hf.Gemma4Config(
+        text_config=text_config(tokenizer, "gemma4_text", **layers)
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer), "global_head_dim": 16},
+        vision_config=tower("gemma4_vision", patch_size=7, head_dim=16, pooling_kernel_size=2, num_key_value_heads=2)
+        | {"position_embedding_size": 64, "use_clipped_linears": True},
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=processor.video_token_id,
+        audio_token_id=tokenizer.audio_token_id,
+    )
+    return hf.Gemma4ForConditionalGeneration(config), processor
+
+
+def janus() -> Tiny:
+    tokenizer = _tokenizer(image_token="<image_placeholder>", boi_token="<begin_of_image>", eoi_token="<end_of_image>")
+    images = hf.JanusImageProcessor(size=square(28), min_size=14)
+    template = chatml("<image_placeholder>")
+    processor = hf.JanusProcessor(images, tokenizer, chat_template=template, num_image_tokens=4)
+    codes = {"embed_dim": 8, "num_embeddings": 16, "latent_channels": 16, "base_channels": 32, "num_patches": 2}
+    codes |= {"channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 32, "image_token_embed_dim": 32}
+    config = hf.JanusConfig(
+        text_config=text_config(tokenizer, "llama"),
+        vision_config=tower("janus_vision_model", projection_dim=32, mlp_ratio=2, num_image_tokens=4),
+        vq_config=codes,
+        image_token_id=tokenizer.image_token_id,
+    )
+    return hf.JanusForConditionalGeneration(config), processor
+
+
+def minicpm_v() -> Tiny:
+    names = {"image_token": "<|image_pad|>", "image_start_token": "<image>", "image_end_token": "</image>"}
+    names |= {"slice_start_token": "<slice>", "slice_end_token": "</slice>", "video_token": "<|video_pad|>"}
+    names |= {"image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
+    tokenizer = _tokenizer(**names)
+    images = hf.MiniCPMV4_6ImageProcessor(scale_resolution=56, max_slice_nums=2)
+    processor = hf.MiniCPMV4_6Processor(
+        images, hf.MiniCPMV4_6VideoProcessor(scale_resolution=56), tokenizer, chat_template=chatml("<|image_pad|>")
+    )
+    rope = MROPE | {"partial_rotary_factor": 1.0}
+    config = hf.MiniCPMV4_6Config(
+        text_config=text_config(tokenizer, "qwen3_5_text", rope_parameters=rope, **LINEAR),
+        vision_config=tower("minicpmv4_6_vision", image_size=56, insert_layer_id=0),
+        insert_layer_id=0,
+        image_size=56,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+    )
+    return hf.MiniCPMV4_6ForConditionalGeneration(config), processor
+
+
+def kimi_k25() -> Tiny:
+    names = {"image_token": "<|media_pad|>", "video_token": "<|video_pad|>"}
+    tokenizer = _tokenizer("<|media_begin|>", "<|media_end|>", **names)
+    processor = hf.Kimi_K25Processor(
+        hf.Kimi_K25ImageProcessor(patch_size=14, merge_size=2, max_patches=16),
+        tokenizer,
+        hf.Kimi_K25VideoProcessor(patch_size=14, merge_size=2),
+        chat_template=chatml("<|media_begin|><|media_pad|><|media_end|>"),
+    )
+    latent = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "qk_nope_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "num_mtp_layers": 0}
+    text = text_config(tokenizer, "deepseek_v3", num_key_value_heads=2, moe_intermediate_size=16, **latent, **experts)
+    config = hf.Kimi_K25Config(
+        text_config=text | {"first_k_dense_replace": 1},
+        vision_config=LAYERS | {"pos_emb_height": 8, "pos_emb_width": 8, "patch_size": 14},
+        projection_hidden_size=32,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|media_begin|>"),
+        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|media_end|>"),
+        tie_word_embeddings=False,
+    )
+    return hf.Kimi_K25ForConditionalGeneration(config), processor
+
+
+def granite4_vision() -> Tiny:
+    tokenizer = _tokenizer(image_token="<image>")
+    grid = [[28, 28], [28, 56], [56, 28]]
+    processor = hf.Granite4VisionProcessor(
+        hf.LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size=square(28), image_grid_pinpoints=grid),
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="full",
+        downsample_rate="1/2",
+        chat_template=chatml("<image>"),
+    )
+    vision = tower("siglip_vision_model", patch_size=7, vision_use_head=False)
+    qformer = {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "cross_attention_frequency": 1}
+    config = hf.Granite4VisionConfig(
+        text_config=text_config(tokenizer, "granite4_vision_text", num_hidden_layers=5),
+        vision_config=vision | {"hidden_size": 64},  # the heads of the Q-Former have 64
+        qformer_config=LAYERS | qformer | {"use_qformer_text_input": False},
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_select_strategy="full",
+        image_grid_pinpoints=grid,
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-2, 0]],
+        spatial_target_layers=[1, 2, 3, 4],
+        image_seq_length=4,
+    )
+    return hf.Granite4VisionForConditionalGeneration(config), processor
+
+
+def molmo2() -> Tiny:
+    names = ["<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>", "<im_end>", "<frame_end>"]
+    tokenizer = _tokenizer(*names, "<im_low>", image_token="<|image|>", video_token="<|video|>")
+    tokenizer.bos_token = "<|im_start|>"
+    processor = hf.Molmo2Processor(
+        hf.Molmo2ImageProcessor(
+            size=square(56), patch_size=14, max_crops=2, overlap_margins=[1, 1], pooling_size=[2, 2]
+        ),
+        hf.Molmo2VideoProcessor(size=square(56), patch_size=14),
+        tokenizer,
+        chat_template=chatml("<|image|>"),
+    )
+    heads = {"num_key_value_heads": 2, "head_dim": 16}
+    text = text_config(tokenizer, "molmo2_text", head_dim=16, additional_vocab_size=8)
+    found = {"image_start": "<im_start>", "low_res_image_start": "<low_res_im_start>", "image_end": "<im_end>"}
+    found |= {"frame_start": "<frame_start>", "frame_end": "<frame_end>"}
+    vision = tower("molmo2_vision", **heads, num_position_embeddings=16) | {"image_size": [56, 56]}
+    config = hf.Molmo2Config(
+        text_config=text,
+        vision_config=vision,
+        adapter_config=LAYERS | heads | {"text_hidden_size": 32, "vision_feature_layer": [-1, -2]},
+        image_patch_id=tokenizer.convert_tokens_to_ids("<im_patch>"),
+        **{f"{key}_token_id": tokenizer.convert_tokens_to_ids(token) for key, token in found.items()},
+    )
+    return hf.Molmo2ForConditionalGeneration(config), processor
+
+
+def gemma3n() -> Tiny:
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    names |= {"boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>"}
+    tokenizer = vocabularies.gemma(extra_special_tokens=names)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    processor = hf.Gemma3nProcessor(
+        hf.Gemma3nAudioFeatureExtractor(),
+        hf.SiglipImageProcessor(size=square(64)),
+        tokenizer,
+        chat_template=chatml("<image_soft_token>"),
+        image_seq_length=4,
+    )
+    layers = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    sizes = {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0, "altup_num_inputs": 2}
+    size = len(tokenizer)
+    text = text_config(tokenizer, "gemma3n_text", activation_sparsity_pattern=[0.0, 0.0], **layers, **sizes)
+    config = hf.Gemma3nConfig(
+        text_config=text | {"vocab_size_per_layer_input": size},
+        vision_config={"architecture": "test_efficientnet", "hidden_size": 256, "vocab_size": 4, "vocab_offset": size},
+        audio_config={"hidden_size": 32, "conf_num_hidden_layers": 1, "vocab_size": 4, "vocab_offset": size + 4},
+        vision_soft_tokens_per_image=4,
+        **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in names},
+    )
+    return hf.Gemma3nForConditionalGeneration(config), processor
+
+
+NEWER = {
+    "qwen3_vl_moe": qwen_models.qwen3_vl_moe,
+    "qwen3_5": qwen_models.qwen3_5,
+    "qwen3_5_moe": qwen_models.qwen3_5_moe,
+    "mistral3": mistral3,
+    "glm4v": glm4v,
+    "glm46v": glm46v,
+    "cohere2_vision": cohere2_vision,
+    "aya_vision": aya_vision,
+    "idefics2": idefics2,
+    "lfm2_vl": lfm2_vl,
+    "ovis2": ovis2,
+    "paddleocr_vl": paddleocr_vl,
+    "perception_lm": perception_lm,
+    "gemma4": gemma4,
+    "janus": janus,
+    "minicpm_v": minicpm_v,
+    "kimi_k25": kimi_k25,
+    "granite4_vision": granite4_vision,
+    "molmo2": molmo2,
+    "gemma3n": gemma3n,
+}
