@@ -1,5 +1,7 @@
 """Tiny models of classes that have no map of their own, with their real processors and ChatML as their template."""
 
+from typing import Any
+
 import transformers as hf
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -12,7 +14,7 @@ from tests.models.vlm.templates import chatml
 Tiny = tuple[PreTrainedModel, ProcessorMixin]
 
 
-def _tokenizer(*names: str, **named: str) -> PreTrainedTokenizerBase:
+def tokenizer_with(*names: str, **named: str) -> PreTrainedTokenizerBase:
     """ChatML's tokenizer with more special tokens; those with a name become its attributes."""
     tokenizer = vocabularies.qwen(extra_special_tokens=named)
     tokenizer.add_tokens(list(names), special_tokens=True)
@@ -20,7 +22,7 @@ def _tokenizer(*names: str, **named: str) -> PreTrainedTokenizerBase:
 
 
 def mistral3() -> Tiny:
-    tokenizer = _tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    tokenizer = tokenizer_with("[IMG]", "[IMG_BREAK]", "[IMG_END]")
     processor = hf.PixtralProcessor(
         hf.PixtralImageProcessor(size={"longest_edge": 56}, patch_size=14),
         tokenizer,
@@ -37,9 +39,10 @@ def mistral3() -> Tiny:
     return hf.Mistral3ForConditionalGeneration(config), processor
 
 
-def _glm(kind: str, processor_kind: str, config: str) -> Tiny:
+def glm(kind: str, processor_kind: str, config: str, text: str = "glm4v_text", **others: Any) -> Tiny:
+    """A model of the GLM-V classes, whose processors and towers are alike."""
     names = ["<|begin_of_image|>", "<|end_of_image|>", "<|image|>", "<|begin_of_video|>", "<|end_of_video|>"]
-    tokenizer = _tokenizer(*names, "<|video|>")
+    tokenizer = tokenizer_with(*names, "<|video|>")
     images = getattr(hf, processor_kind.replace("Processor", "ImageProcessor"))(**pixels_of(14))
     videos = getattr(hf, processor_kind.replace("Processor", "VideoProcessor"))(**pixels_of(14))
     template = chatml("<|begin_of_image|><|image|><|end_of_image|>")
@@ -52,7 +55,7 @@ def _glm(kind: str, processor_kind: str, config: str) -> Tiny:
         )
     )
     made = getattr(hf, config)(
-        text_config=text_config(tokenizer, "glm4v_text", rope_parameters=SECTIONS),
+        text_config=text_config(tokenizer, text, **{"rope_parameters": SECTIONS} | others),
         vision_config=TOWER | {"image_size": 56, "intermediate_size": 48, "out_hidden_size": 32},
         **{f"{key}_token_id": tokenizer.convert_tokens_to_ids(token) for key, token in found.items()},
     )
@@ -60,11 +63,11 @@ def _glm(kind: str, processor_kind: str, config: str) -> Tiny:
 
 
 def glm4v() -> Tiny:
-    return _glm("Glm4vForConditionalGeneration", "Glm4vProcessor", "Glm4vConfig")
+    return glm("Glm4vForConditionalGeneration", "Glm4vProcessor", "Glm4vConfig")
 
 
 def glm46v() -> Tiny:
-    return _glm("Glm46VForConditionalGeneration", "Glm46VProcessor", "Glm46VConfig")
+    return glm("Glm46VForConditionalGeneration", "Glm46VProcessor", "Glm46VConfig")
 
 
 def cohere2_vision() -> Tiny:
@@ -73,7 +76,7 @@ def cohere2_vision() -> Tiny:
         "eoi_token": "<|END_OF_IMG|>",
         "img_line_break_token": "<|IMG_LINE_BREAK|>",
     }
-    tokenizer = _tokenizer(image_token="<|IMG_PATCH|>", **names)
+    tokenizer = tokenizer_with(image_token="<|IMG_PATCH|>", **names)
     images = hf.Cohere2VisionImageProcessor(size=square(56), max_patches=2, patch_size=2)  # of a tile
     config = hf.Cohere2VisionConfig(
         text_config=text_config(tokenizer, "cohere2"),
@@ -87,7 +90,7 @@ def cohere2_vision() -> Tiny:
 
 def aya_vision() -> Tiny:
     names = ["<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"]
-    tokenizer = _tokenizer(*names, "TILE_GLOBAL", "TILE_1", "TILE_2")
+    tokenizer = tokenizer_with(*names, "TILE_GLOBAL", "TILE_1", "TILE_2")
     processor = hf.AyaVisionProcessor(
         hf.GotOcr2ImageProcessor(size=square(56), max_patches=2, crop_to_patches=True),
         tokenizer,
@@ -106,7 +109,7 @@ def aya_vision() -> Tiny:
 
 def idefics2() -> Tiny:
     names = {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}
-    tokenizer = _tokenizer(**names)
+    tokenizer = tokenizer_with(**names)
     images = hf.Idefics2ImageProcessor(size={"shortest_edge": 28, "longest_edge": 56})
     processor = hf.Idefics2Processor(images, tokenizer, image_seq_len=4, chat_template=chatml("<image>"))
     perceiver = SPREAD | {"hidden_size": 32, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2}
@@ -123,7 +126,9 @@ def idefics2() -> Tiny:
 
 def lfm2_vl() -> Tiny:
     names = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
-    tokenizer = _tokenizer(*names, *(f"<|img_row_{r}_col_{c}|>" for r in (1, 2) for c in (1, 2)), image_token="<image>")
+    tokenizer = tokenizer_with(
+        *names, *(f"<|img_row_{r}_col_{c}|>" for r in (1, 2) for c in (1, 2)), image_token="<image>"
+    )
     images = hf.Lfm2VlImageProcessor(
         encoder_patch_size=14, tile_size=56, size=square(56), min_image_tokens=1, max_image_tokens=4,
         max_tiles=2, max_num_patches=64,
@@ -141,7 +146,9 @@ def lfm2_vl() -> Tiny:
 
 def ovis2() -> Tiny:
     indicators = [f"<ovis{number}>" for number in range(5)]
-    tokenizer = _tokenizer("<image>", "<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>")
+    tokenizer = tokenizer_with(
+        "<image>", "<IMG_ATOM>", "<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"
+    )
     tokenizer.add_tokens(indicators, special_tokens=True)
     images = hf.Ovis2ImageProcessor(size=square(28), max_patches=2)
     processor = hf.Ovis2Processor(images, tokenizer, chat_template=chatml("<image>"), image_seq_length=4)
@@ -161,7 +168,7 @@ def ovis2() -> Tiny:
 
 def paddleocr_vl() -> Tiny:
     names = {"image_token": "<|IMAGE_PLACEHOLDER|>"}
-    tokenizer = _tokenizer("<|IMAGE_START|>", "<|IMAGE_END|>", "<|video_pad|>", **names)
+    tokenizer = tokenizer_with("<|IMAGE_START|>", "<|IMAGE_END|>", "<|video_pad|>", **names)
     images = hf.PaddleOCRVLImageProcessor(**pixels_of(14))
     template = chatml("<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>")
     processor = hf.PaddleOCRVLProcessor(images, tokenizer, chat_template=template)
@@ -175,8 +182,25 @@ def paddleocr_vl() -> Tiny:
     return hf.PaddleOCRVLForConditionalGeneration(config), processor
 
 
+def llama4() -> Tiny:
+    names = ["<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile_x_separator|>"]
+    tokenizer = tokenizer_with(*names, "<|tile_y_separator|>")
+    images = hf.Llama4ImageProcessor(size=square(28), max_patches=2)
+    settings = {"patch_size": 7, "pixel_shuffle_ratio": 0.5, "chat_template": chatml("<|image|>")}
+    processor = hf.Llama4Processor(images, tokenizer, **settings)
+    sizes = {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32}
+    text = text_config(tokenizer, "llama4_text", head_dim=16, intermediate_size_mlp=48, num_local_experts=2)
+    found = {"image": "<|patch|>", "boi": "<|image_start|>", "eoi": "<|image_end|>"}
+    config = hf.Llama4Config(
+        text_config=text | {"interleave_moe_layer_step": 2, "num_experts_per_tok": 1},
+        vision_config=tower("llama4_vision_model", patch_size=7, **sizes) | {"intermediate_size": 128},
+        **{f"{key}_token_index": tokenizer.convert_tokens_to_ids(token) for key, token in found.items()},
+    )
+    return hf.Llama4ForConditionalGeneration(config), processor
+
+
 def perception_lm() -> Tiny:
-    tokenizer = _tokenizer(image_token="<|image|>", video_token="<|video|>")
+    tokenizer = tokenizer_with(image_token="<|image|>", video_token="<|video|>")
     images = hf.PerceptionLMImageProcessor(tile_size=28, max_num_tiles=2, vision_input_type="thumb+tile")
     processor = hf.PerceptionLMProcessor(
         image_processor=images,
@@ -227,7 +251,9 @@ def gemma4() -> Tiny:
 
 
 def janus() -> Tiny:
-    tokenizer = _tokenizer(image_token="<image_placeholder>", boi_token="<begin_of_image>", eoi_token="<end_of_image>")
+    tokenizer = tokenizer_with(
+        image_token="<image_placeholder>", boi_token="<begin_of_image>", eoi_token="<end_of_image>"
+    )
     images = hf.JanusImageProcessor(size=square(28), min_size=14)
     template = chatml("<image_placeholder>")
     processor = hf.JanusProcessor(images, tokenizer, chat_template=template, num_image_tokens=4)
@@ -246,7 +272,7 @@ def minicpm_v() -> Tiny:
     names = {"image_token": "<|image_pad|>", "image_start_token": "<image>", "image_end_token": "</image>"}
     names |= {"slice_start_token": "<slice>", "slice_end_token": "</slice>", "video_token": "<|video_pad|>"}
     names |= {"image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>"}
-    tokenizer = _tokenizer(**names)
+    tokenizer = tokenizer_with(**names)
     images = hf.MiniCPMV4_6ImageProcessor(scale_resolution=56, max_slice_nums=2)
     processor = hf.MiniCPMV4_6Processor(
         images, hf.MiniCPMV4_6VideoProcessor(scale_resolution=56), tokenizer, chat_template=chatml("<|image_pad|>")
@@ -265,7 +291,7 @@ def minicpm_v() -> Tiny:
 
 def kimi_k25() -> Tiny:
     names = {"image_token": "<|media_pad|>", "video_token": "<|video_pad|>"}
-    tokenizer = _tokenizer("<|media_begin|>", "<|media_end|>", **names)
+    tokenizer = tokenizer_with("<|media_begin|>", "<|media_end|>", **names)
     processor = hf.Kimi_K25Processor(
         hf.Kimi_K25ImageProcessor(patch_size=14, merge_size=2, max_patches=16),
         tokenizer,
@@ -289,7 +315,7 @@ def kimi_k25() -> Tiny:
 
 
 def granite4_vision() -> Tiny:
-    tokenizer = _tokenizer(image_token="<image>")
+    tokenizer = tokenizer_with(image_token="<image>")
     grid = [[28, 28], [28, 56], [56, 28]]
     processor = hf.Granite4VisionProcessor(
         hf.LlavaNextImageProcessor(size={"shortest_edge": 28}, crop_size=square(28), image_grid_pinpoints=grid),
@@ -318,7 +344,7 @@ def granite4_vision() -> Tiny:
 
 def molmo2() -> Tiny:
     names = ["<im_patch>", "<im_col>", "<im_start>", "<low_res_im_start>", "<frame_start>", "<im_end>", "<frame_end>"]
-    tokenizer = _tokenizer(*names, "<im_low>", image_token="<|image|>", video_token="<|video|>")
+    tokenizer = tokenizer_with(*names, "<im_low>", image_token="<|image|>", video_token="<|video|>")
     tokenizer.bos_token = "<|im_start|>"
     processor = hf.Molmo2Processor(
         hf.Molmo2ImageProcessor(
@@ -382,6 +408,7 @@ NEWER = {
     "lfm2_vl": lfm2_vl,
     "ovis2": ovis2,
     "paddleocr_vl": paddleocr_vl,
+    "llama4": llama4,
     "perception_lm": perception_lm,
     "gemma4": gemma4,
     "janus": janus,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tests.models.vlm import chat_models, newer_models, plain_models, qwen_models
+from tests.models.vlm import chat_models, newer_models, other_models, plain_models, qwen_models
 
 CHAT = {  # with a chat template
     "llava": chat_models.llava,
@@ -26,7 +26,7 @@ PLAIN = {  # without
     "blip2": plain_models.blip2,
     "git": plain_models.git,
 }
-NEWER = newer_models.NEWER | {"blip_caption": plain_models.blip_caption}  # the slow tests build them
+NEWER = newer_models.NEWER | other_models.OTHERS | {"blip_caption": plain_models.blip_caption}  # in slow tests
 BUILDERS = CHAT | PLAIN | NEWER
 NAMES = (*CHAT, *PLAIN)
 

@@ -20,15 +20,17 @@ from dora_mm.data.vl.example import Example
 from dora_mm.models.vlm.family import VLM
 from dora_mm.tasks.vl import draw_answer
 from tests.data.vl.files import write_json
-from tests.models.vlm import newer_models, tiny
+from tests.models.vlm import tiny
 from tests.models.vlm.vlm_rows import SHAPES, write_conversations, write_pictures, write_questions
 from tests.pipelines.killed import assert_same_weights
 
 ALL = [*tiny.NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in tiny.NEWER)]
 # Gates that are 0 at first keep gradients from what is behind them.
 CLOSED = {"mllama": (".cross_attn.", ".vision_model.", "multi_modal_projector")}
-# LLaVA reads the last block but one of its tower.
-UNUSED = {"llava": (".vision_tower.encoder.layers.1.",)}
+# LLaVA reads the last block but one of its tower, InstructBLIP nothing of the text in the last block of its Q-Former.
+UNUSED = dict.fromkeys(("llava", "llava_next"), (".vision_tower.encoder.layers.1.",)) | {
+    "instructblip": (".qformer.encoder.layer.1.intermediate.", ".qformer.encoder.layer.1.output.")
+}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_answers_do_not_depend_on_the_batch(vlm, pictures):
 def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, tmp_path):
     """What a kill after the second step leaves behind is that of a whole run without its later files."""
     base = tiny_vlm(name)
-    chat = name in tiny.CHAT | newer_models.NEWER
+    chat = VLM(VLMModelConfig(path=str(base))).plain is None
     data = write_conversations(tmp_path, pictures) if chat else write_questions(tmp_path, pictures)
     config = {
         "pipeline": "train_vl",
