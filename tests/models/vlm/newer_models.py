@@ -156,9 +156,7 @@ def ovis2() -> Tiny:
         text_config=text_config(tokenizer, "qwen2"),
         vision_config=tower("ovis2", vocab_size=40, hidden_stride=1),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_ATOM>"),
-        visual_indicator_token_ids=tokenizer.convert_tokens_to_ids(
-            ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
-        ),
+        visual_indicator_token_ids=tokenizer.convert_tokens_to_ids(indicators),
         vocab_size=len(tokenizer),
         hidden_size=32,
         tie_word_embeddings=False,
@@ -221,33 +219,6 @@ def perception_lm() -> Tiny:
         video_token_id=tokenizer.video_token_id,
     )
     return hf.PerceptionLMForConditionalGeneration(config), processor
-
-
-def gemma4() -> Tiny:
-    names = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "audio_token": "<|audio|>"}
-    tokenizer = vocabularies.gemma(extra_special_tokens=names | {"boa_token": "<|audio>", "eoa_token": "<audio|>"})
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    processor = hf.Gemma4Processor(
-        hf.Gemma4AudioFeatureExtractor(),
-        hf.Gemma4ImageProcessor(patch_size=7, max_soft_tokens=70, pooling_kernel_size=2),
-        tokenizer,
-        hf.Gemma4VideoProcessor(patch_size=7, pooling_kernel_size=2),
-        image_seq_length=4,
-        chat_template=chatml("<|image|>"),
-    )
-    layers = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
-    config = hf.Gemma4Config(
-        text_config=text_config(tokenizer, "gemma4_text", **layers)
-        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer), "global_head_dim": 16},
-        vision_config=tower("gemma4_vision", patch_size=7, head_dim=16, pooling_kernel_size=2, num_key_value_heads=2)
-        | {"position_embedding_size": 64, "use_clipped_linears": True},
-        boi_token_id=tokenizer.boi_token_id,
-        eoi_token_id=tokenizer.eoi_token_id,
-        image_token_id=tokenizer.image_token_id,
-        video_token_id=processor.video_token_id,
-        audio_token_id=tokenizer.audio_token_id,
-    )
-    return hf.Gemma4ForConditionalGeneration(config), processor
 
 
 def janus() -> Tiny:
@@ -369,32 +340,6 @@ def molmo2() -> Tiny:
     return hf.Molmo2ForConditionalGeneration(config), processor
 
 
-def gemma3n() -> Tiny:
-    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    names |= {"boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>"}
-    tokenizer = vocabularies.gemma(extra_special_tokens=names)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-    processor = hf.Gemma3nProcessor(
-        hf.Gemma3nAudioFeatureExtractor(),
-        hf.SiglipImageProcessor(size=square(64)),
-        tokenizer,
-        chat_template=chatml("<image_soft_token>"),
-        image_seq_length=4,
-    )
-    layers = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
-    sizes = {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0, "altup_num_inputs": 2}
-    size = len(tokenizer)
-    text = text_config(tokenizer, "gemma3n_text", activation_sparsity_pattern=[0.0, 0.0], **layers, **sizes)
-    config = hf.Gemma3nConfig(
-        text_config=text | {"vocab_size_per_layer_input": size},
-        vision_config={"architecture": "test_efficientnet", "hidden_size": 256, "vocab_size": 4, "vocab_offset": size},
-        audio_config={"hidden_size": 32, "conf_num_hidden_layers": 1, "vocab_size": 4, "vocab_offset": size + 4},
-        vision_soft_tokens_per_image=4,
-        **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in names},
-    )
-    return hf.Gemma3nForConditionalGeneration(config), processor
-
-
 NEWER = {
     "qwen3_vl_moe": qwen_models.qwen3_vl_moe,
     "qwen3_5": qwen_models.qwen3_5,
@@ -410,11 +355,9 @@ NEWER = {
     "paddleocr_vl": paddleocr_vl,
     "llama4": llama4,
     "perception_lm": perception_lm,
-    "gemma4": gemma4,
     "janus": janus,
     "minicpm_v": minicpm_v,
     "kimi_k25": kimi_k25,
     "granite4_vision": granite4_vision,
     "molmo2": molmo2,
-    "gemma3n": gemma3n,
 }

@@ -1,11 +1,11 @@
-"""Tiny models of further classes without a map of their own: near relatives of those of newer_models.py."""
+"""Tiny models of further classes without a map of their own: Gemmas, and near relatives of those of newer_models.py."""
 
 from typing import Any
 
 import transformers as hf
 from torch import nn
 
-from tests.models.vlm import plain_models
+from tests.models.vlm import plain_models, vocabularies
 from tests.models.vlm.newer_models import Tiny, glm, tokenizer_with
 from tests.models.vlm.qwen_models import IMAGE, SECTIONS, TOWER, ids, pixels_of, qwen_tokenizer
 from tests.models.vlm.sizes import LAYERS, square, text_config, tower
@@ -13,6 +13,59 @@ from tests.models.vlm.templates import chatml
 
 CLIP = {"size": {"shortest_edge": 28}, "crop_size": square(28)}
 IMAGE_TOKEN = chatml("<image>")
+
+
+def gemma4() -> Tiny:
+    names = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|image|>", "audio_token": "<|audio|>"}
+    tokenizer = vocabularies.gemma(extra_special_tokens=names | {"boa_token": "<|audio>", "eoa_token": "<audio|>"})
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    processor = hf.Gemma4Processor(
+        hf.Gemma4AudioFeatureExtractor(),
+        hf.Gemma4ImageProcessor(patch_size=7, max_soft_tokens=70, pooling_kernel_size=2),
+        tokenizer,
+        hf.Gemma4VideoProcessor(patch_size=7, pooling_kernel_size=2),
+        image_seq_length=4,
+        chat_template=chatml("<|image|>"),
+    )
+    layers = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    config = hf.Gemma4Config(
+        text_config=text_config(tokenizer, "gemma4_text", **layers)
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": len(tokenizer), "global_head_dim": 16},
+        vision_config=tower("gemma4_vision", patch_size=7, head_dim=16, pooling_kernel_size=2, num_key_value_heads=2)
+        | {"position_embedding_size": 64, "use_clipped_linears": True},
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=processor.video_token_id,
+        audio_token_id=tokenizer.audio_token_id,
+    )
+    return hf.Gemma4ForConditionalGeneration(config), processor
+
+
+def gemma3n() -> Tiny:
+    names = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    names |= {"boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>"}
+    tokenizer = vocabularies.gemma(extra_special_tokens=names)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    processor = hf.Gemma3nProcessor(
+        hf.Gemma3nAudioFeatureExtractor(),
+        hf.SiglipImageProcessor(size=square(64)),
+        tokenizer,
+        chat_template=chatml("<image_soft_token>"),
+        image_seq_length=4,
+    )
+    layers = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
+    sizes = {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0, "altup_num_inputs": 2}
+    size = len(tokenizer)
+    text = text_config(tokenizer, "gemma3n_text", activation_sparsity_pattern=[0.0, 0.0], **layers, **sizes)
+    config = hf.Gemma3nConfig(
+        text_config=text | {"vocab_size_per_layer_input": size},
+        vision_config={"architecture": "test_efficientnet", "hidden_size": 256, "vocab_size": 4, "vocab_offset": size},
+        audio_config={"hidden_size": 32, "conf_num_hidden_layers": 1, "vocab_size": 4, "vocab_offset": size + 4},
+        vision_soft_tokens_per_image=4,
+        **{f"{name}_id": getattr(tokenizer, f"{name}_id") for name in names},
+    )
+    return hf.Gemma3nForConditionalGeneration(config), processor
 
 
 def llava_next() -> Tiny:
@@ -164,6 +217,8 @@ def _internvl(kind: str, config: str, vision: str, text: str) -> Tiny:
 
 
 OTHERS = {
+    "gemma4": gemma4,
+    "gemma3n": gemma3n,
     "llava_next": llava_next,
     "vipllava": vipllava,
     "instructblip": instructblip,

@@ -31,6 +31,8 @@ CLOSED = {"mllama": (".cross_attn.", ".vision_model.", "multi_modal_projector")}
 UNUSED = dict.fromkeys(("llava", "llava_next"), (".vision_tower.encoder.layers.1.",)) | {
     "instructblip": (".qformer.encoder.layer.1.intermediate.", ".qformer.encoder.layer.1.output.")
 }
+# PEFT takes layers of these names for experts of transformers 4, also those of dense blocks and shared experts.
+FUSED_BY_PEFT = ("glm4v_moe",)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,10 @@ def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, 
     torch.testing.assert_close(losses(vlm, batch), ours, rtol=1e-5, atol=1e-5)
 
     theirs = VLM(VLMModelConfig(path=str(base)))
+    if name in FUSED_BY_PEFT:
+        with pytest.raises(ValueError, match="ParamWrapper does not work with use_dora"):
+            PeftModel.from_pretrained(theirs.model, adapter)
+        return
     model = PeftModel.from_pretrained(theirs.model, adapter)
     assert model is not None
     torch.testing.assert_close(losses(theirs, batch), ours, rtol=1e-5, atol=1e-5)
