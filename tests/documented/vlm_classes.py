@@ -45,7 +45,7 @@ HEAD = """# Which classes train
 Of the {total} types of model that transformers {version} has for images and text in and text out, {count} train
 here. This table is written by `python -m tests.documented.vlm_classes` from tiny models of random weights with their
 real processors: a fresh adapter of all parts changes no bit, rows of a batch have the loss that they have alone, and
-the parts that are named learn. For the others it has the reason; "not tried" means that there is no such tiny model yet,
+the parts that are named learn. The others have a reason; "not tried" means that there is no such tiny model yet,
 and gives what the [derived map](targets.md#derived-maps) takes of a model of the sizes that its config has by default.
 
 | type | class | trains | parts, or why not |
