@@ -176,3 +176,28 @@ def test_a_run_that_a_bad_row_stopped_goes_on_without_it(tiny_vlm, pictures, tmp
     assert main(["train", "--resume", str(tmp_path / "stopped"), "--set", "data.on_bad_data=skip"]) == 0
     assert main([*command[:3], f"output={tmp_path / 'skipped'}", "data.on_bad_data=skip"]) == 0
     assert_same_weights("step-000005", tmp_path / "stopped", tmp_path / "skipped")
+
+
+def test_a_damaged_picture_of_a_validation_is_left_out(tiny_vlm, pictures, tmp_path, caplog):
+    """It ended the run, and its resumption, also where bad rows are skipped."""
+    (tmp_path / "damaged.png").write_bytes((pictures / "wide.png").read_bytes()[:-40])
+    names = [str(pictures / "wide.png"), str(tmp_path / "damaged.png"), str(pictures / "square.png")]
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "x"}]
+    rows = [{"id": f"r{i}", "image": [name], "conversations": turns} for i, name in enumerate(names)]
+    source = {"format": "chat", "file": str(write_json(tmp_path / "chat.json", rows))}
+    config = {
+        "pipeline": "train_vl",
+        "model": {"path": str(tiny_vlm("llava"))},
+        "adapter": {"rank": 2},
+        "data": {"train": source, "valid": dict(source), "tables": str(tmp_path / "tables")},
+        "optimizer": {"lr": 0.02},
+        "train": {"steps": 2, "batch_size": 2},
+        "evaluate": {"max_new_tokens": 2, "batch_size": 2},
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["train", str(tmp_path / "config.yaml"), "--set", "data.on_bad_data=skip"]
+    assert main(command) == 0
+    assert "row r1 of chat" in caplog.text
+    assert "1 of 3 rows of chat could not be read, and were left out" in caplog.text
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows_left_out"] > 0
