@@ -92,7 +92,7 @@ def inject(
     from dora_mm import core
     from dora_mm import targets as maps
 
-    chosen = maps.find(targets) if isinstance(targets, str) else targets
+    chosen = maps.find(targets, model) if isinstance(targets, str) else targets
     if isinstance(chosen, core.TargetMap):
         chosen = chosen.select(parts)
     elif parts is not None:

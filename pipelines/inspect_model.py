@@ -6,10 +6,12 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from torch import nn
+
 from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
-from dora_mm.core.targets import parts_in
+from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file
 from dora_mm.formats.files.places import STEMS
 from dora_mm.formats.registry import TOOLS
@@ -17,7 +19,8 @@ from dora_mm.formats.tools.comfy import other_half
 from dora_mm.models.architectures import Network, networks_of
 from dora_mm.sampling.png import read_description
 from dora_mm.sampling.strengths import strength_text
-from dora_mm.targets import find, map_of
+from dora_mm.targets import DERIVED, find, map_of
+from dora_mm.targets.derived import NAME, about_left_out
 from dora_mm.utils.messages import shown
 from dora_mm.utils.tables import aligned_columns
 
@@ -158,49 +161,54 @@ def describe_model(path: str, only: str | None) -> str:
     Raises:
         ValueError: There is no map `only`, or it is for no network; or `path` is no model, or one without a map.
     """
-    requested = find(only) if only else None
+    wanted = NAME if only in DERIVED else only
+    if wanted not in (None, NAME):
+        find(wanted)
     networks = networks_of(path)
     if "" in networks:
-        return describe_network(path, networks[""], requested or map_of_network(networks[""]))
+        model = networks[""].build()
+        targets = find(wanted, model) if wanted else map_of_network(networks[""], model)
+        return describe_network(path, networks[""], model, targets)
     sections, without = [], []
     for name, network in networks.items():
         try:
-            targets = map_of(network.config)
+            model = network.build()
+            targets = map_of(model)
         except ValueError:
             without.append(f"{name} ({network.kind})")
             continue
-        if requested in (None, targets):
-            sections.append(describe_network(f"{path} {name}", network, targets))
+        if wanted in (None, targets.name):
+            sections.append(describe_network(f"{path} {name}", network, model, targets))
     if not sections:
-        wanted = f"the target map {only}" if only else "a target map"
-        raise ValueError(
-            f"no network of {path} with a config.json has {wanted}: it has {', '.join(networks) or 'none'}"
-        )
+        which = f"the target map {only}" if only else "a target map"
+        raise ValueError(f"no network of {path} with a config.json has {which}: it has {', '.join(networks) or 'none'}")
     if without and not only:
         sections.append(f"without a target map: {', '.join(without)}")
     return "\n\n".join(sections)
 
 
-def map_of_network(network: Network) -> TargetMap:
+def map_of_network(network: Network, model: nn.Module) -> TargetMap:
     try:
-        return map_of(network.config)
+        return map_of(model)
     except ValueError as error:
         raise ValueError(
             f"{network.path} is a {network.kind}: {error}; to try a map, name it with --targets"
         ) from error
 
 
-def describe_network(title: str, network: Network, targets: TargetMap) -> str:
+def describe_network(title: str, network: Network, model: nn.Module, targets: TargetMap) -> str:
     """The modules that all parts of a map take together, the parts, and what the default ones would train."""
-    model = network.build()
     num_base = sum(parameter.numel() for parameter in model.parameters())
+    others = [about_left_out(model, match_modules(model, targets))] if targets.name == NAME else []
     report = inject(model, targets.select(parts_in(model, targets) or None), DoRASpec(rank=RANK, alpha=RANK))
     default = tuple(targets.select().parts)
     trainable = sum(module.num_parameters for module in report.modules if module.part in default)
     total = num_base + trainable
     share = f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)"
-    head = f"{title}: {network.kind}, target map {targets.name} at rank {RANK}"
-    return f"{head}\n{report}\n\n{table_of_parts(report, targets)}\nby default ({', '.join(default)}): {share}"
+    source = "target map derived from its structure," if targets.name == NAME else f"target map {targets.name}"
+    head = f"{title}: {network.kind}, {source} at rank {RANK}"
+    table = table_of_parts(report, targets)
+    return "\n".join([head, str(report), *others, "", table, f"by default ({', '.join(default)}): {share}"])
 
 
 def table_of_parts(report: InjectReport, targets: TargetMap) -> str:

@@ -13,6 +13,7 @@ from dora_mm.config.adapter import AdapterConfig, PartConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.core import TargetMap
 from dora_mm.core.targets import match_modules, parts_in
+from dora_mm.targets.derived import NAME, about_left_out
 from dora_mm.utils.tables import aligned_columns
 
 HEADING = ("part", "modules", "method", "rank", "alpha", "lr", "count", "parameters")
@@ -57,7 +58,12 @@ def parts_table(
     for name, parameters in _extra_groups(trained, extra_names(adapter), counted).items():
         rows.append((f"extra: {name}", "", "full", "", "", _rate(optimizer.lr), *_counts(parameters, parameters)))
     rows.append(("all", "", "", "", "", "", "", f"{trained.num_trained:,}"))
-    return aligned_columns([HEADING, *rows, *frozen], num_text=3)
+    about = [_about_derived(networks[name], targets) for name, targets in target_maps.items() if targets.name == NAME]
+    return "\n".join([aligned_columns([HEADING, *rows, *frozen], num_text=3), *about])
+
+
+def _about_derived(network: nn.Module, targets: TargetMap) -> str:
+    return f"parts derived from the model's structure; {about_left_out(network, match_modules(network, targets))}"
 
 
 def _trained_in(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
 
 from dora_mm.core import fixed_parameters
-from dora_mm.data.vl.example import Answer, Predictions
+from dora_mm.data.vl.example import Answer, Example, Predictions
 from dora_mm.data.vl.splits import ValidationSet
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.evaluating import evaluating, map_shared
@@ -49,7 +49,7 @@ def answer_all(
         The examples with their answers, by task name, in the order of the splits.
 
     Raises:
-        ValueError: A row cannot be read.
+        ValueError: A row cannot be read, and the table's `on_bad_data` is "stop"; or none can.
     """
     with evaluating(networks) as together, fixed_parameters(together):
         found = {}
@@ -68,21 +68,53 @@ def _answer_split(
     process: tuple[int, int],
     file: Path | None,
 ) -> Predictions:
+    """Answers the rows of a split in batches.
+
+    A row that cannot be read, since its picture is damaged, say, is named and left out where the table's `on_bad_data`
+    is "skip", as in a training.
+    """
     table = split.table
     count = len(table) if limit is None else min(limit, len(table))
     texts = kept_answers(file, batch_size, count) if file else []
+    errors: list[ValueError] = []
     batches = [range(start, min(start + batch_size, count)) for start in range(len(texts), count, batch_size)]
     with tqdm(total=count, initial=len(texts), desc=name, unit="row", delay=2, disable=None) as bar:
 
-        def answers_of(rows: range) -> list[str]:
-            found = list(answer([table[row] for row in rows], split.images))
+        def answers_of(rows: range) -> list[str | None]:
+            examples = [table[row] for row in rows]
+            try:
+                found: list[str | None] = list(answer(examples, split.images))
+            except ValueError:
+                if table.on_bad_data == "stop":
+                    raise
+                found = _one_by_one(answer, examples, split.images, errors)
             if file:
                 append_text(file, "".join(map(_line, found)))
             bar.update(len(rows))
             return found
 
         texts += [text for found in map_shared(answers_of, batches, process) for text in found]
-    return [(table[row], text) for row, text in zip(range(count), texts, strict=True)]
+    rows = [(table[row], text) for row, text in zip(range(count), texts, strict=True) if text is not None]
+    if count and not rows:
+        raise errors[0] if errors else ValueError(f"no row of {name} could be read")
+    if len(rows) < count:
+        log.warning("%d of %d rows of %s could not be read, and were left out", count - len(rows), count, name)
+    return rows
+
+
+def _one_by_one(
+    answer: Answer, examples: Sequence[Example], images: str | None, errors: list[ValueError]
+) -> list[str | None]:
+    """The answers to the examples, None to those that cannot be read; what is wrong with them is logged and kept."""
+    found: list[str | None] = []
+    for example in examples:
+        try:
+            found += answer([example], images)
+        except ValueError as error:
+            log.warning("%s; left out of the answers", error)
+            errors.append(error)
+            found.append(None)
+    return found
 
 
 def save_answers(
@@ -111,9 +143,12 @@ def save_answers(
     log.info("answers  %s", file if lines else "none: no task has a valid split")
 
 
-def kept_answers(file: Path, batch_size: int, count: int) -> list[str]:
-    """The answers of whole batches that an earlier process has kept; what follows them is cut off the file."""
-    found: list[str] = []
+def kept_answers(file: Path, batch_size: int, count: int) -> list[str | None]:
+    """The answers of whole batches that an earlier process has kept; what follows them is cut off the file.
+
+    None stands for a row that could not be read.
+    """
+    found: list[str | None] = []
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
             text, checksum = json.loads(line)
@@ -127,9 +162,9 @@ def kept_answers(file: Path, batch_size: int, count: int) -> list[str]:
     return whole
 
 
-def _line(answer: str) -> str:
+def _line(answer: str | None) -> str:
     return json.dumps([answer, _checksum(answer)]) + "\n"
 
 
-def _checksum(answer: str) -> int:
-    return zlib.crc32(answer.encode())
+def _checksum(answer: str | None) -> int:
+    return zlib.crc32(b"" if answer is None else b"=" + answer.encode())

@@ -1,25 +1,23 @@
-"""The target maps by name, and the models that each is for: one file per architecture, one line here."""
+"""The target maps by name, and the models that each is for: one file per architecture, one line here.
+
+Other models of transformers, those of vision and language above all, get a map from their structure (derived.py).
+"""
 
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from dora_mm.core.targets import TargetMap
 from dora_mm.targets import (
     bart,
-    blip,
     clip,
     decoders,
-    fastvlm,
-    florence2,
+    derived,
     flux,
-    git,
-    idefics3,
-    llava,
-    mllama,
     open_clip,
     qwen_image,
-    qwen_vl,
     sd3,
     sdxl,
     t5,
@@ -33,19 +31,6 @@ MAPS: dict[str, TargetMap] = {
     "bart": bart.BART,
     "open-clip-visual": open_clip.VISUAL,
     "timm-vit": timm_vit.VIT,
-    "llava": llava.LLAVA,
-    "paligemma": llava.PALIGEMMA,
-    "gemma3": llava.GEMMA3,
-    "internvl": llava.INTERNVL,
-    "fastvlm": fastvlm.FASTVLM,
-    "qwen2-vl": qwen_vl.QWEN2_VL,
-    "qwen3-vl": qwen_vl.QWEN3_VL,
-    "idefics3": idefics3.IDEFICS3,
-    "mllama": mllama.MLLAMA,
-    "florence2": florence2.FLORENCE2,
-    "blip": blip.BLIP,
-    "blip-2": blip.BLIP2,
-    "git": git.GIT,
     "llm": decoders.DECODER,
     "llm-moe": decoders.MIXTURE,
     "t5": t5.T5,
@@ -60,25 +45,6 @@ MODELS: dict[str, str] = {  # the map of a model type of transformers, or of a c
     "bart": "bart",
     "vl_bart": "bart",
     "clip_text_model": "clip-text",
-    "llava": "llava",
-    "llava_next": "llava",
-    "llava_onevision": "llava",
-    "vipllava": "llava",
-    "paligemma": "paligemma",
-    "gemma3": "gemma3",
-    "internvl": "internvl",
-    "fast_vlm": "fastvlm",
-    "qwen2_vl": "qwen2-vl",
-    "qwen2_5_vl": "qwen2-vl",
-    "qwen3_vl": "qwen3-vl",
-    "idefics3": "idefics3",
-    "smolvlm": "idefics3",
-    "mllama": "mllama",
-    "florence2": "florence2",
-    "blip": "blip",
-    "blip-2": "blip-2",
-    "instructblip": "blip-2",
-    "git": "git",
     **dict.fromkeys(decoders.MODEL_TYPES, "llm"),
     **dict.fromkeys(decoders.MIXTURES, "llm-moe"),
     "t5": "t5",
@@ -92,36 +58,51 @@ MODELS: dict[str, str] = {  # the map of a model type of transformers, or of a c
     "ZImageTransformer2DModel": "z-image",
 }
 
+DERIVED = (  # names that stand for the map which a model's structure gives
+    *(derived.NAME, "llava", "paligemma", "gemma3", "internvl", "fastvlm", "qwen2-vl", "qwen3-vl", "idefics3"),
+    *("mllama", "florence2", "blip", "blip-2", "git"),
+)
+
 SHORT_NAMES = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}  # for strengths of the UNets of diffusers
 
 
-def find(name: str) -> TargetMap:
+def find(name: str, model: nn.Module | None = None) -> TargetMap:
     """Returns the target map of this name, with all its parts.
 
+    Args:
+        name: The name.
+        model: The model that it is for, without which names of DERIVED have no map.
+
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or none can be derived for the model.
     """
+    if name in DERIVED:
+        if model is None:
+            raise ValueError(f"the map {name} is derived from a model, and there is none")
+        return derived.derive(model)
     if name not in MAPS:
-        raise ValueError(f"there is no target map {name!r}; there are {', '.join(MAPS)}")
+        raise ValueError(f"there is no target map {name!r}; there are {', '.join((*MAPS, *DERIVED))}")
     return MAPS[name]
 
 
 def map_of(model: Any) -> TargetMap:
-    """Returns the target map for a model of transformers or diffusers.
+    """Returns the target map for a model of transformers or diffusers, derived if its class has none of its own.
 
     Args:
-        model: The model, its config, or what `config.json` contains. `model_type` decides for transformers, the name of
-            the class for diffusers.
+        model: The model, which may be on the meta device; or its config, or what `config.json` contains, which is
+            enough for classes with a map. `model_type` decides for transformers, the name of the class for diffusers.
 
     Raises:
-        ValueError: There is no map for it; the message has the nearest names.
+        ValueError: There is no map for it, and none can be derived; the message has the nearest names.
     """
     config = getattr(model, "config", model)
     keys = ("model_type", "_class_name")
     told = [config.get(key) if isinstance(config, Mapping) else getattr(config, key, None) for key in keys]
     names = [str(name) for name in (*told, type(model).__name__) if name]
     found = next((MODELS[name] for name in names if name in MODELS), None)
-    if found is None:
-        close = difflib.get_close_matches(names[0], MODELS, n=3, cutoff=0.0)
-        raise ValueError(f"there is no target map for {names[0]}; nearest: {', '.join(close)}")
-    return MAPS[found]
+    if found is not None:
+        return MAPS[found]
+    if isinstance(model, nn.Module) and told[0]:
+        return derived.derive(model)
+    close = difflib.get_close_matches(names[0], MODELS, n=3, cutoff=0.0)
+    raise ValueError(f"there is no target map for {names[0]}; nearest: {', '.join(close)}")

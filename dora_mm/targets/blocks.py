@@ -1,4 +1,4 @@
-"""What the maps of vision-language models and diffusion transformers are composed of: blocks below a path.
+"""What the maps of language models and diffusion transformers are composed of: blocks below a path.
 
 Paths are those of `named_modules()`; the keys of a saved model may differ.
 """
@@ -58,31 +58,3 @@ def either(*kinds: Block) -> Block:
 
 def _any(expressions: Iterable[str]) -> str:
     return "|".join(dict.fromkeys(expressions))
-
-
-def clip_vision(prefix: str) -> Block:
-    """The blocks of a CLIP or SigLIP tower."""
-    parts = {"vision.attn": (r"self_attn\.(q|k|v|out)_proj", 4), "vision.mlp": (r"mlp\.fc[12]", 2)}
-    return Block(rf"{prefix}encoder\.layers\.\d+", parts)
-
-
-def blip_vision(prefix: str) -> Block:
-    """The blocks of a BLIP tower, whose q, k and v are one layer of 3 E rows."""
-    parts = {"vision.attn": (r"self_attn\.(qkv|projection)", 2), "vision.mlp": (r"mlp\.fc[12]", 2)}
-    return Block(rf"{prefix}encoder\.layers\.\d+", parts)
-
-
-def bart(prefix: str) -> tuple[Block, Block]:
-    """The blocks of BART's encoder and of its decoder."""
-    parts = {"text.attn": (r"self_attn\.(q|k|v|out)_proj", 4), "text.mlp": ("fc[12]", 2)}
-    cross = {"cross": (r"encoder_attn\.(q|k|v|out)_proj", 4)}
-    return Block(rf"{prefix}encoder\.layers\.\d+", parts), Block(rf"{prefix}decoder\.layers\.\d+", parts | cross)
-
-
-def bert(prefix: str, *, cross: bool) -> Block:
-    """The blocks of a BERT; `cross`: with attention to images."""
-    attention = r"(self\.(query|key|value)|output\.dense)"
-    parts = {"text.attn": (rf"attention\.{attention}", 4), "text.mlp": (r"(intermediate|output)\.dense", 2)}
-    if cross:
-        parts["cross"] = (rf"crossattention\.{attention}", 4)
-    return Block(rf"{prefix}encoder\.layer\.\d+", parts)

@@ -112,4 +112,7 @@ class VLMAnswers:
                 f"row {example.id} of {task}: with its answers it is longer than the model's "
                 f"{self.encoder.max_length} positions: leave it out, or make its images smaller"
             )
-        return self.network.row_losses(*self.encoder.collate(rows))[0]
+        losses = torch.empty(len(rows), device=self.network.device)
+        for group in self.encoder.groups(rows):
+            losses[group] = self.network.row_losses(*self.encoder.collate([rows[i] for i in group]))[0]
+        return losses

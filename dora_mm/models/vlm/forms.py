@@ -1,4 +1,4 @@
-"""How models compute answers: as the continuation of a text, by a decoder of their own, or as BLIP does for questions.
+"""How models compute answers: as the continuation of a text, by a decoder of their own, or as BLIP does.
 
 A form has the logits of target tokens and generates answers. All take the inputs that encoding.py makes.
 """
@@ -72,6 +72,36 @@ class Continuation:
         return ids[:, inputs["input_ids"].shape[1] :]
 
 
+class BlipCaptions:
+    """BlipForConditionalGeneration: a continuation that begins with another token, and whose prompt generation cuts.
+
+    Args:
+        start: The token that it generates after, which is not the first one of its tokenizer.
+    """
+
+    continues = True
+    start = None
+
+    def __init__(self, start: int):
+        self._first, self._plain = start, Continuation()
+
+    def target_logits(self, model: Any, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Form.target_logits`."""
+        return self._plain.target_logits(model, self._begun(inputs), labels)
+
+    def generate(self, model: Any, inputs: Inputs, settings: GenerationConfig) -> Tensor:
+        """See `Form.generate`: the class takes the last token of a prompt for its end, and drops it."""
+        begun = self._begun(inputs)
+        ended = {name: torch.cat([begun[name], begun[name][:, -1:]], 1) for name in ("input_ids", "attention_mask")}
+        ids = model.generate(**begun | ended, generation_config=settings)
+        return ids[:, begun["input_ids"].shape[1] :]
+
+    def _begun(self, inputs: Inputs) -> dict[str, Tensor]:
+        ids = inputs["input_ids"].clone()
+        ids[:, 0] = self._first
+        return {**inputs, "input_ids": ids}
+
+
 class OwnDecoder:
     """The text is read by an encoder, and a decoder answers: Florence-2, BLIP-2 with a T5."""
 
@@ -136,6 +166,8 @@ def form_of(name: str, config: Any) -> Form:
     """The form of a model, by the name of its class and its config."""
     if name == "BlipForQuestionAnswering":
         return BlipQuestions(config.text_config.bos_token_id)
+    if name == "BlipForConditionalGeneration":
+        return BlipCaptions(config.text_config.bos_token_id)
     if config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
         return OwnDecoder()
     return Continuation()

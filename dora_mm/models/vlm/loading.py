@@ -73,7 +73,15 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
         **{key: value for key, value in settings.items() if value is not None},
     )
     model.generation_config = special_tokens(model)
+    if found.model_type == "llama4":
+        model.language_model.register_forward_hook(_with_image_outputs)
     return model.requires_grad_(False).eval()
+
+
+def _with_image_outputs(module: Any, inputs: Any, output: Any) -> None:
+    """Gives the output of Llama 4's text what transformers 5.24's class of text and images reads, which it lacks."""
+    if not hasattr(output, "image_outputs"):
+        output.image_outputs = None
 
 
 def quantization(config: VLMModelConfig) -> Any:

@@ -43,3 +43,6 @@ SAME_IMAGES = ("mllama",)
 # Classes that compute something else for a padded row, so that only rows of the same length are computed together:
 # GIT's positions count the padding at the left, and BLIP's decoder attends to that of the questions.
 SAME_LENGTH = ("git", "blip")
+# Classes whose images are not told apart by row, so that each row is computed by itself: MiniCPM-V's stand side by side
+# in one, and Molmo's are found by their place among all patches of a batch.
+ALONE = ("minicpmv4_6", "molmo2")

@@ -16,7 +16,7 @@ from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.vlm.chat import render, render_prompt
 from dora_mm.models.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vlm.forms import Form
-from dora_mm.models.vlm.prompts import SAME_IMAGES, SAME_LENGTH, PlainPrompts
+from dora_mm.models.vlm.prompts import ALONE, SAME_IMAGES, SAME_LENGTH, PlainPrompts
 
 
 class ExampleEncoder:
@@ -107,7 +107,8 @@ class ExampleEncoder:
         groups = defaultdict(list)
         for index, row in enumerate(rows):
             images = row.num_images if self.model_type in SAME_IMAGES else None
-            groups[images, row.length if self.model_type in SAME_LENGTH else None].append(index)
+            length = row.length if self.model_type in SAME_LENGTH else None
+            groups[images, length, index if self.model_type in ALONE else None].append(index)
         return list(groups.values())
 
     def collate(self, rows: Sequence[TokenRow], *, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:

@@ -7,6 +7,7 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2Processor,
     BlipConfig,
+    BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     BlipImageProcessor,
     BlipProcessor,
@@ -38,6 +39,11 @@ def blip_vqa() -> tuple[PreTrainedModel, ProcessorMixin]:
     text = text_config(tokenizer, "blip_text_model", projection_dim=32, **ends)
     config = BlipConfig(text_config=text, vision_config=tower("blip_vision_model"))
     return BlipForQuestionAnswering(config), BlipProcessor(BlipImageProcessor(size=square(28)), tokenizer)
+
+
+def blip_caption() -> tuple[PreTrainedModel, ProcessorMixin]:
+    model, processor = blip_vqa()
+    return BlipForConditionalGeneration(model.config), processor
 
 
 def blip2() -> tuple[PreTrainedModel, ProcessorMixin]:

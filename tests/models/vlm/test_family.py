@@ -196,3 +196,19 @@ def test_a_class_without_a_chat_template_refuses_system_turns(tiny_vlm, pictures
     table = open_table(source, tmp_path, on_bad_data="stop")
     with pytest.raises(ValueError, match="has several turns before its answer, and BlipForQuestionAnswering reads one"):
         VLM(VLMModelConfig(path=str(tiny_vlm("blip_vqa")))).check_rows(table)
+
+
+@pytest.mark.parametrize("vlm", ["blip_caption"], indirect=True)
+def test_blip_writes_captions_after_all_of_its_prompt(vlm, pictures):
+    """Its class drops the last token of what it continues: that of a caption, which has no prompt, was the only one."""
+    examples = [Example("1", ("wide.png",), ""), Example("2", ("tall.png",), "")]
+    answer = vlm.answerer("caption", DecodeConfig(max_new_tokens=3, beams=1), ())
+    captions = answer(examples, pictures)
+    assert captions == [answer([example], pictures)[0] for example in examples]
+    row = vlm.rows.row("vqa", Example("3", ("wide.png",), "What colour?"), pictures, "red")
+    inputs, labels = vlm.rows.collate([row])
+    logits, targets = vlm.network.form.target_logits(vlm.model, inputs, labels)
+    asked = vlm.rows.collate([vlm.rows.row("vqa", Example("3", ("wide.png",), "What colour?"), pictures, None)])[0]
+    settings = vlm.answerer("vqa", DecodeConfig(max_new_tokens=1), ()).args[1]
+    assert vlm.network.generate(asked, settings)[0, 0] == logits[0, 0].argmax()
+    assert targets[0, 0] == vlm.rows.processor.tokenizer.convert_tokens_to_ids("red")

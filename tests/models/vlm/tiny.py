@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tests.models.vlm import chat_models, plain_models, qwen_models
+from tests.models.vlm import chat_models, newer_models, other_models, plain_models, qwen_models
 
 CHAT = {  # with a chat template
     "llava": chat_models.llava,
@@ -26,15 +26,16 @@ PLAIN = {  # without
     "blip2": plain_models.blip2,
     "git": plain_models.git,
 }
-BUILDERS = CHAT | PLAIN
-NAMES = tuple(BUILDERS)
+NEWER = newer_models.NEWER | other_models.OTHERS | {"blip_caption": plain_models.blip_caption}  # in slow tests
+BUILDERS = CHAT | PLAIN | NEWER
+NAMES = (*CHAT, *PLAIN)
 
 
 def build(name: str, folder: Path) -> Path:
     """Write a tiny model in float32 and its processor; the same weights every time.
 
     Args:
-        name: One of NAMES.
+        name: One of BUILDERS.
         folder: Where to write; made if missing.
 
     Returns:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, CLIPTextConfig, LlamaConfig, LlavaConfig, T5Config
+from transformers import CLIPTextConfig, LlamaConfig, LlavaConfig, Qwen3VLMoeConfig, T5Config, ViTConfig
 
 from dora_mm import DoRASpec, cli, inject, save_adapter
 
@@ -118,6 +118,17 @@ def test_a_vision_language_model_from_its_config_alone(tmp_path, capsys):
     )
 
 
+def test_a_derived_map_says_so_and_what_it_leaves_out(tmp_path, capsys):
+    config = Qwen3VLMoeConfig()
+    config.architectures = ["Qwen3VLMoeForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    code, output, _ = inspect(capsys, tmp_path)
+    assert code == 0
+    assert ", target map derived from its structure, at rank 8\n" in output
+    experts = "model.language_model.layers.N.mlp.experts (3-D) (24)"
+    assert f"left out: model.visual.patch_embed.proj, {experts}, lm_head\n" in output
+
+
 def test_the_vl_bart_of_the_samples(capsys):
     code, output, _ = inspect(capsys, "samples/tiny-vl")
     assert code == 0
@@ -142,14 +153,14 @@ def test_parts_that_a_model_lacks_have_no_modules(tmp_path, capsys):
 
 
 def test_models_without_a_map(tmp_path, capsys):
-    config = BertConfig(num_hidden_layers=1)
-    config.architectures = ["BertForMaskedLM"]
+    config = ViTConfig(num_hidden_layers=1)
+    config.architectures = ["ViTModel"]
     config.save_pretrained(tmp_path)
     code, _, errors = inspect(capsys, tmp_path)
     assert (code, len(errors.splitlines())) == (2, 1)
-    assert f"{tmp_path} is a BertForMaskedLM: there is no target map for bert; nearest: bart, " in errors
-    code, _, errors = inspect(capsys, tmp_path, "--targets", "llm")
-    assert (code, "of target map llm matches no module; nearest: " in errors) == (2, True)
+    assert f"{tmp_path} is a ViTModel: no target map can be derived for ViTModel: it has no blocks that rea" in errors
+    code, _, errors = inspect(capsys, tmp_path, "--targets", "t5")
+    assert (code, "of target map t5 matches no module; nearest: " in errors) == (2, True)
 
 
 @pytest.fixture
