@@ -29,7 +29,7 @@ from dora_mm.models.folders import settings_identity
 from dora_mm.models.opening import UnreachableError
 from dora_mm.models.vl import VLModel
 from dora_mm.preview.lengths import row_lines
-from dora_mm.preview.parts import parts_table
+from dora_mm.preview.parts import about_derived, parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
 from dora_mm.preview.training import (
     TOO_SLOW,
@@ -302,7 +302,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         return
     trained = adapt_networks(structure, config)
     table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
-    yield f"{trained.share}\n{table}"
+    yield "\n".join([trained.share, table, *about_derived(structure.networks, structure.target_maps)])
     yield needed
     settings: dict[str, Any] = {"seed": config.seed, "trained_tower": tower, "device": accelerator.device}
     model, has_weights = None, False

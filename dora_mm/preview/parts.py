@@ -58,12 +58,16 @@ def parts_table(
     for name, parameters in _extra_groups(trained, extra_names(adapter), counted).items():
         rows.append((f"extra: {name}", "", "full", "", "", _rate(optimizer.lr), *_counts(parameters, parameters)))
     rows.append(("all", "", "", "", "", "", "", f"{trained.num_trained:,}"))
-    about = [_about_derived(networks[name], targets) for name, targets in target_maps.items() if targets.name == NAME]
-    return "\n".join([aligned_columns([HEADING, *rows, *frozen], num_text=3), *about])
+    return aligned_columns([HEADING, *rows, *frozen], num_text=3)
 
 
-def _about_derived(network: nn.Module, targets: TargetMap) -> str:
-    return f"parts derived from the model's structure; {about_left_out(network, match_modules(network, targets))}"
+def about_derived(networks: Mapping[str, nn.Module], target_maps: Mapping[str, TargetMap]) -> list[str]:
+    """A line on each network whose parts follow from its structure: that they do, and what they leave out."""
+    derived = {networks[name]: targets for name, targets in target_maps.items() if targets.name == NAME}
+    return [
+        f"parts derived from the model's structure; {about_left_out(network, match_modules(network, targets))}"
+        for network, targets in derived.items()
+    ]
 
 
 def _trained_in(

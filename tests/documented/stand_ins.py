@@ -64,5 +64,5 @@ def vlm_classes() -> dict[str, str]:
         config = load_config(f"configs/vlm/{recipe}.yaml")
         assert isinstance(config, TrainVLConfig)
         found[config.model.path] = kind
-    assert set(found.values()) <= set(tiny.NAMES)
+    assert set(found.values()) <= set(tiny.BUILDERS)
     return found

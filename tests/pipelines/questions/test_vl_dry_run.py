@@ -68,6 +68,7 @@ def test_a_dry_run_shows_parts_data_lengths_rows_memory_and_time(name, config, t
     assert re.match(r"trainable [\d,]+ of [\d,]+ parameters \([\d.]+ %\)\npart +modules +method", text)
     assert row_of(text, "text.attn")[1] == "dora"
     assert row_of(text, "vision.mlp")[1] == "frozen"
+    assert "\nparts derived from the model's structure; left out: " in text
 
     task = "chat" if name in tiny.CHAT else "vqa"
     source = yaml.safe_load((tmp_path / "config.yaml").read_text())["data"]["train"]
