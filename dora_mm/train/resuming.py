@@ -67,7 +67,7 @@ def check_changes(where: str, before: PipelineConfig, after: PipelineConfig) -> 
     if not refused:
         return
     sentences = [
-        f"{key} cannot change from {old!r} to {new!r}: {REASONS[key.partition('.')[0]]}"
+        f"{key} cannot change from {as_written(old)} to {as_written(new)}: {REASONS[key.partition('.')[0]]}"
         for key, (old, new) in refused.items()
     ]
     allowed = f"--resume may change {', '.join(changeable)}" if changeable else "--resume changes no key"
@@ -90,3 +90,8 @@ def _value(config: PipelineConfig, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part, None)
     return value
+
+
+def as_written(value: object) -> str:
+    """A value as a config has it."""
+    return "null" if value is None else repr(value)

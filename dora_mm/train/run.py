@@ -19,7 +19,7 @@ from dora_mm.config.schema import PipelineConfig
 from dora_mm.config.training import TrainConfig
 from dora_mm.train.checkpoint import last_step, set_damaged_aside
 from dora_mm.train.metrics import read_metrics
-from dora_mm.train.resuming import changed_values, started_config
+from dora_mm.train.resuming import as_written, changed_values, started_config
 from dora_mm.train.trackers import chosen_trackers, started
 from dora_mm.utils.atomic import append_text, write_text
 from dora_mm.utils.lock import only_writer
@@ -141,7 +141,7 @@ def change_config(run: RunDirectory, config: PipelineConfig) -> None:
     append_text(run.path / CHANGES, "".join(json.dumps(row) + "\n" for row in rows))
     run.write_config(dump_config(config), run.inputs)
     for key, (old, new) in changes.items():
-        log.info("%s changes from %s to %s", key, old, new)
+        log.info("%s changes from %s to %s", key, as_written(old), as_written(new))
 
 
 def _keep_results(run: RunDirectory, name: str) -> None:

@@ -221,7 +221,7 @@ def test_what_a_terminal_would_obey_is_shown_as_text(tmp_path, capsys):
     assert "\x1b" not in output
     assert "\x07" not in output
     assert len(output) < 3000
-    assert len(output.splitlines()) == 11
+    assert len(output.splitlines()) == 16
     assert re.search(r"^\?  +lora_unet_hyper_#_to_q +lora .* 2 +16$", output, re.MULTILINE)
     save_file({**tensors, f"{red}.lora_up.weight": torch.ones(2, 2)}, tmp_path / name)
     code, _, error = inspect(capsys, tmp_path / name)
