@@ -91,7 +91,7 @@ def test_a_resumed_run_may_change_what_its_finished_steps_do_not_depend_on(run, 
 REFUSED = {
     "seed=6": "seed cannot change from 5 to 6: order and noise",
     "name=other": "name cannot change from 'mine' to 'other': it names the folder",
-    "output=elsewhere": "output cannot change from None to 'elsewhere'",
+    "output=elsewhere": "output cannot change from null to 'elsewhere'",
     "backend=torch": "backend cannot change",
     "model.path=other/model": "model.path cannot change from 'some/model' to 'other/model': the checkpoints belong",
     "adapter.rank=8": "adapter.rank cannot change",
