@@ -40,8 +40,8 @@ def is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is another user's
-        pass
+    except PermissionError:
+        return True  # and is another user's
     return True
 
 
