@@ -1,6 +1,6 @@
 """Runs a job of pictures in forked processes that are killed, each at another point; then to its end.
 
-python -m tests.pipelines.pictures.killed_job JOBS OUTPUT
+python -m tests.pipelines.pictures.killed_job NUMBERS JOBS ARGUMENT...    NUMBERS of POINTS: 0,2,5
 """
 
 import os
@@ -58,5 +58,6 @@ def run(arguments, point):
 
 if __name__ == "__main__":
     PIPELINES.load("sample")  # once, for all processes
-    command = ["sample", *sys.argv[1:]]
-    print([run(command, point) for point in POINTS] + [run(command, None)])
+    points = [POINTS[int(number)] for number in sys.argv[1].split(",")]
+    command = ["sample", *sys.argv[2:]]
+    print([run(command, point) for point in points] + [run(command, None)])

@@ -80,9 +80,12 @@ ADAPTERS = {
         }
     },
 }
+FAST = ("strength", "parts")  # between them DoRA and LoRA, ranks, alpha, convolutions and text encoders
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    "kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in ADAPTERS if k not in FAST)]
+)
 def test_plain_diffusers_draws_our_image(config, tmp_path, tiny_folder, kind):
     assert main(["train", str(config(**ADAPTERS[kind]))]) == 0
     run = tmp_path / "run"
@@ -287,6 +290,7 @@ def killed(arguments, run, how):
     return json.loads((checkpoints(run / "checkpoints")[-1] / "checkpoint.json").read_text())["step"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(config, tmp_path):
     """Real processes are killed, in both ways, and resumed: weights, optimiser and data order are as without that."""
     settings = {"train__steps": 10, "train__checkpoint_every": 2, "train__keep_checkpoints": 99, "sample__prompts": []}
