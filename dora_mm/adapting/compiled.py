@@ -59,6 +59,8 @@ def compiled_line(networks: Mapping[str, nn.Module], target_maps: Mapping[str, T
 
 def in_training(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The forward function of a block: compiled in training mode, else as it was."""
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
+
     plain, layers = block.forward, [module for module in block.modules() if isinstance(module, AdaptedLayer)]
 
     @functools.wraps(plain)
@@ -69,7 +71,7 @@ def in_training(block: nn.Module, compiled: Callable[..., Any]) -> Callable[...,
             layer.keep_norm()
         try:
             return compiled(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             kind = type(block).__name__
             raise ValueError(f"train.compile: {kind} cannot be compiled ({reason(error)}): leave it out") from error
 
