@@ -16,6 +16,7 @@ from torch import nn
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
+from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
 from dora_mm.adapting.initial import initial_identity, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.parts import check_names
@@ -74,6 +75,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         print(describe(config, images, held, accelerator))
         return
     check_device(config.optimizer, accelerator.device)
+    if config.train.compile:
+        check_compiler(accelerator.device)
     model = load_image_model(config.model).to(accelerator.device)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
@@ -87,6 +90,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     trained = adapt(model, config)
     log.info("%s", trained)
     training, adapted = build(config, model, trained, task, accelerator), trained.adapted
+    if config.train.compile:
+        compile_blocks(trained.networks, model.target_maps)
     move_vae(model, config)
     result = result_of(training["optimizer"])
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
@@ -276,6 +281,8 @@ def describe(
     move_vae(model, config)
     cost = describe_training(model.networks, config.optimizer, training, ema=config.ema is not None)
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
+    if config.train.compile:
+        how += f"\n{compiled_line(trained.networks, model.target_maps)}"
     return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm import formats
+from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
 from dora_mm.adapting.files import save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
@@ -87,6 +88,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     check_device(config.optimizer, accelerator.device)
+    if config.train.compile:
+        check_compiler(accelerator.device)
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
     model = load_family(
         config.model,
@@ -118,6 +121,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     batches = batches_of(config, model, training, on_bad_data, process)
     parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
     train = parts["config"]
+    if train.compile:
+        compile_blocks(trained.networks, model.target_maps)
     inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
     inputs |= initial_identity(config.adapter)
@@ -321,6 +326,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         length = with_steps(config.train, config.schedule, per_epoch)
         yield length_line(length, per_epoch)
         yield optimizer_line(config.optimizer, config.schedule, length.steps, config.ema)
+    if config.train.compile:
+        yield compiled_line(trained.networks, structure.target_maps)
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
         by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
         yield f"validated {when(config.evaluate)}; the best adapter of {by}"
