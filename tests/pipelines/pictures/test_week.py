@@ -93,6 +93,5 @@ def test_a_dry_run_ends_with_the_line_without_it(week, monkeypatch, capsys):
     recipe = PIPELINES.load("train_diffusion")
     monkeypatch.setattr(recipe, "describe", lambda *arguments: "what it takes")
     assert main(["train", "style.yaml", "--set", "seed=3", "data.folder=mine", "--dry-run"]) == 0
-    assert (
-        capsys.readouterr().out.splitlines()[-1] == "to start  dora-mm train style.yaml --set seed=3 data.folder=mine"
-    )
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "to start  dora-mm train style.yaml --set seed=3 data.folder=mine"
