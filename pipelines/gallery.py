@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.manifest import read_manifest
+from dora_mm.sampling.gallery.training import read_pictures
 from dora_mm.utils.run_directory import new_folder
 
 
@@ -12,13 +12,13 @@ def main(runs: Sequence[Path], *, output: Path | None = None) -> None:
     """Writes the gallery and prints the path of its page.
 
     Args:
-        runs: Run directories, each with a manifest.
+        runs: Run directories, each with a manifest, or of trainings that drew sheets.
         output: The folder; None is `gallery` in the run, or for several runs a numbered folder in runs/gallery.
 
     Raises:
         ValueError: A run has no manifest or a damaged one, or the folder holds something else than a gallery.
     """
-    entries = {run: read_manifest(run) for run in runs}
+    entries = {run: read_pictures(run) for run in runs}
     page = write_gallery(entries, output or default_folder(list(entries)))
     print(f"gallery  {page}")
 

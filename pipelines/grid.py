@@ -1,5 +1,6 @@
 """Draws a labelled grid: what one or two settings do to a picture, beside the base model without adapter."""
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
     with picture_run(config, found) as run:
         job = loaded.draw(run.path, pictures, config.batch_size)
         save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
-        print(f"images    {run.samples}\nsheet     {run.sheet}")
+        print(f"images    {len(job.done)} of {len(pictures)} in {run.samples}\nsheet     {run.sheet}")
+        print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
         job.raise_failures()
 
 

@@ -1,6 +1,7 @@
 """Draws images for the prompts of a job: one PNG each, a manifest, and labelled sheets."""
 
 import logging
+import shlex
 from pathlib import Path
 
 from dora_mm.config.loader import resolve_path
@@ -48,9 +49,10 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
         log.info(STRENGTHS)
     with picture_run(config, found) as run:
         job = loaded.draw(run.path, pictures, config.batch_size)
-        print(f"images    {run.samples}")
+        print(f"images    {len(job.done)} of {len(pictures)} in {run.samples}")
         for file in save_sheets(job) if config.sheet else ():
             print(f"sheet     {file}")
+        print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
         job.raise_failures()
 
 

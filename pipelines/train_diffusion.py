@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -378,3 +379,18 @@ def write_results(
     print(f"\nadapter  {run.adapter}")
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")
+    print(f"to draw  {drawing_command(config, run)}")
+
+
+def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
+    """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own."""
+    words, prompts = ["dora-mm", "sample"], Path(f"{config.name}_prompts.txt")
+    if prompts.is_file():
+        words.append(str(prompts))
+    words += ["--set", f"adapter.path={run.path}"]
+    if not prompts.is_file():
+        prompt = next(iter(config.sample.prompts), config.data.instance_prompt or "a lighthouse")
+        words.append(f"prompts=[{json.dumps(prompt, ensure_ascii=False)}]")
+    if "full" not in config.adapter.methods:  # the base is replaced
+        words.append("strengths=[0, 1]")
+    return shlex.join(words)

@@ -285,6 +285,7 @@ def finish(
     for name, found in scores.items():
         print(f"\n{report(name, found)}")
     print(f"\nadapter  {run.adapter}")
+    print(f"to ask   dora-mm ask {config.model.path} IMAGE QUESTION --adapter {run.path}")
 
 
 # --- dry run ---------------------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ def main(file: str, tool: str, base: str, *, axis: str | None = None, as_json: b
         print(f"\n{path}: {verdicts[0].note}")
     if len(verdicts) == 1:
         print(f"\n{details(verdicts[0])}")
+    if cures := list(dict.fromkeys(filter(None, (cure(verdict, path, base) for verdict in verdicts)))):
+        print("\n" + "\n".join(f"to cure  {each}" for each in cures))
 
 
 def sentence(verdict: Verdict, file: Path, base: str) -> str:
@@ -60,8 +62,13 @@ def sentence(verdict: Verdict, file: Path, base: str) -> str:
         lost = f", without {counts[NO_MAGNITUDE]} magnitudes" if counts[NO_MAGNITUDE] else ""
         found = f"loads {amount}{lost}, but {wrong(verdict.error)}"
     usage = f"; {verdict.usage}" if verdict.usage and not reason else ""
-    cure = f" Cure: dora-mm convert {file} OUT {verdict.cure} --base {base}" if verdict.cure else ""
-    return f"{verdict.title}: {found}{usage}.{cure}"
+    what = f" Cure: {command}" if (command := cure(verdict, file, base)) else ""
+    return f"{verdict.title}: {found}{usage}.{what}"
+
+
+def cure(verdict: Verdict, file: Path, base: str) -> str | None:
+    """The command that writes what the tool computes exactly; None where nothing has to be cured."""
+    return f"dora-mm convert {file} OUT {verdict.cure} --base {base}" if verdict.cure else None
 
 
 def wrong(error: float) -> str:

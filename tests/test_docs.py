@@ -8,6 +8,7 @@ import pytest
 from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
+from dora_mm.config.models import STARTS
 from samples.build.schema import SCHEMAS as BUILD_SCHEMAS
 from tests.documented.texts import FENCE, ROOT, commands, text_of
 
@@ -95,8 +96,10 @@ def check_command(arguments: list[str], schemas: dict | None = None) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=named)
 def test_commands(document):
-    for arguments in commands(text_of(document)):
-        check_command(arguments)
+    found = commands(text_of(document))
+    new = {f"{each[2]}.yaml": next(iter(STARTS[each[1]].values())) for each in found if each[0] == "new"}
+    for arguments in found:
+        check_command([new.get(each, each) for each in arguments])
     for arguments in commands(text_of(document), BUILD):
         if arguments not in (["icons"], ["scenes"], ["tiny-vlm"]):
             check_command(arguments, BUILD_SCHEMAS)

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 DONE, USER_ERROR, INTERRUPTED, TERMINATED = 0, 2, 130, 143  # a bug leaves its traceback, and Python exits with 1
 
+SLOW_TO_START = (
+    *("train", "sample", "grid", "eval", "features", "new", "inspect", "merge", "convert", "verify", "extract"),
+    *("average", "ask"),
+)  # the commands that import torch
+
 
 class Termination(KeyboardInterrupt):
     """Raised on SIGTERM; a KeyboardInterrupt, so that code which saves its state on Ctrl-C does so here, too."""
@@ -39,6 +44,8 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         _check_encoding(argv)
+        if arguments.command in SLOW_TO_START and sys.stderr.isatty():
+            print(f"dora-mm {arguments.command}: starting ...", file=sys.stderr, flush=True)  # torch takes seconds
         with _sigterm_raises():
             from dora_mm.cli.commands import run  # here, since it imports pydantic
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -93,6 +94,8 @@ def take_job(arguments: Namespace) -> None:
         # not as ASCII: YAML reads the two escapes of an emoji as two characters
         texts = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
         arguments.overrides = [*texts, *arguments.overrides]
+    elif job is None and arguments.overrides and arguments.resume is None and arguments.job_config is None:
+        arguments.config = DEFAULTS_OF_JOBS  # the overrides have the prompts
     elif arguments.job_config is not None:
         raise ValueError("--config belongs to a job file: dora-mm sample JOBS.csv --config CONFIG")
 
@@ -110,14 +113,16 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
         raise ValueError(f"--dry-run: the recipe {config.pipeline} does not support it")
     else:
         main(config, dry_run=True)
+        words = ["train", arguments.config, *(["--set", *arguments.overrides] if arguments.overrides else [])]
+        print(f"\nto start  dora-mm {shlex.join(words)}")
 
 
 def _config(arguments: Namespace, recipes: Recipes) -> PipelineConfig:
     if arguments.resume is not None:
         return _config_of_run(arguments, recipes)
     if arguments.config is None:
-        what = "JOBS or a CONFIG" if arguments.command == "sample" else "a CONFIG"
-        raise ValueError(f"{arguments.command} needs {what} before --set, or --resume RUN_DIR")
+        what = "JOBS, a CONFIG, --set prompts=[...]" if arguments.command == "sample" else "a CONFIG before --set"
+        raise ValueError(f"{arguments.command} needs {what}, or --resume RUN_DIR")
     return load_config(arguments.config, arguments.overrides, recipes.schemas)
 
 

@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         _add_config_command(commands, name, what)
     for add in (
+        _add_new,
         _add_gallery,
         _add_inspect,
         _add_merge,
@@ -40,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
         _add_extract,
         _add_average,
         _add_ask,
+        _add_configs,
+        _add_check,
     ):
         add(commands)
     return parser
@@ -69,6 +72,23 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
             "--dry-run", action="store_true", help="only print what would be trained, and what data would be read"
         )
     command.set_defaults(resume=None, dry_run=False)
+
+
+def _add_new(commands: Any) -> None:
+    command = commands.add_parser("new", help="write a config for your own images, and name the commands that follow")
+    command.add_argument("family", metavar="FAMILY", help="what is trained: sdxl, z_image or vlm")
+    command.add_argument("name", metavar="NAME", help="of the new config and its runs: NAME.yaml, NAME_prompts.txt")
+    command.add_argument("--images", metavar="FOLDER", help="your images, with or without captions")
+    command.add_argument("--data", metavar="FILE", help="your questions, of vlm: JSON, JSON lines or Parquet")
+    command.add_argument("--model", metavar="MODEL", help=f"{BASE}; default: the recipe's")
+
+
+def _add_configs(commands: Any) -> None:
+    commands.add_parser("configs", help="list the packaged configs, with what each is for")
+
+
+def _add_check(commands: Any) -> None:
+    commands.add_parser("check", help="show the GPU, the installed packages, what is missing, and which recipe fits")
 
 
 def _add_gallery(commands: Any) -> None:

@@ -13,10 +13,9 @@ from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.config.report import Problem, describe, dotted_key, nearest, sections_at
 from dora_mm.config.schema import PipelineConfig
 from dora_mm.utils import yaml12
-from dora_mm.utils.yaml12 import KeyPath
+from dora_mm.utils.yaml12 import MISSING, KeyPath
 
 PACKAGE = Path(__file__).resolve().parents[1]
-MISSING = object()
 INSTALLED = "package:"  # prefix of a path inside an installed Python package
 
 
@@ -133,11 +132,16 @@ def resolve_path(path: str | Path, key: str | None = None) -> Path:
     if str(path).startswith(INSTALLED):
         raise ValueError(f"{prefix}{path} does not exist: the package is not installed, or has no such file")
     if Path(path).parts[:1] == ("samples",) and not Path("samples").is_dir():
+        other = ", or name yours: --set model.path=MODEL (a folder, a .safetensors checkpoint or a hub name)"
         raise ValueError(
             f"{prefix}{path} does not exist: samples/ is only part of a checkout of dora_mm, so run this from one"
+            + (other if key == "model.path" else "")
         )
     close = nearest(Path(path).name, _sibling_names(Path(path)))
-    raise ValueError(f"{prefix}{path} does not exist, neither in {Path.cwd()} nor in the packaged configs{close}")
+    listed = "" if key else ", which dora-mm configs lists"
+    raise ValueError(
+        f"{prefix}{path} does not exist, neither in {Path.cwd()} nor in the packaged configs{listed}{close}"
+    )
 
 
 def resolve_model(path: str, key: str = "model.path") -> str:
@@ -155,6 +159,12 @@ def resolve_model(path: str, key: str = "model.path") -> str:
         return str(found)
     hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith((".safetensors", ".ckpt"))
     return path if hub_name and not path.startswith("samples/") else str(resolve_path(path, key))
+
+
+def packaged_configs() -> dict[str, Path]:
+    """The packaged configs by the paths that commands take."""
+    folder = _packaged(Path())
+    return {f"configs/{file.relative_to(folder).as_posix()}": file for file in sorted(folder.glob("*/*.yaml"))}
 
 
 def _in_package(path: str) -> Path | None:

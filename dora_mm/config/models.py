@@ -10,6 +10,25 @@ from dora_mm.config.schema import InputPath, Items, ModelPath, Section, SectionC
 from dora_mm.config.vl_tasks import TASKS, TaskName
 
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
+# The recipes that `dora-mm new` starts from, by family and by the GB of the card that each needs; 0: for a small model
+STARTS: Mapping[str, Mapping[int, str]] = MappingProxyType(
+    {
+        "sdxl": {
+            0: "configs/sdxl/tiny_3d_icon.yaml",
+            12: "configs/sdxl/3d_icon_12gb.yaml",
+            16: "configs/sdxl/3d_icon_16gb.yaml",
+            24: "configs/sdxl/3d_icon.yaml",
+        },
+        "z_image": {24: "configs/z_image/style.yaml"},
+        "vlm": {
+            5: "configs/vlm/smolvlm_256m.yaml",
+            9: "configs/vlm/lfm2_vl_1_6b.yaml",
+            15: "configs/vlm/gemma3_4b.yaml",
+            24: "configs/vlm/qwen2_5_vl_7b.yaml",
+            25: "configs/vlm/qwen3_vl_8b.yaml",
+        },
+    }
+)
 
 
 class ImageFamilyConfig(Section):

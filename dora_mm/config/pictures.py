@@ -10,6 +10,7 @@ from dora_mm.config.schema import (
     Count,
     InputPath,
     Items,
+    ModelPath,
     NonNegative,
     OutputFolder,
     PipelineConfig,
@@ -198,6 +199,19 @@ class EvalDiffusionConfig(PipelineConfig):
     def _prompts_name_the_thing(self) -> "EvalDiffusionConfig":
         problems = check_templates(prompt=self.prompt, flat_prompt=self.flat_prompt)
         return raise_problems(self, problems + (check_templates(**{"clip.text": self.clip.text}) if self.clip else []))
+
+
+class EvalStyleConfig(PicturesConfig):
+    """Pictures by the bare model and an adapter, and how like the training pictures they are."""
+
+    command: ClassVar[str] = "eval"
+    pipeline: Literal["eval_style"]
+    adapter: AdapterChoice
+    images: InputPath | None = None  # the pictures of the style; null: those that the adapter was trained on
+    prompts: Items[Text] = ()  # in the style; empty: those of the training, and some in the words of its captions
+    plain_prompts: Items[Text] = ()  # that do not ask for the style; empty: six things
+    seeds: Annotated[Items[Seed], Field(min_length=1)] = (0, 1)  # one image per prompt and seed
+    clip_model: ModelPath | None = None  # a folder or hub name of open_clip; null: the embedded encoder
 
 
 def check_templates(**templates: str) -> list[str]:

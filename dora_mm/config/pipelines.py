@@ -8,6 +8,7 @@ SCHEMAS: dict[str, type[PipelineConfig]] = {
     "sample": pictures.JobConfig,
     "grid": pictures.GridConfig,
     "eval_diffusion": pictures.EvalDiffusionConfig,
+    "eval_style": pictures.EvalStyleConfig,
     "extract_features": vl.ExtractFeaturesConfig,
     "train_vl": vl.TrainVLConfig,
     "eval_vl": vl.EvalVLConfig,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
 LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
 # httpx and requests, which huggingface_hub uses in different releases, and their common bases
+LIBRARIES = ("diffusers.utils.logging", "transformers.utils.logging")  # each has bars of its own
 _CONNECTION = {"TransportError", "ConnectionError", "Timeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
 
 
@@ -22,7 +26,7 @@ def opening(name: str, problem: str, *, key: str = "") -> Iterator[None]:
     """A context in which other libraries load something of a model: their errors become one sentence.
 
     Libraries raise anything for files that are missing, damaged or of another kind of model: tokenizers, for one, a
-    plain Exception.
+    plain Exception. Their bars of loading, a moment each, are left out; those of downloads stay.
 
     Args:
         name: What is loaded: a local path, or a hub name with `named`.
@@ -35,7 +39,8 @@ def opening(name: str, problem: str, *, key: str = "") -> Iterator[None]:
     """
     start = f"{key}: " if key else ""
     try:
-        yield
+        with without_bars():
+            yield
     except Exception as error:
         if not Path(name).exists() and any(_is_connection(cause) for cause in _causes(error)):
             raise UnreachableError(
@@ -44,6 +49,23 @@ def opening(name: str, problem: str, *, key: str = "") -> Iterator[None]:
             ) from error
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise ValueError(f"{start}{problem}: {reason}") from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Turns off the bars with which diffusers and transformers load weights, but not those of downloads."""
+    found = [sys.modules[name] for name in LIBRARIES if name in sys.modules]
+    shown = [library for library in found if library.is_progress_bar_enabled()]
+    downloads = not are_progress_bars_disabled()
+    for library in shown:
+        library.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()  # transformers turns these off with its own
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def named(path: str, revision: str | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import cached_property
@@ -19,7 +18,7 @@ from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.models.schedulers import make_scheduler, title_of
 
 log = logging.getLogger(__name__)
-SECONDS_BETWEEN_LINES = 30.0  # of logged progress, without a terminal that shows a bar
+MOST_LINES = 20  # of logged progress, without a terminal that shows a bar
 MOST_ENCODED = 256  # pictures whose prompts are kept: some 1 MB each in models of full size
 
 Prompts = tuple[str, str | None]  # of one picture: the prompt, and the negative prompt or None
@@ -212,7 +211,7 @@ class PictureProgress:
         shown = description is not None and sys.stderr.isatty()
         self.bar = tqdm(total=total, desc=description, unit="picture", disable=not shown, leave=False)
         self.description = None if shown else description
-        self.total, self.done, self.last_line = total, 0, time.monotonic()
+        self.total, self.done, self.last_line = total, 0, 0
 
     def __enter__(self) -> PictureProgress:
         return self
@@ -224,6 +223,6 @@ class PictureProgress:
         """Counts pictures that were drawn."""
         self.done += count
         self.bar.update(count)
-        if self.description is not None and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
+        if self.description is not None and self.done - self.last_line >= self.total / MOST_LINES:
+            self.last_line = self.done
             log.info("%s: %d of %d pictures", self.description, self.done, self.total)

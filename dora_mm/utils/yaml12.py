@@ -4,11 +4,13 @@ PyYAML follows YAML 1.1, where `no` is False, `1e-4` a string, `010` the number 
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
 
 KeyPath = tuple[str | int, ...]
+MISSING: Any = object()  # the value of a key that is not there
 
 _SCALARS = (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -79,6 +81,63 @@ def read(text: str) -> Document:
 def write(value: Any) -> str:
     """Serializes a value of plain Python types; readers of YAML 1.1 and 1.2 read the same."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def edited(text: str, changes: Mapping[tuple[str, ...], Any]) -> str:
+    """A document with other values, and all else of it, comments included, as it was.
+
+    Args:
+        text: A document whose sections are block mappings.
+        changes: The new values by key; MISSING removes the key. A key that is not there is added to its section.
+    """
+    for path, value in changes.items():
+        text = _edited(text, path, value)
+    return text
+
+
+def _edited(text: str, path: tuple[str, ...], value: Any) -> str:
+    *parents, name = path
+    section = yaml.compose(text, Loader)
+    for parent in parents:
+        section = dict(_named(section))[parent][1]
+    found = dict(_named(section)).get(name)
+    if found is None and value is MISSING:
+        return text
+    if found is None:
+        last_key, last = section.value[-1]
+        at = _line_end(text, _end(text, last))
+        return f"{text[:at]}\n{' ' * last_key.start_mark.column}{name}: {_inline(value)}{text[at:]}"
+    key, node = found
+    if value is MISSING:
+        return text[: text.rindex("\n", 0, key.start_mark.index)] + text[_line_end(text, _end(text, node)) :]
+    start, indent = node.start_mark.index, "\n" + " " * node.start_mark.column
+    is_block = isinstance(node, yaml.SequenceNode) and not node.flow_style
+    new = indent.join(f"- {_inline(item)}" for item in value) if is_block else _inline(value)
+    return text[:start] + new + text[_end(text, node) :]
+
+
+def _named(section: yaml.Node) -> Iterator[tuple[str, tuple[yaml.Node, yaml.Node]]]:
+    for key, value in section.value:
+        yield key.value, (key, value)
+
+
+def _end(text: str, node: yaml.Node) -> int:
+    """Where a node ends: PyYAML lets a block reach to the next key."""
+    while isinstance(node, yaml.CollectionNode) and not node.flow_style:
+        last = node.value[-1]
+        node = last[1] if isinstance(last, tuple) else last
+    return node.end_mark.index
+
+
+def _line_end(text: str, start: int) -> int:
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end
+
+
+def _inline(value: Any) -> str:
+    """A value on one line."""
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("...\n").rstrip("\n")
 
 
 def _collect(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], duplicates: list[KeyPath]) -> None:

@@ -37,7 +37,7 @@ def test_a_config_of_another_command_is_refused(config, pipeline, capsys, comman
 
 def test_train_needs_a_config_or_a_run(capsys):
     assert cli.main(["sample"]) == 2
-    assert "sample needs JOBS or a CONFIG before --set, or --resume RUN_DIR" in capsys.readouterr().err
+    assert "sample needs JOBS, a CONFIG, --set prompts=[...], or --resume RUN_DIR" in capsys.readouterr().err
     assert cli.main(["train"]) == 2
     assert "train needs a CONFIG before --set, or --resume RUN_DIR" in capsys.readouterr().err
 

@@ -14,6 +14,9 @@ COMMANDS = {  # with the recipes of those that take no config
     "grid": None,
     "eval": None,
     "features": None,
+    "new": "new",
+    "configs": "configs",
+    "check": "check",
     "gallery": "gallery",
     "inspect": "inspect_model",
     "merge": "merge",
@@ -51,6 +54,7 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
 @pytest.mark.parametrize(
     "line",
     [
+        "new sdxl NAME --images FOLDER --data FILE --model MODEL",
         "gallery RUN --output OUT",
         "inspect FILE --targets NAME --base MODEL --json",
         "merge some/model FILE OUT --dtype float32 --revision main",

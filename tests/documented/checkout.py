@@ -109,6 +109,8 @@ class Checkout:
             self._make_run(Path(*parts[:3]))
         elif stand_ins.build(name, path, self.tiny_sdxl, self.tiny_vlm):
             pass
+        elif name == "my_images":
+            data.write_captioned(path)
         elif path.suffix == ".jpg":
             data.write_pictures(path.parent, [path.name])
         elif name == "jobs.csv":

@@ -16,6 +16,21 @@ from dora_mm.models.vlm.loading import load_processor, load_vlm
 SENTENCE = r"owner/nothing is not on this machine, and the hub \(huggingface.co\) cannot be reached: .*local folder"
 
 
+def test_libraries_show_no_bars_of_loading_but_those_of_downloads():
+    from diffusers.utils import logging as diffusers
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging as transformers
+
+    for library in (diffusers, transformers):
+        library.enable_progress_bar()
+    with opening("here", "it cannot be loaded"):
+        assert not diffusers.is_progress_bar_enabled()
+        assert not transformers.is_progress_bar_enabled()
+        assert not are_progress_bars_disabled()
+    assert diffusers.is_progress_bar_enabled()
+    assert transformers.is_progress_bar_enabled()
+
+
 def test_an_image_model(tiny_folder):
     with pytest.raises(UnreachableError, match=f"^model.path: {SENTENCE}"):
         load_image_model(ModelConfig(path="owner/nothing"))

@@ -1,13 +1,20 @@
 """The page of a gallery in Chromium, opened from the disk: filters, sorting, large view, slider, keyboard."""
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from dora_mm.cli import main
+from dora_mm.cli.commands import take_job
+from dora_mm.cli.parser import build_parser
+from dora_mm.config import load_config
 from dora_mm.sampling.gallery import write_gallery
+from dora_mm.sampling.jobs import read_job
 from dora_mm.sampling.manifest import read_manifest, write_manifest
 from tests import browser
 from tests.sampling.test_gallery import HOSTILE, entry, make_run
@@ -58,9 +65,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def one(chromium, runs, tmp_path) -> browser.Page:
-    """The gallery of the first run, opened."""
+    """The gallery of the first run, opened, all pictures in a grid."""
     chromium.problems.clear()
     chromium.open(write_gallery({runs[0]: read_manifest(runs[0])}, tmp_path / "gallery"))
+    chromium.click("#view-grid")
     return chromium
 
 
@@ -212,6 +220,88 @@ def test_runs_side_by_side(both):
     assert both.problems == []
 
 
+def test_it_opens_with_before_and_after_side_by_side(one, runs, tmp_path):
+    one.open(tmp_path / "gallery" / "index.html")
+    assert one.evaluate(PROMPTS) == ["a bus", "a cat", "a key", "a hat"]  # a bare picture is in its pair
+    assert one.evaluate(
+        "[...document.querySelectorAll('.card')].map((card) => card.querySelectorAll('img').length)"
+    ) == [*(2, 2, 2, 0)]
+    files = one.evaluate("[...document.querySelectorAll('.card img')].slice(0, 2).map((i) => i.src.split('/').at(-2))")
+    assert files == ["bare", "adapter"]
+    choose(one, "adapter", "none")
+    assert one.evaluate(PROMPTS) == ["a bus", "a cat", "a key", "a hat"]  # without their pairs
+    assert one.problems == []
+
+
+def test_what_differs_between_neighbours_stands_first(one):
+    one.click("#view-grid")
+    facts = (
+        "[...document.querySelectorAll('.card .facts')]"
+        ".map((line) => [...line.children].map((node) => [node.textContent, node.className]))"
+    )
+    bare, adapted = one.evaluate(facts)[:2]
+    assert bare == [["no adapter", "setting differs"], ["seed 1", "setting"]]
+    assert [name for name, kind in adapted if kind == "setting differs"] == ["seed 1", "one/001", "strength 1"]
+    choose(one, "seed", "1")
+    assert [name for name, _ in one.evaluate(facts)[1]] == ["one/001", "strength 1", "seed 1"]
+
+
+def test_favourites_stay_and_become_a_job(one, tmp_path):
+    one.click(".grid li:nth-child(2) .card")
+    one.click("#favourite")
+    one.press("ArrowRight", "f", "ArrowRight", "f", "f", "Escape")
+    assert one.evaluate("document.querySelector('#favourites').textContent") == "Favourites (2)"
+    one.open(tmp_path / "gallery" / "index.html")  # again
+    one.click("#view-grid")
+    one.click("#favourites")
+    assert one.evaluate(PROMPTS) == ["a bus", "a cat"]
+    assert one.evaluate("document.querySelectorAll('.star:not(.off)').length") == 2
+    one.evaluate("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
+    one.click("#export")
+    (tmp_path / "favourites.jsonl").write_text(one.evaluate("saved.text()"))
+    first, second = read_job(tmp_path / "favourites.jsonl")
+    assert (first.prompt, first.seed, first.strength) == ("a bus", (1,), 1)
+    assert first.adapter == (("runs/one/001/adapter", 1.0),)
+    assert (second.prompt, second.adapter) == ("a cat", None)
+    assert one.problems == []
+    one.evaluate("localStorage.clear()")
+
+
+def test_prompt_and_command_are_copied_by_one_click(one):
+    one.click(".grid li:nth-child(4) .card")
+    one.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    one.click("#copy-prompt")
+    one.wait_for("document.querySelector('#copy-prompt').textContent === 'Copied'")
+    assert one.evaluate("navigator.clipboard.readText()") == "a cat"
+    one.click("#copy-command")
+    one.wait_for("document.querySelector('#copy-command').textContent === 'Copied'")
+    words = shlex.split(one.evaluate("navigator.clipboard.readText()"))
+    assert words == [
+        *("dora-mm", "sample", "--set", 'prompts=["a cat"]', "seeds=[2]", 'model.path="tiny"'),
+        *('adapter.path="runs/one/001/adapter"', "strengths=[1]"),
+    ]
+    arguments = build_parser().parse_args(words[1:])
+    take_job(arguments)
+    assert load_config(arguments.config, arguments.overrides).prompts == ("a cat",)
+
+
+def test_the_sheets_of_a_training_by_step(chromium, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/style/001")
+    for name in ("samples/step-000000.png", "samples/step-000050.png", "samples/step-000050-ema.png", "sheet.png"):
+        save(run / name, BARE)
+    (run / "config.yaml").write_text("model: {path: tiny}\ntrain: {steps: 100}\nsample: {prompts: [a bus, a cat]}\n")
+    assert main(["gallery", str(run)]) == 0
+    chromium.problems.clear()
+    chromium.open(run.absolute() / "gallery" / "index.html")
+    assert chromium.evaluate(PROMPTS) == ["a bus | a cat"] * 4
+    facts = chromium.evaluate("[...document.querySelectorAll('.card .facts')].map((node) => node.innerText)")
+    assert [re.search(r"step \d+", text)[0] for text in facts] == ["step 0", "step 50", "step 50", "step 100"]
+    chromium.click(".card")
+    assert chromium.evaluate("document.querySelector('#copy-command').hidden")  # there is none for a sheet
+    assert chromium.problems == []
+
+
 def test_hostile_texts_do_nothing(chromium, tmp_path):
     entries = [
         entry(number, f"{number}.png", prompt=text, adapter=text, scores={text: number}, **{text: text})
@@ -244,6 +334,7 @@ def test_on_a_phone_and_in_the_dark(chromium, runs, tmp_path):
     page = write_gallery({run: read_manifest(run) for run in runs}, tmp_path / "gallery")
     for dark in (False, True):
         chromium.open(page, 360, 740, dark)
+        chromium.click("#view-grid")
         wide = "[...document.querySelectorAll('main *')].filter((n) => n.getBoundingClientRect().right > 360.5).length"
         assert chromium.evaluate(wide) == 0
         assert chromium.evaluate("document.documentElement.scrollWidth") == 360

@@ -12,7 +12,7 @@ from dora_mm.config.pictures import SampleConfig
 from dora_mm.core import adapted_layers
 from dora_mm.sampling.before_after import at_strength, before_after_sheet
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.pictures import sample
+from dora_mm.sampling.pictures import PictureProgress, sample
 
 
 def pixels(picture):
@@ -97,11 +97,16 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
     assert {layer.adaptation.strength for layer in adapted_layers(tiny.unet).values()} == {1.0}
 
 
-def test_without_a_terminal_progress_is_logged(tiny, monkeypatch, caplog):
-    monkeypatch.setattr("dora_mm.sampling.pictures.SECONDS_BETWEEN_LINES", 0.0)
+def test_without_a_terminal_progress_is_logged(tiny, caplog):
     with caplog.at_level("INFO", logger="dora_mm"):
         sample(tiny, ["a bus"] * 3, [0, 1, 2], steps=1, batch_size=2, description="bare model")
     assert caplog.messages == ["bare model: 2 of 3 pictures", "bare model: 3 of 3 pictures"]
+    caplog.clear()
+    with caplog.at_level("INFO", logger="dora_mm"), PictureProgress(1000, "pictures") as progress:
+        for _ in range(1000):
+            progress.advance(1)
+    assert len(caplog.messages) == 20
+    assert caplog.messages[-1] == "pictures: 1000 of 1000 pictures"
 
 
 def test_a_sheet_contains_every_picture():

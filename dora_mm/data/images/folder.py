@@ -270,8 +270,10 @@ def _check_placeholder(images: list[CaptionedImage], placeholder: str) -> list[s
         if without:
             log.warning("%s without the placeholder %s", _counted(without), placeholder)
         return []
-    example = images[0].caption
-    return [f"no caption contains the placeholder {placeholder} as a word (data.placeholder); the first is {example!r}"]
+    return [
+        f"no caption contains the placeholder {placeholder} as a word; the first is {images[0].caption!r}: set "
+        f"data.placeholder to a word of theirs, or to null; or, for images without captions, data.instance_prompt"
+    ]
 
 
 def _report(root: Path, problems: list[str], key: str) -> str:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLBartModelConfig
 from dora_mm.models.folders import load_weights, read_config
-from dora_mm.models.opening import opening
+from dora_mm.models.opening import opening, without_bars
 from dora_mm.models.vl_bart.model import SENTINELS, VLBart, VLBartConfig, special_tokens
 from dora_mm.models.vl_bart.text import load_tokenizer
 
@@ -240,12 +240,10 @@ def save_vl_bart(model: VLBart, tokenizer: BartTokenizer, folder: Path, dtype: t
 @contextmanager
 def silenced() -> Iterator[None]:
     """Turns off transformers' progress bars and warnings: loading takes a moment, and errors are reported here."""
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()

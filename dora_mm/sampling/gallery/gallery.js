@@ -13,7 +13,11 @@ const PROMPT = columns.findIndex((column) => column.kind === "setting" && column
 const RUN = columns.findIndex((column) => column.kind === "run");
 const FEW = 3; // a score with at most this many values, such as 0 and 1, can be chosen like a setting
 
-const state = { words: [], chosen: new Map(), sort: -1, descending: false, sideBySide: false, shown: [], open: -1 };
+const isBefore = new Set(pictures.map((picture) => picture.before).filter((number) => number !== null));
+
+const state = {
+  words: [], chosen: new Map(), sort: -1, descending: false, view: "grid", onlyFavourites: false, shown: [], open: -1,
+};
 
 function make(tag, properties, ...children) {
   const node = Object.assign(document.createElement(tag), properties);
@@ -63,6 +67,7 @@ function compare(one, other) {
 function isShown(picture) {
   const prompt = promptOf(picture).toLowerCase();
   if (!state.words.every((word) => prompt.includes(word))) return false;
+  if (state.onlyFavourites && !favourites.has(nameOf(picture))) return false;
   return [...state.chosen].every(([index, key]) => JSON.stringify(picture.values[index]) === key);
 }
 
@@ -74,13 +79,22 @@ function inOrder(one, other) {
 
 function render() {
   let shown = pictures.filter(isShown).sort(inOrder);
-  if (state.sideBySide) {
+  if (state.view === "runs") {
     const groups = Map.groupBy(shown, (picture) => picture.group);
     shown = [...groups.values()].flat();
     main.replaceChildren(make("div", { className: "groups" }, ...[...groups.values()].map(groupOf)));
   } else {
-    main.replaceChildren(make("ol", { className: "grid" }, ...shown.map((picture) => make("li", {}, cardOf(picture)))));
+    const pairs = state.view === "pairs";
+    // Pairs first; a bare picture is seen in its pair, unless a filter has left the pair out.
+    if (pairs) {
+      const paired = new Set(shown.map((picture) => picture.before));
+      shown = shown.filter((picture) => !paired.has(picture.number));
+      shown = [...shown.filter((picture) => picture.before !== null), ...shown.filter((picture) => picture.before === null)];
+    }
+    const items = shown.map((picture) => make("li", {}, cardOf(picture)));
+    main.replaceChildren(make("ol", { className: pairs ? "grid pairs" : "grid" }, ...items));
   }
+  shown.forEach((picture, position) => showFacts(picture, [shown[position - 1], shown[position + 1]]));
   state.shown = shown;
   if (!shown.length) main.replaceChildren(make("p", { className: "empty", textContent: "No picture matches." }));
   const failed = shown.filter((picture) => !picture.file).length;
@@ -88,6 +102,7 @@ function render() {
   find("count").textContent =
     `${shown.length}${all} picture${pictures.length === 1 ? "" : "s"}${failed ? `, ${failed} not drawn` : ""}`;
   find("clear").hidden = !state.chosen.size && !state.words.length;
+  showFavourites();
 }
 
 // --- cards --------------------------------------------------------------------------------------------------------
@@ -97,6 +112,11 @@ const cards = new Map();
 function cardOf(picture) {
   if (!cards.has(picture)) cards.set(picture, makeCard(picture));
   const card = cards.get(picture);
+  const tile = card.querySelector(".tile"), before = pictures[picture.before];
+  tile.querySelector(".of-before")?.remove();
+  tile.classList.toggle("pair", state.view === "pairs" && Boolean(before));
+  if (tile.classList.contains("pair")) tile.prepend(imageOf(before, "of-before"));
+  card.querySelector(".star").classList.toggle("off", !favourites.has(nameOf(picture)));
   const badge = card.querySelector(".badge");
   const column = columns[state.sort];
   badge.hidden = column?.kind !== "score" || picture.values[state.sort] === null;
@@ -106,36 +126,48 @@ function cardOf(picture) {
 
 function makeCard(picture) {
   const card = make("button", { className: "card", type: "button" });
-  const tile = make("span", { className: "tile" }, make("span", { className: "badge" }));
+  const tile = make("span", { className: "tile" }, make("span", { className: "badge" }), starOf());
   if (picture.file) {
-    const [width, height] = picture.size;
-    tile.prepend(make("img", { src: picture.thumbnail, alt: "", width, height, loading: "lazy", decoding: "async" }));
+    tile.prepend(imageOf(picture));
   } else {
     tile.classList.add("missing");
     const status = textOf(picture.values[columns.findIndex((column) => column.kind === "status")]);
     tile.prepend(make("b", { textContent: status }), make("span", { textContent: picture.reason ?? "" }));
   }
-  const facts = make("span", { className: "facts" }, ...factsOf(picture));
+  const facts = make("span", { className: "facts" });
   card.append(tile, make("span", { className: "caption", dir: "auto", textContent: promptOf(picture) }), facts);
   card.addEventListener("click", () => openViewer(picture));
   return card;
 }
 
+function imageOf(picture, className = "") {
+  const [width, height] = picture.size;
+  return make("img", { className, src: picture.thumbnail, alt: "", width, height, loading: "lazy", decoding: "async" });
+}
+
+function starOf() {
+  const star = find("favourite").querySelector("svg").cloneNode(true);
+  star.setAttribute("class", "star off");
+  return star;
+}
+
 // What tells a picture from others, in few words: settings that differ between pictures, unless the prompt says them.
-function factsOf(picture) {
+// What differs between neighbours stands first.
+function showFacts(picture, neighbours) {
   const prompt = promptOf(picture).toLowerCase();
-  return columns.flatMap((column, index) => {
+  const facts = columns.flatMap((column, index) => {
     if (!column.varies || index === PROMPT || column.kind === "score" || column.kind === "status") return [];
     const text = factOf(column, picture.values[index], shortOf(picture, index));
     if (text === null || prompt.includes(text.toLowerCase())) return [];
-    return [make("bdi", { className: column.kind, textContent: text })];
+    const differs = neighbours.some((other) => other && differIn(picture, other, index));
+    return [make("bdi", { className: differs ? `${column.kind} differs` : column.kind, textContent: text })];
   });
+  const first = facts.filter((fact) => fact.classList.contains("differs"));
+  const others = facts.filter((fact) => !fact.classList.contains("differs"));
+  cards.get(picture).querySelector(".facts").replaceChildren(...first, ...others);
 }
 
-function factOf(column, value, short) {
-  if (value === null) return column.name === "adapter" ? "no adapter" : null;
-  return typeof value === "number" ? `${heading(column)} ${textOf(value)}` : short;
-}
+const differIn = (one, other, index) => JSON.stringify(one.values[index]) !== JSON.stringify(other.values[index]);
 
 function groupOf(members) {
   const cells = [...distinct[RUN]].map(([key, name]) => {
@@ -179,6 +211,7 @@ function show(position) {
   state.open = position;
   const picture = state.shown[position];
   find("position").textContent = `${position + 1} of ${state.shown.length}`;
+  find("favourite").setAttribute("aria-pressed", String(favourites.has(nameOf(picture))));
   find("previous").disabled = position === 0;
   find("next").disabled = position === state.shown.length - 1;
   showPicture(picture);
@@ -210,8 +243,10 @@ function split() {
 
 function showWords(picture) {
   find("prompt").textContent = promptOf(picture) || "(no prompt)";
+  const varying = [...columns.keys()].sort((one, other) => columns[other].varies - columns[one].varies); // these first
   const rows = (kinds, written) =>
-    columns.flatMap((column, index) => {
+    varying.flatMap((index) => {
+      const column = columns[index];
       const value = picture.values[index];
       const asExpected = column.kind === "status" && value === "done";
       if (!kinds.includes(column.kind) || index === PROMPT || value === null || asExpected) return [];
@@ -222,18 +257,24 @@ function showWords(picture) {
   find("settings").replaceChildren(...rows(["setting", "run", "status"], textOf), ...file);
   find("open").hidden = !picture.file;
   if (picture.file) find("open").href = picture.file;
-  find("copy").textContent = "Copy settings";
+  find("copy-command").hidden = !commandOf(picture);
+  for (const [id, what] of COPIED) find(id).textContent = `Copy ${what}`;
 }
 
-async function copySettings() {
-  const { values } = state.shown[state.open];
+const COPIED = new Map([["copy-prompt", "prompt"], ["copy", "settings"], ["copy-command", "command"]]);
+
+function settingsOf({ values }) {
   const kept = columns.map((column, index) => [column, values[index]]);
   const settings = kept.filter(([column, value]) => column.kind === "setting" && value !== null);
-  await copyText(JSON.stringify(Object.fromEntries(settings.map(([column, value]) => [column.name, value]))));
-  find("copy").textContent = "Copied";
+  return JSON.stringify(Object.fromEntries(settings.map(([column, value]) => [column.name, value])));
 }
 
-async function copyText(text) {
+async function copyInto(button, text) {
+  await copyText(text, button);
+  button.textContent = "Copied";
+}
+
+async function copyText(text, button) {
   try {
     await navigator.clipboard.writeText(text);
   } catch { // browsers that do not trust pages on a disk
@@ -242,14 +283,23 @@ async function copyText(text) {
     area.select();
     document.execCommand("copy");
     area.remove();
-    find("copy").focus();
+    button.focus();
   }
 }
 
 find("previous").addEventListener("click", () => show(state.open - 1));
 find("next").addEventListener("click", () => show(state.open + 1));
 find("close").addEventListener("click", () => viewer.close());
-find("copy").addEventListener("click", copySettings);
+for (const [id, textFor] of [["copy-prompt", promptOf], ["copy", settingsOf], ["copy-command", commandOf]]) {
+  find(id).addEventListener("click", (event) => copyInto(event.currentTarget, textFor(state.shown[state.open])));
+}
+find("favourite").addEventListener("click", toggleFavourite);
+find("export").addEventListener("click", exportFavourites);
+find("favourites").addEventListener("click", () => {
+  state.onlyFavourites = !state.onlyFavourites;
+  find("favourites").setAttribute("aria-pressed", String(state.onlyFavourites));
+  render();
+});
 find("split").addEventListener("input", split);
 find("split").addEventListener("pointerup", () => find("stage").focus()); // arrow keys go through the pictures again
 viewer.addEventListener("click", (event) => {
@@ -262,6 +312,7 @@ viewer.addEventListener("close", () => {
 });
 viewer.addEventListener("keydown", (event) => {
   if (event.target === find("split") || event.altKey || event.ctrlKey || event.metaKey) return;
+  if (event.key === "f") toggleFavourite();
   const target = {
     ArrowLeft: state.open - 1,
     ArrowRight: state.open + 1,
@@ -298,10 +349,9 @@ function setDirection(descending) {
   find("direction").setAttribute("aria-pressed", String(descending));
 }
 
-function setView(sideBySide) {
-  state.sideBySide = sideBySide;
-  find("view-grid").setAttribute("aria-pressed", String(!sideBySide));
-  find("view-runs").setAttribute("aria-pressed", String(sideBySide));
+function setView(view) {
+  state.view = view;
+  for (const name of ["pairs", "grid", "runs"]) find(`view-${name}`).setAttribute("aria-pressed", String(name === view));
   render();
 }
 
@@ -309,7 +359,9 @@ function start() {
   const runs = [...distinct[RUN].values()];
   const title = runs.length <= 3 ? runs.join(", ") : `${runs.length} runs`;
   find("title").textContent = document.title = title;
-  find("views").hidden = runs.length < 2;
+  find("view-pairs").hidden = !isBefore.size;
+  find("view-runs").hidden = runs.length < 2;
+  find("views").hidden = runs.length < 2 && !isBefore.size;
   main.style.setProperty("--runs", runs.length);
   main.style.setProperty("--ratio", commonRatio());
   find("sort").append(make("option", { value: -1, textContent: "order drawn" }));
@@ -317,7 +369,7 @@ function start() {
     if (column.varies) find("sort").append(make("option", { value: index, textContent: heading(column) }));
     addFilter(column, index);
   });
-  render();
+  setView(isBefore.size ? "pairs" : "grid");
 }
 
 // The shape of the cards' tiles: that of most pictures.
@@ -341,8 +393,7 @@ find("direction").addEventListener("click", () => {
   setDirection(!state.descending);
   render();
 });
-find("view-grid").addEventListener("click", () => setView(false));
-find("view-runs").addEventListener("click", () => setView(true));
+for (const name of ["pairs", "grid", "runs"]) find(`view-${name}`).addEventListener("click", () => setView(name));
 find("clear").addEventListener("click", () => {
   state.chosen.clear();
   state.words = [];

@@ -21,7 +21,9 @@ def page(data: Mapping[str, Any]) -> str:
     Args:
         data: What `gallery_data` returns.
     """
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("gallery.css", "gallery.js"))
+    files = ("gallery.css", "favourites.js", "gallery.js")
+    style, *scripts = ((HERE / name).read_text(encoding="utf-8") for name in files)
+    script = "".join(scripts)
     template = Template((HERE / "index.html").read_text(encoding="utf-8"))
     return template.substitute(
         generator=GENERATOR, policy=_policy(style, script), style=style, script=script, data=_embedded(data)

@@ -182,7 +182,8 @@ def test_text_that_is_not_utf_8_is_named(folder):
 def test_a_placeholder_in_no_caption_stops_the_run(folder, caption):
     message = message_of(folder, instance_prompt=caption, placeholder="TOK")
     assert "no caption contains the placeholder TOK" in message
-    assert f"(data.placeholder); the first is {caption!r}" in message
+    assert f"the first is {caption!r}: set data.placeholder" in message
+    assert "data.instance_prompt" in message
 
 
 @pytest.mark.parametrize("caption", ["TOK", "a TOK icon", "in the style of TOK.", "TOK-like"])

@@ -1,0 +1,43 @@
+"""What a machine has for training: its cards, their memory and precision, and the recipe that fits."""
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+import torch
+
+T = TypeVar("T")
+SPARE = 1.5  # GB of a card that its name counts and torch does not: a card of 24 GB has 22.5 to 23.7
+
+
+class CardInfo(NamedTuple):
+    """A GPU, or another accelerator."""
+
+    name: str
+    memory: float  # GB, of 2^30 bytes
+    precision: str  # the best half precision
+
+
+def cards() -> list[CardInfo]:
+    """The CUDA (or ROCm) devices that torch can use."""
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(index)
+        bf16 = about.major >= 8 or torch.version.hip is not None  # earlier ones emulate it
+        found.append(CardInfo(about.name, about.total_memory / 2**30, "bf16" if bf16 else "fp16"))
+    return found
+
+
+def largest_card() -> CardInfo | None:
+    """The card with the most memory; None without one."""
+    return max(cards(), key=lambda card: card.memory, default=None)
+
+
+def fitting(recipes: Mapping[int, T], card: CardInfo | None) -> T:
+    """What needs the most memory that the card has; the least without a card, or where it has less.
+
+    Args:
+        recipes: By the GB that they need, at least one.
+        card: The card.
+    """
+    memory = card.memory + SPARE if card else 0
+    return recipes[max((size for size in recipes if size <= memory), default=min(recipes))]

@@ -1,0 +1,74 @@
+"use strict";
+// What is taken along from the page: favourites, which the browser keeps, jobs of them, and the command of a picture.
+
+const STORED = `dora-mm favourites ${location.pathname}`;
+const nameOf = (picture) => `${textOf(picture.values[RUN])}/${picture.path}`;
+const favourites = new Set(stored());
+
+function stored() {
+  try {
+    return JSON.parse(localStorage.getItem(STORED) ?? "[]");
+  } catch { // browsers that keep nothing for pages on a disk
+    return [];
+  }
+}
+
+function toggleFavourite() {
+  const picture = state.shown[state.open], name = nameOf(picture);
+  if (!favourites.delete(name)) favourites.add(name);
+  try {
+    localStorage.setItem(STORED, JSON.stringify([...favourites]));
+  } catch { /* they last as long as the page */ }
+  find("favourite").setAttribute("aria-pressed", String(favourites.has(name)));
+  cards.get(picture).querySelector(".star").classList.toggle("off", !favourites.has(name));
+  showFavourites();
+}
+
+function showFavourites() {
+  const count = pictures.filter((picture) => favourites.has(nameOf(picture))).length;
+  find("favourites").textContent = `Favourites (${count})`;
+  find("favourites").hidden = find("export").hidden = count === 0;
+}
+
+const OF_A_JOB = [
+  "prompt", "negative_prompt", "seed", "steps", "guidance", "width", "height", "scheduler", "adapter", "strength",
+];
+
+const settingOf = (picture, name) =>
+  picture.values[columns.findIndex((column) => column.kind === "setting" && column.name === name)] ?? null;
+
+function jobRow(picture) {
+  const found = OF_A_JOB.map((name) => [name, settingOf(picture, name)]).filter(([, value]) => value !== null);
+  return JSON.stringify(Object.fromEntries(found));
+}
+
+function exportFavourites() {
+  const chosen = pictures.filter((picture) => favourites.has(nameOf(picture)) && promptOf(picture));
+  const text = chosen.map((picture) => `${jobRow(picture)}\n`).join("");
+  const link = make("a", { href: URL.createObjectURL(new Blob([text])), download: "favourites.jsonl" });
+  link.click();
+}
+
+function factOf(column, value, short) {
+  if (value === null) return column.name === "adapter" ? "no adapter" : null;
+  return typeof value === "number" ? `${heading(column)} ${textOf(value)}` : short;
+}
+
+// The command that draws the picture again, with what it can be changed by; several adapters only as they are.
+function commandOf(picture) {
+  const adapter = settingOf(picture, "adapter"), prompt = settingOf(picture, "prompt");
+  if (prompt === null || settingOf(picture, "step") !== null) return "";
+  if (adapter !== null && /[+]|:[^/]*$/.test(adapter)) {
+    return `dora-mm sample --replay ${quoted(`${textOf(picture.values[RUN])}/${picture.path}`)}`;
+  }
+  const names = ["negative_prompt", "steps", "guidance", "width", "height", "scheduler"];
+  const settings = [["prompts", [prompt]], ["seeds", [settingOf(picture, "seed") ?? 0]]];
+  settings.push(...names.map((name) => [name, settingOf(picture, name)]), ["model.path", settingOf(picture, "model")]);
+  settings.push(["adapter.path", adapter]);
+  if (adapter !== null) settings.push(["strengths", [settingOf(picture, "strength") ?? 1]]);
+  const words = settings.filter(([, value]) => value !== null).map(([name, value]) => `${name}=${JSON.stringify(value)}`);
+  return `dora-mm sample --set ${words.map(quoted).join(" ")}`;
+}
+
+const quoted = (word) => (/^[\w.,:=/@%+-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
+

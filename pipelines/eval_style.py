@@ -1,0 +1,207 @@
+"""Scores an adapter of one's own style, without a judge: the bare model beside the adapted one.
+
+Pictures of prompts in the style and of prompts that do not ask for it are drawn by both, and compared with the pictures
+that the adapter was trained on, as the vectors of an image encoder. The table has 95 % intervals over prompts.
+"""
+
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from dora_mm.adapting.files import digest_of_adapter
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.pictures import EvalStyleConfig
+from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images
+from dora_mm.data.images.pixels import load_rgb
+from dora_mm.eval.images import own_style
+from dora_mm.eval.images.clip import ClipSimilarity
+from dora_mm.eval.images.encoder import Encoder
+from dora_mm.eval.images.scores import scores_per_image, write_json
+from dora_mm.formats.files.tensor_file import read_metadata
+from dora_mm.models.image_families import identity_of
+from dora_mm.preview.captions import PLACEHOLDER, THINGS, example_prompts, shared_word
+from dora_mm.sampling.drawing import PictureJob
+from dora_mm.sampling.grids import sheet
+from dora_mm.sampling.jobs import Picture, template
+from dora_mm.sampling.manifest import write_manifest
+from dora_mm.sampling.model import LoadedModel, load_model, model_of
+from dora_mm.sampling.sheets import save_atomically
+from dora_mm.train.run import evaluation_run
+from dora_mm.utils import yaml12
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
+BARE, ADAPTER, TRAINING, DIFFERENCE = "bare model", "adapter", "training pictures", "adapter minus bare"
+STYLED, PLAIN = "prompts in the style", "prompts without it"
+SHOWN = 5  # of the best and the worst
+EMBEDDED = (
+    "encoder: EfficientNet-Lite0, trained on photographs of things; it reads no prompts, and its cosines are high for "
+    "all pictures: compare rows, not numbers. clip_model names a better one."
+)
+MEANING = (
+    "likeness: mean cosine with the training pictures (of these: with the others); the nearest of them: near 1, one "
+    "is copied; variety: 1 minus the mean cosine of pictures with each other; drift: 1 minus the cosine with the bare "
+    "model's picture of the same prompt and seed, which should be small without the style."
+)
+
+
+class Vectors(NamedTuple):
+    """What looks at pictures: unit vectors of images and, with CLIP, of texts."""
+
+    of_images: Callable[[Sequence[Image.Image]], np.ndarray]
+    of_texts: Callable[[Sequence[str]], np.ndarray] | None
+    about: str
+
+
+def main(config: EvalStyleConfig, *, resume: Path | None = None) -> None:
+    """Draws the pictures, scores them and prints the table.
+
+    Writes to the run directory: table.md, metrics.json, the pictures in samples/ with manifest.jsonl, which a gallery
+    shows, and sheet.png with the pictures that are most and least like the training pictures.
+
+    Args:
+        config: The config.
+        resume: Unused: the same command with the same `output` goes on.
+
+    Raises:
+        ValueError: The adapter does not say what it was trained on, or the pictures, the model or the encoder cannot be
+            used. The run directory is created only after these checks.
+    """
+    loaded = load_model(config, {config.adapter.path})
+    trained = training_of(loaded.adapters[config.adapter.path])
+    images = training_images(config, trained)
+    styled, plain = prompts_of(config, trained, images)
+    pictures = pictures_of(config, styled + plain)
+    loaded.check(pictures)
+    vectors = vectors_of(config, loaded)
+    inputs = {
+        **identity_of(config.model or model_of(loaded.adapters)),
+        "the adapter": digest_of_adapter(resolve_path(config.adapter.path, "adapter.path")),
+        "the training pictures": digest_of(images),
+    }
+    with evaluation_run(config, inputs) as run:
+        job = loaded.draw(run.path, pictures, config.batch_size)
+        job.raise_failures()
+        score(config, run, job, vectors, images, styled, plain)
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def training_of(file: Path) -> TrainDiffusionConfig | None:
+    """The config that an adapter's header says it was trained with; None where it says none that is ours."""
+    try:
+        return TrainDiffusionConfig.model_validate(yaml12.read(read_metadata(file)["config"]).value)
+    except (KeyError, ValueError, yaml.YAMLError):
+        return None
+
+
+def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | None) -> list[CaptionedImage]:
+    """The pictures that the drawn ones are compared with."""
+    if config.images is None and trained is None:
+        raise ValueError(f"images: {config.adapter.path} does not say what it was trained on: name the folder")
+    folder, subfolders = (config.images, False) if config.images else (trained.data.folder, trained.data.subfolders)  # pyright: ignore[reportOptionalMemberAccess]
+    return read_captioned_images(folder, instance_prompt=PLACEHOLDER, subfolders=subfolders, key="images")
+
+
+def prompts_of(
+    config: EvalStyleConfig, trained: TrainDiffusionConfig | None, images: Sequence[CaptionedImage]
+) -> tuple[list[str], list[str]]:
+    """The prompts in the style, and those without it: the config's, or what the training and its captions suggest."""
+    prompts = list(config.prompts)
+    if not prompts:
+        captions = [image.caption for image in images]
+        word = trained.data.placeholder if trained else shared_word(captions)
+        own = trained.sample.prompts if trained else ()
+        prompts = list(dict.fromkeys([*own, *example_prompts(captions, word)]))
+    return prompts, list(config.plain_prompts or THINGS)
+
+
+def pictures_of(config: EvalStyleConfig, prompts: Sequence[str]) -> list[Picture]:
+    """Every prompt with every seed, first by the bare model, then by the adapted one."""
+    common = template(config)
+    return [
+        replace(common, row=row, prompt=prompt, seed=seed, strength=strength)
+        for strength in (0.0, 1.0)
+        for row, prompt in enumerate(prompts, 1)
+        for seed in config.seeds
+    ]
+
+
+def vectors_of(config: EvalStyleConfig, loaded: LoadedModel) -> Vectors:
+    """The encoder that the config names, or the embedded one."""
+    device = loaded.model.device
+    if config.clip_model is None:
+        return Vectors(partial(own_style.embedded_vectors, Encoder(device)), None, EMBEDDED)
+    clip = ClipSimilarity(resolve_model(config.clip_model, "clip_model"), device)
+    return Vectors(clip.embed_images, clip.embed_texts, f"encoder: {config.clip_model}")
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score(
+    config: EvalStyleConfig,
+    run: RunDirectory,
+    job: PictureJob,
+    vectors: Vectors,
+    images: Sequence[CaptionedImage],
+    styled: Sequence[str],
+    plain: Sequence[str],
+) -> None:
+    """Scores the pictures, and writes and prints the table."""
+    num_seeds, cut = len(config.seeds), len(styled) * len(config.seeds)
+    drawn = vectors.of_images([load_rgb(job.file(index), "white") for index in range(len(job.pictures))])
+    training = vectors.of_images([load_rgb(image.path, "white") for image in images])
+    bare, adapted = np.split(drawn, 2)
+    rows, cells = {}, {}
+    for part, prompts, chosen in ((STYLED, styled, slice(None, cut)), (PLAIN, plain, slice(cut, None))):
+        texts = np.repeat(vectors.of_texts(prompts), num_seeds, axis=0) if vectors.of_texts else None
+        both = {
+            BARE: own_style.scores_of(bare[chosen], training, texts),
+            ADAPTER: own_style.scores_of(adapted[chosen], training, texts, bare[chosen]),
+        }
+        cells |= {f"{name}, {part}": found for name, found in both.items()}
+        rows |= {f"{name}, {part}": own_style.intervals(found, num_seeds) for name, found in both.items()}
+        rows[f"{DIFFERENCE}, {part}"] = own_style.differences(both[ADAPTER], both[BARE], num_seeds)
+    rows[TRAINING] = own_style.intervals(own_style.among_themselves(training), 1)
+    order = [f"{name}, {part}" for name in (BARE, ADAPTER) for part in (STYLED, PLAIN)]
+    scores = [each for name in order for each in scores_per_image(cells[name])]
+    write_manifest(run.path, [replace(entry, scores=each) for entry, each in zip(job.entries(), scores, strict=True)])
+    report(config, run, rows, vectors.about, len(images))
+    save_extremes(run, job, cells[f"{ADAPTER}, {STYLED}"][own_style.LIKENESS])
+
+
+def report(config: EvalStyleConfig, run: RunDirectory, rows: Any, about: str, num_images: int) -> None:
+    """Writes table.md and metrics.json, and prints the table."""
+    seeds = f"{len(config.seeds)} seeds, 95 % intervals over prompts"
+    head = f"{config.adapter.path}, beside {num_images} training pictures: {seeds}"
+    text = "\n\n".join([head, own_style.own_style_table(rows), MEANING, about])
+    write_text(run.path / "table.md", text + "\n")
+    values = {name: {key: value.as_dict() for key, value in row.items()} for name, row in rows.items()}
+    write_json(run.path / "metrics.json", {"adapter": config.adapter.path, "rows": values})
+    print(f"{text}\n\ntable    {run.path / 'table.md'}")
+
+
+def save_extremes(run: RunDirectory, job: PictureJob, scores: np.ndarray) -> None:
+    """Saves a sheet of the adapter's pictures most and least like the training pictures, below the bare ones."""
+    first = len(job.pictures) // 2
+    order = np.argsort(-scores)
+    shown = min(SHOWN, len(order))
+    rows, labels = [], []
+    for title, chosen in (("most like them", order[:shown]), ("least like them", order[::-1][:shown])):
+        for label, start in (("bare", 0), (title, first)):
+            rows.append([load_rgb(job.file(start + int(index)), "white") for index in chosen])
+            labels.append(label)
+    save_atomically(run.sheet, sheet(rows, labels, [str(number) for number in range(1, shown + 1)]))
+    print(f"sheet    {run.sheet}\nto look  dora-mm gallery {shlex.quote(str(run.path))}")

@@ -1,0 +1,248 @@
+"""dora-mm new: a config of one's own, from a packaged recipe and from what one's pictures and captions are."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dora_mm.config import load_config, resolve_model, resolve_path, run_name
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.models import STARTS
+from dora_mm.config.report import nearest
+from dora_mm.config.vl import TrainVLConfig
+from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
+from dora_mm.models.opening import local_copy
+from dora_mm.preview.captions import PLACEHOLDER, example_prompts, shared_word
+from dora_mm.preview.images import describe_captions, describe_length, describe_pictures
+from dora_mm.preview.machine import fitting, largest_card
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.yaml12 import MISSING, edited
+
+Changes = dict[tuple[str, ...], Any]
+SMALL = 1e9  # bytes of the weights of a model that is trained on a processor
+STYLE_PICTURES = (23, 61)  # the numbers of pictures that the recipes' steps are for
+FEWEST_STEPS = 50
+FEW_ROWS = 1000  # of questions: fewer are seen three times
+UNCAPTIONED = "data.instance_prompt"  # the source of a caption that no file has
+
+
+class Draft(NamedTuple):
+    """What is written, and what from.
+
+    Attributes:
+        file: The new config.
+        recipe: The packaged config to start from.
+        images: The folder of images.
+        data: The file of questions; None: there are captions.
+        model: The model; None: the recipe's.
+    """
+
+    file: Path
+    recipe: str
+    images: str
+    data: str | None
+    model: str | None
+
+    @property
+    def prompts(self) -> Path:
+        """The file of prompts beside the config."""
+        return self.file.with_name(f"{self.file.stem}_prompts.txt")
+
+    @property
+    def run(self) -> str:
+        """The first run of the config."""
+        return f"runs/{self.file.stem}/001"
+
+
+def main(
+    family: str, name: str, *, images: str | None = None, data: str | None = None, model: str | None = None
+) -> None:
+    """Writes NAME.yaml and, for pictures, NAME_prompts.txt, and prints what was found and what comes next.
+
+    Args:
+        family: A key of `STARTS`.
+        name: The name of the new config, with or without .yaml.
+        images: The folder of images.
+        data: The file of questions, of vision-language models.
+        model: The model: a folder, a file or a hub name; None: the recipe's.
+
+    Raises:
+        ValueError: There is no such family, a file exists already, or the pictures or the model cannot be used.
+    """
+    if family not in STARTS:
+        raise ValueError(f"there is no family {family!r}{nearest(family, STARTS)}: choose from {', '.join(STARTS)}")
+    if images is None:
+        raise ValueError("--images is missing: the folder of your pictures")
+    resolve_path(images, "--images")
+    if model is not None:
+        resolve_model(model, "--model")
+    file = Path(f"{name.removesuffix('.yaml')}.yaml").expanduser()
+    if run_name(file) != file.stem:
+        raise ValueError(f"NAME {name} cannot be that of a run: take letters, digits, - and _")
+    draft = Draft(file, starting_recipe(family, model), images, data, model)
+    for path in (draft.file, draft.prompts):
+        if path.exists():
+            raise ValueError(f"{path} exists already: choose another name, or delete it")
+    start = load_config(draft.recipe)
+    if isinstance(start, TrainDiffusionConfig):
+        style(draft, start)
+    else:
+        assert isinstance(start, TrainVLConfig)
+        questions(draft)
+
+
+def starting_recipe(family: str, model: str | None) -> str:
+    """The packaged config to start from: that of the model, or the largest that fits the card of this machine."""
+    recipes = STARTS[family]
+    paths = {recipe: load_config(recipe).model_dump()["model"]["path"] for recipe in recipes.values()}
+    of_model = [recipe for recipe in recipes.values() if paths[recipe] == model]
+    if len(of_model) == 1:
+        return of_model[0]
+    if model is not None and 0 in recipes and is_small(model):
+        return recipes[0]
+    return fitting({size: recipe for size, recipe in recipes.items() if size}, largest_card())
+
+
+def is_small(model: str) -> bool:
+    """Whether the weights of a model on this machine are those of a small one."""
+    path = Path(resolve_model(model))
+    files = path.rglob("*.safetensors") if path.is_dir() else [path] if path.is_file() else []
+    return 0 < sum(file.stat().st_size for file in files) < SMALL
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def style(draft: Draft, start: TrainDiffusionConfig) -> None:
+    """Writes the config of a style, and its prompts."""
+    if draft.data is not None:
+        raise ValueError("--data belongs to questions: captions lie beside the images, or in metadata.jsonl")
+    images = read_captioned_images(draft.images, instance_prompt=PLACEHOLDER, key="--images")
+    captions = [image.caption for image in images if image.source != UNCAPTIONED]
+    word = shared_word(captions) if captions else PLACEHOLDER
+    instance = f"a picture in the style of {word}" if word else "a picture"
+    prompts = example_prompts(captions or [f"a picture of {thing} in the style of {word}" for thing in "ab"], word)
+    changes = style_changes(draft, start, len(images), prompts)
+    changes[("data", "placeholder")] = word or MISSING
+    changes[("data", "instance_prompt")] = instance if len(captions) < len(images) else MISSING
+    about = (
+        f"A style from {len(images)} pictures in {draft.images}. {remark_on(word, len(captions))}\n"
+        f"It started from {draft.recipe}, whose head says what memory it takes; so does --dry-run.\n"
+        "Every key is explained in docs/pictures.md."
+    )
+    config: Any = write_config(draft, changes, about)
+    write_text(draft.prompts, "".join(f"{prompt}\n" for prompt in prompts))
+    uncaptioned = [image._replace(caption=instance) if image.source == UNCAPTIONED else image for image in images]
+    print(describe_style(uncaptioned, config, word))
+    print(f"prompts   {prompts[0]}, ...\n\nwritten   {draft.file}, {draft.prompts}")
+    sheet = ["sample", draft.prompts, "--set", f"adapter.path={draft.run}", "strengths=[0, 1]"]
+    drawn = f"runs/{draft.prompts.stem}/001"
+    print_next(
+        config,
+        {
+            "--dry-run first: what it takes": ["train", draft.file],
+            "without and with the adapter": sheet,
+            "a page of all pictures": ["gallery", drawn],
+        },
+    )
+
+
+def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, prompts: Sequence[str]) -> Changes:
+    """What is written over the recipe, but for the captions."""
+    steps = steps_for(num_images, start.train.steps)
+    changes: Changes = {("data", "folder"): draft.images, ("train", "steps"): steps}
+    changes[("train", "checkpoint_every")] = steps // 4
+    if start.sample.prompts:
+        changes[("sample", "prompts")] = list(prompts)
+    if start.sample.every:
+        changes[("sample", "every")] = steps // 4
+    if draft.model not in (None, start.model.path):
+        changes |= {("model", "path"): draft.model, ("model", "vae"): MISSING}  # it has a VAE of its own
+    return changes
+
+
+def describe_style(images: Sequence[CaptionedImage], config: TrainDiffusionConfig, word: str | None) -> str:
+    """What was found in the folder, and what follows from it."""
+    num_captions = sum(image.source != UNCAPTIONED for image in images)
+    return "\n".join(
+        [
+            describe_pictures(images, config.data),
+            describe_captions(images, config.data, None),
+            f"trigger   {remark_on(word, num_captions)}",
+            describe_length(len(images), config.train),
+        ]
+    )
+
+
+def remark_on(word: str | None, num_captions: int) -> str:
+    """What the word of the style means for prompts."""
+    if word is None:
+        return "No word is in all captions, so every picture will show the style: to call it, add a word to each."
+    where = "is in the captions" if num_captions else "stands for the style, since there are no captions"
+    return f"{word} {where}: prompts need it, too."
+
+
+def steps_for(num_images: int, steps: int) -> int:
+    """The recipe's steps for as many pictures as it was made for, and in proportion for fewer or more."""
+    few, many = STYLE_PICTURES
+    exact = steps * num_images / min(max(num_images, few), many)
+    return max(FEWEST_STEPS, 50 * round(exact / 50))
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+def questions(draft: Draft) -> None:
+    """Writes the config of a training on conversations."""
+    from dora_mm.data.vl.readers.chat import file_items, find_shape  # needs pyarrow
+
+    if draft.data is None:
+        raise ValueError("--data is missing: the file of your questions and answers, such as my.json")
+    path = resolve_path(draft.data, "--data")
+    shape, num_rows = find_shape(path).name, sum(1 for _ in file_items(path))
+    changes: Changes = {("data", "train", "file"): draft.data, ("data", "train", "images"): draft.images}
+    changes[("train", "epochs")] = 1 if num_rows >= FEW_ROWS else 3
+    if draft.model is not None:
+        changes[("model", "path")] = draft.model
+    if largest_card() is None:  # many processors emulate half precision
+        changes |= {("model", "dtype"): "float32", ("train", "mixed_precision"): "no"}
+    about = (
+        f"{num_rows} rows of {draft.data} about the images in {draft.images}.\n"
+        f"It started from {draft.recipe}, whose head says what memory it takes.\n"
+        "--dry-run checks every row and shows some as the model sees them. Every key is explained in docs/vlm.md."
+    )
+    config: Any = write_config(draft, changes, about)
+    print(f"questions {num_rows} rows of {draft.data}, {shape}; images in {draft.images}\n\nwritten   {draft.file}")
+    print_next(
+        config,
+        {
+            "--dry-run first: every row is checked": ["train", draft.file],
+            "without and with the adapter": ["ask", config.model.path, "IMAGE", "QUESTION", "--adapter", draft.run],
+            "for transformers and vLLM": ["merge", config.model.path, draft.run, "merged"],
+        },
+    )
+
+
+# --- both ------------------------------------------------------------------------------------------------------------
+
+
+def write_config(draft: Draft, changes: Mapping[tuple[str, ...], Any], about: str) -> Any:
+    """Writes the recipe with changes, under a head of its own, and reads it."""
+    lines = resolve_path(draft.recipe).read_text(encoding="utf-8").split("\n")
+    body = lines[next(number for number, line in enumerate(lines) if not line.startswith("#")) :]
+    head = [f"# {line}".rstrip() for line in [f"dora-mm train {draft.file}", "", *about.split("\n")]]
+    write_text(draft.file, edited("\n".join([*head, *body]), changes))
+    return load_config(draft.file)
+
+
+def print_next(config: Any, commands: Mapping[str, Sequence[object]]) -> None:
+    """Prints how to get the model, if it is not on this machine, and the commands that follow, each with its reason."""
+    path = config.model.path
+    if local_copy(resolve_model(path), config.model.revision) is None:
+        print(f"model     {path} is not on this machine: the training downloads it; before that: hf download {path}")
+        print("          or --model PATH takes one that you have")
+    lines = {what: f"  dora-mm {shlex.join(map(str, words))}" for what, words in commands.items()}
+    width = max(map(len, lines.values()))
+    print("next")
+    for what, line in lines.items():
+        print(f"{line:<{width}}   # {what}")

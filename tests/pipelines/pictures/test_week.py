@@ -1,0 +1,97 @@
+"""A newcomer's way on a tiny model: new, train, sample, score, gallery, by the lines that each command prints."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dora_mm.cli import main
+from dora_mm.config.pictures import AdapterChoice, EvalStyleConfig
+from dora_mm.recipes import PIPELINES
+from dora_mm.sampling.manifest import read_manifest
+
+SMALL = ["data.resolution=64", "train.steps=2", "schedule.warmup_steps=0", "train.batch_size=2", "sample.steps=1"]
+
+
+def printed_command(lines: list[str], start: str) -> list[str]:
+    """The arguments of the command in the last line that begins with `start`."""
+    (line,) = [line for line in lines if line.startswith(start)]
+    return shlex.split(line.partition("dora-mm ")[2])
+
+
+@pytest.fixture(scope="module")
+def week(tmp_path_factory, tiny_folder):
+    """What the commands of a way have printed, by the command; it runs in a folder of its own, with two pictures."""
+    folder = tmp_path_factory.mktemp("week")
+    (folder / "mine").mkdir()
+    for number, name in enumerate(("a.png", "b.jpg", "c.webp")):
+        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "mine" / name)
+        (folder / "mine" / name).with_suffix(".txt").write_text(f"a sks2 drawing of a {['bus', 'cat', 'key'][number]}")
+    code = "import sys; from dora_mm.cli import main; sys.exit(main(sys.argv[1:]))"
+
+    def run(*arguments: str) -> list[str]:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Loading" not in done.stderr  # bars of libraries
+        return (done.stdout + done.stderr).splitlines()
+
+    printed = {"folder": folder}
+    printed["new"] = run("new", "sdxl", "style", "--images", "mine", "--model", str(tiny_folder))
+    printed["train"] = run("train", "style.yaml", "--set", *SMALL)
+    printed["sample"] = run(*printed_command(printed["train"], "to draw"), "steps=1", "guidance=1.0")
+    few = ["steps=1", "guidance=1.0", "plain_prompts=[a bus, a cat]", "prompts=[a sks2 bus, a sks2 key]"]
+    score = ["eval", "configs/sdxl/eval_style.yaml", "--set", "adapter.path=runs/style/001", *few]
+    printed["eval"] = run(*score)
+    printed["gallery"] = run(*printed_command(printed["eval"], "to look"))
+    return printed
+
+
+def test_every_command_ends_with_the_next(week):
+    assert printed_command(week["train"], "to draw") == [
+        *("sample", "style_prompts.txt", "--set", "adapter.path=runs/style/001", "strengths=[0, 1]")
+    ]
+    assert printed_command(week["sample"], "to look") == ["gallery", "runs/style_prompts/001"]
+    (folder,) = [line for line in week["sample"] if line.startswith("images")]
+    assert folder == "images    8 of 8 in runs/style_prompts/001/samples"
+    assert "pictures: 8 of 8 pictures" in week["sample"]  # on a pipe
+    assert week["gallery"] == ["gallery  runs/eval_style/001/gallery/index.html"]
+
+
+def test_the_score_of_an_own_style(week):
+    run = week["folder"] / "runs/eval_style/001"
+    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    parts = [f"{name}, {part}" for part in ("prompts in the style", "prompts without it")
+             for name in ("bare model", "adapter", "adapter minus bare")]  # fmt: skip
+    assert list(rows) == [*parts, "training pictures"]
+    assert set(rows["adapter, prompts without it"]) == {"likeness", "nearest", "variety", "drift"}
+    assert all(value["low"] <= value["mean"] <= value["high"] for row in rows.values() for value in row.values())
+    printed = "\n".join(week["eval"])
+    assert "beside 3 training pictures: 2 seeds" in printed
+    assert "clip_model names a better one" in printed
+    entries = read_manifest(run)
+    assert len(entries) == 16
+    assert all(entry.scores for entry in entries)
+    with Image.open(run / "sheet.png") as page:
+        assert min(page.size) > 64
+
+
+def test_an_adapter_that_does_not_say_what_it_was_trained_on_needs_the_folder():
+    recipe = PIPELINES.load("eval_style")
+    config = EvalStyleConfig(pipeline="eval_style", name="a", adapter=AdapterChoice(path="a.safetensors"))
+    with pytest.raises(ValueError, match="images: a.safetensors does not say what it was trained on"):
+        recipe.training_images(config, None)
+
+
+def test_a_dry_run_ends_with_the_line_without_it(week, monkeypatch, capsys):
+    monkeypatch.chdir(week["folder"])
+    recipe = PIPELINES.load("train_diffusion")
+    monkeypatch.setattr(recipe, "describe", lambda *arguments: "what it takes")
+    assert main(["train", "style.yaml", "--set", "seed=3", "data.folder=mine", "--dry-run"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "to start  dora-mm train style.yaml --set seed=3 data.folder=mine"

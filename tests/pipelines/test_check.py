@@ -1,0 +1,51 @@
+"""dora-mm check: the machine, what is missing, and the recipe that fits."""
+
+import pytest
+
+from dora_mm.cli import main
+from dora_mm.preview import machine
+from dora_mm.preview.machine import CardInfo
+from dora_mm.recipes import PIPELINES
+
+check = PIPELINES.load("check")
+
+
+def lines(capsys) -> dict[str, str]:
+    """The last line of each kind."""
+    printed = capsys.readouterr().out.splitlines()
+    return {" ".join(line.split()[: 2 if line.startswith("recipe") else 1]): line for line in printed}
+
+
+def test_a_machine_without_a_card(capsys, monkeypatch):
+    monkeypatch.setattr(machine, "cards", list)
+    assert main(["check"]) == 0
+    found = lines(capsys)
+    assert found["gpu"].startswith("gpu       none")
+    assert found["recipe sdxl"].endswith("needs a card of 12 GB; on a processor configs/sdxl/tiny_3d_icon.yaml")
+    assert {"python", "machine", "torch", "packages", "recipe vlm"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("memory", "recipe"), [(11.6, "12gb"), (15.7, "16gb"), (23.6, "3d_icon.yaml"), (7.6, "needs a card")]
+)
+def test_the_recipe_that_fits_a_card(capsys, monkeypatch, memory, recipe):
+    monkeypatch.setattr(machine, "cards", lambda: [CardInfo("a card", memory, "fp16")])
+    assert main(["check"]) == 0
+    found = lines(capsys)
+    assert found["gpu"] == f"gpu       a card, {memory} GB, fp16"
+    assert recipe in found["recipe sdxl"]
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(capsys, monkeypatch):
+    versions = {"timm": None, "peft": "0.1"}
+    installed = check.installed
+    monkeypatch.setattr(check, "installed", lambda name: versions.get(name, installed(name)))
+    assert main(["check"]) == 2
+    captured = capsys.readouterr()
+    assert "timm is not installed: pip install 'dora_mm[eval]'" in captured.out
+    assert "peft 0.1 is not >=0.20" in captured.err
+
+
+def test_a_card_that_torch_cannot_use_is_said(monkeypatch):
+    monkeypatch.setattr(check.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert "torch 2.13.0+cpu cannot use" in check.without_card("2.13.0+cpu")
