@@ -127,11 +127,12 @@ def new_weight(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
     """
     W = torch.empty(weight.shape, dtype=adapter_dtype(weight.dtype))
     for rows, part in in_rows(layer, weight):
-        W[rows] = _new_rows(part, weight[rows].to(W.dtype), strength)
+        W[rows] = new_rows(part, weight[rows].to(W.dtype), strength)
     return W
 
 
-def _new_rows(layer: LayerState, W0: Tensor, strength: float) -> Tensor:
+def new_rows(layer: LayerState, W0: Tensor, strength: float = 1.0) -> Tensor:
+    """The same for W0 in the dtype of the result, all at once; for strength 0 it is W0 itself."""
     if strength == 0:
         return W0  # bit for bit: a sum with 0 turns -0 into 0
     if "weight" in layer.tensors:

@@ -23,14 +23,14 @@ from torch import Tensor
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.algebra.exact import gain, new_weight, norms
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import parts as roles
-from dora_mm.formats.tools import products
+from dora_mm.formats.tools import formulas, products
 from dora_mm.formats.tools.parts import (
     BARE_NAMES,
     LYCORIS_PARTS,
     OLD_KOHYA_NAMES,
     OLD_PARTS,
     Parts,
+    as_difference,
     kohya_tensors,
     neutral,
 )
@@ -44,16 +44,6 @@ NAMES = re.compile(rf"{OLD_KOHYA_NAMES.pattern}|diffusion_model\.|transformer\.|
 PARTS = {**LYCORIS_PARTS, **products.GLORA, **OLD_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"}
 TARGET_KEY = "dora_mm_target"  # says for which version a magnitude was written: the tensors cannot
 PAIR_TARGETS = ("comfy, file 1 of 2", "comfy, file 2 of 2")
-
-
-# --- what it computes ------------------------------------------------------------------------------------------------
-
-
-def apply_2025(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    if "m" not in parts or roles.axis_of_shape(parts["m"], W0) == "in":
-        return roles.updated(parts, W0, strength)
-    V = W0 + roles.scaling(parts) * roles.product(parts, W0)
-    return roles.linear(W0, roles.decomposed(parts["m"], V, norms(W0, "out")), strength)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -100,7 +90,7 @@ def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
 
 
 def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return roles.as_difference(new_weight(layer, W0).sub_(W0))
+    return as_difference(new_weight(layer, W0).sub_(W0))
 
 
 def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
@@ -114,7 +104,7 @@ def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
 TOOL_2025 = Tool(
     names=NAMES,
     parts=PARTS,
-    apply=apply_2025,
+    dora=formulas.over_base,
     differs="divides by the norm of W0 on the output axis",
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-2025$"),
     read=read_2025,
@@ -122,7 +112,7 @@ TOOL_2025 = Tool(
 TOOL_15458 = Tool(
     names=NAMES,
     parts=PARTS,
-    apply=roles.updated,
+    dora=formulas.over_updated,
     differs="divides by the norm of the updated weight",
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-15458$"),
     wrote_key=re.compile(r"diffusion_model\."),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools.formulas import Formula, Update, added
 from dora_mm.formats.tools.parts import Parts, have_rows, neutral
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
@@ -47,8 +48,8 @@ class Tool:
     Attributes:
         names: Matches the module names that the tool knows, at their beginning; keys of others are ignored by it.
         parts: The key table: the role of each tensor (see `parts.py`) by the end of its key. Others are ignored.
-        apply: W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t. It is plain
-            torch, in the dtype of W0, and broadcasts and raises where the tool does.
+        dora: The formula of a module with a magnitude, of `formulas.py` where it is that of several tools.
+        lora: That of one without.
         differs: What the tool does in another way than the paper, as the end of a sentence that begins with its name.
         axis: Over which axis it takes norms: `out`, `in`, or by the `shape` of the magnitude.
         strengths: The other strengths that people set in it; empty for trainers, which have none.
@@ -73,8 +74,9 @@ class Tool:
 
     names: re.Pattern[str]
     parts: Mapping[str, str]
-    apply: Callable[[Parts, Tensor, float], Tensor]
+    dora: Formula
     differs: str
+    lora: Formula = added
     axis: str = "shape"
     strengths: tuple[float, ...] = (0.0, 0.5, 2.0)
     wrote_key: re.Pattern[str] | None = None
@@ -133,8 +135,16 @@ class Tool:
             return {**{role: found for role, found in parts.items() if role != "m"}, "lost": parts["m"]}
         return parts
 
+    def formula(self, parts: Parts) -> Formula:
+        """What computes W(t) from the tensors of a module by role."""
+        return self.dora if parts.keys() & {"m", "lost"} else self.lora
+
+    def apply(self, parts: Parts, W0: Tensor, strength: float) -> Tensor:
+        """W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t."""
+        return self.formula(parts)(Update(parts, W0), strength)
+
     def is_by_rows(self, parts: Parts, num_rows: int) -> bool:
-        """Whether `apply` computes each of so many rows of a weight from itself alone, without norms over several."""
+        """Whether its formula computes each of so many rows of a weight from itself alone, without norms over several."""
         on_rows = self.axis == "out" or (self.axis == "shape" and parts["m"].dim() > 1) if "m" in parts else True
         return on_rows and have_rows(parts, num_rows)
 
@@ -147,7 +157,7 @@ class Export:
         write: The tensors of a module by the end of their keys, from the neutral form and W0. Raises ValueError where
             the form cannot hold it.
         spelling: How modules are named: a key of `registry.SPELLINGS`.
-        read_by: The tools whose `apply` must give W' from what is written.
+        read_by: The tools whose formula must give W' from what is written.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
         header: The entries that the header must have. One that is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
