@@ -108,9 +108,13 @@ def _gain(layer: LayerState, W0: Tensor, BA: Tensor, V: Tensor | None = None) ->
     divided_by = {"updated": layer.spec.scaling, "base": 0.0, "unscaled": 1.0}[layer.norm]
     if V is None or layer.norm != "updated":
         V = torch.add(W0, BA, alpha=divided_by) if divided_by else W0
+    return gain_of(layer, V)
+
+
+def gain_of(layer: LayerState, V: Tensor) -> Tensor:
+    """M / ||V||; 1 where the norm is 0."""
     n = norms(V, layer.axis)
-    g = along(layer.tensors["magnitude"], W0, layer.axis) / n
-    return g.masked_fill_(n == 0, 1)
+    return (along(layer.tensors["magnitude"], V, layer.axis) / n).masked_fill_(n == 0, 1)
 
 
 @torch.no_grad()
@@ -129,6 +133,16 @@ def new_weight(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
     for rows, part in in_rows(layer, weight):
         W[rows] = new_rows(part, weight[rows].to(W.dtype), strength)
     return W
+
+
+@torch.no_grad()
+def difference(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tensor:
+    """W(t) - W0, as `new_weight`."""
+    D = torch.empty(weight.shape, dtype=adapter_dtype(weight.dtype))
+    for rows, part in in_rows(layer, weight):
+        W0 = weight[rows].to(D.dtype)
+        torch.sub(new_rows(part, W0, strength), W0, out=D[rows])
+    return D
 
 
 def new_rows(layer: LayerState, W0: Tensor, strength: float = 1.0) -> Tensor:
@@ -164,7 +178,7 @@ def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerSt
     """
     W0 = weight.to(adapter_dtype(weight.dtype))
     if layer.spec.method == "full":
-        return replace(layer, tensors={"diff": strength * (new_weight(layer, W0) - W0)})
+        return replace(layer, tensors={"diff": strength * difference(layer, W0)})
     BA, s = product(layer, W0), layer.spec.scaling
     g = _gain(layer, W0, BA)
     e = 1 + strength * (g - 1)
@@ -208,7 +222,7 @@ def full_rank(layer: LayerState, weight: Tensor) -> LayerState:
     It is exact at every strength, and has the size of D and of the smaller of the two identity matrices.
     """
     W0 = weight.to(adapter_dtype(weight.dtype))
-    D = new_weight(layer, W0) - W0
+    D = difference(layer, W0)
     rows, columns = D.flatten(1).shape
     rank = min(rows, columns)
     one = torch.eye(rank, dtype=D.dtype)

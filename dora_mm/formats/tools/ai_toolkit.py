@@ -36,14 +36,14 @@ def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
-def dora(update: Update, strength: float) -> Tensor:
-    V = update.W0 + strength * update.BA
-    g = update.m[:, None] / norms(V, "out")
-    return lora(update, strength) + (g - 1) * V
+def dora(update: Update, m: Tensor, strength: float) -> Tensor:
+    V = update.plus(strength)
+    g = m.to(V.dtype)[:, None] / norms(V, "out")
+    return lora(update, m, strength) + (g - 1) * V
 
 
-def lora(update: Update, strength: float) -> Tensor:
-    return update.W0 + update.scaling * (strength * update.BA)
+def lora(update: Update, m: Tensor | None, strength: float) -> Tensor:
+    return update.W0 + update.scaling * (strength * update.BA())
 
 
 TOOL = Tool(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.exact import gain, new_weight, norms
+from dora_mm.formats.algebra.exact import difference, gain, norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import formulas, products
 from dora_mm.formats.tools.parts import (
@@ -73,24 +73,29 @@ def write_2025(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return kohya_tensors(layer)
 
 
+def with_gain(layer: LayerState, W0: Tensor) -> LayerState:
+    """The adapter with g, which both files of the pair need."""
+    return replace(layer, tensors={**layer.tensors, "gain": gain(layer, W0)})
+
+
 def write_rows(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The first file of the pair; nothing for plain LoRA."""
     if "magnitude" not in layer.tensors:
         return {}
-    magnitude = (gain(layer, W0) * norms(W0, "out")).flatten()
+    magnitude = (layer.tensors["gain"] * norms(W0, "out")).flatten()
     zeros = {"lora_A": torch.zeros(1, *W0.shape[1:]), "lora_B": torch.zeros(W0.shape[0], 1)}
     return kohya_tensors(LayerState(DoRASpec(rank=1), {**zeros, "magnitude": magnitude}))
 
 
 def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The second file of the pair."""
-    g = gain(layer, W0).reshape(-1, 1)
+    g = layer.tensors["gain"].reshape(-1, 1)
     tensors = {"lora_A": layer.tensors["lora_A"], "lora_B": layer.tensors["lora_B"].to(g.dtype) * g}
     return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))
 
 
 def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return as_difference(new_weight(layer, W0).sub_(W0))
+    return as_difference(difference(layer, W0))
 
 
 def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
@@ -149,6 +154,7 @@ PAIR = tuple(
         header=lambda contents, target=target: {TARGET_KEY: target},
         columns=False,
         diffs=False,
+        prepare=with_gain,
         usage=usage_of_pair,
     )
     for write, target in zip((write_rows, write_low_rank), PAIR_TARGETS, strict=True)

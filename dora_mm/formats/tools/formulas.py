@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools import products
-from dora_mm.formats.tools.parts import Parts, down, with_rows
+from dora_mm.formats.tools.parts import Parts, down, of_rows
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -25,23 +25,18 @@ class Update:
     """What the tensors of a module make of a weight, or of some rows of it; each value is computed once.
 
     Attributes:
-        parts: The tensors by role.
+        parts: The tensors by role, without the magnitude.
         W0: The weight.
+        scaling: s, alpha / rank; 1 without alpha.
     """
 
     def __init__(self, parts: Parts, W0: Tensor):
         self.parts, self.W0 = parts, W0
+        self.scaling = scaling(parts)
+        self._scaled: list[tuple[Tensor, Tensor]] = []
 
-    @cached_property
-    def scaling(self) -> float:
-        """s, alpha / rank; 1 without alpha."""
-        if products.method_of(self.parts):
-            return products.scaling(self.parts)
-        return float(self.parts["alpha"]) / self.parts["A"].shape[0] if "alpha" in self.parts else 1.0
-
-    @cached_property
     def BA(self) -> Tensor:
-        """B A in the shape and dtype of W0, without alpha; or the change that stands for it."""
+        """B A in the shape and dtype of W0, without alpha; or the change that stands for it. A new tensor."""
         if products.method_of(self.parts):
             return products.product(self.parts, self.W0)
         A, B = down(self.parts).to(self.W0.dtype), self.parts["B"].to(self.W0.dtype)
@@ -50,17 +45,14 @@ class Update:
     @cached_property
     def V(self) -> Tensor:
         """W0 + s B A."""
-        return self.W0 + (self.BA if self.scaling == 1 else self.scaling * self.BA)
+        if "B" in self.parts and not self.parts["B"].any():
+            return self.W0
+        return self.plus(self.scaling)
 
-    @property
-    def m(self) -> Tensor:
-        """The magnitude, in the dtype of W0."""
-        return self.parts["m"].to(self.W0.dtype)
-
-    @cached_property
-    def axis(self) -> str:
-        """The axis of the magnitude as most loaders decide it."""
-        return axis_of_shape(self.parts["m"], self.W0)
+    def plus(self, factor: float) -> Tensor:
+        """W0 and so much of B A, rounded in between as in the tools; in the memory of B A."""
+        BA = self.BA()
+        return (BA if factor == 1 else BA.mul_(factor)).add_(self.W0)
 
     def norms(self, axis: str) -> Tensor:
         """The norms of V along an axis, in a shape that broadcasts over it."""
@@ -74,17 +66,23 @@ class Update:
     def _norms_of_columns(self) -> Tensor:
         return norms(self.V, "in")
 
-    def over(self, W0: Tensor) -> Update:
-        """The same tensors over another weight of the shape."""
-        if W0 is self.W0:
-            return self
-        found = Update(self.parts, W0)
-        if not products.method_of(self.parts) and "BA" in self.__dict__:
-            found.BA = self.BA
-        return found
+    def scaled(self, gain: Tensor) -> Tensor:
+        """V g; for the same g the same tensor."""
+        for known, W in self._scaled:
+            if torch.equal(known, gain):
+                return W
+        self._scaled.append((gain, self.V * gain))
+        return self._scaled[-1][1]
 
 
-Formula: TypeAlias = Callable[[Update, float], Tensor]
+Formula: TypeAlias = Callable[[Update, Any, float], Tensor]  # of the update, m if there is one, and t
+
+
+def scaling(parts: Parts) -> float:
+    """Alpha / rank; 1 without alpha."""
+    if products.method_of(parts):
+        return products.scaling(parts)
+    return float(parts["alpha"]) / parts["A"].shape[0] if {"alpha", "A"} <= parts.keys() else 1.0
 
 
 def axis_of_shape(m: Tensor, W0: Tensor) -> str:
@@ -92,38 +90,38 @@ def axis_of_shape(m: Tensor, W0: Tensor) -> str:
     return "out" if m.shape[0] == W0.shape[0] else "in"
 
 
-def added(update: Update, strength: float) -> Tensor:
+def added(update: Update, m: Tensor | None, strength: float) -> Tensor:
     """W0 + t s B A, or with a difference of weights."""
     if "diff" in update.parts:
         return torch.add(update.W0, update.parts["diff"].to(update.W0.dtype).view_as(update.W0), alpha=strength)
-    return torch.add(update.W0, update.BA, alpha=strength * update.scaling)
+    BA = update.BA()
+    return torch.add(update.W0, BA, alpha=strength * update.scaling, out=BA)
 
 
-def over_updated(update: Update, strength: float) -> Tensor:
+def over_updated(update: Update, m: Tensor, strength: float) -> Tensor:
     """DoRA as in the paper, by the axis that the shape says."""
-    return linear(update.W0, decomposed(update, update.norms(update.axis)), strength)
+    return linear(update.W0, decomposed(update, m, update.norms(axis_of_shape(m, update.W0))), strength)
 
 
-def over_updated_rows(update: Update, strength: float) -> Tensor:
+def over_updated_rows(update: Update, m: Tensor, strength: float) -> Tensor:
     """The same, where flat magnitudes are always of output rows."""
-    parts = with_rows(update.parts)
-    return over_updated(update if parts is update.parts else Update(parts, update.W0), strength)
+    return over_updated(update, of_rows(m, update.W0.dim()), strength)
 
 
-def over_base(update: Update, strength: float) -> Tensor:
-    """The same, where n is the norm of W0 on the output axis."""
-    n = norms(update.W0, "out") if update.axis == "out" else update.norms("in")
-    return linear(update.W0, decomposed(update, n), strength)
+def over_base(update: Update, m: Tensor, strength: float) -> Tensor:
+    """The same as `over_updated`, where n is the norm of W0 on the output axis."""
+    n = norms(update.W0, "out") if axis_of_shape(m, update.W0) == "out" else update.norms("in")
+    return linear(update.W0, decomposed(update, m, n), strength)
 
 
-def over_columns(update: Update, strength: float) -> Tensor:
+def over_columns(update: Update, m: Tensor, strength: float) -> Tensor:
     """DoRA of input columns, whatever the shape of the magnitude: (O, 1) broadcasts."""
-    return linear(update.W0, update.V * (update.m / update.norms("in")), strength)
+    return linear(update.W0, update.scaled(m.to(update.W0.dtype) / update.norms("in")), strength)
 
 
-def decomposed(update: Update, n: Tensor) -> Tensor:
+def decomposed(update: Update, m: Tensor, n: Tensor) -> Tensor:
     """V m / n as loaders compute it: by broadcasting, with fp32's epsilon at the norm."""
-    return update.V * (update.m / (n + EPS))
+    return update.scaled(m.to(update.W0.dtype) / (n + EPS))
 
 
 def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:

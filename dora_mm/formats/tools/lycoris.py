@@ -16,8 +16,8 @@ from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS, kohya_tensor
 from dora_mm.formats.tools.tool import Export, Tool
 
 
-def dora(update: Update, strength: float) -> Tensor:
-    W = over_updated(update, 1.0)
+def dora(update: Update, m: Tensor, strength: float) -> Tensor:
+    W = over_updated(update, m, 1.0)
     return W if strength == 1 else update.V + strength * (W - update.V)
 
 

@@ -99,8 +99,9 @@ def read(parts: Parts, axis: str | None) -> LayerState:
     return neutral(parts, "out")
 
 
-def computed(update: Update, strength: float) -> Tensor:
-    return new_weight(read(update.parts, None), update.W0, strength)
+def computed(update: Update, m: Tensor | None, strength: float) -> Tensor:
+    parts = update.parts if m is None else {**update.parts, "m": m}
+    return new_weight(read(parts, None), update.W0, strength)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -13,15 +13,15 @@ from dora_mm.formats.tools.tool import Tool
 MAGNITUDE = "weight_m_wdecomp.weight"
 
 
-def dora(update: Update, strength: float) -> Tensor:
-    return peft.dora(update, 1.0)  # it has no strength
+def dora(update: Update, m: Tensor, strength: float) -> Tensor:
+    return peft.dora(update, m, 1.0)  # it has no strength
 
 
 TOOL = Tool(
     names=peft.NAMES,
     parts={"lora_A.weight": "A", "lora_B.weight": "B", MAGNITUDE: "m"},
     dora=dora,
-    lora=lambda update, strength: peft.lora(update, 1.0),
+    lora=lambda update, m, strength: peft.lora(update, m, 1.0),
     differs="computes what the paper does",
     axis="out",
     strengths=(),

@@ -71,6 +71,11 @@ def rows_of_parts(parts: Parts, rows: slice) -> Parts:
     return {role: tensor[rows] if role in _ON_ROWS else tensor for role, tensor in parts.items()}
 
 
+def without_magnitude(parts: Parts) -> Parts:
+    """The tensors that are no magnitude."""
+    return {role: tensor for role, tensor in parts.items() if role not in ("m", "lost")}
+
+
 def have_rows(parts: Parts, num_rows: int) -> bool:
     """Whether each tensor that has the rows of the weight has so many; no where there are roles of another method."""
     known = parts.keys() <= {*_ON_ROWS, "A", "mid", "alpha"}
@@ -79,9 +84,12 @@ def have_rows(parts: Parts, num_rows: int) -> bool:
 
 def with_rows(parts: Parts) -> Parts:
     """Flat magnitudes where they are always of output rows: `.magnitude`, `.lora_magnitude_vector`."""
-    if not {"A", "m"} <= parts.keys() or parts["m"].dim() > 1:
-        return parts
-    return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
+    return {**parts, "m": of_rows(parts["m"], parts["A"].dim())} if {"A", "m"} <= parts.keys() else parts
+
+
+def of_rows(m: Tensor, dim: int) -> Tensor:
+    """A magnitude, which is that of output rows of a weight where it is flat."""
+    return m if m.dim() > 1 else m.reshape(-1, *(1,) * (dim - 1))
 
 
 # --- to and from the neutral form ------------------------------------------------------------------------------------

@@ -49,15 +49,18 @@ PARTS = {
 # --- what it computes ------------------------------------------------------------------------------------------------
 
 
-def dora(update: Update, strength: float) -> Tensor:
+def dora(update: Update, m: Tensor | None, strength: float) -> Tensor:
     """A magnitude that is missing is the norm of W0, with which PEFT initialises it."""
-    V, W0 = lora(update, strength), update.W0
-    m = along(update.m.flatten(), W0, "out") if "m" in update.parts else norms(W0, "out")
+    W0 = update.W0
+    m = norms(W0, "out") if m is None else along(m.flatten(), W0, "out")
+    if strength == 1:
+        return update.scaled(m / update.norms("out"))
+    V = lora(update, m, strength)
     return m / norms(V, "out") * V
 
 
-def lora(update: Update, strength: float) -> Tensor:
-    return update.V if strength == 1 else update.W0 + strength * update.scaling * update.BA
+def lora(update: Update, m: Tensor | None, strength: float) -> Tensor:
+    return update.V if strength == 1 else update.plus(strength * update.scaling)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -10,21 +10,24 @@ from dataclasses import replace
 from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
-from dora_mm.formats.tools.formulas import EPS, Update, linear
+from dora_mm.formats.tools.formulas import EPS, Update, axis_of_shape, linear, over_updated
 from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS
 from dora_mm.formats.tools.tool import Tool
 
 
-def dora(update: Update, strength: float) -> Tensor:
+def dora(update: Update, m: Tensor, strength: float) -> Tensor:
     """A magnitude of one dimension is of the rows only where it cannot be of the columns."""
-    W0, m = update.W0, update.m
+    W0 = update.W0
     rows = m.shape[0] == W0.shape[0] and (m.numel() == m.shape[0] if m.dim() > 1 else m.shape[0] != W0.shape[1])
-    return linear(W0, update.V * (m / update.norms("out" if rows else "in")), strength)
+    return linear(W0, update.scaled(m.to(W0.dtype) / update.norms("out" if rows else "in")), strength)
 
 
-def dora_2025(update: Update, strength: float) -> Tensor:
-    V = update.W0 + update.BA
-    return linear(update.W0, V * (update.m / (norms(V, update.axis) + EPS)), strength * update.scaling)
+def dora_2025(update: Update, m: Tensor, strength: float) -> Tensor:
+    if update.scaling == 1:
+        return over_updated(update, m, strength)
+    V = update.plus(1.0)
+    W = V * (m.to(V.dtype) / (norms(V, axis_of_shape(m, V)) + EPS))
+    return linear(update.W0, W, strength * update.scaling)
 
 
 TOOL = Tool(

@@ -15,7 +15,7 @@ from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools.formulas import Formula, Update, added
-from dora_mm.formats.tools.parts import Parts, have_rows, neutral
+from dora_mm.formats.tools.parts import Parts, have_rows, neutral, without_magnitude
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -141,10 +141,10 @@ class Tool:
 
     def apply(self, parts: Parts, W0: Tensor, strength: float) -> Tensor:
         """W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t."""
-        return self.formula(parts)(Update(parts, W0), strength)
+        return self.formula(parts)(Update(without_magnitude(parts), W0), parts.get("m"), strength)
 
     def is_by_rows(self, parts: Parts, num_rows: int) -> bool:
-        """Whether its formula computes each of so many rows of a weight from itself alone, without norms over several."""
+        """Whether its formula computes each of so many rows from itself alone, without norms of columns."""
         on_rows = self.axis == "out" or (self.axis == "shape" and parts["m"].dim() > 1) if "m" in parts else True
         return on_rows and have_rows(parts, num_rows)
 
@@ -159,6 +159,7 @@ class Export:
         spelling: How modules are named: a key of `registry.SPELLINGS`.
         read_by: The tools whose formula must give W' from what is written.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
+        prepare: Adds to the neutral form what the `write` of several files need.
         header: The entries that the header must have. One that is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
         dtype: The usual dtype of the tensors.
@@ -182,6 +183,7 @@ class Export:
     spelling: str = ""
     read_by: tuple[str, ...] = ()
     needs_base: bool = False
+    prepare: Callable[[LayerState, Tensor], LayerState] = lambda layer, W0: layer
     header: Callable[[Contents], dict[str, str]] = lambda contents: {}
     file_name: str = ""
     dtype: str = "float32"
@@ -198,43 +200,73 @@ class Export:
     usage: Callable[[Sequence[str], Collection[str]], str] = lambda files, axes: ""
     why_not: Callable[[Mapping[str, nn.Module]], str | None] | None = None
 
-    def write_file(
-        self,
-        file: Path,
-        modules: Iterable[tuple[str, Collection[Name], DoRASpec, Mapping[str, Tensor]]],
-        source: Header,
-        *,
-        room: int,
-        more: Iterable[tuple[str, Tensor]] = (),
-    ) -> None:
-        """Writes an adapter file one module at a time, and what the form has beside it.
-
-        Args:
-            file: The file; nothing is written where a module raises an error.
-            modules: The name of each module in the file, the modules of the model that it stands for, their settings,
-                and its tensors by the end of their keys.
-            source: The header of the file that is converted, or what is known about the adapter, which is kept.
-            room: More bytes than the header can need.
-            more: Further tensors by key.
-        """
-
-        def run(writer: TensorWriter) -> dict[str, str]:
-            specs: dict[Name, DoRASpec] = {}
-            for module, names, spec, tensors in modules:
-                specs |= dict.fromkeys(names, spec)
-                for ending, tensor in tensors.items():
-                    writer.add(f"{module}.{ending}", tensor)
-            for key, tensor in more:
-                writer.add(key, tensor)
-            header = self.header(Contents(specs, source))
-            for name in header:
-                if name.endswith(".json"):  # before the weights: a form of two files never has these alone
-                    write_text(file.with_name(name), header[name])
-            kept = {key: value for key, value in source.items() if not key.startswith(_DROPPED)}
-            return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
-
-        write_tensors(file, room, run)
-
     def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
         """The tensors of a module in the file, by the end of their keys; of W0 only the shape without `needs_base`."""
         return {self.ending(module, ending): tensor for ending, tensor in self.write(layer, W0).items()}
+
+
+class Written(NamedTuple):
+    """One of the files of an export, to be written.
+
+    Attributes:
+        export: Its form.
+        path: The file.
+        more: Further tensors by key.
+    """
+
+    export: Export
+    path: Path
+    more: Iterable[tuple[str, Tensor]] = ()
+
+
+def write_files(
+    files: Sequence[Written],
+    modules: Iterable[tuple[str, Collection[Name], DoRASpec, Sequence[Mapping[str, Tensor]]]],
+    source: Header,
+    *,
+    room: int,
+) -> None:
+    """Writes the files of an adapter one module at a time, and what their form has beside it.
+
+    Args:
+        files: The files; none is written where a module raises an error.
+        modules: The name of each module in the files, the modules of the model that it stands for, their settings, and
+            for each file its tensors by the end of their keys.
+        source: The header of the file that is converted, or what is known about the adapter, which is kept.
+        room: More bytes than the header can need.
+    """
+    specs: dict[Name, DoRASpec] = {}
+
+    def fill(writers: Sequence[TensorWriter]) -> None:
+        for module, names, spec, found in modules:
+            specs.update(dict.fromkeys(names, spec))
+            for writer, tensors in zip(writers, found, strict=True):
+                for ending, tensor in tensors.items():
+                    writer.add(f"{module}.{ending}", tensor)
+
+    def opened(rest: Sequence[Written], writers: Sequence[TensorWriter]) -> None:
+        """Opens the last of the files that are left, so that the first one is complete first."""
+        if not rest:
+            fill(writers)
+            return
+        *others, file = rest
+
+        def run(writer: TensorWriter) -> dict[str, str]:
+            opened(others, [writer, *writers])
+            for key, tensor in file.more:
+                writer.add(key, tensor)
+            return _header(file, Contents(specs, source))
+
+        write_tensors(file.path, room, run)
+
+    opened(files, [])
+
+
+def _header(file: Written, contents: Contents) -> dict[str, str]:
+    """The header of a file; what is named like a file is written beside it."""
+    header = file.export.header(contents)
+    for name in header:
+        if name.endswith(".json"):  # before the weights: a form of two files never has these alone
+            write_text(file.path.with_name(name), header[name])
+    kept = {key: value for key, value in contents.source.items() if not key.startswith(_DROPPED)}
+    return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
