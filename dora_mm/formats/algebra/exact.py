@@ -112,9 +112,10 @@ def _gain(layer: LayerState, W0: Tensor, BA: Tensor, V: Tensor | None = None) ->
 
 
 def gain_of(layer: LayerState, V: Tensor) -> Tensor:
-    """M / ||V||; 1 where the norm is 0."""
+    """g, m / ||V||; 1 where the norm is 0, and NaN where it is infinite and W' would be 0."""
     n = norms(V, layer.axis)
-    return (along(layer.tensors["magnitude"], V, layer.axis) / n).masked_fill_(n == 0, 1)
+    g = along(layer.tensors["magnitude"], V, layer.axis) / n
+    return g.masked_fill_(n == 0, 1).masked_fill_(n == math.inf, math.nan)
 
 
 @torch.no_grad()

@@ -44,8 +44,8 @@ class Comparison(NamedTuple):
     errors: list[float]
 
     def relative(self, error: float) -> float:
-        """An error relative to W' - W0; as it is where that is 0."""
-        return error / (self.size or 1)
+        """An error relative to W' - W0; as it is where that is 0, and NaN where that is not finite."""
+        return error / (self.size or 1) if math.isfinite(self.size) else math.nan
 
     def bound(self, relative: float = BOUND) -> float:
         """The relative error of W' - W0 that rounding in fp32 explains; the absolute one where W' is W0."""

@@ -43,8 +43,8 @@ class LayerVerdict:
     Attributes:
         module: The module's name in the file.
         finding: `right`, `refused` (the tool loads nothing of the file), `ignored`, `loses the magnitude`,
-            `wrong axis`, `fails` (the tool raises an error at this module), `not finite` (W_tool is not), `not in the
-            base` (a tool ignores it or raises an error), or `differs`.
+            `wrong axis`, `fails` (the tool raises an error at this module), `not finite` (W_tool or W' is not, or its
+            norms), `not in the base` (a tool ignores it or raises an error), or `differs`.
         error: ||W_tool - W'|| / ||W' - W0||; infinite where the tool raises an error, NaN where there is no number.
         reason: Why it differs or is refused, as the end of a sentence that begins with the tool's name; else empty.
     """
