@@ -196,9 +196,9 @@ class AdapterFile:
         """
         return tool.parts_of(module, self._tensors(module, tool, read or self.tensor), self.header)
 
-    def loaded(self, module: str, tool: Tool) -> dict[str, Tensor]:
-        """The tensors of a module by role that a tool finds: see `Tool.loaded`."""
-        return tool.loaded(module, self._tensors(module, tool, self.tensor), self.header)
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a module by the end of their keys."""
+        return {ending: self.tensor(key) for ending, key in self.modules[module].items()}
 
     def _tensors(self, module: str, tool: Tool, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         return {ending: read(key) for ending, key in self.modules[module].items() if ending in tool.parts}

@@ -108,9 +108,14 @@ def _gain(layer: LayerState, W0: Tensor, BA: Tensor, V: Tensor | None = None) ->
     divided_by = {"updated": layer.spec.scaling, "base": 0.0, "unscaled": 1.0}[layer.norm]
     if V is None or layer.norm != "updated":
         V = torch.add(W0, BA, alpha=divided_by) if divided_by else W0
+    return gain_of(layer, V)
+
+
+def gain_of(layer: LayerState, V: Tensor) -> Tensor:
+    """g, m / ||V||; 1 where the norm is 0, and NaN where it is infinite and W' would be 0."""
     n = norms(V, layer.axis)
-    g = along(layer.tensors["magnitude"], W0, layer.axis) / n
-    return g.masked_fill_(n == 0, 1)
+    g = along(layer.tensors["magnitude"], V, layer.axis) / n
+    return g.masked_fill_(n == 0, 1).masked_fill_(n == math.inf, math.nan)
 
 
 @torch.no_grad()
@@ -127,11 +132,22 @@ def new_weight(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tens
     """
     W = torch.empty(weight.shape, dtype=adapter_dtype(weight.dtype))
     for rows, part in in_rows(layer, weight):
-        W[rows] = _new_rows(part, weight[rows].to(W.dtype), strength)
+        W[rows] = new_rows(part, weight[rows].to(W.dtype), strength)
     return W
 
 
-def _new_rows(layer: LayerState, W0: Tensor, strength: float) -> Tensor:
+@torch.no_grad()
+def difference(layer: LayerState, weight: Tensor, strength: float = 1.0) -> Tensor:
+    """W(t) - W0, as `new_weight`."""
+    D = torch.empty(weight.shape, dtype=adapter_dtype(weight.dtype))
+    for rows, part in in_rows(layer, weight):
+        W0 = weight[rows].to(D.dtype)
+        torch.sub(new_rows(part, W0, strength), W0, out=D[rows])
+    return D
+
+
+def new_rows(layer: LayerState, W0: Tensor, strength: float = 1.0) -> Tensor:
+    """The same for W0 in the dtype of the result, all at once; for strength 0 it is W0 itself."""
     if strength == 0:
         return W0  # bit for bit: a sum with 0 turns -0 into 0
     if "weight" in layer.tensors:
@@ -163,7 +179,7 @@ def with_strength(layer: LayerState, weight: Tensor, strength: float) -> LayerSt
     """
     W0 = weight.to(adapter_dtype(weight.dtype))
     if layer.spec.method == "full":
-        return replace(layer, tensors={"diff": strength * (new_weight(layer, W0) - W0)})
+        return replace(layer, tensors={"diff": strength * difference(layer, W0)})
     BA, s = product(layer, W0), layer.spec.scaling
     g = _gain(layer, W0, BA)
     e = 1 + strength * (g - 1)
@@ -207,7 +223,7 @@ def full_rank(layer: LayerState, weight: Tensor) -> LayerState:
     It is exact at every strength, and has the size of D and of the smaller of the two identity matrices.
     """
     W0 = weight.to(adapter_dtype(weight.dtype))
-    D = new_weight(layer, W0) - W0
+    D = difference(layer, W0)
     rows, columns = D.flatten(1).shape
     rank = min(rows, columns)
     one = torch.eye(rank, dtype=D.dtype)

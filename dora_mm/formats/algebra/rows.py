@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_mm.formats.state import LayerState
 
-_VALUES = 2**18  # of a block: 1 MB in fp32, of which some are in use at a time
+_VALUES = 2**17  # of a block: 0.5 MB in fp32, of which some are in use at a time
 _ON_ROWS = ("lora_B", "magnitude", "diff", "weight")
 
 
@@ -35,8 +35,3 @@ def rows_of(layer: LayerState, rows: slice) -> LayerState:
     """The adapter of some rows of a weight, with magnitudes on the output axis."""
     assert layer.axis == "out"
     return replace(layer, tensors={name: t[rows] if name in _ON_ROWS else t for name, t in layer.tensors.items()})
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """||one - other||, of two weights in one shape."""
-    return math.hypot(*(float((one[rows] - other[rows]).norm()) for rows in row_blocks(one)))

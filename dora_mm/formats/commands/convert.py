@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from dora_mm.formats.algebra import exact
 from dora_mm.formats.algebra.fit import fitted_adapter, low_rank
 from dora_mm.formats.algebra.rows import in_rows
 from dora_mm.formats.commands import beside
-from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors, rounded
+from dora_mm.formats.commands.export_check import DTYPES, ExportCheck, ToolErrors
 from dora_mm.formats.commands.verify import open_base
 from dora_mm.formats.files.base_weights import BaseWeights, write_merged
 from dora_mm.formats.files.tensor_file import PICKLES
@@ -30,7 +30,7 @@ from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import EXPORTS, comfy
 from dora_mm.formats.tools.parts import NO_LOW_RANK
 from dora_mm.formats.tools.peft import FILE_NAME as PEFT_FILE
-from dora_mm.formats.tools.tool import Contents, Export
+from dora_mm.formats.tools.tool import Contents, Export, Written, write_files
 from dora_mm.utils.folders import written_at_once
 
 
@@ -113,14 +113,11 @@ def convert(
     if to == "comfy" and not layers.any_magnitude() and not _needs_fit(layers, exports[0]):
         raise ValueError(f"{layers.file.path} is plain LoRA, which needs no pair: use --to kohya")
     files = _new_files(Path(target_path), exports)
-    errors: tuple[ToolErrors, ...] = ()
     with _filled(files[0].parent) as folder:
-        for number, file in enumerate(files):
-            check = None if number else _check(exports[0], layers, to, allow_lossy=allow_lossy)
-            writer.write(number, folder / file.name, check)
-            errors = check.result() if check else errors
+        check = _check(exports[0], layers, to, allow_lossy=allow_lossy)
+        writer.write([folder / file.name for file in files], check)
     usage = exports[0].usage([file.name for file in files], writer.axes)
-    return Conversion(tuple(files), len(layers.names()), errors, weights is not None, usage, left_out)
+    return Conversion(tuple(files), len(layers.names()), check.result(), weights is not None, usage, left_out)
 
 
 def _check_settings(
@@ -248,9 +245,9 @@ class _MergedWeights(Mapping[Name, Tensor]):
         rounded, norms = torch.empty(W0.shape, dtype=self._weights.dtype(name)), []
         for rows, part in in_rows(layer, W0):
             old = W0[rows].float()
-            W = exact.new_weight(part, old, self._strength)
+            W = exact.new_rows(part, old, self._strength)
             rounded[rows] = W
-            norms.append((float((rounded[rows] - W).norm()), float((W - old).norm())))
+            norms.append((float(rounded[rows].float().sub_(W).norm()), float((W - old).norm())))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
         return rounded.T if transposed else rounded
@@ -296,47 +293,42 @@ class _Writer:
         self.groups = Names(layers.weights or ()).write(layers.names(), exports[0].spelling)
         self.one_method = exports[0].one_method and layers.any_magnitude()
 
-    def write(self, number: int, file: Path, check: ExportCheck | None) -> None:
-        """Writes one of the files; the first one is judged together with those that will follow."""
+    def write(self, files: Sequence[Path], check: ExportCheck) -> None:
+        """Writes the files."""
         source = self.layers.file
-        if source.embeddings and self.exports[number].spelling in ("peft", "diffusers"):
+        if source.embeddings and self.exports[0].spelling in ("peft", "diffusers"):
             raise ValueError(
                 f"{source.path} holds embeddings of new tokens, for which the files of {self.to} have no place: "
                 "use --to kohya"
             )
-        modules = self._modules(number, file.name, check)
         more = [(key, source.tensor(key)) for key in source.embeddings]
-        if self.exports[number].beside:
-            more += beside.bias_tensors(self.layers, self.exports[number].spelling, self.strength, self.dtype)
-        self.exports[number].write_file(file, modules, source.header, room=self.room(), more=more)
+        if self.exports[0].beside:
+            more += beside.bias_tensors(self.layers, self.exports[0].spelling, self.strength, self.dtype)
+        written = [Written(export, file, more) for export, file in zip(self.exports, files, strict=True)]
+        write_files(written, self._modules(files[0].name, check), source.header, room=self.room())
 
     def _modules(
-        self, number: int, file_name: str, check: ExportCheck | None
-    ) -> Iterator[tuple[str, tuple[Name, ...], DoRASpec, dict[str, Tensor]]]:
-        """The modules of one of the files, as `Export.write_file` takes them; then the rounding of all is checked."""
+        self, file_name: str, check: ExportCheck
+    ) -> Iterator[tuple[str, tuple[Name, ...], DoRASpec, list[dict[str, Tensor]]]]:
+        """The modules of the files, as `write_files` takes them; then the rounding of all is checked."""
         source = self.layers.file.path
         for module, group in tqdm(self.groups.items(), file_name, unit="module", delay=2, disable=None):
             with located(f"{source}: {module}"):
-                tensors, spec = self.tensors(number, module, group, check)
+                tensors, spec = self.tensors(module, group, check)
             yield module, group.names, spec, tensors
-        if check is not None:
-            with located(str(source)):
-                check.check_rounding(self.dtype)
+        with located(str(source)):
+            check.check_rounding(self.dtype)
 
-    def tensors(
-        self, number: int, module: str, group: ModuleGroup, check: ExportCheck | None
-    ) -> tuple[dict[str, Tensor], DoRASpec]:
-        """The tensors of a module in one of the files, by the end of their keys, and its settings."""
+    def tensors(self, module: str, group: ModuleGroup, check: ExportCheck) -> tuple[list[dict[str, Tensor]], DoRASpec]:
+        """The tensors of a module in each of the files, by the end of their keys, and its settings."""
         if any(self.layers.transposed(name) for name in group.names):
             raise ValueError("its base stores the weight transposed, as embeddings do: only --to merged can hold it")
         original, W0 = self.layers.fused(group)
         layer = self.prepared(original, W0)
         self.axes |= {layer.axis} if "magnitude" in layer.tensors else set()
-        if check is None:
-            return rounded(self.exports[number].tensors(module, layer, W0), self.dtype), layer.spec
         unrounded = [export.tensors(module, layer, W0) for export in self.exports]
-        header = self.exports[number].header(Contents(dict.fromkeys(group.names, layer.spec), {}))
-        return check.check(module, unrounded, header, W0, (original, self.strength), self.dtype)[number], layer.spec
+        header = self.exports[0].header(Contents(dict.fromkeys(group.names, layer.spec), {}))
+        return check.check(module, unrounded, header, W0, (original, self.strength), self.dtype), layer.spec
 
     def room(self) -> int:
         """More than the header can need: at most four tensors of a module, and the settings."""
@@ -348,7 +340,7 @@ class _Writer:
         export, lossy = self.exports[0], self.lossy
         if self.to == "lora":
             assert lossy is not None
-            D = exact.new_weight(layer, W0, self.strength) - W0
+            D = exact.difference(layer, W0, self.strength)
             if D.dim() == 1:  # of a norm
                 return LayerState(DoRASpec(method="full"), {"diff": D})
             if D.norm() <= torch.finfo(D.dtype).eps * W0.norm():
@@ -359,7 +351,7 @@ class _Writer:
             if self.layers.weights is None and exact.depends_on_base(layer, self.strength, magnitude=self.one_method):
                 raise ValueError("what it becomes depends on the weights of the base model: give it with --base")
             layer = exact.paper_form(layer, W0, self.strength, magnitude=self.one_method)
-            return layer if export.keeps_alpha else exact.folded(layer)
+            return export.prepare(layer if export.keeps_alpha else exact.folded(layer), W0)
         if lossy is None or lossy.rank is None:
             raise ValueError(
                 f"{problem}, which this target cannot hold: use --to merged or --to diff, or fit it anew with --rank "
@@ -367,7 +359,7 @@ class _Writer:
             )
         if self.layers.weights is None:
             raise ValueError(f"{problem}, and a new fit depends on the weights of the base model: give it with --base")
-        return fitted_adapter(exact.new_weight(layer, W0, self.strength), W0, lossy.rank)
+        return export.prepare(fitted_adapter(exact.new_weight(layer, W0, self.strength), W0, lossy.rank), W0)
 
     def problem(self, layer: LayerState) -> str | None:
         """What the form has no place for."""

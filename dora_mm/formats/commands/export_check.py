@@ -6,18 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dora_mm.formats.algebra.exact import new_weight
-from dora_mm.formats.algebra.rows import row_blocks, rows_of
-from dora_mm.formats.commands.verify import bound, relative_error
+from dora_mm.formats.commands.comparison import ToolLoad, compared
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import TOOLS
-from dora_mm.formats.tools.parts import Parts, rows_of_parts
 from dora_mm.formats.tools.tool import Header, Tool
 
 DTYPES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}  # the error of most modules that rounding explains
@@ -91,22 +87,23 @@ class ExportCheck:
             for name, tool in self.tools.items()
             for t in (1.0, *(tool.strengths if self.count % self.every == 0 else ()))
         ]
-        size, norm, off = _errors(loads, W0, *meant)
-        for load, error in zip(loads, off, strict=True):
+        found = compared(loads, W0, *meant)
+        bound = found.bound(DTYPES[_name(dtype)])
+        for load, error in zip(loads, found.errors, strict=True):
             if load.strength == 1:
-                self.errors[load.tool][module] = error / (size or 1)
-                if self.strict and not error <= bound(norm, size, DTYPES[_name(dtype)]) * (size or 1):
+                self.errors[load.tool][module] = found.relative(error)
+                if self.strict and not found.relative(error) <= bound:
                     exact = [TOOLS[load.tool].loaded(module, tensors, header) for tensors in unrounded if tensors]
                     self._refuse(load._replace(files=exact), W0, meant)
-            self.squares[load.tool, load.strength].append((error, size))
+            self.squares[load.tool, load.strength].append((error, found.size))
         self.count += 1
         return written
 
     def _refuse(self, exact: ToolLoad, W0: Tensor, meant: tuple[LayerState, float]) -> None:
         """Raises ValueError where a tool computes something else from tensors that are not rounded, too."""
-        size, norm, (off,) = _errors([exact], W0, *meant)
-        formula = off / (size or 1)
-        if not formula <= bound(norm, size):
+        found = compared([exact], W0, *meant)
+        formula = found.relative(found.errors[0])
+        if not formula <= found.bound():
             raise ValueError(f"{refusal(TOOLS[exact.tool], formula)}: nothing was written; {self.advice}")
 
     def check_rounding(self, dtype: torch.dtype) -> None:
@@ -134,34 +131,6 @@ class ExportCheck:
             for name, tool in self.tools.items()
             if self.errors[name]
         )
-
-
-class ToolLoad(NamedTuple):
-    """What a tool loads of a module: its key in `TOOLS`, the parts of one file after the other, and the strength."""
-
-    tool: str
-    files: list[Parts]
-    strength: float
-
-
-def _errors(
-    loads: Sequence[ToolLoad], W0: Tensor, layer: LayerState, strength: float
-) -> tuple[float, float, list[float]]:
-    """||W' - W0||, ||W0||, and ||W_tool(t) - W(t)|| for each load; W' is the weight at a strength of an adapter."""
-    by_rows = all(TOOLS[load.tool].is_by_rows(parts, len(W0)) for load in loads for parts in load.files)
-    blocks = row_blocks(W0) if by_rows and layer.axis == "out" else [slice(None)]
-    sizes, norms, off = [], [], [[] for _ in loads]
-    for rows in blocks:
-        base = W0[rows]
-        W = new_weight(layer if rows == slice(None) else rows_of(layer, rows), base, strength)
-        update = W - base
-        sizes.append(float(update.norm()))
-        norms.append(float(base.norm()))
-        for load, found in zip(loads, off, strict=True):
-            files = [rows_of_parts(parts, rows) for parts in load.files]
-            meant = W if load.strength == 1 else torch.add(base, update, alpha=load.strength)
-            found.append(relative_error(TOOLS[load.tool], files, base, meant, 1.0, load.strength))
-    return math.hypot(*sizes), math.hypot(*norms), [math.hypot(*found) for found in off]
 
 
 def refusal(tool: Tool, error: float) -> str:

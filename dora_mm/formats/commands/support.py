@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.algebra.exact import fitted, new_weight
-from dora_mm.formats.commands.verify import BOUND, is_read, relative_error
+from dora_mm.formats.algebra.exact import fitted
+from dora_mm.formats.commands.comparison import BOUND, ToolLoad, compared, is_read
 from dora_mm.formats.registry import OTHER_TOOLS
 from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.comfy import other_half
@@ -83,14 +83,16 @@ def _right(file: AdapterFile, module: str, kind: _Kind) -> Iterable[str]:
     if "diff" in roles or "weight" in roles:
         shape = max(sizes.values(), key=len)
     W0 = torch.randn(shape, generator=generator)
+    loads = [ToolLoad(name, [_parts(TOOLS[name], file, module, tensors, kind.scaling)]) for name in kind.readers]
+    loads = [load for load in loads if is_read(load.files[0])]
     try:
-        W = new_weight(fitted(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0), W0)
+        layer = fitted(own.read(_parts(own, file, module, tensors, kind.scaling), None), W0)
+        found = compared(loads, W0, layer)
     except (ValueError, RuntimeError, IndexError):  # damaged, of an unclear axis, or of another method
         return
-    for name in kind.readers:
-        parts = _parts(TOOLS[name], file, module, tensors, kind.scaling)
-        if is_read(parts) and relative_error(TOOLS[name], [parts], W0, W, float((W - W0).norm())) < BOUND:
-            yield name
+    for load, error in zip(loads, found.errors, strict=True):
+        if found.relative(error) < BOUND:
+            yield load.tool
 
 
 def _small(role: str, shape: tuple[int, ...], roles: Collection[str], axis: str, square: bool) -> tuple[int, ...]:

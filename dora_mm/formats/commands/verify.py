@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dora_mm.formats.adapter_file import AdapterFile, located
-from dora_mm.formats.algebra.exact import fitted, new_weight
+from dora_mm.formats.algebra.exact import fitted
 from dora_mm.formats.algebra.fused import stack_rows
-from dora_mm.formats.algebra.rows import distance, row_blocks
+from dora_mm.formats.commands.comparison import Comparison, ToolLoad, compared, is_read
 from dora_mm.formats.commands.cure import cure
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.json_text import finite
@@ -25,16 +25,15 @@ from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import check_headers
 from dora_mm.formats.registry import OTHER_TOOLS, no_entry
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import TOOLS, products
+from dora_mm.formats.tools import TOOLS
 from dora_mm.formats.tools.comfy import other_half
-from dora_mm.formats.tools.parts import Parts, axis_of_shape, rows_of_parts
+from dora_mm.formats.tools.formulas import axis_of_shape
+from dora_mm.formats.tools.parts import Parts
 from dora_mm.formats.tools.tool import Tool
 
 RIGHT, REFUSED, IGNORED, NO_MAGNITUDE = "right", "refused", "ignored", "loses the magnitude"
 WRONG_AXIS, FAILS, NOT_FINITE, DIFFERS = "wrong axis", "fails", "not finite", "differs"
 NOT_FOUND = "not in the base"
-BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
-_ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class LayerVerdict:
     Attributes:
         module: The module's name in the file.
         finding: `right`, `refused` (the tool loads nothing of the file), `ignored`, `loses the magnitude`,
-            `wrong axis`, `fails` (the tool raises an error at this module), `not finite` (W_tool is not), `not in the
-            base` (a tool ignores it or raises an error), or `differs`.
+            `wrong axis`, `fails` (the tool raises an error at this module), `not finite` (W_tool or W' is not, or its
+            norms), `not in the base` (a tool ignores it or raises an error), or `differs`.
         error: ||W_tool - W'|| / ||W' - W0||; infinite where the tool raises an error, NaN where there is no number.
         reason: Why it differs or is refused, as the end of a sentence that begins with the tool's name; else empty.
     """
@@ -137,15 +136,10 @@ def verify(
         W0 = base_weight(adapter, module, groups[module], weights)
         with located(f"{adapter.path}: {module}"):
             state = fitted(adapter.layer(module, axis), W0)
-            W = new_weight(state, W0)
-        size = distance(W, W0)
-        total += size**2
         axes |= {state.axis} if "magnitude" in state.tensors else set()
-        for name in chosen:
-            if refusals[name]:
-                verdict = LayerVerdict(module, REFUSED, 1.0 if size else 0.0, refusals[name])
-            else:
-                verdict = verify_layer(adapter, module, TOOLS[name], state, W0, W, size)
+        size, verdicts = _verdicts(adapter, module, refusals, state, W0)
+        total += size**2
+        for name, verdict in verdicts.items():
             layers[name].append(verdict)
             squares[name] += (verdict.error * (size or 1)) ** 2
     note = "; ".join(_notes(adapter, groups))
@@ -194,28 +188,39 @@ def stacked(group: ModuleGroup, weights: Mapping[Name, Tensor]) -> Tensor:
     return found[0] if group.is_stored_so else stack_rows(group, found)
 
 
-def verify_layer(
-    adapter: AdapterFile, module: str, tool: Tool, state: LayerState, W0: Tensor, W: Tensor, size: float
+def _verdicts(
+    adapter: AdapterFile, module: str, refusals: Mapping[str, str], state: LayerState, W0: Tensor
+) -> tuple[float, dict[str, LayerVerdict]]:
+    """||W' - W0||, and the verdicts of tools, by name with the reason why one loads nothing."""
+    tensors = adapter.tensors(module)
+    parts = {name: TOOLS[name].loaded(module, tensors, adapter.header) for name in refusals if not refusals[name]}
+    loads = [ToolLoad(name, [found]) for name, found in parts.items() if is_read(found)]
+    found = compared(loads, W0, state)
+    errors = {load.tool: error for load, error in zip(loads, found.errors, strict=True)}
+
+    def verdict(name: str) -> LayerVerdict:
+        if name not in errors:
+            finding = REFUSED if refusals[name] else IGNORED
+            return LayerVerdict(module, finding, 1.0 if found.size else 0.0, refusals[name])
+        return layer_verdict(module, TOOLS[name], parts[name], state, W0, found, errors[name])
+
+    return found.size, {name: verdict(name) for name in refusals}
+
+
+def layer_verdict(
+    module: str, tool: Tool, parts: Parts, state: LayerState, W0: Tensor, found: Comparison, error: float
 ) -> LayerVerdict:
-    """What a tool computes for one module, compared with W'."""
-    parts = adapter.loaded(module, tool)
-    if not is_read(parts):
-        return LayerVerdict(module, IGNORED, 1.0 if size else 0.0)
-    error = relative_error(tool, [parts], W0, W, size)
-    if error <= bound(float(W0.norm()), size):
-        return LayerVerdict(module, RIGHT, error)
-    if not math.isfinite(error):
-        return LayerVerdict(module, FAILS if math.isinf(error) else NOT_FINITE, error)
+    """What a tool computes for one module, from its error."""
+    relative = found.relative(error)
+    if relative <= found.bound():
+        return LayerVerdict(module, RIGHT, relative)
+    if not math.isfinite(relative):
+        return LayerVerdict(module, FAILS if math.isinf(relative) else NOT_FINITE, relative)
     if "magnitude" in state.tensors and "m" not in parts:
-        return LayerVerdict(module, NO_MAGNITUDE, error)
+        return LayerVerdict(module, NO_MAGNITUDE, relative)
     if "m" in parts and _other_axis(tool, parts["m"], state.axis, W0):
-        return LayerVerdict(module, WRONG_AXIS, error)
-    return LayerVerdict(module, DIFFERS, error, why(tool, parts, state))
-
-
-def is_read(parts: Parts) -> bool:
-    """Whether the tensors that a tool reads of a module make up an adapter; else it ignores them."""
-    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"} or products.method_of(parts))
+        return LayerVerdict(module, WRONG_AXIS, relative)
+    return LayerVerdict(module, DIFFERS, relative, why(tool, parts, state))
 
 
 def _other_axis(tool: Tool, m: Tensor, axis: str, W0: Tensor) -> bool:
@@ -232,35 +237,6 @@ def why(tool: Tool, parts: Parts, state: LayerState) -> str:
     if "magnitude" in state.tensors and state.norm in written_for:
         return f"divides by another norm than the magnitudes of this file need, {written_for[state.norm]}"
     return tool.differs
-
-
-def relative_error(
-    tool: Tool, files: Sequence[Parts], W0: Tensor, W: Tensor, size: float, strength: float = 1
-) -> float:
-    """||W_tool - W|| / size, where the tool applies one file after the other.
-
-    It is infinite where the tool raises an error, and NaN where its result is not finite.
-    """
-    read = [parts for parts in files if is_read(parts)]
-    blocks = row_blocks(W0) if all(tool.is_by_rows(parts, len(W0)) for parts in read) else [slice(None)]
-    errors = []
-    try:
-        for rows in blocks:
-            found = W0[rows]
-            for parts in read:
-                found = tool.apply(rows_of_parts(parts, rows), found, strength)
-            if found.shape != W0[rows].shape:
-                return math.inf
-            errors.append(float((found - W[rows]).norm()))
-    except (RuntimeError, IndexError):  # shapes do not fit, as in the tool
-        return math.inf
-    error = math.hypot(*errors)
-    return (error / size if size else error) if math.isfinite(error) else math.nan
-
-
-def bound(norm: float, size: float, relative: float = BOUND) -> float:
-    """The relative error of W' - W0 that rounding in fp32 explains, from ||W0||; the absolute one where W' is W0."""
-    return relative + _ROUNDING * norm / (size or 1)
 
 
 def _ratio(square: float, total: float) -> float:

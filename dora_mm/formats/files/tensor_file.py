@@ -24,7 +24,7 @@ from dora_mm.formats.files.json_text import MAX_BYTES
 from dora_mm.utils.messages import first_line
 
 FORMAT_KEY = "dora_mm_format"  # in the header of our own files
-_PIECE = 4 * 2**20  # bytes that are read at once: they stay in the cache of a core
+_PIECE = 2**20  # bytes that are read at once: they stay in the cache of a core
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _PICKLED = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # how files of torch.save begin
 

@@ -1,6 +1,6 @@
 """The tools: how each names the tensors of an adapter, what weight it computes from them, and how it writes them.
 
-One file is one tool, named in `registry.py`; what they share is in `tool.py`, `parts.py`, `products.py`,
+One file is one tool, named in `registry.py`; what they share is in `tool.py`, `parts.py`, `formulas.py`, `products.py`,
 `peft_config.py`, `patterns.py` and `methods.py`.
 """
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral, product, scaling
+from dora_mm.formats.tools.formulas import Update
+from dora_mm.formats.tools.parts import KOHYA_NAMES, Parts, kohya_tensors, neutral
 from dora_mm.formats.tools.tool import Export, Tool
 
 
@@ -35,14 +36,14 @@ def write(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return tensors
 
 
-def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    BA = strength * product(parts, W0)
-    W = W0 + scaling(parts) * BA
-    if "m" not in parts:
-        return W
-    V = W0 + BA
-    g = parts["m"].to(V.dtype)[:, None] / norms(V, "out")
-    return W + (g - 1) * V
+def dora(update: Update, m: Tensor, strength: float) -> Tensor:
+    V = update.plus(strength)
+    g = m.to(V.dtype)[:, None] / norms(V, "out")
+    return lora(update, m, strength) + (g - 1) * V
+
+
+def lora(update: Update, m: Tensor | None, strength: float) -> Tensor:
+    return update.W0 + update.scaling * (strength * update.BA())
 
 
 TOOL = Tool(
@@ -55,7 +56,8 @@ TOOL = Tool(
         "alpha": "alpha",
         "magnitude": "m",
     },
-    apply=apply,
+    dora=dora,
+    lora=lora,
     differs="leaves alpha out of the norm",
     axis="out",
     wrote_key=re.compile(r"(?!base_model\.).*\.magnitude$"),

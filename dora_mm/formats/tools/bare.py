@@ -13,7 +13,8 @@ import re
 
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import comfy
-from dora_mm.formats.tools.parts import BARE_NAMES, Parts, neutral, updated, with_rows
+from dora_mm.formats.tools.formulas import over_updated_rows
+from dora_mm.formats.tools.parts import BARE_NAMES, Parts, neutral, with_rows
 from dora_mm.formats.tools.tool import Tool
 
 _PREFIX = r"((base_model\.model|unet|transformer|text_encoder(_2)?)\.)?"
@@ -34,7 +35,7 @@ def read(parts: Parts, axis: str | None) -> LayerState:
 TOOL = Tool(
     names=re.compile(""),
     parts=PARTS,
-    apply=lambda parts, W0, strength: updated(with_rows(parts), W0, strength),
+    dora=over_updated_rows,
     differs="computes what the paper does",
     wrote_key=re.compile(rf"({_PREFIX}{BARE_NAMES}|text_)(.*\.)?({_KEYS}|\w+_lora[12]?\.(down|up)\.weight)$"),
     read=read,

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.exact import gain, new_weight, norms
+from dora_mm.formats.algebra.exact import difference, gain, norms
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools import parts as roles
-from dora_mm.formats.tools import products
+from dora_mm.formats.tools import formulas, products
 from dora_mm.formats.tools.parts import (
     BARE_NAMES,
     LYCORIS_PARTS,
     OLD_KOHYA_NAMES,
     OLD_PARTS,
     Parts,
+    as_difference,
     kohya_tensors,
     neutral,
 )
@@ -44,16 +44,6 @@ NAMES = re.compile(rf"{OLD_KOHYA_NAMES.pattern}|diffusion_model\.|transformer\.|
 PARTS = {**LYCORIS_PARTS, **products.GLORA, **OLD_PARTS, "lora_A.weight": "A", "lora_B.weight": "B"}
 TARGET_KEY = "dora_mm_target"  # says for which version a magnitude was written: the tensors cannot
 PAIR_TARGETS = ("comfy, file 1 of 2", "comfy, file 2 of 2")
-
-
-# --- what it computes ------------------------------------------------------------------------------------------------
-
-
-def apply_2025(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    if "m" not in parts or roles.axis_of_shape(parts["m"], W0) == "in":
-        return roles.updated(parts, W0, strength)
-    V = W0 + roles.scaling(parts) * roles.product(parts, W0)
-    return roles.linear(W0, roles.decomposed(parts["m"], V, norms(W0, "out")), strength)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -83,24 +73,29 @@ def write_2025(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     return kohya_tensors(layer)
 
 
+def with_gain(layer: LayerState, W0: Tensor) -> LayerState:
+    """The adapter with g, which both files of the pair need."""
+    return replace(layer, tensors={**layer.tensors, "gain": gain(layer, W0)})
+
+
 def write_rows(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The first file of the pair; nothing for plain LoRA."""
     if "magnitude" not in layer.tensors:
         return {}
-    magnitude = (gain(layer, W0) * norms(W0, "out")).flatten()
+    magnitude = (layer.tensors["gain"] * norms(W0, "out")).flatten()
     zeros = {"lora_A": torch.zeros(1, *W0.shape[1:]), "lora_B": torch.zeros(W0.shape[0], 1)}
     return kohya_tensors(LayerState(DoRASpec(rank=1), {**zeros, "magnitude": magnitude}))
 
 
 def write_low_rank(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
     """The second file of the pair."""
-    g = gain(layer, W0).reshape(-1, 1)
+    g = layer.tensors["gain"].reshape(-1, 1)
     tensors = {"lora_A": layer.tensors["lora_A"], "lora_B": layer.tensors["lora_B"].to(g.dtype) * g}
     return kohya_tensors(LayerState(replace(layer.spec, method="lora"), tensors))
 
 
 def write_diff(layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
-    return roles.as_difference(new_weight(layer, W0).sub_(W0))
+    return as_difference(difference(layer, W0))
 
 
 def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
@@ -114,7 +109,7 @@ def usage_of_pair(files: Sequence[str], axes: Collection[str]) -> str:
 TOOL_2025 = Tool(
     names=NAMES,
     parts=PARTS,
-    apply=apply_2025,
+    dora=formulas.over_base,
     differs="divides by the norm of W0 on the output axis",
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-2025$"),
     read=read_2025,
@@ -122,7 +117,7 @@ TOOL_2025 = Tool(
 TOOL_15458 = Tool(
     names=NAMES,
     parts=PARTS,
-    apply=roles.updated,
+    dora=formulas.over_updated,
     differs="divides by the norm of the updated weight",
     wrote_header=re.compile(f"{TARGET_KEY}=comfy-15458$"),
     wrote_key=re.compile(r"diffusion_model\."),
@@ -159,6 +154,7 @@ PAIR = tuple(
         header=lambda contents, target=target: {TARGET_KEY: target},
         columns=False,
         diffs=False,
+        prepare=with_gain,
         usage=usage_of_pair,
     )
     for write, target in zip((write_rows, write_low_rank), PAIR_TARGETS, strict=True)

@@ -131,7 +131,8 @@ def header(contents: Contents) -> dict[str, str]:
 TOOL = Tool(
     names=re.compile(rf"{OWN_NAMES.pattern}|{_KOHYA.pattern}"),
     parts={**peft.PARTS, **_OLD_PARTS, "lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"},
-    apply=peft.apply,
+    dora=peft.dora,
+    lora=peft.lora,
     differs="scales the update inside the norm by the strength",
     axis="out",
     wrote_key=re.compile(

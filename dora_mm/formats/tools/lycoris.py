@@ -8,37 +8,23 @@ from __future__ import annotations
 
 import re
 
-import torch
 from torch import Tensor
 
-from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.tools import products
-from dora_mm.formats.tools.parts import (
-    KOHYA_NAMES,
-    LYCORIS_PARTS,
-    Parts,
-    axis_of_shape,
-    decomposed,
-    kohya_tensors,
-    product,
-    scaling,
-    updated,
-)
+from dora_mm.formats.tools.formulas import Update, over_updated
+from dora_mm.formats.tools.parts import KOHYA_NAMES, LYCORIS_PARTS, kohya_tensors
 from dora_mm.formats.tools.tool import Export, Tool
 
 
-def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    if "m" not in parts:
-        return updated(parts, W0, strength)
-    V = torch.add(W0, product(parts, W0), alpha=scaling(parts))
-    W = decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0)))
-    return W if strength == 1 else V + strength * (W - V)
+def dora(update: Update, m: Tensor, strength: float) -> Tensor:
+    W = over_updated(update, m, 1.0)
+    return W if strength == 1 else update.V + strength * (W - update.V)
 
 
 TOOL = Tool(
     names=KOHYA_NAMES,
     parts={**LYCORIS_PARTS, **products.GLORA},
-    apply=apply,
+    dora=dora,
     differs="scales the magnitude alone by the strength",
     wrote_key=re.compile(
         rf"{KOHYA_NAMES.pattern}.*\.(lora_down\.weight|diff|hada_w1_a|lokr_w\d(_a)?|a1\.weight|w_norm)$"

@@ -28,6 +28,7 @@ from dora_mm.formats.files.tensor_file import FORMAT_KEY
 from dora_mm.formats.models import layers_of
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
+from dora_mm.formats.tools.formulas import Update
 from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Contents, Export, Header, Tool
 
@@ -98,8 +99,9 @@ def read(parts: Parts, axis: str | None) -> LayerState:
     return neutral(parts, "out")
 
 
-def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    return new_weight(read(parts, None), W0, strength)
+def computed(update: Update, m: Tensor | None, strength: float) -> Tensor:
+    parts = update.parts if m is None else {**update.parts, "m": m}
+    return new_weight(read(parts, None), update.W0, strength)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -129,7 +131,8 @@ def header(contents: Contents) -> dict[str, str]:
 TOOL = Tool(
     names=re.compile(r"\w+(\.|$)"),
     parts={"lora_A": "A", "lora_B": "B", "magnitude": "m", "weight": "weight"},
-    apply=apply,
+    dora=computed,
+    lora=computed,
     differs="computes what the paper does",
     axis="out",
     wrote_header=re.compile(FORMAT_KEY),

@@ -7,20 +7,21 @@ import re
 from torch import Tensor
 
 from dora_mm.formats.tools import peft
-from dora_mm.formats.tools.parts import Parts
+from dora_mm.formats.tools.formulas import Update
 from dora_mm.formats.tools.tool import Tool
 
 MAGNITUDE = "weight_m_wdecomp.weight"
 
 
-def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    return peft.apply(parts, W0, 1.0)  # it has no strength
+def dora(update: Update, m: Tensor, strength: float) -> Tensor:
+    return peft.dora(update, m, 1.0)  # it has no strength
 
 
 TOOL = Tool(
     names=peft.NAMES,
     parts={"lora_A.weight": "A", "lora_B.weight": "B", MAGNITUDE: "m"},
-    apply=apply,
+    dora=dora,
+    lora=lambda update, m, strength: peft.lora(update, m, 1.0),
     differs="computes what the paper does",
     axis="out",
     strengths=(),

@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from torch import Tensor
-
 from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools.formulas import over_updated_rows
 from dora_mm.formats.tools.parts import (
     BARE_NAMES,
     KOHYA_NAMES,
@@ -19,7 +18,6 @@ from dora_mm.formats.tools.parts import (
     Parts,
     kohya_tensors,
     neutral,
-    updated,
     with_rows,
 )
 from dora_mm.formats.tools.tool import Export, Header, Modules, Tool
@@ -32,10 +30,6 @@ USAGE = {
 
 def read(parts: Parts, axis: str | None) -> LayerState:
     return neutral(with_rows(parts), axis)
-
-
-def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    return updated(with_rows(parts), W0, strength)
 
 
 def refuses(modules: Modules, others: Collection[str], header: Header) -> str:
@@ -67,7 +61,7 @@ TOOL = Tool(
         "lora_magnitude_vector.weight": "m",
         "magnitude": "m",
     },
-    apply=apply,
+    dora=over_updated_rows,
     differs="takes the norm on the axis that its option says",
     strengths=(),
     wrote_header=re.compile("ot_"),

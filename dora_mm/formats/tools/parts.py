@@ -1,4 +1,4 @@
-"""What the tools share: the tensors of one module by their role, and the few operations of every loader.
+"""What the tools share: the tensors of one module by their role, and the way to and from the neutral form.
 
 The roles of the tensors of a module, whatever a tool calls them:
 
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.exact import norms
 from dora_mm.formats.state import LayerState
 from dora_mm.formats.tools import products
 
@@ -58,24 +57,6 @@ OLD_KOHYA_NAMES = re.compile(  # where a loader does not find CLIP's modules wit
 )
 
 
-# --- what every loader computes --------------------------------------------------------------------------------------
-
-
-def scaling(parts: Parts) -> float:
-    """Alpha / rank; 1 without alpha."""
-    if products.method_of(parts):
-        return products.scaling(parts)
-    return float(parts["alpha"]) / parts["A"].shape[0] if "alpha" in parts else 1.0
-
-
-def product(parts: Parts, W0: Tensor) -> Tensor:
-    """B A in the shape and dtype of W0, without alpha; or the change that stands for it."""
-    if products.method_of(parts):
-        return products.product(parts, W0)
-    A, B = down(parts).to(W0.dtype), parts["B"].to(W0.dtype)
-    return (B.flatten(1) @ A.flatten(1)).view(W0.shape)
-
-
 def down(parts: Parts) -> Tensor:
     """A (R, I, *K), into which the middle factor of a Tucker decomposition is multiplied."""
     if "mid" not in parts:
@@ -85,19 +66,14 @@ def down(parts: Parts) -> Tensor:
     return torch.einsum("mn...,ni->mi...", parts["mid"], parts["A"].flatten(1).to(parts["mid"].dtype))
 
 
-def axis_of_shape(m: Tensor, W0: Tensor) -> str:
-    """The axis as loaders decide it: `out` where the first dimension of the magnitude is that of the weight."""
-    return "out" if m.shape[0] == W0.shape[0] else "in"
-
-
-def decomposed(m: Tensor, V: Tensor, divided_by: Tensor) -> Tensor:
-    """V m / norm as loaders compute it: by broadcasting, with fp32's epsilon at the norm."""
-    return V * (m.to(V.dtype) / (divided_by + torch.finfo(torch.float32).eps))
-
-
 def rows_of_parts(parts: Parts, rows: slice) -> Parts:
     """The tensors of some rows of the weight."""
     return {role: tensor[rows] if role in _ON_ROWS else tensor for role, tensor in parts.items()}
+
+
+def without_magnitude(parts: Parts) -> Parts:
+    """The tensors that are no magnitude."""
+    return {role: tensor for role, tensor in parts.items() if role not in ("m", "lost")}
 
 
 def have_rows(parts: Parts, num_rows: int) -> bool:
@@ -106,27 +82,14 @@ def have_rows(parts: Parts, num_rows: int) -> bool:
     return known and all(tensor.shape[:1] == (num_rows,) for role, tensor in parts.items() if role in _ON_ROWS)
 
 
-def linear(W0: Tensor, W: Tensor, strength: float) -> Tensor:
-    """W0 + t (W - W0)."""
-    return W if strength == 1 else W0 + strength * (W - W0)
-
-
-def updated(parts: Parts, W0: Tensor, strength: float) -> Tensor:
-    """DoRA by the axis that the shape says, over the norm of W0 + s B A; linear in the strength. Or LoRA, or a diff."""
-    if "diff" in parts:
-        return torch.add(W0, parts["diff"].to(W0.dtype).view_as(W0), alpha=strength)
-    BA, s = product(parts, W0), scaling(parts)
-    if "m" not in parts:
-        return torch.add(W0, BA, alpha=strength * s)
-    V = torch.add(W0, BA, alpha=s)
-    return linear(W0, decomposed(parts["m"], V, norms(V, axis_of_shape(parts["m"], W0))), strength)
-
-
 def with_rows(parts: Parts) -> Parts:
     """Flat magnitudes where they are always of output rows: `.magnitude`, `.lora_magnitude_vector`."""
-    if not {"A", "m"} <= parts.keys() or parts["m"].dim() > 1:
-        return parts
-    return {**parts, "m": parts["m"].reshape(-1, *(1,) * (parts["A"].dim() - 1))}
+    return {**parts, "m": of_rows(parts["m"], parts["A"].dim())} if {"A", "m"} <= parts.keys() else parts
+
+
+def of_rows(m: Tensor, dim: int) -> Tensor:
+    """A magnitude, which is that of output rows of a weight where it is flat."""
+    return m if m.dim() > 1 else m.reshape(-1, *(1,) * (dim - 1))
 
 
 # --- to and from the neutral form ------------------------------------------------------------------------------------

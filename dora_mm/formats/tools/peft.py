@@ -27,8 +27,9 @@ from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState, joined
 from dora_mm.formats.tools import peft_config
+from dora_mm.formats.tools.formulas import Update
 from dora_mm.formats.tools.methods import other_method
-from dora_mm.formats.tools.parts import Parts, neutral, product, scaling
+from dora_mm.formats.tools.parts import Parts, neutral
 from dora_mm.formats.tools.tool import Contents, Export, Header, Modules, Tool
 
 FILE_NAME = "adapter_model.safetensors"
@@ -48,13 +49,18 @@ PARTS = {
 # --- what it computes ------------------------------------------------------------------------------------------------
 
 
-def apply(parts: Parts, W0: Tensor, strength: float) -> Tensor:
+def dora(update: Update, m: Tensor | None, strength: float) -> Tensor:
     """A magnitude that is missing is the norm of W0, with which PEFT initialises it."""
-    V = W0 + strength * scaling(parts) * product(parts, W0)
-    if "m" not in parts and "lost" not in parts:
-        return V
-    m = along(parts["m"].flatten(), W0, "out") if "m" in parts else norms(W0, "out")
+    W0 = update.W0
+    m = norms(W0, "out") if m is None else along(m.flatten(), W0, "out")
+    if strength == 1:
+        return update.scaled(m / update.norms("out"))
+    V = lora(update, m, strength)
     return m / norms(V, "out") * V
+
+
+def lora(update: Update, m: Tensor | None, strength: float) -> Tensor:
+    return update.V if strength == 1 else update.plus(strength * update.scaling)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -165,7 +171,8 @@ def parameter_key(name: Name, adapted: Collection[Name]) -> str:
 TOOL = Tool(
     names=NAMES,
     parts=PARTS,
-    apply=apply,
+    dora=dora,
+    lora=lora,
     differs="scales the update inside the norm by the strength",
     axis="out",
     wrote_key=NAMES,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dora_mm.core.spec import DoRASpec, finite_number
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.state import LayerState
-from dora_mm.formats.tools.parts import Parts, have_rows, neutral
+from dora_mm.formats.tools.formulas import Formula, Update, added
+from dora_mm.formats.tools.parts import Parts, have_rows, neutral, without_magnitude
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tensor_writer import TensorWriter, write_tensors
 
@@ -47,8 +48,8 @@ class Tool:
     Attributes:
         names: Matches the module names that the tool knows, at their beginning; keys of others are ignored by it.
         parts: The key table: the role of each tensor (see `parts.py`) by the end of its key. Others are ignored.
-        apply: W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t. It is plain
-            torch, in the dtype of W0, and broadcasts and raises where the tool does.
+        dora: The formula of a module with a magnitude, of `formulas.py` where it is that of several tools.
+        lora: That of one without.
         differs: What the tool does in another way than the paper, as the end of a sentence that begins with its name.
         axis: Over which axis it takes norms: `out`, `in`, or by the `shape` of the magnitude.
         strengths: The other strengths that people set in it; empty for trainers, which have none.
@@ -73,8 +74,9 @@ class Tool:
 
     names: re.Pattern[str]
     parts: Mapping[str, str]
-    apply: Callable[[Parts, Tensor, float], Tensor]
+    dora: Formula
     differs: str
+    lora: Formula = added
     axis: str = "shape"
     strengths: tuple[float, ...] = (0.0, 0.5, 2.0)
     wrote_key: re.Pattern[str] | None = None
@@ -133,8 +135,16 @@ class Tool:
             return {**{role: found for role, found in parts.items() if role != "m"}, "lost": parts["m"]}
         return parts
 
+    def formula(self, parts: Parts) -> Formula:
+        """What computes W(t) from the tensors of a module by role."""
+        return self.dora if parts.keys() & {"m", "lost"} else self.lora
+
+    def apply(self, parts: Parts, W0: Tensor, strength: float) -> Tensor:
+        """W(t) as this tool computes it, from the tensors of a module by role, W0 and the strength t."""
+        return self.formula(parts)(Update(without_magnitude(parts), W0), parts.get("m"), strength)
+
     def is_by_rows(self, parts: Parts, num_rows: int) -> bool:
-        """Whether `apply` computes each of so many rows of a weight from itself alone, without norms over several."""
+        """Whether its formula computes each of so many rows from itself alone, without norms of columns."""
         on_rows = self.axis == "out" or (self.axis == "shape" and parts["m"].dim() > 1) if "m" in parts else True
         return on_rows and have_rows(parts, num_rows)
 
@@ -147,8 +157,9 @@ class Export:
         write: The tensors of a module by the end of their keys, from the neutral form and W0. Raises ValueError where
             the form cannot hold it.
         spelling: How modules are named: a key of `registry.SPELLINGS`.
-        read_by: The tools whose `apply` must give W' from what is written.
+        read_by: The tools whose formula must give W' from what is written.
         needs_base: Whether `write` needs W0 (else only its shape, if at all).
+        prepare: Adds to the neutral form what the `write` of several files need.
         header: The entries that the header must have. One that is named like a file is written beside the weights.
         file_name: The name of the file in a folder; empty for the folder's own name.
         dtype: The usual dtype of the tensors.
@@ -172,6 +183,7 @@ class Export:
     spelling: str = ""
     read_by: tuple[str, ...] = ()
     needs_base: bool = False
+    prepare: Callable[[LayerState, Tensor], LayerState] = lambda layer, W0: layer
     header: Callable[[Contents], dict[str, str]] = lambda contents: {}
     file_name: str = ""
     dtype: str = "float32"
@@ -188,43 +200,73 @@ class Export:
     usage: Callable[[Sequence[str], Collection[str]], str] = lambda files, axes: ""
     why_not: Callable[[Mapping[str, nn.Module]], str | None] | None = None
 
-    def write_file(
-        self,
-        file: Path,
-        modules: Iterable[tuple[str, Collection[Name], DoRASpec, Mapping[str, Tensor]]],
-        source: Header,
-        *,
-        room: int,
-        more: Iterable[tuple[str, Tensor]] = (),
-    ) -> None:
-        """Writes an adapter file one module at a time, and what the form has beside it.
-
-        Args:
-            file: The file; nothing is written where a module raises an error.
-            modules: The name of each module in the file, the modules of the model that it stands for, their settings,
-                and its tensors by the end of their keys.
-            source: The header of the file that is converted, or what is known about the adapter, which is kept.
-            room: More bytes than the header can need.
-            more: Further tensors by key.
-        """
-
-        def run(writer: TensorWriter) -> dict[str, str]:
-            specs: dict[Name, DoRASpec] = {}
-            for module, names, spec, tensors in modules:
-                specs |= dict.fromkeys(names, spec)
-                for ending, tensor in tensors.items():
-                    writer.add(f"{module}.{ending}", tensor)
-            for key, tensor in more:
-                writer.add(key, tensor)
-            header = self.header(Contents(specs, source))
-            for name in header:
-                if name.endswith(".json"):  # before the weights: a form of two files never has these alone
-                    write_text(file.with_name(name), header[name])
-            kept = {key: value for key, value in source.items() if not key.startswith(_DROPPED)}
-            return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}
-
-        write_tensors(file, room, run)
-
     def tensors(self, module: str, layer: LayerState, W0: Tensor) -> dict[str, Tensor]:
         """The tensors of a module in the file, by the end of their keys; of W0 only the shape without `needs_base`."""
         return {self.ending(module, ending): tensor for ending, tensor in self.write(layer, W0).items()}
+
+
+class Written(NamedTuple):
+    """One of the files of an export, to be written.
+
+    Attributes:
+        export: Its form.
+        path: The file.
+        more: Further tensors by key.
+    """
+
+    export: Export
+    path: Path
+    more: Iterable[tuple[str, Tensor]] = ()
+
+
+def write_files(
+    files: Sequence[Written],
+    modules: Iterable[tuple[str, Collection[Name], DoRASpec, Sequence[Mapping[str, Tensor]]]],
+    source: Header,
+    *,
+    room: int,
+) -> None:
+    """Writes the files of an adapter one module at a time, and what their form has beside it.
+
+    Args:
+        files: The files; none is written where a module raises an error.
+        modules: The name of each module in the files, the modules of the model that it stands for, their settings, and
+            for each file its tensors by the end of their keys.
+        source: The header of the file that is converted, or what is known about the adapter, which is kept.
+        room: More bytes than the header can need.
+    """
+    specs: dict[Name, DoRASpec] = {}
+
+    def fill(writers: Sequence[TensorWriter]) -> None:
+        for module, names, spec, found in modules:
+            specs.update(dict.fromkeys(names, spec))
+            for writer, tensors in zip(writers, found, strict=True):
+                for ending, tensor in tensors.items():
+                    writer.add(f"{module}.{ending}", tensor)
+
+    def opened(rest: Sequence[Written], writers: Sequence[TensorWriter]) -> None:
+        """Opens the last of the files that are left, so that the first one is complete first."""
+        if not rest:
+            fill(writers)
+            return
+        *others, file = rest
+
+        def run(writer: TensorWriter) -> dict[str, str]:
+            opened(others, [writer, *writers])
+            for key, tensor in file.more:
+                writer.add(key, tensor)
+            return _header(file, Contents(specs, source))
+
+        write_tensors(file.path, room, run)
+
+    opened(files, [])
+
+
+def _header(file: Written, contents: Contents) -> dict[str, str]:
+    """The header of a file; what is named like a file is written beside it."""
+    header = file.export.header(contents)
+    for name in header:
+        if name.endswith(".json"):  # before the weights: a form of two files never has these alone
+            write_text(file.path.with_name(name), header[name])
+    kept = {key: value for key, value in contents.source.items() if not key.startswith(_DROPPED)}
+    return {**kept, **{key: value for key, value in header.items() if not key.endswith(".json")}}

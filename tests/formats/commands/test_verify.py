@@ -156,6 +156,19 @@ def test_a_result_that_is_not_finite(tmp_path):
     assert math.isnan(verdict.error)
 
 
+@pytest.mark.parametrize("drop", [(), ("dora_scale",)], ids=["dora", "lora"])
+def test_norms_that_overflow_are_not_right(drop, tmp_path):
+    """With alpha 1e38 the norm of V is infinite in fp32: W' was 0 in the file and in OneTrainer, which was right."""
+    base = random_base(OUT_96)
+    file = write_kohya(tmp_path / "a.safetensors", base, drop=drop)
+    tensors = {key: torch.tensor(1e38) if key.endswith("alpha") else t for key, t in load_file(file).items()}
+    save_file(tensors, file)
+    for verdict in dora_mm.verify(file, "all", base):
+        assert verdict.findings["right"] == 0
+    (verdict,) = dora_mm.verify(file, "onetrainer", base)
+    assert dict(verdict.findings) == {"not finite": 4}
+
+
 def test_what_is_not_judged_is_named(tmp_path):
     base = random_base(OUT_96)
     file = write_kohya(tmp_path / "a.safetensors", base)

@@ -1,0 +1,203 @@
+"""How far the weights that tools compute are from the weight that an adapter means, some rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dora_mm.formats.algebra.exact import gain_of, new_rows
+from dora_mm.formats.algebra.rows import row_blocks, rows_of
+from dora_mm.formats.state import LayerState
+from dora_mm.formats.tools import TOOLS, products
+from dora_mm.formats.tools.formulas import Formula, Update, added, scaling
+from dora_mm.formats.tools.parts import Parts, rows_of_parts, without_magnitude
+
+BOUND = 1e-5  # of the update; fp32 adds what it loses beside a large W0
+_ROUNDING = 8 * torch.finfo(torch.float32).eps
+_WHOLE = slice(None)
+
+
+class ToolLoad(NamedTuple):
+    """What a tool loads of a module: its key in `TOOLS`, the parts of one file after the other, and the strength."""
+
+    tool: str
+    files: Sequence[Parts]
+    strength: float = 1.0
+
+
+class Comparison(NamedTuple):
+    """What tools compute for one module.
+
+    Attributes:
+        size: ||W' - W0||.
+        norm: ||W0||.
+        errors: For each load ||W_tool(t) - W(t)||: infinite where the tool raises an error, NaN where its result is not
+            finite.
+    """
+
+    size: float
+    norm: float
+    errors: list[float]
+
+    def relative(self, error: float) -> float:
+        """An error relative to W' - W0; as it is where that is 0, and NaN where that is not finite."""
+        return error / (self.size or 1) if math.isfinite(self.size) else math.nan
+
+    def bound(self, relative: float = BOUND) -> float:
+        """The relative error of W' - W0 that rounding in fp32 explains; the absolute one where W' is W0."""
+        return relative + _ROUNDING * self.norm / (self.size or 1)
+
+
+def compared(loads: Sequence[ToolLoad], W0: Tensor, layer: LayerState, strength: float = 1.0) -> Comparison:
+    """Computes what tools make of a module. What they have in common is computed once.
+
+    Args:
+        loads: What each of them loads.
+        W0: The base weight in fp32.
+        layer: The adapter that is meant.
+        strength: The strength of it that is meant.
+    """
+    steps = [_steps(load) for load in loads]
+    by_rows = [layer.axis == "out" and _is_by_rows(load, len(W0)) for load in loads]
+    size, norm, errors = 0.0, 0.0, [0.0] * len(loads)
+    for split, blocks in ((False, [_WHOLE]), (True, row_blocks(W0))):
+        chosen = [number for number, found in enumerate(by_rows) if found == split]
+        if chosen or (not loads and split):
+            some = [(steps[number], loads[number].strength) for number in chosen]
+            size, norm, found = _in_blocks(some, blocks, W0, layer, strength)
+            for number, error in zip(chosen, found, strict=True):
+                errors[number] = error
+    return Comparison(size, norm, errors)
+
+
+def is_read(parts: Parts) -> bool:
+    """Whether the tensors that a tool reads of a module make up an adapter; else it ignores them."""
+    return {"A", "B"} <= parts.keys() or bool(parts.keys() & {"diff", "weight"} or products.method_of(parts))
+
+
+def _is_by_rows(load: ToolLoad, num_rows: int) -> bool:
+    return all(TOOLS[load.tool].is_by_rows(parts, num_rows) for parts in load.files if is_read(parts))
+
+
+class _Step(NamedTuple):
+    """What a tool does with the tensors of one file.
+
+    Attributes:
+        formula: Its formula.
+        parts: The tensors without the magnitude.
+        m: The magnitude.
+        update: The same for the same `parts`.
+        key: The same for steps that compute the same.
+    """
+
+    formula: Formula
+    parts: Parts
+    m: Tensor | None
+    update: Hashable
+    key: Hashable
+
+
+def _steps(load: ToolLoad) -> list[_Step]:
+    return [_step(TOOLS[load.tool].formula(parts), parts) for parts in load.files if is_read(parts)]
+
+
+def _step(formula: Formula, parts: Parts) -> _Step:
+    update, m = without_magnitude(parts), parts.get("m")
+    key = hash((scaling(update), _memory({role: tensor for role, tensor in update.items() if role != "alpha"})))
+    return _Step(formula, update, m, key, hash((formula, key, None if m is None else _memory({"m": m}))))
+
+
+def _memory(parts: Parts) -> Hashable:
+    """The same for tensors with the same values in the same memory."""
+    return frozenset((role, t.data_ptr(), t.dtype, t.shape, t.stride()) for role, t in parts.items())
+
+
+def _in_blocks(
+    loads: Sequence[tuple[Sequence[_Step], float]],
+    blocks: Iterable[slice],
+    W0: Tensor,
+    layer: LayerState,
+    strength: float,
+) -> tuple[float, float, list[float]]:
+    """||W' - W0||, ||W0|| and the errors of what is done at a strength."""
+    sizes: list[tuple[float, float]] = []
+    errors: list[list[float]] = [[] for _ in loads]
+    own = None
+    if "lora_A" in layer.tensors and (layer.spec.scaling, layer.norm, strength) == (1, "updated", 1):
+        own = _step(added, {"A": layer.tensors["lora_A"], "B": layer.tensors["lora_B"]})
+    for rows in blocks:
+        block = _Block(rows, W0[rows], layer if rows == _WHOLE else rows_of(layer, rows), strength, own)
+        sizes.append(block.sizes())
+        for (steps, t), found in zip(loads, errors, strict=True):
+            found.append(block.error(steps, t))
+    size, norm = (math.hypot(*found) for found in zip(*sizes, strict=True))
+    return size, norm, [math.hypot(*found) for found in errors]
+
+
+class _Block:
+    """Some rows of a weight, and what several tools compute of them, which is computed once.
+
+    Args:
+        rows: Which rows.
+        W0: Those of the base weight.
+        layer: Those of the adapter that is meant.
+        strength: Its strength.
+        own: Its low rank, where W' is a gain times W0 + B A.
+    """
+
+    def __init__(self, rows: slice, W0: Tensor, layer: LayerState, strength: float, own: _Step | None):
+        self.rows, self.W0 = rows, W0
+        self._updates: dict[Hashable, Update] = {}
+        self._weights: dict[Hashable, Tensor] = {}
+        self._errors: dict[Hashable, float] = {}
+        if own is None:
+            self._W = new_rows(layer, W0, strength)
+        else:
+            update = self._update(own, W0)
+            self._W = update.scaled(gain_of(layer, update.V)) if "magnitude" in layer.tensors else update.V
+
+    def sizes(self) -> tuple[float, float]:
+        """||W' - W0|| and ||W0||."""
+        return _norm(self._W - self.W0), _norm(self.W0)
+
+    def error(self, steps: Sequence[_Step], strength: float) -> float:
+        """||W_tool(t) - W(t)||: infinite where the tool raises an error, NaN where its result is not finite."""
+        found = self.W0
+        try:
+            for step in steps:
+                found = self._weight(step, found, strength)
+        except (RuntimeError, IndexError):  # shapes do not fit, as in the tool
+            return math.inf
+        if found.shape != self.W0.shape:
+            return math.inf
+        key = (id(found), strength)
+        if key not in self._errors:
+            error = 0.0 if found is self._W and strength == 1 else _norm(found - self._at(strength))
+            self._errors[key] = error if math.isfinite(error) else math.nan
+        return self._errors[key]
+
+    def _weight(self, step: _Step, W0: Tensor, strength: float) -> Tensor:
+        key = (step.key, id(W0), strength)
+        if key not in self._weights:
+            m = step.m if step.m is None else step.m[self.rows] if self.rows != _WHOLE else step.m
+            self._weights[key] = step.formula(self._update(step, W0), m, strength)
+        return self._weights[key]
+
+    def _update(self, step: _Step, W0: Tensor) -> Update:
+        key = (step.update, id(W0))
+        if key not in self._updates:
+            parts = step.parts if self.rows == _WHOLE else rows_of_parts(step.parts, self.rows)
+            self._updates[key] = Update(parts, W0)
+        return self._updates[key]
+
+    def _at(self, strength: float) -> Tensor:
+        """W(t)."""
+        return self._W if strength == 1 else torch.add(self.W0, self._W - self.W0, alpha=strength)
+
+
+def _norm(weight: Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight))
