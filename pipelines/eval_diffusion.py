@@ -27,9 +27,8 @@ from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import identity_of, load_image_model
 from dora_mm.sampling.before_after import sample_merged
-from dora_mm.sampling.drawing import recorded_digests
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.manifest import ManifestEntry, read_manifest, write_manifest
+from dora_mm.sampling.manifest import ManifestEntry, read_manifest, recorded_digests, write_manifest
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.train.run import evaluation_run
 from dora_mm.utils.atomic import write_text

@@ -22,7 +22,14 @@ from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.inject import merged_adapters
 from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
-from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest, write_manifest
+from dora_mm.sampling.manifest import (
+    EARLIER,
+    MANIFEST,
+    ManifestEntry,
+    keep_earlier,
+    recorded_digests,
+    write_manifest,
+)
 from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
@@ -192,8 +199,9 @@ def plan(
 def check_what_is_there(job: PictureJob) -> None:
     """Finds the pictures of a job that were drawn already, and verifies their files.
 
-    Files that are damaged, or that an earlier version of the job drew with other settings, are named in the log; they
-    stay until their picture is drawn again. Files that do not belong to the job are named, and stay.
+    Files that are damaged or changed, or that an earlier version of the job drew with other settings, are named in the
+    log and kept in `earlier/`; they stay until their picture is drawn again. Others of a batch are not such settings.
+    Files that do not belong to the job are named, and stay.
     """
     stale, damaged, digests = [], [], recorded_digests(job.folder)
     for index, name in enumerate(job.names):
@@ -214,9 +222,11 @@ def check_what_is_there(job: PictureJob) -> None:
             job.done[index] = digest
     samples, known = job.folder / SAMPLES, set(job.names)
     others = sorted(file.name for file in samples.glob("*.png") if file.name not in known)
+    earlier = job.folder / EARLIER
+    keep_earlier(job.folder, [f"{SAMPLES}/{name}" for name in stale + damaged])
     for names, what in (
-        (stale, "were drawn with other settings, and are drawn again"),
-        (damaged, "are damaged, changed or no pictures of a job, and are drawn again"),
+        (stale, f"were drawn with other settings: they are kept in {earlier}, and drawn again"),
+        (damaged, f"are damaged, changed or no pictures of a job: they are kept in {earlier}, and drawn again"),
         (others, "do not belong to the job, and stay as they are"),
     ):
         if names:
@@ -224,14 +234,6 @@ def check_what_is_there(job: PictureJob) -> None:
             log.warning("%d files in %s %s: %s", len(names), samples, what, shown)
     if job.done:
         log.info("%d of %d pictures are there already.", len(job.done), len(job.pictures))
-
-
-def recorded_digests(folder: Path) -> dict[str, str]:
-    """The digests of the files that the manifest in a run directory has, by their paths in it."""
-    try:
-        return {entry.file: entry.digest for entry in read_manifest(folder) if entry.digest}
-    except ValueError:
-        return {}
 
 
 def draw(job: PictureJob, sampler: PictureSampler, networks: Iterable[nn.Module], load: LoadAdapter) -> None:
@@ -309,7 +311,7 @@ def draw_batch(job: PictureJob, batch: Sequence[int], sampler: PictureSampler) -
             continue
         if isinstance(picture, UnusablePictureError):
             job.failed[index] = str(picture)
-            job.file(index).unlink(missing_ok=True)  # of an earlier version of the job
+            job.file(index).unlink(missing_ok=True)  # of an earlier version of the job, which is kept
         else:
             title = sampler.scheduler_title(settings["scheduler"])
             save_picture(job.file(index), picture, job.descriptions[index], title)
