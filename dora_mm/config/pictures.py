@@ -88,7 +88,8 @@ class JobConfig(PicturesConfig):
     prompts: Items[Text] = ()
     prompts_file: InputPath | None = None  # .csv, .tsv, .jsonl or .txt, a column per setting; replaces `prompts`
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
-    strengths: Annotated[Items[float], Field(min_length=1)] = (1.0,)  # one image for each; they multiply the adapter's
+    # One image for each; they multiply the adapter's. null: 1, and images without adapter are those of the bare model
+    strengths: Annotated[Items[float], Field(min_length=1)] | None = None
     sheet: bool = True  # whether to save labelled sheets of all images
 
     @model_validator(mode="after")
@@ -96,8 +97,6 @@ class JobConfig(PicturesConfig):
         problems = []
         if not self.prompts and self.prompts_file is None:
             problems.append("give prompts or prompts_file")
-        if self.strengths != (1.0,) and not self.adapter and self.prompts_file is None:
-            problems.append("strengths needs an adapter")
         return raise_problems(self, problems)
 
 

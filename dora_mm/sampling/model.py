@@ -23,7 +23,7 @@ from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
 from dora_mm.models.memory import check_offload, save_memory
 from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
-from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.png import BaseModel, adapter_hashes
 from dora_mm.sampling.strengths import HashableStrength, to_load

@@ -92,7 +92,7 @@ class Description:
         return self._own() == other._own()
 
     def _own(self) -> Description:
-        """The picture alone, its weights by their digests: a path may be written in several ways, and files may move."""
+        """The picture alone. Weights count by their digests: paths are written in several ways, and files may move."""
         model = replace(self.model, path="", revision=None, vae=None)
         adapters = tuple(replace(adapter, path="") for adapter in self.adapters)
         batch = self.batch[self.position : self.position + 1]

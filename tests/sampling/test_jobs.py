@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.sampling.jobs import JobRow, Picture, adapters_text, batches, expand, file_names, parse_adapters, read_job
+from dora_mm.sampling.jobs.picture import Picture, batches, expand, file_names
+from dora_mm.sampling.jobs.reading import read_job
+from dora_mm.sampling.jobs.rows import JobRow, adapters_text, parse_adapters
 from dora_mm.sampling.strengths import as_strength
 
 TEMPLATE = Picture(0, "", None, 0, 25, 5.0, None, None, None, (("a.safetensors", 0.8),), 1.0)

@@ -526,3 +526,30 @@ def test_a_strength_of_a_part_that_the_adapter_does_not_have(job, style, tiny_fo
     job({"prompt": "a", "adapter": f"{style}:unet.dwn=0.5"}, model__path=str(tiny_folder), code=2)
     assert "no adapted module is in 'unet.dwn', the nearest names are unet.down_blocks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "written"),
+    [
+        ({"strength": 0.7}, {}, "row 2 has strength 0.7"),
+        ({}, {"strengths": [0, 0.5]}, "row 1 has strengths [0, 0.5]"),
+        ({"strength": 1, "adapter": "none"}, {}, "row 2 has strength 1"),
+    ],
+)
+def test_a_strength_without_an_adapter_is_refused(job, tmp_path, capsys, row, settings, written):
+    job({"prompt": "a"}, {"prompt": "b", **row}, code=2, **settings)
+    assert f"{written} and no adapter: set adapter.path=RUN" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_adapter_is_said_first_and_last(job, style, tiny_folder, caplog):
+    settings = {"model__path": str(tiny_folder), "steps": 1}
+    run = job({"prompt": "a"}, {"prompt": "b", "strength": 0}, **settings)
+    about = [message for message in caplog.messages if message.startswith("No adapter: ")]
+    assert about == ["No adapter: 1 of 2 pictures have none, and are the bare model's. With one: --set "
+                     "adapter.path=RUN, or a column adapter"] * 2  # fmt: skip
+    assert caplog.messages[-1] == about[0]
+    caplog.clear()
+    assert main(["sample", "--resume", str(run)]) == 0
+    job({"prompt": "a", "adapter": "none"}, {"prompt": "b", "adapter": str(style)}, output="asked", **settings)
+    assert len([message for message in caplog.messages if message.startswith("No adapter: ")]) == 2
