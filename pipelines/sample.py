@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.loader import resolve_adapter, resolve_path
 from dora_mm.config.pictures import JobConfig
 from dora_mm.sampling.jobs.picture import about_bare, check_strengths, expand, template, without_adapter
 from dora_mm.sampling.jobs.reading import read_job
@@ -36,7 +36,7 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     pictures = expand(rows, template(config), config.seeds, config.strengths or (1.0,))
     adapters = {path for picture in pictures for path, _ in picture.adapters}
     for path in sorted(adapters):
-        resolve_path(path, "adapter")
+        resolve_adapter(path, "adapter")
 
     # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
     from dora_mm.sampling.drawing import existing_run, picture_run

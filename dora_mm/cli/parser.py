@@ -112,7 +112,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("source", metavar="IN", help="an adapter file of any tool, its folder or run directory")
     command.add_argument("out", metavar="OUT", help="a file that ends in .safetensors, or a folder")
     command.add_argument("--to", metavar="TARGET", required=True, help="one of those below")
-    command.add_argument("--base", metavar="MODEL", help=BASE)
+    command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of the header, where it is here")
     command.add_argument("--axis", choices=("out", "in"), help=AXIS)
     command.add_argument("--strength", metavar="T", type=float, default=1.0, help="becomes strength 1 in the new file")
     command.add_argument("--rank", metavar="R", type=_positive, help="of target lora, or of a new fit")
@@ -132,7 +132,7 @@ def _add_verify(commands: Any) -> None:
     )
     command.add_argument("file", metavar="FILE", help="an adapter file of any tool, its folder or run directory")
     command.add_argument("--tool", metavar="NAME", default="all", help="one of those below, or all; default: all")
-    command.add_argument("--base", metavar="MODEL", required=True, help=BASE)
+    command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of the header, where it is here")
     command.add_argument("--axis", choices=("out", "in"), help=AXIS)
     command.add_argument("--json", action="store_true", dest="as_json", help="print JSON, with every module")
 

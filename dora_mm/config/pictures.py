@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import (
+    AdapterPath,
     Backend,
     Count,
     InputPath,
@@ -43,7 +44,7 @@ class SampleConfig(SheetConfig):
 class AdapterChoice(Section):
     """An adapter that is there, and how much of it counts."""
 
-    path: InputPath  # the adapter file or its folder
+    path: AdapterPath  # the adapter file, its folder or a run
     # Scales the update: 0 is the base model, 1 the trained one. Or by part and block: {unet.down: 0.5, text_encoder: 0}
     strength: float | dict[str, float] = 1.0
 

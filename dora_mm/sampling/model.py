@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dora_mm import backend, formats
-from dora_mm.config.loader import find_path, resolve_model, resolve_path
+from dora_mm.config.loader import find_path, resolve_adapter, resolve_model
 from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
@@ -198,7 +198,7 @@ def find_adapters(paths: Iterable[str]) -> dict[str, Path]:
     Raises:
         ValueError: A path does not exist, or holds no adapter file or several.
     """
-    return {path: formats.find_file(resolve_path(path, "adapter")) for path in sorted(set(paths))}
+    return {path: formats.find_file(resolve_adapter(path, "adapter")) for path in sorted(set(paths))}
 
 
 def model_of(files: Mapping[str, Path]) -> ModelConfig:

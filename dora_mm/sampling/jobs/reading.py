@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dora_mm.config.loader import resolve_adapter
 from dora_mm.sampling.jobs.rows import JobRow, about_unknown, problem_of_value
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
@@ -112,9 +113,14 @@ def _delimiter(text: str) -> str:
 
 def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> JobRow | None:
     try:
-        return JobRow.model_validate(dict(values))
+        row = JobRow.model_validate(dict(values))
+        for path, _ in row.adapter or ():
+            resolve_adapter(path, "adapter")
+        return row
     except ValidationError as error:
         for item in error.errors(include_url=False):
             column = str(item["loc"][0])
             problems.append(f"line {line}: {problem_of_value(column, item)}")
+    except ValueError as error:
+        problems.append(f"line {line}: {error}")
     return None
