@@ -10,6 +10,7 @@ from dora_mm.config.pictures import GridConfig
 from dora_mm.sampling.axes import cells_of, with_base_model
 from dora_mm.sampling.drawing import existing_run, picture_run
 from dora_mm.sampling.jobs.picture import about_bare, template
+from dora_mm.sampling.jobs.prompts import with_alternatives
 from dora_mm.sampling.model import load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
@@ -40,7 +41,7 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
         rows, columns = with_base_model(config, rows, columns)
     common = template(config, prompt=config.prompt or "", seed=config.seed)
     cells = [{**row, **column} for _, row in rows for _, column in columns]
-    pictures = [replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)]
+    pictures = with_alternatives([replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)])
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
     loaded.check(pictures)
     if bare := about_bare([p for p in pictures if not p.adapters and p.strength and not has_adapters], pictures):

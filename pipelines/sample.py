@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dora_mm.config.loader import resolve_adapter, resolve_path
 from dora_mm.config.pictures import JobConfig
-from dora_mm.sampling.jobs.picture import about_bare, check_strengths, expand, template, without_adapter
+from dora_mm.sampling.jobs.picture import about_bare, check_strengths, expand, file_names, template, without_adapter
+from dora_mm.sampling.jobs.prompts import with_alternatives
 from dora_mm.sampling.jobs.reading import read_job
 from dora_mm.sampling.jobs.rows import JobRow
 from dora_mm.utils import yaml12
@@ -33,7 +34,8 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     """
     rows = read_rows(config)
     check_strengths(rows, config)
-    pictures = expand(rows, template(config), config.seeds, config.strengths or (1.0,))
+    pictures = with_alternatives(expand(rows, template(config), config.seeds, config.strengths or (1.0,)))
+    file_names(pictures)
     adapters = {path for picture in pictures for path, _ in picture.adapters}
     for path in sorted(adapters):
         resolve_adapter(path, "adapter")

@@ -63,6 +63,9 @@ SchedulerName = Literal[
 ]  # the names in models/schedulers.py
 
 
+PromptSyntax = Literal["plain", "a1111"]
+
+
 class PicturesConfig(PipelineConfig):
     """What all pipelines share that draw pictures for prompts."""
 
@@ -72,6 +75,8 @@ class PicturesConfig(PipelineConfig):
     model: ModelConfig | None = None  # null: the model that the adapter's file names; without adapter the embedded one
     memory: MemoryConfig = MemoryConfig()
     adapter: AdapterChoice | None = None  # null: the base model
+    # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
+    prompt_syntax: PromptSyntax = "plain"
     negative_prompt: str | None = None  # null: none
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
@@ -87,7 +92,7 @@ class JobConfig(PicturesConfig):
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample"]
     prompts: Items[Text] = ()
-    prompts_file: InputPath | None = None  # .csv, .tsv, .jsonl or .txt, a column per setting; replaces `prompts`
+    prompts_file: InputPath | None = None  # .csv, .tsv, .xlsx, .jsonl or .txt, a column per setting; replaces `prompts`
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
     # One image for each; they multiply the adapter's. null: 1, and images without adapter are those of the bare model
     strengths: Annotated[Items[float], Field(min_length=1)] | None = None

@@ -152,7 +152,14 @@ class PictureJob:
 
     def _settings(self, index: int) -> dict[str, Any]:
         picture = self.pictures[index]
-        settings = {name: value for name, value in vars(picture).items() if name not in ("row", "adapters")}
+        left_out = (
+            "row",
+            "adapters",
+            "file",
+            "folder",
+            *(["prompt_syntax"] if picture.prompt_syntax == "plain" else []),
+        )
+        settings = {name: value for name, value in vars(picture).items() if name not in left_out}
         adapter = adapters_text(picture.adapters)
         return {**settings, "adapter": adapter, "model": self.descriptions[index].model.path}
 
@@ -180,12 +187,12 @@ def plan(
         environment: See `png.Description`.
         software: See `png.Description`.
     """
-    groups = batches(pictures, batch_size, lambda p: sampler.length((p.prompt, p.negative_prompt)))
+    groups = batches(pictures, batch_size, lambda p: sampler.length(p.prompts))
     descriptions = {
         index: Description(
             model,
             tuple(UsedAdapter(path, strength, *adapters[path]) for path, strength in pictures[index].weights),
-            pictures[index].settings,
+            pictures[index].described,
             tuple((pictures[i].prompt, pictures[i].negative_prompt, pictures[i].seed) for i in group),
             position,
             environment,
@@ -222,7 +229,7 @@ def check_what_is_there(job: PictureJob) -> None:
         else:
             job.done[index] = digest
     samples, known = job.folder / SAMPLES, set(job.names)
-    others = sorted(file.name for file in samples.glob("*.png") if file.name not in known)
+    others = sorted({f.relative_to(samples).as_posix() for f in samples.rglob("*.png")} - known)
     earlier = job.folder / EARLIER
     keep_earlier(job.folder, [f"{SAMPLES}/{name}" for name in stale + damaged])
     for names, what in (
@@ -297,8 +304,8 @@ def remove_adapters(networks: Iterable[nn.Module]) -> None:
 def draw_batch(job: PictureJob, batch: Sequence[int], sampler: PictureSampler) -> None:
     """Draws one batch, and saves the pictures of it that are missing."""
     pictures = [job.pictures[index] for index in batch]
-    settings = job.descriptions[batch[0]].settings
-    prompts = [(picture.prompt, picture.negative_prompt) for picture in pictures]
+    settings = pictures[0].settings
+    prompts = [picture.prompts for picture in pictures]
     try:
         drawn = sampler.draw(prompts, [picture.seed for picture in pictures], **settings)
     except (RuntimeError, MemoryError) as error:

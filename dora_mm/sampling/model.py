@@ -107,6 +107,10 @@ class LoadedModel:
         """
         self.check_sizes(pictures)
         self.check_schedulers(pictures)
+        if any(picture.prompt_syntax != "plain" for picture in pictures) and not self.model.weighs_words:
+            raise ValueError(
+                f"prompt_syntax a1111 is not for {self.model.title}, whose encoder takes no weights: use plain"
+            )
         self.check_adapters(pictures)
         prompts = [text for p in pictures for text in (p.prompt, p.negative_prompt) if text]
         if cut := self.model.cut(list(dict.fromkeys(prompts))):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dora_mm.data.syntax import Wording
 from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.models.schedulers import make_scheduler, title_of
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0  # of logged progress, without a terminal that shows a bar
 MOST_ENCODED = 256  # pictures whose prompts are kept: some 1 MB each in models of full size
 
-Prompts = tuple[str, str | None]  # of one picture: the prompt, and the negative prompt or None
+Prompts = tuple[Wording, Wording | None]  # of one picture: the prompt, and the negative prompt or None
 
 
 class UnusablePictureError(ValueError):

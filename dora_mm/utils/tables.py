@@ -64,7 +64,11 @@ def decoded(content: bytes) -> str:
 
 
 def read_table(
-    text: str, is_known: Callable[[str], bool], problems: list[str], delimiter: str | None = None
+    text: str,
+    is_known: Callable[[str], bool],
+    problems: list[str],
+    delimiter: str | None = None,
+    check: Callable[[Sequence[str]], Sequence[str]] = lambda names: (),
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV file whose first line names its columns, each with its line and its cells that are not empty.
 
@@ -75,6 +79,7 @@ def read_table(
         is_known: Whether a name is one of a column that the reader knows.
         problems: What is wrong with the file is appended to it.
         delimiter: Between cells; None: the one of `,;|` and tab by which most names of the first line are known.
+        check: Says what is wrong with the names of the columns; no row is read then.
     """
     delimiter = delimiter or _delimiter(text, is_known)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -88,8 +93,9 @@ def read_table(
                 continue
             if not header:
                 header = cells
-                if len(set(header)) < len(header):
-                    problems.append("line 1 names a column twice")
+                wrong = ["line 1 names a column twice"] if len(set(header)) < len(header) else check(header)
+                if wrong:
+                    problems += wrong
                     return
             elif len(cells) > len(header):
                 problems.append(

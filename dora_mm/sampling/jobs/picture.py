@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dora_mm.config.pictures import JobConfig, PicturesConfig
+from dora_mm.data.syntax import Wording, weighted
 from dora_mm.sampling.jobs.rows import JobRow, Weights
 from dora_mm.sampling.strengths import as_strength, is_zero, scaled
 
@@ -27,6 +28,9 @@ class Picture:
         scheduler: The name of the scheduler; None is the model's own.
         adapters: The adapters by path, each with its strength.
         strength: The strength of all of them, by which theirs are multiplied; 0 is the base model.
+        prompt_syntax: How its prompts are read: "plain", or "a1111" with weights and BREAK (see `dora_mm.data.syntax`).
+        file: The name of its file, without seed and ending; None: the number of the row.
+        folder: The folder of its file; None: that of all.
     """
 
     row: int
@@ -40,6 +44,16 @@ class Picture:
     scheduler: str | None
     adapters: Weights
     strength: float
+    prompt_syntax: str = "plain"
+    file: str | None = None
+    folder: str | None = None
+
+    @property
+    def prompts(self) -> tuple[Wording, Wording | None]:
+        """The prompt and the negative prompt, as a model encodes them."""
+        if self.prompt_syntax == "plain":
+            return self.prompt, self.negative_prompt
+        return weighted(self.prompt), None if self.negative_prompt is None else weighted(self.negative_prompt)
 
     @property
     def weights(self) -> Weights:
@@ -52,11 +66,18 @@ class Picture:
         """What all pictures of a batch share besides the weights, as `PictureSampler.draw` takes it."""
         return {name: getattr(self, name) for name in ("steps", "guidance", "width", "height", "scheduler")}
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """The settings as files have them: with the syntax of the prompts where they are not plain text."""
+        syntax = {} if self.prompt_syntax == "plain" else {"prompt_syntax": self.prompt_syntax}
+        return {**self.settings, **syntax}
+
 
 def template(config: PicturesConfig, *, prompt: str = "", seed: int = 0) -> Picture:
     """A picture with the settings of a config, which rows of a job and axes of a grid replace."""
     adapters: Weights = ((config.adapter.path, as_strength(config.adapter.strength)),) if config.adapter else ()
-    settings = config.model_dump(include={"negative_prompt", "steps", "guidance", "width", "height", "scheduler"})
+    names = {"negative_prompt", "steps", "guidance", "width", "height", "scheduler", "prompt_syntax"}
+    settings = config.model_dump(include=names)
     return Picture(row=0, prompt=prompt, seed=seed, adapters=adapters, strength=1.0, **settings)
 
 
@@ -120,14 +141,27 @@ def about_bare(bare: Sequence[Picture], pictures: Sequence[Picture]) -> str:
 
 
 def file_names(pictures: Sequence[Picture]) -> list[str]:
-    """The name of each picture's file: `0001-seed7.png`, with its strength where its row has several."""
+    """The name of each picture's file: `0001-seed7.png`, with its strength where its row has several.
+
+    A name of its own has the seed only where its row has several, and its folder stands in front.
+
+    Raises:
+        ValueError: Two pictures have one name, also if only case tells them apart.
+    """
     strengths: dict[int, set[float]] = {}
+    seeds: dict[int, set[int]] = {}
     for picture in pictures:
         strengths.setdefault(picture.row, set()).add(picture.strength)
-    names = []
+        seeds.setdefault(picture.row, set()).add(picture.seed)
+    names, rows = [], dict[str, int]()
     for picture in pictures:
         strength = f"-strength{picture.strength:.12g}" if len(strengths[picture.row]) > 1 else ""
-        names.append(f"{picture.row:04d}-seed{picture.seed}{strength}.png")
+        seed = f"-seed{picture.seed}" if picture.file is None or len(seeds[picture.row]) > 1 else ""
+        folder = f"{picture.folder}/" if picture.folder else ""
+        names.append(f"{folder}{picture.file or f'{picture.row:04d}'}{seed}{strength}.png")
+        other = rows.setdefault(names[-1].casefold(), picture.row)
+        if other != picture.row:
+            raise ValueError(f"rows {other} and {picture.row} have the same file {names[-1]}")
     return names
 
 
@@ -147,7 +181,7 @@ def batches(pictures: Sequence[Picture], size: int, length: Callable[[Picture], 
     """
     groups: dict[Hashable, dict[Hashable, list[int]]] = {}
     for index, picture in enumerate(pictures):
-        key = *picture.settings.values(), length(picture)
+        key = *picture.described.values(), length(picture)
         groups.setdefault(picture.weights, {}).setdefault(key, []).append(index)
     return [
         group[start : start + size]

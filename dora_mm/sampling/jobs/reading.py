@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from dora_mm.config.loader import resolve_adapter
+from dora_mm.sampling.jobs.columns import SCHEDULE, SIZE, column_of, of_line, renamed
 from dora_mm.sampling.jobs.rows import JobRow, about_unknown, problem_of_value
+from dora_mm.utils.messages import first_line
+from dora_mm.utils.tables import decoded, read_table
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
-DELIMITERS = ",;\t|"
+SUFFIXES = (".csv", ".tsv", ".xlsx", ".jsonl", ".txt")
 
 
 def read_job(path: Path) -> list[JobRow]:
     """Reads a job file.
 
     Args:
-        path: A .txt file with a prompt per line (lines that begin with # are comments); a .csv or .tsv file whose first
-            line names its columns; or a .jsonl file with an object per line. In UTF-8.
+        path: A .txt file with a prompt per line, and kohya's flags (lines that begin with # are comments); a .csv, .tsv
+            or .xlsx file whose first line names its columns; or a .jsonl file with an object per line. Text is in
+            UTF-8, or in UTF-16 with a mark.
 
     Raises:
         ValueError: Lists all problems of the file: it has another suffix, is not UTF-8 or has no rows; a column is
@@ -35,13 +37,8 @@ def read_job(path: Path) -> list[JobRow]:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise ValueError(f"{path} is a folder: name a job file in it")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the byte order mark that Excel writes
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} cannot be read") from None
-    read = {".txt": _text_rows, ".jsonl": _json_rows}.get(path.suffix.lower(), _table_rows)
     problems: list[str] = []
-    rows = [_row(values, line, problems) for line, values in read(path, text, problems)]
+    rows = [_row(values, line, problems) for line, values in _lines(path, problems)]
     if problems:
         head = problems[0] if len(problems) == 1 else f"{len(problems)} problems"
         raise ValueError("\n  ".join([f"{path}: {head}", *(problems if len(problems) > 1 else ())]))
@@ -50,13 +47,27 @@ def read_job(path: Path) -> list[JobRow]:
     return [row for row in rows if row is not None]
 
 
+def _lines(path: Path, problems: list[str]) -> NumberedLines:
+    if path.suffix.lower() == ".xlsx":
+        return _sheet_rows(path, problems)
+    try:
+        text = decoded(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    read = {".txt": _text_rows, ".jsonl": _json_rows}.get(path.suffix.lower(), _table_rows)
+    return read(path, text, problems)
+
+
 NumberedLines = Iterable[tuple[int, Mapping[str, Any]]]  # the number of each line, and what it says by column
 
 
 def _text_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            yield number, {"prompt": line}
+            try:
+                yield number, of_line(line)
+            except ValueError as error:
+                problems.append(f"line {number} {error}")
 
 
 def _json_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
@@ -75,45 +86,70 @@ def _json_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
 
 
 def _table_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(text)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else None
+    return read_table(text, _is_known, problems, delimiter, _check_header)
+
+
+def _is_known(name: str) -> bool:
+    return column_of(name) in (*JobRow.model_fields, SIZE, *SCHEDULE)
+
+
+def _check_header(names: Sequence[str]) -> list[str]:
+    """What is wrong with the names of the columns of a table."""
+    unknown = [f"line 1: unknown column {about_unknown(name)}" for name in names if not _is_known(name)]
+    columns = [column_of(name) for name in names]
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    return unknown or [f"line 1 names a column twice: {', '.join(twice)}"] if unknown or twice else []
+
+
+def _sheet_rows(path: Path, problems: list[str]) -> NumberedLines:
+    """The rows of the first sheet of an Excel file, as the text that a person sees in the cells.
+
+    Raises:
+        ValueError: openpyxl is missing, the file is damaged, or a cell has no text to read.
+    """
     try:
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                if unknown := [name for name in header if name not in JobRow.model_fields]:
-                    problems += [f"line 1: unknown column {about_unknown(name)}" for name in unknown]
-                    return
-                if len(set(header)) < len(header):
-                    problems.append("line 1 names a column twice")
-                    return
-            elif len(cells) > len(header):
-                problems.append(
-                    f"line {reader.line_num} has {len(cells)} cells for {len(header)} columns: put quotation marks "
-                    f"around text with {'a tab' if delimiter == chr(9) else delimiter}"
-                )
-            else:
-                yield reader.line_num, {name: cell for name, cell in zip(header, cells, strict=False) if cell.strip()}
-    except csv.Error as error:
-        problems.append(f"line {reader.line_num} cannot be read: {error}")
+        import openpyxl
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path} needs the package openpyxl: pip install 'dora_mm[sheets]', or save it as CSV UTF-8"
+        ) from None
+    try:
+        sheets = [openpyxl.load_workbook(path, data_only=values).worksheets[0] for values in (True, False)]
+    except Exception as error:  # openpyxl raises anything for a file of another kind
+        raise ValueError(
+            f"{path} cannot be read as an Excel file ({first_line(error)}): save it as CSV UTF-8"
+        ) from None
+    header: dict[int, str] = {}
+    for values, formulas in zip(*(sheet.iter_rows() for sheet in sheets), strict=True):
+        cells = {c.column: _cell(path, c, f) for c, f in zip(values, formulas, strict=True) if f.value is not None}
+        cells = {column: text for column, text in cells.items() if text.strip()}
+        if cells and not header:
+            header = cells
+            if wrong := _check_header(list(header.values())):
+                problems += wrong
+                return
+        elif cells:
+            yield values[0].row, {header.get(column, f"column {column}"): text for column, text in cells.items()}
 
 
-def _delimiter(text: str) -> str:
-    """The delimiter by which most names of the first line are those of columns."""
-    first = next((line for line in text.split("\n") if line.strip()), "")
-
-    def known(delimiter: str) -> int:
-        return sum(cell.strip(' "\r') in JobRow.model_fields for cell in first.split(delimiter))
-
-    return max(DELIMITERS, key=known)
+def _cell(path: Path, cell: Any, formula: Any) -> str:
+    value = cell.value
+    place = f"{path}: cell {cell.coordinate}"
+    if value is None:
+        raise ValueError(
+            f"{place} is a formula without a saved value: open and save the file in Excel, or write values"
+        )
+    if cell.data_type == "e":
+        raise ValueError(f"{place} is {value}")
+    if isinstance(value, datetime | date | time):
+        raise ValueError(f"{place} is a date, which Excel makes of texts such as 1-8: format the column as text")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _row(values: Mapping[str, Any], line: int, problems: list[str]) -> JobRow | None:
     try:
-        row = JobRow.model_validate(dict(values))
+        row = JobRow.model_validate(renamed(values))
         for path, _ in row.adapter or ():
             resolve_adapter(path, "adapter")
         return row

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, PositiveInt, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
 from dora_mm.config.loader import find_path
 from dora_mm.config.pictures import PixelSize, SchedulerName
 from dora_mm.config.report import nearest
 from dora_mm.config.schema import NonNegative, Section, Seed, Text
+from dora_mm.sampling.jobs.columns import column_of, parse_scheduler
 from dora_mm.sampling.strengths import HashableStrength, parse_strength, strength_text
 
 NO_ADAPTER = "none"
+NAME = re.compile(r"(?![. -])[^\x00-\x1f<>:\"/\\|?*]{1,150}(?<![. ])(?<!\.jpg)(?<!\.jpeg)(?<!\.webp)")  # of any system
+NOT_IN_NAMES = '<>:"/\\|?*'
 MOST_SEEDS = 10_000  # of a range: a typing error should not fill the disk
 
 Weights = tuple[tuple[str, HashableStrength], ...]  # adapters by path, each with its strength
@@ -39,6 +42,34 @@ def parse_seeds(value: Any) -> Any:
             raise ValueError(f"has the range {part}, which must go up and have at most {MOST_SEEDS} seeds")
         seeds += range(first, last + 1)
     return tuple(seeds)
+
+
+def parse_number(value: Any) -> Any:
+    """Takes the comma in `1,5` for the point that it is in many languages."""
+    return value.replace(",", ".") if isinstance(value, str) and re.fullmatch(r"[+-]?\d+,\d+", value.strip()) else value
+
+
+def check_file(name: str) -> str:
+    """Checks that a picture's file can have a name, which may end in .png.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    stem = name.removesuffix(".png")
+    if not NAME.fullmatch(stem):
+        raise ValueError(f"must be a name without {NOT_IN_NAMES} and other endings than .png, got {name!r}")
+    return stem
+
+
+def check_folder(path: str) -> str:
+    """Checks the names in a relative path.
+
+    Raises:
+        ValueError: It leaves the folder, or a system has no such name.
+    """
+    if not all(NAME.fullmatch(part) for part in path.split("/")):
+        raise ValueError(f"must be names without {NOT_IN_NAMES}, with / between them, got {path!r}")
+    return path
 
 
 def parse_adapters(value: Any) -> Any:
@@ -77,12 +108,14 @@ class JobRow(Section):
     negative_prompt: str | None = None
     seed: Annotated[tuple[Seed, ...], BeforeValidator(parse_seeds)] | None = None
     steps: PositiveInt | None = None
-    guidance: NonNegative | None = None
+    guidance: Annotated[NonNegative, BeforeValidator(parse_number)] | None = None
     width: PixelSize | None = None
     height: PixelSize | None = None
-    scheduler: SchedulerName | None = None
+    scheduler: Annotated[SchedulerName, BeforeValidator(parse_scheduler)] | None = None
     adapter: Annotated[tuple[tuple[Text, HashableStrength], ...], BeforeValidator(parse_adapters)] | None = None
-    strength: float | None = None
+    strength: Annotated[float, BeforeValidator(parse_number)] | None = None
+    file: Annotated[Text, AfterValidator(check_file)] | None = None
+    folder: Annotated[Text, AfterValidator(check_folder)] | None = None
 
 
 def parse_setting(column: str, value: Any) -> Any:
@@ -108,4 +141,4 @@ def problem_of_value(column: str, item: Any) -> str:
 
 def about_unknown(name: str) -> str:
     columns = list(JobRow.model_fields)
-    return f"{name!r}{nearest(name, columns) or ', the columns are ' + ', '.join(columns)}"
+    return f"{name!r}{nearest(column_of(name), columns) or ', the columns are ' + ', '.join(columns)}"
