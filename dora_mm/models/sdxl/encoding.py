@@ -3,8 +3,8 @@
 A prompt of any length is cut into chunks that fit the text encoders: 75 tokens in SDXL, with one token before and one
 after them. The chunks are encoded separately and their embeddings joined, as A1111, ComfyUI and kohya do.
 
-Words may have weights, as in A1111: the embeddings of their tokens are multiplied, and then all of a chunk by one number
-that gives them the mean that they had, of each encoder.
+Words may have weights, as in A1111: the embeddings of their tokens are multiplied, and then all of a chunk by one
+number that gives them the mean that they had, of each encoder.
 
 A `model` here is anything with the parts of SDXL as attributes: an `SDXL`, or diffusers' own pipeline.
 """
