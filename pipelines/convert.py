@@ -29,9 +29,9 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
     """
     file = resolve_adapter(source, "IN")
     model = base_of(file) if base is None else resolve_model(base, "--base")
-    if base is None and model is not None:
-        print(f"base     {model}, as its header says")
     done = convert(file, Path(out).expanduser(), to=to, base=model, **settings)
+    if base is None and model is not None:
+        print(f"base     {model}, as the header says")
     for file in done.files:
         print(f"written  {file}, {done.num_modules} modules")
     if done.left_out:

@@ -135,16 +135,22 @@ def _weigh(model: Any, embeddings: torch.Tensor, prompt: Chunks, num_chunks: int
     """
     width, length = model.text_encoder.config.hidden_size, model.tokenizer.model_max_length
     weighed = []
-    for tokenizer, columns in zip(
-        (model.tokenizer, model.tokenizer_2),
-        embeddings.split_with_sizes([width, embeddings.shape[-1] - width], dim=-1),
-        strict=True,
+    for tokenizer, columns in (
+        (model.tokenizer, embeddings[..., :width]),
+        (model.tokenizer_2, embeddings[..., width:]),
     ):
         tokens = _padded(tokenizer, _chunks(tokenizer, prompt), num_chunks)
         weights = torch.tensor([weight for _, weight in tokens], device=columns.device)[None, :, None]
         chunks = zip(columns.float().split(length, dim=1), weights.split(length, dim=1), strict=True)
-        weighed.append(torch.cat([z * w * (z.mean() / (z * w).mean()) for z, w in chunks], dim=1))
+        weighed.append(torch.cat([_weighed(*chunk) for chunk in chunks], dim=1))
     return torch.cat(weighed, dim=-1).to(embeddings.dtype)
+
+
+def _weighed(embeddings: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if (weights == 1).all():  # to the last bit
+        return embeddings
+    multiplied = embeddings * weights
+    return multiplied * (embeddings.mean() / multiplied.mean())
 
 
 def _encode_one(model: Any, prompt: Wording, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
