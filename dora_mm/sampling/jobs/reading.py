@@ -18,6 +18,8 @@ from dora_mm.utils.tables import decoded, read_table
 
 SUFFIXES = (".csv", ".tsv", ".xlsx", ".jsonl", ".txt")
 
+NumberedLines = Iterable[tuple[int, Mapping[str, Any]]]  # the number of each line, and what it says by column
+
 
 def read_job(path: Path) -> list[JobRow]:
     """Reads a job file.
@@ -58,9 +60,6 @@ def _lines(path: Path, problems: list[str]) -> NumberedLines:
     return read(path, text, problems)
 
 
-NumberedLines = Iterable[tuple[int, Mapping[str, Any]]]  # the number of each line, and what it says by column
-
-
 def _text_rows(path: Path, text: str, problems: list[str]) -> NumberedLines:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -99,7 +98,7 @@ def _check_header(names: Sequence[str]) -> list[str]:
     unknown = [f"line 1: unknown column {about_unknown(name)}" for name in names if not _is_known(name)]
     columns = [column_of(name) for name in names]
     twice = sorted({column for column in columns if columns.count(column) > 1})
-    return unknown or [f"line 1 names a column twice: {', '.join(twice)}"] if unknown or twice else []
+    return unknown or [f"line 1 names a column twice: {name}" for name in twice]
 
 
 def _sheet_rows(path: Path, problems: list[str]) -> NumberedLines:
