@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.loader import resolve_adapter, resolve_model
 from dora_mm.formats.commands.beside import named
 from dora_mm.formats.commands.convert import Conversion, convert
 from dora_mm.formats.commands.export_check import ToolErrors
+from dora_mm.models.opening import base_of
 from dora_mm.utils.tables import aligned_columns
 
 SHOWN = 5  # modules whose errors are named
@@ -19,14 +20,18 @@ def main(source: str, out: str, to: str, *, base: str | None = None, **settings:
         source: An adapter file of any tool, its folder or run directory.
         out: A file that ends in .safetensors, or a folder.
         to: A key of `dora_mm.formats.registry.TARGETS`.
-        base: The model: a folder, a single-file checkpoint or a hub name.
+        base: The model: a folder, a single-file checkpoint or a hub name; None: the one that the file
+            names, where it is on this machine.
         settings: The other arguments of `dora_mm.formats.commands.convert.convert`.
 
     Raises:
         ValueError: The adapter, the model or a setting cannot be used, or the target cannot hold the adapter.
     """
-    model = None if base is None else resolve_model(base, "--base")
-    done = convert(resolve_path(source, "IN"), Path(out).expanduser(), to=to, base=model, **settings)
+    file = resolve_adapter(source, "IN")
+    model = base_of(file) if base is None else resolve_model(base, "--base")
+    done = convert(file, Path(out).expanduser(), to=to, base=model, **settings)
+    if base is None and model is not None:
+        print(f"base     {model}, as the header says")
     for file in done.files:
         print(f"written  {file}, {done.num_modules} modules")
     if done.left_out:

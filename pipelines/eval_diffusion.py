@@ -8,14 +8,14 @@ import logging
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
 import dora_mm
 from dora_mm.adapting.files import digest_of_adapter
-from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.config.pictures import AdapterChoice, EvalDiffusionConfig
+from dora_mm.config.loader import resolve_adapter, resolve_model, resolve_path
+from dora_mm.config.pictures import AdapterChoice, EvalDiffusionConfig, JudgedStyle
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.eval.images.clip import ClipSimilarity, read_references
 from dora_mm.eval.images.concepts import Concept
@@ -24,14 +24,16 @@ from dora_mm.eval.images.judge import Judge
 from dora_mm.eval.images.prompts import fill
 from dora_mm.eval.images.scores import format_interval, metrics_table, scores_per_image, summarize, write_json
 from dora_mm.eval.statistics import Interval, bootstrap
+from dora_mm.formats.adapter_file import find_file
+from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import identity_of, load_image_model
 from dora_mm.sampling.before_after import sample_merged
-from dora_mm.sampling.drawing import recorded_digests
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.manifest import ManifestEntry, read_manifest, write_manifest
+from dora_mm.sampling.manifest import ManifestEntry, read_manifest, recorded_digests, write_manifest
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.train.run import evaluation_run
+from dora_mm.utils import yaml12
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.devices import default_device
 from dora_mm.utils.digest import file_digest, files_digest, module_digest
@@ -75,6 +77,8 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
     }
     if config.adapter:
         inputs["the adapter"] = digest_of_adapter(resolve_path(config.adapter.path, "adapter.path"))
+    if other := about_style(config):
+        log.warning(other)
     with evaluation_run(config, inputs) as run:
         adapted = {}
         if config.adapter:
@@ -83,6 +87,24 @@ def main(config: EvalDiffusionConfig, *, resume: Path | None = None) -> None:
             model = load_image_model(config.model).to(device)
         images = {row: pictures_of(config, run, model, concepts, row) for row in (BARE_FLAT, BARE)} | adapted
         score(config, run, judge, encoder, clip, references, concepts, images)
+    if other:
+        log.warning(other)
+
+
+def about_style(config: EvalDiffusionConfig) -> str:
+    """What is said of an adapter that was trained on pictures which the judge does not know; empty where it does."""
+    if config.adapter is None:
+        return ""
+    header = read_metadata(find_file(resolve_adapter(config.adapter.path, "adapter.path")))
+    trained = yaml12.read(header.get("config", "")).value
+    folder = trained.get("data", {}).get("folder") if isinstance(trained, dict) else None
+    if not isinstance(folder, str) or Path(folder).parts[:1] == ("samples",):
+        return ""
+    styles = ", ".join(get_args(JudgedStyle))
+    return (
+        f"The judge knows the styles {styles} alone: it scores what {config.adapter.path} has learned from {folder} as "
+        f"{config.style}, so a low share says nothing of a style of your own"
+    )
 
 
 def score(

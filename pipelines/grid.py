@@ -1,5 +1,6 @@
 """Draws a labelled grid: what one or two settings do to a picture, beside the base model without adapter."""
 
+import logging
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,15 @@ from dora_mm.config.loader import resolve_path
 from dora_mm.config.pictures import GridConfig
 from dora_mm.sampling.axes import cells_of, with_base_model
 from dora_mm.sampling.drawing import existing_run, picture_run
-from dora_mm.sampling.jobs import template
+from dora_mm.sampling.jobs.picture import about_bare, template
+from dora_mm.sampling.jobs.prompts import with_alternatives
 from dora_mm.sampling.model import load_model
 from dora_mm.sampling.sheets import save_grid
 from dora_mm.sampling.strengths import as_strength, scaled, strength_text
 from dora_mm.train.checkpoint import checkpoints, step_of
 from dora_mm.utils.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 
 def main(config: GridConfig, *, resume: Path | None = None) -> None:
@@ -33,20 +37,23 @@ def main(config: GridConfig, *, resume: Path | None = None) -> None:
     found = existing_run(config, resume)
     folders = checkpoint_folders(config)
     rows, columns = cells_of(config.rows, folders), cells_of(config.columns, folders)
-    if config.without_adapter and (
-        config.adapter or "adapter" in (config.columns.name, config.rows and config.rows.name)
-    ):
+    has_adapters = config.adapter or "adapter" in (config.columns.name, config.rows and config.rows.name)
+    if config.without_adapter and has_adapters:
         rows, columns = with_base_model(config, rows, columns)
     common = template(config, prompt=config.prompt or "", seed=config.seed)
     cells = [{**row, **column} for _, row in rows for _, column in columns]
-    pictures = [replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)]
+    pictures = with_alternatives([replace(common, row=number, **cell) for number, cell in enumerate(cells, 1)])
     loaded = load_model(config, {path for picture in pictures for path, _ in picture.adapters})
     loaded.check(pictures)
+    if bare := about_bare([p for p in pictures if not p.adapters and p.strength and not has_adapters], pictures):
+        log.warning(bare)
     with picture_run(config, found) as run:
         job = loaded.draw(run.path, pictures, config.batch_size)
         save_grid(job, run.sheet, [label for label, _ in rows], [label for label, _ in columns])
         print(f"images    {len(job.done)} of {len(pictures)} in {run.samples}\nsheet     {run.sheet}")
         print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
+        if bare:
+            log.warning(bare)
         job.raise_failures()
 
 

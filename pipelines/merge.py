@@ -9,7 +9,7 @@ from torch import Tensor
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting.files import check_identity, saved_config
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.loader import resolve_adapter, resolve_model
 from dora_mm.config.paths import check_folder
 from dora_mm.models.folders import saved_dtype, write_copy
 from dora_mm.models.probe import Probe, checked_config, largest_difference, load_probe
@@ -37,7 +37,7 @@ def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revisi
         ValueError: The model or the adapter cannot be used, they do not belong together, the folder exists, or merging
             would change what the model computes. Nothing is written then.
     """
-    path, file = resolve_model(model, "MODEL"), formats.find_file(resolve_path(adapter, "ADAPTER"))
+    path, file = resolve_model(model, "MODEL"), formats.find_file(resolve_adapter(adapter, "ADAPTER"))
     folder = new_folder(out)
     config = checked_config(path, revision)
     dtype = dtype or saved_dtype(path, config)

@@ -4,9 +4,12 @@ import logging
 import shlex
 from pathlib import Path
 
-from dora_mm.config.loader import resolve_path
+from dora_mm.config.loader import resolve_adapter, resolve_path
 from dora_mm.config.pictures import JobConfig
-from dora_mm.sampling.jobs import JobRow, expand, read_job, template
+from dora_mm.sampling.jobs.picture import about_bare, check_strengths, expand, file_names, template, without_adapter
+from dora_mm.sampling.jobs.prompts import with_alternatives
+from dora_mm.sampling.jobs.reading import read_job
+from dora_mm.sampling.jobs.rows import JobRow
 from dora_mm.utils import yaml12
 
 log = logging.getLogger(__name__)
@@ -30,10 +33,13 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
         ValueError: The job file, the model or an adapter cannot be used; the run directory is created only after these
             checks. Or some images could not be drawn; all others are then.
     """
-    pictures = expand(read_rows(config), template(config), config.seeds, config.strengths)
+    rows = read_rows(config)
+    check_strengths(rows, config)
+    pictures = with_alternatives(expand(rows, template(config), config.seeds, config.strengths or (1.0,)))
+    file_names(pictures)
     adapters = {path for picture in pictures for path, _ in picture.adapters}
     for path in sorted(adapters):
-        resolve_path(path, "adapter")
+        resolve_adapter(path, "adapter")
 
     # torch and diffusers are imported here, since that takes seconds: mistakes in a job file are found before
     from dora_mm.sampling.drawing import existing_run, picture_run
@@ -47,12 +53,16 @@ def main(config: JobConfig, *, resume: Path | None = None) -> None:
     loaded.check(pictures)
     if any(strength != 1 for picture in pictures for _, strength in picture.weights):
         log.info(STRENGTHS)
+    if bare := about_bare(without_adapter(rows, pictures), pictures):
+        log.warning(bare)
     with picture_run(config, found) as run:
         job = loaded.draw(run.path, pictures, config.batch_size)
         print(f"images    {len(job.done)} of {len(pictures)} in {run.samples}")
         for file in save_sheets(job) if config.sheet else ():
             print(f"sheet     {file}")
         print(f"to look   dora-mm gallery {shlex.quote(str(run.path))}")
+        if bare:
+            log.warning(bare)
         job.raise_failures()
 
 

@@ -5,8 +5,9 @@ import math
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.loader import resolve_adapter, resolve_model
 from dora_mm.formats.commands.verify import FAILS, IGNORED, NO_MAGNITUDE, NOT_FOUND, REFUSED, RIGHT, Verdict, verify
+from dora_mm.models.opening import base_of
 from dora_mm.utils.tables import aligned_columns
 
 MEASURE = (
@@ -16,20 +17,23 @@ MEASURE = (
 SHOWN = 5  # modules that are named for each finding
 
 
-def main(file: str, tool: str, base: str, *, axis: str | None = None, as_json: bool = False) -> None:
+def main(file: str, tool: str, base: str | None = None, *, axis: str | None = None, as_json: bool = False) -> None:
     """Prints a verdict for a tool, or for all.
 
     Args:
         file: An adapter file of any tool, its folder or run directory.
         tool: A key of `dora_mm.formats.tools.TOOLS`, or "all".
-        base: The model: a folder, a single-file checkpoint or a hub name.
+        base: The model: a folder, a single-file checkpoint or a hub name; None: the one that the file names.
         axis: The axis of the magnitudes, where their shape does not say it.
         as_json: Whether to print JSON, with every module.
 
     Raises:
         ValueError: The adapter or the model cannot be read, they do not belong together, or there is no such tool.
     """
-    path = resolve_path(file, "FILE")
+    path = resolve_adapter(file, "FILE")
+    base = base or base_of(path)
+    if base is None:
+        raise ValueError(f"{path} names no base model that is on this machine: give it with --base MODEL")
     verdicts = verify(path, tool, resolve_model(base, "--base"), axis=axis)
     if as_json:
         print(json.dumps([verdict.as_dict() for verdict in verdicts], indent=2))

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dora_mm.cli.errors import OURS, user_message
+from dora_mm.cli.other_forms import right_form
 from dora_mm.cli.parser import build_parser
 
 if TYPE_CHECKING:
@@ -38,7 +39,13 @@ def main(argv: Sequence[str] | None = None, recipes: "Recipes | None" = None) ->
     Returns:
         The exit code: 0 done, 2 a user's mistake (one message on standard error), 130 and 143 interrupted.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        parser.exit(USER_ERROR)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(right_form(unknown) or f"unrecognized arguments: {' '.join(unknown)}")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for name in OURS:
         logging.getLogger(name).setLevel(logging.INFO)

@@ -7,9 +7,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from dora_mm.cli.parser import RESUMABLE
-from dora_mm.config import find_path, load_config, resolve_model, resolve_path, run_name
+from dora_mm.config import find_path, load_config, resolve_adapter, resolve_model, resolve_path, run_name
 from dora_mm.config.paths import check_paths
 from dora_mm.config.schema import PipelineConfig
+from dora_mm.formats.registry import TARGETS, no_entry
 from dora_mm.recipes import PIPELINES, Recipes
 from dora_mm.train.resuming import check_changes, nearest_run, started_config
 
@@ -32,16 +33,32 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
         case "train" | "grid" | "eval" | "features":
             _run_config(arguments, recipes or PIPELINES)
         case "inspect":
-            resolve_model(arguments.path, "PATH|MODEL")
+            if find_path(arguments.path) is None:
+                resolve_model(arguments.path, "PATH|MODEL")
             _call("inspect_model", arguments)
         case "merge":
             _check_model(arguments)
-            resolve_path(arguments.adapter, "ADAPTER")
+            _check_transformers(arguments)
+            resolve_adapter(arguments.adapter, "ADAPTER")
             _call("merge", arguments)
         case "ask":
             _check_model(arguments)
             _check_files(arguments)
             _call("ask", arguments)
+        case "convert":
+            if arguments.to not in TARGETS:
+                raise ValueError(no_entry("target", arguments.to, f"one of {', '.join(TARGETS)}"))
+            resolve_adapter(arguments.source, "IN")
+            _check_base(arguments)
+            _call("convert", arguments)
+        case "verify":
+            resolve_adapter(arguments.file, "FILE")
+            _check_base(arguments)
+            _call("verify", arguments)
+        case "extract":
+            resolve_model(arguments.tuned, "TUNED")
+            resolve_model(arguments.base, "BASE")
+            _call("extract", arguments)
         case other:
             _call(other, arguments)
 
@@ -58,11 +75,27 @@ def _check_model(arguments: Namespace) -> None:
         raise ValueError(f"--revision is a commit, branch or tag of a hub model: leave it out for {arguments.model}")
 
 
+def _check_transformers(arguments: Namespace) -> None:
+    """Merging writes models of transformers; those of diffusers are converted."""
+    found = find_path(arguments.model)
+    if found is not None and (found.is_file() or (found / "model_index.json").is_file()):
+        kind = "a single file" if found.is_file() else "a model of diffusers"
+        raise ValueError(
+            f"MODEL: {arguments.model} is {kind}, and merge writes folders of transformers: dora-mm convert "
+            f"{arguments.adapter} {arguments.out} --to merged --base {arguments.model}"
+        )
+
+
+def _check_base(arguments: Namespace) -> None:
+    if arguments.base is not None:
+        resolve_model(arguments.base, "--base")
+
+
 def _check_files(arguments: Namespace) -> None:
     for image in arguments.images:
         resolve_path(image, "IMAGE")
     if arguments.adapter is not None:
-        resolve_path(arguments.adapter, "--adapter")
+        resolve_adapter(arguments.adapter, "--adapter")
 
 
 # --- commands with a config ------------------------------------------------------------------------------------------

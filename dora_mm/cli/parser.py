@@ -50,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_config_command(commands: Any, name: str, what: str) -> None:
     command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, according to a config.")
-    metavar, kinds = ("JOBS|CONFIG", ", or a job: .csv, .tsv, .jsonl, .txt") if name == "sample" else ("CONFIG", "")
+    metavar, kinds = (
+        ("JOBS|CONFIG", ", or a job: .csv, .tsv, .xlsx, .jsonl, .txt") if name == "sample" else ("CONFIG", "")
+    )
     nargs = "?" if name in RESUMABLE else None
     command.add_argument("config", metavar=metavar, nargs=nargs, help=f"a YAML file{kinds}")
     command.add_argument(
@@ -132,7 +134,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("source", metavar="IN", help="an adapter file of any tool, its folder or run directory")
     command.add_argument("out", metavar="OUT", help="a file that ends in .safetensors, or a folder")
     command.add_argument("--to", metavar="TARGET", required=True, help="one of those below")
-    command.add_argument("--base", metavar="MODEL", help=BASE)
+    command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of the header, where it is here")
     command.add_argument("--axis", choices=("out", "in"), help=AXIS)
     command.add_argument("--strength", metavar="T", type=float, default=1.0, help="becomes strength 1 in the new file")
     command.add_argument("--rank", metavar="R", type=_positive, help="of target lora, or of a new fit")
@@ -152,7 +154,7 @@ def _add_verify(commands: Any) -> None:
     )
     command.add_argument("file", metavar="FILE", help="an adapter file of any tool, its folder or run directory")
     command.add_argument("--tool", metavar="NAME", default="all", help="one of those below, or all; default: all")
-    command.add_argument("--base", metavar="MODEL", required=True, help=BASE)
+    command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of the header, where it is here")
     command.add_argument("--axis", choices=("out", "in"), help=AXIS)
     command.add_argument("--json", action="store_true", dest="as_json", help="print JSON, with every module")
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.report import nearest
-from dora_mm.config.schema import InputPath, Items, Positive, Section, Share, Text
+from dora_mm.config.schema import AdapterPath, Items, Positive, Section, Share, Text
 from dora_mm.config.training import OptimizerConfig
 
 EACH_TEXT_ENCODER = "text_encoder"  # how the names of all text encoders of a model begin
@@ -45,7 +45,7 @@ class AdapterConfig(Section):
     dropout: Share = 0.0  # probability, on the input of A
     norm_grad: Literal["detached", "exact"] = "detached"  # detached: no gradient through the row norm, as in the paper
     cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of caching it, to save memory
-    init_from: InputPath | None = None  # the adapter file, or its folder, to start from; null: a fresh adapter
+    init_from: AdapterPath | None = None  # the adapter file, or its folder, to start from; null: a fresh adapter
     # The parts of the model: a list of names, or names with settings ({unet.attn: {rank: 4}}); null: those that the
     # target map of its main network has as the default
     parts: dict[str, PartConfig] = Field(default_factory=dict)

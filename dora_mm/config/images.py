@@ -58,10 +58,13 @@ class HeldOutImagesConfig(Section):
 
 
 class DataConfig(Section):
-    folder: InputPath  # images, with captions in metadata.jsonl or <name>.txt files, or without captions
+    # Images, with captions in metadata.jsonl, metadata.csv, or <name>.txt or <name>.caption files, or without captions
+    folder: InputPath
     subfolders: bool = False  # whether images in subfolders count; those in 10_name then occur 10 times in an epoch
     resolution: PixelSize  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
     instance_prompt: Text | None = None  # the caption of images without one; null: every image needs a caption
+    # Files that look like captions and are not used: stop: they are an error; ignore: they are named
+    unused_captions: Literal["stop", "ignore"] = "stop"
     placeholder: Text | None = None  # a word that must occur in a caption, such as TOK; null: no check
     repeats: PositiveInt = 1  # how often each image occurs in an epoch
     background: Text = "white"  # behind transparent images: a colour name or #rrggbb

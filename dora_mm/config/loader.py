@@ -16,6 +16,10 @@ from dora_mm.utils import yaml12
 from dora_mm.utils.yaml12 import MISSING, KeyPath
 
 PACKAGE = Path(__file__).resolve().parents[1]
+_OF_ADAPTERS = {"adapter", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
+_ADAPTER_KEY = re.compile(r'"[^"\\]*[._](lora_(A|B|up|down|mag)|hada_w1|lokr_w|dora_scale)[^"\\]*": ?\{ ?"dtype"')
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+_LONGEST_START = 2**20  # bytes of a header: trainers write statistics of their captions before the first tensor
 INSTALLED = "package:"  # prefix of a path inside an installed Python package
 
 
@@ -152,12 +156,14 @@ def resolve_model(path: str, key: str = "model.path") -> str:
         key: The config key that holds it, for the error message.
 
     Raises:
-        ValueError: It is not a hub name, and does not exist as a path.
+        ValueError: It is not a hub name, and does not exist as a path; or it is an adapter.
     """
     found = find_path(path)
     if found is not None:
+        if is_adapter(found):
+            raise ValueError(f"{key}: {path} is an adapter (LoRA or DoRA), not a model: name the model that it is for")
         return str(found)
-    hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not path.endswith((".safetensors", ".ckpt"))
+    hub_name = HUB_NAME.fullmatch(path) and not path.endswith((".safetensors", ".ckpt"))
     return path if hub_name and not path.startswith("samples/") else str(resolve_path(path, key))
 
 
@@ -165,6 +171,32 @@ def packaged_configs() -> dict[str, Path]:
     """The packaged configs by the paths that commands take."""
     folder = _packaged(Path())
     return {f"configs/{file.relative_to(folder).as_posix()}": file for file in sorted(folder.glob("*/*.yaml"))}
+
+
+def resolve_adapter(path: str | Path, key: str) -> Path:
+    """As `resolve_path`, for an adapter file, its folder or a run directory.
+
+    Raises:
+        ValueError: The path does not exist, or is a folder that holds runs.
+    """
+    found = resolve_path(path, key)
+    runs = sorted(file.parent for file in found.glob("*/config.yaml")) if found.is_dir() else []
+    if runs and not (found / "config.yaml").is_file() and not is_adapter(found):
+        raise ValueError(f"{key}: {path} is a folder of runs, not one of them, did you mean {str(runs[-1])!r}?")
+    return found
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a file or folder is an adapter, by its files' names and the start of a file's header."""
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        return bool(names & _OF_ADAPTERS) and not names & {"model_index.json", "config.json"}
+    if path.suffix != ".safetensors":
+        return False
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = file.read(min(length, _LONGEST_START)).decode(errors="replace")
+    return _ADAPTER_KEY.search(start) is not None
 
 
 def _in_package(path: str) -> Path | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from dora_mm.config.loader import resolve_model, resolve_path
+from dora_mm.config.loader import resolve_adapter, resolve_model, resolve_path
 from dora_mm.config.schema import PathKind, PipelineConfig, Section
 
 
@@ -22,6 +22,8 @@ def check_paths(config: PipelineConfig, *, new_run: bool) -> None:
     for key, kind, path in paths_in(config):
         if kind is PathKind.INPUT:
             resolve_path(path, key)
+        elif kind is PathKind.ADAPTER:
+            resolve_adapter(path, key)
         elif kind is PathKind.MODEL:
             resolve_model(path, key)
         elif new_run:

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.schema import (
+    AdapterPath,
     Backend,
     Count,
     InputPath,
@@ -44,7 +45,7 @@ class SampleConfig(SheetConfig):
 class AdapterChoice(Section):
     """An adapter that is there, and how much of it counts."""
 
-    path: InputPath  # the adapter file or its folder
+    path: AdapterPath  # the adapter file, its folder or a run
     # Scales the update: 0 is the base model, 1 the trained one. Or by part and block: {unet.down: 0.5, text_encoder: 0}
     strength: float | dict[str, float] = 1.0
 
@@ -63,6 +64,9 @@ SchedulerName = Literal[
 ]  # the names in models/schedulers.py
 
 
+PromptSyntax = Literal["plain", "a1111"]
+
+
 class PicturesConfig(PipelineConfig):
     """What all pipelines share that draw pictures for prompts."""
 
@@ -72,6 +76,8 @@ class PicturesConfig(PipelineConfig):
     model: ModelConfig | None = None  # null: the model that the adapter's file names; without adapter the embedded one
     memory: MemoryConfig = MemoryConfig()
     adapter: AdapterChoice | None = None  # null: the base model
+    # plain: prompts are text; a1111: with weights such as (word:1.3), alternatives {a|b} by seed, and BREAK
+    prompt_syntax: PromptSyntax = "plain"
     negative_prompt: str | None = None  # null: none
     steps: PositiveInt = 25  # denoising steps
     guidance: NonNegative = 5.0  # classifier-free guidance scale
@@ -87,9 +93,10 @@ class JobConfig(PicturesConfig):
     command: ClassVar[str] = "sample"
     pipeline: Literal["sample"]
     prompts: Items[Text] = ()
-    prompts_file: InputPath | None = None  # .csv, .tsv, .jsonl or .txt, a column per setting; replaces `prompts`
+    prompts_file: InputPath | None = None  # .csv, .tsv, .xlsx, .jsonl or .txt, a column per setting; replaces `prompts`
     seeds: Annotated[Items[Seed], Field(min_length=1)] = (0,)  # one image per prompt and seed
-    strengths: Annotated[Items[float], Field(min_length=1)] = (1.0,)  # one image for each; they multiply the adapter's
+    # One image for each; they multiply the adapter's. null: 1, and images without adapter are those of the bare model
+    strengths: Annotated[Items[float], Field(min_length=1)] | None = None
     sheet: bool = True  # whether to save labelled sheets of all images
 
     @model_validator(mode="after")
@@ -97,8 +104,6 @@ class JobConfig(PicturesConfig):
         problems = []
         if not self.prompts and self.prompts_file is None:
             problems.append("give prompts or prompts_file")
-        if self.strengths != (1.0,) and not self.adapter and self.prompts_file is None:
-            problems.append("strengths needs an adapter")
         return raise_problems(self, problems)
 
 

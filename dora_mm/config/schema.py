@@ -26,12 +26,16 @@ class PathKind(Enum):
     """What a key that holds a path is for; `dora_mm.config.paths` checks them."""
 
     INPUT = "a file or folder that must exist"
+    ADAPTER = "an adapter file, its folder or a run directory, which must exist"
     MODEL = "a file or folder that must exist, or the name of a hub repository"
     FOLDER = "a folder that is written to"
     NEW_FOLDER = "a folder that is written to, and must not exist yet"
 
 
 InputPath = Annotated[Text, PathKind.INPUT]
+
+
+AdapterPath = Annotated[Text, PathKind.ADAPTER]
 
 
 ModelPath = Annotated[Text, PathKind.MODEL]

@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from dora_mm.config.adapter import VLAdapterConfig, check_adapter
 from dora_mm.config.models import VisionConfig, VLModelConfig
 from dora_mm.config.schema import (
+    AdapterPath,
     Backend,
     Count,
     InputPath,
@@ -103,7 +104,7 @@ class EvalVLConfig(PipelineConfig):
     backend: Backend = "auto"  # implementation of the adapted layers, see dora_mm/backend.py
     model: VLModelConfig
     vision: VisionConfig = VisionConfig()
-    adapter: InputPath | None = None  # an adapter file, its folder or its run directory; null: the base model
+    adapter: AdapterPath | None = None  # an adapter file, its folder or its run directory; null: the base model
     data: VLDataConfig
     decode: DecodeConfig = DecodeConfig()
     examples: Count = 48  # examples of each task on the HTML page

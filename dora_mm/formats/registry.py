@@ -52,6 +52,12 @@ TARGETS = {  # of `convert`
     "onetrainer": RegistryEntry("onetrainer.EXPORT", "to go on with training in OneTrainer"),
     "ai-toolkit": RegistryEntry("ai_toolkit.EXPORT", "to go on with training in ai-toolkit"),
 }
+WRITTEN_FOR = {  # the target that a program reads, by names that people give it
+    **dict.fromkeys(("a1111", "automatic1111", "webui", "sd-webui", "invokeai"), "diff"),
+    **dict.fromkeys(("forge", "reforge"), "comfy-2025"),
+    "comfyui": "comfy",
+    **dict.fromkeys(("lycoris", "sd-scripts", "sdnext"), "kohya"),
+}
 
 
 def no_entry(kind: str, name: str, known: str) -> str:
@@ -61,6 +67,8 @@ def no_entry(kind: str, name: str, known: str) -> str:
             f"{program} loads no DoRA: merge the adapter into its model with dora-mm merge MODEL ADAPTER OUT, or make "
             "a plain LoRA with dora-mm convert IN OUT --to lora --rank 32 --base MODEL"
         )
+    if kind == "target" and (target := WRITTEN_FOR.get(name.lower())):
+        return f"there is no target {name!r}: what it reads is written with --to {target}"
     return f"there is no {kind} {name!r}: use {known}"
 
 

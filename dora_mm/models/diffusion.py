@@ -20,6 +20,7 @@ from dora_mm.config.schema import Section
 from dora_mm.core import TargetMap
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
+from dora_mm.data.syntax import Wording
 from dora_mm.models.components import Components
 from dora_mm.models.noise import NoiseProcess
 from dora_mm.utils.digest import module_digest
@@ -47,6 +48,7 @@ class ImageModel(ABC):
     cell: ClassVar[int]  # sides of pictures are multiples of this number of pixels
     vae_name: ClassVar[str] = "AutoencoderKL"  # the class of diffusers
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")  # in which it computes what it should
+    weighs_words: ClassVar[bool] = False  # whether `encode_for_drawing` takes prompts in pieces with weights
     # Names of tensors begin with these in a single checkpoint; empty: the family has none
     single_file: ClassVar[tuple[str, ...]] = ()
 
@@ -171,7 +173,7 @@ class ImageModel(ABC):
         return "empty"
 
     @abstractmethod
-    def prompt_length(self, prompt: str) -> int:
+    def prompt_length(self, prompt: Wording) -> int:
         """How long a prompt is as the denoiser sees it: prompts of one length fill a batch without padding."""
 
     def num_tokens(self, prompt: str) -> int:
@@ -213,11 +215,11 @@ class ImageModel(ABC):
     # --- drawing -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def encode_for_drawing(self, prompt: str, negative_prompt: str | None) -> Prompt:
+    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
         """Encodes the prompts of one picture, for `pipeline_inputs`.
 
         Args:
-            prompt: A prompt of any length.
+            prompt: A prompt of any length; in pieces with weights only where the family `weighs_words`.
             negative_prompt: None is what the family takes without one.
         """
 

@@ -10,6 +10,10 @@ from pathlib import Path
 
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
+from dora_mm.config.loader import HUB_NAME, find_path
+from dora_mm.formats.adapter_file import find_file
+from dora_mm.formats.files.tensor_file import read_metadata
+
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")  # ends of files
 LONGEST_REASON = 500  # characters; transformers' message about shapes has 60 lines
 # httpx and requests, which huggingface_hub uses in different releases, and their common bases
@@ -99,6 +103,23 @@ def local_copy(path: str, revision: str | None = None) -> Path | None:
         return Path(snapshot_download(path, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+
+
+def base_of(adapter: Path) -> str | None:
+    """The base model that the header of an adapter names, where it is on this machine; else None.
+
+    Args:
+        adapter: The file, its folder or its run directory.
+
+    Raises:
+        ValueError: There is no adapter, or it cannot be read.
+    """
+    header = read_metadata(find_file(adapter))
+    name = header.get("base_model")
+    if not name:
+        return None
+    found = find_path(name) or (local_copy(name, header.get("base_revision")) if HUB_NAME.fullmatch(name) else None)
+    return found and str(found)
 
 
 def loaded_files(folder: Path) -> list[Path]:

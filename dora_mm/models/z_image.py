@@ -13,6 +13,7 @@ from torch import Tensor
 from dora_mm.config.models import ModelConfig, ZImageConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
+from dora_mm.data.syntax import Wording
 from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.models.noise import Flow
 
@@ -48,8 +49,9 @@ class ZImage(ImageModel):
     def noise(self) -> Flow:
         return Flow(self.scheduler, patch=2)
 
-    def prompt_length(self, prompt: str) -> int:
+    def prompt_length(self, prompt: Wording) -> int:
         """In groups of tokens."""
+        assert isinstance(prompt, str)  # it does not `weigh_words`
         return -(-min(self.num_tokens(prompt), self.most_tokens) // GROUP)
 
     def num_tokens(self, prompt: str) -> int:
@@ -90,7 +92,9 @@ class ZImage(ImageModel):
         return -torch.stack(list(found)).squeeze(2)  # it predicts x - e
 
     @torch.no_grad()
-    def encode_for_drawing(self, prompt: str, negative_prompt: str | None) -> Prompt:
+    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
+        assert isinstance(prompt, str)
+        assert not isinstance(negative_prompt, tuple)
         text, negative = self.encode_prompts([prompt, negative_prompt or ""])
         return {"text": text["text"], "negative": negative["text"]}
 

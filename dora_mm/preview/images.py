@@ -74,7 +74,7 @@ def describe_captions(
         data: The `data` section of the config.
         num_tokens: Counts the tokens of a caption; None: the tokenizer is not there, so characters are counted.
     """
-    sources = Counter("<name>.txt" if image.source == ".txt" else image.source for image in images)
+    sources = Counter(f"<name>{image.source}" if image.source.startswith(".") else image.source for image in images)
     captions = [image.caption for image in images]
     longest = max(captions, key=num_tokens or len)
     length = f"{num_tokens(longest)} tokens" if num_tokens else f"{len(longest)} characters"

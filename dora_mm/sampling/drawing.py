@@ -21,8 +21,16 @@ from dora_mm.config.pictures import PicturesConfig
 from dora_mm.core import remove
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.inject import merged_adapters
-from dora_mm.sampling.jobs import Picture, Weights, adapters_text, batches, file_names
-from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest, write_manifest
+from dora_mm.sampling.jobs.picture import Picture, batches, file_names
+from dora_mm.sampling.jobs.rows import Weights, adapters_text
+from dora_mm.sampling.manifest import (
+    EARLIER,
+    MANIFEST,
+    ManifestEntry,
+    keep_earlier,
+    recorded_digests,
+    write_manifest,
+)
 from dora_mm.sampling.pictures import PictureProgress, PictureSampler, UnusablePictureError
 from dora_mm.sampling.png import BaseModel, Description, UsedAdapter, read_description, save_picture
 from dora_mm.sampling.strengths import HashableStrength
@@ -144,7 +152,14 @@ class PictureJob:
 
     def _settings(self, index: int) -> dict[str, Any]:
         picture = self.pictures[index]
-        settings = {name: value for name, value in vars(picture).items() if name not in ("row", "adapters")}
+        left_out = (
+            "row",
+            "adapters",
+            "file",
+            "folder",
+            *(["prompt_syntax"] if picture.prompt_syntax == "plain" else []),
+        )
+        settings = {name: value for name, value in vars(picture).items() if name not in left_out}
         adapter = adapters_text(picture.adapters)
         return {**settings, "adapter": adapter, "model": self.descriptions[index].model.path}
 
@@ -172,12 +187,12 @@ def plan(
         environment: See `png.Description`.
         software: See `png.Description`.
     """
-    groups = batches(pictures, batch_size, lambda p: sampler.length((p.prompt, p.negative_prompt)))
+    groups = batches(pictures, batch_size, lambda p: sampler.length(p.prompts))
     descriptions = {
         index: Description(
             model,
             tuple(UsedAdapter(path, strength, *adapters[path]) for path, strength in pictures[index].weights),
-            pictures[index].settings,
+            pictures[index].described,
             tuple((pictures[i].prompt, pictures[i].negative_prompt, pictures[i].seed) for i in group),
             position,
             environment,
@@ -192,8 +207,9 @@ def plan(
 def check_what_is_there(job: PictureJob) -> None:
     """Finds the pictures of a job that were drawn already, and verifies their files.
 
-    Files that are damaged, or that an earlier version of the job drew with other settings, are named in the log; they
-    stay until their picture is drawn again. Files that do not belong to the job are named, and stay.
+    Files that are damaged or changed, or that an earlier version of the job drew with other settings, are named in the
+    log and kept in `earlier/`; they stay until their picture is drawn again. Others of a batch are not such settings.
+    Files that do not belong to the job are named, and stay.
     """
     stale, damaged, digests = [], [], recorded_digests(job.folder)
     for index, name in enumerate(job.names):
@@ -213,10 +229,12 @@ def check_what_is_there(job: PictureJob) -> None:
         else:
             job.done[index] = digest
     samples, known = job.folder / SAMPLES, set(job.names)
-    others = sorted(file.name for file in samples.glob("*.png") if file.name not in known)
+    others = sorted({f.relative_to(samples).as_posix() for f in samples.rglob("*.png")} - known)
+    earlier = job.folder / EARLIER
+    keep_earlier(job.folder, [f"{SAMPLES}/{name}" for name in stale + damaged])
     for names, what in (
-        (stale, "were drawn with other settings, and are drawn again"),
-        (damaged, "are damaged, changed or no pictures of a job, and are drawn again"),
+        (stale, f"were drawn with other settings: they are kept in {earlier}, and drawn again"),
+        (damaged, f"are damaged, changed or no pictures of a job: they are kept in {earlier}, and drawn again"),
         (others, "do not belong to the job, and stay as they are"),
     ):
         if names:
@@ -224,14 +242,6 @@ def check_what_is_there(job: PictureJob) -> None:
             log.warning("%d files in %s %s: %s", len(names), samples, what, shown)
     if job.done:
         log.info("%d of %d pictures are there already.", len(job.done), len(job.pictures))
-
-
-def recorded_digests(folder: Path) -> dict[str, str]:
-    """The digests of the files that the manifest in a run directory has, by their paths in it."""
-    try:
-        return {entry.file: entry.digest for entry in read_manifest(folder) if entry.digest}
-    except ValueError:
-        return {}
 
 
 def draw(job: PictureJob, sampler: PictureSampler, networks: Iterable[nn.Module], load: LoadAdapter) -> None:
@@ -294,8 +304,8 @@ def remove_adapters(networks: Iterable[nn.Module]) -> None:
 def draw_batch(job: PictureJob, batch: Sequence[int], sampler: PictureSampler) -> None:
     """Draws one batch, and saves the pictures of it that are missing."""
     pictures = [job.pictures[index] for index in batch]
-    settings = job.descriptions[batch[0]].settings
-    prompts = [(picture.prompt, picture.negative_prompt) for picture in pictures]
+    settings = pictures[0].settings
+    prompts = [picture.prompts for picture in pictures]
     try:
         drawn = sampler.draw(prompts, [picture.seed for picture in pictures], **settings)
     except (RuntimeError, MemoryError) as error:
@@ -309,7 +319,7 @@ def draw_batch(job: PictureJob, batch: Sequence[int], sampler: PictureSampler) -
             continue
         if isinstance(picture, UnusablePictureError):
             job.failed[index] = str(picture)
-            job.file(index).unlink(missing_ok=True)  # of an earlier version of the job
+            job.file(index).unlink(missing_ok=True)  # of an earlier version of the job, which is kept
         else:
             title = sampler.scheduler_title(settings["scheduler"])
             save_picture(job.file(index), picture, job.descriptions[index], title)

@@ -1,4 +1,4 @@
-"""The manifest of a run that draws pictures: one line of JSON per picture, in manifest.jsonl."""
+"""The manifest of a run that draws pictures, with a line of JSON per picture, and what becomes of replaced ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.digest import file_digest
+from dora_mm.utils.folders import link_or_copy, written_at_once
 
 MANIFEST = "manifest.jsonl"
+EARLIER = "earlier"  # the folder in a run of pictures that were replaced, by number
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,46 @@ def read_manifest(run: Path) -> list[ManifestEntry]:
         return [ManifestEntry(**json.loads(line)) for line in file.read_text(encoding="utf-8").split("\n") if line]
     except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and repeat the command of the run") from None
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """The digests of the files that the manifest in a run directory has, by their paths in it."""
+    return {entry.file: entry.digest for entry in _readable_entries(folder) if entry.digest}
+
+
+def _readable_entries(folder: Path) -> list[ManifestEntry]:
+    """The entries of a manifest; none where it is missing or damaged."""
+    try:
+        return read_manifest(folder)
+    except ValueError:
+        return []
+
+
+def keep_earlier(run: Path, files: Iterable[str]) -> Path | None:
+    """Keeps files of a run that are going to be replaced: `earlier/<NNN>` has them, its sheets and a manifest.
+
+    It appears complete or not at all, and what an interrupted process has kept is not kept again.
+
+    Args:
+        run: The run directory.
+        files: The paths of the pictures, relative to it.
+
+    Returns:
+        The folder, which a gallery reads as it does a run; None if all of them are kept already.
+    """
+    before = [folder for folder in sorted((run / EARLIER).glob("*")) if folder.name.isdecimal()]
+    kept = {item for folder in before for item in recorded_digests(folder).items()}
+    found = {file: file_digest(run / file) for file in files}
+    if not found.items() - kept:
+        return None
+    entries = {(entry.file, entry.digest): entry for entry in _readable_entries(run)}
+    new = {  # one that was changed has no entry
+        file: entries.get((file, digest), ManifestEntry(0, file, "done", 0, {}, digest))
+        for file, digest in found.items()
+    }
+    folder = run / EARLIER / f"{max((int(each.name) for each in before), default=0) + 1:03d}"
+    with written_at_once(folder) as partial:
+        for source in (*(run / file for file in found), *run.glob("sheet*.png")):
+            link_or_copy(source, partial / source.relative_to(run))
+        write_manifest(partial, new.values())
+    return folder

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from dora_mm import backend, formats
-from dora_mm.config.loader import find_path, resolve_model, resolve_path
+from dora_mm.config.loader import find_path, resolve_adapter, resolve_model
 from dora_mm.config.models import EMBEDDED_IMAGE_MODEL, ModelConfig
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.formats.adapter_file import AdapterFile
@@ -23,7 +23,7 @@ from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
 from dora_mm.models.memory import check_offload, save_memory
 from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
-from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.png import BaseModel, adapter_hashes
 from dora_mm.sampling.strengths import HashableStrength, to_load
@@ -107,6 +107,10 @@ class LoadedModel:
         """
         self.check_sizes(pictures)
         self.check_schedulers(pictures)
+        if any(picture.prompt_syntax != "plain" for picture in pictures) and not self.model.weighs_words:
+            raise ValueError(
+                f"prompt_syntax a1111 is not for {self.model.title}, whose encoder takes no weights: use plain"
+            )
         self.check_adapters(pictures)
         prompts = [text for p in pictures for text in (p.prompt, p.negative_prompt) if text]
         if cut := self.model.cut(list(dict.fromkeys(prompts))):
@@ -198,7 +202,7 @@ def find_adapters(paths: Iterable[str]) -> dict[str, Path]:
     Raises:
         ValueError: A path does not exist, or holds no adapter file or several.
     """
-    return {path: formats.find_file(resolve_path(path, "adapter")) for path in sorted(set(paths))}
+    return {path: formats.find_file(resolve_adapter(path, "adapter")) for path in sorted(set(paths))}
 
 
 def model_of(files: Mapping[str, Path]) -> ModelConfig:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from dora_mm.data.syntax import Wording
 from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.models.schedulers import make_scheduler, title_of
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 MOST_LINES = 20  # of logged progress, without a terminal that shows a bar
 MOST_ENCODED = 256  # pictures whose prompts are kept: some 1 MB each in models of full size
 
-Prompts = tuple[str, str | None]  # of one picture: the prompt, and the negative prompt or None
+Prompts = tuple[Wording, Wording | None]  # of one picture: the prompt, and the negative prompt or None
 
 
 class UnusablePictureError(ValueError):

@@ -85,14 +85,18 @@ class Description:
     software: Mapping[str, str | None]
 
     def is_drawn_like(self, other: Description) -> bool:
-        """Whether the pictures are the same, whatever the versions of the software and the paths of the weights."""
-        return self._without_paths() == other._without_paths()
+        """Whether the pictures are the same, up to rounding by the others of their batches.
 
-    def _without_paths(self) -> Description:
-        """The weights by their digests alone: a path may be written in several ways, and files may move."""
+        The versions of the software and the paths of the weights do not count.
+        """
+        return self._own() == other._own()
+
+    def _own(self) -> Description:
+        """The picture alone. Weights count by their digests: paths are written in several ways, and files may move."""
         model = replace(self.model, path="", revision=None, vae=None)
         adapters = tuple(replace(adapter, path="") for adapter in self.adapters)
-        return replace(self, model=model, adapters=adapters, software={})
+        batch = self.batch[self.position : self.position + 1]
+        return replace(self, model=model, adapters=adapters, batch=batch, position=0, software={})
 
 
 def save_picture(path: Path, picture: Image.Image, description: Description, scheduler: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import MemoryConfig, PicturesConfig
 from dora_mm.sampling.drawing import PictureJob, draw
-from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import LoadedModel, load_model
 from dora_mm.sampling.png import Description, read_description

@@ -10,7 +10,7 @@ from PIL import Image
 from dora_mm.sampling.axes import WITHOUT
 from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import contact_sheet, sheet
-from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.utils.atomic import write_atomically
 
 LARGEST_CELL = 384  # pixels: a sheet is for looking at all of them, not at one

@@ -1,5 +1,6 @@
 """Numbered folders, as runs have them, and folders that appear complete or not at all."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,15 @@ def claim_number(parent: Path) -> Path:
             return path
         except FileExistsError:
             number += 1
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes a hard link, which takes no room; a copy where the file system has none, or is another one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import PicturesConfig
 from dora_mm.models.image_families import load_image_model
 from dora_mm.sampling.drawing import adapted, draw_batch
-from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.model import load_model
 from tests.benchmarks.results_table import time_row, write_times
 from tests.benchmarks.timing import alternate

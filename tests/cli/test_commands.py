@@ -200,6 +200,18 @@ WRONG = {  # by the command line: what the one sentence contains
     "eval EVAL": "judge: nosuch does not exist",
     "sample SAMPLE --set adapter.path=nosuch": "adapter.path: nosuch does not exist",
     "inspect nosuch.safetensors": "nosuch.safetensors does not exist",
+    "sample SAMPLE --set adapter.path=RUNS": "adapter.path: RUNS is a folder of runs, not one of them, did you mean",
+    "sample JOBS": "line 3: adapter: nosuch does not exist",
+    "train CONFIG --set model.path=LORA": "model.path: LORA is an adapter (LoRA or DoRA), not a model: name the model",
+    "train CONFIG --set model.path=RUNS/001": "RUNS/001 is an adapter (LoRA or DoRA), not a model",
+    "ask LORA FILE what?": "MODEL: LORA is an adapter (LoRA or DoRA), not a model",
+    "merge PIPE LORA out": "PIPE is a model of diffusers, and merge writes folders of transformers: dora-mm convert",
+    "convert LORA out.safetensors --to a1111": "there is no target 'a1111': what it reads is written with --to diff",
+    "convert nosuch out.safetensors --to kohya": "IN: nosuch does not exist",
+    "convert RUNS out.safetensors --to kohya": "IN: RUNS is a folder of runs",
+    "convert LORA out.safetensors --to kohya --base LORA": "--base: LORA is an adapter",
+    "verify LORA --base nosuch": "--base: nosuch does not exist",
+    "extract nosuch PIPE out --rank 4": "TUNED: nosuch does not exist",
 }
 
 SAMPLE = "pipeline: sample\nmodel: {path: some/model}\nprompts: [a bus]\n"
@@ -212,18 +224,33 @@ def test_a_mistake_in_the_command_line_gives_one_sentence(config, tmp_path, caps
     assert cli.main(words(line, config, tmp_path)) == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("dora-mm: ")
-    assert WRONG[line] in message
+    assert filled(WRONG[line], config, tmp_path) in message
 
 
 def words(line, config, tmp_path):
+    return filled(line, config, tmp_path).split(" ")
+
+
+def filled(line, config, tmp_path):
+    """A line with the paths of files, which are made."""
+    run = tmp_path / "runs" / "001"
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.yaml").touch()
+    (run / "adapter").mkdir(exist_ok=True)
+    (tmp_path / "pipe").mkdir(exist_ok=True)
+    (tmp_path / "pipe" / "model_index.json").write_text("{}")
+    (tmp_path / "jobs.csv").write_text("prompt,adapter\na,none\nb,nosuch\n")
+    header = b'{"__metadata__":{"a":"b"},"unet.to_q.lora_A.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    (tmp_path / "lora.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     (tmp_path / "file").touch()
     (tmp_path / "sample.yaml").write_text(SAMPLE)
     (tmp_path / "eval.yaml").write_text(EVAL)
     files = {"CONFIG": config, "FOLDER": tmp_path, "FILE": tmp_path / "file", "LONG": "a" * 300}
-    files |= {"SAMPLE": tmp_path / "sample.yaml", "EVAL": tmp_path / "eval.yaml"}
+    files |= {"SAMPLE": tmp_path / "sample.yaml", "EVAL": tmp_path / "eval.yaml", "RUNS": tmp_path / "runs"}
+    files |= {"JOBS": tmp_path / "jobs.csv", "LORA": tmp_path / "lora.safetensors", "PIPE": tmp_path / "pipe"}
     for name, path in files.items():
         line = line.replace(name, str(path))
-    return line.split(" ")
+    return line
 
 
 def test_the_folder_of_runs_is_a_file(config, tmp_path, capsys, monkeypatch, pipeline):

@@ -5,7 +5,11 @@ from unittest.mock import create_autospec
 import pytest
 
 from dora_mm import cli
-from dora_mm.formats.registry import OTHER_TOOLS, TARGETS
+from dora_mm.cli.other_forms import FLAGS
+from dora_mm.config.pipelines import SCHEMAS
+from dora_mm.config.report import all_keys
+from dora_mm.formats.registry import OTHER_TOOLS, TARGETS, TOOLS, WRITTEN_FOR
+from dora_mm.formats.tools import EXPORTS
 from dora_mm.recipes import PIPELINES
 
 COMMANDS = {  # with the recipes of those that take no config
@@ -56,11 +60,11 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
     [
         "new sdxl NAME --images FOLDER --data FILE --model MODEL",
         "gallery RUN --output OUT",
-        "inspect FILE --targets NAME --base MODEL --json",
+        "inspect FILE --targets NAME --base some/model --json",
         "merge some/model FILE OUT --dtype float32 --revision main",
-        "convert FILE OUT --to peft --base MODEL --axis in --strength 2 --rank 3 --energy 0.5 --allow-lossy",
-        "verify FILE --tool peft --base MODEL --axis out --json",
-        "extract TUNED BASE OUT --rank 4 --to peft",
+        "convert FILE OUT --to peft --base some/model --axis in --strength 2 --rank 3 --energy 0.5 --allow-lossy",
+        "verify FILE --tool peft --base some/model --axis out --json",
+        "extract some/tuned some/base OUT --rank 4 --to peft",
         "average RUN --last 3",
         "ask some/model FILE FILE question --adapter FILE --max-new-tokens 5",
     ],
@@ -81,6 +85,35 @@ def test_the_version():
 
     done = subprocess.run([sys.executable, "-m", "dora_mm", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"dora_mm {dora_mm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train a.yaml train.steps=20 seed=1", "values of a config follow --set: --set train.steps=20 seed=1"),
+        ("train a.yaml --max_train_steps=20", "--max_train_steps is --set train.steps=VALUE here"),
+        ("train --network-dim 4 a.yaml", "--network-dim is --set adapter.rank=VALUE here"),
+        ("train a.yaml --unheard-of", "unrecognized arguments: --unheard-of"),
+        ("", "draw images for the prompts of a job"),
+    ],
+)
+def test_what_is_meant_by_an_argument_of_another_form_is_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments.split())
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_of_other_trainers_are_keys_of_the_training():
+    keys = all_keys(SCHEMAS["train_diffusion"])
+    assert set(FLAGS.values()) <= set(keys)
+
+
+def test_targets_for_programs_are_those_that_they_read():
+    assert set(WRITTEN_FOR.values()) <= set(TARGETS)
+    for name, target in WRITTEN_FOR.items():
+        if name in TOOLS and target in EXPORTS:
+            assert name in EXPORTS[target].read_by
 
 
 @pytest.mark.parametrize(

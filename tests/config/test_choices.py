@@ -26,7 +26,7 @@ from dora_mm.models.schedulers import SCHEDULERS
 from dora_mm.models.vl_bart.loading import VISUAL
 from dora_mm.preview.training import PRECISIONS
 from dora_mm.preview.vl_memory import BITS
-from dora_mm.sampling.jobs import Picture
+from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.targets import MAPS, derived
 from dora_mm.tasks.diffusion import PER_ELEMENT
 from dora_mm.train.optim import OPTIMIZERS

@@ -248,13 +248,12 @@ SAMPLE = "pipeline: sample\nmodel: {path: some/model}\n"
     ("keys", "message"),
     [
         ("", "give prompts or prompts_file"),
-        ("prompts: [a]\nstrengths: [0.5]\n", "strengths needs an adapter"),
         ("prompts: [a]\nstrengths: []\n", "strengths: "),
         ("prompts: [a]\nscheduler: eulr\n", "scheduler: "),
         ("prompts: [a]\nadapter: {pth: x}\n", "adapter.pth: unknown key, did you mean 'path'?"),
     ],
 )
-def test_sampling_needs_prompts_and_an_adapter_for_strengths(write, keys, message):
+def test_sampling_needs_prompts_and_right_keys(write, keys, message):
     assert any(message in problem for problem in problems(write(SAMPLE + keys)))
 
 

@@ -88,7 +88,7 @@ class Checkout:
         for source in sources_in(config):
             self._write_data(source)
         for key, kind, path in paths_in(config):
-            if kind not in (PathKind.INPUT, PathKind.MODEL):
+            if kind not in (PathKind.INPUT, PathKind.MODEL, PathKind.ADAPTER):
                 continue
             if key.split("[")[0].endswith("features"):
                 self._provide_features(path, config, dry_run=dry_run)

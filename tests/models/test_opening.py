@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dora_mm.config.models import ModelConfig, VLBartModelConfig, VLMModelConfig
 from dora_mm.models.folders import settings_identity
 from dora_mm.models.image_families import identity_of, load_image_model
-from dora_mm.models.opening import UnreachableError, loaded_files, local_copy, opening
+from dora_mm.models.opening import UnreachableError, base_of, loaded_files, local_copy, opening
 from dora_mm.models.vl_bart.loading import load_vl_bart
 from dora_mm.models.vlm.loading import load_processor, load_vlm
 
@@ -125,3 +126,10 @@ def test_the_settings_of_a_model_are_all_its_files_but_the_weights(tmp_path):
     assert settings_identity(str(tmp_path), None) == before
     (tmp_path / "chat_template.jinja").write_text("another one")
     assert settings_identity(str(tmp_path), None) != before
+
+
+def test_the_base_model_of_an_adapter_is_that_of_its_header_where_it_is_here(tmp_path):
+    file = tmp_path / "adapter.safetensors"
+    for named, found in ((str(tmp_path), str(tmp_path)), ("no/such-model", None), ("nosuch", None), (None, None)):
+        save_file({"a": torch.ones(1)}, file, metadata={"base_model": named} if named else {})
+        assert base_of(file) == found

@@ -241,7 +241,7 @@ def test_a_gallery_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monke
     run = make_run(tmp_path / "run", [entry()])
     assert main(["gallery", str(run)]) == 0
     before = data_of(run / "gallery" / "index.html")
-    monkeypatch.setattr("dora_mm.sampling.gallery.folder._link", full)
+    monkeypatch.setattr("dora_mm.sampling.gallery.folder.link_or_copy", full)
     assert main(["gallery", str(run)]) == 2
     assert data_of(run / "gallery" / "index.html") == before
     assert sorted(path.name for path in run.iterdir()) == ["1.png", "gallery", "manifest.jsonl"]

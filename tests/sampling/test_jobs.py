@@ -1,7 +1,9 @@
 """Job files: every column is honoured, and what cannot be is named."""
 
+import datetime
 import json
 import re
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.sampling.jobs import JobRow, Picture, adapters_text, batches, expand, file_names, parse_adapters, read_job
+from dora_mm.sampling.jobs.picture import Picture, batches, expand, file_names
+from dora_mm.sampling.jobs.prompts import with_alternatives
+from dora_mm.sampling.jobs.reading import read_job
+from dora_mm.sampling.jobs.rows import JobRow, adapters_text, parse_adapters
 from dora_mm.sampling.strengths import as_strength
 
 TEMPLATE = Picture(0, "", None, 0, 25, 5.0, None, None, None, (("a.safetensors", 0.8),), 1.0)
@@ -21,7 +26,10 @@ def write(tmp_path, text, name="jobs.csv"):
     return path
 
 
-def test_every_column_of_a_table_is_read(tmp_path):
+def test_every_column_of_a_table_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "xy":
+        (tmp_path / name).touch()
     path = write(
         tmp_path,
         "prompt,negative_prompt,seed,steps,guidance,width,height,scheduler,adapter,strength\n"
@@ -50,6 +58,9 @@ def test_every_column_of_a_table_is_read(tmp_path):
     assert pictures[3].weights == ()
     assert pictures[4].weights == (("a.safetensors", 0.8),)
     assert (pictures[3].steps, pictures[3].guidance, pictures[3].width) == (25, 5.0, None)
+    assert file_names(pictures)[:4] == [
+        "0001-seed1.png", "0001-seed2.png", "0001-seed3.png", "0002-seed0-strength0.png"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
@@ -120,7 +131,7 @@ def test_all_problems_of_a_file_are_reported_at_once(tmp_path):
 
 def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.csv"):
-        read_job(write(tmp_path, "a", "jobs.xlsx"))
+        read_job(write(tmp_path, "a", "jobs.ods"))
     latin = tmp_path / "jobs.txt"
     latin.write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match="is not UTF-8: byte 0"):
@@ -196,3 +207,146 @@ def test_the_strength_of_a_picture_multiplies_those_of_parts_and_of_all_else():
     )
     assert picture.weights == (("x", (("", 0.5), ("unet.down", 0.25))),)
     assert replace(picture, strength=0.0).weights == ()
+
+
+# --- sheets as people have them --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_german_excel_sheet_with_columns_of_another_program(tmp_path, encoding):
+    """Semicolons, commas in numbers, empty columns at the end, and names in any case."""
+    path = tmp_path / "jobs.csv"
+    rows = [
+        "Prompt;Negative Prompt;CFG Scale;Sampler;Schedule type;Size;Seed;LoRA Strength;;",
+        "Rose, größer;blurry;4,5;DPM++ 2M;Karras;832x1216;7;;;",
+        "bus;;7;euler A;;;1-2;0,0;;",
+        ";;;;;;;;;",
+    ]
+    path.write_bytes("".join(row + "\r\n" for row in rows).encode(encoding))
+    first, second = read_job(path)
+    assert first == JobRow(
+        prompt="Rose, größer",
+        negative_prompt="blurry",
+        guidance=4.5,
+        scheduler="dpmpp_2m_karras",
+        width=832,
+        height=1216,
+        seed=(7,),
+    )
+    assert second == JobRow(prompt="bus", guidance=7.0, scheduler="euler_a", seed=(1, 2), strength=0.0)
+
+
+def test_plain_csv_of_excel_is_named_with_what_to_save_it_as(tmp_path):
+    path = tmp_path / "jobs.csv"
+    path.write_bytes("prompt\na café\n".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"line 2 would be 'a café' in Windows' own encoding.*in Excel as 'CSV UTF-8'"):
+        read_job(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,CFG,cfg scale\na,1,2\n", "line 1 names a column twice: guidance"),
+        ("prompt,size,width\na,8x8,8\n", "line 2: size must be such as 832x1216, without width and height"),
+        ("prompt,Sampler\na,DPM++ 3M\n", "line 2: scheduler must be 'euler'"),
+        ("prompt,sampler,schedule type\na,DPM++ 2M SDE,Automatic\n", "got 'DPM++ 2M SDE Exponential'"),
+        ("prompt,file\na,../x\n", "line 2: file must be a name without"),
+        ("prompt,file\na,x.jpg\n", "line 2: file must be a name without"),
+        ("prompt,folder\na,b/../..\n", "line 2: folder must be names without"),
+        ("prompt,adapter\na,none\nb,nosuch\n", "line 3: adapter: nosuch does not exist"),
+    ],
+)
+def test_what_is_wrong_in_such_a_sheet_is_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_job(write(tmp_path, text))
+
+
+def test_lines_of_kohyas_scripts(tmp_path):
+    text = "# a comment\na -- b cat --n blurry, grey --w 832 --h 1216 --d 7 --l 4.5 --s 20\na cat -- really\n"
+    assert read_job(write(tmp_path, text, "prompts.txt")) == [
+        JobRow(
+            prompt="a -- b cat",
+            negative_prompt="blurry, grey",
+            width=832,
+            height=1216,
+            seed=(7,),
+            guidance=4.5,
+            steps=20,
+        ),
+        JobRow(prompt="a cat -- really"),
+    ]
+    with pytest.raises(ValueError, match="line 1 has --ar: the flags of a line are --n \\(negative_prompt"):
+        read_job(write(tmp_path, "a cat --ar 16:9\n", "prompts.txt"))
+
+
+def test_files_and_folders_with_names_of_their_own(tmp_path):
+    rows = read_job(write(tmp_path, "prompt,file,folder,seed\na,rose.png,flowers/red,7\nb,bus,,1-2\nc,,cars,3\n"))
+    pictures = expand(rows, TEMPLATE, seeds=(0,), strengths=(1.0,))
+    assert file_names(pictures) == ["flowers/red/rose.png", "bus-seed1.png", "bus-seed2.png", "cars/0003-seed3.png"]
+    with pytest.raises(ValueError, match=r"rows 1 and 2 have the same file ROSE\.png"):
+        file_names([replace(TEMPLATE, row=row, file=name) for row, name in ((1, "rose"), (2, "ROSE"))])
+
+
+def test_an_excel_file(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (["Prompt", "Seed", "CFG Scale", None], [None], ["a bus", 7, 4.5, None], [1990, "1-3", 5.0]):
+        book.active.append(row)
+    book.create_sheet("other").append(["not read"])
+    book.save(tmp_path / "jobs.xlsx")
+    assert read_job(tmp_path / "jobs.xlsx") == [
+        JobRow(prompt="a bus", seed=(7,), guidance=4.5),
+        JobRow(prompt="1990", seed=(1, 2, 3), guidance=5.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            datetime.date(2026, 8, 1),
+            "cell B2 is a date, which Excel makes of texts such as 1-8: format the column as text",
+        ),
+        ("=1+1", "cell B2 is a formula without a saved value"),
+        ("x", "line 2: seed must be seeds such as"),
+    ],
+)
+def test_quirks_of_excel_are_named(tmp_path, value, message):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["prompt", "seed"])
+    book.active.append(["a", value])
+    book.save(tmp_path / "jobs.xlsx")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_job(tmp_path / "jobs.xlsx")
+
+
+def test_an_excel_file_without_its_package_or_of_another_kind(tmp_path, monkeypatch):
+    path = write(tmp_path, "not a zip", "jobs.xlsx")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ValueError, match=r"needs the package openpyxl: pip install 'dora_mm\[sheets\]'"):
+        read_job(path)
+    monkeypatch.undo()
+    pytest.importorskip("openpyxl")
+    with pytest.raises(ValueError, match="cannot be read as an Excel file"):
+        read_job(path)
+
+
+# --- prompts with weights --------------------------------------------------------------------------------------------
+
+
+def test_alternatives_are_chosen_by_the_seed_and_weights_stay(caplog):
+    text = "a {red|blue} bus, (big:1.2)"
+    pictures = [replace(TEMPLATE, prompt=text, seed=seed, prompt_syntax="a1111") for seed in range(8)]
+    found = {picture.prompt for picture in with_alternatives(pictures)}
+    assert found == {"a red bus, (big:1.2)", "a blue bus, (big:1.2)"}
+    assert caplog.text == ""
+    plain = [replace(picture, prompt_syntax="plain") for picture in pictures]
+    assert with_alternatives(plain) == plain
+    assert "1 prompts have (word:1.3), {a|b}, drawn as plain text; prompt_syntax=a1111 reads weights" in caplog.text
+
+
+def test_a_tag_of_an_adapter_is_refused_with_the_column():
+    picture = replace(TEMPLATE, row=3, prompt="a bus <lora:style:0.8>", prompt_syntax="a1111")
+    with pytest.raises(ValueError, match=r"row 3: prompt: <lora:style:0\.8> names an adapter.*in the column adapter"):
+        with_alternatives([picture])

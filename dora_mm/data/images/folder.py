@@ -1,4 +1,4 @@
-"""A folder of captioned images: captions from metadata.jsonl, else <name>.txt, else the instance prompt.
+"""A folder of captioned images: captions from its files (see captions.py), else the instance prompt.
 
 With `data.subfolders`, the images of its subfolders count, too. A folder named as in kohya's trainers, 10_name, repeats
 its images 10 times in every epoch.
@@ -10,9 +10,9 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -20,11 +20,12 @@ from tqdm import tqdm
 from dora_mm.config import resolve_path
 from dora_mm.config.images import DataConfig
 from dora_mm.data.images.buckets import Size
+from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.utils.digest import file_digest
 
 log = logging.getLogger(__name__)
-METADATA = "metadata.jsonl"
+MOST_NAMED = 8  # files in one message
 REPEATS = re.compile(r"(\d+)_.*")  # kohya's name of a folder whose images are repeated
 
 
@@ -35,7 +36,7 @@ class CaptionedImage(NamedTuple):
     caption: str
     size: Size  # (h, w), upright, before resizing
     digest: str  # SHA-256 of the file, part of the key of cached latents
-    source: str = METADATA  # where the caption is from: METADATA, ".txt" or "data.instance_prompt"
+    source: str = METADATA[0]  # where the caption is from: a file name, ".txt", ".caption" or "data.instance_prompt"
     repeats: int = 1  # how often it occurs in an epoch, by the name of its subfolder
 
 
@@ -45,44 +46,44 @@ def read_captioned_images(
     instance_prompt: str | None = None,
     placeholder: str | None = None,
     subfolders: bool = False,
+    unused_captions: str = "stop",
     key: str = "data.folder",
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
 
     All images are decoded once, so that a broken one stops the run at its start. A blank caption counts as missing: the
     next source of captions is used. Images that take the instance prompt, duplicates and ignored files are logged by
-    name.
+    name, with what looks like captions and is not used.
 
     Args:
         folder: The folder, relative to the current directory or to the packaged configs, or absolute.
         instance_prompt: The caption of images that have none.
         placeholder: A word that at least one caption must contain.
-        subfolders: Whether to read the images of subfolders, too, with a metadata.jsonl in any of them. Hidden folders
+        subfolders: Whether to read the images of subfolders, too, with a metadata file in any of them. Hidden folders
             and linked ones are left out.
+        unused_captions: "stop": files that look like captions and are not used are an error; "ignore": a warning.
         key: The key of the config that names the folder, for messages.
 
     Raises:
         ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
-            empty or too large; metadata.jsonl is malformed or names an image that is missing, outside the folder or
-            listed already; an image has no caption; no caption contains the placeholder; all images are in subfolders,
-            or the name of a subfolder asks for 0 repeats.
+            empty or too large; a metadata file is malformed or names an image that is missing, outside the folder or
+            listed already; an image has no caption; captions are not used; no caption contains the placeholder; all
+            images are in subfolders, or the name of a subfolder asks for 0 repeats.
     """
     root = resolve_path(folder, key)
     folders = _folders(root) if subfolders else [root]
     entries = [path for each in folders for path in _list(each, key)]
-    rows, problems = _read_all_metadata(root, [path for path in entries if path.name == METADATA])
-    paths = sorted({path for path in entries if _is_image(path.name)} | set(rows))
+    files = CaptionFiles(root, entries)
+    problems = files.problems
+    paths = sorted({path for path in entries if is_image(path.name)} | set(files.rows))
     deeper = [] if subfolders else _images_in_subfolders(root, paths)
     if not paths and not problems:
         raise ValueError(_no_images(root, deeper, key))
 
     images, uncaptioned = [], []
     for path in tqdm(paths, desc="reading images", unit="image", delay=2, disable=None):
-        text = rows.get(path)
-        source = METADATA if text else ".txt"
-        caption = text or _read_text(path.with_suffix(".txt"), problems)
-        if not caption and instance_prompt:
-            caption, source = instance_prompt, "data.instance_prompt"
+        found = files.of_image(path)
+        caption, source = found or (instance_prompt or "", "data.instance_prompt")
         if not caption:
             uncaptioned.append(path)
         try:
@@ -92,11 +93,16 @@ def read_captioned_images(
             problems.append(str(error))
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set data.instance_prompt")
+    files.note_unused(entries, paths)
+    if files.unused and unused_captions == "stop":
+        problems.append(_about_unused(root, files.unused) + ": data.unused_captions=ignore goes on without")
     if not problems and placeholder:
         problems += _check_placeholder(images, placeholder)
     if problems:
         raise ValueError(_report(root, problems, key))
-    _log_notes([path for path in entries if path not in folders], images, deeper)
+    if files.unused:
+        log.warning("%s", _about_unused(root, files.unused))
+    _log_notes([path for path in entries if path not in folders and path not in files.unused], images, deeper)
     return images
 
 
@@ -107,7 +113,11 @@ def read_training_images(data: DataConfig) -> list[CaptionedImage]:
         ValueError: As there.
     """
     return read_captioned_images(
-        data.folder, instance_prompt=data.instance_prompt, placeholder=data.placeholder, subfolders=data.subfolders
+        data.folder,
+        instance_prompt=data.instance_prompt,
+        placeholder=data.placeholder,
+        subfolders=data.subfolders,
+        unused_captions=data.unused_captions,
     )
 
 
@@ -151,13 +161,13 @@ def _list(folder: Path, key: str) -> list[Path]:
 
 
 def _images_in_subfolders(root: Path, listed: Sequence[Path]) -> list[Path]:
-    """The images in subfolders that are not read without `data.subfolders`: those that metadata.jsonl does not name."""
+    """The images in subfolders that are not read without `data.subfolders`: those that no metadata file names."""
     known = set(listed)
     return [
         Path(folder, name)
         for folder in _folders(root)[1:]
         for name in sorted(os.listdir(folder))
-        if _is_image(name) and Path(folder, name) not in known
+        if is_image(name) and Path(folder, name) not in known
     ]
 
 
@@ -181,89 +191,6 @@ def _repeats(root: Path, path: Path) -> int:
     return 1
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
-def _read_all_metadata(root: Path, files: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
-    """The captions by path, and the problems of the lines; an outer file is read before those in its subfolders."""
-    captions: dict[Path, str] = {}
-    problems = []
-    for file in sorted(files, key=lambda file: len(file.parts)):
-        found, bad = _read_metadata(file.parent)
-        twice = sorted(path.name for path in found if path in captions)
-        bad += [f"names {name}, which an outer {METADATA} names already" for name in twice]
-        name = file.relative_to(root)
-        problems += [f"{name} {problem}" for problem in bad]
-        captions |= found
-    return captions, problems
-
-
-def _read_metadata(root: Path) -> tuple[dict[Path, str], list[str]]:
-    """The captions by path, and the problems of the lines."""
-    captions: dict[Path, str] = {}
-    lines_of: dict[Path, int] = {}
-    problems = []
-    try:
-        lines = (root / METADATA).read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut captions at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"cannot be read as UTF-8 text: {error}"]
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            path, caption = _read_row(root, line)
-            if path in captions:
-                raise ValueError(f"names {path.name} again (first in line {lines_of[path]})")
-            captions[path], lines_of[path] = caption, number
-        except ValueError as error:
-            problems.append(f"line {number} {error}")
-    return captions, problems
-
-
-def _read_row(root: Path, line: str) -> tuple[Path, str]:
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not valid JSON: {error.msg} at character {error.pos + 1}") from None
-    name = row.get("file_name") if isinstance(row, dict) else None
-    if not isinstance(name, str) or not name:
-        raise ValueError("must be an object with the key file_name")
-    captions = {key: row[key] for key in ("text", "prompt") if row.get(key) is not None}
-    if not all(isinstance(caption, str) and _is_text(caption) for caption in captions.values()):
-        raise ValueError("has a caption that is not text")
-    if len({caption.strip() for caption in captions.values()}) > 1:
-        raise ValueError("has different values for text and prompt: keep one")
-    return _inside(root, name), next(iter(captions.values()), "").strip()
-
-
-def _inside(root: Path, name: str) -> Path:
-    """The path of an image named in metadata.jsonl; `..`, absolute paths and links must not leave the folder."""
-    path = root / os.path.normpath(name)
-    try:
-        real = path.resolve()
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL byte
-        raise ValueError(f"names {name!r}, which is not a valid path") from None
-    if not real.is_relative_to(root.resolve()):
-        raise ValueError(f"names {name}, which is outside the folder: copy the image into it")
-    if not real.is_file():
-        raise ValueError(f"names {name}, which does not exist")
-    return path
-
-
-def _is_text(text: str) -> bool:
-    """Whether the text is valid Unicode, without half a surrogate pair, which JSON can contain."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _read_text(path: Path, problems: list[str]) -> str:
-    try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split()) if path.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name} cannot be read as UTF-8 text: {error}")
-        return ""
-
-
 def _check_placeholder(images: list[CaptionedImage], placeholder: str) -> list[str]:
     without = [image.path for image in images if not contains_word(image.caption, placeholder)]
     if len(without) < len(images):
@@ -280,6 +207,14 @@ def _report(root: Path, problems: list[str], key: str) -> str:
     if len(problems) == 1:
         return f"{key} {root}: {problems[0]}"
     return "\n  ".join([f"{key} {root}: {len(problems)} problems", *problems])
+
+
+def _about_unused(root: Path, unused: Mapping[Path, str]) -> str:
+    """The start of a sentence: "2 files look like captions without being used (a.json: only ...; b.txt: ...)"."""
+    named = [f"{path.relative_to(root)}: {reason}" for path, reason in list(unused.items())[:MOST_NAMED]]
+    listed = "; ".join(named) + ("; ..." if len(unused) > MOST_NAMED else "")
+    files = f"{len(unused)} files look" if len(unused) > 1 else "1 file looks"
+    return f"{files} like captions without being used ({listed})"
 
 
 def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Sequence[Path]) -> None:
@@ -302,9 +237,12 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
     duplicates = [image.path for image in images if first_of.setdefault(image.digest, image.path) != image.path]
     if duplicates:
         log.warning("%s identical to another image of the folder", _counted(duplicates))
-    used = {image.path.with_suffix(".txt") for image in images} | {path.parent for path in deeper}
-    used |= {folder for path in used for folder in path.parents}
-    others = [path for path in entries if not (_is_image(path.name) or path.name == METADATA or path in used)]
+    folders = {path.parent for path in deeper}
+    folders |= {folder for path in folders for folder in path.parents}
+    stems = {image.path.with_suffix("") for image in images}
+    captions = {path for path in entries if path.suffix.lower() in BESIDE and path.with_suffix("") in stems}
+    used = captions | folders | {path for path in entries if path.name in METADATA or is_image(path.name)}
+    others = [path for path in entries if path not in used]
     if others:
         log.info("%s ignored: neither images nor captions", _counted(others, "file"))
 
@@ -312,5 +250,5 @@ def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Se
 def _counted(paths: Iterable[Path], noun: str = "image") -> str:
     """The start of a sentence: "3 images (a.png, b.png, c.png) are"."""
     names = [path.name for path in paths]
-    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    listed = ", ".join(names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
     return f"{len(names)} {noun}{'s' if len(names) > 1 else ''} ({listed}) {'are' if len(names) > 1 else 'is'}"

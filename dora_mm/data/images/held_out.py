@@ -30,7 +30,11 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
         return list(images), []
     if valid.folder is not None:
         held = read_captioned_images(
-            valid.folder, instance_prompt=data.instance_prompt, subfolders=data.subfolders, key="data.valid.folder"
+            valid.folder,
+            instance_prompt=data.instance_prompt,
+            subfolders=data.subfolders,
+            unused_captions=data.unused_captions,
+            key="data.valid.folder",
         )
         if both := {image.digest for image in images} & {image.digest for image in held}:
             log.warning("%d of the images in %s are also trained on (data.folder)", len(both), valid.folder)

@@ -3,24 +3,32 @@
 A prompt of any length is cut into chunks that fit the text encoders: 75 tokens in SDXL, with one token before and one
 after them. The chunks are encoded separately and their embeddings joined, as A1111, ComfyUI and kohya do.
 
+Words may have weights, as in A1111: the embeddings of their tokens are multiplied, and then all of a chunk by one
+number that gives them the mean that they had, of each encoder.
+
 A `model` here is anything with the parts of SDXL as attributes: an `SDXL`, or diffusers' own pipeline.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
+from dora_mm.data.syntax import Chunks, Piece, Wording
+
+Token = tuple[int, float]  # the id, and the weight
 COMMA_TOKENS = 20  # a chunk ends after a comma among its last 20 tokens, as in A1111; kohya cuts at the 75th token
 
 
-def num_chunks(model: Any, prompt: str) -> int:
+def num_chunks(model: Any, prompt: Wording) -> int:
     """The number of chunks that a prompt takes; one for up to 75 tokens, and for the empty prompt."""
     return max(len(_chunks(tokenizer, prompt)) for tokenizer in (model.tokenizer, model.tokenizer_2))
 
 
-def tokenize(model: Any, prompts: Sequence[str], num_chunks: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(
+    model: Any, prompts: Sequence[Wording], num_chunks: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenizes prompts for both text encoders; the two tokenizers pad differently.
 
     A chunk ends after the last comma of its last 20 tokens, or else between two words.
@@ -44,23 +52,33 @@ def tokenize(model: Any, prompts: Sequence[str], num_chunks: int | None = None) 
         raise ValueError(f"A prompt has {longest} chunks of tokens, and only {num_chunks} are asked for.")
     count = num_chunks or longest
     ids, ids_2 = (
-        torch.tensor([_padded(tokenizer, each, count) for each in of_one])
+        torch.tensor([[token for token, _ in _padded(tokenizer, each, count)] for each in of_one])
         for tokenizer, of_one in zip(tokenizers, chunks, strict=True)
     )
     return ids, ids_2
 
 
-def _chunks(tokenizer: Any, prompt: str) -> list[list[int]]:
-    """The token ids of a prompt in chunks, without the tokens before and after each; one empty chunk for no tokens."""
-    encoded = tokenizer(prompt, add_special_tokens=False, verbose=False)
-    ids, words, size = encoded.input_ids, encoded.word_ids(), tokenizer.model_max_length - 2
-    comma = tokenizer.convert_tokens_to_ids(",</w>")
-    chunks = []
+def _chunks(tokenizer: Any, prompt: Wording) -> list[list[Token]]:
+    """The tokens of a prompt in chunks, without those before and after each; one empty chunk for no tokens."""
+    parts: Chunks = (((prompt, 1.0),),) if isinstance(prompt, str) else prompt
+    return [chunk for pieces in parts for chunk in _chunks_of_part(tokenizer, pieces)]
+
+
+def _chunks_of_part(tokenizer: Any, pieces: Sequence[Piece]) -> Iterator[list[Token]]:
+    """The chunks of what stands between two BREAKs."""
+    ids, words, weights = [], [], []
+    for text, weight in pieces:
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+        first = words[-1] + 1 if words else 0
+        ids += encoded.input_ids
+        words += [first + word for word in encoded.word_ids()]
+        weights += [weight] * len(encoded.input_ids)
+    size, comma = tokenizer.model_max_length - 2, tokenizer.convert_tokens_to_ids(",</w>")
     while len(ids) > size:
         end = _end_of_chunk(ids, words, size, comma)
-        chunks.append(ids[:end])
-        ids, words = ids[end:], words[end:]
-    return [*chunks, ids]
+        yield list(zip(ids[:end], weights[:end], strict=True))
+        ids, words, weights = ids[end:], words[end:], weights[end:]
+    yield list(zip(ids, weights, strict=True))
 
 
 def _end_of_chunk(ids: list[int], words: list[int], size: int, comma: int) -> int:
@@ -70,12 +88,13 @@ def _end_of_chunk(ids: list[int], words: list[int], size: int, comma: int) -> in
     return next(commas, 0) or next(gaps, size)
 
 
-def _padded(tokenizer: Any, chunks: list[list[int]], count: int) -> list[int]:
-    """The ids of `count` chunks, each with the tokens before and after it, and padded to the maximum length."""
+def _padded(tokenizer: Any, chunks: list[list[Token]], count: int) -> list[Token]:
+    """The tokens of `count` chunks, each with those before and after it, and padded to the maximum length."""
     size, padding = tokenizer.model_max_length - 2, tokenizer.pad_token_id
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     filled = [*chunks, *([[]] * (count - len(chunks)))]
-    return [i for chunk in filled for i in (start, *chunk, end, *[padding] * (size - len(chunk)))]
+    after = [(end, 1.0), *[(padding, 1.0)] * size]
+    return [token for chunk in filled for token in ((start, 1.0), *chunk, *after[: size + 1 - len(chunk)])]
 
 
 def encode_tokens(model: Any, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,14 +122,44 @@ def encode_tokens(model: Any, ids: torch.Tensor, ids_2: torch.Tensor) -> tuple[t
 
 
 def encode_prompts(
-    model: Any, prompts: Sequence[str], num_chunks: int | None = None
+    model: Any, prompts: Sequence[Wording], num_chunks: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenizes and encodes prompts; takes what `tokenize` takes, and returns what `encode_tokens` returns."""
     return encode_tokens(model, *tokenize(model, prompts, num_chunks))
 
 
+def _weigh(model: Any, embeddings: torch.Tensor, prompt: Chunks, num_chunks: int) -> torch.Tensor:
+    """The embeddings (1, N L, D1 + D2) of a prompt with the weights of its words.
+
+    Source: `EmphasisOriginal` in A1111 1.10, modules/sd_emphasis.py; the pooled embedding has no weights there, either.
+    """
+    width, length = model.text_encoder.config.hidden_size, model.tokenizer.model_max_length
+    weighed = []
+    for tokenizer, columns in (
+        (model.tokenizer, embeddings[..., :width]),
+        (model.tokenizer_2, embeddings[..., width:]),
+    ):
+        tokens = _padded(tokenizer, _chunks(tokenizer, prompt), num_chunks)
+        weights = torch.tensor([weight for _, weight in tokens], device=columns.device)[None, :, None]
+        chunks = zip(columns.float().split(length, dim=1), weights.split(length, dim=1), strict=True)
+        weighed.append(torch.cat([_weighed(*chunk) for chunk in chunks], dim=1))
+    return torch.cat(weighed, dim=-1).to(embeddings.dtype)
+
+
+def _weighed(embeddings: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    if (weights == 1).all():  # to the last bit
+        return embeddings
+    multiplied = embeddings * weights
+    return multiplied * (embeddings.mean() / multiplied.mean())
+
+
+def _encode_one(model: Any, prompt: Wording, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    embeddings, pooled = encode_prompts(model, [prompt], num_chunks)
+    return embeddings if isinstance(prompt, str) else _weigh(model, embeddings, prompt, num_chunks), pooled
+
+
 @torch.no_grad()
-def encode_for_pipeline(model: Any, prompt: str, negative_prompt: str | None = None) -> dict[str, torch.Tensor]:
+def encode_for_pipeline(model: Any, prompt: Wording, negative_prompt: Wording | None = None) -> dict[str, torch.Tensor]:
     """Encodes one picture's prompts as StableDiffusionXLPipeline takes them: `pipe(**encode_for_pipeline(...))`.
 
     The embeddings of a prompt and of a negative prompt are equally long: the shorter one is filled up with chunks of
@@ -118,7 +167,7 @@ def encode_for_pipeline(model: Any, prompt: str, negative_prompt: str | None = N
 
     Args:
         model: The model, or its pipeline.
-        prompt: A prompt of any length.
+        prompt: A prompt of any length, or its pieces with weights.
         negative_prompt: None is SDXL's zero embedding (`force_zeros_for_empty_prompt`); "" is the encoded empty text.
 
     Returns:
@@ -127,7 +176,7 @@ def encode_for_pipeline(model: Any, prompt: str, negative_prompt: str | None = N
     """
     given = [prompt] if negative_prompt is None else [prompt, negative_prompt]
     count = max(num_chunks(model, text) for text in given)
-    encoded = [encode_prompts(model, [text], count) for text in given]
+    encoded = [_encode_one(model, text, count) for text in given]
     embeddings, pooled = encoded[0]
     if negative_prompt is None:
         encoded.append((torch.zeros_like(embeddings), torch.zeros_like(pooled)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from dora_mm.config.models import SDXLConfig
 from dora_mm.data.images.buckets import Framing
 from dora_mm.data.images.latents import Latents
+from dora_mm.data.syntax import Wording
 from dora_mm.models.diffusion import ImageModel, Prompt, padded
 from dora_mm.models.noise import Diffusion
 from dora_mm.models.sdxl import encoding
@@ -25,7 +26,7 @@ class SDXL(ImageModel):
     phases = (("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"), ("unet",))
     denoiser = "unet"
     maps: ClassVar = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
-    cell = 8
+    cell, weighs_words = 8, True
     single_file = ("model.diffusion_model.label_emb.", "conditioner.embedders.1.")
 
     @property
@@ -40,7 +41,7 @@ class SDXL(ImageModel):
     def unconditional(self) -> str:
         return self.settings.unconditional
 
-    def prompt_length(self, prompt: str) -> int:
+    def prompt_length(self, prompt: Wording) -> int:
         """The number of chunks of the text encoders' length."""
         return encoding.num_chunks(self, prompt)
 
@@ -73,7 +74,7 @@ class SDXL(ImageModel):
             added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.stack(sizes).to(noised.device)},
         ).sample
 
-    def encode_for_drawing(self, prompt: str, negative_prompt: str | None) -> Prompt:
+    def encode_for_drawing(self, prompt: Wording, negative_prompt: Wording | None) -> Prompt:
         return encoding.encode_for_pipeline(self, prompt, negative_prompt)
 
     def pipeline_inputs(

@@ -16,6 +16,7 @@ from dora_mm.sampling.gallery.data import GalleryPicture, gallery_data
 from dora_mm.sampling.gallery.page import GENERATOR, page
 from dora_mm.sampling.manifest import MANIFEST, ManifestEntry
 from dora_mm.utils.atomic import write_text
+from dora_mm.utils.folders import link_or_copy
 
 INDEX, PICTURES, THUMBNAILS = "index.html", "pictures", "thumbnails"
 OWN = {INDEX, PICTURES, THUMBNAILS}
@@ -84,7 +85,8 @@ def _add(run: Path, number: int, entry: ManifestEntry, folder: Path) -> GalleryP
     image = _read(source)
     if image is None:
         return GalleryPicture(str(run), replace(entry, status="failed", reason=NOT_A_PICTURE))
-    _link(source, folder / PICTURES / name)
+    if not (folder / PICTURES / name).exists():  # two entries may name the same file
+        link_or_copy(source, folder / PICTURES / name)
     file = thumbnail = _address(PICTURES, name)
     if max(image.size) > SIDE:
         small = name.with_name(f"{name.name}.webp")
@@ -101,17 +103,6 @@ def _read(path: Path) -> Image.Image | None:
             return image if path.suffix.lower() in FORMATS[str(image.format)] else None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # whatever Pillow raises
         return None
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, which takes no room; a copy where the file system has none, or is another one."""
-    if target.exists():  # two entries name the same file
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _save_thumbnail(image: Image.Image, path: Path) -> None:

@@ -36,7 +36,7 @@ def message_of(folder, **arguments):
 
 def test_captions_come_from_metadata_then_text_files_then_the_instance_prompt(folder, caplog):
     write_rows(folder, {"file_name": "a.png", "text": " a red thing\n"}, {"file_name": "b.jpg", "prompt": "  "})
-    (folder / "a.txt").write_text("not this")
+    (folder / "a.txt").write_text("a  red thing")
     (folder / "b.txt").write_text("from the\n text file \n")
     assert captions(folder, instance_prompt="a thing") == {
         "a.png": "a red thing",
@@ -257,11 +257,13 @@ def test_subfolders_are_read_with_their_captions_and_repeats(nested, caplog):
 def test_each_subfolder_may_have_its_metadata(nested):
     write_rows(nested / "10_cat", {"file_name": "a.png", "text": "a cat"})
     write_rows(nested, {"file_name": "3_dog/c.png", "text": "a dog"})
+    (nested / "10_cat" / "a.txt").unlink()
+    (nested / "3_dog" / "c.txt").unlink()
     found = captions(nested, subfolders=True)
     assert (found["a.png"], found["b.png"], found["c.png"]) == ("a cat", "thing 1", "a dog")
     write_rows(nested, {"file_name": "10_cat/a.png", "text": "again"})
     message = message_of(nested, subfolders=True)
-    assert "10_cat/metadata.jsonl names a.png, which an outer metadata.jsonl names already" in message
+    assert "10_cat/metadata.jsonl names a.png, which an outer metadata file names already" in message
 
 
 def test_a_folder_with_0_repeats_is_refused(nested):
@@ -285,3 +287,70 @@ def test_the_source_of_each_caption(folder):
 def test_a_caption_with_half_a_surrogate_pair_is_not_text(folder):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "\\ud800"}\n')
     assert "line 1 has a caption that is not text" in message_of(folder, instance_prompt="x")
+
+
+# --- captions of other tools -----------------------------------------------------------------------------------------
+
+
+def test_kohyas_caption_files_are_read_and_files_in_capitals(folder):
+    (folder / "a.caption").write_text("of kohya")
+    (folder / "b.TXT").write_text("in capitals")
+    (folder / "c.txt").write_text("")
+    (folder / "c.caption").write_text("the other one")
+    images = read_captioned_images(folder)
+    assert [image.caption for image in images] == ["of kohya", "in capitals", "the other one"]
+    assert [image.source for image in images] == [".caption", ".txt", ".caption"]
+
+
+@pytest.mark.parametrize(("column", "mark"), [("text", ","), ("caption", ";"), ("prompt", "\t")])
+def test_metadata_in_a_csv_file_is_read(folder, column, mark):
+    rows = [["file_name", column, ""], ["a.png", '"one, two; three"', ""], ["b.jpg", "café"], ["c.webp", "x"]]
+    text = "".join(mark.join(row) + "\r\n" for row in rows)
+    (folder / "metadata.csv").write_text(text, encoding="utf-8-sig", newline="")
+    images = read_captioned_images(folder)
+    assert [image.caption for image in images] == ["one, two; three", "café", "x"]
+    assert {image.source for image in images} == {"metadata.csv"}
+
+
+def test_problems_of_a_csv_file_are_named_by_line(folder):
+    (folder / "metadata.csv").write_text("file_name,text\nz.png,a\n,b\na.png,c,d\n")
+    message = message_of(folder, instance_prompt="x")
+    assert "metadata.csv line 2 names z.png, which does not exist" in message
+    assert "metadata.csv line 3 must be an object with the key file_name" in message
+    assert "metadata.csv line 4 has 3 cells for 2 columns" in message
+    (folder / "metadata.csv").write_bytes("file_name,text\na.png,café\n".encode("cp1252"))
+    message = message_of(folder, instance_prompt="x")
+    assert "line 2 would be 'a.png,café' in Windows' own encoding (cp1252): save the file as UTF-8" in message
+    (folder / "metadata.csv").write_text("file_name,text\na.png,c\n")
+    write_rows(folder, {"file_name": "a.png", "text": "a"})
+    assert "metadata.csv is one of two: keep metadata.jsonl or metadata.csv" in message_of(folder, instance_prompt="x")
+
+
+def test_the_key_caption_is_read_in_json_lines(folder):
+    write_rows(folder, {"file_name": "a.png", "caption": "a"})
+    assert captions(folder, instance_prompt="x")["a.png"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.txt", "another text", "a.png has its caption from metadata.jsonl, and that is another"),
+        ("renamed.txt", "a text", "no image has this name"),
+        ("d.caption", "a text", "no image has this name"),
+        ("a.png.txt", "a text", "the caption of a.png is read from a.txt"),
+        ("captions.json", "{}", "only metadata.jsonl and metadata.csv, or a .txt or .caption file"),
+        ("metadata.parquet", "PAR1", "only metadata.jsonl and metadata.csv"),
+        ("b.json", "{}", "only metadata.jsonl and metadata.csv"),
+        ("metadata.csv", "file_name,label\na.png,cat\n", "no row has a text, prompt or caption"),
+    ],
+)
+def test_files_that_look_like_captions_and_are_not_used_stop_the_run(folder, caplog, name, text, reason):
+    if name != "metadata.csv":
+        write_rows(folder, {"file_name": "a.png", "text": "a"})
+    (folder / "notes.txt").write_text("a document")
+    (folder / name).write_text(text)
+    message = message_of(folder, instance_prompt="x")
+    assert f"1 file looks like captions without being used ({name}: {reason}" in message
+    assert message.endswith("): data.unused_captions=ignore goes on without")
+    assert set(captions(folder, instance_prompt="x", unused_captions="ignore").values()) <= {"a", "x"}
+    assert f"({name}: {reason}" in caplog.text

@@ -121,7 +121,7 @@ def test_fit_judge_writes_a_judge_and_reports_its_accuracy(fitted, tiny_folder, 
     assert judge.shortcomings()
 
 
-def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, capsys):
+def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, capsys, caplog):
     assert main(["train", base, "--set", f"output={tmp_path / 'run'}", "--set", "sample.prompts=[]"]) == 0
     assert main(["eval", evaluation(adapter={"path": str(tmp_path / "run" / "adapter")})]) == 0
     folder = tmp_path / "scores"
@@ -134,6 +134,7 @@ def test_eval_scores_the_bare_model_and_an_adapter(evaluation, base, tmp_path, c
     assert (folder / "sheet.png").is_file()
     printed = capsys.readouterr().out
     assert "| adapter |" in printed
+    assert [message for message in caplog.messages if message.startswith("The judge knows the styles flat, 3d, brick")]
     assert "concepts that it has not seen" in printed
     assert (folder / "table.md").read_text().strip() in printed
     check_manifest(folder, Scores.load(folder / "scores" / "adapter.json"))

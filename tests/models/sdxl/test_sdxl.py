@@ -9,6 +9,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from dora_mm.config.models import ModelConfig
+from dora_mm.data.syntax import weighted
 from dora_mm.models.image_families import load_image_model
 from dora_mm.models.sdxl.encoding import (
     encode_for_pipeline,
@@ -40,6 +41,34 @@ def test_each_part_of_the_embedding_comes_from_its_own_text_encoder(tiny):
     two = tiny.text_encoder_2(ids_2, output_hidden_states=True).hidden_states[-2]
     assert torch.equal(embeddings[..., :width], one)
     assert torch.equal(embeddings[..., width:], two)
+
+
+def test_weights_multiply_the_embeddings_of_their_words_and_keep_the_mean(tiny):
+    """As A1111 does it, written here once more; the pooled embedding has no weights."""
+    plain, words = encode_for_pipeline(tiny, "a big bus, red"), weighted("a (big:1.5) bus, [red]")
+    found = encode_for_pipeline(tiny, words)
+    assert torch.equal(found["pooled_prompt_embeds"], plain["pooled_prompt_embeds"])
+    width, expected = tiny.text_encoder.config.hidden_size, []
+    for tokenizer, columns in ((tiny.tokenizer, slice(0, width)), (tiny.tokenizer_2, slice(width, None))):
+        counts = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in ("a", "big", "bus,", "red")]
+        weights = torch.ones(tokenizer.model_max_length)
+        start = 1 + counts[0]
+        weights[start : start + counts[1]] = 1.5
+        start += counts[1] + counts[2]
+        weights[start : start + counts[3]] = 1 / 1.1
+        z = plain["prompt_embeds"][..., columns]
+        expected.append(z * weights[None, :, None])
+        expected[-1] *= z.mean() / expected[-1].mean()
+    torch.testing.assert_close(found["prompt_embeds"], torch.cat(expected, dim=-1))
+    unweighted = encode_for_pipeline(tiny, weighted("a big bus, red"))
+    assert all(torch.equal(unweighted[name], plain[name]) for name in plain)
+
+
+def test_a_break_starts_a_chunk(tiny):
+    parts = [encode_prompts(tiny, [text])[0] for text in ("a bus", "a red house")]
+    found = encode_for_pipeline(tiny, weighted("a bus BREAK a red house"), "blurry")
+    torch.testing.assert_close(found["prompt_embeds"], torch.cat(parts, dim=1))
+    assert found["negative_prompt_embeds"].shape == found["prompt_embeds"].shape
 
 
 def test_tokenizers_pad_differently(tiny):

@@ -128,6 +128,7 @@ MISTAKES = [
     (("verify", "{a}", "--tool", "vllm", "--base", "samples/tiny-sdxl"), "vLLM loads no DoRA: merge the adapter into"),
     (("convert", "{a}", "{out}", "--to", "SGLang"), "plain LoRA with dora-mm convert IN OUT --to lora --rank"),
     (("verify", "{a}", "--base", "samples/tiny-vlm"), "{a}"),
+    (("verify", "{a}"), "names no base model that is on this machine: give it with --base MODEL"),
     (("verify", "samples/SOURCES.md", "--base", "samples/tiny-sdxl"), "SOURCES.md"),
 ]
 

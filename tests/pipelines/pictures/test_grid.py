@@ -73,7 +73,7 @@ def test_adapters_as_rows_get_a_row_without(grid, styles):
     assert not any(same(drawn[0][column], drawn[row][column]) for row in (1, 2) for column in (0, 1))
 
 
-def test_axes_of_other_settings(grid, tiny_folder, tmp_path):
+def test_axes_of_other_settings(grid, tiny_folder, tmp_path, caplog):
     drawn = grid(
         3,
         prompt="a bus",
@@ -84,6 +84,7 @@ def test_axes_of_other_settings(grid, tiny_folder, tmp_path):
     )
     assert [[Image.open(file).size for file in row] for row in drawn] == [[(64, 64)] * 3, [(96, 64)] * 3]
     assert not same(drawn[0][0], drawn[0][1])
+    assert len([message for message in caplog.messages if message.startswith("No adapter: the pictures have")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,9 @@ def test_going_on_draws_what_is_missing_and_says_what_is_stale(job, style, capsy
     (run / "sheet.png").unlink()
     capsys.readouterr()
     assert job(*rows, **settings) == run
+    kept = run / "earlier" / "001"
+    assert [path.name for path in kept.rglob("*.png")] == ["0003-seed1.png"]
+    shutil.rmtree(run / "earlier")
     assert content(run) == before
     assert "1 files in" in caplog.text
     assert "damaged" in caplog.text
@@ -168,7 +171,8 @@ def test_going_on_draws_what_is_missing_and_says_what_is_stale(job, style, capsy
     caplog.clear()
     rows[2]["prompt"] = "another thing"
     job(*rows[:3], **settings)
-    assert "drawn with other settings, and are drawn again: 0003-seed1.png, 0003-seed2.png" in caplog.text
+    kept = "they are kept in out/earlier, and drawn again: 0003-seed1.png, 0003-seed2.png"
+    assert f"were drawn with other settings: {kept}" in caplog.text
     assert "do not belong to the job, and stay as they are: 0004-seed1.png, 0004-seed2.png" in caplog.text
     caplog.clear()
     assert main(["sample", "--resume", str(run)]) == 0
@@ -285,15 +289,42 @@ def test_an_interrupted_job_says_how_to_go_on(job, tiny_folder, interrupted, cap
     assert [entry.status for entry in read_manifest(run)] == ["done", "done", "missing", "missing"]
 
 
-def test_pictures_with_other_settings_stay_until_they_are_drawn_again(job, tiny_folder, interrupted):
+def test_pictures_with_other_settings_are_kept_and_stay_until_they_are_drawn_again(job, tiny_folder, interrupted):
     rows = [{"prompt": f"thing {number}"} for number in range(3)]
-    run = job(*rows, model__path=str(tiny_folder), steps=1, batch_size=1)
-    before = {path: path.read_bytes() for path in (run / "samples").iterdir()}
+    settings = {"model__path": str(tiny_folder), "batch_size": 1}
+    run = job(*rows, steps=1, **settings)
+    before = content(run)
     interrupted(2)
-    job(*rows, code=130, model__path=str(tiny_folder), steps=2, batch_size=1)
-    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
-    assert changed == ["0001-seed0.png"]
+    job(*rows, code=130, steps=2, **settings)
+    now = content(run)
+    assert [name for name in before if now[name] != before[name] and name.startswith("samples/")] == [
+        "samples/0001-seed0.png"
+    ]
     assert [entry.status for entry in read_manifest(run)] == ["done", "missing", "missing"]
+    job(*rows, steps=2, **settings)  # goes on, and keeps nothing again
+    assert [folder.name for folder in (run / "earlier").iterdir()] == ["001"]
+    earlier = content(run / "earlier" / "001")
+    assert earlier == {name: value for name, value in before.items() if name != "versions.json"}
+    assert main(["gallery", str(run), str(run / "earlier" / "001"), "--output", "page"]) == 0
+    job(*rows, steps=3, **settings)
+    assert content(run / "earlier" / "001") == earlier
+    assert len(list((run / "earlier" / "002").rglob("samples/*.png"))) == 3
+
+
+def test_a_finished_picture_stays_when_rows_are_appended_or_batches_change(job, tiny_folder, caplog):
+    rows = [{"prompt": f"thing {number}"} for number in range(5)]
+    settings = {"model__path": str(tiny_folder), "steps": 1}
+    run = job(*rows[:3], batch_size=2, **settings)
+    before = content(run / "samples")
+    job(*rows, batch_size=2, **settings)
+    job(*rows, batch_size=3, **settings)
+    after = content(run / "samples")
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 5
+    assert "drawn again" not in caplog.text
+    assert not (run / "earlier").exists()
+    assert main(["sample", "--replay", str(run / "samples" / "0003-seed0.png"), "--set", "output=again"]) == 0
+    assert content(run.parent / "again" / "samples") == {"0003-seed0.png": before["0003-seed0.png"]}
 
 
 def test_a_job_has_one_writer(job, tiny_folder, capsys):
@@ -345,6 +376,7 @@ def test_a_picture_that_was_changed_is_drawn_again(job, tiny_folder, caplog):
     job({"prompt": "a bus"}, model__path=str(tiny_folder), steps=1)
     assert "1 files in out/samples are damaged, changed" in caplog.text
     assert file.read_bytes() == before
+    assert Image.open(run / "earlier" / "001" / "samples" / file.name).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_pictures_that_are_there_do_not_fail_with_their_batch(job, tiny_folder, monkeypatch, capsys):
@@ -497,3 +529,49 @@ def test_a_strength_of_a_part_that_the_adapter_does_not_have(job, style, tiny_fo
     job({"prompt": "a", "adapter": f"{style}:unet.dwn=0.5"}, model__path=str(tiny_folder), code=2)
     assert "no adapted module is in 'unet.dwn', the nearest names are unet.down_blocks" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "written"),
+    [
+        ({"strength": 0.7}, {}, "row 2 has strength 0.7"),
+        ({}, {"strengths": [0, 0.5]}, "row 1 has strengths [0, 0.5]"),
+        ({"strength": 1, "adapter": "none"}, {}, "row 2 has strength 1"),
+    ],
+)
+def test_a_strength_without_an_adapter_is_refused(job, tmp_path, capsys, row, settings, written):
+    job({"prompt": "a"}, {"prompt": "b", **row}, code=2, **settings)
+    assert f"{written} and no adapter: set adapter.path=RUN" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_with_weights_in_files_of_their_own(job, tiny_folder, capsys):
+    """What is drawn is what the words without weights draw, but for the weights; replayed, and noticed as a setting."""
+    row = {"prompt": "a (red:1.0) {bus|car}", "file": "one", "folder": "deep/er", "negative_prompt": "grey"}
+    settings = {"model__path": str(tiny_folder), "steps": 2, "prompt_syntax": "a1111"}
+    run = job(row, {**row, "prompt": "a (red:3) {bus|car}", "file": "two"}, **settings)
+    one, two = read_manifest(run)
+    assert [entry.file for entry in (one, two)] == ["samples/deep/er/one.png", "samples/deep/er/two.png"]
+    assert one.settings["prompt"] in ("a (red:1.0) bus", "a (red:1.0) car")
+    assert one.settings["prompt_syntax"] == "a1111"
+    assert not np.array_equal(pixels(run / one.file), pixels(run / two.file))
+    words = {"prompt": one.settings["prompt"].replace("(red:1.0)", "red"), "negative_prompt": "grey"}
+    plain = job(words, model__path=str(tiny_folder), steps=2, output="plain")
+    assert np.abs(pixels(run / one.file) - pixels(plain / "samples" / "0001-seed0.png")).max() <= 1
+    assert "prompt_syntax" not in read_manifest(plain)[0].settings
+    assert main(["sample", "--replay", str(run / two.file), "--set", "output=again"]) == 0
+    assert "the same pixels" in capsys.readouterr().out
+    assert main(["gallery", str(run), "--output", "page"]) == 0
+
+
+def test_no_adapter_is_said_first_and_last(job, style, tiny_folder, caplog):
+    settings = {"model__path": str(tiny_folder), "steps": 1}
+    run = job({"prompt": "a"}, {"prompt": "b", "strength": 0}, **settings)
+    about = [message for message in caplog.messages if message.startswith("No adapter: ")]
+    assert about == ["No adapter: 1 of 2 pictures have none, and are the bare model's. With one: --set "
+                     "adapter.path=RUN, or a column adapter"] * 2  # fmt: skip
+    assert caplog.messages[-1] == about[0]
+    caplog.clear()
+    assert main(["sample", "--resume", str(run)]) == 0
+    job({"prompt": "a", "adapter": "none"}, {"prompt": "b", "adapter": str(style)}, output="asked", **settings)
+    assert len([message for message in caplog.messages if message.startswith("No adapter: ")]) == 2

@@ -83,9 +83,7 @@ ADAPTERS = {
 FAST = ("strength", "parts")  # between them DoRA and LoRA, ranks, alpha, convolutions and text encoders
 
 
-@pytest.mark.parametrize(
-    "kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in ADAPTERS if k not in FAST)]
-)
+@pytest.mark.parametrize("kind", [*FAST, *(pytest.param(k, marks=pytest.mark.slow) for k in ADAPTERS if k not in FAST)])
 def test_plain_diffusers_draws_our_image(config, tmp_path, tiny_folder, kind):
     assert main(["train", str(config(**ADAPTERS[kind]))]) == 0
     run = tmp_path / "run"

@@ -254,6 +254,7 @@ def test_what_has_no_meaning_for_the_family_is_refused(config, tmp_path, capsys,
             ["scheduler=ddim"],
             "row 1: scheduler: ddim is not for models that predict a velocity; euler is",
         ),
+        (["prompt_syntax=a1111"], "prompt_syntax a1111 is not for Z-Image, whose encoder takes no weights: use plain"),
         (["width=72"], "row 1: width 72 must be a multiple of 16 for Z-Image"),
     ],
 )

@@ -1,0 +1,185 @@
+"""Where the captions of a folder are: metadata.jsonl or metadata.csv, <name>.txt and <name>.caption beside an image.
+
+What looks like captions and is not read is found, too: otherwise its images would be trained with another text.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dora_mm.data.images.pixels import SUFFIXES
+from dora_mm.utils.tables import decoded, read_table
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+BESIDE = (".txt", ".caption")  # suffixes of files beside an image, in the order in which they are looked for
+KEYS = ("text", "prompt", "caption")  # of a row
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+WORDS = ("caption", "metadata", "prompt", "tags", "dataset", "labels", "meta_")  # in names of files with captions
+DOCUMENTS = ("readme", "license", "licence", "notes", "sources", "prompts", "sample_prompts")  # a .txt that is none
+
+
+class ImageCaption(NamedTuple):
+    """The text of an image, and the name of the file that has it, or its suffix where it is named as the image."""
+
+    text: str
+    source: str
+
+
+class CaptionFiles:
+    """All files with captions of a folder, read.
+
+    Attributes:
+        rows: What metadata files say, by the path of the image; some of the texts may be empty.
+        problems: What is wrong with the files, one sentence each.
+        unused: Files that look like captions and are not used, each with the reason.
+
+    Args:
+        root: The folder.
+        entries: All files in it and in those of its subfolders that are read.
+    """
+
+    def __init__(self, root: Path, entries: Sequence[Path]):
+        self.root = root
+        self.rows: dict[Path, ImageCaption] = {}
+        self.problems: list[str] = []
+        self.unused: dict[Path, str] = {}
+        self._beside: dict[Path, list[Path]] = {}  # by the path of the image without its suffix
+        for path in entries:
+            if path.suffix.lower() in BESIDE and path.is_file():
+                self._beside.setdefault(path.with_suffix(""), []).append(path)
+        for path in sorted((p for p in entries if p.name in METADATA), key=lambda path: (len(path.parts), path.name)):
+            self._read_metadata(path)
+
+    def of_image(self, image: Path) -> ImageCaption | None:
+        """The caption of an image: that of a metadata file, else of a file beside it; None where there is none."""
+        found = [caption for caption in (self.rows.get(image),) if caption and caption.text]
+        files = self._beside.get(image.with_suffix(""), [])
+        for path in sorted(files, key=lambda path: BESIDE.index(path.suffix.lower())):
+            text = self._read_text(path)
+            if not found and text:
+                found.append(ImageCaption(text, path.suffix.lower()))
+            elif found and text and text != " ".join(found[0].text.split()):
+                self.unused[path] = f"{image.name} has its caption from {found[0].source}, and that is another"
+        return found[0] if found else None
+
+    def note_unused(self, entries: Iterable[Path], images: Iterable[Path]) -> None:
+        """Finds what else looks like captions and is not used.
+
+        Args:
+            entries: All files of the folder.
+            images: Those of its images.
+        """
+        stems = {image.with_suffix("") for image in images}
+        names = {path.name for path in stems}
+        for path in entries:
+            if path.name not in METADATA and path not in self.unused and (reason := _why_unused(path, stems, names)):
+                self.unused[path] = reason
+
+    def _read_metadata(self, file: Path) -> None:
+        found, bad = read_metadata(file)
+        if all((file.parent / name).is_file() for name in METADATA):
+            found, bad = {}, [f"is one of two: keep {' or '.join(METADATA)}"]
+        twice = sorted(path.name for path in found if path in self.rows)
+        bad += [f"names {name}, which an outer metadata file names already" for name in twice]
+        if found and not any(caption.text for caption in found.values()):
+            self.unused[file] = f"no row has a {', '.join(KEYS[:-1])} or {KEYS[-1]}"
+        self.problems += [f"{file.relative_to(self.root)} {problem}" for problem in bad]
+        self.rows |= found
+
+    def _read_text(self, path: Path) -> str:
+        try:
+            return " ".join(path.read_text(encoding="utf-8-sig").split())
+        except (OSError, UnicodeDecodeError) as error:
+            self.problems.append(f"{path.name} cannot be read as UTF-8 text: {error}")
+            return ""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by its name."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _why_unused(path: Path, stems: set[Path], names: set[str]) -> str:
+    """Why a file that looks like captions is not used; empty where it does not look like that, or is used."""
+    suffix, stem = path.suffix.lower(), path.stem
+    if not suffix or path.name.startswith("."):
+        return ""
+    if suffix in BESIDE and path.with_suffix("") not in stems:
+        if is_image(stem) and path.with_suffix("").is_file():
+            return f"the caption of {stem} is read from {Path(stem).stem}.txt"
+        return "" if stem.lower() in DOCUMENTS else "no image has this name"
+    if suffix in DATA_SUFFIXES and (stem in names or any(word in stem.lower() for word in WORDS)):
+        return f"only {' and '.join(METADATA)}, or a .txt or .caption file of an image's name, are read"
+    return ""
+
+
+# --- metadata.jsonl and metadata.csv ---------------------------------------------------------------------------------
+
+
+def read_metadata(file: Path) -> tuple[dict[Path, ImageCaption], list[str]]:
+    """The captions by path that a metadata file has, some of them empty, and the problems of its lines."""
+    captions: dict[Path, ImageCaption] = {}
+    lines_of: dict[Path, int] = {}
+    problems: list[str] = []
+    try:
+        text = decoded(file.read_bytes()) if file.suffix == ".csv" else file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        return {}, [f"cannot be read as UTF-8 text: {error}"]
+    except (OSError, ValueError) as error:
+        return {}, [str(error)]
+    read = _csv_rows if file.suffix == ".csv" else _json_rows
+    for number, row in read(text, problems):
+        try:
+            path, caption = _of_row(file.parent, row)
+            if path in captions:
+                raise ValueError(f"names {path.name} again (first in line {lines_of[path]})")
+            captions[path], lines_of[path] = ImageCaption(caption, file.name), number
+        except ValueError as error:
+            problems.append(f"line {number} {error}")
+    return captions, problems
+
+
+def _csv_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    return read_table(text, lambda name: name in ("file_name", *KEYS), problems)
+
+
+def _json_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut captions at U+2028
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except json.JSONDecodeError as error:
+                problems.append(f"line {number} is not valid JSON: {error.msg} at character {error.pos + 1}")
+
+
+def _of_row(root: Path, row: Any) -> tuple[Path, str]:
+    name = row.get("file_name") if isinstance(row, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError("must be an object with the key file_name")
+    captions = {key: row[key] for key in KEYS if row.get(key) is not None}
+    if not all(isinstance(caption, str) and _is_text(caption) for caption in captions.values()):
+        raise ValueError("has a caption that is not text")
+    if len({caption.strip() for caption in captions.values()}) > 1:
+        raise ValueError(f"has different values for {' and '.join(captions)}: keep one")
+    return _inside(root, name), next(iter(captions.values()), "").strip()
+
+
+def _inside(root: Path, name: str) -> Path:
+    """The path of an image named in a metadata file; `..`, absolute paths and links must not leave the folder."""
+    path = root / os.path.normpath(name)
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL byte
+        raise ValueError(f"names {name!r}, which is not a valid path") from None
+    if not real.is_relative_to(root.resolve()):
+        raise ValueError(f"names {name}, which is outside the folder: copy the image into it")
+    if not real.is_file():
+        raise ValueError(f"names {name}, which does not exist")
+    return path
+
+
+def _is_text(text: str) -> bool:
+    """Whether the text is valid Unicode, without half a surrogate pair, which JSON can contain."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

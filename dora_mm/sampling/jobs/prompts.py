@@ -1,0 +1,43 @@
+"""What the prompts of a job say beside words: `prompt_syntax` of the config."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dora_mm.data.syntax import alternatives, problem_of, syntax_in
+from dora_mm.sampling.jobs.picture import Picture
+
+log = logging.getLogger(__name__)
+
+
+def with_alternatives(pictures: Sequence[Picture]) -> list[Picture]:
+    """The pictures of a job, each with one of the alternatives of its prompts, by its seed.
+
+    Prompts that are read as plain text stay as they are, and a warning names what looks like more.
+
+    Raises:
+        ValueError: A prompt has a tag or syntax that is not read.
+    """
+    literal = {p.prompt: found for p in pictures if p.prompt_syntax == "plain" and (found := syntax_in(p.prompt))}
+    if literal:
+        first, *_ = literal
+        names = ", ".join(dict.fromkeys(name for found in literal.values() for name in found))
+        log.warning(
+            "%d prompts have %s, drawn as plain text; prompt_syntax=a1111 reads weights, alternatives and BREAK. The "
+            "first: %s",
+            *(len(literal), names, first),
+        )
+    return [_chosen(picture) for picture in pictures]
+
+
+def _chosen(picture: Picture) -> Picture:
+    if picture.prompt_syntax == "plain":
+        return picture
+    texts = {"prompt": picture.prompt, "negative_prompt": picture.negative_prompt or ""}
+    for name, text in texts.items():
+        if problem := problem_of(text):
+            raise ValueError(f"row {picture.row}: {name}: {problem}")
+    negative = picture.negative_prompt and alternatives(picture.negative_prompt, picture.seed)
+    return replace(picture, prompt=alternatives(picture.prompt, picture.seed), negative_prompt=negative)
