@@ -118,6 +118,11 @@ class VLModel(Protocol):
         ...
 
     @property
+    def converses(self) -> bool:
+        """Whether it reads system turns, several questions, and texts without an image."""
+        ...
+
+    @property
     def prepares_batches(self) -> bool:
         """Whether `batch` only prepares data, so that it may run beside a training step."""
         ...

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +15,12 @@ from dora_mm.config.vl_data import HeldOutConfig, SourceConfig, Split, VLDataCon
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.held_out import split_held_out
+from dora_mm.data.vl.readers import READERS, resolved
+from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import ExampleTable, open_table
 
 log = logging.getLogger(__name__)
+PEEKED = 100  # conversations that say which system turn is usual
 
 
 class RowCheck(Protocol):
@@ -181,6 +185,22 @@ def open_validation(
                 raise ValueError(f"{source.file} has no answers to compare with: it is a test split")
             found[task.task] = ValidationSet(table, source.images, candidates)
     return found
+
+
+def usual_system(task: VLTaskConfig) -> str | None:
+    """The system turn of most of the first conversations that a task is trained on; None: most have none.
+
+    Raises:
+        ValueError: Their file is missing or cannot be read.
+    """
+    assert task.train is not None
+    source = resolved(task.train.model_copy(update={"images": None}))
+    found: Counter[str | None] = Counter()
+    for example in islice(READERS[source.format](source, BadRows("skip")), PEEKED):
+        first = example.turns[0]
+        found[first.text if first.role == "system" else None] += 1
+    text, number = found.most_common(1)[0] if found else (None, 0)
+    return text if 2 * number > found.total() else None
 
 
 def frequent_answers(examples: Iterable[Example], min_count: int) -> tuple[str, ...]:

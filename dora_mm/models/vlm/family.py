@@ -117,6 +117,10 @@ class VLM:
         return self.plain is None or self.plain.images is None
 
     @property
+    def converses(self) -> bool:
+        return self.plain is None
+
+    @property
     def identity(self) -> dict[str, str]:
         return self._identity
 

@@ -88,12 +88,19 @@ class ExampleEncoder:
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
         if example.turns:
-            turns = list(example.turns)
+            turns = [self._asked(task, turn) for turn in example.turns]
             return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
         said = [self.prompt(task, example.text), *([] if answer is None else [answer])]
         said = [text.replace(IMAGE, ESCAPED) for text in said]
         asked = "\n".join([*[IMAGE] * len(example.images), said[0]])
         return [Turn("user", asked, False), *(Turn("assistant", text, True) for text in said[1:])]
+
+    def _asked(self, task: str, turn: Turn) -> Turn:
+        """A turn of a conversation; a question, of a task that asks questions, has its prompt."""
+        if turn.role != "user" or TASKS[task].kind == "conversations":
+            return turn
+        text = turn.text.rpartition(f"{IMAGE}\n")[2]
+        return turn._replace(text=turn.text.removesuffix(text) + self.prompt(task, text))
 
     def prompt(self, task: str, text: str) -> str:
         """What the model is asked about an example with this text."""
