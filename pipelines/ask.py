@@ -97,10 +97,8 @@ def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], sy
 
 def asked_task(vl: VLModel, run: TrainVLConfig | None) -> str:
     """The task as which a question is asked: that of the run, conversations before others, where it asks questions."""
-    names = [task.task for task in run.data.all_tasks] if run and vl.converses else []
-    records = [
-        TASKS[name] for name in names if TASKS[name].chosen_from is None and "{text}" in (TASKS[name].prompt or "")
-    ]
+    records = [TASKS[task.task] for task in run.data.all_tasks] if run else []
+    records = [task for task in records if task.chosen_from is None and "{text}" in (task.prompt or "")]
     return min(records, key=lambda task: task.kind != "conversations").name if records else vl.question_task
 
 
