@@ -162,12 +162,8 @@ def _add_ask(commands: Any) -> None:
     command.add_argument("--then", metavar="QUESTION", action="append", default=[], help="asked next; may be repeated")
     command.add_argument("--system", metavar="TEXT", help="the system turn; default: that of the run's conversations")
     command.add_argument("--adapter", metavar="FOLDER", help="a run directory or an adapter's folder")
-    command.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=_positive,
-        help="the longest answer; default: 256, or that of the run's task",
-    )
+    longest = "the longest answer; default: 256, or that of the run's task"
+    command.add_argument("--max-new-tokens", metavar="N", type=_positive, help=longest)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

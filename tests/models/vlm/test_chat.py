@@ -1,10 +1,14 @@
 """Which tokens of a conversation carry loss, against expectations written by hand."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.config.models import VLMModelConfig
+from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.models.vlm.chat import render, render_prompt
 from dora_mm.models.vlm.encoding import IGNORED
@@ -174,6 +178,26 @@ def test_thoughts_that_a_template_drops_from_earlier_turns_are_not_learned_and_a
     unlearned = [*asked("Q", f"{THOUGHT}A", "Q2"), Turn("assistant", "A2", False)]
     with pytest.raises(ValueError, match="does not render this answer as it is"):
         render(processor, unlearned)
+
+
+def test_a_short_answer_has_room_to_end_its_thought_which_is_no_part_of_it(tiny_vlm, monkeypatch):
+    model = vlm(tiny_vlm("qwen2_5_vl"))
+    longest = []
+    written = torch.tensor([model.questions.processor.tokenizer("\n</think>\n\nred")["input_ids"]])
+
+    def generate(inputs, settings):
+        longest.append(settings.max_new_tokens)
+        return written
+
+    monkeypatch.setattr(model.network, "generate", generate)
+    row = Example("1", (), "Q", ("red",), (1.0,))
+    assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
+    thought = replace(row, answers=("<think>x</think>red",))
+    assert model.answerer("chat", DecodeConfig(), ())([thought], None) == ["</think>\n\nred"]
+    model.questions.processor.chat_template = templates.QWEN3_5
+    assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
+    opening = model.questions.processor.tokenizer("\n</think>\n\n")["input_ids"]
+    assert longest == [16, 256, 16 + len(opening)]
 
 
 def test_a_turn_ends_by_the_token_of_the_next_role(tiny_vlm):
