@@ -8,6 +8,23 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, raise_problems
 from dora_mm.config.vl_tasks import TaskName, tasks_of
 
+ColumnName = Literal[
+    "id",
+    "messages",
+    "conversations",
+    "texts",
+    "prompt",
+    "completion",
+    "query",
+    "response",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "system",
+    "image",
+    "images",
+]
 OWN_IMAGES = ("chat", "choices")  # formats whose rows may contain their images, or name them by absolute paths
 
 
@@ -31,7 +48,7 @@ class SourceConfig(Section):
         "chat",
         "choices",
     ]
-    file: InputPath  # the questions, sentences, captions or conversations
+    file: InputPath  # the questions, sentences, captions or conversations; chat: also a folder or a pattern of files
     # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
     annotations: InputPath | None = None
     # The folder of images; null: only vision.features are used, or (chat, choices) rows contain or fully name them.
@@ -39,6 +56,7 @@ class SourceConfig(Section):
     subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
     # coco_karpathy: train (includes restval), val or test; choices: a value of the column split, null: all rows
     split: Text | None = None
+    columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat: what a file calls its columns, by our names
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
 
@@ -56,6 +74,8 @@ class SourceConfig(Section):
         ]
         if self.format == "coco_karpathy" and self.split is None:
             problems.append("split is missing: a coco_karpathy file contains all splits")
+        if self.columns and self.format != "chat":
+            problems.append(f"columns is only for format chat, not for {self.format}")
         if problems:
             raise ValueError("; ".join(problems))
         return self

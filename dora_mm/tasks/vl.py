@@ -97,8 +97,11 @@ def draw_answer(example: Example, draw: float) -> Target:
         draw: A random number, from 0 to below 1.
 
     Returns:
-        The answer with its score, or ("", 0.0) if all scores are 0.
+        The answer with its score, or ("", 0.0) if all scores are 0; ("", 1.0) of a conversation that ends with a
+        question and has learned answers before it.
     """
+    if not example.scores and any(turn.loss for turn in example.turns):
+        return "", 1.0
     totals = list(accumulate(example.scores))
     if not totals or not totals[-1]:
         return "", 0.0

@@ -26,12 +26,12 @@ from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import FILES, READERS, resolved
+from dora_mm.data.vl.readers import FILES, READERS, data_files, resolved
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 
 log = logging.getLogger(__name__)
-LAYOUT = "3"  # increase it when a reader makes different rows from the same files
+LAYOUT = "4"  # increase it when a reader makes different rows from the same files
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
@@ -89,8 +89,17 @@ class ExampleTable(Sequence[Example]):
         return replace(self, rows=self.rows[chosen], picked=None if self.picked is None else self.picked[chosen])
 
     def answered(self) -> "ExampleTable":
-        """A table of the rows that have at least one answer, and so can be trained on."""
-        return self._at(self.lengths("answers") > 0)
+        """A table of the rows that have at least one answer, the last turn or another, and so can be trained on."""
+        return self._at((self.lengths("answers") > 0) | self._learned())
+
+    def _learned(self) -> np.ndarray:
+        """Whether each row has a turn with loss: one that ends with a question may have answers before it."""
+        turns = self._column("turns")
+        rows, losses = (
+            turns.value_parent_indices().to_numpy(),
+            turns.flatten().field("loss").to_numpy(zero_copy_only=False),
+        )
+        return np.bincount(rows[losses.astype(bool)], minlength=len(turns)) > 0
 
     def per_answer(self) -> "ExampleTable":
         """A table with one row for each answer of each row."""
@@ -303,13 +312,17 @@ def _digest(source: SourceConfig) -> str:
     """Digest of all that the rows depend on: file contents (0.3 s for VQA v2), name of the data file, selected rows."""
     digest = hashlib.blake2b(digest_size=16)
     selection = [source.split, source.limit, *([source.skip] if source.skip else [])]
+    selection += [source.columns] if source.columns else []
     digest.update(json.dumps([LAYOUT, source.format, Path(source.file).name, *selection]).encode())
     for key in FILES:
         if (path := getattr(source, key)) is not None:
-            try:
-                digest.update(f"{key} {_content_digest(path)}".encode())
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+            files = data_files(source, path)
+            for file in files:
+                try:
+                    name = f"{key} {file.name}" if len(files) > 1 else key
+                    digest.update(f"{name} {_content_digest(str(file))}".encode())
+                except OSError as error:
+                    raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
