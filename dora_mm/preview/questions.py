@@ -118,7 +118,8 @@ def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, Split,
     for task in config.data.all_tasks:
         for split in SPLITS:
             if source := task.source_of(split):
-                paths = [path for key in (*FILES, "images") if (path := getattr(source, key)) is not None]
+                sources = task.trained if source is task.train else (source,)
+                paths = [path for key in (*FILES, "images") for each in sources if (path := getattr(each, key))]
                 if all(find_path(path) for path in paths):
                     yield task, split, source
 

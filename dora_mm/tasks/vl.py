@@ -11,7 +11,7 @@ import torch
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Answer, Example
-from dora_mm.data.vl.mixing import TaskBatches
+from dora_mm.data.vl.mixing import Mixture, TaskBatches
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.models.vl import Target, VLModel
@@ -64,7 +64,7 @@ class VLBatches:
         self.accumulated, self.process = accumulated, process
         num_slices = accumulated * process[1]
         self.order = TaskBatches(
-            {name: len(training_set.table) for name, training_set in sets.items()},
+            {name: _rows(name, training_set, seed) for name, training_set in sets.items()},
             {name: training_set.batch_size * num_slices for name, training_set in sets.items()},
             weights={name: training_set.weight for name, training_set in sets.items()},
             seed=seed,
@@ -87,6 +87,13 @@ class VLBatches:
         examples = [training_set.table[row] for row in rows[share]]
         targets = [draw_answer(example, draw) for example, draw in zip(examples, draws[share], strict=True)]
         return self.model.batch(name, examples, training_set.images, targets, on_bad_data=self.on_bad_data)
+
+
+def _rows(name: str, rows: TrainingSet, seed: int) -> int | Mixture:
+    """The number of rows of a task, or their mixture where they have several sources."""
+    if len(rows.source_weights) < 2:
+        return len(rows.table)
+    return Mixture(name, rows.table.by_source(), rows.source_weights, seed=seed)
 
 
 def draw_answer(example: Example, draw: float) -> Target:

@@ -15,6 +15,7 @@ from dora_mm.config.vl_data import HeldOutConfig, SourceConfig, Split, VLDataCon
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.held_out import split_held_out
+from dora_mm.data.vl.joining import joined
 from dora_mm.data.vl.readers import READERS, resolved
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import ExampleTable, open_table
@@ -44,12 +45,14 @@ class TrainingSet:
         images: The folder of their images, None where only features are read.
         batch_size: Rows per batch.
         weight: Factor on the number of batches per epoch, see `TaskBatches`.
+        source_weights: How often the rows of each of several sources of the table are drawn, see `Mixture`.
     """
 
     table: ExampleTable
     images: str | None
     batch_size: int
     weight: float = 1.0
+    source_weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ def open_split(task: VLTaskConfig, split: Split, data: VLDataConfig, model: RowC
     source = task.source_of(split)
     assert source is not None
     if not isinstance(task.valid, HeldOutConfig):
-        return model.check_rows(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
+        table = _trained(task, data) if split == "train" else _table(source, data)
+        return model.check_rows(table)
     halves = _halves(task, data)
     if split == "valid":
         rows, held = sum(map(len, halves.values())), len(halves["valid"])
@@ -94,9 +98,25 @@ def _halves(task: VLTaskConfig, data: VLDataConfig) -> dict[Split, ExampleTable]
     """The rows of the training split that are trained on, and those that are held out, before any model checks them."""
     assert task.train is not None
     assert isinstance(task.valid, HeldOutConfig)
-    table = open_table(task.train, Path(data.tables), on_bad_data=data.on_bad_data)
-    trained, held = split_held_out(table, task.valid, task.train.images)
+    trained, held = split_held_out(_trained(task, data), task.valid, images_of(task))
     return {"train": trained, "valid": held}
+
+
+def _table(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
+    return open_table(source, Path(data.tables), on_bad_data=data.on_bad_data)
+
+
+def _trained(task: VLTaskConfig, data: VLDataConfig) -> ExampleTable:
+    """All rows of the training split, of one source or several."""
+    assert task.train is not None
+    if not task.more:
+        return _table(task.train, data)
+    return joined([(_table(source, data), source.images) for source in task.trained])
+
+
+def images_of(task: VLTaskConfig) -> str | None:
+    """The folder of the images of the training split; None: its rows have absolute paths, or only features are read."""
+    return None if task.train is None or task.more else task.train.images
 
 
 def training_texts(task: VLTaskConfig, data: VLDataConfig) -> ExampleTable:
@@ -108,7 +128,9 @@ def training_texts(task: VLTaskConfig, data: VLDataConfig) -> ExampleTable:
         ValueError: As in `open_split`.
     """
     assert task.train is not None
-    return _halves(task, data)["train"] if isinstance(task.valid, HeldOutConfig) else open_texts(task.train, data)
+    if isinstance(task.valid, HeldOutConfig):
+        return _halves(task, data)["train"]
+    return joined([(open_texts(source, data), None) for source in task.trained])
 
 
 def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
@@ -148,7 +170,9 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
             log.info("%s: %d of %d rows have no answer to learn", task.train.file, unanswered, len(table))
         if TASKS[task.task].clips:
             answered = answered.per_answer()
-        found[task.task] = TrainingSet(answered, task.train.images, task.batch_size or batch_size, task.weight)
+        weights = tuple(source.weight for source in task.trained)
+        size = task.batch_size or batch_size
+        found[task.task] = TrainingSet(answered, images_of(task), size, task.weight, weights if task.more else ())
     return found
 
 
@@ -183,7 +207,8 @@ def open_validation(
             table = open_split(task, "valid", data, model)
             if answered and not len(table.answered()):
                 raise ValueError(f"{source.file} has no answers to compare with: it is a test split")
-            found[task.task] = ValidationSet(table, source.images, candidates)
+            images = images_of(task) if isinstance(task.valid, HeldOutConfig) else source.images
+            found[task.task] = ValidationSet(table, images, candidates)
     return found
 
 

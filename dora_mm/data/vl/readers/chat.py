@@ -52,7 +52,7 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         yield from _file_rows(path, shape, source.columns, seen, bad)
 
 
-def _file_rows(path: Path, shape: Shape, columns: Mapping[str, str], seen: set[str], bad: BadRows) -> Iterator[Example]:
+def _file_rows(path: Path, shape: Shape, columns: Mapping[Any, str], seen: set[str], bad: BadRows) -> Iterator[Example]:
     """The conversations of one file; the ids in `seen` are taken."""
     for where, item in file_items(path):
         try:
@@ -81,7 +81,7 @@ def files_of(path: Path) -> list[Path]:
     return found
 
 
-def find_shape(path: Path, columns: Mapping[str, str] | None = None) -> Shape:
+def find_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Shape:
     """The shape of a file's rows.
 
     Args:
@@ -161,7 +161,7 @@ def _parsed(item: Any) -> JsonRow:
     return item
 
 
-def _renamed(row: JsonRow, columns: Mapping[str, str]) -> JsonRow:
+def _renamed(row: JsonRow, columns: Mapping[Any, str]) -> JsonRow:
     """The row with the names that its columns have here; those whose names others take are left out."""
     if not columns:
         return row

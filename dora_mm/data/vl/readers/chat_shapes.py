@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from dora_mm.data.vl.embedded import data_url, decoded, image_name
 from dora_mm.data.vl.example import ESCAPED, IMAGE
-from dora_mm.data.vl.readers.conversation import Dialogue, Place
+from dora_mm.data.vl.readers.conversation import Dialogue, ImagePlace
 from dora_mm.data.vl.rows import RowError
 
 JsonRow = dict[str, Any]
@@ -73,7 +73,7 @@ def read_prompt(row: JsonRow) -> Dialogue:
         for given, role in ((row.get("prompt"), "user"), (row.get("completion"), "assistant"))
     )
     prompt.losses[:] = [False if loss is None else loss for loss in prompt.losses]
-    return _with_keys(row, Dialogue(*(one + other for one, other in zip(prompt, completion, strict=True))))
+    return _with_keys(row, prompt.followed_by(completion))
 
 
 def read_texts(row: JsonRow) -> Dialogue:
@@ -190,7 +190,7 @@ def _strings(row: JsonRow, *keys: str) -> list[str]:
     return found
 
 
-Part = tuple[str, Sequence[Place]]  # a text with markers, and the images of these
+Part = tuple[str, Sequence[ImagePlace]]  # a text with markers, and the images of these
 
 
 def _content(message: JsonRow) -> Part:
@@ -213,7 +213,7 @@ def _text(text: Any) -> Part:
         raise RowError("has content whose text is not a text")
     if "<" not in text:  # most texts; a search takes ten times as long
         return text, ()
-    places: list[Place] = []
+    places: list[ImagePlace] = []
 
     def marked(found: re.Match[str]) -> str:
         if found[0][0] == "\\":

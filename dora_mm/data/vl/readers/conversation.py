@@ -20,7 +20,7 @@ ROLES: dict[str, Role] = {  # in lower case
     "observation": "tool",
 }
 CALLS = ("function_call", "tool_call")  # each model writes them in a form of its own
-Place = str | int | None  # of a marker's image: its own one, the number of one of the row, or the next of the row
+ImagePlace = str | int | None  # of a marker's image: its own one, the number of one of the row, or the next of the row
 
 
 class Dialogue(NamedTuple):
@@ -37,8 +37,13 @@ class Dialogue(NamedTuple):
     names: list[str]
     texts: list[str]
     losses: list[bool | None]
-    places: list[Sequence[Place]]
+    places: list[Sequence[ImagePlace]]
     images: list[str]
+
+    def followed_by(self, other: "Dialogue") -> "Dialogue":
+        """The turns of both."""
+        turns = (self.names + other.names, self.texts + other.texts, self.losses + other.losses)
+        return Dialogue(*turns, self.places + other.places, self.images + other.images)
 
 
 def conversation(said: Dialogue, name: str) -> Example:
@@ -108,7 +113,7 @@ def _first_empty(roles: Sequence[Role], texts: list[str]) -> str:
     return "has an empty answer" if role == "assistant" else f"has an empty turn of the {role}"
 
 
-def _in_order(images: list[str], places: Sequence[Place]) -> list[str]:
+def _in_order(images: list[str], places: Sequence[ImagePlace]) -> list[str]:
     """The images in the order of their markers."""
     if not places or places.count(None) == len(places) == len(images):
         return images
@@ -121,7 +126,7 @@ def _in_order(images: list[str], places: Sequence[Place]) -> list[str]:
     return [next(remaining) if place is None else str(place) for place in places]
 
 
-def _by_number(images: list[str], places: Sequence[Place], numbers: set[int]) -> list[str]:
+def _by_number(images: list[str], places: Sequence[ImagePlace], numbers: set[int]) -> list[str]:
     """The images in the order of their markers, which have numbers."""
     if None in places:
         raise RowError("has markers of images with a number and others without")
