@@ -133,7 +133,7 @@ def _open_training(
     if model is None:
         return rows.table
     if (sample := sample_lengths(model, name, rows)) is not None:
-        check_sample(rows.table, sample.lengths)
+        check_sample(rows.table, sample)
     found.sets[name] = rows
     if sample is None:
         return rows.table
