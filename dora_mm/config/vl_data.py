@@ -160,6 +160,7 @@ class VLDataConfig(Section):
     more: Items[SourceConfig] = ()  # further sources of the training split, whose rows are mixed with those of train
     valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
     tasks: Items[VLTaskConfig] = ()  # instead of train and valid; a batch is from one task
+    group_by_length: bool = False  # batches of rows of about the same length, of which less is padding
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
     tables: Text = "build/tables"  # a cache folder of the files as tables on disk, named by their content
 

@@ -68,6 +68,7 @@ class VLBatches:
             {name: training_set.batch_size * num_slices for name, training_set in sets.items()},
             weights={name: training_set.weight for name, training_set in sets.items()},
             seed=seed,
+            lengths={name: found.lengths for name, found in sets.items() if found.lengths is not None},
         )
 
     @property

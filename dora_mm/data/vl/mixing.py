@@ -8,6 +8,8 @@ import torch
 
 from dora_mm.utils.randomness import generator
 
+GROUPED = 32  # batches whose rows are sorted by length together
+
 
 class TaskBatches:
     """The batches of several tasks, a function of (seed, batch number) only, so that resuming at any batch is exact.
@@ -22,6 +24,8 @@ class TaskBatches:
         batch_sizes: Rows per batch of each task.
         weights: Factor on the number of batches of each task; 1 for tasks that are not listed.
         seed: The seed of the run.
+        purpose: What the order is of, since two that share a seed must differ.
+        lengths: Of tasks whose batches are of rows of about the same length: that of each row.
 
     Raises:
         ValueError: A task has no rows.
@@ -35,7 +39,10 @@ class TaskBatches:
         weights: Mapping[str, float] | None = None,
         seed: int,
         purpose: str = "order of tasks",
+        lengths: Mapping[str, np.ndarray] | None = None,
     ) -> None:
+        self._lengths = lengths or {}
+        self._last: tuple[str, int, list[int]] = ("", -1, [])  # the group of batches that was asked for last
         self._mixtures = {task: size for task, size in sizes.items() if isinstance(size, Mixture)}
         sizes = {task: size if isinstance(size, int) else len(size) for task, size in sizes.items()}
         empty = [task for task, size in sizes.items() if size < 1]
@@ -59,7 +66,19 @@ class TaskBatches:
         order, earlier = _epoch_schedule(self._counts, epoch, self._seed, self._purpose)
         task_index = int(order[position])
         task = self._tasks[task_index]
-        return task, self._rows(task, epoch * self._counts[task_index] + int(earlier[position]))
+        own_number = epoch * self._counts[task_index] + int(earlier[position])
+        return task, (self._grouped_rows if task in self._lengths else self._rows)(task, own_number)
+
+    def _grouped_rows(self, task: str, number: int) -> list[int]:
+        """As `_rows`, of GROUPED batches that have the same rows together, sorted by length and cut anew."""
+        group, place = divmod(number, GROUPED)
+        order = torch.randperm(GROUPED, generator=generator(self._seed, group, f"order of batches of {task}"))
+        start = int(order[place]) * self._batch_sizes[task]
+        if self._last[:2] != (task, group):
+            rows = [row for n in range(group * GROUPED, (group + 1) * GROUPED) for row in self._rows(task, n)]
+            by_length = np.argsort(self._lengths[task][rows], kind="stable")
+            self._last = (task, group, [rows[place] for place in by_length.tolist()])
+        return self._last[2][start : start + self._batch_sizes[task]]
 
     def _rows(self, task: str, number: int) -> list[int]:
         """The row indices of batch `number` of this task, counted over the batches of this task only."""

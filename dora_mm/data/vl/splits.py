@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import HeldOutConfig, SourceConfig, Split, VLDataConfig, VLTaskConfig
 from dora_mm.config.vl_tasks import TASKS
@@ -17,6 +19,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.held_out import split_held_out
 from dora_mm.data.vl.joining import joined
 from dora_mm.data.vl.readers import READERS, resolved
+from dora_mm.data.vl.report import cheap_lengths
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import ExampleTable, open_table
 
@@ -46,6 +49,7 @@ class TrainingSet:
         batch_size: Rows per batch.
         weight: Factor on the number of batches per epoch, see `TaskBatches`.
         source_weights: How often the rows of each of several sources of the table are drawn, see `Mixture`.
+        lengths: The length of each row, where batches are of rows of about the same length; None: they are not.
     """
 
     table: ExampleTable
@@ -53,6 +57,7 @@ class TrainingSet:
     batch_size: int
     weight: float = 1.0
     source_weights: tuple[float, ...] = ()
+    lengths: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -170,9 +175,14 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
             log.info("%s: %d of %d rows have no answer to learn", task.train.file, unanswered, len(table))
         if TASKS[task.task].clips:
             answered = answered.per_answer()
-        weights = tuple(source.weight for source in task.trained)
-        size = task.batch_size or batch_size
-        found[task.task] = TrainingSet(answered, images_of(task), size, task.weight, weights if task.more else ())
+        found[task.task] = TrainingSet(
+            answered,
+            images_of(task),
+            task.batch_size or batch_size,
+            task.weight,
+            tuple(source.weight for source in task.trained) if task.more else (),
+            cheap_lengths(answered) if data.group_by_length else None,
+        )
     return found
 
 

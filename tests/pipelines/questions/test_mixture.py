@@ -53,6 +53,7 @@ def config(tiny_vlm, tmp_path):
                 "train": sources[0],
                 "more": sources[1:],
                 "on_bad_data": "skip",
+                "group_by_length": True,
                 "tables": str(tmp_path / "tables"),
             },
             "optimizer": {"lr": 0.02},
