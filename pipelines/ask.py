@@ -1,13 +1,21 @@
 """dora-mm ask: what a vision-language model says about images, without and with an adapter."""
 
+import logging
+from collections.abc import Iterator, Sequence
+
 from dora_mm import formats
 from dora_mm.adapting.files import load_trained, saved_config, seed_of
 from dora_mm.config.loader import resolve_model, resolve_path
-from dora_mm.config.vl import DecodeConfig
+from dora_mm.config.vl import DecodeConfig, TrainVLConfig
+from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import ESCAPED, IMAGE, Answer, Example, Turn
+from dora_mm.data.vl.splits import usual_system
 from dora_mm.models.families import load_to_ask
+from dora_mm.models.vl import VLModel
 from dora_mm.utils.devices import default_device
+
+log = logging.getLogger(__name__)
 
 
 def main(
@@ -15,6 +23,8 @@ def main(
     images: list[str],
     question: str,
     *,
+    then: Sequence[str] = (),
+    system: str | None = None,
     adapter: str | None = None,
     max_new_tokens: int | None = None,
     dtype: str | None = None,
@@ -22,25 +32,29 @@ def main(
 ) -> None:
     """Prints a model's answer to a question; with an adapter, the bare model's and the adapted one's.
 
-    With the adapter of a run, the model is loaded as the run's config says (dtype, sizes of images, quantisation).
+    With the adapter of a run, the model is loaded as the run's config says (dtype, sizes of images, quantisation), and
+    both are asked as the run trained: with the prompt of its task, and the system turn that its conversations have.
 
     Args:
         model: A folder of `save_pretrained`, or a hub name; or the folder of a VL-BART, with an adapter.
-        images: The images that the question is about, in order.
-        question: The question, which the model is asked as it is.
+        images: The images that the question is about, in order; none for a question of text alone.
+        question: The question.
+        then: Questions that follow in the same conversation, each after the model's own answer to the one before.
+        system: The system turn; None: that of the run, "": none.
         adapter: A run directory, or an adapter's folder.
-        max_new_tokens: The longest answer in tokens; None: 256, of VL-BART as long as its training's.
+        max_new_tokens: The longest answer in tokens; None: that of the run's task, 256 of a conversation.
         dtype: The dtype of the weights; None: that of the run, else that of the model's config.
         revision: A commit, branch or tag of a hub model; None: its main branch.
 
     Raises:
         ValueError: The model, an image or the adapter cannot be used, or they do not belong together.
     """
-    path, files = resolve_model(model, "MODEL"), [resolve_path(image, "IMAGE").absolute() for image in images]
+    path, files = resolve_model(model, "MODEL"), [str(resolve_path(image, "IMAGE").absolute()) for image in images]
     for file in files:
         load_rgb(file)
-    if not question.strip():
-        raise ValueError("QUESTION is empty")
+    questions = [question, *then]
+    if not all(map(str.strip, questions)):
+        raise ValueError("QUESTION is empty" if not question.strip() else "--then is empty")
     folder = formats.adapter_folder(resolve_path(adapter, "--adapter")) if adapter else None
     run = saved_config(folder) if folder else None
     vl = load_to_ask(
@@ -51,14 +65,71 @@ def main(
         given={key: value for key, value in (("dtype", dtype), ("revision", revision)) if value},
         device=default_device(),
     )
-    if len(files) > 1 and not vl.reads_several:
-        raise ValueError(f"{path} reads one image with a question, and {len(files)} are given")
-    answer = vl.answerer(vl.question_task, DecodeConfig(max_new_tokens=max_new_tokens), ())
-    row = Example("of the command", tuple(map(str, files)), question)
-    bare = answer([row], "/")[0]
+    _check(vl, path, files, then, system)
+    task = asked_task(vl, run)
+    if system is None and run is not None and vl.converses:
+        system = _system_of(run, task)
+    answer = vl.answerer(task, DecodeConfig(max_new_tokens=max_new_tokens), ())
+    bare = list(conversed(answer, questions, files, system))
     if folder is None:
-        print(bare)
+        print("\n".join(bare))
         return
     load_trained(vl, folder, backend="auto")
-    print(f"without adapter: {bare}")
-    print(f"with adapter:    {answer([row], '/')[0]}")
+    for asked, before, after in zip(questions, bare, conversed(answer, questions, files, system), strict=True):
+        if then:
+            print(f"question:        {asked}")
+        print(f"without adapter: {before}")
+        print(f"with adapter:    {after}")
+
+
+def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], system: str | None) -> None:
+    """Checks that a model can be asked like this."""
+    if len(files) > 1 and not vl.reads_several:
+        raise ValueError(f"{path} reads one image with a question, and {len(files)} are given")
+    if vl.converses:
+        return
+    if not files:
+        raise ValueError(f"{path} has no chat template, and answers no question without an image")
+    if then or system:
+        key = "--then" if then else "--system"
+        raise ValueError(f"{key}: {path} has no chat template, and reads a single question")
+
+
+def asked_task(vl: VLModel, run: TrainVLConfig | None) -> str:
+    """The task as which a question is asked: that of the run, conversations before others, where it asks questions."""
+    records = [TASKS[task.task] for task in run.data.all_tasks] if run else []
+    records = [task for task in records if task.chosen_from is None and "{text}" in (task.prompt or "")]
+    return min(records, key=lambda task: task.kind != "conversations").name if records else vl.question_task
+
+
+def _system_of(run: TrainVLConfig, task: str) -> str | None:
+    """The system turn of a run's conversations, which its data files have."""
+    found = next((each for each in run.data.all_tasks if each.task == task), None)
+    if found is None or TASKS[task].kind != "conversations":
+        return None
+    try:
+        return usual_system(found)
+    except ValueError as error:
+        log.warning("asked without a system turn, since the run's data cannot be read (--system gives one): %s", error)
+        return None
+
+
+def conversed(answer: Answer, questions: Sequence[str], files: Sequence[str], system: str | None) -> Iterator[str]:
+    """The answers to questions of one conversation, one after the other.
+
+    Args:
+        answer: Answers examples.
+        questions: The questions.
+        files: The images, which are shown with the first question.
+        system: The system turn; None or "": none.
+    """
+    if len(questions) == 1 and not system:
+        yield answer([Example("of the command", tuple(files), questions[0])], "/")[0]
+        return
+    turns = [Turn("system", system, False)] if system else []
+    for number, question in enumerate(questions):
+        shown = [IMAGE] * len(files) if number == 0 else []
+        turns.append(Turn("user", "\n".join([*shown, question.replace(IMAGE, ESCAPED)]), False))
+        found = answer([Example("of the command", tuple(files), question, turns=tuple(turns))], "/")[0]
+        turns.append(Turn("assistant", found.replace(IMAGE, ESCAPED), False))
+        yield found

@@ -259,7 +259,7 @@ def finish(
     validate.close()
     for key, fate in (
         ("rows_cut", "were longer than a row may be, and lost text"),
-        ("rows_left_out", "could not be encoded, and were left out"),
+        ("rows_left_out", "could not be encoded or lost their whole answers, and were left out"),
     ):
         if details[key]:
             log.warning("%d rows of the training's batches %s", details[key], fate)

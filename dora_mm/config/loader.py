@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,13 +106,14 @@ def differing_keys(one: PipelineConfig, other: PipelineConfig) -> list[str]:
 def find_path(path: str | Path) -> Path | None:
     """Finds a path relative to the current directory, else to the packaged configs; None if it does not exist.
 
-    `package:easy_vqa/data` is a folder in the installed Python package easy_vqa.
+    `package:easy_vqa/data` is a folder in the installed Python package easy_vqa. A pattern with `*` exists if a file in
+    the current directory fits it.
     """
     if str(path).startswith(INSTALLED):
         return _in_package(str(path).removeprefix(INSTALLED))
     try:
         wanted = Path(path).expanduser()
-        if wanted.exists():
+        if wanted.exists() or ("*" in str(path) and glob(str(wanted), recursive=True)):
             return wanted
         packaged = _packaged(wanted)
         return packaged if not wanted.is_absolute() and packaged.exists() else None

@@ -8,6 +8,23 @@ from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
 from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, raise_problems
 from dora_mm.config.vl_tasks import TaskName, tasks_of
 
+ColumnName = Literal[
+    "id",
+    "messages",
+    "conversations",
+    "texts",
+    "prompt",
+    "completion",
+    "query",
+    "response",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "system",
+    "image",
+    "images",
+]
 OWN_IMAGES = ("chat", "choices")  # formats whose rows may contain their images, or name them by absolute paths
 
 
@@ -31,7 +48,7 @@ class SourceConfig(Section):
         "chat",
         "choices",
     ]
-    file: InputPath  # the questions, sentences, captions or conversations
+    file: InputPath  # the questions, sentences, captions or conversations; chat: also a folder or a pattern of files
     # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
     annotations: InputPath | None = None
     # The folder of images; null: only vision.features are used, or (chat, choices) rows contain or fully name them.
@@ -39,6 +56,8 @@ class SourceConfig(Section):
     subtitles: InputPath | None = None  # video formats only: a JSONL file; null: no subtitles
     # coco_karpathy: train (includes restval), val or test; choices: a value of the column split, null: all rows
     split: Text | None = None
+    columns: dict[ColumnName, Text] = Field(default_factory=dict)  # chat: what a file calls its columns, by our names
+    weight: Positive = 1.0  # beside other sources of a training split: how often its rows are drawn; 2: twice an epoch
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
 
@@ -56,6 +75,8 @@ class SourceConfig(Section):
         ]
         if self.format == "coco_karpathy" and self.split is None:
             problems.append("split is missing: a coco_karpathy file contains all splits")
+        if self.columns and self.format != "chat":
+            problems.append(f"columns is only for format chat, not for {self.format}")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -105,19 +126,26 @@ SPLITS: tuple[Split, ...] = ("train", "valid")
 class VLTaskConfig(Section):
     task: TaskName
     train: SourceConfig | None = None  # the training split; null: none
+    more: Items[SourceConfig] = ()  # further sources of the training split, whose rows are mixed with those of train
     valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
     batch_size: PositiveInt | None = None  # examples per micro-batch; null: train.batch_size
     weight: Positive = 1.0  # sampling weight of the task, multiplied by the number of its batches
 
     @model_validator(mode="after")
     def _formats_are_of_the_task(self) -> "VLTaskConfig":
-        return raise_problems(self, check_splits(self.task, self.train, self.valid))
+        return raise_problems(self, check_splits(self.task, self.train, self.valid, self.more))
 
     @property
-    def sources(self) -> dict[Split, SourceConfig]:
-        """The sources that are named, by split; without a validation split that is a share of the training split."""
-        splits: dict[Split, SourceConfig | HeldOutConfig | None] = {"train": self.train, "valid": self.valid}
+    def sources(self) -> dict[str, SourceConfig]:
+        """The sources that are named, by their keys; held-out rows are of the training split's."""
+        splits: dict[str, SourceConfig | HeldOutConfig | None] = {"train": self.train, "valid": self.valid}
+        splits |= {f"more[{number}]": source for number, source in enumerate(self.more)}
         return {split: source for split, source in splits.items() if isinstance(source, SourceConfig)}
+
+    @property
+    def trained(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training split."""
+        return () if self.train is None else (self.train, *self.more)
 
     def source_of(self, split: Split) -> SourceConfig | None:
         """The source that has the rows of a split, which of held-out rows is `train`; None: there is no such split."""
@@ -129,16 +157,18 @@ class VLDataConfig(Section):
 
     task: TaskName = "chat"  # what train and valid are for
     train: SourceConfig | None = None  # the training split; null: none
+    more: Items[SourceConfig] = ()  # further sources of the training split, whose rows are mixed with those of train
     valid: ValidConfig | None = None  # the validation split: a source, or a share of the training split; null: none
     tasks: Items[VLTaskConfig] = ()  # instead of train and valid; a batch is from one task
+    group_by_length: bool = False  # batches of rows of about the same length, of which less is padding
     on_bad_data: Literal["stop", "skip"] = "stop"  # skip: bad rows are left out, counted and listed
     tables: Text = "build/tables"  # a cache folder of the files as tables on disk, named by their content
 
     @model_validator(mode="after")
     def _one_form_is_given(self) -> "VLDataConfig":
         names = [task.task for task in self.tasks]
-        short = [key for key in ("train", "valid") if getattr(self, key) is not None]
-        problems = check_splits(self.task, self.train, self.valid)
+        short = [key for key in ("train", "more", "valid") if getattr(self, key)]
+        problems = check_splits(self.task, self.train, self.valid, self.more)
         if len(set(names)) < len(names):
             problems.append("tasks names a task twice")
         if self.tasks and short:
@@ -152,26 +182,37 @@ class VLDataConfig(Section):
     @property
     def all_tasks(self) -> tuple[VLTaskConfig, ...]:
         """The tasks, in whichever form they are given."""
-        return self.tasks or (VLTaskConfig(task=self.task, train=self.train, valid=self.valid),)
+        return self.tasks or (VLTaskConfig(task=self.task, train=self.train, more=self.more, valid=self.valid),)
 
     def with_tasks(self, tasks: tuple[VLTaskConfig, ...]) -> "VLDataConfig":
         """These settings with other tasks."""
-        return self.model_copy(update={"tasks": tasks, "task": "chat", "train": None, "valid": None})
+        return self.model_copy(update={"tasks": tasks, "task": "chat", "train": None, "more": (), "valid": None})
 
     def place(self, task: str, section: str = "data") -> str:
         """How the config names a task, for messages: "data.tasks: vqa", or "data" for the only one."""
         return f"{section}.tasks: {task}" if self.tasks else section
 
 
-def check_splits(task: str, train: SourceConfig | None, valid: SourceConfig | HeldOutConfig | None) -> list[str]:
+def check_splits(
+    task: str,
+    train: SourceConfig | None,
+    valid: SourceConfig | HeldOutConfig | None,
+    more: tuple[SourceConfig, ...] = (),
+) -> list[str]:
     """Finds splits that the task cannot have; one message per problem, each naming the key."""
+    named = {"train": train, "valid": valid} | {f"more[{number}]": source for number, source in enumerate(more)}
+    sources = {name: source for name, source in named.items() if isinstance(source, SourceConfig)}
     problems = [
         f"{name}.format {source.format} is only for {' and '.join(tasks_of(source.format))}, not for {task}"
-        for name, source in (("train", train), ("valid", valid))
-        if isinstance(source, SourceConfig) and task not in tasks_of(source.format)
+        for name, source in sources.items()
+        if task not in tasks_of(source.format)
     ]
     if train is None and isinstance(valid, HeldOutConfig):
         problems.append("valid.share is a share of train, which is missing: name the format and file of valid")
+    if more and train is None:
+        problems.append("more is beside train, which is missing")
+    weighted = [name for name, source in sources.items() if source.weight != 1 and (name == "valid" or not more)]
+    problems += [f"{name}.weight has no effect: it is for several sources of a training split" for name in weighted]
     return problems
 
 

@@ -53,7 +53,7 @@ class RowCounts:
 
     Attributes:
         num_cut: How many lost text, because they were too long.
-        num_left_out: How many could not be encoded, and are missing in their batches.
+        num_left_out: How many could not be encoded or lost their whole answer, and are missing in their batches.
     """
 
     def __init__(self):
@@ -118,6 +118,11 @@ class VLModel(Protocol):
         ...
 
     @property
+    def converses(self) -> bool:
+        """Whether it reads system turns, several questions, and texts without an image."""
+        ...
+
+    @property
     def prepares_batches(self) -> bool:
         """Whether `batch` only prepares data, so that it may run beside a training step."""
         ...
@@ -159,7 +164,7 @@ class VLModel(Protocol):
             images: The folder of the images; None where there are none, or features are read.
             targets: The answer to learn of each.
             on_bad_data: "skip" leaves out a row that cannot be encoded, for example because its images alone are longer
-                than a row may be; VL-BART has no such rows.
+                than a row may be; VL-BART has no such rows. One whose whole answer is cut is always left out.
 
         Raises:
             ValueError: An image cannot be read, or a row cannot be encoded and `on_bad_data` is "stop".

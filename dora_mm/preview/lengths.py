@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dora_mm.data.vl.report import characters, per_row
+from dora_mm.data.vl.report import cheap_lengths
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl import RowLengths, VLModel
 from dora_mm.utils.tables import aligned_columns
 
 SAMPLE = 100  # rows of a task, evenly spaced: a few seconds, as images are read
-IMAGE = 1000  # characters that an image counts as where long rows are looked for: 256 tokens, of some 4 each
 QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99}
 
 
@@ -58,20 +57,27 @@ def spaced_rows(total: int, count: int) -> np.ndarray:
 
 def longest_rows(table: ExampleTable, count: int) -> np.ndarray:
     """The rows of a table, by index, that have the most characters and images."""
-    sizes = per_row(table, characters) + IMAGE * table.lengths("images")
-    return np.argsort(-sizes, kind="stable")[:count]
+    return np.argsort(-cheap_lengths(table), kind="stable")[:count]
 
 
-def check_sample(table: ExampleTable, lengths: RowLengths) -> None:
+def check_sample(table: ExampleTable, sample: RowSample) -> None:
     """Checks what was encoded of a table before it is trained on.
 
     Raises:
-        ValueError: A row cannot be encoded and the table's `on_bad_data` is "stop", or none can.
+        ValueError: A row cannot be encoded and the table's `on_bad_data` is "stop", or none can; or most of the evenly
+            spaced ones lose their whole answers, since their texts or images are too long.
     """
+    lengths, lost = sample.lengths, sample.lengths.loses_answer[sample.spaced]
     if lengths.bad and (table.on_bad_data == "stop" or not len(lengths.rows)):
         index, reason = next(iter(lengths.bad.items()))
         where = f"{table.file}, id {table[index].id}: {reason}"
         raise ValueError(where if len(lengths.rows) else f"no row of {len(lengths.bad):,} can be encoded; {where}")
+    if 2 * lost.sum() > len(lost):
+        cure = "raise it, or shorten" if lengths.limit_from == "model.max_length" else "shorten"
+        raise ValueError(
+            f"{table.file}: {lost.sum():,} of {len(lost):,} rows that were looked at lose their whole answers, which "
+            f"are beyond {lengths.limit:,} tokens ({lengths.limit_from}): {cure} the texts, or make the images smaller"
+        )
 
 
 def row_lines(model: VLModel, sets: Mapping[str, TrainingSet]) -> str:
@@ -83,7 +89,7 @@ def row_lines(model: VLModel, sets: Mapping[str, TrainingSet]) -> str:
     lines = []
     for task, rows in sets.items():
         if (sample := sample_lengths(model, task, rows)) is not None:
-            check_sample(rows.table, sample.lengths)
+            check_sample(rows.table, sample)
         lines.append(sample_line(task, rows.table, sample))
     return "\n".join(lines)
 

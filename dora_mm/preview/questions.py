@@ -118,7 +118,8 @@ def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, Split,
     for task in config.data.all_tasks:
         for split in SPLITS:
             if source := task.source_of(split):
-                paths = [path for key in (*FILES, "images") if (path := getattr(source, key)) is not None]
+                sources = task.trained if source is task.train else (source,)
+                paths = [path for key in (*FILES, "images") for each in sources if (path := getattr(each, key))]
                 if all(find_path(path) for path in paths):
                     yield task, split, source
 
@@ -132,7 +133,7 @@ def _open_training(
     if model is None:
         return rows.table
     if (sample := sample_lengths(model, name, rows)) is not None:
-        check_sample(rows.table, sample.lengths)
+        check_sample(rows.table, sample)
     found.sets[name] = rows
     if sample is None:
         return rows.table

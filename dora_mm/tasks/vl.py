@@ -11,7 +11,7 @@ import torch
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import Answer, Example
-from dora_mm.data.vl.mixing import TaskBatches
+from dora_mm.data.vl.mixing import Mixture, TaskBatches
 from dora_mm.data.vl.rows import OnBadData
 from dora_mm.data.vl.splits import TrainingSet, ValidationSet
 from dora_mm.models.vl import Target, VLModel
@@ -64,10 +64,11 @@ class VLBatches:
         self.accumulated, self.process = accumulated, process
         num_slices = accumulated * process[1]
         self.order = TaskBatches(
-            {name: len(training_set.table) for name, training_set in sets.items()},
+            {name: _rows(name, training_set, seed) for name, training_set in sets.items()},
             {name: training_set.batch_size * num_slices for name, training_set in sets.items()},
             weights={name: training_set.weight for name, training_set in sets.items()},
             seed=seed,
+            lengths={name: found.lengths for name, found in sets.items() if found.lengths is not None},
         )
 
     @property
@@ -89,6 +90,13 @@ class VLBatches:
         return self.model.batch(name, examples, training_set.images, targets, on_bad_data=self.on_bad_data)
 
 
+def _rows(name: str, rows: TrainingSet, seed: int) -> int | Mixture:
+    """The number of rows of a task, or their mixture where they have several sources."""
+    if len(rows.source_weights) < 2:
+        return len(rows.table)
+    return Mixture(name, rows.table.by_source(), rows.source_weights, seed=seed)
+
+
 def draw_answer(example: Example, draw: float) -> Target:
     """Draws an answer in proportion to the scores.
 
@@ -97,8 +105,11 @@ def draw_answer(example: Example, draw: float) -> Target:
         draw: A random number, from 0 to below 1.
 
     Returns:
-        The answer with its score, or ("", 0.0) if all scores are 0.
+        The answer with its score, or ("", 0.0) if all scores are 0; ("", 1.0) of a conversation that ends with a
+        question and has learned answers before it.
     """
+    if not example.scores and any(turn.loss for turn in example.turns):
+        return "", 1.0
     totals = list(accumulate(example.scores))
     if not totals or not totals[-1]:
         return "", 0.0

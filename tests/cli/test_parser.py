@@ -67,6 +67,7 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
         "extract some/tuned some/base OUT --rank 4 --to peft",
         "average RUN --last 3",
         "ask some/model FILE FILE question --adapter FILE --max-new-tokens 5",
+        "ask some/model question --then more --then still --system text",
     ],
 )
 def test_arguments_have_the_names_of_the_recipe_s_parameters(line, tmp_path, monkeypatch):

@@ -13,9 +13,13 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 
 
-def kill_after(checkpoint: str, config: Path, run: Path, program: str = "dora_mm") -> None:
-    """Starts `python -m PROGRAM train CONFIG` and kills the process once it has written this checkpoint."""
-    command = [sys.executable, "-m", program, "train", str(config)]
+def kill_after(checkpoint: str, config: Path | None, run: Path, program: str = "dora_mm") -> None:
+    """Starts `python -m PROGRAM train CONFIG` and kills the process once it has written this checkpoint.
+
+    Without a config, the run goes on.
+    """
+    arguments = ["--resume", str(run)] if config is None else [str(config)]
+    command = [sys.executable, "-m", program, "train", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / checkpoint).is_dir() and time.monotonic() < deadline:

@@ -144,6 +144,16 @@ def test_rows_outside_the_sample_are_not_looked_at(model, rows, monkeypatch):
     assert found.spaced.tolist() == [True, False, True]
 
 
+def test_a_training_does_not_start_where_most_rows_lose_their_answers(tiny_vlm, rows):
+    short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18))
+    with pytest.raises(ValueError, match=(
+        r"chat\.json: 2 of 3 rows that were looked at lose their whole answers, which are beyond 18 tokens "
+        r"\(model\.max_length\): raise it, or shorten"
+    )):  # fmt: skip
+        row_lines(short, {"chat": rows([3, 1, 3])})
+    assert "1 row loses its whole answer" in row_lines(short, {"chat": rows([1, 1, 3])})
+
+
 def test_long_texts_are_counted(tiny_vlm, rows):
     short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18))
     text = row_lines(short, {"chat": rows([1, 1, 2])})

@@ -1,11 +1,21 @@
 """What the readers of all data sets yield: one Example per question, sentence, captioned image or conversation."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 IMAGE = "<image>"  # inside the text of a user's or system turn: the place of the next image
-Role = Literal["system", "user", "assistant"]
+ESCAPED = rf"\{IMAGE}"  # stands for the text of the marker itself
+PLACE = re.compile(rf"(?<!\\){IMAGE}")
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+def image_pieces(text: str) -> list[str]:
+    """The texts of a turn between its images, with escaped markers as the text that they stand for."""
+    if IMAGE not in text:
+        return [text]
+    return [piece.replace(ESCAPED, IMAGE) for piece in PLACE.split(text)]
 
 
 class Turn(NamedTuple):
@@ -13,7 +23,8 @@ class Turn(NamedTuple):
 
     Attributes:
         role: Whose message it is.
-        text: The text as the file has it, with an IMAGE marker at the place of each image.
+        text: The text as the file has it, with an IMAGE marker at the place of each image, and an ESCAPED one where the
+            text has the marker itself.
         loss: Whether the model is trained to write this text.
     """
 

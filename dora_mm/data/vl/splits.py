@@ -6,17 +6,25 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_data import HeldOutConfig, SourceConfig, Split, VLDataConfig, VLTaskConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.held_out import split_held_out
+from dora_mm.data.vl.joining import joined
+from dora_mm.data.vl.readers import READERS, resolved
+from dora_mm.data.vl.report import cheap_lengths
+from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import ExampleTable, open_table
 
 log = logging.getLogger(__name__)
+PEEKED = 100  # conversations that say which system turn is usual
 
 
 class RowCheck(Protocol):
@@ -40,12 +48,16 @@ class TrainingSet:
         images: The folder of their images, None where only features are read.
         batch_size: Rows per batch.
         weight: Factor on the number of batches per epoch, see `TaskBatches`.
+        source_weights: How often the rows of each of several sources of the table are drawn, see `Mixture`.
+        lengths: The length of each row, where batches are of rows of about the same length; None: they are not.
     """
 
     table: ExampleTable
     images: str | None
     batch_size: int
     weight: float = 1.0
+    source_weights: tuple[float, ...] = ()
+    lengths: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,8 @@ def open_split(task: VLTaskConfig, split: Split, data: VLDataConfig, model: RowC
     source = task.source_of(split)
     assert source is not None
     if not isinstance(task.valid, HeldOutConfig):
-        return model.check_rows(open_table(source, Path(data.tables), on_bad_data=data.on_bad_data))
+        table = _trained(task, data) if split == "train" else _table(source, data)
+        return model.check_rows(table)
     halves = _halves(task, data)
     if split == "valid":
         rows, held = sum(map(len, halves.values())), len(halves["valid"])
@@ -90,9 +103,25 @@ def _halves(task: VLTaskConfig, data: VLDataConfig) -> dict[Split, ExampleTable]
     """The rows of the training split that are trained on, and those that are held out, before any model checks them."""
     assert task.train is not None
     assert isinstance(task.valid, HeldOutConfig)
-    table = open_table(task.train, Path(data.tables), on_bad_data=data.on_bad_data)
-    trained, held = split_held_out(table, task.valid, task.train.images)
+    trained, held = split_held_out(_trained(task, data), task.valid, images_of(task))
     return {"train": trained, "valid": held}
+
+
+def _table(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
+    return open_table(source, Path(data.tables), on_bad_data=data.on_bad_data)
+
+
+def _trained(task: VLTaskConfig, data: VLDataConfig) -> ExampleTable:
+    """All rows of the training split, of one source or several."""
+    assert task.train is not None
+    if not task.more:
+        return _table(task.train, data)
+    return joined([(_table(source, data), source.images) for source in task.trained])
+
+
+def images_of(task: VLTaskConfig) -> str | None:
+    """The folder of the images of the training split; None: its rows have absolute paths, or only features are read."""
+    return None if task.train is None or task.more else task.train.images
 
 
 def training_texts(task: VLTaskConfig, data: VLDataConfig) -> ExampleTable:
@@ -104,7 +133,9 @@ def training_texts(task: VLTaskConfig, data: VLDataConfig) -> ExampleTable:
         ValueError: As in `open_split`.
     """
     assert task.train is not None
-    return _halves(task, data)["train"] if isinstance(task.valid, HeldOutConfig) else open_texts(task.train, data)
+    if isinstance(task.valid, HeldOutConfig):
+        return _halves(task, data)["train"]
+    return joined([(open_texts(source, data), None) for source in task.trained])
 
 
 def open_texts(source: SourceConfig, data: VLDataConfig) -> ExampleTable:
@@ -144,7 +175,14 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
             log.info("%s: %d of %d rows have no answer to learn", task.train.file, unanswered, len(table))
         if TASKS[task.task].clips:
             answered = answered.per_answer()
-        found[task.task] = TrainingSet(answered, task.train.images, task.batch_size or batch_size, task.weight)
+        found[task.task] = TrainingSet(
+            answered,
+            images_of(task),
+            task.batch_size or batch_size,
+            task.weight,
+            tuple(source.weight for source in task.trained) if task.more else (),
+            cheap_lengths(answered) if data.group_by_length else None,
+        )
     return found
 
 
@@ -179,8 +217,25 @@ def open_validation(
             table = open_split(task, "valid", data, model)
             if answered and not len(table.answered()):
                 raise ValueError(f"{source.file} has no answers to compare with: it is a test split")
-            found[task.task] = ValidationSet(table, source.images, candidates)
+            images = images_of(task) if isinstance(task.valid, HeldOutConfig) else source.images
+            found[task.task] = ValidationSet(table, images, candidates)
     return found
+
+
+def usual_system(task: VLTaskConfig) -> str | None:
+    """The system turn of most of the first conversations that a task is trained on; None: most have none.
+
+    Raises:
+        ValueError: Their file is missing or cannot be read.
+    """
+    assert task.train is not None
+    source = resolved(task.train.model_copy(update={"images": None}))
+    found: Counter[str | None] = Counter()
+    for example in islice(READERS[source.format](source, BadRows("skip")), PEEKED):
+        first = example.turns[0]
+        found[first.text if first.role == "system" else None] += 1
+    text, number = found.most_common(1)[0] if found else (None, 0)
+    return text if 2 * number > found.total() else None
 
 
 def frequent_answers(examples: Iterable[Example], min_count: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -26,12 +27,12 @@ from dora_mm.data.vl.arrow import SCHEMA, example_at, record_batches
 from dora_mm.data.vl.embedded import ImageStore
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import ImageFolder
-from dora_mm.data.vl.readers import FILES, READERS, resolved
+from dora_mm.data.vl.readers import FILES, READERS, data_files, resolved
 from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 
 log = logging.getLogger(__name__)
-LAYOUT = "3"  # increase it when a reader makes different rows from the same files
+LAYOUT = "4"  # increase it when a reader makes different rows from the same files
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
@@ -44,12 +45,13 @@ class ExampleTable(Sequence[Example]):
     Attributes:
         path: The Arrow file.
         file: The data file that it was made from, for messages.
-        batches: Its record batches, of BATCH_ROWS rows each, the last possibly smaller.
+        batches: Its record batches; of several files joined, those of one after the other.
         rows: Which rows of the file are in this table, in the table's order.
         on_bad_data: What `with_images` does with rows whose images are missing.
         skipped: The places of skipped rows, by reason.
         places: The path of an image by its name, for images in subfolders.
         picked: For each row, which of its answers is the only one here; None: all of them.
+        origins: Of several files joined: the first row of each, and its name.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class ExampleTable(Sequence[Example]):
     skipped: dict[str, list[str]] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     picked: np.ndarray | None = None
+    origins: tuple[tuple[int, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,14 +74,30 @@ class ExampleTable(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> "Example | ExampleTable":
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
-        batch, row = divmod(int(self.rows[index]), BATCH_ROWS)
-        example = example_at(self.batches[batch], row)
+        row = int(self.rows[index])
+        batch = int(np.searchsorted(self._starts, row, "right")) - 1
+        example = example_at(self.batches[batch], row - int(self._starts[batch]))
         if self.picked is not None:
             answer = self.picked[index]
             example = replace(example, answers=(example.answers[answer],), scores=(example.scores[answer],))
         if not self.places:
             return example
         return replace(example, images=tuple(self.places.get(name, name) for name in example.images))
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first row of each record batch."""
+        sizes = [batch.num_rows for batch in self.batches]
+        return np.cumsum([0, *sizes[:-1]])
+
+    def by_source(self) -> list[np.ndarray]:
+        """The indices of the rows of each of the files that were joined."""
+        numbers = np.searchsorted([start for start, _ in self.origins], self.rows, "right") - 1
+        return [np.flatnonzero(numbers == number) for number in range(len(self.origins))]
+
+    def file_of(self, index: int) -> str:
+        """The data file of a row."""
+        return next((file for start, file in reversed(self.origins) if start <= self.rows[index]), self.file)
 
     def select(self, indices: Iterable[int]) -> "ExampleTable":
         """A table of the rows at these indices, in the order given."""
@@ -89,8 +108,17 @@ class ExampleTable(Sequence[Example]):
         return replace(self, rows=self.rows[chosen], picked=None if self.picked is None else self.picked[chosen])
 
     def answered(self) -> "ExampleTable":
-        """A table of the rows that have at least one answer, and so can be trained on."""
-        return self._at(self.lengths("answers") > 0)
+        """A table of the rows that have at least one answer, the last turn or another, and so can be trained on."""
+        return self._at((self.lengths("answers") > 0) | self._learned())
+
+    def _learned(self) -> np.ndarray:
+        """Whether each row has a turn with loss: one that ends with a question may have answers before it."""
+        turns = self._column("turns")
+        rows, losses = (
+            turns.value_parent_indices().to_numpy(),
+            turns.flatten().field("loss").to_numpy(zero_copy_only=False),
+        )
+        return np.bincount(rows[losses.astype(bool)], minlength=len(turns)) > 0
 
     def per_answer(self) -> "ExampleTable":
         """A table with one row for each answer of each row."""
@@ -167,7 +195,7 @@ class ExampleTable(Sequence[Example]):
             raise ValueError(f"{self.file}: every row {bad[0]}")
         found, ids = BadRows(self.on_bad_data), self._column("id")
         for row in sorted(bad):
-            found.add(f"{self.file}, id {ids[row]}", bad[row])
+            found.add(f"{self.file_of(row)}, id {ids[row]}", bad[row])
         warn_skipped(found.found)
         kept = np.delete(np.arange(len(self)), sorted(bad))
         return replace(self._at(kept), skipped={**self.skipped, **found.found})
@@ -303,13 +331,17 @@ def _digest(source: SourceConfig) -> str:
     """Digest of all that the rows depend on: file contents (0.3 s for VQA v2), name of the data file, selected rows."""
     digest = hashlib.blake2b(digest_size=16)
     selection = [source.split, source.limit, *([source.skip] if source.skip else [])]
+    selection += [source.columns] if source.columns else []
     digest.update(json.dumps([LAYOUT, source.format, Path(source.file).name, *selection]).encode())
     for key in FILES:
         if (path := getattr(source, key)) is not None:
-            try:
-                digest.update(f"{key} {_content_digest(path)}".encode())
-            except OSError as error:
-                raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+            files = data_files(source, path)
+            for file in files:
+                try:
+                    name = f"{key} {file.name}" if len(files) > 1 else key
+                    digest.update(f"{name} {_content_digest(str(file))}".encode())
+                except OSError as error:
+                    raise ValueError(f"{file} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 

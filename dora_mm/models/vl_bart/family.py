@@ -56,7 +56,7 @@ class VLBartTask:
     """
 
     question_task = "vqa"
-    reads_several = False
+    reads_several = converses = False
     prepares_batches = False  # the vision tower encodes the images of a batch
 
     def __init__(

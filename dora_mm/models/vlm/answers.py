@@ -15,11 +15,13 @@ from transformers import GenerationConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Answer, Example, Turn
-from dora_mm.models.vlm.chat import render
+from dora_mm.models.vlm.chat import THOUGHT, render
 from dora_mm.models.vlm.network import VLMNetwork
 from dora_mm.models.vlm.rows import ExampleEncoder
 
 log = logging.getLogger(__name__)
+THOUGHT_END = "</think>"
+SHORTEST = (Turn("user", "?", False), Turn("assistant", "!", True))
 
 
 class VLMAnswers:
@@ -45,7 +47,7 @@ class VLMAnswers:
                 raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
             return partial(self.rank, task, sorted(set(candidates)), config.batch_size)
         beams = config.beams if record.kind == "captions" else 1
-        settings = self.settings(config.max_new_tokens or record.max_answer, beams)
+        settings = self.settings(config.max_new_tokens or record.max_answer + self._num_opening, beams)
         return partial(self.generate, task, settings)
 
     def settings(self, max_new_tokens: int, beams: int) -> GenerationConfig:
@@ -64,9 +66,18 @@ class VLMAnswers:
         tokenizer = self.encoder.processor.tokenizer
         if self.encoder.plain is not None:
             return [] if tokenizer.sep_token_id is None else [tokenizer.sep_token_id]
-        turns = [Turn("user", "?", False), Turn("assistant", "!", True)]
-        text, [(start, end)] = render(self.encoder.processor, turns)
+        text, [(start, end)] = render(self.encoder.processor, SHORTEST)
         return tokenizer(text[start:end], add_special_tokens=False)["input_ids"][-1:]
+
+    @cached_property
+    def _num_opening(self) -> int:
+        """The tokens that a model writes before a short answer: those that end an empty thought, in some templates."""
+        tokenizer = self.encoder.processor.tokenizer
+        if self.encoder.plain is not None:
+            return 0
+        text, [(start, end)] = render(self.encoder.processor, SHORTEST)
+        opening = text[start:end].partition(SHORTEST[1].text)[0]
+        return len(tokenizer(opening, add_special_tokens=False)["input_ids"]) if THOUGHT.search(opening) else 0
 
     @torch.no_grad()
     def generate(
@@ -83,7 +94,7 @@ class VLMAnswers:
             ids = self.network.generate(inputs, settings)
             texts = encoder.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
             for index, text in zip(group, texts, strict=True):
-                answers[index] = text.strip()
+                answers[index] = _without_thought(text, examples[index].answers).strip()
         return answers
 
     @torch.no_grad()
@@ -116,3 +127,10 @@ class VLMAnswers:
         for group in self.encoder.groups(rows):
             losses[group] = self.network.row_losses(*self.encoder.collate([rows[i] for i in group]))[0]
         return losses
+
+
+def _without_thought(text: str, references: Sequence[str]) -> str:
+    """An answer without the thought before it, unless the references have some."""
+    if any(THOUGHT_END in reference for reference in references):
+        return text
+    return text.rpartition(THOUGHT_END)[2]

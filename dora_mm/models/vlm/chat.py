@@ -1,11 +1,23 @@
-"""Conversations as text: a model's chat template, and the places of the answers in what it renders."""
+"""Conversations as text: a model's chat template, and the places of the answers in what it renders.
+
+Where something is in a rendered text is not searched for in it, since an answer may occur in its question: the same
+turns are rendered once more with a mark in place of the answer. The same shows what a template leaves out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from dora_mm.data.vl.example import IMAGE, Turn
+from jinja2 import TemplateError
+
+from dora_mm.data.vl.example import Turn, image_pieces
+
+Pieces = tuple[str | None, ...]  # the texts of a turn; None: an image
+THOUGHT = re.compile(r"\s*</?think>\s*")
+PROBE = Turn("user", "@@next@@", False)
 
 
 class ChatText(NamedTuple):
@@ -21,78 +33,242 @@ class ChatText(NamedTuple):
 
 
 def render(processor: Any, turns: Sequence[Turn]) -> ChatText:
-    """Renders a conversation for training.
+    """Renders a conversation for training, up to its last answer.
 
     An answer follows the very text that asks for it when the model answers, also where the template renders an answered
-    turn in another way (LLaVA-OneVision). Where the template puts no special token behind an answer (LLaVA 1.5), the
-    end-of-sequence token is inserted: without it, the model would never learn to stop.
+    turn in another way (LLaVA-OneVision). Where the template puts no special token behind an answer, the one that
+    begins the next turn ends it (GLM), or else the end-of-sequence token is inserted (LLaVA 1.5): without it, the model
+    would never learn to stop. An earlier answer of which the template drops a part, its thoughts, is only read.
 
     Args:
         processor: A processor with a chat template.
-        turns: The conversation.
+        turns: The conversation, with at least one answer.
 
     Raises:
-        ValueError: The template refuses the conversation, or does not render an answer as it was given.
+        ValueError: The template refuses the conversation, leaves out a text of it, or renders none of the learned
+            answers as it was given.
     """
-    whole = apply_template(processor, turns)
-    tokenizer = processor.tokenizer
-    ends = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
-    text, spans, done = "", [], 0  # the text up to `done` in `whole`
-    for number, turn in enumerate(turns):
-        if turn.role != "assistant":
-            continue
-        prompt = apply_template(processor, turns[:number], ask=True)
-        start = _shared(prompt, whole)
-        last = number + 1 == len(turns)
-        so_far = len(whole) if last else _shared(apply_template(processor, turns[: number + 1]), whole)
-        end = start + len(whole[start:so_far].rstrip())
-        place = whole.find(turn.text.strip(), start, end)
-        if place < 0:
-            raise ValueError(f"the chat template does not render this answer as it is: {turn.text[:80]!r}")
-        text += whole[done:start] + prompt[start:]
-        said = whole[start if start == len(prompt) else place : end]
-        said += "" if said.endswith(ends) else tokenizer.eos_token
-        if turn.loss:
-            spans.append((len(text), len(text) + len(said)))
-        text, done = text + said, end
-    return ChatText(text + whole[done:], tuple(spans))
+    numbers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    template = _Template(processor, turns[: numbers[-1]])
+    text, spans, done, rest = "", [], "", ""
+    for number in numbers:
+        found = template.exchange(turns[: number + 1], turns[number + 1 : numbers[-1]])
+        text += found.asked.removeprefix(done)
+        if turns[number].loss and found.is_whole:
+            spans.append((len(text), len(text) + len(found.said)))
+        text, done, rest = text + found.said, found.end, found.rest
+    if not spans and any(turn.loss for turn in turns):
+        learned = next(turn.text for turn in turns if turn.loss)
+        raise ValueError(f"the chat template does not render this answer as it is: {learned[:80]!r}")
+    return ChatText(text + rest, tuple(spans))
 
 
 def render_prompt(processor: Any, turns: Sequence[Turn]) -> str:
-    """Renders a conversation up to the place where the model answers."""
-    return apply_template(processor, turns, ask=True)
+    """Renders a conversation up to the place where the model answers.
+
+    Raises:
+        ValueError: The template refuses the conversation, or leaves out a text of it.
+    """
+    return _Template(processor, turns).apply(turns, ask=True)
 
 
-def apply_template(processor: Any, turns: Sequence[Turn], *, ask: bool = False) -> str:
-    """Applies the chat template; with `ask`, what begins the model's next turn follows.
+class _Exchange(NamedTuple):
+    """An answer and what comes before it.
+
+    Attributes:
+        asked: What is between the answer before and this one.
+        said: The answer, from where the model begins to write to the end of its turn.
+        end: What `said` ends with and the template puts in front of the next question.
+        rest: The white space behind it, where no turn follows.
+        is_whole: Whether the answer is rendered as it was given.
+    """
+
+    asked: str
+    said: str
+    end: str
+    rest: str = ""
+    is_whole: bool = True
+
+
+class _Template:
+    """The chat template of a processor, given the contents of turns as it can read them.
+
+    Args:
+        processor: The processor.
+        asked: The turns in front of an answer.
+
+    Raises:
+        ValueError: The template refuses the conversation, or leaves out a text of it.
+    """
+
+    def __init__(self, processor: Any, asked: Sequence[Turn]):
+        self.processor = processor
+        tokenizer = processor.tokenizer
+        self.tokens = tuple(filter(None, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())))
+        shape = tuple((turn.role, tuple(piece is None for piece in _pieces(turn.text))) for turn in asked)
+        self.content = _readable_content(processor, processor.chat_template, shape)
+
+    def apply(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
+        """Renders turns; with `ask`, what begins the model's next turn follows."""
+        messages = [{"role": t.role, "content": self.content(_pieces(t.text), self.processor)} for t in turns]
+        return _apply(self.processor, messages, ask)
+
+    def exchange(self, turns: Sequence[Turn], later: Sequence[Turn]) -> _Exchange:
+        """The last turn of these, an answer, as it is rendered; `later` are the turns that follow up to another one."""
+        marked, answer = _marked(turns), turns[-1]
+        text = "".join(image_pieces(answer.text)).strip()
+        prompt = self.apply(marked[:-1], ask=True)
+        tail = self.apply(marked).rpartition(marked[-1].text)[2].rstrip()
+        if later and "think" in text:
+            read, history = self._history(marked, answer, later)
+            if not _occurs(text, history):
+                return _Exchange(read, history + tail, tail, is_whole=False)
+        answered = self.apply([*marked[:-1], answer])
+        said = _said(prompt, answered, text, tail)
+        if not _occurs(text, said):
+            raise ValueError(f"the chat template does not render this answer as it is: {text[:80]!r}")
+        rest, end = answered[len(answered.rstrip()) :], tail
+        if not tail.endswith(self.tokens):
+            end = self._end(marked)
+            said += end
+        return _Exchange(_behind(prompt, marked[:-1]), said, end, rest)
+
+    def _history(self, marked: Sequence[Turn], answer: Turn, later: Sequence[Turn]) -> tuple[str, str]:
+        """What is in front of an answer, and the answer, where others follow."""
+        following = _marked([*marked, *later])[len(marked) :]
+        before, _, behind = self.apply([*marked, *following], ask=True).partition(marked[-1].text)
+        whole = self.apply([*marked[:-1], answer, *following], ask=True)
+        return _behind(before, marked[:-1]), whole[len(before) : len(whole) - len(behind)]
+
+    def _end(self, marked: Sequence[Turn]) -> str:
+        """What ends an answer behind which the template puts no special token: the one that begins the next turn."""
+        behind = self.apply([*marked, PROBE]).rpartition(marked[-1].text)[2]
+        found = behind.lstrip()
+        token = max((token for token in self.tokens if found.startswith(token)), key=len, default="")
+        if "user" not in token.lower():  # [INST] begins a turn, too, but does not end one
+            return self.processor.tokenizer.eos_token
+        return behind[: len(behind) - len(found)] + token
+
+
+def _marked(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with a mark in place of each answer."""
+    return [
+        turn._replace(text=f"@@answer {number}@@") if turn.role == "assistant" else turn
+        for number, turn in enumerate(turns)
+    ]
+
+
+def _behind(text: str, marked: Sequence[Turn]) -> str:
+    """The text behind the last answer of these turns."""
+    marks = [turn.text for turn in marked if turn.role == "assistant"]
+    if not marks:
+        return text
+    _, found, behind = text.rpartition(marks[-1])
+    if not found:
+        raise ValueError("the chat template leaves out an earlier answer of a conversation")
+    return behind
+
+
+def _said(prompt: str, answered: str, text: str, tail: str) -> str:
+    """What is written from the prompt on to the end of the turn; "" if that does not end with the answer."""
+    whole = answered.rstrip()
+    if answered.startswith(prompt):
+        return whole[len(prompt) :]
+    body = whole.removesuffix(tail).rstrip()
+    return whole[len(body) - len(text) :] if body.endswith(text) else ""
+
+
+def _occurs(text: str, rendered: str) -> bool:
+    """Whether an answer is in a rendered text; white space beside the marks of its thoughts may differ."""
+    if text in rendered:
+        return True
+    pieces = [piece for piece in THOUGHT.split(text) if piece]
+    return "think" in text and bool(re.search(r"[\s\S]*?".join(map(re.escape, pieces)), rendered))
+
+
+# --- contents --------------------------------------------------------------------------------------------------------
+
+
+def _pieces(text: str) -> Pieces:
+    """The texts and images of a turn. Templates set images apart by themselves, so line breaks beside them go."""
+    found: list[str | None] = []
+    pieces = image_pieces(text)
+    for number, piece in enumerate(pieces):
+        if number:
+            found.append(None)
+            piece = piece.removeprefix("\r").removeprefix("\n")
+        piece = piece.removesuffix("\n").removesuffix("\r") if number + 1 < len(pieces) else piece
+        if piece:
+            found.append(piece)
+    return tuple(found) or ("",)
+
+
+def _items(pieces: Pieces, processor: Any) -> Any:
+    return [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in pieces]
+
+
+def _items_of_images(pieces: Pieces, processor: Any) -> Any:
+    return _items(pieces, processor) if None in pieces else "".join(filter(None, pieces))
+
+
+def _string(pieces: Pieces, processor: Any) -> Any:
+    if None in pieces and not isinstance(getattr(processor, "image_token", None), str):
+        raise ValueError("the chat template leaves out a text beside an image, and the model has no token for one")
+    return "".join(processor.image_token if piece is None else piece for piece in pieces)
+
+
+Content = Callable[[Pieces, Any], Any]
+CONTENTS: tuple[Content, ...] = (_items, _items_of_images, _string)
+
+
+@lru_cache(maxsize=1000)
+def _readable_content(processor: Any, template: str, shape: tuple[tuple[str, tuple[bool, ...]], ...]) -> Content:
+    """The form of contents in which a template renders all texts: the first of CONTENTS that does.
+
+    Args:
+        processor: The processor.
+        template: Its template.
+        shape: The turns in front of an answer: their roles, and which of their pieces are images.
+
+    Raises:
+        ValueError: The template refuses the conversation, or leaves out a text of it in each form.
+    """
+    marks: list[Pieces] = [
+        tuple(None if image else f"@@{number} {place}@@" for place, image in enumerate(kinds))
+        for number, (_, kinds) in enumerate(shape)
+    ]
+    roles, answer, problem = [role for role, _ in shape], ("@@answer@@",), None
+    for content in CONTENTS:
+        try:
+            said = zip([*roles, "assistant"], [*marks, answer], strict=True)
+            messages = [{"role": role, "content": content(pieces, processor)} for role, pieces in said]
+            asked, answered = _apply(processor, messages[:-1], True), _apply(processor, messages, False)
+        except ValueError as error:
+            if type(error.__cause__) is TemplateError:  # as templates raise it that refuse a conversation
+                raise
+            problem = problem or error
+            continue
+        lost = [role for role, pieces in zip(roles, marks, strict=True) if not _shown(pieces, asked)]
+        lost += [] if _shown(answer, answered) else ["assistant"]
+        if not lost:
+            return content
+        problem = problem or ValueError(f"the chat template leaves out the text of a turn of the {lost[0]}")
+    assert problem is not None
+    raise problem
+
+
+def _shown(marks: Pieces, rendered: str) -> bool:
+    """Whether all texts are in what a template rendered, and not as a list that is printed, in quotation marks."""
+    return all(mark is None or (mark in rendered and not re.search(f"['\"]{mark}['\"]", rendered)) for mark in marks)
+
+
+def _apply(processor: Any, messages: Sequence[dict[str, Any]], ask: bool) -> str:
+    """Applies the chat template.
 
     Raises:
         ValueError: The template refuses the conversation, for example its order of roles.
     """
-    messages = [{"role": turn.role, "content": _content(turn.text)} for turn in turns]
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False)
     except Exception as error:  # templates raise jinja2's errors, and whatever their filters do
         raise ValueError(f"the chat template refuses a conversation: {' '.join(str(error).split())[:300]}") from error
-
-
-def _content(text: str) -> list[dict[str, str]]:
-    """The items of a message. Templates set images apart by themselves, so line breaks beside them go."""
-    items: list[dict[str, str]] = []
-    pieces = text.split(IMAGE)
-    for number, piece in enumerate(pieces):
-        if number:
-            items.append({"type": "image"})
-            piece = piece.removeprefix("\r").removeprefix("\n")
-        piece = piece.removesuffix("\n").removesuffix("\r") if number + 1 < len(pieces) else piece
-        if piece:
-            items.append({"type": "text", "text": piece})
-    return items or [{"type": "text", "text": ""}]
-
-
-def _shared(one: str, other: str) -> int:
-    """The length of the common beginning of two texts."""
-    if other.startswith(one):
-        return len(one)
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

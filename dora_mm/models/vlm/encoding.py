@@ -40,6 +40,11 @@ class TokenRow:
         return self.inputs["input_ids"].shape[1]
 
     @property
+    def loses_answer(self) -> bool:
+        """Whether nothing of the answers is left of a text that was cut."""
+        return self.num_cut > 0 and bool((self.labels == IGNORED).all())
+
+    @property
     def num_image_tokens(self) -> int:
         """How many of the L tokens stand for images."""
         return int(self.is_image.sum())

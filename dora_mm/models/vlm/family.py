@@ -117,6 +117,10 @@ class VLM:
         return self.plain is None or self.plain.images is None
 
     @property
+    def converses(self) -> bool:
+        return self.plain is None
+
+    @property
     def identity(self) -> dict[str, str]:
         return self._identity
 
@@ -158,7 +162,12 @@ class VLM:
         rows, weights, left_out = [], [], []
         for example, (answer, weight) in zip(examples, targets, strict=True):
             try:
-                rows.append(self.rows.row(task, example, images, answer))
+                row = self.rows.row(task, example, images, answer)
+                if row.loses_answer:
+                    limit = f"{self.rows.max_length} tokens ({self.rows.limit_from})"
+                    left_out.append(f"row {example.id} of {task}: its whole answer is beyond {limit}")
+                    continue
+                rows.append(row)
                 weights.append(weight)
             except ValueError as error:
                 if on_bad_data == "stop":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import IMAGE, Example, Turn
+from dora_mm.data.vl.example import ESCAPED, IMAGE, Example, Turn
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.vlm.chat import render, render_prompt
 from dora_mm.models.vlm.encoding import RowEncoder, TokenRow, collate
@@ -88,10 +88,19 @@ class ExampleEncoder:
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""
         if example.turns:
-            turns = list(example.turns)
+            turns = [self._asked(task, turn) for turn in example.turns]
             return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
-        asked = "\n".join([*[IMAGE] * len(example.images), self.prompt(task, example.text)])
-        return [Turn("user", asked, False), *([] if answer is None else [Turn("assistant", answer, True)])]
+        said = [self.prompt(task, example.text), *([] if answer is None else [answer])]
+        said = [text.replace(IMAGE, ESCAPED) for text in said]
+        asked = "\n".join([*[IMAGE] * len(example.images), said[0]])
+        return [Turn("user", asked, False), *(Turn("assistant", text, True) for text in said[1:])]
+
+    def _asked(self, task: str, turn: Turn) -> Turn:
+        """A turn of a conversation; a question, of a task that asks questions, has its prompt."""
+        if turn.role != "user" or TASKS[task].kind == "conversations":
+            return turn
+        text = turn.text.rpartition(f"{IMAGE}\n")[2]
+        return turn._replace(text=turn.text.removesuffix(text) + self.prompt(task, text))
 
     def prompt(self, task: str, text: str) -> str:
         """What the model is asked about an example with this text."""

@@ -36,7 +36,7 @@ def row_lengths(
         rows=np.array([*encoded], np.int64),
         tokens=np.array([row.length + row.num_cut for row in found], np.int64),
         image_tokens=np.array([row.num_image_tokens for row in found], np.int64),
-        loses_answer=np.array([row.num_cut > 0 and bool((row.labels == IGNORED).all()) for row in found], bool),
+        loses_answer=np.array([row.loses_answer for row in found], bool),
         limit=encoder.max_length,
         limit_from=encoder.limit_from,
         bad=bad,

@@ -1,5 +1,6 @@
 """Conversations: the shapes of all trainers become the same examples, and each bad row is named."""
 
+import gzip
 import json
 import logging
 from itertools import pairwise
@@ -17,6 +18,7 @@ from dora_mm.data.vl.readers.chat import find_shape, read_chat
 from dora_mm.data.vl.report import data_report, quantiles, table_figures
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
+from dora_mm.tasks.vl import draw_answer
 from tests.data.vl import chats
 from tests.data.vl.chats import as_json, as_lines, as_parquet, items, messages, said, turns
 
@@ -56,6 +58,9 @@ SHAPES = {
         "prompt": messages(items({}, "\nWhat is it?")),
         "completion": messages("", items("A dog."))[1:],
     },
+    "FineVision": {"id": "x", "images": ["a.jpg"], "texts": [{"user": "<image>\nWhat is it?", "assistant": "A dog."}]},
+    "Alpaca": {"id": "x", "image": "a.jpg", "instruction": "<image>", "input": "What is it?", "output": "A dog."},
+    "ms-swift (query": {"id": "x", "images": ["a.jpg"], "query": "<image>\nWhat is it?", "response": "A dog."},
     "axolotl": {"id": "x", "messages": messages(items({"path": "a.jpg"}, "\nWhat is it?"), items("A dog."))},
 }
 
@@ -157,6 +162,125 @@ def test_ids_are_those_of_the_file_made_unique_by_their_place(tmp_path):
     lines = [{"messages": messages("Q", "A")}] * 2
     assert [row.id for row in read(as_lines(tmp_path, lines))] == ["1", "2"]
     assert [row.id for row in read(as_parquet(tmp_path, lines))] == ["1", "2"]
+
+
+def test_questions_and_answers_of_other_shapes_become_turns(tmp_path):
+    history = [["Q", "A"], ["Q2", "A2"]]
+    rows = [
+        {"texts": [{"user": "Q", "assistant": "A"}, {"user": "Q2", "assistant": "A2"}], "images": ["a.jpg"]},
+        {"query": "Q2", "response": "A2", "history": history[:1], "images": ["a.jpg"], "system": "S"},
+        {"instruction": "Q2", "input": "", "output": "A2", "history": history[:1], "image": "a.jpg"},
+    ]
+    for row in rows:
+        found = only(as_lines(tmp_path, [row]))
+        assert found.turns == turns("<image>Q", "A", "Q2", "A2", system=row.get("system"))
+        assert found.images == ("a.jpg",)
+    unanswered = {"query": "Q3", "response": None, "history": history}
+    assert only(as_lines(tmp_path, [unanswered])).turns == turns("Q", "A", "Q2", "A2", "Q3")
+
+
+def test_columns_with_other_names(tmp_path):
+    row = {"question": "<image>Q", "answer": "A", "picture": "a.jpg", "image": 7}
+    columns = {"query": "question", "response": "answer", "images": "picture", "image": "none"}
+    found = only(as_parquet(tmp_path, [row], columns=columns))
+    assert (found.images, found.turns) == (("a.jpg",), turns("<image>Q", "A"))
+    assert "has the keys 'question', 'answer', 'picture', 'image'" in refusal(as_parquet(tmp_path, [row]))
+
+
+def test_tools_speak_between_answers(tmp_path):
+    said_ = [
+        *said("Q", "call"),
+        {"from": "observation", "value": "7"},
+        {"from": "tool", "value": "8"},
+        *said("", "A")[1:],
+    ]
+    found = only(as_json(tmp_path, [{"conversations": said_}]))
+    assert [turn.role for turn in found.turns] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [turn.loss for turn in found.turns] == [False, True, False, False, True]
+
+
+MARKED = [  # a question, and the images of its row; as the model is shown them
+    ("<img>b.jpg</img>Q", ["a.jpg"], None),
+    ("Picture 1: <img>b.jpg</img>\nQ <image>", ["a.jpg"], ("Picture 1: <image>\nQ <image>", ("b.jpg", "a.jpg"))),
+    ("<image_2> or <image 1>?", ["a.jpg", "b.jpg"], ("<image> or <image>?", ("b.jpg", "a.jpg"))),
+    ("<image_1> and <image_1>?", ["a.jpg"], ("<image> and <image>?", ("a.jpg", "a.jpg"))),
+    (r"<image>Is \<image> or \<img>x</img> or \<video> a tag?", ["a.jpg"], (
+        r"<image>Is \<image> or <img>x</img> or <video> a tag?", ("a.jpg",))),
+    ("<b>Q</b> <images> <image_x>", [], ("<b>Q</b> <images> <image_x>", ())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("question", "images", "expected"), MARKED)
+def test_markers_of_images_are_honoured_or_refused(tmp_path, question, images, expected):
+    source = as_lines(tmp_path, [{"messages": messages(question, "A"), "images": images}])
+    if expected is None:
+        assert "has 2 images, but 1 <image> marker" in refusal(source)
+        return
+    found = only(source)
+    assert (found.turns[0].text, found.images) == expected
+
+
+def test_items_name_images_by_their_index(tmp_path):
+    content = items({"index": 1}, "Q", {"index": 0})
+    found = only(as_lines(tmp_path, [{"messages": messages(content, "A"), "images": ["a.jpg", "b.jpg"]}]))
+    assert found.images == ("b.jpg", "a.jpg")
+    source = as_lines(tmp_path, [{"messages": messages(items({"index": 2}), "A"), "images": ["a.jpg"]}])
+    assert "has markers of images with numbers that are not" in refusal(source)
+
+
+def test_an_escaped_marker_is_text_of_answers_and_questions(tmp_path):
+    found = only(as_json(tmp_path, [{"conversations": said(r"Is \<image> a tag?", r"\<image> is.")}]))
+    assert (found.text, found.answers) == ("Is <image> a tag?", ("<image> is.",))
+    assert found.turns[1].text == r"\<image> is."
+
+
+def test_a_conversation_that_ends_with_a_question_is_trained_on_its_earlier_answers(tmp_path):
+    rows = [{"conversations": said("Q", "A", "Q2")}, {"conversations": said("Q")}, {"conversations": said("Q", "A")}]
+    rows.append({"conversations": said("Q", "A", loss=False)[:1] + said("", "A", loss=False)[1:] + said("Q2")})
+    table = open_table(as_json(tmp_path, rows), tmp_path / "tables", on_bad_data="stop")
+    assert [row.id for row in table.answered()] == ["1", "3"]
+    assert [row.id for row in table[::-1].answered()] == ["3", "1"]
+    assert draw_answer(table[0], 0.5) == ("", 1.0)
+    assert draw_answer(table[1], 0.5) == ("", 0.0)
+
+
+def test_a_folder_or_a_pattern_names_several_files_some_of_them_packed(tmp_path):
+    folder = tmp_path / "shards"
+    (folder / "deep").mkdir(parents=True)
+    lines = [json.dumps({"conversations": said(f"Q{n}", "A")}) for n in range(4)]
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines[0].encode() + b"\n\xef\xbb\xbf" + lines[1].encode())
+    (folder / "b.json.gz").write_bytes(gzip.compress(f"[{lines[2]}]".encode()))
+    as_parquet(folder / "deep", [{"messages": messages("Q3", "A")}])
+    (folder / "readme.txt").write_text("no rows")
+    for file, number in ((folder, 4), (folder / "*.json*", 3), (folder / "**" / "*.parquet", 1)):
+        source = SourceConfig(format="chat", file=str(file))
+        table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+        assert [row.text for row in table] == [f"Q{n}" for n in range(4)][-1 if number == 1 else 0 :][:number]
+        assert len({row.id for row in table}) == number
+    assert table_figures(SourceConfig(format="chat", file=str(folder)), table)["format"] == (
+        "chat, LLaVA (conversations, image), Hugging Face (messages)"
+    )
+    (folder / "b.json.gz").write_bytes(gzip.compress(lines[2].encode())[:-9])
+    with pytest.raises(ValueError, match=r"b\.json\.gz is truncated or not a valid gzip file$"):
+        open_table(SourceConfig(format="chat", file=str(folder)), tmp_path / "tables", on_bad_data="stop")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty is a folder without files that end in \.json, "):
+        read(SourceConfig(format="chat", file=str(tmp_path / "empty")))
+
+
+OTHER = [
+    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "has chosen, but preferences are not read"),
+    ({"messages": messages("Q", "A"), "rejected_response": "B"}, "has rejected_response, but preferences are"),
+    ({"texts": "Q"}, "has no list of `texts`"),
+    ({"query": "Q", "response": ""}, "has an empty answer"),
+    ({"query": "Q", "response": "A", "history": ["Q"]}, "has a `history` that is no list of pairs"),
+    ({"instruction": ["Q"], "output": "A"}, "has a instruction or input that is not a text"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), OTHER, ids=[reason for _, reason in OTHER])
+def test_a_bad_row_of_another_shape_is_named(tmp_path, row, reason):
+    assert refusal(as_lines(tmp_path, [row])).startswith(f", line 1: {reason}")
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
@@ -308,7 +432,21 @@ BAD = [
         llava() | {"conversations": [*said("Q", "A"), {"from": "system", "value": "S"}]},
         "has a system turn that is",
     ),
-    (llava() | {"conversations": [{"from": "tool", "value": "x"}]}, "has a turn of 'tool': the roles are user, human"),
+    (llava() | {"conversations": [{"from": "bot", "value": "x"}]}, "has a turn of 'bot': the roles are user, human"),
+    (llava() | {"conversations": [{"from": "tool", "value": "x"}]}, "begins with a tool"),
+    (
+        llava() | {"conversations": [*said("Q"), {"from": "tool", "value": "x"}]},
+        "has a turn of the tool after one of the user: between them is the assistant's",
+    ),
+    (
+        llava() | {"conversations": [*said("Q"), {"from": "function_call", "value": "x"}]},
+        "has a turn of 'function_call': write the call as the assistant's text",
+    ),
+    (llava("Q <video>", "A"), "has a <video> marker, but videos are not read"),
+    (llava("Q", "A <audio>"), "has a <audio> marker, but sounds are not read"),
+    (llava("Q", "A <image_1>", images=["a.jpg"]), "has an image in a turn of the assistant"),
+    (llava("<image_2>Q", "A", images=["a.jpg"]), "has markers of images with numbers that are not those of its images"),
+    (llava("<image_1><image>Q", "A", images=["a.jpg", "b.jpg"]), "has markers of images with a number and others"),
     (llava() | {"conversations": [{"from": "human"}]}, "has no list of turns that each have `value`"),
     (llava() | {"conversations": [{"from": "human", "value": None}]}, "has a turn whose `value` is not a text"),
     (llava() | {"conversations": "Q"}, "has no list of turns that each have `from`"),
@@ -395,7 +533,7 @@ def test_skipped_rows_are_counted_in_the_table_and_its_report(tmp_path, caplog):
         open_table(source, tmp_path / "tables", on_bad_data="stop")
 
 
-@pytest.mark.parametrize("rows", [[{"instruction": "Q", "output": "A"}], [{"prompt": "Q", "response": "A"}], [7], [{}]])
+@pytest.mark.parametrize("rows", [[{"question": "Q", "answer": "A"}], [{"prompt": "Q", "response": "A"}], [7], [{}]])
 def test_a_file_of_an_unknown_shape_is_refused_with_the_known_ones(tmp_path, rows):
     message = refusal(as_json(tmp_path, rows))
     assert message.startswith(" has no known shape of conversations: its first row ")
@@ -424,7 +562,7 @@ def test_files_that_cannot_be_parsed(tmp_path):
     for name, content in (("a.jsonl", ""), ("b.json", "[]")):
         (tmp_path / name).write_text(content)
         assert "has no rows" in refusal(SourceConfig(format="chat", file=str(tmp_path / name)))
-    assert "cannot be read" in refusal(SourceConfig(format="chat", file=str(tmp_path)))
+    assert "cannot be read" in refusal(SourceConfig(format="chat", file=str(tmp_path / "missing.json")))
     pq.write_table(
         pq.read_table(as_parquet(tmp_path, [{"messages": messages("Q")}]).file)[:0], tmp_path / "rows.parquet"
     )

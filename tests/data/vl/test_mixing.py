@@ -1,12 +1,14 @@
 """The schedule of multi-task training: how often each task occurs, which rows, and resuming at any batch."""
 
 from collections import Counter
+from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dora_mm.data.vl.mixing import TaskBatches
+from dora_mm.data.vl.mixing import GROUPED, TaskBatches
 
 TASKS = st.dictionaries(
     st.sampled_from(["vqa", "gqa", "nlvr2", "caption"]), st.tuples(st.integers(1, 40), st.integers(1, 9)), min_size=1
@@ -71,3 +73,27 @@ def test_weights_set_how_often_a_task_occurs():
 def test_a_task_without_rows_is_named():
     with pytest.raises(ValueError, match="train gqa on"):
         schedule({"vqa": (4, 2), "gqa": (0, 2)})
+
+
+@given(TASKS, st.integers(0, 2**40))
+def test_rows_of_about_the_same_length_are_together(tasks, seed):
+    """The rows of each group of batches are those of the batches that are not grouped, whatever is asked for first."""
+    lengths = {task: np.random.default_rng(seed).integers(1, 999, size) for task, (size, _) in tasks.items()}
+    sizes, batch_sizes = ({task: pair[i] for task, pair in tasks.items()} for i in (0, 1))
+    plain = TaskBatches(sizes, batch_sizes, seed=seed)
+    grouped = TaskBatches(sizes, batch_sizes, seed=seed, lengths=lengths)
+    count = next(n for n in range(1, 10**6) if n % plain.batches_per_epoch == 0 and n >= GROUPED * 2 * len(tasks))
+    found = [grouped(number) for number in range(count)]
+    again = TaskBatches(sizes, batch_sizes, seed=seed, lengths=lengths)
+    assert [again(number) for number in reversed(range(count))] == found[::-1]
+    expected = [plain(number) for number in range(count)]
+    assert [task for task, _ in found] == [task for task, _ in expected]
+    for task in tasks:
+        ours, theirs = ([rows for name, rows in batches if name == task] for batches in (found, expected))
+        for start in range(0, len(ours) - GROUPED + 1, GROUPED):
+            group = slice(start, start + GROUPED)
+            assert Counter(row for rows in ours[group] for row in rows) == Counter(
+                row for rows in theirs[group] for row in rows
+            )
+            ranges = sorted((min(lengths[task][rows]), max(lengths[task][rows])) for rows in ours[group])
+            assert all(high <= low for (_, high), (low, _) in pairwise(ranges))

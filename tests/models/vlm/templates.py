@@ -137,3 +137,75 @@ def idefics(begin: str) -> str:
         + "{{ content(message, '<image>') + '<end_of_utterance>\\n' }}{%- endfor -%}"
         + "{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
     )
+
+
+# Qwen3.5's way: an answer is asked for inside a thought; those in front of the last question lose theirs.
+QWEN3_5 = """\
+{%- set last = namespace(user=-1) -%}
+{%- for message in messages -%}{%- if message['role'] == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- set said = content(message, '<|vision_start|><|image_pad|><|vision_end|>') | trim -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' -%}
+{%- set thought = '' -%}
+{%- if '</think>' in said -%}
+{%- set thought = said.split('</think>')[0].split('<think>')[-1] | trim -%}
+{%- set said = said.split('</think>')[-1] | trim -%}
+{%- endif -%}
+{%- if loop.index0 > last.user -%}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{%- endif -%}
+{%- endif -%}
+{{ said + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif -%}
+"""
+QWEN3_5 = CONTENT + QWEN3_5
+
+# GLM's way: a turn ends where the token of the next role begins another one.
+GLM = """\
+[gMASK]<sop>
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>\\n' + content(message, '<|image|>') }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}
+"""
+GLM = CONTENT + GLM
+
+# Pixtral's way: texts of content lists have another key, and a system turn stands in front of the last question.
+PIXTRAL = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system, turns = messages[0]['content'], messages[1:] -%}
+{%- else -%}
+{%- set system, turns = none, messages -%}
+{%- endif -%}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{ '[INST]' }}
+{%- if loop.last and system -%}{{ system + '\\n\\n' }}{%- endif -%}
+{%- if message['content'] is string -%}{{ message['content'] }}
+{%- else -%}
+{%- for item in message['content'] -%}{{ '[IMG]' if item['type'] == 'image' else item['content'] }}{%- endfor -%}
+{%- endif -%}
+{{ '[/INST]' }}
+{%- else -%}{{ message['content'] + eos_token }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+# Llama 3.2 Vision's way: the system turn is text, which a content list is printed as.
+LLAMA3_2 = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set system, turns = messages[0]['content'] | trim, messages[1:] -%}
+{%- else -%}
+{%- set system, turns = '', messages -%}
+{%- endif -%}
+{{ '<|start_header_id|>system<|end_header_id|>\\n\\n' + system + '<|eot_id|>' }}
+{%- for message in turns -%}
+{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{{- content(message, '<|image|>') + '<|eot_id|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
+"""
+LLAMA3_2 = CONTENT + LLAMA3_2

@@ -1,15 +1,20 @@
 """Which tokens of a conversation carry loss, against expectations written by hand."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dora_mm.config.models import VLMModelConfig
+from dora_mm.config.vl import DecodeConfig
 from dora_mm.data.vl.example import IMAGE, Example, Turn
 from dora_mm.models.vlm.chat import render, render_prompt
 from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.models.vlm.family import VLM
 from dora_mm.models.vlm.loading import load_processor
+from tests.models.vlm import templates
 from tests.models.vlm.vlm_rows import write_pictures
 
 TURNS = (
@@ -113,6 +118,108 @@ def test_any_answers_come_back(answers):
     turns = [t for text in answers for t in (Turn("user", "q", False), Turn("assistant", text, True))]
     text, spans = render(SIMPLE, turns)
     assert [text[start:end] for start, end in spans] == [f"{answer.strip()}</s>" for answer in answers]
+
+
+def of(name: str, tiny_vlm, template: str, *tokens: str):
+    """A processor with another template, and special tokens of its own."""
+    processor = load_processor(VLMModelConfig(path=str(tiny_vlm(name))))
+    processor.chat_template = template
+    processor.tokenizer.add_tokens(list(tokens), special_tokens=True)
+    return processor
+
+
+def asked(*texts: str, system: str | None = None) -> list[Turn]:
+    turns = [Turn(("user", "assistant")[n % 2], text, n % 2 == 1) for n, text in enumerate(texts)]
+    return [*([Turn("system", system, False)] if system else []), *turns]
+
+
+def test_a_system_turn_is_given_as_text_where_the_template_would_print_a_list(tiny_vlm):
+    processor = of("mllama", tiny_vlm, templates.LLAMA3_2)
+    for question in ("Q", f"{IMAGE}\nQ"):
+        text = marked(render(processor, asked(question, "A", system="Be brief.")))
+        image = "<|image|>" if IMAGE in question else ""
+        assert text == (
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+            f"<|start_header_id|>user<|end_header_id|>\n\n{image}Q<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n[A<|eot_id|>]"
+        )
+
+
+def test_a_question_that_the_items_lose_is_given_as_text(tiny_vlm):
+    """The system turn, which a template sets in front of the last question, is where it is when an answer is asked."""
+    processor = of("llava", tiny_vlm, templates.PIXTRAL.replace("[IMG]", "<image>"))
+    turns = asked(f"{IMAGE}\nQ", "A", "Q2", "A2", system="Be brief.")
+    prompt = "<s>[INST]Be brief.\n\n<image>Q[/INST]"
+    assert render_prompt(processor, turns[:2]) == prompt
+    assert marked(render(processor, turns)) == f"{prompt}[A</s>][INST]Be brief.\n\nQ2[/INST][A2</s>]"
+
+
+def test_a_text_that_no_form_of_contents_shows_is_one_sentence(tiny_vlm):
+    processor = of("llava", tiny_vlm, templates.LLAVA.replace("message in messages", "message in messages[-1:]"))
+    with pytest.raises(ValueError, match="^the chat template leaves out the text of a turn of the system$"):
+        render_prompt(processor, asked("Q", system="Be brief."))
+
+
+THOUGHT = "<think>\nShort.\n</think>\n\n"
+
+
+def test_thoughts_that_a_template_drops_from_earlier_turns_are_not_learned_and_all_else_is(tiny_vlm):
+    processor = of("qwen2_5_vl", tiny_vlm, templates.QWEN3_5)
+    before, start, end = "<|im_start|>user\nQ<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>"
+    after = f"\n<|im_start|>user\nQ2{end}\n{start}<think>\n"
+    for first, expected in {
+        "A": f"{before}{start}<think>\n[\n</think>\n\nA{end}]{after}",
+        f"{THOUGHT}A": f"{before}{start}A{end}{after}",
+    }.items():
+        for second, learned in {"A2": "[\n</think>\n\nA2", f"{THOUGHT}A2": "[Short.\n</think>\n\nA2"}.items():
+            assert marked(render(processor, asked("Q", first, "Q2", second))) == f"{expected}{learned}{end}]\n"
+    single = asked("Q", "<think>Short.</think>A")
+    assert marked(render(processor, single)) == f"{before}{start}<think>\n[Short.\n</think>\n\nA{end}]\n"
+    unlearned = [*asked("Q", f"{THOUGHT}A", "Q2"), Turn("assistant", "A2", False)]
+    with pytest.raises(ValueError, match="does not render this answer as it is"):
+        render(processor, unlearned)
+
+
+def test_a_short_answer_has_room_to_end_its_thought_which_is_no_part_of_it(tiny_vlm, monkeypatch):
+    model = vlm(tiny_vlm("qwen2_5_vl"))
+    longest = []
+    written = torch.tensor([model.questions.processor.tokenizer("\n</think>\n\nred")["input_ids"]])
+
+    def generate(inputs, settings):
+        longest.append(settings.max_new_tokens)
+        return written
+
+    monkeypatch.setattr(model.network, "generate", generate)
+    row = Example("1", (), "Q", ("red",), (1.0,))
+    assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
+    thought = replace(row, answers=("<think>x</think>red",))
+    assert model.answerer("chat", DecodeConfig(), ())([thought], None) == ["</think>\n\nred"]
+    model.questions.processor.chat_template = templates.QWEN3_5
+    assert model.answerer("vqa", DecodeConfig(), ())([row], None) == ["red"]
+    opening = model.questions.processor.tokenizer("\n</think>\n\n")["input_ids"]
+    assert longest == [16, 256, 16 + len(opening)]
+
+
+def test_a_turn_ends_by_the_token_of_the_next_role(tiny_vlm):
+    processor = of("qwen2_5_vl", tiny_vlm, templates.GLM, "<|user|>", "<|assistant|>", "<|image|>")
+    expected = "[gMASK]<sop><|user|>\nQ<|assistant|>\n[A<|user|>]\nQ2<|assistant|>\n[A2<|user|>]"
+    assert marked(render(processor, asked("Q", "A", "Q2", "A2"))) == expected
+
+
+def test_an_answer_that_its_question_has_or_the_template(tiny_vlm):
+    processor = of("qwen2_5_vl", tiny_vlm, templates.QWEN3_5)
+    for answer in ("user", "think", "Q", "im_end"):
+        text = marked(render(processor, asked("Q", answer, "user Q", answer)))
+        assert text.count(f"</think>\n\n{answer}<|im_end|>]") == 2
+
+
+def test_a_literal_marker_is_text(tiny_vlm):
+    """Where the model has another image token; else the row is refused, since its text has places for two images."""
+    turns = asked(f"{IMAGE}\nIs \\<image> a tag?", "\\<image> is.")
+    assert "Is <image> a tag?" in marked(render(of("qwen2_5_vl", tiny_vlm, templates.QWEN3_5), turns))
+    assert "[\n</think>\n\n<image> is.<|im_end|>]" in marked(
+        render(of("qwen2_5_vl", tiny_vlm, templates.QWEN3_5), turns)
+    )
 
 
 class Simple:

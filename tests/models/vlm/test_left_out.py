@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.splits import TrainingSet
 from dora_mm.data.vl.tables import open_table
 from dora_mm.models.vl import RowCounts
+from dora_mm.models.vlm.encoding import IGNORED
 from dora_mm.models.vlm.family import VLM
 from dora_mm.tasks.vl import VLBatches
 from tests.data.vl.files import write_json
@@ -101,6 +103,23 @@ def test_it_is_counted_each_time_and_named_once(model, rows, caplog):
     resumed = RowCounts()
     resumed.load_state_dict(model.counts.state_dict())
     assert resumed.state_dict() == {"num_cut": 0, "num_left_out": 2}
+
+
+@pytest.mark.parametrize("on_bad_data", ["stop", "skip"])
+def test_a_row_that_loses_its_whole_answer_is_left_out_and_counted(tiny_vlm, rows, on_bad_data):
+    """In place of a loss of 0, which counted as a row of a task whose loss is a mean over rows."""
+    short = VLM(VLMModelConfig(path=str(tiny_vlm("llava")), max_length=18, prompts={"vqa": "{text}"}))
+    found = rows(3, 7)
+    batch = VLBatches(short, {"chat": found}, seed=0, on_bad_data=on_bad_data)(0)
+    assert batch.left_out == ("row r2 of chat: its whole answer is beyond 18 tokens (model.max_length)",)
+    assert sum(len(labels) for _, labels, _ in batch.groups) == 6
+    assert all((labels != IGNORED).any(1).all() for _, labels, _ in batch.groups)
+    short.loss(batch, torch.Generator())
+    assert short.counts.num_left_out == 1
+    example = found.table[2]
+    asked = replace(example, turns=(), answers=("x",))
+    batch = short.batch("vqa", [asked, replace(asked, images=())], found.images, [("x", 1.0)] * 2)
+    assert short.loss(batch, torch.Generator()).count == 1
 
 
 def test_an_image_that_cannot_be_read_is_left_out_by_the_name_of_its_row(model, rows, tmp_path):

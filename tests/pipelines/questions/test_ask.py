@@ -1,5 +1,6 @@
 """dora-mm ask: the answers of models without and with an adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch
 from dora_mm.adapting.files import save_trained
 from dora_mm.adapting.networks import adapt
 from dora_mm.cli import main
+from dora_mm.config.models import VisionConfig, VLMModelConfig
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
-from dora_mm.data.vl.example import Example
+from dora_mm.data.vl.example import Example, Turn
 from dora_mm.models.families import load_family
 from dora_mm.models.vl_bart.loading import from_bart, save_vl_bart
+from tests.data.vl.chats import messages
+from tests.data.vl.files import write_json
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm.vlm_rows import write_pictures
 from tests.pipelines.files.test_merge import llama
@@ -38,9 +42,11 @@ def vl_bart(tmp_path_factory):
     return folder
 
 
-def run_of(folder: Path, task: str, rows: list[Example], model: dict[str, Any], **sections: Any) -> tuple[Any, Any]:
+def run_of(
+    folder: Path, task: str, rows: list[Example], model: dict[str, Any], file: Any = "rows.json", **sections: Any
+) -> tuple[Any, Any]:
     """Saves the adapter of a run without training it; returns the bare model's answers and the adapted one's."""
-    source = {"format": "chat" if task == "chat" else "easy_vqa", "file": "rows.json", "images": "pictures"}
+    source = {"format": "chat" if task == "chat" else "easy_vqa", "file": str(file), "images": "pictures"}
     values = {
         "pipeline": "train_vl",
         "name": "run",
@@ -98,6 +104,46 @@ def test_several_images(tiny_vlm, pictures, tmp_path, capsys):
     assert both != one
     assert asked(capsys, tiny_vlm("llava"), *images, QUESTION) == f"{both}\n"
     assert "reads one image" in refused(capsys, tiny_vlm("blip_vqa"), *images, QUESTION)
+
+
+def test_the_question_is_asked_as_the_run_trained(tiny_vlm, pictures, tmp_path, capsys):
+    """With the prompt of its task; of conversations with the system turn that most of them have."""
+    image, base = pictures / "wide.png", tiny_vlm("qwen2_5_vl")
+    row = Example("row", (str(image),), QUESTION)
+    (bare,), (adapted,) = run_of(tmp_path / "vqa", "vqa", [row], {"path": str(base)})
+    shown = asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "vqa")
+    assert shown == f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    assert asked(capsys, base, image, QUESTION) != f"{bare}\n"
+
+    brief = Turn("system", "Be a parrot.", False), Turn("user", f"<image>\n{QUESTION}", False)
+    said = [{"role": "system", "content": "Be a parrot."}, *messages("Q", "A")]
+    file = write_json(tmp_path / "rows.json", [{"messages": said}] * 2 + [{"messages": said[1:]}])
+    (bare,), (adapted,) = run_of(tmp_path / "chat", "chat", [replace(row, turns=brief)], {"path": str(base)}, file=file)
+    both = f"without adapter: {bare}\nwith adapter:    {adapted}\n"
+    assert asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat") == both
+    given = (base, image, QUESTION, "--system", "Be a parrot.")
+    assert asked(capsys, *given) == f"{bare}\n"
+    without = asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat", "--system", "")
+    file.unlink()
+    assert asked(capsys, base, image, QUESTION, "--adapter", tmp_path / "chat") == without != both
+
+
+def test_text_alone_and_several_turns(tiny_vlm, pictures, capsys):
+    base, image = tiny_vlm("llava"), pictures / "wide.png"
+    vl = load_family(VLMModelConfig(path=str(base)), VisionConfig(), seed=0)
+    answer = vl.answerer("chat", DecodeConfig(max_new_tokens=6), ())
+    alone = answer([Example("row", (), QUESTION)], "/")[0]
+    assert asked(capsys, base, QUESTION) == f"{alone}\n"
+
+    first = answer([Example("row", (str(image),), QUESTION)], "/")[0]
+    turns = [Turn("user", f"<image>\n{QUESTION}", False), Turn("assistant", first, False), Turn("user", "Why?", False)]
+    second = answer([Example("row", (str(image),), "", turns=tuple(turns))], "/")[0]
+    assert asked(capsys, base, image, QUESTION, "--then", "Why?") == f"{first}\n{second}\n"
+
+    plain = tiny_vlm("paligemma")
+    assert "without an image" in refused(capsys, plain, QUESTION)
+    assert "--then" in refused(capsys, plain, image, QUESTION, "--then", "Why?")
+    assert "--system" in refused(capsys, plain, image, QUESTION, "--system", "Be brief.")
 
 
 def test_the_settings_of_the_run_are_those_of_the_answer(tiny_vlm, pictures, tmp_path, capsys):

@@ -20,7 +20,7 @@ from pathlib import Path
 from dora_mm.config import resolve_path
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.readers.chat import find_shape, read_chat
+from dora_mm.data.vl.readers.chat import files_of, find_shape, read_chat
 from dora_mm.data.vl.readers.choices import read_choices
 from dora_mm.data.vl.readers.coco_captions import read_coco_captions, read_coco_karpathy
 from dora_mm.data.vl.readers.gqa import read_gqa, read_gqa_vlt5
@@ -70,7 +70,17 @@ def format_name(source: SourceConfig) -> str:
     """
     if READERS[source.format] is not read_chat:
         return source.format
-    return f"{source.format}, {find_shape(Path(resolved(source).file)).name}"
+    shapes = dict.fromkeys(find_shape(file, source.columns).name for file in files_of(Path(resolved(source).file)))
+    return ", ".join([source.format, *shapes])
+
+
+def data_files(source: SourceConfig, path: str) -> list[Path]:
+    """The files that a path of a source names: of conversations also those of a folder or pattern.
+
+    Raises:
+        ValueError: A folder has no data files.
+    """
+    return files_of(Path(path)) if READERS[source.format] is read_chat else [Path(path)]
 
 
 def resolved(source: SourceConfig) -> SourceConfig:

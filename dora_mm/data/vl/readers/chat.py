@@ -1,11 +1,15 @@
 """Conversations about images, in the files of LLaVA, LLaMA-Factory, ms-swift, Hugging Face (TRL) and axolotl.
 
-A file is a JSON list, JSON lines or Parquet; its content says which. All its rows have one shape, see chat_shapes.py.
+A file is a JSON list or JSON lines, which may be packed by gzip, or Parquet; its content says which. All its rows have
+one shape, see chat_shapes.py. A folder or a pattern names several files.
 """
 
+import gzip
 import logging
-from collections.abc import Container, Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +20,7 @@ from pydantic_core import from_json
 
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example
-from dora_mm.data.vl.json_items import Item, check_encoding, json_lines, list_items, place
+from dora_mm.data.vl.json_items import Item, check_encoding, json_lines, list_items, open_data, place
 from dora_mm.data.vl.readers.chat_shapes import SHAPES, JsonRow, Shape, shape_of
 from dora_mm.data.vl.readers.conversation import conversation
 from dora_mm.data.vl.rows import BadRows, RowError
@@ -24,6 +28,7 @@ from dora_mm.utils.messages import first_line
 
 log = logging.getLogger(__name__)
 PEEKED = 20  # rows that are searched for one of a known shape: the first may be damaged
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")  # of files in a folder
 PARQUET_ROWS = 64  # of a Parquet file in memory at a time, with their images
 
 
@@ -40,13 +45,18 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file cannot be read or has no known shape, or a row is bad and `bad` is set to "stop".
     """
-    path = Path(source.file)
-    shape = find_shape(path)
-    log.info("%s: %s", path, shape.name)
     seen: set[str] = set()
+    for path in files_of(Path(source.file)):
+        shape = find_shape(path, source.columns)
+        log.info("%s: %s", path, shape.name)
+        yield from _file_rows(path, shape, source.columns, seen, bad)
+
+
+def _file_rows(path: Path, shape: Shape, columns: Mapping[Any, str], seen: set[str], bad: BadRows) -> Iterator[Example]:
+    """The conversations of one file; the ids in `seen` are taken."""
     for where, item in file_items(path):
         try:
-            row = _parsed(item)
+            row = _renamed(_parsed(item), columns)
             example = conversation(shape.read(row), _new_id(row.get("id"), where, seen))
         except RowError as error:
             bad.add(place(path, where, item), str(error))
@@ -55,8 +65,28 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
             yield example
 
 
-def find_shape(path: Path) -> Shape:
+def files_of(path: Path) -> list[Path]:
+    """The files that a path names: itself, those of a folder and its subfolders, or those that fit a pattern.
+
+    Raises:
+        ValueError: A folder has no data files.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return sorted(map(Path, glob(str(path), recursive=True))) or [path]
+    found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES) and file.is_file())
+    if not found:
+        raise ValueError(f"{path} is a folder without files that end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def find_shape(path: Path, columns: Mapping[Any, str] | None = None) -> Shape:
     """The shape of a file's rows.
+
+    Args:
+        path: The file.
+        columns: The names of its columns, by the names that they have here.
 
     Raises:
         ValueError: The file cannot be read, or its first rows have none of the known shapes.
@@ -64,11 +94,11 @@ def find_shape(path: Path) -> Shape:
     keys = "is damaged or not an object"
     for number, (_, item) in enumerate(islice(file_items(path), PEEKED)):
         with suppress(RowError):  # reported when the row is read
-            row = _parsed(item)
+            row = _renamed(given := _parsed(item), columns or {})
             if shape := shape_of(row):
                 return shape
             if number == 0:
-                keys = f"has the keys {', '.join(map(repr, row))}"
+                keys = f"has the keys {', '.join(map(repr, given))}"
     known = ", ".join(shape.name for shape in SHAPES)
     raise ValueError(f"{path} has no known shape of conversations: its first row {keys}; known are {known}")
 
@@ -89,8 +119,10 @@ def kind_of_file(path: Path) -> Literal["list", "lines", "parquet"]:
         ValueError: It cannot be read, or is UTF-16.
     """
     try:
-        with path.open("rb") as file:
+        with open_data(path) as file:
             start = file.read(1 << 16)
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise ValueError(f"{path} is truncated or not a valid gzip file") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     check_encoding(path, start)
@@ -129,7 +161,16 @@ def _parsed(item: Any) -> JsonRow:
     return item
 
 
-def _new_id(given: Any, where: str, seen: Container[str]) -> str:
+def _renamed(row: JsonRow, columns: Mapping[Any, str]) -> JsonRow:
+    """The row with the names that its columns have here; those whose names others take are left out."""
+    if not columns:
+        return row
+    taken = {*columns, *columns.values()}
+    kept = {key: value for key, value in row.items() if key not in taken}
+    return kept | {name: row[column] for name, column in columns.items() if column in row}
+
+
+def _new_id(given: Any, where: str, seen: set[str]) -> str:
     """The id of the file, or the number of the row; with its place where the file has the id a second time.
 
     Raises:

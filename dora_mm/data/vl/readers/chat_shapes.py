@@ -6,18 +6,22 @@
     Hugging Face, TRL  {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}],
                        "images": [...]}, or "prompt" and "completion" instead of "messages", or "image"
     axolotl            content items that name their images: {"type": "image", "path", "image", "url" or "base64": ...}
+    FineVision         {"texts": [{"user": "Q", "assistant": "A"}, ...], "images": [...]}, as the Cauldron
+    Alpaca             {"instruction": "Q", "input": "", "output": "A", "history": [["Q", "A"], ...]}
+    query, response    {"query": "<image>Q", "response": "A", "history": [["Q", "A"], ...]}, of ms-swift
 
-A file has the shape that the keys of its first row say. `system` may be a key of any row, and `loss` of any message of
-the assistant, as in ms-swift. What cannot be trained on is refused by the name of its key. Types are checked here and
-not by a schema, which would copy every row: a file may have millions of turns.
+A file has the shape that the keys of its first row say. `system`, `image` and `images` may be keys of any row, and
+`loss` of any message of the assistant, as in ms-swift. What cannot be trained on is refused by the name of its key.
+Types are checked here and not by a schema, which would copy every row: a file may have millions of turns.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from dora_mm.data.vl.embedded import data_url, decoded, image_name
-from dora_mm.data.vl.example import IMAGE
-from dora_mm.data.vl.readers.conversation import Dialogue
+from dora_mm.data.vl.example import ESCAPED, IMAGE
+from dora_mm.data.vl.readers.conversation import Dialogue, ImagePlace
 from dora_mm.data.vl.rows import RowError
 
 JsonRow = dict[str, Any]
@@ -33,9 +37,13 @@ UNREAD = {  # keys of a row that must be empty, and what they hold
     "rejected": "preferences",
     "rejected_response": "preferences",
     "rejected_messages": "preferences",
+    "kto_tag": "preferences",
 }
 # Keys of a message that must be empty. Trainers name the last three in a setting, or differ in what they mean.
 UNREAD_IN_MESSAGES = {"tool_calls": "tool calls", "train": "`train`", "training": "`training`", "weight": "`weight`"}
+MARKS = re.compile(  # where an image is shown, by its path, its number or in turn; or with a backslash, the text itself
+    r"\\?(?:<image>|<img>(?P<path>[^<>]*)</img>|<image[ _](?P<number>\d+)>|<(?P<unread>video|audio)>)"
+)
 LOCATIONS = ("image", "path", "url", "base64", "image_url")  # keys of a content item that name its image
 
 
@@ -51,15 +59,10 @@ class Shape(NamedTuple):
     read: Callable[[JsonRow], Dialogue]
 
 
-def read_conversations(row: JsonRow) -> Dialogue:
-    """Reads a row of LLaVA or LLaMA-Factory with turns that say `from` whom they are."""
-    turns = row.get("conversations")
-    said = Dialogue(_texts(turns, "from"), _texts(turns, "value"), _losses(turns), None, [])
-    return _with_keys(row, said)
-
-
-def read_messages(row: JsonRow) -> Dialogue:
-    """Reads a row of LLaMA-Factory, ms-swift, Hugging Face or axolotl with `messages`."""
+def read_turns(row: JsonRow) -> Dialogue:
+    """Reads a row with a list of turns, which say `from` whom they are or have a `role`."""
+    if "conversations" in row:
+        return _with_keys(row, _said(row["conversations"], speaker="from"))
     return _with_keys(row, _said(row.get("messages")))
 
 
@@ -69,22 +72,41 @@ def read_prompt(row: JsonRow) -> Dialogue:
         _said([{"role": role, "content": given}] if isinstance(given, str) else given or [])
         for given, role in ((row.get("prompt"), "user"), (row.get("completion"), "assistant"))
     )
-    losses = [False if loss is None else loss for loss in prompt.losses]
-    places = [*(prompt.places or ()), *(completion.places or ())]
-    said = Dialogue(
-        prompt.names + completion.names, prompt.texts + completion.texts, losses + completion.losses, places, []
-    )
-    return _with_keys(row, said)
+    prompt.losses[:] = [False if loss is None else loss for loss in prompt.losses]
+    return _with_keys(row, prompt.followed_by(completion))
 
 
-LLAVA = Shape("LLaVA (conversations, image)", read_conversations)
-LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_conversations)
-LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_messages)
-SWIFT = Shape("ms-swift (messages with loss, or beside objects, videos, audios)", read_messages)
-HUGGING_FACE = Shape("Hugging Face (messages)", read_messages)
+def read_texts(row: JsonRow) -> Dialogue:
+    """Reads a row of FineVision or the Cauldron, with `texts`: a question and its answer in each."""
+    pairs = row.get("texts")
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+        raise RowError("has no list of `texts` that each have `user` and `assistant`")
+    return _with_keys(row, _exchanged((pair.get("user"), pair.get("assistant")) for pair in pairs))
+
+
+def read_alpaca(row: JsonRow) -> Dialogue:
+    """Reads a row with `instruction` and `output`; `input` follows the instruction, and `history` is before it."""
+    asked = "\n".join(text for text in _strings(row, "instruction", "input") if text)
+    return _with_keys(row, _exchanged([*_history(row), (asked, row.get("output"))]))
+
+
+def read_query(row: JsonRow) -> Dialogue:
+    """Reads a row with `query` and `response`, with `history` before them."""
+    return _with_keys(row, _exchanged([*_history(row), (row.get("query"), row.get("response"))]))
+
+
+LLAVA = Shape("LLaVA (conversations, image)", read_turns)
+LLAMA_FACTORY = Shape("LLaMA-Factory (conversations, images)", read_turns)
+LLAMA_FACTORY_MESSAGES = Shape("LLaMA-Factory (messages, images)", read_turns)
+SWIFT = Shape("ms-swift (messages with loss, or beside objects, videos, audios)", read_turns)
+HUGGING_FACE = Shape("Hugging Face (messages)", read_turns)
 TRL = Shape("TRL (prompt, completion)", read_prompt)
-AXOLOTL = Shape("axolotl (messages whose items name their images)", read_messages)
-SHAPES = (LLAVA, LLAMA_FACTORY, LLAMA_FACTORY_MESSAGES, SWIFT, HUGGING_FACE, TRL, AXOLOTL)
+AXOLOTL = Shape("axolotl (messages whose items name their images)", read_turns)
+TEXTS = Shape("FineVision (texts, images)", read_texts)
+ALPACA = Shape("Alpaca (instruction, output)", read_alpaca)
+QUERY = Shape("ms-swift (query, response)", read_query)
+SHAPES = (LLAVA, LLAMA_FACTORY, LLAMA_FACTORY_MESSAGES, SWIFT, HUGGING_FACE, TRL, AXOLOTL, TEXTS, ALPACA, QUERY)
+BY_KEY = {"texts": TEXTS, "instruction": ALPACA, "query": QUERY, "completion": TRL, "chosen": TRL}
 
 
 def shape_of(row: Any) -> Shape | None:
@@ -95,7 +117,9 @@ def shape_of(row: Any) -> Shape | None:
         return LLAMA_FACTORY if "images" in row else LLAVA
     if "messages" in row:
         return _shape_of_messages(row)
-    return TRL if "completion" in row or isinstance(row.get("prompt"), list) else None
+    if isinstance(row.get("prompt"), list):
+        return TRL
+    return next((shape for key, shape in BY_KEY.items() if key in row), None)
 
 
 def _shape_of_messages(row: JsonRow) -> Shape:
@@ -130,38 +154,85 @@ def _losses(turns: Any) -> list[bool | None]:
     return losses
 
 
-def _said(messages: Any) -> Dialogue:
-    """What messages say."""
-    names = _texts(messages, "role")
-    contents = [_content(message) for message in messages]
-    texts = ["".join(text for text, _ in parts) for parts in contents]
-    places = [[place for _, found in parts for place in found] for parts in contents]
-    return Dialogue(names, texts, _losses(messages), places, [])
+def _said(turns: Any, speaker: str = "role") -> Dialogue:
+    """What turns say; `speaker` is the key that says whose turn it is, unless the first has the other one."""
+    first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
+    if "from" in first or (speaker == "from" and "role" not in first):
+        names, contents = _texts(turns, "from"), [_text(text) for text in _texts(turns, "value")]
+    else:
+        names = _texts(turns, "role")
+        contents = [_content(message) for message in turns]
+    return Dialogue(names, [text for text, _ in contents], _losses(turns), [found for _, found in contents], [])
 
 
-Part = tuple[str, list[str | None]]  # a text with markers, and the images of these, None for keys of the row
+def _exchanged(pairs: Any) -> Dialogue:
+    """What questions and answers say; an answer that is null is missing."""
+    turns = [(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    turns = turns[:-1] if turns and turns[-1][1] is None else turns
+    contents = [_text(text) for _, text in turns]
+    texts, places = [text for text, _ in contents], [found for _, found in contents]
+    return Dialogue([role for role, _ in turns], texts, [None] * len(turns), places, [])
 
 
-def _content(message: JsonRow) -> list[Part]:
-    """The parts of a message."""
+def _history(row: JsonRow) -> list[Any]:
+    """The questions and answers before the last ones."""
+    pairs = row.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise RowError("has a `history` that is no list of pairs")
+    return pairs
+
+
+def _strings(row: JsonRow, *keys: str) -> list[str]:
+    """The texts under these keys, "" where there is none."""
+    found = [row.get(key) or "" for key in keys]
+    if set(map(type, found)) != {str}:
+        raise RowError(f"has a {' or '.join(keys)} that is not a text")
+    return found
+
+
+Part = tuple[str, Sequence[ImagePlace]]  # a text with markers, and the images of these
+
+
+def _content(message: JsonRow) -> Part:
+    """The text and the images of a message."""
     for key, what in UNREAD_IN_MESSAGES.items():
         if message.get(key) not in (None, [], {}, ""):
             raise RowError(f"has {what} in a message: only `loss`, true or false, says what is learned")
     content = message.get("content") or ""
     if isinstance(content, str):
-        return [_text(content)]
+        return _text(content)
     if not isinstance(content, list):
         raise RowError("has a message whose content is neither a text nor a list")
-    return [_item(item) for item in content]
+    parts = [_item(item) for item in content]
+    return "".join(text for text, _ in parts), [place for _, places in parts for place in places]
 
 
 def _text(text: Any) -> Part:
+    """A text with an IMAGE marker at the place of each image, however the file marks these."""
     if not isinstance(text, str):
         raise RowError("has content whose text is not a text")
-    return text, [None] * text.count(IMAGE)
+    if "<" not in text:  # most texts; a search takes ten times as long
+        return text, ()
+    places: list[ImagePlace] = []
+
+    def marked(found: re.Match[str]) -> str:
+        if found[0][0] == "\\":
+            return found[0] if found[0] == ESCAPED else found[0][1:]
+        if found["unread"]:
+            what = UNREAD[found["unread"]]
+            raise RowError(f"has a <{found['unread']}> marker, but {what} are not read; a backslash makes it text")
+        if found["number"]:
+            places.append(int(found["number"]) - 1)
+        else:
+            places.append(None if found["path"] is None else _name(found["path"].strip()))
+        return IMAGE
+
+    return MARKS.sub(marked, text), places
 
 
 def _item(item: Any) -> Part:
+    if isinstance(item, str):
+        return _text(item)
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text":
         return _text(item.get("text") or "")
@@ -171,7 +242,10 @@ def _item(item: Any) -> Part:
     if len(given) > 1:
         raise RowError(f"has an image with both {' and '.join(given)}")
     if not given:
-        return IMAGE, [None]
+        number = item.get("index")
+        if number is not None and type(number) is not int:
+            raise RowError("has an image whose `index` is not a number")
+        return IMAGE, [number]
     value = item[given[0]]
     if given[0] == "base64" and isinstance(value, str):
         return IMAGE, [decoded(value)]
@@ -188,12 +262,12 @@ def _with_keys(row: JsonRow, said: Dialogue) -> Dialogue:
             raise RowError("has both image and images")
         images = image
     said.images.extend(map(_name, images if isinstance(images, list) else [images]))
-    if system := row.get("system"):
+    if row.get("system"):
+        text, places = _text(*_texts([row], "system"))
         said.names.insert(0, "system")
-        said.texts.insert(0, *_texts([row], "system"))
+        said.texts.insert(0, text)
         said.losses.insert(0, None)
-        if said.places is not None:
-            said.places.insert(0, _text(system)[1])
+        said.places.insert(0, places)
     return said
 
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from dora_mm.data.vl.example import IMAGE, Example, Role, Turn
+from dora_mm.data.vl.example import IMAGE, Example, Role, Turn, image_pieces
 from dora_mm.data.vl.rows import RowError
 
 ROLES: dict[str, Role] = {  # in lower case
@@ -15,7 +15,12 @@ ROLES: dict[str, Role] = {  # in lower case
     "gpt": "assistant",
     "model": "assistant",
     "system": "system",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
 }
+CALLS = ("function_call", "tool_call")  # each model writes them in a form of its own
+ImagePlace = str | int | None  # of a marker's image: its own one, the number of one of the row, or the next of the row
 
 
 class Dialogue(NamedTuple):
@@ -23,17 +28,22 @@ class Dialogue(NamedTuple):
 
     Attributes:
         names: Who says it, in the words of the file.
-        texts: With an IMAGE marker at the place of each image.
+        texts: With an IMAGE marker at the place of each image, and ESCAPED where the text has it.
         losses: Whether it is learned; None where the file does not say so.
-        places: The images of the turn's markers, None for the next one of `images`; None if all are of `images`.
+        places: The images of the turn's markers.
         images: The images that are keys of the row, as paths or data URLs.
     """
 
     names: list[str]
     texts: list[str]
     losses: list[bool | None]
-    places: list[list[str | None]] | None
+    places: list[Sequence[ImagePlace]]
     images: list[str]
+
+    def followed_by(self, other: "Dialogue") -> "Dialogue":
+        """The turns of both."""
+        turns = (self.names + other.names, self.texts + other.texts, self.losses + other.losses)
+        return Dialogue(*turns, self.places + other.places, self.images + other.images)
 
 
 def conversation(said: Dialogue, name: str) -> Example:
@@ -54,19 +64,17 @@ def conversation(said: Dialogue, name: str) -> Example:
     texts = said.texts
     if not all(texts) or any(map(str.isspace, texts)):
         raise RowError(_first_empty(roles, texts))
-    if said.places is None:
-        counts = [text.count(IMAGE) if IMAGE in text else 0 for text in texts]  # `in` alone takes half the time
-    else:
-        counts = [*map(len, said.places)]
-    if any(counts[first + 1 :: 2]):
-        raise RowError("has an image in a turn of the assistant, which can only have text")
-    places = [None] * sum(counts) if said.places is None else [*chain.from_iterable(said.places)]
+    places = [*chain.from_iterable(said.places)]
+    if places and any(found and role == "assistant" for role, found in zip(roles, said.places, strict=True)):
+        raise RowError(
+            "has an image in a turn of the assistant, which can only have text (with a backslash, it is text)"
+        )
     images = _in_order(said.images, places)
     if len(images) > len(places):
         texts = [*texts[:first], IMAGE * len(images) + texts[first], *texts[first + 1 :]]
     turns = tuple(map(Turn._make, zip(roles, texts, _learned(roles, said.losses), strict=True)))  # faster than Turn()
-    answers = (texts[-1],) if roles[-1] == "assistant" else ()
-    question = texts[-2 if answers else -1].replace(IMAGE, "").strip()
+    answers = ("".join(image_pieces(texts[-1])),) if roles[-1] == "assistant" else ()
+    question = "".join(image_pieces(texts[-2 if answers else -1])).strip()
     return Example(name, tuple(images), question, answers, (1.0,) * len(answers), turns=turns)
 
 
@@ -81,14 +89,20 @@ def _roles(names: tuple[str, ...]) -> tuple[Role, ...]:
         raise RowError("has a system turn that is not the first")
     if said[0] == "assistant":
         raise RowError("begins with the assistant")
-    twice = next((role for role, following in pairwise(said) if role == following), None)
-    if twice:
-        raise RowError(f"has two turns of the {twice} in a row")
+    if said[0] == "tool":
+        raise RowError("begins with a tool")
+    for role, following in pairwise(said):
+        if role == following != "tool":
+            raise RowError(f"has two turns of the {role} in a row")
+        if (role, following) in (("user", "tool"), ("tool", "user")):
+            raise RowError(f"has a turn of the {following} after one of the {role}: between them is the assistant's")
     return tuple(roles)
 
 
 def _role(speaker: str) -> Role:
     role = ROLES.get(speaker.lower())
+    if speaker.lower() in CALLS:
+        raise RowError(f"has a turn of {speaker!r}: write the call as the assistant's text, as the model writes it")
     if role is None:
         raise RowError(f"has a turn of {speaker[:20]!r}: the roles are {', '.join(ROLES)}")
     return role
@@ -99,15 +113,26 @@ def _first_empty(roles: Sequence[Role], texts: list[str]) -> str:
     return "has an empty answer" if role == "assistant" else f"has an empty turn of the {role}"
 
 
-def _in_order(images: list[str], places: Sequence[str | None]) -> list[str]:
+def _in_order(images: list[str], places: Sequence[ImagePlace]) -> list[str]:
     """The images in the order of their markers."""
     if not places or places.count(None) == len(places) == len(images):
         return images
+    if numbers := {place for place in places if isinstance(place, int)}:
+        return _by_number(images, places, numbers)
     num_own = len(places) - places.count(None)
     if len(images) + num_own != len(places):
         raise RowError(f"has {_count(len(images) + num_own, 'image')}, but {_count(len(places), f'{IMAGE} marker')}")
     remaining = iter(images)
-    return [next(remaining) if place is None else place for place in places]
+    return [next(remaining) if place is None else str(place) for place in places]
+
+
+def _by_number(images: list[str], places: Sequence[ImagePlace], numbers: set[int]) -> list[str]:
+    """The images in the order of their markers, which have numbers."""
+    if None in places:
+        raise RowError("has markers of images with a number and others without")
+    if numbers != set(range(len(images))):
+        raise RowError("has markers of images with numbers that are not those of its images")
+    return [images[place] if isinstance(place, int) else str(place) for place in places]
 
 
 def _learned(roles: tuple[Role, ...], losses: list[bool | None]) -> Sequence[bool]:
