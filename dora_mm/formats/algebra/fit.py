@@ -93,6 +93,20 @@ def fitted_adapter(W: Tensor, W0: Tensor, rank: int) -> LayerState:
     return LayerState(DoRASpec(rank), tensors)
 
 
+def distance(layer: LayerState, W: Tensor, W0: Tensor) -> tuple[float, float]:
+    """For a DoRA with s = 1: ||W_adapter - W'|| and ||W' - W0||, without the rounding of W0.
+
+    W_adapter - W' is h W0 + g B A - D for h = g - 1, where g comes from norms in float64: ||v||^2 is
+    ||w0||^2 + 2 b A w0 + b A A^T b^T for a row v of V and b of B.
+    """
+    base, A, B = W0.flatten(1), layer.tensors["lora_A"].flatten(1), layer.tensors["lora_B"]
+    D = W.flatten(1) - base
+    squares = _row_dots(base, base) + 2 * _row_dots(B, base @ A.T) + _row_dots(B, B @ (A @ A.T))
+    norm = squares.clamp(min=0).sqrt()
+    g = (layer.tensors["magnitude"].double() / norm).masked_fill(norm == 0, 1)
+    return _distance(D, base, (g - 1).float(), g.float()[:, None] * B, A.T), float(D.norm())
+
+
 def _gain_and_row_space(
     D: Tensor, base: Tensor, squares: Tensor, dots: Tensor, rank: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,7 +127,7 @@ def _gain_and_row_space(
     Q, D_Q, base_Q = Z[:, :rank], D_Z[:, :rank], base_Z[:, :rank]
     for step in range(MOST_STEPS):
         E_Z = D_Z - h[:, None] * base_Z
-        Z = torch.linalg.qr(D.T @ E_Z - base.T @ (h[:, None] * E_Z)).Q
+        Z = torch.linalg.qr((E_Z.T @ D - (h[:, None] * E_Z).T @ base).T).Q  # faster than D.T @ E_Z
         D_Z, base_Z = D @ Z, base @ Z
         first = _first_directions(D_Z - h[:, None] * base_Z, rank)
         Q, D_Q, base_Q = Z @ first, D_Z @ first, base_Z @ first

@@ -15,9 +15,7 @@ from tqdm import tqdm
 
 from dora_mm import formats
 from dora_mm.core.spec import DoRASpec
-from dora_mm.formats.algebra.exact import new_weight
-from dora_mm.formats.algebra.fit import fitted_adapter
-from dora_mm.formats.algebra.rows import in_rows
+from dora_mm.formats.algebra.fit import distance, fitted_adapter
 from dora_mm.formats.commands.convert import convert
 from dora_mm.formats.files.base_weights import BaseWeights
 from dora_mm.formats.files.checks import is_finite
@@ -176,11 +174,6 @@ def _write(
 
 
 def _error(layer: LayerState, W: Tensor, W0: Tensor) -> tuple[float, float]:
-    """In float64: ||W_adapter - W'|| / ||W' - W0||, and ||W' - W0||."""
-    off, sizes = [], []
-    for rows, part in in_rows(layer, W0):
-        new, old = W[rows].double(), W0[rows].double()
-        sizes.append(float((new - old).norm()))
-        off.append(float(new_weight(part, old).sub_(new).norm()))
-    size = math.hypot(*sizes)
-    return math.hypot(*off) / size, size
+    """||W_adapter - W'|| / ||W' - W0||, and ||W' - W0||."""
+    off, size = distance(layer, W, W0)
+    return off / size, size
