@@ -158,11 +158,19 @@ def _said(turns: Any, speaker: str = "role") -> Dialogue:
     """What turns say; `speaker` is the key that says whose turn it is, unless the first has the other one."""
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     if "from" in first or (speaker == "from" and "role" not in first):
-        names, contents = _texts(turns, "from"), [_text(text) for text in _texts(turns, "value")]
-    else:
-        names = _texts(turns, "role")
-        contents = [_content(message) for message in turns]
+        return Dialogue(_texts(turns, "from"), *_marked(_texts(turns, "value"), _losses(turns)))
+    names = _texts(turns, "role")
+    contents = [_content(message) for message in turns]
     return Dialogue(names, [text for text, _ in contents], _losses(turns), [found for _, found in contents], [])
+
+
+def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], list[bool | None], list[Any], list[str]]:
+    """What a `Dialogue` has beside its names."""
+    places: list[Sequence[ImagePlace]] = [()] * len(texts)
+    for number, text in enumerate(texts):
+        if "<" in text:  # few have: a call for each would take as long as all else
+            texts[number], places[number] = _text(text)
+    return texts, losses, places, []
 
 
 def _exchanged(pairs: Any) -> Dialogue:
@@ -211,8 +219,9 @@ def _text(text: Any) -> Part:
     """A text with an IMAGE marker at the place of each image, however the file marks these."""
     if not isinstance(text, str):
         raise RowError("has content whose text is not a text")
-    if "<" not in text:  # most texts; a search takes ten times as long
-        return text, ()
+    number = text.count(IMAGE)
+    if number == text.count("<") and "\\" not in text:  # most texts; a search takes ten times as long
+        return text, [None] * number
     places: list[ImagePlace] = []
 
     def marked(found: re.Match[str]) -> str:

@@ -73,9 +73,13 @@ def conversation(said: Dialogue, name: str) -> Example:
     if len(images) > len(places):
         texts = [*texts[:first], IMAGE * len(images) + texts[first], *texts[first + 1 :]]
     turns = tuple(map(Turn._make, zip(roles, texts, _learned(roles, said.losses), strict=True)))  # faster than Turn()
-    answers = ("".join(image_pieces(texts[-1])),) if roles[-1] == "assistant" else ()
-    question = "".join(image_pieces(texts[-2 if answers else -1])).strip()
+    answers = (_without_images(texts[-1]),) if roles[-1] == "assistant" else ()
+    question = _without_images(texts[-2 if answers else -1]).strip()
     return Example(name, tuple(images), question, answers, (1.0,) * len(answers), turns=turns)
+
+
+def _without_images(text: str) -> str:
+    return "".join(image_pieces(text)) if IMAGE in text else text
 
 
 @lru_cache(maxsize=1000)  # most rows have one of a few sequences
