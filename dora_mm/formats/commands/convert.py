@@ -247,7 +247,7 @@ class _MergedWeights(Mapping[Name, Tensor]):
             old = W0[rows].float()
             W = exact.new_rows(part, old, self._strength)
             rounded[rows] = W
-            norms.append((float(rounded[rows].float().sub_(W).norm()), float((W - old).norm())))
+            norms.append((float((rounded[rows].float() - W).norm()), float((W - old).norm())))
         off, size = zip(*norms, strict=True)
         self._norms[name] = math.hypot(*off), math.hypot(*size)
         return rounded.T if transposed else rounded
