@@ -47,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_config_command(commands: Any, name: str, what: str) -> None:
     command = commands.add_parser(name, help=what, description=f"{what.capitalize()}, according to a config.")
-    metavar, kinds = ("JOBS|CONFIG", ", or a job: .csv, .tsv, .xlsx, .jsonl, .txt") if name == "sample" else ("CONFIG", "")
+    metavar, kinds = (
+        ("JOBS|CONFIG", ", or a job: .csv, .tsv, .xlsx, .jsonl, .txt") if name == "sample" else ("CONFIG", "")
+    )
     nargs = "?" if name in RESUMABLE else None
     command.add_argument("config", metavar=metavar, nargs=nargs, help=f"a YAML file{kinds}")
     command.add_argument(

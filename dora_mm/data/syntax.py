@@ -6,8 +6,8 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-Piece = tuple[str, float]  # a text, and the weight of its tokens
-Chunks = tuple[tuple[Piece, ...], ...]  # the parts of a prompt between BREAKs, each in pieces
+WeightedText = tuple[str, float]  # a text, and the weight of its tokens
+Chunks = tuple[tuple[WeightedText, ...], ...]  # the parts of a prompt between BREAKs, each in pieces
 Wording = str | Chunks  # a prompt as plain text, or in pieces with weights
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies the weight by
@@ -48,7 +48,7 @@ def weighted(text: str) -> Chunks:
     `(a)` is 1.1 times the weight, `[a]` divides it by 1.1, `(a:1.3)` is 1.3 times. Brackets nest, one that is not
     closed counts to the end, and a backslash takes a bracket as it is.
     """
-    pieces: list[Piece] = []
+    pieces: list[WeightedText] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
     for token in _TOKEN.finditer(text):
         mark, weight = token[0], token[1]
@@ -68,13 +68,13 @@ def weighted(text: str) -> Chunks:
     return _between_breaks(_joined(pieces))
 
 
-def _multiply(pieces: list[Piece], start: int, factor: float) -> None:
+def _multiply(pieces: list[WeightedText], start: int, factor: float) -> None:
     pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
 
 
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+def _joined(pieces: Iterable[WeightedText]) -> list[WeightedText]:
     """Neighbours of one weight as one piece: words are cut into tokens with what stands around them."""
-    found: list[Piece] = []
+    found: list[WeightedText] = []
     for text, weight in pieces:
         if found and found[-1][1] == weight:
             found[-1] = (found[-1][0] + text, weight)
@@ -83,8 +83,8 @@ def _joined(pieces: Iterable[Piece]) -> list[Piece]:
     return found
 
 
-def _between_breaks(pieces: Iterable[Piece]) -> Chunks:
-    chunks: list[list[Piece]] = [[]]
+def _between_breaks(pieces: Iterable[WeightedText]) -> Chunks:
+    chunks: list[list[WeightedText]] = [[]]
     for text, weight in pieces:
         first, *others = _BREAK.split(text)
         chunks[-1] += [(first, weight)] if first else []

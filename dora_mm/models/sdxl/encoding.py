@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import get_module_execution_device
 
-from dora_mm.data.syntax import Chunks, Piece, Wording
+from dora_mm.data.syntax import Chunks, WeightedText, Wording
 
 Token = tuple[int, float]  # the id, and the weight
 COMMA_TOKENS = 20  # a chunk ends after a comma among its last 20 tokens, as in A1111; kohya cuts at the 75th token
@@ -64,7 +64,7 @@ def _chunks(tokenizer: Any, prompt: Wording) -> list[list[Token]]:
     return [chunk for pieces in parts for chunk in _chunks_of_part(tokenizer, pieces)]
 
 
-def _chunks_of_part(tokenizer: Any, pieces: Sequence[Piece]) -> Iterator[list[Token]]:
+def _chunks_of_part(tokenizer: Any, pieces: Sequence[WeightedText]) -> Iterator[list[Token]]:
     """The chunks of what stands between two BREAKs."""
     ids, words, weights = [], [], []
     for text, weight in pieces:
