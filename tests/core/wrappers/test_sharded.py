@@ -1,9 +1,7 @@
 """FSDP2: a sharded model trains, merges and is saved as an unsharded one is. Two processes, gloo, no GPU."""
 
 import itertools
-import multiprocessing
-import time
-from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject, load_adapter, merge, save_adapter, unmerge
+from dora_mm.core.wrappers.sharded import shard_frozen
 from tests.core import reference
+from tests.two_processes import run_in_two
 
 FSDP_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 pytestmark = pytest.mark.skipif(
@@ -24,28 +25,7 @@ METHODS = ("dora", "lora")
 
 @pytest.fixture
 def in_two_processes(tmp_path):
-    """Runs a function of this file with (rank, *arguments) in two processes of one group; errors in them are raised."""
-    # A server that has imported everything forks each pair in no time, where a new interpreter takes seconds.
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "dora_mm.core"])
-
-    def run(function, *arguments):
-        store = tmp_path / f"store-{time.monotonic_ns()}"
-        torch.multiprocessing.start_processes(
-            _in_group, (str(store), function, arguments), nprocs=2, start_method="forkserver"
-        )
-
-    return run
-
-
-def _in_group(rank, store, function, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
-        function(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
+    return partial(run_in_two, tmp_path)
 
 
 def bare():
@@ -160,6 +140,35 @@ def _saves(rank, folder):
 
 def test_the_whole_adapter_is_saved(in_two_processes, tmp_path):
     in_two_processes(_saves, str(tmp_path))
+
+
+def _divides_what_is_frozen(rank, folder):
+    for method in METHODS:
+        whole, model, x = trained(method), trained(method), data()
+        parameters = adapter_parameters(model)
+        shard_frozen(model, [model[0]], parameters.values(), torch.device("cpu"))
+        local = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+        assert 2 * sum(p.numel() for p in local) == sum(p.numel() for p in bare().parameters())
+        assert not any(isinstance(p, DTensor) for p in parameters.values())
+        for _ in range(2):  # FSDP averages nothing here
+            y, expected = model(x), whole(x)
+            assert reference.relative_error(y, expected) < 1e-6
+            y.square().mean().backward()
+            expected.square().mean().backward()
+        for name, grad in gradients(whole).items():
+            assert reference.relative_error(parameters[name].grad, grad) < 1e-6, (method, name)
+        merge(model)
+        assert reference.relative_error(model(x), expected) < 1e-5
+        unmerge(model)
+        assert reference.relative_error(model(x), expected) < 1e-6
+        save_adapter({"unet": model}, folder, format="diffusers")
+        again = bare()
+        load_adapter(again, folder)
+        assert torch.equal(again(x), expected), method
+
+
+def test_what_is_trained_stays_whole(in_two_processes, tmp_path):
+    in_two_processes(_divides_what_is_frozen, str(tmp_path))
 
 
 def _refuses_to_inject(rank):
