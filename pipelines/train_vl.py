@@ -168,7 +168,7 @@ def scoring_of(
     asked = (answers, model.networks.values(), splits, config.evaluate.batch_size)
     # Where the model is sharded, all give all answers: how many passes one takes depends on its length.
     answer = partial(answer_all, *asked, limit=limit, process=(0, 1) if config.train.shard else process)
-    save = result(partial(save_answers, *asked))
+    save = result(lambda file: save_answers(file, *asked))
     return SplitScores(accelerator, result(answer), partial(score_all, meteor=False), result(losses), save)
 
 

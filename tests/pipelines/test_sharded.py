@@ -55,7 +55,7 @@ def questions(folder: Path, name: str, **train) -> list[str]:
         pipeline="train_vl",
         model={"path": str(folder / "llava"), "max_length": 64},
         adapter={"rank": 2, "cache": "norms", "parts": ["text.attn", "text.mlp", "vision.attn", "connector"]},
-        data={"train": source, "valid": source, "tables": str(folder / "tables")},
+        data={"train": source, "valid": {**source}, "tables": str(folder / "tables")},
         evaluate={"every": 2, "max_new_tokens": 2},
     )
 
