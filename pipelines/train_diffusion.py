@@ -15,6 +15,7 @@ from torch import nn
 import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
+from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
 from dora_mm.adapting.files import about_image_adapter, save_image_adapter
 from dora_mm.adapting.initial import initial_identity, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks
@@ -74,6 +75,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         return
     check_device(config.optimizer, accelerator.device)
     check_can_shard(accelerator, config.train)
+    if config.train.compile:
+        check_compiler(accelerator.device)
     model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
@@ -86,12 +89,15 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     sampler = encode(config, model, batches, losses)
     trained = adapt(model, config)
     if config.train.shard:
-        division(trained).apply(accelerator.device)
+        division(trained, model.target_maps).apply(accelerator.device)
     log.info("%s", trained)
     training = build(config, model, trained, task, accelerator)
+    if config.train.compile:
+        compile_blocks(trained.networks, model.target_maps)
     move_vae(model, config)
-    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
-    inputs |= initial_identity(config.adapter)
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)} | initial_identity(
+        config.adapter
+    )
     inputs |= {"the held-out pictures": digest_of(held)} if held else {}
     with training_run(accelerator, config, inputs, resume, config.train) as run:
         train(config, run, trained.adapted, training, batches, sampler, losses)
@@ -308,10 +314,12 @@ def describe(
     task = DiffusionTask(model, config.loss)
     training = build(config, model, trained, task, accelerator) | {"batch_at": batches}
     move_vae(model, config)
-    divided = division(trained) if shard else None
+    divided = division(trained, model.target_maps) if shard else None
     ema = config.ema is not None
     cost = describe_training(model.networks, config.optimizer, training, ema=ema, division=divided)
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
+    if config.train.compile:
+        how += f"\n{compiled_line(trained.networks, model.target_maps)}"
     return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 
@@ -339,14 +347,7 @@ def set_training(adapted: Networks, training: bool) -> None:
 def draw_sheet(
     config: TrainDiffusionConfig, sampler: PictureSampler, adapted: Networks, path: Path, *, writes: bool
 ) -> list[Image.Image]:
-    """Draws the prompts of the config without and with the adapter, with the same seeds, and saves the sheet.
-
-    Args:
-        config: The config.
-        sampler: What draws.
-        adapted: The adapted networks.
-        path: The file of the sheet.
-        writes: Whether this process saves it.
+    """Draws the prompts of the config without and with the adapter, with the same seeds; saves the sheet if it writes.
 
     Returns:
         The adapter's picture of each prompt.

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from dora_mm import formats
+from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
 from dora_mm.adapting.files import save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
@@ -88,6 +89,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     check_device(config.optimizer, accelerator.device)
     check_can_shard(accelerator, config.train)
+    if config.train.compile:
+        check_compiler(accelerator.device)
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
     model = load(config, accelerator)
     with main_process_first(accelerator):  # it writes the tables that the others open
@@ -103,6 +106,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     process = (accelerator.process_index, accelerator.num_processes)
     batches = batches_of(config, model, training, config.data.on_bad_data, process)
     parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
+    if config.train.compile:
+        compile_blocks(trained.networks, model.target_maps)
     inputs = inputs_of(config, model, training)
     scoring = scoring_of(config, model, accelerator, training, splits, answers, result_of(parts["optimizer"]))
     with training_run(accelerator, config, inputs, resume, parts["config"]) as run:
@@ -131,17 +136,17 @@ def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> 
     if config.adapter.init_from:
         load_initial_folder(trained, config.adapter, dict(model.identity))
     if config.train.shard:
-        division_of(config, trained).apply(accelerator.device)
+        division_of(config, model, trained).apply(accelerator.device)
     for name, injected in trained.reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
     log.info("%s", trained.share)
     return trained
 
 
-def division_of(config: TrainVLConfig, trained: TrainedNetworks) -> Division:
+def division_of(config: TrainVLConfig, model: VLModel | Structure, trained: TrainedNetworks) -> Division:
     """How the model is divided: a batch without images does not reach a tower, and what else reads its tokens."""
     every = config.model.uses_all_parameters
-    return division(trained, lambda part: every or part.startswith("text."))
+    return division(trained, model.target_maps, lambda part: every or part.startswith("text."))
 
 
 def inputs_of(config: TrainVLConfig, model: VLModel, training: Mapping[str, TrainingSet]) -> dict[str, str]:
@@ -357,6 +362,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         length = with_steps(config.train, config.schedule, per_epoch)
         yield length_line(length, per_epoch)
         yield optimizer_line(config.optimizer, config.schedule, length.steps, config.ema)
+    if config.train.compile:
+        yield compiled_line(trained.networks, structure.target_maps)
     if valid := [task.task for task in config.data.all_tasks if task.valid]:
         by = ", ".join(f"{name} by its {'loss' if by_loss(config.evaluate, name) else 'metric'}" for name in valid)
         yield f"validated {when(config.evaluate)}; the best adapter of {by}"
@@ -368,7 +375,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         except torch.OutOfMemoryError:
             why_not = "a step does not fit into the memory of this GPU"
     if why_not:
-        division = division_of(config, trained) if config.train.shard else None
+        division = division_of(config, structure, trained) if config.train.shard else None
         yield estimated_cost(config, accelerator, structure, trained, data, division)
         yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, trained.networks.values())

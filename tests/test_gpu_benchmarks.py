@@ -80,6 +80,20 @@ def test_a_dry_run(name, measures, contenders, tmp_path, capsys):
         assert {"card", "torch", "triton", "peft", "repeats"} <= set(row)
 
 
+def test_a_dry_run_of_optimizers(tmp_path):
+    code, rows = dry("optimizers", tmp_path)
+    assert code == 0
+    assert [(row["optimizer"], row["differing"]) for row in rows] == [("adamw", "0"), ("adafactor", "0")]
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_regional_compilation(tmp_path):
+    code, rows = dry("regional", tmp_path)
+    assert code == 0
+    names = [row["contender"] for row in rows]
+    assert names == ["our DoRA", "our DoRA, compiled", "our LoRA", "our LoRA, compiled"]
+
+
 @pytest.mark.slow
 def test_a_dry_run_of_compiled_blocks(tmp_path):
     code, rows = dry("compiled", tmp_path)

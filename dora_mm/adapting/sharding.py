@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from dora_mm.adapting.compiled import repeated_blocks
 from dora_mm.adapting.networks import TrainedNetworks
+from dora_mm.core import TargetMap
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.wrappers.sharded import shard_frozen
 
@@ -57,14 +58,19 @@ class Division:
         return sum(found), rest + sum(sorted(blocks)[-2:])
 
 
-def division(trained: TrainedNetworks, always_reached: Callable[[str], bool] = lambda part: True) -> Division:
-    """Divides the main network by those of its blocks that hold trained parameters.
+def division(
+    trained: TrainedNetworks,
+    target_maps: Mapping[str, TargetMap],
+    always_reached: Callable[[str], bool] = lambda part: True,
+) -> Division:
+    """Divides the main network by those of its repeated blocks that hold trained parameters.
 
     Only these run in every process in the same order, forward and backward: what holds none may run without gradients
     in one process, and with gradients in another.
 
     Args:
         trained: What is trained.
+        target_maps: The target maps, by component.
         always_reached: Whether every batch reaches a part of the network's target map. Blocks of others are not
             gathered one by one.
 
@@ -72,22 +78,20 @@ def division(trained: TrainedNetworks, always_reached: Callable[[str], bool] = l
         ValueError: There is no such block, or nothing is frozen in it.
     """
     component, network = next(iter(trained.networks.items()))
-    report = trained.reports.get(component)
-    missed = [module.path for module in report.modules if not always_reached(module.part)] if report else []
-    own = set(network.parameters())
-    parameters = frozenset(own & set(trained.parameters.values()))
-    blocks = []
-    for path, module in reversed(list(network.named_modules())):
-        if path and type(module).__name__ in block_classes(network):
-            inside = set(module.parameters())
-            reached = not any(missing.startswith(f"{path}.") for missing in missed)
-            if reached and inside & parameters and inside - parameters:
-                blocks.append(module)
+    own = frozenset({*network.parameters()} & {*trained.parameters.values()})
+    missed = {id(network.get_submodule(path)) for path in _paths_missed(trained, component, always_reached)}
+
+    def divides(block: nn.Module) -> bool:
+        inside = set(block.parameters())
+        return bool(inside & own and inside - own) and not any(id(module) in missed for module in block.modules())
+
+    blocks = tuple(filter(divides, reversed(repeated_blocks(network, target_maps[component]))))
     if not blocks:
         raise ValueError("train.shard: no block of the network has frozen weights beside trained ones: leave it out")
-    return Division(network, tuple(blocks), parameters)
+    return Division(network, blocks, own)
 
 
-def block_classes(network: Any) -> set[str]:
-    """The names of the classes that diffusers and transformers keep on one device, where they spread a model."""
-    return set(getattr(network, "_no_split_modules", None) or ())
+def _paths_missed(trained: TrainedNetworks, component: str, always_reached: Callable[[str], bool]) -> list[str]:
+    """The adapted modules that some batches do not reach."""
+    report = trained.reports.get(component)
+    return [module.path for module in report.modules if not always_reached(module.part)] if report else []

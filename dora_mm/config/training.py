@@ -49,6 +49,7 @@ class TrainConfig(Section):
     max_grad_norm: Positive | None = 1.0  # gradients are clipped to this total norm; null: no clipping
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"  # dtype of autocast; no: without autocast
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    compile: bool = False  # the repeated blocks of what is trained go through torch.compile, in the steps alone
     checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
     keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
@@ -139,6 +140,8 @@ def check_sharding(train: TrainConfig, adapter_cache: str, quantization: str | N
     problems = []
     if adapter_cache != "norms":
         problems.append("train.shard needs adapter.cache norms: else each process keeps all adapted weights whole")
+    if train.compile:
+        problems.append("train.shard is not for train.compile: compiled blocks were not tried with gathered weights")
     if why := NOT_SHARDED.get(quantization):
         problems.append(f"train.shard is not for model.quantization {quantization}: {why}")
     return problems

@@ -15,6 +15,7 @@ from dora_mm.core.functional import (
     merged_weight,
     product_dtype,
     round_stochastically,
+    row_norm,
     seeded_generator,
     shares,
 )
@@ -150,6 +151,17 @@ class AdaptedLayer(AdapterParameters):
         cache.keeps = self.adaptation.num_passes is not None
         return cache
 
+    def keep_norm(self) -> None:
+        """Computes n0 ahead of a compiled pass, where `fixed_parameters` keeps it.
+
+        Else the first pass, which computes it, would be a graph of its own.
+        """
+        caches = self.adaptation.caches
+        if caches is not None and not self.is_base():
+            cache = self.pass_cache(caches)
+            if cache.n0 is None and self.magnitude is not None:
+                cache.n0 = row_norm(self.matrix.detach())
+
     def adapted_product(
         self,
         x: Tensor,
@@ -164,11 +176,15 @@ class AdaptedLayer(AdapterParameters):
         dropout, keep_weight = spec.dropout if self.training else 0.0, restore is None and spec.cache == "weights"
         num_passes = 1.0 if state.num_passes is None else state.num_passes
         cache = PassCache(keeps=False) if state.caches is None else self.pass_cache(state.caches)
-        cache.asks = state.asks
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling:  # a pass that reads what another one left would be another graph: only n0 is read
+            cache, num_passes = PassCache(cache.n0, keeps=False), 1.0
+        else:
+            cache.asks = state.asks
         # by position, which takes half as long as by name
         options = Options(op, dropout, keep_weight, spec.save_output, cache, num_passes, dtype, restore)
         y = state.forward(x, self.matrix, self.bias if use_bias else None, self.adapters(), options)
-        if cache.asks != state.asks:
+        if not is_compiling and cache.asks != state.asks:
             state.asks = cache.asks
         return y
 

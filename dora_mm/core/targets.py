@@ -26,7 +26,8 @@ class TargetMap:
             marks a regular expression that matches the full path.
         expect: How many modules of each part a block holds, by block, then by part. A block is named by its class, or
             by `re:` and a regular expression that matches its full path. It is checked in every block of a model,
-            whatever the model's size. A map with a single part may give the number directly.
+            whatever the model's size; without any part it only says what a block is. A map with a single part may give
+            the number directly.
         default: The parts that are selected when none are named; all parts if empty.
 
     Raises:
@@ -110,6 +111,13 @@ def parts_in(model: nn.Module, targets: TargetMap) -> list[str]:
         for part, patterns in targets.parts.items()
         if any(matches(pattern, path, f"target map {targets.name}") for pattern in patterns for path in paths)
     ]
+
+
+def blocks_of(model: nn.Module, targets: TargetMap) -> list[str]:
+    """The paths of the blocks of a model that a target map names, in the order of the model."""
+    modules = dict(model.named_modules())
+    found = {path for block in targets.expect for path in _blocks(block, modules, targets.name)}
+    return [path for path in modules if path in found]
 
 
 def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:

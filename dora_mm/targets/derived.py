@@ -20,6 +20,8 @@ from dora_mm.core.wrappers.attention import with_projections
 
 NAME = "derived"
 PARTS = ("text.attn", "text.mlp", "cross", "vision.attn", "vision.mlp", "connector")
+ATTENTION = ("text.attn", "cross", "vision.attn")  # the parts that every block has one of
+NO_COUNTS: dict[str, int] = {}  # of a block in which any number of layers may be adapted
 AREAS = {  # of a model inside another one, by the name of its config there; the first one counts
     "other": "audio|speech|vq|dit|protein",
     "vision": "vision|image",
@@ -57,7 +59,10 @@ def derive(model: Any) -> TargetMap:
     if not groups["text.attn"] or not hasattr(model.config.get_text_config(), "vocab_size"):
         raise ValueError(f"no target map can be derived for {type(model).__name__}: it has no blocks that read text")
     parts = {part: _patterns(names, structure.modules) for part, names in groups.items() if names}
-    return TargetMap(NAME, parts, default=[part for part in PARTS[:2] if part in parts])
+    around = (re.match(r"(.*\.)?N(?=\.)", name) for part in ATTENTION for name in groups[part])
+    blocks = dict.fromkeys(f"re:{_any_number(found[0])}" for found in around if found)
+    default = [part for part in PARTS[:2] if part in parts]
+    return TargetMap(NAME, parts, dict.fromkeys(blocks, NO_COUNTS), default)
 
 
 def about_left_out(model: nn.Module, taken: Mapping[str, Any]) -> str:
@@ -89,9 +94,13 @@ def _patterns(groups: Mapping[str, list[str]], modules: Mapping[str, nn.Module])
     found = []
     for name, paths in groups.items():
         alike = [path for path in modules if numbered(path) == name]
-        pattern = r"\.".join(r"\d+" if piece == "N" else re.escape(piece) for piece in name.split("."))
-        found += [f"re:{pattern}"] if alike == paths else [f"re:{re.escape(path)}" for path in paths]
+        found += [f"re:{_any_number(name)}"] if alike == paths else [f"re:{re.escape(path)}" for path in paths]
     return found
+
+
+def _any_number(name: str) -> str:
+    """A regular expression for the paths that `numbered` makes this name of."""
+    return r"\.".join(r"\d+" if piece == "N" else re.escape(piece) for piece in name.split("."))
 
 
 class _Structure:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dora_mm.config.report import nearest
 from dora_mm.config.training import EpochTrainConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from dora_mm.utils.messages import first_line
 
 
 class Kind(NamedTuple):
@@ -41,6 +42,7 @@ OPTIMIZERS = {
     # Its authors recommend bias correction and the warm-up safeguard for diffusion models.
     "prodigy": Kind("prodigyopt", "Prodigy", {**ADAM, "use_bias_correction": True, "safeguard_warmup": True}, "optim"),
 }
+LEAST_OF_8_BITS = 4096  # numbers in a tensor from which bitsandbytes keeps its state in 8 bits
 OWN_KEYS = ("lr", "betas", "eps", "weight_decay")  # arguments that have a key of their own in the section
 
 
@@ -87,13 +89,24 @@ def averaged_point(optimizer: Any) -> dict[nn.Parameter, torch.Tensor] | None:
 
 
 def check_device(config: OptimizerConfig, device: torch.device) -> None:
-    """Checks that an optimizer can step on a device.
+    """Checks that an optimizer can step on a device; one that needs a GPU takes a step there.
 
     Raises:
-        ValueError: It needs a GPU.
+        ValueError: It needs a GPU, or its package, or that does not run on this one.
     """
-    if OPTIMIZERS[config.name].needs_gpu and device.type in ("cpu", "mps"):
+    if not OPTIMIZERS[config.name].needs_gpu:
+        return
+    if device.type in ("cpu", "mps"):
         raise ValueError(f"optimizer.name {config.name} steps on a GPU only, and this training is on {device.type}")
+    tried = nn.Parameter(torch.zeros(LEAST_OF_8_BITS, device=device))
+    tried.grad = torch.zeros_like(tried)
+    optimizer = build_optimizer({"tried": tried}, config)
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever its package raises on a card that it was not built for
+        raise ValueError(
+            f"optimizer.name {config.name} does not run on this GPU ({first_line(error)}): choose another one"
+        ) from None
 
 
 def _settings(config: OptimizerConfig, optimizer_class: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def llava(tiny_vlm):
     def adapted(**parts):
         structure = structure_of(VLMModelConfig(path=str(tiny_vlm("llava"))), VisionConfig())
         config = VLAdapterConfig.model_validate({"rank": 2, "parts": parts})
-        return adapt(structure.networks, structure.target_maps, config, seed=0, backend="torch")
+        return adapt(structure.networks, structure.target_maps, config, seed=0, backend="torch"), structure.target_maps
 
     return adapted
 
@@ -37,29 +37,26 @@ def names(found):
 
 def test_blocks_that_each_batch_reaches_are_gathered_one_at_a_time(llava):
     trained = llava(**{"text.attn": {}, "vision.attn": {}, "connector": {}})
-    assert names(division(trained)) == ["LlamaDecoderLayer"] * 2 + ["CLIPEncoderLayer"] * 2
-    assert names(division(trained, of_text)) == ["LlamaDecoderLayer"] * 2
+    assert names(division(*trained)) == ["LlamaDecoderLayer"] * 2 + ["CLIPEncoderLayer"] * 2
+    assert names(division(*trained, of_text)) == ["LlamaDecoderLayer"] * 2
 
 
 def test_blocks_without_trained_parameters_are_not(llava):
     with pytest.raises(ValueError, match=r"train\.shard: no block of the network has frozen weights beside trained"):
-        division(llava(connector={}), of_text)
+        division(*llava(connector={}), of_text)
 
 
-def test_inner_blocks_come_first(tiny):
-    config = ImageAdapterConfig.model_validate({"rank": 2, "parts": ["unet.attn"]})
+def test_the_main_network_of_pictures_is_divided(tiny):
+    config = ImageAdapterConfig.model_validate({"rank": 2, "parts": ["unet.attn", "text_encoder.attn"]})
     trained = adapt(tiny.adaptable, tiny.target_maps, config, seed=0, backend="torch")
-    paths = {module: path for path, module in tiny.unet.named_modules()}
-    found = [paths[block] for block in division(trained).blocks]
-    outer = next(path for path in found if path == "up_blocks.0")
-    inner = [path for path in found if path.startswith(f"{outer}.")]
-    assert inner
-    assert max(map(found.index, inner)) < found.index(outer)
+    found = division(trained, tiny.target_maps)
+    assert found.network is tiny.unet
+    assert set(names(found)) == {"BasicTransformerBlock"}
 
 
 def test_each_process_holds_its_part_and_what_it_has_gathered(llava):
     trained = llava(**{"text.attn": {}})
-    found = division(trained, of_text)
+    found = division(*trained, of_text)
     frozen = [p for p in found.network.parameters() if p not in found.trained]
     block = sum(p.numel() for p in found.blocks[0].parameters() if p not in found.trained)
     divided, gathered = found.sizes({})

@@ -1,5 +1,7 @@
 """Which parameters decay, which form a group, what options there are, and where the result of a training is."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.models.families import Structure
 from dora_mm.targets import find
+from dora_mm.train import optim
 from dora_mm.train.optim import OPTIMIZERS, averaged_point, build_optimizer, check_device
 from dora_mm.train.weights import result_of, swapped
 from tests.models.vl_bart.small import small_vl_bart
@@ -125,12 +128,29 @@ def test_options_reach_the_optimizer():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_those_of_8_bits_are_refused_without_a_gpu(name):
     config = OptimizerConfig(name=name, lr=1.0)
-    check_device(config, torch.device("cuda"))
     if name.endswith("8bit"):
         with pytest.raises(ValueError, match=f"optimizer.name {name} steps on a GPU only"):
             check_device(config, torch.device("cpu"))
     else:
         check_device(config, torch.device("cpu"))
+
+
+def test_those_of_8_bits_are_refused_on_a_gpu_that_bitsandbytes_does_not_run_on(monkeypatch):
+    """`meta` stands for the GPU; a package that is not there is named by `build_optimizer`."""
+
+    class Broken(torch.optim.AdamW):
+        def step(self):
+            raise RuntimeError("no kernel image is available\nand more")
+
+    config, device = OptimizerConfig(name="adamw_8bit", lr=1.0), torch.device("meta")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ValueError, match="needs the package bitsandbytes: pip install"):
+            check_device(config, device)
+    monkeypatch.setattr(optim, "_imported", lambda kind: Broken)
+    with pytest.raises(ValueError, match=r"does not run on this GPU \(no kernel image is available\): choose"):
+        check_device(config, device)
+    monkeypatch.setattr(optim, "_imported", lambda kind: torch.optim.AdamW)
+    check_device(config, device)
 
 
 def test_the_result_of_a_schedule_free_training_is_beside_it():

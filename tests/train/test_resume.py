@@ -13,6 +13,7 @@ from torch import nn
 
 from dora_mm.cli import user_message
 from dora_mm.config.training import OptimizerConfig
+from dora_mm.train import optim
 from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
 from dora_mm.train.metrics import TrainingProgress, read_metrics
@@ -29,6 +30,10 @@ OPTIMIZERS = {
     "schedule_free": {"lr": 0.05},
     "prodigy": {"lr": 1.0, "betas": [0.9, 0.99]},
 }
+
+
+def test_all_that_need_no_gpu_are_resumed_here():
+    assert OPTIMIZERS.keys() == {name for name, kind in optim.OPTIMIZERS.items() if not kind.needs_gpu}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

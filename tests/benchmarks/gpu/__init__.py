@@ -75,6 +75,7 @@ class Entry:
 
 ENTRIES = (
     Entry("trial", ("torch",), 30, work_of("gpu.trial")),
+    Entry("optimizers", ("torch", "pydantic", "safetensors", "accelerate"), 30, work_of("gpu.optimizers")),
     Entry("block", ("torch",), 90, work_of("gpu.block")),
     Entry("products", ("torch", "triton"), 40, work_of("bench_products")),
     Entry("layers", ("torch",), 60, work_of("gpu.layers")),
@@ -82,6 +83,7 @@ ENTRIES = (
     Entry("tests", ("torch", "triton", "pytest"), 240, gpu_tests),
     Entry("compiled", ("torch",), 240, work_of("gpu.block", "run_compiled")),
     Entry("unet", ("torch", "diffusers"), 180, work_of("gpu.models", "run_unet")),
+    Entry("regional", ("torch", "diffusers", "pydantic"), 120, work_of("gpu.models", "run_regional")),
     Entry("z_image", ("torch", "diffusers"), 120, work_of("gpu.models", "run_z_image")),
 )
 PACKAGES = ("torch", "triton", "peft", "pytest", "diffusers")

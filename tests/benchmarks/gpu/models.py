@@ -9,17 +9,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
-from dora_mm.core import fixed_parameters
-from tests.benchmarks.contenders import Model, contending_layers, fixed_bases, set_layers, trained
+from dora_mm import backend
+from dora_mm import targets as maps
+from dora_mm.adapting import compiled
+from dora_mm.core import DoRASpec, adapter_parameters, fixed_parameters, inject
+from tests.benchmarks.contenders import Model, can_compile, contending_layers, fixed_bases, set_layers, trained
 from tests.benchmarks.full_size import FULL_SIZE, SMALL_SIZE, random_unet
 from tests.benchmarks.gpu.layers import PEAK, STEP, WARM_UP
-from tests.benchmarks.gpu.run import Run, compared, report
+from tests.benchmarks.gpu.run import Run, compared, report, show
 from tests.benchmarks.timing import alternate, peak_bytes, seconds_of
 
+RANK = 16
 ADAPTED = ("PEFT LoRA", "PEFT DoRA", "our LoRA", "our DoRA")
 # Z-Image's transformer, where it differs from the defaults of diffusers' class, which are those of the published model.
 Z_IMAGE_TINY: dict[str, Any] = {
@@ -67,6 +72,47 @@ def z_image_transformer(
         text, time = torch.randn(64, network.config.cap_feat_dim, dtype=dtype), torch.full((1,), 0.5)
     network.train().enable_gradient_checkpointing()
     return network, lambda: network([image], time, [text], return_dict=False)[0][0].float().square().mean()
+
+
+def run_regional(run: Run) -> None:
+    """Measures a step of the UNet with its blocks compiled, as `train.compile` does, in turns with one without."""
+    if not run.dry and not can_compile(run.device):
+        run.leave_out("all of it: torch.compile does not work here")
+        return
+    side, size = (64, SMALL_SIZE) if run.dry else (1024, FULL_SIZE)
+    compiler = {"backend": run.compiler} if run.dry else compiled.COMPILER
+    for contender, method in () if run.backend is None else (("our DoRA", "dora"), ("our LoRA", "lora")):
+        case = f"SDXL UNet, {side} px, regional"
+        if run.is_cut(f"{contender}, {case}"):
+            continue
+        with run.trying(contender, case), contextlib.ExitStack() as stack:
+            trainees = {}
+            for name in (contender, f"{contender}, compiled"):
+                trainees[name] = injected_unet(run, side, size, method)
+                if name != contender:
+                    stack.enter_context(mock.patch.object(compiled, "COMPILER", compiler))
+                    compiled.compile_blocks({"unet": trainees[name].network}, {"unet": maps.find("sdxl-unet")})
+                stack.enter_context(fixed_parameters(trainees[name].network, base_only=True))
+            losses = [trainee.loss().item() for trainee in trainees.values()]  # the second one compiles here
+            if abs(losses[1] - losses[0]) > 0.01 * losses[0]:
+                run.fail(f"{contender}: the loss of compiled blocks is {losses[1]:.5f}, without it is {losses[0]:.5f}")
+            for trainee in trainees.values():
+                for _ in range(run.rounds(WARM_UP)):
+                    trainee.step(seconds_of, run.device)
+            steps = {name: partial(each.step, seconds_of, run.device) for name, each in trainees.items()}
+            rows = compared(alternate(steps, run.rounds(9), int, run.is_late), case, RANK, STEP, run.dtype)
+            run.save(rows)
+            show(rows)
+
+
+def injected_unet(run: Run, side: int, size: dict[str, Any], method: Any) -> "Trainee":
+    """The UNet with our adapters in its attention."""
+    torch.manual_seed(0)
+    network, loss = random_unet(run.device, run.dtype, side=side, checkpointing=False, size=size)
+    forward = backend.select(run.backend or "torch")
+    inject(network, maps.find("sdxl-unet").select(), DoRASpec(RANK, RANK, method=method), forward=forward)
+    parameters = list(adapter_parameters(network.train()).values())
+    return Trainee(network, loss, {}, torch.optim.AdamW(parameters, lr=1e-4, fused=run.device.type == "cuda"), 1)
 
 
 @dataclass
