@@ -1,5 +1,6 @@
 """FSDP2: a sharded model trains, merges and is saved as an unsharded one is. Two processes, gloo, no GPU."""
 
+import importlib
 import itertools
 from functools import partial
 
@@ -169,6 +170,53 @@ def _divides_what_is_frozen(rank, folder):
 
 def test_what_is_trained_stays_whole(in_two_processes, tmp_path):
     in_two_processes(_divides_what_is_frozen, str(tmp_path))
+
+
+class Quantized(nn.Module):
+    """A block of bitsandbytes' layers, of which one is adapted; its norm is float32."""
+
+    def __init__(self, kind):
+        super().__init__()
+        layers = importlib.import_module("bitsandbytes.nn")
+        torch.manual_seed(0)
+        for name in ("first", "second"):
+            layer = layers.Linear4bit(64, 64, quant_type=kind, compute_dtype=torch.float32)
+            setattr(self, name, layer.to("cpu"))
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x):
+        return self.second(self.first(self.norm(x)).relu())
+
+
+def quantized(kind):
+    model = nn.Sequential(Quantized(kind).requires_grad_(False))
+    inject(model, ["first"], DoRASpec(rank=4, cache="norms"))
+    reference.randomize(model[0].first, seed=0)
+    return model
+
+
+def _divides_4_bits(rank, kind):
+    whole, model = quantized(kind), quantized(kind)
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    shard_frozen(model, [model[0]], adapter_parameters(model).values(), torch.device("cpu"))
+    assert model[0].first.weight.to_local().numel() == 64 * 64 // 4
+    for _ in range(2):
+        y, expected = model(x), whole(x)
+        y.square().mean().backward()
+        expected.square().mean().backward()
+    assert reference.relative_error(y, expected) < 1e-6
+    found = gradients(model)
+    for name, grad in gradients(whole).items():
+        assert reference.relative_error(found[name], grad) < 1e-6, name
+    with torch.no_grad(), fixed_parameters(model.eval()):
+        for _ in range(2):
+            assert reference.relative_error(model(x), expected) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_of_4_bits_are_divided(in_two_processes, kind):
+    pytest.importorskip("bitsandbytes")
+    in_two_processes(_divides_4_bits, kind)
 
 
 def _refuses_to_inject(rank):
