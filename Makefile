@@ -31,7 +31,8 @@ test: $(READY)  ## two workers, a thread each: faster than two threads for model
 test-slow: $(READY)  ## with quantised bases, from a folder of their own: peft and diffusers import them wherever they are
 	$(BIN)/python -m pytest -m slow -s
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/quant "bitsandbytes>=0.46" "torchao>=0.14"
-	PYTHONPATH=build/quant $(BIN)/python -m pytest tests/core/wrappers/test_quantized.py tests/models/vlm/test_quantized.py
+	PYTHONPATH=build/quant $(BIN)/python -m pytest tests/core/wrappers/test_quantized.py \
+		tests/core/wrappers/test_sharded.py tests/models/vlm/test_quantized.py
 
 test-oldest:  ## with the oldest releases that pyproject.toml admits, torch 2.6 among them: 6 GB in build/oldest
 	@test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest

@@ -1,7 +1,6 @@
 """Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
 import contextlib
-import json
 import logging
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -18,16 +17,16 @@ import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
+from dora_mm.adapting.files import about_image_adapter, save_image_adapter
 from dora_mm.adapting.initial import initial_identity, load_initial_file
 from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.parts import check_names
+from dora_mm.adapting.sharding import division
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import identity_of, load_if_local, load_image_model
-from dora_mm.models.opening import commit_of
 from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
@@ -40,7 +39,7 @@ from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, check_device
-from dora_mm.train.processes import join_processes
+from dora_mm.train.processes import answering, check_can_shard, join_processes, takes_part
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
 from dora_mm.train.validation import OVERALL, Validation
@@ -76,9 +75,10 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         print(describe(config, images, held, accelerator))
         return
     check_device(config.optimizer, accelerator.device)
+    check_can_shard(accelerator, config.train)
     if config.train.compile:
         check_compiler(accelerator.device)
-    model = load_image_model(config.model).to(accelerator.device)
+    model = load_image_model(config.model).to(accelerator.device, denoiser=not config.train.shard)
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
@@ -89,53 +89,87 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     losses = fixed_losses(config, task, batches, held, accelerator) if held else None
     sampler = encode(config, model, batches, losses)
     trained = adapt(model, config)
+    if config.train.shard:
+        division(trained, model.target_maps).apply(accelerator.device)
     log.info("%s", trained)
-    training, adapted = build(config, model, trained, task, accelerator), trained.adapted
+    training = build(config, model, trained, task, accelerator)
     if config.train.compile:
         compile_blocks(trained.networks, model.target_maps)
     move_vae(model, config)
-    result = result_of(training["optimizer"])
-    average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
-    draw = result(partial(draw_sheet, config, sampler, adapted)) if accelerator.is_main_process else None
-    about = about_adapter(config, model)
-
-    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
-    inputs |= initial_identity(config.adapter)
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)} | initial_identity(
+        config.adapter
+    )
     inputs |= {"the held-out pictures": digest_of(held)} if held else {}
     with training_run(accelerator, config, inputs, resume, config.train) as run:
-        write = result(partial(save, config, adapted, about=about))
-        measure = result(partial(losses, list(adapted.values()))) if losses else None
-        writes = accelerator.is_main_process
-        validate = held_out_loss(config, run, measure, adapted, write, average, writes=writes) if measure else None
+        train(config, run, trained.adapted, training, batches, sampler, losses)
 
-        def observe(step: int) -> None:
-            if validate and validate.is_due(step, config.train.steps):
-                log_losses(step, validate(step))
-            if draw is None:
-                return
-            due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
-            with run.answering(SAMPLE_NOW) as asked:
-                if due or asked:
-                    draw(run.samples / f"step-{step:06d}.png")
-                    if average and step:
-                        average.applied()(draw)(run.samples / f"step-{step:06d}-ema.png")
 
-        if config.sample.every and not last_step(run.checkpoints):
-            observe(0)  # so that what goes wrong in drawing does so before the training
-        is_over = validate.is_over if validate else lambda: False
-        hooks = {"observe": observe, "after_step": average.update if average else None, "is_over": is_over}
-        state = {EMA: average} if average else {}
-        done = fit(run=run, **training, batch_at=batches, **hooks, state=state, metadata=about)
-        if validate:
-            log_losses(done, validate(done))
-            validate.close()
-        if draw:
-            write(run.adapter)
-            add_pictures(config, run.adapter, draw(run.sheet))
-            if average:
-                average.applied()(write)(run.adapter_ema)
-                add_pictures(config, run.adapter_ema, average.applied()(draw)(run.sheet_ema))
-            write_results(config, run, training["parameters"], done, validate)
+def train(
+    config: TrainDiffusionConfig,
+    run: RunDirectory,
+    adapted: Networks,
+    training: dict[str, Any],
+    batches: CaptionedBatches,
+    sampler: PictureSampler,
+    losses: PictureLosses | None,
+) -> None:
+    """Trains, validates, draws and saves, in a run directory that is open."""
+    accelerator, result = training["accelerator"], result_of(training["optimizer"])
+    joins, writes = takes_part(accelerator, config.train), accelerator.is_main_process
+    average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
+    draw = result(partial(draw_sheet, config, sampler, adapted, writes=writes))
+    about = about_image_adapter(config, sampler.model)
+    write = result(partial(save_image_adapter, config, adapted, about))
+    measure = result(partial(losses, list(adapted.values()))) if losses else None
+    saves = write if joins else None
+    validate = held_out_loss(config, run, measure, adapted, saves, average, writes=writes) if measure else None
+
+    def observe(step: int) -> None:
+        if validate and validate.is_due(step, config.train.steps):
+            log_losses(step, validate(step))
+        if not joins:
+            return
+        due = config.sample.every and step % config.sample.every == 0 and step < config.train.steps
+        with answering(accelerator, config.train, run, SAMPLE_NOW) as asked:
+            if due or asked:
+                draw(run.samples / f"step-{step:06d}.png")
+                if average and step:
+                    average.applied()(draw)(run.samples / f"step-{step:06d}-ema.png")
+
+    if config.sample.every and not last_step(run.checkpoints):
+        observe(0)  # so that what goes wrong in drawing does so before the training
+    is_over = validate.is_over if validate else lambda: False
+    hooks = {"observe": observe, "after_step": average.update if average else None, "is_over": is_over}
+    state = {EMA: average} if average else {}
+    done = fit(run=run, **training, batch_at=batches, **hooks, state=state, metadata=about)
+    if validate:
+        log_losses(done, validate(done))
+        validate.close()
+    if joins:
+        finish(config, run, write, draw, average, writes=writes)
+    if writes:
+        write_results(config, run, training["parameters"], done, validate)
+
+
+def finish(
+    config: TrainDiffusionConfig,
+    run: RunDirectory,
+    write: Callable[[Path], None],
+    draw: Callable[[Path], list[Image.Image]],
+    average: WeightAverage | None,
+    *,
+    writes: bool,
+) -> None:
+    """Saves the adapter and its sheet, and those of the average."""
+    results = [(write, draw, run.adapter, run.sheet)]
+    if average:
+        applied = average.applied()
+        results.append((applied(write), applied(draw), run.adapter_ema, run.sheet_ema))
+    for write_one, draw_one, adapter, sheet in results:
+        write_one(adapter)
+        pictures = draw_one(sheet)
+        if writes:
+            add_pictures(config, adapter, pictures)
 
 
 def batches_of(
@@ -176,7 +210,7 @@ def held_out_loss(
     run: RunDirectory,
     measure: Callable[[], dict[str, float]],
     adapted: Networks,
-    write: Callable[[Path], None],
+    saves: Callable[[Path], None] | None,
     average: WeightAverage | None,
     *,
     writes: bool,
@@ -188,7 +222,7 @@ def held_out_loss(
         return found | {f"{name}_minus_base": value - base[name] for name, value in found.items()}
 
     done, values = last_step(run.checkpoints), average.measured(beside_base) if average else beside_base
-    validation = Validation(run, config.evaluate, values, by_held_out_loss, write, done, writes=writes)
+    validation = Validation(run, config.evaluate, values, by_held_out_loss, saves, done, writes=writes)
     if not validation.rows:
         with base_model(config, adapted.values()):
             validation.note(0, measure())
@@ -269,8 +303,9 @@ def describe(
     data = describe_data(images, config, model, accelerator.num_processes, held)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
-    batches = batches_of(config, model.to(accelerator.device), images, accelerator)
-    if is_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()]):
+    shard = config.train.shard
+    batches = batches_of(config, model if shard else model.to(accelerator.device), images, accelerator)
+    if not shard and is_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()]):
         with torch.no_grad():
             batches(0)  # the only batch that is measured
     if not batches.prompts.trained:
@@ -280,7 +315,9 @@ def describe(
     task = DiffusionTask(model, config.loss)
     training = build(config, model, trained, task, accelerator) | {"batch_at": batches}
     move_vae(model, config)
-    cost = describe_training(model.networks, config.optimizer, training, ema=config.ema is not None)
+    divided = division(trained, model.target_maps) if shard else None
+    ema = config.ema is not None
+    cost = describe_training(model.networks, config.optimizer, training, ema=ema, division=divided)
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
     if config.train.compile:
         how += f"\n{compiled_line(trained.networks, model.target_maps)}"
@@ -309,9 +346,9 @@ def set_training(adapted: Networks, training: bool) -> None:
 
 
 def draw_sheet(
-    config: TrainDiffusionConfig, sampler: PictureSampler, adapted: Networks, path: Path
+    config: TrainDiffusionConfig, sampler: PictureSampler, adapted: Networks, path: Path, *, writes: bool
 ) -> list[Image.Image]:
-    """Draws the prompts of the config without and with the adapter, with the same seeds, and saves the sheet.
+    """Draws the prompts of the config without and with the adapter, with the same seeds; saves the sheet if it writes.
 
     Returns:
         The adapter's picture of each prompt.
@@ -323,33 +360,11 @@ def draw_sheet(
     trains_text = config.adapter.trains_text_encoders  # then prompts are encoded anew for each sheet
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
     sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
-    save_atomically(path, sheet)
+    if writes:
+        save_atomically(path, sheet)
     move_vae(model, config)
     set_training(adapted, True)
     return pictures
-
-
-def about_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict[str, str]:
-    """What the headers of adapter files say: the base model, and how the adapter was trained."""
-    base = {
-        "base_model": config.model.path,
-        "base_revision": commit_of(resolve_model(config.model.path), config.model.revision),
-        "base_vae": config.model.vae,
-        "base_dtype": config.model.dtype,
-        "base_settings": json.dumps(settings) if (settings := config.model.settings_of_pictures()) else None,
-    }
-    return {
-        **{key: value for key, value in base.items() if value},
-        "placeholder": config.data.placeholder or "",
-        "instance_prompt": config.data.instance_prompt or config.data.placeholder or "",
-        "unconditional": model.unconditional,  # the empty prompt in training: the zero embedding, or ""
-        "config": dump_config(config),
-    }
-
-
-def save(config: TrainDiffusionConfig, adapted: Networks, folder: Path, about: dict[str, str]) -> None:
-    settings = {"metadata": about, "strength": config.adapter.strength}
-    dora_mm.save_adapter(adapted, folder, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
 
 def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Image.Image]) -> None:

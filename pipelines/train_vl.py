@@ -2,14 +2,13 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from dora_mm import formats
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
@@ -17,12 +16,13 @@ from dora_mm.adapting.files import save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
+from dora_mm.adapting.sharding import Division, division
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.vl import TrainVLConfig
-from dora_mm.data.vl.example import Predictions
+from dora_mm.data.vl.example import Answer
 from dora_mm.data.vl.needed import data_needed
 from dora_mm.data.vl.rows import OnBadData
-from dora_mm.data.vl.splits import TrainingSet, open_training, open_validation
+from dora_mm.data.vl.splits import TrainingSet, ValidationSet, open_training, open_validation
 from dora_mm.eval.vl.metrics import report, score_all
 from dora_mm.eval.vl.scores import VLScores
 from dora_mm.models.families import Structure, load_family, load_if_here, pinned, structure_of
@@ -33,8 +33,8 @@ from dora_mm.preview.lengths import row_lines
 from dora_mm.preview.parts import about_derived, parts_table
 from dora_mm.preview.questions import DataPreview, batch_of, present_splits, preview_data
 from dora_mm.preview.training import (
+    SHARDED,
     TOO_SLOW,
-    StepCost,
     is_measured,
     length_line,
     measure_accumulated,
@@ -44,7 +44,7 @@ from dora_mm.preview.training import (
     time_line,
     when,
 )
-from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
+from dora_mm.preview.vl_memory import estimated_cost, network_parts
 from dora_mm.sampling.answers import answer_all, save_answers
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.vl import VLBatches, answerers
@@ -54,10 +54,10 @@ from dora_mm.train.loop import fit
 from dora_mm.train.metrics import read_metrics
 from dora_mm.train.optim import build_optimizer, check_device, with_steps
 from dora_mm.train.prefetch import Prefetcher
-from dora_mm.train.processes import join_processes, main_process_first
+from dora_mm.train.processes import answering, check_can_shard, join_processes, main_process_first, takes_part
 from dora_mm.train.run import training_run, training_summary, write_summary
 from dora_mm.train.schedule import Schedule
-from dora_mm.train.validation import LOSS, Validation, main_values, other_values, task_qualities
+from dora_mm.train.validation import LOSS, SplitScores, Validation, main_values, task_qualities
 from dora_mm.train.weights import EMA, WeightAverage, result_of
 from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
@@ -88,87 +88,151 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
     unused = not config.model.uses_all_parameters
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     check_device(config.optimizer, accelerator.device)
+    check_can_shard(accelerator, config.train)
     if config.train.compile:
         check_compiler(accelerator.device)
     config = config.model_copy(update={"model": pinned(config.model)})  # a resumed run reads what this one has read
-    model = load_family(
-        config.model,
-        config.vision,
-        seed=config.seed,
-        trained_tower=bool(config.adapter.vision_parts),
-        device=accelerator.device,
-    )
-    model.check(task.task for task in config.data.all_tasks)
+    model = load(config, accelerator)
     with main_process_first(accelerator):  # it writes the tables that the others open
         training = open_training(config.data, config.train.batch_size, model)
         rows = row_lines(model, training)
         splits = open_validation(config.data, config.evaluate, model, answered=True)
     for remark in slow_hardware(accelerator, model.networks.values()):
         log.warning("%s", remark)
-    identity = dict(model.identity)
     answers = answerers(model, splits, config.evaluate)
+    trained = prepare(config, model, accelerator)
+    if accelerator.is_main_process:
+        log.info("%s", rows)
+    process = (accelerator.process_index, accelerator.num_processes)
+    batches = batches_of(config, model, training, config.data.on_bad_data, process)
+    parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
+    if config.train.compile:
+        compile_blocks(trained.networks, model.target_maps)
+    inputs = inputs_of(config, model, training)
+    scoring = scoring_of(config, model, accelerator, training, splits, answers, result_of(parts["optimizer"]))
+    with training_run(accelerator, config, inputs, resume, parts["config"]) as run:
+        train(config, run, model, trained, accelerator, batches, parts, splits, scoring)
+
+
+def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
+    """Loads the model.
+
+    Raises:
+        ValueError: It cannot be loaded, sharded as the config wants it, or do a task.
+    """
+    # What is divided does not fit on one device. Quantised weights cannot move.
+    device = "cpu" if config.train.shard and not config.model.quantization else accelerator.device
+    tower = bool(config.adapter.vision_parts)
+    model = load_family(config.model, config.vision, seed=config.seed, trained_tower=tower, device=device)
+    model.check(task.task for task in config.data.all_tasks)
+    if config.train.shard and (why := model.why_not_in_step):
+        raise ValueError(f"train.shard: {why}, and the processes have to gather a block at the same time: leave it out")
+    return model
+
+
+def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> TrainedNetworks:
+    """Adapts the model, loads `init_from`, and divides the model among the processes where the config wants that."""
     trained = adapt_networks(model, config)
     if config.adapter.init_from:
-        load_initial_folder(trained, config.adapter, identity)
+        load_initial_folder(trained, config.adapter, dict(model.identity))
+    if config.train.shard:
+        division_of(config, model, trained).apply(accelerator.device)
     for name, injected in trained.reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
     log.info("%s", trained.share)
-    if accelerator.is_main_process:
-        log.info("%s", rows)
+    return trained
 
-    process = (accelerator.process_index, accelerator.num_processes)
-    on_bad_data = config.data.on_bad_data
-    batches = batches_of(config, model, training, on_bad_data, process)
-    parts = build(config, model, trained, accelerator, batches.steps_per_epoch)
-    train = parts["config"]
-    if train.compile:
-        compile_blocks(trained.networks, model.target_maps)
-    inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | identity
+
+def division_of(config: TrainVLConfig, model: VLModel | Structure, trained: TrainedNetworks) -> Division:
+    """How the model is divided: a batch without images does not reach a tower, and what else reads its tokens."""
+    every = config.model.uses_all_parameters
+    return division(trained, model.target_maps, lambda part: every or part.startswith("text."))
+
+
+def inputs_of(config: TrainVLConfig, model: VLModel, training: Mapping[str, TrainingSet]) -> dict[str, str]:
+    """Digests of all that the config refers to, by a description of each."""
+    inputs = {f"the data of {name}": found.table.identity for name, found in training.items()} | dict(model.identity)
     inputs |= settings_identity(resolve_model(config.model.path), config.model.revision)
-    inputs |= initial_identity(config.adapter)
-    result = result_of(parts["optimizer"])
-    write = result(partial(save_trained, trained, config, identity))
-    settings = {"limit": config.evaluate.limit, "process": process}
-    losses = RowLosses(model, splits, training, on_bad_data=on_bad_data, precision=accelerator.autocast, **settings)
-    answered = (answers, model.networks.values(), splits, config.evaluate.batch_size)
-    scoring = SplitScores(accelerator, result(partial(answer_all, *answered, **settings)), result(losses))
+    return inputs | initial_identity(config.adapter)
+
+
+def scoring_of(
+    config: TrainVLConfig,
+    model: VLModel,
+    accelerator: Accelerator,
+    training: Mapping[str, TrainingSet],
+    splits: Mapping[str, ValidationSet],
+    answers: Mapping[str, Answer],
+    result: Callable[[Any], Any],
+) -> SplitScores:
+    """What measures the result of a training, so far, on the validation splits."""
+    process = (accelerator.process_index, accelerator.num_processes)
+    limit = config.evaluate.limit
+    settings: dict[str, Any] = {"on_bad_data": config.data.on_bad_data, "precision": accelerator.autocast}
+    losses = RowLosses(model, splits, training, **settings, limit=limit, process=process)
+    asked = (answers, model.networks.values(), splits, config.evaluate.batch_size)
+    # Where the model is sharded, all give all answers: how many passes one takes depends on its length.
+    answer = partial(answer_all, *asked, limit=limit, process=(0, 1) if config.train.shard else process)
+    save = result(lambda file: save_answers(file, *asked))
+    return SplitScores(accelerator, result(answer), partial(score_all, meteor=False), result(losses), save)
+
+
+def train(
+    config: TrainVLConfig,
+    run: RunDirectory,
+    model: VLModel,
+    trained: TrainedNetworks,
+    accelerator: Accelerator,
+    batches: VLBatches,
+    parts: Mapping[str, Any],
+    splits: Collection[str],
+    scoring: SplitScores,
+) -> None:
+    """Trains, validates and saves, in a run directory that is open."""
+    write = result_of(parts["optimizer"])(partial(save_trained, trained, config, dict(model.identity)))
     average = WeightAverage(parts["parameters"], config.ema.decay) if config.ema else None
     measure = average.measured(scoring) if average else scoring
     qualities = partial(task_qualities, {name: by_loss(config.evaluate, name) for name in splits})
-    with training_run(accelerator, config, inputs, resume, train) as run:
-        done = last_step(run.checkpoints)
-        main_process = accelerator.is_main_process
-        validate = Validation(run, config.evaluate, measure, qualities, write, done, writes=main_process)
+    main_process, joins = accelerator.is_main_process, takes_part(accelerator, config.train)
+    resumed = last_step(run.checkpoints)
+    validate = Validation(
+        run, config.evaluate, measure, qualities, write if joins else None, resumed, writes=main_process
+    )
 
-        def observe(step: int) -> None:
-            if main_process:
-                with run.answering(SAMPLE_NOW) as asked:
-                    if asked:
-                        result(save_answers)(run.samples / f"step-{step:06d}.jsonl", *answered)
-            if validate.is_due(step, train.steps):
-                log_scores(step, validate(step))
+    def observe(step: int) -> None:
+        if joins:
+            with answering(accelerator, config.train, run, SAMPLE_NOW) as asked:
+                if asked:
+                    scoring.save_answers(run.samples / f"step-{step:06d}.jsonl" if main_process else None)
+        if validate.is_due(step, parts["config"].steps):
+            log_scores(step, validate(step))
 
-        with Prefetcher(batches, enabled=model.prepares_batches) as batch_at:
-            done = fit(
-                run=run,
-                **parts,
-                batch_at=batch_at,
-                state={"row counts": model.counts} | ({EMA: average} if average else {}),
-                after_step=average.update if average else None,
-                observe=observe,
-                is_over=validate.is_over,
-            )
-        numbers = torch.tensor([model.counts.num_cut, model.counts.num_left_out], device=accelerator.device)
-        counts: Any = accelerator.reduce(numbers, "sum")
-        if main_process:
-            write(run.adapter)
-            if average:
-                average.applied()(write)(run.adapter_ema)
-        details = {"peak_memory_mb": round(peak_memory_mb())}  # of the training, without the last validation
-        details |= dict(zip(("rows_cut", "rows_left_out"), counts.tolist(), strict=True))
-        validate(done)
-        if main_process:
-            finish(config, run, trained, validate, scoring.scores, details)
+    with Prefetcher(batches, enabled=model.prepares_batches) as batch_at:
+        done = fit(
+            run=run,
+            **parts,
+            batch_at=batch_at,
+            state={"row counts": model.counts} | ({EMA: average} if average else {}),
+            after_step=average.update if average else None,
+            observe=observe,
+            is_over=validate.is_over,
+        )
+    details = {"peak_memory_mb": round(peak_memory_mb())}  # of the training, without the last validation
+    details |= counted_rows(model, accelerator)
+    if joins:
+        write(run.adapter)
+        if average:
+            average.applied()(write)(run.adapter_ema)
+    validate(done)
+    if main_process:
+        finish(config, run, trained, validate, scoring.scores, details)
+
+
+def counted_rows(model: VLModel, accelerator: Accelerator) -> dict[str, int]:
+    """The rows of all processes that were not learned as they are."""
+    numbers = torch.tensor([model.counts.num_cut, model.counts.num_left_out], device=accelerator.device)
+    counts: Any = accelerator.reduce(numbers, "sum")
+    return dict(zip(("rows_cut", "rows_left_out"), counts.tolist(), strict=True))
 
 
 def batches_of(
@@ -210,35 +274,6 @@ def build(
         "schedule": schedule,
         "loss": model.loss,
     }
-
-
-class SplitScores:
-    """Measures the model on the validation splits: all processes share the answers, and the main one scores them.
-
-    Args:
-        accelerator: Knows the processes.
-        answer: Answers the rows of the splits.
-        losses: Computes their losses.
-
-    Attributes:
-        scores: Those of the last call, in the main process.
-    """
-
-    def __init__(
-        self, accelerator: Accelerator, answer: Callable[[], dict[str, Predictions]], losses: Callable[[], dict]
-    ):
-        self.accelerator, self.answer, self.losses = accelerator, answer, losses
-        self.scores: dict[str, VLScores] = {}
-
-    def __call__(self) -> dict[str, float]:
-        """The values of all metrics, and the loss of each task."""
-        found, losses = self.answer(), self.losses()
-        values: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            self.scores = score_all(found, meteor=False)
-            named = {f"{name}/{LOSS}": value for name, value in losses.items()}
-            values = [main_values(self.scores) | other_values(self.scores) | named]
-        return broadcast_object_list(values)[0]
 
 
 def log_scores(step: int, values: Mapping[str, float]) -> None:
@@ -320,6 +355,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
     yield from data.sections
     num_tokens = data.largest.num_tokens if data.largest else 1
     why_not = None if is_measured(accelerator, trained.networks.values(), num_tokens) else TOO_SLOW
+    why_not = SHARDED if config.train.shard else why_not
     if model is None or len(data.sets) < len(config.data.all_tasks):
         why_not = "not all training data can be read"
     else:
@@ -340,7 +376,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         except torch.OutOfMemoryError:
             why_not = "a step does not fit into the memory of this GPU"
     if why_not:
-        yield estimated_cost(config, accelerator, structure, trained, data)
+        division = division_of(config, structure, trained) if config.train.shard else None
+        yield estimated_cost(config, accelerator, structure, trained, data, division)
         yield f"time      not measured: {why_not}"
     yield from slow_hardware(accelerator, trained.networks.values())
     if data.problems:
@@ -357,25 +394,3 @@ def measured_cost(config: TrainVLConfig, accelerator: Accelerator, model: VLMode
     ema = config.ema is not None
     memory = memory_table(network_parts(model.networks), trained.parameters, config.optimizer, cost, ema=ema)
     return f"{memory}\n\n{time_line(cost, parts['config'].steps, 'validation')}"
-
-
-def estimated_cost(
-    config: TrainVLConfig, accelerator: Accelerator, structure: Structure, trained: TrainedNetworks, data: DataPreview
-) -> str:
-    """Memory of a training, from the sizes of its networks, and of its longest rows where those are known."""
-    network, targets = structure.networks[MODEL], structure.target_maps[MODEL]
-    cost = None
-    if data.largest:
-        half = config.train.mixed_precision != "no"
-        activations = estimated_activations(
-            network,
-            targets,
-            trained.reports.get(MODEL),
-            data.largest,
-            2 if half else 4,
-            config.train.gradient_checkpointing,
-        )
-        cost = StepCost(None, activations, f"an estimate by the sizes of its layers, for {data.largest}")
-    stored = quantized_bytes(network, config.model.quantization)
-    details: dict[str, Any] = {"stored": stored, "place": accelerator.device.type, "ema": config.ema is not None}
-    return memory_table(network_parts(structure.networks), trained.parameters, config.optimizer, cost, **details)

@@ -4,16 +4,21 @@ Models that are not here are tiny ones with random weights, data are made in the
 steps, sizes and rows (tests/documented). Nothing else differs from what the documents say.
 """
 
+import os
 import shlex
+import socket
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from dora_mm.cli import main
+from dora_mm.config import load_config
 from dora_mm.train.campaigns import subprocesses
 from tests.documented.checkout import Checkout
+from tests.documented.cuts import cuts
 from tests.documented.texts import DOCS, ROOT, commands, configs, head_commands, is_synopsis, text_of
 
 FAMILIES = sorted({path.parent.name for path in configs()})
@@ -60,3 +65,27 @@ def test_heads_of_configs(family: str, checkout, capfd):
     elsewhere = [arguments for document in DOCS for arguments in commands(text_of(document))]
     found = [arguments for head in heads for arguments in head_commands(head)]
     run_all([arguments for arguments in found if arguments not in elsewhere], checkout, capfd)
+
+
+@pytest.mark.slow
+def test_commands_of_several_processes(checkout):
+    """Those of torchrun, with one process on each of several machines, which are this one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    found = [given for given in commands(text_of(ROOT / "docs" / "scale.md"), "torchrun ") if "--resume" not in given]
+    groups = [[given] for given in found if "--nnodes" not in given] + [[g for g in found if "--nnodes" in g]]
+    assert len(groups) == 3
+    for group in groups:
+        started = [
+            subprocess.Popen(_launcher(given, port), env={**os.environ, "PYTHONPATH": str(ROOT)}) for given in group
+        ]
+        assert [process.wait(timeout=900) for process in started] == [0] * len(group), group
+
+
+def _launcher(given: list[str], port: str) -> list[str]:
+    given = [{"HOST": "localhost", "29500": port, "8": "1"}.get(argument, argument) for argument in given]
+    start = [sys.executable, "-m", "torch.distributed.run", *([] if "--nnodes" in given else ["--master-port", port])]
+    config, overrides = given[given.index("train") + 1], given[given.index("--set") + 1 :] if "--set" in given else []
+    small = cuts(load_config(config, overrides), lambda path: False)
+    return [*start, *given, "--set", *small]

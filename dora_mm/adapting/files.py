@@ -1,11 +1,13 @@
-"""The adapters of a model for questions on disk: one folder, with a subfolder for each further network."""
+"""The adapters of a model on disk; of one for questions a folder, with a subfolder for each further network."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
+from torch import nn
 from yaml import YAMLError
 
 import dora_mm
@@ -13,9 +15,12 @@ from dora_mm import backend as backends
 from dora_mm import formats
 from dora_mm.adapting.networks import TrainedNetworks, to_float32
 from dora_mm.adapting.parts import MODEL
-from dora_mm.config.loader import dump_config
+from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.loader import dump_config, resolve_model
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.formats.adapter_file import AdapterFile
+from dora_mm.models.diffusion import ImageModel
+from dora_mm.models.opening import commit_of
 from dora_mm.models.vl import VLModel
 from dora_mm.utils import yaml12
 from dora_mm.utils.digest import files_digest
@@ -41,6 +46,32 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, identity: Mapp
                 {component: network}, path, format=format, metadata=about, extra_parameters=names
             )
             formats.remove_other_formats(file)  # a resumed run may have saved another one before
+
+
+def about_image_adapter(config: TrainDiffusionConfig, model: ImageModel) -> dict[str, str]:
+    """What the headers of adapter files say: the base model, and how the adapter was trained."""
+    base = {
+        "base_model": config.model.path,
+        "base_revision": commit_of(resolve_model(config.model.path), config.model.revision),
+        "base_vae": config.model.vae,
+        "base_dtype": config.model.dtype,
+        "base_settings": json.dumps(settings) if (settings := config.model.settings_of_pictures()) else None,
+    }
+    return {
+        **{key: value for key, value in base.items() if value},
+        "placeholder": config.data.placeholder or "",
+        "instance_prompt": config.data.instance_prompt or config.data.placeholder or "",
+        "unconditional": model.unconditional,  # the empty prompt in training: the zero embedding, or ""
+        "config": dump_config(config),
+    }
+
+
+def save_image_adapter(
+    config: TrainDiffusionConfig, adapted: Mapping[str, nn.Module], about: Mapping[str, str], folder: Path
+) -> None:
+    """Saves what was trained of an image model: as diffusers does where that can hold it, else in our own form."""
+    settings = {"metadata": about, "strength": config.adapter.strength}
+    dora_mm.save_adapter(adapted, folder, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
 
 def files_in(folder: Path) -> dict[str, AdapterFile]:

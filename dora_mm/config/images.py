@@ -27,6 +27,7 @@ from dora_mm.config.training import (
     ScheduleConfig,
     TrainConfig,
     ValidationConfig,
+    check_sharding,
     check_training,
     check_validation,
 )
@@ -151,6 +152,7 @@ class TrainDiffusionConfig(PipelineConfig):
     def _sections_agree(self) -> "TrainDiffusionConfig":
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
+        problems += check_sharding(self.train, self.adapter.cache)
         problems += check_validation(self.evaluate, self.data.valid is not None, "data.valid is null")
         full = "full" in self.adapter.methods
         if full and self.model.dtype != "float32":

@@ -1,5 +1,6 @@
 """The config sections of a training: optimizer, schedule, length. See schema.py for the rules."""
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, field_validator
@@ -52,6 +53,8 @@ class TrainConfig(Section):
     checkpoint_every: Count = 0  # optimizer steps between checkpoints; 0: only at the end and on interruption
     keep_checkpoints: PositiveInt = 2  # how many of the newest checkpoints are kept; older ones are deleted
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
+    # Each of several processes keeps a part of the main network's frozen weights instead of all (docs/scale.md)
+    shard: bool = False
     # What shows the metrics beside metrics.jsonl; null: TensorBoard, where it is installed
     track: Items[Literal["tensorboard", "wandb", "trackio"]] | None = None
 
@@ -69,6 +72,13 @@ CHANGEABLE = (
     "train.gradient_checkpointing",
     "optimizer.lr",
 )
+
+
+# Quantised weights that torch does not divide: torch 2.13 with bitsandbytes 0.50 and torchao 0.18
+NOT_SHARDED: Mapping[str | None, str] = {
+    "int8": "bitsandbytes' weight of 8 bits is gathered without its scales; use nf4 or fp4",
+    "torchao_int8": "torchao's weight cannot be split (aten.split); use nf4 or fp4",
+}
 
 
 class EpochTrainConfig(TrainConfig):
@@ -112,6 +122,29 @@ def check_validation(evaluate: ValidationConfig, has_valid: bool, missing: str) 
     if evaluate.patience and not evaluate.every:
         return ["evaluate.patience has no effect: evaluate.every is 0, so the only validation is at the end"]
     return []
+
+
+def check_sharding(train: TrainConfig, adapter_cache: str, quantization: str | None = None) -> list[str]:
+    """Finds settings with which `train.shard` would gather all weights after all, or compute something else.
+
+    Args:
+        train: The `train` section.
+        adapter_cache: The key `adapter.cache`.
+        quantization: The key `model.quantization`.
+
+    Returns:
+        One message per problem, each naming the keys.
+    """
+    if not train.shard:
+        return []
+    problems = []
+    if adapter_cache != "norms":
+        problems.append("train.shard needs adapter.cache norms: else each process keeps all adapted weights whole")
+    if train.compile:
+        problems.append("train.shard is not for train.compile: compiled blocks were not tried with gathered weights")
+    if why := NOT_SHARDED.get(quantization):
+        problems.append(f"train.shard is not for model.quantization {quantization}: {why}")
+    return problems
 
 
 def check_training(

@@ -26,6 +26,7 @@ from dora_mm.config.training import (
     OptimizerConfig,
     ScheduleConfig,
     ValidationConfig,
+    check_sharding,
     check_training,
     check_validation,
 )
@@ -83,6 +84,9 @@ class TrainVLConfig(PipelineConfig):
     def _sections_agree(self) -> "TrainVLConfig":
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
+        problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
+        if self.train.shard and self.data.on_bad_data == "skip":
+            problems.append("train.shard needs data.on_bad_data stop: a process without rows would not keep step")
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))
         problems += unused_prompts(self.model, self.data)
         problems += check_decoding(self.evaluate, self.data, "evaluate")

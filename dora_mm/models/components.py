@@ -38,6 +38,7 @@ class Components:
         self._loaded: dict[str, Any] = {}
         self._released: set[str] = set()
         self.device = torch.device("cpu")
+        self._unmoved: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, **components: Any) -> Components:
@@ -58,7 +59,7 @@ class Components:
             missing = [each for each in group if each not in self._loaded and not self.is_released(each)]
             for each, component in self._load(missing).items():
                 if each not in self._loaded and not self.is_released(each):
-                    self._loaded[each] = self._ready(component)
+                    self._loaded[each] = self._ready(each, component)
         return self._loaded.get(name)
 
     def __setitem__(self, name: str, component: Any) -> None:
@@ -82,17 +83,18 @@ class Components:
     def is_released(self, name: str) -> bool:
         return name in self._released
 
-    def to(self, device: torch.device | str) -> None:
-        """Moves all networks to a device, also those that are loaded later."""
-        self.device = torch.device(device)
-        for component in self._loaded.values():
-            if isinstance(component, nn.Module):
+    def to(self, device: torch.device | str, but: Iterable[str] = ()) -> None:
+        """Moves all networks to a device, also those that are loaded later, but for some that stay where they are."""
+        self.device, self._unmoved = torch.device(device), frozenset(but)
+        for name, component in self._loaded.items():
+            if isinstance(component, nn.Module) and name not in self._unmoved:
                 component.to(self.device)
 
-    def _ready(self, component: Any) -> Any:
+    def _ready(self, name: str, component: Any) -> Any:
         if not isinstance(component, nn.Module):
             return component
-        return component.requires_grad_(False).eval().to(self.device)
+        component.requires_grad_(False).eval()
+        return component if name in self._unmoved else component.to(self.device)
 
 
 def pipeline_class_of(path: str, revision: str | None) -> str:

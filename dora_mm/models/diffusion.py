@@ -120,9 +120,9 @@ class ImageModel(ABC):
     def device(self) -> torch.device:
         return self.components.device
 
-    def to(self, device: torch.device | str) -> ImageModel:
-        """Moves all networks to a device; returns self."""
-        self.components.to(device)
+    def to(self, device: torch.device | str, *, denoiser: bool = True) -> ImageModel:
+        """Moves all networks to a device, or all but the denoiser; returns self."""
+        self.components.to(device, () if denoiser else (self.denoiser,))
         return self
 
     def freeze(self) -> ImageModel:

@@ -127,6 +127,11 @@ class VLModel(Protocol):
         """Whether `batch` only prepares data, so that it may run beside a training step."""
         ...
 
+    @property
+    def why_not_in_step(self) -> str | None:
+        """Why several processes may not run the same modules in the same order, each with a batch; None if they do."""
+        ...
+
     def fresh(self, seed: int) -> VLModel:
         """Loads the bare model again, as a training with this seed starts from; parts that it can share are shared."""
         ...

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from dora_mm.adapting.sharding import Division
 from dora_mm.config.training import EMAConfig, OptimizerConfig, ScheduleConfig, TrainConfig, ValidationConfig
 from dora_mm.core import fixed_parameters
 from dora_mm.train.loop import LossModule, accumulate, update
@@ -18,9 +19,11 @@ from dora_mm.utils.tables import aligned_columns
 LARGE = 500_000_000  # parameters; a training step of a model this large takes minutes on a processor
 LONG = 5e11  # parameters times tokens of a batch; some 3e12 operations, half a minute on two cores
 SLOWER = 4.0  # half precision that is this much slower than float32 is emulated: 16 times slower where it was measured
+PROCESS_NUMBERS = (2, 4, 8)  # for which the memory of a sharded training is shown
 BUDGET = 20.0  # seconds after which no further step is measured
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOO_SLOW = "a step of this model takes minutes to hours without a GPU"
+SHARDED = "a step of a sharded model takes all of its processes"
 MEASURED, KEPT = "measured", "an estimate: what a step keeps for its backward pass"
 
 
@@ -163,6 +166,7 @@ def memory_table(
     stored: Mapping[int, int] | None = None,
     place: str | None = None,
     ema: bool = False,
+    division: Division | None = None,
 ) -> str:
     """A text table of the memory of a training by part, where each part is, and the sum for the training's device.
 
@@ -174,6 +178,7 @@ def memory_table(
         stored: The bytes of weights that will be quantised, by `id`.
         place: The device where a training of networks on the meta device would have them.
         ema: Whether an average of the trained parameters is kept.
+        division: How processes divide the main network; None: they do not.
     """
     values, size = sum(p.numel() for p in parameters.values()), num_bytes(parameters.values())
     device = next(iter(parameters.values())).device.type
@@ -189,7 +194,23 @@ def memory_table(
     total = sum(size for _, where, size in rows if where == device)
     rows = [(name, place or where, size) for name, where, size in rows]
     rows.append(("together" if cost else "together, without activations", place or device, total))
-    return aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
+    table = aligned_columns([("memory", "", "MB"), *((n, w, f"{s / 1e6:,.1f}") for n, w, s in rows)], num_text=2)
+    return table if division is None else f"{table}\n\n{sharded_table(total, *division.sizes(stored or {}))}"
+
+
+def sharded_table(total: int, divided: int, gathered: int) -> str:
+    """A text table of what each process holds where several divide the frozen weights.
+
+    Args:
+        total: The bytes of a process that divides nothing.
+        divided: The bytes of what is divided.
+        gathered: How many of these a process has gathered at most, beside its own part.
+    """
+    rows = [("sharded over", "MB in each", "gathered")]
+    for number in PROCESS_NUMBERS:
+        size = total - divided + divided / number + gathered
+        rows.append((f"{number} processes", f"{size / 1e6:,.1f}", f"{gathered / 1e6:,.1f}"))
+    return aligned_columns(rows, num_text=1)
 
 
 def _frozen(
@@ -209,30 +230,35 @@ def _frozen(
 
 
 def describe_training(
-    networks: Mapping[str, nn.Module], optimizer: OptimizerConfig, training: Mapping[str, Any], *, ema: bool = False
+    networks: Mapping[str, nn.Module],
+    optimizer: OptimizerConfig,
+    training: Mapping[str, Any],
+    *,
+    ema: bool = False,
+    division: Division | None = None,
 ) -> str:
     """A table of the memory, and the time that a measured step leads to expect.
 
-    Nothing is measured where a step would take minutes: a large model without a GPU.
+    Nothing is measured where a step would take minutes, a large model without a GPU, or several processes.
 
     Args:
         networks: All networks of the model, by name.
         optimizer: The `optimizer` section of the config.
         training: The arguments of `measure_step`, by name.
         ema: As in `memory_table`.
+        division: As in `memory_table`.
     """
-    measured = is_measured(training["accelerator"], networks.values())
+    accelerator: Accelerator = training["accelerator"]
+    measured = division is None and is_measured(accelerator, networks.values())
     cost = measure_step(**training) if measured else None
-    memory = memory_table(networks, training["parameters"], optimizer, cost, ema=ema)
-    time_line = _time_line(cost, training["config"].steps)
-    remarks = slow_hardware(training["accelerator"], networks.values())
-    return "\n\n".join([memory, time_line, *remarks])
-
-
-def _time_line(cost: StepCost | None, steps: int) -> str:
+    place = None if division is None else accelerator.device.type
+    settings: dict[str, Any] = {"place": place, "ema": ema, "division": division}
+    memory = memory_table(networks, training["parameters"], optimizer, cost, **settings)
     if cost is None:
-        return f"time      not measured: {TOO_SLOW}"
-    return time_line(cost, steps, "drawing pictures")
+        time = f"time      not measured: {TOO_SLOW if division is None else SHARDED}"
+    else:
+        time = time_line(cost, training["config"].steps, "drawing pictures")
+    return "\n\n".join([memory, time, *slow_hardware(accelerator, networks.values())])
 
 
 def time_line(cost: StepCost, steps: int, left_out: str) -> str:

@@ -6,11 +6,18 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
+from dora_mm.adapting.networks import TrainedNetworks
+from dora_mm.adapting.parts import MODEL
+from dora_mm.adapting.sharding import Division
+from dora_mm.config.vl import TrainVLConfig
 from dora_mm.core import InjectReport, TargetMap
 from dora_mm.core.targets import match_modules, parts_in
-from dora_mm.preview.questions import LargestBatch
+from dora_mm.models.families import Structure
+from dora_mm.preview.questions import DataPreview, LargestBatch
+from dora_mm.preview.training import StepCost, memory_table
 
 TEXT_PARTS = ("text", "cross")  # the parts of the language model are text.* and cross.*
 # Numbers of token size that a layer keeps for its backward pass, per number that its linear layers return: of the
@@ -73,3 +80,31 @@ def quantized_bytes(network: Any, quantization: str | None) -> dict[int, int]:
     logits = network.get_output_embeddings()
     layers = (m for m in network.modules() if isinstance(m, nn.Linear) and m is not logits)
     return {id(layer.weight): math.ceil(layer.weight.numel() * BITS[quantization] / 8) for layer in layers}
+
+
+def estimated_cost(
+    config: TrainVLConfig,
+    accelerator: Accelerator,
+    structure: Structure,
+    trained: TrainedNetworks,
+    data: DataPreview,
+    division: Division | None,
+) -> str:
+    """Memory of a training, from the sizes of its networks, and of its longest rows where those are known."""
+    network, targets = structure.networks[MODEL], structure.target_maps[MODEL]
+    cost = None
+    if data.largest:
+        half = config.train.mixed_precision != "no"
+        activations = estimated_activations(
+            network,
+            targets,
+            trained.reports.get(MODEL),
+            data.largest,
+            2 if half else 4,
+            config.train.gradient_checkpointing,
+        )
+        cost = StepCost(None, activations, f"an estimate by the sizes of its layers, for {data.largest}")
+    stored = quantized_bytes(network, config.model.quantization)
+    details: dict[str, Any] = {"stored": stored, "place": accelerator.device.type, "ema": config.ema is not None}
+    details["division"] = division
+    return memory_table(network_parts(structure.networks), trained.parameters, config.optimizer, cost, **details)

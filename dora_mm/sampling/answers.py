@@ -118,7 +118,7 @@ def _one_by_one(
 
 
 def save_answers(
-    file: Path,
+    file: Path | None,
     answers: Mapping[str, Answer],
     networks: Iterable[nn.Module],
     sets: Mapping[str, ValidationSet],
@@ -127,7 +127,7 @@ def save_answers(
     """Answers the first rows of every split, and writes them to a file: a JSON object with the question on each line.
 
     Args:
-        file: The file.
+        file: The file; None: only answers them, as a process that others need for that.
         answers: As in `answer_all`, like all that follow.
         networks: The networks that compute the answers.
         sets: The splits by task name.
@@ -139,8 +139,9 @@ def save_answers(
             about: dict[str, object] = {"task": name, "id": row.id, "question": row.text, "answer": text}
             about["references"] = row.answers[:MOST_REFERENCES]
             lines.append(json.dumps(about, ensure_ascii=False))
-    write_text(file, "".join(f"{line}\n" for line in lines))
-    log.info("answers  %s", file if lines else "none: no task has a valid split")
+    if file is not None:
+        write_text(file, "".join(f"{line}\n" for line in lines))
+        log.info("answers  %s", file if lines else "none: no task has a valid split")
 
 
 def kept_answers(file: Path, batch_size: int, count: int) -> list[str | None]:

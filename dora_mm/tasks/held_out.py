@@ -62,7 +62,8 @@ class PictureLosses:
         with evaluating(networks) as together, fixed_parameters(together):
             for name, part in self.parts.items():
                 bar = tqdm(self.batches[name], desc=name, unit="batch", delay=2, leave=False, disable=None)
-                losses = list(chain.from_iterable(map_shared(partial(self._losses, part), bar, self.process)))
+                shared = map_shared(partial(self._losses, part), bar, self.process, in_step=True)
+                losses = list(chain.from_iterable(shared))
                 found[name] = fsum(losses) / len(losses)
         return found
 
@@ -123,7 +124,7 @@ class RowLosses:
         size = self.training[name].batch_size
         batches = [range(start, min(start + size, len(table))) for start in range(0, len(table), size)]
         bar = tqdm(batches, desc=f"{name} loss", unit="batch", delay=2, leave=False, disable=None)
-        found = map_shared(partial(self._sums, name, table, split.images), bar, self.process)
+        found = map_shared(partial(self._sums, name, table, split.images), bar, self.process, in_step=True)
         return fsum(total for total, _ in found) / max(1, fsum(count for _, count in found))
 
     def _sums(self, name: str, table: ExampleTable, images: str | None, rows: range) -> tuple[float, float]:

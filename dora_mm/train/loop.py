@@ -3,15 +3,12 @@
 import contextlib
 import logging
 import math
-import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.core import fixed_parameters
@@ -19,8 +16,9 @@ from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools import native
 from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
-from dora_mm.train.metrics import MetricsLog
+from dora_mm.train.metrics import MetricsLog, TrainingProgress
 from dora_mm.train.optim import gradient_norm
+from dora_mm.train.processes import with_shared_gradients
 from dora_mm.train.run import DivergedError
 from dora_mm.utils.losses import LossSum
 from dora_mm.utils.randomness import generator
@@ -86,9 +84,7 @@ def fit(
         ValueError: The newest checkpoint cannot be loaded.
     """
     trained = LossModule(networks, loss)
-    modules = trained.networks
-    if accelerator.num_processes > 1:
-        trained = accelerator.prepare_model(trained)
+    shared = with_shared_gradients(accelerator, trained)
     pending = _PendingHook()
     progress = TrainingProgress(config.steps, config.log_every, shown=accelerator.is_main_process)
     parts: dict[str, Stateful] = {"optimizer": optimizer, "schedule": schedule, "hook": pending, "progress": progress}
@@ -96,59 +92,112 @@ def fit(
     if accelerator.scaler is not None:
         parts["scaler"] = accelerator.scaler
     header = {**(metadata or {}), **native.header_of(networks, parameters)}
-    step = first = _resume(run, parameters, parts)
-    metrics = MetricsLog(run, first) if accelerator.is_main_process else None
-    progress.start(first)
+    record = _TrainingRecord(run, config, parameters, parts, header, writes=accelerator.is_main_process)
+    progress.start(record.first)
 
-    def save() -> None:
-        # without waiting for the other processes, which may be in the middle of a step when interrupted
-        if metrics is not None:
-            metrics.sync()
-            save_checkpoint(run.checkpoints, step, parameters, parts, config.keep_checkpoints, header)
+    def take_step() -> None:
+        rate = float(schedule.get_last_lr()[0])
+        with fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps):
+            value = accumulate(accelerator, shared, config, seed, record.step, batch_at)
+        if record.step == record.first and accelerator.is_main_process:
+            _warn_of_unreached(parameters)
+        norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
+        record.step += 1
+        pending.interrupted = observe is not None  # from now on, also by a signal during this step
+        _check_finite(value, record.step)
+        progress.advance(value, rate)
+        record.log(progress, rate, norm)
+        if after_step is not None:
+            after_step(record.step)
 
     interrupt = DeferredInterrupt()
     try:
-        with fixed_parameters(modules, base_only=True):  # the base weight of an adapted layer is never trained here
-            pending.run(observe, step, only_interrupted=True)
-            while step < config.steps and not is_over():
-                rate = float(schedule.get_last_lr()[0])
+        with fixed_parameters(trained.networks, base_only=True):  # the base weights are never trained here
+            pending.run(observe, record.step, only_interrupted=True)
+            while record.step < config.steps and not is_over():
                 with interrupt:
-                    with fixed_parameters(modules, num_passes=config.gradient_accumulation_steps):
-                        value = accumulate(accelerator, trained, config, seed, step, batch_at)
-                    if step == first and accelerator.is_main_process:
-                        _warn_of_unreached(parameters)
-                    norm = update(accelerator, parameters, optimizer, schedule, config.max_grad_norm)
-                    step += 1
-                    pending.interrupted = observe is not None  # from now on, also by a signal during this step
-                    _check_finite(value, step)
-                    progress.advance(value, rate)
-                    if metrics is not None and (step % config.log_every == 0 or step == config.steps):
-                        losses = {"loss": progress.mean_loss, "last_loss": progress.take_last_loss()}
-                        metrics.write(step, **losses, lr=rate, grad_norm=norm, seconds=progress.seconds)
-                    if after_step is not None:
-                        after_step(step)
-                due = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
-                if due:  # before `observe` scores or draws them
-                    _check_trained(parameters, step, last_step(run.checkpoints))
-                pending.run(observe, step)
-                if metrics is None:
-                    continue  # only the main process saves
-                with run.answering(SAVE_NOW) as asked:
-                    wanted = asked or is_over()
-                    if wanted and not due:
-                        _check_trained(parameters, step, last_step(run.checkpoints))
-                    if due or wanted:
-                        save()
+                    take_step()
+                if record.is_due:  # before `observe` scores or draws them
+                    record.check_trained()
+                pending.run(observe, record.step)
+                record.save_if_wanted(is_over)
     except KeyboardInterrupt:
-        if step > first:
-            _check_trained(parameters, step, last_step(run.checkpoints))
-            save()
+        record.save_interrupted()
         raise
     finally:
         progress.close()
-        if metrics is not None:
-            metrics.close()
-    return step
+        record.close()
+    return record.step
+
+
+class _TrainingRecord:
+    """Where a training is: its step, and the metrics and checkpoints that the main process writes.
+
+    Args:
+        run: The run directory; a training resumes from its newest checkpoint.
+        config: The training settings.
+        parameters: The trained parameters by name.
+        parts: Everything else that a checkpoint has.
+        header: Metadata of the weights of checkpoints.
+        writes: Whether this is the main process.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: TrainConfig,
+        parameters: Mapping[str, nn.Parameter],
+        parts: Mapping[str, Stateful],
+        header: Mapping[str, str],
+        *,
+        writes: bool,
+    ):
+        self.run, self.config, self.parameters, self.parts, self.header = run, config, parameters, parts, header
+        found = checkpoints(run.checkpoints)
+        self.step = self.first = load_checkpoint(found[-1], parameters, parts) if found else 0
+        self.metrics = MetricsLog(run, self.first) if writes else None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a checkpoint belongs to this step."""
+        every = self.config.checkpoint_every
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def log(self, progress: TrainingProgress, rate: float, norm: float) -> None:
+        """Writes a row of metrics where one belongs to this step."""
+        if self.metrics is not None and (self.step % self.config.log_every == 0 or self.step == self.config.steps):
+            losses = {"loss": progress.mean_loss, "last_loss": progress.take_last_loss()}
+            self.metrics.write(self.step, **losses, lr=rate, grad_norm=norm, seconds=progress.seconds)
+
+    def check_trained(self) -> None:
+        _check_trained(self.parameters, self.step, last_step(self.run.checkpoints))
+
+    def save_if_wanted(self, is_over: Callable[[], bool]) -> None:
+        """Saves a checkpoint where one is due, or asked for by a person, or the last one."""
+        if self.metrics is None:
+            return
+        with self.run.answering(SAVE_NOW) as asked:
+            wanted = asked or is_over()
+            if wanted and not self.is_due:
+                self.check_trained()
+            if self.is_due or wanted:
+                self.save()
+
+    def save_interrupted(self) -> None:
+        if self.step > self.first:
+            self.check_trained()
+            self.save()
+
+    def save(self) -> None:
+        """Without waiting for the other processes, which may be in the middle of a step when interrupted."""
+        if self.metrics is not None:
+            self.metrics.sync()
+            keep, folder = self.config.keep_checkpoints, self.run.checkpoints
+            save_checkpoint(folder, self.step, self.parameters, self.parts, keep, self.header)
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
 
 
 def _check_finite(loss: float, step: int) -> None:
@@ -193,11 +242,6 @@ class _PendingHook:
         self.interrupted = state_dict["interrupted"]
 
 
-def _resume(run: RunDirectory, parameters: Mapping[str, nn.Parameter], parts: Mapping[str, Stateful]) -> int:
-    found = checkpoints(run.checkpoints)
-    return load_checkpoint(found[-1], parameters, parts) if found else 0
-
-
 class LossModule(nn.Module):
     """The loss as a module that contains the trained networks, because accelerate synchronises gradients by module."""
 
@@ -238,8 +282,10 @@ def accumulate(
     sums = torch.zeros(2, device=accelerator.device)
     for micro in range(micro_batches):
         number = step * micro_batches + micro
-        stream = generator(seed, number, f"loss {accelerator.process_index}", accelerator.device)
-        dropout_seed = generator(seed, number, f"dropout {accelerator.process_index}").initial_seed()
+        # Of all batches, as one process would number them: it then draws the same.
+        whole_number = number * accelerator.num_processes + accelerator.process_index
+        stream = generator(seed, whole_number, "loss 0", accelerator.device)
+        dropout_seed = generator(seed, whole_number, "dropout 0").initial_seed()
         last = micro + 1 == micro_batches
         gradient_sync = contextlib.nullcontext() if last else accelerator.no_sync(trained)
         with seeded_dropout(dropout_seed, accelerator.device), gradient_sync:
@@ -293,70 +339,3 @@ def update(
         schedule.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)
-
-
-class TrainingProgress:
-    """The mean loss, running and of the last steps, and the seconds of training, over all parts of a resumed run.
-
-    Shows a bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
-
-    Args:
-        total: The step that training ends at.
-        every: Steps between two plain lines.
-        shown: Whether to print anything.
-    """
-
-    def __init__(self, total: int, every: int, *, shown: bool):
-        self.mean_loss = math.nan
-        self._total, self._every, self._shown = total, every, shown
-        self._seconds_before, self._started = 0.0, time.monotonic()
-        self._last_losses: list[float] = []
-
-    def start(self, first: int) -> None:
-        """Starts the clock of this process and the display, after `first` finished steps."""
-        self._started = time.monotonic()
-        self._step = self._first = first
-        terminal = sys.stderr.isatty()
-        self._lines = self._shown and not terminal
-        hidden = not (self._shown and terminal)
-        self._bar = tqdm(total=self._total, initial=first, unit="step", disable=hidden, dynamic_ncols=True)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of training, those of earlier processes up to their last checkpoint included."""
-        return self._seconds_before + time.monotonic() - self._started
-
-    def advance(self, loss: float, rate: float) -> None:
-        """Records one finished step with its loss and learning rate."""
-        self._step += 1
-        self._last_losses.append(loss)
-        # A running mean over some 50 steps: a single diffusion loss mostly reflects which timesteps were drawn. Until
-        # there are so many it is the plain mean, since the first loss can be many times those that follow.
-        share = max(1 / self._step, 0.02)
-        self.mean_loss = loss if math.isnan(self.mean_loss) else (1 - share) * self.mean_loss + share * loss
-        self._bar.set_postfix(loss=f"{self.mean_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
-        self._bar.update()
-        if self._lines and (self._step % self._every == 0 or self._step == self._total):
-            per_step = (time.monotonic() - self._started) / (self._step - self._first)
-            left = per_step * (self._total - self._step)
-            print(
-                f"step {self._step}/{self._total}  loss {self.mean_loss:.4f}  lr {rate:.2e}"
-                f"  {per_step:.2f} s/step  {left / 60:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def take_last_loss(self) -> float:
-        """The mean loss of the steps since the last call."""
-        last, self._last_losses = self._last_losses, []
-        return sum(last) / len(last)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"mean_loss": self.mean_loss, "seconds": self.seconds, "last_losses": self._last_losses}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.mean_loss, self._seconds_before = state_dict["mean_loss"], state_dict["seconds"]
-        self._last_losses = list(state_dict["last_losses"])
-
-    def close(self) -> None:
-        self._bar.close()

@@ -1,9 +1,14 @@
-"""The metrics of a run: one JSON object per line."""
+"""The metrics of a run, one JSON object per line, and what a person sees of them meanwhile."""
 
 import hashlib
 import json
+import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from dora_mm.utils.atomic import flush, write_text
 from dora_mm.utils.lock import check_lock
@@ -71,6 +76,73 @@ class MetricsLog:
                 "go on without the curves so far."
             )
         return found
+
+
+class TrainingProgress:
+    """The mean loss, running and of the last steps, and the seconds of training, over all parts of a resumed run.
+
+    Shows a bar with loss, learning rate and time left; plain lines if standard error is not a terminal.
+
+    Args:
+        total: The step that training ends at.
+        every: Steps between two plain lines.
+        shown: Whether to print anything.
+    """
+
+    def __init__(self, total: int, every: int, *, shown: bool):
+        self.mean_loss = math.nan
+        self._total, self._every, self._shown = total, every, shown
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        self._last_losses: list[float] = []
+
+    def start(self, first: int) -> None:
+        """Starts the clock of this process and the display, after `first` finished steps."""
+        self._started = time.monotonic()
+        self._step = self._first = first
+        terminal = sys.stderr.isatty()
+        self._lines = self._shown and not terminal
+        hidden = not (self._shown and terminal)
+        self._bar = tqdm(total=self._total, initial=first, unit="step", disable=hidden, dynamic_ncols=True)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those of earlier processes up to their last checkpoint included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def advance(self, loss: float, rate: float) -> None:
+        """Records one finished step with its loss and learning rate."""
+        self._step += 1
+        self._last_losses.append(loss)
+        # A running mean over some 50 steps: a single diffusion loss mostly reflects which timesteps were drawn. Until
+        # there are so many it is the plain mean, since the first loss can be many times those that follow.
+        share = max(1 / self._step, 0.02)
+        self.mean_loss = loss if math.isnan(self.mean_loss) else (1 - share) * self.mean_loss + share * loss
+        self._bar.set_postfix(loss=f"{self.mean_loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+        self._bar.update()
+        if self._lines and (self._step % self._every == 0 or self._step == self._total):
+            per_step = (time.monotonic() - self._started) / (self._step - self._first)
+            left = per_step * (self._total - self._step)
+            print(
+                f"step {self._step}/{self._total}  loss {self.mean_loss:.4f}  lr {rate:.2e}"
+                f"  {per_step:.2f} s/step  {left / 60:.1f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def take_last_loss(self) -> float:
+        """The mean loss of the steps since the last call."""
+        last, self._last_losses = self._last_losses, []
+        return sum(last) / len(last)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean_loss": self.mean_loss, "seconds": self.seconds, "last_losses": self._last_losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.mean_loss, self._seconds_before = state_dict["mean_loss"], state_dict["seconds"]
+        self._last_losses = list(state_dict["last_losses"])
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

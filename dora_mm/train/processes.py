@@ -8,6 +8,13 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dora_mm.config.training import TrainConfig
+from dora_mm.core.wrappers.sharded import is_sharded
+from dora_mm.utils.run_directory import RunDirectory
 
 LONGEST_WAIT = timedelta(hours=12)  # of the other processes for the main one, such as for a validation
 
@@ -42,6 +49,16 @@ def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False
     return accelerator
 
 
+def check_can_shard(accelerator: Accelerator, train: TrainConfig) -> None:
+    """Checks that there are processes to divide a model among, where it is to be divided.
+
+    Raises:
+        ValueError: There is a single one.
+    """
+    if train.shard and accelerator.num_processes == 1:
+        raise ValueError("train.shard divides the model among processes, and this is the only one: start several")
+
+
 @contextlib.contextmanager
 def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     """Lets the main process run a block before the others, which then find the files that it has written.
@@ -55,3 +72,32 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     finally:
         if accelerator.is_main_process:
             accelerator.wait_for_everyone()
+
+
+def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """Wraps a module so that gradients are averaged over the processes, if there are several.
+
+    What `fully_shard` has divided is frozen, and left to it.
+    """
+    if accelerator.num_processes == 1:
+        return module
+    divided = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, divided)
+    wrapped = accelerator.prepare_model(module)
+    assert isinstance(wrapped, DistributedDataParallel)  # accelerate returns other things without a word
+    return wrapped
+
+
+def takes_part(accelerator: Accelerator, train: TrainConfig) -> bool:
+    """Whether this process takes part where the main one draws, answers or saves.
+
+    All do where a model is sharded, since each has a part of it.
+    """
+    return accelerator.is_main_process or train.shard
+
+
+@contextlib.contextmanager
+def answering(accelerator: Accelerator, train: TrainConfig, run: RunDirectory, request: str) -> Iterator[bool]:
+    """As `run.answering`, in each process that takes part; the main one knows what is asked for."""
+    with run.answering(request) if accelerator.is_main_process else contextlib.nullcontext(False) as asked:
+        yield broadcast_object_list([asked])[0] if train.shard else asked

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
 from dora_mm.config.training import ValidationConfig
 from dora_mm.train.metrics import MetricsLog, rows_until
 from dora_mm.utils.run_directory import RunDirectory
@@ -49,7 +52,7 @@ class Validation:
         measure: Measures the model in its current state: values by name, equal in all processes.
         qualities: Maps the values of a row to what the best adapters are chosen by, higher is better, by the names of
             their folders in `best`; `overall` also decides when to stop.
-        save: Writes the adapter into a folder.
+        save: Writes the adapter into a folder; None in a process that does not take part in that.
         resumed_step: The number of finished steps that the run resumes from; 0 for a new run.
         writes: Whether this process writes.
     """
@@ -60,7 +63,7 @@ class Validation:
         config: ValidationConfig,
         measure: Callable[[], Mapping[str, float]],
         qualities: Callable[[Mapping[str, float]], Mapping[str, float]],
-        save: Callable[[Path], None],
+        save: Callable[[Path], None] | None,
         resumed_step: int,
         *,
         writes: bool = True,
@@ -78,7 +81,7 @@ class Validation:
         values = self.measure()
         earlier = [self.qualities(row) for row in self.rows if row["step"] < step]
         for name, value in self.qualities(values).items():
-            if self.log is not None and all(value > row.get(name, -math.inf) for row in earlier):
+            if self.save is not None and all(value > row.get(name, -math.inf) for row in earlier):
                 self.save(self.run.path / "best" / name)
         self.note(step, values)
         return values
@@ -108,6 +111,43 @@ class Validation:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+
+
+class SplitScores:
+    """Measures the model on validation splits: all processes share the answers, and the main one scores them.
+
+    Args:
+        accelerator: Knows the processes.
+        answer: Answers the rows of the splits.
+        score: The scores of such answers, by split.
+        losses: Computes the losses of the splits.
+        save_answers: Saves the answers to some of the rows to a file; None: only takes part in answering.
+
+    Attributes:
+        scores: Those of the last call, in the main process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        answer: Callable[[], Any],
+        score: Callable[[Any], dict[str, Any]],
+        losses: Callable[[], Mapping[str, float]],
+        save_answers: Callable[[Path | None], None],
+    ):
+        self.accelerator, self.answer, self.score, self.losses = accelerator, answer, score, losses
+        self.save_answers = save_answers
+        self.scores: dict[str, Any] = {}
+
+    def __call__(self) -> dict[str, float]:
+        """The values of all metrics, and the loss of each split."""
+        found, losses = self.answer(), self.losses()
+        values: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            self.scores = self.score(found)
+            named = {f"{name}/{LOSS}": value for name, value in losses.items()}
+            values = [main_values(self.scores) | other_values(self.scores) | named]
+        return broadcast_object_list(values)[0]
 
 
 def overall(values: Mapping[str, float]) -> float:

@@ -25,7 +25,11 @@ def evaluating(networks: Iterable[nn.Module]) -> Iterator[nn.ModuleList]:
 
 
 def map_shared(
-    function: Callable[[ItemT], ResultT], items: Iterable[ItemT], process: tuple[int, int] = (0, 1)
+    function: Callable[[ItemT], ResultT],
+    items: Iterable[ItemT],
+    process: tuple[int, int] = (0, 1),
+    *,
+    in_step: bool = False,
 ) -> list[ResultT]:
     """The results of a function for items, in their order, in every process; each computes a share of them.
 
@@ -33,9 +37,17 @@ def map_shared(
         function: Computes a result that can be pickled, since the processes send it to each other.
         items: The same in all processes.
         process: (index, count) of this one.
+        in_step: Each process computes equally many, the last ones some a second time, since they compute together.
     """
     index, count = process
-    own = [(number, function(item)) for number, item in enumerate(items) if number % count == index]
+    own: list[tuple[int, ResultT]] = []
+    last = None
+    for number, item in enumerate(items):
+        if number % count == index:
+            own.append((number, function(item)))
+        last = number % count, item
+    if in_step and last and last[0] < index:
+        function(last[1])
     if count > 1:
         from accelerate.utils import gather_object
 

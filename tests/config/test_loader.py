@@ -234,11 +234,28 @@ def test_a_run_is_named_after_its_file_whatever_that_is_called(write):
         (["data.latent_cache=x", "data.crop=random"], "data.latent_cache"),
         (["sample.every=5"], "sample.every"),
         (["optimizer.name=prodigy", "optimizer.magnitude_lr=1.0"], "optimizer.magnitude_lr needs optimizer.name adamw"),
+        (["train.shard=true"], "train.shard needs adapter.cache norms"),
+        (["train.shard=true", "adapter.cache=norms", "train.compile=true"], "train.shard is not for train.compile"),
     ],
 )
 def test_sections_that_contradict_each_other(write, overrides, message):
     (problem,) = problems(write(SMALLEST), overrides)
     assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.quantization=int8", "int8: bitsandbytes' weight of 8 bits is gathered without its scales"),
+        ("model.quantization=torchao_int8", "torchao_int8: torchao's weight cannot be split"),
+        ("data.on_bad_data=skip", "train.shard needs data.on_bad_data stop"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_with_the_reason(override, message):
+    divided = ["train.shard=true", "adapter.cache=norms"]
+    (problem,) = problems("configs/vlm/tiny_vqa.yaml", [*divided, override])
+    assert message in problem
+    load_config("configs/vlm/tiny_vqa.yaml", [*divided, "model.quantization=nf4"])
 
 
 SAMPLE = "pipeline: sample\nmodel: {path: some/model}\n"

@@ -16,8 +16,7 @@ from dora_mm.config.training import OptimizerConfig
 from dora_mm.train import optim
 from dora_mm.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from dora_mm.train.interrupt import DeferredInterrupt
-from dora_mm.train.loop import TrainingProgress
-from dora_mm.train.metrics import read_metrics
+from dora_mm.train.metrics import TrainingProgress, read_metrics
 from dora_mm.train.optim import build_optimizer
 from dora_mm.train.run import DivergedError
 from dora_mm.train.weights import result_of

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.ops import LINEAR
+from dora_mm.core.wrappers.sharded import whole
 from dora_mm.core.wrappers.subclasses import subclass
 
 BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
@@ -61,6 +62,8 @@ def dequantized(layer: nn.Module) -> Tensor:
         return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)
     if kind == "Int8Params":
         return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(*_int8_parts(layer))
+    if getattr(layer, "quant_state", None) is not None:  # of 4 bits; FSDP2 gives the layer a weight without its class
+        return sys.modules["bitsandbytes"].functional.dequantize_4bit(whole(weight), layer.quant_state)
     return weight.dequantize()
 
 

@@ -5,10 +5,49 @@ Functions that read or write whole parameters are collective then: every process
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def shard_frozen(
+    network: nn.Module, blocks: Iterable[nn.Module], whole: Collection[nn.Parameter], device: torch.device
+) -> None:
+    """Divides the parameters of a network among all processes, but for some that each keeps whole: the trained ones.
+
+    A block is gathered for its forward pass, and again for its backward pass; the rest of the network from its first
+    pass to the end of the backward pass. All processes have to run the same blocks in the same order.
+
+    Args:
+        network: The network, adapted, on any device.
+        blocks: Modules of it, inner ones before those around them.
+        whole: The parameters that stay whole.
+        device: Where the network computes.
+
+    Raises:
+        ValueError: This torch is too old.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ValueError(f"torch {torch.__version__} cannot leave the trained parameters whole: shard with a newer one")
+    ignored = {*whole, *(p for p in network.parameters() if p.dim() == 0)}  # fully_shard takes no scalars
+    for parameter in ignored:
+        parameter.data = parameter.data.to(device)
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would lay out gathered weights of 4 bits anew
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+    settings: dict[str, Any] = {"mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),))}
+    for module in (*blocks, network):
+        fully_shard(module, **settings, ignored_params=ignored)
+    if hasattr(network, "generate"):  # it may call parts of a network, and not only all of it
+        register_fsdp_forward_method(network, "generate")
+    assert all(is_sharded(p) != (p in ignored) for p in network.parameters())
 
 
 def is_sharded(t: Tensor) -> bool:

@@ -125,6 +125,10 @@ class VLBartTask:
         return vl_bart_maps(self.vision.tower)
 
     @property
+    def why_not_in_step(self) -> str:
+        return "VL-BART, which fits on any card, runs its encoder and its decoder as networks of their own"
+
+    @property
     def identity(self) -> dict[str, str]:
         return self._identity
 

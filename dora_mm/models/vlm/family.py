@@ -57,7 +57,7 @@ class VLM:
 
     Args:
         config: The `model` section.
-        device: Where the model computes.
+        device: Where its weights are read to.
 
     Attributes:
         rows: Makes the rows of a training, which have at most `model.max_length` tokens.
@@ -121,6 +121,12 @@ class VLM:
         return self.plain is None
 
     @property
+    def why_not_in_step(self) -> str | None:
+        if self.rows.num_groups_differ:
+            return f"{self.name} computes the rows of a batch in groups, as many as they differ"
+        return None
+
+    @property
     def identity(self) -> dict[str, str]:
         return self._identity
 
@@ -129,7 +135,7 @@ class VLM:
         return identity_of(self.path, self.commit)
 
     def fresh(self, seed: int) -> VLM:
-        return VLM(self.config, self.network.device)
+        return VLM(self.config, self.network.loads_to)
 
     def check(self, tasks: Iterable[str]) -> None:
         for task in tasks:

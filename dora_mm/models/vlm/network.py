@@ -22,16 +22,21 @@ class VLMNetwork:
     Args:
         config: The `model` section.
         form: How its class computes answers.
-        device: Where it computes.
+        loads_to: Where its weights are read to.
     """
 
-    def __init__(self, config: VLMModelConfig, form: Form, device: torch.device):
-        self.config, self.form, self.device = config, form, device
+    def __init__(self, config: VLMModelConfig, form: Form, loads_to: torch.device):
+        self.config, self.form, self.loads_to = config, form, loads_to
 
     @cached_property
     def model(self) -> Any:
         """The model of transformers."""
-        return load_vlm(self.config, self.device)
+        return load_vlm(self.config, self.loads_to)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

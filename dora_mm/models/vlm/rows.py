@@ -111,6 +111,11 @@ class ExampleEncoder:
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
+    @property
+    def num_groups_differ(self) -> bool:
+        """Whether `groups` may find several, and so more in one batch than in another."""
+        return self.model_type in {*SAME_IMAGES, *SAME_LENGTH, *ALONE}
+
     def groups(self, rows: Sequence[TokenRow]) -> list[list[int]]:
         """The rows, by index, that this class can compute in one batch."""
         groups = defaultdict(list)

@@ -1,9 +1,8 @@
 """FSDP2: a sharded model trains, merges and is saved as an unsharded one is. Two processes, gloo, no GPU."""
 
+import importlib
 import itertools
-import multiprocessing
-import time
-from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +10,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from dora_mm import DoRASpec, adapter_parameters, fixed_parameters, inject, load_adapter, merge, save_adapter, unmerge
+from dora_mm.core.wrappers.sharded import shard_frozen
 from tests.core import reference
+from tests.two_processes import run_in_two
 
 FSDP_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 pytestmark = pytest.mark.skipif(
@@ -24,28 +26,7 @@ METHODS = ("dora", "lora")
 
 @pytest.fixture
 def in_two_processes(tmp_path):
-    """Runs a function of this file with (rank, *arguments) in two processes of one group; errors in them are raised."""
-    # A server that has imported everything forks each pair in no time, where a new interpreter takes seconds.
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "dora_mm.core"])
-
-    def run(function, *arguments):
-        store = tmp_path / f"store-{time.monotonic_ns()}"
-        torch.multiprocessing.start_processes(
-            _in_group, (str(store), function, arguments), nprocs=2, start_method="forkserver"
-        )
-
-    return run
-
-
-def _in_group(rank, store, function, arguments):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    try:
-        function(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
+    return partial(run_in_two, tmp_path)
 
 
 def bare():
@@ -160,6 +141,82 @@ def _saves(rank, folder):
 
 def test_the_whole_adapter_is_saved(in_two_processes, tmp_path):
     in_two_processes(_saves, str(tmp_path))
+
+
+def _divides_what_is_frozen(rank, folder):
+    for method in METHODS:
+        whole, model, x = trained(method), trained(method), data()
+        parameters = adapter_parameters(model)
+        shard_frozen(model, [model[0]], parameters.values(), torch.device("cpu"))
+        local = [p.to_local() for p in model.parameters() if isinstance(p, DTensor)]
+        assert 2 * sum(p.numel() for p in local) == sum(p.numel() for p in bare().parameters())
+        assert not any(isinstance(p, DTensor) for p in parameters.values())
+        for _ in range(2):  # FSDP averages nothing here
+            y, expected = model(x), whole(x)
+            assert reference.relative_error(y, expected) < 1e-6
+            y.square().mean().backward()
+            expected.square().mean().backward()
+        for name, grad in gradients(whole).items():
+            assert reference.relative_error(parameters[name].grad, grad) < 1e-6, (method, name)
+        merge(model)
+        assert reference.relative_error(model(x), expected) < 1e-5
+        unmerge(model)
+        assert reference.relative_error(model(x), expected) < 1e-6
+        save_adapter({"unet": model}, folder, format="diffusers")
+        again = bare()
+        load_adapter(again, folder)
+        assert torch.equal(again(x), expected), method
+
+
+def test_what_is_trained_stays_whole(in_two_processes, tmp_path):
+    in_two_processes(_divides_what_is_frozen, str(tmp_path))
+
+
+class Quantized(nn.Module):
+    """A block of bitsandbytes' layers, of which one is adapted; its norm is float32."""
+
+    def __init__(self, kind):
+        super().__init__()
+        layers = importlib.import_module("bitsandbytes.nn")
+        torch.manual_seed(0)
+        for name in ("first", "second"):
+            layer = layers.Linear4bit(64, 64, quant_type=kind, compute_dtype=torch.float32)
+            setattr(self, name, layer.to("cpu"))
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x):
+        return self.second(self.first(self.norm(x)).relu())
+
+
+def quantized(kind):
+    model = nn.Sequential(Quantized(kind).requires_grad_(False))
+    inject(model, ["first"], DoRASpec(rank=4, cache="norms"))
+    reference.randomize(model[0].first, seed=0)
+    return model
+
+
+def _divides_4_bits(rank, kind):
+    whole, model = quantized(kind), quantized(kind)
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(1))
+    shard_frozen(model, [model[0]], adapter_parameters(model).values(), torch.device("cpu"))
+    assert model[0].first.weight.to_local().numel() == 64 * 64 // 4
+    for _ in range(2):
+        y, expected = model(x), whole(x)
+        y.square().mean().backward()
+        expected.square().mean().backward()
+    assert reference.relative_error(y, expected) < 1e-6
+    found = gradients(model)
+    for name, grad in gradients(whole).items():
+        assert reference.relative_error(found[name], grad) < 1e-6, name
+    with torch.no_grad(), fixed_parameters(model.eval()):
+        for _ in range(2):
+            assert reference.relative_error(model(x), expected) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_of_4_bits_are_divided(in_two_processes, kind):
+    pytest.importorskip("bitsandbytes")
+    in_two_processes(_divides_4_bits, kind)
 
 
 def _refuses_to_inject(rank):
