@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import json
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
