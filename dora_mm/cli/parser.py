@@ -89,7 +89,9 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument(
         "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
     )
-    command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
+    command.add_argument(
+        "--targets", metavar="NAME", help="a target map, or re: and a pattern of modules; default: the map of the model"
+    )
     command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
     command.add_argument("--json", action="store_true", dest="as_json", help="of an adapter, print JSON")
     command.add_argument("--header", action="store_true", help="of an adapter, leave its values unread")
