@@ -87,6 +87,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     trained = adapt(model, config)
     log.info("%s", trained)
     training, adapted = build(config, model, trained, task, accelerator), trained.adapted
+    if remark := formats.about_format(adapted, "diffusers"):
+        log.warning("%s", remark)
     move_vae(model, config)
     result = result_of(training["optimizer"])
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
@@ -276,6 +278,8 @@ def describe(
     move_vae(model, config)
     cost = describe_training(model.networks, config.optimizer, training, ema=config.ema is not None)
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
+    if remark := formats.about_format(trained.adapted, "diffusers"):
+        table = f"{table}\n{remark}"
     return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 

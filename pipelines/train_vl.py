@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dora_mm import formats
-from dora_mm.adapting.files import save_trained
+from dora_mm.adapting.files import remarks_on_files, save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
@@ -109,6 +109,8 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         load_initial_folder(trained, config.adapter, identity)
     for name, injected in trained.reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
+    for remark in remarks_on_files(trained):
+        log.warning("%s", remark)
     log.info("%s", trained.share)
     if accelerator.is_main_process:
         log.info("%s", rows)
@@ -302,7 +304,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         return
     trained = adapt_networks(structure, config)
     table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
-    yield "\n".join([trained.share, table, *about_derived(structure.networks, structure.target_maps)])
+    about = [*about_derived(structure.networks, structure.target_maps), *remarks_on_files(trained)]
+    yield "\n".join([trained.share, table, *about])
     yield needed
     settings: dict[str, Any] = {"seed": config.seed, "trained_tower": tower, "device": accelerator.device}
     model, has_weights = None, False

@@ -43,6 +43,12 @@ def save_trained(trained: TrainedNetworks, config: TrainVLConfig, identity: Mapp
             formats.remove_other_formats(file)  # a resumed run may have saved another one before
 
 
+def remarks_on_files(trained: TrainedNetworks) -> list[str]:
+    """A sentence on each network whose adapter PEFT's format cannot hold."""
+    found = (formats.about_format({component: network}, "peft") for component, network in trained.adapted.items())
+    return [sentence for sentence in found if sentence]
+
+
 def files_in(folder: Path) -> dict[str, AdapterFile]:
     """The adapter files that `save_trained` has written to a folder, by component.
 

@@ -202,12 +202,28 @@ def test_a_resumed_run_leaves_the_same_rows_out_and_counts_on(bad_rows, tmp_path
         ({"parts": ["text.atn"]}, "there is no part 'text.atn', did you mean 'text.attn'?"),
         ({"parts": ["text.qv"]}, "adapter.parts: this model has no part text.qv; it has text.attn, text.mlp"),
         ({"parts": ["cross"]}, "this model has no part cross"),
+        ({"parts": {"k_prj": {"rank": 4}}}, "pattern 'k_prj' of adapter.parts matches no module; nearest: k_proj"),
         ({"extra_trainable": ["no_such"]}, "adapter.extra_trainable: 'no_such' matches no parameter"),
     ],
 )
 def test_mistakes_in_parts_are_told_in_a_sentence(change, message, config, capsys):
     assert main(["train", config("llava", adapter={"rank": 2, **change}), "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_all_linear_and_patterns_are_shown_and_what_peft_cannot_hold(config, capsys):
+    """Runs with parts of several methods wrote our own form alone, and nothing said so."""
+    parts = {"all-linear": {}, "re:.*language_model.*v_proj": {"rank": 4}, "vision.mlp": {"method": "frozen"}}
+    held = "will be written in our own form alone, which PEFT cannot read: a file holds one method per model, but model"
+    output = printed(capsys, config("qwen2_5_vl", adapter={"rank": 2, "parts": parts}))
+    rows = {cells[0]: cells[1:] for cells in (re.split(r"\s{2,}", line) for line in output.splitlines())}
+    assert rows["text.attn"][:3] == ["q_proj, k_proj, o_proj", "dora", "2"]
+    assert rows["re:.*language_model.*v_proj"][:3] == ["v_proj", "dora", "4"]
+    assert rows["connector"][1] == "dora"
+    assert rows["vision.mlp"][1] == "frozen"
+    assert held not in output
+    parts |= {"connector": {"method": "lora"}}
+    assert held in printed(capsys, config("qwen2_5_vl", adapter={"rank": 2, "parts": parts}))
 
 
 def test_a_map_that_does_not_fit_is_told_in_a_sentence(config, tiny_vlm, tmp_path, capsys):
