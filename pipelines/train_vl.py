@@ -44,7 +44,7 @@ from dora_mm.preview.training import (
     when,
 )
 from dora_mm.preview.vl_memory import estimated_activations, network_parts, quantized_bytes
-from dora_mm.sampling.answers import answer_all, save_answers
+from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import last_step
@@ -63,7 +63,7 @@ from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 log = logging.getLogger(__name__)
 
 
-def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
+def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = False, decode: bool = False) -> None:
     """Trains the adapter, and scores it on the validation splits.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the scores in validation/, the best adapters so far in
@@ -75,13 +75,14 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         resume: The run directory to resume from its last checkpoint; None starts a new run.
         dry_run: Only print what would be trained, which data would be read or is missing, how the model sees it, and
             what it would cost.
+        decode: Of a dry run, whether it decodes all pictures.
 
     Raises:
         ValueError: The data, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
     if dry_run:
-        for section in describe(config):
+        for section in describe(config, decode=decode):
             print(section, end="\n\n", flush=True)
         return
     unused = not config.model.uses_all_parameters
@@ -164,6 +165,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         details = {"peak_memory_mb": round(peak_memory_mb())}  # of the training, without the last validation
         details |= dict(zip(("rows_cut", "rows_left_out"), counts.tolist(), strict=True))
         validate(done)
+        details["validation_rows_left_out"] = num_answered(splits, config.evaluate.limit) - scoring.num_rows
         if main_process:
             finish(config, run, trained, validate, scoring.scores, details)
 
@@ -219,6 +221,7 @@ class SplitScores:
 
     Attributes:
         scores: Those of the last call, in the main process.
+        num_rows: How many rows that call answered.
     """
 
     def __init__(
@@ -226,10 +229,12 @@ class SplitScores:
     ):
         self.accelerator, self.answer, self.losses = accelerator, answer, losses
         self.scores: dict[str, VLScores] = {}
+        self.num_rows = 0
 
     def __call__(self) -> dict[str, float]:
         """The values of all metrics, and the loss of each task."""
         found, losses = self.answer(), self.losses()
+        self.num_rows = sum(map(len, found.values()))
         values: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.scores = score_all(found, meteor=False)
@@ -287,7 +292,7 @@ def finish(
 # --- dry run ---------------------------------------------------------------------------------------------------------
 
 
-def describe(config: TrainVLConfig) -> Iterator[str]:
+def describe(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
     """Sections of text: what would be trained, the data, rows as the model sees them, memory and time.
 
     Neither the weights nor the data need be there; what depends on them is then left out.
@@ -300,7 +305,8 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
     try:
         structure = structure_of(config.model, config.vision, tower=tower)
     except UnreachableError as error:
-        yield from [str(error), needed, *preview_data(config, None).sections, *slow_hardware(accelerator, None)]
+        sections = preview_data(config, None, decode=decode).sections
+        yield from [str(error), needed, *sections, *slow_hardware(accelerator, None)]
         return
     trained = adapt_networks(structure, config)
     table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
@@ -313,7 +319,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         model, has_weights = load_if_here(config.model, config.vision, **settings)
     if model:
         model.check(task.task for task in config.data.all_tasks)
-    data = preview_data(config, model, colour=sys.stdout.isatty())
+    data = preview_data(config, model, colour=sys.stdout.isatty(), decode=decode)
     yield from data.sections
     num_tokens = data.largest.num_tokens if data.largest else 1
     why_not = None if is_measured(accelerator, trained.networks.values(), num_tokens) else TOO_SLOW

@@ -68,7 +68,10 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
         command.add_argument(
             "--dry-run", action="store_true", help="only print what would be trained, and what data would be read"
         )
-    command.set_defaults(resume=None, dry_run=False)
+        command.add_argument(
+            "--decode", action="store_true", help="with --dry-run: decode all pictures, and name those that are broken"
+        )
+    command.set_defaults(resume=None, dry_run=False, decode=False)
 
 
 def _add_gallery(commands: Any) -> None:

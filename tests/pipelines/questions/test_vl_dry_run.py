@@ -226,6 +226,29 @@ def test_all_linear_and_patterns_are_shown_and_what_peft_cannot_hold(config, cap
     assert held in printed(capsys, config("qwen2_5_vl", adapter={"rank": 2, "parts": parts}))
 
 
+def test_all_broken_pictures_are_named_if_all_are_decoded(config, tmp_path, pictures, capsys):
+    """Also those of rows behind the sample that is encoded in any case, and those of the validation."""
+    broken = []
+    for name in ("wide.png", "tall.png"):
+        (tmp_path / name).write_bytes((pictures / name).read_bytes()[:-40])
+        broken.append(str(tmp_path / name))
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "x"}]
+    names = [str(pictures / "square.png"), *broken]
+    rows = [{"id": f"r{i}", "image": [name], "conversations": turns} for i, name in enumerate([*names, broken[0]])]
+    train = {"format": "chat", "file": str(write_json(tmp_path / "train.json", rows[:2]))}
+    valid = {"format": "chat", "file": str(write_json(tmp_path / "valid.json", rows))}
+    path = config("llava", data={"train": train, "valid": valid, "on_bad_data": "skip"})
+    assert "pictures are broken" not in printed(capsys, path)
+    assert main(["train", path, "--dry-run", "--decode"]) == 0
+    output = capsys.readouterr().out
+    assert "2 of 3 pictures are broken" in output
+    assert re.search(r"(?m)wide.png .*; rows r1 of chat train, r1 of chat valid, r3 of chat valid$", output)
+    assert re.search(r"(?m)tall.png .*; rows r2 of chat valid$", output)
+    assert main(["train", path, "--dry-run", "--decode", "--set", "data.on_bad_data=stop"]) == 2
+    assert main(["train", path, "--decode"]) == 2
+    assert "--decode belongs to a dry run" in capsys.readouterr().err
+
+
 def test_a_map_that_does_not_fit_is_told_in_a_sentence(config, tiny_vlm, tmp_path, capsys):
     """A tower whose blocks lack modules that the map counts."""
     path = config("fast_vlm", adapter={"rank": 2, "parts": ["vision.attn"]})
