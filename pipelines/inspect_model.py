@@ -10,6 +10,7 @@ from torch import nn
 
 from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
+from dora_mm.config.adapter import REGEX
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file
@@ -37,7 +38,8 @@ def main(
     Args:
         path: An adapter file, its folder or its run directory; a PNG file that `dora-mm sample` drew; or a model of
             transformers or diffusers, as a folder or a hub name.
-        targets: For a model, the target map to show; for a pipeline of diffusers, the only one.
+        targets: For a model, the target map to show; for a pipeline of diffusers, the only one. Or `re:` and a regular
+            expression for the paths of modules, as `adapter.parts` takes it.
         base: For an adapter, its model: it shows what shapes do not say.
         as_json: For an adapter, whether to print JSON, with every module.
         header: For an adapter, whether its values are left unread.
@@ -156,24 +158,25 @@ def describe_model(path: str, only: str | None) -> str:
 
     Args:
         path: The folder or hub name of the model.
-        only: The only target map to show, in the networks of a pipeline that it is for; None shows all.
+        only: The only target map to show, in the networks of a pipeline that it is for, or a pattern; None shows all.
 
     Raises:
         ValueError: There is no map `only`, or it is for no network; or `path` is no model, or one without a map.
     """
     wanted = NAME if only in DERIVED else only
-    if wanted not in (None, NAME):
+    given = TargetMap(wanted, {wanted: (wanted,)}) if wanted and wanted.startswith(REGEX) else None
+    if wanted not in (None, NAME) and not given:
         find(wanted)
     networks = networks_of(path)
     if "" in networks:
         model = networks[""].build()
-        targets = find(wanted, model) if wanted else map_of_network(networks[""], model)
+        targets = given or (find(wanted, model) if wanted else map_of_network(networks[""], model))
         return describe_network(path, networks[""], model, targets)
     sections, without = [], []
     for name, network in networks.items():
         try:
             model = network.build()
-            targets = map_of(model)
+            targets = given if given and parts_in(model, given) else map_of(model)
         except ValueError:
             without.append(f"{name} ({network.kind})")
             continue

@@ -17,7 +17,7 @@ from dora_mm.utils.digest import module_digest
 from dora_mm.utils.folders import written_at_once
 
 BOUND = 1e-4  # of the largest logit: how far merging in float32 may move any of them
-SIZES = ("min_pixels", "max_pixels", "image_size")  # of the images, which a processor's files set
+SIZES = ("min_pixels", "max_pixels", "image_size", "max_tiles")  # of the images, which a processor's files set
 
 
 def main(model: str, adapter: str, out: str, *, dtype: str | None = None, revision: str | None = None) -> None:

@@ -1,8 +1,8 @@
 """Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
 import contextlib
-import logging
 import json
+import logging
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -96,6 +96,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     training = build(config, model, trained, task, accelerator)
     if config.train.compile:
         compile_blocks(trained.networks, model.target_maps)
+    if remark := formats.about_format(trained.adapted, "diffusers"):
+        log.warning("%s", remark)
     move_vae(model, config)
     inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)} | initial_identity(
         config.adapter
@@ -322,6 +324,8 @@ def describe(
     how = optimizer_line(config.optimizer, config.schedule, config.train.steps, config.ema)
     if config.train.compile:
         how += f"\n{compiled_line(trained.networks, model.target_maps)}"
+    if remark := formats.about_format(trained.adapted, "diffusers"):
+        table = f"{table}\n{remark}"
     return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 

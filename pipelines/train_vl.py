@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from dora_mm import formats
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
-from dora_mm.adapting.files import save_trained
+from dora_mm.adapting.files import remarks_on_files, save_trained
 from dora_mm.adapting.initial import initial_identity, load_initial_folder
 from dora_mm.adapting.networks import TrainedNetworks, adapt, train_mode
 from dora_mm.adapting.parts import MODEL
@@ -45,7 +45,7 @@ from dora_mm.preview.training import (
     when,
 )
 from dora_mm.preview.vl_memory import estimated_cost, network_parts
-from dora_mm.sampling.answers import answer_all, save_answers
+from dora_mm.sampling.answers import answer_all, num_answered, save_answers
 from dora_mm.tasks.held_out import RowLosses, by_loss
 from dora_mm.tasks.vl import VLBatches, answerers
 from dora_mm.train.checkpoint import last_step
@@ -64,7 +64,7 @@ from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 log = logging.getLogger(__name__)
 
 
-def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
+def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = False, decode: bool = False) -> None:
     """Trains the adapter, and scores it on the validation splits.
 
     Writes to the run directory: checkpoints/, metrics.jsonl, the scores in validation/, the best adapters so far in
@@ -76,13 +76,14 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
         resume: The run directory to resume from its last checkpoint; None starts a new run.
         dry_run: Only print what would be trained, which data would be read or is missing, how the model sees it, and
             what it would cost.
+        decode: Of a dry run, whether it decodes all pictures.
 
     Raises:
         ValueError: The data, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
     if dry_run:
-        for section in describe(config):
+        for section in describe(config, decode=decode):
             print(section, end="\n\n", flush=True)
         return
     unused = not config.model.uses_all_parameters
@@ -139,6 +140,8 @@ def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> 
         division_of(config, model, trained).apply(accelerator.device)
     for name, injected in trained.reports.items():
         log.info("%s: %d modules adapted, %s parameters", name, injected.num_modules, f"{injected.num_parameters:,}")
+    for remark in remarks_on_files(trained):
+        log.warning("%s", remark)
     log.info("%s", trained.share)
     return trained
 
@@ -224,6 +227,7 @@ def train(
         if average:
             average.applied()(write)(run.adapter_ema)
     validate(done)
+    details["validation_rows_left_out"] = num_answered(splits, config.evaluate.limit) - scoring.num_rows
     if main_process:
         finish(config, run, trained, validate, scoring.scores, details)
 
@@ -326,7 +330,7 @@ def finish(
 # --- dry run ---------------------------------------------------------------------------------------------------------
 
 
-def describe(config: TrainVLConfig) -> Iterator[str]:
+def describe(config: TrainVLConfig, *, decode: bool = False) -> Iterator[str]:
     """Sections of text: what would be trained, the data, rows as the model sees them, memory and time.
 
     Neither the weights nor the data need be there; what depends on them is then left out.
@@ -339,11 +343,13 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
     try:
         structure = structure_of(config.model, config.vision, tower=tower)
     except UnreachableError as error:
-        yield from [str(error), needed, *preview_data(config, None).sections, *slow_hardware(accelerator, None)]
+        sections = preview_data(config, None, decode=decode).sections
+        yield from [str(error), needed, *sections, *slow_hardware(accelerator, None)]
         return
     trained = adapt_networks(structure, config)
     table = parts_table(trained, structure.networks, structure.target_maps, config.adapter, config.optimizer)
-    yield "\n".join([trained.share, table, *about_derived(structure.networks, structure.target_maps)])
+    about = [*about_derived(structure.networks, structure.target_maps), *remarks_on_files(trained)]
+    yield "\n".join([trained.share, table, *about])
     yield needed
     settings: dict[str, Any] = {"seed": config.seed, "trained_tower": tower, "device": accelerator.device}
     model, has_weights = None, False
@@ -351,7 +357,7 @@ def describe(config: TrainVLConfig) -> Iterator[str]:
         model, has_weights = load_if_here(config.model, config.vision, **settings)
     if model:
         model.check(task.task for task in config.data.all_tasks)
-    data = preview_data(config, model, colour=sys.stdout.isatty())
+    data = preview_data(config, model, colour=sys.stdout.isatty(), decode=decode)
     yield from data.sections
     num_tokens = data.largest.num_tokens if data.largest else 1
     why_not = None if is_measured(accelerator, trained.networks.values(), num_tokens) else TOO_SLOW

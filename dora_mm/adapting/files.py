@@ -74,6 +74,12 @@ def save_image_adapter(
     dora_mm.save_adapter(adapted, folder, format=formats.format_for(adapted, preferred="diffusers"), **settings)
 
 
+def remarks_on_files(trained: TrainedNetworks) -> list[str]:
+    """A sentence on each network whose adapter PEFT's format cannot hold."""
+    found = (formats.about_format({component: network}, "peft") for component, network in trained.adapted.items())
+    return [sentence for sentence in found if sentence]
+
+
 def files_in(folder: Path) -> dict[str, AdapterFile]:
     """The adapter files that `save_trained` has written to a folder, by component.
 

@@ -11,10 +11,12 @@ from typing import Any
 from torch import nn
 
 import dora_mm
-from dora_mm.adapting.parts import Settings, settings_of
+from dora_mm import backend as backends
+from dora_mm.adapting.parts import Selected, Selection, select_modules
 from dora_mm.config.adapter import AdapterConfig, PartConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, adapted_layers
-from dora_mm.core.targets import match_modules, matches
+from dora_mm.core.inject import inject_paths
+from dora_mm.core.targets import matches
 from dora_mm.core.wrappers.quantized import is_quantized
 
 
@@ -96,16 +98,16 @@ def adapt(
     Raises:
         ValueError: The model has no such part; or a part cannot be adapted like this.
     """
-    settings = settings_of(config, networks, target_maps)
+    selection = select_modules(config, networks, target_maps)
     main = next(iter(target_maps))
-    found = TrainedNetworks({name: networks[name] for name in target_maps if name == main or name in settings})
+    found = TrainedNetworks({name: networks[name] for name in target_maps if name == main or name in selection})
     _train_itself(found, main, list(parameters_by_name(networks[main], extra_names(config))), None)
-    for component, parts in settings.items():
-        _adapt_network(found, component, target_maps[component], parts, config, seed, backend)
+    for component, selected in selection.items():
+        _adapt_network(found, component, selected, config, seed, backend)
     if frozen := [name for name, parameter in found.parameters.items() if not parameter.requires_grad]:
         raise ValueError(f"adapter.extra_trainable: {frozen[0]} is adapted, so it cannot be trained itself, too")
     found.parameters |= found.adapter_parameters()
-    found.rates |= _adapter_rates(found, settings)
+    found.rates |= _adapter_rates(found, selection)
     return found
 
 
@@ -114,13 +116,13 @@ def extra_names(config: AdapterConfig) -> tuple[str, ...]:
     return config.extra_trainable if isinstance(config, VLAdapterConfig) else ()
 
 
-def _adapter_rates(found: TrainedNetworks, settings: Settings) -> dict[str, float]:
+def _adapter_rates(found: TrainedNetworks, selection: Selection) -> dict[str, float]:
     """The learning rates of adapters of parts that have one of their own, by component and name of the parameter."""
     rates = {}
     for component, report in found.reports.items():
         layers = adapted_layers(found.networks[component])
         for module in report.modules:
-            if rate := settings[component][module.part].lr:
+            if rate := selection[component][module.part].settings.lr:
                 names = layers[module.path].adapter_tensors()
                 rates |= {f"{component}.{module.path}.{name}": rate for name in names}
     return rates
@@ -129,30 +131,29 @@ def _adapter_rates(found: TrainedNetworks, settings: Settings) -> dict[str, floa
 def _adapt_network(
     found: TrainedNetworks,
     component: str,
-    targets: TargetMap,
-    parts: Mapping[str, PartConfig],
+    selected: Mapping[str, Selected],
     config: AdapterConfig,
     seed: int,
     backend: str,
 ) -> None:
-    """Adapts the parts of one network.
+    """Adapts the selected modules of one network.
 
     With method `full`, layers train their own weights. In models for questions they train their biases, too; and where
-    other parts of the network are adapted, the weights are parameters beside the adapters, which PEFT's format can
+    other modules of the network are adapted, the weights are parameters beside the adapters, which PEFT's format can
     hold.
     """
-    network = found.networks[component]
-    adapted = {part for part, settings in parts.items() if settings.method != "full"}
+    network, forward = found.networks[component], backends.select(backend)
+    adapted = any(settings.method != "full" for settings, _ in selected.values())
     modules: list[Any] = []
-    for part, settings in parts.items():
+    for name, (settings, paths) in selected.items():
         beside = settings.method == "full" and config.full_trains_biases
         if beside:
-            own = dict(_own_parameters(network, targets.select([part])))
+            own = dict(_own_parameters(network, paths))
             to_float32(own.values())
             _train_itself(found, component, [n for n, p in own.items() if adapted or p.dim() == 1], settings.lr)
         if not (beside and adapted):
-            spec = spec_of(config, settings)
-            modules += dora_mm.inject(network, targets, spec, parts=[part], seed=seed, backend=backend).modules
+            wanted = dict.fromkeys(paths, (name, spec_of(config, settings)))
+            modules += inject_paths(network, wanted, seed=seed, forward=forward).modules
     if modules:
         found.reports[component] = InjectReport(tuple(modules))
 
@@ -175,8 +176,8 @@ def spec_of(config: AdapterConfig, part: PartConfig) -> DoRASpec:
     return DoRASpec(part.rank, part.alpha, config.dropout if has_update else 0.0, part.method, norm_grad, config.cache)
 
 
-def _own_parameters(network: nn.Module, targets: TargetMap) -> Iterator[tuple[str, nn.Parameter]]:
-    for path in match_modules(network, targets):
+def _own_parameters(network: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    for path in paths:
         layer = network.get_submodule(path)
         if is_quantized(layer):
             raise ValueError(f"adapter.parts: {path} is quantised, and method full trains weights: adapt it instead")

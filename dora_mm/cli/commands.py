@@ -140,12 +140,14 @@ def _run_config(arguments: Namespace, recipes: Recipes) -> None:
     if not (arguments.dry_run and config.dry_run_lists_missing):
         check_paths(config, new_run=arguments.resume is None)
     main = recipes.load(config.pipeline).main
-    if not arguments.dry_run:
-        main(config, resume=arguments.resume)
-    elif "dry_run" not in inspect.signature(main).parameters:
-        raise ValueError(f"--dry-run: the recipe {config.pipeline} does not support it")
-    else:
-        main(config, dry_run=True)
+    asked = {name: True for name in ("dry_run", "decode") if getattr(arguments, name)}
+    if arguments.decode and not arguments.dry_run:
+        raise ValueError("--decode belongs to a dry run: dora-mm train CONFIG --dry-run --decode")
+    for name in asked:
+        if name not in inspect.signature(main).parameters:
+            raise ValueError(f"--{name.replace('_', '-')}: the recipe {config.pipeline} does not support it")
+    main(config, **(asked or {"resume": arguments.resume}))
+    if arguments.dry_run:
         words = ["train", arguments.config, *(["--set", *arguments.overrides] if arguments.overrides else [])]
         print(f"\nto start  dora-mm {shlex.join(words)}")
 

@@ -73,7 +73,10 @@ def _add_config_command(commands: Any, name: str, what: str) -> None:
         command.add_argument(
             "--dry-run", action="store_true", help="only print what would be trained, and what data would be read"
         )
-    command.set_defaults(resume=None, dry_run=False)
+        command.add_argument(
+            "--decode", action="store_true", help="with --dry-run: decode all pictures, and name those that are broken"
+        )
+    command.set_defaults(resume=None, dry_run=False, decode=False)
 
 
 def _add_new(commands: Any) -> None:
@@ -111,7 +114,9 @@ def _add_inspect(commands: Any) -> None:
     command.add_argument(
         "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
     )
-    command.add_argument("--targets", metavar="NAME", help="a target map; default: that of the model")
+    command.add_argument(
+        "--targets", metavar="NAME", help="a target map, or re: and a pattern of modules; default: the map of the model"
+    )
     command.add_argument("--base", metavar="MODEL", help="of an adapter, to show what its shapes do not say")
     command.add_argument("--json", action="store_true", dest="as_json", help="of an adapter, print JSON")
     command.add_argument("--header", action="store_true", help="of an adapter, leave its values unread")

@@ -11,6 +11,9 @@ from dora_mm.config.training import OptimizerConfig
 
 EACH_TEXT_ENCODER = "text_encoder"  # how the names of all text encoders of a model begin
 TEXT_ENCODERS = "text_encoders"  # in front of a part: that part of every text encoder
+ALL_LINEAR = "all-linear"  # instead of a part: the linear layers of all parts of the main network
+FROZEN = "frozen"  # the method of parts that are not trained
+REGEX = "re:"  # how patterns of paths begin that are regular expressions
 
 IMAGE_PARTS = (  # of all target maps of image models, with the network in front
     *("unet.attn", "unet.cross", "unet.ff", "unet.conv"),  # self-attention, cross-attention, feed-forward, convolutions
@@ -47,7 +50,8 @@ class AdapterConfig(Section):
     cache: Literal["weights", "norms"] = "weights"  # norms: builds W' twice instead of caching it, to save memory
     init_from: AdapterPath | None = None  # the adapter file, or its folder, to start from; null: a fresh adapter
     # The parts of the model: a list of names, or names with settings ({unet.attn: {rank: 4}}); null: those that the
-    # target map of its main network has as the default
+    # target map of its main network has as the default. A name is that of a part; or all-linear, the linear layers of
+    # all parts of the main network; or a pattern of paths of modules, such as q_proj or re:.*layers\.0\..*q_proj
     parts: dict[str, PartConfig] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -60,6 +64,8 @@ class AdapterConfig(Section):
     @field_validator("parts", mode="before")
     @classmethod
     def _named_parts(cls, parts: Any) -> Any:
+        if parts == ALL_LINEAR:
+            parts = [parts]
         if isinstance(parts, list | tuple):
             if len(set(map(str, parts))) < len(parts):
                 raise ValueError("names a part twice")
@@ -69,25 +75,34 @@ class AdapterConfig(Section):
                 raise ValueError(f"must be a list of parts, or parts with settings, got {parts!r}")
             return {}
         for name in map(str, parts):
-            if name not in cls.known_parts:
+            if similar := _similar(name, (*cls.known_parts, ALL_LINEAR)):
                 known = ", ".join(cls.known_parts)
-                raise ValueError(f"there is no part {name!r}{_similar(name, cls.known_parts)}; parts are {known}")
+                raise ValueError(
+                    f"there is no part {name!r}{similar}; parts are {known}, {ALL_LINEAR}, or patterns of paths of "
+                    f"modules ({REGEX} marks a regular expression)"
+                )
         for name in parts:
             if one := next((other for other in parts if _is_one_of(other, name)), None):
                 raise ValueError(f"names {one} twice, since {name} means it, too")
         return {name: {} if settings is None else settings for name, settings in parts.items()}
 
-    def trained_parts(self, default: Sequence[str] = ()) -> dict[str, PartConfig]:
-        """The complete settings of every part that is not frozen; `default`: the parts where none is configured."""
+    def all_parts(self, default: Sequence[str] = ()) -> dict[str, PartConfig]:
+        """The complete settings of every part; `default`: the parts where none is configured."""
         scaling = self.alpha / self.rank
         found = {}
         for name, part in (self.parts or dict.fromkeys(default, PartConfig())).items():
             rank = part.rank or self.rank
-            method = part.method or self.method
-            alpha = part.alpha or rank * scaling
-            if method != "frozen":
-                found[name] = part.model_copy(update={"method": method, "rank": rank, "alpha": alpha})
+            own = {"method": part.method or self.method, "rank": rank, "alpha": part.alpha or rank * scaling}
+            found[name] = part.model_copy(update=own)
         return found
+
+    def trained_parts(self) -> dict[str, PartConfig]:
+        """The complete settings of every configured part that is not frozen."""
+        return {name: part for name, part in self.all_parts().items() if part.method != FROZEN}
+
+    def is_pattern(self, name: str) -> bool:
+        """Whether a name of `parts` is a pattern of paths of modules."""
+        return name not in (*self.known_parts, ALL_LINEAR)
 
     def trained_in(self, start: str) -> tuple[str, ...]:
         """The trained parts whose names begin like this; none where the config names no parts."""
@@ -129,9 +144,17 @@ class VLAdapterConfig(AdapterConfig):
 
 
 def _similar(name: str, known: Sequence[str]) -> str:
-    """The text ", did you mean ...?" with the part that a name may be the end of, or that is most similar."""
-    ending = next((part for part in known if part.endswith(f".{name}")), None)
-    return f", did you mean {ending!r}?" if ending else nearest(name, known)
+    """The text ", did you mean ...?" with the part that a name may be the end of, or that is similar; "" if none is.
+
+    Behind the name of a network, only the ends of its parts count: `text_encoder.k_proj` is a pattern.
+    """
+    if name in known or name.startswith(REGEX):
+        return ""
+    if ending := next((part for part in known if part.endswith(f".{name}")), None):
+        return f", did you mean {ending!r}?"
+    front, _, end = name.rpartition(".")
+    ends = [part.removeprefix(f"{front}.") for part in known if part.startswith(f"{front}.")]
+    return nearest(end, ends).replace("'", f"'{front}.", 1) if ends else nearest(name, known)
 
 
 def _is_one_of(part: str, name: str) -> bool:

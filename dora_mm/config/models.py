@@ -107,9 +107,11 @@ class VLMModelConfig(VLFamilyConfig):
     attn_implementation: Text | None = None  # such as sdpa or flash_attention_2; null: what transformers chooses
     # The frozen weights in 8 or 4 bits, by bitsandbytes or torchao; null: not quantised
     quantization: Literal["int8", "nf4", "fp4", "torchao_int8"] | None = None
+    # Fewer pixels are fewer tokens; docs/vlm_classes.md says which of these the processor of each class takes
     min_pixels: PositiveInt | None = None  # of an image, where the processor keeps its shape (Qwen-VL)
-    max_pixels: PositiveInt | None = None  # as min_pixels; more pixels are more tokens
-    image_size: PositiveInt | None = None  # side in pixels, for processors that resize to a fixed size
+    max_pixels: PositiveInt | None = None  # as min_pixels, or where it bounds the number of patches (LFM2-VL)
+    image_size: PositiveInt | None = None  # the longer side in pixels (Idefics3, Pixtral)
+    max_tiles: PositiveInt | None = None  # into which an image is cut, without the small picture of the whole
     max_length: PositiveInt | None = None  # tokens per row of a training; text beyond is cut; null: positions
     prompts: dict[TaskName, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
 

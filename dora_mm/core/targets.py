@@ -92,7 +92,7 @@ def match_modules(model: nn.Module, targets: TargetMap) -> dict[str, str]:
     taken: dict[str, str] = {}
     for part, patterns in targets.parts.items():
         for pattern in patterns:
-            for path in _matching(pattern, modules, targets.name):
+            for path in matching(pattern, modules, f"target map {targets.name}"):
                 if taken.setdefault(path, part) != part:
                     raise ValueError(f"{path} is in two parts of target map {targets.name}: {taken[path]} and {part}")
     _check_counts(modules, taken, targets)
@@ -120,15 +120,20 @@ def blocks_of(model: nn.Module, targets: TargetMap) -> list[str]:
     return [path for path in modules if path in found]
 
 
-def _matching(pattern: str, modules: Mapping[str, nn.Module], map_name: str) -> list[str]:
-    of_map = f"target map {map_name}"
-    found = [path for path in modules if matches(pattern, path, of_map)]
+def matching(pattern: str, modules: Mapping[str, nn.Module], where: str) -> list[str]:
+    """The paths that a pattern matches, all of modules that can be adapted; `where` it is from, for errors.
+
+    Raises:
+        ValueError: It is not a valid regular expression, matches nothing, or a module that cannot be adapted.
+    """
+    found = [path for path in modules if matches(pattern, path, where)]
     wrong = next((path for path in found if not adaptable(modules[path])), None)
     if wrong is not None:
-        where = wrong or "the model itself"
-        raise ValueError(f"{described(pattern, of_map)} matches {where}, {not_adaptable(modules[wrong])}")
+        raise ValueError(
+            f"{described(pattern, where)} matches {wrong or 'the model itself'}, {not_adaptable(modules[wrong])}"
+        )
     if not found:
-        raise ValueError(f"{described(pattern, of_map)} matches no module; nearest: {_nearest(pattern, modules)}")
+        raise ValueError(f"{described(pattern, where)} matches no module; nearest: {_nearest(pattern, modules)}")
     return found
 
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dora_mm.formats.adapter_file import AdapterFile, adapter_folder, find_file
-    from dora_mm.formats.adapters import format_for, load, remove_other_formats, save, write_card
+    from dora_mm.formats.adapters import about_format, format_for, load, remove_other_formats, save, write_card
     from dora_mm.formats.reader import read
     from dora_mm.formats.tools import FORMATS
 
 __all__ = [
     "FORMATS",
     "AdapterFile",
+    "about_format",
     "adapter_folder",
     "find_file",
     "format_for",

@@ -23,6 +23,7 @@ from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.models import from_models, into_models, weight_shape
 from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import opened, read
+from dora_mm.formats.registry import TOOLS
 from dora_mm.formats.state import AdapterState, LayerState, joined
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.comfy import other_half
@@ -42,6 +43,16 @@ def why_not(format: str, components: Mapping[str, nn.Module]) -> str | None:
     """Why a format cannot hold the adapters of these models, as an error message with the way out, or None."""
     export = FORMATS[format]
     return None if export.why_not is None else export.why_not(components)
+
+
+def about_format(components: Mapping[str, nn.Module], preferred: str) -> str | None:
+    """A sentence on why a file of these models will not be in the preferred format, or None: it will."""
+    if reason := why_not(preferred, components):
+        return (
+            f"the adapter will be written in our own form alone, which {TOOLS[preferred].title} cannot read: {reason}; "
+            "dora-mm merge writes a model that every program reads"
+        )
+    return None
 
 
 def save(

@@ -8,7 +8,7 @@ from torch import nn
 
 from dora_mm.adapting.initial import FROM_FILE
 from dora_mm.adapting.networks import TrainedNetworks, extra_names, parameters_by_name
-from dora_mm.adapting.parts import full_name, settings_of
+from dora_mm.adapting.parts import full_name, select_modules
 from dora_mm.config.adapter import AdapterConfig, PartConfig
 from dora_mm.config.training import OptimizerConfig
 from dora_mm.core import TargetMap
@@ -36,21 +36,22 @@ def parts_table(
         adapter: The `adapter` section.
         optimizer: The `optimizer` section, for the learning rates.
     """
-    settings = settings_of(adapter, networks, target_maps)
+    selection = select_modules(adapter, networks, target_maps)
     rows, frozen, counted = [], [], set()
     for component, targets in target_maps.items():
         report = trained.reports.get(component)
         of_file = [module.path for module in report.modules if module.part == FROM_FILE] if report else []
+        taken = set(of_file)
+        for name, (chosen, paths) in selection.get(component, {}).items():
+            names = _trained_in(trained, component, paths, whole=chosen.method == "full")
+            shown = full_name(component, name) if name in targets.parts else name
+            rows.append((shown, leaves(paths), *_settings(chosen, optimizer), *_counts(paths, names)))
+            counted |= names.keys()
+            taken |= set(paths)
         for part in parts_in(networks[component], targets):
             found = match_modules(networks[component], targets.select([part]))
-            paths, name = [path for path in found if path not in of_file], full_name(component, part)
-            chosen = settings.get(component, {}).get(part)
-            if chosen is not None:
-                names = _trained_in(trained, component, paths, whole=chosen.method == "full")
-                rows.append((name, leaves(paths), *_settings(chosen, optimizer), *_counts(paths, names)))
-                counted |= names.keys()
-            elif paths:
-                frozen.append((name, leaves(paths), "frozen", "", "", "", f"{len(paths):,}", ""))
+            if paths := [path for path in found if path not in taken]:
+                frozen.append((full_name(component, part), leaves(paths), "frozen", "", "", "", f"{len(paths):,}", ""))
         if of_file:
             names = _trained_in(trained, component, of_file, whole=False)
             about = ("as in the file", "", "", _rate(optimizer.lr))

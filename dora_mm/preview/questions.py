@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from dora_mm.config.loader import find_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import SPLITS, SourceConfig, Split, VLTaskConfig
-from dora_mm.data.images.pixels import upright_size
+from dora_mm.data.images.pixels import load_rgb, upright_size
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.readers import FILES
@@ -25,6 +29,7 @@ from dora_mm.data.vl.tables import ExampleTable
 from dora_mm.models.vl import RowLengths, VLModel, likeliest_answer
 from dora_mm.preview.lengths import RowSample, check_sample, sample_lengths, sample_table
 
+LEAVES_OUT = "data.on_bad_data: skip leaves them out"
 SHOWN = 3  # rows that are shown, of all tasks together
 
 
@@ -78,17 +83,21 @@ class AllRows:
         return table
 
 
-def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool = False) -> DataPreview:
+def preview_data(
+    config: TrainVLConfig, model: VLModel | None, *, colour: bool = False, decode: bool = False
+) -> DataPreview:
     """Reads all data of a config that is there. Bad rows are found also where a training stops at the first one.
 
-    Those that only encoding shows are found in the sample of `sample_lengths`.
+    Those that only encoding shows are found in the sample of `sample_lengths`; all pictures are decoded if asked for.
 
     Args:
         config: The config.
         model: The model, whose weights are not needed; None: lengths and rows as it sees them are left out.
         colour: Whether to mark rows with the colours of a terminal.
+        decode: Whether to decode all pictures.
     """
     found, tables, figures = DataPreview(), {}, {}
+    pictures: dict[str, tuple[ExampleTable, str | None]] = {}
     skipping = config.model_copy(update={"data": config.data.model_copy(update={"on_bad_data": "skip"})})
     with _quiet():
         for task, split, source in present_splits(config):
@@ -102,11 +111,18 @@ def preview_data(config: TrainVLConfig, model: VLModel | None, *, colour: bool =
                 found.problems.append(str(error))
                 continue
             tables[name], figures[name] = table, _figures(source, table)
+            whole = found.sets[task.task].table if split == "train" and task.task in found.sets else table
+            pictures[name] = whole, source.images
     skipped = {name: table.skipped for name, table in tables.items() if table.skipped}
     if skipped and config.data.on_bad_data == "stop":
         found.problems.append(first_bad_row(skipped))
     found.sections += [data_report(figures)] if figures else []
     found.sections += [bad_row_list(skipped)] if skipped else []
+    if decode and not config.vision.features:
+        count, broken = broken_pictures(pictures)
+        found.sections.append("\n  ".join([f"{len(broken):,} of {count:,} pictures are broken", *broken]))
+        if broken and config.data.on_bad_data == "stop":
+            found.problems.append(f"{broken[0]}; a training would stop there ({LEAVES_OUT})")
     found.sections += [sample_table(task, sample) for task, sample in found.samples.items()]
     if model is not None and found.sets:
         found.sections.append(first_rows(model, found.sets, colour=colour))
@@ -203,10 +219,36 @@ def first_bad_row(skipped: Skipped) -> str:
     reasons = next(iter(skipped.values()))
     reason, places = next(iter(reasons.items()))
     number = sum(len(found) for each in skipped.values() for found in each.values())
-    return (
-        f"{places[0]}: {reason}; a training would stop there, at the first of {number:,} bad rows "
-        "(data.on_bad_data: skip leaves them out)"
-    )
+    return f"{places[0]}: {reason}; a training would stop there, at the first of {number:,} bad rows ({LEAVES_OUT})"
+
+
+def broken_pictures(tables: Mapping[str, tuple[ExampleTable, str | None]]) -> tuple[int, list[str]]:
+    """Decodes the pictures of splits, each with the folder of its pictures.
+
+    Returns:
+        How many pictures there are, and a line on each that cannot be decoded, with its rows.
+    """
+    names = {
+        name: {image: image_path(folder, image) for image in table.images()} for name, (table, folder) in tables.items()
+    }
+    paths = sorted({path for of_split in names.values() for path in of_split.values()})
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(pool.map(_why_broken, paths), "decoding pictures", len(paths), unit="picture", delay=2, disable=None)
+        reasons = {path: reason for path, reason in zip(paths, bar, strict=True) if reason}
+    rows: dict[Path, list[str]] = defaultdict(list)
+    for name, (table, _) in tables.items() if reasons else ():
+        for index, images in enumerate(table.image_lists()):
+            for path in {names[name][image] for image in images} & reasons.keys():
+                rows[path].append(f"{table[index].id} of {name}")
+    return len(paths), [f"{reason}; rows {', '.join(rows[path])}" for path, reason in reasons.items()]
+
+
+def _why_broken(path: Path) -> str | None:
+    try:
+        load_rgb(path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 # --- rows as the model sees them -------------------------------------------------------------------------------------

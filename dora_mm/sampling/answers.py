@@ -59,6 +59,11 @@ def answer_all(
         return found
 
 
+def num_answered(sets: Mapping[str, ValidationSet], limit: int | None) -> int:
+    """How many rows `answer_all` answers if all of them can be read."""
+    return sum(len(split.table) if limit is None else min(limit, len(split.table)) for split in sets.values())
+
+
 def _answer_split(
     answer: Answer,
     split: ValidationSet,

@@ -125,6 +125,7 @@ class SplitScores:
 
     Attributes:
         scores: Those of the last call, in the main process.
+        num_rows: How many rows that call answered.
     """
 
     def __init__(
@@ -138,10 +139,12 @@ class SplitScores:
         self.accelerator, self.answer, self.score, self.losses = accelerator, answer, score, losses
         self.save_answers = save_answers
         self.scores: dict[str, Any] = {}
+        self.num_rows = 0
 
     def __call__(self) -> dict[str, float]:
         """The values of all metrics, and the loss of each split."""
         found, losses = self.answer(), self.losses()
+        self.num_rows = sum(map(len, found.values()))
         values: list[Any] = [None]
         if self.accelerator.is_main_process:
             self.scores = self.score(found)

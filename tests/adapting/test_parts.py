@@ -1,5 +1,7 @@
 """The parts of models by their names in configs, each with a rank, method and learning rate of its own."""
 
+import re
+
 import pytest
 
 from dora_mm.adapting.networks import adapt
@@ -89,12 +91,59 @@ def test_parts_that_a_model_lacks_are_named_with_those_that_it_has(tiny):
         (["attn"], "there is no part 'attn', did you mean 'unet.attn'"),
         (["ff"], "there is no part 'ff', did you mean 'unet.ff'"),
         (["unet.croos"], "there is no part 'unet.croos', did you mean 'unet.cross'"),
+        (["all_linear"], "there is no part 'all_linear', did you mean 'all-linear'.*or patterns of paths of modules"),
         ({"unet.attn": {"rnk": 2}}, "rnk"),
     ],
 )
 def test_names_that_no_model_has_are_found_in_the_config(parts, message):
     with pytest.raises(ValueError, match=message):
         config(parts)
+
+
+def test_all_linear_takes_no_convolution_and_leaves_what_is_named_itself(tiny):
+    trained = trained_by(
+        tiny, {"all-linear": {"rank": 2}, "unet.ff": {"method": "lora"}, "unet.cross": {"method": "frozen"}}
+    )
+    assert specs(trained) == {"unet ff": {("lora", 4, 4.0)}, "unet attn": {("dora", 2, 2.0)}}
+    assert config("all-linear") == config(["all-linear"]) == config({"all-linear": {}})
+
+
+def test_patterns_have_settings_of_their_own_and_take_from_parts(tiny):
+    first = r"re:down_blocks\.1\..*\.to_q"
+    parts = {"unet.attn": {}, first: {"rank": 2, "lr": 0.5}, "proj_in": {"method": "lora"}, "text_encoder.k_proj": {}}
+    trained = trained_by(tiny, parts)
+    assert specs(trained) == {
+        "unet attn": {("dora", 4, 4.0)},
+        f"unet {first}": {("dora", 2, 2.0)},
+        "unet proj_in": {("lora", 4, 4.0)},
+        "text_encoder text_encoder.k_proj": {("dora", 4, 4.0)},
+    }
+    by_part = {module.path: module.part for module in trained.reports["unet"].modules}
+    assert {path.endswith("to_q") for path, part in by_part.items() if part == first} == {True}
+    assert {name for name, rate in trained.rates.items() if rate == 0.5} == {
+        f"unet.{path}.{name}"
+        for path, part in by_part.items()
+        if part == first
+        for name in ("lora_A", "lora_B", "magnitude")
+    }
+    rows = parts_table(trained, tiny.adaptable, MAPS, config(parts), OptimizerConfig(lr=0.1)).splitlines()
+    assert [row.split()[0] for row in rows[1:5]] == ["unet.attn", first, "proj_in", "text_encoder.k_proj"]
+    assert config(parts).trains_text_encoders
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["to_kv"], "pattern 'to_kv' of adapter.parts matches no module; nearest: to_v, to_k"),
+        (["time_proj"], "pattern 'time_proj' of adapter.parts matches time_proj, a Timesteps, which cannot be adapted"),
+        (["re:(to_q"], "not a valid regular expression"),
+        (["to_q", "attn1.to_q"], "adapter.parts: both to_q and attn1.to_q take down_blocks"),
+        (["unet.cross", r"re:.*attn2\..*(to_[qkv]|\.0)"], "adapter.parts: patterns take all modules of unet.cross"),
+    ],
+)
+def test_patterns_that_do_not_fit_are_refused(parts, message, tiny):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trained_by(tiny, parts)
 
 
 def test_the_methods_of_parts_decide_which_settings_have_an_effect():

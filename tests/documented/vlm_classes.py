@@ -1,119 +1,166 @@
 """docs/vlm_classes.md: which of transformers' image-text-to-text classes train here, as tried on tiny models.
 
-`python -m tests.documented.vlm_classes` writes it; the slow tests compare.
+`python -m tests.documented.vlm_classes` writes it; a slow test compares each row.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import torch
+import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES as PROCESSORS
 
-from dora_mm.adapting.networks import adapt
-from dora_mm.config.adapter import VLAdapterConfig
 from dora_mm.config.models import VLMModelConfig
-from dora_mm.core.targets import match_modules
-from dora_mm.data.vl.example import Example
 from dora_mm.models.vlm.family import VLM
-from dora_mm.targets import map_of
+from dora_mm.models.vlm.image_limits import limits_of
 from tests.models.vlm import tiny
+from tests.models.vlm.classes.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
+from tests.models.vlm.classes.rarest_models import UNTRAINED
 from tests.models.vlm.vlm_rows import write_pictures
 
 PAGE = Path(__file__).parents[2] / "docs" / "vlm_classes.md"
-ALIASES = {"shieldgemma2": "gemma3", "glmga": "glm46v"}  # types of config that one class serves
-REASONS = {
-    "evolla": "reads proteins, not images",
-    "pi0": "writes the movements of a robot, not text",
-    "udop": "needs the words of a page and their boxes",
-    "mistral4": "is a language model, without a tower",
-    "instructblipvideo": "reads videos, which are refused here",
-    "vision-encoder-decoder": "has no processor of its own, and reads no text",
-    "pix2struct": "reads the question as a header drawn into the image; its text is the answer alone",
-    "pp_formulanet": "reads images alone, without text",
-    "diffusion_gemma": "fills in blocks of text by diffusion, not word by word",
+ALIASES = {"shieldgemma2": "gemma3", "glmga": "glm46v", "pp_chart2table": "got_ocr2"}  # types that one class serves
+BUILT_AS = {"blip": "blip_caption", "blip-2": "blip2", "minicpmv4_6": "minicpm_v"}
+
+
+def inputs_of(kind: str) -> list[str]:
+    return list(inspect.signature(getattr(transformers, CLASSES[kind]).forward).parameters)
+
+
+def processor_of(kind: str) -> list[str]:
+    return list(getattr(transformers, PROCESSORS[kind]).get_attributes())
+
+
+def generates(kind: str) -> bool:
+    return issubclass(getattr(transformers, CLASSES[kind]), transformers.GenerationMixin)
+
+
+Reason = tuple[str, Callable[[str], bool]]
+REASONS: dict[str, Reason] = {  # of types that no tiny model can show, each with what shows it
+    "evolla": ("reads proteins, not images", lambda kind: "protein_tokenizer" in processor_of(kind)),
+    "pi0": ("writes the movements of a robot, not text", lambda kind: not generates(kind)),
+    "udop": ("needs the words of a page and their boxes", lambda kind: "bbox" in inputs_of(kind)),
+    "mistral4": ("is a language model, without a tower", lambda kind: "pixel_values" not in inputs_of(kind)),
+    "instructblipvideo": (
+        "reads videos, not images",
+        lambda kind: "image_processor" not in processor_of(kind),
+    ),
+    "vision-encoder-decoder": (
+        "has no processor of its own, and reads no text",
+        lambda kind: kind not in PROCESSORS and "input_ids" not in inputs_of(kind),
+    ),
+    "pix2struct": (
+        "reads the question as a header drawn into the image; its text is the answer alone",
+        lambda kind: "input_ids" not in inputs_of(kind),
+    ),
+    "pp_formulanet": (
+        "reads images alone, without text",
+        lambda kind: "text" not in required(getattr(transformers, PROCESSORS[kind]).__call__),
+    ),
+    "diffusion_gemma": ("fills in blocks of text by diffusion, not word by word", lambda kind: not generates(kind)),
 }
-EXAMPLES = (
-    Example("1", ("wide.png",), "What colour is it?", ("red",), (1.0,)),
-    Example("2", ("tall.png",), "Is there a dog in the picture?", ("no",), (1.0,)),
-)
+REFUSED = {  # of types whose tiny model is refused, each with the message
+    "got_ocr2": ("its processor takes images alone, and asks for their text itself", "Nested images are only support"),
+    "fuyu": ("its processor loses a token of each image", "Mismatch in `image` token count"),
+    "idefics": ("has no chat template; reads lists of texts and images", "has no chat template"),
+    "kosmos-2.5": ("has no chat template; reads the text of a page, or its Markdown", "has no chat template"),
+}
+LIMITS = {"image_size": 64, "min_pixels": 784, "max_pixels": 14_000, "max_tiles": 1}  # for the tiny models
 HEAD = """# Which classes train
 
 Of the {total} types of model that transformers {version} has for images and text in and text out, {count} train
 here. This table is written by `python -m tests.documented.vlm_classes` from tiny models of random weights with their
-real processors: a fresh adapter of all parts changes no bit, rows of a batch have the loss that they have alone, and
-the parts that are named learn. The others have a reason; "not tried" means that there is no such tiny model yet,
-and gives what the [derived map](targets.md#derived-maps) takes of a model of the sizes that its config has by default.
+real processors. Of each that trains, with adapters in all parts: a fresh adapter changes no bit; loss and gradients
+are those of autograd through the textbook formula; rows of a batch have the losses and answers that they have alone;
+the merged model computes what the adapter does, and so does PEFT, where it can load the adapter ([what it
+cannot](formats.md#peft) is written in our own form); and the parts that are named have gradients.
 
-| type | class | trains | parts, or why not |
-|---|---|---|---|
+Images are limited by the keys of `model` in the last column: `max_pixels`, `image_size` (the longer side) or
+`max_tiles`. Each was tried, too; other keys are refused when the model is loaded.
+
+| type | class | trains | parts, or why not | limits of images |
+|---|---|---|---|---|
 """
 
 
+def required(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
 def page() -> str:
-    """The text of the page; it takes a minute or two."""
+    """The text of the page; it takes some two minutes."""
     with tempfile.TemporaryDirectory() as folder:
-        trained = dict(_trained(Path(folder)))
-    trained |= {alias: trained[name] for alias, name in ALIASES.items()}
-    rows = [
-        f"| `{kind}` | `{name}` | {'yes' if kind in trained else 'no'} | {trained.get(kind) or why_not(kind, name)} |"
-        for kind, name in CLASSES.items()
-    ]
-    found = {"total": len(CLASSES), "version": transformers.__version__}
-    return HEAD.format(count=len(set(CLASSES) & set(trained)), **found) + "\n".join(rows) + "\n"
+        rows = [row_of(kind, Path(folder)) for kind in CLASSES]
+    count = sum("| yes |" in row for row in rows)
+    return HEAD.format(total=len(CLASSES), version=transformers.__version__, count=count) + "\n".join(rows) + "\n"
 
 
-def _trained(folder: Path) -> Iterator[tuple[str, str]]:
-    """The type of each tiny model that trains, and its parts."""
+def row_of(kind: str, folder: Path) -> str:
+    """The row of a type, after its tiny model has shown what is in it.
+
+    Args:
+        kind: A key of CLASSES.
+        folder: For the tiny model, its adapter and pictures.
+    """
+    own = ALIASES.get(kind, kind)
+    if own in REASONS:
+        text, shown = REASONS[own]
+        assert shown(own), f"{own} {text}, it is said, and that is not so"
+    else:
+        text = refusal(own, folder) if own in UNTRAINED else listed(tried(own, folder))
+    trains = "no" if own in REASONS or own in UNTRAINED else "yes"
+    limits = listed(limits_by(own, folder)) if trains == "yes" else ""
+    return f"| `{kind}` | `{CLASSES[kind]}` | {trains} | {text} | {limits} |"
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def limits_by(kind: str, folder: Path) -> list[str]:
+    """The keys of the `model` section that limit the images of a type, after a row was read with each."""
+    base, found = built(BUILT_AS.get(kind, kind), folder), []
+    vlm = opened(base)
+    for key in limits_of(vlm.rows.processor, vlm.model_config):
+        limited = VLM(VLMModelConfig.model_validate({"path": str(base), key: LIMITS[key]}))
+        assert losses(limited, batch_of(limited, pictures_in(folder), EXAMPLES[:1])).isfinite().all(), key
+        found.append(key)
+    return found
+
+
+def pictures_in(folder: Path) -> Path:
     pictures = folder / "pictures"
-    pictures.mkdir()
-    write_pictures(pictures)
-    for name in tiny.BUILDERS:
-        vlm = VLM(VLMModelConfig(path=str(tiny.build(name, folder / name))))
-        yield vlm.model_config.model_type, ", ".join(f"`{part}`" for part in check(vlm, str(pictures)))
+    if not pictures.exists():
+        pictures.mkdir()
+        write_pictures(pictures)
+    return pictures
 
 
-def check(vlm: VLM, pictures: str) -> list[str]:
-    """Takes two steps of a model with adapters in all parts, and returns the parts, all of which have learned."""
-    batch = vlm.batch("vqa", EXAMPLES, pictures, [("red", 1.0), ("no", 1.0)])
-    before = losses(vlm, batch)
-    alone = [losses(vlm, vlm.batch("vqa", [e], pictures, [(e.answers[0], 1.0)])) for e in EXAMPLES]
-    torch.testing.assert_close(torch.cat(alone), before, rtol=1e-4, atol=1e-4)
-    parts = list(vlm.target_maps["model"].parts)
-    config = VLAdapterConfig.model_validate({"rank": 2, "parts": parts})
-    trained = adapt(vlm.networks, vlm.target_maps, config, seed=0, backend="torch")
-    assert torch.equal(losses(vlm, batch), before)
-    for _ in range(2):
-        vlm.loss(batch, torch.Generator()).backward()
-    paths = {name.removeprefix("model.").rpartition(".")[0] for name, p in trained.parameters.items() if _learns(p)}
-    learned = {module.part for module in trained.reports["model"].modules if module.path in paths}
-    return [part for part in parts if part in learned]
+def built(name: str, folder: Path) -> Path:
+    base = folder / name
+    return base if base.exists() else tiny.build(name, base)
 
 
-def _learns(parameter: torch.nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
+def tried(kind: str, folder: Path) -> list[str]:
+    """The parts of a type's tiny model that have gradients, after all its equalities were checked."""
+    name = BUILT_AS.get(kind, kind)
+    with tempfile.TemporaryDirectory() as scratch:
+        return learned_parts(built(name, folder), pictures_in(folder), Path(scratch))
 
 
-@torch.no_grad()
-def losses(vlm: VLM, batch) -> torch.Tensor:
-    return torch.cat([vlm.network.row_losses(inputs, labels)[0] for inputs, labels, _ in batch.groups])
-
-
-def why_not(kind: str, name: str) -> str:
-    """Why a class does not train, or that it was not tried."""
-    if kind in REASONS:
-        return REASONS[kind]
-    try:
-        with torch.device("meta"):
-            model = getattr(transformers, name)(transformers.CONFIG_MAPPING[kind]())
-        targets = map_of(model)
-    except Exception as error:  # configs fail in any way
-        return f"not tried; no model of its default config: {type(error).__name__}"
-    taken = match_modules(model, targets)
-    return f"not tried; {len(taken):,} modules in {', '.join(f'`{part}`' for part in targets.parts)}"
+def refusal(kind: str, folder: Path) -> str:
+    """Why a type's tiny model does not train, after its row was refused."""
+    text, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        batch_of(opened(built(kind, folder)), pictures_in(folder), EXAMPLES)
+    return text
 
 
 if __name__ == "__main__":

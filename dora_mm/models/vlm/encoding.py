@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # label of a token without loss, as in all of transformers
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+TEXT_INPUTS = (
+    *("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask"),
+    "image_embeds_position_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,11 @@ class RowEncoder:
 
     def _check_places(self, text: str, num_images: int) -> None:
         token = getattr(self.processor, "image_token", None)
+        parts = self.tokenizer.convert_ids_to_tokens(self.image_ids.tolist())
+        if inside := next(
+            (part for part in parts if part != token and self.processor.chat_template and part in text), None
+        ):
+            raise ValueError(f"the text has {inside}, which this model reads as a part of an image: write it otherwise")
         places = text.count(token) if isinstance(token, str) else None
         if places not in (None, 0, num_images) or (num_images and places == 0 and self.processor.chat_template):
             raise ValueError(f"the text has {places} places for images, and the row has {num_images} images")
@@ -164,7 +172,8 @@ class RowEncoder:
             cure = "raise it, or " if self.limit_from == "model.max_length" else ""
             raise ValueError(
                 f"the images alone are {num_tokens} tokens, and a row has at most {self.max_length} "
-                f"({self.limit_from}): {cure}make the images smaller (model.max_pixels, model.image_size)"
+                f"({self.limit_from}): {cure}make the images smaller (model.max_pixels, model.image_size, "
+                "model.max_tiles)"
             )
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[torch.nonzero(~is_image)[-excess:]] = False
@@ -236,7 +245,10 @@ def collate(rows: Sequence[TokenRow], *, pad: int, left: bool = False) -> tuple[
             values = [_padded(value, longest, pad if name == "input_ids" else 0, left) for value in values]
         else:
             values = [row.inputs[name] for row in rows if name in row.inputs]
-        inputs[name] = torch.cat(list(_same_shape(values)))
+        if isinstance(values[0], list):  # the numbers of tiles of Unlimited-OCR's images
+            inputs[name] = [item for value in values for item in value]
+        else:
+            inputs[name] = torch.cat(list(_same_shape(values)))
     targets = max(len(row.labels) for row in rows)
     labels = torch.cat([_padded(row.labels[None], targets, IGNORED, left) for row in rows])
     return inputs, labels

@@ -83,7 +83,7 @@ class VLM:
         self.commit = commit_of(self.path, config.revision)
         self.config = config.model_copy(update={"revision": self.commit})  # all is read of one commit
         self.name = model_class(self.model_config, self.path).__name__  # for messages
-        processor: Any = load_processor(self.config)
+        processor: Any = load_processor(self.config, self.model_config)
         self.plain = None if processor.chat_template else PLAIN.get(self.model_config.model_type)
         if self.plain is None and not processor.chat_template:
             raise ValueError(

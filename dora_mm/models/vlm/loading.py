@@ -15,37 +15,31 @@ from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.folders import load_weights, model_class, read_config
 from dora_mm.models.opening import opening
+from dora_mm.models.vlm.image_limits import set_limits, within
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
-def load_processor(config: VLMModelConfig) -> ProcessorMixin:
+def load_processor(config: VLMModelConfig, model_config: Any = None) -> ProcessorMixin:
     """Loads the processor of a model: its tokenizer and image processor.
+
+    Args:
+        config: The `model` section.
+        model_config: The model's own config, where the section limits the sizes of images.
 
     Raises:
         UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: There is none, it takes no images or lacks a package, or an image size does not fit it.
     """
     path = resolve_model(config.path)
-    given = {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
-    sizes = {key: value for key, value in given.items() if value is not None}
     with opening(path, f"the processor of {path} cannot be loaded", key="model.path"):
-        processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False, **sizes)
+        processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     images = getattr(processor, "image_processor", None)
     if images is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"model.path: {path} is not a vision-language model: its processor takes no images and text")
-    if sizes and not _keeps_shapes(images):
-        raise ValueError(
-            f"model.{next(iter(sizes))}: the images of {path} have a fixed size; its processor, a "
-            f"{type(images).__name__}, takes model.image_size instead"
-        )
-    if config.image_size is not None:
-        if _keeps_shapes(images):
-            raise ValueError(
-                f"model.image_size: the images of {path} keep their shape; its processor, a {type(images).__name__}, "
-                "takes model.max_pixels instead"
-            )
-        _resize(images, config.image_size)
+    set_limits(processor, config, model_config)
+    if type(processor).__name__ == "Cosmos3EdgeProcessor":  # which makes what its model needs only when asked
+        processor.return_mm_token_type_ids = True
     return processor
 
 
@@ -73,6 +67,9 @@ def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
         **{key: value for key, value in settings.items() if value is not None},
     )
     model.generation_config = special_tokens(model)
+    if config.max_tiles and getattr(model.config, "image_grid_pinpoints", None):  # as those of its processor
+        grid, tile = model.config.image_grid_pinpoints, model.config.vision_config.image_size
+        model.config.image_grid_pinpoints = within(grid, tile, config.max_tiles)
     if found.model_type == "llama4":
         model.language_model.register_forward_hook(_with_image_outputs)
     return model.requires_grad_(False).eval()
@@ -114,19 +111,3 @@ def special_tokens(model: Any) -> GenerationConfig:
     """
     own = copy.deepcopy(model.generation_config)
     return GenerationConfig(**{name: getattr(own, name, None) for name in SPECIAL_TOKENS})
-
-
-def _keeps_shapes(images: Any) -> bool:
-    """Whether an image processor only bounds the number of pixels."""
-    return "min_pixels" in getattr(images.valid_kwargs, "__annotations__", {})
-
-
-def _resize(images: Any, side: int) -> None:
-    """Makes an image processor resize to squares of this side, in pixels."""
-    if "height" in images.size:
-        images.size = {"height": side, "width": side}
-    else:
-        key = "longest_edge" if "longest_edge" in images.size else "shortest_edge"
-        images.size = {key: side}
-    if getattr(images, "crop_size", None):
-        images.crop_size = {"height": side, "width": side}

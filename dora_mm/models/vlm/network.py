@@ -66,7 +66,12 @@ class VLMNetwork:
 
     def moved(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inputs on the model's device; pixels in its dtype."""
-        return {k: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in inputs.items()
+        }
 
     def _precision(self) -> torch.autocast:
         """Autocast where the frozen weights are in half precision: those that are trained themselves are float32."""

@@ -36,6 +36,9 @@ PLAIN = {  # by model_type
     "blip-2": BLIP_2,
     "instructblip": BLIP_2,
     "git": PlainPrompts(),
+    "chameleon": PlainPrompts(image_token=True, images=None),
+    "fuyu": PlainPrompts(caption="Generate a coco-style caption.\n", separator="\x04"),
+    "kosmos-2": PlainPrompts("Question: {text} Answer:", "An image of", separator=" "),
     "florence2": PlainPrompts(caption="What does the image describe?"),
 }
 # Classes that raise on a batch of rows with different numbers of images: such rows are computed apart.
@@ -45,4 +48,4 @@ SAME_IMAGES = ("mllama",)
 SAME_LENGTH = ("git", "blip")
 # Classes whose images are not told apart by row, so that each row is computed by itself: MiniCPM-V's stand side by side
 # in one, and Molmo's are found by their place among all patches of a batch.
-ALONE = ("minicpmv4_6", "molmo2")
+ALONE = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "molmo2", "emu3")

@@ -177,7 +177,7 @@ def test_what_a_model_cannot_do_is_refused_by_name(tiny_vlm):
         VLM(VLMModelConfig(path=str(tiny_vlm("blip_vqa")))).check(["nlvr2"])
     with pytest.raises(ValueError, match="model.prompts: chat has no effect"):
         VLM(VLMModelConfig(path=str(tiny_vlm("llava")), prompts={"chat": "Q: {text}"})).check(["chat"])
-    with pytest.raises(ValueError, match=r"model.image_size: .* takes model.max_pixels instead"):
+    with pytest.raises(ValueError, match=r"model.image_size: .* takes model.max_pixels or model.min_pixels instead"):
         VLM(VLMModelConfig(path=str(tiny_vlm("qwen2_5_vl")), image_size=56))
 
 
@@ -212,3 +212,48 @@ def test_blip_writes_captions_after_all_of_its_prompt(vlm, pictures):
     settings = vlm.answerer("vqa", DecodeConfig(max_new_tokens=1), ()).args[1]
     assert vlm.network.generate(asked, settings)[0, 0] == logits[0, 0].argmax()
     assert targets[0, 0] == vlm.rows.processor.tokenizer.convert_tokens_to_ids("red")
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "fewer"),
+    [
+        ("qwen2_vl", {"max_pixels": 784}, True),
+        ("glm4v", {"max_pixels": 784}, False),
+        ("smolvlm", {"image_size": 28}, True),
+        ("internvl", {"max_tiles": 1}, True),
+        ("llava_onevision", {"max_tiles": 1}, True),
+        ("fast_vlm", {"image_size": 64}, False),
+    ],
+)
+def test_images_are_limited_by_what_a_processor_takes(name, limit, fewer, tiny_vlm, pictures):
+    """The loss is computed: tokens and features agree."""
+    usual, limited = (VLM(VLMModelConfig(path=str(tiny_vlm(name)), **keys)) for keys in ({}, limit))
+    rows = [conversation(1, ("tall.png",))]
+    counts = [vlm.rows.row("chat", rows[0], pictures, "").num_image_tokens for vlm in (usual, limited)]
+    assert counts[1] < counts[0] if fewer else counts[1] <= counts[0]
+    with torch.no_grad():
+        assert torch.isfinite(limited.loss(batch_of(limited, rows, pictures), torch.Generator()).mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "message"),
+    [
+        ("llava", {"image_size": 56}, "are squares of 28 pixels, .*takes no other size"),
+        ("paligemma", {"max_pixels": 784}, "have a fixed size; its processor, a SiglipImageProcessor, takes no other"),
+        ("internvl", {"image_size": 56}, "are squares of 28 pixels, .*takes model.max_tiles instead"),
+        ("mllama", {"max_tiles": 1}, "are not cut into tiles whose number could be limited"),
+        ("qwen2_vl", {"max_tiles": 1}, "takes model.max_pixels or model.min_pixels instead"),
+        ("fast_vlm", {"image_size": 50}, "model.image_size 50: the sides of this model's images are multiples of 32"),
+    ],
+)
+def test_other_limits_are_told_in_a_sentence_when_the_model_is_loaded(name, limit, message, tiny_vlm):
+    """They ended in tracebacks about tokens and features, or about positions, when the first row was computed."""
+    with pytest.raises(ValueError, match=message):
+        VLM(VLMModelConfig(path=str(tiny_vlm(name)), **limit))
+
+
+@pytest.mark.parametrize("vlm", ["gemma3"], indirect=True)
+def test_a_token_that_stands_for_a_part_of_an_image_is_refused_in_a_text(vlm, pictures):
+    turns = (Turn("user", f"{IMAGE} what is <image_soft_token>?", False), Turn("assistant", "a", True))
+    with pytest.raises(ValueError, match="row 7 of chat: the text has <image_soft_token>, which this model reads as a"):
+        vlm.rows.row("chat", Example("7", ("wide.png",), "q", ("a",), (1.0,), turns=turns), pictures, "a")

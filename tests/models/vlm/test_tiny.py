@@ -12,7 +12,6 @@ from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from dora_mm.utils.digest import file_digest
-from tests.documented import vlm_classes
 from tests.models.vlm import tiny
 
 QUESTION = "What colour is the ball?"
@@ -125,8 +124,3 @@ def test_it_is_the_same_every_time(tiny_vlm: Callable[[str], Path], name: str, t
     assert files == sorted(path.name for path in tiny_vlm(name).iterdir())
     for file in files:
         assert file_digest(again / file) == file_digest(tiny_vlm(name) / file), file
-
-
-@pytest.mark.slow
-def test_the_table_of_classes_is_what_the_tiny_models_do() -> None:
-    assert vlm_classes.PAGE.read_text(encoding="utf-8") == vlm_classes.page()

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from tests.models.vlm import chat_models, newer_models, other_models, plain_models, qwen_models
+from tests.models.vlm.classes import further_models, rare_models, rarest_models
 
 CHAT = {  # with a chat template
     "llava": chat_models.llava,
@@ -27,7 +28,8 @@ PLAIN = {  # without
     "git": plain_models.git,
 }
 NEWER = newer_models.NEWER | other_models.OTHERS | {"blip_caption": plain_models.blip_caption}  # in slow tests
-BUILDERS = CHAT | PLAIN | NEWER
+OTHERS = further_models.FURTHER | rare_models.RARE | rarest_models.RAREST  # in one slow test
+BUILDERS = CHAT | PLAIN | NEWER | OTHERS | rarest_models.UNTRAINED
 NAMES = (*CHAT, *PLAIN)
 
 

@@ -152,6 +152,17 @@ def test_parts_that_a_model_lacks_have_no_modules(tmp_path, capsys):
     assert rows(output)["text.attn"][:2] == ("yes", "8")
 
 
+def test_a_pattern_shows_what_it_takes(tmp_path, capsys):
+    config = T5Config(num_layers=2, d_model=32, d_ff=48, d_kv=8, num_heads=4)
+    config.architectures = ["T5EncoderModel"]
+    config.save_pretrained(tmp_path)
+    code, output, _ = inspect(capsys, tmp_path, "--targets", r"re:.*\.SelfAttention\.[kv]")
+    assert code == 0
+    assert rows(output)[r"re:.*\.SelfAttention\.[kv]"][:2] == ("yes", "4")
+    code, _, errors = inspect(capsys, tmp_path, "--targets", "re:.*SelfAttention.x")
+    assert (code, "matches no module; nearest: " in errors) == (2, True)
+
+
 def test_models_without_a_map(tmp_path, capsys):
     config = ViTConfig(num_hidden_layers=1)
     config.architectures = ["ViTModel"]

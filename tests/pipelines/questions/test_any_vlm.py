@@ -200,4 +200,6 @@ def test_a_damaged_picture_of_a_validation_is_left_out(tiny_vlm, pictures, tmp_p
     assert main(command) == 0
     assert "row r1 of chat" in caplog.text
     assert "1 of 3 rows of chat could not be read, and were left out" in caplog.text
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rows_left_out"] > 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rows_left_out"] > 0
+    assert summary["validation_rows_left_out"] == 1

@@ -202,12 +202,51 @@ def test_a_resumed_run_leaves_the_same_rows_out_and_counts_on(bad_rows, tmp_path
         ({"parts": ["text.atn"]}, "there is no part 'text.atn', did you mean 'text.attn'?"),
         ({"parts": ["text.qv"]}, "adapter.parts: this model has no part text.qv; it has text.attn, text.mlp"),
         ({"parts": ["cross"]}, "this model has no part cross"),
+        ({"parts": {"k_prj": {"rank": 4}}}, "pattern 'k_prj' of adapter.parts matches no module; nearest: k_proj"),
         ({"extra_trainable": ["no_such"]}, "adapter.extra_trainable: 'no_such' matches no parameter"),
     ],
 )
 def test_mistakes_in_parts_are_told_in_a_sentence(change, message, config, capsys):
     assert main(["train", config("llava", adapter={"rank": 2, **change}), "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_all_linear_and_patterns_are_shown_and_what_peft_cannot_hold(config, capsys):
+    """Runs with parts of several methods wrote our own form alone, and nothing said so."""
+    parts = {"all-linear": {}, "re:.*language_model.*v_proj": {"rank": 4}, "vision.mlp": {"method": "frozen"}}
+    held = "will be written in our own form alone, which PEFT cannot read: a file holds one method per model, but model"
+    output = printed(capsys, config("qwen2_5_vl", adapter={"rank": 2, "parts": parts}))
+    rows = {cells[0]: cells[1:] for cells in (re.split(r"\s{2,}", line) for line in output.splitlines())}
+    assert rows["text.attn"][:3] == ["q_proj, k_proj, o_proj", "dora", "2"]
+    assert rows["re:.*language_model.*v_proj"][:3] == ["v_proj", "dora", "4"]
+    assert rows["connector"][1] == "dora"
+    assert rows["vision.mlp"][1] == "frozen"
+    assert held not in output
+    parts |= {"connector": {"method": "lora"}}
+    assert held in printed(capsys, config("qwen2_5_vl", adapter={"rank": 2, "parts": parts}))
+
+
+def test_all_broken_pictures_are_named_if_all_are_decoded(config, tmp_path, pictures, capsys):
+    """Also those of rows behind the sample that is encoded in any case, and those of the validation."""
+    broken = []
+    for name in ("wide.png", "tall.png"):
+        (tmp_path / name).write_bytes((pictures / name).read_bytes()[:-40])
+        broken.append(str(tmp_path / name))
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "x"}]
+    names = [str(pictures / "square.png"), *broken]
+    rows = [{"id": f"r{i}", "image": [name], "conversations": turns} for i, name in enumerate([*names, broken[0]])]
+    train = {"format": "chat", "file": str(write_json(tmp_path / "train.json", rows[:2]))}
+    valid = {"format": "chat", "file": str(write_json(tmp_path / "valid.json", rows))}
+    path = config("llava", data={"train": train, "valid": valid, "on_bad_data": "skip"})
+    assert "pictures are broken" not in printed(capsys, path)
+    assert main(["train", path, "--dry-run", "--decode"]) == 0
+    output = capsys.readouterr().out
+    assert "2 of 3 pictures are broken" in output
+    assert re.search(r"(?m)wide.png .*; rows r1 of chat train, r1 of chat valid, r3 of chat valid$", output)
+    assert re.search(r"(?m)tall.png .*; rows r2 of chat valid$", output)
+    assert main(["train", path, "--dry-run", "--decode", "--set", "data.on_bad_data=stop"]) == 2
+    assert main(["train", path, "--decode"]) == 2
+    assert "--decode belongs to a dry run" in capsys.readouterr().err
 
 
 def test_a_map_that_does_not_fit_is_told_in_a_sentence(config, tiny_vlm, tmp_path, capsys):
