@@ -27,7 +27,7 @@ from dora_mm.core.wrappers.attention import with_projections
 
 MODEL = "model"  # the network of a model that is a single one
 NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-Place = tuple[str, str]  # a network, and a part of its target map
+PartKey = tuple[str, str]  # a network, and a part of its target map
 
 
 class Selected(NamedTuple):
@@ -109,7 +109,7 @@ def _trained(found: Selection) -> Selection:
 
 def _parts(
     names: Mapping[str, PartConfig], networks: Mapping[str, nn.Module], target_maps: Mapping[str, TargetMap]
-) -> dict[Place, PartConfig]:
+) -> dict[PartKey, PartConfig]:
     """The settings of parts by their places.
 
     Raises:
