@@ -15,7 +15,7 @@ from torch import nn
 from dora_mm.core import TargetMap
 from dora_mm.core.adapted import AdaptedLayer
 from dora_mm.core.targets import blocks_of
-from dora_mm.utils.messages import first_line
+from dora_mm.utils.messages import compiler_problem
 
 # Dropout draws what it does without: torch's generators, not those of the compiler.
 COMPILER: dict[str, Any] = {"backend": "inductor", "options": {"fallback_random": True}}
@@ -59,8 +59,6 @@ def compiled_line(networks: Mapping[str, nn.Module], target_maps: Mapping[str, T
 
 def in_training(block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """The forward function of a block: compiled in training mode, else as it was."""
-    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
-
     plain, layers = block.forward, [module for module in block.modules() if isinstance(module, AdaptedLayer)]
 
     @functools.wraps(plain)
@@ -69,11 +67,7 @@ def in_training(block: nn.Module, compiled: Callable[..., Any]) -> Callable[...,
             return plain(*args, **kwargs)
         for layer in layers:
             layer.keep_norm()
-        try:
-            return compiled(*args, **kwargs)
-        except TorchDynamoException as error:
-            kind = type(block).__name__
-            raise ValueError(f"train.compile: {kind} cannot be compiled ({reason(error)}): leave it out") from error
+        return compiled(*args, **kwargs)
 
     return forward
 
@@ -89,10 +83,5 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # whatever is missing on this machine
         raise ValueError(
             f"train.compile: torch.compile does not work here, where it needs a C++ compiler and, on a GPU, Triton "
-            f"({reason(error)}): leave it out"
+            f"({compiler_problem(error)}): leave it out"
         ) from None
-
-
-def reason(error: Exception) -> str:
-    """The first line of what a compiler has raised, without that of torch around it."""
-    return first_line(getattr(error, "inner_exception", error))

@@ -1,10 +1,11 @@
 """Which errors a user can fix, and what is said about them."""
 
 import errno
+import sys
 import traceback
 from collections.abc import Iterator
 
-from dora_mm.utils.messages import shown
+from dora_mm.utils.messages import compiler_problem, shown
 
 OURS = ("dora_mm", "samples")  # the top-level packages of our own code; samples/build exists in a checkout only
 LONGEST_LINE = 2000  # characters
@@ -31,6 +32,9 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name and not _is_ours(error.name):
         extras = "eval,optim,track,vl"  # all extras that commands use
         return f"the package {error.name} is missing: pip install 'dora_mm[{extras}]'"
+    compiler = sys.modules.get("torch._dynamo.exc")  # importing it takes seconds
+    if compiler is not None and isinstance(error, compiler.TorchDynamoException):  # in a forward or a backward pass
+        return f"train.compile: a block cannot be compiled ({compiler_problem(error)}): leave it out"
     if isinstance(error, ValueError) and _raised_by_us(error):
         return str(error)
     return None

@@ -19,6 +19,11 @@ def shown(text: object, most: int = 200) -> str:
     return line if len(whole) <= most else f"{line} ... ({len(whole)} characters)"
 
 
+def compiler_problem(error: BaseException) -> str:
+    """The first line of what a compiler has raised, without that of torch around it."""
+    return first_line(getattr(error, "inner_exception", error))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
