@@ -31,7 +31,7 @@ from dora_mm.models.image_families import identity_of
 from dora_mm.preview.captions import PLACEHOLDER, THINGS, example_prompts, shared_word
 from dora_mm.sampling.drawing import PictureJob
 from dora_mm.sampling.grids import sheet
-from dora_mm.sampling.jobs import Picture, template
+from dora_mm.sampling.jobs.picture import Picture, template
 from dora_mm.sampling.manifest import write_manifest
 from dora_mm.sampling.model import LoadedModel, load_model, model_of
 from dora_mm.sampling.sheets import save_atomically

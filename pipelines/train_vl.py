@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def train(
     accelerator: Accelerator,
     batches: VLBatches,
     parts: Mapping[str, Any],
-    splits: Collection[str],
+    splits: Mapping[str, ValidationSet],
     scoring: SplitScores,
 ) -> None:
     """Trains, validates and saves, in a run directory that is open."""

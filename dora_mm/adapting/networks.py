@@ -12,7 +12,7 @@ from torch import nn
 
 import dora_mm
 from dora_mm import backend as backends
-from dora_mm.adapting.parts import Selected, Selection, select_modules
+from dora_mm.adapting.parts import PartModules, Selection, select_modules
 from dora_mm.config.adapter import AdapterConfig, PartConfig, VLAdapterConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, adapted_layers
 from dora_mm.core.inject import inject_paths
@@ -131,7 +131,7 @@ def _adapter_rates(found: TrainedNetworks, selection: Selection) -> dict[str, fl
 def _adapt_network(
     found: TrainedNetworks,
     component: str,
-    selected: Mapping[str, Selected],
+    selected: Mapping[str, PartModules],
     config: AdapterConfig,
     seed: int,
     backend: str,

@@ -27,17 +27,16 @@ from dora_mm.core.wrappers.attention import with_projections
 
 MODEL = "model"  # the network of a model that is a single one
 NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-PartKey = tuple[str, str]  # a network, and a part of its target map
 
 
-class Selected(NamedTuple):
+class PartModules(NamedTuple):
     """The modules that a name takes, by path, and how they are trained."""
 
     settings: PartConfig
     paths: tuple[str, ...]
 
 
-Selection = dict[str, dict[str, Selected]]  # by network, then by the part of its target map or the pattern
+Selection = dict[str, dict[str, PartModules]]  # by network, then by the part of its target map or the pattern
 
 
 def full_name(component: str, part: str) -> str:
@@ -91,10 +90,10 @@ def select_modules(
             if part in own and not paths:
                 raise ValueError(f"adapter.parts: patterns take all modules of {full_name(component, part)}")
             left = [path for path in paths if part in own or not isinstance(modules[path], NOT_LINEAR)]
-            selected[part] = Selected(settings, tuple(left))
+            selected[part] = PartModules(settings, tuple(left))
         for name, settings in patterns.items():
             paths = [path for path, pattern in matched.items() if pattern == name]
-            selected[name] = Selected(settings, tuple(paths))
+            selected[name] = PartModules(settings, tuple(paths))
     return _trained(found)
 
 
@@ -109,8 +108,8 @@ def _trained(found: Selection) -> Selection:
 
 def _parts(
     names: Mapping[str, PartConfig], networks: Mapping[str, nn.Module], target_maps: Mapping[str, TargetMap]
-) -> dict[PartKey, PartConfig]:
-    """The settings of parts by their places.
+) -> dict[tuple[str, str], PartConfig]:
+    """The settings of parts by their networks and names in the target maps of these.
 
     Raises:
         ValueError: The model has no such part, and it is not frozen.

@@ -14,7 +14,7 @@ from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from dora_mm.sampling.gallery import write_gallery
-from dora_mm.sampling.jobs import read_job
+from dora_mm.sampling.jobs.reading import read_job
 from dora_mm.sampling.manifest import read_manifest, write_manifest
 from tests import browser
 from tests.sampling.test_gallery import HOSTILE, entry, make_run
