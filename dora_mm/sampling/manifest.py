@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dora_mm.utils.atomic import write_text
-from dora_mm.utils.digest import file_digest
 from dora_mm.utils.folders import link_or_copy, written_at_once
 
 MANIFEST = "manifest.jsonl"
@@ -87,6 +86,8 @@ def keep_earlier(run: Path, files: Iterable[str]) -> Path | None:
     Returns:
         The folder, which a gallery reads as it does a run; None if all of them are kept already.
     """
+    from dora_mm.utils.digest import file_digest  # imports torch, which a gallery does without
+
     before = [folder for folder in sorted((run / EARLIER).glob("*")) if folder.name.isdecimal()]
     kept = {item for folder in before for item in recorded_digests(folder).items()}
     found = {file: file_digest(run / file) for file in files}
