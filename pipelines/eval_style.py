@@ -143,7 +143,7 @@ def vectors_of(config: EvalStyleConfig, loaded: LoadedModel) -> Vectors:
     device = loaded.model.device
     if config.clip_model is None:
         return Vectors(partial(own_style.embedded_vectors, Encoder(device)), None, EMBEDDED)
-    clip = ClipSimilarity(resolve_model(config.clip_model, "clip_model"), device)
+    clip = ClipSimilarity(resolve_model(config.clip_model, "clip_model"), device, "clip_model")
     return Vectors(clip.embed_images, clip.embed_texts, f"encoder: {config.clip_model}")
 
 
