@@ -143,7 +143,7 @@ def vectors_of(config: EvalStyleConfig, loaded: LoadedModel) -> Vectors:
     device = loaded.model.device
     if config.clip_model is None:
         return Vectors(partial(own_style.embedded_vectors, Encoder(device)), None, EMBEDDED)
-    clip = ClipSimilarity(resolve_model(config.clip_model, "clip_model"), device)
+    clip = ClipSimilarity(resolve_model(config.clip_model, "clip_model"), device, "clip_model")
     return Vectors(clip.embed_images, clip.embed_texts, f"encoder: {config.clip_model}")
 
 
@@ -184,8 +184,8 @@ def score(
 
 def report(config: EvalStyleConfig, run: RunDirectory, rows: Any, about: str, num_images: int) -> None:
     """Writes table.md and metrics.json, and prints the table."""
-    seeds = f"{len(config.seeds)} seeds, 95 % intervals over prompts"
-    head = f"{config.adapter.path}, beside {num_images} training pictures: {seeds}"
+    seeds = f"seeds {', '.join(map(str, config.seeds))}"
+    head = f"{config.adapter.path}, beside {num_images} training pictures; {seeds}; 95 % intervals over prompts"
     text = "\n\n".join([head, own_style.own_style_table(rows), MEANING, about])
     write_text(run.path / "table.md", text + "\n")
     values = {name: {key: value.as_dict() for key, value in row.items()} for name, row in rows.items()}
@@ -197,7 +197,7 @@ def save_extremes(run: RunDirectory, job: PictureJob, scores: np.ndarray) -> Non
     """Saves a sheet of the adapter's pictures most and least like the training pictures, below the bare ones."""
     first = len(job.pictures) // 2
     order = np.argsort(-scores)
-    shown = min(SHOWN, len(order))
+    shown = min(SHOWN, (len(order) + 1) // 2)
     rows, labels = [], []
     for title, chosen in (("most like them", order[:shown]), ("least like them", order[::-1][:shown])):
         for label, start in (("bare", 0), (title, first)):

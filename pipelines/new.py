@@ -156,6 +156,9 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
         changes[("sample", "prompts")] = list(prompts)
     if start.sample.every:
         changes[("sample", "every")] = steps // 4
+    card = largest_card()
+    if card and card.precision == "fp16" and start.model.dtype == "bfloat16":
+        changes |= {("model", "dtype"): "float16", ("train", "mixed_precision"): "fp16"}
     if draft.model not in (None, start.model.path):
         changes |= {("model", "path"): draft.model, ("model", "vae"): MISSING}  # it has a VAE of its own
     return changes

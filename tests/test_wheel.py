@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import dora_mm
 
@@ -98,6 +99,21 @@ def test_a_packaged_config_loads_from_an_empty_folder(environment, tmp_path):
     code += "print(dora_mm.__file__, load_config('configs/sdxl/demo.yaml', ['seed=3']).seed)"
     done = run(environment / "bin" / "python", "-c", code, cwd=tmp_path)
     assert done == (0, f"{next(environment.glob('lib/*/site-packages'))}/dora_mm/__init__.py 3\n", "")
+
+
+def test_a_config_of_one_s_own_is_written_in_an_empty_folder(environment, tmp_path):
+    """With the path of a model, and the packaged configs listed."""
+    for folder in ("mine", "model"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "mine" / "a.png")
+    command = environment / "bin" / "dora-mm"
+    code, output, errors = run(command, "new", "sdxl", "style", "--images", "mine", "--model", "model", cwd=tmp_path)
+    assert (code, errors) == (0, "")
+    assert "dora-mm train style.yaml" in output
+    assert "path: model" in (tmp_path / "style.yaml").read_text()
+    code, output, errors = run(command, "configs", cwd=tmp_path)
+    assert (code, errors) == (0, "")
+    assert "configs/sdxl/3d_icon.yaml" in output
 
 
 def test_a_packaged_config_says_that_samples_are_in_a_checkout(environment, tmp_path):

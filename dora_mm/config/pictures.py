@@ -211,7 +211,7 @@ class EvalStyleConfig(PicturesConfig):
 
     command: ClassVar[str] = "eval"
     pipeline: Literal["eval_style"]
-    adapter: AdapterChoice
+    adapter: AdapterChoice  # pyright: ignore[reportGeneralTypeIssues]  (without a default: here it is required)
     images: InputPath | None = None  # the pictures of the style; null: those that the adapter was trained on
     prompts: Items[Text] = ()  # in the style; empty: those of the training, and some in the words of its captions
     plain_prompts: Items[Text] = ()  # that do not ask for the style; empty: six things

@@ -19,19 +19,20 @@ class ClipSimilarity:
     Args:
         path: A local folder (open_clip_config.json and safetensors) or a hub name (`owner/name`).
         device: Where the model runs.
+        key: The config key that names it, for messages.
 
     Raises:
         ValueError: The folder contains no open_clip model, or the hub cannot be reached.
     """
 
-    def __init__(self, path: str, device: str | torch.device = "cpu"):
+    def __init__(self, path: str, device: str | torch.device = "cpu", key: str = "clip.path"):
         import open_clip
 
         if Path(path).is_dir():
-            _check_folder(Path(path))
+            _check_folder(Path(path), key)
         name = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
         self.device = torch.device(device)
-        with opening(path, f"{path} cannot be loaded", key="clip.path"):
+        with opening(path, f"{path} cannot be loaded", key=key):
             created: Any = open_clip.create_model_from_pretrained(name, device=self.device)
         self.model, self.preprocess = created
         self.tokenize: Any = open_clip.get_tokenizer(name)
@@ -92,8 +93,8 @@ def read_references(images: str) -> list[Image.Image]:
     return found
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, key: str) -> None:
     if not (folder / "open_clip_config.json").is_file():
-        raise ValueError(f"clip.path: {folder} contains no open_clip_config.json: it is not an open_clip model")
+        raise ValueError(f"{key}: {folder} contains no open_clip_config.json: it is not an open_clip model")
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"clip.path: {folder} contains no weights (open_clip_model.safetensors)")
+        raise ValueError(f"{key}: {folder} contains no weights (open_clip_model.safetensors)")

@@ -10,7 +10,6 @@ from PIL import Image
 
 from dora_mm.eval.images.concepts import unit_rows
 from dora_mm.eval.images.encoder import Encoder
-from dora_mm.eval.images.scores import format_interval
 from dora_mm.eval.statistics import Interval, bootstrap
 from dora_mm.utils.tables import markdown_table
 
@@ -98,8 +97,10 @@ def differences(
 def own_style_table(rows: Mapping[str, Mapping[str, Interval]]) -> str:
     """A Markdown table with a row per name and a column per score; "-" where a row has none."""
     shown = [name for name in HEADINGS if any(name in row for row in rows.values())]
-    body = [
-        [name, *(format_interval(row[key], False) if key in row else "-" for key in shown)]
-        for name, row in rows.items()
-    ]
+    body = [[name, *(_shown(row[key]) if key in row else "-" for key in shown)] for name, row in rows.items()]
     return markdown_table(["", *(HEADINGS[key] for key in shown)], body)
+
+
+def _shown(interval: Interval) -> str:
+    """Three digits: cosines of pictures are close to each other."""
+    return f"{interval.mean:.3f} ({interval.low:.3f} to {interval.high:.3f})"

@@ -88,6 +88,10 @@ def test_the_recipe_is_that_of_the_card(here, monkeypatch):
         config = made(f"style{int(memory)}", "--images", "my images")
         assert (config.train.batch_size, bool(config.sample.prompts)) == (batch, sheets)
     assert config.adapter.cache == "norms"
+    assert (config.model.dtype, config.train.mixed_precision) == ("bfloat16", "bf16")
+    monkeypatch.setattr(machine, "cards", lambda: [CardInfo("an older card", 15.8, "fp16")])
+    config = made("older", "--images", "my images")
+    assert (config.model.dtype, config.train.mixed_precision) == ("float16", "fp16")
 
 
 def test_questions(here, capsys):

@@ -72,7 +72,7 @@ def test_the_score_of_an_own_style(week):
     assert set(rows["adapter, prompts without it"]) == {"likeness", "nearest", "variety", "drift"}
     assert all(value["low"] <= value["mean"] <= value["high"] for row in rows.values() for value in row.values())
     printed = "\n".join(week["eval"])
-    assert "beside 3 training pictures: 2 seeds" in printed
+    assert "beside 3 training pictures; seeds 0, 1;" in printed
     assert "clip_model names a better one" in printed
     entries = read_manifest(run)
     assert len(entries) == 16
