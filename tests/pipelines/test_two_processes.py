@@ -145,7 +145,7 @@ def test_two_processes_equal_one_with_the_whole_batch(folder, capsys):
 
     resumed = (["train", "--resume", str(folder / name)] for name in ("chat_two", "bart_kept"))
     with launched(*resumed, log=folder / "second.log") as process:
-        assert process.wait(timeout=120) == 0, (folder / "second.log").read_text()
+        assert process.wait(timeout=600) == 0, (folder / "second.log").read_text()
     assert_equal_runs(folder / "chat_two", folder / "chat_one")
     assert_equal_runs(folder / "bart_kept", folder / "bart_one")
     shown = (folder / "second.log").read_text()
