@@ -29,8 +29,13 @@ def set_limits(processor: Any, config: VLMModelConfig, model_config: Any) -> Non
     """
     images = processor.image_processor
     known, kind = limits_of(processor, model_config), type(images).__name__
-    for key in ("image_size", "min_pixels", "max_pixels", "max_tiles"):
-        value = getattr(config, key)
+    given = {
+        "image_size": config.image_size,
+        "min_pixels": config.min_pixels,
+        "max_pixels": config.max_pixels,
+        "max_tiles": config.max_tiles,
+    }
+    for key, value in given.items():
         if value is None:
             continue
         if key not in known:
