@@ -81,7 +81,8 @@ def run_regional(run: Run) -> None:
         return
     side, size = (64, SMALL_SIZE) if run.dry else (1024, FULL_SIZE)
     compiler = {"backend": run.compiler} if run.dry else compiled.COMPILER
-    for contender, method in () if run.backend is None else (("our DoRA", "dora"), ("our LoRA", "lora")):
+    ours = (("our DoRA", "dora"), ("our LoRA", "lora"))[: 1 if run.dry else 2]  # tracing takes most of a dry run's time
+    for contender, method in () if run.backend is None else ours:
         case = f"SDXL UNet, {side} px, regional"
         if run.is_cut(f"{contender}, {case}"):
             continue
