@@ -286,6 +286,7 @@ def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted,
     assert [row["name"] for row in rows[2:]] == ["LoRA, rank 2", "DoRA, rank 2"]
 
 
+@pytest.mark.slow
 def test_comparison_trains_scores_and_reports(comparison, tmp_path, commands, capsys):
     config = comparison(extra_rates=0)
     assert main(["eval", config]) == 0

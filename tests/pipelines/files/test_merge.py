@@ -353,6 +353,7 @@ def test_wrong_arguments(tiny_vlm, tmp_path, capsys):
 # --- models of the hub -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_known_by_its_weights(tiny_vlm, tmp_path, monkeypatch, capsys):
     """A cache with three commits of one model: `v1`, `v2` with the same weights, and `main` with others."""
     name, first = "someone/tiny", "a" * 40
