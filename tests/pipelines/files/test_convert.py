@@ -85,7 +85,8 @@ def test_verify_shows_every_tool(adapter, tmp_path, capsys):
     run(capsys, "convert", adapter, tmp_path / "a.safetensors", "--to", "kohya", "--base", BASE)
     code, output, _ = run(capsys, "verify", tmp_path / "a.safetensors", "--base", BASE)
     assert code == 0
-    said, rows, measure = output.strip().split("\n\n")
+    said, rows, measure, ends = output.strip().split("\n\n")
+    assert f"dora-mm convert {tmp_path}/a.safetensors OUT --to comfy-2025" in ends
     words = dict(line.split(": ", 1) for line in said.splitlines())
     assert words["SD.Next"].startswith("loads all 219 modules, and computes what the file means.")
     cure = rf"Cure: dora-mm convert {tmp_path}/a.safetensors OUT --to comfy-2025 --base {BASE}"
