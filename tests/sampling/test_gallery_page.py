@@ -246,7 +246,7 @@ def test_what_differs_between_neighbours_stands_first(one):
     assert [name for name, _ in one.evaluate(facts)[1]] == ["one/001", "strength 1", "seed 1"]
 
 
-def test_favourites_stay_and_become_a_job(one, tmp_path):
+def test_favourites_stay_and_become_a_job(one, tmp_path, monkeypatch):
     one.click(".grid li:nth-child(2) .card")
     one.click("#favourite")
     one.press("ArrowRight", "f", "ArrowRight", "f", "f", "Escape")
@@ -259,6 +259,8 @@ def test_favourites_stay_and_become_a_job(one, tmp_path):
     one.evaluate("URL.createObjectURL = (blob) => { window.saved = blob; return '#'; }")
     one.click("#export")
     (tmp_path / "favourites.jsonl").write_text(one.evaluate("saved.text()"))
+    (tmp_path / "runs/one/001/adapter").mkdir(parents=True)  # a job's paths are looked for when it is read
+    monkeypatch.chdir(tmp_path)
     first, second = read_job(tmp_path / "favourites.jsonl")
     assert (first.prompt, first.seed, first.strength) == ("a bus", (1,), 1)
     assert first.adapter == (("runs/one/001/adapter", 1.0),)
