@@ -16,7 +16,8 @@ from tests.formats.commands.test_convert import BASE, peft_base
 from tests.formats.tools.test_tools import FIXTURES
 
 MISTAKES = [
-    ({"to": "comfyui"}, "there is no target 'comfyui': use one of peft"),
+    ({"to": "nosuch"}, "there is no target 'nosuch': use one of peft"),
+    ({"to": "comfyui"}, "there is no target 'comfyui': what it reads is written with --to comfy"),
     ({"to": "diff"}, "target diff needs the base model: give it with --base"),
     ({"to": "lora", "base": BASE}, "target lora needs the rank, or the share of energy"),
     ({"to": "lora", "base": BASE, "rank": 0}, "the rank must be at least 1"),
