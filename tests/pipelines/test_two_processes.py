@@ -28,7 +28,7 @@ def write(folder, name: str, **values):
     shared = {"pipeline": "train_vl", "output": str(folder / name)}
     train = {"steps": STEPS, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 1}
     values = {**shared, **values, "train": {**train, **values["train"]}}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(values))))  # no part twice: no alias
     return str(folder / f"{name}.yaml")
 
 
