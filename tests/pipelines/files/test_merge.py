@@ -332,7 +332,9 @@ def test_models_that_cannot_hold_an_adapter_are_refused(tiny_vlm, tmp_path, caps
 
     save_vl_bart(from_bart(small_bart(), len(small_tokenizer()), 8, "image"), small_tokenizer(), tmp_path / "vl_bart")
     assert "is a VL-BART" in refused(capsys, out, tmp_path / "vl_bart", adapter)
-    assert "not a model of transformers" in refused(capsys, out, tmp_path, adapter)
+    assert "is an adapter" in refused(capsys, out, tmp_path, adapter)
+    (tmp_path / "empty").mkdir()
+    assert "not a model of transformers" in refused(capsys, out, tmp_path / "empty", adapter)
     assert "MODEL" in refused(capsys, out, tmp_path / "missing", adapter)
 
     silent = llama(tmp_path / "silent")

@@ -170,7 +170,10 @@ def test_a_training_stops_at_them_or_leaves_them_out_and_counts(bad_rows, tmp_pa
     assert "is longer than 50 tokens (model.max_length) and cut at the end; 2 rows of 6 cannot be enc" in caplog.text
     assert rows_counted(tmp_path) == (2, 4)  # 12 rows in 3 steps of 2 batches of 2: each of the 6 rows twice
     assert "2 rows of the training's batches were longer than a row may be, and lost text" in caplog.text
-    assert "4 rows of the training's batches could not be encoded, and were left out" in caplog.text
+    assert (
+        "4 rows of the training's batches could not be encoded or lost their whole answers, and were left out"
+        in caplog.text
+    )
     for name in ("5", "6"):
         assert len([text for text in caplog.messages if text.startswith(f"row {name} of chat: ")]) == 1
 
