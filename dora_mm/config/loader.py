@@ -193,7 +193,7 @@ def is_adapter(path: Path) -> bool:
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
         return bool(names & _OF_ADAPTERS) and not names & {"model_index.json", "config.json"}
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or not path.is_file():  # a pipe would never end
         return False
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

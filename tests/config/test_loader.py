@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import yaml
 
 from dora_mm.config import ConfigError, differing_keys, dump_config, load_config, resolve_model, resolve_path
 from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.loader import is_adapter
 from dora_mm.config.pipelines import SCHEMAS
 from dora_mm.train.resuming import check_changes
 
@@ -401,3 +403,8 @@ def test_a_config_that_is_nested_too_deeply(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match="nested too deeply"):
         load_config(tmp_path / "c.yaml")
+
+
+def test_a_pipe_is_not_read_to_know_whether_it_is_an_adapter(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    assert not is_adapter(tmp_path / "x.safetensors")
