@@ -205,7 +205,7 @@ MARKED = [  # a question, and the images of its row; as the model is shown them
     ("<image_2> or <image 1>?", ["a.jpg", "b.jpg"], ("<image> or <image>?", ("b.jpg", "a.jpg"))),
     ("<image_1> and <image_1>?", ["a.jpg"], ("<image> and <image>?", ("a.jpg", "a.jpg"))),
     (r"<image>Is \<image> or \<img>x</img> or \<video> a tag?", ["a.jpg"], (
-        r"<image>Is \<image> or <img>x</img> or <video> a tag?", ("a.jpg",))),
+        r"<image>Is \<image> or <img>x</img> or \<video> a tag?", ("a.jpg",))),
     ("<b>Q</b> <images> <image_x>", [], ("<b>Q</b> <images> <image_x>", ())),
 ]  # fmt: skip
 
@@ -266,6 +266,48 @@ def test_a_folder_or_a_pattern_names_several_files_some_of_them_packed(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty is a folder without files that end in \.json, "):
         read(SourceConfig(format="chat", file=str(tmp_path / "empty")))
+
+
+def test_a_list_names_several_files_folders_and_patterns(tmp_path):
+    for number, folder in enumerate(("a", "b", "c")):
+        (tmp_path / folder).mkdir()
+        as_lines(tmp_path / folder, [{"messages": messages(f"Q{2 * number + n}", "A")} for n in range(2)])
+    files = [str(tmp_path / "c" / "rows.jsonl"), str(tmp_path / "a"), str(tmp_path / "b" / "*.jsonl")]
+    source = SourceConfig.model_validate({"format": "chat", "file": files})
+    table = open_table(source, tmp_path / "tables", on_bad_data="stop")
+    assert [row.text for row in table] == ["Q4", "Q5", "Q0", "Q1", "Q2", "Q3"]
+    assert [row.id for row in table] == ["1", "2", *(f"{n} (file {file}, line {n})" for file in (2, 3) for n in (1, 2))]
+    assert table.file == f"{files[0]} and 2 more"
+    other = SourceConfig.model_validate({"format": "chat", "file": files[::-1]})
+    assert open_table(other, tmp_path / "tables", on_bad_data="stop").identity != table.identity
+    alone = SourceConfig.model_validate({"format": "chat", "file": files[:1]})
+    assert len(open_table(alone, tmp_path / "tables", on_bad_data="stop")) == 2
+
+
+@pytest.mark.parametrize("file", [[], 7, [""], ["a", 7]])
+def test_a_file_is_a_path_or_a_list_of_paths(file):
+    with pytest.raises(ValueError, match=r"must be a path, or a list of paths, got "):
+        SourceConfig.model_validate({"format": "chat", "file": file})
+    with pytest.raises(ValueError, match=r"a list of files is only for format chat, not for vqa_v2"):
+        SourceConfig.model_validate({"format": "vqa_v2", "file": ["a", "b"]})
+
+
+def test_videos_are_shown_where_their_markers_are_or_first(tmp_path):
+    qa = messages("Is <video> like <image>, \\<video>?", "A")
+    video, image = {"type": "video", "video": "a.mp4"}, {"type": "image", "path": "b.jpg"}
+    url = {"type": "video_url", "video_url": {"url": "file:///data/a.mp4"}}
+    rows = [
+        ({"messages": qa, "images": ["b.jpg"], "videos": ["a.mp4"]}, qa[0]["content"], ("a.mp4", "b.jpg")),
+        ({"messages": messages("Q", "A"), "video": "a.mp4", "image": "b.jpg"}, "<image><video>Q", ("b.jpg", "a.mp4")),
+        ({"conversations": said("<image>\nQ", "A"), "video": "a.mp4"}, "<video>\nQ", ("a.mp4",)),
+        ({"messages": messages([image, video, *items("Q")], "A")}, "<image><video>Q", ("b.jpg", "a.mp4")),
+        ({"messages": messages([{"type": "video"}, url], "A"), "videos": ["a.mkv"]}, "<video><video>",
+         ("a.mkv", "/data/a.mp4")),
+    ]  # fmt: skip
+    for row, text, files in rows:
+        found = only(as_lines(tmp_path, [row]))
+        assert (found.turns[0].text, found.images) == (text, files)
+    assert only(as_lines(tmp_path, [rows[0][0]])).text == "Is  like , <video>?"
 
 
 OTHER = [
@@ -442,7 +484,9 @@ BAD = [
         llava() | {"conversations": [*said("Q"), {"from": "function_call", "value": "x"}]},
         "has a turn of 'function_call': write the call as the assistant's text",
     ),
-    (llava("Q <video>", "A"), "has a <video> marker, but videos are not read"),
+    (llava("Q <video>", "A"), "has 0 videos, but 1 <video> marker"),
+    (llava("<video>Q <video>", "A", videos=["a.mp4"]), "has 1 video, but 2 <video> markers"),
+    (llava("<image>Q", "A", videos=["a.mp4", "b.mp4"]), "has 2 videos, but 0 <video> markers"),
     (llava("Q", "A <audio>"), "has a <audio> marker, but sounds are not read"),
     (llava("Q", "A <image_1>", images=["a.jpg"]), "has an image in a turn of the assistant"),
     (llava("<image_2>Q", "A", images=["a.jpg"]), "has markers of images with numbers that are not those of its images"),
@@ -460,8 +504,10 @@ BAD = [
     (llava("Q", "A", image="AAAA" * 30), "has an embedded image that cannot be read"),
     (llava("Q", "A", image={"bytes": None, "path": None}), "has an image with an empty name"),
     (llava("Q", "A", image="a.jpg", images=["b.jpg"]), "has both image and images"),
-    (llava("Q", "A", videos=["a.mp4"]), "has videos, but videos are not read"),
-    (llava("Q", "A", video="a.mp4"), "has video, but videos are not read"),
+    (llava("Q", "A", videos=["a.jpg"]), "has a video whose name does not end in .mp4, "),
+    (llava("Q", "A", videos=[["a.jpg", "b.jpg"]]), "has a video that is not the path of a file"),
+    (llava("Q", "A", video="https://x.org/a.mp4"), "names a video by its address on the network: download"),
+    (llava("Q", "A", video="a.mp4", videos=["b.mp4"]), "has both video and videos"),
     (llava("Q", "A", audios=["a.wav"]), "has audios, but sounds are not read"),
     (llava("Q", "A", objects={"ref": [], "bbox": [[1, 2, 3, 4]]}), "has objects, but boxes are not read"),
     (llava("Q", "A", bbox=[[1, 2, 3, 4]]), "has bbox, but boxes are not read"),
@@ -497,9 +543,9 @@ def test_a_null_as_the_first_or_last_row_is_a_bad_row(tmp_path, write, word, pla
 
 
 BAD_MESSAGES = [
-    (messages(items({"type": "video"}), "A"), "has content of the type 'video': only text and images are read"),
+    (messages(items({"type": "audio"}), "A"), "has content of the type 'audio': only text, images and videos"),
     (messages(items({"path": "a.jpg", "url": "b.jpg"}), "A"), "has an image with both path and url"),
-    (messages([{"text": "Q"}], "A"), "has content of the type 'None': only text and images are read"),
+    (messages([{"text": "Q"}], "A"), "has content of the type 'None': only text, images and videos"),
     (messages("Q", items("A", {"path": "a.jpg"})), "has an image in a turn of the assistant"),
     (messages("Q", None), "has an empty answer"),
     (messages("Q", 7), "has a message whose content is neither a text nor a list"),
@@ -521,15 +567,15 @@ def test_a_bad_message_is_named_by_its_line(tmp_path, content, reason):
 
 def test_skipped_rows_are_counted_in_the_table_and_its_report(tmp_path, caplog):
     rows = [llava("Q", "A", id=n) for n in range(3)]
-    rows += [llava("Q", "A", id=n, videos=["v"]) for n in (7, 8)] + [llava("Q", "", id=9)]
+    rows += [llava("Q", "A", id=n, audios=["v"]) for n in (7, 8)] + [llava("Q", "", id=9)]
     source = as_json(tmp_path, rows)
     table = open_table(source, tmp_path / "tables", on_bad_data="skip")
-    assert "2 x has videos, but videos are not read" in caplog.text
+    assert "2 x has audios, but sounds are not read" in caplog.text
     assert f"{source.file}, item 5 (id 8)" in caplog.text
     figures = table_figures(source, table)
-    assert figures["skipped: has videos, but videos are not read: leave it out"] == "2"
+    assert figures["skipped: has audios, but sounds are not read: leave it out"] == "2"
     assert figures["skipped: has an empty answer"] == "1"
-    with pytest.raises(ValueError, match=r"rows\.json, item 4 \(id 7\): has videos"):
+    with pytest.raises(ValueError, match=r"rows\.json, item 4 \(id 7\): has audios"):
         open_table(source, tmp_path / "tables", on_bad_data="stop")
 
 

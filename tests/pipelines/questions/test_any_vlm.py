@@ -93,7 +93,7 @@ def test_answers_do_not_depend_on_the_batch(vlm, pictures):
     assert rank([Example("c", ("wide.png",), "q", options=("x", "y"))], str(pictures))[0] in ("A", "B")
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, *(pytest.param(name, marks=pytest.mark.slow) for name in tiny.OTHERS)])
 def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, tmp_path):
     """What a kill after the second step leaves behind is that of a whole run without its later files."""
     base = tiny_vlm(name)
