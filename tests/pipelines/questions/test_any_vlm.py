@@ -95,7 +95,11 @@ def test_answers_do_not_depend_on_the_batch(vlm, pictures):
     assert rank([Example("c", ("wide.png",), "q", options=("x", "y"))], str(pictures))[0] in ("A", "B")
 
 
-@pytest.mark.parametrize("name", [*ALL, *(pytest.param(name, marks=pytest.mark.slow) for name in tiny.OTHERS)])
+FAST = ("blip_vqa", "florence2", "gemma3", "llava_onevision", "mllama", "qwen2_5_vl")
+RUN = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in (*tiny.NAMES, *tiny.NEWER, *tiny.OTHERS)]
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, tmp_path):
     """What a kill after the second step leaves behind is that of a whole run without its later files."""
     base = tiny_vlm(name)
