@@ -23,7 +23,7 @@ from dora_mm.models.vlm.image_limits import limits_of
 from tests.models.vlm import tiny
 from tests.models.vlm.classes.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
 from tests.models.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vlm.video_rows import reads_videos, write_visuals
+from tests.models.vlm.rows.video_rows import reads_videos, write_visuals
 
 PAGE = Path(__file__).parents[2] / "docs" / "vlm_classes.md"
 ALIASES = {"shieldgemma2": "gemma3", "glmga": "glm46v", "pp_chart2table": "got_ocr2"}  # types that one class serves

@@ -15,8 +15,7 @@ from jinja2 import TemplateError
 
 from dora_mm.data.vl.example import Turn, pieces_of, plain_text
 
-Piece = tuple[str, str]  # ("text", "What is it?"), or ("image", "") or ("video", "")
-Pieces = tuple[Piece, ...]  # of a turn
+Pieces = tuple[tuple[str, str], ...]  # of a turn: ("text", "What is it?"), or ("image", "") or ("video", "")
 THOUGHT = re.compile(r"\s*</?think>\s*")
 PROBE = Turn("user", "@@next@@", False)
 
@@ -192,7 +191,7 @@ def _occurs(text: str, rendered: str) -> bool:
 
 def _pieces(text: str) -> Pieces:
     """The pieces of a turn. Templates set images apart by themselves, so line breaks beside them go."""
-    found: list[Piece] = []
+    found = []
     pieces = pieces_of(text)
     for number, piece in enumerate(pieces):
         if number % 2:

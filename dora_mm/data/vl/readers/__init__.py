@@ -102,4 +102,4 @@ def resolved(source: SourceConfig) -> SourceConfig:
         for key in (*FILES, "images")
         if (paths := paths_under(source, key))
     }
-    return source.model_copy(update={key: paths if len(paths) > 1 else paths[0] for key, paths in found.items()})
+    return source.model_copy(update={key: paths[0] if len(paths) == 1 else paths for key, paths in found.items()})

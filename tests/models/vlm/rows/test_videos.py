@@ -6,7 +6,7 @@ import pytest
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.tables import open_table
 from tests.data.vl.chats import as_lines, messages
-from tests.models.vlm.video_rows import ROWS, losses, opened, reads_videos, row, write_visuals
+from tests.models.vlm.rows.video_rows import ROWS, losses, opened, reads_videos, row, write_visuals
 
 TAKE = (
     "qwen2_vl",
