@@ -1,4 +1,4 @@
-"""dora-mm ask: what a vision-language model says about images, without and with an adapter."""
+"""dora-mm ask: what a model says about images, or of text alone, without and with an adapter."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -85,11 +85,13 @@ def main(
 
 def _check(vl: VLModel, path: str, files: Sequence[str], then: Sequence[str], system: str | None) -> None:
     """Checks that a model can be asked like this."""
+    if files and not vl.reads_images:
+        raise ValueError(f"{path} reads no images: ask it without {files[0]}")
     if len(files) > 1 and not vl.reads_several:
         raise ValueError(f"{path} reads one image with a question, and {len(files)} are given")
     if vl.converses:
         return
-    if not files:
+    if not files and vl.reads_images:
         raise ValueError(f"{path} has no chat template, and answers no question without an image")
     if then or system:
         key = "--then" if then else "--system"

@@ -18,7 +18,7 @@ from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.data.vl.splits import ValidationSet, open_validation, training_texts
 from dora_mm.eval.vl.comparison import answer_scores, gain_over_question_only
-from dora_mm.eval.vl.metrics import report, score, score_row
+from dora_mm.eval.vl.metrics import report, score, score_row, task_table
 from dora_mm.eval.vl.pages import PageExample, PageSection, write_examples_page
 from dora_mm.eval.vl.question_only import mean_accuracy, question_only_answers
 from dora_mm.eval.vl.scores import VLScores, is_answered
@@ -112,6 +112,7 @@ def write_report(config: EvalVLConfig, run: RunDirectory, scores: dict[str, VLSc
     overall = ", ".join(f"{name} {value:.2f}" for name, value in main_values(scores).items())
     texts = [
         f"# {config.name}\n\n{overall}",
+        *([f"## all tasks\n\n{task_table(scores)}"] if len(scores) > 1 else []),
         *(f"## {name}\n\n{report(name, found)}" for name, found in scores.items()),
     ]
     texts += [f"## {name}\n\nNo answers to compare with: predictions only." for name in unscored]

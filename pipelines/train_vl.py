@@ -133,7 +133,7 @@ def load(config: TrainVLConfig, accelerator: Accelerator) -> VLModel:
 
 def prepare(config: TrainVLConfig, model: VLModel, accelerator: Accelerator) -> TrainedNetworks:
     """Adapts the model, loads `init_from`, and divides the model among the processes where the config wants that."""
-    identity = dict(model.identity)  # computed once, from the weights as they were loaded, of VL-BART a digest of them
+    identity = model.identity  # computed once, from the weights as they were loaded, of VL-BART a digest of them
     trained = adapt_networks(model, config)
     if config.adapter.init_from:
         load_initial_folder(trained, config.adapter, identity)
@@ -193,7 +193,7 @@ def train(
     scoring: SplitScores,
 ) -> None:
     """Trains, validates and saves, in a run directory that is open."""
-    write = result_of(parts["optimizer"])(partial(save_trained, trained, config, dict(model.identity)))
+    write = result_of(parts["optimizer"])(partial(save_trained, trained, config, model))
     average = WeightAverage(parts["parameters"], config.ema.decay) if config.ema else None
     measure = average.measured(scoring) if average else scoring
     qualities = partial(task_qualities, {name: by_loss(config.evaluate, name) for name in splits})

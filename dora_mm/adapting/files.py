@@ -31,10 +31,17 @@ IDENTITIES = {  # keys of an adapter's header
 }
 
 
-def save_trained(trained: TrainedNetworks, config: TrainVLConfig, identity: Mapping[str, str], folder: Path) -> None:
-    """Saves what was trained: in PEFT's format where it can hold it, else in our own."""
-    about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config), **identity}
-    about["pipeline_tag"] = config.model.pipeline_tag
+def save_trained(trained: TrainedNetworks, config: TrainVLConfig, model: VLModel, folder: Path) -> None:
+    """Saves what was trained: in PEFT's format where it can hold it, else in our own.
+
+    Args:
+        trained: The adapted networks.
+        config: The config of the training.
+        model: The model, whose `identity` was computed before it was adapted.
+        folder: Where to save.
+    """
+    about = {"base_model": config.model.path, "seed": str(config.seed), "config": dump_config(config)}
+    about |= {**model.identity, "pipeline_tag": model.pipeline_tag}
     if config.model.revision:
         about["base_revision"] = config.model.revision
     for component, network in trained.networks.items():

@@ -86,18 +86,16 @@ class VLFamilyConfig(Section):
 
     own_tower: ClassVar[bool]  # it encodes images itself; False: with the tower or features of the `vision` section
     uses_all_parameters: ClassVar[bool]  # every batch reaches every trained parameter
-    pipeline_tag: ClassVar[str]  # in model cards, of the Hugging Face Hub
     # What full fine-tuning trains besides the layers of all parts, in comparisons; None: what the base config does
     full_extra: ClassVar[tuple[str, ...] | None]
 
 
 class VLMModelConfig(VLFamilyConfig):
-    """Any vision-language model of transformers."""
+    """Any vision-language model or decoder language model of transformers."""
 
     own_tower: ClassVar[bool] = True
     # A batch without images leaves the vision parts without gradients, and some classes never use a tower's last layer.
     uses_all_parameters: ClassVar[bool] = False
-    pipeline_tag: ClassVar[str] = "image-text-to-text"
     full_extra: ClassVar[tuple[str, ...] | None] = None
 
     family: Literal["vlm"] = "vlm"
@@ -115,6 +113,7 @@ class VLMModelConfig(VLFamilyConfig):
     fps: Positive | None = None  # frames that are read of a second of a video; null: 1
     max_frames: Annotated[int, Field(ge=2)] | None = None  # the most that are read of a video; null: 16
     max_length: PositiveInt | None = None  # tokens per row of a training; text beyond is cut; null: positions
+    loss_over: Literal["answers", "prompts and answers"] = "answers"  # the tokens that are learned; of images never
     prompts: dict[TaskName, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
 
     @field_validator("prompts")
@@ -131,7 +130,6 @@ class VLBartModelConfig(VLFamilyConfig):
 
     own_tower: ClassVar[bool] = False
     uses_all_parameters: ClassVar[bool] = True
-    pipeline_tag: ClassVar[str] = "visual-question-answering"
     full_extra: ClassVar[tuple[str, ...] | None] = ("biases", "norms", "embeddings", "visual_embedding")
     # What other families have keys for
     revision: ClassVar[None] = None

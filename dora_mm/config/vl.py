@@ -36,9 +36,10 @@ from dora_mm.config.vl_tasks import TASKS
 
 class DecodeConfig(Section):
     batch_size: PositiveInt = 64  # examples per batch
-    answers: Literal["generate", "trie", "rank"] = "generate"  # trie, rank: only answers in the training data
+    # trie, rank: only answers in the training data; rank, where rows have options in words: only these
+    answers: Literal["generate", "trie", "rank"] = "generate"
     min_answer_count: PositiveInt = 1  # trie, rank: how often an answer must occur in the training data
-    beams: PositiveInt = 5  # beam search of captions; answers are decoded greedily
+    beams: PositiveInt = 5  # beam search of captions and options in words; other answers are decoded greedily
     max_new_tokens: PositiveInt | None = None  # longest answer in tokens; null: what suits the task
 
     def takes_candidates(self, task: str) -> bool:
@@ -135,8 +136,8 @@ class ExtractFeaturesConfig(PipelineConfig):
 def check_decoding(decode: DecodeConfig, data: VLDataConfig, section: str = "decode") -> list[str]:
     """Finds settings of answers that have no effect with the tasks of `data`; one message for each."""
     problems, tasks, default = [], [task.task for task in data.all_tasks], DecodeConfig()
-    if decode.beams != default.beams and not any(TASKS[task].kind == "captions" for task in tasks):
-        problems.append(f"{section}.beams has no effect: no task has captions")
+    if decode.beams != default.beams and not any(TASKS[task].takes_beams for task in tasks):
+        problems.append(f"{section}.beams has no effect: no task has captions or options in words")
     candidates = any(decode.takes_candidates(task) for task in tasks)
     if decode.min_answer_count != default.min_answer_count and not candidates:
         problems.append(f"{section}.min_answer_count has no effect: no answers are chosen from the training data")
@@ -156,7 +157,8 @@ def check_visual_inputs(
     """Finds tasks that have neither images nor features in these splits; returns at most one message."""
     clips = [task.task for task in data.all_tasks if TASKS[task.task].clips]
     sources = [(task.task, task.source_of(split)) for task in data.all_tasks for split in splits]
-    missing = [task for task, source in sources if source and source.images is None and source.format not in OWN_IMAGES]
+    pictured = [(task, source) for task, source in sources if source and TASKS[task].images != 0]
+    missing = [task for task, source in pictured if source.images is None and source.format not in OWN_IMAGES]
     if model.own_tower:
         if vision != VisionConfig():
             return ["vision is for model.family vl_bart: the other models bring their own tower"]

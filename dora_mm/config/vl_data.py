@@ -50,6 +50,7 @@ class SourceConfig(Section):
         "video_captions",
         "chat",
         "choices",
+        "commonsense",
     ]
     # The questions, sentences, captions or conversations; chat: also a folder or a pattern of files, or a list of these
     file: InputPath | Items[InputPath]
@@ -84,6 +85,11 @@ class SourceConfig(Section):
         return Path(self.files[0])
 
     @property
+    def is_text(self) -> bool:
+        """Whether its rows have no images."""
+        return self.format == "commonsense"
+
+    @property
     def title(self) -> str:
         """`files` for messages."""
         return self.files[0] + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
@@ -95,7 +101,8 @@ class SourceConfig(Section):
             "subtitles": ("video_qa", "video_captions"),
             "split": ("coco_karpathy", "choices"),
         }
-        problems = [
+        problems = ["images has no effect: rows of commonsense are texts"] if self.images and self.is_text else []
+        problems += [
             f"{key} is only for format {' and '.join(formats)}, not for {self.format}"
             for key, formats in allowed.items()
             if getattr(self, key) is not None and self.format not in formats

@@ -1,4 +1,4 @@
-"""The vision-language tasks: one record of each, which is all that the program knows of it.
+"""The vision-language tasks, and those of texts alone: one record of each, which is all that the program knows of it.
 
 A task that has the metrics and the submission file of another one is a record more, and its name in TaskName. New
 metrics are a file in dora_mm/eval/vl and a line of SCORERS (metrics.py), a new submission file one of SUBMISSIONS
@@ -8,7 +8,27 @@ metrics are a file in dora_mm/eval/vl and a line of SCORERS (metrics.py), a new 
 from dataclasses import dataclass
 from typing import Literal
 
-TaskName = Literal["vqa", "gqa", "nlvr2", "caption", "tvqa", "how2qa", "tvc", "yc2c", "chat", "choice"]
+TaskName = Literal[
+    "vqa",
+    "gqa",
+    "nlvr2",
+    "caption",
+    "tvqa",
+    "how2qa",
+    "tvc",
+    "yc2c",
+    "chat",
+    "choice",
+    "commonsense",
+    "boolq",
+    "piqa",
+    "social_i_qa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "openbookqa",
+]
 
 
 @dataclass(frozen=True)
@@ -41,11 +61,14 @@ class VLTask:
         scorer: Its metrics: a key of SCORERS.
         submission: The file of its predictions: a key of SUBMISSIONS.
         kind: What its rows are: questions with a short answer, images or clips with captions, or conversations.
-        images: How many images a row has; None: any number. A row of clips has the name of one instead.
+        images: How many images a row has; None: any number; 0: rows are texts. A row of clips has the name of one.
         clips: Whether rows are about video clips, which only VL-BART reads, as features.
         row_mean: Whether the loss is a mean over rows of the means over their tokens; else over the tokens of all.
         chosen_from: Texts whose likeliest is the answer; empty: the letters of a row's options; None: it is written.
+        names: How an answer names an option, with {option} for it, where rows have options in words: it is written, and
+            the first one in it counts; or the likeliest is the answer. None: rows have no such options.
         prompt: What chat models are asked, with {text} for the question; None: they do not do the task.
+        plain: What models without a chat template are asked; None: what their class reads.
         max_answer: Tokens of the longest answer that chat models write.
         bart: What VL-BART reads and writes; None: it does not do the task.
     """
@@ -60,17 +83,45 @@ class VLTask:
     clips: bool = False
     row_mean: bool = False
     chosen_from: tuple[str, ...] | None = None
+    names: str | None = None
     prompt: str | None = None
+    plain: str | None = None
     max_answer: int = 16
     bart: BartText | None = None
 
     @property
     def takes_candidates(self) -> bool:
         """Whether its answers may be restricted to those of the training data."""
-        return self.kind == "questions" and self.chosen_from is None
+        return self.kind == "questions" and self.chosen_from is None and self.names is None
+
+    @property
+    def takes_beams(self) -> bool:
+        """Whether its answers are found by beam search."""
+        return self.kind == "captions" or self.names is not None
+
+
+def commonsense(name: str, title: str) -> VLTask:
+    """A task of texts in the layout of LLM-Adapters, in which the paper's Table 1 was made."""
+    return VLTask(
+        name=name,
+        title=title,
+        formats=("commonsense",),
+        scorer="options",
+        submission="answers",
+        images=0,
+        names="the correct answer is {option}",
+        prompt="{text}",
+        plain=ALPACA,
+        max_answer=32,
+    )
 
 
 SHORT_ANSWER = "{text}\nAnswer with a word or a short phrase."
+MARGIN = " " * 16  # of all lines but the first, as LLM-Adapters trains them
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+    f"{MARGIN}### Instruction:\n{MARGIN}{{text}}\n{MARGIN}\n{MARGIN}### Response:\n{MARGIN}"
+)
 RECORDS = (
     VLTask(
         name="vqa",
@@ -177,6 +228,15 @@ RECORDS = (
         chosen_from=(),
         prompt="{text}\nAnswer with the letter of the right option.",
     ),
+    commonsense("commonsense", "commonsense"),  # rows of all that follow, to train on
+    commonsense("boolq", "BoolQ"),
+    commonsense("piqa", "PIQA"),
+    commonsense("social_i_qa", "SIQA"),
+    commonsense("hellaswag", "HellaSwag"),
+    commonsense("winogrande", "WinoGrande"),
+    commonsense("arc_easy", "ARC-e"),
+    commonsense("arc_challenge", "ARC-c"),
+    commonsense("openbookqa", "OBQA"),
 )
 TASKS = {task.name: task for task in RECORDS}
 

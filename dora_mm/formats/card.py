@@ -22,6 +22,10 @@ _METHODS = {  # how a method is called, and its tags
     "magnitude": ("magnitude-only DoRA", ["dora"]),
     "full": ("Weights", []),
 }
+AUTO_CLASSES = {  # of transformers, by what a base model is for
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "text-generation": "AutoModelForCausalLM",
+}
 
 CardPictures = Sequence[tuple[str, str]]  # prompts, each with a picture's path in the folder
 CardScores = Mapping[str, tuple[str, float]]  # by task: the name of the metric, and its value
@@ -150,7 +154,7 @@ def _number(value: Any) -> str:
 def _code(format: str, metadata: Mapping[str, str]) -> str:
     base, prompt = metadata.get("base_model", "the base model"), metadata.get("instance_prompt") or "a prompt"
     given, here = f"# model: {base}, as it was before the training", "  # this folder, or its name on the Hub"
-    auto = "AutoModelForImageTextToText"
+    auto = AUTO_CLASSES.get(_pipeline_tag(format, metadata) or "")
     if format == "diffusers":
         lines = [
             "from diffusers import DiffusionPipeline",
@@ -160,12 +164,11 @@ def _code(format: str, metadata: Mapping[str, str]) -> str:
             f"image = pipe({prompt!r}).images[0]",
         ]
     elif format == "peft":
-        loads = _pipeline_tag(format, metadata) == "image-text-to-text"
         lines = [
             "from peft import PeftModel",
-            *([f"from transformers import {auto}"] if loads else []),
+            *([f"from transformers import {auto}"] if auto else []),
             "",
-            f"model = {auto}.from_pretrained({base!r})" if loads else given,
+            f"model = {auto}.from_pretrained({base!r})" if auto else given,
             f'model = PeftModel.from_pretrained(model, "."){here}',
         ]
     else:

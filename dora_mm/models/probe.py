@@ -12,17 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.data.vl.example import Example
 from dora_mm.models.folders import identity_of, read_config
-from dora_mm.models.opening import commit_of, local_copy, opening
+from dora_mm.models.opening import commit_of, local_copy
 from dora_mm.models.vl_bart.loading import is_vl_bart
 from dora_mm.models.vlm.encoding import TokenRow, collate
 from dora_mm.models.vlm.family import VLM
 from dora_mm.models.vlm.forms import form_of
-from dora_mm.models.vlm.loading import load_vlm
+from dora_mm.models.vlm.loading import load_tokenizer, load_vlm
 
 CPU = torch.device("cpu")
 QUESTION = "What does the image show?"
@@ -90,10 +89,8 @@ def load_probe(path: str, revision: str | None, dtype: str) -> Probe:
         vlm = VLM(settings)
         model, row = vlm.model, _picture_row(vlm)
     else:
-        with opening(path, f"{path} has no tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=commit, trust_remote_code=False)
+        row = _text_row(load_tokenizer(path, commit))
         model = load_vlm(settings, CPU)
-        row = _text_row(tokenizer)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = (
             tensor.data.clone()

@@ -113,6 +113,16 @@ class VLModel(Protocol):
         ...
 
     @property
+    def reads_images(self) -> bool:
+        """Whether its rows may have images; False: of a language model."""
+        ...
+
+    @property
+    def pipeline_tag(self) -> str:
+        """What it is for in the words of the Hugging Face Hub, for model cards."""
+        ...
+
+    @property
     def reads_several(self) -> bool:
         """Whether such a question may have several images."""
         ...

@@ -54,7 +54,7 @@ def test_parameters_that_were_trained_themselves_are_loaded_as_they_were_trained
     with torch.no_grad():
         for parameter in trained.parameters.values():
             parameter += 1e-3
-    save_trained(trained, config, {}, tmp_path)
+    save_trained(trained, config, model, tmp_path)
 
     loaded = VLM(VLMModelConfig.model_validate(settings))
     load_trained(loaded, tmp_path, backend="torch")

@@ -7,7 +7,7 @@ import numpy as np
 
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.data.vl.example import Example, Predictions
-from dora_mm.eval.vl import chat, choice, nlvr2, vqa
+from dora_mm.eval.vl import chat, choice, nlvr2, options, vqa
 from dora_mm.eval.vl.captions import score_captions, split_scores
 from dora_mm.eval.vl.gqa import score_gqa
 from dora_mm.eval.vl.scores import VLScores, exact_match, is_answered
@@ -78,6 +78,7 @@ SCORERS: dict[str, AnswerScorer | CaptionScorer] = {
     "clip_captions": CaptionScorer(ascii_only=True),
     "conversations": AnswerScorer(chat.score_chat, chat.row_accuracy),
     "choices": AnswerScorer(choice.score_choice, choice.row_accuracy),
+    "options": AnswerScorer(options.score_options, options.row_accuracy),
 }
 
 
@@ -134,3 +135,11 @@ def report(task: str, scores: VLScores) -> str:
     if scores.notes:
         parts.append("\n".join(f"- {note}" for note in scores.notes))
     return "\n\n".join(parts)
+
+
+def task_table(scores: Mapping[str, VLScores]) -> str:
+    """Returns the main metrics of several tasks and their mean as a Markdown table of one row, as papers print them."""
+    values = {TASKS[task].title: found.value for task, found in scores.items() if found.value is not None}
+    if values:
+        values["mean"] = sum(values.values()) / len(values)
+    return markdown_table(list(values), [[f"{value:.1f}" for value in values.values()]])

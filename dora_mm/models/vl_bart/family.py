@@ -56,6 +56,8 @@ class VLBartTask:
     """
 
     question_task = "vqa"
+    pipeline_tag = "visual-question-answering"
+    reads_images = True
     reads_several = converses = False
     prepares_batches = False  # the vision tower encodes the images of a batch
 

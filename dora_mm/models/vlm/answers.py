@@ -37,16 +37,18 @@ class VLMAnswers:
 
     def answerer(self, task: str, config: DecodeConfig, candidates: Sequence[str]) -> Answer:
         """See `VLModel.answerer`."""
-        if config.answers == "trie" and config.takes_candidates(task):
-            raise ValueError("answers: trie needs model.family vl_bart: use generate or rank")
         record = TASKS[task]
+        if config.answers == "trie" and (config.takes_candidates(task) or record.names is not None):
+            raise ValueError("answers: trie needs model.family vl_bart: use generate or rank")
+        if config.answers == "rank" and record.names is not None:
+            return partial(self.rank, task, (), config.batch_size)
         if record.chosen_from is not None:
             return partial(self.rank, task, record.chosen_from, config.batch_size)
         if config.takes_candidates(task):
             if not candidates:
                 raise ValueError(f"answers: {config.answers} needs candidate answers of {task}: set the task's train")
             return partial(self.rank, task, sorted(set(candidates)), config.batch_size)
-        beams = config.beams if record.kind == "captions" else 1
+        beams = config.beams if record.takes_beams else 1
         settings = self.settings(config.max_new_tokens or record.max_answer + self._num_opening, beams)
         return partial(self.generate, task, settings)
 
@@ -106,10 +108,10 @@ class VLMAnswers:
         examples: Sequence[Example],
         images: str | None,
     ) -> list[str]:
-        """The likeliest candidate of each example: of those known, or of the letters of its options."""
+        """The likeliest candidate of each example: of those known, or of the names of its options."""
         answers = []
         for example in examples:
-            candidates = known or ascii_uppercase[: len(example.options)]
+            candidates = known or option_names(task, example)
             parts = [candidates[start : start + batch_size] for start in range(0, len(candidates), batch_size)]
             losses = torch.cat([self._losses(task, example, images, part) for part in parts])
             answers.append(candidates[int(losses.argmin())])
@@ -127,6 +129,14 @@ class VLMAnswers:
         for group in self.encoder.groups(rows):
             losses[group] = self.network.row_losses(*self.encoder.collate([rows[i] for i in group]))[0]
         return losses
+
+
+def option_names(task: str, example: Example) -> Sequence[str]:
+    """The answers that name the options of an example: sentences, or else letters."""
+    names = TASKS[task].names
+    if names is None:
+        return ascii_uppercase[: len(example.options)]
+    return [names.replace("{option}", option) for option in example.options]
 
 
 def _without_thought(text: str, references: Sequence[str]) -> str:

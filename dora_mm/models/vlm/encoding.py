@@ -71,12 +71,17 @@ class RowEncoder:
         processor: The model's processor.
         max_length: The number of tokens that a row may have. Text beyond it is cut, image tokens never are.
         limit_from: What sets that number: a key of the config, or the model.
+        learns_prompts: All text has loss, and not only the answers.
+
+    Attributes:
+        kinds: What may be in a row beside text: "image", "video".
     """
 
-    def __init__(self, processor: Any, max_length: int, limit_from: str):
+    def __init__(self, processor: Any, max_length: int, limit_from: str, *, learns_prompts: bool = False):
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.max_length, self.limit_from = max_length, limit_from
-        self.kinds = ("image", "video") if reads_videos(processor) else ("image",)
+        self.max_length, self.limit_from, self.learns_prompts = max_length, limit_from, learns_prompts
+        images = ("image",) if processor.image_processor is not None else ()
+        self.kinds = (*images, "video") if reads_videos(processor) else images
         ids = {kind: token_ids(processor, kind) for kind in self.kinds}
         self.image_ids = torch.tensor(sorted({i for found in ids.values() for i in found}), dtype=torch.long)
         self._reads_as = {
@@ -206,6 +211,8 @@ class RowEncoder:
 
     def _row(self, inputs: dict[str, Tensor], learned: Tensor, expanded: Tensor, num_images: int) -> TokenRow:
         is_image = expanded | torch.isin(inputs["input_ids"][0], self.image_ids)
+        if self.learns_prompts:  # but for the first token, which nothing predicts
+            learned = torch.arange(len(learned)) > 0
         learned = learned & ~is_image
         labels = inputs["input_ids"][0].masked_fill(~learned, IGNORED)
         num_tokens = int(is_image.sum())

@@ -1,4 +1,4 @@
-"""The vision-language models of transformers: what trainings and comparisons ask of a family."""
+"""The vision-language and language models of transformers: what trainings and comparisons ask of a family."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dora_mm.models.vlm.answers import VLMAnswers
 from dora_mm.models.vlm.forms import form_of
 from dora_mm.models.vlm.loading import load_processor
 from dora_mm.models.vlm.network import VLMNetwork
-from dora_mm.models.vlm.prompts import PLAIN
+from dora_mm.models.vlm.prompts import PLAIN, TEXTS
 from dora_mm.models.vlm.rows import ExampleEncoder
 from dora_mm.models.vlm.videos import FPS, MAX_FRAMES
 from dora_mm.models.vlm.view import row_lengths, row_view
@@ -55,7 +55,7 @@ class VLMBatch:
 
 
 class VLM:
-    """A vision-language model of transformers with its processor; implements `VLModel`.
+    """A vision-language model of transformers with its processor, or a decoder language model; implements `VLModel`.
 
     Args:
         config: The `model` section.
@@ -66,7 +66,7 @@ class VLM:
         questions: Makes rows to answer, which are only as short as the model's positions: without its end a question
             asks for something else.
         network: Computes with the weights.
-        plain: What a class without a chat template can read; None for those that have one.
+        plain: What a model without a chat template can read; None for those that have one.
         commit: The commit of a hub model; None for a local one.
         counts: See `VLModel.counts`.
 
@@ -86,7 +86,9 @@ class VLM:
         self.config = config.model_copy(update={"revision": self.commit})  # all is read of one commit
         self.name = model_class(self.model_config, self.path).__name__  # for messages
         processor: Any = load_processor(self.config, self.model_config)
-        self.plain = None if processor.chat_template else PLAIN.get(self.model_config.model_type)
+        self.reads_images = processor.image_processor is not None
+        plain = PLAIN.get(self.model_config.model_type) if self.reads_images else TEXTS
+        self.plain = None if processor.chat_template else plain
         if self.plain is None and not processor.chat_template:
             raise ValueError(
                 f"model.path: {self.path}, a {self.name}, has no chat template, and is none of {list(PLAIN)}"
@@ -97,7 +99,9 @@ class VLM:
         key = "model.max_length" if limit == config.max_length else "the model's positions"
         reads = (processor, model_type, form, self.plain, config.prompts)
         frames = (config.fps or FPS, config.max_frames or MAX_FRAMES)
-        self.rows = ExampleEncoder(*reads, limit, key, *frames)
+        if (learns_prompts := config.loss_over == "prompts and answers") and not form.continues:
+            raise ValueError(f"model.loss_over: {self.name} reads its prompts, but does not write them: leave it out")
+        self.rows = ExampleEncoder(*reads, limit, key, *frames, learns_prompts=learns_prompts)
         self.questions = ExampleEncoder(*reads, positions, "the model's positions", *frames)
         self.network = VLMNetwork(self.config, form, torch.device(device))
         self.counts = RowCounts()
@@ -118,6 +122,10 @@ class VLM:
     @property
     def reads_several(self) -> bool:
         return self.plain is None or self.plain.images is None
+
+    @property
+    def pipeline_tag(self) -> str:
+        return "image-text-to-text" if self.reads_images else "text-generation"
 
     @property
     def converses(self) -> bool:
@@ -145,17 +153,22 @@ class VLM:
             record = TASKS[task]
             if record.prompt is None:
                 raise ValueError(f"data: the task {task} needs model.family vl_bart, not a model of transformers")
+            if record.images and not self.reads_images:
+                raise ValueError(f"data: {self.name} reads no images, and the rows of {task} have them")
             if record.kind == "conversations" and self.plain is None and task in self.config.prompts:
                 raise ValueError(f"model.prompts: {task} has no effect, since conversations are read as they are")
             if record.images == 2 and self.plain and self.plain.images == 1:
                 raise ValueError(f"data: {self.name} reads one image per row, and {task} has two")
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
-        if "video" not in self.rows.encoder.kinds:
+        if not self.reads_images:
+            table = table.without(table.lengths("images") > 0, f"has an image, and {self.name} reads none")
+        elif "video" not in self.rows.encoder.kinds:
             table = table.without(table.have(is_video), f"has a video, and {self.name} reads none")
         if self.plain is None:
             return table
-        table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
+        if self.reads_images:
+            table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")
         if self.plain.images == 1:
             table = table.without(table.lengths("images") > 1, f"has several images, and {self.name} reads one")
         reason = f"has several turns before its answer, and {self.name} reads one: it has no chat template"

@@ -28,16 +28,19 @@ def set_limits(processor: Any, config: VLMModelConfig, model_config: Any) -> Non
         ValueError: The processor does not take a key, or not with this value; the message says what it takes.
     """
     images = processor.image_processor
-    known, kind = limits_of(processor, model_config), type(images).__name__
     given = {
         "image_size": config.image_size,
         "min_pixels": config.min_pixels,
         "max_pixels": config.max_pixels,
         "max_tiles": config.max_tiles,
     }
+    given = {key: value for key, value in given.items() if value is not None}
+    if images is None:
+        if given:
+            raise ValueError(f"model.{next(iter(given))}: {config.path} reads no images: leave it out")
+        return
+    known, kind = limits_of(processor, model_config), type(images).__name__
     for key, value in given.items():
-        if value is None:
-            continue
         if key not in known:
             others = " or ".join(f"model.{name}" for name in known)
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Load any vision-language model of transformers, and its processor."""
+"""Load any vision-language model or decoder language model of transformers, and what makes its inputs."""
 
 from __future__ import annotations
 
@@ -9,35 +9,56 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, ProcessorMixin
+from transformers.models.auto import modeling_auto as auto
 
 from dora_mm.config.loader import resolve_model
 from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.folders import load_weights, model_class, read_config
 from dora_mm.models.opening import opening
 from dora_mm.models.vlm.image_limits import set_limits, within
+from dora_mm.models.vlm.texts import TextProcessor
 from dora_mm.models.vlm.videos import check_video_keys
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
-def load_processor(config: VLMModelConfig, model_config: Any = None) -> ProcessorMixin:
-    """Loads the processor of a model: its tokenizer and image processor.
+def is_language_model(config: Any) -> bool:
+    """Whether the config of a model names a decoder language model, which reads no images."""
+    (name,) = (getattr(config, "architectures", None) or [""])[:1]
+    reads_images = name in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values() or hasattr(config, "vision_config")
+    return name in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not reads_images
+
+
+def load_processor(config: VLMModelConfig, model_config: Any = None) -> ProcessorMixin | TextProcessor:
+    """Loads the processor of a model: its tokenizer and image processor; of a language model the tokenizer alone.
 
     Args:
         config: The `model` section.
-        model_config: The model's own config, where the section limits the sizes of images.
+        model_config: The model's own config, which says whether it reads images, and how large they may be.
 
     Raises:
         UnreachableError: It is on the hub, and the hub cannot be reached.
         ValueError: There is none, it takes no images or lacks a package, or an image size does not fit it.
     """
     path = resolve_model(config.path)
+    if is_language_model(model_config):
+        processor = TextProcessor(tokenizer := load_tokenizer(path, config.revision))
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"model.path: {path} has a {type(tokenizer).__name__}, which tells no places of its tokens"
+            )
+        set_limits(processor, config, model_config)
+        check_video_keys(processor, config)
+        return processor
     with opening(path, f"the processor of {path} cannot be loaded", key="model.path"):
         processor = AutoProcessor.from_pretrained(path, revision=config.revision, trust_remote_code=False)
     images = getattr(processor, "image_processor", None)
     if images is None or getattr(processor, "tokenizer", None) is None:
-        raise ValueError(f"model.path: {path} is not a vision-language model: its processor takes no images and text")
+        raise ValueError(
+            f"model.path: {path} is neither a vision-language model, whose processor takes images and text, nor a "
+            "decoder language model"
+        )
     set_limits(processor, config, model_config)
     check_video_keys(processor, config)
     if type(processor).__name__ == "Cosmos3EdgeProcessor":  # which makes what its model needs only when asked
@@ -45,8 +66,18 @@ def load_processor(config: VLMModelConfig, model_config: Any = None) -> Processo
     return processor
 
 
+def load_tokenizer(path: str, revision: str | None) -> Any:
+    """Loads the tokenizer of a model.
+
+    Raises:
+        ValueError: There is none.
+    """
+    with opening(path, f"{path} has no tokenizer"):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
 def load_vlm(config: VLMModelConfig, device: torch.device) -> Any:
-    """Loads a vision-language model: frozen, in eval mode, in the configured dtype.
+    """Loads a model: frozen, in eval mode, in the configured dtype.
 
     Args:
         config: The `model` section.

@@ -1,4 +1,4 @@
-"""What the classes without a chat template can read, and which rows a class can compute together."""
+"""What the models without a chat template can read, and which rows a class can compute together."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dora_mm.config.vl_tasks import VLTask
 
 
 class PlainPrompts(NamedTuple):
-    """What a class without a chat template reads.
+    """What a model without a chat template reads.
 
     Attributes:
         question: What it is asked for the answer to a question.
         caption: What it is asked for a caption.
         image_token: Its image token has to be in the text, once per image; else the processor adds it.
-        images: The number of images that a row may have: exactly one, or (None) one or more.
-        separator: What stands between a prompt and the answer that continues it.
+        images: The number of images that a row may have: none, exactly one, or (None) one or more.
+        separator: What stands between a prompt and the answer that continues it, which writes it; of language models
+            the prompt ends with it, unless it ends with white space itself.
     """
 
     question: str = "{text}"
@@ -26,10 +27,13 @@ class PlainPrompts(NamedTuple):
 
     def prompt(self, task: VLTask) -> str:
         """What it is asked in a task, with {text} for the question; that of a conversation is asked as it is."""
+        if task.plain is not None:
+            return task.plain
         return {"questions": self.question, "captions": self.caption, "conversations": "{text}"}[task.kind]
 
 
 BLIP_2 = PlainPrompts("Question: {text} Answer:", "a photo of", separator=" ")
+TEXTS = PlainPrompts(images=0, separator="\n")  # of language models
 PLAIN = {  # by model_type
     "paligemma": PlainPrompts("answer en {text}", "caption en", image_token=True, images=None),
     "blip": PlainPrompts(),

@@ -34,6 +34,7 @@ class ExampleEncoder:
         limit_from: What sets that number: a key of the config, or the model.
         fps: Frames that are read of a second of a video.
         max_frames: The most that are read of a video.
+        learns_prompts: All text of a row has loss, and not only its answers.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class ExampleEncoder:
         limit_from: str,
         fps: float,
         max_frames: int,
+        *,
+        learns_prompts: bool = False,
     ):
         self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
         self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
-        self.encoder = RowEncoder(processor, max_length, limit_from)
+        self.encoder = RowEncoder(processor, max_length, limit_from, learns_prompts=learns_prompts)
         self.fps, self.max_frames = fps, max_frames
 
     # --- rows --------------------------------------------------------------------------------------------------------
@@ -79,6 +82,8 @@ class ExampleEncoder:
 
     def _visuals(self, example: Example, folder: str | None) -> tuple[list[Any], list[Video]]:
         """The images and the videos of an example."""
+        if example.images and not self.encoder.kinds:
+            raise ValueError("it has an image, and the model reads none")
         paths = [image_path(folder, name) for name in example.images]
         filmed = [path for path in paths if is_video(path)]
         if filmed and "video" not in self.encoder.kinds:
@@ -99,12 +104,21 @@ class ExampleEncoder:
         return self.encoder.conversation(*render(self.processor, turns), *visuals)
 
     def _plain_row(self, plain: PlainPrompts, asked: str, pictures: list[Any], answer: str | None) -> TokenRow:
+        if plain.images == 0:
+            return self._text_row(asked if asked[-1:].isspace() else asked + plain.separator, answer)
         self.encoder.check_text(f"{asked}{plain.separator}{answer or ''}")
         text = (self.processor.image_token * len(pictures) if plain.image_token else "") + asked
         if self.form.continues:
             return self.encoder.question(text, pictures, answer=None if answer is None else plain.separator + answer)
         row = self.encoder.question(text, pictures, ends=True)
         return replace(row, labels=self.encoder.decoder_target(answer or "", self.form.start))
+
+    def _text_row(self, asked: str, answer: str | None) -> TokenRow:
+        """A text that is tokenized as a whole, as language models are trained, answer and end included."""
+        if answer is None:
+            return self.encoder.question(asked, ())
+        text = f"{asked}{answer}{self.processor.tokenizer.eos_token or ''}"
+        return self.encoder.conversation(text, [(len(asked), len(text))], ())
 
     def turns(self, task: str, example: Example, answer: str | None) -> list[Turn]:
         """The conversation of an example: its own, or the task's prompt with the images in front."""

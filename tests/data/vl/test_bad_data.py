@@ -15,6 +15,7 @@ from dora_mm.data.vl.readers.video import split_subtitles
 from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.tables import open_table
 from tests.data.vl import chats, files
+from tests.models.vlm.texts.text_rows import question
 
 TEN = ("net",) * 10
 
@@ -237,6 +238,7 @@ CONTENTS = {
     "coco_karpathy": files.KARPATHY,
     "video_qa": files.TVQA,
     "video_captions": files.TVC,
+    "commonsense": [question(0), question(1)],
     "chat": [
         {"id": 1, "image": "a.jpg", "conversations": chats.said("<image>Q", "A")},
         {"conversations": chats.said("Q", "A", loss=None), "images": [chats.packed(chats.picture())]},

@@ -9,9 +9,11 @@ import pytest
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import Example, stem
 from dora_mm.data.vl.readers import READERS
+from dora_mm.data.vl.readers.commonsense import named_option
 from dora_mm.data.vl.readers.video import split_subtitles, video_text
 from dora_mm.data.vl.rows import BadRows
 from tests.data.vl import files
+from tests.models.vlm.texts.text_rows import question
 
 
 def read(source: SourceConfig) -> list[Example]:
@@ -230,3 +232,58 @@ def test_text_beyond_ascii_is_kept(tmp_path):
     path = tmp_path / "dev.json"
     path.write_text(json.dumps(files.NLVR2[0] | {"sentence": text}, ensure_ascii=False), encoding="utf-8")
     assert read(SourceConfig(format="nlvr2", file=str(path)))[0].text == text
+
+
+# --- commonsense questions, in the layout of LLM-Adapters -------------------------------------------------------------
+
+
+def read_texts(path, rows):
+    return read(SourceConfig(format="commonsense", file=str(files.write_json(path / "rows.json", rows))))
+
+
+def test_commonsense_rows_as_they_are_published(tmp_path):
+    """Of winogrande, whose options stand in the line of the format, and of the others, where they do not."""
+    asked = "Please choose: Sarah was better, so _ won.\n\nOption1: Sarah Option2: Maria Answer format: option1/option2"
+    winogrande = {"instruction": asked, "input": "", "output": "the correct answer is option2", "answer": "option2"}
+    words = "ending1/ending2/ending3/ending4"
+    ending = {"output": "the correct answer is ending4", "answer": "ending4"}
+    hellaswag = question(0, instruction=f"Complete it.\n\nAnswer format: {words}", **ending)
+    said, options = ("the correct answer is option2",), ("option1", "option2")
+    first, second = read_texts(tmp_path, [winogrande, hellaswag])
+    assert first == Example("item 1", (), asked, said, (1.0,), options=options)
+    assert second.options == tuple(words.split("/"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"answer": None}, "answer is not valid"),
+        ({"input": "some context"}, "has an input, which the published rows leave empty"),
+        ({"instruction": "Is it?"}, "has no end of its instruction as in Answer format: answer1/answer2/answer3"),
+        ({"instruction": "Is it? Answer format: A/B"}, "has no end of its instruction"),
+        ({"answer": "yes"}, "has an answer that is not one of its options"),
+        ({"output": "the correct answer is false"}, "has an output that does not name its answer first"),
+    ],
+)
+def test_other_rows_than_commonsense_are_refused(changed, reason, tmp_path):
+    with pytest.raises(ValueError, match=rf"rows\.json, item 2: {reason}"):
+        read_texts(tmp_path, [question(0), question(0) | changed])
+
+
+def test_other_layouts_than_commonsense_are_refused(tmp_path):
+    alpaca = {name: text for name, text in question(0).items() if name != "answer"}
+    with pytest.raises(ValueError, match=r"rows\.json, item 1: answer is missing"):
+        read_texts(tmp_path, [alpaca])
+    with pytest.raises(ValueError, match="it must contain a list"):
+        read_texts(tmp_path, {"data": [question(0)]})
+    with pytest.raises(ValueError, match="does not have the structure of this format's rows"):
+        read_texts(tmp_path, ["a text"])
+
+
+def test_the_first_word_for_an_option_counts():
+    four = ("answer1", "answer2", "answer3", "answer4")
+    assert named_option("not answer2 but answer1", four) == "answer2"
+    assert named_option("answer5", four) == "answer5"  # as the official pattern, for rows of four options, too
+    assert named_option("Answer1", four) is None
+    assert named_option("it is untrue", ("true", "false")) == "true"
+    assert named_option("", ("option1", "option2")) is None

@@ -19,6 +19,7 @@ from dora_mm.data.vl.rows import BadRows
 from dora_mm.data.vl.splits import open_training, open_validation
 from dora_mm.data.vl.tables import BATCH_ROWS, open_table
 from tests.data.vl import chats, files
+from tests.models.vlm.texts.text_rows import question
 
 
 def many(folder: Path, count: int) -> SourceConfig:
@@ -115,6 +116,7 @@ def test_every_format_is_read_back_from_disk(tmp_path, form):
         "video_qa": lambda: files.write_lines(tmp_path / "file.json", files.TVQA),
         "video_captions": lambda: files.write_lines(tmp_path / "file.json", files.TVC),
         "chat": lambda: files.write_lines(tmp_path / "file.json", [{"conversations": chats.said("Q", "A")}]),
+        "commonsense": lambda: files.write_json(tmp_path / "file.json", [question(0), question(1)]),
         "choices": lambda: files.write_text(tmp_path / "file.tsv", "index\tquestion\tA\tB\n1\tQ\ta\tb\n"),
     }[form]()
     source = SourceConfig(format=form, file=str(path), split="train" if form == "coco_karpathy" else None)

@@ -215,3 +215,11 @@ LLAMA3_2 = """\
 {%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif -%}
 """
 LLAMA3_2 = CONTENT + LLAMA3_2
+
+# A template of texts alone: content is put between other texts, so that a list of pieces is an error.
+TEXT = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""

@@ -1,4 +1,4 @@
-"""One tiny model of random weights per vision-language class of transformers, with its real processor."""
+"""One tiny model of random weights per class of transformers that is trained here, with its real processor."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import torch
 
 from tests.models.vlm import chat_models, newer_models, other_models, plain_models, qwen_models
 from tests.models.vlm.classes import further_models, rare_models, rarest_models
+from tests.models.vlm.texts.language_models import LANGUAGE_MODELS
 
 CHAT = {  # with a chat template
     "llava": chat_models.llava,
@@ -29,7 +30,7 @@ PLAIN = {  # without
 }
 NEWER = newer_models.NEWER | other_models.OTHERS | {"blip_caption": plain_models.blip_caption}  # in slow tests
 OTHERS = further_models.FURTHER | rare_models.RARE | rarest_models.RAREST  # in one slow test
-BUILDERS = CHAT | PLAIN | NEWER | OTHERS | rarest_models.UNTRAINED
+BUILDERS = CHAT | PLAIN | NEWER | OTHERS | rarest_models.UNTRAINED | LANGUAGE_MODELS
 NAMES = (*CHAT, *PLAIN)
 
 
@@ -45,7 +46,7 @@ def build(name: str, folder: Path) -> Path:
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, processor = BUILDERS[name]()
+        model, processor = BUILDERS[name]()  # of language models the tokenizer
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

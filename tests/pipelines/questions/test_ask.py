@@ -61,11 +61,11 @@ def run_of(
     vl = load_family(config.model, config.vision, seed=0)
     answer = vl.answerer(task, DecodeConfig(max_new_tokens=6), ())
     bare = [answer([row], "/")[0] for row in rows]
-    identity = vl.identity
+    assert vl.identity  # of the bare model
     trained = adapt(vl.networks, vl.target_maps, config.adapter, seed=0, backend="torch")
     for name, parameter in trained.parameters.items():
         parameter.data += torch.randn_like(parameter) * (0.1 if "magnitude" in name else 1.0)
-    save_trained(trained, config, identity, folder / "adapter")
+    save_trained(trained, config, vl, folder / "adapter")
     return bare, [answer([row], "/")[0] for row in rows]
 
 
@@ -181,7 +181,7 @@ def test_mistakes_give_one_sentence(tiny_vlm, pictures, tmp_path, capsys):
     assert "QUESTION" in refused(capsys, base, image, " ")
     assert "MODEL" in refused(capsys, tmp_path / "missing", image, QUESTION)
     assert "not a model of transformers" in refused(capsys, pictures, image, QUESTION)
-    assert "not a vision-language model" in refused(capsys, llama(tmp_path / "llama"), image, QUESTION)
+    assert "reads no images" in refused(capsys, llama(tmp_path / "llama"), image, QUESTION)
     assert "no adapter files" in refused(capsys, base, image, QUESTION, "--adapter", pictures)
     assert "--adapter" in refused(capsys, base, image, QUESTION, "--adapter", tmp_path / "missing")
     assert "--revision" in refused(capsys, base, image, QUESTION, "--revision", "main")

@@ -23,6 +23,7 @@ from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.readers.chat import files_of, find_shape, read_chat
 from dora_mm.data.vl.readers.choices import read_choices
 from dora_mm.data.vl.readers.coco_captions import read_coco_captions, read_coco_karpathy
+from dora_mm.data.vl.readers.commonsense import read_commonsense
 from dora_mm.data.vl.readers.gqa import read_gqa, read_gqa_vlt5
 from dora_mm.data.vl.readers.nlvr2 import read_nlvr2, read_nlvr2_vlt5
 from dora_mm.data.vl.readers.video import read_video_captions, read_video_qa
@@ -43,6 +44,7 @@ READERS: dict[str, Callable[[SourceConfig, BadRows], Iterator[Example]]] = {
     "video_captions": read_video_captions,
     "chat": read_chat,
     "choices": read_choices,
+    "commonsense": read_commonsense,
 }
 PUBLISHED = {  # data format -> where its files are published; "" where they are not
     "vqa_v2": "visualqa.org",
@@ -58,6 +60,7 @@ PUBLISHED = {  # data format -> where its files are published; "" where they are
     "video_captions": "the VALUE benchmark (github.com/VALUE-Leaderboard/DataRelease)",
     "chat": "",  # the user's own files
     "choices": "VLMEvalKit (github.com/open-compass/VLMEvalKit)",
+    "commonsense": "the data of LLM-Adapters (github.com/AGI-Edgerunners/LLM-Adapters)",
 }
 FILES = ("file", "annotations", "subtitles")  # the keys of a source that name files with row content
 
