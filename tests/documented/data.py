@@ -9,6 +9,7 @@ import numpy as np
 from dora_mm.config.vl_data import SourceConfig
 from dora_mm.data.vl.example import stem
 from tests.data.vl.files import vqa_annotation, write_json, write_lines
+from tests.models.vlm.texts.text_rows import write_commonsense
 from tests.models.vlm.vlm_rows import save_noise
 
 NUM_ROWS = 24  # of a file
@@ -193,6 +194,10 @@ def _video_captions(file: Path) -> None:
     write_lines(file, rows)
 
 
+def _commonsense(file: Path) -> None:
+    write_commonsense(file, NUM_ROWS)
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     "chat": _chat,
     "vqa_v2": _vqa_v2,
@@ -203,4 +208,5 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "coco_karpathy": _coco_karpathy,
     "video_qa": _video_qa,
     "video_captions": _video_captions,
+    "commonsense": _commonsense,
 }

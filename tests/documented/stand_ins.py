@@ -12,6 +12,7 @@ from dora_mm.config.vl import TrainVLConfig
 from dora_mm.models.towers import building as towers
 from tests.models.vl_bart.small import small_bart, small_tokenizer
 from tests.models.vlm import tiny
+from tests.models.vlm.texts.test_table_1 import SHARES
 from tests.models.z_image import tiny as z_image
 from tests.pipelines.questions.test_vlm_recipes import MODELS
 
@@ -58,10 +59,12 @@ def tower_weights(name: str) -> Path:
 
 
 def vlm_classes() -> dict[str, str]:
-    """The name of a tiny model (tests/models/vlm/tiny.py) for each vision-language model that a recipe trains."""
+    """The name of a tiny model (tests/models/vlm/tiny.py) for each model that a recipe for questions trains."""
     found = {"build/tiny-vlm": "fast_vlm"}
-    for recipe, kind in MODELS.items():
-        config = load_config(f"configs/vlm/{recipe}.yaml")
+    recipes = {f"configs/vlm/{recipe}.yaml": kind for recipe, kind in MODELS.items()}
+    recipes |= {f"configs/llm/{recipe}.yaml": "llama" for recipe in SHARES}
+    for recipe, kind in recipes.items():
+        config = load_config(recipe)
         assert isinstance(config, TrainVLConfig)
         found[config.model.path] = kind
     assert set(found.values()) <= set(tiny.BUILDERS)
