@@ -42,6 +42,8 @@ def main() -> None:
     folder = given.folder.resolve()
     if not (folder / "adapter.safetensors").exists():
         make_files(folder)
+        # Processes that are started count the memory of the one that starts them: this one begins anew, without weights
+        os.execv(sys.executable, sys.orig_argv)
     rows = []
     for command in given.only:
         runs = {tree: [] for tree in given.trees}
