@@ -7,15 +7,7 @@ from torch import nn
 
 from tests.models.vlm import plain_models, vocabularies
 from tests.models.vlm.newer_models import Tiny, glm, tokenizer_with
-from tests.models.vlm.qwen_models import (
-    IMAGE,
-    QWEN2_5_TOWER,
-    SECTIONS,
-    ids,
-    pixels_of,
-    qwen2_pixels,
-    qwen_tokenizer,
-)
+from tests.models.vlm.qwen_models import IMAGE, SECTIONS, TOWER, ids, pixels_of, qwen_tokenizer
 from tests.models.vlm.sizes import LAYERS, square, text_config, tower
 from tests.models.vlm.templates import chatml
 
@@ -134,11 +126,13 @@ def glm4v_moe() -> Tiny:
 
 def exaone4_5() -> Tiny:
     tokenizer = qwen_tokenizer()
-    images, videos = qwen2_pixels(14)
+    images = hf.Qwen2VLImageProcessor(**pixels_of(14))
+    videos = hf.Qwen2VLVideoProcessor(**pixels_of(14))
     processor = hf.Exaone4_5_Processor(images, tokenizer, videos, chat_template=chatml(IMAGE))
+    vision = {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 56, "fullatt_block_indexes": [1]}
     config = hf.Exaone4_5_Config(
         text_config=text_config(tokenizer, "exaone4", head_dim=16, layer_types=["full_attention"] * 2),
-        vision_config=QWEN2_5_TOWER | {"num_key_value_heads": 1},
+        vision_config=TOWER | vision | {"num_key_value_heads": 1},
         **ids(tokenizer),
     )
     return hf.Exaone4_5_ForConditionalGeneration(config), processor

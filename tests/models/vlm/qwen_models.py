@@ -28,13 +28,6 @@ from tests.models.vlm.templates import chatml
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 SYSTEM = "You are a helpful assistant."
 TOWER = SPREAD | {"depth": 2, "hidden_size": 32, "num_heads": 2}
-QWEN2_5_TOWER = TOWER | {
-    "intermediate_size": 48,
-    "out_hidden_size": 32,
-    "window_size": 56,
-    "fullatt_block_indexes": [1],
-}
-QWEN3_TOWER = TOWER | {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 16}
 SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}  # of the 16 / 2 pairs of a head
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -55,19 +48,6 @@ def pixels_of(patch_size: int) -> dict[str, Any]:
     return {"size": {"shortest_edge": token, "longest_edge": 4 * token}, "patch_size": patch_size}
 
 
-def qwen2_pixels(patch_size: int) -> tuple[Qwen2VLImageProcessor, Qwen2VLVideoProcessor]:
-    """What reads images and videos in Qwen2-VL's way."""
-    pixels = pixels_of(patch_size)
-    return Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
-
-
-def qwen3_processor(tokenizer: PreTrainedTokenizerBase, **images: Any) -> Qwen3VLProcessor:
-    """The processor of Qwen3-VL; `images` are settings of its images."""
-    pixels = pixels_of(16)
-    read = Qwen2VLImageProcessor(**pixels, **images), tokenizer, Qwen3VLVideoProcessor(**pixels)
-    return Qwen3VLProcessor(*read, chat_template=chatml(IMAGE))
-
-
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
     names = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     return vocabularies.qwen(extra_special_tokens=names)
@@ -79,7 +59,8 @@ def ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    tokenizer, (images, videos) = qwen_tokenizer(), qwen2_pixels(14)
+    tokenizer, pixels = qwen_tokenizer(), pixels_of(14)
+    images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
     config = Qwen2VLConfig(
         text_config=text_config(tokenizer, "qwen2_vl_text", rope_parameters=SECTIONS),
         vision_config=TOWER | {"embed_dim": 32, "mlp_ratio": 2},
@@ -90,10 +71,12 @@ def qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    tokenizer, (images, videos) = qwen_tokenizer(), qwen2_pixels(14)
+    tokenizer, pixels = qwen_tokenizer(), pixels_of(14)
+    images, videos = Qwen2VLImageProcessor(**pixels), Qwen2VLVideoProcessor(**pixels)
+    vision = {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 56, "fullatt_block_indexes": [1]}
     config = Qwen2_5_VLConfig(
         text_config=text_config(tokenizer, "qwen2_5_vl_text", rope_parameters=SECTIONS),
-        vision_config=QWEN2_5_TOWER,
+        vision_config=TOWER | vision,
         **ids(tokenizer),
     )
     processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=chatml(IMAGE, SYSTEM))
@@ -103,14 +86,17 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    tokenizer = qwen_tokenizer()
+    tokenizer, pixels = qwen_tokenizer(), pixels_of(16)
+    images = Qwen2VLImageProcessor(**pixels, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    videos = Qwen3VLVideoProcessor(**pixels)
     rope = SECTIONS | {"mrope_interleaved": True}
+    vision = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 16}
     config = Qwen3VLConfig(
         text_config=text_config(tokenizer, "qwen3_vl_text", head_dim=16, rope_parameters=rope),
-        vision_config=QWEN3_TOWER | {"deepstack_visual_indexes": [0]},
+        vision_config=TOWER | vision | {"deepstack_visual_indexes": [0]},
         **ids(tokenizer),
     )
-    processor = qwen3_processor(tokenizer, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    processor = Qwen3VLProcessor(images, tokenizer, videos, chat_template=chatml(IMAGE))
     model = Qwen3VLForConditionalGeneration(config)
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
     return model, processor
@@ -118,8 +104,10 @@ def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def _qwen3(kind: str, config: str, text: dict[str, Any], **vision: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
     tokenizer = qwen_tokenizer()
-    made = getattr(transformers, config)(text_config=text, vision_config=QWEN3_TOWER | vision, **ids(tokenizer))
-    processor = qwen3_processor(tokenizer, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images = Qwen2VLImageProcessor(**pixels_of(16), image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    sizes = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 16}
+    made = getattr(transformers, config)(text_config=text, vision_config=TOWER | sizes | vision, **ids(tokenizer))
+    processor = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(**pixels_of(16)), chatml(IMAGE))
     return getattr(transformers, kind)(made), processor
 
 

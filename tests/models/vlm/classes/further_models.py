@@ -11,13 +11,10 @@ from tests.models.vlm.qwen_models import (
     IMAGE,
     LINEAR,
     MROPE,
-    QWEN2_5_TOWER,
-    QWEN3_TOWER,
     SECTIONS,
+    TOWER,
     ids,
     pixels_of,
-    qwen2_pixels,
-    qwen3_processor,
     qwen_tokenizer,
 )
 from tests.models.vlm.sizes import LAYERS, square, text_config, tower
@@ -123,23 +120,26 @@ def qwen4_exp() -> Tiny:
     indexed = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64}
     sizes = {"hc_count": 2, "hc_lowrank": 4, "ple_embed_dim": 16, "ngram_vocab_size_base": 100}
     others = EXPERTS | indexed | sizes | {"indexer_compress_ratio": 4, "shared_expert_intermediate_size": 16}
+    vision = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 16}
     config = hf.Qwen4ExpConfig(
         text_config=text | others | {"layer_types": ["linear_attention", "indexed_attention"]},
-        vision_config=QWEN3_TOWER,
+        vision_config=TOWER | vision,
         **ids(tokenizer),
     )
-    processor = qwen3_processor(tokenizer)
+    images = hf.Qwen2VLImageProcessor(**pixels_of(16))
+    processor = hf.Qwen3VLProcessor(images, tokenizer, hf.Qwen3VLVideoProcessor(**pixels_of(16)), chatml(IMAGE))
     return hf.Qwen4ExpForConditionalGeneration(config), processor
 
 
 def hyperclovax() -> Tiny:
     tokenizer = vocabularies.gpt2(eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.add_tokens(["<|im_start|>", *["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]])
-    images, videos = qwen2_pixels(14)
+    images, videos = hf.Qwen2VLImageProcessor(**pixels_of(14)), hf.Qwen2VLVideoProcessor(**pixels_of(14))
     processor = hf.HyperCLOVAXVisionV2Processor(images, tokenizer, videos, chat_template=chatml(IMAGE))
+    vision = {"model_type": "qwen2_5_vl_vision", "intermediate_size": 48, "out_hidden_size": 32, "window_size": 56}
     config = hf.HyperCLOVAXVisionV2Config(
         text_config=text_config(tokenizer, "hyperclovax", head_dim=16),
-        vision_config=QWEN2_5_TOWER | {"model_type": "qwen2_5_vl_vision"},
+        vision_config=TOWER | vision | {"fullatt_block_indexes": [1]},
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
     )
@@ -148,7 +148,7 @@ def hyperclovax() -> Tiny:
 
 def lfm3_vl() -> Tiny:
     tokenizer = qwen_tokenizer()
-    images, videos = qwen2_pixels(16)
+    images, videos = hf.Qwen2VLImageProcessor(**pixels_of(16)), hf.Qwen2VLVideoProcessor(**pixels_of(16))
     processor = hf.Lfm3VlProcessor(images, tokenizer, videos, chat_template=chatml(IMAGE))
     layers = {"layer_types": ["conv", "full_attention"]}
     config = hf.Lfm3VlConfig(
@@ -177,9 +177,11 @@ def cosmos3_edge() -> Tiny:
 def cosmos3_omni() -> Tiny:
     tokenizer = qwen_tokenizer()
     text = text_config(tokenizer, "qwen3_vl_text", head_dim=16, rope_parameters=MROPE)
-    vision = QWEN3_TOWER | {"model_type": "qwen3_vl_vision", "deepstack_visual_indexes": [0]}
-    config = hf.Cosmos3OmniConfig(text_config=text, vision_config=vision, **ids(tokenizer))
-    processor = qwen3_processor(tokenizer)
+    vision = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 16}
+    vision |= {"model_type": "qwen3_vl_vision", "deepstack_visual_indexes": [0]}
+    config = hf.Cosmos3OmniConfig(text_config=text, vision_config=TOWER | vision, **ids(tokenizer))
+    images = hf.Qwen2VLImageProcessor(**pixels_of(16))
+    processor = hf.Qwen3VLProcessor(images, tokenizer, hf.Qwen3VLVideoProcessor(**pixels_of(16)), chatml(IMAGE))
     return hf.Cosmos3OmniForConditionalGeneration(config), processor
 
 

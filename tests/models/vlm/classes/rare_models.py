@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from tests.models.vlm import vocabularies
 from tests.models.vlm.classes.further_models import CLIP, LATENT, ROUTED
 from tests.models.vlm.newer_models import Tiny, tokenizer_with
-from tests.models.vlm.qwen_models import IMAGE, QWEN3_TOWER, SECTIONS, TOWER, pixels_of, qwen_tokenizer
+from tests.models.vlm.qwen_models import IMAGE, SECTIONS, TOWER, pixels_of, qwen_tokenizer
 from tests.models.vlm.sizes import LAYERS, square, text_config, tower
 from tests.models.vlm.templates import chatml
 
@@ -225,12 +225,13 @@ def cohere_compass() -> Tiny:
     )
     template = chatml("<|VISION_START|><|IMAGE_PAD|><|VISION_END|>")
     processor = hf.CohereCompassProcessor(images, tokenizer, videos, chat_template=template)
+    vision = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 16}
     found = dict(zip(("image", "video", "vision_start", "vision_end"), names, strict=True))
     config = hf.CohereCompassConfig(
         text_config=text_config(
             tokenizer, "cohere_compass_text", rope_parameters={"full_attention": SECTIONS}, head_dim=16
         ),
-        vision_config=QWEN3_TOWER | {"deepstack_visual_indexes": [0]},
+        vision_config=TOWER | vision | {"deepstack_visual_indexes": [0]},
         **{f"{key}_token_id": tokenizer.convert_tokens_to_ids(token) for key, token in found.items()},
     )
     return hf.CohereCompassForConditionalGeneration(config), processor

@@ -9,14 +9,7 @@ from tests.models.vlm import vocabularies
 from tests.models.vlm.classes.further_models import CLIP
 from tests.models.vlm.classes.rare_models import SLIDING
 from tests.models.vlm.newer_models import Tiny, tokenizer_with
-from tests.models.vlm.qwen_models import (
-    EXPERTS,
-    MROPE,
-    QWEN2_5_TOWER,
-    QWEN3_TOWER,
-    SECTIONS,
-    qwen2_pixels,
-)
+from tests.models.vlm.qwen_models import EXPERTS, MROPE, SECTIONS, TOWER, pixels_of
 from tests.models.vlm.sizes import LAYERS, SPREAD, square, text_config
 from tests.models.vlm.templates import chatml
 
@@ -101,15 +94,6 @@ def muse_spark() -> Tiny:
     return muse("MuseSpark", hf.MuseSparkFeatureExtractor(), **experts, mlp_layer_types=["dense", "sparse"])
 
 
-OMNI_AUDIO = {
-    "d_model": 32,
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 48,
-    "output_dim": 32,
-}
-
-
 def omni_tokenizer() -> PreTrainedTokenizerBase:
     names = {"image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>"}
     names |= {"vision_bos_token": "<|vision_bos|>", "vision_eos_token": "<|vision_eos|>"}
@@ -118,13 +102,15 @@ def omni_tokenizer() -> PreTrainedTokenizerBase:
 
 def qwen2_5_omni() -> Tiny:
     tokenizer = omni_tokenizer()
-    images, videos = qwen2_pixels(14)
+    images, videos = hf.Qwen2VLImageProcessor(**pixels_of(14)), hf.Qwen2VLVideoProcessor(**pixels_of(14))
     template = chatml("<|vision_bos|><|IMAGE|><|vision_eos|>")
     processor = hf.Qwen2_5OmniProcessor(images, videos, hf.WhisperFeatureExtractor(), tokenizer, template)
+    vision = {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 56, "fullatt_block_indexes": [1]}
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "output_dim": 32}
     config = hf.Qwen2_5OmniThinkerConfig(
         text_config=text_config(tokenizer, "qwen2_5_omni_text", rope_parameters=SECTIONS),
-        vision_config=QWEN2_5_TOWER,
-        audio_config=OMNI_AUDIO,
+        vision_config=TOWER | vision,
+        audio_config=audio,
         image_token_index=tokenizer.image_token_id,
         video_token_index=tokenizer.video_token_id,
         audio_token_index=tokenizer.audio_token_id,
@@ -137,13 +123,15 @@ def qwen2_5_omni() -> Tiny:
 
 def qwen3_omni() -> Tiny:
     tokenizer = omni_tokenizer()
-    images, videos = qwen2_pixels(16)
+    images, videos = hf.Qwen2VLImageProcessor(**pixels_of(16)), hf.Qwen2VLVideoProcessor(**pixels_of(16))
     template = chatml("<|vision_bos|><|IMAGE|><|vision_eos|>")
     processor = hf.Qwen3OmniMoeProcessor(images, videos, hf.WhisperFeatureExtractor(), tokenizer, template)
+    vision = {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 16}
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "output_dim": 32}
     config = hf.Qwen3OmniMoeThinkerConfig(
         text_config=text_config(tokenizer, "qwen3_omni_moe_text", head_dim=16, rope_parameters=MROPE, **EXPERTS),
-        vision_config=QWEN3_TOWER | {"deepstack_visual_indexes": [0]},
-        audio_config=OMNI_AUDIO | {"downsample_hidden_size": 16},
+        vision_config=TOWER | vision | {"deepstack_visual_indexes": [0]},
+        audio_config=audio | {"downsample_hidden_size": 16},
         image_token_id=tokenizer.image_token_id,
         video_token_id=tokenizer.video_token_id,
         audio_token_id=tokenizer.audio_token_id,
