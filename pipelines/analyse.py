@@ -1,6 +1,7 @@
 """dora-mm analyse: what training did to lengths and directions of the weights (the paper's Fig. 3), with intervals.
 
-Writes changes.csv (every matrix at every checkpoint), methods.csv, analysis.md and the figure.
+Writes changes.csv (every matrix at every checkpoint), methods.csv, analysis.md and the figure; and of runs that have
+measured gradients (train.gradients_at), gradients.csv.
 """
 
 import logging
@@ -8,11 +9,15 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
 
 from dora_mm.eval.analysis import find_sources, read_points
 from dora_mm.eval.decomposition import ChangePattern, WeightPoint, pattern, relation_to_score
+from dora_mm.eval.gradients import GradientShape, read_gradients
 from dora_mm.eval.plots import plot_patterns
-from dora_mm.eval.statistics import Interval
+from dora_mm.eval.statistics import Interval, jackknife
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.run_directory import new_folder
 from dora_mm.utils.tables import csv_records, markdown_records
@@ -22,6 +27,13 @@ EXPLAINED = """dM is the mean over the rows of a weight by which their length ch
 and itself before training (Eq. 1 of the paper). Slope and correlation are those of dM over dD, over all matrices and
 checkpoints of a method; dM and dD are means at the last checkpoint. In brackets: 95 % intervals of the jackknife over
 matrices and, where there are several, over trainings."""
+
+
+GRADIENTS = """Gradients with respect to W' and to V (Eq. 8), means over matrices with 95 % intervals of the jackknife.
+exact and detached: ||dL/dV|| / ||dL/dW'||, with the norm differentiated and as a constant. along: the share of dL/dW'
+along the rows of V, as a length, which the exact gradient loses. condition and rank: the common logarithm of the
+condition number, and the effective rank, of the second moments over rows, of dL/dW' and (projected) of the exact dL/dV.
+magnitude: |dL/dm|."""
 
 
 def main(
@@ -46,9 +58,12 @@ def main(
     points = [point for source in sources for point in read_points(source, wanted)]
     by_method = grouped(points)
     patterns = {method: pattern(own) for method, own in by_method.items()}
+    gradients = [row for run in runs for row in gradient_rows(Path(run))]
     folder = new_folder("analysis", output)
-    page = "\n\n".join(paragraphs(patterns, points))
+    page = "\n\n".join(paragraphs(patterns, points) + about_gradients(gradients))
     write_text(folder / "changes.csv", csv_records([row_of(point) for point in points]))
+    if gradients:
+        write_text(folder / "gradients.csv", csv_records(gradients))
     write_text(folder / "methods.csv", csv_records([numbers(method, found) for method, found in patterns.items()]))
     write_text(folder / "analysis.md", f"# What training changed\n\n![dM over dD](changes.svg)\n\n{page}\n")
     print(f"{page}\n\npage     {folder / 'analysis.md'}")
@@ -93,6 +108,37 @@ def paragraphs(patterns: Mapping[str, ChangePattern], points: Sequence[WeightPoi
             ),
         ]
     return page
+
+
+def gradient_rows(run: Path) -> list[dict[str, str]]:
+    """The rows of a run that has measured gradients."""
+    steps = read_gradients(run)
+    return [{"run": run.name, "step": str(step), **row} for step, rows in steps.items() for row in rows]
+
+
+def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """What gradients look like, by method and step: means over matrices, geometric ones of condition numbers."""
+    if not rows:
+        return []
+    groups: dict[tuple[str, int], list[Mapping[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[row["method"], int(row["step"])].append(row)
+    table = []
+    for (method, step), own in sorted(groups.items()):
+        values = {key: np.array([float(row[key]) for row in own]) for key in GradientShape._fields if key != "norm"}
+        values |= {key: np.log10(values[key]) for key in ("condition", "condition_projected")}
+        means = {key: shown(mean_over_matrices(each)) for key, each in values.items()}
+        table.append({"method": method, "step": str(step), "matrices": str(len(own)), **means})
+    return [GRADIENTS, markdown_records(table)]
+
+
+def mean_over_matrices(values: np.ndarray) -> Interval:
+    return jackknife([len(values)], lambda kept: float(values[kept].mean())) if len(values) > 1 else alone(values[0])
+
+
+def alone(value: float) -> Interval:
+    """What a single matrix says: it has no interval."""
+    return Interval(float(value), math.nan, math.nan)
 
 
 def shown(interval: Interval | None) -> str:

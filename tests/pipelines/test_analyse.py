@@ -95,7 +95,7 @@ def run(tiny_folder, tmp_path_factory):
         "adapter": {"rank": 2, "parts": ["unet.attn"]},
         "data": {"folder": str(folder / "pictures"), "resolution": 64, "instance_prompt": "a TOK icon"},
         "optimizer": {"lr": 0.01},
-        "train": {"steps": 2, "batch_size": 1, "checkpoint_every": 1, "keep_checkpoints": 9},
+        "train": {"steps": 2, "batch_size": 1, "checkpoint_every": 1, "keep_checkpoints": 9, "gradients_at": [0, 1]},
         "sample": {"prompts": []},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -103,9 +103,13 @@ def run(tiny_folder, tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_shows_every_kept_checkpoint(run, tmp_path, monkeypatch):
+def test_a_run_shows_every_kept_checkpoint_and_its_gradients(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["analyse", str(run)]) == 0
+    gradients = list(csv.DictReader((tmp_path / "runs" / "analysis" / "001" / "gradients.csv").open()))
+    assert {row["step"] for row in gradients} == {"0", "1"}
+    assert all(float(row["exact"]) < 1.05 for row in gradients if row["step"] == "0")
+    assert "| dora | 0 |" in capsys.readouterr().out
     rows = rows_of(tmp_path / "runs" / "analysis" / "001")
     assert {row["step"] for row in rows} == {"1", "2"}
     assert all(float(row["dD"]) > 0 for row in rows if row["step"] == "2")
