@@ -11,8 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dora_mm.config.loader import load_config, resolve_adapter, resolve_model
-from dora_mm.core.spec import DoRASpec
-from dora_mm.eval.decomposition import WeightPoint, weight_change
+from dora_mm.eval.decomposition import WeightPoint, method_of, weight_change
 from dora_mm.formats.adapter_file import AdapterFile, located
 from dora_mm.formats.algebra.exact import fitted, new_weight
 from dora_mm.formats.commands.extract import changed_modules, check_same_architecture
@@ -145,8 +144,3 @@ def _of_model(source: TrainedSource, base: BaseWeights, modules: re.Pattern[str]
 
 def _is_wanted(name: Name, modules: re.Pattern[str] | None) -> bool:
     return modules is None or modules.fullmatch(str(name)) is not None
-
-
-def method_of(spec: DoRASpec) -> str:
-    """The method of a layer, with its rank where it has one: "dora, rank 4"."""
-    return f"{spec.method}, rank {spec.rank}" if spec.method in ("dora", "lora") else spec.method

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dora_mm.core import DoRALinear
 from dora_mm.core.functional import Adapter, as_matrix, directions
+from dora_mm.eval.decomposition import method_of
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import csv_records
 
@@ -151,7 +152,7 @@ class GradientWatch:
             (adapter,) = layer.adapters()
             shape = gradient_shape(self.sums[name] / scale, self._directions(layer, adapter), adapter.magnitude)
             if shape is not None:
-                about = {"method": layer.adaptation.spec.method, "rank": str(layer.adaptation.spec.rank)}
+                about = {"method": method_of(layer.adaptation.spec)}
                 numbers = {key: f"{value:.6g}" for key, value in shape._asdict().items()}
                 found.append(about | {"matrix": name} | numbers)
         return found

@@ -46,6 +46,7 @@ def plot_patterns(
             ends = np.array([x.min(), x.max()])
             panel.plot(ends, y.mean() + found.slope.mean * (ends - x.mean()), color="black", linewidth=1)
             title += f"\nslope {found.slope.mean:.2g}, correlation {found.correlation.mean:.2f}"
+        panel.locator_params(nbins=5)
         panel.set_title(title, fontsize="medium")
         panel.set_xlabel("dD, change of direction")
         panel.set_ylabel("dM, change of length")

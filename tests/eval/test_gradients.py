@@ -74,7 +74,7 @@ def test_hooks_sum_the_gradient_over_passes_and_change_no_bit(method, tmp_path):
     for name in ("0", "2"):
         torch.testing.assert_close(watch.sums[f"model.{name}"], whole[int(name)].weight.grad, rtol=1e-4, atol=1e-6)
     assert [row["matrix"] for row in watch.rows()] == ["model.0", "model.2"]
-    assert {row["method"] for row in watch.rows()} == {method}
+    assert {row["method"].split(",")[0] for row in watch.rows()} == {method}
     model(inputs[0]).sum().backward()
     assert not model[0]._forward_hooks
 

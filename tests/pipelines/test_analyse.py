@@ -109,7 +109,7 @@ def test_a_run_shows_every_kept_checkpoint_and_its_gradients(run, tmp_path, monk
     gradients = list(csv.DictReader((tmp_path / "runs" / "analysis" / "001" / "gradients.csv").open()))
     assert {row["step"] for row in gradients} == {"0", "1"}
     assert all(float(row["exact"]) < 1.05 for row in gradients if row["step"] == "0")
-    assert "| dora | 0 |" in capsys.readouterr().out
+    assert "| dora, rank 2 | 0 |" in capsys.readouterr().out
     rows = rows_of(tmp_path / "runs" / "analysis" / "001")
     assert {row["step"] for row in rows} == {"1", "2"}
     assert all(float(row["dD"]) > 0 for row in rows if row["step"] == "2")
