@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dora_mm.config.comparing import CompareConfig
 from dora_mm.config.loader import load_config, resolve_adapter, resolve_model
 from dora_mm.eval.decomposition import WeightPoint, method_of, weight_change
 from dora_mm.formats.adapter_file import AdapterFile, located
@@ -97,9 +98,8 @@ def _step(name: str) -> int | None:
 
 def _score(campaign: Path, run: str) -> float | None:
     """The score that a run was chosen by, or not; None for the further seeds, which were not used for choosing."""
-    seeds = load_config(campaign / "config.yaml").seeds  # of a campaign
-    found = _TRAINING.fullmatch(run)
-    if found is None or int(found["seed"]) != seeds[0]:
+    config, found = load_config(campaign / "config.yaml"), _TRAINING.fullmatch(run)
+    if not isinstance(config, CompareConfig) or found is None or int(found["seed"]) != config.seeds[0]:
         return None
     values = campaign / "rates" / f"{found['variant']}.json"
     return json.loads(values.read_text()).get(found["rate"]) if values.is_file() else None
