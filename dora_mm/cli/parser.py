@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_verify,
         _add_extract,
         _add_average,
+        _add_analyse,
         _add_ask,
         _add_configs,
         _add_check,
@@ -168,6 +169,15 @@ def _add_average(commands: Any) -> None:
     command = commands.add_parser("average", help="average the adapters of a training's checkpoints")
     command.add_argument("run", metavar="RUN", type=Path, help="a run directory, with train.keep_checkpoints above 1")
     command.add_argument("--last", metavar="N", type=_positive, help="how many of the newest; default: all")
+
+
+def _add_analyse(commands: Any) -> None:
+    command = commands.add_parser("analyse", help="show how training changed lengths and directions of the weights")
+    what = "a run, a campaign, an adapter file or a fine-tuned model"
+    command.add_argument("runs", metavar="RUN", nargs="+", help=f"{what}; one method against another: several")
+    command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of each run's config")
+    command.add_argument("--modules", metavar="PATTERN", help="a regular expression for the names of modules")
+    command.add_argument("--output", metavar="FOLDER", help="a new folder; default: a numbered one in runs/analysis")
 
 
 def _add_extract(commands: Any) -> None:
