@@ -101,7 +101,7 @@ def test_answers_do_not_depend_on_the_batch(name, open_model):
 
 
 def test_the_official_prompt_is_that_of_models_without_a_chat_template(open_model):
-    """Byte for byte as LLM-Adapters' finetune.py (commit 816c9dd) writes it for rows without an input."""
+    """Byte for byte as LLM-Adapters' finetune.py (commit 8166572) writes it for rows without an input."""
     row = open_model("llama").rows.row("boolq", BOOL, None, None)
     decode = open_model("llama").rows.processor.tokenizer.decode
     assert decode(row.inputs["input_ids"][0]) == f"<s> {OFFICIAL}"
