@@ -27,7 +27,7 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import identity_of, load_if_local, load_image_model
+from dora_mm.models.image_families import about_prediction, identity_of, load_if_local, load_image_model
 from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
@@ -326,7 +326,7 @@ def describe(
         how += f"\n{compiled_line(trained.networks, model.target_maps)}"
     if remark := formats.about_format(trained.adapted, "diffusers"):
         table = f"{table}\n{remark}"
-    return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
+    return f"{data}\n\n{about_prediction(config.model)}\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 
 def adapt(model: ImageModel, config: TrainDiffusionConfig) -> TrainedNetworks:

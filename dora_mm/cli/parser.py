@@ -112,7 +112,7 @@ def _add_inspect(commands: Any) -> None:
         "inspect", help="list the contents of an adapter file, or the parts of a model that can be adapted"
     )
     command.add_argument(
-        "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
+        "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder, file or hub name"
     )
     command.add_argument(
         "--targets", metavar="NAME", help="a target map, or re: and a pattern of modules; default: the map of the model"
