@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
 from dora_mm.config.models import ModelConfig
@@ -11,9 +11,11 @@ from dora_mm.config.pictures import PixelSize, SampleConfig
 from dora_mm.config.schema import (
     Backend,
     InputPath,
+    Items,
     NewFolder,
     NonNegative,
     PipelineConfig,
+    Positive,
     Section,
     Seed,
     Share,
@@ -41,6 +43,15 @@ def bucket_step(resolution: int) -> int:
     return 64 if resolution >= 512 else 32
 
 
+def _checked_resolution(resolution: int) -> int:
+    if resolution % bucket_step(resolution):
+        raise ValueError(f"must be a multiple of 64, or of 32 below 512, got {resolution}")
+    return resolution
+
+
+Resolution = Annotated[PixelSize, AfterValidator(_checked_resolution)]
+
+
 class HeldOutImagesConfig(Section):
     """Images that are not trained on: what is learned is validated by their loss."""
 
@@ -58,11 +69,31 @@ class HeldOutImagesConfig(Section):
         return self
 
 
+class ImageFolderConfig(Section):
+    """One of several folders of images."""
+
+    path: InputPath  # as data.folder
+    role: Literal["train", "validate"] = "train"  # validate: held-out images, as data.valid
+    repeats: Positive = 1.0  # how often each image occurs in an epoch, times data.repeats; 0.5: in every second epoch
+    weight: Positive = 1.0  # of the losses of its images: a step's loss is divided by the sum of weights
+    prompt: Text | None = None  # the caption of images without one; null: data.instance_prompt
+    resolution: Resolution | None = None  # pixels; null: data.resolution
+
+    @model_validator(mode="after")
+    def _held_out_images_are_not_trained_on(self) -> "ImageFolderConfig":
+        if self.role == "validate" and (self.repeats, self.weight) != (1.0, 1.0):
+            raise ValueError("repeats and weight have no effect on a folder of role validate: leave them out")
+        return self
+
+
 class DataConfig(Section):
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("folder", "folders"),)
+
     # Images, with captions in metadata.jsonl, metadata.csv, or <name>.txt or <name>.caption files, or without captions
-    folder: InputPath
+    folder: InputPath | None = None  # null: folders are set
+    folders: Items[ImageFolderConfig] = ()  # several, each with its own settings; empty: folder is set
     subfolders: bool = False  # whether images in subfolders count; those in 10_name then occur 10 times in an epoch
-    resolution: PixelSize  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
+    resolution: Resolution  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
     instance_prompt: Text | None = None  # the caption of images without one; null: every image needs a caption
     # Files that look like captions and are not used: stop: they are an error; ignore: they are named
     unused_captions: Literal["stop", "ignore"] = "stop"
@@ -75,12 +106,31 @@ class DataConfig(Section):
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
     valid: HeldOutImagesConfig | None = None  # held-out images; null: none
 
-    @field_validator("resolution")
-    @classmethod
-    def _resolution_is_a_bucket(cls, resolution: int) -> int:
-        if resolution % bucket_step(resolution):
-            raise ValueError(f"must be a multiple of 64, or of 32 below 512, got {resolution}")
-        return resolution
+    @property
+    def all_folders(self) -> dict[str, ImageFolderConfig]:
+        """All folders by their keys, also where there is one."""
+        if self.folder is not None:
+            return {"data.folder": ImageFolderConfig(path=self.folder)}
+        return {f"data.folders[{number}]": folder for number, folder in enumerate(self.folders)}
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some images are not trained on."""
+        return self.valid is not None or any(folder.role == "validate" for folder in self.folders)
+
+    @model_validator(mode="after")
+    def _folders_agree(self) -> "DataConfig":
+        problems = []
+        if (self.folder is None) == (not self.folders):
+            problems.append("give either folder or folders")
+        roles = {folder.role for folder in self.folders}
+        if self.folders and "train" not in roles:
+            problems.append("no folder has the role train")
+        if self.valid is not None and "validate" in roles:
+            problems.append("give either valid or a folder of role validate")
+        if self.valid is not None and self.valid.folder is not None and self.folders:
+            problems.append("valid.folder belongs to data.folder: give a folder of role validate instead")
+        return raise_problems(self, problems)
 
     @field_validator("placeholder")
     @classmethod
@@ -153,7 +203,7 @@ class TrainDiffusionConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache)
-        problems += check_validation(self.evaluate, self.data.valid is not None, "data.valid is null")
+        problems += check_validation(self.evaluate, self.data.holds_out, "data.valid is null")
         full = "full" in self.adapter.methods
         if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")

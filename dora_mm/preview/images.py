@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.training import TrainConfig, ValidationConfig
-from dora_mm.data.images.buckets import choose_bucket
-from dora_mm.data.images.folder import CaptionedImage, contains_word
+from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.preview.training import when
 
@@ -48,20 +47,33 @@ def describe_data(
 
 def describe_pictures(images: Sequence[CaptionedImage], data: DataConfig) -> str:
     """Lines with the number of pictures, their sizes, the bucket that each goes to, and their repeats."""
-    buckets = Counter(choose_bucket(image.size, data.resolution) for image in images)
-    smaller = sum(h * w < 0.9 * data.resolution**2 for h, w in (image.size for image in images))
+    buckets = Counter(bucket_of(image, data) for image in images)
+    smaller = sum(h * w < 0.9 * resolution_of(image, data) ** 2 for image in images for h, w in (image.size,))
     repeats = Counter(image.repeats for image in images)
-    lines = [f"pictures  {len(images)} in {data.folder}"]
+    lines = [f"pictures  {len(images)} in {data.folder}"] if data.folder else describe_folders(images, data)
     lines.append(
         "buckets   " + ", ".join(f"{h} x {w}: {count}" for (h, w), count in sorted(buckets.items())) + " (h x w)"
     )
     if smaller:
-        lines.append(f"enlarged  {smaller}: they have less than {data.resolution} x {data.resolution} pixels")
+        side = "resolution" if data.folders else data.resolution
+        lines.append(f"enlarged  {smaller}: they have less than {side} x {side} pixels")
     if data.subfolders and set(repeats) != {1}:
         lines.append(
-            "repeats   " + ", ".join(f"{count} pictures x {times}" for times, count in sorted(repeats.items()))
+            "repeats   " + ", ".join(f"{count} pictures x {times:g}" for times, count in sorted(repeats.items()))
         )
     return "\n".join(lines)
+
+
+def describe_folders(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
+    """A line with the number of all pictures, and one for each folder with its settings."""
+    counts, lines = Counter(image.folder for image in images), []
+    for number, folder in enumerate(data.folders):
+        if folder.role == "train":
+            settings = [f"{folder.repeats:g} times in an epoch"] if folder.repeats != 1 else []
+            settings += [f"loss x {folder.weight:g}"] if folder.weight != 1 else []
+            settings += [f"resolution {folder.resolution}"] if folder.resolution else []
+            lines.append(", ".join([f"          {counts[number]} in {folder.path}", *settings]))
+    return [f"pictures  {len(images)} in {len(lines)} folder{'s' if len(lines) > 1 else ''}", *lines]
 
 
 def describe_captions(

@@ -22,6 +22,7 @@ class ConditionedLatents:
     latents: torch.Tensor  # (B, C, h, w), normalized as the denoiser expects them
     prompts: Sequence[Prompt]  # B encoded captions
     framings: Sequence[Framing]  # how each was brought to its size
+    weights: torch.Tensor | None = None  # (B,) of their losses; None: 1 each
 
 
 class DiffusionTask:
@@ -48,9 +49,9 @@ class DiffusionTask:
         self.timesteps = ("uniform" if uniform else "logit_normal") if config.timesteps == "auto" else config.timesteps
 
     def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> LossSum:
-        """The loss of a batch: a sum over its images, which are counted.
+        """The loss of a batch: a sum over its images, and their number; both with the weights of the images.
 
-        With `min_snr_gamma` each image's loss is weighted by its time, but it counts as one all the same.
+        With `min_snr_gamma` each image's loss is weighted by its time, too, but that does not count.
 
         Args:
             batch: B images.
@@ -58,7 +59,8 @@ class DiffusionTask:
         """
         noise = self.draw_noise(batch.latents, generator)
         each = self.losses(batch, noise, self._times(batch.latents, generator))
-        return LossSum(each.sum(), each.new_tensor(len(each)))
+        weights = torch.ones_like(each) if batch.weights is None else batch.weights.to(each)
+        return LossSum((weights * each).sum(), weights.sum())
 
     def losses(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """The loss of each image (B,), float32, with this noise (B, C, h, w) and at these times (B,)."""

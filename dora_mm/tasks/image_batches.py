@@ -7,13 +7,14 @@ import torch
 from tqdm import tqdm
 
 from dora_mm.config.images import DataConfig
-from dora_mm.data.images.buckets import Framing, choose_bucket, frame
-from dora_mm.data.images.folder import CaptionedImage
+from dora_mm.data.images.buckets import Framing, frame
+from dora_mm.data.images.folder import CaptionedImage, bucket_of
 from dora_mm.data.images.latents import LatentCache, Latents, latent_key
+from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
 from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
-from dora_mm.utils.randomness import batch_of_groups, generator
+from dora_mm.utils.randomness import generator
 
 
 class PromptEncoder:
@@ -54,9 +55,9 @@ class PromptEncoder:
 class CaptionedBatches:
     """Maps a batch number to a batch, which depends only on (seed, number, process).
 
-    All images of a batch have one shape; every epoch contains every image `data.repeats` times, and with
-    `data.subfolders` that many times the number in the name of its folder. Latents are drawn from the VAE's posterior
-    again each time; the posterior of an image with a fixed crop is computed once.
+    All images of a batch have one shape; every epoch contains every image `data.repeats` times, times the `repeats` of
+    its folder and, with `data.subfolders`, the number in the name of its subfolder (see `ImageOrder`). Latents are
+    drawn from the VAE's posterior again each time; that of an image with a fixed crop is computed once.
 
     Args:
         model: The model whose VAE encodes the images.
@@ -83,9 +84,11 @@ class CaptionedBatches:
         self.batch_size, self.seed, self.process = batch_size, seed, process
         self.cache = LatentCache(config.latent_cache)
         self.vae_identity = model.vae_identity
-        self.buckets = [choose_bucket(image.size, config.resolution) for image in images]
-        items = [index for index, image in enumerate(images) for _ in range(config.repeats * image.repeats)]
-        self.groups = [[i for i in items if self.buckets[i] == bucket] for bucket in sorted(set(self.buckets))]
+        self.buckets = [bucket_of(image, config) for image in images]
+        repeats = [config.repeats * image.repeats for image in images]
+        self.order = ImageOrder(self.buckets, repeats, batch_size, seed)
+        weights = [config.folders[image.folder].weight if config.folders else 1.0 for image in images]
+        self.weights = torch.tensor(weights)  # of the images' losses
 
     def encode_all(self) -> None:
         """Encodes ahead of training what stays the same: captions, and images if crops are fixed."""
@@ -100,13 +103,14 @@ class CaptionedBatches:
         """This process's batch of this number, on the model's device."""
         index, count = self.process
         number = number * count + index
-        rows = batch_of_groups(self.groups, self.batch_size, number, self.seed)
+        rows = self.order(number)
         stream = generator(self.seed, number, "framing")
         framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
         prompts = self._text([self.images[row].caption for row in rows], generator(self.seed, number, "captions"))
         drawn = together(latents).draw(generator(self.seed, number, "latents"))
-        return ConditionedLatents(self.model.normalized(drawn).to(self.model.device), prompts, framings)
+        normalized = self.model.normalized(drawn).to(self.model.device)
+        return ConditionedLatents(normalized, prompts, framings, self.weights[rows])
 
     def fixed(self, rows: Sequence[int]) -> ConditionedLatents:
         """Images of one shape, by their numbers, with their captions; nothing of it is drawn anew.

@@ -30,7 +30,7 @@ def test_an_epoch_repeats_images_by_the_name_of_their_folder(tiny, image_folder)
         (image_folder / name).mkdir(exist_ok=True)
         (image_folder / f"{index}.png").rename(image_folder / name / f"{index}.png")
     config = {"subfolders": True, "instance_prompt": "a thing", "repeats": 2}
-    groups = batches(tiny, image_folder, **config).groups
+    groups = batches(tiny, image_folder, **config).order.groups(0)
     assert Counter(index for group in groups for index in group) == {0: 4, 1: 4, 2: 6, 3: 6, 4: 2}
 
 

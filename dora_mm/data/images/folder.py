@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dora_mm.config import resolve_path
 from dora_mm.config.images import DataConfig
-from dora_mm.data.images.buckets import Size
+from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.utils.digest import file_digest
@@ -37,7 +37,8 @@ class CaptionedImage(NamedTuple):
     size: Size  # (h, w), upright, before resizing
     digest: str  # SHA-256 of the file, part of the key of cached latents
     source: str = METADATA[0]  # where the caption is from: a file name, ".txt", ".caption" or "data.instance_prompt"
-    repeats: int = 1  # how often it occurs in an epoch, by the name of its subfolder
+    repeats: float = 1  # how often it occurs in an epoch, by the name of its subfolder and data.folders
+    folder: int = 0  # the number of its folder among data.folders
 
 
 def read_captioned_images(
@@ -48,6 +49,7 @@ def read_captioned_images(
     subfolders: bool = False,
     unused_captions: str = "stop",
     key: str = "data.folder",
+    prompt_key: str = "data.instance_prompt",
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
 
@@ -63,6 +65,7 @@ def read_captioned_images(
             and linked ones are left out.
         unused_captions: "stop": files that look like captions and are not used are an error; "ignore": a warning.
         key: The key of the config that names the folder, for messages.
+        prompt_key: That of the instance prompt.
 
     Raises:
         ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
@@ -83,7 +86,7 @@ def read_captioned_images(
     images, uncaptioned = [], []
     for path in tqdm(paths, desc="reading images", unit="image", delay=2, disable=None):
         found = files.of_image(path)
-        caption, source = found or (instance_prompt or "", "data.instance_prompt")
+        caption, source = found or (instance_prompt or "", prompt_key)
         if not caption:
             uncaptioned.append(path)
         try:
@@ -92,7 +95,7 @@ def read_captioned_images(
         except ValueError as error:
             problems.append(str(error))
     if uncaptioned:
-        problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set data.instance_prompt")
+        problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
     files.note_unused(entries, paths)
     if files.unused and unused_captions == "stop":
         problems.append(_about_unused(root, files.unused) + ": data.unused_captions=ignore goes on without")
@@ -102,29 +105,58 @@ def read_captioned_images(
         raise ValueError(_report(root, problems, key))
     if files.unused:
         log.warning("%s", _about_unused(root, files.unused))
-    _log_notes([path for path in entries if path not in folders and path not in files.unused], images, deeper)
+    _log_notes(
+        [path for path in entries if path not in folders and path not in files.unused], images, deeper, prompt_key
+    )
+    return images
+
+
+def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
+    """Reads the images of all folders with a role in a config's `data` section; see `read_captioned_images`.
+
+    Raises:
+        ValueError: As there; and no caption of the images that are trained on has the placeholder.
+    """
+    images, folders = [], data.all_folders
+    for number, (key, folder) in enumerate(folders.items()):
+        if folder.role == role:
+            found = read_captioned_images(
+                folder.path,
+                instance_prompt=folder.prompt or data.instance_prompt,
+                placeholder=data.placeholder if role == "train" and len(folders) == 1 else None,
+                subfolders=data.subfolders,
+                unused_captions=data.unused_captions,
+                key=key,
+                prompt_key=f"{key}.prompt" if folder.prompt else "data.instance_prompt",
+            )
+            # A whole number stays one, which the digest of the images depends on
+            times = (image.repeats if folder.repeats == 1 else image.repeats * folder.repeats for image in found)
+            images += [image._replace(repeats=n, folder=number) for image, n in zip(found, times, strict=True)]
+    if role == "train" and data.placeholder and len(folders) > 1:
+        for problem in _check_placeholder(images, data.placeholder):
+            raise ValueError(f"data.folders: {problem}")
     return images
 
 
 def read_training_images(data: DataConfig) -> list[CaptionedImage]:
-    """Reads the images of a config's `data` section; see `read_captioned_images`.
-
-    Raises:
-        ValueError: As there.
-    """
-    return read_captioned_images(
-        data.folder,
-        instance_prompt=data.instance_prompt,
-        placeholder=data.placeholder,
-        subfolders=data.subfolders,
-        unused_captions=data.unused_captions,
-    )
+    """Reads the images of a config's `data` section that are trained on, or held out of these; see `read_images`."""
+    return read_images(data, "train")
 
 
 def digest_of(images: Sequence[CaptionedImage]) -> str:
     """SHA-256 that identifies a data set: the content of its images, their captions, order and repeats."""
     rows = [(image.digest, image.caption, *([image.repeats] if image.repeats != 1 else [])) for image in images]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def bucket_of(image: CaptionedImage, data: DataConfig) -> Size:
+    """The bucket of an image, at the resolution of its folder."""
+    return choose_bucket(image.size, resolution_of(image, data))
+
+
+def resolution_of(image: CaptionedImage, data: DataConfig) -> int:
+    """The resolution of an image's folder, or else of all."""
+    return (data.folders[image.folder].resolution if data.folders else None) or data.resolution
 
 
 def measure(path: Path) -> Size:
@@ -191,7 +223,7 @@ def _repeats(root: Path, path: Path) -> int:
     return 1
 
 
-def _check_placeholder(images: list[CaptionedImage], placeholder: str) -> list[str]:
+def _check_placeholder(images: Sequence[CaptionedImage], placeholder: str) -> list[str]:
     without = [image.path for image in images if not contains_word(image.caption, placeholder)]
     if len(without) < len(images):
         if without:
@@ -217,22 +249,23 @@ def _about_unused(root: Path, unused: Mapping[Path, str]) -> str:
     return f"{files} like captions without being used ({listed})"
 
 
-def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Sequence[Path]) -> None:
+def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Sequence[Path], prompt_key: str) -> None:
     """Logs what the user should know, although it does not stop the run.
 
     Args:
         entries: All files and folders that were found.
         images: The images that are used.
         deeper: Images in subfolders, which are not used.
+        prompt_key: The key of the instance prompt.
     """
     if deeper:
         log.warning("%s not used, because in subfolders: data.subfolders=true reads these, too", _counted(deeper))
     repeated = Counter((image.path.parent.name, image.repeats) for image in images if image.repeats != 1)
     for (name, repeats), count in sorted(repeated.items()):
         log.info("%s: %d image%s, %d times in an epoch", name, count, "s" if count > 1 else "", repeats)
-    with_prompt = [image.path for image in images if image.source == "data.instance_prompt"]
+    with_prompt = [image.path for image in images if image.source == prompt_key]
     if len(with_prompt) < len(images) and with_prompt:
-        log.warning("%s without a caption: data.instance_prompt is used", _counted(with_prompt))
+        log.warning("%s without a caption: %s is used", _counted(with_prompt), prompt_key)
     first_of: dict[str, Path] = {}
     duplicates = [image.path for image in images if first_of.setdefault(image.digest, image.path) != image.path]
     if duplicates:
