@@ -80,9 +80,10 @@ dora_mm.save_adapter({"unet": model}, "adapter")
 
 def test_a_folder_named_pipelines_does_not_shadow_the_recipes(environment, shadow):
     """From the wheel and from the checkout, where `python -m` puts the current folder first on sys.path."""
-    for python, path in ((environment / "bin" / "python", ""), (sys.executable, str(ROOT))):
-        code, _, errors = run(python, "-c", SAVE, cwd=shadow, PYTHONPATH=path)
-        assert (code, errors) == (0, "")
+    wheel = environment / "bin" / "python"
+    code, _, errors = run(wheel, "-c", SAVE, cwd=shadow, PYTHONPATH="")
+    assert (code, errors) == (0, "")
+    for python, path in ((wheel, ""), (sys.executable, str(ROOT))):
         code, output, errors = run(python, "-m", "dora_mm", "inspect", "adapter", cwd=shadow, PYTHONPATH=path)
         assert (code, errors) == (0, "")
         assert "to_q" in output

@@ -8,26 +8,21 @@ import subprocess
 import sys
 import termios
 
-import pytest
+from dora_mm.sampling.pictures import PictureProgress
 
 # Nothing can import torch: what is said before that is said at once
 REFUSED = "import sys\nsys.modules['torch'] = None\nfrom dora_mm.cli import main\nsys.exit(main(['grid', 'no.yaml']))"
-DRAWN = """
-import logging
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-from dora_mm.sampling.pictures import PictureProgress
-with PictureProgress(40, "pictures") as progress:
-    for _ in range(40):
-        progress.advance(1)
-"""
 
 
-def on_terminal(code: str) -> str:
-    """What a process writes to a terminal, its standard error."""
+def pseudo_terminal() -> tuple[int, int]:
+    """Both ends of a terminal of 24 lines of 100 characters: what it shows, and what is written to."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=theirs)
-    os.close(theirs)
+    return ours, theirs
+
+
+def read_all(ours: int) -> str:
+    """What was written to a terminal whose other end is closed."""
     written = b""
     while True:
         try:
@@ -37,9 +32,18 @@ def on_terminal(code: str) -> str:
         if not part:
             break
         written += part
-    process.wait()
     os.close(ours)
     return written.decode()
+
+
+def on_terminal(code: str) -> str:
+    """What a process writes to a terminal."""
+    ours, theirs = pseudo_terminal()
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=theirs)
+    os.close(theirs)
+    shown = read_all(ours)
+    process.wait()
+    return shown
 
 
 def on_pipe(code: str) -> str:
@@ -53,11 +57,27 @@ def test_the_first_word_on_a_terminal_comes_before_torch():
     assert on_pipe(REFUSED).startswith("dora-mm: no.yaml does not exist")
 
 
-@pytest.mark.parametrize("write", [on_terminal, on_pipe])
-def test_pictures_have_a_bar_or_some_lines(write):
-    shown = write(DRAWN)
-    if write is on_pipe:
-        assert shown.splitlines() == [f"pictures: {number} of 40 pictures" for number in range(2, 41, 2)]
-    else:
-        assert "/40" in shown
-        assert "of 40 pictures" not in shown
+def draw_pictures() -> None:
+    with PictureProgress(40, "pictures") as progress:
+        for _ in range(40):
+            progress.advance(1)
+
+
+def test_pictures_have_a_bar_on_a_terminal(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    ours, theirs = pseudo_terminal()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        draw_pictures()
+        monkeypatch.undo()
+    assert "/40" in read_all(ours)
+    assert not caplog.messages
+
+
+def test_pictures_have_some_lines_on_a_pipe(monkeypatch, caplog):
+    caplog.set_level("INFO")
+    with os.fdopen(os.pipe()[1], "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        draw_pictures()
+        monkeypatch.undo()
+    assert caplog.messages == [f"pictures: {number} of 40 pictures" for number in range(2, 41, 2)]

@@ -73,7 +73,8 @@ def weights(run):
     return {part: load_file(next((run / "tiny-sdxl" / part).glob("*.safetensors"))) for part in ("unet", "vae")}
 
 
-@pytest.mark.parametrize("killed", [pytest.param("in the unet", marks=pytest.mark.slow), "in the decoder"])
+@pytest.mark.parametrize("killed", ["in the unet", "in the decoder"])
+@pytest.mark.slow
 def test_plain_diffusers_loads_the_model_and_resuming_is_exact(config, tmp_path, killed):
     assert main(["train", str(config("whole"))]) == 0
     pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "whole" / "tiny-sdxl")

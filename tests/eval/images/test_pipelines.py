@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,18 +40,18 @@ def write(path, values):
     return str(path)
 
 
+def judge_for(folder: Path, judge: Judge, model: Path) -> Path:
+    """Saves a judge as one for the VAE of a model."""
+    found = load_image_model(ModelConfig(path=str(model)))
+    origin = {"model": str(model), "resolution": 64, "vae": module_digest(found.vae)}
+    replace(judge, origin=origin).save(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory, tiny_folder, icons):
-    """A judge for the random model, fitted by the pipeline."""
-    folder = tmp_path_factory.mktemp("judges")
-    config = {
-        "pipeline": "fit_judge",
-        "output": str(folder / "judge"),
-        "model": {"path": str(tiny_folder)},
-        "icons": str(icons),
-    }
-    assert build(["eval", write(folder / "judge.yaml", config)]) == 0
-    return folder / "judge"
+def fitted(tmp_path_factory, tiny_folder, judge):
+    """A judge for the random model, fitted on icons as they are."""
+    return judge_for(tmp_path_factory.mktemp("judge"), judge, tiny_folder)
 
 
 @pytest.fixture
@@ -113,10 +114,14 @@ def comparison(tmp_path, base, fitted):
     return config
 
 
-def test_fit_judge_writes_a_judge_and_reports_its_accuracy(fitted, tiny_folder, capsys):
-    judge = Judge.load(fitted)
+@pytest.mark.slow
+def test_fit_judge_writes_a_judge_and_reports_its_accuracy(tmp_path, tiny_folder, icons):
+    values = {"pipeline": "fit_judge", "model": {"path": str(tiny_folder)}, "icons": str(icons)}
+    output = tmp_path / "judge"
+    assert build(["eval", write(tmp_path / "judge.yaml", {**values, "output": str(output)})]) == 0
+    judge = Judge.load(output)
     assert judge.origin["resolution"] == 64
-    assert (fitted / "config.yaml").is_file()
+    assert (output / "config.yaml").is_file()
     # a random VAE removes bricks and shading, so the judge is not accurate enough
     assert judge.shortcomings()
 
@@ -256,8 +261,8 @@ def commands(monkeypatch):
     return found
 
 
-def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted, tmp_path, monkeypatch):
-    """With a judge that takes its VAE for its own. The first training is copied for the others."""
+def test_another_family_is_compared_by_the_same_recipe(comparison, base, judge, tmp_path, monkeypatch):
+    """The first training is copied for the others."""
     runs = []
 
     def trained_or_copied(name, arguments, log_file, threads):
@@ -272,14 +277,10 @@ def test_another_family_is_compared_by_the_same_recipe(comparison, base, fitted,
     monkeypatch.setattr(trainings, "start_process", trained_or_copied)
     folder = z_image.build(tmp_path / "z-image")
     values = yaml.safe_load(Path(base).read_text()) | {"model": {"path": str(folder)}}
-    judge = tmp_path / "judge"
-    shutil.copytree(fitted, judge)
-    about = json.loads((judge / "judge.json").read_text())
-    about["origin"]["vae"] = module_digest(load_image_model(ModelConfig(path=str(folder))).vae)
-    (judge / "judge.json").write_text(json.dumps(about))
+    own = judge_for(tmp_path / "judge", judge, folder)
     rates = {method: [1e-3, 1e-2, 1e-1] for method in ("lora", "dora")}
     settings = {"extra_rates": 0, "half_ranks": False, "learning_rates": rates}
-    config = comparison({"judge": str(judge)}, base=write(tmp_path / "other.yaml", values), **settings)
+    config = comparison({"judge": str(own)}, base=write(tmp_path / "other.yaml", values), **settings)
     assert main(["eval", config]) == 0
     assert len(runs) == 2 * (3 + 1)
     rows = list(csv.DictReader((tmp_path / "campaign" / "results.csv").open()))

@@ -50,7 +50,7 @@ def draw(model: SDXL, scheduler, seeds):
     pipe.scheduler = scheduler
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipe(
-        ["a bus"] * len(seeds), num_inference_steps=4, generator=streams, output_type="np", height=64, width=64
+        ["a bus"] * len(seeds), num_inference_steps=3, generator=streams, output_type="np", height=64, width=64
     ).images
 
 
@@ -67,13 +67,13 @@ def test_a_scheduler_draws_what_its_class_draws_in_plain_diffusers(tiny, name, o
     ours = draw(tiny, make_scheduler(name, tiny.scheduler), [1, 2])
     assert np.isfinite(ours).all()
     assert np.array_equal(ours, draw(tiny, kind.from_config(tiny.scheduler.config, **settings), [1, 2]))
-    for picture, seed in zip(ours, [1, 2], strict=True):  # noise that is added on the way comes from its own seed, too
-        assert np.abs(picture - draw(tiny, make_scheduler(name, tiny.scheduler), [seed])[0]).max() < 1e-3
+    alone = draw(tiny, make_scheduler(name, tiny.scheduler), [2])[0]
+    assert np.abs(ours[1] - alone).max() < 1e-3  # noise that is added on the way comes from its own seed, too
     assert SCHEDULERS[name].title == title
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_what_the_model_was_trained_with_stays(tiny, name):
+def test_what_the_model_was_trained_with_stays(name):
     trained = {
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
@@ -81,8 +81,7 @@ def test_what_the_model_was_trained_with_stays(tiny, name):
         "beta_end": 0.01,
         "use_exponential_sigmas": True,  # of another sampler: the name says how the noise levels are spaced
     }
-    tiny.scheduler.register_to_config(**trained)
-    made = make_scheduler(name, tiny.scheduler)
+    made = make_scheduler(name, EulerDiscreteScheduler.from_config(SDXL_BASE | trained))
     for key in ("prediction_type", "rescale_betas_zero_snr", "timestep_spacing", "beta_end"):
         assert made.config[key] == trained[key]
     assert made.config.get("clip_sample", False) is False
@@ -95,7 +94,7 @@ def test_schedulers_of_models_are_named():
     assert scheduler_name(EulerDiscreteScheduler(use_karras_sigmas=True)) is None
 
 
-def test_karras_noise_levels_are_warned_of_where_they_fail(tiny, caplog):
+def test_karras_noise_levels_are_warned_of_where_they_fail(caplog):
     make_scheduler("dpmpp_2m_karras", EulerDiscreteScheduler.from_config(SDXL_BASE))
     assert not caplog.messages
     make_scheduler("dpmpp_2m_karras", EulerDiscreteScheduler(rescale_betas_zero_snr=True))

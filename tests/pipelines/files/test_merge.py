@@ -140,7 +140,13 @@ def refused(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str
 # --- vision-language models ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "paligemma", "florence2", "blip_vqa", "mllama"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen2_5_vl", "florence2", "mllama"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "paligemma", "blip_vqa")),
+    ],
+)
 def test_the_folder_is_the_base_models_with_the_answers_of_peft(name, tiny_vlm, pictures, tmp_path, capsys):
     base = tiny_vlm(name)
     adapter = vlm_adapter(base, tmp_path / "adapter")

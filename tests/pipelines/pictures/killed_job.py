@@ -1,4 +1,4 @@
-"""Runs a job of pictures in forked processes that are killed, each at another point; then to its end.
+"""Runs a job of pictures whole; and again in forked processes that are killed, each at another point, then to its end.
 
 python -m tests.pipelines.pictures.killed_job NUMBERS JOBS ARGUMENT...    NUMBERS of POINTS: 0,2,5
 """
@@ -59,5 +59,5 @@ def run(arguments, point):
 if __name__ == "__main__":
     PIPELINES.load("sample")  # once, for all processes
     points = [POINTS[int(number)] for number in sys.argv[1].split(",")]
-    command = ["sample", *sys.argv[2:]]
-    print([run(command, point) for point in points] + [run(command, None)])
+    whole, killed = (["sample", *sys.argv[2:], f"output={name}"] for name in ("whole", "killed"))
+    print([run(whole, None), *(run(killed, point) for point in [*points, None])])

@@ -463,7 +463,7 @@ def test_paths_that_are_no_jobs(tmp_path, monkeypatch, capsys, arguments, messag
 
 
 @pytest.mark.parametrize(
-    ("points", "prompts"), [("3,4,6", 3), pytest.param("0,1,2,3,4,5,6,7,8,9", 10, marks=pytest.mark.slow)]
+    ("points", "prompts"), [("3,6", 2), pytest.param("0,1,2,3,4,5,6,7,8,9", 10, marks=pytest.mark.slow)]
 )
 def test_a_job_that_is_killed_ends_with_the_same_files(style, tmp_path, points, prompts):
     (tmp_path / "jobs.csv").write_text(
@@ -471,22 +471,14 @@ def test_a_job_that_is_killed_ends_with_the_same_files(style, tmp_path, points, 
     )
     settings = ["--set", f"adapter.path={style}", "steps=2", "batch_size=4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path))}
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.pipelines.pictures.killed_job", points, "jobs.csv", *settings, "output=killed"],
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.pipelines.pictures.killed_job", points, "jobs.csv", *settings],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert killed.stdout.splitlines()[-1] == str([-9] * len(points.split(",")) + [0]), killed.stderr
-    whole = subprocess.run(
-        [sys.executable, "-m", "dora_mm", "sample", "jobs.csv", *settings, "output=whole"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert whole.returncode == 0, whole.stderr
+    assert done.stdout.splitlines()[-1] == str([0] + [-9] * len(points.split(",")) + [0]), done.stderr
     found = content(tmp_path / "killed")
     assert len([name for name in found if name.endswith(".png")]) == 4 * prompts + 1
     assert found == content(tmp_path / "whole")

@@ -1,9 +1,14 @@
 """A newcomer's way on a tiny model: new, train, sample, score, gallery, by the lines that each command prints."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +28,16 @@ def printed_command(lines: list[str], start: str) -> list[str]:
     return shlex.split(line.partition("dora-mm ")[2])
 
 
+@contextmanager
+def chdir(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 @pytest.fixture(scope="module")
 def week(tmp_path_factory, tiny_folder):
     """What the commands of a way have printed, by the command; it runs in a folder of its own, with two pictures."""
@@ -32,19 +47,25 @@ def week(tmp_path_factory, tiny_folder):
         pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / "mine" / name)
         (folder / "mine" / name).with_suffix(".txt").write_text(f"a sks2 drawing of a {['bus', 'cat', 'key'][number]}")
-    code = "import sys; from dora_mm.cli import main; sys.exit(main(sys.argv[1:]))"
 
-    def run(*arguments: str) -> list[str]:
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "Loading" not in done.stderr  # bars of libraries
-        return (done.stdout + done.stderr).splitlines()
+    def run(*arguments: str, fresh: bool = False) -> list[str]:
+        if fresh:
+            command = [sys.executable, "-m", "dora_mm", *arguments]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            code, out, errors = done.returncode, done.stdout, done.stderr
+        else:
+            with redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as told, chdir(folder):
+                code = main(list(arguments))
+            out, errors = said.getvalue(), told.getvalue()
+        assert code == 0, errors
+        assert "Loading" not in errors  # bars of libraries
+        return (out + errors).splitlines()
 
     printed = {"folder": folder}
     printed["new"] = run("new", "sdxl", "style", "--images", "mine", "--model", str(tiny_folder))
     printed["train"] = run("train", "style.yaml", "--set", *SMALL)
-    printed["sample"] = run(*printed_command(printed["train"], "to draw"), "steps=1", "guidance=1.0")
+    drawing = printed_command(printed["train"], "to draw")
+    printed["sample"] = run(*drawing, "steps=1", "guidance=1.0", fresh=True)
     few = ["steps=1", "guidance=1.0", "plain_prompts=[a bus, a cat]", "prompts=[a sks2 bus, a sks2 key]"]
     score = ["eval", "configs/sdxl/eval_style.yaml", "--set", "adapter.path=runs/style/001", *few]
     printed["eval"] = run(*score)

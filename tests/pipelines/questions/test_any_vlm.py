@@ -93,7 +93,10 @@ def test_answers_do_not_depend_on_the_batch(vlm, pictures):
     assert rank([Example("c", ("wide.png",), "q", options=("x", "y"))], str(pictures))[0] in ("A", "B")
 
 
-@pytest.mark.parametrize("name", ALL)
+FAST = ("blip_vqa", "florence2", "gemma3", "llava_onevision", "mllama", "qwen2_5_vl")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
 def test_a_run_resumes_exactly_and_its_adapter_leaves(name, tiny_vlm, pictures, tmp_path):
     """What a kill after the second step leaves behind is that of a whole run without its later files."""
     base = tiny_vlm(name)

@@ -65,14 +65,14 @@ def config(tmp_path, model_folder):
         "data": {
             "tables": str(tmp_path / "tables"),
             "tasks": [
-                {"task": "vqa", "train": vqa("train", 24), "valid": vqa("val", 8)},
+                {"task": "vqa", "train": vqa("train", 16), "valid": vqa("val", 8)},
                 {"task": "caption", "batch_size": 2, "train": captions("train", 8), "valid": captions("val", 4)},
             ],
         },
         "optimizer": {"lr": 0.01},
         "schedule": {"name": "linear", "warmup_ratio": 0.1},
-        "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1},
-        "evaluate": {"every": 3, "batch_size": 8},
+        "train": {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "log_every": 1},
+        "evaluate": {"every": 2, "batch_size": 8},
     }
     path = tmp_path / "config.yaml"
 
@@ -90,19 +90,19 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_f
     shown = capsys.readouterr().out
     assert "answer_type" in shown
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["steps"] == 6
+    assert summary["steps"] == 4
     assert {"vqa", "overall", "vqa_loss", "caption_loss", "ema_vqa", "ema_vqa_loss", "best_step"} <= summary.keys()
     assert (run / "adapter-ema" / "adapter_model.safetensors").is_file()
     assert 0 < summary["seconds_per_step"] <= summary["seconds"]
     assert 0 < summary["trainable_share"] < 100
     assert summary["peak_memory_mb"] > 100
-    assert [row["step"] for row in read_metrics(run / "validation" / "metrics.jsonl")] == [3, 6]
+    assert [row["step"] for row in read_metrics(run / "validation" / "metrics.jsonl")] == [2, 4]
     assert (run / "best" / "overall" / "adapter_model.safetensors").is_file()
     results = ModelCard.load(run / "adapter" / "README.md").data.eval_results
     assert {result.dataset_name for result in results} == {"vqa", "caption"}
     assert results[0].metric_value == pytest.approx(summary["vqa"], abs=0.01)
 
-    trained = load_file(run / "checkpoints" / "step-000006" / "trained_weights.safetensors")
+    trained = load_file(run / "checkpoints" / "step-000004" / "trained_weights.safetensors")
     model, _ = load_vl_bart(VLBartModelConfig(family="vl_bart", path=str(model_folder)), DIM, 0)
     load_adapter({"model": model}, run / "adapter")
     ours = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
@@ -128,7 +128,7 @@ def test_a_killed_run_is_resumed_to_the_same_bits(config, tmp_path):
     assert main(["train", str(config(output=str(tmp_path / "uninterrupted")))]) == 0
     kill_after("step-000002", config(), tmp_path / "run")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    assert_same_weights("step-000006", tmp_path / "uninterrupted", tmp_path / "run")
+    assert_same_weights("step-000004", tmp_path / "uninterrupted", tmp_path / "run")
     logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("uninterrupted", "run")]
     assert logs[0] == logs[1]
     curves = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("uninterrupted", "run")]
@@ -167,9 +167,14 @@ def test_other_methods_run_through_the_same_code(config, tmp_path, method):
 
 
 def test_an_epoch_covers_every_task_once(config, tmp_path):
-    path = config(train={"epochs": 2, "batch_size": 4, "log_every": 1})
+    tasks = [
+        {"task": "vqa", "train": vqa("train", 8)},
+        {"task": "caption", "batch_size": 2, "train": captions("train", 4)},
+    ]
+    data = {"tables": str(tmp_path / "tables"), "tasks": tasks}
+    path = config(train={"epochs": 2, "batch_size": 4, "log_every": 1}, data=data, evaluate={})
     assert main(["train", str(path)]) == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2 * (24 // 4 + 8 // 2)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2 * (8 // 4 + 4 // 2)
 
 
 def test_the_tower_can_be_adapted_too(config, tmp_path, model_folder):
@@ -290,9 +295,10 @@ def test_an_adapted_tower_gives_the_same_answers_in_eval(config, tmp_path, capsy
 
 
 def test_it_continues_from_an_adapter_of_the_same_base_only(config, tmp_path, model_folder, capsys):
-    assert main(["train", str(config(output=str(tmp_path / "first")))]) == 0
+    short = {"train": {"steps": 1, "batch_size": 2}, "evaluate": {}}
+    assert main(["train", str(config(**short, output=str(tmp_path / "first")))]) == 0
     again = {"method": "dora", "rank": 2, "extra_trainable": EXTRA, "init_from": str(tmp_path / "first")}
-    assert main(["train", str(config(adapter=again, train={"steps": 1, "batch_size": 2}, evaluate={}))]) == 0
+    assert main(["train", str(config(**short, adapter=again))]) == 0
 
     assert (
         main(["train", str(config(adapter={**again, "extra_trainable": ["biases"]}, output=str(tmp_path / "other")))])
@@ -346,7 +352,7 @@ def test_resuming_a_finished_run_gives_the_same_summary(config, tmp_path):
     summary = (tmp_path / "run" / "summary.json").read_text()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     rows = read_metrics(tmp_path / "run" / "validation" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [3, 6]
+    assert [row["step"] for row in rows] == [2, 4]
     kept = ("vqa", "overall", "loss", "steps")
     again = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert {key: again[key] for key in kept} == {key: json.loads(summary)[key] for key in kept}
@@ -375,8 +381,8 @@ def test_mistakes_give_a_sentence_and_no_run(config, tmp_path, model_folder, cap
 
 
 def test_a_run_whose_config_was_edited_is_not_resumed(config, tmp_path, capsys):
-    assert main(["train", str(config())]) == 0
+    assert main(["train", str(config(train={"steps": 1, "batch_size": 2}, evaluate={}))]) == 0
     saved = tmp_path / "run" / "config.yaml"
-    saved.write_text(saved.read_text().replace("limit: 24", "limit: 23"))
+    saved.write_text(saved.read_text().replace("limit: 16", "limit: 15"))
     assert main(["train", "--resume", str(tmp_path / "run")]) == 2
     assert f"{saved}, edited: data.tasks cannot change" in capsys.readouterr().err

@@ -91,7 +91,10 @@ def train(recipe: str, model: Path, folder: Path, precision: dict[str, str]) -> 
     return folder / "run"
 
 
-@pytest.mark.parametrize("recipe", MODELS)
+FAST = ("blip_vqa_base", "florence2_base", "gemma3_4b", "llava_1_5_7b", "qwen2_5_vl_7b", "qwen3_5_27b")
+
+
+@pytest.mark.parametrize("recipe", [r if r in FAST else pytest.param(r, marks=pytest.mark.slow) for r in MODELS])
 def test_it_trains_two_steps(recipe: str, tiny_vlm: Callable[[str], Path], tmp_path: Path) -> None:
     exact = {"model.dtype": "float32", "train.mixed_precision": '"no"'}
     run = train(recipe, tiny_vlm(MODELS[recipe]), tmp_path, exact)
