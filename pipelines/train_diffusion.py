@@ -1,10 +1,7 @@
 """Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
-import contextlib
-import json
 import logging
-import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
@@ -24,14 +20,16 @@ from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.parts import check_names
 from dora_mm.adapting.sharding import division
 from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.core import base_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
 from dora_mm.data.images.held_out import hold_out, part_of
+from dora_mm.data.images.wording import unchanged
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import about_prediction, identity_of, load_if_local, load_image_model
-from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
+from dora_mm.preview.images import describe_data, remark_on_alternatives, remark_on_cut, remark_on_length
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
-from dora_mm.sampling.before_after import before_after_sheet
+from dora_mm.sampling.before_after import add_pictures, before_after_sheet, drawing_command
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.sheets import save_atomically
 from dora_mm.tasks.diffusion import DiffusionTask
@@ -49,7 +47,6 @@ from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
-MOST_SHOWN = 6  # pictures in a model card: of 1024 pixels, each has 1.5 MB
 
 
 def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
@@ -83,7 +80,8 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
-    remarks += remark_on_cut(model, [image.caption for image in images])
+    remarks += remark_on_cut(model, [unchanged(image, config.data.captions) for image in images])
+    remarks += remark_on_alternatives(images, config.data)
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)
@@ -227,20 +225,9 @@ def held_out_loss(
     done, values = last_step(run.checkpoints), average.measured(beside_base) if average else beside_base
     validation = Validation(run, config.evaluate, values, by_held_out_loss, saves, done, writes=writes)
     if not validation.rows:
-        with base_model(config, adapted.values()):
+        with base_model(adapted.values()):  # of method full, nothing is trained yet
             validation.note(0, measure())
     return validation
-
-
-@contextlib.contextmanager
-def base_model(config: TrainDiffusionConfig, networks: Collection[nn.Module]) -> Iterator[None]:
-    """Switches the adapters off before a training. Method `full` has no others, but nothing is trained yet."""
-    adapters = [] if "full" in config.adapter.methods else networks
-    for network in adapters:
-        dora_mm.set_strength(network, 0.0)
-    yield
-    for network in adapters:
-        dora_mm.set_strength(network, 1.0)
 
 
 def by_held_out_loss(row: Mapping[str, float]) -> dict[str, float]:
@@ -263,8 +250,9 @@ def encode(
     Returns:
         What draws the sheets, with their prompts encoded.
     """
-    for each in [batches, *(losses.parts.values() if losses else ())]:
-        each.encode_all()
+    batches.encode_all(config.train.steps * config.train.gradient_accumulation_steps)
+    for part in losses.parts.values() if losses else ():
+        part.encode_all()
     sampler = PictureSampler(model)
     if not batches.prompts.trained:
         sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
@@ -372,15 +360,6 @@ def draw_sheet(
     return pictures
 
 
-def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Image.Image]) -> None:
-    """Saves the first pictures beside the adapter, and shows them in its model card."""
-    shown = []
-    for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
-        shown.append((prompt, f"pictures/{number}.png"))
-        save_atomically(folder / shown[-1][1], picture)
-    formats.write_card(folder, pictures=shown)
-
-
 def write_results(
     config: TrainDiffusionConfig,
     run: RunDirectory,
@@ -400,17 +379,3 @@ def write_results(
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")
     print(f"to draw  {drawing_command(config, run)}")
-
-
-def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
-    """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own."""
-    words, prompts = ["dora-mm", "sample"], Path(f"{config.name}_prompts.txt")
-    if prompts.is_file():
-        words.append(str(prompts))
-    words += ["--set", f"adapter.path={run.path}"]
-    if not prompts.is_file():
-        prompt = next(iter(config.sample.prompts), config.data.instance_prompt or "a lighthouse")
-        words.append(f"prompts=[{json.dumps(prompt, ensure_ascii=False)}]")
-    if "full" not in config.adapter.methods:  # the base is replaced
-        words.append("strengths=[0, 1]")
-    return shlex.join(words)

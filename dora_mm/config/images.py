@@ -10,6 +10,7 @@ from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import PixelSize, SampleConfig
 from dora_mm.config.schema import (
     Backend,
+    Count,
     InputPath,
     Items,
     NewFolder,
@@ -86,6 +87,34 @@ class ImageFolderConfig(Section):
         return self
 
 
+class CaptionConfig(Section):
+    """What becomes of captions, anew in every epoch; tags are what commas separate."""
+
+    prefix: Text | None = None  # before every caption, with a space; never moved or dropped; null: none
+    suffix: Text | None = None  # behind every caption, likewise
+    lines: bool = False  # each line of a text is a caption of its own, of which one is drawn
+    alternatives: bool = False  # one of {a|b} is drawn; as in prompts, a backslash before the brace leaves it
+    shuffle: bool = False  # tags in another order
+    tag_dropout: Share = 0.0  # probability of leaving out a tag
+    # The first tags that are neither moved nor dropped; of a caption with |||, all before it, and behind a second one
+    keep: Count = 0
+
+    @model_validator(mode="after")
+    def _keeps_from_something(self) -> "CaptionConfig":
+        if self.keep and not self.shuffle and not self.tag_dropout:
+            raise ValueError("keep has no effect without shuffle or tag_dropout: leave it out")
+        return self
+
+
+class MaskConfig(Section):
+    """How much each place of an image counts in the loss: of each image, sum(w loss) / sum(w), w = max(mask, floor)."""
+
+    source: Literal["file", "alpha"] = "file"  # file: cat.mask.png of cat.jpg, white counts; alpha: what is opaque
+    floor: Share = 0.1  # the least that a place counts
+    # base: where the mask is black, the prediction is held at that of the base model, by (1 - w) (difference)^2
+    outside: Literal["ignored", "base"] = "ignored"
+
+
 class DataConfig(Section):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("folder", "folders"),)
 
@@ -102,7 +131,9 @@ class DataConfig(Section):
     background: Text = "white"  # behind transparent images: a colour name or #rrggbb
     flip: bool = False  # augmentation: mirror images at random
     crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
+    captions: CaptionConfig | None = None  # what becomes of captions; null: they stay as they are
     caption_dropout: Share = 0.0  # probability of training an image without its caption
+    mask: MaskConfig | None = None  # null: every place counts alike
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
     valid: HeldOutImagesConfig | None = None  # held-out images; null: none
 
@@ -205,6 +236,8 @@ class TrainDiffusionConfig(PipelineConfig):
         problems += check_sharding(self.train, self.adapter.cache)
         problems += check_validation(self.evaluate, self.data.holds_out, "data.valid is null")
         full = "full" in self.adapter.methods
+        if full and self.data.mask and self.data.mask.outside == "base":
+            problems.append("data.mask.outside base needs the base model, whose weights adapter.method full changes")
         if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":

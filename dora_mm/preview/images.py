@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.training import TrainConfig, ValidationConfig
 from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
+from dora_mm.data.images.wording import rendered, unchanged
+from dora_mm.data.syntax import syntax_in
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.preview.training import when
 
 # Steps x batch / pictures of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
 MOST_NAMES = 8  # of pictures in a line
+MOST_RENDERED = 3  # captions of a folder
 FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
 
 
@@ -36,10 +39,13 @@ def describe_data(
         [
             describe_pictures(images, config.data),
             describe_captions(images, config.data, num_tokens),
+            *describe_rendered(images, config),
+            *describe_masks(images, config.data),
+            *remark_on_alternatives(images, config.data),
             *([describe_held_out(held, config.evaluate)] if held else []),
             describe_length(len(images), config.train, num_processes),
             *remark_on_length(len(images), config.train, num_processes),
-            *(remark_on_cut(model, [image.caption for image in images]) if model else []),
+            *(remark_on_cut(model, [unchanged(image, config.data.captions) for image in images]) if model else []),
             *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
         ]
     )
@@ -87,16 +93,37 @@ def describe_captions(
         num_tokens: Counts the tokens of a caption; None: the tokenizer is not there, so characters are counted.
     """
     sources = Counter(f"<name>{image.source}" if image.source.startswith(".") else image.source for image in images)
-    captions = [image.caption for image in images]
+    captions = [unchanged(image, data.captions) for image in images]
     longest = max(captions, key=num_tokens or len)
     length = f"{num_tokens(longest)} tokens" if num_tokens else f"{len(longest)} characters"
     lines = ["captions  " + ", ".join(f"{count} from {source}" for source, count in sources.most_common())]
     lines.append(f"longest   {length}: {longest}")
     if data.placeholder:
-        missing = [image.path.name for image in images if not contains_word(image.caption, data.placeholder)]
+        pairs = zip(images, captions, strict=True)
+        missing = [image.path.name for image, caption in pairs if not contains_word(caption, data.placeholder)]
         named = f" ({', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''})" if missing else ""
         lines.append(f"without {data.placeholder}  {len(missing)}{named}")
     return "\n".join(lines)
+
+
+def describe_rendered(images: Sequence[CaptionedImage], config: TrainDiffusionConfig) -> list[str]:
+    """Three captions of each folder as the first epoch has them, where they do not stay as they are."""
+    settings, found = config.data.captions, []
+    if settings is None and not any(image.more for image in images):
+        return []
+    for number in sorted({image.folder for image in images}):
+        some = [image for image in images if image.folder == number][:MOST_RENDERED]
+        found += [f"rendered  {image.path.name}: {rendered(image, settings, config.seed, 0)}" for image in some]
+    return found
+
+
+def describe_masks(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
+    """A line with the number of masks, and what they do; none without masks."""
+    if data.mask is None:
+        return []
+    count = sum(bool(image.mask) for image in images)
+    outside = ", held at the base model outside" if data.mask.outside == "base" else ""
+    return [f"masks     {count} of {len(images)} ({data.mask.source}), floor {data.mask.floor:g}{outside}"]
 
 
 def describe_held_out(held: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
@@ -138,6 +165,14 @@ def remark_on_cut(model: ImageModel, captions: Sequence[str]) -> list[str]:
     if not (cut := model.cut(captions)):
         return []
     return [f"{len(cut)} captions have more than {model.most_tokens} tokens and lose their end, the first: {cut[0]}"]
+
+
+def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
+    """A warning, if captions have alternatives that stay as they are; else nothing."""
+    having = [image.path.name for image in images if "{a|b}" in syntax_in(image.caption)]
+    if not having or (data.captions and data.captions.alternatives):
+        return []
+    return [f"{len(having)} captions have {{a|b}} ({having[0]}), as text: data.captions.alternatives=true draws one"]
 
 
 def _recipes() -> str:

@@ -1,16 +1,25 @@
-"""Samples with and without an adapter: the same prompts and seeds, on one sheet."""
+"""What a training shows of its adapter: a sheet without and with it, pictures in its card, the line that draws."""
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image
 from torch import nn
 
+from dora_mm import formats
+from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.pictures import DrawConfig, SampleConfig
 from dora_mm.core import set_strength
 from dora_mm.core.inject import merged_adapters
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import PictureSampler, sample
+from dora_mm.sampling.sheets import save_atomically
+from dora_mm.utils.run_directory import RunDirectory
+
+MOST_SHOWN = 6  # pictures in a model card: of 1024 pixels, each has 1.5 MB
 
 
 def sample_merged(
@@ -107,3 +116,26 @@ def before_after_sheet(
             rows.append(pictures[index * len(prompts) : (index + 1) * len(prompts)])
             labels.append(label if len(config.seeds) == 1 else f"{label}, seed {seed}")
     return sheet(rows, labels, prompts), drawn["after"][: len(prompts)]
+
+
+def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Image.Image]) -> None:
+    """Saves the first pictures beside the adapter, and shows them in its model card."""
+    shown = []
+    for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
+        shown.append((prompt, f"pictures/{number}.png"))
+        save_atomically(folder / shown[-1][1], picture)
+    formats.write_card(folder, pictures=shown)
+
+
+def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
+    """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own."""
+    words, prompts = ["dora-mm", "sample"], Path(f"{config.name}_prompts.txt")
+    if prompts.is_file():
+        words.append(str(prompts))
+    words += ["--set", f"adapter.path={run.path}"]
+    if not prompts.is_file():
+        prompt = next(iter(config.sample.prompts), config.data.instance_prompt or "a lighthouse")
+        words.append(f"prompts=[{json.dumps(prompt, ensure_ascii=False)}]")
+    if "full" not in config.adapter.methods:  # the base is replaced
+        words.append("strengths=[0, 1]")
+    return shlex.join(words)

@@ -7,11 +7,14 @@ import torch
 from tqdm import tqdm
 
 from dora_mm.config.images import DataConfig
+from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing, frame
 from dora_mm.data.images.folder import CaptionedImage, bucket_of
 from dora_mm.data.images.latents import LatentCache, Latents, latent_key
+from dora_mm.data.images.masks import load_mask, render_mask
 from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.data.images.wording import rendered, unchanged
 from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
 from dora_mm.utils.randomness import generator
@@ -89,15 +92,31 @@ class CaptionedBatches:
         self.order = ImageOrder(self.buckets, repeats, batch_size, seed)
         weights = [config.folders[image.folder].weight if config.folders else 1.0 for image in images]
         self.weights = torch.tensor(weights)  # of the images' losses
+        self._masks: dict[tuple[str, Framing], torch.Tensor] = {}
 
-    def encode_all(self) -> None:
-        """Encodes ahead of training what stays the same: captions, and images if crops are fixed."""
+    def encode_all(self, num_batches: int | None = None) -> None:
+        """Encodes ahead what stays the same: captions of all epochs, and images if crops are fixed.
+
+        Args:
+            num_batches: Those of the training, of each process; None: only `fixed` batches are asked for.
+        """
         if not self.prompts.trained:
-            self.prompts.keep([*(image.caption for image in self.images), ""])
+            self.prompts.keep([*self.captions(num_batches), ""])
         if self.config.crop == "center":
             for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
                 for flip in (False, True) if self.config.flip else (False,):
                     self._latents(index, self._frame(index, flip, None))
+
+    def captions(self, num_batches: int | None = None) -> list[str]:
+        """All captions of a training of so many batches, each once; None: those of `fixed` batches."""
+        settings = self.config.captions
+        if num_batches is None:
+            return list(dict.fromkeys(unchanged(image, settings) for image in self.images))
+        if settings is None and not any(image.more for image in self.images):
+            return list(dict.fromkeys(image.caption for image in self.images))
+        epochs = range(self.order.epoch(num_batches * self.process[1] - 1) + 1)
+        found = (rendered(image, settings, self.seed, epoch) for epoch in epochs for image in self.images)
+        return list(dict.fromkeys(found))
 
     def __call__(self, number: int) -> ConditionedLatents:
         """This process's batch of this number, on the model's device."""
@@ -107,10 +126,18 @@ class CaptionedBatches:
         stream = generator(self.seed, number, "framing")
         framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
-        prompts = self._text([self.images[row].caption for row in rows], generator(self.seed, number, "captions"))
+        epoch = self.order.epoch(number)
+        captions = [rendered(self.images[row], self.config.captions, self.seed, epoch) for row in rows]
+        prompts = self._text(captions, generator(self.seed, number, "captions"))
         drawn = together(latents).draw(generator(self.seed, number, "latents"))
-        normalized = self.model.normalized(drawn).to(self.model.device)
-        return ConditionedLatents(normalized, prompts, framings, self.weights[rows])
+        return ConditionedLatents(
+            self.model.normalized(drawn).to(self.model.device),
+            prompts,
+            framings,
+            self.weights[rows],
+            self._masks_of(rows, framings),
+            self._base_prompts(captions, number),
+        )
 
     def fixed(self, rows: Sequence[int]) -> ConditionedLatents:
         """Images of one shape, by their numbers, with their captions; nothing of it is drawn anew.
@@ -121,8 +148,9 @@ class CaptionedBatches:
         for row, framing in zip(rows, framings, strict=True):
             stream = generator(0, 0, f"fixed latents of {self.images[row].digest}")
             latents.append(self._latents(row, framing).draw(stream))
-        prompts = self.prompts([self.images[row].caption for row in rows])
-        return ConditionedLatents(self.model.normalized(torch.stack(latents)).to(self.model.device), prompts, framings)
+        prompts = self.prompts([unchanged(self.images[row], self.config.captions) for row in rows])
+        normalized = self.model.normalized(torch.stack(latents)).to(self.model.device)
+        return ConditionedLatents(normalized, prompts, framings, masks=self._masks_of(rows, framings))
 
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
         return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)
@@ -142,6 +170,33 @@ class CaptionedBatches:
             return LatentCache().get("", compute, image.path)
         key = latent_key(image.digest, framing, self.config.background, self.vae_identity)
         return self.cache.get(key, compute, image.path)
+
+    def _masks_of(self, rows: Sequence[int], framings: Sequence[Framing]) -> torch.Tensor | None:
+        """How much each latent counts (B, h, w), or None where there are no masks."""
+        if self.config.mask is None:
+            return None
+        masks = [self._mask(self.images[row], framing) for row, framing in zip(rows, framings, strict=True)]
+        return torch.stack(masks).clamp(min=self.config.mask.floor)
+
+    def _mask(self, image: CaptionedImage, framing: Framing) -> torch.Tensor:
+        height, width = (side // self.model.downscale for side in framing.target_size)
+        found = self._masks.get((image.digest + image.mask, framing)) if image.mask else torch.ones(height, width)
+        if found is None:
+            assert self.config.mask is not None
+            mask = load_mask(image.path, self.config.mask.source)
+            assert mask is not None
+            found = render_mask(mask, framing, (height, width))
+            if self.config.crop == "center":  # else there is a new one every time
+                self._masks[image.digest + image.mask, framing] = found
+        return found
+
+    def _base_prompts(self, captions: list[str], number: int) -> list[Prompt] | None:
+        """As the base model reads captions, where its prediction is asked for and the text encoders are trained."""
+        asks = self.config.mask is not None and self.config.mask.outside == "base"
+        if not asks:
+            return None
+        with torch.no_grad(), base_model(self.model.encoders.values()):
+            return self._text(captions, generator(self.seed, number, "captions"))
 
     def _text(self, captions: list[str], stream: torch.Generator) -> list[Prompt]:
         dropped = (torch.rand(len(captions), generator=stream) < self.config.caption_dropout).tolist()

@@ -10,6 +10,7 @@ from dora_mm.config.images import DataConfig, LossConfig
 from dora_mm.config.models import SDXLConfig
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.data.images.wording import rendered
 from dora_mm.models.diffusion import padded
 from dora_mm.models.sdxl.encoding import encode_images, encode_prompts
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
@@ -183,3 +184,26 @@ def test_trained_text_encoders_get_gradients(tiny, image_folder):
     batch = batches(tiny, image_folder, trained=True)(0)
     sum(prompt["text"].sum() for prompt in batch.prompts).backward()
     assert tiny.text_encoder.get_input_embeddings().weight.grad is not None
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_captions_change_with_cached_embeddings_too(tiny, image_folder, trained):
+    """Other trainers ignore shuffling and dropped tags where embeddings are cached."""
+    rows = [json.dumps({"file_name": f"{n}.png", "text": f"TOK, red, round, thing {n}"}) for n in range(5)]
+    (image_folder / "metadata.jsonl").write_text("\n".join(rows))
+    captions = {"shuffle": True, "tag_dropout": 0.3, "keep": 1}
+    all_batches = batches(tiny, image_folder, trained=trained, captions=captions)
+    all_batches.encode_all(num_batches=9)
+    texts = {text: encode_prompts(tiny, [text])[0] for text in all_batches.captions(9)}
+    assert len(texts) > 9
+    if not trained:
+        tiny.components.release(tiny.text_encoders)  # what is not encoded ahead would fail
+    seen = set()
+    with torch.no_grad():
+        for number in range(9):
+            epoch = all_batches.order.epoch(number)
+            for row, prompt in zip(all_batches.order(number), all_batches(number).prompts, strict=True):
+                text = rendered(all_batches.images[row], all_batches.config.captions, 1, epoch)
+                torch.testing.assert_close(prompt["text"][None], texts[text])
+                seen.add(text)
+    assert len(seen) > 9

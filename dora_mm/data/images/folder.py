@@ -18,9 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dora_mm.config import resolve_path
-from dora_mm.config.images import DataConfig
+from dora_mm.config.images import CaptionConfig, DataConfig
 from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
+from dora_mm.data.images.masks import ALPHA, ENDING, check_mask, mask_file
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.utils.digest import file_digest
 
@@ -39,6 +40,8 @@ class CaptionedImage(NamedTuple):
     source: str = METADATA[0]  # where the caption is from: a file name, ".txt", ".caption" or "data.instance_prompt"
     repeats: float = 1  # how often it occurs in an epoch, by the name of its subfolder and data.folders
     folder: int = 0  # the number of its folder among data.folders
+    more: tuple[str, ...] = ()  # further captions, of which one is drawn in every epoch
+    mask: str = ""  # SHA-256 of the file of its mask, or "alpha"; empty: it has none
 
 
 def read_captioned_images(
@@ -50,6 +53,8 @@ def read_captioned_images(
     unused_captions: str = "stop",
     key: str = "data.folder",
     prompt_key: str = "data.instance_prompt",
+    lines: bool = False,
+    masks: str | None = None,
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
 
@@ -66,6 +71,8 @@ def read_captioned_images(
         unused_captions: "stop": files that look like captions and are not used are an error; "ignore": a warning.
         key: The key of the config that names the folder, for messages.
         prompt_key: That of the instance prompt.
+        lines: Whether each line of a text is a caption of its own.
+        masks: Where masks are, "file" or "alpha"; None: they are not used, and files of masks are no images either.
 
     Raises:
         ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
@@ -76,9 +83,12 @@ def read_captioned_images(
     root = resolve_path(folder, key)
     folders = _folders(root) if subfolders else [root]
     entries = [path for each in folders for path in _list(each, key)]
-    files = CaptionFiles(root, entries)
+    files = CaptionFiles(root, entries, lines=lines)
     problems = files.problems
-    paths = sorted({path for path in entries if is_image(path.name)} | set(files.rows))
+    found_images = {path for path in entries if is_image(path.name)}
+    ends = {path for path in found_images if path.name.endswith(ENDING)}
+    ends &= {mask_file(path) for path in found_images - ends}  # of images that are there
+    paths = sorted((found_images | set(files.rows)) - ends)
     deeper = [] if subfolders else _images_in_subfolders(root, paths)
     if not paths and not problems:
         raise ValueError(_no_images(root, deeper, key))
@@ -86,16 +96,20 @@ def read_captioned_images(
     images, uncaptioned = [], []
     for path in tqdm(paths, desc="reading images", unit="image", delay=2, disable=None):
         found = files.of_image(path)
-        caption, source = found or (instance_prompt or "", prompt_key)
+        caption, source, more = found or (instance_prompt or "", prompt_key, ())
         if not caption:
             uncaptioned.append(path)
         try:
             repeats = _repeats(root, path) if subfolders else 1
-            images.append(CaptionedImage(path, caption, measure(path), file_digest(path), source, repeats))
+            size = measure(path)
+            mask = _mask_digest(path, size, masks)
+            images.append(CaptionedImage(path, caption, size, file_digest(path), source, repeats, more=more, mask=mask))
         except ValueError as error:
             problems.append(str(error))
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
+    if masks and images and not any(image.mask for image in images):
+        problems.append(_no_masks(masks))
     files.note_unused(entries, paths)
     if files.unused and unused_captions == "stop":
         problems.append(_about_unused(root, files.unused) + ": data.unused_captions=ignore goes on without")
@@ -105,9 +119,9 @@ def read_captioned_images(
         raise ValueError(_report(root, problems, key))
     if files.unused:
         log.warning("%s", _about_unused(root, files.unused))
-    _log_notes(
-        [path for path in entries if path not in folders and path not in files.unused], images, deeper, prompt_key
-    )
+    others = [path for path in entries if path not in folders and path not in files.unused]
+    _log_notes(others, images, deeper, prompt_key)
+    _log_masks(images, ends, used=masks is not None)
     return images
 
 
@@ -118,12 +132,19 @@ def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
         ValueError: As there; and no caption of the images that are trained on has the placeholder.
     """
     images, folders = [], data.all_folders
+    captions = data.captions or CaptionConfig()
+    always = data.placeholder and any(
+        contains_word(text or "", data.placeholder) for text in (captions.prefix, captions.suffix)
+    )
+    placeholder = data.placeholder if role == "train" and not always else None
     for number, (key, folder) in enumerate(folders.items()):
         if folder.role == role:
             found = read_captioned_images(
                 folder.path,
                 instance_prompt=folder.prompt or data.instance_prompt,
-                placeholder=data.placeholder if role == "train" and len(folders) == 1 else None,
+                placeholder=placeholder if len(folders) == 1 else None,
+                lines=captions.lines,
+                masks=data.mask and data.mask.source,
                 subfolders=data.subfolders,
                 unused_captions=data.unused_captions,
                 key=key,
@@ -132,8 +153,8 @@ def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
             # A whole number stays one, which the digest of the images depends on
             times = (image.repeats if folder.repeats == 1 else image.repeats * folder.repeats for image in found)
             images += [image._replace(repeats=n, folder=number) for image, n in zip(found, times, strict=True)]
-    if role == "train" and data.placeholder and len(folders) > 1:
-        for problem in _check_placeholder(images, data.placeholder):
+    if placeholder and len(folders) > 1:
+        for problem in _check_placeholder(images, placeholder):
             raise ValueError(f"data.folders: {problem}")
     return images
 
@@ -144,8 +165,12 @@ def read_training_images(data: DataConfig) -> list[CaptionedImage]:
 
 
 def digest_of(images: Sequence[CaptionedImage]) -> str:
-    """SHA-256 that identifies a data set: the content of its images, their captions, order and repeats."""
-    rows = [(image.digest, image.caption, *([image.repeats] if image.repeats != 1 else [])) for image in images]
+    """SHA-256 that identifies a data set: the content of its images and masks, their captions, order and repeats."""
+    rows = []
+    for image in images:
+        others = {"more": image.more, "mask": image.mask}
+        found = {name: value for name, value in others.items() if value}
+        rows.append((image.digest, image.caption, *([image.repeats] if image.repeats != 1 else []), *found.items()))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -211,6 +236,28 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
         f"{key}: {root} has no images itself, but {len(deeper)} in subfolders, such as {first}: set "
         "data.subfolders=true to read these"
     )
+
+
+def _mask_digest(path: Path, size: Size, masks: str | None) -> str:
+    """`CaptionedImage.mask` of an image; the mask is decoded once, so that a bad one stops the run at its start."""
+    if masks is None or not check_mask(path, size, masks):
+        return ""
+    return ALPHA if masks == ALPHA else file_digest(mask_file(path))
+
+
+def _no_masks(masks: str) -> str:
+    if masks == ALPHA:
+        return "no image is transparent anywhere, and data.mask.source alpha takes the mask from that"
+    return f"no image has a mask: that of cat.jpg is looked for in {mask_file(Path('cat.jpg'))}"
+
+
+def _log_masks(images: Sequence[CaptionedImage], files: Iterable[Path], *, used: bool) -> None:
+    """Logs the images that lack a mask where masks are used, or the masks where they are not."""
+    without = [image.path for image in images if not image.mask]
+    if used and without:
+        log.warning("%s without a mask: all of it counts alike", _counted(without))
+    elif not used and files:
+        log.warning("%s the mask of an image, and not used: set data.mask", _counted(sorted(files)))
 
 
 def _repeats(root: Path, path: Path) -> int:

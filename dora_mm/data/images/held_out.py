@@ -37,6 +37,8 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
             subfolders=data.subfolders,
             unused_captions=data.unused_captions,
             key="data.valid.folder",
+            lines=data.captions is not None and data.captions.lines,
+            masks=data.mask and data.mask.source,
         )
         _warn_of_both(images, held, valid.folder)
         return list(images), held[: valid.limit]

@@ -43,11 +43,15 @@ class ImageOrder:
 
     def __call__(self, number: int) -> list[int]:
         """The indices of the images of batch `number`."""
+        epoch = self.epoch(number)
+        return self.batches_of(epoch)[number - self._starts[epoch]]
+
+    def epoch(self, number: int) -> int:
+        """The epoch of batch `number`."""
         while self._starts[-1] <= number:
             sizes = (len(group) for group in self.groups(len(self._starts) - 1))
             self._starts.append(self._starts[-1] + sum(-(-size // self.batch_size) for size in sizes))
-        epoch = bisect_right(self._starts, number) - 1
-        return self.batches_of(epoch)[number - self._starts[epoch]]
+        return bisect_right(self._starts, number) - 1
 
     def times(self, index: int, epoch: int) -> int:
         """How often an image occurs in an epoch: over all epochs, its repeats on average."""

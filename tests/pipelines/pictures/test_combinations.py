@@ -6,9 +6,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 
 from dora_mm.cli import main
@@ -29,6 +31,17 @@ OPTIONS = {
             {"path": "OTHER", "prompt": "a plain thing", "resolution": 96, "weight": 0.5},
         ],
     },
+    "captions": {
+        "data.captions": {
+            "prefix": "{a|one} TOK,",
+            "alternatives": True,
+            "shuffle": True,
+            "tag_dropout": 0.3,
+            "lines": True,
+        },
+        "data.caption_dropout": 0.2,
+    },
+    "masks": {"data.mask": {"floor": 0.2, "outside": "base"}},
 }
 MAY_BE = st.sets(st.sampled_from(sorted(OPTIONS)))
 
@@ -80,6 +93,8 @@ def folders(tmp_path_factory):
     found = [tmp_path_factory.mktemp(name) for name in ("style", "plain")]
     write_pictures(found[0])
     write_pictures(found[1], count=2, captions=False)
+    for folder in found:
+        Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(folder / "0.mask.png")
     return found
 
 
