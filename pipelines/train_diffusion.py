@@ -21,7 +21,7 @@ from dora_mm.adapting.parts import check_names
 from dora_mm.adapting.sharding import division
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.core import base_model
-from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
+from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.data.images.wording import unchanged
 from dora_mm.models.diffusion import ImageModel
@@ -32,9 +32,10 @@ from dora_mm.preview.training import describe_training, is_measured, optimizer_l
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, drawing_command
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.sheets import save_atomically
-from dora_mm.tasks.diffusion import DiffusionTask
+from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.held_out import PictureLosses
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.preservation import PreservingBatches, preserving
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, check_device
@@ -65,12 +66,13 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         ValueError: The images, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
-    images, held = hold_out(read_training_images(config.data), config.data)
+    images, held = hold_out(read_images(config.data, "train"), config.data)
+    class_images = read_images(config.data, "preserve")
     trains_text = config.adapter.trains_text_encoders
     # The last layer of a text encoder may be unused: its adapters get no gradients.
     accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=trains_text)
     if dry_run:
-        print(describe(config, images, held, accelerator))
+        print(describe(config, images, held, class_images, accelerator))
         return
     check_device(config.optimizer, accelerator.device)
     check_can_shard(accelerator, config.train)
@@ -85,8 +87,9 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)
+    source = preserving(batches, config, class_images)
     losses = fixed_losses(config, task, batches, held, accelerator) if held else None
-    sampler = encode(config, model, batches, losses)
+    sampler = encode(config, model, batches, source, losses)
     trained = adapt(model, config)
     if config.train.shard:
         division(trained, model.target_maps).apply(accelerator.device)
@@ -101,8 +104,9 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         config.adapter
     )
     inputs |= {"the held-out pictures": digest_of(held)} if held else {}
+    inputs |= {"the pictures to preserve": digest_of(class_images)} if class_images else {}
     with training_run(accelerator, config, inputs, resume, config.train) as run:
-        train(config, run, trained.adapted, training, batches, sampler, losses)
+        train(config, run, trained.adapted, training, source, sampler, losses)
 
 
 def train(
@@ -110,7 +114,7 @@ def train(
     run: RunDirectory,
     adapted: Networks,
     training: dict[str, Any],
-    batches: CaptionedBatches,
+    batches: Callable[[int], ConditionedLatents],
     sampler: PictureSampler,
     losses: PictureLosses | None,
 ) -> None:
@@ -241,7 +245,11 @@ def log_losses(step: int, values: Mapping[str, float]) -> None:
 
 @torch.no_grad()
 def encode(
-    config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBatches, losses: PictureLosses | None
+    config: TrainDiffusionConfig,
+    model: ImageModel,
+    batches: CaptionedBatches,
+    source: CaptionedBatches | PreservingBatches,
+    losses: PictureLosses | None,
 ) -> PictureSampler:
     """Encodes ahead of training what stays the same, and frees the text encoders where they are frozen.
 
@@ -250,7 +258,8 @@ def encode(
     Returns:
         What draws the sheets, with their prompts encoded.
     """
-    batches.encode_all(config.train.steps * config.train.gradient_accumulation_steps)
+    for each in dict.fromkeys([batches, source]):
+        each.encode_all(config.train.steps * config.train.gradient_accumulation_steps)
     for part in losses.parts.values() if losses else ():
         part.encode_all()
     sampler = PictureSampler(model)
@@ -286,25 +295,30 @@ def build(
 
 
 def describe(
-    config: TrainDiffusionConfig, images: list[CaptionedImage], held: list[CaptionedImage], accelerator: Accelerator
+    config: TrainDiffusionConfig,
+    images: list[CaptionedImage],
+    held: list[CaptionedImage],
+    class_images: list[CaptionedImage],
+    accelerator: Accelerator,
 ) -> str:
     """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
     config = config.model_copy(update={"data": config.data.model_copy(update={"latent_cache": None})})  # writes nothing
     model = load_if_local(config.model)
-    data = describe_data(images, config, model, accelerator.num_processes, held)
+    data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
     shard = config.train.shard
     batches = batches_of(config, model if shard else model.to(accelerator.device), images, accelerator)
+    source = preserving(batches, config, class_images)
     if not shard and is_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()]):
         with torch.no_grad():
-            batches(0)  # the only batch that is measured
+            source(0)  # the only batch that is measured
     if not batches.prompts.trained:
         model.components.release(model.text_encoders)
     trained = adapt(model, config)
     table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
     task = DiffusionTask(model, config.loss)
-    training = build(config, model, trained, task, accelerator) | {"batch_at": batches}
+    training = build(config, model, trained, task, accelerator) | {"batch_at": source}
     move_vae(model, config)
     divided = division(trained, model.target_maps) if shard else None
     ema = config.ema is not None

@@ -74,16 +74,20 @@ class ImageFolderConfig(Section):
     """One of several folders of images."""
 
     path: InputPath  # as data.folder
-    role: Literal["train", "validate"] = "train"  # validate: held-out images, as data.valid
+    # preserve: images on which the `preserve` section holds the model, with their own captions; validate: held-out
+    # images, as data.valid
+    role: Literal["train", "preserve", "validate"] = "train"
     repeats: Positive = 1.0  # how often each image occurs in an epoch, times data.repeats; 0.5: in every second epoch
     weight: Positive = 1.0  # of the losses of its images: a step's loss is divided by the sum of weights
     prompt: Text | None = None  # the caption of images without one; null: data.instance_prompt
     resolution: Resolution | None = None  # pixels; null: data.resolution
 
     @model_validator(mode="after")
-    def _held_out_images_are_not_trained_on(self) -> "ImageFolderConfig":
+    def _has_an_effect(self) -> "ImageFolderConfig":
         if self.role == "validate" and (self.repeats, self.weight) != (1.0, 1.0):
             raise ValueError("repeats and weight have no effect on a folder of role validate: leave them out")
+        if self.role == "preserve" and self.weight != 1.0:
+            raise ValueError("weight has no effect on a folder of role preserve: set preserve.weight")
         return self
 
 
@@ -143,6 +147,11 @@ class DataConfig(Section):
         if self.folder is not None:
             return {"data.folder": ImageFolderConfig(path=self.folder)}
         return {f"data.folders[{number}]": folder for number, folder in enumerate(self.folders)}
+
+    @property
+    def has_class_images(self) -> bool:
+        """Whether the model is held on images of their own."""
+        return any(folder.role == "preserve" for folder in self.folders)
 
     @property
     def holds_out(self) -> bool:
@@ -205,6 +214,20 @@ class LossConfig(Section):
         return self
 
 
+class PreserveConfig(Section):
+    """Holds the model at what it is without adapter, on prompts that should not change.
+
+    A loss of its own: (prediction - that of the base model)^2, mean over its pictures, times `weight`, beside the mean
+    over the training's. Its pictures are those of the batch, at the same noise, or those of folders of role preserve.
+    """
+
+    # Of these pictures: "" for no prompt, or a class such as "an icon"; null: their captions without data.placeholder,
+    # and of folders of role preserve their captions
+    prompt: str | None = None
+    weight: NonNegative = 1.0
+    every: PositiveInt = 1  # optimizer steps
+
+
 class TrainDiffusionConfig(PipelineConfig):
     command: ClassVar[str] = "train"
     changeable: ClassVar[tuple[str, ...]] = (
@@ -222,6 +245,7 @@ class TrainDiffusionConfig(PipelineConfig):
     adapter: ImageAdapterConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
+    preserve: PreserveConfig | None = None  # what the adapter should leave as it is; null: nothing is held
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
@@ -238,6 +262,7 @@ class TrainDiffusionConfig(PipelineConfig):
         full = "full" in self.adapter.methods
         if full and self.data.mask and self.data.mask.outside == "base":
             problems.append("data.mask.outside base needs the base model, whose weights adapter.method full changes")
+        problems += self._check_preserve(full=full)
         if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":
@@ -247,3 +272,17 @@ class TrainDiffusionConfig(PipelineConfig):
         if full and self.adapter.strength != 1.0:
             problems.append("adapter.strength must be 1 for adapter.method full: it keeps no base weights")
         return raise_problems(self, problems)
+
+    def _check_preserve(self, *, full: bool) -> list[str]:
+        if self.preserve is None:
+            return ["a folder of role preserve needs the section preserve"] if self.data.has_class_images else []
+        problems = []
+        if full:
+            problems.append("preserve needs the base model, whose weights adapter.method full changes")
+        if self.data.has_class_images and self.preserve.prompt is not None:
+            problems.append("preserve.prompt has no effect: folders of role preserve have captions of their own")
+        if self.preserve.prompt is None and not self.data.has_class_images and self.data.placeholder is None:
+            problems.append(
+                "preserve.prompt null is the caption without data.placeholder, which is null: set one of both"
+            )
+        return problems

@@ -24,6 +24,7 @@ def describe_data(
     model: ImageModel | None,
     num_processes: int = 1,
     held: Sequence[CaptionedImage] = (),
+    class_images: Sequence[CaptionedImage] = (),
 ) -> str:
     """Lines about the pictures, their captions, and how often the training shows each picture.
 
@@ -33,6 +34,7 @@ def describe_data(
         model: Its tokenizer counts the tokens of the captions; None: characters are counted.
         num_processes: The number of processes that train.
         held: The held-out images.
+        class_images: Those of folders of role preserve.
     """
     num_tokens = model.num_tokens if model else None
     return "\n".join(
@@ -41,6 +43,7 @@ def describe_data(
             describe_captions(images, config.data, num_tokens),
             *describe_rendered(images, config),
             *describe_masks(images, config.data),
+            *describe_preserved(config, class_images),
             *remark_on_alternatives(images, config.data),
             *([describe_held_out(held, config.evaluate)] if held else []),
             describe_length(len(images), config.train, num_processes),
@@ -124,6 +127,17 @@ def describe_masks(images: Sequence[CaptionedImage], data: DataConfig) -> list[s
     count = sum(bool(image.mask) for image in images)
     outside = ", held at the base model outside" if data.mask.outside == "base" else ""
     return [f"masks     {count} of {len(images)} ({data.mask.source}), floor {data.mask.floor:g}{outside}"]
+
+
+def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[CaptionedImage]) -> list[str]:
+    """A line with the prompts on which the model is held, and how often; none without the section `preserve`."""
+    held = config.preserve
+    if held is None:
+        return []
+    prompt = held.prompt if held.prompt is None else repr(held.prompt)
+    what = f"{len(class_images)} pictures" if class_images else prompt or f"captions without {config.data.placeholder}"
+    often = "every step" if held.every == 1 else f"every {held.every} steps"
+    return [f"preserve  {what}, loss x {held.weight:g}, {often}: two more forward passes and a backward pass"]
 
 
 def describe_held_out(held: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:

@@ -27,6 +27,8 @@ class ConditionedLatents:
     masks: torch.Tensor | None = None  # (B, h, w) how much each latent counts, up to 1; None: all alike
     # B captions as the base model reads them: outside the masks its prediction is the target; None: nothing is
     base_prompts: Sequence[Prompt] | None = None
+    held: "ConditionedLatents | None" = None  # where the base model's prediction is the target; None: nowhere
+    held_weight: float = 0.0  # of the sum of these losses
 
 
 class DiffusionTask:
@@ -61,10 +63,29 @@ class DiffusionTask:
             batch: B images.
             generator: Source of the noise and of the times.
         """
-        noise = self.draw_noise(batch.latents, generator)
-        each = self.losses(batch, noise, self._times(batch.latents, generator))
+        noise, times = self.draw_noise(batch.latents, generator), self._times(batch.latents, generator)
+        each = self.losses(batch, noise, times)
         weights = torch.ones_like(each) if batch.weights is None else batch.weights.to(each)
-        return LossSum((weights * each).sum(), weights.sum())
+        total = (weights * each).sum()
+        if (held := batch.held) is not None:
+            if held.latents is not batch.latents:  # pictures of their own
+                noise, times = self.draw_noise(held.latents, generator), self._times(held.latents, generator)
+            total = total + batch.held_weight * self.changes(held, noise, times).sum()
+        return LossSum(total, weights.sum())
+
+    def changes(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """How far the prediction is from the base model's: the squared difference of each image (B,), float32.
+
+        Args:
+            batch: B images, with captions as both read them.
+            noise: The noise (B, C, h, w).
+            times: The times (B,), which weigh as they do in the loss.
+        """
+        times = times.to(batch.latents.device)
+        noised = self.noise.noised(batch.latents, noise, times)
+        base = self.base_prediction(batch, noised, times)
+        change = (self._predict(batch, noised, times) - base).float().square()
+        return change.mean(dim=(1, 2, 3)) * self.weights(times)
 
     def losses(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """The loss of each image (B,), float32, with this noise (B, C, h, w) and at these times (B,)."""

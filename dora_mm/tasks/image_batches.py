@@ -126,18 +126,26 @@ class CaptionedBatches:
         stream = generator(self.seed, number, "framing")
         framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
-        epoch = self.order.epoch(number)
-        captions = [rendered(self.images[row], self.config.captions, self.seed, epoch) for row in rows]
-        prompts = self._text(captions, generator(self.seed, number, "captions"))
+        captions, dropped = self._captions(number), self._dropped(number)
         drawn = together(latents).draw(generator(self.seed, number, "latents"))
         return ConditionedLatents(
             self.model.normalized(drawn).to(self.model.device),
-            prompts,
+            self.encode(captions, dropped),
             framings,
             self.weights[rows],
             self._masks_of(rows, framings),
-            self._base_prompts(captions, number),
+            self.encode_by_base(captions, dropped) if self.config.mask and self.config.mask.outside == "base" else None,
         )
+
+    def captions_of(self, number: int) -> list[str]:
+        """The captions of this process's batch of this number, none of them dropped."""
+        return self._captions(number * self.process[1] + self.process[0])
+
+    def counts(self, number: int) -> tuple[float, int]:
+        """The sum of the weights of all processes' batches of this number, and the number of their images."""
+        first, count = number * self.process[1], self.process[1]
+        rows = [row for each in range(first, first + count) for row in self.order(each)]
+        return float(self.weights[rows].sum()), len(rows)
 
     def fixed(self, rows: Sequence[int]) -> ConditionedLatents:
         """Images of one shape, by their numbers, with their captions; nothing of it is drawn anew.
@@ -190,20 +198,28 @@ class CaptionedBatches:
                 self._masks[image.digest + image.mask, framing] = found
         return found
 
-    def _base_prompts(self, captions: list[str], number: int) -> list[Prompt] | None:
-        """As the base model reads captions, where its prediction is asked for and the text encoders are trained."""
-        asks = self.config.mask is not None and self.config.mask.outside == "base"
-        if not asks:
-            return None
-        with torch.no_grad(), base_model(self.model.encoders.values()):
-            return self._text(captions, generator(self.seed, number, "captions"))
+    def _captions(self, number: int) -> list[str]:
+        """The captions of batch `number` of all processes together."""
+        epoch, settings = self.order.epoch(number), self.config.captions
+        return [rendered(self.images[row], settings, self.seed, epoch) for row in self.order(number)]
 
-    def _text(self, captions: list[str], stream: torch.Generator) -> list[Prompt]:
-        dropped = (torch.rand(len(captions), generator=stream) < self.config.caption_dropout).tolist()
+    def _dropped(self, number: int) -> list[bool]:
+        """Which captions of a batch are dropped."""
+        stream = generator(self.seed, number, "captions")
+        return (torch.rand(len(self.order(number)), generator=stream) < self.config.caption_dropout).tolist()
+
+    def encode(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
+        """Encodes captions; those that are dropped become the unconditional embedding."""
         if self.model.unconditional == "empty":
             return self.prompts(["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)])
         encoded = zip(self.prompts(captions), dropped, strict=True)
         return [{name: 0 * t for name, t in prompt.items()} if drop else prompt for prompt, drop in encoded]
+
+    @torch.no_grad()
+    def encode_by_base(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
+        """As `encode`, by the text encoders without their adapters."""
+        with base_model(self.model.encoders.values()):
+            return self.encode(captions, dropped)
 
 
 def together(latents: Sequence[Latents]) -> Latents:

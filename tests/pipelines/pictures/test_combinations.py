@@ -42,6 +42,7 @@ OPTIONS = {
         "data.caption_dropout": 0.2,
     },
     "masks": {"data.mask": {"floor": 0.2, "outside": "base"}},
+    "preservation": {"preserve": {"prompt": "an icon", "weight": 0.5}},
 }
 MAY_BE = st.sets(st.sampled_from(sorted(OPTIONS)))
 
