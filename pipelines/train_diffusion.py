@@ -122,7 +122,7 @@ def train(
     accelerator, result = training["accelerator"], result_of(training["optimizer"])
     joins, writes = takes_part(accelerator, config.train), accelerator.is_main_process
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
-    draw = result(partial(draw_sheet, config, sampler, adapted, writes=writes))
+    draw = result(partial(draw_sheet, config, sampler, adapted, average, writes=writes))
     about = about_image_adapter(config, sampler.model)
     write = result(partial(save_image_adapter, config, adapted, about))
     measure = result(partial(losses, list(adapted.values()))) if losses else None
@@ -138,8 +138,6 @@ def train(
         with answering(accelerator, config.train, run, SAMPLE_NOW) as asked:
             if due or asked:
                 draw(run.samples / f"step-{step:06d}.png")
-                if average and step:
-                    average.applied()(draw)(run.samples / f"step-{step:06d}-ema.png")
 
     if config.sample.every and not last_step(run.checkpoints):
         observe(0)  # so that what goes wrong in drawing does so before the training
@@ -160,21 +158,20 @@ def finish(
     config: TrainDiffusionConfig,
     run: RunDirectory,
     write: Callable[[Path], None],
-    draw: Callable[[Path], list[Image.Image]],
+    draw: Callable[[Path], Mapping[str, list[Image.Image]]],
     average: WeightAverage | None,
     *,
     writes: bool,
 ) -> None:
-    """Saves the adapter and its sheet, and those of the average."""
-    results = [(write, draw, run.adapter, run.sheet)]
+    """Saves the adapter and that of the average, and a sheet of both."""
+    write(run.adapter)
     if average:
-        applied = average.applied()
-        results.append((applied(write), applied(draw), run.adapter_ema, run.sheet_ema))
-    for write_one, draw_one, adapter, sheet in results:
-        write_one(adapter)
-        pictures = draw_one(sheet)
-        if writes:
-            add_pictures(config, adapter, pictures)
+        average.applied()(write)(run.adapter_ema)
+    pictures = draw(run.sheet)
+    if writes:
+        add_pictures(config, run.adapter, pictures.get("after", []))
+        if average:
+            add_pictures(config, run.adapter_ema, pictures.get("average", []))
 
 
 def batches_of(
@@ -353,19 +350,26 @@ def set_training(adapted: Networks, training: bool) -> None:
 
 
 def draw_sheet(
-    config: TrainDiffusionConfig, sampler: PictureSampler, adapted: Networks, path: Path, *, writes: bool
-) -> list[Image.Image]:
-    """Draws the prompts of the config without and with the adapter, with the same seeds; saves the sheet if it writes.
+    config: TrainDiffusionConfig,
+    sampler: PictureSampler,
+    adapted: Networks,
+    average: WeightAverage | None,
+    path: Path,
+    *,
+    writes: bool,
+) -> Mapping[str, list[Image.Image]]:
+    """Draws the prompts of the config by the bare model, the adapter and its average; saves the sheet if it writes.
 
     Returns:
-        The adapter's picture of each prompt.
+        As `before_after_sheet`; nothing without prompts.
     """
     if not config.sample.prompts:
-        return []
+        return {}
     set_training(adapted, False)
     model = sampler.model.to(sampler.model.device)
     trains_text = config.adapter.trains_text_encoders  # then prompts are encoded anew for each sheet
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
+    settings["average"] = average and average.applied
     sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
     if writes:
         save_atomically(path, sheet)

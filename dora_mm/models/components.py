@@ -175,7 +175,7 @@ def load_single_file(
     """
     with _opening(path):
         loaded = pipeline.from_single_file(path, config=str(configs), dtype=dtype, local_files_only=True, **others)
-    return dict(loaded.components)
+    return {name: component for name, component in loaded.components.items() if component is not None}
 
 
 def load_components(

@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from PIL import Image
@@ -81,11 +82,12 @@ def before_after_sheet(
     *,
     strength: float = 1.0,
     full: bool = False,
-) -> tuple[Image.Image, list[Image.Image]]:
-    """Draws a sheet with one row per seed and one column per prompt.
+    average: Callable[[], AbstractContextManager[None]] | None = None,
+) -> tuple[Image.Image, dict[str, list[Image.Image]]]:
+    """Draws a sheet with one column per prompt and for each seed a row of the adapter's pictures.
 
-    If `config.before_after` is set, each seed has two rows: the base model's above the adapter's. Afterwards the
-    strength of all adapters is 1.
+    Above it is a row of the base model's, if `config.before_after` is set, and below it one of the average's, where
+    there is one: all with the same seed. Afterwards the strength of all adapters is 1.
 
     Args:
         model: The model, or what draws with it, if its text encoders are not adapted.
@@ -94,28 +96,31 @@ def before_after_sheet(
         strength: The strength of the adapter.
         full: The weights themselves were trained (method `full`): there is no base model to compare with, and no
             strength.
+        average: Opens a context in which the adapters are those of an average; None: there is none.
 
     Returns:
-        The sheet, and the adapter's picture of each prompt with the first seed.
+        The sheet, and by the label of a row (before, after, average) its picture of each prompt with the first seed.
     """
     prompts = list(config.prompts)
     jobs, seeds = prompts * len(config.seeds), [seed for seed in config.seeds for _ in prompts]
     settings = config.model_dump(include={"steps", "guidance", "negative_prompt", "batch_size"})
-    kinds = {"before": 0.0, "after": strength} if config.before_after else {"after": strength}
+    kinds = {"before": 0.0} if config.before_after and not full else {}
+    kinds |= {"after": strength} | ({"average": strength} if average else {})
     drawn = {}
-    if full:
-        drawn["after"] = sample(model, jobs, seeds, description="after", **settings)
-    else:
-        for label, shown in kinds.items():
-            drawn[label] = at_strength(model, adapted, shown, jobs, seeds, description=label, **settings)
-        for network in adapted.values():
-            set_strength(network, 1.0)  # training resumes at this strength
+    for label, shown in kinds.items():
+        with average() if average and label == "average" else nullcontext():
+            if full:
+                drawn[label] = sample(model, jobs, seeds, description=label, **settings)
+            else:
+                drawn[label] = at_strength(model, adapted, shown, jobs, seeds, description=label, **settings)
+    for network in () if full else adapted.values():
+        set_strength(network, 1.0)  # training resumes at this strength
     rows, labels = [], []
     for index, seed in enumerate(config.seeds):
         for label, pictures in drawn.items():
             rows.append(pictures[index * len(prompts) : (index + 1) * len(prompts)])
             labels.append(label if len(config.seeds) == 1 else f"{label}, seed {seed}")
-    return sheet(rows, labels, prompts), drawn["after"][: len(prompts)]
+    return sheet(rows, labels, prompts), {label: pictures[: len(prompts)] for label, pictures in drawn.items()}
 
 
 def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Image.Image]) -> None:

@@ -84,7 +84,7 @@ class DiffusionTask:
         times = times.to(batch.latents.device)
         noised = self.noise.noised(batch.latents, noise, times)
         base = self.base_prediction(batch, noised, times)
-        change = (self._predict(batch, noised, times) - base).float().square()
+        change = (self._predict(batch, noised, times).float() - base.float()).square()
         return change.mean(dim=(1, 2, 3)) * self.weights(times)
 
     def losses(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ class DiffusionTask:
         counts = batch.masks.to(error)
         each = _masked_mean(error.mean(dim=1), counts)
         if batch.base_prompts is not None:
-            change = (predicted - self.base_prediction(batch, noised, times)).float().square()
+            change = (predicted.float() - self.base_prediction(batch, noised, times).float()).square()
             each = each + _masked_mean(change.mean(dim=1), 1 - counts)
         return each * self.weights(times)
 

@@ -5,14 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from dora_mm.config.images import CaptionConfig, DataConfig
+from dora_mm.config.images import CaptionConfig, DataConfig, MaskConfig, PreserveConfig
 from dora_mm.config.training import TrainConfig
 from dora_mm.data.images.folder import CaptionedImage
 from dora_mm.data.images.wording import rendered
 from dora_mm.preview.images import (
     describe_captions,
     describe_length,
+    describe_masks,
     describe_pictures,
+    describe_preserved,
     describe_rendered,
     remark_on_alternatives,
     remark_on_length,
@@ -59,6 +61,22 @@ def test_three_captions_of_each_folder_are_rendered():
     assert all("a photo of" in line for line in found)
     data = DataConfig.model_validate(shuffled)
     assert found[3] == f"rendered  {images[4].path.name}: {rendered(images[4], data.captions, 3, 0)}"
+
+
+def test_masks_and_what_is_preserved_are_said():
+    data = DATA.model_copy(update={"mask": MaskConfig(outside="base")})
+    masked = [IMAGES[0]._replace(mask="a"), *IMAGES[1:]]
+    assert describe_masks(masked, data) == ["masks     1 of 3 (file), floor 0.1, held at the base model outside"]
+    assert describe_masks(masked, DATA) == []
+    lines = [
+        describe_preserved(SimpleNamespace(data=DATA, preserve=PreserveConfig(**held)), images)[0].split(":")[0]
+        for held, images in (({}, ()), ({"prompt": "", "every": 3}, ()), ({"weight": 0.5}, IMAGES))
+    ]
+    assert lines == [
+        "preserve  captions without TOK, loss x 1, every step",
+        "preserve  '', loss x 1, every 3 steps",
+        "preserve  3 pictures, loss x 0.5, every step",
+    ]
 
 
 def test_alternatives_that_stay_text_are_remarked_upon():

@@ -85,9 +85,7 @@ def read_captioned_images(
     entries = [path for each in folders for path in _list(each, key)]
     files = CaptionFiles(root, entries, lines=lines)
     problems = files.problems
-    found_images = {path for path in entries if is_image(path.name)}
-    ends = {path for path in found_images if path.name.endswith(ENDING)}
-    ends &= {mask_file(path) for path in found_images - ends}  # of images that are there
+    found_images, ends = _images_and_masks(entries)
     paths = sorted((found_images | set(files.rows)) - ends)
     deeper = [] if subfolders else _images_in_subfolders(root, paths)
     if not paths and not problems:
@@ -123,6 +121,38 @@ def read_captioned_images(
     _log_notes(others, images, deeper, prompt_key)
     _log_masks(images, ends, used=masks is not None)
     return images
+
+
+def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
+    """The images of a folder that have no caption, for a line in metadata.jsonl, and the number of the others.
+
+    Raises:
+        ValueError: There are no images, a file with captions is malformed, or a line cannot be added: the folder has a
+            metadata.csv, or an image has a line without a caption.
+    """
+    entries = _list(root, "FOLDER")
+    files, (images, _) = CaptionFiles(root, entries), _images_and_masks(entries)
+    problems, without = files.problems, []
+    if (root / METADATA[1]).is_file():
+        problems.append(f"has {METADATA[1]}, beside which {METADATA[0]} is not read: put its rows there first")
+    for path in sorted(images):
+        if files.of_image(path) is None:
+            without.append(path)
+    problems += [f"{files.rows[path].source} names {path.name} without a caption: remove its line" for path in without
+                 if path in files.rows]  # fmt: skip
+    if not images:
+        problems.append(f"has no images ({', '.join(SUFFIXES)})")
+    if problems:
+        raise ValueError(_report(root, problems, "FOLDER"))
+    return without, len(images) - len(without)
+
+
+def _images_and_masks(entries: Iterable[Path]) -> tuple[set[Path], set[Path]]:
+    """The images among files, and those that are the mask of another image instead."""
+    images = {path for path in entries if is_image(path.name)}
+    masks = {path for path in images if path.name.endswith(ENDING)}
+    masks &= {mask_file(path) for path in images - masks}
+    return images - masks, masks
 
 
 def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
