@@ -100,11 +100,10 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     if remark := formats.about_format(trained.adapted, "diffusers"):
         log.warning("%s", remark)
     move_vae(model, config)
-    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)} | initial_identity(
-        config.adapter
-    )
-    inputs |= {"the held-out pictures": digest_of(held)} if held else {}
-    inputs |= {"the pictures to preserve": digest_of(class_images)} if class_images else {}
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
+    inputs |= initial_identity(config.adapter)
+    others = {"the held-out pictures": held, "the pictures to preserve": class_images}
+    inputs |= {name: digest_of(found) for name, found in others.items() if found}
     with training_run(accelerator, config, inputs, resume, config.train) as run:
         train(config, run, trained.adapted, training, source, sampler, losses)
 
@@ -178,7 +177,7 @@ def batches_of(
     config: TrainDiffusionConfig, model: ImageModel, images: list[CaptionedImage], accelerator: Accelerator
 ) -> CaptionedBatches:
     """The batches of this process, by number."""
-    prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders)
+    prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders, folder=config.data.text_cache)
     process = (accelerator.process_index, accelerator.num_processes)
     settings: dict[str, Any] = {"batch_size": config.train.batch_size, "seed": config.seed, "process": process}
     return CaptionedBatches(model, images, prompts, config.data, **settings)
@@ -299,7 +298,8 @@ def describe(
     accelerator: Accelerator,
 ) -> str:
     """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
-    config = config.model_copy(update={"data": config.data.model_copy(update={"latent_cache": None})})  # writes nothing
+    writes_nothing = {"latent_cache": None, "text_cache": None}
+    config = config.model_copy(update={"data": config.data.model_copy(update=writes_nothing)})
     model = load_if_local(config.model)
     data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
     if model is None:

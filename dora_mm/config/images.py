@@ -139,6 +139,7 @@ class DataConfig(Section):
     caption_dropout: Share = 0.0  # probability of training an image without its caption
     mask: MaskConfig | None = None  # null: every place counts alike
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
+    text_cache: Text | None = None  # a folder that keeps encoded captions, also between runs; null: in memory
     valid: HeldOutImagesConfig | None = None  # held-out images; null: none
 
     @property
@@ -234,6 +235,7 @@ class TrainDiffusionConfig(PipelineConfig):
         *CHANGEABLE,
         "adapter.strength",
         "data.latent_cache",
+        "data.text_cache",
         "evaluate",  # the held-out loss of a step is the same, however often it is computed
         "sample",
     )
@@ -267,6 +269,8 @@ class TrainDiffusionConfig(PipelineConfig):
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":
             problems.append("data.latent_cache cannot be used with data.crop random: every crop is new")
+        if self.data.text_cache is not None and self.adapter.trains_text_encoders:
+            problems.append("data.text_cache has no effect where text encoders are trained: leave it out")
         if self.sample.every and not self.sample.prompts:
             problems.append("sample.every has no effect: sample.prompts is empty")
         if full and self.adapter.strength != 1.0:

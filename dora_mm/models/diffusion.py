@@ -6,6 +6,8 @@ config/models.py, a target map and a recipe; nothing else knows it. Shapes: B im
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from dora_mm.models.components import Components
 from dora_mm.models.noise import NoiseProcess
 from dora_mm.utils.digest import module_digest
 
+TEXT_LAYOUT = 1  # increase it when a family encodes the same caption otherwise, such as longer ones than before
 Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L, D), (P,)
 
 
@@ -169,6 +172,15 @@ class ImageModel(ABC):
     def vae_identity(self) -> str:
         """What cached latents depend on besides the image."""
         return module_digest(self.vae)
+
+    @property
+    def text_identity(self) -> str:
+        """What encoded captions depend on besides their text: tokenizers, encoders with their dtype, settings."""
+        tokenizers = [self.components[name] for name in self.components.names if name.startswith("tokenizer")]
+        cut = [(each.backend_tokenizer.to_str(), each.model_max_length, each.chat_template) for each in tokenizers]
+        encoders = [module_digest(self.components[name]) for name in self.text_encoders]
+        found = [self.title, TEXT_LAYOUT, cut, encoders, self.settings.model_dump_json()]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     @property
     @abstractmethod

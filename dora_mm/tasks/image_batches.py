@@ -1,7 +1,9 @@
 """Batches of captioned images: latents, encoded captions, and how each image was brought to its size."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from tqdm import tqdm
@@ -14,6 +16,7 @@ from dora_mm.data.images.latents import LatentCache, Latents, latent_key
 from dora_mm.data.images.masks import load_mask, render_mask
 from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.data.images.tensor_cache import TensorCache
 from dora_mm.data.images.wording import rendered, unchanged
 from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
@@ -26,14 +29,22 @@ class PromptEncoder:
     Args:
         model: The model whose text encoders are used.
         trained: The text encoders are trained.
+        folder: Where encoded captions are kept, by content; None: in memory. Each is then encoded alone, so that it
+            depends on no other one in its last bits.
     """
 
-    def __init__(self, model: ImageModel, *, trained: bool):
+    def __init__(self, model: ImageModel, *, trained: bool, folder: str | None = None):
         self.model, self.trained = model, trained
         self._cache: dict[str, Prompt] = {}
+        self._files = TensorCache(folder) if folder is not None else None
 
     def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
         """Encodes captions ahead of training, so that the text encoders can be released."""
+        if self._files is not None:
+            missing = [each for each in dict.fromkeys(captions) if not self._files.has(self._key(each))]
+            for caption in tqdm(missing, desc="captions", unit="text", delay=2, disable=None):
+                self._write(caption)
+            return
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
         for part in self._of_one_length(new, batch_size):
             with torch.no_grad():
@@ -43,8 +54,33 @@ class PromptEncoder:
         """Encodes captions of any length; each conditions the denoiser as it does alone."""
         if self.trained:
             return self.model.encode_prompts(captions)
+        if self._files is not None:
+            return [self._read(caption) for caption in captions]
         self.keep(captions)
         return [self._cache[caption] for caption in captions]
+
+    @cached_property
+    def _identity(self) -> str:
+        return self.model.text_identity
+
+    def _key(self, caption: str) -> str:
+        return hashlib.sha256(f"{self._identity} {caption}".encode()).hexdigest()
+
+    def _read(self, caption: str) -> Prompt:
+        assert self._files is not None
+        found = self._files.read(self._key(caption), ("text",))
+        if found is None:
+            found = self._write(caption)
+        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def _write(self, caption: str) -> Prompt:
+        assert self._files is not None
+        if all(self.model.components.is_released(name) for name in self.model.text_encoders):
+            raise ValueError(f"data.text_cache: {self._files.path(self._key(caption))} is lost: resume the run")
+        (prompt,) = self.model.encode_prompts([caption])
+        self._files.write(self._key(caption), prompt)
+        return prompt
 
     def _of_one_length(self, captions: Sequence[str], batch_size: int) -> Iterator[list[str]]:
         """Batches of captions of one length, so that none is padded."""
@@ -105,7 +141,9 @@ class CaptionedBatches:
         if self.config.crop == "center":
             for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
                 for flip in (False, True) if self.config.flip else (False,):
-                    self._latents(index, self._frame(index, flip, None))
+                    framing = self._frame(index, flip, None)
+                    if not self.cache.has(self._key(index, framing)):
+                        self._latents(index, framing)
 
     def captions(self, num_batches: int | None = None) -> list[str]:
         """All captions of a training of so many batches, each once; None: those of `fixed` batches."""
@@ -176,8 +214,10 @@ class CaptionedBatches:
 
         if self.config.crop == "random":  # a new crop every time: a cache would never be hit
             return LatentCache().get("", compute, image.path)
-        key = latent_key(image.digest, framing, self.config.background, self.vae_identity)
-        return self.cache.get(key, compute, image.path)
+        return self.cache.get(self._key(index, framing), compute, image.path)
+
+    def _key(self, index: int, framing: Framing) -> str:
+        return latent_key(self.images[index].digest, framing, self.config.background, self.vae_identity)
 
     def _masks_of(self, rows: Sequence[int], framings: Sequence[Framing]) -> torch.Tensor | None:
         """How much each latent counts (B, h, w), or None where there are no masks."""

@@ -207,3 +207,48 @@ def test_captions_change_with_cached_embeddings_too(tiny, image_folder, trained)
                 torch.testing.assert_close(prompt["text"][None], texts[text])
                 seen.add(text)
     assert len(seen) > 9
+
+
+def test_encoded_captions_are_kept_by_content(tiny, image_folder, tmp_path, monkeypatch):
+    """The next run encodes nothing; another caption, encoder or tokenizer is never served what is stale."""
+    texts = ["a TOK icon", "a bus, " * 40, ""]
+    PromptEncoder(tiny, trained=False, folder=str(tmp_path)).keep(texts)
+    own, asked = type(tiny).encode_prompts, []
+    monkeypatch.setattr(type(tiny), "encode_prompts", lambda self, prompts: asked.append(prompts) or own(self, prompts))
+    again = PromptEncoder(tiny, trained=False, folder=str(tmp_path))
+    again.keep(texts)
+    found = again(texts)
+    assert asked == []
+    for text, prompt in zip(texts, found, strict=True):
+        (expected,) = own(tiny, [text])
+        assert prompt.keys() == expected.keys()
+        assert all(torch.equal(prompt[name], expected[name]) for name in prompt)
+    again.keep(["another"])
+    tiny.text_encoder_2.text_projection.weight.data += 1
+    PromptEncoder(tiny, trained=False, folder=str(tmp_path)).keep(texts[:1])
+    tiny.tokenizer.model_max_length = tiny.tokenizer_2.model_max_length = 30
+    PromptEncoder(tiny, trained=False, folder=str(tmp_path)).keep(texts[:1])
+    assert asked == [["another"], texts[:1], texts[:1]]
+
+
+def test_a_lost_caption_is_encoded_again_or_named(tiny, tmp_path, caplog):
+    encoder = PromptEncoder(tiny, trained=False, folder=str(tmp_path))
+    encoder.keep(["a bus"])
+    expected = encoder(["a bus"])[0]["text"]
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(b"")
+    assert torch.equal(encoder(["a bus"])[0]["text"], expected)
+    assert f"{file} is damaged" in caplog.text
+    file.unlink()
+    tiny.components.release(tiny.text_encoders)
+    with pytest.raises(ValueError, match=r"data\.text_cache: .* is lost: resume the run"):
+        encoder(["a bus"])
+
+
+def test_kept_latents_are_not_read_before_they_are_needed(tiny, image_folder, tmp_path, monkeypatch):
+    """A start with many pictures only looks for their files."""
+    settings = {"latent_cache": str(tmp_path / "latents"), "flip": True}
+    batches(tiny, image_folder, **settings).encode_all(4)
+    second = batches(tiny, image_folder, **settings)
+    monkeypatch.setattr(type(second.cache), "get", None)
+    second.encode_all(4)

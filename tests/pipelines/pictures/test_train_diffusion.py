@@ -356,8 +356,7 @@ def test_held_out_losses_are_in_the_curves_and_change_no_bit(config, tmp_path, i
     average, last_one = (load_file(tmp_path / "valid" / name / ADAPTER) for name in ("adapter-ema", "adapter"))
     assert average.keys() == last_one.keys()
     assert not all(torch.equal(average[name], last_one[name]) for name in average)
-    sheets = [Image.open(tmp_path / name / "sheet.png") for name in ("valid", "run")]
-    assert sheets[0].height - sheets[1].height > 64  # a row more, of the average
+    assert Image.open(tmp_path / "valid" / "sheet.png").height > 3 * 64  # before, after, average
     assert not (tmp_path / "valid" / "sheet-ema.png").exists()
     pictures = [(tmp_path / "valid" / name / "pictures/1.png").read_bytes() for name in ("adapter", "adapter-ema")]
     assert pictures[0] != pictures[1]
