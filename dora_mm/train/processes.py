@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -13,13 +14,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_mm.config.training import TrainConfig
-from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.utils.run_directory import RunDirectory
 
 LONGEST_WAIT = timedelta(hours=12)  # of the other processes for the main one, such as for a validation
 
 
-def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False) -> Accelerator:
+@dataclass
+class GradientSharing(DistributedDataParallelKwargs):
+    """Options of DDP, with one that accelerate does not have.
+
+    Attributes:
+        init_sync: Whether the first process sends its weights to the others at the start.
+    """
+
+    init_sync: bool = True
+
+
+def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False, shard: bool = False) -> Accelerator:
     """Joins the processes that were started together, on GPUs or on the CPU; the usual case is a single one.
 
     From then on only the main process informs; the others only warn.
@@ -27,17 +38,17 @@ def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False
     Args:
         mixed_precision: "no", "bf16" or "fp16".
         find_unused_parameters: Whether a step may leave trained parameters without a gradient, as DDP has to know.
+        shard: Whether frozen weights will be divided among the processes. Nothing is sent at the start then: what is
+            trained is drawn from the same seed, or read from the same file, in all of them.
 
     Raises:
         ValueError: Accelerate would take each of them for the only one.
     """
-    handlers = [
-        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-        DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
-    ]
     # Without a GPU accelerate joins processes only if it is told that they are to use the CPU.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
+    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patient])
+    accelerator.ddp_handler = GradientSharing(find_unused_parameters=find_unused_parameters, init_sync=not shard)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise ValueError(
@@ -81,8 +92,6 @@ def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Mod
     """
     if accelerator.num_processes == 1:
         return module
-    divided = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, divided)
     wrapped = accelerator.prepare_model(module)
     assert isinstance(wrapped, DistributedDataParallel)  # accelerate returns other things without a word
     return wrapped

@@ -42,6 +42,8 @@ def main() -> None:
     folder = given.folder.resolve()
     if not (folder / "adapter.safetensors").exists():
         make_files(folder)
+        # Processes that are started count the memory of the one that starts them: this one begins anew, without weights
+        os.execv(sys.executable, sys.orig_argv)
     rows = []
     for command in given.only:
         runs = {tree: [] for tree in given.trees}
@@ -63,7 +65,7 @@ def make_files(folder: Path) -> None:
     for name, parameter in unet.state_dict().items():
         scale = 0.5 / max(1, parameter[0].numel()) ** 0.5
         weights[name] = torch.randn(parameter.shape, generator=generator).mul_(scale).half()
-    for path in match_modules(unet, UNET):
+    for path in match_modules(unet, UNET.select()):
         W0 = weights[f"{path}.weight"].float()
         rows, columns = W0.shape
         gain = 1 + 0.05 * torch.randn(rows, generator=generator)

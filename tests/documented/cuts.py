@@ -12,6 +12,7 @@ STEPS = 2
 ROWS = NUM_ROWS // 2  # of a split
 HIGHEST = {  # of a key, in whatever section it is
     "steps": STEPS,
+    "checkpoint_every": 1,
     "batch_size": 4,
     "gradient_accumulation_steps": 2,
     "resolution": 64,

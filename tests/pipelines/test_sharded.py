@@ -104,7 +104,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
 def assert_close_runs(one: Path, other: Path) -> None:
     """Losses and weights up to rounding."""
     for row, found in zip(curves(one), curves(other), strict=True):
-        assert row == pytest.approx(found, rel=1e-4)
+        assert row == pytest.approx(found, rel=1e-4, abs=1e-6)  # differences to the base model are small
     weights, others = (load_file(run / "checkpoints" / LAST / "trained_weights.safetensors") for run in (one, other))
     for name, weight in weights.items():
         torch.testing.assert_close(weight, others[name], rtol=1e-4, atol=1e-4)

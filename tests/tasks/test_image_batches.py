@@ -143,8 +143,7 @@ def lengths(batch):
     return [len(prompt["text"]) for prompt in batch.prompts]
 
 
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("unconditional", ["zeros", "empty"])
+@pytest.mark.parametrize(("unconditional", "trained"), [("zeros", True), ("empty", False)])
 def test_captions_of_different_lengths_train_as_they_do_alone(tiny, long_captions, trained, unconditional):
     """Padding is masked: what the UNet predicts for an image does not depend on the captions of the others."""
     tiny.settings = SDXLConfig(unconditional=unconditional)

@@ -150,7 +150,7 @@ def test_strength(saved):
     assert not np.array_equal(image(model.pipeline()), bare)
 
 
-@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+@pytest.mark.parametrize("method", ["dora", "lora", pytest.param("magnitude", marks=pytest.mark.slow)])
 def test_strength_one_of_the_file_is_the_strength_it_was_saved_at(tmp_path, method):
     model = adapt(build(), DoRASpec(rank=3, alpha=5, method=method))
     save_adapter(components(model), tmp_path, strength=1.5)

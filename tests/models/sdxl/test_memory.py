@@ -57,8 +57,7 @@ def test_attention_in_slices_draws_the_same(tiny):
     assert np.abs(draw(sampler) - whole).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["model", "layers"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "dtype"), [("model", torch.bfloat16), ("layers", torch.float32)])
 def test_offloaded_networks_draw_the_same_and_merge(tiny, kind, dtype):
     """On a processor the hooks move nothing, but they run: adapters are merged and unmerged under them."""
     inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))

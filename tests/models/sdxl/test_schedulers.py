@@ -54,8 +54,12 @@ def draw(model: SDXL, scheduler, seeds):
     ).images
 
 
-@pytest.mark.parametrize("own", [None, SDXL_BASE], ids=["velocity, zero SNR", "SDXL base"])
 @pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "own",
+    [pytest.param(None, marks=pytest.mark.slow), SDXL_BASE],
+    ids=["velocity, zero SNR", "SDXL base"],
+)
 def test_a_scheduler_draws_what_its_class_draws_in_plain_diffusers(tiny, name, own):
     if own is None:
         tiny.scheduler.register_to_config(

@@ -43,12 +43,17 @@ def merged_unet(path):
     return model
 
 
+SLOW = pytest.mark.slow
+
+
 def check_same(one, two, tolerance):
     for (name, first), second in zip(one.named_parameters(), two.parameters(), strict=True):
         assert (first - second).norm() <= tolerance * first.norm(), name
 
 
-@pytest.mark.parametrize("to", ["kohya", "comfy-2025", "comfy-15458", "onetrainer", "diffusers"])
+@pytest.mark.parametrize(
+    "to", ["kohya", "comfy-2025", "diffusers", *(pytest.param(n, marks=SLOW) for n in ("comfy-15458", "onetrainer"))]
+)
 def test_there_and_back(to, unet, adapter, tmp_path, capsys):
     """Out in the form of another tool, back as diffusers', loaded, merged: the weights are those of the original."""
     out = tmp_path / "out.safetensors"

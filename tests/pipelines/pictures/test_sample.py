@@ -462,10 +462,9 @@ def test_paths_that_are_no_jobs(tmp_path, monkeypatch, capsys, arguments, messag
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("points", "prompts"), [("3,6", 2), pytest.param("0,1,2,3,4,5,6,7,8,9", 10, marks=pytest.mark.slow)]
-)
-def test_a_job_that_is_killed_ends_with_the_same_files(style, tmp_path, points, prompts):
+@pytest.mark.slow
+def test_a_job_that_is_killed_ends_with_the_same_files(style, tmp_path):
+    prompts, points = 10, "0,1,2,3,4,5,6,7,8,9"
     (tmp_path / "jobs.csv").write_text(
         "prompt,seed,strength\n" + "".join(f"thing {number},1-4,{number % 3 / 2}\n" for number in range(prompts))
     )

@@ -1,6 +1,9 @@
 """From the committed scenes to an adapter and its scores, through the command line."""
 
 import json
+import shutil
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import open_clip
@@ -53,17 +56,16 @@ def captions(split: str, limit: int) -> dict:
     return {"format": "coco_captions", "file": file, "images": str(SAMPLES / "images"), "limit": limit}
 
 
-@pytest.fixture
-def config(tmp_path, model_folder):
-    """Writes the config; keyword arguments replace sections. Its attribute `values` has the sections."""
-    values = {
+def short_training(folder: Path, model_folder: Path) -> dict:
+    """The config of four steps of two tasks, whose run goes into a folder."""
+    return {
         "pipeline": "train_vl",
-        "output": str(tmp_path / "run"),
+        "output": str(folder / "run"),
         "model": {"family": "vl_bart", "path": str(model_folder)},
         "vision": VISION,
         "adapter": {"method": "dora", "rank": 2, "extra_trainable": EXTRA},
         "data": {
-            "tables": str(tmp_path / "tables"),
+            "tables": str(folder / "tables"),
             "tasks": [
                 {"task": "vqa", "train": vqa("train", 16), "valid": vqa("val", 8)},
                 {"task": "caption", "batch_size": 2, "train": captions("train", 8), "valid": captions("val", 4)},
@@ -73,7 +75,14 @@ def config(tmp_path, model_folder):
         "schedule": {"name": "linear", "warmup_ratio": 0.1},
         "train": {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "log_every": 1},
         "evaluate": {"every": 2, "batch_size": 8},
+        "ema": {"decay": 0.5},
     }
+
+
+@pytest.fixture
+def config(tmp_path, model_folder):
+    """Writes the config; keyword arguments replace sections. Its attribute `values` has the sections."""
+    values = short_training(tmp_path, model_folder)
     path = tmp_path / "config.yaml"
 
     def write(**changes) -> Path:
@@ -84,11 +93,20 @@ def config(tmp_path, model_folder):
     return write
 
 
-def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_folder, capsys):
-    assert main(["train", str(config(ema={"decay": 0.5}))]) == 0
-    run = tmp_path / "run"
-    shown = capsys.readouterr().out
-    assert "answer_type" in shown
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model_folder):
+    """The folder of a training that was not interrupted, with its run and what it printed; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "config.yaml").write_text(yaml.safe_dump(short_training(folder, model_folder)))
+    with redirect_stdout(StringIO()) as shown:
+        assert main(["train", str(folder / "config.yaml")]) == 0
+    (folder / "shown.txt").write_text(shown.getvalue())
+    return folder
+
+
+def test_it_trains_scores_and_saves_a_loadable_adapter(finished, config, tmp_path, model_folder):
+    run = finished / "run"
+    assert "answer_type" in (finished / "shown.txt").read_text()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 4
     assert {"vqa", "overall", "vqa_loss", "caption_loss", "ema_vqa", "ema_vqa_loss", "best_step"} <= summary.keys()
@@ -124,14 +142,13 @@ def test_it_trains_scores_and_saves_a_loadable_adapter(config, tmp_path, model_f
     assert "data:image/" in (tmp_path / "eval" / "examples.html").read_text()
 
 
-def test_a_killed_run_is_resumed_to_the_same_bits(config, tmp_path):
-    assert main(["train", str(config(output=str(tmp_path / "uninterrupted")))]) == 0
+def test_a_killed_run_is_resumed_to_the_same_bits(finished, config, tmp_path):
     kill_after("step-000002", config(), tmp_path / "run")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    assert_same_weights("step-000004", tmp_path / "uninterrupted", tmp_path / "run")
-    logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("uninterrupted", "run")]
+    assert_same_weights("step-000004", finished / "run", tmp_path / "run")
+    logs = [read_metrics(folder / "run" / "validation" / "metrics.jsonl") for folder in (finished, tmp_path)]
     assert logs[0] == logs[1]
-    curves = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("uninterrupted", "run")]
+    curves = [read_metrics(folder / "run" / "metrics.jsonl") for folder in (finished, tmp_path)]
     for row in curves[0] + curves[1]:
         del row["seconds"]
     assert curves[0] == curves[1]
@@ -328,8 +345,7 @@ def test_it_continues_from_an_adapter_of_the_same_base_only(config, tmp_path, mo
     assert not (tmp_path / "other").exists()
 
 
-def test_an_interrupted_validation_is_repeated(config, tmp_path, monkeypatch):
-    assert main(["train", str(config(output=str(tmp_path / "uninterrupted")))]) == 0
+def test_an_interrupted_validation_is_repeated(finished, config, tmp_path, monkeypatch):
     recipe = PIPELINES.load("train_vl")
     real = recipe.score_all
     calls = []
@@ -343,12 +359,12 @@ def test_an_interrupted_validation_is_repeated(config, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "score_all", interrupted)
     assert main(["train", str(config())]) == 130
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    logs = [read_metrics(tmp_path / name / "validation" / "metrics.jsonl") for name in ("uninterrupted", "run")]
+    logs = [read_metrics(folder / "run" / "validation" / "metrics.jsonl") for folder in (finished, tmp_path)]
     assert logs[0] == logs[1]
 
 
-def test_resuming_a_finished_run_gives_the_same_summary(config, tmp_path):
-    assert main(["train", str(config())]) == 0
+def test_resuming_a_finished_run_gives_the_same_summary(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
     summary = (tmp_path / "run" / "summary.json").read_text()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     rows = read_metrics(tmp_path / "run" / "validation" / "metrics.jsonl")
