@@ -8,8 +8,9 @@ from dora_mm.adapting.files import load_trained, saved_config, seed_of
 from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.vl import DecodeConfig, TrainVLConfig
 from dora_mm.config.vl_tasks import TASKS
+from dora_mm.data.images.frames import check_video, is_video
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import ESCAPED, IMAGE, Answer, Example, Turn
+from dora_mm.data.vl.example import IMAGE, VIDEO, Answer, Example, Turn, escaped
 from dora_mm.data.vl.splits import usual_system
 from dora_mm.models.families import load_to_ask
 from dora_mm.models.vl import VLModel
@@ -37,7 +38,7 @@ def main(
 
     Args:
         model: A folder of `save_pretrained`, or a hub name; or the folder of a VL-BART, with an adapter.
-        images: The images that the question is about, in order; none for a question of text alone.
+        images: The images and videos that the question is about, in order; none for a question of text alone.
         question: The question.
         then: Questions that follow in the same conversation, each after the model's own answer to the one before.
         system: The system turn; None: that of the run, "": none.
@@ -51,7 +52,7 @@ def main(
     """
     path, files = resolve_model(model, "MODEL"), [str(resolve_path(image, "IMAGE").absolute()) for image in images]
     for file in files:
-        load_rgb(file)
+        (check_video if is_video(file) else load_rgb)(file)
     questions = [question, *then]
     if not all(map(str.strip, questions)):
         raise ValueError("QUESTION is empty" if not question.strip() else "--then is empty")
@@ -128,8 +129,8 @@ def conversed(answer: Answer, questions: Sequence[str], files: Sequence[str], sy
         return
     turns = [Turn("system", system, False)] if system else []
     for number, question in enumerate(questions):
-        shown = [IMAGE] * len(files) if number == 0 else []
-        turns.append(Turn("user", "\n".join([*shown, question.replace(IMAGE, ESCAPED)]), False))
+        shown = [VIDEO if is_video(file) else IMAGE for file in files] if number == 0 else []
+        turns.append(Turn("user", "\n".join([*shown, escaped(question)]), False))
         found = answer([Example("of the command", tuple(files), question, turns=tuple(turns))], "/")[0]
-        turns.append(Turn("assistant", found.replace(IMAGE, ESCAPED), False))
+        turns.append(Turn("assistant", escaped(found), False))
         yield found

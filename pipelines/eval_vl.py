@@ -12,6 +12,7 @@ from dora_mm.adapting.files import digest_of_adapter, load_trained, seed_of
 from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.vl import EvalVLConfig
 from dora_mm.config.vl_tasks import TASKS
+from dora_mm.data.images.frames import is_video, stills
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.data.vl.example import Example, Predictions
 from dora_mm.data.vl.image_folder import image_path
@@ -93,7 +94,7 @@ def with_question_only_accuracy(config: EvalVLConfig, name: str, scores: VLScore
         return scores
     training = training_texts(task, config.data).answered()
     if not len(training):
-        return replace(scores, notes=(*scores.notes, f"no question-only accuracy: {task.train.file} has no answers"))
+        return replace(scores, notes=(*scores.notes, f"no question-only accuracy: {task.train.title} has no answers"))
     examples = [example for example, _ in rows]
     guesses = list(zip(examples, question_only_answers(training, examples), strict=True))
     notes = list(scores.notes)
@@ -146,4 +147,5 @@ def load_images(task: str, example: Example, folder: str | None) -> list[Any]:
     """The images of an example; none for videos, and where only features of images are known."""
     if TASKS[task].clips or (folder is None and not all(map(os.path.isabs, example.images))):
         return []
-    return [load_rgb(image_path(folder, name), "white") for name in example.images]
+    paths = [image_path(folder, name) for name in example.images]
+    return [still for path in paths for still in (stills(path) if is_video(path) else [load_rgb(path, "white")])]

@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_verify,
         _add_extract,
         _add_average,
+        _add_analyse,
         _add_ask,
         _add_caption,
         _add_configs,
@@ -172,6 +173,15 @@ def _add_average(commands: Any) -> None:
     command.add_argument("--last", metavar="N", type=_positive, help="how many of the newest; default: all")
 
 
+def _add_analyse(commands: Any) -> None:
+    command = commands.add_parser("analyse", help="show how training changed lengths and directions of the weights")
+    what = "a run, a campaign, an adapter file or a fine-tuned model"
+    command.add_argument("runs", metavar="RUN", nargs="+", help=f"{what}; one method against another: several")
+    command.add_argument("--base", metavar="MODEL", help=f"{BASE}; default: that of each run's config")
+    command.add_argument("--modules", metavar="PATTERN", help="a regular expression for the names of modules")
+    command.add_argument("--output", metavar="FOLDER", help="a new folder; default: a numbered one in runs/analysis")
+
+
 def _add_extract(commands: Any) -> None:
     command = commands.add_parser("extract", help="make an adapter from a model and its base model")
     for name, what in (("tuned", "the fine-tuned model"), ("base", "the model that it was fine-tuned from")):
@@ -186,7 +196,7 @@ def _add_extract(commands: Any) -> None:
 def _add_ask(commands: Any) -> None:
     command = commands.add_parser("ask", help="ask a model about images, without and with an adapter")
     _add_model(command)
-    command.add_argument("images", metavar="IMAGE", nargs="*", help="an image file; none: a question of text alone")
+    command.add_argument("images", metavar="IMAGE", nargs="*", help="or a video; none: a question of text alone")
     command.add_argument("question", metavar="QUESTION", help="asked as it is, or as the run of the adapter asks")
     command.add_argument("--then", metavar="QUESTION", action="append", default=[], help="asked next; may be repeated")
     command.add_argument("--system", metavar="TEXT", help="the system turn; default: that of the run's conversations")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
 
-from dora_mm.config.schema import InputPath, Items, ModelPath, Section, SectionChoice, Text
+from dora_mm.config.schema import InputPath, Items, ModelPath, Positive, Section, SectionChoice, Text
 from dora_mm.config.vl_tasks import TASKS, TaskName
 
 EMBEDDED_IMAGE_MODEL = "samples/tiny-sdxl"  # draws where nothing names a model
@@ -115,6 +115,8 @@ class VLMModelConfig(VLFamilyConfig):
     max_pixels: PositiveInt | None = None  # as min_pixels, or where it bounds the number of patches (LFM2-VL)
     image_size: PositiveInt | None = None  # the longer side in pixels (Idefics3, Pixtral)
     max_tiles: PositiveInt | None = None  # into which an image is cut, without the small picture of the whole
+    fps: Positive | None = None  # frames that are read of a second of a video; null: 1
+    max_frames: Annotated[int, Field(ge=2)] | None = None  # the most that are read of a video; null: 16
     max_length: PositiveInt | None = None  # tokens per row of a training; text beyond is cut; null: positions
     prompts: dict[TaskName, Text] = Field(default_factory=dict)  # of a task, with {text} for the question
 

@@ -55,6 +55,8 @@ class TrainConfig(Section):
     log_every: PositiveInt = 10  # optimizer steps between two rows of metrics.jsonl
     # Each of several processes keeps a part of the main network's frozen weights instead of all (docs/scale.md)
     shard: bool = False
+    # Numbers of finished steps at which gradients of whole weights are measured, which dora-mm analyse shows
+    gradients_at: Items[Count] = ()
     # What shows the metrics beside metrics.jsonl; null: TensorBoard, where it is installed
     track: Items[Literal["tensorboard", "wandb", "trackio"]] | None = None
 
@@ -70,6 +72,7 @@ class ValidationConfig(Section):
 CHANGEABLE = (
     *(f"train.{key}" for key in ("steps", "checkpoint_every", "keep_checkpoints", "log_every", "track")),
     "train.gradient_checkpointing",
+    "train.gradients_at",
     "optimizer.lr",
 )
 
@@ -176,6 +179,11 @@ def check_training(
     needed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, train.mixed_precision)
     if train.mixed_precision != needed:  # float32 adapters on half-precision weights need autocast
         problems.append(f"train.mixed_precision must be {needed} for model.dtype {dtype}, not {train.mixed_precision}")
+    problems += [
+        f"train.gradients_at is not for train.{key}, whose layers have no whole weights and gradients to measure"
+        for key, is_on in (("compile", train.compile), ("shard", train.shard))
+        if train.gradients_at and is_on
+    ]
     if optimizer.name == "prodigy":
         rates = {"magnitude_lr": optimizer.magnitude_lr is not None, "b_lr_ratio": optimizer.b_lr_ratio != 1}
         problems += [

@@ -1,9 +1,10 @@
 """The config sections that name the data of the vision-language pipelines. See schema.py for the rules."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from dora_mm.config.schema import Count, InputPath, Items, Positive, Section, Text, raise_problems
 from dora_mm.config.vl_tasks import TaskName, tasks_of
@@ -24,6 +25,8 @@ ColumnName = Literal[
     "system",
     "image",
     "images",
+    "video",
+    "videos",
 ]
 OWN_IMAGES = ("chat", "choices")  # formats whose rows may contain their images, or name them by absolute paths
 
@@ -48,7 +51,8 @@ class SourceConfig(Section):
         "chat",
         "choices",
     ]
-    file: InputPath  # the questions, sentences, captions or conversations; chat: also a folder or a pattern of files
+    # The questions, sentences, captions or conversations; chat: also a folder or a pattern of files, or a list of these
+    file: InputPath | Items[InputPath]
     # The official file of answers; null: vqa_v2: a test split, which has none; vqa_karpathy: scored by labels alone
     annotations: InputPath | None = None
     # The folder of images; null: only vision.features are used, or (chat, choices) rows contain or fully name them.
@@ -60,6 +64,29 @@ class SourceConfig(Section):
     weight: Positive = 1.0  # beside other sources of a training split: how often its rows are drawn; 2: twice an epoch
     skip: Count = 0  # number of rows to skip at the start
     limit: PositiveInt | None = None  # number of rows to use after those; null: all
+
+    @field_validator("file", mode="before")
+    @classmethod
+    def _is_a_path_or_several(cls, given: Any) -> Any:
+        paths = given if isinstance(given, list | tuple) else [given]
+        if not paths or not all(isinstance(path, str) and path for path in paths):
+            raise ValueError(f"must be a path, or a list of paths, got {given!r}")
+        return given
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths under `file`, which are several only of conversations."""
+        return self.file if isinstance(self.file, tuple) else (self.file,)
+
+    @property
+    def path(self) -> Path:
+        """The first of `files`, which is the only one of most formats."""
+        return Path(self.files[0])
+
+    @property
+    def title(self) -> str:
+        """`files` for messages."""
+        return self.files[0] + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
 
     @model_validator(mode="after")
     def _keys_fit_the_format(self) -> "SourceConfig":
@@ -75,8 +102,9 @@ class SourceConfig(Section):
         ]
         if self.format == "coco_karpathy" and self.split is None:
             problems.append("split is missing: a coco_karpathy file contains all splits")
-        if self.columns and self.format != "chat":
-            problems.append(f"columns is only for format chat, not for {self.format}")
+        for key in ("columns", *(["a list of files"] if isinstance(self.file, tuple) else [])):
+            if self.format != "chat" and (key != "columns" or self.columns):
+                problems.append(f"{key} is only for format chat, not for {self.format}")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from dora_mm.config.loader import find_path
 from dora_mm.config.vl import TrainVLConfig
 from dora_mm.config.vl_data import SPLITS, SourceConfig, Split, VLTaskConfig
+from dora_mm.data.images.frames import check_video, is_video
 from dora_mm.data.images.pixels import load_rgb, upright_size
 from dora_mm.data.vl.example import Example
 from dora_mm.data.vl.image_folder import image_path
-from dora_mm.data.vl.readers import FILES
+from dora_mm.data.vl.readers import FILES, paths_under
 from dora_mm.data.vl.report import SKIPPED, data_report, table_figures
 from dora_mm.data.vl.row_view import CLOSE, OPEN
 from dora_mm.data.vl.rows import MAX_PLACES
@@ -135,7 +136,7 @@ def present_splits(config: TrainVLConfig) -> Iterator[tuple[VLTaskConfig, Split,
         for split in SPLITS:
             if source := task.source_of(split):
                 sources = task.trained if source is task.train else (source,)
-                paths = [path for key in (*FILES, "images") for each in sources if (path := getattr(each, key))]
+                paths = [path for key in (*FILES, "images") for each in sources for path in paths_under(each, key)]
                 if all(find_path(path) for path in paths):
                     yield task, split, source
 
@@ -245,7 +246,7 @@ def broken_pictures(tables: Mapping[str, tuple[ExampleTable, str | None]]) -> tu
 
 def _why_broken(path: Path) -> str | None:
     try:
-        load_rgb(path)
+        (check_video if is_video(path) else load_rgb)(path)
     except ValueError as error:
         return str(error)
     return None

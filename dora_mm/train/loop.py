@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from dora_mm.config.training import TrainConfig
 from dora_mm.core import fixed_parameters
+from dora_mm.eval.gradients import file_of, watched
 from dora_mm.formats.files.checks import first_not_finite
 from dora_mm.formats.tools import native
 from dora_mm.train.checkpoint import Stateful, checkpoints, last_step, load_checkpoint, save_checkpoint
@@ -97,7 +99,8 @@ def fit(
 
     def take_step() -> None:
         rate = float(schedule.get_last_lr()[0])
-        with fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps):
+        passes = fixed_parameters(trained.networks, num_passes=config.gradient_accumulation_steps)
+        with passes, watched(networks, record.gradients_file, accelerator.scaler):
             value = accumulate(accelerator, shared, config, seed, record.step, batch_at)
         if record.step == record.first and accelerator.is_main_process:
             _warn_of_unreached(parameters)
@@ -156,6 +159,12 @@ class _TrainingRecord:
         found = checkpoints(run.checkpoints)
         self.step = self.first = load_checkpoint(found[-1], parameters, parts) if found else 0
         self.metrics = MetricsLog(run, self.first) if writes else None
+
+    @property
+    def gradients_file(self) -> Path | None:
+        """Where gradients of the next step go; None where they are not measured."""
+        watches = self.metrics is not None and self.step in self.config.gradients_at
+        return file_of(self.run.path, self.step) if watches else None
 
     @property
     def is_due(self) -> bool:

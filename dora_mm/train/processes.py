@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -47,7 +48,7 @@ def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False
     # Without a GPU accelerate joins processes only if it is told that they are to use the CPU.
     on_cpu = not torch.accelerator.is_available()
     patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patient])
+    accelerator: Any = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patient])
     accelerator.ddp_handler = GradientSharing(find_unused_parameters=find_unused_parameters, init_sync=not shard)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:

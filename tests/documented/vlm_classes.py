@@ -23,7 +23,7 @@ from dora_mm.models.vlm.image_limits import limits_of
 from tests.models.vlm import tiny
 from tests.models.vlm.classes.equalities import EXAMPLES, batch_of, learned_parts, losses, opened
 from tests.models.vlm.classes.rarest_models import UNTRAINED
-from tests.models.vlm.vlm_rows import write_pictures
+from tests.models.vlm.rows.video_rows import reads_videos, write_visuals
 
 PAGE = Path(__file__).parents[2] / "docs" / "vlm_classes.md"
 ALIASES = {"shieldgemma2": "gemma3", "glmga": "glm46v", "pp_chart2table": "got_ocr2"}  # types that one class serves
@@ -82,11 +82,14 @@ are those of autograd through the textbook formula; rows of a batch have the los
 the merged model computes what the adapter does, and so does PEFT, where it can load the adapter ([what it
 cannot](formats.md#peft) is written in our own form); and the parts that are named have gradients.
 
+Those with a yes under "videos" read [videos](vlm.md#data), too, {videos} of them: rows with videos of two lengths, with
+an image and with text alone were computed in one batch and alone.
+
 Images are limited by the keys of `model` in the last column: `max_pixels`, `image_size` (the longer side) or
 `max_tiles`. Each was tried, too; other keys are refused when the model is loaded.
 
-| type | class | trains | parts, or why not | limits of images |
-|---|---|---|---|---|
+| type | class | trains | parts, or why not | videos | limits of images |
+|---|---|---|---|---|---|
 """
 
 
@@ -99,7 +102,9 @@ def page() -> str:
     with tempfile.TemporaryDirectory() as folder:
         rows = [row_of(kind, Path(folder)) for kind in CLASSES]
     count = sum("| yes |" in row for row in rows)
-    return HEAD.format(total=len(CLASSES), version=transformers.__version__, count=count) + "\n".join(rows) + "\n"
+    videos = sum(re.search(r"\| yes \| [^|]* \|$", row) is not None for row in rows)
+    numbers = {"total": len(CLASSES), "version": transformers.__version__, "count": count, "videos": videos}
+    return HEAD.format(**numbers) + "\n".join(rows) + "\n"
 
 
 def row_of(kind: str, folder: Path) -> str:
@@ -117,7 +122,8 @@ def row_of(kind: str, folder: Path) -> str:
         text = refusal(own, folder) if own in UNTRAINED else listed(tried(own, folder))
     trains = "no" if own in REASONS or own in UNTRAINED else "yes"
     limits = listed(limits_by(own, folder)) if trains == "yes" else ""
-    return f"| `{kind}` | `{CLASSES[kind]}` | {trains} | {text} | {limits} |"
+    videos = "yes" if trains == "yes" and reads_videos(built(named(own), folder), pictures_in(folder)) else ""
+    return f"| `{kind}` | `{CLASSES[kind]}` | {trains} | {text} | {videos} | {limits} |"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -126,7 +132,7 @@ def listed(names: Iterable[str]) -> str:
 
 def limits_by(kind: str, folder: Path) -> list[str]:
     """The keys of the `model` section that limit the images of a type, after a row was read with each."""
-    base, found = built(BUILT_AS.get(kind, kind), folder), []
+    base, found = built(named(kind), folder), []
     vlm = opened(base)
     for key in limits_of(vlm.rows.processor, vlm.model_config):
         limited = VLM(VLMModelConfig.model_validate({"path": str(base), key: LIMITS[key]}))
@@ -139,8 +145,13 @@ def pictures_in(folder: Path) -> Path:
     pictures = folder / "pictures"
     if not pictures.exists():
         pictures.mkdir()
-        write_pictures(pictures)
+        write_visuals(pictures)
     return pictures
+
+
+def named(kind: str) -> str:
+    """The name of the tiny model of a type."""
+    return BUILT_AS.get(kind, kind)
 
 
 def built(name: str, folder: Path) -> Path:
@@ -150,9 +161,8 @@ def built(name: str, folder: Path) -> Path:
 
 def tried(kind: str, folder: Path) -> list[str]:
     """The parts of a type's tiny model that have gradients, after all its equalities were checked."""
-    name = BUILT_AS.get(kind, kind)
     with tempfile.TemporaryDirectory() as scratch:
-        return learned_parts(built(name, folder), pictures_in(folder), Path(scratch))
+        return learned_parts(built(named(kind), folder), pictures_in(folder), Path(scratch))
 
 
 def refusal(kind: str, folder: Path) -> str:

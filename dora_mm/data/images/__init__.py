@@ -1,1 +1,1 @@
-"""Folders of captioned images: reading, aspect-ratio buckets, pixels and cached latents."""
+"""Folders of captioned images: reading, aspect-ratio buckets, pixels and cached latents; frames of videos."""

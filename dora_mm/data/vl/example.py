@@ -5,17 +5,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-IMAGE = "<image>"  # inside the text of a user's or system turn: the place of the next image
-ESCAPED = rf"\{IMAGE}"  # stands for the text of the marker itself
-PLACE = re.compile(rf"(?<!\\){IMAGE}")
+IMAGE, VIDEO = "<image>", "<video>"  # inside the text of a user's or system turn: the place of the next one
+ESCAPED = (rf"\{IMAGE}", rf"\{VIDEO}")  # stand for the text of the markers themselves
+PLACE = re.compile(r"(?<!\\)<(image|video)>")
 Role = Literal["system", "user", "assistant", "tool"]
 
 
-def image_pieces(text: str) -> list[str]:
-    """The texts of a turn between its images, with escaped markers as the text that they stand for."""
-    if IMAGE not in text:
+def pieces_of(text: str) -> list[str]:
+    """The texts of a turn, with escaped markers as the text that they stand for; "image" or "video" between two."""
+    if "<" not in text:
         return [text]
-    return [piece.replace(ESCAPED, IMAGE) for piece in PLACE.split(text)]
+    found = PLACE.split(text)
+    found[::2] = [piece.replace(rf"\{IMAGE}", IMAGE).replace(rf"\{VIDEO}", VIDEO) for piece in found[::2]]
+    return found
+
+
+def plain_text(text: str) -> str:
+    """The text of a turn without its markers."""
+    return "".join(pieces_of(text)[::2])
+
+
+def escaped(text: str) -> str:
+    """A text in which nothing is a marker, as that of a turn."""
+    return text.replace(IMAGE, rf"\{IMAGE}").replace(VIDEO, rf"\{VIDEO}")
 
 
 class Turn(NamedTuple):
@@ -23,8 +35,8 @@ class Turn(NamedTuple):
 
     Attributes:
         role: Whose message it is.
-        text: The text as the file has it, with an IMAGE marker at the place of each image, and an ESCAPED one where the
-            text has the marker itself.
+        text: The text as the file has it, with an IMAGE or VIDEO marker at the place of each, and an ESCAPED one where
+            the text has the marker itself.
         loss: Whether the model is trained to write this text.
     """
 
@@ -40,8 +52,9 @@ class Example:
     Attributes:
         id: The data set's own id (question_id, identifier, image id, qid), as text.
         images: File names relative to the folder of images (`COCO_val2014_000000000042.jpg`, or `val2014/...` for a
-            file in a subfolder), or absolute paths: two for NLVR2, any number for conversations, one otherwise. For
-            videos the name of the clip. Features are looked up by `stem` of this name.
+            file in a subfolder), or absolute paths: two for NLVR2, any number for conversations, which may also have
+            video files, one otherwise. For tasks of clips the name of the clip. Features are looked up by `stem` of
+            this name.
         text: The question or sentence as the file has it, without the prompt of the task; "" for captions. For videos
             everything that the model reads before the prompt, see readers/video.py; for multiple choice also the hint
             and the options with their letters; for conversations the user's last turn without markers.

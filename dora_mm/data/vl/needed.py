@@ -5,7 +5,7 @@ from pathlib import Path
 from dora_mm.config.loader import find_path
 from dora_mm.config.models import VisionConfig
 from dora_mm.config.vl_data import VLDataConfig
-from dora_mm.data.vl.readers import FILES, PUBLISHED
+from dora_mm.data.vl.readers import FILES, PUBLISHED, paths_under
 
 
 def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
@@ -25,7 +25,7 @@ def data_needed(data: VLDataConfig, vision: VisionConfig, model: str) -> str:
         for task in data.all_tasks
         for split, source in task.sources.items()
         for key in (*FILES, "images")
-        if (path := getattr(source, key)) is not None
+        for path in paths_under(source, key)
     ]
     rows += [
         (

@@ -95,7 +95,7 @@ def open_split(task: VLTaskConfig, split: Split, data: VLDataConfig, model: RowC
     halves = _halves(task, data)
     if split == "valid":
         rows, held = sum(map(len, halves.values())), len(halves["valid"])
-        log.info("%s: %s of %s rows are held out for validation", source.file, f"{held:,}", f"{rows:,}")
+        log.info("%s: %s of %s rows are held out for validation", source.title, f"{held:,}", f"{rows:,}")
     return model.check_rows(halves[split])
 
 
@@ -169,10 +169,10 @@ def open_training(data: VLDataConfig, batch_size: int, model: RowCheck) -> dict[
         table = open_split(task, "train", data, model)
         answered = table.answered()
         if not len(answered):
-            raise ValueError(f"{task.train.file} has no answers to learn: it is a test split")
+            raise ValueError(f"{task.train.title} has no answers to learn: it is a test split")
         if len(answered) < len(table):
             unanswered = len(table) - len(answered)
-            log.info("%s: %d of %d rows have no answer to learn", task.train.file, unanswered, len(table))
+            log.info("%s: %d of %d rows have no answer to learn", task.train.title, unanswered, len(table))
         if TASKS[task.task].clips:
             answered = answered.per_answer()
         found[task.task] = TrainingSet(
@@ -212,11 +212,11 @@ def open_validation(
                 candidates = frequent_answers(training_texts(task, data), decode.min_answer_count)
                 if not candidates:
                     raise ValueError(
-                        f"min_answer_count: no answer occurs {decode.min_answer_count} times in {task.train.file}"
+                        f"min_answer_count: no answer occurs {decode.min_answer_count} times in {task.train.title}"
                     )
             table = open_split(task, "valid", data, model)
             if answered and not len(table.answered()):
-                raise ValueError(f"{source.file} has no answers to compare with: it is a test split")
+                raise ValueError(f"{source.title} has no answers to compare with: it is a test split")
             images = images_of(task) if isinstance(task.valid, HeldOutConfig) else source.images
             found[task.task] = ValidationSet(table, images, candidates)
     return found

@@ -32,7 +32,7 @@ from dora_mm.data.vl.rows import BadRows, OnBadData, warn_skipped
 from dora_mm.utils.atomic import write_atomically, write_text
 
 log = logging.getLogger(__name__)
-LAYOUT = "4"  # increase it when a reader makes different rows from the same files
+LAYOUT = "5"  # increase it when a reader makes different rows from the same files
 BATCH_ROWS = 1000  # rows per Arrow record batch: the number held in memory while writing
 HASHED = 1 << 23  # bytes of a file that are hashed at a time, by each processor core
 STORED_IMAGES = "images"  # the subfolder of images that were embedded in data files
@@ -164,6 +164,14 @@ class ExampleTable(Sequence[Example]):
         kept, skipped = self._without(missing, where) if missing else (np.arange(len(self)), self.skipped)
         return replace(self._at(kept), skipped=skipped, places=self.places | places)
 
+    def have(self, chosen: Callable[[str], bool]) -> np.ndarray:
+        """Whether each row has an image whose name is chosen."""
+        names = self._column("images")
+        encoded = names.flatten().dictionary_encode()
+        is_chosen = np.array([chosen(name) for name in encoded.dictionary.to_pylist()], bool)
+        rows = names.value_parent_indices().to_numpy()[is_chosen[encoded.indices.to_numpy()]]
+        return np.bincount(rows, minlength=len(names)) > 0
+
     def lengths(self, column: str) -> np.ndarray:
         """How many entries each row has in a column of lists, such as "images" or "turns"."""
         return self._column(column).value_lengths().to_numpy()
@@ -202,12 +210,9 @@ class ExampleTable(Sequence[Example]):
 
     def _without(self, missing: set[str], where: object) -> tuple[np.ndarray, dict[str, list[str]]]:
         """The indices of the rows with none of these images, and the skipped places, those of the others added."""
-        names = self._column("images")
-        encoded = names.flatten().dictionary_encode()
-        is_missing = np.array([name in missing for name in encoded.dictionary.to_pylist()])[encoded.indices.to_numpy()]
-        affected = np.unique(names.value_parent_indices().to_numpy()[is_missing])
+        affected = np.flatnonzero(self.have(lambda name: name in missing))
         bad = BadRows(self.on_bad_data, self.skipped)
-        ids = self._column("id")
+        names, ids = self._column("images"), self._column("id")
         for row in affected:
             image = next(name for name in names[row].as_py() if name in missing)
             bad.add(f"{self.file}, id {ids[row]}, image {image}", f"is not in {where}")
@@ -272,7 +277,7 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
     bad, store = BadRows(on_bad_data), ImageStore(path.parent / STORED_IMAGES)
     end = None if source.limit is None else source.skip + source.limit
     rows = map(store.stored, islice(READERS[source.format](source, bad), source.skip, end))
-    progress = tqdm(desc=f"reading {Path(source.file).name}", unit="row", delay=2, disable=None)
+    progress = tqdm(desc=f"reading {source.path.name}", unit="row", delay=2, disable=None)
     num_rows = 0
     with _no_collection(), pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer, progress:
         for batch in record_batches(rows, BATCH_ROWS):
@@ -283,7 +288,7 @@ def _write(partial: Path, path: Path, source: SourceConfig, on_bad_data: OnBadDa
     if not num_rows:
         warn_skipped(bad.found)
         after = f" after the first {source.skip}" if source.skip else ""
-        raise ValueError(f"{source.file} has no usable row{after}")
+        raise ValueError(f"{source.title} has no usable row{after}")
     summary = {"num_rows": num_rows, "num_stored_images": len(store.names), "skipped": bad.found}
     write_text(path.with_suffix(".json"), json.dumps(summary, indent=1))
 
@@ -316,7 +321,7 @@ def _open(path: Path, source: SourceConfig, on_bad_data: OnBadData) -> ExampleTa
     if not intact:
         log.warning("%s is damaged: the table is read again from its source", path)
         return None
-    return ExampleTable(path, source.file, batches, np.arange(summary["num_rows"]), on_bad_data, summary["skipped"])
+    return ExampleTable(path, source.title, batches, np.arange(summary["num_rows"]), on_bad_data, summary["skipped"])
 
 
 def _count_stored(batches: Sequence[pa.RecordBatch], folder: Path) -> int:
@@ -332,10 +337,9 @@ def _digest(source: SourceConfig) -> str:
     digest = hashlib.blake2b(digest_size=16)
     selection = [source.split, source.limit, *([source.skip] if source.skip else [])]
     selection += [source.columns] if source.columns else []
-    digest.update(json.dumps([LAYOUT, source.format, Path(source.file).name, *selection]).encode())
+    digest.update(json.dumps([LAYOUT, source.format, source.path.name, *selection]).encode())
     for key in FILES:
-        if (path := getattr(source, key)) is not None:
-            files = data_files(source, path)
+        if files := data_files(source, key):
             for file in files:
                 try:
                     name = f"{key} {file.name}" if len(files) > 1 else key

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from dora_mm.data.vl.example import Turn, image_pieces
+from dora_mm.data.vl.example import Turn, pieces_of, plain_text
 
-Pieces = tuple[str | None, ...]  # the texts of a turn; None: an image
+Pieces = tuple[tuple[str, str], ...]  # of a turn: ("text", "What is it?"), or ("image", "") or ("video", "")
 THOUGHT = re.compile(r"\s*</?think>\s*")
 PROBE = Turn("user", "@@next@@", False)
 
@@ -24,7 +24,7 @@ class ChatText(NamedTuple):
     """A conversation as text.
 
     Attributes:
-        text: What the model reads, with the processor's image token in the place of each image.
+        text: What the model reads, with the processor's token in the place of each image or video.
         spans: Where in `text` the learned answers are, as (start, end), the token that ends each turn included.
     """
 
@@ -105,7 +105,7 @@ class _Template:
         self.processor = processor
         tokenizer = processor.tokenizer
         self.tokens = tuple(filter(None, (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())))
-        shape = tuple((turn.role, tuple(piece is None for piece in _pieces(turn.text))) for turn in asked)
+        shape = tuple((turn.role, tuple(kind for kind, _ in _pieces(turn.text))) for turn in asked)
         self.content = _readable_content(processor, processor.chat_template, shape)
 
     def apply(self, turns: Sequence[Turn], *, ask: bool = False) -> str:
@@ -116,7 +116,7 @@ class _Template:
     def exchange(self, turns: Sequence[Turn], later: Sequence[Turn]) -> _Exchange:
         """The last turn of these, an answer, as it is rendered; `later` are the turns that follow up to another one."""
         marked, answer = _marked(turns), turns[-1]
-        text = "".join(image_pieces(answer.text)).strip()
+        text = plain_text(answer.text).strip()
         prompt = self.apply(marked[:-1], ask=True)
         tail = self.apply(marked).rpartition(marked[-1].text)[2].rstrip()
         if later and "think" in text:
@@ -190,31 +190,39 @@ def _occurs(text: str, rendered: str) -> bool:
 
 
 def _pieces(text: str) -> Pieces:
-    """The texts and images of a turn. Templates set images apart by themselves, so line breaks beside them go."""
-    found: list[str | None] = []
-    pieces = image_pieces(text)
+    """The pieces of a turn. Templates set images apart by themselves, so line breaks beside them go."""
+    found = []
+    pieces = pieces_of(text)
     for number, piece in enumerate(pieces):
-        if number:
-            found.append(None)
-            piece = piece.removeprefix("\r").removeprefix("\n")
+        if number % 2:
+            found.append((piece, ""))
+            continue
+        piece = piece.removeprefix("\r").removeprefix("\n") if number else piece
         piece = piece.removesuffix("\n").removesuffix("\r") if number + 1 < len(pieces) else piece
         if piece:
-            found.append(piece)
-    return tuple(found) or ("",)
+            found.append(("text", piece))
+    return tuple(found) or (("text", ""),)
 
 
 def _items(pieces: Pieces, processor: Any) -> Any:
-    return [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in pieces]
+    return [{"type": kind} | ({"text": text} if kind == "text" else {}) for kind, text in pieces]
 
 
 def _items_of_images(pieces: Pieces, processor: Any) -> Any:
-    return _items(pieces, processor) if None in pieces else "".join(filter(None, pieces))
+    only_text = all(kind == "text" for kind, _ in pieces)
+    return "".join(text for _, text in pieces) if only_text else _items(pieces, processor)
 
 
 def _string(pieces: Pieces, processor: Any) -> Any:
-    if None in pieces and not isinstance(getattr(processor, "image_token", None), str):
+    return "".join(text if kind == "text" else _token(kind, processor) for kind, text in pieces)
+
+
+def _token(kind: str, processor: Any) -> str:
+    """The token that stands for an image or a video in a text."""
+    token = getattr(processor, f"{kind}_token", None)
+    if not isinstance(token, str):
         raise ValueError("the chat template leaves out a text beside an image, and the model has no token for one")
-    return "".join(processor.image_token if piece is None else piece for piece in pieces)
+    return token
 
 
 Content = Callable[[Pieces, Any], Any]
@@ -222,22 +230,22 @@ CONTENTS: tuple[Content, ...] = (_items, _items_of_images, _string)
 
 
 @lru_cache(maxsize=1000)
-def _readable_content(processor: Any, template: str, shape: tuple[tuple[str, tuple[bool, ...]], ...]) -> Content:
+def _readable_content(processor: Any, template: str, shape: tuple[tuple[str, tuple[str, ...]], ...]) -> Content:
     """The form of contents in which a template renders all texts: the first of CONTENTS that does.
 
     Args:
         processor: The processor.
         template: Its template.
-        shape: The turns in front of an answer: their roles, and which of their pieces are images.
+        shape: The turns in front of an answer: their roles, and the kinds of their pieces.
 
     Raises:
         ValueError: The template refuses the conversation, or leaves out a text of it in each form.
     """
     marks: list[Pieces] = [
-        tuple(None if image else f"@@{number} {place}@@" for place, image in enumerate(kinds))
+        tuple((kind, f"@@{number} {place}@@" if kind == "text" else "") for place, kind in enumerate(kinds))
         for number, (_, kinds) in enumerate(shape)
     ]
-    roles, answer, problem = [role for role, _ in shape], ("@@answer@@",), None
+    roles, answer, problem = [role for role, _ in shape], (("text", "@@answer@@"),), None
     for content in CONTENTS:
         try:
             said = zip([*roles, "assistant"], [*marks, answer], strict=True)
@@ -250,16 +258,24 @@ def _readable_content(processor: Any, template: str, shape: tuple[tuple[str, tup
             continue
         lost = [role for role, pieces in zip(roles, marks, strict=True) if not _shown(pieces, asked)]
         lost += [] if _shown(answer, answered) else ["assistant"]
-        if not lost:
+        if not lost and _all_videos_shown(marks, asked, processor):
             return content
-        problem = problem or ValueError(f"the chat template leaves out the text of a turn of the {lost[0]}")
+        what = f"the text of a turn of the {lost[0]}" if lost else "a video"
+        problem = problem or ValueError(f"the chat template leaves out {what}")
     assert problem is not None
     raise problem
 
 
 def _shown(marks: Pieces, rendered: str) -> bool:
     """Whether all texts are in what a template rendered, and not as a list that is printed, in quotation marks."""
-    return all(mark is None or (mark in rendered and not re.search(f"['\"]{mark}['\"]", rendered)) for mark in marks)
+    texts = [text for kind, text in marks if kind == "text"]
+    return all(text in rendered and not re.search(f"['\"]{text}['\"]", rendered) for text in texts)
+
+
+def _all_videos_shown(marks: Sequence[Pieces], rendered: str, processor: Any) -> bool:
+    """Whether each video has its place in what a template rendered: many templates were written for images alone."""
+    count = sum(kind == "video" for pieces in marks for kind, _ in pieces)
+    return not count or rendered.count(processor.video_token) == count
 
 
 def _apply(processor: Any, messages: Sequence[dict[str, Any]], ask: bool) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dora_mm.data.images.frames import Video
+from dora_mm.models.vlm.places import CHANGED, ImageSpan, RecordingTokenizer, image_spans, inside, moved, overlap
+from dora_mm.models.vlm.videos import reads_videos, video_inputs
 
 IGNORED = -100  # label of a token without loss, as in all of transformers
 TEXT_INPUTS = (
@@ -23,11 +28,11 @@ class TokenRow:
 
     Attributes:
         inputs: The model's inputs by name: of the text (TEXT_INPUTS), with a token per column (1, L, ...); and of the
-            images, of which there may be none.
+            images and videos, of which there may be none.
         labels: Token ids with IGNORED where there is no loss: (L,), those of `input_ids`; or (T,), the target of a
             decoder.
         num_images: The number of its images.
-        is_image: Whether each token of `input_ids` stands for an image (L,), bool.
+        is_image: Whether each token of `input_ids` stands for an image or a video (L,), bool.
         num_cut: How many tokens of text were cut.
     """
 
@@ -49,15 +54,14 @@ class TokenRow:
 
     @property
     def num_image_tokens(self) -> int:
-        """How many of the L tokens stand for images."""
+        """How many of the L tokens stand for images and videos."""
         return int(self.is_image.sum())
 
-
-class ImageSpan(NamedTuple):
-    """The place (start, end) of an image in a text: of its token, and of what the processor put in place of that."""
-
-    before: tuple[int, int]
-    after: tuple[int, int]
+    @property
+    def frames(self) -> tuple[int, ...] | None:
+        """The shape of its videos where they have one, (videos, frames, ...); None: no videos, or patches of any."""
+        pixels = self.inputs.get("pixel_values_videos")
+        return tuple(pixels.shape[1:]) if pixels is not None and pixels.dim() == 5 else None
 
 
 class RowEncoder:
@@ -72,32 +76,69 @@ class RowEncoder:
     def __init__(self, processor: Any, max_length: int, limit_from: str):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_length, self.limit_from = max_length, limit_from
-        self.image_ids = torch.tensor(image_ids(processor), dtype=torch.long)
+        self.kinds = ("image", "video") if reads_videos(processor) else ("image",)
+        ids = {kind: token_ids(processor, kind) for kind in self.kinds}
+        self.image_ids = torch.tensor(sorted({i for found in ids.values() for i in found}), dtype=torch.long)
+        self._reads_as = {
+            token: f"a part of an {kind}" if kind == "image" else f"a part of a {kind}"
+            for kind in self.kinds
+            for token in self.tokenizer.convert_ids_to_tokens(ids[kind])
+        } | {token: f"the place of {kind}s" for kind in self.kinds if (token := self._token(kind)) is not None}
 
-    def conversation(self, text: str, answers: Sequence[tuple[int, int]], images: Sequence[Any]) -> TokenRow:
+    def _token(self, kind: str) -> str | None:
+        token = getattr(self.processor, f"{kind}_token", None)
+        return token if isinstance(token, str) else None
+
+    def check_text(self, text: str) -> None:
+        """Checks that a text has no token with which the model reads an image or a video.
+
+        Raises:
+            ValueError: It has one, in place of which the model would see an image, or which it would miss one for.
+        """
+        for token, meaning in self._reads_as.items():
+            if token in text:
+                raise ValueError(f"the text has {token}, which this model reads as {meaning}: write it otherwise")
+
+    def conversation(
+        self, text: str, answers: Sequence[tuple[int, int]], images: Sequence[Any], videos: Sequence[Video] = ()
+    ) -> TokenRow:
         """A rendered conversation as a row whose answers have loss.
 
         Args:
-            text: The conversation, with the processor's image token in the place of each image.
+            text: The conversation, with the processor's token in the place of each image and video.
             answers: Where the learned answers are in it, as (start, end).
             images: Its images, PIL, in the order of the text.
+            videos: Its videos, in the order of the text.
 
         Raises:
-            ValueError: The numbers of images and of places for them differ, or the image tokens alone are too many.
+            ValueError: The numbers of images and of places for them differ, the image tokens alone are too many, or the
+                processor changes what is learned.
         """
-        inputs, spans = self._process(text, images)
+        inputs, spans, expanded = self._process(text, images, videos)
         offsets = inputs.pop("offset_mapping")[0]
         learned = torch.zeros(len(offsets), dtype=torch.bool)
         for start, end in answers:
-            learned |= _overlap(offsets, _moved(start, spans), _moved(end, spans))
-        return self._row(inputs, learned, _inside(offsets, spans), len(images))
+            place = moved(start, spans), moved(end, spans)
+            if expanded[slice(*place)] != text[start:end]:
+                raise ValueError(CHANGED)
+            learned |= overlap(offsets, *place)
+        return self._row(inputs, learned, inside(offsets, spans), len(images))
 
-    def question(self, text: str, images: Sequence[Any], answer: str | None = None, *, ends: bool = False) -> TokenRow:
+    def question(
+        self,
+        text: str,
+        images: Sequence[Any],
+        videos: Sequence[Video] = (),
+        *,
+        answer: str | None = None,
+        ends: bool = False,
+    ) -> TokenRow:
         """A prompt, with its answer behind it where one is given, which then has loss.
 
         Args:
             text: The prompt, with the processor's image token where it has one.
             images: Its images, PIL.
+            videos: Its videos.
             answer: The answer.
             ends: The text ends with the prompt, since another part of the model answers. Else the separator with which
                 BERT's tokenizers end a text is left out, since the answer continues it.
@@ -105,8 +146,8 @@ class RowEncoder:
         Raises:
             ValueError: As `conversation`.
         """
-        inputs, spans = self._process(text, images)
-        inside = _inside(inputs.pop("offset_mapping")[0], spans)
+        inputs, spans, _ = self._process(text, images, videos)
+        is_image = inside(inputs.pop("offset_mapping")[0], spans)
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         separator = self.tokenizer.sep_token_id
         if not ends and separator is not None and inputs["input_ids"][0, -1] == separator:
@@ -115,7 +156,7 @@ class RowEncoder:
         if answer is not None:
             inputs = _continued(inputs, self.target(answer))
         learned = torch.arange(inputs["input_ids"].shape[1]) >= start
-        return self._row(inputs, learned, F.pad(inside[:start], (0, len(learned) - start)), len(images))
+        return self._row(inputs, learned, F.pad(is_image[:start], (0, len(learned) - start)), len(images))
 
     def target(self, answer: str) -> Tensor:
         """The token ids (T,) of an answer that continues a text, with the end token."""
@@ -128,16 +169,21 @@ class RowEncoder:
         ids = self.tokenizer(answer)["input_ids"]
         return torch.tensor(ids if start is None else [start, *ids[1:]])
 
-    def _process(self, text: str, images: Sequence[Any]) -> tuple[dict[str, Tensor], list[ImageSpan]]:
-        """The processor's inputs, with `offset_mapping`, and the place of each image.
+    def _process(
+        self, text: str, images: Sequence[Any], videos: Sequence[Video]
+    ) -> tuple[dict[str, Tensor], list[ImageSpan], str]:
+        """The processor's inputs, with `offset_mapping`, the place of each image, and the text that was tokenized.
 
         Raises:
             ValueError: The numbers of images and of places for them differ, or the processor refuses an image.
         """
-        self._check_places(text, len(images))
+        self._check_places(text, {"image": len(images), "video": len(videos)})
         bos = self.tokenizer.bos_token  # a text that begins as a sequence does gets no special tokens once more
         settings = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
-        found = self.processor(
+        settings |= video_inputs(self.processor, videos) if videos else {}
+        processor, recorder = copy.copy(self.processor), RecordingTokenizer(self.tokenizer)
+        processor.tokenizer = recorder
+        found = processor(
             text=[text],
             images=[list(images)] if images else None,
             return_tensors="pt",
@@ -145,23 +191,21 @@ class RowEncoder:
             return_text_replacement_offsets=True,
             **settings,
         )
-        replaced = found.pop("text_replacement_offsets", ())  # of each text; none without images
-        parts = replaced[0] if len(replaced) else ()
-        return dict(found), [ImageSpan(part["span"], part["new_span"]) for part in parts]
+        found.pop("video_metadata", None)
+        said = found.pop("text_replacement_offsets", ())  # of each text; none without images
+        tokens = [token for kind in self.kinds if (token := self._token(kind)) is not None]
+        spans = image_spans(text, recorder.text, tokens, [*said[0]] if len(said) else [])
+        return dict(found), spans, recorder.text
 
-    def _check_places(self, text: str, num_images: int) -> None:
-        token = getattr(self.processor, "image_token", None)
-        parts = self.tokenizer.convert_ids_to_tokens(self.image_ids.tolist())
-        if inside := next(
-            (part for part in parts if part != token and self.processor.chat_template and part in text), None
-        ):
-            raise ValueError(f"the text has {inside}, which this model reads as a part of an image: write it otherwise")
-        places = text.count(token) if isinstance(token, str) else None
-        if places not in (None, 0, num_images) or (num_images and places == 0 and self.processor.chat_template):
-            raise ValueError(f"the text has {places} places for images, and the row has {num_images} images")
+    def _check_places(self, text: str, counts: dict[str, int]) -> None:
+        for kind in self.kinds:
+            token, count = self._token(kind), counts[kind]
+            places = None if token is None else text.count(token)
+            if places not in (None, 0, count) or (count and places == 0 and self.processor.chat_template):
+                raise ValueError(f"the text has {places} places for {kind}s, and the row has {count} {kind}s")
 
-    def _row(self, inputs: dict[str, Tensor], learned: Tensor, inside: Tensor, num_images: int) -> TokenRow:
-        is_image = inside | torch.isin(inputs["input_ids"][0], self.image_ids)
+    def _row(self, inputs: dict[str, Tensor], learned: Tensor, expanded: Tensor, num_images: int) -> TokenRow:
+        is_image = expanded | torch.isin(inputs["input_ids"][0], self.image_ids)
         learned = learned & ~is_image
         labels = inputs["input_ids"][0].masked_fill(~learned, IGNORED)
         num_tokens = int(is_image.sum())
@@ -173,39 +217,20 @@ class RowEncoder:
             raise ValueError(
                 f"the images alone are {num_tokens} tokens, and a row has at most {self.max_length} "
                 f"({self.limit_from}): {cure}make the images smaller (model.max_pixels, model.image_size, "
-                "model.max_tiles)"
+                "model.max_tiles) or take fewer frames of videos (model.max_frames)"
             )
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[torch.nonzero(~is_image)[-excess:]] = False
         return TokenRow(_columns(inputs, kept), labels[kept], num_images, is_image[kept], excess)
 
 
-def image_ids(processor: Any) -> list[int]:
-    """The ids of the tokens that stand for images, sorted; none where images are not part of the text."""
-    ids = getattr(processor, "image_token_ids", None) or [getattr(processor, "image_token_id", None)]
-    token = getattr(processor, "image_token", None)
+def token_ids(processor: Any, kind: str) -> list[int]:
+    """The ids of the tokens that stand for images or videos; none where these are not part of the text."""
+    ids = getattr(processor, f"{kind}_token_ids", None) or [getattr(processor, f"{kind}_token_id", None)]
+    token = getattr(processor, f"{kind}_token", None)
     if ids == [None] and token is not None:  # BLIP-2 has a token without its id
         ids = [processor.tokenizer.convert_tokens_to_ids(str(token))]
-    return sorted({i for i in ids if i is not None})
-
-
-def _overlap(offsets: Tensor, start: int, end: int) -> Tensor:
-    """Whether each token, at `offsets` (L, 2), has a character between two positions of the text: (L,), bool."""
-    return (offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0])
-
-
-def _inside(offsets: Tensor, spans: Sequence[ImageSpan]) -> Tensor:
-    """Whether each token, at `offsets` (L, 2), is part of what stands for an image: (L,), bool."""
-    inside = torch.zeros(len(offsets), dtype=torch.bool)
-    for span in spans:
-        inside |= _overlap(offsets, *span.after)
-    return inside
-
-
-def _moved(position: int, spans: Sequence[ImageSpan]) -> int:
-    """A position in the text, after images were expanded to their tokens."""
-    before = [span.after[1] - span.before[1] for span in spans if span.before[1] <= position]
-    return position + (before[-1] if before else 0)
+    return [i for i in ids if i is not None]
 
 
 def _columns(inputs: dict[str, Tensor], kept: Any) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.config.vl import DecodeConfig
 from dora_mm.config.vl_tasks import TASKS
 from dora_mm.core import TargetMap
+from dora_mm.data.images.frames import is_video
 from dora_mm.data.vl.example import Answer, Example
 from dora_mm.data.vl.row_view import RowView
 from dora_mm.data.vl.rows import OnBadData
@@ -28,6 +29,7 @@ from dora_mm.models.vlm.loading import load_processor
 from dora_mm.models.vlm.network import VLMNetwork
 from dora_mm.models.vlm.prompts import PLAIN
 from dora_mm.models.vlm.rows import ExampleEncoder
+from dora_mm.models.vlm.videos import FPS, MAX_FRAMES
 from dora_mm.models.vlm.view import row_lengths, row_view
 from dora_mm.targets import map_of
 from dora_mm.utils.losses import LossSum
@@ -94,8 +96,9 @@ class VLM:
         limit = min(config.max_length or positions, positions)
         key = "model.max_length" if limit == config.max_length else "the model's positions"
         reads = (processor, model_type, form, self.plain, config.prompts)
-        self.rows = ExampleEncoder(*reads, limit, key)
-        self.questions = ExampleEncoder(*reads, positions, "the model's positions")
+        frames = (config.fps or FPS, config.max_frames or MAX_FRAMES)
+        self.rows = ExampleEncoder(*reads, limit, key, *frames)
+        self.questions = ExampleEncoder(*reads, positions, "the model's positions", *frames)
         self.network = VLMNetwork(self.config, form, torch.device(device))
         self.counts = RowCounts()
 
@@ -148,6 +151,8 @@ class VLM:
                 raise ValueError(f"data: {self.name} reads one image per row, and {task} has two")
 
     def check_rows(self, table: ExampleTable) -> ExampleTable:
+        if "video" not in self.rows.encoder.kinds:
+            table = table.without(table.have(is_video), f"has a video, and {self.name} reads none")
         if self.plain is None:
             return table
         table = table.without(table.lengths("images") == 0, f"has no image, and {self.name} needs one")

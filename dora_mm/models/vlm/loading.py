@@ -16,6 +16,7 @@ from dora_mm.config.models import VLMModelConfig
 from dora_mm.models.folders import load_weights, model_class, read_config
 from dora_mm.models.opening import opening
 from dora_mm.models.vlm.image_limits import set_limits, within
+from dora_mm.models.vlm.videos import check_video_keys
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
@@ -38,6 +39,7 @@ def load_processor(config: VLMModelConfig, model_config: Any = None) -> Processo
     if images is None or getattr(processor, "tokenizer", None) is None:
         raise ValueError(f"model.path: {path} is not a vision-language model: its processor takes no images and text")
     set_limits(processor, config, model_config)
+    check_video_keys(processor, config)
     if type(processor).__name__ == "Cosmos3EdgeProcessor":  # which makes what its model needs only when asked
         processor.return_mm_token_type_ids = True
     return processor

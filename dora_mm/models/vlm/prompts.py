@@ -49,3 +49,6 @@ SAME_LENGTH = ("git", "blip")
 # Classes whose images are not told apart by row, so that each row is computed by itself: MiniCPM-V's stand side by side
 # in one, and Molmo's are found by their place among all patches of a batch.
 ALONE = ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "molmo2", "emu3")
+# Classes that read images or videos, not both at once: SmolVLM's processor drops the images of a row that has a video,
+# and GLM's models take the frames of videos in a batch for images.
+EITHER = ("smolvlm", "glm4v", "glm4v_moe", "glm46v", "glm_ocr")

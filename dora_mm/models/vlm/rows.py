@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,13 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from dora_mm.config.vl_tasks import TASKS
+from dora_mm.data.images.frames import Video, is_video, load_video
 from dora_mm.data.images.pixels import load_rgb
-from dora_mm.data.vl.example import ESCAPED, IMAGE, Example, Turn
+from dora_mm.data.vl.example import IMAGE, VIDEO, Example, Turn, escaped, pieces_of
 from dora_mm.data.vl.image_folder import image_path
 from dora_mm.models.vlm.chat import render, render_prompt
 from dora_mm.models.vlm.encoding import RowEncoder, TokenRow, collate
 from dora_mm.models.vlm.forms import Form
-from dora_mm.models.vlm.prompts import ALONE, SAME_IMAGES, SAME_LENGTH, PlainPrompts
+from dora_mm.models.vlm.prompts import ALONE, EITHER, SAME_IMAGES, SAME_LENGTH, PlainPrompts
 
 
 class ExampleEncoder:
@@ -30,6 +32,8 @@ class ExampleEncoder:
         prompts: Prompts that replace those of tasks.
         max_length: The number of tokens that a row may have.
         limit_from: What sets that number: a key of the config, or the model.
+        fps: Frames that are read of a second of a video.
+        max_frames: The most that are read of a video.
     """
 
     def __init__(
@@ -41,10 +45,13 @@ class ExampleEncoder:
         prompts: Mapping[Any, str],
         max_length: int,
         limit_from: str,
+        fps: float,
+        max_frames: int,
     ):
         self.processor, self.model_type, self.form, self.plain = processor, model_type, form, plain
         self.prompts, self.max_length, self.limit_from = prompts, max_length, limit_from
         self.encoder = RowEncoder(processor, max_length, limit_from)
+        self.fps, self.max_frames = fps, max_frames
 
     # --- rows --------------------------------------------------------------------------------------------------------
 
@@ -65,23 +72,37 @@ class ExampleEncoder:
     def rows(self, task: str, example: Example, folder: str | None, answers: Sequence[str | None]) -> list[TokenRow]:
         """One example with each of several answers; see `row`."""
         try:
-            pictures = [load_rgb(image_path(folder, name), "white") for name in example.images]
-            return [self._row(task, example, pictures, answer) for answer in answers]
+            visuals = self._visuals(example, folder)
+            return [self._row(task, example, visuals, answer) for answer in answers]
         except ValueError as error:
             raise ValueError(f"row {example.id} of {task}: {error}") from error
 
-    def _row(self, task: str, example: Example, pictures: list[Any], answer: str | None) -> TokenRow:
+    def _visuals(self, example: Example, folder: str | None) -> tuple[list[Any], list[Video]]:
+        """The images and the videos of an example."""
+        paths = [image_path(folder, name) for name in example.images]
+        filmed = [path for path in paths if is_video(path)]
+        if filmed and "video" not in self.encoder.kinds:
+            raise ValueError("it has a video, and the model reads none")
+        if filmed and len(filmed) < len(paths) and self.model_type in EITHER:
+            raise ValueError("it has images and videos, of which the model reads either")
+        images = [load_rgb(path, "white") for path in paths if not is_video(path)]
+        return images, [load_video(path, self.fps, self.max_frames) for path in filmed]
+
+    def _row(self, task: str, example: Example, visuals: tuple[list[Any], list[Video]], answer: str | None) -> TokenRow:
         if self.plain is not None:
-            return self._plain_row(self.plain, self.prompt(task, example.text), pictures, answer)
+            return self._plain_row(self.plain, self.prompt(task, example.text), visuals[0], answer)
         turns = self.turns(task, example, answer)
+        for text in (piece for turn in turns for piece in pieces_of(turn.text)[::2]):
+            self.encoder.check_text(text)
         if answer is None:
-            return self.encoder.question(render_prompt(self.processor, turns), pictures)
-        return self.encoder.conversation(*render(self.processor, turns), pictures)
+            return self.encoder.question(render_prompt(self.processor, turns), *visuals)
+        return self.encoder.conversation(*render(self.processor, turns), *visuals)
 
     def _plain_row(self, plain: PlainPrompts, asked: str, pictures: list[Any], answer: str | None) -> TokenRow:
+        self.encoder.check_text(f"{asked}{plain.separator}{answer or ''}")
         text = (self.processor.image_token * len(pictures) if plain.image_token else "") + asked
         if self.form.continues:
-            return self.encoder.question(text, pictures, None if answer is None else plain.separator + answer)
+            return self.encoder.question(text, pictures, answer=None if answer is None else plain.separator + answer)
         row = self.encoder.question(text, pictures, ends=True)
         return replace(row, labels=self.encoder.decoder_target(answer or "", self.form.start))
 
@@ -91,15 +112,15 @@ class ExampleEncoder:
             turns = [self._asked(task, turn) for turn in example.turns]
             return turns[:-1] if answer is None and turns[-1].role == "assistant" else turns
         said = [self.prompt(task, example.text), *([] if answer is None else [answer])]
-        said = [text.replace(IMAGE, ESCAPED) for text in said]
-        asked = "\n".join([*[IMAGE] * len(example.images), said[0]])
+        said = [escaped(text) for text in said]
+        asked = "\n".join([*(VIDEO if is_video(name) else IMAGE for name in example.images), said[0]])
         return [Turn("user", asked, False), *(Turn("assistant", text, True) for text in said[1:])]
 
     def _asked(self, task: str, turn: Turn) -> Turn:
         """A turn of a conversation; a question, of a task that asks questions, has its prompt."""
         if turn.role != "user" or TASKS[task].kind == "conversations":
             return turn
-        text = turn.text.rpartition(f"{IMAGE}\n")[2]
+        text = re.sub(rf"(?s).*({IMAGE}|{VIDEO})\n", "", turn.text)
         return turn._replace(text=turn.text.removesuffix(text) + self.prompt(task, text))
 
     def prompt(self, task: str, text: str) -> str:
@@ -122,7 +143,8 @@ class ExampleEncoder:
         for index, row in enumerate(rows):
             images = row.num_images if self.model_type in SAME_IMAGES else None
             length = row.length if self.model_type in SAME_LENGTH else None
-            groups[images, length, index if self.model_type in ALONE else None].append(index)
+            filmed = "pixel_values_videos" in row.inputs if self.model_type in EITHER else None
+            groups[images, length, row.frames, filmed, index if self.model_type in ALONE else None].append(index)
         return list(groups.values())
 
     def collate(self, rows: Sequence[TokenRow], *, left: bool = False) -> tuple[dict[str, Tensor], Tensor]:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 from dora_mm.config.vl_data import SourceConfig
-from dora_mm.data.vl.example import Turn
+from dora_mm.data.vl.example import Example, Turn
+from dora_mm.data.vl.readers.chat import read_chat
+from dora_mm.data.vl.rows import BadRows
 
 
 def picture(colour: str = "red", kind: str = "PNG") -> bytes:
@@ -65,3 +68,28 @@ def as_parquet(folder: Path, rows: list[Any], **settings: Any) -> SourceConfig:
     path = folder / "rows.parquet"
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
     return SourceConfig(format="chat", file=str(path), **settings)
+
+
+QA = ("<image>\nWhat is it?", "A dog.")
+
+
+def read(source: SourceConfig) -> list[Example]:
+    return list(read_chat(source, BadRows("stop")))
+
+
+def only(source: SourceConfig) -> Example:
+    (row,) = read(source)
+    return row
+
+
+def refusal(source: SourceConfig) -> str:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        read(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(source.file)
+    return message.removeprefix(source.file)
+
+
+def llava(*texts: str, **keys) -> dict:
+    return {"id": 17, "conversations": said(*texts)} | keys

@@ -116,7 +116,7 @@ def smolvlm() -> tuple[PreTrainedModel, ProcessorMixin]:
     processor = SmolVLMProcessor(
         SmolVLMImageProcessor(**IDEFICS_PIXELS),
         tokenizer,
-        SmolVLMVideoProcessor(size={"longest_edge": 28}),
+        SmolVLMVideoProcessor(size={"longest_edge": 28}, max_image_size={"longest_edge": 28}),
         image_seq_len=4,
         chat_template=templates.idefics("<|im_start|>"),
     )

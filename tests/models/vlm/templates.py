@@ -1,11 +1,12 @@
 """Chat templates that write, for text and images, what the templates of the published models write."""
 
 CONTENT = """\
-{%- macro content(message, image) -%}
+{%- macro content(message, image, video='') -%}
 {%- if message['content'] is string -%}{{ message['content'] }}
 {%- else -%}
 {%- for item in message['content'] -%}
-{%- if item['type'] == 'image' -%}{{ image }}{%- elif item['type'] == 'text' -%}{{ item['text'] }}{%- endif -%}
+{%- if item['type'] == 'image' -%}{{ image }}{%- elif item['type'] == 'video' -%}{{ video }}
+{%- elif item['type'] == 'text' -%}{{ item['text'] }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
@@ -29,6 +30,7 @@ LLAVA_ONEVISION = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + ' ' }}
 {%- for item in message['content'] if item['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}
+{%- for item in message['content'] if item['type'] == 'video' -%}{{ '<video>' }}{%- endfor -%}
 {%- for item in message['content'] if item['type'] == 'text' -%}
 {%- if message['role'] == 'assistant' -%}{%- generation -%}{{ '\\n' + item['text'] }}{%- endgeneration -%}
 {%- else -%}{{ '\\n' + item['text'] }}{%- endif -%}
@@ -112,7 +114,10 @@ def chatml(image: str, system: str | None = None) -> str:
     Args:
         image: What stands for an image.
         system: The system turn of conversations that start without one; None: they get none.
+
+    A video is written as an image is, by its own token.
     """
+    video = image.replace("image", "video").replace("IMAGE", "VIDEO").replace("<IMG_CONTEXT>", "<video>")
     default = f"<|im_start|>system\\n{system}<|im_end|>\\n"
     first = "" if system is None else "{%- if messages[0]['role'] != 'system' -%}{{ '" + default + "' }}{%- endif -%}"
     return (
@@ -121,6 +126,7 @@ def chatml(image: str, system: str | None = None) -> str:
         + "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
         + "{{ content(message, '"
         + image
+        + ("', '" + video if "video" in video.lower() else "")
         + "') + '<|im_end|>\\n' }}{%- endfor -%}"
         + "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
     )
@@ -134,7 +140,7 @@ def idefics(begin: str) -> str:
         + begin
         + "' }}{%- for message in messages -%}{{ message['role'] | capitalize }}"
         + "{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}"
-        + "{{ content(message, '<image>') + '<end_of_utterance>\\n' }}{%- endfor -%}"
+        + "{{ content(message, '<image>', '<video>') + '<end_of_utterance>\\n' }}{%- endfor -%}"
         + "{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
     )
 

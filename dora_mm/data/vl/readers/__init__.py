@@ -70,17 +70,25 @@ def format_name(source: SourceConfig) -> str:
     """
     if READERS[source.format] is not read_chat:
         return source.format
-    shapes = dict.fromkeys(find_shape(file, source.columns).name for file in files_of(Path(resolved(source).file)))
+    files = data_files(resolved(source), "file")
+    shapes = dict.fromkeys(find_shape(file, source.columns).name for file in files)
     return ", ".join([source.format, *shapes])
 
 
-def data_files(source: SourceConfig, path: str) -> list[Path]:
-    """The files that a path of a source names: of conversations also those of a folder or pattern.
+def data_files(source: SourceConfig, key: str) -> list[Path]:
+    """The files under a key of a source: of conversations also those of folders and patterns.
 
     Raises:
         ValueError: A folder has no data files.
     """
-    return files_of(Path(path)) if READERS[source.format] is read_chat else [Path(path)]
+    paths = [Path(path) for path in paths_under(source, key)]
+    return [file for path in paths for file in files_of(path)] if READERS[source.format] is read_chat else paths
+
+
+def paths_under(source: SourceConfig, key: str) -> tuple[str, ...]:
+    """The paths under a key of a source: none, one, or several."""
+    value = source.files if key == "file" else getattr(source, key)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def resolved(source: SourceConfig) -> SourceConfig:
@@ -89,5 +97,9 @@ def resolved(source: SourceConfig) -> SourceConfig:
     Raises:
         ValueError: A path does not exist.
     """
-    given = {key: getattr(source, key) for key in (*FILES, "images")}
-    return source.model_copy(update={key: str(resolve_path(path)) for key, path in given.items() if path is not None})
+    found = {
+        key: tuple(str(resolve_path(path)) for path in paths)
+        for key in (*FILES, "images")
+        if (paths := paths_under(source, key))
+    }
+    return source.model_copy(update={key: paths[0] if len(paths) == 1 else paths for key, paths in found.items()})

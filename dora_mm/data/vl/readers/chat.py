@@ -46,18 +46,21 @@ def read_chat(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         ValueError: The file cannot be read or has no known shape, or a row is bad and `bad` is set to "stop".
     """
     seen: set[str] = set()
-    for path in files_of(Path(source.file)):
+    paths = [path for given in source.files for path in files_of(Path(given))]
+    for number, path in enumerate(paths, 1):
         shape = find_shape(path, source.columns)
         log.info("%s: %s", path, shape.name)
-        yield from _file_rows(path, shape, source.columns, seen, bad)
+        yield from _file_rows(path, shape, source.columns, seen, bad, f"file {number}, " if number > 1 else "")
 
 
-def _file_rows(path: Path, shape: Shape, columns: Mapping[Any, str], seen: set[str], bad: BadRows) -> Iterator[Example]:
-    """The conversations of one file; the ids in `seen` are taken."""
+def _file_rows(
+    path: Path, shape: Shape, columns: Mapping[Any, str], seen: set[str], bad: BadRows, file: str
+) -> Iterator[Example]:
+    """The conversations of one file; the ids in `seen` are taken, and `file` tells its places from those of others."""
     for where, item in file_items(path):
         try:
             row = _renamed(_parsed(item), columns)
-            example = conversation(shape.read(row), _new_id(row.get("id"), where, seen))
+            example = conversation(shape.read(row), _new_id(row.get("id"), f"{file}{where}", seen))
         except RowError as error:
             bad.add(place(path, where, item), str(error))
         else:

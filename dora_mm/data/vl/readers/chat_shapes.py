@@ -10,24 +10,23 @@
     Alpaca             {"instruction": "Q", "input": "", "output": "A", "history": [["Q", "A"], ...]}
     query, response    {"query": "<image>Q", "response": "A", "history": [["Q", "A"], ...]}, of ms-swift
 
-A file has the shape that the keys of its first row say. `system`, `image` and `images` may be keys of any row, and
-`loss` of any message of the assistant, as in ms-swift. What cannot be trained on is refused by the name of its key.
-Types are checked here and not by a schema, which would copy every row: a file may have millions of turns.
+A file has the shape that the keys of its first row say. `system`, `image`, `images`, `video` and `videos` may be keys
+of any row, and `loss` of any message of the assistant, as in ms-swift. What cannot be trained on is refused by the name
+of its key. Types are checked here and not by a schema, which would copy every row: a file may have millions of turns.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from dora_mm.data.images.frames import VIDEO_SUFFIXES, is_video
 from dora_mm.data.vl.embedded import data_url, decoded, image_name
-from dora_mm.data.vl.example import ESCAPED, IMAGE
+from dora_mm.data.vl.example import ESCAPED, IMAGE, VIDEO
 from dora_mm.data.vl.readers.conversation import Dialogue, ImagePlace
 from dora_mm.data.vl.rows import RowError
 
 JsonRow = dict[str, Any]
 UNREAD = {  # keys of a row that must be empty, and what they hold
-    "video": "videos",
-    "videos": "videos",
     "audio": "sounds",
     "audios": "sounds",
     "objects": "boxes",
@@ -42,9 +41,10 @@ UNREAD = {  # keys of a row that must be empty, and what they hold
 # Keys of a message that must be empty. Trainers name the last three in a setting, or differ in what they mean.
 UNREAD_IN_MESSAGES = {"tool_calls": "tool calls", "train": "`train`", "training": "`training`", "weight": "`weight`"}
 MARKS = re.compile(  # where an image is shown, by its path, its number or in turn; or with a backslash, the text itself
-    r"\\?(?:<image>|<img>(?P<path>[^<>]*)</img>|<image[ _](?P<number>\d+)>|<(?P<unread>video|audio)>)"
+    r"\\?(?:<image>|<img>(?P<path>[^<>]*)</img>|<image[ _](?P<number>\d+)>|(?P<video><video>)|(?P<unread><audio>))"
 )
 LOCATIONS = ("image", "path", "url", "base64", "image_url")  # keys of a content item that name its image
+VIDEO_LOCATIONS = ("video", "path", "url", "video_url")
 
 
 class Shape(NamedTuple):
@@ -161,16 +161,16 @@ def _said(turns: Any, speaker: str = "role") -> Dialogue:
         return Dialogue(_texts(turns, "from"), *_marked(_texts(turns, "value"), _losses(turns)))
     names = _texts(turns, "role")
     contents = [_content(message) for message in turns]
-    return Dialogue(names, [text for text, _ in contents], _losses(turns), [found for _, found in contents], [])
+    return Dialogue(names, [text for text, _ in contents], _losses(turns), [found for _, found in contents], [], [])
 
 
-def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], list[bool | None], list[Any], list[str]]:
+def _marked(texts: list[str], losses: list[bool | None]) -> tuple[list[str], list[bool | None], list[Any], Any, Any]:
     """What a `Dialogue` has beside its names."""
     places: list[Sequence[ImagePlace]] = [()] * len(texts)
     for number, text in enumerate(texts):
         if "<" in text:  # few have: a call for each would take as long as all else
             texts[number], places[number] = _text(text)
-    return texts, losses, places, []
+    return texts, losses, places, [], []
 
 
 def _exchanged(pairs: Any) -> Dialogue:
@@ -179,7 +179,7 @@ def _exchanged(pairs: Any) -> Dialogue:
     turns = turns[:-1] if turns and turns[-1][1] is None else turns
     contents = [_text(text) for _, text in turns]
     texts, places = [text for text, _ in contents], [found for _, found in contents]
-    return Dialogue([role for role, _ in turns], texts, [None] * len(turns), places, [])
+    return Dialogue([role for role, _ in turns], texts, [None] * len(turns), places, [], [])
 
 
 def _history(row: JsonRow) -> list[Any]:
@@ -216,7 +216,7 @@ def _content(message: JsonRow) -> Part:
 
 
 def _text(text: Any) -> Part:
-    """A text with an IMAGE marker at the place of each image, however the file marks these."""
+    """A text with an IMAGE or VIDEO marker at the place of each, however the file marks these."""
     if not isinstance(text, str):
         raise RowError("has content whose text is not a text")
     number = text.count(IMAGE)
@@ -226,10 +226,12 @@ def _text(text: Any) -> Part:
 
     def marked(found: re.Match[str]) -> str:
         if found[0][0] == "\\":
-            return found[0] if found[0] == ESCAPED else found[0][1:]
+            return found[0] if found[0] in ESCAPED else found[0][1:]
         if found["unread"]:
-            what = UNREAD[found["unread"]]
-            raise RowError(f"has a <{found['unread']}> marker, but {what} are not read; a backslash makes it text")
+            raise RowError("has a <audio> marker, but sounds are not read; a backslash makes it text")
+        if found["video"]:
+            places.append(VIDEO)
+            return VIDEO
         if found["number"]:
             places.append(int(found["number"]) - 1)
         else:
@@ -245,8 +247,11 @@ def _item(item: Any) -> Part:
     kind = item.get("type") if isinstance(item, dict) else None
     if kind == "text":
         return _text(item.get("text") or "")
+    if kind in ("video", "video_url"):
+        values = [value for key in VIDEO_LOCATIONS if (value := item.get(key)) is not None]
+        return VIDEO, [_video(values[0]) if values else VIDEO]
     if kind not in ("image", "image_url"):
-        raise RowError(f"has content of the type {str(kind)[:20]!r}: only text and images are read")
+        raise RowError(f"has content of the type {str(kind)[:20]!r}: only text, images and videos are read")
     given = [key for key in LOCATIONS if item.get(key) is not None]
     if len(given) > 1:
         raise RowError(f"has an image with both {' and '.join(given)}")
@@ -262,15 +267,11 @@ def _item(item: Any) -> Part:
 
 
 def _with_keys(row: JsonRow, said: Dialogue) -> Dialogue:
-    """What a row says, with the images and the system turn that are keys of the row."""
+    """What a row says, with the images, videos and the system turn that are keys of the row."""
     if not UNREAD.keys().isdisjoint(row):
         _check_unread(row)
-    images = row.get("images") or []
-    if image := row.get("image"):
-        if images:
-            raise RowError("has both image and images")
-        images = image
-    said.images.extend(map(_name, images if isinstance(images, list) else [images]))
+    said.images.extend(map(_name, _one_or_several(row, "image")))
+    said.videos.extend(map(_video, _one_or_several(row, "video")))
     if row.get("system"):
         text, places = _text(*_texts([row], "system"))
         said.names.insert(0, "system")
@@ -278,6 +279,15 @@ def _with_keys(row: JsonRow, said: Dialogue) -> Dialogue:
         said.losses.insert(0, None)
         said.places.insert(0, places)
     return said
+
+
+def _one_or_several(row: JsonRow, key: str) -> list[Any]:
+    """What a row has under a key or its plural."""
+    several, one = row.get(f"{key}s") or [], row.get(key)
+    if one and several:
+        raise RowError(f"has both {key} and {key}s")
+    found = one or several
+    return found if isinstance(found, list) else [found]
 
 
 def _check_unread(row: JsonRow) -> None:
@@ -291,6 +301,20 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_is_empty(member) for member in value.values())
     return value is None or (isinstance(value, str | list) and not value)
+
+
+def _video(video: Any) -> str:
+    """A video as a path."""
+    if isinstance(video, dict):  # of OpenAI's `video_url`, or as the `datasets` library writes it
+        video = video.get("url") or video.get("path")
+    if not isinstance(video, str):
+        raise RowError("has a video that is not the path of a file")
+    name = video[7:] if video[:7].lower() == "file://" else video
+    if "://" in name[:10]:
+        raise RowError("names a video by its address on the network: download the videos first")
+    if not is_video(name):
+        raise RowError(f"has a video whose name does not end in {', '.join(VIDEO_SUFFIXES)}")
+    return name
 
 
 def _name(image: Any) -> str:

@@ -29,7 +29,7 @@ def read_choices(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file cannot be read, lacks a column or the split, or a row is bad and `bad` is set to "stop".
     """
-    path = Path(source.file)
+    path = source.path
     header = _header(path, source.split)
     selected = header.index("split") if source.split else 0
     rows = (row for row in _rows(path) if not source.split or row[1][selected : selected + 1] == [source.split])

@@ -1,7 +1,6 @@
 """COCO captions, in the official files and in Karpathy's single file of all splits; one Example per image."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import TypeAdapter
@@ -56,7 +55,7 @@ def read_coco_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         ValueError: The file is damaged; or `bad` is set to "stop" and an image or caption is bad, a caption belongs to
             no image, or an image has no caption.
     """
-    path = Path(source.file)
+    path = source.path
     images = [*good_rows(path, list_items(path, "images"), IMAGE, _without_captions, bad)]
     captions: dict[str, list[str]] = {image.id: [] for image in images}
 
@@ -85,7 +84,7 @@ def read_coco_karpathy(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         ValueError: The file has no such split; the file is damaged; or an image is bad or has no caption and `bad` is
             set to "stop".
     """
-    path = Path(source.file)
+    path = source.path
     if source.split not in SPLITS:
         raise ValueError(
             f"{path} has the splits train (restval included), val and test: split {source.split!r} does not exist"

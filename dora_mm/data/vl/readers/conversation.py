@@ -5,7 +5,7 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from dora_mm.data.vl.example import IMAGE, Example, Role, Turn, image_pieces
+from dora_mm.data.vl.example import IMAGE, PLACE, VIDEO, Example, Role, Turn, plain_text
 from dora_mm.data.vl.rows import RowError
 
 ROLES: dict[str, Role] = {  # in lower case
@@ -20,7 +20,8 @@ ROLES: dict[str, Role] = {  # in lower case
     "observation": "tool",
 }
 CALLS = ("function_call", "tool_call")  # each model writes them in a form of its own
-ImagePlace = str | int | None  # of a marker's image: its own one, the number of one of the row, or the next of the row
+# Of a marker's image: its own one, the number of one of the row, or None: the next of the row; VIDEO: its next video
+ImagePlace = str | int | None
 
 
 class Dialogue(NamedTuple):
@@ -28,10 +29,11 @@ class Dialogue(NamedTuple):
 
     Attributes:
         names: Who says it, in the words of the file.
-        texts: With an IMAGE marker at the place of each image, and ESCAPED where the text has it.
+        texts: With IMAGE and VIDEO markers, and ESCAPED ones where the text has these.
         losses: Whether it is learned; None where the file does not say so.
         places: The images of the turn's markers.
         images: The images that are keys of the row, as paths or data URLs.
+        videos: The videos that are keys of the row, as paths.
     """
 
     names: list[str]
@@ -39,17 +41,20 @@ class Dialogue(NamedTuple):
     losses: list[bool | None]
     places: list[Sequence[ImagePlace]]
     images: list[str]
+    videos: list[str]
 
     def followed_by(self, other: "Dialogue") -> "Dialogue":
         """The turns of both."""
         turns = (self.names + other.names, self.texts + other.texts, self.losses + other.losses)
-        return Dialogue(*turns, self.places + other.places, self.images + other.images)
+        files = (self.images + other.images, self.videos + other.videos)
+        return Dialogue(*turns, self.places + other.places, *files)
 
 
 def conversation(said: Dialogue, name: str) -> Example:
     """A conversation as an example. Only the assistant's turns carry loss: all, or those of which the file says so.
 
-    Where a row has images and no marker, the markers come first in the user's first turn.
+    Where a row has images or videos and no marker, the markers come first in the user's first turn. Where it has videos
+    alone and as many IMAGE markers, these are the places of its videos, as in LLaVA's files.
 
     Args:
         said: Its turns and images.
@@ -57,7 +62,7 @@ def conversation(said: Dialogue, name: str) -> Example:
 
     Raises:
         RowError: The turns do not alternate, one is empty, an image or loss is where none can be, or there are not as
-            many images as markers.
+            many images or videos as markers.
     """
     roles = _roles(tuple(said.names))
     first = roles.index("user")
@@ -69,17 +74,16 @@ def conversation(said: Dialogue, name: str) -> Example:
         raise RowError(
             "has an image in a turn of the assistant, which can only have text (with a backslash, it is text)"
         )
-    images = _in_order(said.images, places)
-    if len(images) > len(places):
-        texts = [*texts[:first], IMAGE * len(images) + texts[first], *texts[first + 1 :]]
+    if said.videos and not said.images and places == [None] * len(said.videos):
+        texts, places = [PLACE.sub(VIDEO, text) for text in texts], [VIDEO] * len(places)
+    images = _in_order(said.images, said.videos, places)
+    if not places:
+        marked = IMAGE * len(said.images) + VIDEO * len(said.videos) + texts[first]
+        texts = [*texts[:first], marked, *texts[first + 1 :]]
     turns = tuple(map(Turn._make, zip(roles, texts, _learned(roles, said.losses), strict=True)))  # faster than Turn()
-    answers = (_without_images(texts[-1]),) if roles[-1] == "assistant" else ()
-    question = _without_images(texts[-2 if answers else -1]).strip()
+    answers = (plain_text(texts[-1]),) if roles[-1] == "assistant" else ()
+    question = plain_text(texts[-2 if answers else -1]).strip()
     return Example(name, tuple(images), question, answers, (1.0,) * len(answers), turns=turns)
-
-
-def _without_images(text: str) -> str:
-    return "".join(image_pieces(text)) if IMAGE in text else text
 
 
 @lru_cache(maxsize=1000)  # most rows have one of a few sequences
@@ -117,10 +121,14 @@ def _first_empty(roles: Sequence[Role], texts: list[str]) -> str:
     return "has an empty answer" if role == "assistant" else f"has an empty turn of the {role}"
 
 
-def _in_order(images: list[str], places: Sequence[ImagePlace]) -> list[str]:
-    """The images in the order of their markers."""
-    if not places or places.count(None) == len(places) == len(images):
-        return images
+def _in_order(images: list[str], videos: list[str], places: Sequence[ImagePlace]) -> list[str]:
+    """The images and videos in the order of their markers."""
+    if not places or (not videos and places.count(None) == len(places) == len(images)):
+        return images + videos
+    if places.count(VIDEO) != len(videos):
+        raise RowError(f"has {_count(len(videos), 'video')}, but {_count(places.count(VIDEO), f'{VIDEO} marker')}")
+    following = iter(videos)
+    places = [next(following) if place == VIDEO else place for place in places]
     if numbers := {place for place in places if isinstance(place, int)}:
         return _by_number(images, places, numbers)
     num_own = len(places) - places.count(None)

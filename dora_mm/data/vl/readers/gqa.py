@@ -1,7 +1,6 @@
 """GQA: compositional questions with one answer each, in the official files and in VL-T5's."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from pydantic import TypeAdapter
 from typing_extensions import NotRequired, TypedDict
@@ -47,7 +46,7 @@ def read_gqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file is damaged, or a question is bad and `bad` is set to "stop".
     """
-    path = Path(source.file)
+    path = source.path
 
     def example(item: _Official) -> Example:
         row = item["value"]
@@ -66,7 +65,7 @@ def read_gqa_vlt5(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file is damaged, or a question is bad and `bad` is set to "stop".
     """
-    path = Path(source.file)
+    path = source.path
 
     def example(row: _VLT5) -> Example:
         label = positive_scores(row.get("label", {}))

@@ -39,7 +39,7 @@ def read_nlvr2(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file cannot be read, or a line is bad and `bad` is set to "stop".
     """
-    path = Path(source.file)
+    path = source.path
 
     def example(row: _Official) -> Example:
         pair, _, sentence = row["identifier"].rpartition("-")
@@ -57,7 +57,7 @@ def read_nlvr2_vlt5(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
-    path = Path(source.file)
+    path = source.path
 
     def example(row: _VLT5) -> Example:
         images = tuple(name if Path(name).suffix else f"{name}.png" for name in (row["img0"], row["img1"]))

@@ -95,7 +95,7 @@ def read_video_qa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         ValueError: A file cannot be read; `bad` is set to "stop" and a line is bad; or no clip has subtitles although
             the source names a file of them.
     """
-    path = Path(source.file)
+    path = source.path
     subtitles = _Subtitles(source, bad)
 
     def example(row: _Question) -> Example:
@@ -120,7 +120,7 @@ def read_video_captions(source: SourceConfig, bad: BadRows) -> Iterator[Example]
     Raises:
         ValueError: As in `read_video_qa`.
     """
-    path = Path(source.file)
+    path = source.path
     subtitles = _Subtitles(source, bad)
 
     def example(row: _Clip) -> Example:
@@ -168,13 +168,13 @@ class _Subtitles:
         missing = sorted(self._clips - set(self._texts or ()))
         if complete and missing and len(missing) == len(self._clips):
             raise ValueError(
-                f"{self._source.subtitles} has no subtitles of any clip in {self._source.file}: give the file that "
+                f"{self._source.subtitles} has no subtitles of any clip in {self._source.title}: give the file that "
                 "belongs to it, or leave subtitles out"
             )
         if missing:
             log.warning(
                 "%s: %d of %d clips have no subtitles in %s, so theirs are empty (one is %s)",
-                *(self._source.file, len(missing), len(self._clips), self._source.subtitles, missing[0]),
+                *(self._source.title, len(missing), len(self._clips), self._source.subtitles, missing[0]),
             )
 
 

@@ -73,7 +73,7 @@ def read_vqa_v2(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
         ValueError: A file is damaged, or a question or annotation is bad or has no counterpart and `bad` is set to
             "stop".
     """
-    path = Path(source.file)
+    path = source.path
     split = _coco_split(path)
     annotations = _Annotations(Path(source.annotations), bad) if source.annotations else None
 
@@ -166,7 +166,7 @@ def read_vqa_karpathy(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
-    path = Path(source.file)
+    path = source.path
     annotations = _Annotations(Path(source.annotations), bad) if source.annotations else None
 
     def example(row: _Karpathy) -> Example:
@@ -195,7 +195,7 @@ def read_easy_vqa(source: SourceConfig, bad: BadRows) -> Iterator[Example]:
     Raises:
         ValueError: The file is damaged, or a row is bad and `bad` is set to "stop".
     """
-    path = Path(source.file)
+    path = source.path
 
     def example(item: _Easy) -> Example:
         question, answer, image = item["row"]

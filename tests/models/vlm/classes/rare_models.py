@@ -243,7 +243,7 @@ def dots3_note() -> Tiny:
     processor = hf.Dots3NoteProcessor(
         hf.Qwen2VLImageProcessor(**pixels_of(14), temporal_patch_size=1),
         tokenizer,
-        hf.Qwen2VLVideoProcessor(**pixels_of(14)),
+        hf.Qwen2VLVideoProcessor(**pixels_of(14), temporal_patch_size=1),
         hf.Dots3NoteFeatureExtractor(),
         chat_template=chatml("<|imgpad|>"),
     )

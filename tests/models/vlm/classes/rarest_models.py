@@ -268,7 +268,7 @@ def nemotron_h_omni() -> Tiny:
     tokenizer = tokenizer_with("<img>", "</img>", "<so_start>", "<so_end>", **names)
     processor = hf.NemotronH_Omni_Reasoning_V3Processor(
         hf.NemotronH_Omni_Reasoning_V3ImageProcessor(patch_size=14, min_num_patches=4, max_num_patches=16),
-        hf.NemotronH_Omni_Reasoning_V3VideoProcessor(),
+        hf.NemotronH_Omni_Reasoning_V3VideoProcessor(patch_size=14, norm_mean=[0.5] * 3, norm_std=[0.5] * 3),
         tokenizer,
         hf.ParakeetFeatureExtractor(),
         chat_template=chatml("<img><image></img>"),

@@ -1,0 +1,189 @@
+"""How far training moves a weight in length and in direction, and how the two go together (DoRA, section 3, Eq. 1).
+
+A weight W (O, I) has a length and a direction per output row; the paper writes it as (I, O), so its columns are these
+rows. Shapes: P points, of M matrices and R runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dora_mm.core.spec import DoRASpec
+from dora_mm.eval.statistics import Interval, jackknife
+
+_BLOCK = 1 << 22  # entries that are in float64 at a time
+
+
+def weight_change(W: Tensor, W0: Tensor) -> tuple[float, float]:
+    """Returns dM, the mean over rows of | ||w|| - ||w0|| |, and dD, the mean of 1 - cos(w, w0).
+
+    1 - cos is computed as half the squared distance of the unit vectors, which does not cancel. A row of zeros has no
+    direction: dD counts the rows that have one in both.
+
+    Args:
+        W: The trained weight (O, I), or of a convolution (O, I, *K).
+        W0: The base weight, in the same shape.
+
+    Raises:
+        ValueError: The shapes differ, or no row of both has a direction.
+    """
+    if W.shape != W0.shape:
+        raise ValueError(f"the weights have the shapes {tuple(W.shape)} and {tuple(W0.shape)}")
+    lengths, turns, directed = 0.0, 0.0, 0
+    step = max(1, _BLOCK // max(1, W0[0].numel()))
+    for one, other in zip(W.flatten(1).split(step), W0.flatten(1).split(step), strict=True):
+        w, w0 = one.double(), other.double()
+        n, n0 = (torch.linalg.vector_norm(each, dim=1) for each in (w, w0))
+        lengths += float((n - n0).abs().sum())
+        both = (n > 0) & (n0 > 0)
+        units = w[both] / n[both, None] - w0[both] / n0[both, None]
+        turns += float(units.square().sum()) / 2
+        directed += int(both.sum())
+    if not directed:
+        raise ValueError("the weights have no row with a direction in both")
+    return lengths / len(W), turns / directed
+
+
+def method_of(spec: DoRASpec) -> str:
+    """The method of a layer, with its rank where it has one: "dora, rank 4"."""
+    return f"{spec.method}, rank {spec.rank}" if spec.method in ("dora", "lora") else spec.method
+
+
+@dataclass(frozen=True)
+class WeightPoint:
+    """What training did to one matrix, at one checkpoint.
+
+    Attributes:
+        method: The method and rank of the training, such as "dora, rank 4".
+        run: The run, or the file.
+        step: The optimizer steps of the checkpoint; None for an adapter or model without them.
+        matrix: The module, such as "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q".
+        dM: See `weight_change`.
+        dD: See `weight_change`.
+        score: The score of the run in its campaign; None where it has none.
+    """
+
+    method: str
+    run: str
+    step: int | None
+    matrix: str
+    dM: float
+    dD: float
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class ChangePattern:
+    """How dM and dD of one method go together.
+
+    Attributes:
+        num_runs: R.
+        num_matrices: M.
+        num_points: P.
+        slope: Of the line that gives dM from dD by least squares; None where fewer than three points differ.
+        correlation: Pearson's, of dM and dD; None likewise.
+        dM: The mean at the last step of each run.
+        dD: The mean at the last step of each run.
+    """
+
+    num_runs: int
+    num_matrices: int
+    num_points: int
+    slope: Interval | None
+    correlation: Interval | None
+    dM: Interval
+    dD: Interval
+
+
+def pattern(points: Sequence[WeightPoint]) -> ChangePattern:
+    """Returns the pattern of points of one method.
+
+    The intervals are 95 % of the jackknife over matrices and, where there are several, over runs: the checkpoints of a
+    run are not independent, and stay together. Of a single matrix they are NaN.
+    """
+    matrices, runs = (sorted({getattr(point, name) for point in points}) for name in ("matrix", "run"))
+    places = np.array([(matrices.index(point.matrix), runs.index(point.run)) for point in points])
+    values = np.array([(point.dD, point.dM) for point in points])
+    final = last_steps(points)
+    at_end = np.array([point.step == final[point.run] for point in points])
+    sizes = [len(matrices), len(runs)][: 2 if len(runs) > 1 else 1]
+
+    def interval(statistic, chosen: np.ndarray) -> Interval:
+        def of_some(*axes: np.ndarray) -> float:
+            kept = chosen.copy()
+            for axis, indices in enumerate(axes):
+                kept &= np.isin(places[:, axis], indices)
+            return statistic(values[kept])
+
+        return (
+            jackknife(sizes, of_some) if len(matrices) > 1 else Interval(statistic(values[chosen]), math.nan, math.nan)
+        )
+
+    related = has_line(values) and len(matrices) > 2
+    everything = np.ones(len(points), dtype=bool)
+    return ChangePattern(
+        len(runs),
+        len(matrices),
+        len(points),
+        interval(slope, everything) if related else None,
+        interval(correlation, everything) if related else None,
+        *(interval(lambda some, column=column: float(some[:, column].mean()), at_end) for column in (1, 0)),
+    )
+
+
+def last_steps(points: Sequence[WeightPoint]) -> dict[str, int | None]:
+    """The last step of each run."""
+    found: dict[str, int | None] = {}
+    for point in points:
+        before = found.setdefault(point.run, point.step)
+        if point.step is not None and before is not None:
+            found[point.run] = max(before, point.step)
+    return found
+
+
+def has_line(values_P2: np.ndarray) -> bool:
+    """Whether three or more points differ in both columns, so that a line has a slope and a correlation."""
+    return len(values_P2) > 2 and bool((np.ptp(values_P2, axis=0) > 0).all())
+
+
+def slope(values_P2: np.ndarray) -> float:
+    """The slope of the least-squares line of the second column over the first; NaN without a line."""
+    if not has_line(values_P2):
+        return float("nan")
+    x, y = (values_P2 - values_P2.mean(axis=0)).T
+    return float(x @ y / (x @ x))
+
+
+def correlation(values_P2: np.ndarray) -> float:
+    """Pearson's correlation of the two columns; NaN without a line."""
+    if not has_line(values_P2):
+        return float("nan")
+    x, y = (values_P2 - values_P2.mean(axis=0)).T
+    return float(x @ y / np.sqrt((x @ x) * (y @ y)))
+
+
+def relation_to_score(points: Sequence[WeightPoint]) -> dict[str, Interval]:
+    """The correlation of each run's slope, dM and dD at its last step with its score, by these names.
+
+    The intervals are 95 % of the jackknife over runs. Empty where fewer than four runs have different scores.
+    """
+    final = last_steps(points)
+    rows = []
+    for run in sorted({point.run for point in points if point.score is not None}):
+        own = [point for point in points if point.run == run]
+        values = np.array([(point.dD, point.dM) for point in own])
+        ends = np.array([(point.dD, point.dM) for point in own if point.step == final[run]])
+        rows.append((own[0].score, slope(values), ends[:, 1].mean(), ends[:, 0].mean()))
+    table = np.array(rows, dtype=float).reshape(-1, 4)
+    found = {}
+    for column, name in enumerate(("slope", "dM", "dD"), start=1):
+        pairs = table[np.isfinite(table[:, column])][:, [column, 0]]
+        if len(pairs) > 3 and has_line(pairs):
+            found[name] = jackknife([len(pairs)], lambda kept, pairs=pairs: correlation(pairs[kept]))
+    return found

@@ -1,0 +1,198 @@
+"""Gradients with respect to whole weights, and what DoRA's norm makes of them (DoRA, Eq. 8 and 12).
+
+With W' = diag(m / n) V, n the norms of the rows of V, and G = dL/dW':
+
+    dL/dm = rowsum(G V) / n
+    dL/dV = diag(m / n) (G - diag(rowsum(G V) / n^2) V)     exact: what points along a row is projected out
+    dL/dV = diag(m / n) G                                   detached: n counts as a constant
+
+G is never needed to train; it is the sum over tokens of dY x^T, which takes a product of the size of the layer's own.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dora_mm.core import DoRALinear
+from dora_mm.core.functional import Adapter, as_matrix, directions
+from dora_mm.eval.decomposition import method_of
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.tables import csv_records
+
+FOLDER = "gradients"  # of a run; one file for each step
+MOST = 64  # matrices that are watched, evenly spaced: G has the size of the weight, in fp32
+NEGLIGIBLE = 1e-6  # singular values below this share of the largest one are rounding
+
+
+class GradientShape(NamedTuple):
+    """What the gradient of one matrix looks like, with respect to W' and to V.
+
+    Attributes:
+        norm: ||dL/dW'||.
+        exact: ||dL/dV|| / ||dL/dW'||.
+        detached: The same with n as a constant.
+        along: The root of the share of ||dL/dW'||^2 that points along the rows of V, which the projection takes away.
+        condition: The largest eigenvalue of the second moments of dL/dW' over rows, over the smallest that is none of
+            rounding.
+        condition_projected: The same for dL/dV, exact.
+        rank: Their effective rank: exp of the entropy of the eigenvalues' shares (Roy and Vetterli, 2007).
+        rank_projected: The same for dL/dV, exact.
+        magnitude: The mean over rows of |dL/dm|.
+    """
+
+    norm: float
+    exact: float
+    detached: float
+    along: float
+    condition: float
+    condition_projected: float
+    rank: float
+    rank_projected: float
+    magnitude: float
+
+
+def gradient_shape(G: Tensor, V: Tensor, m: Tensor | None) -> GradientShape | None:
+    """Computes it in float64.
+
+    Args:
+        G: dL/dW' (O, I).
+        V: The directions W0 + s B A (O, I).
+        m: The magnitude (O,); None: the norms of V, as without a magnitude, where W' is V.
+
+    Returns:
+        The numbers; None where the gradient is 0.
+    """
+    G, V = G.double(), V.double()
+    norm = torch.linalg.vector_norm(G)
+    if not norm > 0:
+        return None
+    n = torch.linalg.vector_norm(V, dim=1, keepdim=True)
+    units = torch.where(n > 0, V / n, 0)
+    gain = torch.ones_like(n) if m is None else torch.where(n > 0, m.double().unsqueeze(1) / n, 1)
+    dots = (G * units).sum(dim=1, keepdim=True)
+    projected = gain * (G - dots * units)
+    (condition, rank), (condition_projected, rank_projected) = spectrum(G), spectrum(projected)
+    return GradientShape(
+        float(norm),
+        float(torch.linalg.vector_norm(projected) / norm),
+        float(torch.linalg.vector_norm(gain * G) / norm),
+        float(torch.linalg.vector_norm(dots) / norm),
+        condition,
+        condition_projected,
+        rank,
+        rank_projected,
+        float(dots.abs().mean()),
+    )
+
+
+def spectrum(G: Tensor) -> tuple[float, float]:
+    """The condition number and the effective rank of G^T G, without what is rounding; NaN and 0 for zeros."""
+    values = torch.linalg.svdvals(G)
+    values = values[values > NEGLIGIBLE * values.max()].square()
+    if not len(values):
+        return float("nan"), 0.0
+    shares = values / values.sum()
+    return float(values.max() / values.min()), float(torch.exp(-(shares * shares.log()).sum()))
+
+
+class GradientWatch:
+    """Sums dL/dW' of adapted linear layers over the passes of a step.
+
+    Hooks read what a pass computes anyway: no bit of a training changes. With dropout, and of rows that several
+    processes share, it is the gradient of this process's inputs as they come in.
+
+    Args:
+        networks: The networks, by name.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module]):
+        layers = {
+            f"{component}.{path}": layer
+            for component, network in networks.items()
+            for path, layer in network.named_modules()
+            if isinstance(layer, DoRALinear) and not layer.is_base()
+        }
+        every = -(-len(layers) // MOST) or 1
+        self.layers = {name: layers[name] for name in list(layers)[::every]}
+        self.sums: dict[str, Tensor] = {}
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """A context whose passes are summed."""
+        hooks = [layer.register_forward_hook(partial(self._watch, name)) for name, layer in self.layers.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _watch(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self._add, name, inputs[0].detach()))
+
+    def _add(self, name: str, x: Tensor, dY: Tensor) -> None:
+        G = dY.detach().flatten(0, -2).float().t() @ x.flatten(0, -2).float()
+        self.sums[name] = G if name not in self.sums else self.sums[name].add_(G)
+
+    @torch.no_grad()
+    def rows(self, scale: float = 1.0) -> list[dict[str, str]]:
+        """A row for each matrix that a gradient has reached; `scale`: what losses were multiplied by."""
+        found = []
+        for name, layer in self.layers.items():
+            if name not in self.sums:
+                continue
+            (adapter,) = layer.adapters()
+            shape = gradient_shape(self.sums[name] / scale, self._directions(layer, adapter), adapter.magnitude)
+            if shape is not None:
+                about = {"method": method_of(layer.adaptation.spec)}
+                numbers = {key: f"{value:.6g}" for key, value in shape._asdict().items()}
+                found.append(about | {"matrix": name} | numbers)
+        return found
+
+    @staticmethod
+    def _directions(layer: DoRALinear, adapter: Adapter) -> Tensor:
+        return directions(as_matrix(layer.weight), adapter)
+
+
+@contextmanager
+def watched(
+    networks: Mapping[str, nn.Module], file: Path | None, scaler: torch.amp.GradScaler | None = None
+) -> Iterator[None]:
+    """A context that writes what gradients look like; nothing where there is no file.
+
+    Args:
+        networks: The networks, by name.
+        file: The CSV file; None: no step to watch.
+        scaler: Scales the losses, in fp16.
+    """
+    if file is None:
+        yield
+        return
+    watch = GradientWatch(networks)
+    with watch.open():
+        yield
+    if rows := watch.rows(scaler.get_scale() if scaler else 1.0):
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, csv_records(rows))
+
+
+def read_gradients(run: Path) -> dict[int, list[dict[str, str]]]:
+    """The rows that a run has written, by step; none where it has watched nothing."""
+    found = {}
+    for file in sorted((run / FOLDER).glob("step-*.csv")):
+        with file.open(newline="", encoding="utf-8") as text:
+            found[int(file.stem.removeprefix("step-"))] = list(csv.DictReader(text))
+    return found
+
+
+def file_of(run: Path, step: int) -> Path:
+    """The file of a step in a run."""
+    return run / FOLDER / f"step-{step:06d}.csv"

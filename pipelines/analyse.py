@@ -1,0 +1,164 @@
+"""dora-mm analyse: what training did to lengths and directions of the weights (the paper's Fig. 3), with intervals.
+
+Writes changes.csv (every matrix at every checkpoint), methods.csv, analysis.md and the figure; and of runs that have
+measured gradients (train.gradients_at), gradients.csv.
+"""
+
+import logging
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dora_mm.eval.analysis import find_sources, read_points
+from dora_mm.eval.decomposition import ChangePattern, WeightPoint, pattern, relation_to_score
+from dora_mm.eval.gradients import GradientShape, read_gradients
+from dora_mm.eval.plots import plot_patterns
+from dora_mm.eval.statistics import Interval, jackknife
+from dora_mm.utils.atomic import write_text
+from dora_mm.utils.run_directory import new_folder
+from dora_mm.utils.tables import csv_records, markdown_records
+
+log = logging.getLogger(__name__)
+EXPLAINED = """dM is the mean over the rows of a weight by which their length changed, dD that of 1 - cos between a row
+and itself before training (Eq. 1 of the paper). Slope and correlation are those of dM over dD, over all matrices and
+checkpoints of a method; dM and dD are means at the last checkpoint. In brackets: 95 % intervals of the jackknife over
+matrices and, where there are several, over trainings."""
+
+
+GRADIENTS = """Gradients with respect to W' and to V (Eq. 8), means over matrices with 95 % intervals of the jackknife.
+exact and detached: ||dL/dV|| / ||dL/dW'||, with the norm differentiated and as a constant. along: the share of dL/dW'
+along the rows of V, as a length, which the exact gradient loses. condition and rank: the common logarithm of the
+condition number, and the effective rank, of the second moments over rows, of dL/dW' and (projected) of the exact dL/dV.
+magnitude: |dL/dm|."""
+
+
+def main(
+    runs: Sequence[str], *, base: str | None = None, modules: str | None = None, output: str | None = None
+) -> None:
+    """Reads the weights one at a time, writes the tables, the page and the figure, and prints the page.
+
+    Args:
+        runs: Run directories, folders of campaigns, adapter files of any tool, or fine-tuned models.
+        base: The base model; None: that of each run's config.
+        modules: A regular expression that a module's name has to match in full; None: all.
+        output: A new folder; None: a numbered one in runs/analysis.
+
+    Raises:
+        ValueError: Something is not there or cannot be read, has no known base model, or nothing matches.
+    """
+    try:
+        wanted = re.compile(modules) if modules else None
+    except re.error as error:
+        raise ValueError(f"--modules: {modules} is no regular expression: {error}") from None
+    sources = [source for run in runs for source in find_sources(run, base)]
+    points = [point for source in sources for point in read_points(source, wanted)]
+    by_method = grouped(points)
+    patterns = {method: pattern(own) for method, own in by_method.items()}
+    gradients = [row for run in runs for row in gradient_rows(Path(run))]
+    folder = new_folder("analysis", output)
+    page = "\n\n".join(paragraphs(patterns, points) + about_gradients(gradients))
+    write_text(folder / "changes.csv", csv_records([row_of(point) for point in points]))
+    if gradients:
+        write_text(folder / "gradients.csv", csv_records(gradients))
+    write_text(folder / "methods.csv", csv_records([numbers(method, found) for method, found in patterns.items()]))
+    write_text(folder / "analysis.md", f"# What training changed\n\n![dM over dD](changes.svg)\n\n{page}\n")
+    print(f"{page}\n\npage     {folder / 'analysis.md'}")
+    try:
+        _, picture = plot_patterns(by_method, patterns, folder)
+        print(f"figure   {picture}")
+    except ModuleNotFoundError as error:
+        log.warning("The figure is left out: it needs %s (pip install 'dora_mm[eval]').", error.name)
+
+
+def grouped(points: Sequence[WeightPoint]) -> dict[str, list[WeightPoint]]:
+    """The points by method, in the order in which they are met."""
+    found: dict[str, list[WeightPoint]] = defaultdict(list)
+    for point in points:
+        found[point.method].append(point)
+    return dict(found)
+
+
+def paragraphs(patterns: Mapping[str, ChangePattern], points: Sequence[WeightPoint]) -> list[str]:
+    """The page: what the numbers are, the table of methods, and how they go with scores."""
+    rows = [
+        {
+            "method": method,
+            "trainings": str(found.num_runs),
+            "matrices": str(found.num_matrices),
+            "points": str(found.num_points),
+            "slope": shown(found.slope),
+            "correlation": shown(found.correlation),
+            "dM": shown(found.dM),
+            "dD": shown(found.dD),
+        }
+        for method, found in patterns.items()
+    ]
+    page = [EXPLAINED, markdown_records(rows)]
+    scored = [point for point in points if point.score is not None]
+    if related := relation_to_score(scored):
+        num_runs = len({point.run for point in scored})
+        page += [
+            f"Correlation with the score by which rates were chosen, over {num_runs} trainings of all methods:",
+            markdown_records(
+                [{"of each training": name, "correlation": shown(found)} for name, found in related.items()]
+            ),
+        ]
+    return page
+
+
+def gradient_rows(run: Path) -> list[dict[str, str]]:
+    """The rows of a run that has measured gradients."""
+    steps = read_gradients(run)
+    return [{"run": run.name, "step": str(step), **row} for step, rows in steps.items() for row in rows]
+
+
+def about_gradients(rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """What gradients look like, by method and step: means over matrices, geometric ones of condition numbers."""
+    if not rows:
+        return []
+    groups: dict[tuple[str, int], list[Mapping[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[row["method"], int(row["step"])].append(row)
+    table = []
+    for (method, step), own in sorted(groups.items()):
+        values = {key: np.array([float(row[key]) for row in own]) for key in GradientShape._fields if key != "norm"}
+        values |= {key: np.log10(values[key]) for key in ("condition", "condition_projected")}
+        means = {key: shown(mean_over_matrices(each)) for key, each in values.items()}
+        table.append({"method": method, "step": str(step), "matrices": str(len(own)), **means})
+    return [GRADIENTS, markdown_records(table)]
+
+
+def mean_over_matrices(values: np.ndarray) -> Interval:
+    return jackknife([len(values)], lambda kept: float(values[kept].mean())) if len(values) > 1 else alone(values[0])
+
+
+def alone(value: float) -> Interval:
+    """What a single matrix says: it has no interval."""
+    return Interval(float(value), math.nan, math.nan)
+
+
+def shown(interval: Interval | None) -> str:
+    if interval is None or math.isnan(interval.low):
+        return "-" if interval is None else f"{interval.mean:.3g}"
+    return f"{interval.mean:.3g} ({interval.low:.3g} to {interval.high:.3g})"
+
+
+def row_of(point: WeightPoint) -> dict[str, str]:
+    step, score = ("" if value is None else f"{value:g}" for value in (point.step, point.score))
+    about = {"method": point.method, "run": point.run, "step": step, "matrix": point.matrix}
+    return about | {"dM": f"{point.dM:.6g}", "dD": f"{point.dD:.6g}", "score": score}
+
+
+def numbers(method: str, found: ChangePattern) -> dict[str, str]:
+    """A row of methods.csv."""
+    counts = {"trainings": found.num_runs, "matrices": found.num_matrices, "points": found.num_points}
+    row = {"method": method, **{name: str(count) for name, count in counts.items()}}
+    for name in ("slope", "correlation", "dM", "dD"):
+        interval: Interval | None = getattr(found, name)
+        ends = interval.as_dict() if interval else dict.fromkeys(("mean", "low", "high"))
+        row |= {f"{name}_{end}": "" if value is None else f"{value:.6g}" for end, value in ends.items()}
+    return row

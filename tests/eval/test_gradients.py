@@ -1,0 +1,92 @@
+"""What gradients look like, against autograd of the formulas in float64; and that watching them changes no bit."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dora_mm.core import DoRASpec, inject
+from dora_mm.eval.gradients import GradientWatch, gradient_shape, read_gradients, spectrum, watched
+from tests.core import reference
+
+
+def weights(seed=0):
+    stream = torch.Generator().manual_seed(seed)
+    W0, x, dY = (torch.randn(*shape, generator=stream, dtype=torch.float64) for shape in ((6, 9), (20, 9), (20, 6)))
+    return W0, x, dY
+
+
+def test_it_is_autograd_of_the_formula():
+    V, x, dY = weights()
+    m = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+    leaf, magnitude = V.clone().requires_grad_(), m.clone().requires_grad_()
+    whole = magnitude[:, None] * leaf / leaf.norm(dim=1, keepdim=True)
+    ((x @ whole.T) * dY).sum().backward()
+    G = dY.T @ x
+    found = gradient_shape(G, V, m)
+    assert found.norm == pytest.approx(G.norm().item())
+    assert found.exact == pytest.approx((leaf.grad.norm() / G.norm()).item())
+    assert found.magnitude == pytest.approx(magnitude.grad.abs().mean().item())
+    assert found.detached == pytest.approx(((m / V.norm(dim=1))[:, None] * G).norm().item() / G.norm().item())
+    assert spectrum(leaf.grad) == pytest.approx((found.condition_projected, found.rank_projected))
+    eigenvalues = np.linalg.eigvalsh((G.T @ G).numpy())[-6:]  # G has six rows
+    assert found.condition == pytest.approx(eigenvalues[-1] / eigenvalues[0])
+
+
+def test_cases_by_hand():
+    V = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    along = gradient_shape(V, V, None)
+    assert (along.along, along.exact, along.detached, along.rank_projected) == (1, 0, 1, 0)
+    across = gradient_shape(V[[1, 0]], V, torch.tensor([1.0, 2.0]))
+    assert (across.along, across.magnitude) == (0, 0)
+    assert across.exact == across.detached == pytest.approx((0.25 + 16) ** 0.5 / 5**0.5)
+    assert spectrum(torch.diag(torch.tensor([2.0, 2.0, 0.0]))) == pytest.approx((1, 2))
+    assert gradient_shape(torch.zeros(2, 2), V, None) is None
+    zeros = gradient_shape(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2))
+    assert (zeros.exact, zeros.along) == (1, 0)
+
+
+@pytest.mark.parametrize("method", ["dora", "lora", "magnitude"])
+def test_hooks_sum_the_gradient_over_passes_and_change_no_bit(method, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 6), nn.ReLU(), nn.Linear(6, 4))
+    inject(model, ["0", "2"], DoRASpec(rank=2, method=method))
+    for layer in (model[0], model[2]):
+        reference.randomize(layer)
+    plain, inputs = copy.deepcopy(model), [torch.randn(3, 5, 9), torch.randn(3, 5, 9)]
+    watch = GradientWatch({"model": model})
+    with watch.open():
+        for x in inputs:
+            model(x).square().mean().backward()
+    for x in inputs:
+        plain(x).square().mean().backward()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        assert one.grad is None or torch.equal(one.grad, other.grad)
+    whole = copy.deepcopy(plain)
+    for layer in (whole[0], whole[2]):
+        layer.merge(keep_base=False)
+        layer.weight.requires_grad_()
+    for x in inputs:
+        whole(x).square().mean().backward()
+    for name in ("0", "2"):
+        torch.testing.assert_close(watch.sums[f"model.{name}"], whole[int(name)].weight.grad, rtol=1e-4, atol=1e-6)
+    assert [row["matrix"] for row in watch.rows()] == ["model.0", "model.2"]
+    assert {row["method"].split(",")[0] for row in watch.rows()} == {method}
+    model(inputs[0]).sum().backward()
+    assert not model[0]._forward_hooks
+
+
+def test_a_step_is_a_file_and_no_file_is_no_step(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3))
+    inject(model, ["0"], DoRASpec(rank=2))
+    for file in (None, tmp_path / "gradients" / "step-000007.csv"):
+        with watched({"model": model}, file):
+            model(torch.randn(5, 4)).square().sum().backward()
+    found = read_gradients(tmp_path)
+    assert list(found) == [7]
+    assert found[7][0]["matrix"] == "model.0"
+    assert float(found[7][0]["exact"]) < float(found[7][0]["detached"])
+    assert read_gradients(tmp_path / "nothing") == {}
