@@ -23,10 +23,9 @@ from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.core import base_model
 from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
-from dora_mm.data.images.wording import unchanged
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import about_prediction, identity_of, load_if_local, load_image_model
-from dora_mm.preview.images import describe_data, remark_on_alternatives, remark_on_cut, remark_on_length
+from dora_mm.preview.images import describe_data, remark_on_captions, remark_on_length
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, drawing_command
@@ -84,8 +83,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
-    remarks += remark_on_cut(model, [unchanged(image, config.data.captions) for image in images])
-    remarks += remark_on_alternatives(images, config.data)
+    remarks += remark_on_captions(model, images, config.data)
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)

@@ -44,11 +44,10 @@ def describe_data(
             *describe_rendered(images, config),
             *describe_masks(images, config.data),
             *describe_preserved(config, class_images),
-            *remark_on_alternatives(images, config.data),
             *([describe_held_out(held, config.evaluate)] if held else []),
             describe_length(len(images), config.train, num_processes),
             *remark_on_length(len(images), config.train, num_processes),
-            *(remark_on_cut(model, [unchanged(image, config.data.captions) for image in images]) if model else []),
+            *remark_on_captions(model, images, config.data),
             *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
         ]
     )
@@ -172,6 +171,18 @@ def remark_on_length(num_images: int, train: TrainConfig, num_processes: int = 1
         f"Each picture is seen {views:.0f} times ({_recipes()}), which is {change} for a style: train.steps from "
         f"{usual[0]} to {usual[1]} would be as in those."
     ]
+
+
+def remark_on_captions(model: ImageModel | None, images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
+    """Warnings of captions that lose their end, or keep alternatives as text.
+
+    Args:
+        model: The model, whose tokenizer counts; None: lengths are left out.
+        images: The images.
+        data: The `data` section.
+    """
+    cut = remark_on_cut(model, [unchanged(image, data.captions) for image in images]) if model else []
+    return cut + remark_on_alternatives(images, data)
 
 
 def remark_on_cut(model: ImageModel, captions: Sequence[str]) -> list[str]:
