@@ -20,7 +20,7 @@ from dora_mm.adapting.files import digest_of_adapter
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import resolve_model, resolve_path
 from dora_mm.config.pictures import EvalStyleConfig
-from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images
+from dora_mm.data.images.folder import CaptionedImage, digest_of, read_captioned_images, read_training_images
 from dora_mm.data.images.pixels import load_rgb
 from dora_mm.eval.images import own_style
 from dora_mm.eval.images.clip import ClipSimilarity
@@ -110,8 +110,16 @@ def training_images(config: EvalStyleConfig, trained: TrainDiffusionConfig | Non
     """The pictures that the drawn ones are compared with."""
     if config.images is None and trained is None:
         raise ValueError(f"images: {config.adapter.path} does not say what it was trained on: name the folder")
-    folder, subfolders = (config.images, False) if config.images else (trained.data.folder, trained.data.subfolders)  # pyright: ignore[reportOptionalMemberAccess]
-    return read_captioned_images(folder, instance_prompt=PLACEHOLDER, subfolders=subfolders, key="images")
+    if config.images is not None:
+        return read_captioned_images(config.images, instance_prompt=PLACEHOLDER, key="images")
+    assert trained is not None
+    data = trained.data.model_copy(
+        update={"instance_prompt": PLACEHOLDER, "placeholder": None, "unused_captions": "stop"}
+    )
+    try:
+        return read_training_images(data)
+    except ValueError as error:
+        raise ValueError(f"images: {error}") from error
 
 
 def prompts_of(

@@ -11,6 +11,8 @@ from torch import nn
 from dora_mm import formats
 from dora_mm.config import find_path, resolve_model
 from dora_mm.config.adapter import REGEX
+from dora_mm.config.loader import is_adapter
+from dora_mm.config.models import ModelConfig
 from dora_mm.core import DoRASpec, InjectReport, TargetMap, inject
 from dora_mm.core.targets import match_modules, parts_in
 from dora_mm.formats.commands.inspection import Inspection, inspect_file
@@ -54,7 +56,9 @@ def main(
     if file is not None and file.suffix.lower() == ".png":
         print(describe_picture(file))
         return
-    if file is None:
+    if file is not None and (described := describe_single_file(file, targets)):
+        print(described)
+    elif file is None:
         print(describe_model(resolve_model(path, "MODEL"), targets))
     elif targets is not None:
         raise ValueError(f"--targets is for models, but {file} is an adapter file: leave it out")
@@ -153,12 +157,25 @@ def describe_values(file: formats.AdapterFile) -> str:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def describe_model(path: str, only: str | None) -> str:
+def describe_single_file(file: Path, only: str | None) -> str | None:
+    """As `describe_model`, and what it predicts, of a whole image model in one file; None for other files."""
+    if file.suffix != ".safetensors" or not file.is_file() or is_adapter(file):  # a pipe would never end
+        return None
+    from dora_mm.models.image_families import about_prediction, family_of_file  # loads diffusers
+
+    if not (family := family_of_file(file)):
+        return None
+    networks = describe_model(str(family.single_file_configs), only, str(file))
+    return f"{about_prediction(ModelConfig(path=str(file)))}\n\n{networks}"
+
+
+def describe_model(path: str, only: str | None, name: str | None = None) -> str:
     """A section for each network of a model that has a target map, and the names of those that have none.
 
     Args:
         path: The folder or hub name of the model.
         only: The only target map to show, in the networks of a pipeline that it is for, or a pattern; None shows all.
+        name: What it is called, if not by its path.
 
     Raises:
         ValueError: There is no map `only`, or it is for no network; or `path` is no model, or one without a map.
@@ -173,18 +190,19 @@ def describe_model(path: str, only: str | None) -> str:
         targets = given or (find(wanted, model) if wanted else map_of_network(networks[""], model))
         return describe_network(path, networks[""], model, targets)
     sections, without = [], []
-    for name, network in networks.items():
+    for component, network in networks.items():
         try:
             model = network.build()
             targets = given if given and parts_in(model, given) else map_of(model)
         except ValueError:
-            without.append(f"{name} ({network.kind})")
+            without.append(f"{component} ({network.kind})")
             continue
         if wanted in (None, targets.name):
-            sections.append(describe_network(f"{path} {name}", network, model, targets))
+            sections.append(describe_network(f"{name or path} {component}", network, model, targets))
     if not sections:
         which = f"the target map {only}" if only else "a target map"
-        raise ValueError(f"no network of {path} with a config.json has {which}: it has {', '.join(networks) or 'none'}")
+        has = ", ".join(networks) or "none"
+        raise ValueError(f"no network of {name or path} with a config.json has {which}: it has {has}")
     if without and not only:
         sections.append(f"without a target map: {', '.join(without)}")
     return "\n\n".join(sections)

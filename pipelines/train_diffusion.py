@@ -1,10 +1,7 @@
 """Trains an adapter of an image model on a folder of captioned images, and draws images without and with it."""
 
-import contextlib
-import json
 import logging
-import shlex
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,6 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-import dora_mm
 from dora_mm import formats
 from dora_mm.adapting import networks
 from dora_mm.adapting.compiled import check_compiler, compile_blocks, compiled_line
@@ -24,19 +20,21 @@ from dora_mm.adapting.networks import TrainedNetworks
 from dora_mm.adapting.parts import check_names
 from dora_mm.adapting.sharding import division
 from dora_mm.config.images import TrainDiffusionConfig
-from dora_mm.data.images.folder import CaptionedImage, digest_of, read_training_images
+from dora_mm.core import base_model
+from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.models.diffusion import ImageModel
-from dora_mm.models.image_families import identity_of, load_if_local, load_image_model
-from dora_mm.preview.images import describe_data, remark_on_cut, remark_on_length
+from dora_mm.models.image_families import about_prediction, identity_of, load_if_local, load_image_model
+from dora_mm.preview.images import describe_data, remark_on_captions, remark_on_length
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
-from dora_mm.sampling.before_after import before_after_sheet
+from dora_mm.sampling.before_after import add_pictures, before_after_sheet, drawing_command
 from dora_mm.sampling.pictures import PictureSampler
 from dora_mm.sampling.sheets import save_atomically
-from dora_mm.tasks.diffusion import DiffusionTask
+from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
 from dora_mm.tasks.held_out import PictureLosses
 from dora_mm.tasks.image_batches import CaptionedBatches, PromptEncoder
+from dora_mm.tasks.preservation import PreservingBatches, preserving
 from dora_mm.train.checkpoint import last_step
 from dora_mm.train.loop import fit
 from dora_mm.train.optim import build_optimizer, check_device
@@ -49,7 +47,6 @@ from dora_mm.utils.run_directory import SAMPLE_NOW, RunDirectory
 
 log = logging.getLogger(__name__)
 Networks = dict[str, nn.Module]  # by component
-MOST_SHOWN = 6  # pictures in a model card: of 1024 pixels, each has 1.5 MB
 
 
 def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: bool = False) -> None:
@@ -68,14 +65,15 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
         ValueError: The images, the model, the initial adapter or the output folder cannot be used. A new run directory
             is created only after these checks.
     """
-    images, held = hold_out(read_training_images(config.data), config.data)
+    images, held = hold_out(read_images(config.data, "train"), config.data)
+    class_images = read_images(config.data, "preserve")
     trains_text = config.adapter.trains_text_encoders
     # The last layer of a text encoder may be unused: its adapters get no gradients.
     accelerator = join_processes(
         config.train.mixed_precision, find_unused_parameters=trains_text, shard=config.train.shard
     )
     if dry_run:
-        print(describe(config, images, held, accelerator))
+        print(describe(config, images, held, class_images, accelerator))
         return
     check_device(config.optimizer, accelerator.device)
     check_can_shard(accelerator, config.train)
@@ -85,12 +83,13 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     check_names(config.adapter, model.target_maps)  # mistakes now, and not when everything is encoded
     task = DiffusionTask(model, config.loss)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
-    remarks += remark_on_cut(model, [image.caption for image in images])
+    remarks += remark_on_captions(model, images, config.data)
     for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)
+    source = preserving(batches, config, class_images)
     losses = fixed_losses(config, task, batches, held, accelerator) if held else None
-    sampler = encode(config, model, batches, losses)
+    sampler = encode(config, model, batches, source, losses)
     trained = adapt(model, config)
     if config.train.shard:
         division(trained, model.target_maps).apply(accelerator.device)
@@ -101,12 +100,12 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     if remark := formats.about_format(trained.adapted, "diffusers"):
         log.warning("%s", remark)
     move_vae(model, config)
-    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)} | initial_identity(
-        config.adapter
-    )
-    inputs |= {"the held-out pictures": digest_of(held)} if held else {}
+    inputs = {"the pictures and captions": digest_of(images), **identity_of(config.model)}
+    inputs |= initial_identity(config.adapter)
+    others = {"the held-out pictures": held, "the pictures to preserve": class_images}
+    inputs |= {name: digest_of(found) for name, found in others.items() if found}
     with training_run(accelerator, config, inputs, resume, config.train) as run:
-        train(config, run, trained.adapted, training, batches, sampler, losses)
+        train(config, run, trained.adapted, training, source, sampler, losses)
 
 
 def train(
@@ -114,7 +113,7 @@ def train(
     run: RunDirectory,
     adapted: Networks,
     training: dict[str, Any],
-    batches: CaptionedBatches,
+    batches: Callable[[int], ConditionedLatents],
     sampler: PictureSampler,
     losses: PictureLosses | None,
 ) -> None:
@@ -122,7 +121,7 @@ def train(
     accelerator, result = training["accelerator"], result_of(training["optimizer"])
     joins, writes = takes_part(accelerator, config.train), accelerator.is_main_process
     average = WeightAverage(training["parameters"], config.ema.decay) if config.ema else None
-    draw = result(partial(draw_sheet, config, sampler, adapted, writes=writes))
+    draw = result(partial(draw_sheet, config, sampler, adapted, average, writes=writes))
     about = about_image_adapter(config, sampler.model)
     write = result(partial(save_image_adapter, config, adapted, about))
     measure = result(partial(losses, list(adapted.values()))) if losses else None
@@ -138,8 +137,6 @@ def train(
         with answering(accelerator, config.train, run, SAMPLE_NOW) as asked:
             if due or asked:
                 draw(run.samples / f"step-{step:06d}.png")
-                if average and step:
-                    average.applied()(draw)(run.samples / f"step-{step:06d}-ema.png")
 
     if config.sample.every and not last_step(run.checkpoints):
         observe(0)  # so that what goes wrong in drawing does so before the training
@@ -160,28 +157,27 @@ def finish(
     config: TrainDiffusionConfig,
     run: RunDirectory,
     write: Callable[[Path], None],
-    draw: Callable[[Path], list[Image.Image]],
+    draw: Callable[[Path], Mapping[str, list[Image.Image]]],
     average: WeightAverage | None,
     *,
     writes: bool,
 ) -> None:
-    """Saves the adapter and its sheet, and those of the average."""
-    results = [(write, draw, run.adapter, run.sheet)]
+    """Saves the adapter and that of the average, and a sheet of both."""
+    write(run.adapter)
     if average:
-        applied = average.applied()
-        results.append((applied(write), applied(draw), run.adapter_ema, run.sheet_ema))
-    for write_one, draw_one, adapter, sheet in results:
-        write_one(adapter)
-        pictures = draw_one(sheet)
-        if writes:
-            add_pictures(config, adapter, pictures)
+        average.applied()(write)(run.adapter_ema)
+    pictures = draw(run.sheet)
+    if writes:
+        add_pictures(config, run.adapter, pictures.get("after", []))
+        if average:
+            add_pictures(config, run.adapter_ema, pictures.get("average", []))
 
 
 def batches_of(
     config: TrainDiffusionConfig, model: ImageModel, images: list[CaptionedImage], accelerator: Accelerator
 ) -> CaptionedBatches:
     """The batches of this process, by number."""
-    prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders)
+    prompts = PromptEncoder(model, trained=config.adapter.trains_text_encoders, folder=config.data.text_cache)
     process = (accelerator.process_index, accelerator.num_processes)
     settings: dict[str, Any] = {"batch_size": config.train.batch_size, "seed": config.seed, "process": process}
     return CaptionedBatches(model, images, prompts, config.data, **settings)
@@ -229,20 +225,9 @@ def held_out_loss(
     done, values = last_step(run.checkpoints), average.measured(beside_base) if average else beside_base
     validation = Validation(run, config.evaluate, values, by_held_out_loss, saves, done, writes=writes)
     if not validation.rows:
-        with base_model(config, adapted.values()):
+        with base_model(adapted.values()):  # of method full, nothing is trained yet
             validation.note(0, measure())
     return validation
-
-
-@contextlib.contextmanager
-def base_model(config: TrainDiffusionConfig, networks: Collection[nn.Module]) -> Iterator[None]:
-    """Switches the adapters off before a training. Method `full` has no others, but nothing is trained yet."""
-    adapters = [] if "full" in config.adapter.methods else networks
-    for network in adapters:
-        dora_mm.set_strength(network, 0.0)
-    yield
-    for network in adapters:
-        dora_mm.set_strength(network, 1.0)
 
 
 def by_held_out_loss(row: Mapping[str, float]) -> dict[str, float]:
@@ -256,7 +241,11 @@ def log_losses(step: int, values: Mapping[str, float]) -> None:
 
 @torch.no_grad()
 def encode(
-    config: TrainDiffusionConfig, model: ImageModel, batches: CaptionedBatches, losses: PictureLosses | None
+    config: TrainDiffusionConfig,
+    model: ImageModel,
+    batches: CaptionedBatches,
+    source: CaptionedBatches | PreservingBatches,
+    losses: PictureLosses | None,
 ) -> PictureSampler:
     """Encodes ahead of training what stays the same, and frees the text encoders where they are frozen.
 
@@ -265,8 +254,10 @@ def encode(
     Returns:
         What draws the sheets, with their prompts encoded.
     """
-    for each in [batches, *(losses.parts.values() if losses else ())]:
-        each.encode_all()
+    for each in dict.fromkeys([batches, source]):
+        each.encode_all(config.train.steps * config.train.gradient_accumulation_steps)
+    for part in losses.parts.values() if losses else ():
+        part.encode_all()
     sampler = PictureSampler(model)
     if not batches.prompts.trained:
         sampler.keep_prompts([(prompt, config.sample.negative_prompt) for prompt in config.sample.prompts])
@@ -300,25 +291,31 @@ def build(
 
 
 def describe(
-    config: TrainDiffusionConfig, images: list[CaptionedImage], held: list[CaptionedImage], accelerator: Accelerator
+    config: TrainDiffusionConfig,
+    images: list[CaptionedImage],
+    held: list[CaptionedImage],
+    class_images: list[CaptionedImage],
+    accelerator: Accelerator,
 ) -> str:
     """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
-    config = config.model_copy(update={"data": config.data.model_copy(update={"latent_cache": None})})  # writes nothing
+    writes_nothing = {"latent_cache": None, "text_cache": None}
+    config = config.model_copy(update={"data": config.data.model_copy(update=writes_nothing)})
     model = load_if_local(config.model)
-    data = describe_data(images, config, model, accelerator.num_processes, held)
+    data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
     if model is None:
         return "\n\n".join([data, *slow_hardware(accelerator, None)])
     shard = config.train.shard
     batches = batches_of(config, model if shard else model.to(accelerator.device), images, accelerator)
+    source = preserving(batches, config, class_images)
     if not shard and is_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()]):
         with torch.no_grad():
-            batches(0)  # the only batch that is measured
+            source(0)  # the only batch that is measured
     if not batches.prompts.trained:
         model.components.release(model.text_encoders)
     trained = adapt(model, config)
     table = parts_table(trained, model.adaptable, model.target_maps, config.adapter, config.optimizer)
     task = DiffusionTask(model, config.loss)
-    training = build(config, model, trained, task, accelerator) | {"batch_at": batches}
+    training = build(config, model, trained, task, accelerator) | {"batch_at": source}
     move_vae(model, config)
     divided = division(trained, model.target_maps) if shard else None
     ema = config.ema is not None
@@ -328,7 +325,7 @@ def describe(
         how += f"\n{compiled_line(trained.networks, model.target_maps)}"
     if remark := formats.about_format(trained.adapted, "diffusers"):
         table = f"{table}\n{remark}"
-    return f"{data}\n\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
+    return f"{data}\n\n{about_prediction(config.model)}\n{trained.share}\n{table}\n\n{how}\n\n{cost}"
 
 
 def adapt(model: ImageModel, config: TrainDiffusionConfig) -> TrainedNetworks:
@@ -353,34 +350,32 @@ def set_training(adapted: Networks, training: bool) -> None:
 
 
 def draw_sheet(
-    config: TrainDiffusionConfig, sampler: PictureSampler, adapted: Networks, path: Path, *, writes: bool
-) -> list[Image.Image]:
-    """Draws the prompts of the config without and with the adapter, with the same seeds; saves the sheet if it writes.
+    config: TrainDiffusionConfig,
+    sampler: PictureSampler,
+    adapted: Networks,
+    average: WeightAverage | None,
+    path: Path,
+    *,
+    writes: bool,
+) -> Mapping[str, list[Image.Image]]:
+    """Draws the prompts of the config by the bare model, the adapter and its average; saves the sheet if it writes.
 
     Returns:
-        The adapter's picture of each prompt.
+        As `before_after_sheet`; nothing without prompts.
     """
     if not config.sample.prompts:
-        return []
+        return {}
     set_training(adapted, False)
     model = sampler.model.to(sampler.model.device)
     trains_text = config.adapter.trains_text_encoders  # then prompts are encoded anew for each sheet
     settings: dict[str, Any] = {"strength": config.adapter.strength, "full": "full" in config.adapter.methods}
+    settings["average"] = average and average.applied
     sheet, pictures = before_after_sheet(model if trains_text else sampler, adapted, config.sample, **settings)
     if writes:
         save_atomically(path, sheet)
     move_vae(model, config)
     set_training(adapted, True)
     return pictures
-
-
-def add_pictures(config: TrainDiffusionConfig, folder: Path, pictures: list[Image.Image]) -> None:
-    """Saves the first pictures beside the adapter, and shows them in its model card."""
-    shown = []
-    for number, (prompt, picture) in enumerate(zip(config.sample.prompts[:MOST_SHOWN], pictures, strict=False), 1):
-        shown.append((prompt, f"pictures/{number}.png"))
-        save_atomically(folder / shown[-1][1], picture)
-    formats.write_card(folder, pictures=shown)
 
 
 def write_results(
@@ -402,17 +397,3 @@ def write_results(
     if run.sheet.exists():
         print(f"sheet    {run.sheet}")
     print(f"to draw  {drawing_command(config, run)}")
-
-
-def drawing_command(config: TrainDiffusionConfig, run: RunDirectory) -> str:
-    """Draws with the adapter: the prompts that `dora-mm new` has written beside the config, or the first of its own."""
-    words, prompts = ["dora-mm", "sample"], Path(f"{config.name}_prompts.txt")
-    if prompts.is_file():
-        words.append(str(prompts))
-    words += ["--set", f"adapter.path={run.path}"]
-    if not prompts.is_file():
-        prompt = next(iter(config.sample.prompts), config.data.instance_prompt or "a lighthouse")
-        words.append(f"prompts=[{json.dumps(prompt, ensure_ascii=False)}]")
-    if "full" not in config.adapter.methods:  # the base is replaced
-        words.append("strengths=[0, 1]")
-    return shlex.join(words)

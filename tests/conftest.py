@@ -6,20 +6,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never leave the machine
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, kernels run in the interpreter; read when imported
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from hypothesis import settings
-from PIL import Image
 
 from dora_mm.models.sdxl.family import SDXL
 from samples.build.pretraining.tiny_sdxl import build_tiny_sdxl
+from tests.data.images.pictures import write_pictures
 
 settings.register_profile("untimed", deadline=None)  # a first example pays for what is loaded once
 settings.load_profile("untimed")
@@ -65,12 +63,7 @@ def image_folder(tmp_path: Path) -> Path:
     """Five pictures of two shapes with captions."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    rows = []
-    for index, (height, width) in enumerate([(64, 64), (80, 80), (64, 64), (160, 44), (160, 44)]):
-        noise = np.random.default_rng(index).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{index}.png")
-        rows.append(json.dumps({"file_name": f"{index}.png", "text": f"a TOK icon of thing {index}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    write_pictures(folder)
     return folder
 
 

@@ -9,6 +9,8 @@ from dora_mm.cli.commands import take_job
 from dora_mm.cli.parser import build_parser
 from dora_mm.config import load_config
 from dora_mm.config.models import STARTS
+from dora_mm.config.pipelines import SCHEMAS
+from dora_mm.config.report import all_keys
 from samples.build.schema import SCHEMAS as BUILD_SCHEMAS
 from tests.documented.texts import FENCE, ROOT, commands, text_of
 
@@ -152,3 +154,17 @@ def test_examples(code, tmp_path, monkeypatch):
 
 def test_every_chapter_of_the_layer_has_an_example():
     assert len(examples("layer.md")) >= 10
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_our_keys_for_those_of_other_trainers_exist():
+    text = text_of(ROOT / "docs" / "coming_from.md")
+    keys = {key for name in ("train_diffusion", "train_vl") for key in all_keys(SCHEMAS[name])}
+    sections = {key.partition(".")[0] for key in keys}
+    ours = [row.split(" | ", 1)[1] for row in text.splitlines() if row.startswith("| ") and " | here" not in row]
+    named_keys = [name for cell in ours for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)", cell)]
+    wrong = [name for name in named_keys if name.partition(".")[0] in sections and name not in keys]
+    assert len(named_keys) > 80
+    assert wrong == []

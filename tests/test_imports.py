@@ -39,7 +39,7 @@ MAY_NAME_IMAGE_FAMILIES = (  # their own files, data about architectures and fil
 VL_TASKS = re.compile(rf"[\"']({'|'.join(TASKS)})[\"']")
 MAY_NAME_VL_TASKS = (  # the records; and formats of data files and metrics, some of which have the name of a task
     *("dora_mm/config/vl_tasks.py", "dora_mm/config/vl_data.py", "dora_mm/data/vl/readers/", "dora_mm/eval/vl/"),
-    "dora_mm/data/images/captions.py",
+    *("dora_mm/data/images/captions.py", "dora_mm/cli/"),  # a key of captions, a command
 )
 OF_A_BARE_QUESTION = re.compile(r"question_task = .*")  # each family says which task it takes a question for
 

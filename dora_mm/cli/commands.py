@@ -45,6 +45,10 @@ def run(arguments: Namespace, recipes: Recipes | None = None) -> None:
             _check_model(arguments)
             _check_files(arguments)
             _call("ask", arguments)
+        case "caption":
+            resolve_path(arguments.folder, "FOLDER")
+            _check_model(arguments, "--model")
+            _call("caption", arguments)
         case "convert":
             if arguments.to not in TARGETS:
                 raise ValueError(no_entry("target", arguments.to, f"one of {', '.join(TARGETS)}"))
@@ -69,8 +73,8 @@ def _call(recipe: str, arguments: Namespace) -> None:
     PIPELINES.load(recipe).main(**given)
 
 
-def _check_model(arguments: Namespace) -> None:
-    resolve_model(arguments.model, "MODEL")
+def _check_model(arguments: Namespace, key: str = "MODEL") -> None:
+    resolve_model(arguments.model, key)
     if arguments.revision is not None and (find_path(arguments.model) or not arguments.revision):
         raise ValueError(f"--revision is a commit, branch or tag of a hub model: leave it out for {arguments.model}")
 

@@ -10,6 +10,7 @@ from dora_mm.formats.registry import OTHER_TOOLS, TARGETS, TOOLS
 
 RESUMABLE = ("train", "sample", "grid")
 BASE = "the model: a folder, a single-file checkpoint or a hub name"
+CAPTION_PROMPT = "Describe the image in one sentence."
 AXIS = "the axis of the magnitudes, where their shape does not say it"
 
 
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_average,
         _add_analyse,
         _add_ask,
+        _add_caption,
         _add_configs,
         _add_check,
     ):
@@ -113,7 +115,7 @@ def _add_inspect(commands: Any) -> None:
         "inspect", help="list the contents of an adapter file, or the parts of a model that can be adapted"
     )
     command.add_argument(
-        "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder or hub name"
+        "path", metavar="PATH|MODEL", help="an adapter file, folder or run; a PNG; a model folder, file or hub name"
     )
     command.add_argument(
         "--targets", metavar="NAME", help="a target map, or re: and a pattern of modules; default: the map of the model"
@@ -203,8 +205,22 @@ def _add_ask(commands: Any) -> None:
     command.add_argument("--max-new-tokens", metavar="N", type=_positive, help=longest)
 
 
+def _add_caption(commands: Any) -> None:
+    command = commands.add_parser("caption", help="caption the images of a folder that have none, by a model")
+    command.add_argument("folder", metavar="FOLDER", help="the images; captions go into its metadata.jsonl")
+    command.add_argument("--model", metavar="MODEL", required=True, help="a folder of save_pretrained or a hub name")
+    command.add_argument("--prompt", metavar="TEXT", default=CAPTION_PROMPT, help=f"default: {CAPTION_PROMPT}")
+    command.add_argument("--max-new-tokens", metavar="N", type=_positive, help="the longest caption; default: 256")
+    command.add_argument("--batch-size", metavar="N", type=_positive, default=1, help="images together; default: 1")
+    _add_weights(command)
+
+
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="a folder of save_pretrained or a hub name")
+    _add_weights(command)
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     command.add_argument("--revision", metavar="R", help="a commit, branch or tag of a hub model; default: main")
 

@@ -3,17 +3,20 @@
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from dora_mm.config.adapter import ImageAdapterConfig, check_adapter
 from dora_mm.config.models import ModelConfig
 from dora_mm.config.pictures import PixelSize, SampleConfig
 from dora_mm.config.schema import (
     Backend,
+    Count,
     InputPath,
+    Items,
     NewFolder,
     NonNegative,
     PipelineConfig,
+    Positive,
     Section,
     Seed,
     Share,
@@ -41,6 +44,15 @@ def bucket_step(resolution: int) -> int:
     return 64 if resolution >= 512 else 32
 
 
+def _checked_resolution(resolution: int) -> int:
+    if resolution % bucket_step(resolution):
+        raise ValueError(f"must be a multiple of 64, or of 32 below 512, got {resolution}")
+    return resolution
+
+
+Resolution = Annotated[PixelSize, AfterValidator(_checked_resolution)]
+
+
 class HeldOutImagesConfig(Section):
     """Images that are not trained on: what is learned is validated by their loss."""
 
@@ -58,11 +70,63 @@ class HeldOutImagesConfig(Section):
         return self
 
 
+class ImageFolderConfig(Section):
+    """One of several folders of images."""
+
+    path: InputPath  # as data.folder
+    # preserve: images on which the `preserve` section holds the model, with their own captions; validate: held-out
+    # images, as data.valid
+    role: Literal["train", "preserve", "validate"] = "train"
+    repeats: Positive = 1.0  # how often each image occurs in an epoch, times data.repeats; 0.5: in every second epoch
+    weight: Positive = 1.0  # of the losses of its images: a step's loss is divided by the sum of weights
+    prompt: Text | None = None  # the caption of images without one; null: data.instance_prompt
+    resolution: Resolution | None = None  # pixels; null: data.resolution
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "ImageFolderConfig":
+        if self.role == "validate" and (self.repeats, self.weight) != (1.0, 1.0):
+            raise ValueError("repeats and weight have no effect on a folder of role validate: leave them out")
+        if self.role == "preserve" and self.weight != 1.0:
+            raise ValueError("weight has no effect on a folder of role preserve: set preserve.weight")
+        return self
+
+
+class CaptionConfig(Section):
+    """What becomes of captions, anew in every epoch; tags are what commas separate."""
+
+    prefix: Text | None = None  # before every caption, with a space; never moved or dropped; null: none
+    suffix: Text | None = None  # behind every caption, likewise
+    lines: bool = False  # each line of a text is a caption of its own, of which one is drawn
+    alternatives: bool = False  # one of {a|b} is drawn; as in prompts, a backslash before the brace leaves it
+    shuffle: bool = False  # tags in another order
+    tag_dropout: Share = 0.0  # probability of leaving out a tag
+    # The first tags that are neither moved nor dropped; of a caption with |||, all before it, and behind a second one
+    keep: Count = 0
+
+    @model_validator(mode="after")
+    def _keeps_from_something(self) -> "CaptionConfig":
+        if self.keep and not self.shuffle and not self.tag_dropout:
+            raise ValueError("keep has no effect without shuffle or tag_dropout: leave it out")
+        return self
+
+
+class MaskConfig(Section):
+    """How much each place of an image counts in the loss: of each image, sum(w loss) / sum(w), w = max(mask, floor)."""
+
+    source: Literal["file", "alpha"] = "file"  # file: cat.mask.png of cat.jpg, white counts; alpha: what is opaque
+    floor: Share = 0.1  # the least that a place counts
+    # base: where the mask is black, the prediction is held at that of the base model, by (1 - w) (difference)^2
+    outside: Literal["ignored", "base"] = "ignored"
+
+
 class DataConfig(Section):
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (("folder", "folders"),)
+
     # Images, with captions in metadata.jsonl, metadata.csv, or <name>.txt or <name>.caption files, or without captions
-    folder: InputPath
+    folder: InputPath | None = None  # null: folders are set
+    folders: Items[ImageFolderConfig] = ()  # several, each with its own settings; empty: folder is set
     subfolders: bool = False  # whether images in subfolders count; those in 10_name then occur 10 times in an epoch
-    resolution: PixelSize  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
+    resolution: Resolution  # pixels; an image has an area of about resolution x resolution and keeps its aspect ratio
     instance_prompt: Text | None = None  # the caption of images without one; null: every image needs a caption
     # Files that look like captions and are not used: stop: they are an error; ignore: they are named
     unused_captions: Literal["stop", "ignore"] = "stop"
@@ -71,16 +135,43 @@ class DataConfig(Section):
     background: Text = "white"  # behind transparent images: a colour name or #rrggbb
     flip: bool = False  # augmentation: mirror images at random
     crop: Literal["center", "random"] = "center"  # what remains when an image exceeds the target size
+    captions: CaptionConfig | None = None  # what becomes of captions; null: they stay as they are
     caption_dropout: Share = 0.0  # probability of training an image without its caption
+    mask: MaskConfig | None = None  # null: every place counts alike
     latent_cache: Text | None = None  # a folder that keeps latents between runs; null: in memory only
+    text_cache: Text | None = None  # a folder that keeps encoded captions, also between runs; null: in memory
     valid: HeldOutImagesConfig | None = None  # held-out images; null: none
 
-    @field_validator("resolution")
-    @classmethod
-    def _resolution_is_a_bucket(cls, resolution: int) -> int:
-        if resolution % bucket_step(resolution):
-            raise ValueError(f"must be a multiple of 64, or of 32 below 512, got {resolution}")
-        return resolution
+    @property
+    def all_folders(self) -> dict[str, ImageFolderConfig]:
+        """All folders by their keys, also where there is one."""
+        if self.folder is not None:
+            return {"data.folder": ImageFolderConfig(path=self.folder)}
+        return {f"data.folders[{number}]": folder for number, folder in enumerate(self.folders)}
+
+    @property
+    def has_class_images(self) -> bool:
+        """Whether the model is held on images of their own."""
+        return any(folder.role == "preserve" for folder in self.folders)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether some images are not trained on."""
+        return self.valid is not None or any(folder.role == "validate" for folder in self.folders)
+
+    @model_validator(mode="after")
+    def _folders_agree(self) -> "DataConfig":
+        problems = []
+        if (self.folder is None) == (not self.folders):
+            problems.append("give either folder or folders")
+        roles = {folder.role for folder in self.folders}
+        if self.folders and "train" not in roles:
+            problems.append("no folder has the role train")
+        if self.valid is not None and "validate" in roles:
+            problems.append("give either valid or a folder of role validate")
+        if self.valid is not None and self.valid.folder is not None and self.folders:
+            problems.append("valid.folder belongs to data.folder: give a folder of role validate instead")
+        return raise_problems(self, problems)
 
     @field_validator("placeholder")
     @classmethod
@@ -124,12 +215,27 @@ class LossConfig(Section):
         return self
 
 
+class PreserveConfig(Section):
+    """Holds the model at what it is without adapter, on prompts that should not change.
+
+    A loss of its own: (prediction - that of the base model)^2, mean over its pictures, times `weight`, beside the mean
+    over the training's. Its pictures are those of the batch, at the same noise, or those of folders of role preserve.
+    """
+
+    # Of these pictures: "" for no prompt, or a class such as "an icon"; null: their captions without data.placeholder,
+    # and of folders of role preserve their captions
+    prompt: str | None = None
+    weight: NonNegative = 1.0
+    every: PositiveInt = 1  # optimizer steps
+
+
 class TrainDiffusionConfig(PipelineConfig):
     command: ClassVar[str] = "train"
     changeable: ClassVar[tuple[str, ...]] = (
         *CHANGEABLE,
         "adapter.strength",
         "data.latent_cache",
+        "data.text_cache",
         "evaluate",  # the held-out loss of a step is the same, however often it is computed
         "sample",
     )
@@ -141,6 +247,7 @@ class TrainDiffusionConfig(PipelineConfig):
     adapter: ImageAdapterConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
+    preserve: PreserveConfig | None = None  # what the adapter should leave as it is; null: nothing is held
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = None  # an average of the weights, saved in adapter-ema/; null: none
@@ -153,14 +260,33 @@ class TrainDiffusionConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache)
-        problems += check_validation(self.evaluate, self.data.valid is not None, "data.valid is null")
+        problems += check_validation(self.evaluate, self.data.holds_out, "data.valid is null")
         full = "full" in self.adapter.methods
+        if full and self.data.mask and self.data.mask.outside == "base":
+            problems.append("data.mask.outside base needs the base model, whose weights adapter.method full changes")
+        problems += self._check_preserve(full=full)
         if full and self.model.dtype != "float32":
             problems.append("adapter.method full trains the base weights, so model.dtype must be float32")
         if self.data.latent_cache is not None and self.data.crop == "random":
             problems.append("data.latent_cache cannot be used with data.crop random: every crop is new")
+        if self.data.text_cache is not None and self.adapter.trains_text_encoders:
+            problems.append("data.text_cache has no effect where text encoders are trained: leave it out")
         if self.sample.every and not self.sample.prompts:
             problems.append("sample.every has no effect: sample.prompts is empty")
         if full and self.adapter.strength != 1.0:
             problems.append("adapter.strength must be 1 for adapter.method full: it keeps no base weights")
         return raise_problems(self, problems)
+
+    def _check_preserve(self, *, full: bool) -> list[str]:
+        if self.preserve is None:
+            return ["a folder of role preserve needs the section preserve"] if self.data.has_class_images else []
+        problems = []
+        if full:
+            problems.append("preserve needs the base model, whose weights adapter.method full changes")
+        if self.data.has_class_images and self.preserve.prompt is not None:
+            problems.append("preserve.prompt has no effect: folders of role preserve have captions of their own")
+        if self.preserve.prompt is None and not self.data.has_class_images and self.data.placeholder is None:
+            problems.append(
+                "preserve.prompt null is the caption without data.placeholder, which is null: set one of both"
+            )
+        return problems

@@ -59,17 +59,20 @@ class ModelConfig(Section):
     revision: Text | None = None  # a commit, branch or tag of a hub model; null: its main branch
     vae: ModelPath | None = None  # a folder or hub name of another VAE; null: the model's own
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # dtype of the frozen weights; adapters are float32
+    # What an SDXL model predicts; auto: what its files say, of a single checkpoint its tensors v_pred and ztsnr
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     sdxl: SDXLConfig | None = None  # null: its defaults
     z_image: ZImageConfig | None = None  # null: its defaults
 
     def settings_of_pictures(self) -> dict[str, Any]:
-        """The settings of the family on which pictures depend, and that are not the defaults, by section and key."""
+        """The settings beside the files on which pictures depend, and that are not the defaults, by section and key."""
+        own = self.model_dump(include={"prediction"}, exclude_defaults=True)
         found = {
             name: section.model_dump(exclude_defaults=True, exclude=set(section.only_training))
             for name, section in self
             if isinstance(section, ImageFamilyConfig)
         }
-        return {name: settings for name, settings in found.items() if settings}
+        return own | {name: settings for name, settings in found.items() if settings}
 
 
 class VisionConfig(Section):

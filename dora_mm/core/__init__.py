@@ -1,6 +1,6 @@
 """The adapted layers, the target maps and the injection. Imports only torch."""
 
-from dora_mm.core.adapted import AdaptedLayer
+from dora_mm.core.adapted import AdaptedLayer, base_model
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.functional import Adapter
 from dora_mm.core.inject import (
@@ -35,6 +35,7 @@ __all__ = [
     "adapt_layer",
     "adapted_layers",
     "adapter_parameters",
+    "base_model",
     "fixed_parameters",
     "inject",
     "merge",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -286,3 +287,25 @@ def has_plain_weight(layer: nn.Module) -> bool:
     """False where the weight is of a subclass of Tensor, whose products compute something else."""
     weight = getattr(layer, "weight", None)
     return not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter)
+
+
+@contextmanager
+def base_model(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """A context in which networks compute what they would without adapters, bit for bit: every strength is 0.
+
+    Unlike `set_strength` it ends no `fixed_parameters`: base layers use nothing of what that keeps. Method `full` has
+    no strength, and its layers stay as they are.
+
+    Args:
+        networks: Networks, adapted or not.
+    """
+    layers = (module for network in networks for module in network.modules() if isinstance(module, AdaptedLayer))
+    holders = [holder for layer in layers for holder in (layer.adaptation, *layer.adaptation.stacked.values())]
+    before = [holder.strength for holder in holders]
+    try:
+        for holder in holders:
+            holder.strength = 0.0
+        yield
+    finally:
+        for holder, strength in zip(holders, before, strict=True):
+            holder.strength = strength

@@ -158,15 +158,34 @@ def missing_in(folder: Path, components: Iterable[str]) -> list[str]:
     return [name for name in components if not (folder / name).is_dir() or not any((folder / name).iterdir())]
 
 
-def load_components(
-    pipeline: Any, path: str, names: Sequence[str], every: Iterable[str], dtype: torch.dtype, revision: str | None
+def load_single_file(
+    pipeline: Any, path: str, dtype: torch.dtype, configs: Path, others: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Loads components of a pipeline of diffusers; a single checkpoint is loaded as a whole.
+    """Loads all components of a pipeline of diffusers, most of them from a single checkpoint.
 
     Args:
         pipeline: The class of diffusers.
-        path: A folder, a single `.safetensors` checkpoint or a hub name. A single checkpoint holds no configs and no
-            tokenizers: diffusers downloads them from the hub once.
+        path: The `.safetensors` file.
+        dtype: The dtype of all networks.
+        configs: A folder with the index and the configs of the pipeline.
+        others: The components that are not in the file.
+
+    Raises:
+        ValueError: It lacks something, or is of another size than the configs.
+    """
+    with _opening(path):
+        loaded = pipeline.from_single_file(path, config=str(configs), dtype=dtype, local_files_only=True, **others)
+    return {name: component for name, component in loaded.components.items() if component is not None}
+
+
+def load_components(
+    pipeline: Any, path: str, names: Sequence[str], every: Iterable[str], dtype: torch.dtype, revision: str | None
+) -> dict[str, Any]:
+    """Loads components of a pipeline of diffusers.
+
+    Args:
+        pipeline: The class of diffusers.
+        path: A folder or a hub name.
         names: The components.
         every: All components of the pipeline.
         dtype: The dtype of all networks.
@@ -175,10 +194,6 @@ def load_components(
     Raises:
         ValueError: One is missing or cannot be loaded.
     """
-    if Path(path).is_file():
-        with _opening(path):
-            loaded = pipeline.from_single_file(path, dtype=dtype)
-        return {name: getattr(loaded, name) for name in every}
     others: dict[str, Any] = {name: None for name in every if name not in names}
     with _opening(named(path, revision)):
         loaded = pipeline.from_pretrained(path, revision=revision, dtype=dtype, use_safetensors=True, **others)

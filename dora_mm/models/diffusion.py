@@ -6,8 +6,11 @@ config/models.py, a target map and a recipe; nothing else knows it. Shapes: B im
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +28,7 @@ from dora_mm.models.components import Components
 from dora_mm.models.noise import NoiseProcess
 from dora_mm.utils.digest import module_digest
 
+TEXT_LAYOUT = 1  # increase it when a family encodes the same caption otherwise, such as longer ones than before
 Prompt = Mapping[str, Tensor]  # one encoded prompt by name, without padding: (L, D), (P,)
 
 
@@ -49,8 +53,10 @@ class ImageModel(ABC):
     vae_name: ClassVar[str] = "AutoencoderKL"  # the class of diffusers
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")  # in which it computes what it should
     weighs_words: ClassVar[bool] = False  # whether `encode_for_drawing` takes prompts in pieces with weights
+    predictions: ClassVar[tuple[str, ...]] = ()  # what `model.prediction` can be beside "auto"
     # Names of tensors begin with these in a single checkpoint; empty: the family has none
     single_file: ClassVar[tuple[str, ...]] = ()
+    single_file_configs: ClassVar[Path] = Path()  # the folder of its pipeline's configs, which such a file lacks
 
     def __init__(self, components: Components, settings: Section | None = None):
         self.components = components
@@ -67,6 +73,20 @@ class ImageModel(ABC):
         else:
             super().__setattr__(name, value)
 
+    @classmethod
+    def single_file_parts(cls) -> dict[str, Any]:
+        """The components that a single checkpoint lacks."""
+        return {}
+
+    @classmethod
+    def scheduler_settings(cls, names: Collection[str]) -> dict[str, Any]:
+        """What the names of the tensors in a single checkpoint say of its scheduler.
+
+        Raises:
+            ValueError: It is of a kind that this family does not know.
+        """
+        return {}
+
     def check(self, config: ModelConfig) -> None:
         """Checks the `model` section against the model's own files, before anything of the model is loaded.
 
@@ -76,6 +96,8 @@ class ImageModel(ABC):
         if config.dtype not in self.dtypes:
             known = " or ".join(self.dtypes)
             raise ValueError(f"model.dtype: {self.title} needs {known}, not {config.dtype}.")
+        if config.prediction not in ("auto", *self.predictions):
+            raise ValueError(f"model.prediction: {self.title} predicts a velocity, nothing else: leave it out.")
         if config.vae:
             own = self.components.config("vae")
             for key in ("latent_channels", "block_out_channels"):
@@ -150,6 +172,15 @@ class ImageModel(ABC):
     def vae_identity(self) -> str:
         """What cached latents depend on besides the image."""
         return module_digest(self.vae)
+
+    @property
+    def text_identity(self) -> str:
+        """What encoded captions depend on besides their text: tokenizers, encoders with their dtype, settings."""
+        tokenizers = [self.components[name] for name in self.components.names if name.startswith("tokenizer")]
+        cut = [(each.backend_tokenizer.to_str(), each.model_max_length, each.chat_template) for each in tokenizers]
+        encoders = [module_digest(self.components[name]) for name in self.text_encoders]
+        found = [self.title, TEXT_LAYOUT, cut, encoders, self.settings.model_dump_json()]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
     @property
     @abstractmethod

@@ -15,6 +15,7 @@ from dora_mm.models.components import (
     INDEX,
     Components,
     load_components,
+    load_single_file,
     load_vae,
     missing_in,
     pipeline_class_of,
@@ -23,6 +24,7 @@ from dora_mm.models.components import (
 )
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.opening import check_revision, loaded_files, local_copy
+from dora_mm.models.schedulers import changes_for
 from dora_mm.models.sdxl.family import SDXL
 from dora_mm.models.z_image import ZImage
 from dora_mm.utils.digest import files_digest
@@ -41,11 +43,8 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
         ValueError: There is no model, or it is of no family here.
     """
     if Path(path).is_file():
-        names = tensor_names(Path(path))
-        for family in FAMILIES:
-            starts = family.single_file
-            if starts and all(any(name.startswith(start) for name in names) for start in starts):
-                return family
+        if found := family_of_file(Path(path)):
+            return found
         files = " and ".join(family.title for family in FAMILIES if family.single_file)
         raise ValueError(
             f"model.path: {path} cannot be loaded: it is no checkpoint of {files}, of which single files are read."
@@ -56,6 +55,20 @@ def family_of(path: str, revision: str | None = None) -> type[ImageModel]:
             return family
     known = ", ".join(f"{family.title} ({family.pipeline_name})" for family in FAMILIES)
     raise ValueError(f"model.path: {path} is a {name}, which is no family of image models here; there are {known}.")
+
+
+def family_of_file(file: Path) -> type[ImageModel] | None:
+    """The family of a single checkpoint, by the names of its tensors; None: it is of none.
+
+    Raises:
+        ValueError: It is not a file of safetensors.
+    """
+    names = tensor_names(file)
+    for family in FAMILIES:
+        starts = family.single_file
+        if starts and all(any(name.startswith(start) for name in names) for start in starts):
+            return family
+    return None
 
 
 def load_image_model(config: ModelConfig) -> ImageModel:
@@ -76,17 +89,54 @@ def load_image_model(config: ModelConfig) -> ImageModel:
     names = [name for phase in family.phases for name in phase]
     if Path(path).is_dir() and (missing := missing_in(Path(path), names)):
         raise ValueError(f"model.path: {path} is incomplete: it lacks {', '.join(missing)}.")
+    changes = scheduler_changes(family, path, config.prediction)
 
     def load(wanted: Sequence[str]) -> dict[str, Any]:
-        return load_components(family.pipeline_class(), path, wanted, names, dtype, config.revision)
+        pipeline = family.pipeline_class()
+        if Path(path).is_file():
+            found = load_single_file(pipeline, path, dtype, family.single_file_configs, family.single_file_parts())
+        else:
+            found = load_components(pipeline, path, wanted, names, dtype, config.revision)
+        if changes and "scheduler" in found:
+            own = found["scheduler"]
+            found["scheduler"] = type(own).from_config(own.config, **changes)
+        return found
 
-    reads = None if Path(path).is_file() else partial(read_config, path, revision=config.revision)
-    components = Components(load, family.phases, reads)
+    configs = str(family.single_file_configs) if Path(path).is_file() else path
+    components = Components(load, family.phases, partial(read_config, configs, revision=config.revision))
     model = family(components, getattr(config, family.section))
     if config.vae:
         components["vae"] = load_vae(family.vae_class(), resolve_model(config.vae, "model.vae"), dtype)
     model.check(config)
     return model
+
+
+def scheduler_changes(family: type[ImageModel], path: str, prediction: str) -> dict[str, Any]:
+    """The settings of a model's scheduler to change, for what it predicts: see `changes_for`.
+
+    Raises:
+        ValueError: A single checkpoint is of a kind that its family does not know.
+    """
+    try:
+        marked = family.scheduler_settings(tensor_names(Path(path))) if Path(path).is_file() else {}
+        return changes_for(prediction, marked)
+    except ValueError as error:
+        raise ValueError(f"model.path: {path} cannot be used: {error}.") from None
+
+
+def about_prediction(config: ModelConfig) -> str:
+    """A line with what an image model predicts, and what says so."""
+    path = resolve_model(config.path)
+    family, single = family_of(path, config.revision), Path(path).is_file()
+    changes = scheduler_changes(family, path, config.prediction)
+    own = read_config(str(family.single_file_configs) if single else path, "scheduler", config.revision)
+    found = {**own, **changes}
+    line = f"{family.title} that predicts {found.get('prediction_type', 'a velocity')}"
+    if found.get("rescale_betas_zero_snr"):
+        line += ", whose last noise level has no signal (zero terminal SNR)"
+    if not changes:
+        return line
+    return f"{line}, as {'its marker tensors say' if config.prediction == 'auto' else 'model.prediction says'}"
 
 
 def identity_of(config: ModelConfig) -> dict[str, str]:

@@ -94,6 +94,28 @@ def make_scheduler(name: str, own: Any) -> Any:
     return getattr(diffusers, found.kind).from_config(own.config, **found.settings)
 
 
+def changes_for(prediction: str, marked: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a model's scheduler to change, for what the model predicts.
+
+    Args:
+        prediction: `model.prediction`: "auto" leaves it to the model's files.
+        marked: What a single checkpoint says of its scheduler.
+
+    Raises:
+        ValueError: A single checkpoint says that its last noise level has no signal, but not what it predicts.
+    """
+    if prediction == "auto":
+        if marked.get("rescale_betas_zero_snr") and "prediction_type" not in marked:
+            raise ValueError(
+                "its last noise level has no signal (ztsnr), and it does not say what it predicts: set "
+                "model.prediction=v_prediction, or epsilon, which leaves the noise levels as they are"
+            )
+        return dict(marked)
+    if prediction == "epsilon":  # which says nothing of the picture where there is no signal
+        return {"prediction_type": prediction, "rescale_betas_zero_snr": False}
+    return {**marked, "prediction_type": prediction}
+
+
 def title_of(scheduler: Any) -> str:
     """What A1111 calls a scheduler of diffusers; the name of its class where it has none."""
     name = OF_FLOWS[0] if _is_flow(scheduler) else scheduler_name(scheduler)

@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.training import TrainConfig, ValidationConfig
-from dora_mm.data.images.buckets import choose_bucket
-from dora_mm.data.images.folder import CaptionedImage, contains_word
+from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
+from dora_mm.data.images.wording import rendered, unchanged
+from dora_mm.data.syntax import syntax_in
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.preview.training import when
 
 # Steps x batch / pictures of the DoRA paper's two styles (the configs 3d_icon.yaml and lego.yaml).
 RECIPES = {"3d_icon": 1000 * 3 / 23, "lego": 1000 * 3 / 61}
 MOST_NAMES = 8  # of pictures in a line
+MOST_RENDERED = 3  # captions of a folder
 FAR = 3  # a training that shows each picture this many times less or more often than the recipes is remarked upon
 
 
@@ -22,6 +24,7 @@ def describe_data(
     model: ImageModel | None,
     num_processes: int = 1,
     held: Sequence[CaptionedImage] = (),
+    class_images: Sequence[CaptionedImage] = (),
 ) -> str:
     """Lines about the pictures, their captions, and how often the training shows each picture.
 
@@ -31,16 +34,20 @@ def describe_data(
         model: Its tokenizer counts the tokens of the captions; None: characters are counted.
         num_processes: The number of processes that train.
         held: The held-out images.
+        class_images: Those of folders of role preserve.
     """
     num_tokens = model.num_tokens if model else None
     return "\n".join(
         [
             describe_pictures(images, config.data),
             describe_captions(images, config.data, num_tokens),
+            *describe_rendered(images, config),
+            *describe_masks(images, config.data),
+            *describe_preserved(config, class_images),
             *([describe_held_out(held, config.evaluate)] if held else []),
             describe_length(len(images), config.train, num_processes),
             *remark_on_length(len(images), config.train, num_processes),
-            *(remark_on_cut(model, [image.caption for image in images]) if model else []),
+            *remark_on_captions(model, images, config.data),
             *([] if model else [f"{config.model.path} is not on this machine: modules, memory and time are left out"]),
         ]
     )
@@ -48,20 +55,33 @@ def describe_data(
 
 def describe_pictures(images: Sequence[CaptionedImage], data: DataConfig) -> str:
     """Lines with the number of pictures, their sizes, the bucket that each goes to, and their repeats."""
-    buckets = Counter(choose_bucket(image.size, data.resolution) for image in images)
-    smaller = sum(h * w < 0.9 * data.resolution**2 for h, w in (image.size for image in images))
+    buckets = Counter(bucket_of(image, data) for image in images)
+    smaller = sum(h * w < 0.9 * resolution_of(image, data) ** 2 for image in images for h, w in (image.size,))
     repeats = Counter(image.repeats for image in images)
-    lines = [f"pictures  {len(images)} in {data.folder}"]
+    lines = [f"pictures  {len(images)} in {data.folder}"] if data.folder else describe_folders(images, data)
     lines.append(
         "buckets   " + ", ".join(f"{h} x {w}: {count}" for (h, w), count in sorted(buckets.items())) + " (h x w)"
     )
     if smaller:
-        lines.append(f"enlarged  {smaller}: they have less than {data.resolution} x {data.resolution} pixels")
+        side = "resolution" if data.folders else data.resolution
+        lines.append(f"enlarged  {smaller}: they have less than {side} x {side} pixels")
     if data.subfolders and set(repeats) != {1}:
         lines.append(
-            "repeats   " + ", ".join(f"{count} pictures x {times}" for times, count in sorted(repeats.items()))
+            "repeats   " + ", ".join(f"{count} pictures x {times:g}" for times, count in sorted(repeats.items()))
         )
     return "\n".join(lines)
+
+
+def describe_folders(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
+    """A line with the number of all pictures, and one for each folder with its settings."""
+    counts, lines = Counter(image.folder for image in images), []
+    for number, folder in enumerate(data.folders):
+        if folder.role == "train":
+            settings = [f"{folder.repeats:g} times in an epoch"] if folder.repeats != 1 else []
+            settings += [f"loss x {folder.weight:g}"] if folder.weight != 1 else []
+            settings += [f"resolution {folder.resolution}"] if folder.resolution else []
+            lines.append(", ".join([f"          {counts[number]} in {folder.path}", *settings]))
+    return [f"pictures  {len(images)} in {len(lines)} folder{'s' if len(lines) > 1 else ''}", *lines]
 
 
 def describe_captions(
@@ -75,16 +95,48 @@ def describe_captions(
         num_tokens: Counts the tokens of a caption; None: the tokenizer is not there, so characters are counted.
     """
     sources = Counter(f"<name>{image.source}" if image.source.startswith(".") else image.source for image in images)
-    captions = [image.caption for image in images]
+    captions = [unchanged(image, data.captions) for image in images]
     longest = max(captions, key=num_tokens or len)
     length = f"{num_tokens(longest)} tokens" if num_tokens else f"{len(longest)} characters"
     lines = ["captions  " + ", ".join(f"{count} from {source}" for source, count in sources.most_common())]
     lines.append(f"longest   {length}: {longest}")
     if data.placeholder:
-        missing = [image.path.name for image in images if not contains_word(image.caption, data.placeholder)]
+        pairs = zip(images, captions, strict=True)
+        missing = [image.path.name for image, caption in pairs if not contains_word(caption, data.placeholder)]
         named = f" ({', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''})" if missing else ""
         lines.append(f"without {data.placeholder}  {len(missing)}{named}")
     return "\n".join(lines)
+
+
+def describe_rendered(images: Sequence[CaptionedImage], config: TrainDiffusionConfig) -> list[str]:
+    """Three captions of each folder as the first epoch has them, where they do not stay as they are."""
+    settings, found = config.data.captions, []
+    if settings is None and not any(image.more for image in images):
+        return []
+    for number in sorted({image.folder for image in images}):
+        some = [image for image in images if image.folder == number][:MOST_RENDERED]
+        found += [f"rendered  {image.path.name}: {rendered(image, settings, config.seed, 0)}" for image in some]
+    return found
+
+
+def describe_masks(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
+    """A line with the number of masks, and what they do; none without masks."""
+    if data.mask is None:
+        return []
+    count = sum(bool(image.mask) for image in images)
+    outside = ", held at the base model outside" if data.mask.outside == "base" else ""
+    return [f"masks     {count} of {len(images)} ({data.mask.source}), floor {data.mask.floor:g}{outside}"]
+
+
+def describe_preserved(config: TrainDiffusionConfig, class_images: Sequence[CaptionedImage]) -> list[str]:
+    """A line with the prompts on which the model is held, and how often; none without the section `preserve`."""
+    held = config.preserve
+    if held is None:
+        return []
+    prompt = held.prompt if held.prompt is None else repr(held.prompt)
+    what = f"{len(class_images)} pictures" if class_images else prompt or f"captions without {config.data.placeholder}"
+    often = "every step" if held.every == 1 else f"every {held.every} steps"
+    return [f"preserve  {what}, loss x {held.weight:g}, {often}: two more forward passes and a backward pass"]
 
 
 def describe_held_out(held: Sequence[CaptionedImage], evaluate: ValidationConfig) -> str:
@@ -121,11 +173,31 @@ def remark_on_length(num_images: int, train: TrainConfig, num_processes: int = 1
     ]
 
 
+def remark_on_captions(model: ImageModel | None, images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
+    """Warnings of captions that lose their end, or keep alternatives as text.
+
+    Args:
+        model: The model, whose tokenizer counts; None: lengths are left out.
+        images: The images.
+        data: The `data` section.
+    """
+    cut = remark_on_cut(model, [unchanged(image, data.captions) for image in images]) if model else []
+    return cut + remark_on_alternatives(images, data)
+
+
 def remark_on_cut(model: ImageModel, captions: Sequence[str]) -> list[str]:
     """A warning, if captions are longer than the model reads; else nothing."""
     if not (cut := model.cut(captions)):
         return []
     return [f"{len(cut)} captions have more than {model.most_tokens} tokens and lose their end, the first: {cut[0]}"]
+
+
+def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
+    """A warning, if captions have alternatives that stay as they are; else nothing."""
+    having = [image.path.name for image in images if "{a|b}" in syntax_in(image.caption)]
+    if not having or (data.captions and data.captions.alternatives):
+        return []
+    return [f"{len(having)} captions have {{a|b}} ({having[0]}), as text: data.captions.alternatives=true draws one"]
 
 
 def _recipes() -> str:

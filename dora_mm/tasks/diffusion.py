@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dora_mm.config.images import LossConfig
+from dora_mm.core import base_model
 from dora_mm.data.images.buckets import Framing
 from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.utils.losses import LossSum
@@ -22,6 +23,12 @@ class ConditionedLatents:
     latents: torch.Tensor  # (B, C, h, w), normalized as the denoiser expects them
     prompts: Sequence[Prompt]  # B encoded captions
     framings: Sequence[Framing]  # how each was brought to its size
+    weights: torch.Tensor | None = None  # (B,) of their losses; None: 1 each
+    masks: torch.Tensor | None = None  # (B, h, w) how much each latent counts, up to 1; None: all alike
+    # B captions as the base model reads them: outside the masks its prediction is the target; None: nothing is
+    base_prompts: Sequence[Prompt] | None = None
+    held: "ConditionedLatents | None" = None  # where the base model's prediction is the target; None: nowhere
+    held_weight: float = 0.0  # of the sum of these losses
 
 
 class DiffusionTask:
@@ -48,25 +55,60 @@ class DiffusionTask:
         self.timesteps = ("uniform" if uniform else "logit_normal") if config.timesteps == "auto" else config.timesteps
 
     def loss(self, batch: ConditionedLatents, generator: torch.Generator) -> LossSum:
-        """The loss of a batch: a sum over its images, which are counted.
+        """The loss of a batch: a sum over its images, and their number; both with the weights of the images.
 
-        With `min_snr_gamma` each image's loss is weighted by its time, but it counts as one all the same.
+        With `min_snr_gamma` each image's loss is weighted by its time, too, but that does not count.
 
         Args:
             batch: B images.
             generator: Source of the noise and of the times.
         """
-        noise = self.draw_noise(batch.latents, generator)
-        each = self.losses(batch, noise, self._times(batch.latents, generator))
-        return LossSum(each.sum(), each.new_tensor(len(each)))
+        noise, times = self.draw_noise(batch.latents, generator), self._times(batch.latents, generator)
+        each = self.losses(batch, noise, times)
+        weights = torch.ones_like(each) if batch.weights is None else batch.weights.to(each)
+        total = (weights * each).sum()
+        if (held := batch.held) is not None:
+            if held.latents is not batch.latents:  # pictures of their own
+                noise, times = self.draw_noise(held.latents, generator), self._times(held.latents, generator)
+            total = total + batch.held_weight * self.changes(held, noise, times).sum()
+        return LossSum(total, weights.sum())
+
+    def changes(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """How far the prediction is from the base model's: the squared difference of each image (B,), float32.
+
+        Args:
+            batch: B images, with captions as both read them.
+            noise: The noise (B, C, h, w).
+            times: The times (B,), which weigh as they do in the loss.
+        """
+        times = times.to(batch.latents.device)
+        noised = self.noise.noised(batch.latents, noise, times)
+        base = self.base_prediction(batch, noised, times)
+        change = (self._predict(batch, noised, times).float() - base.float()).square()
+        return change.mean(dim=(1, 2, 3)) * self.weights(times)
 
     def losses(self, batch: ConditionedLatents, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """The loss of each image (B,), float32, with this noise (B, C, h, w) and at these times (B,)."""
         times = times.to(batch.latents.device)
-        predicted = self._predict(batch, self.noise.noised(batch.latents, noise, times), times)
+        noised = self.noise.noised(batch.latents, noise, times)
+        predicted = self._predict(batch, noised, times)
         target = self.noise.target(batch.latents, noise, times)
         error = PER_ELEMENT[self.config.type](predicted.float(), target.float(), reduction="none")
-        return error.mean(dim=(1, 2, 3)) * self.weights(times)
+        if batch.masks is None:
+            return error.mean(dim=(1, 2, 3)) * self.weights(times)
+        counts = batch.masks.to(error)
+        each = _masked_mean(error.mean(dim=1), counts)
+        if batch.base_prompts is not None:
+            change = (predicted.float() - self.base_prediction(batch, noised, times).float()).square()
+            each = each + _masked_mean(change.mean(dim=1), 1 - counts)
+        return each * self.weights(times)
+
+    @torch.no_grad()
+    def base_prediction(self, batch: ConditionedLatents, noised: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """What the base model predicts (B, C, h, w): at strength 0 an adapted layer is its base layer, bit for bit."""
+        assert batch.base_prompts is not None
+        with base_model([self.model.networks[self.model.denoiser]]):
+            return self.model.predict(noised, times, batch.base_prompts, batch.framings)
 
     def times_at(self, shares: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """The times (N,) below which these shares (N,) of all times lie that a training draws.
@@ -120,6 +162,12 @@ class DiffusionTask:
         if self.config.noise_offset:
             noise = noise + self.config.noise_offset * draw(*latents.shape[:2], 1, 1)
         return noise
+
+
+def _masked_mean(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """sum(count value) / sum(count) over the latents (B, h, w) of each image (B,); 0 where nothing counts."""
+    total = counts.sum(dim=(1, 2))
+    return (counts * values).sum(dim=(1, 2)) / torch.where(total > 0, total, 1)
 
 
 def min_snr_weight(snr: torch.Tensor, gamma: float, prediction: str) -> torch.Tensor:

@@ -1,19 +1,26 @@
 """Batches of captioned images: latents, encoded captions, and how each image was brought to its size."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from tqdm import tqdm
 
 from dora_mm.config.images import DataConfig
-from dora_mm.data.images.buckets import Framing, choose_bucket, frame
-from dora_mm.data.images.folder import CaptionedImage
+from dora_mm.core import base_model
+from dora_mm.data.images.buckets import Framing, frame
+from dora_mm.data.images.folder import CaptionedImage, bucket_of
 from dora_mm.data.images.latents import LatentCache, Latents, latent_key
+from dora_mm.data.images.masks import load_mask, render_mask
+from dora_mm.data.images.order import ImageOrder
 from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.data.images.tensor_cache import TensorCache
+from dora_mm.data.images.wording import rendered, unchanged
 from dora_mm.models.diffusion import ImageModel, Prompt
 from dora_mm.tasks.diffusion import ConditionedLatents
-from dora_mm.utils.randomness import batch_of_groups, generator
+from dora_mm.utils.randomness import generator
 
 
 class PromptEncoder:
@@ -22,14 +29,22 @@ class PromptEncoder:
     Args:
         model: The model whose text encoders are used.
         trained: The text encoders are trained.
+        folder: Where encoded captions are kept, by content; None: in memory. Each is then encoded alone, so that it
+            depends on no other one in its last bits.
     """
 
-    def __init__(self, model: ImageModel, *, trained: bool):
+    def __init__(self, model: ImageModel, *, trained: bool, folder: str | None = None):
         self.model, self.trained = model, trained
         self._cache: dict[str, Prompt] = {}
+        self._files = TensorCache(folder) if folder is not None else None
 
     def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
         """Encodes captions ahead of training, so that the text encoders can be released."""
+        if self._files is not None:
+            missing = [each for each in dict.fromkeys(captions) if not self._files.has(self._key(each))]
+            for caption in tqdm(missing, desc="captions", unit="text", delay=2, disable=None):
+                self._write(caption)
+            return
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
         for part in self._of_one_length(new, batch_size):
             with torch.no_grad():
@@ -39,8 +54,33 @@ class PromptEncoder:
         """Encodes captions of any length; each conditions the denoiser as it does alone."""
         if self.trained:
             return self.model.encode_prompts(captions)
+        if self._files is not None:
+            return [self._read(caption) for caption in captions]
         self.keep(captions)
         return [self._cache[caption] for caption in captions]
+
+    @cached_property
+    def _identity(self) -> str:
+        return self.model.text_identity
+
+    def _key(self, caption: str) -> str:
+        return hashlib.sha256(f"{self._identity} {caption}".encode()).hexdigest()
+
+    def _read(self, caption: str) -> Prompt:
+        assert self._files is not None
+        found = self._files.read(self._key(caption), ("text",))
+        if found is None:
+            found = self._write(caption)
+        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
+
+    @torch.no_grad()
+    def _write(self, caption: str) -> Prompt:
+        assert self._files is not None
+        if all(self.model.components.is_released(name) for name in self.model.text_encoders):
+            raise ValueError(f"data.text_cache: {self._files.path(self._key(caption))} is lost: resume the run")
+        (prompt,) = self.model.encode_prompts([caption])
+        self._files.write(self._key(caption), prompt)
+        return prompt
 
     def _of_one_length(self, captions: Sequence[str], batch_size: int) -> Iterator[list[str]]:
         """Batches of captions of one length, so that none is padded."""
@@ -54,9 +94,9 @@ class PromptEncoder:
 class CaptionedBatches:
     """Maps a batch number to a batch, which depends only on (seed, number, process).
 
-    All images of a batch have one shape; every epoch contains every image `data.repeats` times, and with
-    `data.subfolders` that many times the number in the name of its folder. Latents are drawn from the VAE's posterior
-    again each time; the posterior of an image with a fixed crop is computed once.
+    All images of a batch have one shape; every epoch contains every image `data.repeats` times, times the `repeats` of
+    its folder and, with `data.subfolders`, the number in the name of its subfolder (see `ImageOrder`). Latents are
+    drawn from the VAE's posterior again each time; that of an image with a fixed crop is computed once.
 
     Args:
         model: The model whose VAE encodes the images.
@@ -83,30 +123,67 @@ class CaptionedBatches:
         self.batch_size, self.seed, self.process = batch_size, seed, process
         self.cache = LatentCache(config.latent_cache)
         self.vae_identity = model.vae_identity
-        self.buckets = [choose_bucket(image.size, config.resolution) for image in images]
-        items = [index for index, image in enumerate(images) for _ in range(config.repeats * image.repeats)]
-        self.groups = [[i for i in items if self.buckets[i] == bucket] for bucket in sorted(set(self.buckets))]
+        self.buckets = [bucket_of(image, config) for image in images]
+        repeats = [config.repeats * image.repeats for image in images]
+        self.order = ImageOrder(self.buckets, repeats, batch_size, seed)
+        weights = [config.folders[image.folder].weight if config.folders else 1.0 for image in images]
+        self.weights = torch.tensor(weights)  # of the images' losses
+        self._masks: dict[tuple[str, Framing], torch.Tensor] = {}
 
-    def encode_all(self) -> None:
-        """Encodes ahead of training what stays the same: captions, and images if crops are fixed."""
+    def encode_all(self, num_batches: int | None = None) -> None:
+        """Encodes ahead what stays the same: captions of all epochs, and images if crops are fixed.
+
+        Args:
+            num_batches: Those of the training, of each process; None: only `fixed` batches are asked for.
+        """
         if not self.prompts.trained:
-            self.prompts.keep([*(image.caption for image in self.images), ""])
+            self.prompts.keep([*self.captions(num_batches), ""])
         if self.config.crop == "center":
             for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
                 for flip in (False, True) if self.config.flip else (False,):
-                    self._latents(index, self._frame(index, flip, None))
+                    framing = self._frame(index, flip, None)
+                    if not self.cache.has(self._key(index, framing)):
+                        self._latents(index, framing)
+
+    def captions(self, num_batches: int | None = None) -> list[str]:
+        """All captions of a training of so many batches, each once; None: those of `fixed` batches."""
+        settings = self.config.captions
+        if num_batches is None:
+            return list(dict.fromkeys(unchanged(image, settings) for image in self.images))
+        if settings is None and not any(image.more for image in self.images):
+            return list(dict.fromkeys(image.caption for image in self.images))
+        epochs = range(self.order.epoch(num_batches * self.process[1] - 1) + 1)
+        found = (rendered(image, settings, self.seed, epoch) for epoch in epochs for image in self.images)
+        return list(dict.fromkeys(found))
 
     def __call__(self, number: int) -> ConditionedLatents:
         """This process's batch of this number, on the model's device."""
         index, count = self.process
         number = number * count + index
-        rows = batch_of_groups(self.groups, self.batch_size, number, self.seed)
+        rows = self.order(number)
         stream = generator(self.seed, number, "framing")
         framings = [self._frame(row, self._flipped(stream), stream) for row in rows]
         latents = [self._latents(row, framing) for row, framing in zip(rows, framings, strict=True)]
-        prompts = self._text([self.images[row].caption for row in rows], generator(self.seed, number, "captions"))
+        captions, dropped = self._captions(number), self._dropped(number)
         drawn = together(latents).draw(generator(self.seed, number, "latents"))
-        return ConditionedLatents(self.model.normalized(drawn).to(self.model.device), prompts, framings)
+        return ConditionedLatents(
+            self.model.normalized(drawn).to(self.model.device),
+            self.encode(captions, dropped),
+            framings,
+            self.weights[rows],
+            self._masks_of(rows, framings),
+            self.encode_by_base(captions, dropped) if self.config.mask and self.config.mask.outside == "base" else None,
+        )
+
+    def captions_of(self, number: int) -> list[str]:
+        """The captions of this process's batch of this number, none of them dropped."""
+        return self._captions(number * self.process[1] + self.process[0])
+
+    def counts(self, number: int) -> tuple[float, int]:
+        """The sum of the weights of all processes' batches of this number, and the number of their images."""
+        first, count = number * self.process[1], self.process[1]
+        rows = [row for each in range(first, first + count) for row in self.order(each)]
+        return float(self.weights[rows].sum()), len(rows)
 
     def fixed(self, rows: Sequence[int]) -> ConditionedLatents:
         """Images of one shape, by their numbers, with their captions; nothing of it is drawn anew.
@@ -117,8 +194,9 @@ class CaptionedBatches:
         for row, framing in zip(rows, framings, strict=True):
             stream = generator(0, 0, f"fixed latents of {self.images[row].digest}")
             latents.append(self._latents(row, framing).draw(stream))
-        prompts = self.prompts([self.images[row].caption for row in rows])
-        return ConditionedLatents(self.model.normalized(torch.stack(latents)).to(self.model.device), prompts, framings)
+        prompts = self.prompts([unchanged(self.images[row], self.config.captions) for row in rows])
+        normalized = self.model.normalized(torch.stack(latents)).to(self.model.device)
+        return ConditionedLatents(normalized, prompts, framings, masks=self._masks_of(rows, framings))
 
     def _frame(self, index: int, flip: bool, stream: torch.Generator | None) -> Framing:
         return frame(self.images[index].size, self.buckets[index], self.config.crop, stream, flip)
@@ -136,15 +214,52 @@ class CaptionedBatches:
 
         if self.config.crop == "random":  # a new crop every time: a cache would never be hit
             return LatentCache().get("", compute, image.path)
-        key = latent_key(image.digest, framing, self.config.background, self.vae_identity)
-        return self.cache.get(key, compute, image.path)
+        return self.cache.get(self._key(index, framing), compute, image.path)
 
-    def _text(self, captions: list[str], stream: torch.Generator) -> list[Prompt]:
-        dropped = (torch.rand(len(captions), generator=stream) < self.config.caption_dropout).tolist()
+    def _key(self, index: int, framing: Framing) -> str:
+        return latent_key(self.images[index].digest, framing, self.config.background, self.vae_identity)
+
+    def _masks_of(self, rows: Sequence[int], framings: Sequence[Framing]) -> torch.Tensor | None:
+        """How much each latent counts (B, h, w), or None where there are no masks."""
+        if self.config.mask is None:
+            return None
+        masks = [self._mask(self.images[row], framing) for row, framing in zip(rows, framings, strict=True)]
+        return torch.stack(masks).clamp(min=self.config.mask.floor)
+
+    def _mask(self, image: CaptionedImage, framing: Framing) -> torch.Tensor:
+        height, width = (side // self.model.downscale for side in framing.target_size)
+        found = self._masks.get((image.digest + image.mask, framing)) if image.mask else torch.ones(height, width)
+        if found is None:
+            assert self.config.mask is not None
+            mask = load_mask(image.path, self.config.mask.source)
+            assert mask is not None
+            found = render_mask(mask, framing, (height, width))
+            if self.config.crop == "center":  # else there is a new one every time
+                self._masks[image.digest + image.mask, framing] = found
+        return found
+
+    def _captions(self, number: int) -> list[str]:
+        """The captions of batch `number` of all processes together."""
+        epoch, settings = self.order.epoch(number), self.config.captions
+        return [rendered(self.images[row], settings, self.seed, epoch) for row in self.order(number)]
+
+    def _dropped(self, number: int) -> list[bool]:
+        """Which captions of a batch are dropped."""
+        stream = generator(self.seed, number, "captions")
+        return (torch.rand(len(self.order(number)), generator=stream) < self.config.caption_dropout).tolist()
+
+    def encode(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
+        """Encodes captions; those that are dropped become the unconditional embedding."""
         if self.model.unconditional == "empty":
             return self.prompts(["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)])
         encoded = zip(self.prompts(captions), dropped, strict=True)
         return [{name: 0 * t for name, t in prompt.items()} if drop else prompt for prompt, drop in encoded]
+
+    @torch.no_grad()
+    def encode_by_base(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
+        """As `encode`, by the text encoders without their adapters."""
+        with base_model(self.model.encoders.values()):
+            return self.encode(captions, dropped)
 
 
 def together(latents: Sequence[Latents]) -> Latents:

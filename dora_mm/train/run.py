@@ -149,8 +149,8 @@ def _keep_results(run: RunDirectory, name: str) -> None:
     numbers = (f"{name}-{number}" for number in range(2, 10_000))
     folder = next(f for f in map(run.path.joinpath, (name, *numbers)) if not (f / SUMMARY).exists())
     folder.mkdir(exist_ok=True)
-    results = (run.adapter, run.adapter_ema, run.sheet, run.sheet_ema)
-    for result in (*results, run.path / SUMMARY):  # the summary last: it says that the run is finished
+    results = (run.adapter, run.adapter_ema, run.sheet, run.path / SUMMARY)
+    for result in results:  # the summary last: it says that the run is finished
         if result.exists():
             result.rename(folder / result.name)
     log.info("The results so far are in %s", folder)

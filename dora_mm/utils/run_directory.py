@@ -27,9 +27,8 @@ class RunDirectory:
         checkpoints: The folder of checkpoints.
         adapter: The folder of the final adapter.
         samples: The folder of sampled images.
-        sheet: The contact sheet, a PNG file.
+        sheet: The contact sheet, a PNG file: pictures of the bare model, of the adapter, and of the average.
         adapter_ema: The folder of the average of the adapters of all steps.
-        sheet_ema: Its contact sheet.
         trackers: What metrics are also shown by, such as TensorBoard; see `dora_mm.train.trackers`.
         prefix: What the names of metrics begin with there, of the stage of a run.
     """
@@ -42,7 +41,6 @@ class RunDirectory:
     samples = property(lambda self: self.path / "samples")
     sheet = property(lambda self: self.path / "sheet.png")
     adapter_ema = property(lambda self: self.path / "adapter-ema")
-    sheet_ema = property(lambda self: self.path / "sheet-ema.png")
 
     @classmethod
     def create(

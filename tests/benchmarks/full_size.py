@@ -5,20 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# stabilityai/stable-diffusion-xl-base-1.0/unet/config.json, where it differs from the defaults of the class
-FULL_SIZE = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from dora_mm.formats.files.json_text import read_json
+from dora_mm.models.sdxl.checkpoint import CONFIGS
+
+FULL_SIZE = {k: v for k, v in read_json(CONFIGS / "unet/config.json").items() if k != "_class_name"}
 # The same architecture with four attention blocks, where only the code matters and not the numbers.
 SMALL_SIZE = FULL_SIZE | {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),

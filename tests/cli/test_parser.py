@@ -29,6 +29,7 @@ COMMANDS = {  # with the recipes of those that take no config
     "extract": "extract",
     "average": "average",
     "ask": "ask",
+    "caption": "caption",
 }
 
 
@@ -68,6 +69,7 @@ def test_help_lists_all_targets_and_tools(command, names, capsys):
         "average RUN --last 3",
         "ask some/model FILE FILE question --adapter FILE --max-new-tokens 5",
         "ask some/model question --then more --then still --system text",
+        "caption FILE --model some/model --prompt text --max-new-tokens 5 --batch-size 2 --revision main",
     ],
 )
 def test_arguments_have_the_names_of_the_recipe_s_parameters(line, tmp_path, monkeypatch):

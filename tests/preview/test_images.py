@@ -1,13 +1,24 @@
 """What a dry run says of the pictures, and when the number of steps is remarked upon."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dora_mm.config.images import DataConfig
+from dora_mm.config.images import CaptionConfig, DataConfig, MaskConfig, PreserveConfig
 from dora_mm.config.training import TrainConfig
 from dora_mm.data.images.folder import CaptionedImage
-from dora_mm.preview.images import describe_captions, describe_length, describe_pictures, remark_on_length
+from dora_mm.data.images.wording import rendered
+from dora_mm.preview.images import (
+    describe_captions,
+    describe_length,
+    describe_masks,
+    describe_pictures,
+    describe_preserved,
+    describe_rendered,
+    remark_on_alternatives,
+    remark_on_length,
+)
 
 IMAGES = [
     CaptionedImage(Path("a.png"), "a TOK cat", (128, 128), "a"),
@@ -33,6 +44,46 @@ def test_captions_by_source_with_the_longest_and_those_without_the_placeholder()
         "without TOK  1 (b.png)",
     ]
     assert "14 characters: a dog on a mat" in describe_captions(IMAGES, DATA, None)
+
+
+def test_three_captions_of_each_folder_are_rendered():
+    """And only where they do not stay as they are."""
+    images = [image._replace(folder=number // 4, digest=str(number)) for number, image in enumerate(IMAGES * 3)]
+    values = {"resolution": 64, "folders": [{"path": "one"}, {"path": "other"}, {"path": "third"}]}
+    shuffled = values | {"captions": {"prefix": "a photo of", "tag_dropout": 0.5}}
+
+    def lines(data):
+        return describe_rendered(images, SimpleNamespace(data=DataConfig.model_validate(data), seed=3))
+
+    assert lines(values) == []
+    found = lines(shuffled)
+    assert len(found) == 3 + 3 + 1
+    assert all("a photo of" in line for line in found)
+    data = DataConfig.model_validate(shuffled)
+    assert found[3] == f"rendered  {images[4].path.name}: {rendered(images[4], data.captions, 3, 0)}"
+
+
+def test_masks_and_what_is_preserved_are_said():
+    data = DATA.model_copy(update={"mask": MaskConfig(outside="base")})
+    masked = [IMAGES[0]._replace(mask="a"), *IMAGES[1:]]
+    assert describe_masks(masked, data) == ["masks     1 of 3 (file), floor 0.1, held at the base model outside"]
+    assert describe_masks(masked, DATA) == []
+    lines = [
+        describe_preserved(SimpleNamespace(data=DATA, preserve=PreserveConfig(**held)), images)[0].split(":")[0]
+        for held, images in (({}, ()), ({"prompt": "", "every": 3}, ()), ({"weight": 0.5}, IMAGES))
+    ]
+    assert lines == [
+        "preserve  captions without TOK, loss x 1, every step",
+        "preserve  '', loss x 1, every 3 steps",
+        "preserve  3 pictures, loss x 0.5, every step",
+    ]
+
+
+def test_alternatives_that_stay_text_are_remarked_upon():
+    images = [IMAGES[0]._replace(caption="a {red|blue} bus"), IMAGES[1]]
+    (remark,) = remark_on_alternatives(images, DATA)
+    assert remark == "1 captions have {a|b} (a.png), as text: data.captions.alternatives=true draws one"
+    assert remark_on_alternatives(images, DATA.model_copy(update={"captions": CaptionConfig(alternatives=True)})) == []
 
 
 def test_the_length_is_compared_with_the_recipes():

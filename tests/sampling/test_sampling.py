@@ -13,6 +13,7 @@ from dora_mm.core import adapted_layers
 from dora_mm.sampling.before_after import at_strength, before_after_sheet
 from dora_mm.sampling.grids import sheet
 from dora_mm.sampling.pictures import PictureProgress, sample
+from dora_mm.train.weights import swapped
 
 
 def pixels(picture):
@@ -95,6 +96,24 @@ def test_a_sheet_is_drawn_at_the_configured_strength(tiny):
     assert np.abs(pixels(pages[False, 0.0]) - pixels(pages[False, 1.0])).max() > 5
     assert pages[True, 1.0].height > pages[False, 1.0].height
     assert {layer.adaptation.strength for layer in adapted_layers(tiny.unet).values()} == {1.0}
+
+
+def test_a_sheet_shows_the_bare_model_the_adapter_and_the_average_with_the_same_seeds(tiny):
+    inject(tiny.unet, "sdxl-unet", DoRASpec(rank=2))
+    trained = [parameter for name, parameter in tiny.unet.named_parameters() if name.endswith("lora_B")]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.3)
+    config, networks = SampleConfig(prompts=["a bus"], steps=2, seeds=[3]), {"unet": tiny.unet}
+    page, drawn = before_after_sheet(tiny, networks, config, average=lambda: swapped({p: p / 2 for p in trained}))
+    assert list(drawn) == ["before", "after", "average"]
+    (two_rows, alone) = before_after_sheet(tiny, networks, config)
+    assert page.height > two_rows.height
+    assert all(np.array_equal(drawn[label][0], alone[label][0]) for label in ("before", "after"))
+    for parameter in trained:
+        parameter.data /= 2
+    _, halved = before_after_sheet(tiny, networks, config)
+    assert np.array_equal(drawn["average"][0], halved["after"][0])
+    assert not np.array_equal(drawn["average"][0], drawn["after"][0])
 
 
 def test_without_a_terminal_progress_is_logged(tiny, caplog):

@@ -10,6 +10,7 @@ from dora_mm.config.images import DataConfig, LossConfig
 from dora_mm.config.models import SDXLConfig
 from dora_mm.data.images.folder import read_training_images
 from dora_mm.data.images.pixels import load_rgb, render
+from dora_mm.data.images.wording import rendered
 from dora_mm.models.diffusion import padded
 from dora_mm.models.sdxl.encoding import encode_images, encode_prompts
 from dora_mm.tasks.diffusion import ConditionedLatents, DiffusionTask
@@ -30,7 +31,7 @@ def test_an_epoch_repeats_images_by_the_name_of_their_folder(tiny, image_folder)
         (image_folder / name).mkdir(exist_ok=True)
         (image_folder / f"{index}.png").rename(image_folder / name / f"{index}.png")
     config = {"subfolders": True, "instance_prompt": "a thing", "repeats": 2}
-    groups = batches(tiny, image_folder, **config).groups
+    groups = batches(tiny, image_folder, **config).order.groups(0)
     assert Counter(index for group in groups for index in group) == {0: 4, 1: 4, 2: 6, 3: 6, 4: 2}
 
 
@@ -182,3 +183,71 @@ def test_trained_text_encoders_get_gradients(tiny, image_folder):
     batch = batches(tiny, image_folder, trained=True)(0)
     sum(prompt["text"].sum() for prompt in batch.prompts).backward()
     assert tiny.text_encoder.get_input_embeddings().weight.grad is not None
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_captions_change_with_cached_embeddings_too(tiny, image_folder, trained):
+    """Other trainers ignore shuffling and dropped tags where embeddings are cached."""
+    rows = [json.dumps({"file_name": f"{n}.png", "text": f"TOK, red, round, thing {n}"}) for n in range(5)]
+    (image_folder / "metadata.jsonl").write_text("\n".join(rows))
+    captions = {"shuffle": True, "tag_dropout": 0.3, "keep": 1}
+    all_batches = batches(tiny, image_folder, trained=trained, captions=captions)
+    all_batches.encode_all(num_batches=9)
+    texts = {text: encode_prompts(tiny, [text])[0] for text in all_batches.captions(9)}
+    assert len(texts) > 9
+    if not trained:
+        tiny.components.release(tiny.text_encoders)  # what is not encoded ahead would fail
+    seen = set()
+    with torch.no_grad():
+        for number in range(9):
+            epoch = all_batches.order.epoch(number)
+            for row, prompt in zip(all_batches.order(number), all_batches(number).prompts, strict=True):
+                text = rendered(all_batches.images[row], all_batches.config.captions, 1, epoch)
+                torch.testing.assert_close(prompt["text"][None], texts[text])
+                seen.add(text)
+    assert len(seen) > 9
+
+
+def test_encoded_captions_are_kept_by_content(tiny, image_folder, tmp_path, monkeypatch):
+    """The next run encodes nothing; another caption, encoder or tokenizer is never served what is stale."""
+    texts = ["a TOK icon", "a bus, " * 40, ""]
+    PromptEncoder(tiny, trained=False, folder=str(tmp_path)).keep(texts)
+    own, asked = type(tiny).encode_prompts, []
+    monkeypatch.setattr(type(tiny), "encode_prompts", lambda self, prompts: asked.append(prompts) or own(self, prompts))
+    again = PromptEncoder(tiny, trained=False, folder=str(tmp_path))
+    again.keep(texts)
+    found = again(texts)
+    assert asked == []
+    for text, prompt in zip(texts, found, strict=True):
+        (expected,) = own(tiny, [text])
+        assert prompt.keys() == expected.keys()
+        assert all(torch.equal(prompt[name], expected[name]) for name in prompt)
+    again.keep(["another"])
+    tiny.text_encoder_2.text_projection.weight.data += 1
+    PromptEncoder(tiny, trained=False, folder=str(tmp_path)).keep(texts[:1])
+    tiny.tokenizer.model_max_length = tiny.tokenizer_2.model_max_length = 30
+    PromptEncoder(tiny, trained=False, folder=str(tmp_path)).keep(texts[:1])
+    assert asked == [["another"], texts[:1], texts[:1]]
+
+
+def test_a_lost_caption_is_encoded_again_or_named(tiny, tmp_path, caplog):
+    encoder = PromptEncoder(tiny, trained=False, folder=str(tmp_path))
+    encoder.keep(["a bus"])
+    expected = encoder(["a bus"])[0]["text"]
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(b"")
+    assert torch.equal(encoder(["a bus"])[0]["text"], expected)
+    assert f"{file} is damaged" in caplog.text
+    file.unlink()
+    tiny.components.release(tiny.text_encoders)
+    with pytest.raises(ValueError, match=r"data\.text_cache: .* is lost: resume the run"):
+        encoder(["a bus"])
+
+
+def test_kept_latents_are_not_read_before_they_are_needed(tiny, image_folder, tmp_path, monkeypatch):
+    """A start with many pictures only looks for their files."""
+    settings = {"latent_cache": str(tmp_path / "latents"), "flip": True}
+    batches(tiny, image_folder, **settings).encode_all(4)
+    second = batches(tiny, image_folder, **settings)
+    monkeypatch.setattr(type(second.cache), "get", None)
+    second.encode_all(4)

@@ -25,6 +25,7 @@ class ImageCaption(NamedTuple):
 
     text: str
     source: str
+    more: tuple[str, ...] = ()  # further texts of the same image
 
 
 class CaptionFiles:
@@ -38,10 +39,11 @@ class CaptionFiles:
     Args:
         root: The folder.
         entries: All files in it and in those of its subfolders that are read.
+        lines: Whether each line of a text is a caption of its own.
     """
 
-    def __init__(self, root: Path, entries: Sequence[Path]):
-        self.root = root
+    def __init__(self, root: Path, entries: Sequence[Path], *, lines: bool = False):
+        self.root, self.lines = root, lines
         self.rows: dict[Path, ImageCaption] = {}
         self.problems: list[str] = []
         self.unused: dict[Path, str] = {}
@@ -57,10 +59,10 @@ class CaptionFiles:
         found = [caption for caption in (self.rows.get(image),) if caption and caption.text]
         files = self._beside.get(image.with_suffix(""), [])
         for path in sorted(files, key=lambda path: BESIDE.index(path.suffix.lower())):
-            text = self._read_text(path)
-            if not found and text:
-                found.append(ImageCaption(text, path.suffix.lower()))
-            elif found and text and text != " ".join(found[0].text.split()):
+            texts = self._read_texts(path)
+            if not found and texts:
+                found.append(ImageCaption(texts[0], path.suffix.lower(), tuple(texts[1:])))
+            elif found and texts and texts != [" ".join(text.split()) for text in (found[0].text, *found[0].more)]:
                 self.unused[path] = f"{image.name} has its caption from {found[0].source}, and that is another"
         return found[0] if found else None
 
@@ -78,7 +80,7 @@ class CaptionFiles:
                 self.unused[path] = reason
 
     def _read_metadata(self, file: Path) -> None:
-        found, bad = read_metadata(file)
+        found, bad = read_metadata(file, lines=self.lines)
         if all((file.parent / name).is_file() for name in METADATA):
             found, bad = {}, [f"is one of two: keep {' or '.join(METADATA)}"]
         twice = sorted(path.name for path in found if path in self.rows)
@@ -88,12 +90,17 @@ class CaptionFiles:
         self.problems += [f"{file.relative_to(self.root)} {problem}" for problem in bad]
         self.rows |= found
 
-    def _read_text(self, path: Path) -> str:
+    def _read_texts(self, path: Path) -> list[str]:
         try:
-            return " ".join(path.read_text(encoding="utf-8-sig").split())
+            return _texts(path.read_text(encoding="utf-8-sig"), lines=self.lines)
         except (OSError, UnicodeDecodeError) as error:
             self.problems.append(f"{path.name} cannot be read as UTF-8 text: {error}")
-            return ""
+            return []
+
+
+def _texts(text: str, *, lines: bool) -> list[str]:
+    """The captions in a text without spaces around them, and no empty ones: its lines, or all of it."""
+    return [found for part in (text.splitlines() if lines else [text]) if (found := " ".join(part.split()))]
 
 
 def is_image(name: str) -> bool:
@@ -118,8 +125,13 @@ def _why_unused(path: Path, stems: set[Path], names: set[str]) -> str:
 # --- metadata.jsonl and metadata.csv ---------------------------------------------------------------------------------
 
 
-def read_metadata(file: Path) -> tuple[dict[Path, ImageCaption], list[str]]:
-    """The captions by path that a metadata file has, some of them empty, and the problems of its lines."""
+def read_metadata(file: Path, *, lines: bool = False) -> tuple[dict[Path, ImageCaption], list[str]]:
+    """The captions by path that a metadata file has, some of them empty, and the problems of its lines.
+
+    Args:
+        file: metadata.jsonl or metadata.csv.
+        lines: Whether each line of a text is a caption of its own.
+    """
     captions: dict[Path, ImageCaption] = {}
     lines_of: dict[Path, int] = {}
     problems: list[str] = []
@@ -132,10 +144,10 @@ def read_metadata(file: Path) -> tuple[dict[Path, ImageCaption], list[str]]:
     read = _csv_rows if file.suffix == ".csv" else _json_rows
     for number, row in read(text, problems):
         try:
-            path, caption = _of_row(file.parent, row)
+            path, texts = _of_row(file.parent, row)
             if path in captions:
                 raise ValueError(f"names {path.name} again (first in line {lines_of[path]})")
-            captions[path], lines_of[path] = ImageCaption(caption, file.name), number
+            captions[path], lines_of[path] = _as_caption(texts, file.name, lines=lines), number
         except ValueError as error:
             problems.append(f"line {number} {error}")
     return captions, problems
@@ -154,16 +166,24 @@ def _json_rows(text: str, problems: list[str]) -> Iterator[tuple[int, Any]]:
                 problems.append(f"line {number} is not valid JSON: {error.msg} at character {error.pos + 1}")
 
 
-def _of_row(root: Path, row: Any) -> tuple[Path, str]:
+def _as_caption(texts: Sequence[str], source: str, *, lines: bool) -> ImageCaption:
+    if lines:
+        texts = [line for text in texts for line in _texts(text, lines=True)]
+    first, *others = [text.strip() for text in texts if text.strip()] or [""]
+    return ImageCaption(first, source, tuple(others))
+
+
+def _of_row(root: Path, row: Any) -> tuple[Path, Sequence[str]]:
     name = row.get("file_name") if isinstance(row, Mapping) else None
     if not isinstance(name, str) or not name:
         raise ValueError("must be an object with the key file_name")
-    captions = {key: row[key] for key in KEYS if row.get(key) is not None}
-    if not all(isinstance(caption, str) and _is_text(caption) for caption in captions.values()):
+    values = ((key, row[key]) for key in KEYS if row.get(key) is not None)
+    captions = {key: value if isinstance(value, list) else [value] for key, value in values}
+    if not all(isinstance(text, str) and _is_text(text) for texts in captions.values() for text in texts):
         raise ValueError("has a caption that is not text")
-    if len({caption.strip() for caption in captions.values()}) > 1:
+    if len({tuple(text.strip() for text in texts) for texts in captions.values()}) > 1:
         raise ValueError(f"has different values for {' and '.join(captions)}: keep one")
-    return _inside(root, name), next(iter(captions.values()), "").strip()
+    return _inside(root, name), next(iter(captions.values()), [])
 
 
 def _inside(root: Path, name: str) -> Path:

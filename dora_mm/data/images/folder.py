@@ -18,9 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dora_mm.config import resolve_path
-from dora_mm.config.images import DataConfig
-from dora_mm.data.images.buckets import Size
+from dora_mm.config.images import CaptionConfig, DataConfig
+from dora_mm.data.images.buckets import Size, choose_bucket
 from dora_mm.data.images.captions import BESIDE, METADATA, CaptionFiles, is_image
+from dora_mm.data.images.masks import ALPHA, ENDING, check_mask, mask_file
 from dora_mm.data.images.pixels import SUFFIXES, load_rgb
 from dora_mm.utils.digest import file_digest
 
@@ -37,7 +38,10 @@ class CaptionedImage(NamedTuple):
     size: Size  # (h, w), upright, before resizing
     digest: str  # SHA-256 of the file, part of the key of cached latents
     source: str = METADATA[0]  # where the caption is from: a file name, ".txt", ".caption" or "data.instance_prompt"
-    repeats: int = 1  # how often it occurs in an epoch, by the name of its subfolder
+    repeats: float = 1  # how often it occurs in an epoch, by the name of its subfolder and data.folders
+    folder: int = 0  # the number of its folder among data.folders
+    more: tuple[str, ...] = ()  # further captions, of which one is drawn in every epoch
+    mask: str = ""  # SHA-256 of the file of its mask, or "alpha"; empty: it has none
 
 
 def read_captioned_images(
@@ -48,6 +52,9 @@ def read_captioned_images(
     subfolders: bool = False,
     unused_captions: str = "stop",
     key: str = "data.folder",
+    prompt_key: str = "data.instance_prompt",
+    lines: bool = False,
+    masks: str | None = None,
 ) -> list[CaptionedImage]:
     """Reads every image of a folder with its caption, sorted by path.
 
@@ -63,6 +70,9 @@ def read_captioned_images(
             and linked ones are left out.
         unused_captions: "stop": files that look like captions and are not used are an error; "ignore": a warning.
         key: The key of the config that names the folder, for messages.
+        prompt_key: That of the instance prompt.
+        lines: Whether each line of a text is a caption of its own.
+        masks: Where masks are, "file" or "alpha"; None: they are not used, and files of masks are no images either.
 
     Raises:
         ValueError: Lists all problems of the folder: it is missing, unreadable or has no images; an image is broken,
@@ -73,9 +83,10 @@ def read_captioned_images(
     root = resolve_path(folder, key)
     folders = _folders(root) if subfolders else [root]
     entries = [path for each in folders for path in _list(each, key)]
-    files = CaptionFiles(root, entries)
+    files = CaptionFiles(root, entries, lines=lines)
     problems = files.problems
-    paths = sorted({path for path in entries if is_image(path.name)} | set(files.rows))
+    found_images, ends = _images_and_masks(entries)
+    paths = sorted((found_images | set(files.rows)) - ends)
     deeper = [] if subfolders else _images_in_subfolders(root, paths)
     if not paths and not problems:
         raise ValueError(_no_images(root, deeper, key))
@@ -83,16 +94,20 @@ def read_captioned_images(
     images, uncaptioned = [], []
     for path in tqdm(paths, desc="reading images", unit="image", delay=2, disable=None):
         found = files.of_image(path)
-        caption, source = found or (instance_prompt or "", "data.instance_prompt")
+        caption, source, more = found or (instance_prompt or "", prompt_key, ())
         if not caption:
             uncaptioned.append(path)
         try:
             repeats = _repeats(root, path) if subfolders else 1
-            images.append(CaptionedImage(path, caption, measure(path), file_digest(path), source, repeats))
+            size = measure(path)
+            mask = _mask_digest(path, size, masks)
+            images.append(CaptionedImage(path, caption, size, file_digest(path), source, repeats, more=more, mask=mask))
         except ValueError as error:
             problems.append(str(error))
     if uncaptioned:
-        problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set data.instance_prompt")
+        problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
+    if masks and images and not any(image.mask for image in images):
+        problems.append(_no_masks(masks))
     files.note_unused(entries, paths)
     if files.unused and unused_captions == "stop":
         problems.append(_about_unused(root, files.unused) + ": data.unused_captions=ignore goes on without")
@@ -102,29 +117,101 @@ def read_captioned_images(
         raise ValueError(_report(root, problems, key))
     if files.unused:
         log.warning("%s", _about_unused(root, files.unused))
-    _log_notes([path for path in entries if path not in folders and path not in files.unused], images, deeper)
+    others = [path for path in entries if path not in folders and path not in files.unused]
+    _log_notes(others, images, deeper, prompt_key)
+    _log_masks(images, ends, used=masks is not None)
+    return images
+
+
+def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
+    """The images of a folder that have no caption, for a line in metadata.jsonl, and the number of the others.
+
+    Raises:
+        ValueError: There are no images, a file with captions is malformed, or a line cannot be added: the folder has a
+            metadata.csv, or an image has a line without a caption.
+    """
+    entries = _list(root, "FOLDER")
+    files, (images, _) = CaptionFiles(root, entries), _images_and_masks(entries)
+    problems, without = files.problems, []
+    if (root / METADATA[1]).is_file():
+        problems.append(f"has {METADATA[1]}, beside which {METADATA[0]} is not read: put its rows there first")
+    for path in sorted(images):
+        if files.of_image(path) is None:
+            without.append(path)
+    problems += [f"{files.rows[path].source} names {path.name} without a caption: remove its line" for path in without
+                 if path in files.rows]  # fmt: skip
+    if not images:
+        problems.append(f"has no images ({', '.join(SUFFIXES)})")
+    if problems:
+        raise ValueError(_report(root, problems, "FOLDER"))
+    return without, len(images) - len(without)
+
+
+def _images_and_masks(entries: Iterable[Path]) -> tuple[set[Path], set[Path]]:
+    """The images among files, and those that are the mask of another image instead."""
+    images = {path for path in entries if is_image(path.name)}
+    masks = {path for path in images if path.name.endswith(ENDING)}
+    masks &= {mask_file(path) for path in images - masks}
+    return images - masks, masks
+
+
+def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
+    """Reads the images of all folders with a role in a config's `data` section; see `read_captioned_images`.
+
+    Raises:
+        ValueError: As there; and no caption of the images that are trained on has the placeholder.
+    """
+    images, folders = [], data.all_folders
+    captions = data.captions or CaptionConfig()
+    always = data.placeholder and any(
+        contains_word(text or "", data.placeholder) for text in (captions.prefix, captions.suffix)
+    )
+    placeholder = data.placeholder if role == "train" and not always else None
+    for number, (key, folder) in enumerate(folders.items()):
+        if folder.role == role:
+            found = read_captioned_images(
+                folder.path,
+                instance_prompt=folder.prompt or data.instance_prompt,
+                placeholder=placeholder if len(folders) == 1 else None,
+                lines=captions.lines,
+                masks=data.mask and data.mask.source,
+                subfolders=data.subfolders,
+                unused_captions=data.unused_captions,
+                key=key,
+                prompt_key=f"{key}.prompt" if folder.prompt else "data.instance_prompt",
+            )
+            # A whole number stays one, which the digest of the images depends on
+            times = (image.repeats if folder.repeats == 1 else image.repeats * folder.repeats for image in found)
+            images += [image._replace(repeats=n, folder=number) for image, n in zip(found, times, strict=True)]
+    if placeholder and len(folders) > 1:
+        for problem in _check_placeholder(images, placeholder):
+            raise ValueError(f"data.folders: {problem}")
     return images
 
 
 def read_training_images(data: DataConfig) -> list[CaptionedImage]:
-    """Reads the images of a config's `data` section; see `read_captioned_images`.
-
-    Raises:
-        ValueError: As there.
-    """
-    return read_captioned_images(
-        data.folder,
-        instance_prompt=data.instance_prompt,
-        placeholder=data.placeholder,
-        subfolders=data.subfolders,
-        unused_captions=data.unused_captions,
-    )
+    """Reads the images of a config's `data` section that are trained on, or held out of these; see `read_images`."""
+    return read_images(data, "train")
 
 
 def digest_of(images: Sequence[CaptionedImage]) -> str:
-    """SHA-256 that identifies a data set: the content of its images, their captions, order and repeats."""
-    rows = [(image.digest, image.caption, *([image.repeats] if image.repeats != 1 else [])) for image in images]
+    """SHA-256 that identifies a data set: the content of its images and masks, their captions, order and repeats."""
+    rows = []
+    for image in images:
+        others = {"more": image.more, "mask": image.mask}
+        found = {name: value for name, value in others.items() if value}
+        rows.append((image.digest, image.caption, *([image.repeats] if image.repeats != 1 else []), *found.items()))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def bucket_of(image: CaptionedImage, data: DataConfig) -> Size:
+    """The bucket of an image, at the resolution of its folder."""
+    return choose_bucket(image.size, resolution_of(image, data))
+
+
+def resolution_of(image: CaptionedImage, data: DataConfig) -> int:
+    """The resolution of an image's folder, or else of all."""
+    return (data.folders[image.folder].resolution if data.folders else None) or data.resolution
 
 
 def measure(path: Path) -> Size:
@@ -181,6 +268,28 @@ def _no_images(root: Path, deeper: Sequence[Path], key: str) -> str:
     )
 
 
+def _mask_digest(path: Path, size: Size, masks: str | None) -> str:
+    """`CaptionedImage.mask` of an image; the mask is decoded once, so that a bad one stops the run at its start."""
+    if masks is None or not check_mask(path, size, masks):
+        return ""
+    return ALPHA if masks == ALPHA else file_digest(mask_file(path))
+
+
+def _no_masks(masks: str) -> str:
+    if masks == ALPHA:
+        return "no image is transparent anywhere, and data.mask.source alpha takes the mask from that"
+    return f"no image has a mask: that of cat.jpg is looked for in {mask_file(Path('cat.jpg'))}"
+
+
+def _log_masks(images: Sequence[CaptionedImage], files: Iterable[Path], *, used: bool) -> None:
+    """Logs the images that lack a mask where masks are used, or the masks where they are not."""
+    without = [image.path for image in images if not image.mask]
+    if used and without:
+        log.warning("%s without a mask: all of it counts alike", _counted(without))
+    elif not used and files:
+        log.warning("%s the mask of an image, and not used: set data.mask", _counted(sorted(files)))
+
+
 def _repeats(root: Path, path: Path) -> int:
     """How often the image occurs in an epoch: the number in the name of the innermost folder that has one, else 1."""
     for name in reversed(path.relative_to(root).parts[:-1]):
@@ -191,7 +300,7 @@ def _repeats(root: Path, path: Path) -> int:
     return 1
 
 
-def _check_placeholder(images: list[CaptionedImage], placeholder: str) -> list[str]:
+def _check_placeholder(images: Sequence[CaptionedImage], placeholder: str) -> list[str]:
     without = [image.path for image in images if not contains_word(image.caption, placeholder)]
     if len(without) < len(images):
         if without:
@@ -217,22 +326,23 @@ def _about_unused(root: Path, unused: Mapping[Path, str]) -> str:
     return f"{files} like captions without being used ({listed})"
 
 
-def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Sequence[Path]) -> None:
+def _log_notes(entries: Sequence[Path], images: list[CaptionedImage], deeper: Sequence[Path], prompt_key: str) -> None:
     """Logs what the user should know, although it does not stop the run.
 
     Args:
         entries: All files and folders that were found.
         images: The images that are used.
         deeper: Images in subfolders, which are not used.
+        prompt_key: The key of the instance prompt.
     """
     if deeper:
         log.warning("%s not used, because in subfolders: data.subfolders=true reads these, too", _counted(deeper))
     repeated = Counter((image.path.parent.name, image.repeats) for image in images if image.repeats != 1)
     for (name, repeats), count in sorted(repeated.items()):
         log.info("%s: %d image%s, %d times in an epoch", name, count, "s" if count > 1 else "", repeats)
-    with_prompt = [image.path for image in images if image.source == "data.instance_prompt"]
+    with_prompt = [image.path for image in images if image.source == prompt_key]
     if len(with_prompt) < len(images) and with_prompt:
-        log.warning("%s without a caption: data.instance_prompt is used", _counted(with_prompt))
+        log.warning("%s without a caption: %s is used", _counted(with_prompt), prompt_key)
     first_of: dict[str, Path] = {}
     duplicates = [image.path for image in images if first_of.setdefault(image.digest, image.path) != image.path]
     if duplicates:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from dora_mm.config.images import DataConfig
-from dora_mm.data.images.folder import CaptionedImage, read_captioned_images
+from dora_mm.data.images.folder import CaptionedImage, read_captioned_images, read_images
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +16,8 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
     depends neither on names nor on a seed.
 
     Args:
-        images: The images of `data.folder`.
-        data: The `data` section, whose `valid` says what is held out.
+        images: The images of `data.folder`, or of the folders of role train.
+        data: The `data` section, whose `valid`, or folders of role validate, say what is held out.
 
     Returns:
         The images to train on, and the held-out ones, each in the order of their folder.
@@ -27,7 +27,9 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
     """
     valid = data.valid
     if valid is None:
-        return list(images), []
+        held = read_images(data, "validate")
+        _warn_of_both(images, held, "folders of role validate")
+        return list(images), held
     if valid.folder is not None:
         held = read_captioned_images(
             valid.folder,
@@ -35,17 +37,24 @@ def hold_out(images: Sequence[CaptionedImage], data: DataConfig) -> tuple[list[C
             subfolders=data.subfolders,
             unused_captions=data.unused_captions,
             key="data.valid.folder",
+            lines=data.captions is not None and data.captions.lines,
+            masks=data.mask and data.mask.source,
         )
-        if both := {image.digest for image in images} & {image.digest for image in held}:
-            log.warning("%d of the images in %s are also trained on (data.folder)", len(both), valid.folder)
+        _warn_of_both(images, held, valid.folder)
         return list(images), held[: valid.limit]
     assert valid.share is not None
     digests = sorted({image.digest for image in images})
     if len(digests) < 2:
-        raise ValueError(f"data.valid.share: {data.folder} has a single image, so none can be held out")
+        name = data.folder or "data.folders"
+        raise ValueError(f"data.valid.share: {name} has a single image, so none can be held out")
     wanted = min(max(1, round(valid.share * len(digests))), valid.limit or len(digests), len(digests) - 1)
     chosen = set(digests[:wanted])
     return [image for image in images if image.digest not in chosen], [i for i in images if i.digest in chosen]
+
+
+def _warn_of_both(images: Sequence[CaptionedImage], held: Sequence[CaptionedImage], name: str) -> None:
+    if both := {image.digest for image in images} & {image.digest for image in held}:
+        log.warning("%d of the images in %s are also trained on", len(both), name)
 
 
 def part_of(images: Sequence[CaptionedImage], count: int) -> list[CaptionedImage]:

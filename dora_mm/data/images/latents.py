@@ -2,18 +2,15 @@
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dora_mm.data.images.buckets import Framing
-from dora_mm.utils.atomic import save_tensors
+from dora_mm.data.images.tensor_cache import TensorCache
 
-log = logging.getLogger(__name__)
 LAYOUT = "1"  # increase it when the same framing gives different pixels
 
 
@@ -67,8 +64,12 @@ class LatentCache:
     """
 
     def __init__(self, folder: str | Path | None = None):
-        self.folder = Path(folder).expanduser() if folder is not None else None
+        self.files = TensorCache(folder) if folder is not None else None
         self.memory: dict[str, Latents] = {}
+
+    def has(self, key: str) -> bool:
+        """Whether latents of this key are kept; those in a file may turn out to be damaged when they are read."""
+        return key in self.memory if self.files is None else self.files.has(key)
 
     def get(self, key: str, compute: Callable[[], Latents], source: object = "") -> Latents:
         """The latents with this key, computed if they are missing or damaged.
@@ -84,41 +85,16 @@ class LatentCache:
         Raises:
             ValueError: The computed latents are not finite, as happens with some VAEs in fp16.
         """
-        found = self.memory.get(key) if self.folder is None else self._read(self._path(key))
-        if found is not None:
-            return found
+        if self.files is not None and (tensors := self.files.read(key, ("mean",))) is not None:
+            return Latents(tensors["mean"], tensors.get("logvar"))
+        if key in self.memory:
+            return self.memory[key]
         computed = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().tensors.items()}
         latents = Latents(computed["mean"], computed.get("logvar"))
         if not all(bool(tensor.isfinite().all()) for tensor in computed.values()):
             raise ValueError(f"the VAE returns values that are not finite for {source or key}: encode in float32")
-        if self.folder is None:
+        if self.files is None:
             self.memory[key] = latents
         else:
-            save_tensors(self._path(key), latents.tensors, {"sha256": _checksum(latents)})
+            self.files.write(key, latents.tensors)
         return latents
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def _read(self, path: Path) -> Latents | None:
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                latents = Latents(file.get_tensor("mean"), file.get_tensor("logvar") if "logvar" in names else None)
-                intact = (file.metadata() or {}).get("sha256") == _checksum(latents)
-        except (SafetensorError, OSError):
-            intact, latents = False, None
-        if not intact:
-            log.warning("%s is damaged: its latents are computed again", path)
-        return latents if intact else None
-
-
-def _checksum(latents: Latents) -> str:
-    digest = hashlib.sha256()
-    for tensor in latents.tensors.values():
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

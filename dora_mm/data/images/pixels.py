@@ -39,6 +39,20 @@ def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
         return _composed(upright, image.info.get("icc_profile"), background)
 
 
+def load_alpha(path: str | Path) -> Image.Image | None:
+    """The upright transparency of an image in 8 bits, 255 where it is opaque; None if it has none.
+
+    Raises:
+        ValueError: As in `load_rgb`.
+    """
+    with _opened(Path(path)) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):
+            upright = _eight_bits(upright)
+        return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+
+
 def upright_size(path: str | Path) -> tuple[int, int]:
     """(h, w) of an image as `load_rgb` returns it, read from its header: the pixels of TIFF files alone are decoded.
 
@@ -68,14 +82,19 @@ def render(image: Image.Image, framing: Framing) -> torch.Tensor:
     """
     height, width = framing.target_size
     # Only the crop is resized: a complete image of 1 x 6000 would be 3,072,000 pixels wide at a height of 512.
-    down, right = image.height / framing.resized[0], image.width / framing.resized[1]
-    left, top = framing.left * right, framing.top * down
-    box = (left, top, min(left + width * right, image.width), min(top + height * down, image.height))
-    part = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    part = image.resize((width, height), Image.Resampling.LANCZOS, box=crop_box(image, framing))
     if framing.flip:
         part = ImageOps.mirror(part)
     pixels_HWC = torch.from_numpy(np.array(part, dtype=np.float32))
     return pixels_HWC.permute(2, 0, 1).contiguous().div_(127.5).sub_(1.0)
+
+
+def crop_box(image: Image.Image, framing: Framing) -> tuple[float, float, float, float]:
+    """The framed part in an image before it is resized: (left, top, right, bottom)."""
+    height, width = framing.target_size
+    down, right = image.height / framing.resized[0], image.width / framing.resized[1]
+    left, top = framing.left * right, framing.top * down
+    return left, top, min(left + width * right, image.width), min(top + height * down, image.height)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from dora_mm.data.images.latents import Latents
 from dora_mm.data.syntax import Wording
 from dora_mm.models.diffusion import ImageModel, Prompt, padded
 from dora_mm.models.noise import Diffusion
-from dora_mm.models.sdxl import encoding
+from dora_mm.models.sdxl import checkpoint, encoding
 
 
 class SDXL(ImageModel):
@@ -27,7 +27,17 @@ class SDXL(ImageModel):
     denoiser = "unet"
     maps: ClassVar = {"unet": "sdxl-unet", "text_encoder": "clip-text", "text_encoder_2": "clip-text"}
     cell, weighs_words = 8, True
+    predictions = ("epsilon", "v_prediction")
     single_file = ("model.diffusion_model.label_emb.", "conditioner.embedders.1.")
+    single_file_configs = checkpoint.CONFIGS
+
+    @classmethod
+    def single_file_parts(cls) -> dict[str, Any]:
+        return checkpoint.tokenizers()
+
+    @classmethod
+    def scheduler_settings(cls, names: Collection[str]) -> dict[str, Any]:
+        return checkpoint.scheduler_settings(names)
 
     @property
     def resolution(self) -> int:

@@ -10,7 +10,7 @@ from dora_mm.sampling.manifest import MANIFEST, ManifestEntry, read_manifest
 from dora_mm.utils import yaml12
 from dora_mm.utils.run_directory import CONFIG, RunDirectory
 
-SHEET = re.compile(r"step-(\d+)(-ema)?\.png")
+SHEET = re.compile(r"step-(\d+)\.png")
 
 
 def read_pictures(path: Path) -> list[ManifestEntry]:
@@ -27,12 +27,10 @@ def training_sheets(path: Path) -> list[ManifestEntry]:
     """The sheets of a training by step, the first of the untrained model; none where it is no training."""
     run = RunDirectory(path)
     config = _config(path)
-    found: list[tuple[int, bool, Path]] = []
-    for file in run.samples.glob("*.png"):
-        if match := SHEET.fullmatch(file.name):
-            found.append((int(match[1]), bool(match[2]), file))
-    last = (config.get("train") or {}).get("steps") or max((step for step, _, _ in found), default=0)
-    found += [(last, file == run.sheet_ema, file) for file in (run.sheet, run.sheet_ema) if file.is_file()]
+    files = ((file, SHEET.fullmatch(file.name)) for file in run.samples.glob("*.png"))
+    found = [(int(match[1]), file) for file, match in files if match]
+    last = (config.get("train") or {}).get("steps") or max((step for step, _ in found), default=0)
+    found += [(last, run.sheet)] if run.sheet.is_file() else []
     if not config or not found:
         return []
     sample = config.get("sample") or {}
@@ -47,9 +45,9 @@ def training_sheets(path: Path) -> list[ManifestEntry]:
             file=file.relative_to(path).as_posix(),
             status="done",
             batch=0,
-            settings={**common, "step": step, **({"weights": "average"} if average else {})},
+            settings={**common, "step": step},
         )
-        for number, (step, average, file) in enumerate(sorted(found), 1)
+        for number, (step, file) in enumerate(sorted(found), 1)
     ]
 
 

@@ -3,49 +3,20 @@
 # pyright: reportArgumentType=false
 # diffusers annotates tuples of any length as tuples of one, transformers tuples as strings.
 
-import gzip
-from importlib.resources import files
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dora_mm.models.components import Components
+from dora_mm.models.sdxl.checkpoint import tokenizers
 from dora_mm.models.sdxl.family import SDXL
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_TOKENS = 40  # captions have at most 34; SDXL's 77 would make every training step a tenth slower
 TIME_ID_WIDTH = 16  # of each of the six micro-conditioning numbers
 # CLIP's legacy ids, as SDXL's own configs carry them: pooling then takes the highest id, which is END, the last one.
 LEGACY_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-
-
-def build_tokenizers(num_merges: int) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """Builds both tokenizers: CLIP's byte-level BPE, cut to its first `num_merges` merges.
-
-    Any word can still be encoded, in smaller pieces. As in SDXL, the first tokenizer pads with the end token and the
-    second with "!".
-    """
-    text = gzip.decompress((files("open_clip") / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    merges = [tuple(line.split()) for line in text.split("\n")[1 : num_merges + 1]]
-    letters = list(bytes_to_unicode().values())
-    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
-    vocab = {word: index for index, word in enumerate(words)}
-    one, two = (
-        CLIPTokenizer(
-            vocab=vocab,
-            merges=merges,
-            bos_token=START,
-            eos_token=END,
-            unk_token=END,
-            pad_token=pad,
-            model_max_length=MAX_TOKENS,
-        )
-        for pad in (END, "!")
-    )
-    return one, two
 
 
 def build_text_encoders(
@@ -189,10 +160,10 @@ def build_tiny_sdxl(
     text_heads: tuple[int, int] = (2, 4),
 ) -> SDXL:
     """Builds the complete model, with random weights drawn from `seed`; sizes as for the functions above."""
-    tokenizer, tokenizer_2 = build_tokenizers(num_merges)
+    both = tokenizers(num_merges, MAX_TOKENS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder, text_encoder_2 = build_text_encoders(len(tokenizer), text_widths, text_depths, text_heads)
+        text_encoder, text_encoder_2 = build_text_encoders(len(both["tokenizer"]), text_widths, text_depths, text_heads)
         vae = build_vae(resolution, vae_channels, latent_channels)
         latent_size = resolution // 2 ** (len(vae_channels) - 1)
         unet = build_unet(latent_size, latent_channels, unet_channels, unet_heads, text_widths)
@@ -201,8 +172,7 @@ def build_tiny_sdxl(
         vae=vae,
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
+        **both,
         scheduler=build_scheduler(),
     )
     return SDXL(components)

@@ -1,5 +1,8 @@
 """Checkpoints of whole models in one file, with the names of the code that SDXL was published with."""
 
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,8 +40,31 @@ def open_clip_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def write_single_file(pipeline: Path, file: Path) -> Path:
-    """Writes the networks of an SDXL pipeline, without its VAE, as one file in SGM's names; returns the file."""
+def compvis_names(state: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
+    """A VAE as in the checkpoints of CompVis, written out by hand.
+
+    Args:
+        state: Its weights in diffusers' names.
+        levels: The number of its levels: the decoder's are counted from the other end.
+    """
+    found = {}
+    for key, tensor in state.items():
+        name = re.sub(r"down_blocks\.(\d+)\.resnets\.(\d+)", r"down.\1.block.\2", key)
+        name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
+        name = re.sub(r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{levels - 1 - int(m[1])}.block", name)
+        name = re.sub(r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{levels - 1 - int(m[1])}.upsample", name)
+        name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+        name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("conv_shortcut", "nin_shortcut")
+        if "attn_1" in name:
+            name = name.replace("group_norm", "norm").replace("to_out.0", "proj_out")
+            name = re.sub(r"to_([qkv])", r"\1", name)
+            tensor = tensor[..., None, None] if tensor.dim() == 2 else tensor
+        found[name.replace("conv_norm_out", "norm_out")] = tensor.contiguous()
+    return found
+
+
+def write_single_file(pipeline: Path, file: Path, markers: Sequence[str] = ()) -> Path:
+    """Writes the networks of an SDXL pipeline as one file in SGM's names, with marker tensors; returns the file."""
     unet = load_file(pipeline / "unet/diffusion_pytorch_model.safetensors")
     own = {name.path: path for name, path in owners("sdxl").items()}
     tensors = {}
@@ -49,6 +75,9 @@ def write_single_file(pipeline: Path, file: Path) -> Path:
         tensors[f"conditioner.embedders.0.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor
     for key, tensor in open_clip_names(load_file(pipeline / "text_encoder_2/model.safetensors")).items():
         tensors[f"conditioner.embedders.1.model.{key}"] = tensor
-    tensors["first_stage_model.decoder.conv_in.weight"] = torch.randn(2, 2, 3, 3)
+    levels = len(json.loads((pipeline / "vae/config.json").read_text())["block_out_channels"])
+    for key, tensor in compvis_names(load_file(pipeline / "vae/diffusion_pytorch_model.safetensors"), levels).items():
+        tensors[f"first_stage_model.{key}"] = tensor
+    tensors |= {marker: torch.zeros(()) for marker in markers}
     save_file(tensors, file, metadata={"modelspec.title": "tiny"})
     return file

@@ -20,19 +20,7 @@ from diffusers.loaders import lora_conversion_utils, single_file_utils
 from dora_mm.formats.algebra.fused import split_rows
 from dora_mm.formats.naming.names import Name, architecture_of, canonical, own_table, owners
 from dora_mm.formats.naming.spellings import Names
-
-SDXL = {
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from tests.benchmarks.full_size import FULL_SIZE
 
 
 def names_of(model: torch.nn.Module, component: str) -> list[Name]:
@@ -42,7 +30,7 @@ def names_of(model: torch.nn.Module, component: str) -> list[Name]:
 @pytest.fixture(scope="module")
 def sdxl() -> UNet2DConditionModel:
     with torch.device("meta"):
-        return UNet2DConditionModel(**SDXL)
+        return UNet2DConditionModel(**FULL_SIZE)
 
 
 @pytest.fixture(scope="module")

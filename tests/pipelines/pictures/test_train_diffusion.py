@@ -356,7 +356,10 @@ def test_held_out_losses_are_in_the_curves_and_change_no_bit(config, tmp_path, i
     average, last_one = (load_file(tmp_path / "valid" / name / ADAPTER) for name in ("adapter-ema", "adapter"))
     assert average.keys() == last_one.keys()
     assert not all(torch.equal(average[name], last_one[name]) for name in average)
-    assert (tmp_path / "valid" / "sheet-ema.png").is_file()
+    assert Image.open(tmp_path / "valid" / "sheet.png").height > 3 * 64  # before, after, average
+    assert not (tmp_path / "valid" / "sheet-ema.png").exists()
+    pictures = [(tmp_path / "valid" / name / "pictures/1.png").read_bytes() for name in ("adapter", "adapter-ema")]
+    assert pictures[0] != pictures[1]
     capsys.readouterr()
     assert main(["train", str(path), "--set", f"output={tmp_path / 'new'}", "--dry-run"]) == 0
     assert "held out  2 (0.png, 3.png), their loss after every step" in capsys.readouterr().out

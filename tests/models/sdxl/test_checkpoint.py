@@ -1,0 +1,171 @@
+"""SDXL in one file: loaded without a network, and what it predicts."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+
+from dora_mm import cli
+from dora_mm.config.loader import load_config
+from dora_mm.config.models import ModelConfig
+from dora_mm.models.architectures import networks_of
+from dora_mm.models.image_families import about_prediction, load_image_model
+from dora_mm.models.sdxl import checkpoint
+from dora_mm.models.sdxl.family import SDXL
+from tests.conftest import SIZES
+from tests.formats.files.single_files import write_single_file
+
+
+@pytest.fixture
+def single(tiny_folder, tmp_path, monkeypatch):
+    """Writes the tiny model as one file with these markers; its configs and tokenizers stand in for those of SDXL."""
+    configs = tmp_path / "configs"
+    for file in tiny_folder.rglob("*config.json"):
+        copy = configs / file.relative_to(tiny_folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    (configs / "model_index.json").write_bytes((tiny_folder / "model_index.json").read_bytes())
+    (configs / "scheduler/scheduler_config.json").write_bytes(
+        (checkpoint.CONFIGS / "scheduler/scheduler_config.json").read_bytes()
+    )
+    parts = checkpoint.tokenizers(SIZES["num_merges"], 40)
+    monkeypatch.setattr(SDXL, "single_file_configs", configs)
+    monkeypatch.setattr(SDXL, "single_file_parts", classmethod(lambda cls: parts))
+
+    def write(*markers):
+        return str(write_single_file(tiny_folder, tmp_path / "xl.safetensors", markers))
+
+    return write
+
+
+def loaded(path, **settings):
+    return load_image_model(ModelConfig(path=path, **settings))
+
+
+def test_the_packaged_configs_are_those_of_sdxl_base():
+    """The numbers of parameters of the published model."""
+    counts = {
+        name: sum(parameter.numel() for parameter in network.build().parameters())
+        for name, network in networks_of(str(checkpoint.CONFIGS)).items()
+    }
+    assert counts == {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    }
+
+
+@pytest.mark.parametrize("text", ["a TOK icon of an astronaut, riding a horse", "3D, isn't it? 123 naïve — 日本", ""])
+def test_tokens_are_those_of_open_clip(text):
+    theirs = open_clip.get_tokenizer("ViT-L-14")([text])[0].tolist()
+    for name, tokenizer in checkpoint.tokenizers().items():
+        ours = tokenizer(text).input_ids
+        assert ours == theirs[: len(ours)], name
+        padded = tokenizer(text, padding="max_length", max_length=77).input_ids
+        assert set(padded[len(ours) :]) == {49407 if name == "tokenizer" else 0}
+
+
+def test_a_single_file_is_the_model_of_the_folder(single, tiny_folder):
+    file, folder = loaded(single("v_pred", "ztsnr")), loaded(str(tiny_folder))
+    for name, network in folder.networks.items():
+        same = network.state_dict()
+        for key, tensor in file.networks[name].state_dict().items():
+            assert torch.equal(tensor, same[key]), (name, key)
+    assert file.tokenizer("a bus").input_ids == folder.tokenizer("a bus").input_ids
+    prompts = ["a flat icon of a bus"]
+    assert torch.equal(file.encode_prompts(prompts)[0]["text"], folder.encode_prompts(prompts)[0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("markers", "prediction", "expected"),
+    [
+        ((), "auto", ("epsilon", False, "leading")),
+        (("v_pred",), "auto", ("v_prediction", False, "leading")),
+        (("v_pred", "ztsnr"), "auto", ("v_prediction", True, "trailing")),
+        (("v_pred", "ztsnr"), "epsilon", ("epsilon", False, "leading")),
+        ((), "v_prediction", ("v_prediction", False, "leading")),
+        (("ztsnr",), "v_prediction", ("v_prediction", True, "trailing")),
+        (("ztsnr",), "epsilon", ("epsilon", False, "leading")),
+    ],
+)
+def test_marker_tensors_and_the_override(single, markers, prediction, expected):
+    """Without them diffusers takes every file for one that predicts the noise, and pictures are empty."""
+    model = loaded(single(*markers), prediction=prediction)
+    for scheduler in (model.scheduler, model.pipeline().scheduler):
+        found = scheduler.config
+        assert (found.prediction_type, found.rescale_betas_zero_snr, found.timestep_spacing) == expected
+    assert model.noise.prediction == expected[0]
+    last = model.noise.signal_to_noise(torch.tensor([999]))
+    assert (last == 0).all() == expected[1]
+
+
+def test_the_target_of_a_marked_file_is_v(single):
+    model = loaded(single("v_pred", "ztsnr"))
+    x, e, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    root = (1 - betas).cumprod(0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # Lin et al. 2023, algorithm 1
+    a, s = root[t].view(-1, 1, 1, 1), (1 - root[t] ** 2).sqrt().view(-1, 1, 1, 1)
+    torch.testing.assert_close(model.noise.noised(x, e, t), a * x + s * e, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.noise.target(x, e, t), a * e - s * x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_can_be_overridden_and_keeps_what_it_says_otherwise(tiny_folder):
+    assert loaded(str(tiny_folder)).noise.prediction == "v_prediction"
+    found = loaded(str(tiny_folder), prediction="epsilon").scheduler.config
+    assert (found.prediction_type, found.rescale_betas_zero_snr) == ("epsilon", False)
+
+
+def test_files_that_contradict_themselves_are_refused(single):
+    with pytest.raises(ValueError, match=r"no signal \(ztsnr\), and it does not say what it predicts: set model"):
+        loaded(single("ztsnr"))
+    with pytest.raises(ValueError, match=r"it is a model of EDM \(edm_vpred\.sigma_max is in it\)"):
+        loaded(single("v_pred", "edm_vpred.sigma_max"))
+
+
+def test_what_is_predicted_is_said(single, tiny_folder):
+    marked = ModelConfig(path=single("v_pred", "ztsnr"))
+    assert about_prediction(marked) == (
+        "SDXL that predicts v_prediction, whose last noise level has no signal (zero terminal SNR), as its marker "
+        "tensors say"
+    )
+    changed = marked.model_copy(update={"prediction": "epsilon"})
+    assert about_prediction(changed) == "SDXL that predicts epsilon, as model.prediction says"
+    assert "zero terminal" in about_prediction(ModelConfig(path=str(tiny_folder)))
+
+
+def test_inspect_says_what_a_single_file_predicts(single, capsys):
+    file = single("v_pred")
+    assert cli.main(["inspect", file]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("SDXL that predicts v_prediction, as its marker tensors say\n")
+    assert f"{file} unet: UNet2DConditionModel, target map sdxl-unet" in out
+    assert "text_encoder_2" in out
+
+
+def test_the_choice_is_part_of_what_pictures_depend_on():
+    assert ModelConfig(path="a").settings_of_pictures() == {}
+    assert ModelConfig(path="a", prediction="epsilon").settings_of_pictures() == {"prediction": "epsilon"}
+
+
+def test_a_trained_adapter_is_drawn_with_what_it_was_trained_on(single, image_folder, tmp_path, capsys):
+    config = {
+        "pipeline": "train_diffusion",
+        "output": str(tmp_path / "run"),
+        "model": {"path": single("v_pred", "ztsnr")},
+        "adapter": {"rank": 2, "alpha": 2.0},
+        "data": {"folder": str(image_folder), "resolution": 64},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "train": {"steps": 1, "batch_size": 2},
+        "sample": {"prompts": ["a TOK icon"], "steps": 2},
+    }
+    (tmp_path / "train.yaml").write_text(json.dumps(config))
+    assert cli.main(["train", str(tmp_path / "train.yaml"), "--dry-run"]) == 0
+    assert "predicts v_prediction" in capsys.readouterr().out
+    assert cli.main(["train", str(tmp_path / "train.yaml"), "--set", "model.prediction=epsilon"]) == 0
+    assert load_config(tmp_path / "run/config.yaml").model.prediction == "epsilon"
+    job = ["sample", "--set", f"adapter.path={tmp_path / 'run'}", "prompts=[a TOK icon]", "steps=2"]
+    assert cli.main([*job, f"output={tmp_path / 'drawn'}"]) == 0
+    assert (tmp_path / "drawn/samples").is_dir()

@@ -1,0 +1,121 @@
+"""Everything that a training on pictures can be asked for, in any combination, resumed bit for bit."""
+
+import copy
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from dora_mm.cli import main
+from tests.data.images.pictures import write_pictures
+
+TEXT = "text_encoders.attn"
+# By what is asked for: keys of the config with their values; FOLDER and OTHER stand for two folders
+OPTIONS = {
+    "text encoders": {"adapter.parts": ["unet.attn", TEXT]},
+    "average": {"ema": {"decay": 0.9}},
+    "flip": {"data.flip": True},
+    "random crop": {"data.crop": "random"},
+    "accumulation": {"train.gradient_accumulation_steps": 2},
+    "folders": {
+        "data.folder": None,
+        "data.folders": [
+            {"path": "FOLDER", "repeats": 1.5, "weight": 2.0},
+            {"path": "OTHER", "prompt": "a plain thing", "resolution": 96, "weight": 0.5},
+        ],
+    },
+    "captions": {
+        "data.captions": {
+            "prefix": "{a|one} TOK,",
+            "alternatives": True,
+            "shuffle": True,
+            "tag_dropout": 0.3,
+            "lines": True,
+        },
+        "data.caption_dropout": 0.2,
+    },
+    "masks": {"data.mask": {"floor": 0.2, "outside": "base"}},
+    "preservation": {"preserve": {"prompt": "an icon", "weight": 0.5}},
+    "caches": {"data.latent_cache": "SCRATCH/latents", "data.text_cache": "SCRATCH/text"},
+}
+EXCLUDES = {"caches": {"text encoders", "random crop"}}  # and so it is tried without these
+MAY_BE = st.sets(st.sampled_from(sorted(OPTIONS)))
+
+
+def config_of(names, model, folders, run):
+    """A training of three steps with these options, which saves a checkpoint after each."""
+    config = {
+        "pipeline": "train_diffusion",
+        "output": str(run),
+        "model": {"path": str(model)},
+        "adapter": {"rank": 2, "parts": ["unet.attn"]},
+        "data": {"folder": "FOLDER", "resolution": 64, "instance_prompt": "a TOK thing"},
+        "optimizer": {"lr": 0.01},
+        "train": {"steps": 3, "batch_size": 2, "checkpoint_every": 1, "keep_checkpoints": 9},
+    }
+    left_out = set().union(*(EXCLUDES.get(name, set()) for name in names))
+    for name in sorted(names - left_out):
+        for key, value in copy.deepcopy(OPTIONS[name]).items():
+            section, _, leaf = key.partition(".")
+            if leaf:
+                config[section][leaf] = value
+            else:
+                config[section] = value
+    places = {"FOLDER": folders[0], "OTHER": folders[1], "SCRATCH": run.parent}
+    text = json.dumps(config)
+    for name, place in places.items():
+        text = text.replace(name, str(place))
+    return json.loads(text)
+
+
+def check_resumed(names, model, folders):
+    """A run is put back to where a kill after its first checkpoint leaves it, resumed, and compared."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        file = Path(scratch) / "train.yaml"
+        file.write_text(json.dumps(config_of(names, model, folders, run)))
+        assert main(["train", str(file), "--dry-run"]) == 0
+        assert main(["train", str(file)]) == 0
+        whole = {path.relative_to(run): load_file(path) for path in run.glob("adapter*/*.safetensors")}
+        assert len(whole) == 1 + ("average" in names)
+        checkpoints = sorted((run / "checkpoints").iterdir())
+        assert len(checkpoints) == 3
+        for folder in (*checkpoints[1:], *run.glob("adapter*")):
+            shutil.rmtree(folder)
+        assert main(["train", "--resume", str(run)]) == 0
+        for path, tensors in whole.items():
+            resumed = load_file(run / path)
+            assert tensors.keys() == resumed.keys()
+            assert all((tensors[key] == resumed[key]).all() for key in tensors), (path, names)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    found = [tmp_path_factory.mktemp(name) for name in ("style", "plain")]
+    write_pictures(found[0])
+    write_pictures(found[1], count=2, captions=False)
+    for folder in found:
+        Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(folder / "0.mask.png")
+    return found
+
+
+SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+
+
+@pytest.mark.parametrize("names", [set(OPTIONS) - set(EXCLUDES), set(OPTIONS)], ids=["without caches", "with caches"])
+def test_all_at_once_is_resumed_bit_for_bit(tiny_folder, folders, names):
+    check_resumed(names, tiny_folder, folders)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, **SETTINGS)
+@given(MAY_BE)
+def test_any_combination_is_resumed_bit_for_bit(tiny_folder, folders, names):
+    check_resumed(names, tiny_folder, folders)
