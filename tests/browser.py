@@ -118,8 +118,10 @@ class Page:
     def click(self, selector: str) -> None:
         """Clicks with the mouse into the middle of the first element that a selector finds."""
         box = self.evaluate(
-            f"(() => {{ const node = document.querySelector({json.dumps(selector)});"
-            "node.scrollIntoView({block: 'nearest'}); const box = node.getBoundingClientRect();"
+            f"(async () => {{ const node = document.querySelector({json.dumps(selector)});"
+            "node.scrollIntoView({block: 'nearest'});"
+            "for (const _ of [1, 2]) await new Promise(requestAnimationFrame);"  # a page that was scrolled settles
+            "const box = node.getBoundingClientRect();"
             "return [box.x + box.width / 2, box.y + box.height / 2]; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
