@@ -69,9 +69,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     class_images = read_images(config.data, "preserve")
     trains_text = config.adapter.trains_text_encoders
     # The last layer of a text encoder may be unused: its adapters get no gradients.
-    accelerator = join_processes(
-        config.train.mixed_precision, find_unused_parameters=trains_text, shard=config.train.shard
-    )
+    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=trains_text)
     if dry_run:
         print(describe(config, images, held, class_images, accelerator))
         return

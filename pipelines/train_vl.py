@@ -87,7 +87,7 @@ def main(config: TrainVLConfig, *, resume: Path | None = None, dry_run: bool = F
             print(section, end="\n\n", flush=True)
         return
     unused = not config.model.uses_all_parameters
-    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused, shard=config.train.shard)
+    accelerator = join_processes(config.train.mixed_precision, find_unused_parameters=unused)
     check_device(config.optimizer, accelerator.device)
     check_can_shard(accelerator, config.train)
     if config.train.compile:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dora_mm.config.training import TrainConfig
+from dora_mm.core.wrappers.sharded import is_sharded
 from dora_mm.utils.run_directory import RunDirectory
 
 LONGEST_WAIT = timedelta(hours=12)  # of the other processes for the main one, such as for a validation
@@ -31,7 +32,7 @@ class GradientSharing(DistributedDataParallelKwargs):
     init_sync: bool = True
 
 
-def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False, shard: bool = False) -> Accelerator:
+def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False) -> Accelerator:
     """Joins the processes that were started together, on GPUs or on the CPU; the usual case is a single one.
 
     From then on only the main process informs; the others only warn.
@@ -39,17 +40,17 @@ def join_processes(mixed_precision: str, *, find_unused_parameters: bool = False
     Args:
         mixed_precision: "no", "bf16" or "fp16".
         find_unused_parameters: Whether a step may leave trained parameters without a gradient, as DDP has to know.
-        shard: Whether frozen weights will be divided among the processes. Nothing is sent at the start then: what is
-            trained is drawn from the same seed, or read from the same file, in all of them.
 
     Raises:
         ValueError: Accelerate would take each of them for the only one.
     """
+    handlers = [
+        InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters),
+    ]
     # Without a GPU accelerate joins processes only if it is told that they are to use the CPU.
     on_cpu = not torch.accelerator.is_available()
-    patient = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    accelerator: Any = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patient])
-    accelerator.ddp_handler = GradientSharing(find_unused_parameters=find_unused_parameters, init_sync=not shard)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=handlers)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise ValueError(
@@ -89,10 +90,15 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 def with_shared_gradients(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """Wraps a module so that gradients are averaged over the processes, if there are several.
 
-    What `fully_shard` has divided is frozen, and left to it.
+    What `fully_shard` has divided is frozen, and left to it. Nothing is sent at the start then: what is trained is drawn
+    from the same seed, or read from the same file, in all processes.
     """
     if accelerator.num_processes == 1:
         return module
+    if any(map(is_sharded, module.parameters())):
+        options: Any = accelerator
+        unused = options.ddp_handler is not None and options.ddp_handler.find_unused_parameters
+        options.ddp_handler = GradientSharing(find_unused_parameters=unused, init_sync=False)
     wrapped = accelerator.prepare_model(module)
     assert isinstance(wrapped, DistributedDataParallel)  # accelerate returns other things without a word
     return wrapped
