@@ -97,12 +97,14 @@ def about_style(config: EvalDiffusionConfig) -> str:
         return ""
     header = read_metadata(find_file(resolve_adapter(config.adapter.path, "adapter.path")))
     trained = yaml12.read(header.get("config", "")).value
-    folder = trained.get("data", {}).get("folder") if isinstance(trained, dict) else None
-    if not isinstance(folder, str) or Path(folder).parts[:1] == ("samples",):
+    data = trained.get("data", {}) if isinstance(trained, dict) else {}
+    folders = [data.get("folder"), *(each.get("path") for each in data.get("folders") or () if isinstance(each, dict))]
+    own = [each for each in folders if isinstance(each, str) and Path(each).parts[:1] != ("samples",)]
+    if not own:
         return ""
     styles = ", ".join(get_args(JudgedStyle))
     return (
-        f"The judge knows the styles {styles} alone: it scores what {config.adapter.path} has learned from {folder} as "
+        f"The judge knows the styles {styles} alone: it scores what {config.adapter.path} has learned from {own[0]} as "
         f"{config.style}, so a low share says nothing of a style of your own"
     )
 

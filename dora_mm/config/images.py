@@ -78,7 +78,8 @@ class ImageFolderConfig(Section):
     # images, as data.valid
     role: Literal["train", "preserve", "validate"] = "train"
     repeats: Positive = 1.0  # how often each image occurs in an epoch, times data.repeats; 0.5: in every second epoch
-    weight: Positive = 1.0  # of the losses of its images: a step's loss is divided by the sum of weights
+    # Of the losses of its images: a step's loss is divided by the sum of weights, so it acts between images of one step
+    weight: Positive = 1.0
     prompt: Text | None = None  # the caption of images without one; null: data.instance_prompt
     resolution: Resolution | None = None  # pixels; null: data.resolution
 
@@ -235,7 +236,6 @@ class TrainDiffusionConfig(PipelineConfig):
         *CHANGEABLE,
         "adapter.strength",
         "data.latent_cache",
-        "data.text_cache",
         "evaluate",  # the held-out loss of a step is the same, however often it is computed
         "sample",
     )
@@ -285,7 +285,14 @@ class TrainDiffusionConfig(PipelineConfig):
             problems.append("preserve needs the base model, whose weights adapter.method full changes")
         if self.data.has_class_images and self.preserve.prompt is not None:
             problems.append("preserve.prompt has no effect: folders of role preserve have captions of their own")
-        if self.preserve.prompt is None and not self.data.has_class_images and self.data.placeholder is None:
+        captions = self.data.captions
+        from_captions = self.preserve.prompt is None and not self.data.has_class_images
+        if from_captions and captions and captions.tag_dropout and not captions.keep:
+            problems.append(
+                "preserve.prompt null removes data.placeholder, which data.captions.tag_dropout may have dropped: set "
+                "preserve.prompt, or data.captions.keep for the tags with the placeholder"
+            )
+        if from_captions and self.data.placeholder is None:
             problems.append(
                 "preserve.prompt null is the caption without data.placeholder, which is null: set one of both"
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.config.training import TrainConfig, ValidationConfig
 from dora_mm.data.images.folder import CaptionedImage, bucket_of, contains_word, resolution_of
-from dora_mm.data.images.wording import rendered, unchanged
+from dora_mm.data.images.wording import FIXED, rendered, unchanged
 from dora_mm.data.syntax import syntax_in
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.preview.training import when
@@ -193,7 +193,10 @@ def remark_on_cut(model: ImageModel, captions: Sequence[str]) -> list[str]:
 
 
 def remark_on_alternatives(images: Sequence[CaptionedImage], data: DataConfig) -> list[str]:
-    """A warning, if captions have alternatives that stay as they are; else nothing."""
+    """Warnings, if captions have alternatives or separators that stay as they are; else nothing."""
+    parted = [image.path.name for image in images if FIXED in image.caption] if data.captions is None else []
+    if parted:
+        return [f"{len(parted)} captions have {FIXED} ({parted[0]}), as text: data.captions gives it a meaning"]
     having = [image.path.name for image in images if "{a|b}" in syntax_in(image.caption)]
     if not having or (data.captions and data.captions.alternatives):
         return []

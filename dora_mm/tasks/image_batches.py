@@ -137,7 +137,9 @@ class CaptionedBatches:
             num_batches: Those of the training, of each process; None: only `fixed` batches are asked for.
         """
         if not self.prompts.trained:
-            self.prompts.keep([*self.captions(num_batches), ""])
+            # The captions of a longer training are more: encoded together, they would differ in their last bits
+            varies = self.config.captions is not None or any(image.more for image in self.images)
+            self.prompts.keep([*self.captions(num_batches), ""], 1 if varies else 16)
         if self.config.crop == "center":
             for index in tqdm(range(len(self.images)), desc="latents", unit="image", delay=2, disable=None):
                 for flip in (False, True) if self.config.flip else (False,):

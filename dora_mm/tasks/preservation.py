@@ -41,7 +41,7 @@ class PreservingBatches:
         if self.class_images is not None:
             self.class_images.encode_all(num_batches)
         elif not self.batches.prompts.trained:
-            self.batches.prompts.keep([self._prompt(caption) for caption in self.batches.captions(num_batches)])
+            self.batches.prompts.keep([self._prompt(caption) for caption in self.batches.captions(num_batches)], 1)
 
     def __call__(self, number: int) -> ConditionedLatents:
         """This process's batch of this number."""
@@ -89,7 +89,9 @@ def preserving(
     """
     if config.preserve is None:
         return batches
-    data = config.data.model_copy(update={"mask": None, "caption_dropout": 0.0})
+    # The captions of a class are its own, without what those of the training have around them
+    captions = config.data.captions and config.data.captions.model_copy(update={"prefix": None, "suffix": None})
+    data = config.data.model_copy(update={"mask": None, "caption_dropout": 0.0, "captions": captions})
     own: Any = {"batch_size": batches.batch_size, "seed": batches.seed, "process": batches.process}
     held = CaptionedBatches(batches.model, class_images, batches.prompts, data, **own) if class_images else None
     return PreservingBatches(

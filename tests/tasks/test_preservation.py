@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from dora_mm import adapter_parameters, inject, set_strength
-from dora_mm.config.images import TrainDiffusionConfig
+from dora_mm.config.images import DataConfig, TrainDiffusionConfig
 from dora_mm.core import DoRASpec
 from dora_mm.data.images.folder import read_images
 from dora_mm.tasks.diffusion import DiffusionTask
@@ -182,3 +182,21 @@ def test_captions_without_a_word(text, expected):
 def test_contradictions_are_refused(changes, problem):
     with pytest.raises(ValidationError, match=problem):
         config_of("a", **changes)
+
+
+def test_class_images_keep_their_own_captions(tiny, image_folder, plain):
+    """Neither the prefix of the training's captions nor its instance prompt, which have the placeholder."""
+    config = config_of(image_folder, {}, plain, data__captions={"prefix": "TOK"}, data__instance_prompt="a TOK")
+    _, source = sources(tiny, config)
+    assert set(source.class_images.captions_of(0)) == {"a thing"}
+    folders = [{"path": str(image_folder)}, {"path": str(plain), "role": "preserve"}]
+    data = DataConfig.model_validate({**config.data.model_dump(), "folders": folders})
+    with pytest.raises(ValueError, match=r"without a caption: caption them or set data\.folders\[1\]\.prompt"):
+        read_images(data, "preserve")
+
+
+def test_a_dropped_placeholder_cannot_be_removed(image_folder):
+    with pytest.raises(ValidationError, match=r"set preserve\.prompt, or data\.captions\.keep"):
+        config_of(image_folder, {}, data__captions={"tag_dropout": 0.3})
+    config_of(image_folder, {}, data__captions={"tag_dropout": 0.3, "keep": 1})
+    config_of(image_folder, {"prompt": ""}, data__captions={"tag_dropout": 0.3})

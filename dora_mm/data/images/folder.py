@@ -106,8 +106,8 @@ def read_captioned_images(
             problems.append(str(error))
     if uncaptioned:
         problems.append(f"{_counted(uncaptioned)} without a caption: caption them or set {prompt_key}")
-    if masks and images and not any(image.mask for image in images):
-        problems.append(_no_masks(masks))
+    if orphans := sorted(ends - {mask_file(path) for path in paths}):
+        problems.append(f"{_counted(orphans)} the mask of no image: rename or remove it")
     files.note_unused(entries, paths)
     if files.unused and unused_captions == "stop":
         problems.append(_about_unused(root, files.unused) + ": data.unused_captions=ignore goes on without")
@@ -148,10 +148,9 @@ def uncaptioned_images(root: Path) -> tuple[list[Path], int]:
 
 
 def _images_and_masks(entries: Iterable[Path]) -> tuple[set[Path], set[Path]]:
-    """The images among files, and those that are the mask of another image instead."""
+    """The images among files, and the masks of images."""
     images = {path for path in entries if is_image(path.name)}
     masks = {path for path in images if path.name.endswith(ENDING)}
-    masks &= {mask_file(path) for path in images - masks}
     return images - masks, masks
 
 
@@ -167,22 +166,26 @@ def read_images(data: DataConfig, role: str) -> list[CaptionedImage]:
         contains_word(text or "", data.placeholder) for text in (captions.prefix, captions.suffix)
     )
     placeholder = data.placeholder if role == "train" and not always else None
+    # Pictures of a class count as a whole, and the instance prompt has the placeholder
+    masks, prompt = (data.mask and data.mask.source, data.instance_prompt) if role != "preserve" else (None, None)
     for number, (key, folder) in enumerate(folders.items()):
         if folder.role == role:
             found = read_captioned_images(
                 folder.path,
-                instance_prompt=folder.prompt or data.instance_prompt,
+                instance_prompt=folder.prompt or prompt,
                 placeholder=placeholder if len(folders) == 1 else None,
                 lines=captions.lines,
-                masks=data.mask and data.mask.source,
+                masks=masks,
                 subfolders=data.subfolders,
                 unused_captions=data.unused_captions,
                 key=key,
-                prompt_key=f"{key}.prompt" if folder.prompt else "data.instance_prompt",
+                prompt_key=f"{key}.prompt" if folder.prompt or role == "preserve" else "data.instance_prompt",
             )
             # A whole number stays one, which the digest of the images depends on
             times = (image.repeats if folder.repeats == 1 else image.repeats * folder.repeats for image in found)
             images += [image._replace(repeats=n, folder=number) for image, n in zip(found, times, strict=True)]
+    if role == "train" and masks and images and not any(image.mask for image in images):
+        raise ValueError(f"data.mask: {_no_masks(masks)}")
     if placeholder and len(folders) > 1:
         for problem in _check_placeholder(images, placeholder):
             raise ValueError(f"data.folders: {problem}")

@@ -40,7 +40,7 @@ def load_rgb(path: str | Path, background: str = "white") -> Image.Image:
 
 
 def load_alpha(path: str | Path) -> Image.Image | None:
-    """The upright transparency of an image in 8 bits, 255 where it is opaque; None if it has none.
+    """The upright transparency of an image in 8 bits, 255 where it is opaque; None if all of it is.
 
     Raises:
         ValueError: As in `load_rgb`.
@@ -50,7 +50,8 @@ def load_alpha(path: str | Path) -> Image.Image | None:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):
             upright = _eight_bits(upright)
-        return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+        alpha = upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+        return None if alpha is None or alpha.getextrema() == (255, 255) else alpha
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:

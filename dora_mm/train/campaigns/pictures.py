@@ -11,7 +11,8 @@ from dora_mm.config.comparing import CompareConfig, ComparePicturesConfig
 from dora_mm.config.images import TrainDiffusionConfig
 from dora_mm.config.loader import dump_config, resolve_path
 from dora_mm.config.pictures import RoleConfig
-from dora_mm.data.images.folder import digest_of, read_training_images
+from dora_mm.data.images.folder import digest_of, read_images, read_training_images
+from dora_mm.data.images.held_out import hold_out
 from dora_mm.eval.comparison import Result, Variant
 from dora_mm.eval.images.comparison import contrasts_table, results_csv, results_table
 from dora_mm.eval.images.encoder import Encoder
@@ -60,6 +61,14 @@ class PictureEvaluation:
         self.inputs: Mapping[str, str] = {
             "base": dump_config(self.base),
             "the pictures and captions": digest_of(read_training_images(self.base.data)),
+            **{
+                what: digest_of(images)
+                for what, images in (
+                    ("the held-out pictures", hold_out(read_training_images(self.base.data), self.base.data)[1]),
+                    ("the pictures to preserve", read_images(self.base.data, "preserve")),
+                )
+                if images
+            },
             **{f"the model's {name}": module_digest(network) for name, network in model.networks.items()},
             "the judge's files": hashlib.sha256(b"".join((judge / name).read_bytes() for name in FILES)).hexdigest(),
         }

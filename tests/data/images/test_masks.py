@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image
 
+from dora_mm.config.images import DataConfig
 from dora_mm.data.images.buckets import frame
-from dora_mm.data.images.folder import digest_of, read_captioned_images
+from dora_mm.data.images.folder import digest_of, read_captioned_images, read_images
 from dora_mm.data.images.masks import load_mask, render_mask
 
 
@@ -86,10 +87,21 @@ def test_a_new_a_redrawn_and_a_removed_mask_are_noticed(image_folder, caplog):
 
 
 def test_masks_that_cannot_be_meant_are_refused_by_name(image_folder):
+    def folders(source, *others):
+        both = [{"path": str(image_folder)}, *({"path": str(image_folder), "role": role} for role in others)]
+        return DataConfig.model_validate({"folders": both, "resolution": 64, "mask": {"source": source}})
+
     with pytest.raises(ValueError, match=r"no image has a mask: that of cat\.jpg is looked for in cat\.mask\.png"):
-        read(image_folder)
+        read_images(folders("file"), "train")
+    Image.new("RGBA", (64, 64), (1, 2, 3, 255)).save(image_folder / "0.png")  # opaque, as most with that channel are
     with pytest.raises(ValueError, match="no image is transparent anywhere, and data.mask.source alpha"):
-        read(image_folder, "alpha")
+        read_images(folders("alpha"), "train")
+    for role in ("preserve", "validate"):  # count as a whole
+        assert not any(image.mask for image in read_images(folders("file", role), role))
+    write_mask(image_folder / "gone.mask.png", half(64, 64))
+    with pytest.raises(ValueError, match=r"1 image \(gone\.mask\.png\) is the mask of no image"):
+        read(image_folder)
+    (image_folder / "gone.mask.png").unlink()
     write_mask(image_folder / "0.mask.png", half(64, 64))
     write_mask(image_folder / "1.mask.png", np.zeros((80, 80)))
     write_mask(image_folder / "3.mask.png", half(44, 160))
