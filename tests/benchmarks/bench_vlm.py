@@ -3,10 +3,10 @@
     python -m samples.build tiny-vlm
     python -m tests.benchmarks.bench_vlm build/tiny-vlm [results/<machine>]
 
-All linear layers of the language model are adapted, at rank 8 with batches of 4 and at rank 16 with batches of 8. A step
-is a batch of questions of VQA on one picture each, with its forward and backward pass and AdamW; the contenders take
-turns in one process. PEFT's loop is the
-shortest one that trains this model: `model(**batch).loss.backward()`, which computes the logits of all tokens.
+All linear layers of the language model are adapted, at rank 8 with batches of 4 and at rank 16 with batches of 8. A
+step is a batch of questions of VQA on one picture each, with its forward and backward pass and AdamW; the contenders
+take turns in one process. PEFT's loop is the shortest one that trains this model: `model(**batch).loss.backward()`,
+which computes the logits of all tokens.
 """
 
 import copy
