@@ -159,7 +159,7 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
         return answer(self, adapter, seed)
 
     monkeypatch.setattr(QuestionEvaluation, "answer", interrupted)
-    assert main(["eval", comparison()]) == 130
+    assert main(["compare", comparison()]) == 130
     # full, LoRA 4, DoRA 2 and 4: three rates each, and one more training of the best for the second seed
     assert len(commands) == 4 * (3 + 1)
     assert not (folder / "table.md").exists()
@@ -169,7 +169,7 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
     monkeypatch.setattr(
         QuestionEvaluation, "answer", lambda self, adapter, seed: asked.append(adapter) or answer(self, adapter, seed)
     )
-    assert main(["eval", comparison(workers=2)]) == 0  # this changes no result
+    assert main(["compare", comparison(workers=2)]) == 0  # this changes no result
     assert commands == []
     assert {adapter.parent.name.partition("-lr")[0] for adapter in asked} == {"dora-r2", "dora-r4"}
     assert len(asked) == 4
@@ -213,7 +213,7 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
     for task in ("vqa", "nlvr2"):
         assert 100 * found[task].values_QS.mean() == pytest.approx(scores[task]["metrics"]["accuracy"])
 
-    assert main(["eval", comparison(steps=3)]) == 2
+    assert main(["compare", comparison(steps=3)]) == 2
     assert "different values of steps" in capsys.readouterr().err
 
 
@@ -265,7 +265,7 @@ def changed(tasks: list[dict], **valid: dict) -> list[dict]:
 
 def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_path, capsys):
     def refused(path: str) -> str:
-        assert main(["eval", path]) == 2
+        assert main(["compare", path]) == 2
         assert not (tmp_path / "campaign").exists()
         return capsys.readouterr().err
 
@@ -316,7 +316,7 @@ def test_contradictions_are_found_before_a_folder_exists(comparison, base, tmp_p
     ],
 )
 def test_invalid_configs(comparison, capsys, changes, message):
-    assert main(["eval", comparison(**changes)]) == 2
+    assert main(["compare", comparison(**changes)]) == 2
     assert message in capsys.readouterr().err
 
 
