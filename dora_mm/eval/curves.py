@@ -200,8 +200,8 @@ def _about(
     variant: Variant, curve: RateCurve, rate: float, depth: float, width: tuple[float, np.ndarray]
 ) -> dict[str, str]:
     low, high = band(curve.log2_rates, curve.first_KR.mean(axis=0), depth)
-    below = "< " * (low <= curve.log2_rates[0])
-    above = " >" * (high >= curve.log2_rates[-1])
+    below = "< " if low <= curve.log2_rates[0] else ""
+    above = " >" if high >= curve.log2_rates[-1] else ""
     point = curve.points[rate]
     return {
         "": str(variant),
@@ -247,4 +247,4 @@ def shown(interval: Interval, digits: int = 3) -> str:
 
 def marked(interval: Interval, digits: int = 3) -> str:
     """The interval, with a ! where it excludes 0."""
-    return shown(interval, digits) + " !" * (interval.low > 0 or interval.high < 0)
+    return shown(interval, digits) + (" !" if interval.low > 0 or interval.high < 0 else "")
