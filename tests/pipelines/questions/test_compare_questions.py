@@ -221,17 +221,14 @@ def test_an_interrupted_campaign_is_resumed_and_reports(comparison, commands, tm
 
 
 @pytest.fixture
-def copied(monkeypatch):
+def copied(monkeypatch, tmp_path):
     """Names of the trainings that a comparison starts; all but the first are copies of that."""
-    names, runs = [], []
+    names, first = [], tmp_path / "first"
 
     def trained_or_copied(name, arguments, log_file, threads):
-        output = arguments[-1].removeprefix("output=")
-        if runs:
-            shutil.copytree(runs[0], output)
-        else:
-            assert main(arguments) == 0
-        runs.append(output)
+        if not first.exists():
+            assert main([*arguments[:-1], f"output={first}"]) == 0
+        shutil.copytree(first, arguments[-1].removeprefix("output="))
         names.append(name)
         return TrainingProcess(name, SimpleNamespace(returncode=0, poll=lambda: 0), log_file)
 
