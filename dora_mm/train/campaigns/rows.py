@@ -14,6 +14,7 @@ from dora_mm.train.campaigns.trainings import Training
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import csv_records
 
+FAILED = "diverged"  # in place of the value of a training whose loss or weights were not finite
 KEPT = ("parameters", "trainable_share", "seconds", "seconds_per_step", "peak_memory_mb")  # of summary.json
 
 
@@ -27,7 +28,7 @@ class TrainingRow:
         setting: The name of further settings.
         rate: The learning rate.
         seed: The seed.
-        value: The score by which learning rates are chosen.
+        value: The score by which learning rates are chosen; "diverged" of a training that did, with whatever seed.
         parameters: The number of trained parameters; this and the next four are entries of summary.json.
         trainable_share: In per cent.
         seconds: Of the training.
@@ -58,6 +59,16 @@ class TrainingRow:
         return Training(variant, float(self.rate), int(self.seed))
 
     @property
+    def has_diverged(self) -> bool:
+        """Whether the training has no result: it then counts as one whose scores are 0."""
+        return self.value == FAILED
+
+    @property
+    def number(self) -> float:
+        """The score by which learning rates are chosen."""
+        return 0.0 if self.has_diverged else float(self.value)
+
+    @property
     def summary(self) -> dict[str, Any]:
         """The entries of its summary.json that reports need."""
         return {key: json.loads(text) for key in KEPT if (text := getattr(self, key))}
@@ -67,13 +78,13 @@ COLUMNS = tuple(field.name for field in fields(TrainingRow))
 
 
 def row_of(
-    training: Training, *, value: float | None, scores: str, summary: Mapping[str, Any], digest: str
+    training: Training, *, value: float | str | None, scores: str, summary: Mapping[str, Any], digest: str
 ) -> TrainingRow:
     """The row of a training.
 
     Args:
         training: The training.
-        value: The score by which rates are chosen; None: it is not used for that.
+        value: The score by which rates are chosen, or FAILED; None: it is not used for that.
         scores: The reported scores as JSON; empty: it is not reported.
         summary: Its summary.json.
         digest: Of its config and inputs.
@@ -85,7 +96,7 @@ def row_of(
         setting=variant.setting,
         rate=repr(training.rate),
         seed=str(training.seed),
-        value="" if value is None else f"{value:.6g}",
+        value=f"{value:.6g}" if isinstance(value, float) else value or "",
         digest=digest,
         scores=scores,
         **{key: json.dumps(summary[key]) if key in summary else "" for key in KEPT},

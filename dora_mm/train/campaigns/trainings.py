@@ -13,7 +13,7 @@ import torch
 
 from dora_mm.eval.comparison import Variant
 from dora_mm.train.campaigns.subprocesses import TrainingProcess, run_processes, start_process
-from dora_mm.train.run import SUMMARY
+from dora_mm.train.run import DIVERGED, SUMMARY
 
 log = logging.getLogger(__name__)
 DELETED_WHEN_FINISHED = ("checkpoints", "best")  # only the final adapter is needed
@@ -58,22 +58,31 @@ class Trainings:
         return self.run(training) / "adapter"
 
     def summary(self, training: Training) -> dict[str, Any]:
-        """The summary.json of a finished training."""
-        return json.loads((self.run(training) / SUMMARY).read_text())
+        """The summary.json of a finished training; empty: it has diverged."""
+        file = self.run(training) / SUMMARY
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def has_diverged(self, training: Training) -> bool:
+        """Whether a training ended since its loss or weights were not finite: its rate is too high."""
+        return (self.run(training) / DIVERGED).is_file()
+
+    def is_finished(self, training: Training) -> bool:
+        """Whether there is nothing left to train."""
+        return (self.run(training) / SUMMARY).is_file() or self.has_diverged(training)
 
     def train(self, trainings: Iterable[Training], finished: Callable[[Training], None]) -> None:
         """Runs the trainings that are not finished, and resumes those that were interrupted.
 
         Args:
             trainings: The trainings.
-            finished: Called with each of them when it is finished, at once with those that are already.
+            finished: Called with each of them when it is finished or has diverged, at once with those that are already.
 
         Raises:
             ValueError: A training reported a user's mistake.
             RuntimeError: A training failed in any other way.
         """
         by_name = {training.name: training for training in trainings}
-        unfinished = [each for each in by_name.values() if not (self.run(each) / SUMMARY).is_file()]
+        unfinished = [training for training in by_name.values() if not self.is_finished(training)]
         for training in by_name.values():
             if training not in unfinished:
                 finished(training)
@@ -83,7 +92,8 @@ class Trainings:
             finished(by_name[process.name])
 
         if unfinished:
-            run_processes([partial(self._start, training) for training in unfinished], self.workers, succeeded)
+            starts = [partial(self._start, training) for training in unfinished]
+            run_processes(starts, self.workers, succeeded, lambda process: self.has_diverged(by_name[process.name]))
 
     def _start(self, training: Training) -> TrainingProcess:
         folder = self.run(training)
