@@ -49,8 +49,8 @@ def test_the_best_rate_falls_by_half_a_doubling_per_doubling_of_the_rank():
 
 
 def test_differences_are_paired_over_the_seeds_that_both_have():
-    first = CurvePoint(THINGS + [[0.5, 1.0, 9.0]], (0, 1, 2))
-    second = CurvePoint(THINGS + [[0.9, 0.4]], (1, 0))
+    first = CurvePoint(THINGS + np.array([0.5, 1.0, 9.0]), (0, 1, 2))
+    second = CurvePoint(THINGS + np.array([0.9, 0.4]), (1, 0))
     found = difference(first, second)  # 0.1 of each of the seeds 0 and 1
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
 

@@ -69,15 +69,15 @@ class Scores:
         }
 
     def as_json(self) -> str:
-        """What `from_json` reads: all scores, rounded."""
+        """What `from_json` reads: all scores, rounded, on one line."""
         rows: dict[str, Any] = {
             "codes": list(self.codes),
             "seeds": list(self.seeds),
             "log_probabilities": np.round(self.log_probabilities, 4).tolist(),
-            "projected": np.round(self.projected, 4).tolist(),
+            "projected": np.round(self.projected, 2).tolist(),
             "ranks": self.ranks.tolist(),
         }
-        return json.dumps(rows)
+        return json.dumps(rows, separators=(",", ":"))
 
     def save(self, path: Path) -> None:
         """Writes a JSON file."""

@@ -26,7 +26,7 @@ from dora_mm.eval.curves import CurvePoint, RateCurve, curves_csv, curves_paragr
 from dora_mm.eval.plots import plot_curves
 from dora_mm.eval.statistics import Interval
 from dora_mm.train.campaigns.rates import RateChoice, best_rate, beyond, candidate_rates, choice_of, with_neighbours
-from dora_mm.train.campaigns.rows import TrainingRow, TrainingRows, row_of
+from dora_mm.train.campaigns.rows import FAILED, TrainingRow, TrainingRows, row_of
 from dora_mm.train.campaigns.trainings import Training, Trainings
 from dora_mm.train.run import open_run, reopen_run
 from dora_mm.utils.atomic import write_text
@@ -164,9 +164,13 @@ class Campaign(Generic[ScoresT]):
     def is_there(self, training: Training, *, reported: bool) -> bool:
         """Whether a training has a row with all that is wanted of it."""
         row = self.rows.get(training)
-        return (
-            row is not None and bool(row.value or not self.is_for_rates(training)) and bool(row.scores or not reported)
-        )
+        if row is None or (reported and not row.scores and not row.has_diverged):
+            return False
+        return bool(row.value) or not self.is_for_rates(training)
+
+    def has_scores(self, training: Training) -> bool:
+        """Whether a training is there with reported scores; one that has diverged has none."""
+        return self.is_there(training, reported=True) and not self.row(training).has_diverged
 
     def is_for_rates(self, training: Training) -> bool:
         """Whether learning rates are chosen by a training."""
@@ -174,8 +178,12 @@ class Campaign(Generic[ScoresT]):
 
     def score(self, training: Training, *, reported: bool) -> None:
         """Scores a finished training, and writes its row."""
-        value = self.evaluation.value(self.trainings, training) if self.is_for_rates(training) else None
-        scores = self.evaluation.scored(self.trainings, training) if reported else ""
+        if self.trainings.has_diverged(training):
+            value, scores = FAILED, ""
+            log.warning("%s has diverged, and counts as 0.", training.name)
+        else:
+            value = self.evaluation.value(self.trainings, training) if self.is_for_rates(training) else None
+            scores = self.evaluation.scored(self.trainings, training) if reported else ""
         summary, digest = self.trainings.summary(training), self.rows.digest(training)
         self.rows.add([row_of(training, value=value, scores=scores, summary=summary, digest=digest)])
 
@@ -199,7 +207,7 @@ class Campaign(Generic[ScoresT]):
             trainings = [Training(variant, rate, seed) for variant, rates in pending.items() for rate in rates]
             self.finish(trainings, reported=reported)
             for training in trainings:
-                found[training.variant][training.rate] = float(self.row(training).value)
+                found[training.variant][training.rate] = self.row(training).number
             pending = {
                 variant: [beyond(tried, end) for end in self.open_ends(variant, tried)] if remaining else []
                 for variant, tried in found.items()
@@ -209,7 +217,8 @@ class Campaign(Generic[ScoresT]):
 
     def open_ends(self, variant: Variant, tried: Mapping[float, float]) -> list[float]:
         """The lowest and the highest rate, as far as better ones may lie outside, with curves also those as good."""
-        open_ends = self.curve(variant, list(tried)).open_ends() if self.config.curves else []
+        drawn = self.config.curves and any(tried.values())
+        open_ends = self.curve(variant, list(tried)).open_ends() if drawn else []
         return [end for end in (min(tried), max(tried)) if end == best_rate(tried) or end in open_ends]
 
     def train_chosen(self, tried: Mapping[Variant, Mapping[float, float]]) -> None:
@@ -243,7 +252,7 @@ class Campaign(Generic[ScoresT]):
         for variant in compared(self.config):
             trainings = [Training(variant, rate, self.config.seeds[0]) for rate in self.rows.rates(variant)]
             there = [each for each in trainings if self.is_there(each, reported=self.config.curves)]
-            found[variant] = {each.rate: float(self.row(each).value) for each in there}
+            found[variant] = {each.rate: self.row(each).number for each in there}
         return found
 
     def save_rates(self, tried: Mapping[Variant, Mapping[float, float]]) -> None:
@@ -263,13 +272,13 @@ class Campaign(Generic[ScoresT]):
         """
         evaluation, first = self.evaluation, self.config.seeds[0]
         chosen = {variant: choice_of(rates) for variant, rates in tried.items() if rates}
-        chosen = {v: rate for v, rate in chosen.items() if self.is_there(Training(v, rate.rate, first), reported=True)}
+        chosen = {v: rate for v, rate in chosen.items() if self.has_scores(Training(v, rate.rate, first))}
         if not chosen:
             raise ValueError(f"rows: {self.rows.file} has no training to report yet")
         seeds = [
             seed
             for seed in self.config.seeds
-            if all(self.is_there(Training(variant, rate.rate, seed), reported=True) for variant, rate in chosen.items())
+            if all(self.has_scores(Training(variant, rate.rate, seed)) for variant, rate in chosen.items())
         ]
         trained = {v: [Training(v, rate.rate, seed) for seed in seeds] for v, rate in chosen.items()}
         scores = {variant: self.scores(repeated) for variant, repeated in trained.items()}
@@ -279,13 +288,23 @@ class Campaign(Generic[ScoresT]):
             results.append(Result(name, evaluation.intervals(scores[variant]), str(chosen[variant]), summary))
         report = evaluation.report(self.folder, results, scores, {name: trained[variant] for name, variant in rows})
         curves = self.curves({variant: list(tried[variant]) for variant in chosen}, chosen)
-        text = "\n\n".join([*report.paragraphs, *curves])
+        text = "\n\n".join([*report.paragraphs, *self.about_diverged(chosen), *curves])
         write_text(self.folder / "table.md", text + "\n")
         write_text(self.folder / "results.csv", report.csv)
         print(f"{text}\n\ntable    {self.folder / 'table.md'}")
         if report.sheet:
             report.sheet.save(self.folder / "sheet.png")
             print(f"sheet    {self.folder / 'sheet.png'}")
+
+    def about_diverged(self, chosen: Mapping[Variant, RateChoice]) -> list[str]:
+        """A sentence on the trainings at chosen rates that have diverged, whose seeds the tables leave out."""
+        trainings = [Training(v, rate.rate, seed) for v, rate in chosen.items() for seed in self.config.seeds]
+        there = [training for training in trainings if self.is_there(training, reported=True)]
+        if names := [training.name for training in there if self.row(training).has_diverged]:
+            return [
+                f"Diverged: {', '.join(names)}. The tables leave these seeds out, of all methods; in curves they are 0."
+            ]
+        return []
 
     def scores(self, repeated: Sequence[Training]) -> ScoresT:
         """The reported scores of trainings that differ in nothing but the seed."""
@@ -298,13 +317,21 @@ class Campaign(Generic[ScoresT]):
 
     def curve(self, variant: Variant, rates: Sequence[float]) -> RateCurve:
         """The scores of a variant over its learning rates, with the seeds of which there are rows."""
-        points = {}
+        found: dict[float, dict[int, np.ndarray | None]] = {}
         for rate in sorted(rates):
             trainings = [Training(variant, rate, seed) for seed in self.config.seeds]
             there = [each for each in trainings if self.is_there(each, reported=True)]
-            cells = self.evaluation.cells(self.scores(there))
-            points[rate] = CurvePoint(cells, tuple(each.seed for each in there))
-        return RateCurve(points)
+            found[rate] = {
+                each.seed: self.evaluation.cells(self.scores([each]))[:, 0] if self.has_scores(each) else None
+                for each in there
+            }
+        diverged = np.zeros_like(next(c for own in found.values() for c in own.values() if c is not None))
+        return RateCurve(
+            {
+                rate: CurvePoint(np.stack([diverged if c is None else c for c in own.values()], axis=1), tuple(own))
+                for rate, own in found.items()
+            }
+        )
 
     def curves(self, rates: Mapping[Variant, Sequence[float]], chosen: Mapping[Variant, RateChoice]) -> list[str]:
         """Writes curves.csv and the figures, and returns the paragraphs about them; nothing without `curves`."""
