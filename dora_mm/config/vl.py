@@ -86,6 +86,8 @@ class TrainVLConfig(PipelineConfig):
         problems = check_training(self.optimizer, self.schedule, self.train, self.model.dtype, self.ema)
         problems += check_adapter(self.adapter, self.optimizer)
         problems += check_sharding(self.train, self.adapter.cache, self.model.quantization)
+        if self.train.gradients_at and self.model.quantization:
+            problems.append("train.gradients_at is not for model.quantization, whose layers have no whole weights")
         if self.train.shard and self.data.on_bad_data == "skip":
             problems.append("train.shard needs data.on_bad_data stop: a process without rows would not keep step")
         problems += check_visual_inputs(self.model, self.data, self.vision, ("train", "valid"))

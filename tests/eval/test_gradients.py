@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dora_mm.core import DoRASpec, inject
-from dora_mm.eval.gradients import GradientWatch, gradient_shape, read_gradients, spectrum, watched
+from dora_mm.eval.gradients import GradientWatch, file_of, gradient_shape, read_gradients, spectrum
 from tests.core import reference
 
 
@@ -42,7 +42,7 @@ def test_cases_by_hand():
     across = gradient_shape(V[[1, 0]], V, torch.tensor([1.0, 2.0]))
     assert (across.along, across.magnitude) == (0, 0)
     assert across.exact == across.detached == pytest.approx((0.25 + 16) ** 0.5 / 5**0.5)
-    assert spectrum(torch.diag(torch.tensor([2.0, 2.0, 0.0]))) == pytest.approx((1, 2))
+    assert spectrum(torch.diag(torch.tensor([2.0, 2.0, 0.0])).double()) == pytest.approx((1e12, 2))
     assert gradient_shape(torch.zeros(2, 2), V, None) is None
     zeros = gradient_shape(torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2))
     assert (zeros.exact, zeros.along) == (1, 0)
@@ -79,14 +79,33 @@ def test_hooks_sum_the_gradient_over_passes_and_change_no_bit(method, tmp_path):
     assert not model[0]._forward_hooks
 
 
-def test_a_step_is_a_file_and_no_file_is_no_step(tmp_path):
+def test_a_file_is_that_of_a_step_and_has_finite_gradients(tmp_path, caplog):
     model = nn.Sequential(nn.Linear(4, 3))
     inject(model, ["0"], DoRASpec(rank=2))
-    for file in (None, tmp_path / "gradients" / "step-000007.csv"):
-        with watched({"model": model}, file):
-            model(torch.randn(5, 4)).square().sum().backward()
+    watch = GradientWatch({"model": model})
+    with watch.open():
+        model(torch.randn(5, 4)).square().sum().backward()
+    watch.write(file_of(tmp_path, 7), 1.0)
+    watch.write(file_of(tmp_path, 8), 2.0)
     found = read_gradients(tmp_path)
-    assert list(found) == [7]
-    assert found[7][0]["matrix"] == "model.0"
-    assert float(found[7][0]["exact"]) < float(found[7][0]["detached"])
+    assert list(found) == [7, 8]
+    (one,), (half,) = found.values()
+    assert one["matrix"] == "model.0"
+    assert float(one["exact"]) < float(one["detached"])
+    assert float(half["norm"]) == pytest.approx(float(one["norm"]) / 2, rel=1e-4)
+    watch.sums["model.0"][0, 0] = float("inf")  # as fp16 has it until its scale has settled
+    watch.write(file_of(tmp_path, 9), 1.0)
+    GradientWatch({"model": nn.Sequential(nn.Linear(4, 3))}).write(file_of(tmp_path, 9), 1.0)
+    assert [record.getMessage().rpartition("not ")[2] for record in caplog.records] == [
+        "a gradient that is finite.",
+        "an adapted linear layer of plain weights.",
+    ]
+    assert list(read_gradients(tmp_path)) == [7, 8]
     assert read_gradients(tmp_path / "nothing") == {}
+
+
+@pytest.mark.parametrize("decades", [4, 8, 14, 40])
+def test_a_worse_spectrum_has_no_smaller_condition_number(decades):
+    spread = torch.logspace(0, -decades / 2, 12, dtype=torch.float64)
+    Q, R = (torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q for _ in range(2))
+    assert np.log10(spectrum(Q @ torch.diag(spread) @ R)[0]) == pytest.approx(min(decades, 12), abs=0.01)
