@@ -7,9 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from dora_mm.core import DoRASpec, inject
+from dora_mm.config.training import OptimizerConfig, ScheduleConfig
+from dora_mm.core import DoRASpec, adapter_parameters, inject
 from dora_mm.eval.gradients import GradientWatch, file_of, gradient_shape, read_gradients, spectrum
+from dora_mm.train.optim import build_optimizer
+from dora_mm.train.schedule import Schedule
 from tests.core import reference
+from tests.train.small import mean_of, new_run, small_training
 
 
 def weights(seed=0):
@@ -109,3 +113,22 @@ def test_a_worse_spectrum_has_no_smaller_condition_number(decades):
     spread = torch.logspace(0, -decades / 2, 12, dtype=torch.float64)
     Q, R = (torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q for _ in range(2))
     assert np.log10(spectrum(Q @ torch.diag(spread) @ R)[0]) == pytest.approx(min(decades, 12), abs=0.01)
+
+
+def test_they_are_of_the_loss_of_a_whole_step(tmp_path):
+    found = []
+    for sizes in ((32,), (2, 30)):
+        run = new_run(tmp_path / str(len(sizes)))
+        training = small_training(run, steps=1, gradient_accumulation_steps=len(sizes), gradients_at=[0])
+        inject(training.network, ["0"], DoRASpec(rank=2))
+        trained = dict(adapter_parameters(training.network))
+        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(5)).split(list(sizes))
+        optimizer = training.parts["accelerator"].prepare(build_optimizer(trained, OptimizerConfig(lr=0.05)))
+        schedule = Schedule(optimizer, ScheduleConfig(), 1)
+        training.parts |= {"parameters": trained, "optimizer": optimizer, "schedule": schedule}
+        training.parts["batch_at"] = x.__getitem__
+        training.parts["loss"] = lambda x, _, net=training.network: mean_of(net(x).square().mean(dim=1))
+        training.fit()
+        found.append(read_gradients(run.path)[0][0])
+    whole, parts = ({key: float(row[key]) for key in ("norm", "magnitude", "exact")} for row in found)
+    assert parts == pytest.approx(whole, rel=1e-3)
