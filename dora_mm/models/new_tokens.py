@@ -46,10 +46,15 @@ class NewTokens(nn.Module):
             rows: By the name of a table: (count, D), the same count for all.
 
         Raises:
-            ValueError: It is one already.
+            ValueError: It is one already, with other rows.
         """
         if word in self.counts:
-            raise ValueError(f"two adapters have the new token {word}: draw with one of them")
+            known = self.by_word()[word]
+            if known.keys() == rows.keys() and all(known[table].equal(values) for table, values in rows.items()):
+                return
+            raise ValueError(
+                f"two adapters have the new token {word}, each with rows of its own: draw with one of them"
+            )
         self.counts[word] = len(next(iter(rows.values())))
         for table, values in rows.items():
             self.rows[f"{word}/{table}"] = nn.Parameter(values, requires_grad=False)
@@ -165,7 +170,8 @@ def load_adapter(
     """
     file = AdapterFile(path)
     tokens = read_tokens(file)
-    check_rows(tokens, model.token_widths, file.path)
+    if tokens:
+        check_rows(tokens, model.token_widths, file.path)
     report = formats.load(model.adaptable, file, strength=strength, name=name, forward=forward)
     for word, rows in tokens.items():
         model.new_tokens.add(word, {table: values.to(model.device) for table, values in rows.items()})

@@ -22,8 +22,8 @@ from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.files.tensor_file import read_metadata
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import load_image_model
-from dora_mm.models.new_tokens import load_adapter, read_tokens
 from dora_mm.models.memory import check_offload, save_memory
+from dora_mm.models.new_tokens import load_adapter, read_tokens
 from dora_mm.sampling.drawing import PictureJob, check_what_is_there, draw, plan, remove_adapters
 from dora_mm.sampling.jobs.picture import Picture
 from dora_mm.sampling.pictures import PictureSampler

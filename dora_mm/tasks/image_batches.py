@@ -26,6 +26,8 @@ from dora_mm.utils.randomness import generator
 class PromptEncoder:
     """Encodes captions: once each if the text encoders are frozen, every time if they are trained.
 
+    Those with new tokens are encoded every time in any case.
+
     Args:
         model: The model whose text encoders are used.
         trained: The text encoders are trained.
@@ -38,8 +40,18 @@ class PromptEncoder:
         self._cache: dict[str, Prompt] = {}
         self._files = TensorCache(folder) if folder is not None else None
 
+    @property
+    def needs_encoders(self) -> bool:
+        """Whether a training needs the text encoders after all captions were encoded ahead that can be."""
+        return self.trained or bool(self.model.new_tokens.counts)
+
+    def changes(self, caption: str) -> bool:
+        """Whether a caption is encoded to something else after a step."""
+        return self.trained or self.model.new_tokens.occur_in(caption)
+
     def keep(self, captions: Sequence[str], batch_size: int = 16) -> None:
-        """Encodes captions ahead of training, so that the text encoders can be released."""
+        """Encodes captions ahead of training, so that the text encoders can be released; none that changes."""
+        captions = [caption for caption in captions if not self.changes(caption)]
         if self._files is not None:
             missing = [each for each in dict.fromkeys(captions) if not self._files.has(self._key(each))]
             for caption in tqdm(missing, desc="captions", unit="text", delay=2, disable=None):
@@ -52,12 +64,12 @@ class PromptEncoder:
 
     def __call__(self, captions: Sequence[str]) -> list[Prompt]:
         """Encodes captions of any length; each conditions the denoiser as it does alone."""
-        if self.trained:
-            return self.model.encode_prompts(captions)
-        if self._files is not None:
-            return [self._read(caption) for caption in captions]
-        self.keep(captions)
-        return [self._cache[caption] for caption in captions]
+        rows = [index for index, caption in enumerate(captions) if self.changes(caption)]
+        anew = dict(zip(rows, self.model.encode_prompts([captions[index] for index in rows]), strict=True))
+        if self._files is None:
+            self.keep(captions)
+        kept = self._cache.__getitem__ if self._files is None else self._read
+        return [anew[index] if index in anew else kept(caption) for index, caption in enumerate(captions)]
 
     @cached_property
     def _identity(self) -> str:
@@ -259,8 +271,8 @@ class CaptionedBatches:
 
     @torch.no_grad()
     def encode_by_base(self, captions: Sequence[str], dropped: Sequence[bool]) -> list[Prompt]:
-        """As `encode`, by the text encoders without their adapters."""
-        with base_model(self.model.encoders.values()):
+        """As `encode`, by the text encoders without their adapters and new tokens."""
+        with base_model(self.model.encoders.values()), self.model.new_tokens.off():
             return self.encode(captions, dropped)
 
 

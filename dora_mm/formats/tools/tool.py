@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -220,7 +221,7 @@ class Written(NamedTuple):
     export: Export
     path: Path
     more: Iterable[tuple[str, Tensor]] = ()
-    header: Header = {}
+    header: Header = MappingProxyType({})
 
 
 def write_files(
