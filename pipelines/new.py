@@ -152,6 +152,7 @@ def style_changes(draft: Draft, start: TrainDiffusionConfig, num_images: int, pr
     steps = steps_for(num_images, start.train.steps)
     changes: Changes = {("data", "folder"): draft.images, ("train", "steps"): steps}
     changes[("train", "checkpoint_every")] = steps // 4
+    changes |= {("tokens",): MISSING, ("train", "stop_tokens_after"): MISSING}  # the word may be one of the model's own
     if start.sample.prompts:
         changes[("sample", "prompts")] = list(prompts)
     if start.sample.every:

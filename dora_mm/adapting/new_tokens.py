@@ -92,7 +92,8 @@ def train_tokens(tokens: Configs, model: ImageModel, trained: TrainedNetworks) -
     for word, config in tokens.items():
         for table, parameter in rows[word].items():
             name = f"{BUNDLE}{word}.{table}"  # as files call it, since checkpoints are files of adapters
-            trained.parameters[name] = parameter.requires_grad_()
+            parameter.requires_grad_()
+            trained.parameters[name] = parameter
             if config.lr:
                 trained.rates[name] = config.lr
 

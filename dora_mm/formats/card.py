@@ -138,16 +138,22 @@ def _text(
     return "\n\n".join(parts)
 
 
+def _in_diffusers(tokens: Tokens) -> dict[str, list[str]]:
+    """What diffusers calls the new tokens of each word: it takes no word with a capital for several tokens."""
+    counts = {word: len(next(iter(rows.values()))) for word, rows in tokens.items()}
+    return {word: [f"<{word.lower()}-{number}>" for number in range(count)] for word, count in counts.items()}
+
+
 def _token_lines(tokens: Tokens) -> list[str]:
     """How diffusers loads new tokens; it pools at the highest id, which is then no longer that of the end of a text."""
     if not tokens:
         return []
-    lines = ["from safetensors.torch import load_file"]
-    for word in tokens:
-        lines.append(f'rows = load_file("{word}.safetensors")')
+    lines = ["", "from safetensors.torch import load_file", ""]
+    for word, names in _in_diffusers(tokens).items():
+        lines.append(f'rows = load_file("{word}.safetensors")  # {"".join(names)} in prompts')
         for table, number in (("clip_l", ""), ("clip_g", "_2")):
             networks = f"text_encoder=pipe.text_encoder{number}, tokenizer=pipe.tokenizer{number}"
-            lines.append(f'pipe.load_textual_inversion(rows["{table}"], token="{word}", {networks})')
+            lines.append(f'pipe.load_textual_inversion(rows["{table}"], token={names}, {networks})')
     lines.append("pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id  # where it pools")
     return lines
 
@@ -171,6 +177,8 @@ def _code(format: str, metadata: Mapping[str, str], tokens: Tokens) -> str:
     given, here = f"# model: {base}, as it was before the training", "  # this folder, or its name on the Hub"
     auto = AUTO_CLASSES.get(_pipeline_tag(format, metadata) or "")
     if format == "diffusers":
+        for word, names in _in_diffusers(tokens).items():
+            prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "".join(names), prompt)
         lines = [
             "from diffusers import DiffusionPipeline",
             "",

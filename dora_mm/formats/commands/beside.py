@@ -10,6 +10,7 @@ from torch import Tensor
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.naming.spellings import Names
 from dora_mm.formats.reader import LayerReader
+from dora_mm.formats.tokens import EMBEDDINGS
 from dora_mm.formats.tools.tool import Export
 
 
@@ -33,14 +34,13 @@ def leave_out(layers: LayerReader, to: str, export: Export | None, *, allow_loss
     lost = () if export and export.beside else (*norms, *file.biases.values())
     tokens = tokens_without_place(file, export)
     ways = "use --to kohya or --to diff, or --allow-lossy, which leaves them out"
-    for what in (*([named(lost)] if lost else []), *([named_tokens(tokens)] if tokens else [])):
-        if not allow_lossy:
-            raise ValueError(f"{file.path} also holds {what}, for which --to {to} has no place: {ways}")
-    if allow_lossy and not lost and not tokens and export is None:
+    if (without := (*lost, *tokens)) and not allow_lossy:
+        raise ValueError(f"{file.path} also holds {named(without)}, for which --to {to} has no place: {ways}")
+    if allow_lossy and not without and export is None:
         raise ValueError(f"--allow-lossy has no effect on --to {to}: leave it out")
     if lost and norms:
         layers.leave_out(norms)
-    return (*lost, *tokens)
+    return without
 
 
 def tokens_without_place(file: AdapterFile, export: Export | None) -> tuple[str, ...]:
@@ -51,14 +51,11 @@ def tokens_without_place(file: AdapterFile, export: Export | None) -> tuple[str,
     return () if export.tokens == "inside" else tuple(key for key in file.embeddings if key not in bundled)
 
 
-def named_tokens(keys: tuple[str, ...]) -> str:
-    """How many embeddings of new tokens there are, and the first one."""
-    return f"{len(keys)} embeddings of new tokens, such as {keys[0]}"
-
-
 def named(keys: tuple[str, ...]) -> str:
-    """How many norms and biases there are, and the first one."""
-    return f"{len(keys)} differences of norms and biases, such as {keys[0]}"
+    """How many norms, biases and embeddings of new tokens there are, and the first one of each."""
+    kinds = {"embeddings of new tokens": [key for key in keys if EMBEDDINGS.match(key)]}
+    kinds = {"differences of norms and biases": [key for key in keys if not EMBEDDINGS.match(key)], **kinds}
+    return " and ".join(f"{len(found)} {kind}, such as {found[0]}" for kind, found in kinds.items() if found)
 
 
 def bias_tensors(

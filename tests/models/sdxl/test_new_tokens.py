@@ -117,9 +117,11 @@ def test_diffusers_loads_the_file_and_reads_the_same_prompts(tiny, tiny_folder, 
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
     for table, number in (("clip_l", ""), ("clip_g", "_2")):
         networks = {name: getattr(pipe, f"{name}{number}") for name in ("text_encoder", "tokenizer")}
-        pipe.load_textual_inversion(rows[table], token="TOK", **networks)
+        pipe.load_textual_inversion(rows[table], token=["<s0>", "<s1>", "<s2>"], **networks)
     pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
-    theirs, _, pooled, _ = pipe.encode_prompt("a TOK icon, in the style of TOK", do_classifier_free_guidance=False)
+    theirs, _, pooled, _ = pipe.encode_prompt(
+        "a <s0><s1><s2> icon, in the style of <s0><s1><s2>", do_classifier_free_guidance=False
+    )
     ours = tiny.encode_for_drawing("a TOK icon, in the style of TOK", None)
     torch.testing.assert_close(ours["prompt_embeds"], theirs)
     torch.testing.assert_close(ours["pooled_prompt_embeds"], pooled)
