@@ -34,7 +34,7 @@ from dora_mm.data.images.folder import CaptionedImage, digest_of, read_images
 from dora_mm.data.images.held_out import hold_out, part_of
 from dora_mm.models.diffusion import ImageModel
 from dora_mm.models.image_families import about_prediction, identity_of, load_if_local, load_image_model
-from dora_mm.preview.images import describe_data, remark_on_captions, remark_on_length
+from dora_mm.preview.images import describe_data, describe_encoded, remark_on_captions, remark_on_length, repeats_of
 from dora_mm.preview.parts import parts_table
 from dora_mm.preview.training import describe_training, is_measured, optimizer_line, slow_hardware
 from dora_mm.sampling.before_after import add_pictures, before_after_sheet, drawing_command
@@ -93,7 +93,7 @@ def main(config: TrainDiffusionConfig, *, resume: Path | None = None, dry_run: b
     add_tokens(config.tokens, model, config.seed)
     remarks = slow_hardware(accelerator, [*model.encoders.values(), model.empty_denoiser()])
     remarks += remark_on_captions(model, images, config.data)
-    for remark in remarks + remark_on_length(len(images), config.train, accelerator.num_processes):
+    for remark in remarks + remark_on_length(repeats_of(images), config.train, accelerator.num_processes):
         log.warning("%s", remark)
     batches = batches_of(config, model, images, accelerator)
     source = preserving(batches, config, class_images)
@@ -281,7 +281,10 @@ def describe(
 ) -> str:
     """The data, the modules, the memory and the time; of a hub model that is not on this machine, only the data."""
     writes_nothing = {"latent_cache": None, "text_cache": None}
-    config = config.model_copy(update={"data": config.data.model_copy(update=writes_nothing)})
+    text_cache, config = (
+        config.data.text_cache,
+        config.model_copy(update={"data": config.data.model_copy(update=writes_nothing)}),
+    )
     model = load_if_local(config.model)
     data = describe_data(images, config, model, accelerator.num_processes, held, class_images)
     if model is None:
@@ -295,6 +298,8 @@ def describe(
     if not shard and is_measured(accelerator, [*model.encoders.values(), model.empty_denoiser()]):
         with torch.no_grad():
             source(0)  # the only batch that is measured
+    num_batches = config.train.steps * config.train.gradient_accumulation_steps
+    data = "\n".join([data, *describe_encoded(source, num_batches, text_cache)])
     if not batches.prompts.needs_encoders:
         model.components.release(model.text_encoders)
     trained = adapt(model, config)

@@ -12,7 +12,7 @@ from dora_mm.config.adapter import EACH_TEXT_ENCODER, AdapterConfig
 from dora_mm.config.images import CaptionConfig, ImageTrainConfig, TokenConfig
 from dora_mm.config.loader import resolve_path
 from dora_mm.data.images.folder import CaptionedImage, contains_word
-from dora_mm.data.images.wording import unchanged
+from dora_mm.data.images.wording import all_unchanged
 from dora_mm.formats.adapter_file import AdapterFile
 from dora_mm.formats.tokens import BUNDLE
 from dora_mm.models.diffusion import ImageModel
@@ -42,9 +42,7 @@ def check_tokens(
     """
     if tokens and not model.token_tables:
         raise ValueError(f"tokens: {model.title} has no new tokens here: leave {next(iter(tokens))} a plain word")
-    texts = [
-        unchanged(image._replace(caption=text), captions) for image in images for text in (image.caption, *image.more)
-    ]
+    texts = [text for image in images for text in all_unchanged(image, captions)]
     for word in tokens:
         if not any(contains_word(text, word) for text in texts):
             raise ValueError(f"tokens: no caption has the word {word}, so it would never be trained: {texts[0]!r}")

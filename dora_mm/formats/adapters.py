@@ -26,7 +26,7 @@ from dora_mm.formats.naming.names import Name
 from dora_mm.formats.reader import opened, read
 from dora_mm.formats.registry import TOOLS
 from dora_mm.formats.state import AdapterState, LayerState, joined
-from dora_mm.formats.tokens import Tokens, bundled, write_beside
+from dora_mm.formats.tokens import TokenRows, bundled, write_beside
 from dora_mm.formats.tools import FORMATS
 from dora_mm.formats.tools.comfy import other_half
 from dora_mm.formats.tools.tool import Contents, Export
@@ -65,7 +65,7 @@ def save(
     metadata: Mapping[str, str],
     extra_parameters: Sequence[str] = (),
     strength: float = 1.0,
-    tokens: Tokens | None = None,
+    tokens: TokenRows | None = None,
 ) -> Path:
     """Saves the adapters of models, with a model card.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from dora_mm.config.loader import find_path
 from dora_mm.formats.state import AdapterState
-from dora_mm.formats.tokens import Tokens
+from dora_mm.formats.tokens import TokenRows
 from dora_mm.utils.atomic import write_text
 from dora_mm.utils.tables import markdown_table
 
@@ -138,13 +138,13 @@ def _text(
     return "\n\n".join(parts)
 
 
-def _in_diffusers(tokens: Tokens) -> dict[str, list[str]]:
+def _in_diffusers(tokens: TokenRows) -> dict[str, list[str]]:
     """What diffusers calls the new tokens of each word: it takes no word with a capital for several tokens."""
     counts = {word: len(next(iter(rows.values()))) for word, rows in tokens.items()}
     return {word: [f"<{word.lower()}-{number}>" for number in range(count)] for word, count in counts.items()}
 
 
-def _token_lines(tokens: Tokens) -> list[str]:
+def _token_lines(tokens: TokenRows) -> list[str]:
     """How diffusers loads new tokens; it pools at the highest id, which is then no longer that of the end of a text."""
     if not tokens:
         return []
@@ -172,7 +172,7 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _code(format: str, metadata: Mapping[str, str], tokens: Tokens) -> str:
+def _code(format: str, metadata: Mapping[str, str], tokens: TokenRows) -> str:
     base, prompt = metadata.get("base_model", "the base model"), metadata.get("instance_prompt") or "a prompt"
     given, here = f"# model: {base}, as it was before the training", "  # this folder, or its name on the Hub"
     auto = AUTO_CLASSES.get(_pipeline_tag(format, metadata) or "")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_mm.core.spec import DoRASpec
 from dora_mm.formats.files.checks import first_not_finite
-from dora_mm.formats.tokens import Tokens, bundled
+from dora_mm.formats.tokens import TokenRows, bundled
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class AdapterState:
     layers: dict[str, dict[str, LayerState]]
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     untied: dict[str, set[str]] = field(default_factory=dict)
-    tokens: Tokens = field(default_factory=dict)
+    tokens: TokenRows = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, by component, path and name, and those of new tokens."""

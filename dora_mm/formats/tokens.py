@@ -22,7 +22,7 @@ from dora_mm.formats.files.json_text import parse_json
 from dora_mm.formats.files.tensor_file import TensorFile
 from dora_mm.utils.atomic import save_tensors
 
-Tokens = Mapping[str, Mapping[str, Tensor]]  # the rows (N, D) by word, and then by table
+TokenRows = Mapping[str, Mapping[str, Tensor]]  # the rows (N, D) by word, and then by table
 EMBEDDINGS = re.compile(r"bundle_emb\.|emb_params$|clip_[lg]$|.*string_to_param")  # of tokens that were trained
 BUNDLE = "bundle_emb."
 BESIDE_KEY = "dora_mm_tokens"  # of a header: the words whose rows are in files beside it, with their digests
@@ -30,7 +30,7 @@ _BUNDLED = re.compile(rf"{re.escape(BUNDLE)}(?P<word>.+)\.(?P<table>\w+)")
 _FILE_NAME = re.compile(r"[^/\\:*?\"<>|\x00-\x1f.][^/\\:*?\"<>|\x00-\x1f]*")
 
 
-def bundled(tokens: Tokens) -> dict[str, Tensor]:
+def bundled(tokens: TokenRows) -> dict[str, Tensor]:
     """The rows by their keys inside of an adapter file."""
     return {f"{BUNDLE}{word}.{table}": rows for word, found in tokens.items() for table, rows in found.items()}
 
@@ -68,7 +68,7 @@ def file_beside(folder: Path, word: str) -> Path:
     return folder / f"{word}.safetensors"
 
 
-def write_beside(folder: Path, tokens: Tokens) -> dict[str, str]:
+def write_beside(folder: Path, tokens: TokenRows) -> dict[str, str]:
     """Writes a file for each word.
 
     Returns:

@@ -21,7 +21,7 @@ from dora_mm.core import InjectReport
 from dora_mm.core.forms import TORCH, Forward
 from dora_mm.core.strength import Strength
 from dora_mm.formats.adapter_file import AdapterFile
-from dora_mm.formats.tokens import Tokens
+from dora_mm.formats.tokens import TokenRows
 
 
 class NewTokens(nn.Module):
@@ -124,7 +124,7 @@ class NewTokens(nn.Module):
             yield ids.clamp(min=0)
 
 
-def check_rows(tokens: Tokens, widths: Mapping[str, int], source: Path) -> None:
+def check_rows(tokens: TokenRows, widths: Mapping[str, int], source: Path) -> None:
     """Checks that rows of a file fit the tables of a model.
 
     Args:

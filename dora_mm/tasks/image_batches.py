@@ -26,6 +26,7 @@ from dora_mm.utils.randomness import generator
 class PromptEncoder:
     """Encodes captions: once each if the text encoders are frozen, every time if they are trained.
 
+    What is encoded once is kept in main memory: it may be the captions of many epochs, which vary.
     Those with new tokens are encoded every time in any case.
 
     Args:
@@ -60,16 +61,28 @@ class PromptEncoder:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._cache]
         for part in self._of_one_length(new, batch_size):
             with torch.no_grad():
-                self._cache.update(zip(part, self.model.encode_prompts(part), strict=True))
+                for caption, prompt in zip(part, self.model.encode_prompts(part), strict=True):
+                    self._cache[caption] = {name: tensor.cpu() for name, tensor in prompt.items()}
 
     def __call__(self, captions: Sequence[str]) -> list[Prompt]:
         """Encodes captions of any length; each conditions the denoiser as it does alone."""
         rows = [index for index, caption in enumerate(captions) if self.changes(caption)]
-        anew = dict(zip(rows, self.model.encode_prompts([captions[index] for index in rows]), strict=True))
+        changing = self.model.encode_prompts([captions[index] for index in rows]) if rows else []
+        anew = dict(zip(rows, changing, strict=True))
         if self._files is None:
             self.keep(captions)
-        kept = self._cache.__getitem__ if self._files is None else self._read
-        return [anew[index] if index in anew else kept(caption) for index, caption in enumerate(captions)]
+        return [anew[index] if index in anew else self._kept(caption) for index, caption in enumerate(captions)]
+
+    def _kept(self, caption: str) -> Prompt:
+        """A caption that was encoded ahead, on the model's device."""
+        found = self._cache[caption] if self._files is None else self._read(caption)
+        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
+
+    @property
+    def bytes_per_caption(self) -> float | None:
+        """The main memory that an encoded caption takes, on average over those that there are; None: there is none."""
+        sizes = [sum(tensor.nbytes for tensor in prompt.values()) for prompt in self._cache.values()]
+        return sum(sizes) / len(sizes) if sizes else None
 
     @cached_property
     def _identity(self) -> str:
@@ -81,9 +94,7 @@ class PromptEncoder:
     def _read(self, caption: str) -> Prompt:
         assert self._files is not None
         found = self._files.read(self._key(caption), ("text",))
-        if found is None:
-            found = self._write(caption)
-        return {name: tensor.to(self.model.device) for name, tensor in found.items()}
+        return self._write(caption) if found is None else found
 
     @torch.no_grad()
     def _write(self, caption: str) -> Prompt:
